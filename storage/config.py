@@ -1,0 +1,55 @@
+"""Job files: YAML with the fields of a frozen pydantic model, and flags that override them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from storage.errors import InputError
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError naming the file."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError(f"{path}: expected a mapping of field names to values, found {type(data).__name__}")
+    return {key.replace("-", "_"): value for key, value in data.items()}
+
+
+def build_config(kind: type[Config], config_path: str | None, flags: Mapping[str, Any], where: str) -> Config:
+    """The model made of a YAML file's fields, overridden by those flags that are not None (or empty)."""
+    data = read_yaml(config_path) if config_path else {}
+    data.update({name: value for name, value in flags.items() if value is not None and value != ()})
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(kind, item, where) for item in error.errors()[:3])) from None
+
+
+def _explain(kind: type[BaseModel], item: Any, where: str) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    option = "--" + name.replace("_", "-") if name else where
+    if item["type"] == "missing":
+        return f"{where}: {option} is missing"
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, list(kind.model_fields), n=1)
+        return f"{where}: there is no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {option if name else ''}{': ' if name else ''}{message}" + (
+        f" (found {str(item['input'])[:60]!r})" if name else ""
+    )

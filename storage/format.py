@@ -1,0 +1,242 @@
+"""Format v1: what lies where in a cache. This docstring is the specification.
+
+A cache is a Zarr v3 group. Any Zarr v3 reader opens it; nothing in it is code. `N` is the number of tokens,
+`D` of documents, `V` the size of the vocabulary, `K` the stored ids per position.
+
+::
+
+    zarr.json                      group; attributes["logit_cache"] = CacheRecord (storage.manifest)
+    tokens/                        uint16 iff V <= 65,535, else uint32   [N]
+    document_starts/               uint64   [D]   ascending; the first is 0
+    loss_mask/                     bool     [N]   optional: True where the *next* token is trained on
+    tokenizer/                     the tokenizer's own files
+    receipts/tokens/<shard>.json   and likewise for document_starts and loss_mask; receipts/tokenizer.json
+    teachers/zarr.json             group
+    teachers/<name>/zarr.json      group; attributes["logit_cache"] = TeacherEntry; never rewritten
+    teachers/<name>/token_ids      uint16 iff V <= 65,535, else uint32   [N, K]
+    teachers/<name>/logprob_codes  uint16   [N, K]  (encoding "codes")    column 0 is 0
+    teachers/<name>/logprobs       float32  [N, K]  (encoding "float32")
+    teachers/<name>/kept           uint16   [N]
+    teachers/<name>/certain        uint16   [N]
+    teachers/<name>/top_logprob, log_tail, log_tail_half, label_logprob, entropy      float32 [N]
+    teachers/<name>/receipts/<shard>.json   and receipts/index.json once every shard is committed
+
+**Targets.** Row `t` is the teacher's distribution of token `t + 1` given the tokens of its window up to `t`,
+normalised over the V columns of the vocabulary. The first `kept[t]` columns of `token_ids` are valid, in the
+order (log-prob descending, id ascending); the others hold the type's maximum. `certain[t]` of them are there
+with certainty. `log_tail` is the log of the mass outside the certain ids and `log_tail_half` the log of the
+sum of p**0.5 there; both are -inf exactly when `certain = V`. `label_logprob` is the log-prob of `tokens[t+1]`,
+NaN exactly at `t = N - 1` and, when documents are isolated, at the last position of each. No other NaN or
+infinity occurs. All logs are natural.
+
+**Log-probs from codes.** ``logprob[t, i] = top_logprob[t] - step_nats * cumsum(logprob_codes[t])[i]``, with
+`step_nats` from `attributes["logit_cache"]["encoding"]`. Column i >= 1 is within `step_nats / 2` of the
+teacher's value, column 0 within the rounding of `top_logprob`. Floats keep `mantissa_bits` explicit bits
+(12: relative error 2**-13). Log-probs under `logprob_floor(step_nats)` (-2000 at the default) are stored as it.
+
+**Windows.** A teacher reads windows of `context_tokens`. Within a document (or the whole stream, when
+documents are not isolated) of `L` positions, position `r` is scored by the one window
+``[s, min(s + context, L))`` with ``s = max(0, (r // stride + 1) * stride - context)``: the window whose last
+`stride` positions include `r`, so that every position but the first ones has at least `context - stride`
+tokens of left context.
+
+**Shards and chunks.** Every array is cut along its first axis into shards of `layout.shard` entries, one
+object each (`<array>/c/<shard>` or `<array>/c/<shard>/0`), and every shard into compressed chunks of
+`layout.chunk` entries (codec `sharding_indexed`, index at the end; inner codecs `bytes`, `blosc`, `crc32c`;
+index codecs `bytes`, `crc32c`). All chunks are written, also those that equal the fill value. The last shard
+is filled up with the fill value, which is poison: the largest integer, or NaN.
+
+**Receipts.** A shard exists if its receipt does. The receipt is written after the objects and holds, of each,
+its byte length, its sha256 and its seal: the sha256 of the shard index at the object's end (``16 * chunks + 4``
+bytes) followed by the last 4 bytes (the crc32c) of every chunk in the order of the index. The seal tells a
+missing, short, damaged or swapped object without reading all of it. `receipts/index.json` holds the sha256 field of every receipt, in order.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from storage.encoding import token_id_dtype
+from storage.manifest import ArrayLayout, CacheRecord, TeacherEntry
+
+MAX_OBJECT_BYTES = 64 << 20
+KEY = re.compile(r"^[a-z0-9_./-]+$")
+PER_POSITION_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
+PER_POSITION_COUNTS = ("kept", "certain")
+
+_TARGET_CHUNK_TOKENS = 8_192
+_TARGET_CHUNK_BYTES = 4 << 20
+_TARGET_SHARD_TOKENS = 65_536
+_STREAM_CHUNK = 65_536
+_STREAM_SHARD = 4_194_304
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the format: everything its zarr.json says, and the keys of its objects."""
+
+    name: str
+    dtype: Literal["uint16", "uint32", "uint64", "float32", "bool"]
+    shape: tuple[int, ...]
+    layout: ArrayLayout
+
+    @property
+    def fill_value(self) -> Any:
+        """The poison that stands where nothing was written (bool has none to spare)."""
+        if self.dtype == "bool":
+            return False
+        return "NaN" if self.dtype == "float32" else int(np.iinfo(self.dtype).max)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return int(np.dtype(self.dtype).itemsize)
+
+    @property
+    def shards(self) -> int:
+        """Number of shard objects."""
+        return -(-self.shape[0] // self.layout.shard)
+
+    @property
+    def index_bytes(self) -> int:
+        """Length of the shard index at the end of every object: offset and length per chunk, and its crc32c."""
+        return 16 * (self.layout.shard // self.layout.chunk) + 4
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First entry of a shard and the first after it."""
+        start = shard * self.layout.shard
+        return start, min(start + self.layout.shard, self.shape[0])
+
+    def shard_key(self, shard: int) -> str:
+        """Key of a shard's object, relative to the array's group."""
+        return f"{self.name}/c/{shard}" + "/0" * (len(self.shape) - 1)
+
+    def metadata(self) -> dict[str, Any]:
+        """The array's zarr.json. A reader refuses any other."""
+        rest = list(self.shape[1:])
+        dimensions = {"document_starts": ["document"]}.get(self.name, ["position", "rank"][: len(self.shape)])
+        serializer: dict[str, Any] = {"name": "bytes"}
+        if self.itemsize > 1:
+            serializer["configuration"] = {"endian": "little"}
+        blosc = {
+            "name": "blosc",
+            "configuration": {
+                "typesize": self.itemsize,
+                "cname": self.layout.compression,
+                "clevel": 3 if self.layout.compression == "zstd" else 5,
+                "shuffle": "bitshuffle",
+                "blocksize": 0,
+            },
+        }
+        little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.layout.shard, *rest]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": self.fill_value,
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": [self.layout.chunk, *rest],
+                        "codecs": [serializer, blosc, {"name": "crc32c"}],
+                        "index_codecs": [little_endian, {"name": "crc32c"}],
+                        "index_location": "end",
+                    },
+                }
+            ],
+            "dimension_names": dimensions,
+            "attributes": {},
+        }
+
+
+def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A group's zarr.json."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def teacher_arrays(entry: TeacherEntry) -> dict[str, ArraySpec]:
+    """The arrays of a teacher entry, by name."""
+    n, k, layout = entry.positions, entry.targets.k, entry.layout
+    values: tuple[str, Literal["uint16", "float32"]] = (
+        ("logprob_codes", "uint16") if entry.encoding.kind == "codes" else ("logprobs", "float32")
+    )
+    specs = [
+        ArraySpec("token_ids", token_id_dtype(entry.vocabulary_size), (n, k), layout),  # type: ignore[arg-type]
+        ArraySpec(values[0], values[1], (n, k), layout),
+        *(ArraySpec(name, "uint16", (n,), layout) for name in PER_POSITION_COUNTS),
+        *(
+            ArraySpec(name, "float32", (n,), layout)
+            for name in PER_POSITION_FLOATS
+            if name != "label_logprob" or entry.targets.has_label_logprob
+        ),
+    ]
+    return {spec.name: spec for spec in specs}
+
+
+def corpus_arrays(record: CacheRecord) -> dict[str, ArraySpec]:
+    """The arrays of the token stream, by name; none when the cache was shared without its tokens."""
+    corpus = record.corpus
+    if not corpus.tokens_included:
+        return {}
+    tokens = token_id_dtype(record.tokenizer.vocabulary_size)
+    specs = [
+        ArraySpec("tokens", tokens, (corpus.positions,), record.tokens_layout),  # type: ignore[arg-type]
+        ArraySpec("document_starts", "uint64", (corpus.documents,), record.documents_layout),
+    ]
+    if corpus.has_loss_mask:
+        specs.append(ArraySpec("loss_mask", "bool", (corpus.positions,), record.tokens_layout))
+    return {spec.name: spec for spec in specs}
+
+
+def stream_layout(entries: int) -> ArrayLayout:
+    """How an array of the token stream is cut: shards of 64 chunks, or as many as there are."""
+    chunks = -(-entries // _STREAM_CHUNK)
+    return ArrayLayout(shard=min(_STREAM_SHARD, chunks * _STREAM_CHUNK), chunk=_STREAM_CHUNK, compression="zstd")
+
+
+def entry_layout(
+    positions: int,
+    k: int,
+    stride_tokens: int,
+    compression: Literal["zstd", "lz4"] = "zstd",
+    shard_tokens: int | None = None,
+    chunk_tokens: int | None = None,
+) -> ArrayLayout:
+    """How a teacher entry is cut unless told otherwise.
+
+    Both are multiples of the stride; a chunk has about 8,192 positions or 4 MiB, a shard about 65,536
+    positions, and no object can exceed 64 MiB before compression (4 bytes per id). Raises ValueError for
+    sizes that break these rules.
+    """
+    row_bytes = 4 * k
+    if chunk_tokens is None:
+        wanted = min(_TARGET_CHUNK_TOKENS, max(1, _TARGET_CHUNK_BYTES // row_bytes))
+        if shard_tokens is not None:
+            wanted = min(wanted, shard_tokens)
+            divisors = [d for d in range(stride_tokens, wanted + 1, stride_tokens) if shard_tokens % d == 0]
+            chunk_tokens = max(divisors, default=stride_tokens)
+        else:
+            chunk_tokens = max(1, wanted // stride_tokens) * stride_tokens
+    if shard_tokens is None:
+        most = max(1, min(_TARGET_SHARD_TOKENS, MAX_OBJECT_BYTES // row_bytes) // chunk_tokens)
+        shard_tokens = chunk_tokens * min(most, math.ceil(positions / chunk_tokens))
+    if chunk_tokens % stride_tokens or shard_tokens % chunk_tokens:
+        raise ValueError(
+            f"a shard of {shard_tokens} positions must be a multiple of the chunk ({chunk_tokens}), "
+            f"and the chunk a multiple of the stride ({stride_tokens})"
+        )
+    if shard_tokens * row_bytes > MAX_OBJECT_BYTES:
+        raise ValueError(
+            f"a shard of {shard_tokens} positions with k = {k} can take {shard_tokens * row_bytes >> 20} MiB, "
+            f"more than the {MAX_OBJECT_BYTES >> 20} MiB of one object: take a smaller shard, stride or k"
+        )
+    return ArrayLayout(shard=shard_tokens, chunk=chunk_tokens, compression=compression)

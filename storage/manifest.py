@@ -1,0 +1,355 @@
+"""Provenance: frozen records of what a cache holds, and the receipts that commit its shards.
+
+Every record is JSON that carries the sha256 of its own canonical form (sorted keys, no white space, without
+the `sha256` field), so a changed byte shows. Records hold no paths: the key of every object follows from
+the array's name and the shard's number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from storage.encoding import MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
+from storage.errors import CorruptCache, FormatError
+
+FORMAT_VERSION = 1
+ATTRIBUTE = "logit_cache"
+MAX_RECORD_BYTES = 1 << 20
+MAX_INDEX_BYTES = 1 << 28
+TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Positive = Annotated[int, Field(ge=1, le=1 << 48)]
+
+
+class Record(BaseModel):
+    """Frozen, closed to unknown fields, without NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
+
+
+class CorpusSource(Record):
+    """One file or data set that the text came from; the name only, never a folder of somebody's machine."""
+
+    name: Text
+    documents: Count
+    text_bytes: Count
+
+
+class Corpus(Record):
+    """The token stream. `stream_sha256` covers tokens (as uint32), document starts (uint64) and loss mask."""
+
+    positions: Positive
+    documents: Positive
+    text_bytes: Count
+    stream_sha256: Sha256
+    has_loss_mask: bool
+    tokens_included: bool = True
+    document_separator: Text | None
+    sources: Annotated[tuple[CorpusSource, ...], Field(max_length=4096)]
+
+
+class Tokenizer(Record):
+    """`vocabulary_size` is V: the largest id + 1, added tokens included. `fingerprint` covers behaviour
+    (merges, normaliser, pre-tokenizer), `vocabulary_sha256` only which id is which string."""
+
+    vocabulary_size: Annotated[int, Field(ge=1, le=1 << 31)]
+    vocabulary_sha256: Sha256
+    fingerprint: Sha256
+
+
+class ArrayLayout(Record):
+    """How an array is cut: `shard` entries to one object, `chunk` entries to one compressed unit of it."""
+
+    shard: Positive
+    chunk: Positive
+    compression: Literal["zstd", "lz4"]
+
+    @model_validator(mode="after")
+    def _divides(self) -> ArrayLayout:
+        if self.shard % self.chunk:
+            raise ValueError(f"shard {self.shard} is not a multiple of chunk {self.chunk}")
+        return self
+
+
+class Versions(Record):
+    """Library versions, for the reader's information; never compared."""
+
+    libraries: dict[str, Text]
+
+
+class CacheRecord(Record):
+    """attributes["logit_cache"] of the root group."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["cache"] = "cache"
+    corpus: Corpus
+    tokenizer: Tokenizer
+    tokens_layout: ArrayLayout
+    documents_layout: ArrayLayout
+    created_with: Versions
+
+
+class TeacherIdentity(Record):
+    """Which model. `source` is a hub id or the last part of a local path; the digests are what binds."""
+
+    source: Text
+    revision: Text | None = None
+    architecture: Text
+    weights_sha256: Sha256
+    config_sha256: Sha256
+    dtype: Literal["float32", "bfloat16", "float16"]
+    head_columns: Positive
+    parameters: Count
+    trust_remote_code: bool = False
+
+
+class Teacher(Record):
+    """One model, or an ensemble whose members read the same batch."""
+
+    combine: Literal["single", "logit-mean", "mixture"] = "single"
+    members: Annotated[tuple[TeacherIdentity, ...], Field(min_length=1, max_length=64)]
+    weights: Annotated[tuple[float, ...], Field(max_length=64)] = (1.0,)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Teacher:
+        if len(self.weights) != len(self.members) or (self.combine == "single") != (len(self.members) == 1):
+            raise ValueError("one weight per member, and 'single' for exactly one member")
+        return self
+
+
+class Targets(Record):
+    """What is stored for a position. `head_ids`: ids kept with certainty before sampling starts; `top_p`: the
+    mass at which a row is pruned; `seed` keys the sampling by absolute position; `temperature`: the one that
+    sampled ids were drawn for."""
+
+    method: Literal["top-k", "varopt"] = "top-k"
+    k: Annotated[int, Field(ge=1, le=MAX_UINT16)]
+    head_ids: Count | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Count | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    has_label_logprob: bool = True
+
+
+class Windowing(Record):
+    """What a teacher saw: see `storage.format`, "Windows"."""
+
+    context_tokens: Positive
+    stride_tokens: Positive
+    isolate_documents: bool = False
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Windowing:
+        if self.stride_tokens > self.context_tokens:
+            raise ValueError(f"stride {self.stride_tokens} is larger than context {self.context_tokens}")
+        return self
+
+
+class Encoding(Record):
+    """`codes`: log-probs as uint16 differences in units of `step_nats`; `float32`: as they are. Floats keep
+    `mantissa_bits` bits."""
+
+    kind: Literal["codes", "float32"] = "codes"
+    step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None
+    mantissa_bits: Annotated[int, Field(ge=8, le=23)]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Encoding:
+        if (self.kind == "codes") != (self.step_nats is not None):
+            raise ValueError("step_nats goes with codes, and with them only")
+        return self
+
+
+class Execution(Record):
+    """What can change the last bits of a result: two workers of one entry must agree on it."""
+
+    device_type: Text
+    batch_windows: Positive
+    attention: Text
+    compile_mode: Text | None = None
+    head: Literal["fast", "general"]
+
+
+class TeacherEntry(Record):
+    """attributes["logit_cache"] of teachers/<name>; written once, never rewritten."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["teacher"] = "teacher"
+    positions: Positive
+    vocabulary_size: Annotated[int, Field(ge=1, le=1 << 31)]
+    stream_sha256: Sha256
+    tokenizer_fingerprint: Sha256
+    teacher: Teacher
+    targets: Targets
+    windowing: Windowing
+    encoding: Encoding
+    layout: ArrayLayout
+    execution: Execution
+    derived_from: Sha256 | None = None
+    created_with: Versions
+
+    @model_validator(mode="after")
+    def _agrees(self) -> TeacherEntry:
+        if self.targets.k > self.vocabulary_size:
+            raise ValueError(f"k {self.targets.k} is larger than the vocabulary {self.vocabulary_size}")
+        return self
+
+
+class ObjectDigest(Record):
+    """One stored object: its length, its sha256, and its seal, which is checked without reading all of it:
+    the sha256 of the shard index at its end followed by the last 4 bytes (crc32c) of every chunk."""
+
+    bytes: Count
+    sha256: Sha256
+    seal_sha256: Sha256
+
+
+class FileDigest(Record):
+    """One file that is no Zarr array (the tokenizer's)."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class ShardStatistics(Record):
+    """Sums over the positions of a shard, so that a summary needs no array. Nats, and counts of positions."""
+
+    positions: Count
+    labelled: Count
+    label_nats: float
+    entropy_nats: float
+    head_mass: float
+    head_mass_below_half: Count
+    head_mass_below_90: Count
+    head_mass_below_99: Count
+
+    def __add__(self, other: ShardStatistics) -> ShardStatistics:
+        return ShardStatistics(
+            **{name: getattr(self, name) + getattr(other, name) for name in ShardStatistics.model_fields}
+        )
+
+
+class ShardReceipt(Record):
+    """Commits one shard of the arrays named in `objects`; `record_sha256` is the record it belongs to."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["shard"] = "shard"
+    record_sha256: Sha256
+    shard: Count
+    start: Count
+    stop: Positive
+    objects: Annotated[dict[str, ObjectDigest], Field(min_length=1, max_length=16)]
+    statistics: ShardStatistics | None = None
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    written_at: Text
+    host: Text
+
+
+class FilesReceipt(Record):
+    """Commits the tokenizer's files."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["files"] = "files"
+    files: Annotated[dict[str, FileDigest], Field(min_length=1, max_length=64)]
+
+
+class ReceiptIndex(Record):
+    """Written when the last shard is committed: the sha256 of every receipt in order, and sums over them."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["receipt_index"] = "receipt_index"
+    record_sha256: Sha256
+    receipts: tuple[Sha256, ...]
+    object_bytes: Count
+    statistics: ShardStatistics | None = None
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def canonical_json(value: Any) -> bytes:
+    """The bytes that digests are taken of: sorted keys, no white space, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(record: Record) -> str:
+    """sha256 of the record's canonical JSON."""
+    return hashlib.sha256(canonical_json(record.model_dump(mode="json"))).hexdigest()
+
+
+def sealed(record: Record) -> dict[str, Any]:
+    """The record as JSON data with its own digest under `sha256`."""
+    return {**record.model_dump(mode="json"), "sha256": digest(record)}
+
+
+def sealed_bytes(record: Record) -> bytes:
+    """The sealed record as the bytes of a file."""
+    return json.dumps(sealed(record), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def unseal(kind: type[AnyRecord], data: Any, where: str) -> AnyRecord:
+    """Parse what `sealed` wrote; raises `FormatError` for a wrong shape, `CorruptCache` for a wrong digest."""
+    if not isinstance(data, dict):
+        raise FormatError(f"{where}: expected a JSON object, found {type(data).__name__}")
+    body = {key: value for key, value in data.items() if key != "sha256"}
+    try:
+        record = kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise FormatError(
+            f"{where}: {field}: {first['msg']} (found {str(first['input'])[:80]!r}); "
+            f"this is not a format {FORMAT_VERSION} record, or it was written by a newer logit-cache"
+        ) from None
+    # The digest is taken of what is written there, not of what the model made of it.
+    found = hashlib.sha256(canonical_json(body)).hexdigest()
+    if data.get("sha256") != found:
+        raise CorruptCache(f"{where}: its sha256 is {found}, the record says {data.get('sha256')}: it was changed")
+    return record
+
+
+def parse_json(data: bytes, where: str, max_bytes: int = MAX_RECORD_BYTES) -> Any:
+    """JSON without duplicate keys, NaN or infinity, at most `max_bytes` long; `FormatError` otherwise."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            raise ValueError("a key appears twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    if len(data) > max_bytes:
+        raise FormatError(f"{where}: {len(data)} bytes of JSON, at most {max_bytes} are read")
+    try:
+        return json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not valid JSON ({error})") from None
+
+
+def differences(stored: Record, wanted: Record, ignore: tuple[str, ...] = ("created_with",)) -> list[str]:
+    """The fields in which two records differ, each as `field: stored has A, wanted B`."""
+
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, item in value.items() for k, v in flat(f"{prefix}{name}.", item).items()}
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            return {k: v for i, item in enumerate(value) for k, v in flat(f"{prefix}{i}.", item).items()}
+        return {prefix.rstrip("."): value}
+
+    a = flat("", stored.model_dump(mode="json", exclude=set(ignore)))
+    b = flat("", wanted.model_dump(mode="json", exclude=set(ignore)))
+    return [
+        f"{name}: the cache has {a.get(name)!r}, this job has {b.get(name)!r}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]

@@ -1,0 +1,129 @@
+"""The receipts of one group of arrays: which shards are committed, and with which bytes.
+
+A shard exists only if its receipt does. Once all do, `index.json` holds the digests of all receipts, so
+that a cache of a billion positions opens with one read and checks each receipt when its shard is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+
+from storage.errors import CorruptCache
+from storage.format import ArraySpec
+from storage.location import Location
+from storage.manifest import (
+    MAX_INDEX_BYTES,
+    ReceiptIndex,
+    ShardReceipt,
+    parse_json,
+    sealed,
+    sealed_bytes,
+    unseal,
+)
+
+_NAME = re.compile(r"^(\d{8,})\.json$")
+
+
+class Receipts:
+    """Receipts under `folder` for arrays that are cut alike, and belong to the record `record_sha256`."""
+
+    def __init__(self, location: Location, folder: str, specs: Mapping[str, ArraySpec], record_sha256: str) -> None:
+        self.location = location
+        self.folder = folder
+        self.specs = dict(specs)
+        self.record_sha256 = record_sha256
+        first = next(iter(self.specs.values()))
+        self.shards = first.shards
+        self._first = first
+
+    def key(self, shard: int) -> str:
+        """Key of a shard's receipt."""
+        return f"{self.folder}/{shard:08d}.json"
+
+    @property
+    def index_key(self) -> str:
+        """Key of the index of all receipts."""
+        return f"{self.folder}/index.json"
+
+    @cached_property
+    def index(self) -> ReceiptIndex | None:
+        """The index, or None while shards are missing."""
+        try:
+            data = self.location.read(self.index_key)
+        except FileNotFoundError:
+            return None
+        where = self.location.where(self.index_key)
+        index = unseal(ReceiptIndex, parse_json(data, where, MAX_INDEX_BYTES), where)
+        if index.record_sha256 != self.record_sha256 or len(index.receipts) != self.shards:
+            raise CorruptCache(f"{where}: it belongs to another entry, or to another number of shards")
+        return index
+
+    def committed(self) -> np.ndarray:
+        """bool [shards]: which ones have a receipt."""
+        found = np.zeros(self.shards, dtype=bool)
+        if self.index is not None:
+            found[:] = True
+            return found
+        for name in self.location.names(self.folder):
+            match = _NAME.match(name)
+            if match and int(match[1]) < self.shards:
+                found[int(match[1])] = True
+        return found
+
+    def missing_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of positions without a receipt, neighbours joined."""
+        ranges: list[tuple[int, int]] = []
+        for shard in np.flatnonzero(~self.committed()):
+            start, stop = self._first.shard_range(int(shard))
+            if ranges and ranges[-1][1] == start:
+                ranges[-1] = (ranges[-1][0], stop)
+            else:
+                ranges.append((start, stop))
+        return ranges
+
+    def read(self, shard: int) -> ShardReceipt | None:
+        """A shard's receipt, checked against its own digest, its record, and the index; None if there is none."""
+        key = self.key(shard)
+        where = self.location.where(key)
+        try:
+            data = self.location.read(key)
+        except FileNotFoundError:
+            if self.index is not None:
+                raise CorruptCache(f"{where}: missing, though the index of receipts lists it") from None
+            return None
+        receipt = unseal(ShardReceipt, parse_json(data, where), where)
+        expected = (self.record_sha256, shard, *self._first.shard_range(shard), set(self.specs))
+        found = (receipt.record_sha256, receipt.shard, receipt.start, receipt.stop, set(receipt.objects))
+        if expected != found:
+            raise CorruptCache(f"{where}: it is the receipt of something else (another entry, shard or set of arrays)")
+        if self.index is not None and self.index.receipts[shard] != sealed(receipt)["sha256"]:
+            raise CorruptCache(f"{where}: it differs from the digest that the index of receipts holds")
+        return receipt
+
+    def write_index(self) -> ReceiptIndex:
+        """Write the index once every shard is committed; returns the one that is there afterwards."""
+        if self.index is not None:
+            return self.index
+        receipts = [self.read(shard) for shard in range(self.shards)]
+        present = [receipt for receipt in receipts if receipt is not None]
+        assert len(present) == self.shards, "an index is written when nothing is missing"
+        statistics = None
+        for receipt in present:
+            if receipt.statistics is not None:
+                statistics = receipt.statistics if statistics is None else statistics + receipt.statistics
+        index = ReceiptIndex(
+            record_sha256=self.record_sha256,
+            receipts=tuple(sealed(receipt)["sha256"] for receipt in present),
+            object_bytes=sum(item.bytes for receipt in present for item in receipt.objects.values()),
+            statistics=statistics,
+            seconds=sum(receipt.seconds for receipt in present),
+        )
+        self.location.publish(self.index_key, sealed_bytes(index))
+        del self.index
+        found = self.index
+        assert found is not None
+        return found

@@ -1,0 +1,150 @@
+"""Small caches with made-up targets, for tests that need a cache and no teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.format import entry_layout, stream_layout
+from storage.manifest import (
+    CacheRecord,
+    Corpus,
+    CorpusSource,
+    Encoding,
+    Execution,
+    Targets,
+    Teacher,
+    TeacherEntry,
+    TeacherIdentity,
+    Tokenizer,
+    Versions,
+    Windowing,
+)
+from storage.records import SparseTargets
+from storage.writer import EntryWriter, write_corpus
+
+SHA = "0" * 64
+
+
+def dense_targets(logits: np.ndarray, k: int, labels: np.ndarray, start: int = 0) -> SparseTargets:
+    """Top-k targets of dense logits [T, V], computed in float64; labels of -1 have no log-prob."""
+    z = logits.astype(np.float64)
+    top = z.max(axis=1, keepdims=True)
+    logp = z - top - np.log(np.exp(z - top).sum(axis=1, keepdims=True))
+    order = np.argsort(-z, axis=1, kind="stable")[:, :k]
+    head = np.take_along_axis(logp, order, axis=1)
+    outside = np.ones_like(logp, dtype=bool)
+    np.put_along_axis(outside, order, False, axis=1)
+    with np.errstate(divide="ignore"):
+        tail = np.log((np.exp(logp) * outside).sum(axis=1))
+        tail_half = np.log((np.exp(logp / 2) * outside).sum(axis=1))
+    rows, vocabulary = logits.shape
+    label = np.where(labels >= 0, np.take_along_axis(logp, labels.clip(0)[:, None], axis=1)[:, 0], np.nan)
+    count = np.full(rows, k, dtype=np.uint16)
+    return SparseTargets(
+        start=start,
+        token_ids=order.astype(np.uint16 if vocabulary <= 65_535 else np.uint32),
+        kept=count,
+        certain=count,
+        top_logprob=head[:, 0].astype(np.float32),
+        log_tail=tail.astype(np.float32),
+        log_tail_half=tail_half.astype(np.float32),
+        label_logprob=label.astype(np.float32),
+        entropy=-(np.exp(logp) * logp).sum(axis=1).astype(np.float32),
+        exact_logprobs=head.astype(np.float32),
+    )
+
+
+def make_corpus(
+    url: str,
+    tokens: np.ndarray,
+    vocabulary_size: int,
+    document_starts: np.ndarray | None = None,
+    loss_mask: np.ndarray | None = None,
+    tokenizer_files: dict[str, bytes] | None = None,
+) -> CacheRecord:
+    """A cache of a token stream with a word-level tokenizer whose words are `t0`, `t1`, …"""
+    starts = np.zeros(1, dtype=np.uint64) if document_starts is None else document_starts.astype(np.uint64)
+    if tokenizer_files is None:
+        tokenizer_files = word_tokenizer(vocabulary_size)
+    record = CacheRecord(
+        corpus=Corpus(
+            positions=len(tokens),
+            documents=len(starts),
+            text_bytes=4 * len(tokens),
+            stream_sha256=hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest(),
+            has_loss_mask=loss_mask is not None,
+            document_separator=None,
+            sources=(CorpusSource(name="made-up", documents=len(starts), text_bytes=4 * len(tokens)),),
+        ),
+        tokenizer=Tokenizer(vocabulary_size=vocabulary_size, vocabulary_sha256=SHA, fingerprint=SHA),
+        tokens_layout=stream_layout(len(tokens)),
+        documents_layout=stream_layout(len(starts)),
+        created_with=Versions(libraries={}),
+    )
+    write_corpus(url, record, tokenizer_files, tokens, starts, loss_mask)
+    return record
+
+
+def word_tokenizer(vocabulary_size: int) -> dict[str, bytes]:
+    """Files of a tokenizer that AutoTokenizer opens: one word per id."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    backend = Backend(WordLevel({f"t{i}": i for i in range(vocabulary_size)}, unk_token="t0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "t0", "bos_token": "t1", "eos_token": "t1"}
+    return {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
+
+
+def make_entry(record: CacheRecord, k: int, **changes: Any) -> TeacherEntry:
+    """A teacher entry for a cache, with made-up provenance."""
+    encoding = changes.pop("encoding", "codes")
+    shard_tokens, chunk_tokens = changes.pop("shard_tokens", None), changes.pop("chunk_tokens", None)
+    windowing = changes.pop("windowing", Windowing(context_tokens=16, stride_tokens=16))
+    return TeacherEntry(
+        positions=record.corpus.positions,
+        vocabulary_size=record.tokenizer.vocabulary_size,
+        stream_sha256=record.corpus.stream_sha256,
+        tokenizer_fingerprint=record.tokenizer.fingerprint,
+        teacher=Teacher(
+            members=(
+                TeacherIdentity(
+                    source="made-up",
+                    architecture="None",
+                    weights_sha256=changes.pop("weights_sha256", SHA),
+                    config_sha256=SHA,
+                    dtype="float32",
+                    head_columns=record.tokenizer.vocabulary_size,
+                    parameters=0,
+                ),
+            )
+        ),
+        targets=Targets(k=k),
+        windowing=windowing,
+        encoding=Encoding(
+            kind=encoding,
+            step_nats=1 / 32 if encoding == "codes" else None,
+            mantissa_bits=12 if encoding == "codes" else 23,
+        ),
+        layout=entry_layout(
+            record.corpus.positions, k, windowing.stride_tokens, shard_tokens=shard_tokens, chunk_tokens=chunk_tokens
+        ),
+        execution=Execution(device_type="cpu", batch_windows=1, attention="none", head="general"),
+        created_with=Versions(libraries={}),
+        **changes,
+    )
+
+
+def write_entry(url: str | Path, name: str, entry: TeacherEntry, targets: SparseTargets) -> None:
+    """Commit every shard of an entry from the targets of the whole stream."""
+    writer = EntryWriter.open(str(url), name, entry)
+    for shard in writer.pending():
+        start = shard * entry.layout.shard
+        writer.commit(shard, targets.rows(start, min(start + entry.layout.shard, entry.positions)))
+    writer.finish()

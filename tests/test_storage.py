@@ -1,0 +1,357 @@
+"""A cache is written through our writer and checked through other readers; faults never become data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from fakes import dense_targets, make_corpus, make_entry, write_entry
+
+from storage import LogitCache, SparseTargets
+from storage.errors import (
+    CacheNotFound,
+    CorruptCache,
+    FormatError,
+    IdentityMismatch,
+    IncompleteCache,
+    InputError,
+    LogitCacheError,
+)
+from storage.format import teacher_arrays
+from storage.location import locate
+from storage.manifest import CacheRecord
+from storage.writer import EntryWriter, ShardWriter, encode_targets
+
+V, N, K = 507, 1000, 33
+
+
+@pytest.fixture(scope="module")
+def stream() -> tuple[np.ndarray, SparseTargets]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, N).astype(np.uint16)
+    labels = np.append(tokens[1:].astype(np.int64), -1)
+    return tokens, dense_targets(rng.normal(size=(N, V)) * 3, K, labels)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, stream: tuple[np.ndarray, SparseTargets]) -> Path:
+    path = tmp_path_factory.mktemp("original") / "cache"
+    record = make_corpus(str(path), stream[0], V)
+    write_entry(path, "codes", make_entry(record, K, shard_tokens=256, chunk_tokens=64), stream[1])
+    write_entry(path, "exact", make_entry(record, K, encoding="float32", shard_tokens=256, chunk_tokens=64), stream[1])
+    return path
+
+
+@pytest.fixture
+def cache(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("scheme", ["path", "file", "memory"])
+def test_round_trip_over_backends(scheme: str, tmp_path: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    url = {"path": str(tmp_path / "c"), "file": f"file://{tmp_path}/c", "memory": f"memory://{tmp_path.name}/c"}[scheme]
+    tokens, targets = stream
+    record = make_corpus(url, tokens, V)
+    write_entry(url, "a", make_entry(record, K, shard_tokens=256, chunk_tokens=64), targets)
+    opened = LogitCache.open(url)
+    assert opened.teachers == ("a",)
+    assert np.array_equal(opened.tokens.read(3, 997), tokens[3:997])
+    for start, stop in [(0, N), (0, 1), (63, 65), (255, 257), (100, 700), (999, 1000), (5, 5)]:
+        read = opened.teacher("a").read(start, stop)
+        assert (read.start, len(read)) == (start, stop - start)
+        assert np.array_equal(read.token_ids, targets.token_ids[start:stop])
+        assert np.allclose(read.logprobs, targets.logprobs[start:stop], atol=1 / 64 + 1e-5, rtol=0)
+        for name in ("log_tail", "log_tail_half", "entropy", "label_logprob"):
+            assert np.allclose(getattr(read, name), getattr(targets, name)[start:stop], rtol=2**-12, equal_nan=True)
+
+
+def test_float32_is_exact(original: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    read = LogitCache.open(str(original)).teacher("exact").read(0, N)
+    for name in ("token_ids", "logprobs", "log_tail", "log_tail_half", "entropy", "label_logprob", "top_logprob"):
+        assert np.array_equal(getattr(read, name), getattr(stream[1], name), equal_nan=name == "label_logprob"), name
+
+
+def decoded_by_the_format_page(arrays: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs and tail by the arithmetic that storage/format.py states, from any reader's arrays."""
+    step = arrays["step"]
+    logprobs = arrays["top_logprob"][:, None] - step * np.cumsum(arrays["logprob_codes"].astype(np.int64), axis=1)
+    return logprobs, arrays["log_tail"]
+
+
+ARRAYS = ("token_ids", "logprob_codes", "kept", "certain", "top_logprob", "log_tail", "label_logprob", "entropy")
+
+
+def read_with_zarr(path: Path) -> dict[str, Any]:
+    group = zarr.open(str(path), mode="r")["teachers/codes"]
+    step = group.attrs["logit_cache"]["encoding"]["step_nats"]
+    return {**{name: group[name][:] for name in ARRAYS}, "step": step}
+
+
+def read_with_xarray(path: Path) -> dict[str, Any]:
+    import xarray
+
+    data = xarray.open_zarr(str(path), group="teachers/codes", consolidated=False, mask_and_scale=False)
+    assert data["token_ids"].dims == ("position", "rank")
+    step = data.attrs["logit_cache"]["encoding"]["step_nats"]
+    return {**{name: data[name].values for name in ARRAYS}, "step": step}
+
+
+def read_with_tensorstore(path: Path) -> dict[str, Any]:
+    import tensorstore
+
+    def one(name: str) -> np.ndarray:
+        location = {"driver": "file", "path": str(path / "teachers/codes" / name)}
+        return np.asarray(tensorstore.open({"driver": "zarr3", "kvstore": location}).result().read().result())
+
+    step = json.loads((path / "teachers/codes/zarr.json").read_text())["attributes"]["logit_cache"]["encoding"]
+    return {**{name: one(name) for name in ARRAYS}, "step": step["step_nats"]}
+
+
+@pytest.mark.filterwarnings("ignore:Object at receipts")  # zarr's remark on a folder that is no array
+@pytest.mark.parametrize("read", [read_with_zarr, read_with_xarray, read_with_tensorstore])
+def test_independent_readers_get_the_same_numbers(
+    read: Any, original: Path, stream: tuple[np.ndarray, SparseTargets]
+) -> None:
+    arrays = read(original)
+    ours = LogitCache.open(str(original)).teacher("codes").read(0, N)
+    logprobs, tail = decoded_by_the_format_page(arrays)
+    assert np.array_equal(logprobs.astype(np.float32), ours.logprobs)
+    assert np.array_equal(arrays["token_ids"], stream[1].token_ids)
+    assert np.array_equal(arrays["kept"], ours.kept)
+    assert np.array_equal(arrays["certain"], ours.certain)
+    assert np.array_equal(arrays["label_logprob"], ours.label_logprob, equal_nan=True)
+    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(tail.astype(np.float64))
+    assert np.abs(mass - 1).max() <= np.expm1(1 / 64)
+
+
+def test_metadata_is_what_zarr_itself_makes_of_it(original: Path) -> None:
+    for array in ("tokens", "document_starts", "teachers/codes/token_ids", "teachers/exact/logprobs"):
+        opened = zarr.open_array(str(original / array), mode="r")
+        ours = json.loads((original / array / "zarr.json").read_text())
+        theirs = json.loads(json.dumps(opened.metadata.to_dict(), default=str))
+        assert theirs["shape"] == ours["shape"]
+        assert [codec["name"] for codec in theirs["codecs"]] == ["sharding_indexed"]
+        assert theirs["codecs"][0]["configuration"]["index_location"] == "end"
+        assert [c["name"] for c in theirs["codecs"][0]["configuration"]["codecs"]] == ["bytes", "blosc", "crc32c"]
+
+
+def test_a_hole_is_never_data(tmp_path: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    record = make_corpus(str(tmp_path / "c"), stream[0], V)
+    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
+    writer = EntryWriter.open(str(tmp_path / "c"), "a", entry)
+    writer.commit(1, stream[1].rows(256, 512))
+    writer.commit(3, stream[1].rows(768, 1000))
+    writer.finish()
+    targets = LogitCache.open(str(tmp_path / "c")).teacher("a")
+    assert targets.missing() == [(0, 256), (512, 768)]
+    assert len(targets.read(256, 512)) == 256
+    for start, stop in [(0, 1), (255, 300), (511, 513), (600, 601)]:
+        with pytest.raises(IncompleteCache, match=r"0\.\.256, 512\.\.768"):
+            targets.read(start, stop)
+    assert writer.pending() == [0, 2]
+
+
+def test_committing_twice_changes_nothing(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    before = {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    record = LogitCache.open(str(cache)).record
+    writer = EntryWriter.open(str(cache), "codes", make_entry(record, K, shard_tokens=256, chunk_tokens=64))
+    assert writer.pending() == []
+    writer.commit(2, stream[1].rows(512, 768))
+    writer.finish()
+    assert {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()} == before
+
+
+def test_committed_objects_are_never_replaced(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    record = LogitCache.open(str(cache)).record
+    writer = EntryWriter.open(str(cache), "codes", make_entry(record, K, shard_tokens=256, chunk_tokens=64))
+    other = dense_targets(np.random.default_rng(9).normal(size=(256, V)), K, np.zeros(256, dtype=np.int64), start=512)
+    with pytest.raises(CorruptCache, match="already committed"):
+        writer.commit(2, other)
+    assert np.array_equal(LogitCache.open(str(cache)).teacher("codes").read(0, N).token_ids, stream[1].token_ids)
+
+
+def test_leftovers_without_a_receipt_are_replaced(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    entry_folder = cache / "teachers/codes"
+    expected = (entry_folder / "token_ids/c/2/0").read_bytes()
+    (entry_folder / "receipts/00000002.json").unlink()
+    (entry_folder / "receipts/index.json").unlink()
+    (entry_folder / "token_ids/c/2/0").write_bytes(b"half a shard")
+    (entry_folder / "token_ids/c/2/0.77-abc.partial").write_bytes(b"a killed writer's")
+    record = LogitCache.open(str(cache)).record
+    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
+    with pytest.raises(IncompleteCache):
+        LogitCache.open(str(cache)).teacher("codes").read(512, 513)
+    write_entry(cache, "codes", entry, stream[1])
+    assert (entry_folder / "token_ids/c/2/0").read_bytes() == expected
+    assert LogitCache.open(str(cache)).teacher("codes").missing() == []
+
+
+def test_another_identity_is_refused_with_the_fields_that_differ(cache: Path) -> None:
+    record = LogitCache.open(str(cache)).record
+    before = (cache / "teachers/codes/zarr.json").read_bytes()
+    changed = make_entry(record, K - 1, shard_tokens=256, chunk_tokens=64, weights_sha256="1" * 64)
+    with pytest.raises(IdentityMismatch) as error:
+        EntryWriter.open(str(cache), "codes", changed)
+    assert "targets.k: the cache has 33, this job has 32" in str(error.value)
+    assert any(field.startswith("teacher.members.0.weights_sha256") for field in error.value.fields)
+    assert (cache / "teachers/codes/zarr.json").read_bytes() == before
+
+
+def test_a_cache_of_other_text_is_refused(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    with pytest.raises(IdentityMismatch, match="stream_sha256"):
+        make_corpus(str(cache), stream[0][::-1].copy(), V)
+
+
+@pytest.mark.parametrize("content", ["a file", "another zarr group"])
+def test_a_folder_that_holds_something_else_is_left_alone(
+    content: str, tmp_path: Path, stream: tuple[np.ndarray, SparseTargets]
+) -> None:
+    if content == "a file":
+        (tmp_path / "thesis.txt").write_text("three years of work")
+    else:
+        zarr.create_group(str(tmp_path), attributes={"mine": 1})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((InputError, FormatError), match="not a cache|not one of logit-cache"):
+        make_corpus(str(tmp_path), stream[0], V)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_there_says_so(tmp_path: Path, original: Path) -> None:
+    with pytest.raises(CacheNotFound, match="no cache there"):
+        LogitCache.open(str(tmp_path / "nowhere"))
+    with pytest.raises(CacheNotFound, match="codes, exact"):
+        LogitCache.open(str(original)).teacher("other")
+    with pytest.raises(FormatError, match="cannot name"):
+        LogitCache.open(str(original)).teacher("../codes")
+
+
+def read_everything(path: Path) -> None:
+    opened = LogitCache.open(str(path))
+    opened.tokens.read(0, N)
+    _ = opened.document_starts
+    opened.tokenizer_files()
+    for name in ("codes", "exact"):
+        opened.teacher(name).read(0, N)
+
+
+FAULTS = {
+    "deleted": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "zarr.json",
+        "tokens/c/0",
+        "tokens/zarr.json",
+        "document_starts/c/0",
+        "tokenizer/tokenizer.json",
+        "receipts/tokenizer.json",
+        "receipts/tokens/00000000.json",
+        "teachers/codes/zarr.json",
+        "teachers/codes/token_ids/zarr.json",
+        "teachers/codes/token_ids/c/1/0",
+        "teachers/codes/logprob_codes/c/3/0",
+        "teachers/codes/log_tail/c/2",
+        "teachers/exact/logprobs/c/0/0",
+        "teachers/codes/receipts/00000001.json",
+    ],
+)
+def test_damage_is_an_error_that_names_the_object(fault: str, victim: str, cache: Path) -> None:
+    FAULTS[fault](cache / victim)
+    with pytest.raises(LogitCacheError) as error:
+        read_everything(cache)
+    folder = victim.split("/c/")[0].split("/zarr.json")[0]
+    assert str(cache) in str(error.value)
+    assert folder.split("/")[-1].split(".")[0] in str(error.value)
+
+
+def test_two_shards_swapped(cache: Path) -> None:
+    a, b = cache / "teachers/codes/token_ids/c/0/0", cache / "teachers/codes/token_ids/c/1/0"
+    a_bytes, b_bytes = a.read_bytes(), b.read_bytes()
+    a.write_bytes(b_bytes)
+    b.write_bytes(a_bytes)
+    with pytest.raises(CorruptCache, match="token_ids/c/0/0"):
+        LogitCache.open(str(cache)).teacher("codes").read(0, 10)
+
+
+def test_no_flipped_bit_goes_unnoticed(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    """One bit of any byte class: shard payloads, metadata, receipts. A read equals the original or raises."""
+    rng = np.random.default_rng(1)
+    files = [p for p in sorted(cache.rglob("*")) if p.is_file() and p != cache / "teachers/zarr.json"]
+    silent = 0
+    for _ in range(300):
+        path = files[rng.integers(len(files))]
+        data = bytearray(path.read_bytes())
+        position = int(rng.integers(len(data)))
+        original = bytes(data)
+        data[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(data))
+        try:
+            opened = LogitCache.open(str(cache))
+            read = opened.teacher("codes").read(0, N)
+            exact = opened.teacher("exact").read(0, N)
+            opened.tokenizer_files()
+            silent += not (
+                np.array_equal(opened.tokens.read(0, N), stream[0])
+                and np.array_equal(read.token_ids, stream[1].token_ids)
+                and np.array_equal(exact.logprobs, stream[1].logprobs)
+                and np.allclose(read.logprobs, stream[1].logprobs, atol=1 / 63, rtol=0)
+            )
+        except LogitCacheError:
+            pass
+        finally:
+            path.write_bytes(original)
+    assert silent == 0
+
+
+def test_values_that_break_the_format_are_refused_though_their_receipt_is_right(
+    tmp_path: Path, stream: tuple[np.ndarray, SparseTargets]
+) -> None:
+    """A foreign cache can be consistent with itself and wrong: ids beyond V, a NaN, a label missing."""
+    record = make_corpus(str(tmp_path / "c"), stream[0], V)
+    entry = make_entry(record, K)
+    url = str(tmp_path / "c")
+    cases = [("token_ids", V), ("kept", K + 1), ("entropy", np.nan), ("label_logprob", np.nan), ("log_tail", -np.inf)]
+    for number, (name, value) in enumerate(cases):
+        values = getattr(stream[1], name).copy()
+        values[17] = value
+        damaged = dataclasses.replace(stream[1], **{name: values})
+        writer = EntryWriter.open(url, f"e{number}", entry)
+        with pytest.raises(FormatError, match="is not written"):
+            writer.commit(0, damaged)
+        assert writer.pending() == [0]
+        specs = teacher_arrays(entry)
+        foreign = ShardWriter(locate(url), f"teachers/e{number}/", f"teachers/e{number}/receipts", specs, entry)
+        foreign.commit(0, encode_targets(entry, damaged))
+        with pytest.raises(CorruptCache, match="breaks the format"):
+            LogitCache.open(url).teacher(f"e{number}").read(0, 5)
+
+
+def test_out_of_range_reads_raise(original: Path) -> None:
+    opened = LogitCache.open(str(original))
+    for start, stop in [(-1, 5), (5, 4), (0, N + 1)]:
+        with pytest.raises(IndexError):
+            opened.teacher("codes").read(start, stop)
+        with pytest.raises(IndexError):
+            opened.tokens.read(start, stop)
+
+
+def test_no_temporary_files_remain(original: Path) -> None:
+    assert not list(original.rglob("*.partial"))
+    # A record can be rebuilt from what is stored, which is what makes it a format and not a dump.
+    stored = json.loads((original / "zarr.json").read_text())["attributes"]["logit_cache"]
+    stored.pop("sha256")
+    assert CacheRecord.model_validate(stored) == LogitCache.open(str(original)).record
