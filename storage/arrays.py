@@ -1,8 +1,9 @@
 """One array of a cache, encoded to shard objects and read back checked.
 
 Reading goes through zarr itself, on a plain local store, and never on trust: before zarr touches a shard,
-its object's length and seal (shard index and chunk checksums) are compared with the receipt, because zarr takes a missing object for
-fill values and an empty one for zeros. Chunks carry a crc32c of their own, and the fill values are poison.
+its object's length and seal (shard index and chunk checksums) are compared with the receipt, because zarr
+takes a missing object for fill values and an empty one for zeros. Chunks carry a crc32c of their own, and
+the fill values are poison.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ A cache is a Zarr v3 group. Any Zarr v3 reader opens it; nothing in it is code. 
     document_starts/               uint64   [D]   ascending; the first is 0
     loss_mask/                     bool     [N]   optional: True where the *next* token is trained on
     tokenizer/                     the tokenizer's own files
-    receipts/tokens/<shard>.json   and likewise for document_starts and loss_mask; receipts/tokenizer.json
+    receipts/tokens/<shard>.json   and likewise for document_starts and loss_mask
+    receipts/tokenizer.json
     teachers/zarr.json             group
     teachers/<name>/zarr.json      group; attributes["logit_cache"] = TeacherEntry; never rewritten
     teachers/<name>/token_ids      uint16 iff V <= 65,535, else uint32   [N, K]
@@ -23,7 +24,8 @@ A cache is a Zarr v3 group. Any Zarr v3 reader opens it; nothing in it is code. 
 
 **Targets.** Row `t` is the teacher's distribution of token `t + 1` given the tokens of its window up to `t`,
 normalised over the V columns of the vocabulary. The first `kept[t]` columns of `token_ids` are valid, in the
-order (log-prob descending, id ascending); the others hold the type's maximum. `certain[t]` of them are there
+order (log-prob descending, id ascending); the others hold the type's maximum, and a code or log-prob of 0.
+`certain[t]` of them are there
 with certainty. `log_tail` is the log of the mass outside the certain ids and `log_tail_half` the log of the
 sum of p**0.5 there; both are -inf exactly when `certain = V`. `label_logprob` is the log-prob of `tokens[t+1]`,
 NaN exactly at `t = N - 1` and, when documents are isolated, at the last position of each. No other NaN or
@@ -49,7 +51,8 @@ is filled up with the fill value, which is poison: the largest integer, or NaN.
 **Receipts.** A shard exists if its receipt does. The receipt is written after the objects and holds, of each,
 its byte length, its sha256 and its seal: the sha256 of the shard index at the object's end (``16 * chunks + 4``
 bytes) followed by the last 4 bytes (the crc32c) of every chunk in the order of the index. The seal tells a
-missing, short, damaged or swapped object without reading all of it. `receipts/index.json` holds the sha256 field of every receipt, in order.
+missing, short, damaged or swapped object without reading all of it. `receipts/index.json` holds the sha256
+field of every receipt, in order.
 """
 
 from __future__ import annotations

@@ -73,11 +73,13 @@ class SparseTargets:
     def logprobs(self) -> NDArray[np.float32]:
         """Log-probs float32 [T, K] in nats, decoded on first use; -inf where a column is not valid."""
         if self.exact_logprobs is not None:
-            return self.exact_logprobs
-        assert self.codes is not None and self.step_nats is not None
-        decoded = decode_logprobs(self.codes, self.top_logprob, self.step_nats)
+            decoded = self.exact_logprobs
+        else:
+            assert self.codes is not None
+            assert self.step_nats is not None
+            decoded = decode_logprobs(self.codes, self.top_logprob, self.step_nats)
         if len(self) and int(self.kept.min()) < self.k:
-            decoded[np.arange(self.k) >= self.kept[:, None]] = -np.inf
+            return np.where(np.arange(self.k) < self.kept[:, None], decoded, np.float32(-np.inf))
         return decoded
 
     def rows(self, start: int, stop: int) -> SparseTargets:

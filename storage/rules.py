@@ -18,8 +18,10 @@ def broken_rule(targets: SparseTargets, entry: TeacherEntry) -> str | None:
     valid = columns < kept[:, None]
     if (targets.token_ids[valid] >= vocabulary_size).any():
         return f"a token id is not below the vocabulary size {vocabulary_size}"
-    if targets.codes is not None and targets.codes[:, 0].any():
-        return "column 0 of logprob_codes is not 0"
+    if (targets.token_ids[~valid] != np.iinfo(targets.token_ids.dtype).max).any():
+        return "an id beyond kept is not the type's maximum"
+    if targets.codes is not None and (targets.codes[:, 0].any() or targets.codes[~valid].any()):
+        return "column 0 of logprob_codes, or a column beyond kept, is not 0"
     if targets.exact_logprobs is not None and not np.isfinite(targets.exact_logprobs[valid]).all():
         return "a log-prob is not finite"
     if not (np.isfinite(targets.top_logprob).all() and np.isfinite(targets.entropy).all()):

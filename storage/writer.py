@@ -196,7 +196,9 @@ def encode_targets(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDA
             targets.logprobs, values["top_logprob"], targets.kept, entry.encoding.step_nats
         )
     else:
-        values["logprobs"] = targets.logprobs.astype(np.float32)
+        # In memory an unused column is -inf; stored it is 0, because the format keeps infinity for one meaning.
+        used = np.arange(targets.k) < targets.kept[:, None]
+        values["logprobs"] = np.where(used, targets.logprobs, np.float32(0))
     return {name: values[name] for name in specs}
 
 
@@ -243,7 +245,8 @@ def write_corpus(
     # Tokens last: a cache whose tokens are complete is complete.
     for name, spec in sorted(corpus_arrays(record).items(), key=lambda item: item[0] == "tokens"):
         values = arrays[name]
-        assert values is not None and len(values) == spec.shape[0], f"{name} as the record has it"
+        assert values is not None, f"the record has {name}"
+        assert len(values) == spec.shape[0], f"{name} is as long as the record says"
         writer = ShardWriter(location, "", f"receipts/{name}", {name: spec}, record)
         writer.prepare()
         for shard in range(spec.shards):

@@ -217,7 +217,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     else:
         zarr.create_group(str(tmp_path), attributes={"mine": 1})
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises((InputError, FormatError), match="not a cache|not one of logit-cache"):
+    with pytest.raises((InputError, FormatError), match=r"not a cache|not one of logit-cache"):
         make_corpus(str(tmp_path), stream[0], V)
     assert sorted(tmp_path.rglob("*")) == before
 
