@@ -1,0 +1,33 @@
+# Two commands on a fresh machine: `make demo` runs the whole road, `make test` checks everything.
+# Both set up .venv by themselves; constraints.txt pins every package for development and CI.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+OUT ?= demo-run
+TEXT ?=
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(READY)
+	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
+
+test: $(READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf .venv demo-run
