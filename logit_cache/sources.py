@@ -1,0 +1,364 @@
+"""Where text comes from: plain text, JSON lines, Parquet, and data sets of the Hugging Face hub.
+
+Everything is read as a stream of `Chunk`s of text and of `Conversation`s, in the order in which the sources were
+given; no file is ever held whole. Text is kept as it is, carriage returns included; only a byte-order mark at the
+start of a file is left out. Files that end in .gz, .bz2 or .xz are decompressed on the way.
+
+=============================  =======================================================================
+`hub:NAME[:CONFIG][@REVISION]` a data set of the hub, streamed; its split is an option
+`*.jsonl`, `*.ndjson`, `*.json`  one JSON object per line: a document or a conversation each
+`*.parquet`                    one row per document or conversation
+any other file                 UTF-8 text: one document, or as many as the document separator makes of it
+a folder                       all files below it, sorted by path, without hidden ones
+a pattern with `*`, `?`, `[`   the files that it matches, sorted by path; `**` crosses folders
+=============================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import glob
+import gzip
+import itertools
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from storage.errors import InputError
+
+BLOCK_BYTES = 1 << 20
+
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_JSON_LINES = {".jsonl", ".ndjson", ".json"}
+_HUB = re.compile(r"^hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))?$")
+_PARQUET_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file or data set. `name` is what provenance records: a base name or hub id, never a folder."""
+
+    name: str
+    kind: Literal["text", "jsonl", "parquet", "hub"]
+    location: str
+    file_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How sources are read: fields of rows, the split of hub data sets, and where plain text is cut."""
+
+    text_field: str
+    messages_field: str
+    split: str
+    document_separator: str | None
+
+
+@dataclass(slots=True)
+class Meter:
+    """How many bytes of input have been read: of the files, or of the text where a hub data set has no size."""
+
+    read_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a document's text; `ends` with the last one. `trained` holds the character ranges of the whole
+    document that an assistant wrote, or None where all of it is trained on; such a document is one chunk."""
+
+    source: int
+    text: str
+    ends: bool
+    trained: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row with messages. `where` names it in errors."""
+
+    source: int
+    messages: list[dict[str, Any]]
+    where: str
+
+
+def find_sources(text: Iterable[str]) -> list[Source]:
+    """The sources that paths, patterns, folders and hub names stand for; raises InputError for any that is none."""
+    return [source for item in text for source in _find(item)]
+
+
+def read_sources(sources: Iterable[Source], reading: Reading, meter: Meter) -> Iterator[Chunk | Conversation]:
+    """All documents of all sources. Raises InputError naming the file and the byte, line or row that is wrong."""
+    for index, source in enumerate(sources):
+        if source.kind == "text":
+            yield from _read_text(index, source, reading.document_separator, meter)
+        else:
+            rows = {"jsonl": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
+            for row in rows(source, reading, meter):
+                yield _from_row(index, row, reading)
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text itself; raises InputError if it is not Unicode text (JSON can spell half a surrogate pair)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start} is {text[error.start]!r}, half of a surrogate pair, which is no text; "
+            f"correct or remove the row"
+        ) from None
+    return text
+
+
+def _find(item: str) -> list[Source]:
+    if item.startswith("hub:"):
+        if not _HUB.match(item):
+            raise InputError(f"{item!r}: expected hub:NAME, hub:NAME:CONFIG or hub:NAME@REVISION")
+        return [Source(item, "hub", item, None)]
+    if "://" in item:
+        raise InputError(f"{item}: text is read from files of this machine or from hub:NAME; copy it here first")
+    path = Path(item).expanduser()
+    if path.is_dir():
+        below = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+        found = sorted(
+            p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts) and p.is_file()
+        )
+        if not found:
+            raise InputError(f"{item}: the folder holds no files; give files or a folder with some")
+    elif path.exists():
+        found = [path]
+    elif glob.has_magic(item):
+        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        if not found:
+            raise InputError(f"{item}: the pattern matches no file here ({os.getcwd()}); check its spelling")
+    else:
+        raise InputError(f"{item}: no such file; give a file, a folder, a pattern, or hub:NAME for a hub data set")
+    return [_file_source(p) for p in found]
+
+
+def _file_source(path: Path) -> Source:
+    ending = Path(path.stem if path.suffix in _COMPRESSED else path.name).suffix.lower()
+    kind: Literal["text", "jsonl", "parquet"] = (
+        "jsonl" if ending in _JSON_LINES else "parquet" if ending == ".parquet" else "text"
+    )
+    # A name that is not UTF-8 must still fit into JSON.
+    name = os.fsencode(path.name).decode("utf-8", "replace")
+    return Source(name, kind, str(path), path.stat().st_size)
+
+
+@dataclass
+class _MeteredFile:
+    """A file read in binary, decompressed if its ending says so, that counts its own bytes on the disk."""
+
+    source: Source
+    meter: Meter
+    _counted: int = field(default=0, init=False)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        where = self.source.location
+        opener = _COMPRESSED.get(Path(where).suffix)
+        try:
+            with open(where, "rb") as self._raw:
+                if opener is None:
+                    yield self._raw
+                else:
+                    with cast(IO[bytes], opener(self._raw, "rb")) as file:
+                        yield file
+        except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise InputError(f"{where}: cannot be decompressed ({error}); the file is damaged or cut short") from None
+        except OSError as error:
+            raise InputError(f"{where}: cannot be read ({error.strerror or error})") from None
+
+    def count(self) -> None:
+        position = self._raw.tell()
+        self.meter.read_bytes += position - self._counted
+        self._counted = position
+
+
+def _read_text(index: int, source: Source, separator: str | None, meter: Meter) -> Iterator[Chunk]:
+    blocks = _text_blocks(source, meter)
+    if separator is None:
+        for block in blocks:
+            yield Chunk(index, block, False)
+        yield Chunk(index, "", True)
+    else:
+        for text, ends in _split(blocks, separator):
+            yield Chunk(index, text, ends)
+
+
+def _text_blocks(source: Source, meter: Meter) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    file = _MeteredFile(source, meter)
+    offset, begun = 0, False
+    with file.open() as stream:
+        while True:
+            block = stream.read(BLOCK_BYTES)
+            file.count()
+            if b"\0" in block:
+                raise InputError(
+                    f"{source.location}: byte {offset + block.index(0)} is 0, so this is no UTF-8 text file; "
+                    f"leave it out, or convert it"
+                )
+            carried = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{source.location}: byte {offset - carried + error.start} is not valid UTF-8 ({error.reason}); "
+                    f"convert the file to UTF-8"
+                ) from None
+            if not block:
+                return
+            yield text if begun else text.removeprefix("\ufeff")
+            begun = begun or bool(text)
+            offset += len(block)
+
+
+def _split(blocks: Iterable[str], separator: str) -> Iterator[tuple[str, bool]]:
+    """`"".join(blocks).split(separator)` as a stream of (text, ends), whatever the blocks.
+
+    A line feed of the separator also matches one with a carriage return before it.
+    """
+    lines = separator.replace("\r\n", "\n").split("\n")
+    pattern = re.compile("\r?\n".join(re.escape(line) for line in lines))
+    longest = len(separator) + len(lines) - 1
+    buffer = ""
+    for block in blocks:
+        buffer += block
+        # What starts after this point may match more, or earlier, once the next block is there.
+        limit = len(buffer) - longest
+        position = 0
+        for match in pattern.finditer(buffer):
+            if match.start() > limit:
+                break
+            yield buffer[position : match.start()], True
+            position = match.end()
+        if limit > position:
+            yield buffer[position:limit], False
+        buffer = buffer[max(position, limit, 0) :]
+    for text in (parts := pattern.split(buffer))[:-1]:
+        yield text, True
+    yield parts[-1], True
+
+
+def _from_row(index: int, row: tuple[dict[str, Any], str], reading: Reading) -> Chunk | Conversation:
+    values, where = row
+    messages, text = values.get(reading.messages_field), values.get(reading.text_field)
+    if messages is not None:
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise InputError(
+                f"{where}: {reading.messages_field!r} is not a list of {{role, content}} objects; "
+                f"name the right field with --messages-field"
+            )
+        if not messages:
+            raise InputError(f"{where}: {reading.messages_field!r} is an empty list; remove the row")
+        return Conversation(index, _without_nulls(messages), where)
+    if text is None and (reading.text_field in values or reading.messages_field in values):
+        text = ""
+    if isinstance(text, str):
+        return Chunk(index, checked_text(text, where), True)
+    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in sorted(values.items())[:8]) or "nothing"
+    raise InputError(
+        f"{where}: expected a string in {reading.text_field!r} or messages in {reading.messages_field!r}, found "
+        f"{found}; name the right one with --text-field or --messages-field"
+    )
+
+
+def _json_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tuple[dict[str, Any], str]]:
+    # Line by line rather than through Arrow, which would give every message the fields of all others (as nulls, and
+    # templates test for fields), refuse a file whose rows differ in kind, and name no line in its errors.
+    file = _MeteredFile(source, meter)
+    with file.open() as stream:
+        for number in itertools.count(1):
+            line = stream.readline()
+            file.count()
+            if not line:
+                return
+            where = f"{source.location} line {number}"
+            try:
+                text = line.decode()
+                row = json.loads(text.removeprefix("\ufeff") if number == 1 else text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where}: byte {error.start} of it is not valid UTF-8 ({error.reason})") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: expected one JSON object per line ({error})") from None
+            if row is None and not text.strip():
+                continue
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            yield row, where
+
+
+def _parquet_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tuple[dict[str, Any], str]]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    where = source.location
+    try:
+        with parquet.ParquetFile(where) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in (reading.text_field, reading.messages_field) if name in names]
+            if not columns:
+                raise InputError(
+                    f"{where}: expected a column {reading.text_field!r} or {reading.messages_field!r}, found "
+                    f"{', '.join(names[:12])}; name the right one with --text-field or --messages-field"
+                )
+            done, counted, rows = 0, 0, max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    yield row, f"{where} row {done}"
+                    done += 1
+                reached = (source.file_bytes or 0) * done // rows
+                meter.read_bytes += reached - counted
+                counted = reached
+    except (arrow.ArrowException, OSError) as error:
+        raise InputError(f"{where}: cannot be read as Parquet ({_one_line(error)})") from None
+
+
+def _hub_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tuple[dict[str, Any], str]]:
+    import datasets
+
+    parts = _HUB.match(source.location)
+    assert parts is not None, "find_sources has checked it"
+    done = 0
+    try:
+        rows = datasets.load_dataset(
+            parts["name"], parts["config"], split=reading.split, revision=parts["revision"], streaming=True
+        )
+        columns = [name for name in (reading.text_field, reading.messages_field) if name in (rows.column_names or ())]
+        for row in rows.select_columns(columns) if columns else rows:
+            yield row, f"{source.name} row {done}"
+            done += 1
+            text = row.get(reading.text_field)
+            meter.read_bytes += len(text) if isinstance(text, str) else 0
+    except InputError:
+        raise
+    except Exception as error:
+        # The library raises its own errors and those of several others: for an unknown name, config or split, for
+        # a gated data set, and for whatever the network does.
+        at = f" after {done} rows" if done else ""
+        raise InputError(
+            f"{source.name}, split {reading.split!r}: cannot be read{at} ({_one_line(error)}); "
+            f"check name, config, split and network"
+        ) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Messages without the nulls by which Arrow fills up structs: templates ask whether a field is there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

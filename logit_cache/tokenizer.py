@@ -1,0 +1,167 @@
+"""The tokenizer of a cache: taken as it is, or trained on the text; and the files that are stored of it.
+
+Text is tokenised with the tokenizer as it is read back from those files, so that what a cache holds is what made
+its tokens. No code is stored, and nothing that names a folder of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from storage.errors import InputError, LogitCacheError
+from storage.reader import LogitCache
+
+Ranges = tuple[tuple[int, int], ...]
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
+BYTES = 256
+MIN_FREQUENCY = 2
+
+_STORED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"}
+_FILE_NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+# Where from and how it was loaded, which is neither behaviour nor anybody's business.
+_LOADING = {
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+    "_commit_hash",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+}
+_PROBE = "  The quick\tbrown fox's 1,234.5 jumps\r\n\n\nüber ﬁne e\u0301 日本語 😀 — no  end "
+
+
+def open_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, in a cache (its URL), or on the hub. Raises InputError when there is none."""
+    path = Path(name).expanduser()
+    if "://" in name or (path / "zarr.json").is_file():
+        with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
+            LogitCache.open(name).save_tokenizer(Path(folder))
+            return _load(Path(folder), name, trust_remote_code)
+    if path.is_dir():
+        return _load(path, name, trust_remote_code)
+    if path.exists():
+        raise InputError(f"{name}: expected a folder with tokenizer.json or the like, found a file; give its folder")
+    if not _HUB_ID.match(name):
+        raise InputError(f"{name}: no such folder; give a tokenizer's folder, a cache, or a hub id such as org/name")
+    return _load(name, name, trust_remote_code, revision)
+
+
+def cache_vocabulary(cache: LogitCache) -> dict[str, int]:
+    """Which string is which id in a cache's tokenizer, added tokens included."""
+    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
+        cache.save_tokenizer(Path(folder))
+        vocabulary: dict[str, int] = _load(Path(folder), cache.url, False).get_vocab()
+    return vocabulary
+
+
+def train_tokenizer(lines: Iterable[str], vocabulary_size: int, special_tokens: Iterable[str] = ()) -> Any:
+    """A byte-level BPE of `vocabulary_size` ids, or fewer where the text has no more pairs to merge.
+
+    NFKC, a space put before a text, pairs merged that occur at least twice; `<pad> <s> </s>` are the ids 0, 1, 2
+    and further special tokens follow. All 256 bytes are in the alphabet, so no text is unknown. `lines` with their
+    line feeds, each a text of its own, are read once and not kept. The result depends on the lines alone: counts
+    are summed, and equal ones ordered by id.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    make: Any = PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFKC()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=True)
+    further = [token for token in dict.fromkeys(special_tokens) if token not in SPECIAL_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=[*SPECIAL_TOKENS, *further],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(lines, trainer)
+    pad, begin, end = SPECIAL_TOKENS
+    extra = {"additional_special_tokens": further} if further else {}
+    return make(tokenizer_object=bpe, pad_token=pad, bos_token=begin, eos_token=end, **extra)
+
+
+def stored_tokenizer(tokenizer: Any, trust_remote_code: bool = False) -> tuple[Any, dict[str, bytes]]:
+    """The tokenizer as its stored files give it back, and those files by name.
+
+    Raises InputError when saving loses something: another vocabulary, or other ids for a text of many scripts.
+    """
+    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
+        tokenizer.save_pretrained(folder)
+        files = {
+            path.name: _scrubbed(path)
+            for path in sorted(Path(folder).iterdir())
+            if path.is_file() and path.suffix in _STORED and _FILE_NAME.match(path.name)
+        }
+    if trust_remote_code and "tokenizer.json" not in files:
+        # Its code is not stored, so its files alone cannot give it back.
+        return tokenizer, files
+    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        again = _load(Path(folder), "the tokenizer as saved", trust_remote_code)
+    probes = [
+        (each.get_vocab(), each(_PROBE, add_special_tokens=False, verbose=False)["input_ids"], each.chat_template)
+        for each in (tokenizer, again)
+    ]
+    if probes[0] != probes[1]:
+        raise InputError(
+            f"the tokenizer ({type(tokenizer).__name__}) does not survive saving: read back ({type(again).__name__}) "
+            f"it has another vocabulary or gives other ids; save it with this transformers and give that folder"
+        )
+    return again, files
+
+
+def render_marked(tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> tuple[str, Ranges]:
+    """A conversation's text and the character ranges that its template marks with `{% generation %}`."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # The ranges themselves rather than apply_chat_template's token mask: that one stops at the first reply whose
+    # first character no token's offsets cover (a space, where offsets are trimmed), and runs to the conversation's
+    # end where the last one's is not covered.
+    rendered: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    texts, ranges = rendered
+    return texts[0], tuple((start, stop) for start, stop in ranges[0] if start < stop)
+
+
+def _load(place: str | Path, name: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+    from transformers import AutoTokenizer
+
+    local = isinstance(place, Path)
+    pinned = {} if revision is None else {"revision": revision}
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(place), local_files_only=local, trust_remote_code=trust_remote_code, **pinned
+        )
+    except LogitCacheError:
+        raise
+    except Exception as error:
+        # Whatever the files hold ends up as an exception of the library that first stumbled over it.
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        remedy = "give a folder in which a tokenizer was saved" if local else "check the id and the network"
+        raise InputError(f"{name}: cannot be read as a tokenizer ({reason}); {remedy}") from None
+
+
+def _scrubbed(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.name != "tokenizer_config.json":
+        return data
+    config = {key: value for key, value in json.loads(data).items() if key not in _LOADING}
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,87 @@
+"""Which id is which string: digests, sizes, differences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from storage.errors import InputError
+from storage.stream import stream_sha256
+from storage.vocabulary import differing_entries, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
+
+VOCABULARY = {"<pad>": 0, "über": 1, "cat": 2, "dog": 7}
+
+
+def test_digest_is_of_canonical_json_sorted_by_id() -> None:
+    expected = hashlib.sha256('[[0,"<pad>"],[1,"über"],[2,"cat"],[7,"dog"]]'.encode()).hexdigest()
+    assert vocabulary_sha256(VOCABULARY) == expected
+    assert vocabulary_sha256(dict(reversed(VOCABULARY.items()))) == expected
+    assert vocabulary_sha256({**VOCABULARY, "dog": 8}) != expected
+    assert vocabulary_sha256({"a": 0, "b": 0}) == vocabulary_sha256({"b": 0, "a": 0})
+
+
+def test_size_is_the_largest_id_and_one() -> None:
+    assert vocabulary_size(VOCABULARY) == 8
+    with pytest.raises(InputError, match="no tokens"):
+        vocabulary_size({})
+
+
+def test_differing_entries_name_id_and_both_strings() -> None:
+    theirs = {"<pad>": 0, "über": 1, "dog": 2, "more": 9}
+    assert differing_entries(VOCABULARY, theirs) == [
+        "id 2: 'cat' here, 'dog' in the teacher's",
+        "id 7: 'dog' here, nothing in the teacher's",
+        "id 9: nothing here, 'more' in the teacher's",
+    ]
+    assert differing_entries(VOCABULARY, dict(VOCABULARY)) == []
+    assert differing_entries({"a": 0, "b": 0}, {"a": 0}) == ["id 0: 'a' and 'b' here, 'a' in the teacher's"]
+
+
+def test_differing_entries_are_counted_beyond_the_most() -> None:
+    ours, theirs = {f"a{i}": i for i in range(12)}, {f"b{i}": i for i in range(12)}
+    listed = differing_entries(ours, theirs, most=3)
+    assert len(listed) == 4
+    assert listed[2:] == ["id 2: 'a2' here, 'b2' in the teacher's", "and 9 more ids"]
+    assert len(differing_entries(ours, theirs, most=12)) == 12
+
+
+def _files(**changes: object) -> dict[str, bytes]:
+    whole = {"model": {"merges": ["a b"]}, "normalizer": None, "padding": None, "truncation": None, **changes}
+    return {"tokenizer.json": json.dumps(whole).encode(), "tokenizer_config.json": b"{}"}
+
+
+def test_fingerprint_covers_behaviour_and_not_how_it_was_called() -> None:
+    plain = tokenizer_fingerprint(_files(), VOCABULARY)
+    assert tokenizer_fingerprint(_files(padding={"length": 8}, truncation={"max_length": 8}), VOCABULARY) == plain
+    reordered = dict(reversed(json.loads(_files()["tokenizer.json"]).items()))
+    assert tokenizer_fingerprint({"tokenizer.json": json.dumps(reordered, indent=4).encode()}, VOCABULARY) == plain
+    assert tokenizer_fingerprint(_files(normalizer={"type": "NFKC"}), VOCABULARY) != plain
+    assert tokenizer_fingerprint(_files(), {**VOCABULARY, "new": 8}) != plain
+
+
+def test_fingerprint_without_tokenizer_json_covers_all_files() -> None:
+    files = {"spiece.model": b"one", "tokenizer_config.json": b"{}"}
+    plain = tokenizer_fingerprint(files, VOCABULARY)
+    assert tokenizer_fingerprint(dict(reversed(files.items())), VOCABULARY) == plain
+    assert tokenizer_fingerprint({**files, "spiece.model": b"two"}, VOCABULARY) != plain
+    assert tokenizer_fingerprint(files, {**VOCABULARY, "cat": 3}) != plain
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
+def test_fingerprint_of_a_broken_file_is_refused(content: bytes) -> None:
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        tokenizer_fingerprint({"tokenizer.json": content}, VOCABULARY)
+
+
+def test_stream_digest_is_what_its_equation_says() -> None:
+    tokens = np.arange(2_500_011, dtype=np.uint32) % 50_021
+    starts = np.array([0, 17, 1_048_577], dtype=np.uint64)
+    mask = tokens % 3 == 0
+    parts = b"tokens" + tokens.astype("<u4").tobytes() + b"documents" + starts.astype("<u8").tobytes()
+    assert stream_sha256(tokens, starts, None) == hashlib.sha256(parts).hexdigest()
+    assert stream_sha256(tokens.astype(np.uint16), starts, None) == hashlib.sha256(parts).hexdigest()
+    masked = hashlib.sha256(parts + b"loss_mask" + mask.astype("u1").tobytes()).hexdigest()
+    assert stream_sha256(tokens, starts, mask) == masked
