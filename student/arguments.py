@@ -1,0 +1,140 @@
+"""Which fields of transformers.TrainingArguments a run may set, our defaults for them, and which are reserved."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from storage.errors import InputError
+from student.job import StudentJob, number_or_same
+
+# From scratch, on small models: the recipes of BabyLlama-2 have this shape at 7e-4. A step always has the same number
+# of windows (the rest of an epoch is dropped), so that the number of processes does not change what a step learns.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "num_train_epochs": 1.0,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    # A loss that is not a number is to be seen; the filter would show the mean of the others, and wait for each step.
+    "logging_nan_inf_filter": False,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "save_total_limit": 1,
+    "dataloader_drop_last": True,
+    "ddp_find_unused_parameters": False,
+    "report_to": "none",
+}
+
+# Fields that would contradict the run itself, and what to do instead.
+RESERVED: dict[str, str] = {
+    "output_dir": "give --output-dir",
+    "seed": "give --seed",
+    "data_seed": "the reading order follows --seed",
+    "train_sampling_strategy": "the reading order is part of the run, so that a student and its control share it",
+    "length_column_name": "windows have one length",
+    "remove_unused_columns": "targets are no argument of the model's own forward and must not be dropped",
+    "label_names": "the labels come from the cache",
+    "label_smoothing_factor": "it would replace the distillation loss",
+    "use_liger_kernel": "it would replace the forward that holds the distillation loss",
+    "average_tokens_across_devices": "the loss is divided by the trained tokens of all processes together",
+    "resume_from_checkpoint": "a run with the same --output-dir goes on by itself",
+    "ignore_data_skip": "a resumed run would read other windows than an uninterrupted one",
+    "save_only_model": "an interrupted run could not go on without its optimizer",
+    "disable_tqdm": "a bar is shown on a terminal, plain lines elsewhere",
+    "parallelism_config": "launch with accelerate or torchrun instead",
+    "do_train": "the command trains",
+    "do_eval": "give --eval-cache",
+    "do_predict": "there is no prediction step",
+    "local_rank": "torchrun sets it",
+}
+
+# What a run looks like from outside, not what it learns: these may change between interruption and resumption.
+PRESENTATION = frozenset(
+    {"report_to", "run_name", "project", "log_level", "log_level_replica", "logging_steps", "save_total_limit"}
+)
+
+_METRICS = ("loss", "perplexity", "ece", "accuracy")
+
+
+def training_values(job: StudentJob) -> dict[str, Any]:
+    """The job's training fields over the defaults, checked. Raises InputError naming the field and what to do."""
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    values = dict(DEFAULTS)
+    for name, given in job.training.items():
+        if name in RESERVED:
+            raise InputError(f"training field {name!r} cannot be set: {RESERVED[name]}")
+        if name not in fields:
+            close = difflib.get_close_matches(name, [n for n in fields if n not in RESERVED], n=1)
+            raise InputError(
+                f"there is no training field {name!r}"
+                + (f"; did you mean {close[0]!r}?" if close else "; see transformers.TrainingArguments")
+            )
+        values[name] = _checked(name, fields[name].type, given)
+    metric = str(values.get("metric_for_best_model") or "loss")
+    # The base class takes every metric for better when larger unless its name ends in "loss".
+    values.setdefault("greater_is_better", metric.removeprefix("eval_") == "accuracy")
+    if not _has_accelerator():
+        values.setdefault("use_cpu", True)
+    if values.get("use_cpu"):
+        values.setdefault("dataloader_pin_memory", False)
+    _check_evaluation(job, values)
+    return values
+
+
+def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingArguments:
+    """The arguments themselves; from here on the process belongs to its process group, if there is one."""
+    try:
+        return TrainingArguments(
+            output_dir=job.output_dir,
+            seed=job.seed,
+            remove_unused_columns=False,
+            # The base class's bar writes its log lines to stdout, where a report may be expected.
+            disable_tqdm=True,
+            **values,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"transformers refuses these training fields: {error}") from None
+
+
+def _checked(name: str, hint: Any, given: Any) -> Any:
+    # YAML 1.1 reads 3e-4 as a string; fields that may be text keep what was written.
+    value = given if _takes_text(hint) else number_or_same(given)
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        return _plain(adapter.validate_python(value))
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise InputError(f"training field {name!r}: {message} (found {given!r})") from None
+
+
+def _takes_text(hint: Any) -> bool:
+    return hint is str or str in getattr(hint, "__args__", ())
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _check_evaluation(job: StudentJob, values: Mapping[str, Any]) -> None:
+    evaluates = str(values.get("eval_strategy", "no")) != "no" or values.get("eval_on_start")
+    if (evaluates or values.get("load_best_model_at_end")) and job.eval_cache is None:
+        raise InputError("evaluating during training needs a held-out cache: give --eval-cache")
+    metric = values.get("metric_for_best_model")
+    known = [*_METRICS, *(f"kl_{teacher.name}" for teacher in job.teachers)]
+    if metric is not None and str(metric).removeprefix("eval_") not in known:
+        raise InputError(f"metric_for_best_model {metric!r} is not measured; there is: {', '.join(known)}")
+
+
+def _has_accelerator() -> bool:
+    return bool(torch.accelerator.is_available())

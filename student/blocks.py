@@ -1,0 +1,89 @@
+"""Where training windows lie in the token stream: integer arithmetic, and one random number per window and epoch.
+
+Legend: `N` tokens of the stream, `D` documents, `T` positions of a window. Position `p` is *labelled* when the
+token `p + 1` follows it in the same document (or in the stream, when documents are not isolated); only labelled
+positions are trained on, and a window of length `n <= T` reads the positions `start .. start + n` and one more
+token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Offset = Literal["fixed", "random"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The windows over some documents, numbered in stream order.
+
+    starts     int64 [D]  first position of each document (or of the whole stream, D = 1)
+    labelled   int64 [D]  labelled positions of each: its length - 1
+
+    fixed: window i of a document reads ``[i * T, min((i + 1) * T, labelled))``: every labelled position once, the
+    last window of a document shorter.
+    random: window i reads T positions from ``i * T + o`` on, with o drawn anew for every epoch and window from
+    ``0 .. T - 1``, as far as the window stays inside its document. A document shorter than T gives one short
+    window. So an epoch reads about as much as with fixed windows, not each position exactly once.
+    """
+
+    starts: NDArray[np.int64]
+    labelled: NDArray[np.int64]
+    window_tokens: int
+    offset: Offset
+    seed: int
+    _first: NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        size = self.window_tokens
+        if self.offset == "fixed":
+            counts = -(-self.labelled // size)
+        else:
+            counts = np.where(self.labelled >= size, self.labelled // size, np.minimum(self.labelled, 1))
+        object.__setattr__(self, "_first", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+    @classmethod
+    def of(
+        cls,
+        positions: int,
+        document_starts: NDArray[np.uint64] | None,
+        window_tokens: int,
+        offset: Offset,
+        seed: int,
+    ) -> Blocks:
+        """Windows over a stream of N positions; `document_starts` [D] where windows must not cross documents."""
+        starts = np.zeros(1, dtype=np.int64) if document_starts is None else document_starts.astype(np.int64)
+        labelled = np.diff(np.append(starts, positions)) - 1
+        return cls(starts, labelled.astype(np.int64), window_tokens, offset, seed)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def place(self, window: int, epoch: int = 0) -> tuple[int, int]:
+        """(first absolute position, number of positions) of a window in an epoch."""
+        document, block, length = (int(value[0]) for value in self._locate(np.array([window])))
+        start = block * self.window_tokens
+        if self.offset == "random":
+            room = min(self.window_tokens, int(self.labelled[document]) - length - start + 1)
+            start += self._draw(window, epoch, room)
+        return int(self.starts[document]) + start, length
+
+    def lengths(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many positions each of some windows reads (the same in every epoch)."""
+        return self._locate(windows)[2]
+
+    def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        document = np.searchsorted(self._first, windows, side="right") - 1
+        block = windows - self._first[document]
+        return document, block, np.minimum(self.window_tokens, self.labelled[document] - block * self.window_tokens)
+
+    def _draw(self, window: int, epoch: int, room: int) -> int:
+        # Keyed by what it is for, not drawn in sequence: any worker can compute any window of any epoch, and a
+        # resumed run draws what the first would have. The window stands in the counter's second word, so that
+        # neighbouring windows do not share blocks of the generator's output.
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, window, 0, 0]))
+        return int(generator.integers(room))

@@ -1,0 +1,186 @@
+"""`train-student`: a student from cached targets. The options are shared with `train-teacher`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from student.job import StudentJob, TrainingReport
+
+_EXAMPLE = """\b
+Example:
+  train-student --cache runs/cache --teacher gpt2 --teacher llama:2 --model llama-mini \\
+      --alpha 0.5 --temperature 2 --eval-cache runs/held-out --output-dir runs/student \\
+      --set learning_rate=3e-4 --set num_train_epochs=4
+"""
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every training command."""
+    options = [
+        click.option("--cache", metavar="URL", help="Cache whose token stream is trained on."),
+        click.option("--model", metavar="PRESET|JSON|DIR", help="Preset, config.json, or model directory or hub id."),
+        click.option("--window-tokens", type=int, metavar="T", help="Positions of a training window [128]."),
+        click.option(
+            "--offset",
+            type=click.Choice(["fixed", "random"]),
+            help="Fixed blocks, or a random offset for each block and epoch [fixed].",
+        ),
+        click.option(
+            "--isolate-documents/--cross-documents",
+            default=None,
+            help="Whether windows stay inside documents [as the teachers did; else across].",
+        ),
+        click.option("--output-dir", metavar="DIR", help="A folder of this run's own; the model ends up there."),
+        click.option(
+            "--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."
+        ),
+        click.option("--seed", type=int, help="Of weights, order, offsets and dropout [0]."),
+        click.option("--config", metavar="YAML", help="File with these fields; `training:` takes TrainingArguments."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of TrainingArguments; repeatable."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run_command(command: str, flags: dict[str, Any], trains_teacher: bool = False) -> None:
+    """Build the job from `--config` and the flags, run it, and print the report."""
+    with our_errors(command):
+        job = build_job(command, flags, trains_teacher)
+        from student.run import train
+
+        report = train(job)
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(report.model_dump_json(indent=1) if flags["as_json"] else table(report))
+        _leave_process_group()
+
+
+def build_job(command: str, flags: dict[str, Any], trains_teacher: bool = False) -> StudentJob:
+    """The job that a config file and flags describe; flags win, `--set` over `training:` field by field."""
+    from storage.config import build_config, read_yaml
+    from storage.errors import InputError
+    from student.job import StudentJob, parse_settings
+
+    flags = dict(flags)
+    flags.pop("as_json")
+    config, settings = flags.pop("config"), parse_settings(flags.pop("settings"))
+    stored = read_yaml(config) if config else {}
+    training = stored.get("training") or {}
+    if not isinstance(training, dict):
+        raise InputError(f"{config}: training holds TrainingArguments fields, found {type(training).__name__}")
+    if trains_teacher and stored.get("teachers"):
+        raise InputError(f"{config}: train-teacher learns from the tokens alone; use train-student with teachers")
+    if "teacher" in flags:
+        flags["teachers"] = flags.pop("teacher")
+    flags["training"] = {**training, **settings} or None
+    for name in flags:
+        if isinstance(flags[name], str) and not flags[name]:
+            raise InputError(f"{command}: --{name.replace('_', '-')} is empty")
+    return build_config(StudentJob, config, flags, command)
+
+
+@contextlib.contextmanager
+def our_errors(command: str) -> Iterator[None]:
+    """Errors of ours as one line and exit status 2, said once however many processes there are.
+
+    The packages of this program have plain names: another distribution's `storage` may come first on the path, and
+    then nothing works, for a reason that has to be said.
+    """
+    import storage
+
+    if "LogitCache" not in getattr(storage, "__all__", ()):
+        click.echo(
+            f"error: {command} needs logit-cache's package 'storage', but Python found another one "
+            f"({', '.join(storage.__path__)}): install logit-cache in an environment of its own",
+            err=True,
+        )
+        raise SystemExit(2)
+    from storage.errors import LogitCacheError, one_line_errors
+
+    if os.environ.get("RANK", "0") == "0":
+        with one_line_errors():
+            yield
+        return
+    try:
+        yield
+    except LogitCacheError:
+        sys.exit(2)
+
+
+def _leave_process_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def table(report: TrainingReport) -> str:
+    """The few lines that end a run."""
+    rows = [
+        ("model", f"{report.job.model}, {report.parameters:,} parameters"),
+        ("trained on", f"{report.tokens_seen:,} tokens in {report.steps:,} steps, {report.seconds:,.1f} s"),
+    ]
+    if report.train_log:
+        rows.append(("last training loss", f"{report.train_log[-1]['loss']:.4f}"))
+    held = report.held_out
+    if held is None:
+        rows.append(("held out", "not measured (no --eval-cache)"))
+    else:
+        rows += [
+            ("held-out tokens", f"{held.tokens:,}"),
+            ("cross-entropy", f"{held.cross_entropy:.4f} nats per token"),
+            ("perplexity", f"{held.perplexity:,.2f}"),
+        ]
+        if held.bits_per_byte is not None:
+            rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
+        rows += [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
+        for name, kl in held.kl.items():
+            note = " (a lower bound: the tail counts as one bucket)" if kl.lower_bound else ""
+            rows.append((f"KL to {name}", f"{kl.nats:.4f} nats{note}"))
+        rows += [(f"KL to {name}", f"not measured: {why}") for name, why in held.kl_not_measured.items()]
+    rows.append(("saved in", report.job.output_dir))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def presets_help() -> str:
+    """The list of presets for a command's help, without torch."""
+    from student.models import describe_presets
+
+    return "\b\nPresets:\n" + "\n".join(f"  {line}" for line in describe_presets().splitlines())
+
+
+class PresetCommand(click.Command):
+    """A command whose help ends with the presets; they are looked up only when help is asked for."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.epilog = presets_help()
+        super().format_epilog(ctx, formatter)
+
+
+@click.command(cls=PresetCommand, help="Train a student on cached targets, with no teacher loaded.\n\n" + _EXAMPLE)
+@click.option(
+    "--teacher",
+    multiple=True,
+    metavar="NAME[:WEIGHT]",
+    help="Teacher entry to learn from; repeat for a mixture with these weights.",
+)
+@click.option("--alpha", type=float, help="Share of the cross-entropy, 0..1 [0.5; 1 without teachers].")
+@click.option("--temperature", type=float, help="1 or 2, where the stored targets are exact [1].")
+@run_options
+def train_student(**flags: Any) -> None:
+    run_command("train-student", flags)
+
+
+if __name__ == "__main__":
+    train_student()

@@ -1,0 +1,191 @@
+"""What a training run is asked to do, and what it reports: frozen data, no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from storage.errors import InputError
+from storage.manifest import TEACHER_NAME
+
+TEMPERATURES = (1.0, 2.0)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TeacherWeight(_Frozen):
+    """One member of the mixture. Weights are relative: they are normalised to sum 1."""
+
+    name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+class StudentJob(_Frozen):
+    """A training run. Without teachers it is plain cross-entropy: a teacher, or the control without distillation.
+
+    cache               path or URL of the cache to train on
+    teachers            entries of the cache to learn from; "NAME" and "NAME:WEIGHT" are understood
+    model               preset, JSON configuration, model directory or hub id
+    alpha               share of the cross-entropy; 0.5 with teachers, 1 (the only choice) without
+    temperature         1 or 2, at which the stored targets are exact
+    window_tokens       positions of a training window
+    offset              fixed blocks, or a random offset for every block and epoch
+    isolate_documents   whether windows stay inside documents; by default what the teachers did
+    output_dir          a folder of this run's own: checkpoints while it runs, the model when it is done
+    eval_cache          path or URL of a held-out cache of the same tokenizer
+    seed                of weights, order, offsets and dropout
+    training            fields of transformers.TrainingArguments (`student.arguments` has the defaults)
+    """
+
+    cache: str
+    teachers: tuple[TeacherWeight, ...] = ()
+    model: str
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    temperature: float = 1.0
+    window_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 128
+    offset: Literal["fixed", "random"] = "fixed"
+    isolate_documents: bool | None = None
+    output_dir: Annotated[str, Field(min_length=1)]
+    eval_cache: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    training: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_alpha(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("alpha") is None:
+            data = {**data, "alpha": 0.5 if data.get("teachers") else 1.0}
+        return data
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _parse_teachers(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return [{"name": name, "weight": weight} for name, weight in value.items()]
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            return [_parse_teacher(item) for item in value]
+        return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> StudentJob:
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
+        if not names and self.alpha < 1:
+            raise ValueError(f"alpha is {self.alpha:g} but no teacher is named: name one, or leave alpha at 1")
+        if names and self.alpha < 1 and not any(teacher.weight for teacher in self.teachers):
+            raise ValueError("every teacher's weight is 0: give at least one a weight above 0")
+        if self.temperature not in TEMPERATURES:
+            raise ValueError(
+                f"temperature {self.temperature:g} cannot be served: the stored tails are exact only at 1 and 2"
+            )
+        return self
+
+
+def _parse_teacher(item: Any) -> Any:
+    if not isinstance(item, str):
+        return item
+    name, colon, weight = item.partition(":")
+    if not colon:
+        return {"name": name}
+    try:
+        return {"name": name, "weight": float(weight)}
+    except ValueError:
+        raise ValueError(f"{item!r}: expected NAME or NAME:WEIGHT, and {weight!r} is not a number") from None
+
+
+def scalar(text: str) -> Any:
+    """The value of ``--set key=value``: YAML, and numbers like 3e-4 that YAML 1.1 takes for strings."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return number_or_same(value)
+
+
+def number_or_same(value: Any) -> Any:
+    """A string that reads as a number, as that number; anything else unchanged."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` pairs as a mapping. Raises InputError for anything else."""
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {setting}: expected key=value, for example --set learning_rate=3e-4")
+        parsed[key.strip().replace("-", "_")] = scalar(value.strip())
+    return parsed
+
+
+class HeldOutKL(_Frozen):
+    """KL(teacher || student) in nats per token, bucketed; `lower_bound` unless every id was stored (K = V)."""
+
+    nats: float
+    lower_bound: bool
+
+
+class HeldOutReport(_Frozen):
+    """Held-out figures of the finished model, over every labelled position of the evaluation cache once.
+
+    cross_entropy in nats per token; bits_per_byte counts the bytes of the text, and is None where not all of it is
+    scored; ece (expected calibration error of the top-1 prediction) and accuracy are fractions. `kl_not_measured`
+    says why, by teacher.
+    """
+
+    tokens: int
+    cross_entropy: float
+    perplexity: float
+    bits_per_byte: float | None
+    ece: float
+    accuracy: float
+    kl: dict[str, HeldOutKL] = Field(default_factory=dict)
+    kl_not_measured: dict[str, str] = Field(default_factory=dict)
+
+
+class TrainingReport(_Frozen):
+    """What a run did; `report.json` in its output directory.
+
+    job                 as it ran, `training` with the defaults filled in
+    provenance          sha256 of the records of the caches and entries that it read, by `cache`,
+                        `cache/<teacher>`, `eval_cache`, `eval_cache/<teacher>`
+    isolated_documents  whether windows stayed inside documents
+    steps               optimizer steps, of `windows_per_step` windows each over all processes
+    tokens_seen         positions read for training, all epochs together
+    seconds             spent in training by the process that finished; `resumed_from_step` says where it took over
+    train_log           one entry per logged step: step, epoch, loss, cross_entropy, kl_<teacher>, learning_rate, …
+    eval_log            the evaluations made during training
+    """
+
+    # A run that diverged has no figures, and its report must still be JSON that can be read again.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    kind: Literal["training report"] = "training report"
+    job: StudentJob
+    provenance: dict[str, str]
+    isolated_documents: bool
+    parameters: int
+    steps: int
+    windows_per_step: int
+    tokens_seen: int
+    seconds: float
+    resumed_from_step: int = 0
+    device: str
+    processes: int
+    libraries: dict[str, str]
+    train_log: list[dict[str, int | float]]
+    eval_log: list[dict[str, int | float]]
+    held_out: HeldOutReport | None

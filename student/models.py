@@ -1,0 +1,319 @@
+"""Models by name, by configuration or from weights, fitted to a cache's vocabulary and windows.
+
+Owns the presets and every check that a model must pass before a training step is spent on it: enough columns for
+the vocabulary, enough positions for the window, and no sight of the token that it should predict.
+
+The presets are plain data, so that `--help` can list them; torch and transformers are imported when a model is made.
+Llama presets have no dropout. GPT-2 presets have 0.1 everywhere, GPT2Config's own default, which the published
+GPT-2 teacher was trained with; caching and evaluation switch it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from storage.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+PRESET_VOCABULARY = 16_000
+"""The vocabulary at which `Preset.parameters` is counted: that of the published recipes."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An architecture by name. `parameters` counts all weights at `PRESET_VOCABULARY` ids, a tied head once."""
+
+    family: Literal["llama", "gpt2"]
+    layers: int
+    hidden: int
+    heads: int
+    feed_forward: int
+    parameters: int
+    about: str
+    kv_heads: int | None = None
+    tied: bool = False
+    positions: int = 256
+
+
+PRESETS: dict[str, Preset] = {
+    "llama-58m": Preset("llama", 16, 512, 8, 1024, 58_343_936, "Baby Llama's student"),
+    "llama-345m": Preset("llama", 32, 960, 15, 2560, 345_355_200, "BabyLlama-2's student and teachers", kv_heads=5),
+    "llama-360m": Preset("llama", 24, 1024, 8, 3072, 359_973_888, "Baby Llama's Llama teacher"),
+    "gpt2-705m": Preset("gpt2", 24, 1536, 16, 6144, 704_928_768, "Baby Llama's GPT-2 teacher", tied=True),
+    "llama-tiny": Preset("llama", 2, 128, 4, 384, 2_474_624, "seconds on a CPU", tied=True, positions=512),
+    "gpt2-tiny": Preset("gpt2", 2, 128, 4, 512, 2_510_336, "seconds on a CPU", tied=True, positions=512),
+    "llama-mini": Preset("llama", 4, 256, 4, 768, 7_506_176, "minutes on a CPU", tied=True, positions=512),
+    "gpt2-mini": Preset("gpt2", 4, 256, 4, 1024, 7_386_624, "minutes on a CPU", tied=True, positions=512),
+}
+
+
+def describe_presets() -> str:
+    """The presets as lines of text for a command's help; needs no torch."""
+    return "\n".join(
+        f"{name:<11} {preset.parameters / 1e6:6.1f}M  {preset.layers} layers x {preset.hidden}, "
+        f"{preset.positions} positions: {preset.about}"
+        for name, preset in PRESETS.items()
+    )
+
+
+def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int | None]) -> PretrainedConfig:
+    """The transformers configuration of a preset for a vocabulary; see `load_student` for `special_ids`."""
+    from transformers import AutoConfig
+
+    preset = PRESETS[name]
+    if preset.family == "llama":
+        settings: dict[str, Any] = {
+            "hidden_size": preset.hidden,
+            "intermediate_size": preset.feed_forward,
+            "num_hidden_layers": preset.layers,
+            "num_attention_heads": preset.heads,
+            "num_key_value_heads": preset.kv_heads or preset.heads,
+            "max_position_embeddings": preset.positions,
+            "attention_dropout": 0.0,
+        }
+    else:
+        settings = {
+            "n_embd": preset.hidden,
+            "n_inner": preset.feed_forward,
+            "n_layer": preset.layers,
+            "n_head": preset.heads,
+            "n_positions": preset.positions,
+            "embd_pdrop": 0.1,
+            "attn_pdrop": 0.1,
+            "resid_pdrop": 0.1,
+        }
+    return AutoConfig.for_model(
+        preset.family,
+        vocab_size=vocabulary_size,
+        tie_word_embeddings=preset.tied,
+        **settings,
+        **_token_ids(special_ids),
+    )
+
+
+def load_student(
+    spec: str,
+    *,
+    vocabulary_size: int,
+    special_ids: Mapping[str, int | None],
+    window_tokens: int,
+    seed: int,
+) -> PreTrainedModel:
+    """A causal language model in float32 on the CPU, in training mode.
+
+    `spec` is, in this order: a preset's name (write ./name for a folder of that name); a file, read as a
+    transformers config.json with `model_type`, whose `vocab_size` is V unless it says otherwise; a model directory;
+    or a hub id written owner/name. The first two start from random weights that depend on `seed` alone; torch's own
+    random state is left as it was. The last two load weights, and `seed` plays no part. No code of a model's
+    repository is ever run.
+
+    vocabulary_size: V; the model may have more columns, which no target falls on, but not fewer.
+    special_ids: the tokenizer's, by "bos", "eos" and "pad", None where it has none; written into the configuration.
+    A pad id that is also the bos or eos id is left out: transformers would freeze that token's embedding at zero.
+    window_tokens: positions that a training window reads.
+
+    Raises InputError for an unknown name, a broken file or directory, a model type that transformers does not know
+    as a causal language model, missing weights, too few columns or positions, and a model whose output at a position
+    depends on later tokens (an encoder would learn to copy the answer).
+    """
+    if not spec.strip():
+        raise InputError(f"no model was named: give a preset ({', '.join(PRESETS)}), a config JSON or a directory")
+    if spec in PRESETS:
+        config = preset_config(spec, vocabulary_size, special_ids)
+        _check_config(config, spec, vocabulary_size, window_tokens)
+        return _from_scratch(config, spec, seed)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        config = _read_config(path, vocabulary_size, special_ids)
+        _check_config(config, spec, vocabulary_size, window_tokens)
+        model = _from_scratch(config, spec, seed)
+    else:
+        if not path.is_dir():
+            _refuse_missing(spec)
+        model = _from_weights(spec, path, vocabulary_size, special_ids, window_tokens)
+    _probe(model, spec, vocabulary_size, window_tokens)
+    model.train()
+    return model
+
+
+def _read_config(path: Path, vocabulary_size: int, special_ids: Mapping[str, int | None]) -> PretrainedConfig:
+    """A configuration from a JSON file, with this cache's vocabulary and special ids."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: this is not a JSON configuration of a model: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise InputError(f'{path}: a model configuration is a JSON object with a "model_type", like "llama" or "gpt2"')
+    model_type = data.pop("model_type")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{path}: model_type {model_type!r} is no causal language model of the installed transformers"
+            + _closest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        )
+    _refuse_misspelt(path, data, AutoConfig.for_model(model_type))
+    if "text_config" not in data:
+        data.setdefault("vocab_size", vocabulary_size)
+    # What the weights were stored as, by whom: nothing of it applies to a new model.
+    for name in ("architectures", "dtype", "torch_dtype", "transformers_version", "auto_map"):
+        data.pop(name, None)
+    with _explained(f"{path}: transformers refuses this configuration of a {model_type} model"):
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **{**data, **_token_ids(special_ids)})
+    return config
+
+
+def _refuse_misspelt(path: Path, data: Mapping[str, Any], default: PretrainedConfig) -> None:
+    """transformers takes any key and ignores those it does not know: `hiden_size` would give the default width.
+
+    Only a key that nearly is another one is refused; saved configurations carry others that mean nothing today.
+    """
+    known = {*default.to_dict(), *default.attribute_map}
+    for key in data:
+        match = difflib.get_close_matches(key, known - set(data), n=1, cutoff=0.8)
+        if not hasattr(default, key) and match:
+            raise InputError(
+                f"{path}: a {default.model_type} configuration has no {key!r} and would ignore it; "
+                f"did you mean {match[0]!r}?"
+            )
+
+
+def _from_scratch(config: PretrainedConfig, spec: str, seed: int) -> PreTrainedModel:
+    """Random weights, a function of the configuration and the seed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Only the CPU's generator is used, so only it is seeded and put back; torch.manual_seed would also seed the GPUs'.
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        _explained(f"{spec}: transformers cannot build this model"),
+    ):
+        torch.default_generator.manual_seed(seed)
+        auto: Any = AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    model.train()
+    return model
+
+
+def _from_weights(
+    spec: str, path: Path, vocabulary_size: int, special_ids: Mapping[str, int | None], window_tokens: int
+) -> PreTrainedModel:
+    """A model directory's or hub repository's weights, as float32: lower precision is the trainer's affair."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    local = path.is_dir()
+    where = str(path) if local else spec
+    what = "no model directory" if local else "not a directory here, and no model of the hub could be loaded by that id"
+    with _explained(f"{spec}: {what}", _closest(path.name, PRESETS)):
+        config = AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    _check_config(config, spec, vocabulary_size, window_tokens)
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel
+    with _explained(f"{spec}: the weights cannot be loaded"):
+        model, report = auto.from_pretrained(
+            where,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=local,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{spec}: {len(missing)} weights of a {type(model).__name__} are missing ({', '.join(missing[:3])}, …) and "
+            "would start at random: take a complete causal language model"
+        )
+    for name, value in _token_ids(special_ids).items():
+        setattr(model.config, name, value)
+        setattr(model.generation_config, name, value)
+    return model
+
+
+def _check_config(config: PretrainedConfig, spec: str, vocabulary_size: int, window_tokens: int) -> None:
+    """Refuse a model that cannot fit before its weights are made or fetched."""
+    text = config.get_text_config(decoder=True)
+    columns = getattr(text, "vocab_size", None)
+    if isinstance(columns, int) and columns < vocabulary_size:
+        raise InputError(
+            f"{spec}: the model has {columns} ids, fewer than the {vocabulary_size} of the cache's tokenizer: "
+            "set vocab_size to that, or take a model of this tokenizer"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < window_tokens:
+        raise InputError(
+            f"{spec}: the model has {positions} positions, fewer than the {window_tokens} tokens of a window: "
+            "take shorter windows or a model with more positions"
+        )
+
+
+def _probe(model: PreTrainedModel, spec: str, vocabulary_size: int, window_tokens: int) -> None:
+    """Run a few tokens twice, the last one changed: logits must cover V and must not look ahead."""
+    import torch
+
+    tokens = min(8, max(2, window_tokens))
+    ids = (torch.arange(tokens) * vocabulary_size // tokens).expand(2, tokens).clone()
+    ids[1, -1] = 0
+    with torch.no_grad(), _explained(f"{spec}: the model does not run on plain token ids"):
+        logits = model.train(False)(input_ids=ids).logits
+    if logits.shape[-1] < vocabulary_size:
+        raise InputError(
+            f"{spec}: the model's head has {logits.shape[-1]} columns, fewer than the {vocabulary_size} ids of the "
+            "cache's tokenizer"
+        )
+    before = logits[:, :-1]
+    # Equal rows give equal numbers but for the order of sums; what a later token changes is orders above that.
+    if not (before[0] - before[1]).abs().max() <= 1e-4 * before.abs().max():
+        raise InputError(
+            f"{spec}: the logits at a position change with a later token (or are not finite), so this is no causal "
+            "language model: take a decoder (an encoder's configuration may need is_decoder)"
+        )
+
+
+def _refuse_missing(spec: str) -> None:
+    """Raise unless `spec`, which is nothing here, can be a hub id."""
+    as_path = spec.startswith((".", "/", "~")) or spec.endswith(".json")
+    if as_path or spec.count("/") > 1:
+        stem = Path(spec).stem
+        hint = f"; the preset is written {stem!r} alone" if stem in PRESETS else ""
+        raise InputError(f"{spec}: there is no such file or directory{hint}")
+    if "/" not in spec:
+        raise InputError(
+            f"{spec!r} is no preset, file or directory here{_closest(spec, PRESETS)}; presets: {', '.join(PRESETS)}; "
+            "a model of the hub is written owner/name"
+        )
+
+
+def _token_ids(special_ids: Mapping[str, int | None]) -> dict[str, int | None]:
+    """The three ids by the names that configurations give them."""
+    bos, eos, pad = (special_ids.get(name) for name in ("bos", "eos", "pad"))
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None if pad in (bos, eos) else pad}
+
+
+def _closest(name: str, known: Mapping[str, Any]) -> str:
+    """'; did you mean ...?', or nothing when nothing is near."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+@contextlib.contextmanager
+def _explained(what: str, hint: str = "") -> Iterator[None]:
+    """Whatever transformers raises inside, as one InputError: its exceptions have no common class."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what} ({reason[:400] or type(error).__name__}){hint}") from error

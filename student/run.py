@@ -1,0 +1,317 @@
+"""One training run from a job to a report: check, train or go on, evaluate, publish.
+
+Everything that can be wrong with a job is looked at before its folder is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
+
+from storage import LogitCache
+from storage.errors import IdentityMismatch, InputError
+from storage.manifest import TeacherEntry, digest
+from student.arguments import PRESENTATION, training_arguments, training_values
+from student.evaluate import HeldOut
+from student.job import HeldOutKL, HeldOutReport, StudentJob, TrainingReport
+from student.losses import DistillationLoss, Member
+from student.models import PRESETS, load_student
+from student.output import OutputDirectory, full_disk_is_said
+from student.progress import TrainingProgress
+from student.trainer import DistillationTrainer, reading_order
+from student.windows import DistillationWindows
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The checked inputs of a job."""
+
+    windows: DistillationWindows
+    loss: DistillationLoss
+    eval_windows: DistillationWindows | None
+    eval_members: tuple[Member, ...]
+    not_measured: dict[str, str]
+    provenance: dict[str, str]
+
+
+def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
+    """Run a job to its end and return its report, which is also `report.json` in the output directory.
+
+    A finished run of the same job is not repeated: its report is returned. An interrupted one goes on from its last
+    checkpoint and ends as it would have. `say` is given lines of progress (stderr by default); under torchrun every
+    process calls this function, and only the first writes and speaks.
+
+    Raises the errors of `storage.errors`: InputError and IdentityMismatch before anything is written.
+    """
+    values = training_values(job)
+    data = _check_data(job)
+    args = training_arguments(job, values)
+    first = args.process_index == 0
+    tell = (say or _to_stderr) if first else _silent
+    batch = args.train_batch_size * args.world_size
+    _check_batch(data.windows, batch, args)
+    windows_per_step = batch * args.gradient_accumulation_steps
+    identity = _identity(job, values, data, windows_per_step)
+
+    output = OutputDirectory(job.output_dir, writes=first)
+    output.check(identity)
+    finished = output.report()
+    if finished is not None:
+        tell(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
+        return finished
+    model = _load_model(job, data.windows)
+    # Nobody may look at the folder while the first process begins to write there.
+    PartialState().wait_for_everyone()
+    output.claim(identity)
+    use_cache = bool(getattr(model.config, "use_cache", True))
+    parameters = sum(p.numel() for p in model.parameters())
+    tell(
+        f"{job.model}: {parameters:,} parameters; {len(data.windows):,} windows of {job.window_tokens} tokens, "
+        f"{windows_per_step} to a step"
+    )
+
+    # One bar for the run says enough; transformers shows another for every file that it writes.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    trainer = _trainer(model, args, data, TrainingProgress(windows_per_step * job.window_tokens))
+    started = time.monotonic()
+    with full_disk_is_said(job.output_dir):
+        resumed_from = _train_or_go_on(trainer, output, tell)
+    seconds = time.monotonic() - started
+    held_out = None
+    if data.eval_windows is not None:
+        tell(f"evaluating on {len(data.eval_windows):,} windows of {job.eval_cache}")
+        held_out = _held_out(trainer.held_out(data.eval_windows), data)
+
+    report = TrainingReport(
+        job=job.model_copy(update={"training": values}),
+        provenance=data.provenance,
+        isolated_documents=data.windows.isolate_documents,
+        parameters=parameters,
+        steps=trainer.state.global_step,
+        windows_per_step=windows_per_step,
+        tokens_seen=_positions_seen(data.windows, args, trainer.state.global_step),
+        seconds=round(seconds, 3),
+        resumed_from_step=resumed_from,
+        device=str(args.device),
+        processes=args.world_size,
+        libraries={name: version(name) for name in ("torch", "transformers", "accelerate")},
+        train_log=[entry for entry in trainer.state.log_history if "loss" in entry],
+        eval_log=[entry for entry in trainer.state.log_history if "eval_loss" in entry],
+        held_out=held_out,
+    )
+    with full_disk_is_said(job.output_dir):
+        _publish(trainer, output, report, use_cache)
+    tell(f"{job.output_dir}: the model, its tokenizer and report.json")
+    return report
+
+
+def _check_data(job: StudentJob) -> _Data:
+    names = [teacher.name for teacher in job.teachers]
+    windows = DistillationWindows(job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents)
+    entries = windows.entries
+    provenance = {"cache": digest(windows.record)}
+    provenance |= {f"cache/{name}": digest(entry) for name, entry in entries.items()}
+    members = [_member(teacher.name, teacher.weight, entries[teacher.name]) for teacher in job.teachers]
+    loss = DistillationLoss(windows.vocabulary_size, job.alpha, job.temperature, members)
+    eval_windows: DistillationWindows | None = None
+    eval_members: tuple[Member, ...] = ()
+    not_measured: dict[str, str] = {}
+    if job.eval_cache is not None:
+        eval_windows, not_measured = _check_eval(job, windows)
+        eval_members = tuple(_member(name, 1.0, entry) for name, entry in eval_windows.entries.items())
+        provenance["eval_cache"] = digest(eval_windows.record)
+        provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
+    # Targets that no term of the loss looks at are not read; the windows are the same.
+    read = windows if job.alpha < 1 else windows.without_targets()
+    return _Data(read, loss, eval_windows, eval_members, not_measured, provenance)
+
+
+def _member(name: str, weight: float, entry: TeacherEntry) -> Member:
+    return Member(name, weight, entry.encoding.step_nats, entry.vocabulary_size)
+
+
+def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[DistillationWindows, dict[str, str]]:
+    """The held-out windows, with the teachers that can be compared there, and why the others cannot."""
+    assert job.eval_cache is not None
+    cache = LogitCache.open(job.eval_cache)
+    ours, theirs = windows.record.tokenizer, cache.record.tokenizer
+    if ours.fingerprint != theirs.fingerprint:
+        raise IdentityMismatch(
+            f"{job.cache} and {job.eval_cache} have different tokenizers",
+            [f"fingerprint: {ours.fingerprint} and {theirs.fingerprint}"],
+            "Make the held-out cache with the tokenizer of the first",
+        )
+    measured, not_measured = [], {}
+    for name, entry in windows.entries.items():
+        reason = _not_comparable(cache, name, entry)
+        if reason is None:
+            measured.append(name)
+        else:
+            not_measured[name] = reason
+    held_out = DistillationWindows(
+        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents
+    )
+    return held_out, not_measured
+
+
+def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | None:
+    if name not in cache.teachers:
+        return "the held-out cache has no entry of that name"
+    there = cache.teacher(name)
+    if there.entry.teacher != entry.teacher:
+        return "another teacher has that name in the held-out cache"
+    if there.entry.windowing.isolate_documents != entry.windowing.isolate_documents:
+        return "the teacher saw isolated documents in one of the caches and not in the other"
+    if there.missing():
+        return "its entry in the held-out cache is incomplete"
+    return None
+
+
+def _check_batch(windows: DistillationWindows, batch: int, args: TrainingArguments) -> None:
+    if args.dataloader_drop_last and len(windows) < batch:
+        raise InputError(
+            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {batch} "
+            f"of one batch over {args.world_size} process(es): take a smaller per_device_train_batch_size or window"
+        )
+
+
+def _identity(job: StudentJob, values: Mapping[str, Any], data: _Data, windows_per_step: int) -> dict[str, Any]:
+    """What makes two runs the same, flat. Caches go by their digests, so that one may have moved."""
+    asked = job.model_dump(mode="json", exclude={"cache", "eval_cache", "output_dir", "teachers", "training"})
+    asked["isolate_documents"] = data.windows.isolate_documents
+    asked["windows_per_step"] = windows_per_step
+    asked["model_sha256"] = _model_digest(job.model)
+    asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
+    asked |= {f"training.{name}": value for name, value in values.items() if name not in PRESENTATION}
+    return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
+
+
+def _model_digest(model: str) -> str | None:
+    """sha256 of a model's files where they are files here: their contents may change under one name."""
+    path = Path(model).expanduser()
+    if model in PRESETS or not path.exists():
+        return None
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin"):
+            with file.open("rb") as opened:
+                total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        LogitCache.open(job.cache).save_tokenizer(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return load_student(
+        job.model,
+        vocabulary_size=windows.vocabulary_size,
+        special_ids=special_ids,
+        window_tokens=job.window_tokens,
+        seed=job.seed,
+    )
+
+
+def _trainer(
+    model: PreTrainedModel, args: TrainingArguments, data: _Data, progress: TrainingProgress
+) -> DistillationTrainer:
+    try:
+        trainer = DistillationTrainer(
+            model,
+            args,
+            train_dataset=data.windows,
+            eval_dataset=data.eval_windows,
+            loss=data.loss,
+            eval_members=data.eval_members,
+            callbacks=[progress],
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"transformers refuses these training fields: {error}") from None
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train_or_go_on(trainer: DistillationTrainer, output: OutputDirectory, tell: Say) -> int:
+    """Train from the last checkpoint or from the start; the step at which it began."""
+    checkpoint = output.last_checkpoint()
+    trainer.accelerator.wait_for_everyone()
+    if checkpoint is None:
+        trainer.train()
+        return 0
+    folder, state = checkpoint
+    step = int(state["global_step"])
+    if step >= int(state["max_steps"]):
+        # Trained, but killed before the model was published. The base class would take one step too many.
+        tell(f"{folder}: all {step} steps are done")
+        trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best or str(folder))
+    else:
+        tell(f"going on from {folder}")
+        trainer.train(resume_from_checkpoint=str(folder))
+    return step
+
+
+def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: TrainingReport, use_cache: bool) -> None:
+    # The base class switches the key-value cache off for training; a saved model would generate slowly.
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = use_cache
+    trainer.save_model(str(output.stage))
+    if trainer.args.process_index == 0:
+        # A pickle, and nothing that the report does not say.
+        (output.stage / "training_args.bin").unlink(missing_ok=True)
+        LogitCache.open(report.job.cache).save_tokenizer(output.stage)
+        output.publish(report)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> int:
+    """Positions read in the first `steps` steps: their number follows from the order, also for a resumed run."""
+    size, world, accumulation = args.train_batch_size, args.world_size, args.gradient_accumulation_steps
+    rest_is_dropped = args.dataloader_drop_last
+    batches = len(windows) // size // world if rest_is_dropped else -(-len(windows) // (size * world))
+    steps_per_epoch = -(-batches // accumulation)
+    order = reading_order(windows)
+    total = 0
+    for epoch in range(-(-steps // steps_per_epoch)):
+        done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
+        read = min(min(done * accumulation, batches) * size * world, len(windows))
+        total += int(windows.blocks.lengths(order.permutation(epoch)[:read]).sum())
+    return total
+
+
+def _held_out(result: HeldOut, data: _Data) -> HeldOutReport:
+    kl = {name: HeldOutKL(nats=nats, lower_bound=result.kl_is_lower_bound[name]) for name, nats in result.kl.items()}
+    return HeldOutReport(
+        tokens=result.tokens,
+        cross_entropy=result.cross_entropy,
+        perplexity=result.perplexity,
+        bits_per_byte=result.bits_per_byte,
+        ece=result.ece,
+        accuracy=result.accuracy,
+        kl=kl,
+        kl_not_measured=data.not_measured,
+    )
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    del line

@@ -1,0 +1,269 @@
+"""Training from a cache with transformers' Trainer: the loss inside the model's forward, the order, the evaluation.
+
+Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `W` columns of the student's head,
+`M` members of the mixture.
+
+The loss is computed inside the student's own `forward`, because that is the call which DDP and FSDP hook: a head
+applied outside it would leave gradients unsynchronised. Everything else (precision, accumulation, checkpoints,
+resuming, logging) is the base class's; its `compute_loss` only has to rescale a loss that was divided once, by the
+number of trained tokens of the whole optimizer step over all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils.generic import ModelOutput
+
+from storage.errors import InputError
+from student.evaluate import HeldOut, HeldOutSums
+from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
+from student.order import GROUP_TOKENS, ReadingOrder
+from student.windows import DistillationWindows, collate
+
+_BOUND = ("forward", "_original_forward", "accepts_loss_kwargs", "distillation_loss")
+
+
+@dataclass
+class DistillationOutput(ModelOutput):
+    """What a bound model returns when it was given labels.
+
+    loss      scalar: the sum over trained positions, divided once
+    logits    [B, T, W], only outside training: nothing needs them there, and they are the largest tensor
+    parts     float32 [2 + M], without gradient: count of trained positions, sum of the cross-entropy, and of each
+              member's divergence in the loss's order (nats)
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    parts: Tensor | None = None
+
+
+def bind_loss(model: nn.Module, loss: DistillationLoss) -> None:
+    """Replace `model.forward`, on this instance only, by one that also takes labels and targets.
+
+    ``model(input_ids, labels=labels, targets=targets).loss`` is ``loss_sum / num_items_in_batch`` of
+    `DistillationLoss`; without `num_items_in_batch` the batch's own count divides. Labels are aligned with the logits
+    already (`student.windows.collate`), unlike those that transformers' models shift themselves. `targets[name]`
+    holds tensors [B, T, ...]. Without labels the original forward answers, so `generate` works as ever.
+
+    Nothing is added to the weights or the configuration: `save_pretrained` writes what it would have written.
+    """
+    original = model.forward
+
+    def forward(
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        targets: dict[str, dict[str, Tensor]] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> Any:
+        aligned = shift_labels if shift_labels is not None else labels
+        if aligned is None:
+            return original(input_ids=input_ids, **others)
+        logits = original(input_ids=input_ids, use_cache=False, **others).logits
+        sums = loss(logits.flatten(0, 1), aligned.flatten(), flat_targets(targets or {}))
+        count = sums.count if num_items_in_batch is None else num_items_in_batch
+        # A step without a single trained token has the sum 0, and must not become 0/0.
+        divisor = torch.as_tensor(count, device=logits.device).clamp(min=1)
+        return DistillationOutput(
+            loss=sums.loss_sum / divisor,
+            logits=None if model.training else logits,
+            parts=_parts(sums, loss),
+        )
+
+    model.forward = forward
+    # Tells the Trainer to count the trained tokens of a whole optimizer step and to pass their number in.
+    model.accepts_loss_kwargs = True  # type: ignore[assignment]
+    model.distillation_loss = loss  # type: ignore[assignment]
+
+
+def unbind_loss(model: nn.Module) -> None:
+    """Give the model its class's own forward back; harmless on a model that has no loss bound."""
+    for name in _BOUND:
+        model.__dict__.pop(name, None)
+
+
+def flat_targets(targets: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Targets of a batch with the leading axes [B, T] made one [P]."""
+    return {name: {key: value.flatten(0, 1) for key, value in fields.items()} for name, fields in targets.items()}
+
+
+def _parts(sums: LossSums, loss: DistillationLoss) -> Tensor:
+    values = [sums.count, sums.cross_entropy, *(sums.divergence[member.name] for member in loss.members)]
+    return torch.stack([value.detach().to(torch.float32) for value in values])
+
+
+class DistillationTrainer(Trainer):
+    """transformers' Trainer over `DistillationWindows` with a `DistillationLoss`.
+
+    Takes what Trainer takes (model, args, train_dataset, eval_dataset, callbacks, …) and `loss`, besides
+    `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured. The loss is bound to the model.
+
+    The reading order depends on the windows and their seed only, so a student and its control, or one process and
+    several, see the same windows in the same order. `evaluate` counts every labelled position of `eval_dataset` once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: DistillationWindows | None = None,
+        eval_dataset: DistillationWindows | None = None,
+        *,
+        loss: DistillationLoss,
+        eval_members: Sequence[Member] = (),
+        **others: Any,
+    ) -> None:
+        bind_loss(model, loss)
+        self.distillation_loss = loss
+        self.eval_members = tuple(eval_members)
+        self._reading_order: ReadingOrder | None = None
+        self._parts: Tensor | None = None
+        # The names of a batch are not those of the model's own forward, which the base class would look at.
+        args.remove_unused_columns = False
+        if args.n_gpu > 1:
+            # nn.DataParallel copies modules with the bound forward still pointing at the first; torchrun does not.
+            args._n_gpu = 1
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **others,
+        )
+        self.add_callback(_FollowEpochs(self))
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        self._reading_order = reading_order(_ours(self.train_dataset if train_dataset is None else train_dataset))
+        return self._reading_order
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The base class's loss; the parts of it are summed on the device, without waiting for it."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            parts = outputs["parts"]
+            self._parts = parts if self._parts is None else self._parts + parts
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add cross-entropy and divergences (nats per trained token since the last line) to the training loss."""
+        if "loss" in logs and self._parts is not None:
+            count, *sums = self.accelerator.reduce(self._parts, reduction="sum").tolist()
+            names = ["cross_entropy", *(f"kl_{member.name}" for member in self.distillation_loss.members)]
+            logs.update({name: value / max(count, 1) for name, value in zip(names, sums, strict=True)})
+            self._parts = None
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out figures of `held_out` under their log names, e.g. eval_loss, eval_perplexity, eval_kl_<teacher>."""
+        result = self.held_out(_ours(self.eval_dataset if eval_dataset is None else eval_dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics_of(result).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def held_out(self, windows: DistillationWindows) -> HeldOut:
+        """Cross-entropy, calibration and KL to `eval_members` over all windows, each exactly once.
+
+        Rank r takes the windows r, r + world, …; sums are added up over the ranks and divided once. Every rank runs
+        the same number of batches, since FSDP would wait for a missing one: windows beyond the last are read again
+        and count for nothing.
+        """
+        model: nn.Module = self.model_wrapped if self.is_deepspeed_enabled else self.model  # type: ignore[assignment]
+        sums = HeldOutSums(windows.vocabulary_size, self.eval_members)
+        world, rank = self.args.world_size, self.args.process_index
+        mine = list(range(rank, len(windows), world))
+        padded = mine + [0] * (-(-len(windows) // world) - len(mine))
+        loader = DataLoader(
+            windows,
+            batch_size=self.args.per_device_eval_batch_size,
+            sampler=padded,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        self.callback_handler.eval_dataloader = loader
+        was_training = model.training
+        model.eval()
+        for read, counted in zip(loader, _chunk_lengths(len(mine), loader), strict=True):
+            read["labels"][counted:] = NOT_TRAINED
+            batch: dict[str, Any] = self._prepare_inputs(read)
+            with self.accelerator.autocast():
+                logits = model(input_ids=batch["input_ids"]).logits
+            sums.add(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        if world > 1:
+            sums.load(self.accelerator.reduce(sums.tensor().to(self.args.device), reduction="sum"))
+        corpus = windows.record.corpus
+        known = corpus.text_bytes > 0 and not corpus.has_loss_mask
+        return sums.result(corpus.text_bytes / corpus.positions if known else None)
+
+
+def _ours(dataset: Any) -> DistillationWindows:
+    if not isinstance(dataset, DistillationWindows):
+        raise InputError(f"DistillationTrainer reads student.windows.DistillationWindows, got {type(dataset).__name__}")
+    return dataset
+
+
+def metrics_of(result: HeldOut) -> dict[str, float]:
+    """Held-out figures by the names that logs and `metric_for_best_model` use (`loss` is the cross-entropy)."""
+    metrics = {
+        "loss": result.cross_entropy,
+        "perplexity": result.perplexity,
+        "ece": result.ece,
+        "accuracy": result.accuracy,
+    }
+    return metrics | {f"kl_{name}": value for name, value in result.kl.items()}
+
+
+def reading_order(windows: DistillationWindows) -> ReadingOrder:
+    """The order in which a trainer reads these windows."""
+    group = max(1, GROUP_TOKENS // windows.window_tokens)
+    return ReadingOrder(len(windows), group_windows=group, seed=windows.seed)
+
+
+def _chunk_lengths(total: int, loader: DataLoader[Any]) -> Iterator[int]:
+    """How many rows of each batch are among the first `total` rows."""
+    size = loader.batch_size or 1
+    for batch in range(len(loader)):
+        yield min(max(total - batch * size, 0), size)
+
+
+class _FollowEpochs(TrainerCallback):
+    """Tells the reading order its epoch.
+
+    accelerate passes epochs down through a fixed number of wrappers, and resuming in the middle of an epoch with
+    several processes has one more: the order would start again at epoch 0.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        loader, order = others.get("train_dataloader"), self._trainer._reading_order
+        if loader is not None and order is not None:
+            steps_per_epoch = max(1, -(-len(loader) // args.gradient_accumulation_steps))
+            order.set_epoch(state.global_step // steps_per_epoch)

@@ -1,0 +1,108 @@
+"""Training runs of seconds: two small caches, two small configurations, and command lines for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fakes import dense_targets, make_corpus, make_entry, write_entry
+from transformers import AutoModelForCausalLM
+
+from student.job import StudentJob
+
+ROOT = Path(__file__).parent.parent
+V = 61
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+
+
+def fill(url: str, positions: int, seed: int, names: tuple[str, ...], **entry_changes: Any) -> None:
+    """A cache of random tokens with teachers a (top 9, codes) and b (all ids, float32), both bigram tables."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, V, positions).astype(np.uint16)
+    record = make_corpus(url, tokens, V)
+    labels = np.append(tokens[1:], -1).astype(np.int64)
+    for name in names:
+        k, encoding = (9, "codes") if name == "a" else (V, "float32")
+        entry = make_entry(record, k, encoding=encoding, **entry_changes)
+        table = 2 * np.random.default_rng(len(name) + ord(name)).normal(size=(V, V))
+        write_entry(url, name, entry, dense_targets(table[tokens], k, labels))
+
+
+def make_world(folder: Path) -> None:
+    """Caches `train` and `held` and model configurations `llama.json` and `gpt2.json` in a folder."""
+    fill(str(folder / "train"), 1500, 0, ("a", "b"))
+    fill(str(folder / "held"), 300, 1, ("a", "b"))
+    (folder / "llama.json").write_text(json.dumps(LLAMA))
+    (folder / "gpt2.json").write_text(json.dumps(GPT2))
+
+
+def job_in(world: Path, output: Path, **changes: Any) -> StudentJob:
+    fields: dict[str, Any] = {
+        "cache": str(world / "train"),
+        "teachers": ["a:2", "b"],
+        "model": str(world / "llama.json"),
+        "temperature": 2,
+        "window_tokens": 16,
+        "offset": "random",
+        "output_dir": str(output),
+        "seed": 5,
+    }
+    training = {"per_device_train_batch_size": 8, "learning_rate": 0.01, "logging_steps": 2}
+    training |= changes.pop("training", {})
+    return StudentJob.model_validate({**fields, "training": training, **changes})
+
+
+def arguments(job: StudentJob) -> list[str]:
+    """The command line of a job."""
+    line = ["--cache", job.cache, "--model", job.model, "--output-dir", job.output_dir, "--seed", str(job.seed)]
+    line += ["--window-tokens", str(job.window_tokens), "--offset", job.offset]
+    for teacher in job.teachers:
+        line += ["--teacher", f"{teacher.name}:{teacher.weight}"]
+    if job.teachers:
+        line += ["--alpha", str(job.alpha), "--temperature", str(job.temperature)]
+    if job.eval_cache:
+        line += ["--eval-cache", job.eval_cache]
+    for key, value in job.training.items():
+        line += ["--set", f"{key}={value}"]
+    return line
+
+
+def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+KILLED = """
+import os, sys
+from student.cli import train_student
+from student.progress import TrainingProgress
+def killed(self, args, state, control, **others):
+    if state.global_step == {step}:
+        os._exit(9)
+TrainingProgress.on_step_end = killed
+train_student(sys.argv[1:])
+"""

@@ -1,0 +1,273 @@
+"""Models by name, by configuration and from weights: what is made, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from storage.errors import InputError
+from student.models import PRESET_VOCABULARY, PRESETS, describe_presets, load_student, preset_config
+
+V = 101
+SPECIAL = {"bos": 1, "eos": 2, "pad": 0}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 48,
+}
+
+
+def load(spec: str | Path, vocabulary_size: int = V, window_tokens: int = 32, seed: int = 0, **more: Any) -> Any:
+    special_ids = more.pop("special_ids", SPECIAL)
+    return load_student(
+        str(spec), vocabulary_size=vocabulary_size, special_ids=special_ids, window_tokens=window_tokens, seed=seed
+    )
+
+
+def refused(spec: str | Path, **more: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load(spec, **more)
+    return str(caught.value)
+
+
+def config_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({name: value for name, value in {**LLAMA, **changes}.items() if value is not None}))
+    return path
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A saved model with a head of V + 6 columns, its weights in bfloat16."""
+    config = AutoConfig.for_model("llama", **{k: v for k, v in LLAMA.items() if k != "model_type"}, vocab_size=V + 6)
+    path = tmp_path / "saved"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_stated_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(preset_config(name, PRESET_VOCABULARY, SPECIAL))
+    assert model.num_parameters() == PRESETS[name].parameters
+    assert model.config.tie_word_embeddings == PRESETS[name].tied
+    assert model.config.max_position_embeddings == PRESETS[name].positions
+
+
+def test_the_published_recipes_are_as_published() -> None:
+    millions = {"llama-360m": 360.0, "gpt2-705m": 704.9, "llama-58m": 58.3, "llama-345m": 345.4}
+    for name, expected in millions.items():
+        assert round(PRESETS[name].parameters / 1e6, 1) == expected
+        assert PRESETS[name].positions == 256
+        assert PRESETS[name].tied == name.startswith("gpt2")
+    gpt2 = preset_config("gpt2-705m", PRESET_VOCABULARY, SPECIAL)
+    assert (gpt2.resid_pdrop, gpt2.embd_pdrop, gpt2.attn_pdrop, gpt2.n_inner) == (0.1, 0.1, 0.1, 6144)
+    llama = preset_config("llama-345m", PRESET_VOCABULARY, SPECIAL)
+    assert (llama.num_key_value_heads, llama.head_dim, llama.attention_dropout) == (5, 64, 0.0)
+
+
+def test_presets_are_described_without_torch() -> None:
+    code = (
+        "import sys; from student.models import describe_presets; print(describe_presets()); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == describe_presets()
+    assert all(name in done.stdout for name in PRESETS)
+    assert "58.3M" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny", "llama-mini", "gpt2-mini"])
+def test_a_small_preset_trains_on_the_caches_vocabulary(name: str) -> None:
+    model = load(name, window_tokens=512)
+    assert model.training
+    assert model.dtype == torch.float32
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
+    logits = model(input_ids=torch.arange(V)[None]).logits
+    assert logits.shape == (1, V, V)
+    logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny"])
+def test_weights_depend_on_the_seed_alone(name: str) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = load(name, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(7)
+    second, other = load(name, seed=3).state_dict(), load(name, seed=4).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_ids_that_the_tokenizer_has_not_are_not_set() -> None:
+    config = load("gpt2-tiny", special_ids={"eos": 9}).config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 9, None)
+
+
+def test_a_pad_id_that_is_also_the_end_does_not_freeze_its_embedding() -> None:
+    model = load("llama-tiny", special_ids={"bos": 1, "eos": 2, "pad": 2})
+    model(input_ids=torch.arange(5)[None]).logits.sum().backward()
+    assert model.get_input_embeddings().weight[2].abs().sum() > 0
+    assert model.get_input_embeddings().padding_idx is None
+
+
+def test_a_config_is_read_from_json(tmp_path: Path) -> None:
+    model = load(config_file(tmp_path), window_tokens=48)
+    assert (model.config.model_type, model.config.vocab_size, model.config.hidden_size) == ("llama", V, 24)
+    assert model.config.bos_token_id == 1
+    again = load(tmp_path / "config.json", window_tokens=48).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    wider = load(config_file(tmp_path, vocab_size=V + 27, bos_token_id=77))
+    assert wider.get_output_embeddings().weight.shape[0] == V + 27
+    assert wider.config.bos_token_id == 1
+
+
+def test_a_saved_config_makes_a_new_model_of_its_kind(directory: Path) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(directory)
+    model = load(directory / "config.json")
+    assert model.config.vocab_size == V + 6
+    assert model.dtype == torch.float32
+    assert not torch.equal(model.lm_head.weight, saved.lm_head.weight.float())
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neox", "qwen2", "mamba"])
+def test_other_causal_families_are_taken(tmp_path: Path, model_type: str) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2}
+    if model_type != "mamba":
+        sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    if model_type == "opt":
+        sizes |= {"ffn_dim": 32, "word_embed_proj_dim": 16}
+    if model_type == "qwen2":
+        sizes |= {"num_key_value_heads": 1}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": model_type, **sizes}))
+    assert load(path).config.model_type == model_type
+
+
+def test_weights_are_loaded_as_float32(directory: Path) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model = load(directory)
+    assert model.training
+    assert model.dtype == torch.float32
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight.float())
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.pad_token_id) == (2, 2, 0)
+
+
+def test_a_name_that_is_nothing_lists_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused("lama-58m")
+    assert "did you mean 'llama-58m'" in message
+    assert "gpt2-mini" in message
+    assert "owner/name" in message
+    assert "did you mean" not in refused("zzz")
+    for missing in ("./llama-58m", "models/old/llama-58m", "llama-58m.json", str(tmp_path / "llama-58m")):
+        message = refused(missing)
+        assert "no such file or directory" in message
+        assert "'llama-58m' alone" in message
+    assert "no model was named" in refused(" ")
+
+
+def test_a_hub_id_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refused("models/llama-58n")
+    assert "not a directory here" in message
+    assert "did you mean 'llama-58m'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a JSON configuration"),
+        ("[1]", 'with a "model_type"'),
+        ('{"hidden_size": 8}', 'with a "model_type"'),
+        ('{"model_type": "lama"}', "'lama' is no causal language model .* did you mean 'llama'"),
+        ('{"model_type": "t5"}', "'t5' is no causal language model"),
+        ('{"model_type": "llama", "hiden_size": 8}', "no 'hiden_size' .* did you mean 'hidden_size'"),
+        ('{"model_type": "gpt2", "n_layers": 8}', "no 'n_layers' .* did you mean 'n_layer'"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "refuses this configuration .*hidden_size"),
+        ('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}', "not a multiple"),
+        (json.dumps({**LLAMA, "vocab_size": 100}), "100 ids, fewer than the 101"),
+        (json.dumps({**LLAMA, "max_position_embeddings": 31}), "31 positions, fewer than the 32"),
+    ],
+)
+def test_broken_configs_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_presets_are_too_short_for_a_long_window() -> None:
+    assert "256 positions, fewer than the 257 tokens of a window" in refused("llama-58m", window_tokens=257)
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "bert", **sizes}))
+    assert "change with a later token" in refused(path)
+    path.write_text(json.dumps({"model_type": "bert", "is_decoder": True, **sizes}))
+    assert load(path).config.is_decoder
+
+
+def test_directories_that_do_not_fit_are_refused(directory: Path) -> None:
+    assert f"{V + 6} ids, fewer than the {V + 7}" in refused(directory, vocabulary_size=V + 7)
+    assert "48 positions, fewer than the 49" in refused(directory, window_tokens=49)
+
+
+def damaged(directory: Path, how: str) -> None:
+    weights = directory / "model.safetensors"
+    if how == "no config":
+        (directory / "config.json").unlink()
+    elif how == "broken config":
+        (directory / "config.json").write_text("{")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif how == "other shapes":
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 44}))
+    else:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no config", "no model directory"),
+        ("broken config", "no model directory"),
+        ("no weights", "weights cannot be loaded"),
+        ("truncated weights", "weights cannot be loaded"),
+        ("other shapes", "weights cannot be loaded"),
+        ("a layer missing", "9 weights of a LlamaForCausalLM are missing"),
+    ],
+)
+def test_broken_directories_are_refused(directory: Path, how: str, message: str) -> None:
+    damaged(directory, how)
+    found = refused(directory)
+    assert message in found
+    assert str(directory) in found
+    assert "\n" not in found
+
+
+def test_a_directory_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 16, "num_layers": 1}))
+    assert str(tmp_path) in refused(tmp_path)
