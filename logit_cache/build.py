@@ -1,0 +1,134 @@
+"""One shard of one teacher entry: windows → logits → sparse targets → committed.
+
+Legend: `B` windows in a batch, `C` context tokens, `R` scored rows of a batch, `K` stored ids.
+
+`build_shard` is idempotent, and a pure function of the job and the shard: the composition and shape of
+every batch follow from the shard alone (the last batch is filled up with windows that score nothing),
+because half-precision results change with the batch's shape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from logit_cache.job import OpenJob
+from logit_cache.plan import Window, windows
+from storage.encoding import logprob_floor, token_id_dtype
+from storage.errors import InputError
+from storage.manifest import TeacherEntry
+from storage.records import SparseTargets
+from teachers.base import Teacher
+from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk
+
+# The token that fills windows up to their shape; causal models never look at it from a scored position.
+_FILL_TOKEN = 0
+
+
+def build_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> bool:
+    """Compute and commit one shard; False if it was there already. `progress` is given positions done since
+    the last call."""
+    writer = opened.writer
+    if writer.is_committed(shard):
+        return False
+    began = time.monotonic()
+    targets = score_shard(opened, shard, progress)
+    writer.commit(shard, targets, time.monotonic() - began)
+    return True
+
+
+def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
+    """The targets of a shard's positions, with exact log-probs, on the CPU."""
+    entry, cache, teacher = opened.writer.entry, opened.cache, opened.teacher
+    start = shard * entry.layout.shard
+    stop = min(start + entry.layout.shard, entry.positions)
+    starts = cache.document_starts if entry.windowing.isolate_documents else None
+    rows = _Rows(entry, start, stop)
+    plan = windows(start, stop, entry.positions, entry.windowing, starts)
+    while batch := list(islice(plan, entry.execution.batch_windows)):
+        low = min(window.start for window in batch)
+        high = min(max(window.stop for window in batch) + 1, entry.positions)
+        tokens = cache.tokens.read(low, high).astype(np.int64)
+        done = _score_batch(entry, teacher, batch, tokens, low, rows)
+        if progress is not None:
+            progress(done)
+    return rows.targets()
+
+
+def _score_batch(
+    entry: TeacherEntry, teacher: Teacher, batch: list[Window], tokens: NDArray[np.int64], low: int, rows: _Rows
+) -> int:
+    """Score one batch of windows; tokens [high - low] are the stream from position `low` on."""
+    context = entry.windowing.context_tokens
+    inputs = np.full((entry.execution.batch_windows, context), _FILL_TOKEN, dtype=np.int64)
+    indices, positions, labels = [], [], []
+    for number, window in enumerate(batch):
+        inputs[number, : window.stop - window.start] = tokens[window.start - low : window.stop - low]
+        scored = np.arange(window.first, window.last)
+        indices.append(number * context + scored - window.start)
+        positions.append(scored)
+        following = np.minimum(scored + 1, low + len(tokens) - 1)
+        labels.append(np.where(scored + 1 < window.end, tokens[following - low], -1))
+    position = np.concatenate(positions)
+    label = torch.from_numpy(np.concatenate(labels)).to(teacher.device)
+    index = torch.from_numpy(np.concatenate(indices)).to(teacher.device)
+    done = 0
+    for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
+        chunk = slice(done, done + len(logits))
+        try:
+            reduced = reduce_topk(logits, entry.vocabulary_size, entry.targets.k, label[chunk], rows.floor)
+        except InvalidLogits as error:
+            raise InputError(
+                f"teacher {entry.teacher.members[0].source}: at position {position[done + error.row]} its logits "
+                f"have no softmax ({error.found}); it diverged, or overflowed in "
+                f"{entry.teacher.members[0].dtype}: try --dtype float32, or check its weights"
+            ) from None
+        rows.put(position[chunk], reduced)
+        done += len(logits)
+    assert done == len(position), "a teacher yields one row of logits per scored row"
+    return done
+
+
+class _Rows:
+    """The arrays of a shard, filled row by row."""
+
+    def __init__(self, entry: TeacherEntry, start: int, stop: int) -> None:
+        count, k = stop - start, entry.targets.k
+        self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
+        self._start = start
+        self._token_ids = np.empty((count, k), dtype=token_id_dtype(entry.vocabulary_size))
+        self._logprobs = np.empty((count, k), dtype=np.float32)
+        self._floats = {
+            name: np.empty(count, dtype=np.float32)
+            for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")
+        }
+
+    def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
+        """Store the rows of some positions (absolute, ascending)."""
+        at = position - self._start
+        self._token_ids[at] = reduced.token_ids.cpu().numpy()
+        self._logprobs[at] = reduced.logprobs.cpu().numpy()
+        for name, values in self._floats.items():
+            values[at] = getattr(reduced, name).cpu().numpy()
+
+    def targets(self) -> SparseTargets:
+        """The rows as a record. Top-k: every column is kept, and certain."""
+        count = np.full(len(self._token_ids), self._token_ids.shape[1], dtype=np.uint16)
+        return SparseTargets(
+            start=self._start,
+            token_ids=self._token_ids,
+            kept=count,
+            certain=count,
+            top_logprob=self._logprobs[:, 0].copy(),
+            exact_logprobs=self._logprobs,
+            log_tail=self._floats["log_tail"],
+            log_tail_half=self._floats["log_tail_half"],
+            label_logprob=self._floats["label_logprob"],
+            entropy=self._floats["entropy"],
+        )

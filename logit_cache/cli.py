@@ -1,0 +1,208 @@
+"""The commands `cache-logits` and `logit-cache`: parse, call one function, print its result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+try:
+    from storage.errors import one_line_errors
+except ImportError:
+    import storage
+
+    raise SystemExit(
+        f"error: the package 'storage' at {getattr(storage, '__path__', '?')} is not logit-cache's: "
+        f"install logit-cache in an environment of its own"
+    ) from None
+
+_EXAMPLE = "\b\nExample:\n  "
+_CORPUS_OPTIONS = (
+    click.option("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
+    click.option("--tokenizer", help="Directory or hub id of an existing tokenizer."),
+    click.option("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
+    click.option("--tokenizer-revision", help="Revision of a hub tokenizer."),
+    click.option("--special-token", "special_tokens", multiple=True, help="Further special token of a new tokenizer."),
+    click.option("--chat-template", metavar="FILE", help="Jinja template for conversations."),
+    click.option("--document-separator", help=r"Split text files into documents at this string, such as '\n\n'."),
+    click.option("--append-token", help="Token to put after every document, such as '</s>'."),
+    click.option("--text-field", help="Field of a row that holds its text.  [default: text]"),
+    click.option("--messages-field", help="Field of a row that holds a conversation.  [default: messages]"),
+    click.option("--split", help="Split of a hub data set.  [default: train]"),
+)
+
+
+def _options(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="logit-cache")
+def main() -> None:
+    """Make and look at caches of teachers' next-token distributions."""
+
+
+@main.command(epilog=_EXAMPLE + "logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train")
+@_options(_CORPUS_OPTIONS)
+@click.option("--out", help="Path or URL of the cache to make.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run tokenizer code from the hub.")
+@click.option("--config", type=str, help="YAML file with these fields; flags override it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the cache's record as JSON.")
+def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
+    """Turn text into a token stream: the start of every cache.
+
+    A validation cache is the same command with the first cache's tokenizer: --tokenizer CACHE/tokenizer.
+    """
+    with one_line_errors():
+        cache = _tokenize(config, flags)
+        if as_json:
+            click.echo(json.dumps(cache.record.model_dump(mode="json"), indent=2))
+            return
+        corpus = cache.record.corpus
+        click.echo(
+            f"{cache.url}: {corpus.positions:,} tokens in {corpus.documents:,} documents, "
+            f"{corpus.text_bytes / corpus.positions:.2f} bytes of text per token, "
+            f"vocabulary {cache.vocabulary_size:,}"
+        )
+
+
+def _tokenize(config: str | None, flags: dict[str, Any]) -> Any:
+    from logit_cache import corpus
+    from logit_cache.progress import progress
+    from storage import LogitCache
+    from storage.config import build_config
+
+    separator = flags.get("document_separator")
+    if separator is not None:
+        flags["document_separator"] = separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    settings = build_config(corpus.CorpusConfig, config, flags, "logit-cache tokenize")
+    with progress("tokenize", corpus.total_bytes(settings), "bytes") as advance:
+        seen = 0
+
+        def report(documents: int, tokens: int, text_bytes: int) -> None:
+            nonlocal seen
+            advance(text_bytes - seen)
+            seen = text_bytes
+
+        corpus.tokenize(settings, report)
+    return LogitCache.open(settings.out)
+
+
+@main.command(epilog=_EXAMPLE + "logit-cache inspect run/train --at 1234")
+@click.argument("url")
+@click.option("--at", type=int, metavar="POSITION", help="Show one position with its tokens as text.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(url: str, at: int | None, as_json: bool) -> None:
+    """Show what is in a cache: sizes, coverage, provenance, summaries, or one position."""
+    with one_line_errors():
+        from logit_cache import inspect as inspection
+        from logit_cache import show
+        from storage import LogitCache
+
+        cache = LogitCache.open(url)
+        if at is not None:
+            found = inspection.describe_position(cache, at)
+            text = show.position_text(found)
+        else:
+            found = inspection.describe_cache(cache)
+            text = show.cache_text(found)
+        click.echo(json.dumps(found, indent=2) if as_json else text)
+
+
+@main.command(epilog=_EXAMPLE + "logit-cache demo --out demo-run")
+@click.option("--out", default="demo-run", show_default=True, help="Folder of the run; an interrupted one goes on.")
+@click.option("--text", multiple=True, help="Text to use instead of the Python standard library's source. Repeatable.")
+def demo(out: str, text: tuple[str, ...]) -> None:
+    """The whole road in minutes on a laptop: two teachers, their caches, a student, and what was gained."""
+    with one_line_errors():
+        from logit_cache.demo import run_demo
+
+        click.echo(run_demo(out, text))
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EXAMPLE + "cache-logits --cache run/train --teacher run/llama --name llama -k 64",
+)
+@click.option("--cache", help="Path or URL of a cache that holds the token stream.")
+@click.option("--teacher", help="Model directory or hub id (any AutoModelForCausalLM, safetensors).")
+@click.option("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'.")
+@click.option("-k", "--k", type=int, help="Ids stored per position.  [default: 64]")
+@click.option("--context-tokens", type=int, help="Length of the windows that the teacher reads.  [default: 128]")
+@click.option("--stride-tokens", type=int, help="Tokens from one window to the next.  [default: the context]")
+@click.option("--isolate-documents/--no-isolate-documents", default=None, help="Windows do not cross documents.")
+@click.option("--dtype", help="float32, bfloat16 or float16.  [default: bfloat16 on CUDA, float32 on CPU]")
+@click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]")
+@click.option("--encoding", help="codes (1/32 nat) or float32 (exact).  [default: codes]")
+@click.option("--step-nats", type=float, help="Unit of the codes.  [default: 0.03125]")
+@click.option("--compression", help="zstd (smaller) or lz4 (faster).  [default: zstd]")
+@click.option("--shard-tokens", type=int, help="Positions per shard: what a killed worker loses at most.")
+@click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
+@click.option("--batch-windows", type=int, help="Windows in one forward pass; recorded in the entry.")
+@click.option("--revision", help="Revision of a hub teacher.")
+@click.option("--attention", help="Attention implementation of transformers, such as sdpa or eager.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run model code from the hub; recorded.")
+@click.option("--worker", help="i/n: do the i-th of n shares, for several processes on one entry.")
+@click.option("--config", type=str, help="YAML file with these fields; flags override it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the entry's description as JSON.")
+@click.option("--out", help="With --text: make the cache here first.")
+@_options(_CORPUS_OPTIONS)
+def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str | None, **flags: Any) -> None:
+    """Run a teacher once over a token stream and store its targets; run it again to go on after a stop.
+
+    From raw text in one step: give --text and --out instead of --cache; the tokenizer is the teacher's unless
+    --tokenizer or --train-tokenizer says otherwise.
+    """
+    with one_line_errors():
+        from logit_cache.engines import parse_worker, run_local
+        from logit_cache.inspect import describe_entry
+        from logit_cache.job import CacheJob, open_job
+        from logit_cache.progress import progress
+        from storage.config import build_config
+        from storage.errors import InputError
+        from storage.reader import LogitCache
+
+        names = [name for name in flags if name not in CacheJob.model_fields]
+        corpus_flags = {name: flags.pop(name) for name in names}
+        share = parse_worker(worker) if worker else (0, 1)
+        if corpus_flags["text"]:
+            if out is None or flags["cache"] is not None:
+                raise InputError("cache-logits: --text makes a new cache: give it with --out, and without --cache")
+            # The job is checked before the text is read, so that a typing error costs no minutes.
+            job = build_config(CacheJob, config, {**flags, "cache": out}, "cache-logits")
+            if corpus_flags["tokenizer"] is None and corpus_flags["train_tokenizer"] is None:
+                corpus_flags["tokenizer"] = job.teacher
+            _tokenize(None, {**corpus_flags, "out": out})
+        elif out is not None or any(corpus_flags.values()):
+            raise InputError("cache-logits: options for text go with --text FILE --out URL")
+        else:
+            job = build_config(CacheJob, config, flags, "cache-logits")
+        opened = open_job(job)
+        entry = opened.writer.entry
+        pending = opened.writer.pending()
+        size = entry.layout.shard
+        mine = [shard for shard in pending if shard % share[1] == share[0]]
+        left = sum(min(size, entry.positions - shard * size) for shard in mine)
+        total = left if share[1] > 1 else entry.positions
+        with progress(f"cache {job.name}", total, "tokens", total - left) as advance:
+            run_local(opened, pending, share, advance)
+        found = describe_entry(LogitCache.open(job.cache).teacher(job.name))
+        if as_json:
+            click.echo(json.dumps(found, indent=2))
+            return
+        click.echo(
+            f"{job.cache}: {job.name} has {found['positions_cached']:,} of {found['positions']:,} positions, "
+            f"{found['bytes_per_token'] or 0:.1f} bytes per token"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

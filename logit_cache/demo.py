@@ -1,0 +1,224 @@
+"""The demo: the whole road on a laptop, every stage by the public command in a process of its own.
+
+Text → token stream → two teachers of different families → each run once over the stream and cached → a student
+trained from the cache, and the same student without distillation: same start, same steps, same order of data.
+Every command goes on where it stopped, so the demo does too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from logit_cache.comparison import Comparison, write_page
+from storage.errors import InputError
+
+TRAIN_BYTES = 4_000_000
+VALID_BYTES = 300_000
+VOCABULARY = 4_096
+# Half of it would leave a tail of several per cent to the bucket, which is a poor target (docs/decisions).
+KEPT_IDS = 128
+_NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__phello__"}
+_LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 256, "tie_word_embeddings": False}
+_MODELS: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_LLAMA,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_positions": 256,
+        "n_embd": 192,
+        "n_layer": 3,
+        "n_head": 4,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "student": {
+        **_LLAMA,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
+}
+TEACHERS = ("llama", "gpt2")
+_TRAINING = (
+    "learning_rate=2e-3",
+    "per_device_train_batch_size=16",
+    "per_device_eval_batch_size=32",
+    "warmup_steps=30",
+    "logging_steps=10",
+    "eval_strategy=steps",
+    "eval_steps=100",
+    "save_strategy=steps",
+    "save_steps=100",
+)
+_TEACHER_EPOCHS = 2
+_STUDENT_EPOCHS = 1
+
+
+def run_demo(out: str, text: Sequence[str]) -> str:
+    """Run what is left of the demo in the folder `out`; returns the table. Raises InputError if a stage fails."""
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "text.json").exists():
+        raise InputError(f"{out} holds something that is no demo: give another --out")
+    (folder / "models").mkdir(parents=True, exist_ok=True)
+    _write_same(folder / "text.json", json.dumps(_text_files(folder, text), indent=1), out)
+    files = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+    for name, config in _MODELS.items():
+        (folder / "models" / f"{name}.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    for split in ("train", "valid"):
+        (folder / f"{split}.yaml").write_text(json.dumps({"text": files[split]}), encoding="utf-8")
+    stages = list(_stages(folder))
+    for number, (title, command) in enumerate(stages, 1):
+        print(f"[{number}/{len(stages)}] {title}", file=sys.stderr, flush=True)
+        _run(command)
+    comparison = _comparison(folder)
+    write_page(comparison, folder / "demo.html")
+    return f"{comparison.table()}\n\npage: {folder / 'demo.html'}"
+
+
+def _stages(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    train, valid, models = str(folder / "train"), str(folder / "valid"), folder / "models"
+    size = str(VOCABULARY)
+    yield (
+        f"token stream, with a new tokenizer of {VOCABULARY} ids",
+        ["logit-cache", "tokenize", "--config", f"{train}.yaml", "--train-tokenizer", size, "--out", train],
+    )
+    yield (
+        "held-out token stream, same tokenizer",
+        ["logit-cache", "tokenize", "--config", f"{valid}.yaml", "--tokenizer", f"{train}/tokenizer", "--out", valid],
+    )
+    settings = [part for setting in _TRAINING for part in ("--set", setting)]
+    data = ["--cache", train, "--eval-cache", valid, *settings]
+    for name in TEACHERS:
+        model = ["--model", f"{models}/{name}.json", "--set", f"num_train_epochs={_TEACHER_EPOCHS}"]
+        yield (
+            f"teacher {name}: training from scratch",
+            ["train-teacher", *data, *model, "--output-dir", f"{folder}/teacher-{name}"],
+        )
+    for split, cache in (("training", train), ("held-out", valid)):
+        for name in TEACHERS:
+            entry = ["--name", name, "-k", str(KEPT_IDS)]
+            yield (
+                f"teacher {name}: run once over the {split} stream, top {KEPT_IDS} stored",
+                ["cache-logits", "--cache", cache, "--teacher", f"{folder}/teacher-{name}", *entry],
+            )
+    student = [*data, "--model", f"{models}/student.json", "--set", f"num_train_epochs={_STUDENT_EPOCHS}"]
+    mixture = [part for name in TEACHERS for part in ("--teacher", name)]
+    yield (
+        "student from the cache, no teacher loaded",
+        ["train-student", *student, *mixture, "--alpha", "0.5", "--output-dir", f"{folder}/student"],
+    )
+    yield (
+        "the same student without distillation",
+        ["train-student", *student, "--output-dir", f"{folder}/control"],
+    )
+
+
+def _run(command: list[str]) -> None:
+    program = Path(sysconfig.get_path("scripts")) / command[0]
+    if not program.exists():
+        raise InputError(f"{program} is not installed: install logit-cache in this environment (make demo does)")
+    # Results go to stdout at the end; what a stage prints on the way is for the person who waits.
+    status = subprocess.run([str(program), *command[1:]], stdout=sys.stderr, check=False).returncode
+    if status:
+        raise InputError(f"{' '.join(command)} ended with status {status}: see above, then run the demo again")
+
+
+def _text_files(folder: Path, text: Sequence[str]) -> dict[str, list[str]]:
+    """Paths of the training and the held-out text."""
+    if text:
+        return _split_lines(folder / "text", _expand(text))
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [
+        path
+        for path in library.rglob("*.py")
+        if not _NOT_LIBRARY & set(path.relative_to(library).parts) and 0 < path.stat().st_size < 200_000
+    ]
+    # In the order of a hash of their names, so that both parts mix all of the library, on every machine alike.
+    files.sort(key=lambda path: hashlib.sha256(path.relative_to(library).as_posix().encode()).digest())
+    valid = _take(files, VALID_BYTES)
+    return {"train": _take(files[len(valid) :], TRAIN_BYTES), "valid": valid}
+
+
+def _take(files: Sequence[Path], most_bytes: int) -> list[str]:
+    taken: list[str] = []
+    size = 0
+    for path in files:
+        if size >= most_bytes:
+            break
+        taken.append(str(path))
+        size += path.stat().st_size
+    return taken
+
+
+def _expand(text: Sequence[str]) -> list[Path]:
+    import glob
+
+    paths = [Path(match) for pattern in text for match in (sorted(glob.glob(pattern, recursive=True)) or [pattern])]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"--text {path}: no such file")
+    return paths
+
+
+def _split_lines(folder: Path, files: Sequence[Path]) -> dict[str, list[str]]:
+    """The last 5 % of the lines of each file are held out; long files are cut so that the demo stays short."""
+    share = TRAIN_BYTES // len(files)
+    parts: dict[str, list[str]] = {"train": [], "valid": []}
+    for number, path in enumerate(files):
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                lines = file.readlines(share)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 text at byte {error.start}: convert it first") from None
+        cut = len(lines) - max(1, len(lines) // 20)
+        for split, some in (("train", lines[:cut]), ("valid", lines[cut:])):
+            target = folder / split / f"{number:04d}-{path.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text("".join(some), encoding="utf-8", newline="")
+            if some:
+                parts[split].append(str(target))
+    if not parts["train"]:
+        raise InputError("--text: too few lines to hold any out; give files of at least two lines")
+    return parts
+
+
+def _write_same(path: Path, content: str, out: str) -> None:
+    if path.exists() and path.read_text(encoding="utf-8") != content:
+        raise InputError(f"{out} was begun with other text: give another --out, or remove it to begin again")
+    path.write_text(content, encoding="utf-8")
+
+
+def _comparison(folder: Path) -> Comparison:
+    from logit_cache.inspect import describe_entry
+    from storage import LogitCache
+
+    cache = LogitCache.open(str(folder / "train"))
+
+    def report(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
+        return found
+
+    return Comparison(
+        title="logit-cache demo",
+        tokens=cache.record.corpus.positions,
+        vocabulary_size=cache.vocabulary_size,
+        kept_ids=KEPT_IDS,
+        entries={name: describe_entry(cache.teacher(name)) for name in TEACHERS},
+        teachers={name: report(f"teacher-{name}") for name in TEACHERS},
+        student=report("student"),
+        control=report("control"),
+    )

@@ -1,0 +1,129 @@
+"""What a person wants to know of a cache: contents, sizes, coverage, provenance, summaries, single positions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from storage.errors import CacheNotFound, InputError
+from storage.manifest import ShardStatistics
+from storage.reader import LogitCache, TeacherTargets
+
+
+def describe_cache(cache: LogitCache) -> dict[str, Any]:
+    """The whole cache as JSON data. Log-probs and losses in nats, sizes in bytes, masses as fractions."""
+    record = cache.record
+    corpus = record.corpus
+    missing = cache.missing_tokens() if corpus.tokens_included else []
+    return {
+        "url": cache.url,
+        "format_version": record.format_version,
+        "corpus": {
+            "tokens": corpus.positions,
+            "documents": corpus.documents,
+            "text_bytes": corpus.text_bytes,
+            "text_bytes_per_token": corpus.text_bytes / corpus.positions,
+            "stream_sha256": corpus.stream_sha256,
+            "has_loss_mask": corpus.has_loss_mask,
+            "tokens_included": corpus.tokens_included,
+            "complete": not missing,
+            "sources": [source.model_dump() for source in corpus.sources],
+        },
+        "tokenizer": record.tokenizer.model_dump(),
+        "created_with": record.created_with.libraries,
+        "teachers": {name: describe_entry(cache.teacher(name)) for name in cache.teachers},
+    }
+
+
+def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
+    """One teacher entry as JSON data; sums come from the receipts, no array is read."""
+    entry = targets.entry
+    missing = targets.missing()
+    covered = entry.positions - sum(stop - start for start, stop in missing)
+    stored = targets.stored_bytes()
+    statistics, seconds = targets.statistics()
+    member = entry.teacher.members[0]
+    return {
+        "teacher": [m.model_dump() for m in entry.teacher.members],
+        "combine": entry.teacher.combine,
+        "architecture": member.architecture,
+        "targets": entry.targets.model_dump(),
+        "windowing": entry.windowing.model_dump(),
+        "encoding": entry.encoding.model_dump(),
+        "layout": entry.layout.model_dump(),
+        "execution": entry.execution.model_dump(),
+        "created_with": entry.created_with.libraries,
+        "record_sha256": targets.record_sha256,
+        "positions": entry.positions,
+        "positions_cached": covered,
+        "complete": not missing,
+        "missing": missing[:100],
+        "stored_bytes": stored,
+        "bytes_per_token": stored / covered if covered else None,
+        "bytes_per_kept_id": stored / (covered * entry.targets.k) if covered else None,
+        "positions_per_second": covered / seconds if seconds else None,
+        "summary": summarise(statistics) if statistics else None,
+    }
+
+
+def summarise(sums: ShardStatistics) -> dict[str, float | None]:
+    """Means of what receipts hold sums of."""
+    loss = sums.label_nats / sums.labelled if sums.labelled else None
+    return {
+        "cross_entropy": loss,
+        "perplexity": math.exp(min(loss, 700.0)) if loss is not None else None,
+        "entropy": sums.entropy_nats / sums.positions,
+        "head_mass": sums.head_mass / sums.positions,
+        "positions_with_head_mass_below_0.5": sums.head_mass_below_half / sums.positions,
+        "positions_with_head_mass_below_0.9": sums.head_mass_below_90 / sums.positions,
+        "positions_with_head_mass_below_0.99": sums.head_mass_below_99 / sums.positions,
+    }
+
+
+def describe_position(cache: LogitCache, position: int, context: int = 24, most: int = 10) -> dict[str, Any]:
+    """The tokens before a position, the one that follows it, and what each teacher expected there, as text."""
+    total = cache.record.corpus.positions
+    if not 0 <= position < total:
+        raise InputError(f"--at {position}: the cache holds the positions 0..{total - 1}")
+    decode = _decoder(cache)
+    before = cache.tokens.read(max(0, position + 1 - context), position + 1)
+    following = int(cache.tokens.read(position + 1, position + 2)[0]) if position + 1 < total else None
+    teachers: dict[str, Any] = {}
+    for name in cache.teachers:
+        targets = cache.teacher(name)
+        if any(start <= position < stop for start, stop in targets.missing()):
+            teachers[name] = None
+            continue
+        row = targets.read(position, position + 1)
+        kept = int(row.kept[0])
+        logprobs = row.logprobs[0, :kept].astype(np.float64)
+        label = float(row.label_logprob[0])
+        teachers[name] = {
+            "kept": kept,
+            "entropy": float(row.entropy[0]),
+            "head_mass": float(np.exp(logprobs).sum()),
+            "tail_mass": math.exp(float(row.log_tail[0])),
+            "label_logprob": None if math.isnan(label) else label,
+            "top": [
+                {"id": int(token), "text": decode([int(token)]), "probability": math.exp(logprob)}
+                for token, logprob in zip(row.token_ids[0, : min(kept, most)], logprobs, strict=False)
+            ],
+        }
+    return {
+        "position": position,
+        "context": decode([int(token) for token in before]),
+        "next": None if following is None else {"id": following, "text": decode([following])},
+        "teachers": teachers,
+    }
+
+
+def _decoder(cache: LogitCache) -> Any:
+    files = cache.tokenizer_files()
+    if "tokenizer.json" not in files:
+        raise CacheNotFound(f"{cache.url}: its tokenizer has no tokenizer.json, so tokens cannot be shown as text")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

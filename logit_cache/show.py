@@ -1,0 +1,87 @@
+"""Descriptions from `logit_cache.inspect` as text for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def cache_text(found: dict[str, Any]) -> str:
+    """A cache on a screen: one block for the stream, one for each teacher."""
+    corpus, tokenizer = found["corpus"], found["tokenizer"]
+    sources = ", ".join(source["name"] for source in corpus["sources"][:4])
+    more = len(corpus["sources"]) - 4
+    lines = [
+        f"{found['url']}  (format {found['format_version']})",
+        f"  tokens      {corpus['tokens']:,} in {corpus['documents']:,} documents"
+        + ("" if corpus["complete"] else ", INCOMPLETE: run logit-cache tokenize again"),
+        f"  text        {corpus['text_bytes']:,} bytes, {corpus['text_bytes_per_token']:.2f} per token",
+        f"  sources     {sources}{f' and {more} more' if more > 0 else ''}",
+        f"  tokenizer   {tokenizer['vocabulary_size']:,} ids, fingerprint {tokenizer['fingerprint'][:16]}…",
+    ]
+    if corpus["has_loss_mask"]:
+        lines.append("  loss mask   yes")
+    for name, entry in found["teachers"].items():
+        lines += ["", *_entry_lines(name, entry)]
+    if not found["teachers"]:
+        lines += ["", "  no teacher yet: run cache-logits"]
+    return "\n".join(lines)
+
+
+def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
+    member, windowing, targets = entry["teacher"][0], entry["windowing"], entry["targets"]
+    share = 100 * entry["positions_cached"] / entry["positions"]
+    state = "complete" if entry["complete"] else f"{share:.1f} % cached, first missing {entry['missing'][0]}"
+    lines = [
+        f"teacher {name}: {member['source']} ({member['architecture']}, {member['parameters']:,} parameters, "
+        f"{member['dtype']})",
+        f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}",
+        f"  targets     {targets['method']}, k = {targets['k']}, windows of {windowing['context_tokens']} tokens every "
+        f"{windowing['stride_tokens']}{', documents isolated' if windowing['isolate_documents'] else ''}",
+        f"  weights     sha256 {member['weights_sha256'][:16]}…",
+    ]
+    if entry["positions_cached"]:
+        lines.append(
+            f"  size        {entry['stored_bytes']:,} bytes, {entry['bytes_per_token']:.1f} per token, "
+            f"{entry['bytes_per_kept_id']:.2f} per id ({entry['encoding']['kind']})"
+        )
+    if entry["positions_per_second"]:
+        lines.append(
+            f"  made at     {entry['positions_per_second']:,.0f} positions/s on {entry['execution']['device_type']}"
+        )
+    summary = entry["summary"]
+    if summary:
+        if summary["cross_entropy"] is not None:
+            lines.append(
+                f"  teacher     loss {summary['cross_entropy']:.4f} nats, perplexity {summary['perplexity']:.2f}, "
+                f"mean entropy {summary['entropy']:.3f} nats"
+            )
+        lines.append(
+            f"  head mass   mean {summary['head_mass']:.4f}; below 0.5 in "
+            f"{100 * summary['positions_with_head_mass_below_0.5']:.1f} % of positions, below 0.9 in "
+            f"{100 * summary['positions_with_head_mass_below_0.9']:.1f} %, below 0.99 in "
+            f"{100 * summary['positions_with_head_mass_below_0.99']:.1f} %"
+        )
+    return lines
+
+
+def position_text(found: dict[str, Any]) -> str:
+    """One position on a screen."""
+    following = found["next"]
+    lines = [
+        f"position {found['position']}",
+        f"  context  …{found['context']!r}",
+        "  next     "
+        + (f"{following['text']!r} (id {following['id']})" if following else "none: the stream ends here"),
+    ]
+    for name, row in found["teachers"].items():
+        if row is None:
+            lines += ["", f"teacher {name}: not cached here yet"]
+            continue
+        label = "" if row["label_logprob"] is None else f", next token at {row['label_logprob']:.3f} nats"
+        lines += [
+            "",
+            f"teacher {name}: entropy {row['entropy']:.3f} nats, head mass {row['head_mass']:.4f}, "
+            f"tail {row['tail_mass']:.2e}{label}",
+        ]
+        lines += [f"  {item['probability']:8.5f}  {item['id']:>7}  {item['text']!r}" for item in row["top"]]
+    return "\n".join(lines)

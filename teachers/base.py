@@ -1,0 +1,51 @@
+"""The Teacher protocol: anything that turns windows of tokens into logits, one at a time or an ensemble.
+
+Legend: `B` windows, `C` tokens per window (context), `R` scored rows, `r` rows of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from storage.manifest import Teacher as TeacherRecord
+
+
+class Teacher(Protocol):
+    """A model that scores windows.
+
+    identity      what is written to the cache, and what a resumed job is compared with
+    head_columns  width of the logits; columns from the vocabulary's size on are padding
+    device        where windows are expected and logits appear
+    head          "fast" (backbone, then the head on the wanted rows in float32) or "general" (the model's
+                  own forward); part of what can change the last bits of a result
+    attention     the attention implementation that runs, such as "sdpa" or "eager"
+    """
+
+    @property
+    def identity(self) -> TeacherRecord: ...
+
+    @property
+    def head_columns(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def head(self) -> Literal["fast", "general"]: ...
+
+    @property
+    def attention(self) -> str: ...
+
+    def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        """Logits of the rows `rows` of the flattened windows, in chunks.
+
+        windows: int64 [B, C], token ids. rows: int64 [R], ascending indices into the B * C positions.
+        Yields float32 [r, head_columns] in the order of `rows`; every chunk stays within the teacher's byte
+        budget, and the sizes follow from the arguments alone, so that a repeated call repeats every matrix
+        product with the same shapes.
+        """
+        ...

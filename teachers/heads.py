@@ -1,0 +1,237 @@
+"""From a causal language model to float32 logits of chosen rows: the fast path, the general one, and which.
+
+Legend: `B` windows, `C` tokens per window, `R` scored rows, `r` rows of one chunk, `H` hidden size.
+
+fast     ``hidden = backbone(windows)[rows]``, then ``hidden @ weight.T + bias`` for as many rows at a time as
+         the byte budget allows. The rows that nobody asked for never get logits.
+general  ``model(windows).logits[rows]``, for models that do more after the head (scale the logits, or cap
+         them), or whose parts cannot be called by themselves.
+
+Either way the head's product has float32 output, whatever the backbone's dtype, wherever the output layer is a
+plain Linear. Rounded to bfloat16, a logit of 20 is off by up to 0.06 nats, and logits tie at the border of the
+top-k in most rows; the product costs the same.
+
+A self-test decides: on a few random windows both ways must agree, also with the hidden states scaled up until
+the logits reach hundreds, where a soft cap or a factor shows in any model, trained or not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teachers.reduce import rows_per_chunk
+
+# What one rounding of the logits to the dtype, and another order of summation, may change, relative to the
+# largest logit.
+_TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-9}
+# Large enough for any soft cap in use (30, 50) to show, small enough for hidden states in float16.
+_TEST_LOGIT = 256.0
+# Some models mask ids with the lowest number of their dtype in place of -inf.
+_MASKED = -1e30
+
+
+class ScoringPath(Protocol):
+    """One way to the logits. `float32`: whether they are free of the dtype's rounding."""
+
+    kind: Literal["fast", "general"]
+    float32: bool
+
+    def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
+        """See `teachers.base.Teacher.score`."""
+        ...
+
+
+class Float32Head:
+    """An output layer whose logits are float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        weight = linear.weight.detach()
+        # cuBLAS multiplies half-precision operands into float32; elsewhere one float32 copy of the weights,
+        # which is no copy at all when the model is float32.
+        self._mixed = weight.is_cuda and weight.dtype != torch.float32
+        self._weight = weight if self._mixed else weight.float()
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """float32 [..., columns] of hidden states [..., H]."""
+        if not self._mixed:
+            return F.linear(hidden.float(), self._weight, self._bias)
+        flat = hidden.reshape(-1, hidden.shape[-1]).to(self._weight.dtype)
+        logits = torch.mm(flat, self._weight.t(), out_dtype=torch.float32)
+        if self._bias is not None:
+            logits.add_(self._bias)
+        return logits.view(*hidden.shape[:-1], -1)
+
+
+class FastPath:
+    """Backbone, then the head on the wanted rows."""
+
+    kind: Literal["fast", "general"] = "fast"
+    float32 = True
+
+    def __init__(self, backbone: Any, head: Float32Head) -> None:
+        self._backbone = backbone
+        self.head = head
+
+    def hidden(self, windows: Tensor) -> Tensor:
+        """The last hidden states of all positions, [B * C, H]."""
+        hidden: Tensor = self._backbone(input_ids=windows, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)
+
+    def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
+        with torch.inference_mode():
+            hidden = self.hidden(windows).index_select(0, rows)  # [R, H]
+        step = rows_per_chunk(columns, budget_bytes)
+        for start in range(0, len(rows), step):
+            # Entered per chunk: a mode held across a yield would reach into the caller's code.
+            with torch.inference_mode():
+                logits = self.head(hidden[start : start + step])
+            yield logits
+
+
+class GeneralPath:
+    """The model's own forward on as many windows at a time as the budget allows, at least one."""
+
+    kind: Literal["fast", "general"] = "general"
+
+    def __init__(self, model: Any, float32: bool) -> None:
+        self._model = model
+        self.float32 = float32
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
+        context = windows.shape[1]
+        at_once = max(1, budget_bytes // (4 * context * columns))
+        step = rows_per_chunk(columns, budget_bytes)
+        on_host = rows.cpu()
+        for first in range(0, len(windows), at_once):
+            wanted = on_host[(on_host >= first * context) & (on_host < (first + at_once) * context)]
+            if not len(wanted):
+                continue
+            position = wanted % context
+            # Windows that overlap score their last positions only; the others' logits need not exist.
+            last = context - int(position.min())
+            with torch.inference_mode():
+                logits = forward(self._model, windows[first : first + at_once], last if self._keeps_last else None)
+                last = int(logits.shape[1])  # all positions, from a model without logits_to_keep
+                local = (wanted // context - first) * last + position - (context - last)
+                local, logits = local.to(windows.device), logits.flatten(0, 1)
+            for start in range(0, len(local), step):
+                with torch.inference_mode():
+                    chunk = logits.index_select(0, local[start : start + step]).float()
+                yield chunk
+
+
+def forward(model: Any, windows: Tensor, last: int | None = None) -> Tensor:
+    """The model's own logits [B, C, columns], or of the last positions only, in the dtype that it gives them.
+
+    No attention mask is passed: windows are full, and a causal model needs none.
+    """
+    keep = {} if last is None else {"logits_to_keep": last}
+    logits: Tensor = model(input_ids=windows, use_cache=False, **keep).logits
+    return logits
+
+
+def is_causal(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> bool:
+    """Whether logits stay as they are when later tokens change. BERT's do not, under a causal model's class too.
+
+    logits: the model's own for the windows, float32 [B, C, columns].
+    """
+    half = windows.shape[1] // 2
+    if not half:
+        return True
+    changed = torch.cat([windows[:, :half], windows[:, half:].flip(0).roll(1, 1)], dim=1)
+    with torch.inference_mode():
+        now = forward(model, changed).float()
+    # Most models do not move by a bit; the margin is for those that group the tokens of a batch (experts).
+    return _agree(now[:, :half], logits[:, :half], 4 * _TOLERANCE[dtype])
+
+
+def choose_path(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> tuple[ScoringPath, str | None]:
+    """The fast path if it gives the model's logits, else the general one and why.
+
+    logits: the model's own for the windows, float32 [B, C, columns]. dtype: the model's, by name. Where the
+    general path is taken, the output layer is made to give float32, if what follows it goes along.
+    """
+    tolerance = _TOLERANCE[dtype]
+    linear = None
+    try:
+        linear, backbone = model.get_output_embeddings(), model.base_model
+        # Subclasses of Linear are quantised or adapted layers with another product.
+        if type(linear) is not nn.Linear:
+            problem = f"its output layer is a {type(linear).__name__}, not a plain Linear"
+        elif backbone is model:
+            problem = "it has no backbone that can be called by itself"
+        else:
+            fast = FastPath(backbone, Float32Head(linear))
+            found = _disagreement(model, linear, fast, windows, logits, tolerance)
+            if found is None:
+                return fast, None
+            problem = found
+    except Exception as error:  # architectures and remote code fail in ways of their own; the other path remains
+        problem = f"the fast path failed ({type(error).__name__}: {error!s:.200})"
+    float32 = dtype == "float32"
+    if not float32 and type(linear) is nn.Linear:
+        float32 = _make_float32(model, linear, windows, logits, tolerance)
+    return GeneralPath(model, float32), problem
+
+
+def _disagreement(
+    model: Any, linear: nn.Linear, fast: FastPath, windows: Tensor, logits: Tensor, tolerance: float
+) -> str | None:
+    """How the fast path differs from the model's own logits; None where it does not."""
+    with torch.inference_mode():
+        hidden = fast.hidden(windows)
+        own = fast.head(hidden).reshape(*windows.shape, -1)
+        if not _agree(own, logits, tolerance):
+            return f"backbone and head alone differ by {_difference(own, logits)}"
+        # A power of two scales exactly in any dtype.
+        factor = 2.0 ** round(math.log2(_TEST_LOGIT / max(float(own.abs().max()), 1e-30)))
+        scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
+        try:
+            amplified = forward(model, windows).float()
+        finally:
+            scaling.remove()
+        own = fast.head(hidden * factor).reshape(*windows.shape, -1)
+        if not _agree(own, amplified, tolerance):
+            return f"with hidden states times {factor:g}, backbone and head differ by {_difference(own, amplified)}"
+    return None
+
+
+def _make_float32(model: Any, linear: nn.Linear, windows: Tensor, logits: Tensor, tolerance: float) -> bool:
+    """Let the output layer give float32, and take that back if the rest of the model does not go along."""
+    linear.forward = Float32Head(linear)  # type: ignore[method-assign,assignment]
+    try:
+        with torch.inference_mode():
+            now = forward(model, windows)
+        fits = now.dtype == torch.float32 and _agree(now, logits, tolerance)
+    except Exception:  # what follows the head may insist on the model's dtype
+        fits = False
+    if not fits:
+        del linear.forward
+    return fits
+
+
+def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether logits differ by at most `tolerance` of the largest, and mask the same ids; NaN never agrees."""
+    if a.shape != b.shape:
+        return False
+    masked = a < _MASKED
+    if not torch.equal(masked, b < _MASKED):
+        return False
+    a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
+    largest = torch.maximum(a.abs().max(), b.abs().max())
+    return bool(((a - b).abs().max() <= tolerance * largest) & largest.isfinite())
+
+
+def _difference(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape:
+        return f"shape, {tuple(a.shape)} against {tuple(b.shape)}"
+    return f"up to {float((a - b).abs().max()):.3g} from logits of up to {float(b.abs().max()):.3g}"

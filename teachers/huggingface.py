@@ -1,0 +1,280 @@
+"""Any causal language model of transformers as a teacher: loaded whole, tested, and identified by digests.
+
+The backbone runs in the dtype that is asked for; logits are float32 (`teachers.heads` says how, and why).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+
+from storage.errors import InputError
+from storage.manifest import Teacher as TeacherRecord
+from storage.manifest import TeacherIdentity
+from teachers.heads import choose_path, forward, is_causal
+from teachers.weights import ModelFiles, config_sha256, find_model, weights_sha256
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_LOGIT_BUDGET_BYTES = 256 << 20
+
+_TEST_WINDOWS, _TEST_TOKENS = 2, 16
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+class HuggingFaceTeacher:
+    """A causal language model that scores windows; see `teachers.base.Teacher` for the members.
+
+    Made by `load`. `max_positions` is the longest window that the model was made for, None where it has no
+    limit or does not state one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        files: ModelFiles,
+        dtype: Literal["float32", "bfloat16", "float16"],
+        trust_remote_code: bool,
+        logit_budget_bytes: int,
+        on_message: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._files = files
+        self._trust_remote_code = trust_remote_code
+        self._budget = logit_budget_bytes
+        self.device: torch.device = next(model.parameters()).device
+        self.attention = str(getattr(model.config, "_attn_implementation", None) or "none")
+        self.max_positions = _max_positions(model.config)
+
+        windows = _test_windows(model, self.max_positions)
+        logits = _test_forward(model, windows, files.asked)
+        if not is_causal(model, windows, logits, dtype):
+            raise InputError(
+                f"{files.asked}: not a causal language model: its logits at a position change with the tokens "
+                f"after it, so there is no distribution of the next token to store"
+            )
+        self.head_columns = int(logits.shape[-1])
+        self._path, problem = choose_path(model, windows, logits, dtype)
+        self.head: Literal["fast", "general"] = self._path.kind
+        if problem is not None:
+            on_message(
+                f"{files.asked}: scored with the model's own forward, as the faster path does not serve it: "
+                + (problem if self._path.float32 else f"{problem}; its logits are rounded to {dtype}")
+            )
+        self.identity = TeacherRecord(
+            members=(
+                TeacherIdentity(
+                    source=files.source,
+                    revision=files.revision,
+                    architecture=type(model).__name__,
+                    weights_sha256=weights_sha256(files.weights),
+                    config_sha256=config_sha256(files.config),
+                    dtype=dtype,
+                    head_columns=self.head_columns,
+                    parameters=sum(parameter.numel() for parameter in model.parameters()),
+                    trust_remote_code=trust_remote_code,
+                ),
+            )
+        )
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"],
+        device: str,
+        revision: str | None = None,
+        attention: str | None = None,
+        trust_remote_code: bool = False,
+        logit_budget_bytes: int = DEFAULT_LOGIT_BUDGET_BYTES,
+        on_message: Callable[[str], None] | None = None,
+    ) -> HuggingFaceTeacher:
+        """A teacher from a model directory or a hub id.
+
+        dtype: of the backbone; the head's output and all that follows are float32. attention: one of
+        transformers' implementations, None for its own choice. logit_budget_bytes: the most that one chunk of
+        float32 logits takes. on_message: gets each remark about how the model runs; the log otherwise.
+        Raises `InputError`, with one line that says what to do, for anything that cannot be loaded whole.
+        """
+        tell = on_message or logging.getLogger(__name__).warning
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if logit_budget_bytes < 1:
+            raise InputError(f"logit_budget_bytes must be at least 1, found {logit_budget_bytes}")
+        target = _device(device)
+        files = find_model(source, revision, trust_remote_code)
+        model = _load(files, dtype, target, attention, trust_remote_code, tell)
+        return cls(model, files, dtype, trust_remote_code, logit_budget_bytes, tell)
+
+    def check_context(self, context_tokens: int) -> None:
+        """Raise `InputError` if windows of `context_tokens` are longer than the model was made for."""
+        if self.max_positions is not None and context_tokens > self.max_positions:
+            raise InputError(
+                f"{self._files.asked} reads at most {self.max_positions} tokens at once, the context is "
+                f"{context_tokens}: take a context of {self.max_positions} or less"
+            )
+
+    def vocabulary(self) -> dict[str, int] | None:
+        """The token strings and ids of the tokenizer that lies beside the model; None if none does.
+
+        Raises `InputError` when there is one and it cannot be read.
+        """
+        directory = self._files.directory
+        if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        try:
+            with _quiet_transformers():
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=self._trust_remote_code
+                )
+            return dict(tokenizer.get_vocab())
+        except Exception as error:
+            raise InputError(
+                f"{self._files.asked}: the tokenizer beside the model cannot be read ({_first_line(error)}): "
+                f"save it again, or remove its files"
+            ) from error
+
+    def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        """Logits float32 [r, head_columns] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""
+        return self._path.score(windows, rows, self.head_columns, self._budget)
+
+
+def _test_windows(model: Any, max_positions: int | None) -> Tensor:
+    ids = int(model.get_input_embeddings().weight.shape[0])
+    tokens = min(_TEST_TOKENS, max_positions or _TEST_TOKENS)
+    windows = torch.randint(ids, (_TEST_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
+    return windows.to(next(model.parameters()).device)
+
+
+def _test_forward(model: Any, windows: Tensor, source: str) -> Tensor:
+    try:
+        with torch.inference_mode():
+            logits = forward(model, windows).float()
+    except Exception as error:
+        raise InputError(
+            f"{source}: the model fails on a window of {windows.shape[1]} tokens ({_first_line(error)})"
+        ) from error
+    if bool(logits.isnan().any()):
+        raise InputError(
+            f"{source}: the logits of a test window are NaN: its weights are broken, or overflow in its dtype "
+            f"(then take bfloat16 or float32)"
+        )
+    return logits
+
+
+def _load(
+    files: ModelFiles,
+    dtype: str,
+    device: torch.device,
+    attention: str | None,
+    trust_remote_code: bool,
+    tell: Callable[[str], None],
+) -> Any:
+    """The model on its device, in eval mode, with every parameter from the files."""
+    auto: Any = transformers.AutoModelForCausalLM
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with _quiet_transformers():
+            model, info = auto.from_pretrained(
+                files.directory,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, so that the error below can name them
+                **options,
+            )
+        model = model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{files.asked}: does not fit on {device} in {dtype} ({_first_line(error)}): take a smaller dtype, "
+            f"or a device with more memory"
+        ) from error
+    except Exception as error:
+        code = "auto_map" in files.config and not trust_remote_code
+        raise InputError(
+            f"{files.asked}: transformers {transformers.__version__} cannot load it as a causal language model: "
+            + _first_line(error)
+            + (". It brings code of its own, which runs only with trust_remote_code" if code else "")
+        ) from error
+    # from_pretrained fills what is missing or misshapen with random numbers and a warning.
+    misshapen = {str(key): f"{tuple(found)}, not {tuple(needed)}" for key, found, needed in info["mismatched_keys"]}
+    absent = dict.fromkeys(info["missing_keys"], "missing") | misshapen
+    if absent:
+        name = min(absent)
+        raise InputError(
+            f"{files.asked}: {len(absent)} parameters of {type(model).__name__} are missing in the files, or have "
+            f"another shape there, such as {name} ({absent[name]}): not a whole causal language model, or the "
+            f"config.json of another one"
+        )
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        tell(f"{files.asked}: {len(unused)} tensors in the files are not used, such as {unused[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r}: expected cpu, cuda, cuda:1, mps or another that torch knows") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r}: torch {torch.__version__} finds no usable GPU here: try --device cpu")
+    try:
+        torch.empty(1, device=device).tolist()
+    except Exception as error:  # every backend has its own
+        raise InputError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _max_positions(config: Any) -> int | None:
+    """The longest input that a configuration states, stretched as its rotary scaling says."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        limit = getattr(text, name, None)
+        if isinstance(limit, int) and limit > 0:
+            break
+    else:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if isinstance(original, int) and isinstance(factor, int | float):
+        return max(limit, int(original * factor))
+    return limit
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the load report, whose tables repeat what becomes one line here, and without bars in log files."""
+    log: Any = transformers.logging
+    before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if not sys.stderr.isatty():
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]:.300}"

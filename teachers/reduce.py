@@ -1,0 +1,274 @@
+"""Logits to what is stored of them: top-k, tails, the label's log-prob and the entropy; exact, in float32.
+
+Legend: `R` rows, `T` rows of one tile, `V` vocabulary size, `K` kept ids, `W` width of a block, `M` blocks.
+
+The naive form, with z = logits[:, :V], p = softmax(z) and S the K ids that come first in the order
+(logit descending, id ascending)::
+
+    logprobs = log p[S]    label_logprob = log p[label]    entropy = -sum p log p
+    log_tail = log sum_{j not in S} p_j    log_tail_half = log sum_{j not in S} sqrt(p_j)
+
+`torch.topk` over a whole row costs more than everything else together, and leaves the order of equal logits
+undefined. Instead, the row is cut into blocks of W columns. The K best columns lie in the K blocks with the
+best maxima, as long as one order (value, then the smaller id) ranks both, so only K * W columns are sorted.
+That order is an int64 key, which only block maxima and candidates get.
+
+Precision: everything is float32. The K chosen entries are set to zero before the sums, so that a tail is the
+sum of its own terms, never one minus something; the normaliser is `log1p` of everything but the maximum, so
+that a log-prob near zero keeps its digits. Against float64, log-probs and log-tails are within 1e-6 nats plus
+3e-7 of their size, the entropy within 1e-6 of its size (`tests/test_reduce.py`); log_softmax alone was off by
+2e-5 nats at 128k ids.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from storage.errors import InputError
+
+# Under 32 columns torch's maximum over the last dimension is not vectorised and costs five times as much; among
+# few columns that still pays.
+_LEAST_FAST_BLOCK = 32
+_LEAST_BLOCK = 8
+_SHORT_ROW = 8192
+# The two buffers of a tile (2 MiB each) should stay in cache between passes; on a GPU only memory matters.
+_CPU_TILE_LOGITS_PER_THREAD = 1 << 19
+_GPU_TILE_LOGITS = 1 << 26
+# A tail sum under this may have lost terms to underflow (float32 exp ends at e^-87, and a quarter of a
+# million ids there are less than 1e-6 of e^-60): such rows are summed again relative to the tail's maximum.
+_TAIL_UNDERFLOW = math.exp(-60.0)
+_LAST_ID = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class ReducedRows:
+    """What is kept of R rows of logits; all tensors on the logits' device.
+
+    token_ids      int64 [R, K]    most probable first, equal logits by ascending id
+    logprobs       float32 [R, K]  of these ids, normalised over all V
+    log_tail       float32 [R]     log of the mass of the other V - K ids; -inf exactly when K = V
+    log_tail_half  float32 [R]     log of their sum of p**0.5; -inf exactly when K = V
+    label_logprob  float32 [R]     log-prob of the label; NaN exactly where the label is -1
+    entropy        float32 [R]     of the distribution over all V
+
+    Nats. No log-prob or tail lies under the floor that `reduce_topk` was given.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor
+    log_tail_half: Tensor
+    label_logprob: Tensor
+    entropy: Tensor
+
+
+class InvalidLogits(InputError):
+    """A row of logits without a softmax. `row` counts from the first row that was handed in."""
+
+    def __init__(self, row: int, found: str) -> None:
+        self.row = row
+        self.found = found
+        super().__init__(
+            f"row {row}: expected finite logits (or -inf for masked ids), found {found}; the model diverged or "
+            f"overflowed in its dtype: try bfloat16 or float32 in place of float16, or check its weights"
+        )
+
+
+def rows_per_chunk(columns: int, budget_bytes: int) -> int:
+    """How many rows of `columns` float32 logits fit the budget: at least 1, a multiple of 64 where 64 fit.
+
+    The multiple keeps the matrix product of a full chunk on its fastest shapes.
+
+    >>> rows_per_chunk(16_000, 64 << 20), rows_per_chunk(250_000, 1 << 20)
+    (1024, 1)
+    """
+    rows = max(1, budget_bytes // (4 * columns))
+    return rows - rows % 64 if rows >= 64 else rows
+
+
+def reduce_topk(logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, floor: float) -> ReducedRows:
+    """Top-k, tails, label log-prob and entropy of softmax(logits[:, :vocabulary_size]); see the module.
+
+    logits: float32 [R, columns >= V]; -inf masks an id. labels: int64 [R], each under V, or -1 where there is
+    no next token. floor: finite, nats; what lies lower is stored as it. The same code runs on any device;
+    memory beyond the result is about four times a tile of at most 2**26 logits on a GPU, far less on a CPU.
+    Raises `InputError` when the logits have fewer than V columns or k is not in 1..V, `InvalidLogits` for a
+    row with NaN, +inf, or nothing but -inf.
+    """
+    rows, columns = logits.shape
+    if columns < vocabulary_size:
+        raise InputError(
+            f"the teacher's head has {columns} columns, the vocabulary {vocabulary_size} ids: "
+            f"the teacher was trained with another tokenizer"
+        )
+    if not 1 <= k <= vocabulary_size:
+        raise InputError(f"k must be in 1..{vocabulary_size}, the vocabulary's size; found {k}")
+    assert logits.dtype == torch.float32
+    assert labels.shape == (rows,)
+    assert math.isfinite(floor)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    result = ReducedRows(
+        token_ids=empty(rows, k, dtype=torch.int64),
+        logprobs=empty(rows, k),
+        log_tail=empty(rows),
+        log_tail_half=empty(rows),
+        label_logprob=empty(rows),
+        entropy=empty(rows),
+    )
+    tile = max(1, min(rows, _tile_logits(logits.device) // vocabulary_size))
+    # Two buffers for all tiles: fresh ones would cost a page fault per 4 KiB in every pass.
+    buffers = empty(2, tile, vocabulary_size)
+    for start in range(0, rows, tile):
+        stop = min(start + tile, rows)
+        _reduce_tile(
+            logits[start:stop, :vocabulary_size],
+            labels[start:stop],
+            floor,
+            start,
+            buffers[:, : stop - start],
+            ReducedRows(**{name: value[start:stop] for name, value in vars(result).items()}),
+        )
+    return result
+
+
+def _tile_logits(device: torch.device) -> int:
+    return _CPU_TILE_LOGITS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _GPU_TILE_LOGITS
+
+
+def _reduce_tile(
+    logits: Tensor, labels: Tensor, floor: float, first_row: int, buffers: Tensor, into: ReducedRows
+) -> None:
+    k, vocabulary_size = into.token_ids.shape[1], logits.shape[1]
+    row_max, ids, top = _select(logits, k)  # [T], [T, K], [T, K]
+
+    half_z, mass = buffers  # [T, V] each
+    # z/2 = (logit - max)/2 in one pass; halving first also keeps two huge logits from overflowing.
+    torch.add(row_max[:, None] * -0.5, logits, alpha=0.5, out=half_z)
+    torch.exp(half_z, out=mass)
+    mass.scatter_(1, ids, 0.0)
+    tail_half = mass.sum(1)
+    mass.mul_(mass)  # one exp per element: e^z is the square of e^(z/2)
+    tail = mass.sum(1)
+    half_z.mul_(mass)
+    tail_z = 2 * half_z.nansum(1)  # NaN here is -inf * 0, a masked id; it adds nothing to the entropy
+
+    # Clamped, because logits of opposite sign near float32's limits would give -inf and then -inf * 0.
+    z = (top - row_max[:, None]).clamp_min_(torch.finfo(torch.float32).min)  # [T, K], column 0 is 0
+    others = z[:, 1:].exp()
+    head_but_max = others.sum(1)
+    rest = head_but_max + tail  # the whole sum of e^z, without the maximum's 1
+    log_sum = torch.log1p(rest)
+    log_tail = -torch.log1p((1 + head_but_max) / tail)
+    log_tail_half = torch.log(tail_half) - 0.5 * log_sum
+
+    into.token_ids.copy_(ids)
+    into.logprobs.copy_((z - log_sum[:, None]).clamp_min_(floor))
+    into.entropy.copy_(log_sum - ((z[:, 1:] * others).sum(1) + tail_z) / (1 + rest))
+    label_z = logits.gather(1, labels.clamp_min(0)[:, None]).squeeze(1) - row_max
+    label_logprob = (label_z - log_sum).clamp_min_(floor)
+    into.label_logprob.copy_(label_logprob.masked_fill_(labels < 0, math.nan))
+
+    invalid = ~torch.isfinite(row_max)  # amax hands on NaN; +inf and all -inf show as themselves
+    underflown = (tail < _TAIL_UNDERFLOW) & ~invalid
+    # One transfer for both questions: on a GPU each one waits for everything above.
+    has_invalid, has_underflown = torch.stack([invalid.any(), underflown.any()]).tolist()
+    if has_invalid:
+        row = int(invalid.nonzero()[0])
+        raise InvalidLogits(first_row + row, _describe(logits[row]))
+    if k == vocabulary_size:
+        into.log_tail.fill_(-math.inf)
+        into.log_tail_half.fill_(-math.inf)
+        return
+    if has_underflown:
+        again = underflown.nonzero().squeeze(1)
+        log_tail[again], log_tail_half[again] = _far_tail(logits[again], ids[again], row_max[again], log_sum[again])
+    into.log_tail.copy_(log_tail.clamp_min_(floor))
+    into.log_tail_half.copy_(log_tail_half.clamp_min_(floor))
+
+
+def _far_tail(logits: Tensor, ids: Tensor, row_max: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """log_tail and log_tail_half of rows whose tail lies below what exp(logit - max) can hold."""
+    tail = logits.scatter(1, ids, -math.inf)
+    tail_max = tail.amax(1)
+    z = tail - tail_max.masked_fill(tail_max == -math.inf, 0.0)[:, None]
+    gap = tail_max - row_max
+    return (
+        gap + z.exp().sum(1).log() - log_sum,
+        0.5 * gap + (0.5 * z).exp().sum(1).log() - 0.5 * log_sum,
+    )
+
+
+def _select(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row maxima [T] (NaN where a row has one); ids and logits [T, K] of the K best columns, in order."""
+    width = _block_width(logits.shape[1], k)
+    if width == 1:
+        return logits.amax(1), *_best(logits, torch.arange(logits.shape[1], device=logits.device), k)
+    ids, row_max = _candidates(logits, None, k, width)  # [T, K * W + remainder], [T]
+    values = logits.gather(1, ids)
+    while (width := _block_width(values.shape[1], k)) > 1:
+        positions, _ = _candidates(values, ids, k, width)
+        values, ids = values.gather(1, positions), ids.gather(1, positions)
+    return row_max, *_best(values, ids, k)
+
+
+def _candidates(values: Tensor, ids: Tensor | None, k: int, width: int) -> tuple[Tensor, Tensor]:
+    """The positions [T, <= n] among n columns in which the K best must lie, and the row maxima [T].
+
+    ids: int64 [T, n], or None where columns are ids. Each run of `width` columns has ascending ids, so of two
+    runs with equal maxima the one with the smaller first id holds the better column.
+    """
+    rows, columns = values.shape
+    blocks = columns // width
+    whole = blocks * width
+    maxima = values[:, :whole].reshape(rows, blocks, width).amax(2)  # [T, M]
+    row_max = maxima.amax(1)
+    first_ids = torch.arange(0, whole, width, device=values.device) if ids is None else ids[:, :whole:width]
+    chosen = _ordered_keys(maxima, first_ids).topk(k, sorted=False).indices  # [T, K]
+    positions = torch.arange(width, device=values.device)
+    positions = (chosen[:, :, None] * width + positions).flatten(1)  # [T, K * W]
+    if whole < columns:  # a last, shorter run is always among the candidates
+        remainder = torch.arange(whole, columns, device=values.device)
+        positions = torch.cat([positions, remainder.expand(rows, -1)], dim=1)
+        row_max = torch.maximum(row_max, values[:, whole:].amax(1))
+    return positions, row_max
+
+
+def _best(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _unpack(_ordered_keys(values, ids).topk(k).values)
+
+
+def _block_width(columns: int, k: int) -> int:
+    """A power of two near sqrt(columns / k), which balances blocks against candidates; 1: no blocks."""
+    least = _LEAST_BLOCK if columns <= _SHORT_ROW else _LEAST_FAST_BLOCK
+    width = max(least, 1 << round(math.log2(columns / k) / 2))
+    return width if 2 * k * width < columns else 1
+
+
+def _ordered_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys, all different within a row, that descend by (value descending, id ascending)."""
+    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into +0.0: they are equal logits
+    # A negative float's pattern grows with its magnitude; flipping the magnitude makes integers order floats.
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    return ordered.to(torch.int64).bitwise_left_shift_(32).bitwise_or_(_LAST_ID - ids)
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids and values that `_ordered_keys` packed."""
+    ordered = (keys >> 32).to(torch.int32)
+    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return _LAST_ID - (keys & 0xFFFFFFFF), values
+
+
+def _describe(row: Tensor) -> str:
+    if bool(row.isnan().any()):
+        return f"{int(row.isnan().sum())} NaN, the first at id {int(row.isnan().nonzero()[0])}"
+    if bool((row == math.inf).any()):
+        return f"+inf at id {int((row == math.inf).nonzero()[0])}"
+    return "-inf everywhere"

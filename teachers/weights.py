@@ -1,0 +1,273 @@
+"""Which files are a model, where they come from, and the digests that bind a cache to them.
+
+Only safetensors are read: a pickle can run code. The digest of the weights is taken over tensors, not files::
+
+    tensor  = sha256(name, dtype, shape, raw bytes)
+    weights = sha256(of all tensor digests, ordered by name)
+
+so that the same weights cut into other files, or stored in another order, are the same teacher. Files are
+streamed in blocks and never loaded whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from storage.errors import InputError
+from storage.manifest import canonical_json
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# What the safetensors format allows at most; a longer "header" is not one.
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_JSON_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 20
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.msgpack", "*.h5")
+_TOKENIZER_PATTERNS = ["*.txt", "*.model", "*.tiktoken", "*.jinja"]
+
+# Keys of config.json that say how the model was saved, or how it is to be run, and not what it computes. dtype
+# and attention are recorded as they ran; `architectures` names the class that saved the files, and the class
+# that was loaded is recorded.
+_VOLATILE_KEYS = {
+    "_attn_implementation",
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files on this machine.
+
+    asked is what the user named, for messages; source what a cache records of it: the hub id, or the last part
+    of the directory's path. revision: the hub's commit. weights: the safetensors files that transformers loads,
+    and no others.
+    """
+
+    asked: str
+    directory: Path
+    source: str
+    revision: str | None
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+
+
+def find_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFiles:
+    """The files of a local model directory, or of a hub id (downloaded, or found in the hub's local cache).
+
+    Raises `InputError` for anything that is no model with safetensors weights.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise InputError(f"{source}: a revision belongs to a hub id, and this is a directory: leave it out")
+        directory = path.resolve()
+        config = _config(directory, source)
+        return ModelFiles(source, directory, directory.name, None, config, _weight_files(directory, config, source))
+    if path.exists():
+        raise InputError(f"{source}: expected a model directory (with config.json) or a hub id, found a file")
+    if not _HUB_ID.match(source):
+        raise InputError(
+            f"{source}: no such directory, and it is no hub id either (like gpt2 or EleutherAI/pythia-70m): "
+            f"check the path"
+        )
+    directory = _download(source, revision, ["*.json", WEIGHTS_FILE, *_TOKENIZER_PATTERNS], trust_remote_code)
+    # The folder of a snapshot is named after its commit; asking for that one again cannot bring another.
+    commit = directory.name
+    config = _config(directory, source)
+    listed = _listed_files(directory, config, source)
+    if any(not (directory / name).is_file() for name in listed):
+        directory = _download(source, commit, listed, False)
+    return ModelFiles(source, directory, source, commit, config, _weight_files(directory, config, source))
+
+
+def weights_sha256(files: Iterable[Path]) -> str:
+    """The digest of the tensors in safetensors files (see the module); `InputError` for a broken file."""
+    tensors: dict[str, _Tensor] = {}
+    for file in files:
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                raise InputError(
+                    f"{tensors[tensor.name].file} and {file}: both hold a tensor {tensor.name!r}: "
+                    f"files of two models in one directory"
+                )
+            tensors[tensor.name] = tensor
+    # hashlib releases the interpreter lock on long buffers, so threads are as many hashes at once.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(tensors, pool.map(_tensor_digest, tensors.values()), strict=True))
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+
+
+def config_sha256(config: dict[str, Any]) -> str:
+    """The digest of what in a config.json decides the computation: canonical JSON without volatile keys."""
+    return hashlib.sha256(canonical_json(_without_volatile(config))).hexdigest()
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_volatile(item) for key, item in value.items() if key not in _VOLATILE_KEYS}
+    return [_without_volatile(item) for item in value] if isinstance(value, list) else value
+
+
+class _Tensor(NamedTuple):
+    """A tensor of a safetensors file: the bytes `start .. stop` of the file's data, which begins at `data_at`."""
+
+    start: int
+    stop: int
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    data_at: int
+
+
+def _read_header(file: Path) -> list[_Tensor]:
+    """Every tensor of a safetensors file, after a check that the file is exactly as long as they say."""
+
+    def broken(found: str) -> InputError:
+        return InputError(f"{file}: not a whole safetensors file: {found}; copy or download it again")
+
+    with file.open("rb") as stream:
+        length = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        header_bytes = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or header_bytes > min(length - 8, _MAX_HEADER_BYTES):
+            raise broken(f"{length} bytes, of which the first are {prefix!r}")
+        header = stream.read(header_bytes)
+    data_at = 8 + header_bytes
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = []
+        for name, entry in entries.items():
+            start, stop = map(int, entry["data_offsets"])
+            tensors.append(_Tensor(start, stop, name, entry["dtype"], tuple(entry["shape"]), file, data_at))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise broken(f"its header does not parse ({error!r:.200})") from None
+    expected = 0
+    for tensor in sorted(tensors):
+        if tensor.start != expected or tensor.stop < tensor.start:
+            raise broken(f"tensor {tensor.name!r} begins at byte {tensor.start}, where {expected} was expected")
+        expected = tensor.stop
+    if length != data_at + expected:
+        raise broken(f"its header describes {data_at + expected} bytes, the file has {length}")
+    return tensors
+
+
+def _tensor_digest(tensor: _Tensor) -> bytes:
+    about = canonical_json([tensor.name, tensor.dtype, tensor.shape])
+    digest = hashlib.sha256(len(about).to_bytes(8, "little") + about)
+    left = tensor.stop - tensor.start
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.data_at + tensor.start)
+        while left:
+            block = stream.read(min(left, _BLOCK_BYTES))
+            if not block:
+                raise InputError(f"{tensor.file}: became shorter while it was read: is it being written?")
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()
+
+
+def _config(directory: Path, source: str) -> dict[str, Any]:
+    if (directory / "adapter_config.json").is_file():
+        raise InputError(
+            f"{source}: holds an adapter, whose base model no digest here would bind: merge the adapter into "
+            f"the base model (merge_and_unload in peft), save that, and use it"
+        )
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{source}: expected a model directory, found no config.json in it")
+    config = _json_object(path)
+    if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
+        raise InputError(f"{path}: has no model_type: not the config.json of a transformers model")
+    return config
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise InputError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES} are read as JSON")
+    try:
+        # transformers writes Infinity into some configs, which is not JSON; as text it still has a digest.
+        value = json.loads(path.read_bytes(), parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}): save the model again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}: save the model again")
+    return value
+
+
+def _listed_files(directory: Path, config: dict[str, Any], source: str) -> list[str]:
+    """The names of the weight files, in transformers' own order of preference."""
+    chosen = config.get("transformers_weights")
+    if chosen is None:
+        chosen = WEIGHTS_FILE if (directory / WEIGHTS_FILE).is_file() else INDEX_FILE
+    elif not isinstance(chosen, str) or not chosen.endswith((".safetensors", ".safetensors.index.json")):
+        raise InputError(f"{source}: config.json names weights {chosen!r}, and only safetensors are read")
+    if not chosen.endswith(".json") or not (directory / chosen).is_file():
+        names = [chosen]
+    else:
+        weight_map = _json_object(directory / chosen).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{directory / chosen}: has no weight_map: save the model again")
+        names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if name != Path(name).name]
+    if outside:
+        raise InputError(f"{source}: its weights are listed as {outside[0]!r}, outside its directory")
+    return names
+
+
+def _weight_files(directory: Path, config: dict[str, Any], source: str) -> tuple[Path, ...]:
+    names = _listed_files(directory, config, source)
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing == [INDEX_FILE]:
+        others = sorted({path.name for pattern in _PICKLES for path in directory.glob(pattern)})
+        raise InputError(
+            f"{source}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found "
+            + (f"only {', '.join(others[:3])}: convert the weights to" if others else "no weights: save the model as")
+            + " safetensors (save_pretrained in transformers writes them)"
+        )
+    if missing:
+        raise InputError(f"{source}: its weights are listed as {missing[0]}, and there is no such file: copy it again")
+    files = tuple(directory / name for name in names)
+    for file in files:  # a truncated file should be named before the model is half built
+        _read_header(file)
+    return files
+
+
+def _download(hub_id: str, revision: str | None, names: list[str], code: bool) -> Path:
+    at = f" at revision {revision}" if revision else ""
+    try:
+        # Top level only: subfolders hold other formats and other models.
+        ignore = None if code else ["*/*"]
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=names + ["*.py"] * code, ignore_patterns=ignore)
+        )
+    except GatedRepoError:
+        problem = "its owner asks you to accept conditions first: do so on its page, then `hf auth login`"
+    except RepositoryNotFoundError:
+        problem = "the hub has no such model, or it is private (then `hf auth login`)"
+    except RevisionNotFoundError:
+        problem = "the model has no such revision"
+    except Exception as error:  # whatever the HTTP client of the day raises
+        problem = f"the hub cannot be reached, and it is not in the local cache ({type(error).__name__})"
+    raise InputError(f"{hub_id}{at}: no such directory here, and as a hub id: {problem}")

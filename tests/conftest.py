@@ -1,0 +1,78 @@
+"""What several test files share: installed commands, a small real cache, tiny random teachers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+
+
+def command(*arguments: object) -> list[str]:
+    """An installed console script and its arguments."""
+    return [str(Path(sysconfig.get_path("scripts")) / str(arguments[0])), *map(str, arguments[1:])]
+
+
+def environment() -> dict[str, str]:
+    """One thread each, no hub: what a test process runs under."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Runs a console script; the result has stdout, stderr and returncode."""
+
+    def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments), capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300, check=False
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 40 kB of real text: source files of the standard library."""
+    path = tmp_path_factory.mktemp("text") / "library.txt"
+    names = ("textwrap.py", "heapq.py", "bisect.py")
+    path.write_text("".join((LIBRARY / name).read_text(encoding="utf-8")[:14_000] for name in names), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory, text_file: Path, run: Run) -> Path:
+    """A token stream of that text with a tokenizer of 400 ids. Copy it before writing to it."""
+    path = tmp_path_factory.mktemp("small") / "cache"
+    done = run("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a random GPT-2 with spread-out logits; another seed gives other weights."""
+
+    def make(seed: int = 0, vocabulary_size: int = 400, **config: object) -> Path:
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        settings = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3, **config}
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary_size, bos_token_id=1, eos_token_id=2, **settings))
+        path = tmp_path_factory.mktemp("teacher") / f"gpt2-{seed}"
+        model.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher(make_teacher: Callable[..., Path]) -> Path:
+    """A random GPT-2 whose head has the 400 columns of `small_cache`'s tokenizer."""
+    return make_teacher()
