@@ -39,7 +39,7 @@ def build_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | N
         return False
     began = time.monotonic()
     targets = score_shard(opened, shard, progress)
-    writer.commit(shard, targets, time.monotonic() - began)
+    writer.commit(shard, targets, began)
     return True
 
 

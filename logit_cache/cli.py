@@ -9,15 +9,18 @@ from typing import Any
 
 import click
 
-try:
-    from storage.errors import one_line_errors
-except ImportError:
-    import storage
+import storage
 
-    raise SystemExit(
-        f"error: the package 'storage' at {getattr(storage, '__path__', '?')} is not logit-cache's: "
-        f"install logit-cache in an environment of its own"
-    ) from None
+# The name is generic: say so in one line if Python found another distribution's package.
+if "LogitCache" not in getattr(storage, "__all__", ()):
+    print(
+        f"error: logit-cache needs its own package 'storage', but Python found another one "
+        f"({', '.join(getattr(storage, '__path__', ['?']))}): install logit-cache in an environment of its own",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+from storage.errors import one_line_errors
 
 _EXAMPLE = "\b\nExample:\n  "
 _CORPUS_OPTIONS = (

@@ -109,7 +109,7 @@ _STYLE = """
   figure { filter: invert(0.9) hue-rotate(180deg); }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 60rem; margin: 0 auto; padding: 1.5rem; }
+       max-width: 70rem; margin: 0 auto; padding: 1.5rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -135,7 +135,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
 lower bound.</p>
 <h2>Caches</h2>{_html_table(cache_head, comparison.cache_rows())}
 <p class="note">{comparison.tokens:,} tokens, vocabulary {comparison.vocabulary_size:,}, top {comparison.kept_ids} ids
-per position; positions per second over the whole of cache-logits on this machine, encoding and writing included.</p>
+per position; positions per second on this machine, from the tokens to the committed shard.</p>
 </body></html>
 """
     path.write_text(body, encoding="utf-8")

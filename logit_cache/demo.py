@@ -19,9 +19,9 @@ from typing import Any
 from logit_cache.comparison import Comparison, write_page
 from storage.errors import InputError
 
-TRAIN_BYTES = 4_000_000
-VALID_BYTES = 300_000
-VOCABULARY = 4_096
+TRAIN_BYTES = 1_500_000
+VALID_BYTES = 200_000
+VOCABULARY = 2_048
 # Half of it would leave a tail of several per cent to the bucket, which is a poor target (docs/decisions).
 KEPT_IDS = 128
 _NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__phello__"}
@@ -60,9 +60,9 @@ _TRAINING = (
     "warmup_steps=30",
     "logging_steps=10",
     "eval_strategy=steps",
-    "eval_steps=100",
+    "eval_steps=50",
     "save_strategy=steps",
-    "save_steps=100",
+    "save_steps=50",
 )
 _TEACHER_EPOCHS = 2
 _STUDENT_EPOCHS = 1

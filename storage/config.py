@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,13 +14,35 @@ from storage.errors import InputError
 
 Config = TypeVar("Config", bound=BaseModel)
 
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain YAML data, with the scalars of YAML 1.2: only true and false are booleans, and 3e-4 is a number.
+
+    PyYAML follows 1.1, where `save_strategy: no` is False and `learning_rate: 3e-4` a string. Raises
+    yaml.YAMLError.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+            first: [(tag, rule) for tag, rule in rules if tag not in (_BOOL, _FLOAT)]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    number = r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    Loader.add_implicit_resolver(_FLOAT, re.compile(number), list("-+0123456789."))
+    return yaml.load(text, Loader)  # a SafeLoader: plain data only
+
 
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises InputError naming the file."""
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -79,9 +80,12 @@ class ShardWriter:
         shard: int,
         values: Mapping[str, NDArray[Any]],
         statistics: ShardStatistics | None = None,
-        seconds: float = 0.0,
+        began: float | None = None,
     ) -> ShardReceipt:
-        """Write one shard of every array and its receipt; returns the receipt that is there afterwards."""
+        """Write one shard of every array and its receipt; returns the receipt that is there afterwards.
+
+        `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`.
+        """
         objects = {}
         for name, spec in self.specs.items():
             data = encode_shard(spec, shard, values[name])
@@ -95,7 +99,7 @@ class ShardWriter:
             stop=stop,
             objects=objects,
             statistics=statistics,
-            seconds=round(seconds, 3),
+            seconds=0.0 if began is None else round(time.monotonic() - began, 3),
             written_at=datetime.now(UTC).isoformat(timespec="seconds"),
             host=socket.gethostname(),
         )
@@ -164,7 +168,7 @@ class EntryWriter:
         """Whether a shard is there, also when another worker wrote it a moment ago."""
         return self._shards.is_committed(shard)
 
-    def commit(self, shard: int, targets: SparseTargets, seconds: float = 0.0) -> ShardReceipt:
+    def commit(self, shard: int, targets: SparseTargets, began: float | None = None) -> ShardReceipt:
         """Encode and commit one shard. `targets` hold exact log-probs of the shard's positions, in order."""
         broken = broken_rule(targets, self.entry)
         if broken:
@@ -172,7 +176,7 @@ class EntryWriter:
                 f"{self._location.where(teacher_folder(self.name))}: shard {shard} is not written: {broken}"
             )
         values = encode_targets(self.entry, targets)
-        return self._shards.commit(shard, values, _statistics(targets), seconds)
+        return self._shards.commit(shard, values, _statistics(targets), began)
 
     def finish(self) -> None:
         """Write the index of receipts once no shard is missing."""

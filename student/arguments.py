@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from storage.errors import InputError
-from student.job import StudentJob, number_or_same
+from student.job import StudentJob
 
 # From scratch, on small models: the recipes of BabyLlama-2 have this shape at 7e-4. A step always has the same number
 # of windows (the rest of an epoch is dropped), so that the number of processes does not change what a step learns.
@@ -108,18 +108,12 @@ def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingAr
 
 
 def _checked(name: str, hint: Any, given: Any) -> Any:
-    # YAML 1.1 reads 3e-4 as a string; fields that may be text keep what was written.
-    value = given if _takes_text(hint) else number_or_same(given)
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        return _plain(adapter.validate_python(value))
+        return _plain(adapter.validate_python(given))
     except ValidationError as error:
         message = error.errors()[0]["msg"]
         raise InputError(f"training field {name!r}: {message} (found {given!r})") from None
-
-
-def _takes_text(hint: Any) -> bool:
-    return hint is str or str in getattr(hint, "__args__", ())
 
 
 def _plain(value: Any) -> Any:

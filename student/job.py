@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from storage.config import parse_yaml
 from storage.errors import InputError
 from storage.manifest import TEACHER_NAME
 
@@ -100,24 +101,13 @@ def _parse_teacher(item: Any) -> Any:
 
 
 def scalar(text: str) -> Any:
-    """The value of ``--set key=value``: YAML, and numbers like 3e-4 that YAML 1.1 takes for strings."""
+    """The value of ``--set key=value``, read as in a YAML file."""
     import yaml
 
     try:
-        value = yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
         return text
-    return number_or_same(value)
-
-
-def number_or_same(value: Any) -> Any:
-    """A string that reads as a number, as that number; anything else unchanged."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:

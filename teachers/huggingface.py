@@ -226,6 +226,8 @@ def _load(
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         tell(f"{files.asked}: {len(unused)} tensors in the files are not used, such as {unused[0]}")
+    # Windows are whole and unmasked; otherwise transformers warns of each one that holds the padding id.
+    model.config.pad_token_id = None
     return model.eval().requires_grad_(False)
 
 
