@@ -73,11 +73,12 @@ def run_demo(out: str, text: Sequence[str]) -> str:
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()) and not (folder / "text.json").exists():
         raise InputError(f"{out} holds something that is no demo: give another --out")
-    (folder / "models").mkdir(parents=True, exist_ok=True)
-    _write_same(folder / "text.json", json.dumps(_text_files(folder, text), indent=1), out)
-    files = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+    files = _text_files(folder, _expand(text))
+    _write_same(folder / "text.json", json.dumps(files, indent=1))
     for name, config in _MODELS.items():
-        (folder / "models" / f"{name}.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        path = folder / "models" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     for split in ("train", "valid"):
         (folder / f"{split}.yaml").write_text(json.dumps({"text": files[split]}), encoding="utf-8")
     stages = list(_stages(folder))
@@ -137,10 +138,10 @@ def _run(command: list[str]) -> None:
         raise InputError(f"{' '.join(command)} ended with status {status}: see above, then run the demo again")
 
 
-def _text_files(folder: Path, text: Sequence[str]) -> dict[str, list[str]]:
-    """Paths of the training and the held-out text."""
-    if text:
-        return _split_lines(folder / "text", _expand(text))
+def _text_files(folder: Path, paths: Sequence[Path]) -> dict[str, list[str]]:
+    """Paths of the training and the held-out text: of these files, or of the standard library where there are none."""
+    if paths:
+        return _split_lines(folder / "text", paths)
     library = Path(sysconfig.get_path("stdlib"))
     files = [
         path
@@ -186,20 +187,22 @@ def _split_lines(folder: Path, files: Sequence[Path]) -> dict[str, list[str]]:
             raise InputError(f"{path}: not UTF-8 text at byte {error.start}: convert it first") from None
         cut = len(lines) - max(1, len(lines) // 20)
         for split, some in (("train", lines[:cut]), ("valid", lines[cut:])):
-            target = folder / split / f"{number:04d}-{path.name}"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text("".join(some), encoding="utf-8", newline="")
             if some:
+                target = folder / split / f"{number:04d}-{path.name}"
+                _write_same(target, "".join(some))
                 parts[split].append(str(target))
     if not parts["train"]:
         raise InputError("--text: too few lines to hold any out; give files of at least two lines")
     return parts
 
 
-def _write_same(path: Path, content: str, out: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") != content:
-        raise InputError(f"{out} was begun with other text: give another --out, or remove it to begin again")
-    path.write_text(content, encoding="utf-8")
+def _write_same(path: Path, content: str) -> None:
+    """Write a file of the run; one that is there with other content means that the run was begun with other text."""
+    data = content.encode()
+    if path.exists() and path.read_bytes() != data:
+        raise InputError(f"{path} is of other text: give another --out, or remove the old run to begin again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 def _comparison(folder: Path) -> Comparison:
