@@ -87,7 +87,7 @@ def _score_batch(
             raise InputError(
                 f"teacher {entry.teacher.members[0].source}: at position {position[done + error.row]} its logits "
                 f"have no softmax ({error.found}); it diverged, or overflowed in "
-                f"{entry.teacher.members[0].dtype}: try --dtype float32, or check its weights"
+                f"{entry.teacher.members[0].dtype}: try --dtype float32 and another --name, or check its weights"
             ) from None
         rows.put(position[chunk], reduced)
         done += len(logits)

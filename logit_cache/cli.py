@@ -23,6 +23,13 @@ if "LogitCache" not in getattr(storage, "__all__", ()):
 from storage.errors import one_line_errors
 
 _EXAMPLE = "\b\nExample:\n  "
+# The fields of logit_cache.corpus.CorpusConfig that a job of cache-logits may have besides its own.
+_TEXT_FIELDS = frozenset(
+    [
+        *("text", "out", "text_field", "messages_field", "split", "document_separator", "append_token"),
+        *("tokenizer", "tokenizer_revision", "train_tokenizer", "special_tokens", "chat_template"),
+    ]
+)
 _CORPUS_OPTIONS = (
     click.option("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
     click.option("--tokenizer", help="Directory or hub id of an existing tokenizer."),
@@ -77,15 +84,19 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
         )
 
 
-def _tokenize(config: str | None, flags: dict[str, Any]) -> Any:
+def _tokenize(config: Any, flags: dict[str, Any]) -> Any:
     from logit_cache import corpus
     from logit_cache.progress import progress
     from storage import LogitCache
     from storage.config import build_config
+    from storage.errors import InputError
 
     separator = flags.get("document_separator")
     if separator is not None:
-        flags["document_separator"] = separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        try:
+            flags["document_separator"] = separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        except ValueError as error:
+            raise InputError(f"--document-separator {separator!r}: {error}; a backslash is written \\\\") from None
     settings = build_config(corpus.CorpusConfig, config, flags, "logit-cache tokenize")
     with progress("tokenize", corpus.total_bytes(settings), "bytes") as advance:
         seen = 0
@@ -167,28 +178,35 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
     with one_line_errors():
         from logit_cache.engines import parse_worker, run_local
         from logit_cache.inspect import describe_entry
-        from logit_cache.job import CacheJob, open_job
+        from logit_cache.job import CacheJob, load_teacher, open_job
         from logit_cache.progress import progress
-        from storage.config import build_config
+        from storage.config import build_config, read_yaml
         from storage.errors import InputError
         from storage.reader import LogitCache
 
-        names = [name for name in flags if name not in CacheJob.model_fields]
-        corpus_flags = {name: flags.pop(name) for name in names}
+        given = read_yaml(config) if config else {}
+        given.update(
+            {name: value for name, value in {**flags, "out": out}.items() if value is not None and value != ()}
+        )
         share = parse_worker(worker) if worker else (0, 1)
-        if corpus_flags["text"]:
-            if out is None or flags["cache"] is not None:
+        # What is no field of the job is for making the token stream; unknown names fail on whichever side they land.
+        text_fields = {name: given.pop(name) for name in list(given) if name in _TEXT_FIELDS}
+        if "text" in text_fields:
+            if "out" not in text_fields or "cache" in given:
                 raise InputError("cache-logits: --text makes a new cache: give it with --out, and without --cache")
-            # The job is checked before the text is read, so that a typing error costs no minutes.
-            job = build_config(CacheJob, config, {**flags, "cache": out}, "cache-logits")
-            if corpus_flags["tokenizer"] is None and corpus_flags["train_tokenizer"] is None:
-                corpus_flags["tokenizer"] = job.teacher
-            _tokenize(None, {**corpus_flags, "out": out})
-        elif out is not None or any(corpus_flags.values()):
-            raise InputError("cache-logits: options for text go with --text FILE --out URL")
+            job = build_config(CacheJob, {**given, "cache": text_fields["out"]}, {}, "cache-logits")
+            # The teacher before the text, so that a wrong one costs no minutes and leaves no stream behind.
+            teacher = load_teacher(job)
+            text_fields.setdefault("trust_remote_code", job.trust_remote_code)
+            if not {"tokenizer", "train_tokenizer"} & text_fields.keys():
+                text_fields.update({"tokenizer": job.teacher, "tokenizer_revision": job.revision})
+            _tokenize(None, text_fields)
+            opened = open_job(job, teacher)
+        elif text_fields:
+            raise InputError(f"cache-logits: --{min(text_fields).replace('_', '-')} goes with --text and --out")
         else:
-            job = build_config(CacheJob, config, flags, "cache-logits")
-        opened = open_job(job)
+            job = build_config(CacheJob, given, {}, "cache-logits")
+            opened = open_job(job)
         entry = opened.writer.entry
         pending = opened.writer.pending()
         size = entry.layout.shard

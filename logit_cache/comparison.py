@@ -31,7 +31,7 @@ class Comparison:
         return [(name, *_model_cells(report)) for name, report in named]
 
     def cache_rows(self) -> list[tuple[str, ...]]:
-        """One row per teacher entry: bytes per token, positions per second, mean head mass, teacher's own loss."""
+        """One row per teacher entry: bytes per token and per id, positions per second, mean head mass."""
         return [
             (
                 name,
@@ -135,7 +135,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
 lower bound.</p>
 <h2>Caches</h2>{_html_table(cache_head, comparison.cache_rows())}
 <p class="note">{comparison.tokens:,} tokens, vocabulary {comparison.vocabulary_size:,}, top {comparison.kept_ids} ids
-per position; positions per second on this machine, from the tokens to the committed shard.</p>
+per position; positions per second of one worker on this machine, from the tokens to the committed shard.</p>
 </body></html>
 """
     path.write_text(body, encoding="utf-8")

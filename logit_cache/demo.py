@@ -71,10 +71,14 @@ _STUDENT_EPOCHS = 1
 def run_demo(out: str, text: Sequence[str]) -> str:
     """Run what is left of the demo in the folder `out`; returns the table. Raises InputError if a stage fails."""
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "text.json").exists():
+    if folder.exists() and not (folder / "text.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{out} holds something that is no demo: give another --out")
-    files = _text_files(folder, _expand(text))
-    _write_same(folder / "text.json", json.dumps(files, indent=1))
+    files, copies = _text_files(folder, _expand(text))
+    # First the list with its digests, which tells a run of other text apart before anything of it is touched.
+    digests = {path: hashlib.sha256(content.encode()).hexdigest() for path, content in copies.items()}
+    _write_same(folder / "text.json", json.dumps({**files, "copies": digests}, indent=1))
+    for copy, content in copies.items():
+        _write_same(Path(copy), content)
     for name, config in _MODELS.items():
         path = folder / "models" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
@@ -138,8 +142,11 @@ def _run(command: list[str]) -> None:
         raise InputError(f"{' '.join(command)} ended with status {status}: see above, then run the demo again")
 
 
-def _text_files(folder: Path, paths: Sequence[Path]) -> dict[str, list[str]]:
-    """Paths of the training and the held-out text: of these files, or of the standard library where there are none."""
+def _text_files(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Paths of the training and the held-out text, and what has to be written for them.
+
+    The standard library, where no files are given, is read in place; of given files, parts are copied to the run.
+    """
     if paths:
         return _split_lines(folder / "text", paths)
     library = Path(sysconfig.get_path("stdlib"))
@@ -151,7 +158,7 @@ def _text_files(folder: Path, paths: Sequence[Path]) -> dict[str, list[str]]:
     # In the order of a hash of their names, so that both parts mix all of the library, on every machine alike.
     files.sort(key=lambda path: hashlib.sha256(path.relative_to(library).as_posix().encode()).digest())
     valid = _take(files, VALID_BYTES)
-    return {"train": _take(files[len(valid) :], TRAIN_BYTES), "valid": valid}
+    return {"train": _take(files[len(valid) :], TRAIN_BYTES), "valid": valid}, {}
 
 
 def _take(files: Sequence[Path], most_bytes: int) -> list[str]:
@@ -175,10 +182,11 @@ def _expand(text: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _split_lines(folder: Path, files: Sequence[Path]) -> dict[str, list[str]]:
+def _split_lines(folder: Path, files: Sequence[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:
     """The last 5 % of the lines of each file are held out; long files are cut so that the demo stays short."""
     share = TRAIN_BYTES // len(files)
     parts: dict[str, list[str]] = {"train": [], "valid": []}
+    copies: dict[str, str] = {}
     for number, path in enumerate(files):
         try:
             with path.open(encoding="utf-8", newline="") as file:
@@ -188,12 +196,12 @@ def _split_lines(folder: Path, files: Sequence[Path]) -> dict[str, list[str]]:
         cut = len(lines) - max(1, len(lines) // 20)
         for split, some in (("train", lines[:cut]), ("valid", lines[cut:])):
             if some:
-                target = folder / split / f"{number:04d}-{path.name}"
-                _write_same(target, "".join(some))
-                parts[split].append(str(target))
+                target = str(folder / split / f"{number:04d}-{path.name}")
+                parts[split].append(target)
+                copies[target] = "".join(some)
     if not parts["train"]:
         raise InputError("--text: too few lines to hold any out; give files of at least two lines")
-    return parts
+    return parts, copies
 
 
 def _write_same(path: Path, content: str) -> None:
@@ -202,7 +210,10 @@ def _write_same(path: Path, content: str) -> None:
     if path.exists() and path.read_bytes() != data:
         raise InputError(f"{path} is of other text: give another --out, or remove the old run to begin again")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    # A killed demo must not leave half a file, which would look like other text the next time.
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def _comparison(folder: Path) -> Comparison:

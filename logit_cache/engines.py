@@ -16,7 +16,7 @@ from storage.errors import InputError
 def parse_worker(text: str) -> tuple[int, int]:
     """`i/n` as (i, n), 0 <= i < n. Raises InputError."""
     parts = text.split("/")
-    if len(parts) == 2 and all(part.isdigit() for part in parts) and int(parts[0]) < int(parts[1]):
+    if len(parts) == 2 and all(part.isdecimal() for part in parts) and int(parts[0]) < int(parts[1]):
         return int(parts[0]), int(parts[1])
     raise InputError(f"--worker {text!r}: expected i/n with 0 <= i < n, such as 0/4")
 

@@ -19,6 +19,7 @@ from storage.writer import EntryWriter
 
 if TYPE_CHECKING:
     from teachers.base import Teacher
+    from teachers.huggingface import HuggingFaceTeacher
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -75,8 +76,27 @@ class OpenJob:
     writer: EntryWriter
 
 
-def open_job(job: CacheJob) -> OpenJob:
-    """Check everything that can be wrong, load the teacher, then create the entry or go on with it.
+def load_teacher(job: CacheJob) -> HuggingFaceTeacher:
+    """The job's teacher on its device, checked as far as that goes without a token stream. Raises InputError."""
+    from teachers.huggingface import HuggingFaceTeacher
+
+    device_type, dtype = _device_and_dtype(job)
+    teacher = HuggingFaceTeacher.load(
+        job.teacher,
+        dtype=dtype,
+        device=device_type if job.device == "auto" else job.device,
+        revision=job.revision,
+        attention=job.attention,
+        trust_remote_code=job.trust_remote_code,
+    )
+    teacher.check_context(job.context_tokens)
+    if job.k > teacher.head_columns:
+        raise InputError(f"--k {job.k} is larger than the head of {job.teacher} ({teacher.head_columns} columns)")
+    return teacher
+
+
+def open_job(job: CacheJob, teacher: HuggingFaceTeacher | None = None) -> OpenJob:
+    """Check everything that can be wrong, load the teacher unless it is given, then create the entry or go on with it.
 
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
@@ -99,25 +119,13 @@ def open_job(job: CacheJob) -> OpenJob:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    device_type, dtype = _device_and_dtype(job)
-
-    from teachers.huggingface import HuggingFaceTeacher
-
-    teacher = HuggingFaceTeacher.load(
-        job.teacher,
-        dtype=dtype,
-        device=device_type if job.device == "auto" else job.device,
-        revision=job.revision,
-        attention=job.attention,
-        trust_remote_code=job.trust_remote_code,
-    )
+    teacher = teacher or load_teacher(job)
     if teacher.head_columns < vocabulary_size:
         raise InputError(
             f"{job.teacher}: its head has {teacher.head_columns} columns, the tokenizer of {job.cache} has "
             f"{vocabulary_size} ids; a teacher must be able to score every id: use the teacher that this tokenizer "
             f"belongs to, or make a cache with the teacher's tokenizer"
         )
-    teacher.check_context(job.context_tokens)
     _check_vocabulary(job, cache, teacher.vocabulary())
     entry = TeacherEntry(
         positions=cache.record.corpus.positions,

@@ -45,9 +45,8 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
             f"{entry['bytes_per_kept_id']:.2f} per id ({entry['encoding']['kind']})"
         )
     if entry["positions_per_second"]:
-        lines.append(
-            f"  made at     {entry['positions_per_second']:,.0f} positions/s on {entry['execution']['device_type']}"
-        )
+        device = entry["execution"]["device_type"]
+        lines.append(f"  made at     {entry['positions_per_second']:,.0f} positions/s per worker on {device}")
     summary = entry["summary"]
     if summary:
         if summary["cross_entropy"] is not None:

@@ -141,10 +141,11 @@ class CheckedArray:
         receipt = self._receipts.read(shard)
         if receipt is None:
             start, stop = self.spec.shard_range(shard)
+            command = "cache-logits" if self._folder else "logit-cache tokenize"
             raise IncompleteCache(
                 f"{self._location.where(self._folder + self.spec.name)}: positions {start}..{stop} were asked for, "
                 f"but no receipt covers them; missing: {_ranges(self._receipts.missing_ranges())}. "
-                f"Run the same cache-logits command again to complete it"
+                f"Run the same {command} command again to complete it"
             )
         if self._location.local_path is not None:
             check_object(self._location, self._key(shard), self.spec, receipt)
@@ -180,8 +181,8 @@ def check_object(location: Location, key: str, spec: ArraySpec, receipt: ShardRe
     size = location.size(key)
     if size is None:
         raise CorruptCache(f"{where}: missing, though its receipt exists")
-    if size != expected.bytes:
-        raise CorruptCache(f"{where}: expected {expected.bytes} bytes, found {size}")
+    if size != expected.bytes or size < spec.index_bytes:
+        raise CorruptCache(f"{where}: expected {max(expected.bytes, spec.index_bytes)} bytes, found {size}")
     found = _seal(spec, size, lambda ranges: location.read_ranges(key, ranges))
     if found != expected.seal_sha256:
         raise CorruptCache(

@@ -56,9 +56,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in data.items()}
 
 
-def build_config(kind: type[Config], config_path: str | None, flags: Mapping[str, Any], where: str) -> Config:
-    """The model made of a YAML file's fields, overridden by those flags that are not None (or empty)."""
-    data = read_yaml(config_path) if config_path else {}
+def build_config(
+    kind: type[Config], config: str | Mapping[str, Any] | None, flags: Mapping[str, Any], where: str
+) -> Config:
+    """The model made of the fields in a YAML file (or already read from one), overridden by those flags that are
+    not None (or empty). Raises InputError naming the field."""
+    data = read_yaml(config) if isinstance(config, str) else dict(config or {})
     data.update({name: value for name, value in flags.items() if value is not None and value != ()})
     try:
         return kind.model_validate(data)

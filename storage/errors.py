@@ -58,15 +58,21 @@ def is_out_of_space(error: OSError) -> bool:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `LogitCacheError` into one line on stderr and exit status 2; a command's outermost frame."""
+    """Turn a `LogitCacheError`, or what the operating system says of a file, into one line on stderr and exit
+    status 2; a command's outermost frame."""
     try:
         yield
     except LogitCacheError as error:
         message = " ".join(str(error).split())
     except OSError as error:
-        if not is_out_of_space(error):
+        if is_out_of_space(error):
+            message = (
+                f"no space left while writing {error.filename or 'a file'}: free some room and run the command again"
+            )
+        elif error.filename is not None and error.strerror is not None:
+            message = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        message = f"no space left while writing {error.filename or 'a file'}: free some room and run the command again"
     else:
         return
     print(f"error: {message}", file=sys.stderr)

@@ -65,9 +65,8 @@ from typing import Any, Literal
 import numpy as np
 
 from storage.encoding import token_id_dtype
-from storage.manifest import ArrayLayout, CacheRecord, TeacherEntry
+from storage.manifest import MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TeacherEntry
 
-MAX_OBJECT_BYTES = 64 << 20
 KEY = re.compile(r"^[a-z0-9_./-]+$")
 PER_POSITION_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
 PER_POSITION_COUNTS = ("kept", "certain")

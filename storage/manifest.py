@@ -18,6 +18,7 @@ from storage.errors import CorruptCache, FormatError
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "logit_cache"
+MAX_OBJECT_BYTES = 64 << 20
 MAX_RECORD_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 28
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
@@ -65,10 +66,13 @@ class Tokenizer(Record):
 
 
 class ArrayLayout(Record):
-    """How an array is cut: `shard` entries to one object, `chunk` entries to one compressed unit of it."""
+    """How an array is cut: `shard` entries to one object, `chunk` entries to one compressed unit of it.
 
-    shard: Positive
-    chunk: Positive
+    At 8 bytes per entry no object exceeds `MAX_OBJECT_BYTES`; entries with more are bounded by their own record.
+    """
+
+    shard: Annotated[int, Field(ge=1, le=MAX_OBJECT_BYTES // 8)]
+    chunk: Annotated[int, Field(ge=1, le=MAX_OBJECT_BYTES // 8)]
     compression: Literal["zstd", "lz4"]
 
     @model_validator(mode="after")
@@ -199,6 +203,9 @@ class TeacherEntry(Record):
     def _agrees(self) -> TeacherEntry:
         if self.targets.k > self.vocabulary_size:
             raise ValueError(f"k {self.targets.k} is larger than the vocabulary {self.vocabulary_size}")
+        # Sizes are bounded before anything is allocated on their word.
+        if 4 * self.targets.k * self.layout.shard > MAX_OBJECT_BYTES:
+            raise ValueError(f"a shard of {self.layout.shard} positions with k {self.targets.k} exceeds one object")
         return self
 
 

@@ -128,36 +128,39 @@ class TeacherTargets:
         stored bytes differ from their receipt or break the format's rules.
         """
         _check_range(start, stop, len(self))
+        if start == stop:
+            empty = {n: np.empty((0, *spec.shape[1:]), dtype=spec.dtype) for n, spec in self.specs.items()}
+            return self._record(start, empty)
         size = self.entry.layout.chunk
         parts = []
-        for chunk in range(start // size, max(start // size + 1, -(-stop // size))):
+        for chunk in range(start // size, -(-stop // size)):
             targets = self._chunk(chunk)
             parts.append(targets.rows(max(start, targets.start), min(stop, targets.stop)))
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
     def _chunk(self, chunk: int) -> SparseTargets:
         if chunk not in self._chunks:
-            values = {name: array.read_chunk(chunk) for name, array in self._arrays.items()}
-            count = len(values["kept"])
-            targets = SparseTargets(
-                start=chunk * self.entry.layout.chunk,
-                token_ids=values["token_ids"],
-                kept=values["kept"],
-                certain=values["certain"],
-                codes=values.get("logprob_codes"),
-                exact_logprobs=values.get("logprobs"),
-                step_nats=self.entry.encoding.step_nats,
-                **{
-                    name: values[name] if name in values else np.full(count, np.nan, dtype=np.float32)
-                    for name in PER_POSITION_FLOATS
-                },
-            )
+            start = chunk * self.entry.layout.chunk
+            targets = self._record(start, {name: array.read_chunk(chunk) for name, array in self._arrays.items()})
             broken = broken_rule(targets, self.entry)
             if broken:
                 raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
             _hold(self._chunks, chunk, targets, self._most_chunks)
         self._chunks.move_to_end(chunk)
         return self._chunks[chunk]
+
+    def _record(self, start: int, values: dict[str, NDArray[Any]]) -> SparseTargets:
+        no_label = np.full(len(values["kept"]), np.nan, dtype=np.float32)
+        return SparseTargets(
+            start=start,
+            token_ids=values["token_ids"],
+            kept=values["kept"],
+            certain=values["certain"],
+            codes=values.get("logprob_codes"),
+            exact_logprobs=values.get("logprobs"),
+            step_nats=self.entry.encoding.step_nats,
+            **{name: values.get(name, no_label) for name in PER_POSITION_FLOATS},
+        )
 
 
 class LogitCache:

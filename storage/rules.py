@@ -1,4 +1,8 @@
-"""The rules of the format that a row of targets must keep; writers and readers both hold it to them."""
+"""The rules of the format that a row of targets must keep; writers and readers both hold it to them.
+
+What needs more than the row to be checked is not checked here: that `label_logprob` is NaN at the ends of isolated
+documents, and only there.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,10 @@ def broken_rule(targets: SparseTargets, entry: TeacherEntry) -> str | None:
         return "column 0 of logprob_codes, or a column beyond kept, is not 0"
     if targets.exact_logprobs is not None and not np.isfinite(targets.exact_logprobs[valid]).all():
         return "a log-prob is not finite"
+    if targets.exact_logprobs is not None:
+        falls = np.diff(targets.exact_logprobs, axis=1) <= 0
+        if not falls[valid[:, 1:]].all():
+            return "log-probs do not descend along a row"
     if not (np.isfinite(targets.top_logprob).all() and np.isfinite(targets.entropy).all()):
         return "top_logprob or entropy is not finite"
     whole = certain == vocabulary_size

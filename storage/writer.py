@@ -27,6 +27,7 @@ from storage.manifest import (
     CacheRecord,
     FileDigest,
     FilesReceipt,
+    ObjectDigest,
     Record,
     ShardReceipt,
     ShardStatistics,
@@ -70,8 +71,9 @@ class ShardWriter:
             if size != expected.bytes:
                 raise CorruptCache(
                     f"{self._location.where(key)}: its receipt states {expected.bytes} bytes, found "
-                    f"{'no object' if size is None else f'{size} bytes'}; remove the receipt "
-                    f"{self._location.where(self.receipts.key(shard))} to have the shard computed again"
+                    f"{'no object' if size is None else f'{size} bytes'}; remove "
+                    f"{self._location.where(self.receipts.key(shard))}, and index.json beside it if it is there, "
+                    f"to have the shard computed again"
                 )
         return True
 
@@ -86,11 +88,17 @@ class ShardWriter:
 
         `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`.
         """
-        objects = {}
-        for name, spec in self.specs.items():
-            data = encode_shard(spec, shard, values[name])
-            objects[name] = object_digest(spec, data)
-            self._publish_object(self._group + spec.shard_key(shard), shard, data)
+        encoded = {name: encode_shard(spec, shard, values[name]) for name, spec in self.specs.items()}
+        objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
+        # From the first object to the receipt, no other writer may replace what looks like a leftover.
+        with self._location.exclusive(self.receipts.folder):
+            for name, data in encoded.items():
+                self._publish_object(self._group + self.specs[name].shard_key(shard), shard, data)
+            return self._publish_receipt(shard, objects, statistics, began)
+
+    def _publish_receipt(
+        self, shard: int, objects: dict[str, ObjectDigest], statistics: ShardStatistics | None, began: float | None
+    ) -> ShardReceipt:
         start, stop = next(iter(self.specs.values())).shard_range(shard)
         receipt = ShardReceipt(
             record_sha256=self.receipts.record_sha256,
@@ -148,7 +156,8 @@ class EntryWriter:
             raise IdentityMismatch(
                 f"{location.where(folder)}",
                 differing,
-                "A teacher entry holds one teacher's targets made in one way: give this one another --name",
+                f"A teacher entry holds one teacher's targets made in one way: give this one another --name, or remove "
+                f"{location.where(folder.rstrip('/'))} if nothing in it is worth keeping",
             )
         shards = ShardWriter(location, folder, folder + "receipts", teacher_arrays(stored), stored)
         shards.prepare()

@@ -230,6 +230,7 @@ def wrong_inputs(cache: Path, teacher: Path, make: Callable[..., Path], tmp: Pat
         "no such config": ((*base, "--config", tmp / "job.yaml"), ("job.yaml",)),
         "a shard that does not divide": ((*base, "--shard-tokens", 1000), ("1000", "128")),
         "a bad worker": ((*base, "--worker", "2/2"), ("--worker", "0/4")),
+        "a worker that is no number": ((*base, "--worker", "²/3"), ("--worker", "0/4")),
         "text without out": (("--text", "x.txt", "--teacher", teacher, "--name", "a"), ("--out",)),
     }
 
@@ -266,6 +267,27 @@ def test_from_raw_text_in_one_step(teacher: Path, cache: Path, text_file: Path, 
     opened = LogitCache.open(str(out))
     assert opened.teacher("a").missing() == []
     assert np.array_equal(opened.tokens.read(0, 500), LogitCache.open(str(cache)).tokens.read(0, 500))
+
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"text: [{text_file}]\nout: {tmp_path / 'yaml'}\nteacher: {with_tokenizer}\nname: a\nk: {K}\n"
+        f"context_tokens: 64\nshard_tokens: 1024\n"
+    )
+    done = run("cache-logits", "--config", job)
+    assert done.returncode == 0, done.stderr
+    assert objects(tmp_path / "yaml", "a") == objects(out, "a")
+
+
+def test_a_wrong_teacher_leaves_no_stream_behind(cache: Path, text_file: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for teacher in (tmp_path / "none", cache):
+        refused(
+            run("cache-logits", "--text", text_file, "--out", out, "--teacher", teacher, "--name", "a",
+                "--tokenizer", cache / "tokenizer"),
+            teacher.name,
+        )  # fmt: skip
+        assert not out.exists()
+    refused(run("cache-logits", "--tokenizer", cache, "--cache", cache, "--teacher", cache, "--name", "a"), "--text")
 
 
 def test_a_full_disk(cache: Path, teacher: Path, tmp_path: Path) -> None:

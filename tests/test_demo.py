@@ -49,3 +49,17 @@ def test_missing_text_is_said_before_anything_is_written(run: Run, tmp_path: Pat
     assert done.returncode == 2
     assert "none.txt" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_text_that_cannot_be_used_does_not_lock_the_folder(run: Run, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text("one\ntwo\nthree\n")
+    bad.write_bytes(b"caf\xe9\n" * 4)
+    out = tmp_path / "run"
+    done = run("logit-cache", "demo", "--out", out, "--text", good, "--text", bad)
+    assert done.returncode == 2
+    assert "bad.txt" in done.stderr
+    assert not out.exists()
+    done = run("logit-cache", "demo", "--out", good)
+    assert done.returncode == 2
+    assert "no demo" in done.stderr

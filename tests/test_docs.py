@@ -39,7 +39,8 @@ def test_commands_of_the_readme_parse(line: str) -> None:
     command = COMMANDS[name]
     if isinstance(command, click.Group):
         command = command.commands[arguments.pop(0)]
-    command.make_context(name, arguments)
+    context = command.make_context(name, arguments)
+    assert not context.args, "every word of the line is an option or its value"
 
 
 def test_the_readme_shows_the_whole_road() -> None:

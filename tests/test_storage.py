@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from storage.errors import (
 )
 from storage.format import teacher_arrays
 from storage.location import locate
-from storage.manifest import CacheRecord
+from storage.manifest import CacheRecord, canonical_json
 from storage.writer import EntryWriter, ShardWriter, encode_targets
 
 V, N, K = 507, 1000, 33
@@ -338,6 +340,60 @@ def test_values_that_break_the_format_are_refused_though_their_receipt_is_right(
         foreign.commit(0, encode_targets(entry, damaged))
         with pytest.raises(CorruptCache, match="breaks the format"):
             LogitCache.open(url).teacher(f"e{number}").read(0, 5)
+
+
+def test_workers_with_other_bytes_cannot_mix_a_shard(
+    tmp_path: Path, stream: tuple[np.ndarray, SparseTargets], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second worker whose bytes differ arrives between the first one's objects and its receipt."""
+    url = str(tmp_path / "c")
+    entry = make_entry(make_corpus(url, stream[0], V), K, shard_tokens=256, chunk_tokens=64)
+    other = dense_targets(np.random.default_rng(9).normal(size=(256, V)), K, np.zeros(256, dtype=np.int64))
+    second: list[threading.Thread] = []
+    outcome: list[BaseException | None] = []
+    original = ShardWriter._publish_receipt
+
+    def commit_other() -> None:
+        try:
+            EntryWriter.open(url, "a", entry).commit(0, other)
+            outcome.append(None)
+        except CorruptCache as error:
+            outcome.append(error)
+
+    def interrupted(self: ShardWriter, *arguments: Any) -> Any:
+        if not second:
+            second.append(threading.Thread(target=commit_other))
+            second[0].start()
+            second[0].join(timeout=0.5)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "_publish_receipt", interrupted)
+    EntryWriter.open(url, "a", entry).commit(0, stream[1].rows(0, 256))
+    second[0].join()
+    assert isinstance(outcome[0], CorruptCache)
+    assert np.array_equal(LogitCache.open(url).teacher("a").read(0, 256).token_ids, stream[1].token_ids[:256])
+
+
+def test_empty_ranges_read_nothing(tmp_path: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    url = str(tmp_path / "c")
+    record = make_corpus(url, stream[0][:512], V)
+    EntryWriter.open(url, "a", make_entry(record, K, shard_tokens=256, chunk_tokens=64))
+    for position in (0, 256, 300, 512):
+        empty = LogitCache.open(url).teacher("a").read(position, position)
+        assert (len(empty), empty.start, empty.logprobs.shape) == (0, position, (0, K))
+
+
+def test_sizes_in_foreign_metadata_are_bounded(cache: Path) -> None:
+    """A record that is consistent with itself, sealed anew, and would allocate terabytes."""
+    path = cache / "teachers/codes/zarr.json"
+    data = json.loads(path.read_text())
+    record = data["attributes"]["logit_cache"]
+    record.pop("sha256")
+    record["layout"].update({"shard": 1 << 40, "chunk": 1 << 40})
+    record["sha256"] = hashlib.sha256(canonical_json(record)).hexdigest()
+    path.write_text(json.dumps(data))
+    with pytest.raises(FormatError, match="layout"):
+        LogitCache.open(str(cache)).teacher("codes").read(0, 1)
 
 
 def test_out_of_range_reads_raise(original: Path) -> None:

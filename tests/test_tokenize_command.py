@@ -108,6 +108,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
         (("--text", text_file, "--train-tokenizer", 10, "--out", out), ("--train-tokenizer", "10")),
         (("--text", text_file, "--train-tokenizer", 400, "--out", full), ("not a cache",)),
         (("--train-tokenizer", 400, "--out", out), ("--text",)),
+        (("--text", text_file, "--train-tokenizer", 400, "--document-separator", "\\x1", "--out", out), ("separator",)),
         (("--text", text_file, "--train-tokenizer", 400), ("--out",)),
     ]
     for arguments, words in cases:
