@@ -131,6 +131,27 @@ def inspect(url: str, at: int | None, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2) if as_json else text)
 
 
+@main.command(epilog=_EXAMPLE + "logit-cache verify run/train --deep")
+@click.argument("url")
+@click.option("--deep", is_flag=True, help="Hash every byte again, not only lengths, indexes and checksums.")
+@click.option("--repair", is_flag=True, help="Remove leftovers, and re-open damaged shards for cache-logits.")
+@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Objects read at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> None:
+    """Check every object of a cache against its receipt. Status 1 when something is damaged."""
+    with one_line_errors():
+        from logit_cache import show
+        from logit_cache.progress import progress
+        from storage.verify import verify as check
+
+        with progress("verify", None, "bytes") as advance:
+            found = check(url, deep=deep, repair=repair, workers=workers, progress=advance)
+        data = {**vars(found), "sound": found.sound}
+        click.echo(json.dumps(data, indent=2) if as_json else show.verification_text(data, repair))
+        if not found.sound:
+            sys.exit(1)
+
+
 @main.command(epilog=_EXAMPLE + "logit-cache demo --out demo-run")
 @click.option("--out", default="demo-run", show_default=True, help="Folder of the run; an interrupted one goes on.")
 @click.option("--text", multiple=True, help="Text to use instead of the Python standard library's source. Repeatable.")

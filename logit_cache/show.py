@@ -84,3 +84,20 @@ def position_text(found: dict[str, Any]) -> str:
         ]
         lines += [f"  {item['probability']:8.5f}  {item['id']:>7}  {item['text']!r}" for item in row["top"]]
     return "\n".join(lines)
+
+
+def verification_text(found: dict[str, Any], repair: bool) -> str:
+    """What `verify` found, most important first."""
+    lines = [f"damaged: {problem}" for problem in found["problems"]]
+    lines += [f"leftover, never read: {address}" for address in found["leftovers"]]
+    for group, ranges in found["missing"].items():
+        lines.append(f"not complete: {group} lacks {len(ranges)} ranges, the first {ranges[0][0]}..{ranges[0][1]}")
+    lines += [f"removed: {address}" for address in found["repaired"]]
+    size = f"{found['objects']:,} objects, {found['bytes']:,} bytes"
+    if found["sound"]:
+        lines.append(f"sound: {size}")
+    elif repair:
+        lines.append(f"{size}; run the commands that made the cache again to compute what was damaged")
+    else:
+        lines.append(f"{len(found['problems'])} damaged of {size}; --repair re-opens damaged shards")
+    return "\n".join(lines)

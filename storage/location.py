@@ -48,6 +48,14 @@ class Location(ABC):
         """Names of the objects and folders directly under a folder (`""` is the root), sorted."""
 
     @abstractmethod
+    def walk(self, prefix: str = "") -> list[str]:
+        """Keys of all objects under a folder, sorted."""
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Delete an object. Only for what no receipt lists, or a receipt that is to be made anew."""
+
+    @abstractmethod
     def publish(self, key: str, data: bytes) -> bool:
         """Write an object that is not there yet, whole or not at all; False if the key is taken."""
 
@@ -113,6 +121,20 @@ class LocalLocation(Location):
             return []
         except NotADirectoryError:
             raise InputError(f"{self.url} is a file; a cache is a folder: give another path") from None
+
+    def walk(self, prefix: str = "") -> list[str]:
+        folder = self._path(prefix) if prefix else self._root
+        # Links are listed and not followed: what they point to is not part of the cache.
+        return sorted(
+            (Path(parent) / name).relative_to(self._root).as_posix()
+            for parent, _, names in os.walk(folder)
+            for name in names
+        )
+
+    def remove(self, key: str) -> None:
+        path = self._path(key)
+        path.unlink()
+        _sync_folder(path.parent)
 
     def publish(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -246,6 +268,14 @@ class FsspecLocation(Location):
         except FileNotFoundError:
             return []
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+
+    def walk(self, prefix: str = "") -> list[str]:
+        self._fs.invalidate_cache()
+        found = self._fs.find(self._path(prefix) if prefix else self._root)
+        return sorted(str(path)[str(path).index(self._root) + len(self._root) + 1 :] for path in found)
+
+    def remove(self, key: str) -> None:
+        self._fs.rm_file(self._path(key))
 
     def publish(self, key: str, data: bytes) -> bool:
         if self.size(key) is not None:

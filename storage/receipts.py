@@ -104,6 +104,10 @@ class Receipts:
             raise CorruptCache(f"{where}: it differs from the digest that the index of receipts holds")
         return receipt
 
+    def forget_index(self) -> None:
+        """Look at the store again at the next question: the index was removed there."""
+        self.__dict__.pop("index", None)
+
     def write_index(self) -> ReceiptIndex:
         """Write the index once every shard is committed; returns the one that is there afterwards."""
         if self.index is not None:
@@ -123,7 +127,7 @@ class Receipts:
             seconds=sum(receipt.seconds for receipt in present),
         )
         self.location.publish(self.index_key, sealed_bytes(index))
-        del self.index
+        self.forget_index()
         found = self.index
         assert found is not None
         return found

@@ -71,9 +71,8 @@ class ShardWriter:
             if size != expected.bytes:
                 raise CorruptCache(
                     f"{self._location.where(key)}: its receipt states {expected.bytes} bytes, found "
-                    f"{'no object' if size is None else f'{size} bytes'}; remove "
-                    f"{self._location.where(self.receipts.key(shard))}, and index.json beside it if it is there, "
-                    f"to have the shard computed again"
+                    f"{'no object' if size is None else f'{size} bytes'}; run "
+                    f"logit-cache verify --repair {self._location.url} and this command again"
                 )
         return True
 
