@@ -1,0 +1,111 @@
+"""Publishing on a local disk: whole or not at all, never over another object, synced in the right order."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.errors import InputError, LogitCacheError, StorageFull
+from storage.location import LocalLocation, check_key, locate
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The order of syncs, links and renames from now on."""
+    events: list[str] = []
+    fsync, link, replace = os.fsync, os.link, os.replace
+
+    def log_fsync(descriptor: int) -> None:
+        events.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        fsync(descriptor)
+
+    def log(name: str, call: Any) -> Any:
+        def logged(*arguments: Any) -> None:
+            events.append(name)
+            call(*arguments)
+
+        return logged
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "link", log("link", link))
+    monkeypatch.setattr(os, "replace", log("replace", replace))
+    return events
+
+
+def test_a_file_is_synced_before_it_has_its_name_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = LocalLocation(tmp_path)
+    events = recorded(monkeypatch)
+    assert location.publish("one", b"1")
+    assert events == ["sync file", "link", "sync folder"]
+    events.clear()
+    location.replace("one", b"2")
+    assert events == ["sync file", "replace", "sync folder"]
+
+
+def test_new_folders_are_synced_into_their_parents_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = recorded(monkeypatch)
+    LocalLocation(tmp_path).publish("a/b/c", b"1")
+    assert events == ["sync folder", "sync folder", "sync file", "link", "sync folder"]
+
+
+def test_a_taken_name_is_never_replaced(tmp_path: Path) -> None:
+    location = LocalLocation(tmp_path)
+    assert location.publish("key", b"first")
+    assert not location.publish("key", b"second")
+    assert location.read("key") == b"first"
+    assert location.names("") == ["key"]
+
+
+def test_a_name_taken_at_the_last_moment_is_not_replaced_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker publishes between the look and the link."""
+    location = LocalLocation(tmp_path)
+    monkeypatch.setattr(Path, "exists", lambda self: self == tmp_path)
+    (tmp_path / "key").write_bytes(b"theirs")
+    assert not location.publish("key", b"ours")
+    assert (tmp_path / "key").read_bytes() == b"theirs"
+    assert sorted(os.listdir(tmp_path)) == ["key"]
+
+
+@pytest.mark.parametrize("without_links", [False, True])
+def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_links: bool) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if without_links:
+        monkeypatch.setattr(os, "link", refuse)
+    location = LocalLocation(tmp_path)
+    assert location.publish("key", b"first")
+    assert not location.publish("key", b"second")
+    assert location.read("key") == b"first"
+
+
+@pytest.mark.parametrize("failing", ["fsync", "link"])
+def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    if failing == "link":
+        monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(StorageFull, match="no space left"):
+        LocalLocation(tmp_path).publish("key", b"data")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "A", "a b", "a\\b", "a:b"])
+def test_keys_that_could_leave_the_cache(key: str) -> None:
+    with pytest.raises(InputError):
+        check_key(key)
+
+
+@pytest.mark.parametrize("url", ["", "memory://a::memory://b", "nonsense://x"])
+def test_places_that_are_none(url: str) -> None:
+    with pytest.raises(LogitCacheError):
+        locate(url)
