@@ -25,11 +25,10 @@ A cache is a Zarr v3 group. Any Zarr v3 reader opens it; nothing in it is code. 
 **Targets.** Row `t` is the teacher's distribution of token `t + 1` given the tokens of its window up to `t`,
 normalised over the V columns of the vocabulary. The first `kept[t]` columns of `token_ids` are valid, in the
 order (log-prob descending, id ascending); the others hold the type's maximum, and a code or log-prob of 0.
-`certain[t]` of them are there
-with certainty. `log_tail` is the log of the mass outside the certain ids and `log_tail_half` the log of the
-sum of p**0.5 there; both are -inf exactly when `certain = V`. `label_logprob` is the log-prob of `tokens[t+1]`,
-NaN exactly at `t = N - 1` and, when documents are isolated, at the last position of each. No other NaN or
-infinity occurs. All logs are natural.
+`certain[t]` of them are there with certainty. `log_tail` is the log of the mass outside the certain ids and
+`log_tail_half` the log of the sum of p**0.5 there; both are -inf exactly when `certain = V`. `label_logprob` is
+the log-prob of `tokens[t+1]`, NaN exactly at `t = N - 1` and, when documents are isolated, at the last position
+of each. No other NaN or infinity occurs. All logs are natural.
 
 **Log-probs from codes.** ``logprob[t, i] = top_logprob[t] - step_nats * cumsum(logprob_codes[t])[i]``, with
 `step_nats` from `attributes["logit_cache"]["encoding"]`. Column i >= 1 is within `step_nats / 2` of the

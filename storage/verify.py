@@ -3,7 +3,11 @@
 quick   records against their own digests, receipts against the index, every object's length and seal
 deep    besides, every byte of every object against its sha256
 repair  removes what no receipt lists, and the receipts of damaged shards, so that the command that made the
-        shard computes it again; a damaged record or index cannot be repaired
+        shard computes it again, and a damaged index of receipts, which the same command writes again; a
+        damaged record cannot be repaired
+
+Safe beside a running job on a local disk: what looked like a leftover is looked at again under the lock that a
+commit holds. Where a location has no locks, repair a cache only while nobody writes to it.
 """
 
 from __future__ import annotations
@@ -59,16 +63,28 @@ class _Group:
     folder: str
     receipts: Receipts
 
+    def keys(self, shard: int) -> set[str]:
+        """Keys of a shard's receipt and objects."""
+        objects = {self.folder + spec.shard_key(shard) for spec in self.receipts.specs.values()}
+        return {self.receipts.key(shard), *objects}
+
+    def owns(self, key: str) -> bool:
+        """Whether a key lies below this group's arrays or receipts."""
+        folders = [self.receipts.folder, *(self.folder + name for name in self.receipts.specs)]
+        return any(key.startswith(folder + "/") for folder in folders)
+
 
 def verify(
     url: str, *, deep: bool = False, repair: bool = False, workers: int = 4, progress: Progress | None = None
 ) -> Verification:
     """Check the cache at `url`; see the module for `deep` and `repair`.
 
-    `progress` is given the bytes checked since the last call (deep only). Raises CacheNotFound where there is no
+    `progress` is given the bytes of the objects checked since the last call. Raises CacheNotFound where there is no
     cache; damage is reported, not raised.
     """
     location = locate(url)
+    # Listed before anything is checked: what a worker commits meanwhile is then known, or not in the list.
+    listed = location.walk()
     found = Verification()
     known = {"zarr.json", "teachers/zarr.json"}
     try:
@@ -82,12 +98,25 @@ def verify(
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for group in groups:
             _check_group(location, group, known, found, deep, pool, progress, repair)
-    for key in location.walk():
-        if key not in known:
-            found.leftovers.append(location.where(key))
-            if repair:
-                _remove(location, key, found)
+    leftovers = [key for key in listed if key not in known]
+    found.leftovers = [location.where(key) for key in leftovers]
+    if repair:
+        _remove_leftovers(location, groups, leftovers, found)
     return found
+
+
+def _remove_leftovers(location: Location, groups: list[_Group], leftovers: list[str], found: Verification) -> None:
+    left = set(leftovers)
+    for group in groups:
+        # A worker between its objects and its receipt holds this lock; afterwards they are no leftovers any more.
+        with location.exclusive(group.receipts.folder):
+            group.receipts.forget_index()
+            left -= {key for shard in np.flatnonzero(group.receipts.committed()) for key in group.keys(int(shard))}
+            for key in sorted(key for key in left if group.owns(key)):
+                _remove(location, key, found)
+                left.remove(key)
+    for key in sorted(left):
+        _remove(location, key, found)
 
 
 def _remove(location: Location, key: str, found: Verification) -> None:
@@ -145,8 +174,7 @@ def _check_group(
     if missing:
         found.missing[group.name] = missing
     for shard in committed:
-        known.add(receipts.key(shard))
-        known.update(group.folder + spec.shard_key(shard) for spec in receipts.specs.values())
+        known |= group.keys(shard)
         try:
             receipt = receipts.read(shard)
             assert receipt is not None, "a committed shard has a receipt"

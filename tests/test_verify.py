@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Run
 from fakes import dense_targets, make_corpus, make_entry, write_entry
 
+import storage.verify
 from storage import LogitCache, SparseTargets
 from storage.manifest import TeacherEntry
 from storage.verify import verify
@@ -114,6 +116,29 @@ def test_leftovers_are_reported_and_never_touched_without_repair(cache: Path) ->
     assert all(stray.exists() for stray in strays)
     assert sorted(verify(str(cache), repair=True).repaired) == sorted(map(str, strays))
     assert verify(str(cache)).leftovers == []
+
+
+def test_repair_leaves_alone_what_a_worker_commits_meanwhile(
+    made: tuple[Path, TeacherEntry, SparseTargets], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects without a receipt when they are listed and checked, with one when they would be removed."""
+    entry = cache / "teachers/a"
+    (entry / "receipts/index.json").unlink()
+    (entry / "receipts/00000002.json").unlink()
+    check = storage.verify._check_group
+
+    def then_commit(location: Any, group: Any, *others: Any) -> None:
+        check(location, group, *others)
+        if group.name == "teachers/a":
+            write_entry(cache, "a", made[1], made[2])
+
+    monkeypatch.setattr(storage.verify, "_check_group", then_commit)
+    found = verify(str(cache), repair=True)
+    assert str(entry / "token_ids/c/2/0") in found.leftovers
+    assert found.repaired == []
+    monkeypatch.undo()
+    after = verify(str(cache), deep=True)
+    assert (after.sound, after.missing, after.leftovers) == (True, {}, [])
 
 
 @pytest.mark.parametrize(
