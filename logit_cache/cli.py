@@ -23,13 +23,6 @@ if "LogitCache" not in getattr(storage, "__all__", ()):
 from storage.errors import one_line_errors
 
 _EXAMPLE = "\b\nExample:\n  "
-# The fields of logit_cache.corpus.CorpusConfig that a job of cache-logits may have besides its own.
-_TEXT_FIELDS = frozenset(
-    [
-        *("text", "out", "text_field", "messages_field", "split", "document_separator", "append_token"),
-        *("tokenizer", "tokenizer_revision", "train_tokenizer", "special_tokens", "chat_template"),
-    ]
-)
 _CORPUS_OPTIONS = (
     click.option("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
     click.option("--tokenizer", help="Directory or hub id of an existing tokenizer."),
@@ -197,25 +190,24 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
     --tokenizer or --train-tokenizer says otherwise.
     """
     with one_line_errors():
+        from logit_cache.corpus import CorpusConfig
         from logit_cache.engines import parse_worker, run_local
         from logit_cache.inspect import describe_entry
         from logit_cache.job import CacheJob, load_teacher, open_job
         from logit_cache.progress import progress
-        from storage.config import build_config, read_yaml
+        from storage.config import build_config, given, read_yaml
         from storage.errors import InputError
         from storage.reader import LogitCache
 
-        given = read_yaml(config) if config else {}
-        given.update(
-            {name: value for name, value in {**flags, "out": out}.items() if value is not None and value != ()}
-        )
+        fields = (read_yaml(config) if config else {}) | given({**flags, "out": out})
         share = parse_worker(worker) if worker else (0, 1)
-        # What is no field of the job is for making the token stream; unknown names fail on whichever side they land.
-        text_fields = {name: given.pop(name) for name in list(given) if name in _TEXT_FIELDS}
+        # What is no field of the job is for making the token stream; unknown names stay, and are refused with it.
+        of_text = CorpusConfig.model_fields.keys() - CacheJob.model_fields.keys()
+        text_fields = {name: fields.pop(name) for name in list(fields) if name in of_text}
         if "text" in text_fields:
-            if "out" not in text_fields or "cache" in given:
+            if "out" not in text_fields or "cache" in fields:
                 raise InputError("cache-logits: --text makes a new cache: give it with --out, and without --cache")
-            job = build_config(CacheJob, {**given, "cache": text_fields["out"]}, {}, "cache-logits")
+            job = build_config(CacheJob, {**fields, "cache": text_fields["out"]}, {}, "cache-logits")
             # The teacher before the text, so that a wrong one costs no minutes and leaves no stream behind.
             teacher = load_teacher(job)
             text_fields.setdefault("trust_remote_code", job.trust_remote_code)
@@ -226,7 +218,7 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
         elif text_fields:
             raise InputError(f"cache-logits: --{min(text_fields).replace('_', '-')} goes with --text and --out")
         else:
-            job = build_config(CacheJob, given, {}, "cache-logits")
+            job = build_config(CacheJob, fields, {}, "cache-logits")
             opened = open_job(job)
         entry = opened.writer.entry
         pending = opened.writer.pending()

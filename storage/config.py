@@ -56,15 +56,19 @@ def read_yaml(path: str) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in data.items()}
 
 
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given: those that are not None, or an empty tuple where they may be repeated."""
+    return {name: value for name, value in flags.items() if value is not None and value != ()}
+
+
 def build_config(
     kind: type[Config], config: str | Mapping[str, Any] | None, flags: Mapping[str, Any], where: str
 ) -> Config:
     """The model made of the fields in a YAML file (or already read from one), overridden by those flags that are
     not None (or empty). Raises InputError naming the field."""
     data = read_yaml(config) if isinstance(config, str) else dict(config or {})
-    data.update({name: value for name, value in flags.items() if value is not None and value != ()})
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data | given(flags))
     except ValidationError as error:
         raise InputError("; ".join(_explain(kind, item, where) for item in error.errors()[:3])) from None
 

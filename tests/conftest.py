@@ -24,6 +24,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One clear line, exit status 2."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
 @pytest.fixture(scope="session")
 def run() -> Run:
     """Runs a console script; the result has stdout, stderr and returncode."""

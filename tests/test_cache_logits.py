@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run, command, environment
+from conftest import Run, command, environment, refused
 from transformers import AutoModelForCausalLM
 
 from storage import LogitCache
@@ -157,16 +157,6 @@ def test_kill_minus_nine_at_many_moments(cache: Path, teacher: Path, run: Run, t
         assert LogitCache.open(str(victim)).teacher("a").missing() == []
         shutil.rmtree(victim)
     assert interrupted >= 12
-
-
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One clear line, exit status 2."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in errors[0], errors[0]
 
 
 def test_another_identity_under_the_same_name(

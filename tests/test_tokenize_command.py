@@ -7,18 +7,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from conftest import Run
+from conftest import Run, refused
 
 from storage import LogitCache
-
-
-def refused(done: object, *words: str) -> None:
-    assert done.returncode == 2, done.stdout + done.stderr  # type: ignore[attr-defined]
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # type: ignore[attr-defined]
-    assert len(errors) == 1
-    assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
-    for word in words:
-        assert word in errors[0], errors[0]
 
 
 def test_the_stream_decodes_to_the_text(small_cache: Path, text_file: Path) -> None:
