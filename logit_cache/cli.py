@@ -20,9 +20,9 @@ if "LogitCache" not in getattr(storage, "__all__", ()):
     )
     raise SystemExit(2)
 
+from logit_cache.sharing_cli import COMMANDS, EXAMPLE
 from storage.errors import one_line_errors
 
-_EXAMPLE = "\b\nExample:\n  "
 _CORPUS_OPTIONS = (
     click.option("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
     click.option("--tokenizer", help="Directory or hub id of an existing tokenizer."),
@@ -50,10 +50,14 @@ def _options(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Any], Any]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="logit-cache")
 def main() -> None:
-    """Make and look at caches of teachers' next-token distributions."""
+    """Make, look at, check and share caches of teachers' next-token distributions."""
 
 
-@main.command(epilog=_EXAMPLE + "logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train")
+for _command in COMMANDS:
+    main.add_command(_command)
+
+
+@main.command(epilog=EXAMPLE + "logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train")
 @_options(_CORPUS_OPTIONS)
 @click.option("--out", help="Path or URL of the cache to make.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run tokenizer code from the hub.")
@@ -103,7 +107,7 @@ def _tokenize(config: Any, flags: dict[str, Any]) -> Any:
     return LogitCache.open(settings.out)
 
 
-@main.command(epilog=_EXAMPLE + "logit-cache inspect run/train --at 1234")
+@main.command(epilog=EXAMPLE + "logit-cache inspect run/train --at 1234")
 @click.argument("url")
 @click.option("--at", type=int, metavar="POSITION", help="Show one position with its tokens as text.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -124,28 +128,7 @@ def inspect(url: str, at: int | None, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2) if as_json else text)
 
 
-@main.command(epilog=_EXAMPLE + "logit-cache verify run/train --deep")
-@click.argument("url")
-@click.option("--deep", is_flag=True, help="Hash every byte again, not only lengths, indexes and checksums.")
-@click.option("--repair", is_flag=True, help="Remove leftovers, and re-open damaged shards for cache-logits.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Objects read at once.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> None:
-    """Check every object of a cache against its receipt. Status 1 when something is damaged."""
-    with one_line_errors():
-        from logit_cache import show
-        from logit_cache.progress import progress
-        from storage.verify import verify as check
-
-        with progress("verify", None, "bytes") as advance:
-            found = check(url, deep=deep, repair=repair, workers=workers, progress=advance)
-        data = {**vars(found), "sound": found.sound}
-        click.echo(json.dumps(data, indent=2) if as_json else show.verification_text(data, repair))
-        if not found.sound:
-            sys.exit(1)
-
-
-@main.command(epilog=_EXAMPLE + "logit-cache demo --out demo-run")
+@main.command(epilog=EXAMPLE + "logit-cache demo --out demo-run")
 @click.option("--out", default="demo-run", show_default=True, help="Folder of the run; an interrupted one goes on.")
 @click.option("--text", multiple=True, help="Text to use instead of the Python standard library's source. Repeatable.")
 def demo(out: str, text: tuple[str, ...]) -> None:
@@ -158,7 +141,7 @@ def demo(out: str, text: tuple[str, ...]) -> None:
 
 @click.command(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_EXAMPLE + "cache-logits --cache run/train --teacher run/llama --name llama -k 64",
+    epilog=EXAMPLE + "cache-logits --cache run/train --teacher run/llama --name llama -k 64",
 )
 @click.option("--cache", help="Path or URL of a cache that holds the token stream.")
 @click.option("--teacher", help="Model directory or hub id (any AutoModelForCausalLM, safetensors).")

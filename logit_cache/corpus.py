@@ -35,7 +35,8 @@ from logit_cache.tokenizer import (
 from storage.encoding import token_id_dtype
 from storage.errors import InputError, StorageFull, is_out_of_space
 from storage.format import stream_layout
-from storage.location import PARTIAL, locate
+from storage.local import PARTIAL
+from storage.location import locate
 from storage.manifest import CacheRecord, Corpus, CorpusSource, Tokenizer
 from storage.stream import stream_sha256
 from storage.vocabulary import tokenizer_fingerprint, vocabulary_sha256, vocabulary_size

@@ -2,31 +2,40 @@
 
 Reading goes through zarr itself, on a plain local store, and never on trust: before zarr touches a shard,
 its object's length and seal (shard index and chunk checksums) are compared with the receipt, because zarr
-takes a missing object for fill values and an empty one for zeros. Chunks carry a crc32c of their own, and
-the fill values are poison.
+takes a missing object for fill values and an empty one for zeros; afterwards the object must still be the file
+that was checked. Chunks carry a crc32c of their own, and the fill values are poison. Objects of a remote cache are
+fetched whole (`storage.mirror`) and read as local files by the same code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.errors import CorruptCache, FormatError, IncompleteCache
+from storage.errors import CorruptCache, FormatError, IncompleteCache, LogitCacheError
 from storage.format import ArraySpec
 from storage.location import Location
-from storage.manifest import ObjectDigest, ShardReceipt, parse_json
+from storage.manifest import ObjectDigest, ShardReceipt
+from storage.mirror import Mirror
 from storage.receipts import Receipts
 
 if TYPE_CHECKING:
     import zarr
 
-_REMOTE_SHARDS_HELD = 4
+_BLOSC_HEADER = 16
+_LEAST_CHUNK = _BLOSC_HEADER + 4
+_READ_ATTEMPTS = 3
+
+Reads = Callable[[Sequence[tuple[int, int]]], list[bytes]]  # the bytes start .. stop of an object, for each range
+_Identity = tuple[int, int, int]  # of a file: inode, length, time of modification in ns
 
 
 def metadata_bytes(metadata: dict[str, Any]) -> bytes:
@@ -57,26 +66,64 @@ def encode_shard(spec: ArraySpec, shard: int, values: NDArray[Any]) -> bytes:
 def object_digest(spec: ArraySpec, data: bytes) -> ObjectDigest:
     """What a receipt says of an object."""
 
-    def read(ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        return [data[start:stop] for start, stop in ranges]
-
     return ObjectDigest(
-        bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), seal_sha256=_seal(spec, len(data), read)
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        seal_sha256=_Anatomy.of(spec, len(data), _reads(data)).seal_sha256,
     )
 
 
-def _seal(spec: ArraySpec, size: int, read: Callable[[Sequence[tuple[int, int]]], list[bytes]]) -> str:
-    """sha256 of a shard's index and of the crc32c at the end of each of its chunks.
+def _reads(data: bytes) -> Reads:
+    return lambda ranges: [data[start:stop] for start, stop in ranges]
 
-    The index alone would not tell two shards apart whose chunks have equal lengths, as incompressible ones
-    do. With the chunks' checksums in the seal, and each chunk checked against its own when it is decoded, an
-    object that passes is the one that was committed, at the price of a few small reads.
-    """
-    (index,) = read([(size - spec.index_bytes, size)])
-    table = np.frombuffer(index[:-4], dtype="<u8").reshape(-1, 2).tolist() if len(index) == spec.index_bytes else []
-    inside = all(4 <= length <= size and offset <= size - length for offset, length in table)
-    ends = read([(offset + length - 4, offset + length) for offset, length in table]) if inside else []
-    return hashlib.sha256(b"".join([index, *ends])).hexdigest()
+
+@dataclass(frozen=True)
+class _Anatomy:
+    """What a few small reads tell of a shard object: its index, and each chunk's length, first and last bytes."""
+
+    index: bytes
+    lengths: list[int]
+    headers: list[bytes]  # 16 bytes each
+    checksums: list[bytes]  # crc32c, 4 bytes each
+
+    @classmethod
+    def of(cls, spec: ArraySpec, size: int, read: Reads) -> _Anatomy:
+        """An index that points outside the object gives no chunks."""
+        (index,) = read([(size - spec.index_bytes, size)])
+        table = np.frombuffer(index[:-4], dtype="<u8").reshape(-1, 2).tolist() if len(index) == spec.index_bytes else []
+        if not all(_LEAST_CHUNK <= length <= size and offset <= size - length for offset, length in table):
+            table = []
+        parts = read(
+            [(offset, offset + _BLOSC_HEADER) for offset, _ in table]
+            + [(offset + length - 4, offset + length) for offset, length in table]
+        )
+        return cls(index, [length for _, length in table], parts[: len(table)], parts[len(table) :])
+
+    @property
+    def seal_sha256(self) -> str:
+        """sha256 of the index and of the crc32c at the end of each chunk.
+
+        The index alone would not tell two shards apart whose chunks have equal lengths, as incompressible ones
+        do. With the chunks' checksums in the seal, and each chunk checked against its own when it is decoded, an
+        object that passes is the one that was committed.
+        """
+        return hashlib.sha256(b"".join([self.index, *self.checksums])).hexdigest()
+
+    def misfit(self, spec: ArraySpec) -> str | None:
+        """What is wrong with the sizes that chunks announce, before a decompressor allocates on their word.
+
+        A Blosc chunk begins with its typesize (byte 3), decoded size, block size and own size (uint32 at 4, 8, 12).
+        """
+        if len(self.lengths) != spec.layout.shard // spec.layout.chunk:
+            return "its shard index points outside it"
+        for number, (length, header) in enumerate(zip(self.lengths, self.headers, strict=True)):
+            decoded, block, own = np.frombuffer(header, dtype="<u4")[1:].tolist()
+            if decoded != spec.chunk_bytes or block > decoded or own != length - 4:
+                return (
+                    f"chunk {number} announces {decoded} bytes decoded in blocks of {block} and {own} stored, where "
+                    f"{spec.chunk_bytes} and {length - 4} are right"
+                )
+        return None
 
 
 class CheckedArray:
@@ -87,58 +134,56 @@ class CheckedArray:
         self._location = location
         self._folder = group  # "" or "teachers/<name>/"
         self._receipts = receipts
+        self._mirror = Mirror(location) if location.local_path is None else None
+        # Where the bytes lie that are read: the cache itself, or the local copies of a remote one.
+        self._local = location if self._mirror is None else self._mirror.local
         self._zarr: zarr.Array[Any] | None = None
-        self._checked: OrderedDict[int, None] = OrderedDict()
-        self._held: dict[str, Any] = {}  # objects of a remote cache, by key
+        self._checked: dict[int, _Identity] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether objects have to be fetched first."""
+        return self._mirror is not None
 
     def read_chunk(self, chunk: int) -> NDArray[Any]:
         """All entries of one chunk (the last one shorter). Raises IncompleteCache and CorruptCache."""
         start = chunk * self.spec.layout.chunk
         stop = min(start + self.spec.layout.chunk, self.spec.shape[0])
-        self._check_shard(start // self.spec.layout.shard)
-        try:
-            values = np.asarray(self._array()[start:stop])
-        except Exception as error:
-            # Whatever a codec raises on damaged bytes (zarr has no common class for it) means the same to a user.
-            key = self._key(start // self.spec.layout.shard)
-            raise CorruptCache(
-                f"{self._location.where(key)}: chunk {chunk} cannot be decoded ({type(error).__name__}: {error}); "
-                f"the object changed after it was committed"
-            ) from error
-        return values
-
-    def _key(self, shard: int) -> str:
-        return self._folder + self.spec.shard_key(shard)
-
-    def _array(self) -> zarr.Array[Any]:
-        if self._zarr is None:
-            import zarr
-            from zarr.buffer import cpu
-
-            key = f"{self._folder}{self.spec.name}/zarr.json"
-            where = self._location.where(key)
+        shard = start // self.spec.layout.shard
+        for _ in range(_READ_ATTEMPTS):
+            checked = self.check_shard(shard)
             try:
-                data = self._location.read(key)
-            except FileNotFoundError:
-                raise CorruptCache(f"{where}: missing, though receipts commit shards of this array") from None
-            if parse_json(data, where) != self.spec.metadata():
-                raise FormatError(f"{where}: not the metadata that this cache's record implies; it was changed")
-            folder = self._location.local_path
-            store: Any
-            if folder is not None:
-                # A plain LocalStore: any wrapper would switch the fast codec pipeline off without a word.
-                store = zarr.storage.LocalStore(folder / self._folder / self.spec.name, read_only=True)
+                values = np.asarray(self._array()[start:stop])
+            except LogitCacheError:
+                raise
+            except Exception as error:
+                # Whatever a codec raises on damaged bytes (zarr has no common class for it) means the same to a user.
+                failed: Exception | None = error
             else:
-                self._held["zarr.json"] = cpu.Buffer.from_bytes(data)
-                store = zarr.storage.MemoryStore(self._held)
-            self._zarr = zarr.open_array(store, mode="r", zarr_format=3)
-        return self._zarr
+                failed = None
+            if self._identity(shard) != checked:
+                # Removed, replaced or evicted since it was checked: what zarr made of it may be fill values.
+                self._checked.pop(shard, None)
+            elif failed is None:
+                return values
+            elif self._mirror is not None:
+                self._mirror.drop(self._key(shard))
+                self._checked.pop(shard, None)
+            else:
+                break
+        where = self._location.where(self._key(shard))
+        if failed is None:
+            raise CorruptCache(f"{where}: it keeps changing while it is read; a committed object never does")
+        raise CorruptCache(
+            f"{where}: chunk {chunk} cannot be decoded ({type(failed).__name__}: {failed}); "
+            f"the object changed after it was committed"
+        ) from failed
 
-    def _check_shard(self, shard: int) -> None:
+    def check_shard(self, shard: int) -> _Identity:
         """Compare the shard's object with its receipt, once; fetch it whole where the cache is remote."""
         if shard in self._checked:
-            return
-        receipt = self._receipts.read(shard)
+            return self._checked[shard]
+        receipt = self._receipts.recent(shard)
         if receipt is None:
             start, stop = self.spec.shard_range(shard)
             command = "cache-logits" if self._folder else "logit-cache tokenize"
@@ -147,48 +192,112 @@ class CheckedArray:
                 f"but no receipt covers them; missing: {_ranges(self._receipts.missing_ranges())}. "
                 f"Run the same {command} command again to complete it"
             )
-        if self._location.local_path is not None:
-            check_object(self._location, self._key(shard), self.spec, receipt)
-        else:
-            self._fetch(shard, receipt)
-        self._checked[shard] = None
-
-    def _fetch(self, shard: int, receipt: ShardReceipt) -> None:
-        from zarr.buffer import cpu
-
         key = self._key(shard)
-        where = self._location.where(key)
-        try:
-            data = self._location.read(key)
-        except FileNotFoundError:
-            raise CorruptCache(f"{where}: missing, though its receipt exists") from None
-        found, expected = object_digest(self.spec, data), receipt.objects[self.spec.name]
-        if found != expected:
+        if self._mirror is not None:
+            self._fetch(key, receipt)
+        # Taken before the check: a replacement in between then shows afterwards.
+        found = self._identity(shard)
+        check_object(self._local, key, self.spec, receipt)
+        if found is None:
+            raise CorruptCache(f"{self._location.where(key)}: it appeared while it was opened; read it again")
+        self._checked[shard] = found
+        return found
+
+    def _fetch(self, key: str, receipt: ShardReceipt) -> None:
+        assert self._mirror is not None
+        expected = receipt.objects[self.spec.name]
+        if expected.bytes > self.spec.most_object_bytes:
             raise CorruptCache(
-                f"{where}: expected {expected.bytes} bytes with sha256 {expected.sha256}, "
-                f"found {found.bytes} with {found.sha256}"
+                f"{self._location.where(key)}: its receipt states {expected.bytes} bytes, more than such an object has"
             )
-        while len(self._checked) >= _REMOTE_SHARDS_HELD:
-            oldest, _ = self._checked.popitem(last=False)
-            self._held.pop(self._key(oldest)[len(self._folder) + len(self.spec.name) + 1 :], None)
-        self._held[self.spec.shard_key(shard)[len(self.spec.name) + 1 :]] = cpu.Buffer.from_bytes(data)
+        self._mirror.opened(key)
+        try:
+            check_object(self._local, key, self.spec, receipt)
+        except CorruptCache:
+            self._mirror.fetch(key, expected)
+
+    def _identity(self, shard: int) -> _Identity | None:
+        """What tells a file from another under the same name; None where there is none."""
+        folder = self._local.local_path
+        assert folder is not None
+        try:
+            found = os.stat(folder / self._key(shard))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _key(self, shard: int) -> str:
+        return self._folder + self.spec.shard_key(shard)
+
+    def _array(self) -> zarr.Array[Any]:
+        if self._zarr is None:
+            import zarr
+
+            key = f"{self._folder}{self.spec.name}/zarr.json"
+            try:
+                found = self._location.read_json(key)
+            except FileNotFoundError:
+                raise CorruptCache(
+                    f"{self._location.where(key)}: missing, though receipts commit shards of this array"
+                ) from None
+            if found != self.spec.metadata():
+                raise FormatError(
+                    f"{self._location.where(key)}: not the metadata that this cache's record implies; it was changed"
+                )
+            if self._mirror is not None:
+                self._mirror.keep(key, metadata_bytes(self.spec.metadata()))
+            folder = self._local.local_path
+            assert folder is not None
+            # A plain LocalStore: any wrapper would switch the fast codec pipeline off without a word.
+            store = zarr.storage.LocalStore(folder / self._folder / self.spec.name, read_only=True)
+            self._zarr = zarr.open_array(store, mode="r", zarr_format=3)
+        return self._zarr
+
+
+def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
+    """Check one shard of several arrays; what is remote is fetched at the same time, not one after the other."""
+    todo = list(arrays)
+    if any(array.is_remote for array in todo):
+        with ThreadPoolExecutor(len(todo)) as pool:
+            list(pool.map(lambda array: array.check_shard(shard), todo))
+    else:
+        for array in todo:
+            array.check_shard(shard)
 
 
 def check_object(location: Location, key: str, spec: ArraySpec, receipt: ShardReceipt) -> None:
-    """Existence, length and seal of one object against its receipt; CorruptCache names the object."""
+    """Existence, length, seal and chunk sizes of one object against its receipt; CorruptCache names the object."""
     where = location.where(key)
-    expected = receipt.objects[spec.name]
     size = location.size(key)
     if size is None:
         raise CorruptCache(f"{where}: missing, though its receipt exists")
-    if size != expected.bytes or size < spec.index_bytes:
-        raise CorruptCache(f"{where}: expected {max(expected.bytes, spec.index_bytes)} bytes, found {size}")
-    found = _seal(spec, size, lambda ranges: location.read_ranges(key, ranges))
-    if found != expected.seal_sha256:
+    _check_anatomy(where, size, lambda ranges: location.read_ranges(key, ranges), spec, receipt)
+
+
+def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt) -> None:
+    """`check_object` for an object that is in memory, and its sha256 besides. `where` is for the message."""
+    _check_anatomy(where, len(data), _reads(data), spec, receipt)
+    found = hashlib.sha256(data).hexdigest()
+    if found != receipt.objects[spec.name].sha256:
+        raise CorruptCache(f"{where}: expected sha256 {receipt.objects[spec.name].sha256}, found {found}")
+
+
+def _check_anatomy(where: str, size: int, read: Reads, spec: ArraySpec, receipt: ShardReceipt) -> None:
+    expected = receipt.objects[spec.name]
+    if size != expected.bytes or not spec.index_bytes <= size <= spec.most_object_bytes:
         raise CorruptCache(
-            f"{where}: its shard index and checksums have sha256 {found}, the receipt says {expected.seal_sha256}: "
-            f"this is another object, or a damaged one"
+            f"{where}: expected {expected.bytes} bytes (of {spec.index_bytes} to {spec.most_object_bytes} that such an "
+            f"object can have), found {size}"
         )
+    anatomy = _Anatomy.of(spec, size, read)
+    if anatomy.seal_sha256 != expected.seal_sha256:
+        raise CorruptCache(
+            f"{where}: its shard index and checksums have sha256 {anatomy.seal_sha256}, the receipt says "
+            f"{expected.seal_sha256}: this is another object, or a damaged one"
+        )
+    misfit = anatomy.misfit(spec)
+    if misfit is not None:
+        raise CorruptCache(f"{where}: {misfit}; nothing of it was decompressed")
 
 
 def _ranges(ranges: list[tuple[int, int]], most: int = 4) -> str:

@@ -51,6 +51,10 @@ class StorageFull(LogitCacheError, OSError):
     """The disk or the quota is full. Whatever was being written has been removed."""
 
 
+class StoreUnavailable(LogitCacheError, OSError):
+    """A remote store did not answer in time, or refused; nothing it said was taken for data."""
+
+
 def is_out_of_space(error: OSError) -> bool:
     """Whether the operating system refused a write for want of room (disk, quota or file-size limit)."""
     return error.errno in _NO_SPACE

@@ -108,6 +108,16 @@ class ArraySpec:
         """Length of the shard index at the end of every object: offset and length per chunk, and its crc32c."""
         return 16 * (self.layout.shard // self.layout.chunk) + 4
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Length of a chunk before compression; the last one of an array is filled up to it."""
+        return self.itemsize * self.layout.chunk * math.prod(self.shape[1:])
+
+    @property
+    def most_object_bytes(self) -> int:
+        """No object is longer: Blosc stores what it cannot compress with a header of 16 bytes, then the crc32c."""
+        return (self.chunk_bytes + 16 + 4) * (self.layout.shard // self.layout.chunk) + self.index_bytes
+
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First entry of a shard and the first after it."""
         start = shard * self.layout.shard

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import CheckedArray
+from storage.arrays import CheckedArray, check_shards
 from storage.errors import CacheNotFound, CorruptCache, FormatError
 from storage.format import PER_POSITION_FLOATS, corpus_arrays, teacher_arrays
 from storage.location import Location, check_key, locate
@@ -31,7 +31,6 @@ from storage.manifest import (
     ShardStatistics,
     TeacherEntry,
     digest,
-    parse_json,
     unseal,
 )
 from storage.receipts import Receipts
@@ -141,6 +140,7 @@ class TeacherTargets:
     def _chunk(self, chunk: int) -> SparseTargets:
         if chunk not in self._chunks:
             start = chunk * self.entry.layout.chunk
+            check_shards(self._arrays.values(), start // self.entry.layout.shard)
             targets = self._record(start, {name: array.read_chunk(chunk) for name, array in self._arrays.items()})
             broken = broken_rule(targets, self.entry)
             if broken:
@@ -255,14 +255,14 @@ class LogitCache:
         key = "receipts/tokenizer.json"
         where = self._location.where(key)
         try:
-            receipt = unseal(FilesReceipt, parse_json(self._location.read(key), where), where)
+            receipt = unseal(FilesReceipt, self._location.read_json(key), where)
         except FileNotFoundError:
             raise CorruptCache(f"{where}: missing; the cache has no tokenizer that can be trusted") from None
         files = {}
         for name, expected in receipt.files.items():
             address = self._location.where(tokenizer_key(name))
             try:
-                data = self._location.read(tokenizer_key(name))
+                data = self._location.read(tokenizer_key(name), expected.bytes)
             except FileNotFoundError:
                 raise CorruptCache(f"{address}: missing, though its receipt exists") from None
             found = hashlib.sha256(data).hexdigest()
@@ -276,7 +276,7 @@ def read_record(location: Location, key: str, kind: type[AnyRecord]) -> AnyRecor
     """The record in a group's attributes, checked against its own digest."""
     where = location.where(key)
     try:
-        data = parse_json(location.read(key), where)
+        data = location.read_json(key)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheNotFound(f"{location.url}: no cache there (no {key}); make one with logit-cache tokenize") from None
     except PermissionError as error:

@@ -7,6 +7,7 @@ that a cache of a billion positions opens with one read and checks each receipt 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -19,12 +20,12 @@ from storage.manifest import (
     MAX_INDEX_BYTES,
     ReceiptIndex,
     ShardReceipt,
-    parse_json,
     sealed,
     sealed_bytes,
     unseal,
 )
 
+_RECENT = 8
 _NAME = re.compile(r"^(\d{8,})\.json$")
 
 
@@ -39,6 +40,8 @@ class Receipts:
         first = next(iter(self.specs.values()))
         self.shards = first.shards
         self._first = first
+        self._recent: dict[int, ShardReceipt] = {}
+        self._lock = threading.Lock()
 
     def key(self, shard: int) -> str:
         """Key of a shard's receipt."""
@@ -53,11 +56,11 @@ class Receipts:
     def index(self) -> ReceiptIndex | None:
         """The index, or None while shards are missing."""
         try:
-            data = self.location.read(self.index_key)
+            data = self.location.read_json(self.index_key, MAX_INDEX_BYTES)
         except FileNotFoundError:
             return None
         where = self.location.where(self.index_key)
-        index = unseal(ReceiptIndex, parse_json(data, where, MAX_INDEX_BYTES), where)
+        index = unseal(ReceiptIndex, data, where)
         if index.record_sha256 != self.record_sha256 or len(index.receipts) != self.shards:
             raise CorruptCache(f"{where}: it belongs to another entry, or to another number of shards")
         return index
@@ -90,12 +93,12 @@ class Receipts:
         key = self.key(shard)
         where = self.location.where(key)
         try:
-            data = self.location.read(key)
+            data = self.location.read_json(key)
         except FileNotFoundError:
             if self.index is not None:
                 raise CorruptCache(f"{where}: missing, though the index of receipts lists it") from None
             return None
-        receipt = unseal(ShardReceipt, parse_json(data, where), where)
+        receipt = unseal(ShardReceipt, data, where)
         expected = (self.record_sha256, shard, *self._first.shard_range(shard), set(self.specs))
         found = (receipt.record_sha256, receipt.shard, receipt.start, receipt.stop, set(receipt.objects))
         if expected != found:
@@ -103,6 +106,18 @@ class Receipts:
         if self.index is not None and self.index.receipts[shard] != sealed(receipt)["sha256"]:
             raise CorruptCache(f"{where}: it differs from the digest that the index of receipts holds")
         return receipt
+
+    def recent(self, shard: int) -> ShardReceipt | None:
+        """`read`, for readers: the arrays of an entry ask for the same receipt one after the other."""
+        with self._lock:
+            if shard not in self._recent:
+                receipt = self.read(shard)
+                if receipt is None:
+                    return None
+                self._recent[shard] = receipt
+                while len(self._recent) > _RECENT:
+                    self._recent.pop(next(iter(self._recent)))
+            return self._recent[shard]
 
     def forget_index(self) -> None:
         """Look at the store again at the next question: the index was removed there."""

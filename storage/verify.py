@@ -1,7 +1,8 @@
 """Every object of a cache against what commits it, and what lies there that nothing commits.
 
-quick   records against their own digests, receipts against the index, every object's length and seal
-deep    besides, every byte of every object against its sha256
+quick   records against their own digests, receipts against the index, every object's length; on a local disk its
+        seal and its chunks' sizes too, which cost a remote store nine requests where one listing gives all lengths
+deep    every byte of every object against its sha256, and its seal and chunks' sizes wherever it lies
 repair  removes what no receipt lists, and the receipts of damaged shards, so that the command that made the
         shard computes it again, and a damaged index of receipts, which the same command writes again; a
         damaged record cannot be repaired
@@ -21,13 +22,22 @@ from functools import partial
 
 import numpy as np
 
-from storage.arrays import check_object, metadata_bytes
-from storage.errors import CacheNotFound, CorruptCache, LogitCacheError
-from storage.format import ArraySpec, corpus_arrays, group_metadata
+from storage.arrays import check_bytes, check_object
+from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
+from storage.format import ArraySpec
+from storage.inventory import (
+    COMPANIONS,
+    ROOT_KEY,
+    TEACHERS_KEY,
+    TEACHERS_METADATA,
+    TOKENIZER_RECEIPT_KEY,
+    Group,
+    corpus_groups,
+    teacher_group,
+)
 from storage.location import Location, locate
-from storage.manifest import TEACHER_NAME, FilesReceipt, ShardReceipt, digest, parse_json, unseal
+from storage.manifest import TEACHER_NAME, FilesReceipt, ShardReceipt, parse_json, unseal
 from storage.reader import LogitCache, tokenizer_key
-from storage.receipts import Receipts
 
 Progress = Callable[[int], None]
 
@@ -40,6 +50,7 @@ class Verification:
     leftovers   addresses of objects that no receipt lists; readers never look at them
     missing     by group of arrays ("tokens", "teachers/<name>"), ranges of positions that are not committed yet
     repaired    what was removed
+    listed      whether the place could be listed; leftovers show only then
     """
 
     objects: int = 0
@@ -48,30 +59,12 @@ class Verification:
     leftovers: list[str] = field(default_factory=list)
     missing: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     repaired: list[str] = field(default_factory=list)
+    listed: bool = True
 
     @property
     def sound(self) -> bool:
         """Whether nothing is damaged; shards that are missing, and leftovers, do no harm."""
         return not self.problems
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Arrays with receipts in common: where they lie, and under which name to report them."""
-
-    name: str
-    folder: str
-    receipts: Receipts
-
-    def keys(self, shard: int) -> set[str]:
-        """Keys of a shard's receipt and objects."""
-        objects = {self.folder + spec.shard_key(shard) for spec in self.receipts.specs.values()}
-        return {self.receipts.key(shard), *objects}
-
-    def owns(self, key: str) -> bool:
-        """Whether a key lies below this group's arrays or receipts."""
-        folders = [self.receipts.folder, *(self.folder + name for name in self.receipts.specs)]
-        return any(key.startswith(folder + "/") for folder in folders)
 
 
 def verify(
@@ -83,21 +76,26 @@ def verify(
     cache; damage is reported, not raised.
     """
     location = locate(url)
-    # Listed before anything is checked: what a worker commits meanwhile is then known, or not in the list.
-    listed = location.walk()
     found = Verification()
-    known = {"zarr.json", "teachers/zarr.json"}
+    # Listed before anything is checked: what a worker commits meanwhile is then known, or not in the list.
+    try:
+        listed = location.walk()
+    except InputError:
+        if repair:
+            raise
+        found.listed, listed = False, {}
+    known = {ROOT_KEY, TEACHERS_KEY, *COMPANIONS}
     try:
         cache = LogitCache.open(url)
     except (CorruptCache, ValueError) as error:
         found.problems.append(str(error))
         return found
-    _check_bytes(location, "teachers/zarr.json", metadata_bytes(group_metadata({})), found)
+    _check_bytes(location, TEACHERS_KEY, TEACHERS_METADATA, found)
     _check_tokenizer(location, known, found)
     groups = list(_groups(location, cache, known, found))
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for group in groups:
-            _check_group(location, group, known, found, deep, pool, progress, repair)
+            _check_group(location, group, known, found, deep, pool, progress, repair, listed)
     leftovers = [key for key in listed if key not in known]
     found.leftovers = [location.where(key) for key in leftovers]
     if repair:
@@ -105,7 +103,7 @@ def verify(
     return found
 
 
-def _remove_leftovers(location: Location, groups: list[_Group], leftovers: list[str], found: Verification) -> None:
+def _remove_leftovers(location: Location, groups: list[Group], leftovers: list[str], found: Verification) -> None:
     left = set(leftovers)
     for group in groups:
         # A worker between its objects and its receipt holds this lock; afterwards they are no leftovers any more.
@@ -124,15 +122,14 @@ def _remove(location: Location, key: str, found: Verification) -> None:
     found.repaired.append(location.where(key))
 
 
-def _groups(location: Location, cache: LogitCache, known: set[str], found: Verification) -> Iterator[_Group]:
-    for name, spec in corpus_arrays(cache.record).items():
-        yield _Group(name, "", Receipts(location, f"receipts/{name}", {name: spec}, digest(cache.record)))
+def _groups(location: Location, cache: LogitCache, known: set[str], found: Verification) -> Iterator[Group]:
+    yield from corpus_groups(location, cache)
     for name in location.names("teachers"):
         key = f"teachers/{name}/zarr.json"
         if name == "zarr.json" or not re.fullmatch(TEACHER_NAME, name):
             continue
         try:
-            targets = cache.teacher(name)
+            group = teacher_group(cache, name)
         except LogitCacheError as error:
             absent = f"{location.where(key)}: missing, so nothing of this entry can be read"
             found.problems.append(absent if isinstance(error, CacheNotFound) else str(error))
@@ -140,24 +137,24 @@ def _groups(location: Location, cache: LogitCache, known: set[str], found: Verif
             known.update(location.walk(f"teachers/{name}"))
             continue
         known.add(key)
-        yield _Group(f"teachers/{name}", f"teachers/{name}/", targets.receipts)
+        yield group
 
 
 def _check_group(
     location: Location,
-    group: _Group,
+    group: Group,
     known: set[str],
     found: Verification,
     deep: bool,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
     repair: bool,
+    listed: dict[str, int],
 ) -> None:
     receipts = group.receipts
-    for spec in receipts.specs.values():
-        key = f"{group.folder}{spec.name}/zarr.json"
+    for key, data in group.metadata().items():
         known.add(key)
-        _check_bytes(location, key, metadata_bytes(spec.metadata()), found)
+        _check_bytes(location, key, data, found)
     known.add(receipts.index_key)
     try:
         _ = receipts.index
@@ -181,7 +178,7 @@ def _check_group(
         except LogitCacheError as error:
             damaged = [str(error)]
         else:
-            check = partial(_check_object_of, location, group, receipt, deep)
+            check = partial(_check_object_of, location, group, receipt, deep, listed)
             checks = pool.map(check, receipts.specs.values())
             damaged = [problem for problem in checks if problem is not None]
             found.objects += len(receipt.objects)
@@ -199,15 +196,23 @@ def _check_group(
 
 
 def _check_object_of(
-    location: Location, group: _Group, receipt: ShardReceipt, deep: bool, spec: ArraySpec
+    location: Location, group: Group, receipt: ShardReceipt, deep: bool, listed: dict[str, int], spec: ArraySpec
 ) -> str | None:
-    key = group.folder + spec.shard_key(receipt.shard)
+    key = group.object_key(spec.name, receipt.shard)
+    expected = receipt.objects[spec.name]
     try:
-        check_object(location, key, spec, receipt)
-        if deep:
-            sha256 = hashlib.sha256(location.read(key)).hexdigest()
-            if sha256 != receipt.objects[spec.name].sha256:
-                return f"{location.where(key)}: expected sha256 {receipt.objects[spec.name].sha256}, found {sha256}"
+        if location.local_path is not None:
+            check_object(location, key, spec, receipt)
+            if deep and hashlib.sha256(location.read(key, expected.bytes)).hexdigest() != expected.sha256:
+                return f"{location.where(key)}: its bytes are not those of the receipt's sha256 {expected.sha256}"
+        elif deep:
+            check_bytes(location.where(key), location.read(key, expected.bytes), spec, receipt)
+        else:
+            # A worker may have committed the shard after the listing.
+            size = listed[key] if key in listed else location.size(key)
+            if size != expected.bytes:
+                there = "no object" if size is None else f"{size} bytes"
+                return f"{location.where(key)}: its receipt states {expected.bytes} bytes, found {there}"
     except FileNotFoundError:
         return f"{location.where(key)}: missing, though its receipt exists"
     except LogitCacheError as error:
@@ -216,11 +221,12 @@ def _check_object_of(
 
 
 def _check_tokenizer(location: Location, known: set[str], found: Verification) -> None:
-    key = "receipts/tokenizer.json"
+    key = TOKENIZER_RECEIPT_KEY
     known.add(key)
     where = location.where(key)
     try:
-        receipt = unseal(FilesReceipt, parse_json(location.read(key), where), where)
+        receipt = unseal(FilesReceipt, location.read_json(key), where)
+        files = {tokenizer_key(name): expected for name, expected in receipt.files.items()}
     except FileNotFoundError:
         found.problems.append(f"{where}: missing; the cache has no tokenizer that can be trusted")
         known.update(location.walk("tokenizer"))
@@ -229,15 +235,17 @@ def _check_tokenizer(location: Location, known: set[str], found: Verification) -
         found.problems.append(str(error))
         known.update(location.walk("tokenizer"))
         return
-    for name, expected in receipt.files.items():
-        file = tokenizer_key(name)
+    for file, expected in files.items():
         known.add(file)
         found.objects += 1
         found.bytes += expected.bytes
         try:
-            data = location.read(file)
+            data = location.read(file, expected.bytes)
         except FileNotFoundError:
             found.problems.append(f"{location.where(file)}: missing, though its receipt exists")
+            continue
+        except LogitCacheError as error:
+            found.problems.append(str(error))
             continue
         if (len(data), hashlib.sha256(data).hexdigest()) != (expected.bytes, expected.sha256):
             found.problems.append(f"{location.where(file)}: differs from its receipt")
@@ -246,8 +254,7 @@ def _check_tokenizer(location: Location, known: set[str], found: Verification) -
 def _check_bytes(location: Location, key: str, expected: bytes, found: Verification) -> None:
     where = location.where(key)
     try:
-        data = location.read(key)
-        same = parse_json(data, where) == parse_json(expected, where)
+        same = location.read_json(key) == parse_json(expected, where)
     except FileNotFoundError:
         found.problems.append(f"{where}: missing")
     except LogitCacheError as error:

@@ -21,7 +21,8 @@ from storage.arrays import encode_shard, metadata_bytes, object_digest
 from storage.encoding import encode_logprobs, round_mantissa
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError
 from storage.format import PER_POSITION_FLOATS, ArraySpec, corpus_arrays, group_metadata, teacher_arrays
-from storage.location import PARTIAL, Location, locate
+from storage.local import PARTIAL
+from storage.location import Location, locate
 from storage.manifest import (
     ATTRIBUTE,
     CacheRecord,

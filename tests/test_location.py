@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from storage.errors import InputError, LogitCacheError, StorageFull
-from storage.location import LocalLocation, check_key, locate
+from storage.local import LocalLocation
+from storage.location import check_key, locate
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
