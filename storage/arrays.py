@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _BLOSC_HEADER = 16
 _LEAST_CHUNK = _BLOSC_HEADER + 4
+_ABSENT = (1 << 64) - 1
 _READ_ATTEMPTS = 3
 
 Reads = Callable[[Sequence[tuple[int, int]]], list[bytes]]  # the bytes start .. stop of an object, for each range
@@ -79,25 +80,31 @@ def _reads(data: bytes) -> Reads:
 
 @dataclass(frozen=True)
 class _Anatomy:
-    """What a few small reads tell of a shard object: its index, and each chunk's length, first and last bytes."""
+    """What a few small reads tell of a shard object: its index, and each chunk's length, first and last bytes.
+
+    Chunks that lie wholly behind the end of the array are not stored, and marked so in the index.
+    """
 
     index: bytes
+    stored: list[bool]  # of all chunks; of none, when the index points outside the object
     lengths: list[int]
     headers: list[bytes]  # 16 bytes each
     checksums: list[bytes]  # crc32c, 4 bytes each
 
     @classmethod
     def of(cls, spec: ArraySpec, size: int, read: Reads) -> _Anatomy:
-        """An index that points outside the object gives no chunks."""
+        """Read it."""
         (index,) = read([(size - spec.index_bytes, size)])
         table = np.frombuffer(index[:-4], dtype="<u8").reshape(-1, 2).tolist() if len(index) == spec.index_bytes else []
-        if not all(_LEAST_CHUNK <= length <= size and offset <= size - length for offset, length in table):
-            table = []
+        stored = [entry != [_ABSENT, _ABSENT] for entry in table]
+        chunks = [entry for entry in table if entry != [_ABSENT, _ABSENT]]
+        if not all(_LEAST_CHUNK <= length <= size and offset <= size - length for offset, length in chunks):
+            stored, chunks = [], []
         parts = read(
-            [(offset, offset + _BLOSC_HEADER) for offset, _ in table]
-            + [(offset + length - 4, offset + length) for offset, length in table]
+            [(offset, offset + _BLOSC_HEADER) for offset, _ in chunks]
+            + [(offset + length - 4, offset + length) for offset, length in chunks]
         )
-        return cls(index, [length for _, length in table], parts[: len(table)], parts[len(table) :])
+        return cls(index, stored, [length for _, length in chunks], parts[: len(chunks)], parts[len(chunks) :])
 
     @property
     def seal_sha256(self) -> str:
@@ -109,13 +116,15 @@ class _Anatomy:
         """
         return hashlib.sha256(b"".join([self.index, *self.checksums])).hexdigest()
 
-    def misfit(self, spec: ArraySpec) -> str | None:
-        """What is wrong with the sizes that chunks announce, before a decompressor allocates on their word.
+    def misfit(self, spec: ArraySpec, shard: int) -> str | None:
+        """What is wrong with the chunks' number and announced sizes, before a decompressor allocates on their word.
 
         A Blosc chunk begins with its typesize (byte 3), decoded size, block size and own size (uint32 at 4, 8, 12).
         """
-        if len(self.lengths) != spec.layout.shard // spec.layout.chunk:
-            return "its shard index points outside it"
+        start, stop = spec.shard_range(shard)
+        used = -(-(stop - start) // spec.layout.chunk)
+        if self.stored != [number < used for number in range(spec.layout.shard // spec.layout.chunk)]:
+            return f"its shard index points outside it, or does not hold exactly its first {used} chunks"
         for number, (length, header) in enumerate(zip(self.lengths, self.headers, strict=True)):
             decoded, block, own = np.frombuffer(header, dtype="<u4")[1:].tolist()
             if decoded != spec.chunk_bytes or block > decoded or own != length - 4:
@@ -193,15 +202,22 @@ class CheckedArray:
                 f"Run the same {command} command again to complete it"
             )
         key = self._key(shard)
-        if self._mirror is not None:
-            self._fetch(key, receipt)
-        # Taken before the check: a replacement in between then shows afterwards.
-        found = self._identity(shard)
-        check_object(self._local, key, self.spec, receipt)
-        if found is None:
-            raise CorruptCache(f"{self._location.where(key)}: it appeared while it was opened; read it again")
-        self._checked[shard] = found
-        return found
+        # A local copy can be evicted by another process between its coming and its check.
+        for attempt in range(1 if self._mirror is None else _READ_ATTEMPTS):
+            if self._mirror is not None:
+                self._fetch(key, receipt)
+            # Taken before the check: a replacement in between then shows afterwards.
+            found = self._identity(shard)
+            try:
+                check_object(self._local, key, self.spec, receipt)
+            except CorruptCache:
+                if self._mirror is None or attempt == _READ_ATTEMPTS - 1:
+                    raise
+            else:
+                if found is not None:
+                    self._checked[shard] = found
+                    return found
+        raise CorruptCache(f"{self._location.where(key)}: it appeared while it was opened; read it again")
 
     def _fetch(self, key: str, receipt: ShardReceipt) -> None:
         assert self._mirror is not None
@@ -295,7 +311,7 @@ def _check_anatomy(where: str, size: int, read: Reads, spec: ArraySpec, receipt:
             f"{where}: its shard index and checksums have sha256 {anatomy.seal_sha256}, the receipt says "
             f"{expected.seal_sha256}: this is another object, or a damaged one"
         )
-    misfit = anatomy.misfit(spec)
+    misfit = anatomy.misfit(spec, receipt.shard)
     if misfit is not None:
         raise CorruptCache(f"{where}: {misfit}; nothing of it was decompressed")
 

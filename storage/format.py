@@ -44,8 +44,9 @@ tokens of left context.
 **Shards and chunks.** Every array is cut along its first axis into shards of `layout.shard` entries, one
 object each (`<array>/c/<shard>` or `<array>/c/<shard>/0`), and every shard into compressed chunks of
 `layout.chunk` entries (codec `sharding_indexed`, index at the end; inner codecs `bytes`, `blosc`, `crc32c`;
-index codecs `bytes`, `crc32c`). All chunks are written, also those that equal the fill value. The last shard
-is filled up with the fill value, which is poison: the largest integer, or NaN.
+index codecs `bytes`, `crc32c`). All chunks are written, also those that equal the fill value, except those of the
+last shard that lie wholly behind the end of the array. Its last chunk is filled up with the fill value, which is
+poison: the largest integer, or NaN.
 
 **Receipts.** A shard exists if its receipt does. The receipt is written after the objects and holds, of each,
 its byte length, its sha256 and its seal: the sha256 of the shard index at the object's end (``16 * chunks + 4``

@@ -21,6 +21,7 @@ ATTRIBUTE = "logit_cache"
 MAX_OBJECT_BYTES = 64 << 20
 MAX_RECORD_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 28
+MAX_SHARDS = 1 << 21  # what an index of receipts has room for: 137 billion positions at 65,536 to a shard
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -75,6 +76,11 @@ class ArrayLayout(Record):
     chunk: Annotated[int, Field(ge=1, le=MAX_OBJECT_BYTES // 8)]
     compression: Literal["zstd", "lz4"]
 
+    def check_length(self, entries: int) -> None:
+        """Raises ValueError for an array that is cut into more shards than receipts are counted for."""
+        if -(-entries // self.shard) > MAX_SHARDS:
+            raise ValueError(f"{entries} entries in shards of {self.shard} are more than {MAX_SHARDS} shards")
+
     @model_validator(mode="after")
     def _divides(self) -> ArrayLayout:
         if self.shard % self.chunk:
@@ -98,6 +104,14 @@ class CacheRecord(Record):
     tokens_layout: ArrayLayout
     documents_layout: ArrayLayout
     created_with: Versions
+
+    @model_validator(mode="after")
+    def _bounded(self) -> CacheRecord:
+        if self.corpus.documents > self.corpus.positions:
+            raise ValueError(f"{self.corpus.documents} documents in {self.corpus.positions} tokens")
+        self.tokens_layout.check_length(self.corpus.positions)
+        self.documents_layout.check_length(self.corpus.documents)
+        return self
 
 
 class TeacherIdentity(Record):
@@ -206,6 +220,7 @@ class TeacherEntry(Record):
         # Sizes are bounded before anything is allocated on their word.
         if 4 * self.targets.k * self.layout.shard > MAX_OBJECT_BYTES:
             raise ValueError(f"a shard of {self.layout.shard} positions with k {self.targets.k} exceeds one object")
+        self.layout.check_length(self.positions)
         return self
 
 
@@ -213,7 +228,7 @@ class ObjectDigest(Record):
     """One stored object: its length, its sha256, and its seal, which is checked without reading all of it:
     the sha256 of the shard index at its end followed by the last 4 bytes (crc32c) of every chunk."""
 
-    bytes: Count
+    bytes: Annotated[int, Field(ge=0, le=2 * MAX_OBJECT_BYTES)]
     sha256: Sha256
     seal_sha256: Sha256
 
@@ -221,7 +236,7 @@ class ObjectDigest(Record):
 class FileDigest(Record):
     """One file that is no Zarr array (the tokenizer's)."""
 
-    bytes: Count
+    bytes: Annotated[int, Field(ge=0, le=MAX_OBJECT_BYTES)]
     sha256: Sha256
 
 

@@ -55,7 +55,7 @@ class Mirror:
 
     def opened(self, key: str) -> None:
         """Note that a copy is in use: it is the last to go."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             # The time of access only: the time of modification tells readers that the bytes are the ones they checked.
             os.utime(self.path(key), ns=(time.time_ns(), self.path(key).stat().st_mtime_ns))
 

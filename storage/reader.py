@@ -75,10 +75,17 @@ class Stream:
 
 
 class TeacherTargets:
-    """One teacher's entry."""
+    """One teacher's entry. `document_starts` gives those of the cache, where it has them."""
 
-    def __init__(self, location: Location, name: str, entry: TeacherEntry) -> None:
+    def __init__(
+        self,
+        location: Location,
+        name: str,
+        entry: TeacherEntry,
+        document_starts: Callable[[], NDArray[Any]] | None = None,
+    ) -> None:
         self.name = name
+        self._document_starts = document_starts if entry.windowing.isolate_documents else None
         self.entry = entry
         self.record_sha256 = digest(entry)
         self.specs = teacher_arrays(entry)
@@ -142,7 +149,8 @@ class TeacherTargets:
             start = chunk * self.entry.layout.chunk
             check_shards(self._arrays.values(), start // self.entry.layout.shard)
             targets = self._record(start, {name: array.read_chunk(chunk) for name, array in self._arrays.items()})
-            broken = broken_rule(targets, self.entry)
+            starts = None if self._document_starts is None else self._document_starts()
+            broken = broken_rule(targets, self.entry, starts)
             if broken:
                 raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
             _hold(self._chunks, chunk, targets, self._most_chunks)
@@ -241,7 +249,8 @@ class LogitCache:
             entry = read_record(self._location, key, TeacherEntry)
             if (entry.positions, entry.vocabulary_size) != (self.record.corpus.positions, self.vocabulary_size):
                 raise FormatError(f"{self._location.where(key)}: its positions or vocabulary are not this cache's")
-            self._entries[name] = TeacherTargets(self._location, name, entry)
+            documents = (lambda: self.document_starts) if self.record.corpus.tokens_included else None
+            self._entries[name] = TeacherTargets(self._location, name, entry, documents)
         return self._entries[name]
 
     def save_tokenizer(self, directory: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,7 @@ from storage.manifest import (
     MAX_INDEX_BYTES,
     ReceiptIndex,
     ShardReceipt,
+    ShardStatistics,
     sealed,
     sealed_bytes,
     unseal,
@@ -56,7 +57,7 @@ class Receipts:
     def index(self) -> ReceiptIndex | None:
         """The index, or None while shards are missing."""
         try:
-            data = self.location.read_json(self.index_key, MAX_INDEX_BYTES)
+            data = self.location.read_json(self.index_key, min(MAX_INDEX_BYTES, 4096 + 128 * self.shards))
         except FileNotFoundError:
             return None
         where = self.location.where(self.index_key)
@@ -127,22 +128,33 @@ class Receipts:
         """Write the index once every shard is committed; returns the one that is there afterwards."""
         if self.index is not None:
             return self.index
-        receipts = [self.read(shard) for shard in range(self.shards)]
-        present = [receipt for receipt in receipts if receipt is not None]
-        assert len(present) == self.shards, "an index is written when nothing is missing"
-        statistics = None
-        for receipt in present:
-            if receipt.statistics is not None:
-                statistics = receipt.statistics if statistics is None else statistics + receipt.statistics
-        index = ReceiptIndex(
-            record_sha256=self.record_sha256,
-            receipts=tuple(sealed(receipt)["sha256"] for receipt in present),
-            object_bytes=sum(item.bytes for receipt in present for item in receipt.objects.values()),
-            statistics=statistics,
-            seconds=sum(receipt.seconds for receipt in present),
-        )
+        index = index_of(self.record_sha256, (self._present(shard) for shard in range(self.shards)))
         self.location.publish(self.index_key, sealed_bytes(index))
         self.forget_index()
         found = self.index
         assert found is not None
         return found
+
+    def _present(self, shard: int) -> ShardReceipt:
+        receipt = self.read(shard)
+        assert receipt is not None, "an index is written when nothing is missing"
+        return receipt
+
+
+def index_of(record_sha256: str, receipts: Iterable[ShardReceipt]) -> ReceiptIndex:
+    """The index of a group's receipts, which come in the order of their shards; one is held at a time."""
+    digests, object_bytes, seconds = [], 0, 0.0
+    statistics: ShardStatistics | None = None
+    for receipt in receipts:
+        digests.append(sealed(receipt)["sha256"])
+        object_bytes += sum(item.bytes for item in receipt.objects.values())
+        seconds += receipt.seconds
+        if receipt.statistics is not None:
+            statistics = receipt.statistics if statistics is None else statistics + receipt.statistics
+    return ReceiptIndex(
+        record_sha256=record_sha256,
+        receipts=tuple(digests),
+        object_bytes=object_bytes,
+        statistics=statistics,
+        seconds=seconds,
+    )

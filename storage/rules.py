@@ -1,19 +1,21 @@
-"""The rules of the format that a row of targets must keep; writers and readers both hold it to them.
-
-What needs more than the row to be checked is not checked here: that `label_logprob` is NaN at the ends of isolated
-documents, and only there.
-"""
+"""The rules of the format that a row of targets must keep; writers and readers both hold it to them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from storage.manifest import TeacherEntry
 from storage.records import SparseTargets
 
 
-def broken_rule(targets: SparseTargets, entry: TeacherEntry) -> str | None:
-    """The first rule of the format that decoded values break, or None: fill values and foreign data show here."""
+def broken_rule(targets: SparseTargets, entry: TeacherEntry, document_starts: NDArray[Any] | None = None) -> str | None:
+    """The first rule of the format that decoded values break, or None: fill values and foreign data show here.
+
+    `document_starts` [D] tells, for entries with isolated documents, where no token follows.
+    """
     vocabulary_size = entry.vocabulary_size
     columns = np.arange(targets.k)
     kept, certain = targets.kept, targets.certain
@@ -39,12 +41,20 @@ def broken_rule(targets: SparseTargets, entry: TeacherEntry) -> str | None:
         tail = getattr(targets, name)
         if not (np.isfinite(tail) | whole).all() or not np.isneginf(tail[whole]).all():
             return f"{name} is not finite, or not -inf where all ids are certain"
-    label = targets.label_logprob
     if entry.targets.has_label_logprob:
-        at_end = np.arange(targets.start, targets.stop) == entry.positions - 1
-        unlabelled = np.isnan(label)
-        if np.isinf(label).any() or not unlabelled[at_end].all():
-            return "label_logprob is infinite, or not NaN at the last position"
-        if not entry.windowing.isolate_documents and (unlabelled & ~at_end).any():
-            return "label_logprob is NaN where a token follows"
+        return _broken_label(targets, entry, document_starts)
+    return None
+
+
+def _broken_label(targets: SparseTargets, entry: TeacherEntry, document_starts: NDArray[Any] | None) -> str | None:
+    unlabelled = np.isnan(targets.label_logprob)
+    at_end = np.arange(targets.start, targets.stop) == entry.positions - 1
+    if entry.windowing.isolate_documents and document_starts is not None:
+        inside = slice(*np.searchsorted(document_starts, [targets.start + 1, targets.stop + 1]))
+        at_end[document_starts[inside].astype(np.int64) - 1 - targets.start] = True
+    if np.isinf(targets.label_logprob).any() or not unlabelled[at_end].all():
+        return "label_logprob is infinite, or not NaN where no token follows"
+    known = not entry.windowing.isolate_documents or document_starts is not None
+    if known and (unlabelled & ~at_end).any():
+        return "label_logprob is NaN where a token follows"
     return None

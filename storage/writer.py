@@ -11,7 +11,9 @@ import hashlib
 import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -54,12 +56,14 @@ class ShardWriter:
         self.specs = dict(specs)
         self._location = location
         self._group = group
+        # A local disk takes one synced file at a time; elsewhere most of the time is waiting for answers.
+        self._at_once = 1 if location.local_path is not None else len(self.specs)
         self.receipts = Receipts(location, receipts_folder, specs, digest(record))
 
     def prepare(self) -> None:
         """Write the arrays' metadata where it is not there yet."""
         for spec in self.specs.values():
-            _publish_same(self._location, f"{self._group}{spec.name}/zarr.json", metadata_bytes(spec.metadata()))
+            publish_same(self._location, f"{self._group}{spec.name}/zarr.json", metadata_bytes(spec.metadata()))
 
     def is_committed(self, shard: int) -> bool:
         """Whether the shard has a receipt and objects of the lengths that it states; CorruptCache if they differ."""
@@ -91,9 +95,9 @@ class ShardWriter:
         encoded = {name: encode_shard(spec, shard, values[name]) for name, spec in self.specs.items()}
         objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
         # From the first object to the receipt, no other writer may replace what looks like a leftover.
-        with self._location.exclusive(self.receipts.folder):
-            for name, data in encoded.items():
-                self._publish_object(self._group + self.specs[name].shard_key(shard), shard, data)
+        with self._location.exclusive(self.receipts.folder), ThreadPoolExecutor(self._at_once) as pool:
+            keys = [self._group + self.specs[name].shard_key(shard) for name in encoded]
+            list(pool.map(self._publish_object, keys, repeat(shard), encoded.values()))
             return self._publish_receipt(shard, objects, statistics, began)
 
     def _publish_receipt(
@@ -249,10 +253,10 @@ def write_corpus(
     # Receipts bind to the record that is stored, which may name other library versions than this process.
     record = _claim_root(location, record)
     for name, data in tokenizer_files.items():
-        _publish_same(location, tokenizer_key(name), data)
+        publish_same(location, tokenizer_key(name), data)
     files = {n: FileDigest(bytes=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in tokenizer_files.items()}
-    _publish_same(location, "receipts/tokenizer.json", sealed_bytes(FilesReceipt(files=files)))
-    _publish_same(location, "teachers/zarr.json", metadata_bytes(group_metadata({})))
+    publish_same(location, "receipts/tokenizer.json", sealed_bytes(FilesReceipt(files=files)))
+    publish_same(location, "teachers/zarr.json", metadata_bytes(group_metadata({})))
 
     arrays = {"tokens": tokens, "document_starts": document_starts, "loss_mask": loss_mask}
     # Tokens last: a cache whose tokens are complete is complete.
@@ -292,7 +296,7 @@ def _claim_root(location: Location, record: CacheRecord) -> CacheRecord:
     return stored
 
 
-def _publish_same(location: Location, key: str, data: bytes) -> None:
+def publish_same(location: Location, key: str, data: bytes) -> None:
     """Publish an object whose bytes follow from the record; one that is there already must be the same."""
     if location.publish(key, data):
         return

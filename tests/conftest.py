@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Fixtures that several files use; pytest finds them by name.
+from s3 import ceph, ceph_bucket, moto, moto_bucket  # noqa: F401
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -32,6 +35,14 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in errors[0], errors[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _local_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Local copies of remote shards go into a folder of the tests, not into the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path_factory.mktemp("local-copies")))
+        yield
 
 
 @pytest.fixture(scope="session")

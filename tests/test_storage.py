@@ -27,7 +27,7 @@ from storage.errors import (
 )
 from storage.format import teacher_arrays
 from storage.location import locate
-from storage.manifest import CacheRecord, canonical_json
+from storage.manifest import CacheRecord, Windowing, canonical_json
 from storage.writer import EntryWriter, ShardWriter, encode_targets
 
 V, N, K = 507, 1000, 33
@@ -411,3 +411,108 @@ def test_no_temporary_files_remain(original: Path) -> None:
     stored = json.loads((original / "zarr.json").read_text())["attributes"]["logit_cache"]
     stored.pop("sha256")
     assert CacheRecord.model_validate(stored) == LogitCache.open(str(original)).record
+
+
+def test_an_object_that_goes_away_after_it_was_checked_is_not_read_as_fill_values(cache: Path) -> None:
+    opened = LogitCache.open(str(cache))
+    opened.teacher("codes").read(0, 10)
+    for name in ("label_logprob/c/0", "kept/c/0", "token_ids/c/0/0"):
+        path = cache / "teachers/codes" / name
+        data = path.read_bytes()
+        path.unlink()
+        with pytest.raises(CorruptCache, match=name):
+            opened.teacher("codes").read(70, 80)
+        path.write_bytes(data)
+    assert len(opened.teacher("codes").read(70, 80)) == 10
+
+
+def test_an_object_that_is_replaced_after_it_was_checked_is_checked_again(cache: Path) -> None:
+    opened = LogitCache.open(str(cache))
+    opened.teacher("codes").read(0, 10)
+    folder = cache / "teachers/codes/entropy/c"
+    shutil.copy(folder / "1", folder / "new")
+    (folder / "new").rename(folder / "0")
+    with pytest.raises(CorruptCache, match="entropy/c/0"):
+        opened.teacher("codes").read(70, 80)
+
+
+def test_a_link_inside_a_cache_is_refused(cache: Path, tmp_path: Path) -> None:
+    path = cache / "teachers/codes/entropy/c/0"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptCache, match="symbolic link"):
+        LogitCache.open(str(cache)).teacher("codes").read(0, 10)
+    shutil.move(cache / "receipts", tmp_path / "receipts")
+    (cache / "receipts").symlink_to(tmp_path / "receipts")
+    with pytest.raises(CorruptCache, match="symbolic link"):
+        LogitCache.open(str(cache)).tokens.read(0, 10)
+
+
+def test_the_seal_of_a_last_shard_covers_its_chunks(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    # 1000 positions in shards of 256 and chunks of 64: the last shard stores all four chunks or fewer.
+    record = make_corpus(str(cache / "short"), stream[0][:840], V)
+    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
+    rows = stream[1].rows(0, 840)
+    label = rows.label_logprob.copy()
+    label[-1] = np.nan
+    write_entry(cache / "short", "a", entry, dataclasses.replace(rows, label_logprob=label))
+    path = cache / "short/teachers/a/token_ids/c/3/0"
+    spec = teacher_arrays(entry)["token_ids"]
+    index = np.frombuffer(path.read_bytes()[-spec.index_bytes : -4], dtype="<u8").reshape(-1, 2)
+    assert (index[1:] == 2**64 - 1).sum() == 4, "two chunks lie behind the end"
+    data = bytearray(path.read_bytes())
+    data[int(index[1].sum()) - 1] ^= 1  # the second chunk's checksum, which the index does not show
+    path.write_bytes(bytes(data))
+    with pytest.raises(CorruptCache, match="token_ids/c/3/0"):
+        LogitCache.open(str(cache / "short")).teacher("a").read(768, 770)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_labels_are_missing_exactly_where_no_token_follows(tmp_path: Path, isolated: bool) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50, 100).astype(np.uint16)
+    starts = np.array([0, 30, 31, 64], dtype=np.uint64)
+    labels = np.append(tokens[1:].astype(np.int64), -1)
+    labels[starts[1:].astype(int) - 1] = -1 if isolated else labels[starts[1:].astype(int) - 1]
+    record = make_corpus(str(tmp_path / "c"), tokens, 50, starts)
+    windowing = Windowing(context_tokens=16, stride_tokens=16, isolate_documents=isolated)
+    entry = make_entry(record, 5, windowing=windowing, shard_tokens=64, chunk_tokens=32)
+    targets = dense_targets(rng.normal(size=(100, 50)), 5, labels)
+    write_entry(tmp_path / "c", "good", entry, targets)
+    assert len(LogitCache.open(str(tmp_path / "c")).teacher("good").read(0, 100)) == 100
+    for position, value in [(29, -1.0), (63, -1.0), (99, -1.0), (40, np.nan), (64, np.nan)]:
+        if not isolated and position in (29, 63):
+            continue
+        label = targets.label_logprob.copy()
+        label[position] = value
+        name = f"bad{position}"
+        # A writer without the documents cannot tell; the reader, who has them, does.
+        wrong = dataclasses.replace(targets, label_logprob=label)
+        if not isolated or position == 99:
+            with pytest.raises(FormatError, match="label_logprob"):
+                write_entry(tmp_path / "c", name, entry, wrong)
+            continue
+        write_entry(tmp_path / "c", name, entry, wrong)
+        with pytest.raises(CorruptCache, match="label_logprob"):
+            LogitCache.open(str(tmp_path / "c")).teacher(name).read(0, 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["corpus"].update(positions=10**15), "positions"),
+        (lambda r: r["corpus"].update(positions=1 << 45), "shards"),
+        (lambda r: r["corpus"].update(documents=2000), "documents"),
+        (lambda r: r["tokens_layout"].update(shard=1 << 40, chunk=1 << 40), "shard"),
+    ],
+)
+def test_sizes_are_bounded_before_anything_is_allocated(cache: Path, change: Any, message: str) -> None:
+    path = cache / "zarr.json"
+    document = json.loads(path.read_text())
+    record = document["attributes"]["logit_cache"]
+    change(record)
+    body = {key: value for key, value in record.items() if key != "sha256"}
+    record["sha256"] = hashlib.sha256(canonical_json(body)).hexdigest()
+    path.write_text(json.dumps(document))
+    with pytest.raises(FormatError, match=message):
+        LogitCache.open(str(cache))
