@@ -1,0 +1,96 @@
+"""Pushing a cache to a Hugging Face data set, through the hub's own uploader.
+
+The uploader is huggingface_hub's `upload_folder`: it uploads in parallel, commits in batches, and goes on where it was
+interrupted when it is run again. Between its commits the data set is a readable thing, so a cache goes up in three
+stages: objects, then the receipts that commit them, then the root record (with the signature), without which nobody
+opens the cache. Reading needs nothing of this: `hf://datasets/…` is a URL of fsspec.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from urllib.parse import unquote
+
+from storage.errors import CacheNotFound, InputError, StoreUnavailable
+from storage.inventory import ROOT_KEY, SIGNATURE_KEY
+
+_URL = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/].*?))?/?", re.ASCII)
+# Shell patterns in which * also stands for slashes, as the uploader reads them.
+_ROOT = (ROOT_KEY, SIGNATURE_KEY)
+_RECEIPTS = ("receipts/*", "teachers/*/receipts/*")
+# What each stage takes and what it leaves, in the order of the stages.
+_STAGES = ((("*",), (*_RECEIPTS, *_ROOT)), (_RECEIPTS, ()), (_ROOT, ()))
+
+
+def push_to_hub(folder: Path, url: str, progress: Callable[[int], None] | None = None) -> None:
+    """Upload a folder, which holds one whole cache and nothing else, to `hf://datasets/ORG/NAME[@REVISION]`.
+
+    A data set that does not exist yet is made private; a branch that does not exist yet is made. Files there that are
+    not in the folder stay. Run again after an interruption, it sends what is missing. `progress` is called with the
+    bytes of each stage that has been committed; on a terminal the uploader draws a display of its own.
+
+    Raises InputError for another kind of URL and for what the hub finds wrong in the card, CacheNotFound for a folder
+    without a cache, StoreUnavailable when the hub refuses or does not answer. The token is found by huggingface_hub
+    (`hf auth login`, HF_TOKEN).
+    """
+    name, revision = parse_hub_url(url)
+    if not (folder / ROOT_KEY).is_file():
+        raise CacheNotFound(f"{folder}: no cache there (no {ROOT_KEY})")
+    from huggingface_hub import HfApi
+
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    api = HfApi(library_name="logit-cache")
+    try:
+        api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(name, branch=revision, repo_type="dataset", exist_ok=True)
+        for take, leave in _STAGES:
+            keys = [key for key in sizes if _matches(key, take) and not _matches(key, leave)]
+            if keys:
+                api.upload_folder(
+                    repo_id=name,
+                    repo_type="dataset",
+                    revision=revision,
+                    folder_path=folder,
+                    allow_patterns=list(take),
+                    ignore_patterns=list(leave),
+                    commit_message=f"logit-cache push: {len(keys)} files",
+                )
+            if progress is not None:
+                progress(sum(sizes[key] for key in keys))
+    except Exception as error:
+        raise _explained(error, url) from error
+
+
+def parse_hub_url(url: str) -> tuple[str, str | None]:
+    """`ORG/NAME` and the revision of `hf://datasets/ORG/NAME[@REVISION]`; InputError for anything else."""
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise InputError(f"{url}: on the hub a cache is a whole data set: hf://datasets/ORG/NAME[@REVISION]")
+    revision = match["revision"]
+    return match["name"], None if revision is None else unquote(revision)
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _explained(error: Exception, url: str) -> Exception:
+    """What the hub, or the way to it, said, as an error that says what to do."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    # The uploader wraps what a request met in an error that names the file only.
+    said = ": ".join(" ".join(str(item).split())[:300] or type(item).__name__ for item in dict.fromkeys(chain[:2]))
+    statuses = {getattr(getattr(item, "response", None), "status_code", None) for item in chain}
+    if statuses & {401, 403}:
+        return StoreUnavailable(
+            f"{url}: the hub refused ({said}); log in with `hf auth login` or set HF_TOKEN, with a token that may "
+            f"write to this data set"
+        )
+    if isinstance(error, ValueError):
+        return InputError(f"{url}: {said}")
+    return StoreUnavailable(f"{url}: not everything was uploaded ({said}); run the command again, it goes on")
