@@ -33,7 +33,8 @@ of each. No other NaN or infinity occurs. All logs are natural.
 **Log-probs from codes.** ``logprob[t, i] = top_logprob[t] - step_nats * cumsum(logprob_codes[t])[i]``, with
 `step_nats` from `attributes["logit_cache"]["encoding"]`. Column i >= 1 is within `step_nats / 2` of the
 teacher's value, column 0 within the rounding of `top_logprob`. Floats keep `mantissa_bits` explicit bits
-(12: relative error 2**-13). Log-probs under `logprob_floor(step_nats)` (-2000 at the default) are stored as it.
+(12: relative error 2**-13). Log-probs under `logprob_floor(step_nats)` (-2000 at the default) are stored as it. In an
+entry that was made from another (`derived_from`), log-probs and the tails that ids joined are within one `step_nats`.
 
 **Windows.** A teacher reads windows of `context_tokens`. Within a document (or the whole stream, when
 documents are not isolated) of `L` positions, position `r` is scored by the one window

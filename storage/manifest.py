@@ -22,6 +22,7 @@ MAX_OBJECT_BYTES = 64 << 20
 MAX_RECORD_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 28
 MAX_SHARDS = 1 << 21  # what an index of receipts has room for: 137 billion positions at 65,536 to a shard
+MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -85,6 +86,8 @@ class ArrayLayout(Record):
     def _divides(self) -> ArrayLayout:
         if self.shard % self.chunk:
             raise ValueError(f"shard {self.shard} is not a multiple of chunk {self.chunk}")
+        if self.shard // self.chunk > MAX_CHUNKS:
+            raise ValueError(f"a shard of {self.shard} has more than {MAX_CHUNKS} chunks of {self.chunk}")
         return self
 
 
@@ -358,8 +361,13 @@ def parse_json(data: bytes, where: str, max_bytes: int = MAX_RECORD_BYTES) -> An
         raise FormatError(f"{where}: not valid JSON ({error})") from None
 
 
-def differences(stored: Record, wanted: Record, ignore: tuple[str, ...] = ("created_with",)) -> list[str]:
-    """The fields in which two records differ, each as `field: stored has A, wanted B`."""
+def differences(
+    stored: Record,
+    wanted: Record,
+    ignore: tuple[str, ...] = ("created_with",),
+    names: tuple[str, str] = ("the cache", "this job"),
+) -> list[str]:
+    """The fields in which two records differ, each as `field: the cache has A, this job has B`."""
 
     def flat(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -371,7 +379,7 @@ def differences(stored: Record, wanted: Record, ignore: tuple[str, ...] = ("crea
     a = flat("", stored.model_dump(mode="json", exclude=set(ignore)))
     b = flat("", wanted.model_dump(mode="json", exclude=set(ignore)))
     return [
-        f"{name}: the cache has {a.get(name)!r}, this job has {b.get(name)!r}"
+        f"{name}: {names[0]} has {a.get(name)!r}, {names[1]} has {b.get(name)!r}"
         for name in sorted(a.keys() | b.keys())
         if a.get(name) != b.get(name)
     ]

@@ -467,6 +467,26 @@ def test_the_seal_of_a_last_shard_covers_its_chunks(cache: Path, stream: tuple[n
         LogitCache.open(str(cache / "short")).teacher("a").read(768, 770)
 
 
+def test_a_last_shard_that_was_sealed_by_its_index_alone_is_read(
+    cache: Path, stream: tuple[np.ndarray, SparseTargets]
+) -> None:
+    record = make_corpus(str(cache / "short"), stream[0][:840], V)
+    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
+    label = np.append(stream[1].label_logprob[:839], np.nan).astype(np.float32)
+    write_entry(cache / "short", "a", entry, dataclasses.replace(stream[1].rows(0, 840), label_logprob=label))
+    path = cache / "short/teachers/a/receipts/00000003.json"
+    receipt = json.loads(path.read_text())
+    for name, spec in teacher_arrays(entry).items():
+        data = (cache / "short/teachers/a" / spec.shard_key(3)).read_bytes()
+        receipt["objects"][name]["seal_sha256"] = hashlib.sha256(data[-spec.index_bytes :]).hexdigest()
+    body = {key: value for key, value in receipt.items() if key != "sha256"}
+    receipt["sha256"] = hashlib.sha256(canonical_json(body)).hexdigest()
+    path.write_text(json.dumps(receipt))
+    (path.parent / "index.json").unlink()
+    read = LogitCache.open(str(cache / "short")).teacher("a").read(768, 840)
+    assert np.array_equal(read.token_ids, stream[1].token_ids[768:840])
+
+
 @pytest.mark.parametrize("isolated", [False, True])
 def test_labels_are_missing_exactly_where_no_token_follows(tmp_path: Path, isolated: bool) -> None:
     rng = np.random.default_rng(0)
