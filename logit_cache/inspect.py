@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.errors import CacheNotFound, InputError
+from storage.errors import CacheNotFound, FormatError, InputError
 from storage.manifest import ShardStatistics
 from storage.reader import LogitCache, TeacherTargets
 
@@ -87,8 +87,8 @@ def describe_position(cache: LogitCache, position: int, context: int = 24, most:
     total = cache.record.corpus.positions
     if not 0 <= position < total:
         raise InputError(f"--at {position}: the cache holds the positions 0..{total - 1}")
-    decode = _decoder(cache)
     before = cache.tokens.read(max(0, position + 1 - context), position + 1)
+    decode = _decoder(cache)
     following = int(cache.tokens.read(position + 1, position + 2)[0]) if position + 1 < total else None
     teachers: dict[str, Any] = {}
     for name in cache.teachers:
@@ -125,5 +125,9 @@ def _decoder(cache: LogitCache) -> Any:
         raise CacheNotFound(f"{cache.url}: its tokenizer has no tokenizer.json, so tokens cannot be shown as text")
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    try:
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    except Exception as error:
+        # The library has no class of its own for a file that is no tokenizer, as a foreign cache may have.
+        raise FormatError(f"{cache.url}: its tokenizer.json cannot be opened ({error})") from None
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

@@ -13,7 +13,8 @@ def cache_text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['url']}  (format {found['format_version']})",
         f"  tokens      {corpus['tokens']:,} in {corpus['documents']:,} documents"
-        + ("" if corpus["complete"] else ", INCOMPLETE: run logit-cache tokenize again"),
+        + ("" if corpus["complete"] else ", INCOMPLETE: run logit-cache tokenize again")
+        + ("" if corpus["tokens_included"] else ", not in here: shared without its tokens"),
         f"  text        {corpus['text_bytes']:,} bytes, {corpus['text_bytes_per_token']:.2f} per token",
         f"  sources     {sources}{f' and {more} more' if more > 0 else ''}",
         f"  tokenizer   {tokenizer['vocabulary_size']:,} ids, fingerprint {tokenizer['fingerprint'][:16]}…",
@@ -100,4 +101,19 @@ def verification_text(found: dict[str, Any], repair: bool) -> str:
         lines.append(f"{size}; run the commands that made the cache again to compute what was damaged")
     else:
         lines.append(f"{len(found['problems'])} damaged of {size}; --repair re-opens damaged shards")
+    return "\n".join(lines)
+
+
+def delivery_text(found: dict[str, Any]) -> str:
+    """What `push` or `pull` copied, and what the source did not have."""
+    teachers = ", ".join(found["teachers"]) or "no teacher"
+    tokens = "with" if found["tokens_included"] else "without"
+    lines = [
+        f"{found['url']}: {teachers}, {tokens} tokens: {found['copied']:,} objects copied "
+        f"({found['copied_bytes']:,} bytes), {found['kept']:,} were there"
+    ]
+    for group, ranges in found["missing"].items():
+        lines.append(
+            f"not complete at the source: {group} lacks {len(ranges)} ranges, the first {ranges[0][0]}..{ranges[0][1]}"
+        )
     return "\n".join(lines)

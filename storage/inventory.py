@@ -20,7 +20,9 @@ ROOT_KEY = "zarr.json"
 TEACHERS_KEY = "teachers/zarr.json"
 TOKENIZER_RECEIPT_KEY = "receipts/tokenizer.json"
 # Files beside the arrays that a cache may have and that no receipt lists: they are for people and for hubs.
-COMPANIONS = ("README.md", ".gitattributes", "model.sig")
+CARD_KEY = "README.md"
+SIGNATURE_KEY = "model.sig"
+COMPANIONS = (CARD_KEY, ".gitattributes", SIGNATURE_KEY)
 TEACHERS_METADATA = metadata_bytes(group_metadata({}))
 
 

@@ -29,6 +29,7 @@ class LocalLocation(Location):
         self._root = path
         self.url = str(path)
         self._plain_folders: set[Path] = set()
+        self._synced_folders: set[Path] = set()
 
     @property
     def local_path(self) -> Path:
@@ -38,7 +39,7 @@ class LocalLocation(Location):
         return self._root.joinpath(*key.split("/"))
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
-        with self._opened(key) as descriptor:
+        with self.opened(key) as descriptor:
             size = os.fstat(descriptor).st_size
             if size > at_most:
                 raise CorruptCache(f"{self.where(key)}: {size} bytes, at most {at_most} belong there")
@@ -46,7 +47,7 @@ class LocalLocation(Location):
                 return file.readall()
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        with self._opened(key) as descriptor:
+        with self.opened(key) as descriptor:
             return [os.pread(descriptor, stop - start, start) for start, stop in ranges]
 
     def size(self, key: str) -> int | None:
@@ -59,9 +60,13 @@ class LocalLocation(Location):
         return found.st_size
 
     @contextlib.contextmanager
-    def _opened(self, key: str) -> Iterator[int]:
+    def opened(self, key: str) -> Iterator[int]:
+        """A descriptor to read an object from, while the body runs. Raises what `read` raises."""
         path = self._path(key)
-        self._refuse_links(path, path.lstat())
+        found = path.lstat()
+        self._refuse_links(path, found)
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptCache(f"{path}: not a file, where a cache has one; a pipe there would be waited for forever")
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             yield descriptor
@@ -72,7 +77,7 @@ class LocalLocation(Location):
         if stat.S_ISLNK(found.st_mode):
             raise CorruptCache(
                 f"{path}: a symbolic link, and a cache has none: what it points to could be changed from outside; "
-                f"copy the cache with logit-cache pull, or with cp -rL if you trust its links"
+                f"copy the cache with cp -rL if you trust its links"
             )
         for folder in path.relative_to(self._root).parents:
             parent = self._root / folder
@@ -108,8 +113,12 @@ class LocalLocation(Location):
     def publish(self, key: str, data: bytes) -> bool:
         path = self._path(key)
         if path.exists():
+            self._sync_name(path)
             return False
         return self._put(path, data, replace=False)
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self._put(self._path(key), data, replace=False)
 
     def replace(self, key: str, data: bytes) -> None:
         self._put(self._path(key), data, replace=True)
@@ -118,7 +127,7 @@ class LocalLocation(Location):
     def exclusive(self, folder: str) -> Iterator[None]:
         path = self._path(folder)
         with _plain_errors(path, 0):
-            _make_folders(path)
+            self._make_folders(path)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             # The kernel lets go of the lock when its holder is killed. Some network mounts have none; there the
@@ -133,7 +142,7 @@ class LocalLocation(Location):
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
         with _plain_errors(path, len(data)):
             try:
-                _make_folders(path.parent)
+                self._make_folders(path.parent)
                 try:
                     with temporary.open("xb") as file:
                         file.write(data)
@@ -147,8 +156,30 @@ class LocalLocation(Location):
                     temporary.unlink(missing_ok=True)
                 _sync_folder(path.parent)
             except FileExistsError:
+                self._sync_name(path)
                 return False
         return True
+
+    def _sync_name(self, path: Path) -> None:
+        """Make sure of the name of an object that another writer put there: it may have been killed before it had
+        synced the folder, and a receipt is going to rely on the object."""
+        self._make_folders(path.parent)
+        _sync_folder(path.parent)
+
+    def _make_folders(self, folder: Path) -> None:
+        """Create missing folders and sync each into its parent, so that a power cut cannot lose the folder of a synced
+        file. Those that are there are synced once, too: whoever made them may have been killed before."""
+        unsure = []
+        for path in (folder, *folder.parents):
+            if path.exists() and (path in self._synced_folders or self._root not in path.parents):
+                break
+            unsure.append(path)
+        for path in reversed(unsure):
+            if not path.exists():
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+            _sync_folder(path.parent)
+            self._synced_folders.add(path)
 
 
 @contextlib.contextmanager
@@ -178,18 +209,6 @@ def _link_new(temporary: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(str(path)) from None
         os.rename(temporary, path)
-
-
-def _make_folders(folder: Path) -> None:
-    """Create missing folders and sync each parent, so that a power cut cannot lose the folder of a synced file."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir()
-        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

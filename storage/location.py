@@ -61,6 +61,13 @@ class Location(ABC):
     def publish(self, key: str, data: bytes) -> bool:
         """Write an object that is not there yet, whole or not at all; False if the key is taken."""
 
+    def create(self, key: str, data: bytes) -> bool:
+        """Like `publish`, by the place's own atomic operation and without a look beforehand.
+
+        Raises NotImplementedError where the place has none. A place may have one that it does not keep to.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def replace(self, key: str, data: bytes) -> None:
         """Write an object in place of one that no receipt covers, whole or not at all."""

@@ -236,7 +236,9 @@ class LogitCache:
         """Names of the teacher entries, sorted; complete or not."""
         names = self._location.names("teachers")
         return tuple(
-            n for n in names if re.fullmatch(TEACHER_NAME, n) and self._location.size(f"teachers/{n}/zarr.json")
+            n
+            for n in names
+            if re.fullmatch(TEACHER_NAME, n) and self._location.size(f"teachers/{n}/zarr.json") is not None
         )
 
     def teacher(self, name: str) -> TeacherTargets:

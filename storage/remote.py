@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from storage.errors import CorruptCache, InputError, LogitCacheError, StoreUnavailable
+from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError, StoreUnavailable
 from storage.location import MOST_BYTES, Location
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _WEB = ("http", "https")
+_S3 = ("s3", "s3a")
 _CONNECT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 # Errors that say the same however often one asks: no permission, no such thing, a mistake in the request.
@@ -37,6 +38,8 @@ _FINAL = (
     ValueError,
     LogitCacheError,
 )
+# The body had not the checksum that the store sent with it. Asked again so often, it is the object and not the way.
+_DAMAGED_NAME, _DAMAGED_ATTEMPTS = "FlexibleChecksumError", 3
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
 
 Result = TypeVar("Result")
@@ -76,7 +79,7 @@ class FsspecLocation(Location):
         import fsspec
 
         options: dict[str, Any] = {}
-        if self._protocol in ("s3", "s3a"):
+        if self._protocol in _S3:
             config = {
                 "connect_timeout": _CONNECT_S,
                 "read_timeout": self._timeout_s,
@@ -94,6 +97,11 @@ class FsspecLocation(Location):
         return options
 
     @property
+    def s3(self) -> tuple[Any, str] | None:
+        """The filesystem of s3fs and the root in it, for what only S3 has; None elsewhere."""
+        return (self._fs, self._root) if self._protocol in _S3 else None
+
+    @property
     def _fs(self) -> Any:
         if self._process != os.getpid():
             self._connect()
@@ -106,6 +114,7 @@ class FsspecLocation(Location):
         """Do a request until it succeeds, fails for good, or the patience is over."""
         give_up = time.monotonic() + self._patience_s
         pause = _FIRST_PAUSE_S
+        damaged = 0
         while True:
             try:
                 return request()
@@ -119,6 +128,12 @@ class FsspecLocation(Location):
             except Exception as error:
                 if type(error).__name__ in _FINAL_NAMES:
                     raise StoreUnavailable(f"{self.where(key)}: {_said(error)}") from None
+                damaged += type(error).__name__ == _DAMAGED_NAME
+                if damaged == _DAMAGED_ATTEMPTS:
+                    raise CorruptCache(
+                        f"{self.where(key)}: not what the store's own checksum of it says ({_said(error)}; "
+                        f"asked {damaged} times)"
+                    ) from error
                 if time.monotonic() + pause > give_up:
                     raise StoreUnavailable(
                         f"{self.where(key)}: no usable answer within {self._patience_s:.0f} s "
@@ -162,8 +177,9 @@ class FsspecLocation(Location):
 
     def size(self, key: str) -> int | None:
         def request() -> int | None:
-            # A listing kept from before would hide what another worker has written since.
-            self._fs.invalidate_cache()
+            if self._protocol != "hf":  # what a hub holds changes by whole commits, and each question lists a folder
+                # A listing kept from before would hide what another worker has written since.
+                self._fs.invalidate_cache()
             try:
                 found = self._fs.info(self._path(key))
             except FileNotFoundError:
@@ -173,6 +189,10 @@ class FsspecLocation(Location):
         return self._ask(key, request)
 
     def names(self, prefix: str) -> list[str]:
+        if self._protocol in _S3:
+            folder = self._below_bucket(prefix)
+            return sorted({key[len(folder) :].split("/")[0] for key in self._listed(prefix, "/")} - {""})
+
         def request() -> list[str]:
             self._fs.invalidate_cache()
             try:
@@ -188,6 +208,9 @@ class FsspecLocation(Location):
     def walk(self, prefix: str = "") -> dict[str, int]:
         if self._protocol in _WEB:
             raise self._cannot_list()
+        if self._protocol in _S3:
+            root = self._below_bucket("")
+            return {key[len(root) :]: size for key, size in sorted(self._listed(prefix, "").items())}
 
         def request() -> dict[str, int]:
             self._fs.invalidate_cache()
@@ -195,6 +218,39 @@ class FsspecLocation(Location):
             return {_below(self._root, str(path)): int(info["size"]) for path, info in sorted(found.items())}
 
         return self._ask(prefix, request)
+
+    def _below_bucket(self, prefix: str) -> str:
+        folder = str(self._fs.split_path(self._path(prefix.rstrip("/")))[1])
+        return folder + "/" if folder else ""
+
+    def _listed(self, prefix: str, delimiter: str) -> dict[str, int]:
+        """Keys below a folder in its bucket (and, with a delimiter, folders) with their lengths.
+
+        Page by page and not through fsspec, which takes an empty answer for an empty folder, or for the last page.
+        """
+        bucket = self._fs.split_path(self._path(prefix))[0]
+        wanted = {"Bucket": bucket, "Prefix": self._below_bucket(prefix), "Delimiter": delimiter}
+
+        def request() -> dict[str, Any]:
+            try:
+                page: dict[str, Any] = self._fs.call_s3("list_objects_v2", **wanted)
+            except ValueError as error:  # a date or a number in the answer that is none
+                raise OSError(f"a listing that cannot be read: {_said(error)}") from error
+            if "IsTruncated" not in page:
+                raise OSError("an empty answer in place of a listing")
+            return page
+
+        found: dict[str, int] = {}
+        while True:
+            try:
+                page = self._ask(prefix, request)
+            except FileNotFoundError as error:
+                raise CacheNotFound(f"{self.url}: there is no bucket {bucket} ({_said(error)})") from None
+            found.update((item["Prefix"], 0) for item in page.get("CommonPrefixes", ()))
+            found.update((item["Key"], int(item["Size"])) for item in page.get("Contents", ()))
+            if not page["IsTruncated"]:
+                return found
+            wanted["ContinuationToken"] = page["NextContinuationToken"]
 
     def _cannot_list(self) -> InputError:
         return InputError(
@@ -211,13 +267,17 @@ class FsspecLocation(Location):
             return False
         if self._creates:
             try:
-                self._put(key, data, mode="create")
-                return True
-            except FileExistsError:
-                return False
+                return self.create(key, data)
             except NotImplementedError:
                 self._creates = False
         self._put(key, data)
+        return True
+
+    def create(self, key: str, data: bytes) -> bool:
+        try:
+            self._put(key, data, mode="create")
+        except FileExistsError:
+            return False
         return True
 
     def replace(self, key: str, data: bytes) -> None:

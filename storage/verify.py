@@ -35,6 +35,7 @@ from storage.inventory import (
     corpus_groups,
     teacher_group,
 )
+from storage.local import PARTIAL
 from storage.location import Location, locate
 from storage.manifest import TEACHER_NAME, FilesReceipt, ShardReceipt, parse_json, unseal
 from storage.reader import LogitCache, tokenizer_key
@@ -131,10 +132,13 @@ def _groups(location: Location, cache: LogitCache, known: set[str], found: Verif
         try:
             group = teacher_group(cache, name)
         except LogitCacheError as error:
+            below = location.walk(f"teachers/{name}")
+            if isinstance(error, CacheNotFound) and all(key.endswith(PARTIAL) for key in below):
+                continue  # no entry: a stray file, or a worker that was killed before it had written the record
             absent = f"{location.where(key)}: missing, so nothing of this entry can be read"
             found.problems.append(absent if isinstance(error, CacheNotFound) else str(error))
             # Nothing below a broken record can be told from leftovers, so all of it is left alone.
-            known.update(location.walk(f"teachers/{name}"))
+            known.update(below)
             continue
         known.add(key)
         yield group
@@ -152,21 +156,21 @@ def _check_group(
     listed: dict[str, int],
 ) -> None:
     receipts = group.receipts
-    for key, data in group.metadata().items():
-        known.add(key)
-        _check_bytes(location, key, data, found)
+    known.update(group.metadata())
     known.add(receipts.index_key)
     try:
         _ = receipts.index
     except LogitCacheError as error:
         found.problems.append(str(error))
         if not repair:
+            _check_metadata(location, group, found)
             known.update(location.walk(group.folder.rstrip("/") or group.name))
             known.update(location.walk(receipts.folder))
             return
         # The index repeats what the receipts say; the next run of the command that made it writes it again.
         _remove(location, receipts.index_key, found)
     committed = np.flatnonzero(receipts.committed()).tolist()
+    _check_metadata(location, group, found, begun=bool(committed))
     missing = receipts.missing_ranges()
     if missing:
         found.missing[group.name] = missing
@@ -174,7 +178,9 @@ def _check_group(
         known |= group.keys(shard)
         try:
             receipt = receipts.read(shard)
-            assert receipt is not None, "a committed shard has a receipt"
+            if receipt is None:
+                # It was listed by the index, which a damaged shard before this one has cost.
+                raise CorruptCache(f"{location.where(receipts.key(shard))}: missing, though the index listed it")
         except LogitCacheError as error:
             damaged = [str(error)]
         else:
@@ -193,6 +199,13 @@ def _check_group(
                 if location.size(key) is not None:
                     _remove(location, key, found)
             receipts.forget_index()
+
+
+def _check_metadata(location: Location, group: Group, found: Verification, begun: bool = True) -> None:
+    """The arrays' zarr.json; until a shard is committed, a worker may still be about to write them."""
+    for key, data in group.metadata().items():
+        if begun or location.size(key) is not None:
+            _check_bytes(location, key, data, found)
 
 
 def _check_object_of(

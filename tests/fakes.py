@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from storage.format import entry_layout, stream_layout
 from storage.manifest import (
+    ArrayLayout,
     CacheRecord,
     Corpus,
     CorpusSource,
@@ -25,6 +25,7 @@ from storage.manifest import (
     Windowing,
 )
 from storage.records import SparseTargets
+from storage.stream import stream_sha256
 from storage.writer import EntryWriter, write_corpus
 
 SHA = "0" * 64
@@ -66,6 +67,7 @@ def make_corpus(
     document_starts: np.ndarray | None = None,
     loss_mask: np.ndarray | None = None,
     tokenizer_files: dict[str, bytes] | None = None,
+    tokens_layout: ArrayLayout | None = None,
 ) -> CacheRecord:
     """A cache of a token stream with a word-level tokenizer whose words are `t0`, `t1`, …"""
     starts = np.zeros(1, dtype=np.uint64) if document_starts is None else document_starts.astype(np.uint64)
@@ -76,13 +78,13 @@ def make_corpus(
             positions=len(tokens),
             documents=len(starts),
             text_bytes=4 * len(tokens),
-            stream_sha256=hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest(),
+            stream_sha256=stream_sha256(tokens, starts, loss_mask),
             has_loss_mask=loss_mask is not None,
             document_separator=None,
             sources=(CorpusSource(name="made-up", documents=len(starts), text_bytes=4 * len(tokens)),),
         ),
         tokenizer=Tokenizer(vocabulary_size=vocabulary_size, vocabulary_sha256=SHA, fingerprint=SHA),
-        tokens_layout=stream_layout(len(tokens)),
+        tokens_layout=tokens_layout or stream_layout(len(tokens)),
         documents_layout=stream_layout(len(starts)),
         created_with=Versions(libraries={}),
     )

@@ -158,9 +158,7 @@ def test_copies_are_bounded(url: str, copies: Path, monkeypatch: pytest.MonkeyPa
         assert held < 3000 + 9 * 1400, "the bound, and what was in use at the last look"
 
 
-def test_processes_fetch_one_object_once(
-    tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]
-) -> None:
+def test_processes_fetch_one_object_once(tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]) -> None:
     # memory:// is one process's own, so a web server stands in for the store.
     import http.server
     import threading
