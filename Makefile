@@ -7,7 +7,7 @@ OUT ?= demo-run
 TEXT ?=
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-ceph lint clean
 
 demo: $(READY)
 	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
@@ -17,6 +17,11 @@ test: $(READY) lint
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow
+
+# The tests on a real S3 server, which is stopped again however they end (CEPH_DIR, CEPH_PORT: see the script).
+test-ceph: $(READY)
+	tests/ceph_rgw.sh install
+	bash -c 'trap "tests/ceph_rgw.sh stop" EXIT; tests/ceph_rgw.sh start && OMP_NUM_THREADS=1 $(BIN)/pytest -m ceph'
 
 lint: $(READY)
 	$(BIN)/ruff check
