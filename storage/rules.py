@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from storage.manifest import TeacherEntry
 from storage.records import SparseTargets
 
+_ROUNDING = 1e-3  # nats: far more than float32 and a rounded mantissa put on top of log 1
+
 
 def broken_rule(targets: SparseTargets, entry: TeacherEntry, document_starts: NDArray[Any] | None = None) -> str | None:
     """The first rule of the format that decoded values break, or None: fill values and foreign data show here.
@@ -18,7 +20,7 @@ def broken_rule(targets: SparseTargets, entry: TeacherEntry, document_starts: ND
     """
     vocabulary_size = entry.vocabulary_size
     columns = np.arange(targets.k)
-    kept, certain = targets.kept, targets.certain
+    kept, certain, label = targets.kept, targets.certain, targets.label_logprob
     if (kept < 1).any() or (kept > targets.k).any() or (certain > kept).any():
         return "kept is not within 1..K, or certain exceeds it"
     valid = columns < kept[:, None]
@@ -36,6 +38,8 @@ def broken_rule(targets: SparseTargets, entry: TeacherEntry, document_starts: ND
             return "log-probs do not descend along a row"
     if not (np.isfinite(targets.top_logprob).all() and np.isfinite(targets.entropy).all()):
         return "top_logprob or entropy is not finite"
+    if (targets.top_logprob > _ROUNDING).any() or (targets.log_tail > _ROUNDING).any() or (label > _ROUNDING).any():
+        return "a log-prob is positive: no probability exceeds 1"
     whole = certain == vocabulary_size
     for name in ("log_tail", "log_tail_half"):
         tail = getattr(targets, name)

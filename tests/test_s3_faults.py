@@ -199,6 +199,7 @@ def test_committing_under_faults(world: World, table: list[Any], access: str, ki
         assert (again, after) == ("right", "right")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["404", "503", "flipped", "empty", "truncated"])
 def test_a_check_never_calls_a_cache_sound_under_faults(world: World, kind: Kind) -> None:
     world.proxy.faults.append(Fault(kind, "GET", r"/teachers/a/logprobs/c/1"))
