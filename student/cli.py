@@ -37,6 +37,11 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             default=None,
             help="Whether windows stay inside documents [as the teachers did; else across].",
         ),
+        click.option(
+            "--fused-head",
+            type=click.Choice(["auto", "on", "off"]),
+            help="Output layer and loss in one, without holding the logits [auto: where the model allows it].",
+        ),
         click.option("--output-dir", metavar="DIR", help="A folder of this run's own; the model ends up there."),
         click.option(
             "--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."
@@ -47,6 +52,46 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of TrainingArguments; repeatable."
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def objective_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a loss with teachers in it: the fields of `student.objective.Objective`."""
+    options = [
+        click.option("--alpha", type=float, help="Share of the cross-entropy, 0..1 [0.5; 1 without teachers]."),
+        click.option("--alpha-end", type=float, help="That share at the last step, linear from --alpha [the same]."),
+        click.option("--temperature", type=float, help="1 or 2, where the stored targets are exact [1]."),
+        click.option(
+            "--interpolate-tail",
+            is_flag=True,
+            default=None,
+            help="Allow other temperatures above 1: the tail's mass is interpolated, within bounds that are printed.",
+        ),
+        click.option(
+            "--loss",
+            type=click.Choice(["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]),
+            help="Divergence of teacher and student; of a mixture of teachers forward-kl only [forward-kl].",
+        ),
+        click.option("--mix", type=float, help="beta of jsd [0.5], lambda of the skewed losses [0.1]."),
+        click.option(
+            "--tail",
+            type=click.Choice(["auto", "bucket", "sampled", "blend", "renormalise", "none"]),
+            help="The ids that are not stored, as one outcome (bucket: a lower bound of the dense loss), by the drawn "
+            "ids of a VarOpt entry (sampled: unbiased), by both (blend), or not at all (renormalise, none: biased). "
+            "All but bucket go with forward-kl only [auto: sampled where ids were drawn, else bucket].",
+        ),
+        click.option("--blend", type=float, help="Share of sampled in --tail blend [0.75]."),
+        click.option(
+            "--loss-scale",
+            type=click.Choice(["token", "babyllama"]),
+            help="Means over tokens; or BabyLlama's: the divergence summed over each window [token].",
+        ),
+        click.option(
+            "--min-entropy", type=float, help="Distil only where the teachers' entropy is at least this, in nats [0]."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -131,7 +176,12 @@ def table(report: TrainingReport) -> str:
         ("trained on", f"{report.tokens_seen:,} tokens in {report.steps:,} steps, {report.seconds:,.1f} s"),
     ]
     if report.train_log:
-        rows.append(("last training loss", f"{report.train_log[-1]['loss']:.4f}"))
+        last, name = report.train_log[-1], report.job.log_name
+        rows.append(("last training loss", f"{last['loss']:.4f}"))
+        for teacher, meaning in report.divergence.items():
+            if f"{name}_{teacher}" in last:
+                said = f"{last[f'{name}_{teacher}']:.4f} nats ({meaning})"
+                rows.append((f"its {report.job.loss} to {teacher}", said))
     held = report.held_out
     if held is None:
         rows.append(("held out", "not measured (no --eval-cache)"))
@@ -175,8 +225,7 @@ class PresetCommand(click.Command):
     metavar="NAME[:WEIGHT]",
     help="Teacher entry to learn from; repeat for a mixture with these weights.",
 )
-@click.option("--alpha", type=float, help="Share of the cross-entropy, 0..1 [0.5; 1 without teachers].")
-@click.option("--temperature", type=float, help="1 or 2, where the stored targets are exact [1].")
+@objective_options
 @run_options
 def train_student(**flags: Any) -> None:
     run_command("train-student", flags)

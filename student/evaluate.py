@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from student.losses import NOT_TRAINED, Member, Targets, check_batch, forward_kl_bucket, targets_of
+from student.buckets import NOT_TRAINED, check_batch
+from student.losses import forward_kl
+from student.objective import Tail
+from student.targets import Member, Targets, targets_of
 
 BINS = 15
 
@@ -35,7 +38,8 @@ class HeldOut:
     ece              expected calibration error of the most probable next token, a fraction in [0, 1]
     accuracy         share of positions where that token is the one that follows
     kl               by teacher: KL(teacher || model) at temperature 1, nats per token
-    kl_is_lower_bound   by teacher: True when any position's tail was one bucket; False only where K = V throughout
+    kl_is_lower_bound   by teacher: True when any position's tail was one bucket; False where K = V throughout, and
+                     where drawn ids (VarOpt, temperature 1) estimate the dense KL without bias
     """
 
     tokens: int
@@ -95,9 +99,12 @@ class HeldOutSums:
         for row, values in zip(self._bins, (torch.ones_like(confidence), confidence, correct), strict=True):
             row.index_add_(0, bins, values)
         for column, (member, targets) in enumerate(zip(self.members, by_member, strict=True)):
-            kl = forward_kl_bucket(z, targets, member, 1.0, scored)
+            # A sample of the tail gives the dense KL without bias; a bucket stays below it.
+            tail: Tail = "sampled" if member.drawn_at == 1.0 else "bucket"
+            kl = forward_kl(z, targets, member, 1.0, scored, tail)
             self._kl[0, column] += _kept(kl, keep).sum()
-            self._kl[1, column] += _kept(targets["certain"] < member.vocabulary_size, keep).sum()
+            bucketed = (targets["kept"] < member.vocabulary_size) & (tail == "bucket")
+            self._kl[1, column] += _kept(bucketed, keep).sum()
 
     def tensor(self) -> Tensor:
         """All sums, flat float64 on the CPU; the sum of several processes' tensors is the tensor of their union."""

@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from storage.config import parse_yaml
 from storage.errors import InputError
 from storage.manifest import TEACHER_NAME
-
-TEMPERATURES = (1.0, 2.0)
+from student.objective import Objective
 
 
 class _Frozen(BaseModel):
@@ -24,31 +23,33 @@ class TeacherWeight(_Frozen):
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
 
 
-class StudentJob(_Frozen):
+class StudentJob(Objective):
     """A training run. Without teachers it is plain cross-entropy: a teacher, or the control without distillation.
 
     cache               path or URL of the cache to train on
     teachers            entries of the cache to learn from; "NAME" and "NAME:WEIGHT" are understood
     model               preset, JSON configuration, model directory or hub id
-    alpha               share of the cross-entropy; 0.5 with teachers, 1 (the only choice) without
-    temperature         1 or 2, at which the stored targets are exact
     window_tokens       positions of a training window
     offset              fixed blocks, or a random offset for every block and epoch
     isolate_documents   whether windows stay inside documents; by default what the teachers did
+    fused_head          output layer and loss in one, without ever holding the logits of a batch; auto: if the model's
+                        output layer allows it. The same loss and gradients but for rounding
     output_dir          a folder of this run's own: checkpoints while it runs, the model when it is done
     eval_cache          path or URL of a held-out cache of the same tokenizer
     seed                of weights, order, offsets and dropout
     training            fields of transformers.TrainingArguments (`student.arguments` has the defaults)
+
+    The other fields are those of `student.objective.Objective`; alpha is 0.5 with teachers, 1 (the only choice)
+    without.
     """
 
     cache: str
     teachers: tuple[TeacherWeight, ...] = ()
     model: str
-    alpha: Annotated[float, Field(ge=0, le=1)]
-    temperature: float = 1.0
     window_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 128
     offset: Literal["fixed", "random"] = "fixed"
     isolate_documents: bool | None = None
+    fused_head: Literal["auto", "on", "off"] = "auto"
     output_dir: Annotated[str, Field(min_length=1)]
     eval_cache: str | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
@@ -77,14 +78,11 @@ class StudentJob(_Frozen):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
-        if not names and self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha:g} but no teacher is named: name one, or leave alpha at 1")
-        if names and self.alpha < 1 and not any(teacher.weight for teacher in self.teachers):
+        if not names and self.uses_teachers:
+            asked = self.alpha if self.alpha < 1 else self.alpha_end
+            raise ValueError(f"alpha is {asked:g} but no teacher is named: name one, or leave alpha at 1")
+        if names and self.uses_teachers and not any(teacher.weight for teacher in self.teachers):
             raise ValueError("every teacher's weight is 0: give at least one a weight above 0")
-        if self.temperature not in TEMPERATURES:
-            raise ValueError(
-                f"temperature {self.temperature:g} cannot be served: the stored tails are exact only at 1 and 2"
-            )
         return self
 
 
@@ -122,7 +120,8 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
 
 
 class HeldOutKL(_Frozen):
-    """KL(teacher || student) in nats per token, bucketed; `lower_bound` unless every id was stored (K = V)."""
+    """KL(teacher || student) in nats per token; `lower_bound` where the tail is a bucket: not where every id was
+    stored (K = V), nor where drawn ids estimate it without bias."""
 
     nats: float
     lower_bound: bool
@@ -146,6 +145,14 @@ class HeldOutReport(_Frozen):
     kl_not_measured: dict[str, str] = Field(default_factory=dict)
 
 
+class TailBound(_Frozen):
+    """How far a teacher's mass outside its certain ids can be from the interpolated one, as a share of 1."""
+
+    mean: float
+    greatest: float
+    positions: int
+
+
 class TrainingReport(_Frozen):
     """What a run did; `report.json` in its output directory.
 
@@ -156,7 +163,11 @@ class TrainingReport(_Frozen):
     steps               optimizer steps, of `windows_per_step` windows each over all processes
     tokens_seen         positions read for training, all epochs together
     seconds             spent in training by the process that finished; `resumed_from_step` says where it took over
-    train_log           one entry per logged step: step, epoch, loss, cross_entropy, kl_<teacher>, learning_rate, …
+    fused_head          whether the output layer and the loss were one
+    divergence          by teacher: what the divergence in `train_log` is, against the dense one
+    tail_bounds         by teacher, at temperatures whose tails are interpolated
+    train_log           one entry per logged step: step, epoch, loss, cross_entropy, kl_<teacher> (under other losses
+                        by their name, as jsd_<teacher>), learning_rate, …
     eval_log            the evaluations made during training
     """
 
@@ -174,8 +185,11 @@ class TrainingReport(_Frozen):
     seconds: float
     resumed_from_step: int = 0
     device: str
+    fused_head: bool = False
     processes: int
     libraries: dict[str, str]
+    divergence: dict[str, str] = Field(default_factory=dict)
+    tail_bounds: dict[str, TailBound] = Field(default_factory=dict)
     train_log: list[dict[str, int | float]]
     eval_log: list[dict[str, int | float]]
     held_out: HeldOutReport | None

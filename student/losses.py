@@ -1,27 +1,21 @@
-"""The distillation loss on stored targets: forward KL with a tail bucket, as sums and counts.
+"""The distillation loss on stored targets, as sums and counts.
 
-Legend: `P` positions of a batch (flattened), `K` stored ids per position, `V` vocabulary of the cache, `W` columns
-of the student's head (W >= V), `S` the certain ids of a position, `tau` the temperature. Everything is in nats.
+Legend: `P` positions of a batch (flattened), `R` rows of a piece of it, `K` stored ids per position, `V` vocabulary of
+the cache, `W` columns of the student's head (W >= V), `tau` the temperature. Everything is in nats.
 
-A teacher's targets are the plain tensors of a DataLoader batch::
+Three steps, so that logits may come in one piece or in many::
 
-    token_ids                      int32|int64 [P, K]   columns from `kept` on hold poison, possibly >= W
-    codes | logprobs               uint16 | float32 [P, K]
-    kept, certain                  int [P]
-    top_logprob, log_tail, log_tail_half    float32 [P]
+    prepared = loss.prepare(labels, targets)                           what the teachers say, on [P, K]; no logits
+    cross_entropy, buckets = student_buckets(logits, labels, prepared.supports, V, tau)         the student's side
+    sums = prepared.sums(slice(None), cross_entropy, buckets)          the loss; sums of pieces add up
 
-Raw codes are decoded here, on the training device: there it is a scan over K numbers, on the loader's side it
-costs as much as the decompression.
-
-The student's side goes through one autograd function that knows the gradient of any loss of the log-probs of S
-and of the mass outside S. Against plain autograd it keeps only the logits and a few numbers per position: no
-float32 copy, no softmax and no masked copy of [P, W] lives until the backward pass.
+`loss(logits, labels, targets)` does them in one go; `student.fused` does the last two without ever holding [P, W].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,44 +23,39 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
+from student.buckets import NOT_TRAINED, check_batch, student_buckets
+from student.divergences import Divergence
+from student.objective import Objective, Tail, objective_of
+from student.targets import Member, Targets, Tempered, decode_logprobs, quantisation_bound, targets_of, temper, weights
 
-NOT_TRAINED = -100
-"""The label of a position that takes part in no term of the loss."""
+__all__ = [
+    "NOT_TRAINED",
+    "DistillationLoss",
+    "LossSums",
+    "Member",
+    "PreparedLoss",
+    "Targets",
+    "decode_logprobs",
+    "forward_kl",
+    "quantisation_bound",
+]
 
-Targets = Mapping[str, Tensor]
-
-# The stored sum over the tail, F(1/tau) = log of the sum of p**(1/tau) outside S, exists at two temperatures.
-_TAIL_AT = {1.0: "log_tail", 2.0: "log_tail_half"}
-
-# Rows are worked on in pieces of this many logits, which bounds the temporaries: 1 MiB of float32 on a CPU, where
-# staying in the cache saves a tenth of the time, and 256 MiB elsewhere, where fewer launches count for more.
-_CHUNK_LOGITS = {"cpu": 1 << 18}
-_CHUNK_LOGITS_ELSEWHERE = 1 << 26
-
-
-@dataclass(frozen=True)
-class Member:
-    """One teacher entry in a mixture.
-
-    `weight` is relative to the other members'. `step_nats` belongs to the entry's codes; None when it stores
-    float32 log-probs. `vocabulary_size` is V.
-    """
-
-    name: str
-    weight: float
-    step_nats: float | None
-    vocabulary_size: int
+# (ell [R, K], theta [R], rows) -> [R]: the divergence of one member at some rows of a batch.
+_Term = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over the valid positions of a batch, scalar tensors; divide once, by the global count.
+    """Sums over the trained positions of a batch, scalar tensors; divide once, by the global count.
 
     cross_entropy   sum of -log q(label), nats, temperature 1; carries no gradient
-    divergence      by member: sum of the KL at the loss's temperature, nats, neither weighted nor times tau**2;
-                    carries no gradient. Empty when alpha is 1
-    loss_sum        sum of alpha * CE + (1 - alpha) * tau**2 * sum_m w_m KL_m; differentiable
-    count           number of valid positions, int64
+    divergence      by member: sum of the divergence at the loss's temperature, nats, neither weighted nor times
+                    tau**2; carries no gradient. Empty when no step has a share for it
+    loss_sum        sum of alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D_m; differentiable
+    count           number of trained positions, int64
+
+    Only `loss_sum` knows of position weights, of the selection by entropy and of the loss's scale: the others are
+    for the log, and mean the same whatever these are.
     """
 
     cross_entropy: Tensor
@@ -74,296 +63,265 @@ class LossSums:
     loss_sum: Tensor
     count: Tensor
 
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(
+            self.cross_entropy + other.cross_entropy,
+            {name: value + other.divergence[name] for name, value in self.divergence.items()},
+            self.loss_sum + other.loss_sum,
+            self.count + other.count,
+        )
 
-def decode_logprobs(targets: Targets, step_nats: float | None) -> Tensor:
-    """``top_logprob - step_nats * cumsum(codes)``, or the stored `logprobs`; -inf from column `kept` on.
 
-    Returns float32 [P, K] in nats, normalised over the whole vocabulary (float64 `logprobs` stay float64).
-    Raises InputError when there are codes and no step.
+@dataclass(frozen=True)
+class PreparedLoss:
+    """All of a batch's loss that needs no logits.
+
+    labels       int64 [P], and trained bool [P]: False where the label is `NOT_TRAINED`
+    supports     by member: int32 [P, K_m], the ids whose log-probs `sums` wants; -1 where there is none
     """
-    if "codes" in targets:
-        if step_nats is None:
-            raise InputError("these targets hold codes, so the entry's step_nats is needed to decode them; got None")
-        # Whole numbers below 2**24 are exact in float32; valid rows sum to at most 2**16 (`logprob_floor`).
-        steps = targets["codes"].to(torch.float32).cumsum(1)
-        logprobs = targets["top_logprob"][:, None] - step_nats * steps
-    else:
-        logprobs = targets["logprobs"]
-    return logprobs.masked_fill(~_leading_columns(targets["kept"], logprobs.shape[1]), -math.inf)
+
+    labels: Tensor
+    supports: list[Tensor]
+    trained: Tensor
+    vocabulary_size: int
+    temperature: float
+    _label_share: float  # alpha, and (1 - alpha) * tau**2 in the next, times what the loss's scale makes of them
+    _teacher_share: float
+    _members: tuple[Member, ...]
+    _terms: tuple[_Term, ...]
+    _label_weights: Tensor | None  # [P], what multiplies a position's cross-entropy; None: 1
+    _teacher_weights: Tensor | None  # [P], and its divergence
+
+    def sums(self, rows: slice, cross_entropy: Tensor | None, buckets: Sequence[tuple[Tensor, Tensor]]) -> LossSums:
+        """The sums of some rows; those of all rows together are the batch's.
+
+        cross_entropy [R] is 0 where a position is not trained; None takes it for 0 throughout, where alpha is 0 and
+        nobody asks for it. buckets: by member (ell [R, K_m], theta [R]), as `student_buckets` gives them for
+        `supports`. Differentiable in all of them.
+        """
+        trained = self.trained[rows]
+        if cross_entropy is None:
+            assert self._label_share == 0, "alpha above 0 needs the cross-entropy"
+            cross_entropy = torch.zeros(trained.shape, device=trained.device)
+        # A term of weight zero stays out of the graph: the backward pass then skips its pass over the logits.
+        loss = torch.zeros((), dtype=cross_entropy.dtype, device=trained.device)
+        if self._label_share > 0:
+            loss = loss + self._label_share * _weighted(cross_entropy, self._label_weights, rows)
+        divergence = {}
+        for member, term, (ell, theta) in zip(self._members, self._terms, buckets, strict=True):
+            values = torch.where(trained, term(ell, theta, rows), 0.0)
+            divergence[member.name] = values.detach().sum()
+            share = self._teacher_share * member.weight
+            if share > 0:
+                loss = loss + share * _weighted(values, self._teacher_weights, rows)
+        return LossSums(cross_entropy.detach().sum(), divergence, loss, trained.sum())
 
 
-def tempered_bucket(targets: Targets, step_nats: float | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher at a temperature: ``p_i**(1/tau) / Z`` over the certain ids, and one bucket for all the others.
+class DistillationLoss:
+    """``alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D(p_m, q)``, per trained token.
 
-    Returns (log-probs [P, K], -inf where not certain; log-mass of the bucket [P]; valid bool [P, K]). Z is taken
-    over the values as decoded and the stored tail, so the result sums to 1 and quantisation moves mass but never
-    makes or loses any. Exact at temperatures 1 and 2, whose tails are stored; others raise InputError.
+    Called with logits [P, W], labels int64 [P] (`NOT_TRAINED` = -100 where a position counts for neither term) and
+    the targets by member name; returns `LossSums`. CE is at temperature 1 over all W columns. The members' weights
+    are normalised to sum 1. tau**2 keeps the size of the gradient when the temperature changes. `options` are the
+    other fields of `student.objective.Objective`: loss, mix, tail, blend, alpha_end, interpolate_tail, loss_scale,
+    min_entropy. Needs no targets when alpha is 1 throughout, and ignores any that are given.
+
+    Mixtures: forward KL is linear in p, so the weighted sum is the KL of the mixture ``p = sum_m w_m p_m`` (each
+    member tempered, then mixed) up to a constant in the student: same gradient at K = V, and at K < V that of the
+    members' own buckets. The other divergences are not linear, so they take one member with a weight above 0; a
+    mixture there is an ensemble entry, made when the teachers are cached.
+
+    position_weights [P] multiply a position's share in both terms; the count stays that of trained positions.
+    min_entropy leaves the divergence out where the teachers' entropy (of a mixture: the weighted mean of its members',
+    which is at most its own) is lower; it is a number of nats and no rank within a batch, which would depend on how a
+    step is cut into batches. Both terms are divided by all trained positions.
+
+    loss_scale babyllama, for windows of T = `window_tokens` positions: divergence summed over the window, CE as a mean
+    over the T - 1 positions whose label lies in the window. After the division by the count it is exactly
+    ``alpha * CE.mean() + (1 - alpha) * KLDivLoss(batchmean)`` of [windows, T, V] where all positions are trained;
+    elsewhere the same multiples of means over trained positions.
+
+    Raises InputError for fields that do not fit together, members whose weights are negative, not finite or all
+    zero, no or repeated members, members of another vocabulary, VarOpt entries at another temperature than they were
+    drawn for, sampled tails of entries without drawn ids, and W < V.
     """
-    tail = targets[_tail_name(temperature)]
-    decoded = decode_logprobs(targets, step_nats)
-    valid = _leading_columns(targets["certain"], decoded.shape[1])
-    logp = (decoded / temperature).masked_fill(~valid, -math.inf)
-    log_z = torch.logsumexp(torch.cat([logp, tail[:, None]], dim=1), dim=1)
-    return logp - log_z[:, None], tail - log_z, valid
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        alpha: float,
+        temperature: float,
+        members: Sequence[Member],
+        *,
+        window_tokens: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.objective: Objective = objective_of(alpha=alpha, temperature=temperature, **options)
+        self.vocabulary_size = vocabulary_size
+        # Without a divergence there is nothing that it is the temperature of; a control does not depend on it.
+        self.temperature = self.objective.temperature if self.objective.uses_teachers else 1.0
+        self.alpha = self.objective.alpha
+        self.window_tokens = window_tokens
+        self.members: tuple[Member, ...] = ()
+        if self.objective.uses_teachers:
+            self.members = _normalised(members, vocabulary_size)
+        self.tails: dict[str, Tail] = {member.name: _tail(member, self.objective) for member in self.members}
+        if self.objective.loss_scale == "babyllama" and (window_tokens is None or window_tokens < 2):
+            raise InputError(f"loss_scale babyllama needs window_tokens of 2 or more; got {window_tokens}")
+        _check_linear(self.members, self.objective)
+
+    def set_progress(self, progress: float) -> None:
+        """Tell a scheduled alpha where the run is: 0 at its first optimizer step, 1 at its last.
+
+        To be called before a step and not within it: all micro-batches and processes of a step share one alpha.
+        """
+        self.alpha = self.objective.alpha_at(progress)
+
+    def meaning(self, name: str) -> str:
+        """What the reported divergence of a member is, against the dense one, in a few words."""
+        tail = self.tails[name]
+        if tail == "bucket":
+            return "a lower bound: the tail counts as one bucket"
+        if tail in ("sampled", "blend"):
+            return "an estimate from drawn ids" + (", blended with a lower bound" if tail == "blend" else "")
+        return "of the stored ids alone"
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targets: Mapping[str, Targets] | None = None,
+        position_weights: Tensor | None = None,
+    ) -> LossSums:
+        """The sums of one batch; see the class."""
+        check_batch(logits, labels, self.vocabulary_size)
+        prepared = self.prepare(labels, targets, position_weights)
+        cross_entropy, buckets = student_buckets(
+            logits, labels, prepared.supports, self.vocabulary_size, self.temperature
+        )
+        return prepared.sums(slice(None), cross_entropy, buckets)
+
+    def prepare(
+        self, labels: Tensor, targets: Mapping[str, Targets] | None = None, position_weights: Tensor | None = None
+    ) -> PreparedLoss:
+        """Everything about a batch that needs no logits: labels int64 [P], targets by member, weights float [P]."""
+        if position_weights is not None and position_weights.shape != labels.shape:
+            raise InputError(
+                f"position_weights must be {list(labels.shape)}, one for each label; got {list(position_weights.shape)}"
+            )
+        trained = labels != NOT_TRAINED
+        by_member = [targets_of(member, targets) for member in self.members]
+        tempered = [
+            temper(each, member, self.temperature, trained, self.objective.interpolate_tail)
+            for member, each in zip(self.members, by_member, strict=True)
+        ]
+        of_label, of_teacher, in_window = self._scale(labels)
+        return PreparedLoss(
+            labels=labels,
+            trained=trained,
+            supports=[each.support for each in tempered],
+            vocabulary_size=self.vocabulary_size,
+            temperature=self.temperature,
+            _label_share=self.alpha * of_label,
+            _teacher_share=(1.0 - self.alpha) * self.temperature**2 * of_teacher,
+            _members=self.members,
+            _terms=tuple(
+                _term(each, self.tails[member.name], self.objective)
+                for member, each in zip(self.members, tempered, strict=True)
+            ),
+            _label_weights=_product(position_weights, in_window),
+            _teacher_weights=_product(position_weights, self._selected(tempered)),
+        )
+
+    def _scale(self, labels: Tensor) -> tuple[float, float, Tensor | None]:
+        """What the loss's scale multiplies cross-entropy and divergence by, and where the former counts (bool [P])."""
+        if self.objective.loss_scale == "token":
+            return 1.0, 1.0, None
+        size = self.window_tokens
+        assert size is not None
+        if len(labels) % size:
+            raise InputError(
+                f"loss_scale babyllama sums over windows of {size} positions, and {len(labels)} labels are no whole "
+                "number of them"
+            )
+        place = torch.arange(len(labels), device=labels.device) % size
+        return size / (size - 1), float(size), place < size - 1
+
+    def _selected(self, tempered: Sequence[Tempered]) -> Tensor | None:
+        """bool [P]: where the mean of the members' entropies reaches the objective's least; None: everywhere."""
+        if self.objective.min_entropy is None or not tempered:
+            return None
+        pairs = zip(self.members, tempered, strict=True)
+        entropy = torch.stack([member.weight * each.entropy for member, each in pairs]).sum(0)
+        return entropy >= self.objective.min_entropy
 
 
-def forward_kl_bucket(
+def forward_kl(
     logits: Tensor,
     targets: Targets,
     member: Member,
     temperature: float,
-    valid_positions: Tensor | None = None,
+    trained: Tensor | None = None,
+    tail: Tail = "bucket",
+    blend: float = 0.0,
 ) -> Tensor:
-    """``KL(p || q) = sum_S p_i (log p_i - log q_i) + p_t (log p_t - log q_t)`` of one teacher, per position.
+    """``KL(p || q)`` of one teacher, per position, with a treatment of the tail (see `student.targets`).
 
-    `p` is `tempered_bucket`; ``q = softmax(logits / tau)`` over all W columns; `q_t` sums the columns j < V outside
-    S, reduced over them and never as 1 - sum. A student's columns from V on get no teacher mass and are not part of
-    `q_t`. Between 0 and the dense KL, growing with K, equal to it at K = V. Not multiplied by tau**2.
+    ``q = softmax(logits / tau)`` over all W columns; `theta` sums the columns j < V outside the kept ids, reduced over
+    them and never as 1 - sum. A student's columns from V on get no teacher mass and are not part of it. With a bucket
+    between 0 and the dense KL, growing with K, equal to it at K = V. Not multiplied by tau**2.
 
-    logits [P, W], any float type, computed in float32; valid_positions bool [P], False gives 0 whatever the
-    targets hold there. Returns [P] in nats. The gradient is the rule of Hinton et al. 2015 with a bucket:
-    ``(q - p) / tau`` on S, and outside it the student's own shape scaled to the teacher's mass.
+    logits [P, W], any float type, computed in float32; trained bool [P], False gives 0 whatever the targets hold
+    there. Returns [P] in nats. The gradient is the rule of Hinton et al. 2015 with a bucket: ``(q - p) / tau`` on the
+    kept ids, and outside them the student's own shape scaled to the teacher's mass.
     """
     check_batch(logits, None, member.vocabulary_size)
-    logp, log_tail, support = _teacher(targets, member, temperature, valid_positions)
-    _, buckets = student_buckets(logits, None, [support], member.vocabulary_size, temperature)
-    return _bucket_kl(logp, log_tail, support, *buckets[0], valid_positions)
+    tempered = temper(targets, member, temperature, trained)
+    _, ((ell, theta),) = student_buckets(logits, None, [tempered.support], member.vocabulary_size, temperature)
+    return weights(tempered, tail, blend)(ell, theta)
 
 
-class DistillationLoss:
-    """``alpha * CE + (1 - alpha) * tau**2 * sum_m w_m KL(p_m || q)``, per valid token.
-
-    Called with logits [P, W], labels int64 [P] (`NOT_TRAINED` = -100 where a position counts for neither term) and
-    the targets by member name; returns `LossSums`. CE is at temperature 1 over all W columns. The weights are
-    normalised to sum 1. tau**2 keeps the size of the KL's gradient when the temperature changes.
-
-    Forward KL is linear in p, so the weighted sum is the KL of the mixture ``p = sum_m w_m p_m`` (each member
-    tempered, then mixed) up to a constant in the student: same gradient at K = V, and at K < V that of the members'
-    own buckets. Needs no targets when alpha is 1, and ignores any that are given.
-
-    Raises InputError for an alpha outside [0, 1], a temperature without a stored tail, weights that are negative,
-    not finite or all zero, no or repeated members, members of another vocabulary, and W < V.
-    """
-
-    def __init__(self, vocabulary_size: int, alpha: float, temperature: float, members: Sequence[Member]) -> None:
-        if not 0.0 <= alpha <= 1.0:
-            raise InputError(f"alpha is the share of the cross-entropy, between 0 and 1; got {alpha}")
-        self.vocabulary_size = vocabulary_size
-        self.alpha = float(alpha)
-        self.temperature = float(temperature)
-        self.members: tuple[Member, ...] = ()
-        if alpha < 1.0:
-            _tail_name(temperature)
-            self.members = _normalised(members, vocabulary_size)
-
-    def __call__(self, logits: Tensor, labels: Tensor, targets: Mapping[str, Targets] | None = None) -> LossSums:
-        """The sums of one batch; see the class."""
-        check_batch(logits, labels, self.vocabulary_size)
-        trained = labels != NOT_TRAINED
-        teachers = [_teacher(targets_of(member, targets), member, self.temperature, trained) for member in self.members]
-        supports = [support for _, _, support in teachers]
-        cross_entropy, buckets = student_buckets(logits, labels, supports, self.vocabulary_size, self.temperature)
-        assert cross_entropy is not None
-        nats = cross_entropy.sum()
-        # A term of weight zero stays out of the graph: the backward pass then skips its pass over the logits.
-        loss = self.alpha * nats if self.alpha > 0 else torch.zeros_like(nats)
-        divergence = {}
-        for member, (logp, log_tail, support), student in zip(self.members, teachers, buckets, strict=True):
-            total = _bucket_kl(logp, log_tail, support, *student, trained).sum()
-            divergence[member.name] = total.detach()
-            if member.weight > 0:
-                loss = loss + (1.0 - self.alpha) * self.temperature**2 * member.weight * total
-        return LossSums(nats.detach(), divergence, loss, trained.sum())
+def _term(tempered: Tempered, tail: Tail, objective: Objective) -> _Term:
+    if objective.loss == "forward-kl":
+        return weights(tempered, tail, objective.blending)
+    divergence = Divergence(objective.loss, objective.mixing)
+    heads, log_tail = tempered.bucketed
+    return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
 
-def quantisation_bound(step_nats: float) -> float:
-    """``exp(step) - 1``: how far codes can move a target distribution, in L1, at temperature 1 or 2.
-
-    A decoded log-prob is within step/2 of the teacher's, and so is the normaliser, whose log is a mean of these
-    errors; so each probability stays within a factor exp(+-step), and ``sum |p' - p| <= exp(step) - 1``. The floats
-    beside the codes keep 12 bits of mantissa: their relative error of 2**-13 is below step/2 for any top log-prob of
-    a vocabulary under 2**31 ids, and for any tail of more than exp(-32) at the finest step; a smaller tail adds less
-    than 1e-13.
-
-    The gradient of a position's KL by the logits is ``(q - p) / tau``, so its L1 norm moves by at most the bound over
-    tau (times tau in the loss, which multiplies by tau**2). At the default step of 1/32 nat the bound is 0.032; the
-    rounding errors are of both signs, and what is seen is nearer to a quarter of it.
-    """
-    return math.expm1(step_nats)
-
-
-def student_buckets(
-    logits: Tensor,
-    labels: Tensor | None,
-    supports: Sequence[Tensor],
-    vocabulary_size: int,
-    temperature: float,
-) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """The student's log-probs of some ids, and of everything outside them, for one batch and several teachers.
-
-    With ``u = logits / tau`` and ``lse = logsumexp(u)`` over all W columns, for each support int [P, K] (-1 where
-    a column holds no id): ``ell = u[ids] - lse`` [P, K], 0 where there is no id, and ``theta = logsumexp of u[j]
-    over j < V outside the ids - lse`` [P], -inf when nothing is outside. Besides, when `labels` are given, the
-    cross-entropy [P] at temperature 1, 0 where the label is `NOT_TRAINED`.
-
-    logits [P, W] of any float type; results are float32 (float64 for float64 logits), differentiable once.
-    """
-    outputs = _StudentBuckets.apply(  # type: ignore[no-untyped-call]
-        logits, labels, vocabulary_size, temperature, *supports
-    )
-    rest = outputs[1:] if labels is not None else outputs
-    return (outputs[0] if labels is not None else None), list(zip(rest[::2], rest[1::2], strict=True))
-
-
-class _StudentBuckets(torch.autograd.Function):
-    """Forward and backward of `student_buckets`, in chunks of rows.
-
-    For a loss L(ell, theta) with g = dL/d ell, h = dL/d theta, G = sum(g) + h, q = softmax(u), the gradient by u is
-    g_i - q_i G on the ids, exp(u_j - lse_tail) (h - G q_t) outside them below V, and -q_j G from V on. It is written
-    out rather than left to autograd because the derivative of a masked logsumexp is 0/0 when nothing is outside the
-    ids (K = V), and because autograd would keep several [P, W] tensors per teacher.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor | None, vocabulary_size: int, temperature: float, *supports: Tensor
-    ) -> tuple[Tensor, ...]:
-        # float32 from here on: exp and its sum over the vocabulary lose digits in half precision.
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        per_position = logits.new_empty(logits.shape[:1], dtype=dtype)
-        peak, lse_one, lse, cross_entropy = (torch.empty_like(per_position) for _ in range(4))
-        ells = [logits.new_empty(support.shape, dtype=dtype) for support in supports]
-        tails = [torch.empty_like(per_position) for _ in supports]
-        for rows in _chunks(logits):
-            # Nothing below changes when a row is shifted. With its maximum at 0, normalisers are small numbers that
-            # round finely (a logit of 20 has a float32 spacing of 2e-6) and exp cannot overflow.
-            peak[rows] = logits[rows].amax(1)
-            z = logits[rows].to(dtype) - peak[rows, None]
-            if labels is not None or temperature == 1.0:
-                lse_one[rows] = z.exp().sum(1).log()
-            if labels is not None:
-                trained, ids = _safe(labels[rows, None])
-                picked = lse_one[rows] - z.gather(1, ids)[:, 0]
-                cross_entropy[rows] = picked.masked_fill(~trained[:, 0], 0.0)
-            if not supports:
-                continue
-            u = z if temperature == 1.0 else z / temperature
-            lse[rows] = lse_one[rows] if temperature == 1.0 else u.exp().sum(1).log()
-            for support, ell, tail in zip(supports, ells, tails, strict=True):
-                valid, ids = _safe(support[rows])
-                ell[rows] = (u.gather(1, ids) - lse[rows, None]).masked_fill(~valid, 0.0)
-                tail[rows] = torch.logsumexp(_without(u[:, :vocabulary_size], ids, valid), 1)
-        ctx.save_for_backward(logits, labels, peak, lse_one, lse, *supports, *ells, *tails)
-        ctx.members, ctx.vocabulary_size, ctx.temperature = len(supports), vocabulary_size, temperature
-        ctx.set_materialize_grads(False)
-        outputs = [] if labels is None else [cross_entropy]
-        for ell, tail in zip(ells, tails, strict=True):
-            outputs += [ell, tail - lse]
-        return tuple(outputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, labels, peak, lse_one, lse, *rest = ctx.saved_tensors
-        n, tau = ctx.members, ctx.temperature
-        supports, ells, tails = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        if all(gradient is None for gradient in gradients):
-            return tuple(None for _ in range(4 + n))
-        by_label = gradients[0] if labels is not None else None
-        by_member = gradients[1:] if labels is not None else gradients
-        result = torch.empty_like(logits)
-        for rows in _chunks(logits):
-            z = logits[rows].to(lse.dtype) - peak[rows, None]
-            u = z if tau == 1.0 else z / tau
-            parts = []
-            for i in range(n):
-                g, h = by_member[2 * i], by_member[2 * i + 1]
-                if g is None and h is None:
-                    continue
-                g = torch.zeros_like(ells[i][rows]) if g is None else g[rows]
-                h = torch.zeros_like(lse[rows]) if h is None else h[rows]
-                # Dividing the small [rows, K] and [rows] gradients by tau is dividing their image by it.
-                student = (ells[i][rows], lse[rows], tails[i][rows])
-                parts.append(_bucket_gradient(u, supports[i][rows], *student, g / tau, h / tau, ctx.vocabulary_size))
-            if by_label is not None:
-                trained, ids = _safe(labels[rows, None])
-                weight = by_label[rows, None].masked_fill(~trained, 0.0)
-                parts.append((z - lse_one[rows, None]).exp_().mul_(weight).scatter_add_(1, ids, -weight))
-            # Summed in float32 and rounded once to the logits' type.
-            result[rows] = sum(parts[1:], parts[0]).to(result.dtype)
-        return (result, None, None, None, *(None for _ in range(n)))
-
-
-def _bucket_gradient(
-    u: Tensor, support: Tensor, ell: Tensor, lse: Tensor, lse_tail: Tensor, g: Tensor, h: Tensor, vocabulary_size: int
-) -> Tensor:
-    """The gradient [rows, W] by u of one member's loss: the three lines of `_StudentBuckets`."""
-    valid, ids = _safe(support)
-    g = g.masked_fill(~valid, 0.0)
-    total = g.sum(1) + h
-    padding = (u[:, vocabulary_size:] - lse[:, None]).exp_().mul_(-total[:, None])
-    # With nothing outside the ids, lse_tail is -inf; any finite number in its place makes exp(-inf - it) the 0 it is.
-    tail = _without(u[:, :vocabulary_size], ids, valid).sub_(lse_tail.masked_fill(lse_tail.isneginf(), 0.0)[:, None])
-    tail.exp_().mul_((h - total * (lse_tail - lse).exp())[:, None])
-    tail.scatter_add_(1, ids, (g - ell.exp() * total[:, None]).masked_fill(~valid, 0.0))
-    return torch.cat([tail, padding], dim=1) if padding.shape[1] else tail
-
-
-def _without(u: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
-    """A copy of u [rows, V] with -inf at the valid ids.
-
-    Columns that are not valid add 0 to id 0, so they need no place of their own and may hold anything.
-    """
-    return u.scatter_add(1, ids, torch.zeros_like(valid, dtype=u.dtype).masked_fill(valid, -math.inf))
-
-
-def _safe(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(which entries are ids: not negative; int64 indices that are 0 where they are not)."""
-    return ids >= 0, ids.clamp(min=0).to(torch.int64)
-
-
-def _chunks(logits: Tensor) -> list[slice]:
-    """Row ranges to work on, one after the other."""
-    rows = max(1, _CHUNK_LOGITS.get(logits.device.type, _CHUNK_LOGITS_ELSEWHERE) // logits.shape[1])
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
-
-
-def _leading_columns(counts: Tensor, columns: int) -> Tensor:
-    """bool [P, K]: column i < counts."""
-    return torch.arange(columns, device=counts.device) < counts[:, None]
-
-
-def _teacher(
-    targets: Targets, member: Member, temperature: float, valid_positions: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`tempered_bucket`, with the ids instead of the mask: int32 [P, K], -1 where no certain id is."""
-    logp, log_tail, valid = tempered_bucket(targets, member.step_nats, temperature)
-    if valid_positions is not None:
-        valid = valid & valid_positions[:, None]
-    return logp, log_tail, torch.where(valid, targets["token_ids"], -1).to(torch.int32)
-
-
-def _bucket_kl(
-    logp: Tensor, log_tail: Tensor, support: Tensor, ell: Tensor, theta: Tensor, valid_positions: Tensor | None
-) -> Tensor:
-    """KL [P] between two bucketed distributions, 0 at positions that are not valid."""
-    p = torch.where(support >= 0, logp.exp(), 0.0)
-    p_tail = log_tail.exp()
-    if valid_positions is not None:
-        p_tail = p_tail.masked_fill(~valid_positions, 0.0)
-    # 0 * log 0 is 0: at K = V both tails are empty and both logs -inf, and their difference must not be formed.
-    head = p * torch.where(p > 0, logp - ell, 0.0)
-    return head.sum(1) + p_tail * torch.where(p_tail > 0, log_tail - theta, 0.0)
-
-
-def _tail_name(temperature: float) -> str:
-    name = _TAIL_AT.get(float(temperature))
-    if name is None:
+def _tail(member: Member, objective: Objective) -> Tail:
+    """The treatment of a member's tail; InputError where its entry does not allow it."""
+    if member.drawn_at is not None and member.drawn_at != objective.temperature:
         raise InputError(
-            f"the stored tails are exact only at 1 and 2: a temperature of {temperature:g} cannot be served from this "
-            "cache; take 1 or 2"
+            f"teacher {member.name}: its ids were drawn for temperature {member.drawn_at:g} and are biased at "
+            f"{objective.temperature:g}: take that temperature, or cache the teacher again for the other"
         )
-    return name
+    if objective.tail == "auto":
+        return "sampled" if member.drawn_at is not None and objective.loss == "forward-kl" else "bucket"
+    if objective.tail in ("sampled", "blend") and member.drawn_at is None:
+        raise InputError(
+            f"teacher {member.name} stores its most probable ids and none that were drawn, so tail {objective.tail} "
+            "has no sample of its tail: take tail bucket, or an entry made with --targets varopt"
+        )
+    return objective.tail
+
+
+def _check_linear(members: Sequence[Member], objective: Objective) -> None:
+    mixed = [member.name for member in members if member.weight > 0]
+    if objective.loss != "forward-kl" and len(mixed) > 1:
+        raise InputError(
+            f"loss {objective.loss} of several teachers ({', '.join(mixed)}): only forward-kl is linear in the "
+            "teacher, so that a mixture can be put together from separate entries; take forward-kl, one teacher, or "
+            "an ensemble entry (cache-logits with several --teacher)"
+        )
+
+
+def _weighted(values: Tensor, by_position: Tensor | None, rows: slice) -> Tensor:
+    return values.sum() if by_position is None else (values * by_position[rows]).sum()
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one * other if one is not None and other is not None else one if other is None else other
 
 
 def _normalised(members: Sequence[Member], vocabulary_size: int) -> tuple[Member, ...]:
@@ -384,24 +342,3 @@ def _normalised(members: Sequence[Member], vocabulary_size: int) -> tuple[Member
     if not 0 < total < math.inf:
         raise InputError(f"the weights of {', '.join(names)} sum to {total:g}: give at least one a weight above 0")
     return tuple(replace(member, weight=member.weight / total) for member in members)
-
-
-def check_batch(logits: Tensor, labels: Tensor | None, vocabulary_size: int) -> None:
-    """Raise InputError unless logits are [P, W] with W >= V and labels, when given, are [P]."""
-    if logits.ndim != 2:
-        raise InputError(f"logits must be flattened to [positions, columns]; got {list(logits.shape)}")
-    if logits.shape[1] < vocabulary_size:
-        raise InputError(
-            f"the model's head has {logits.shape[1]} columns, fewer than the {vocabulary_size} ids of the cache's "
-            "tokenizer: resize its embeddings or take another model"
-        )
-    if labels is not None and labels.shape != logits.shape[:1]:
-        raise InputError(f"labels must be [{len(logits)}], one for each row of logits; got {list(labels.shape)}")
-
-
-def targets_of(member: Member, targets: Mapping[str, Targets] | None) -> Targets:
-    """A member's targets in a batch; InputError naming what there is when they are missing."""
-    if targets is None or member.name not in targets:
-        found = ", ".join(targets) if targets else "none"
-        raise InputError(f"the batch holds no targets of teacher {member.name} (found: {found}): add it to the dataset")
-    return targets[member.name]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
@@ -23,16 +23,26 @@ from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 from storage.manifest import TeacherEntry, digest
 from student.arguments import PRESENTATION, training_arguments, training_values
+from student.buckets import NOT_TRAINED
 from student.evaluate import HeldOut
-from student.job import HeldOutKL, HeldOutReport, StudentJob, TrainingReport
-from student.losses import DistillationLoss, Member
+from student.heads import choose_head
+from student.job import HeldOutKL, HeldOutReport, StudentJob, TailBound, TrainingReport
+from student.losses import DistillationLoss
 from student.models import PRESETS, load_student
+from student.objective import EXACT_TEMPERATURES, Objective
 from student.output import OutputDirectory, full_disk_is_said
 from student.progress import TrainingProgress
-from student.trainer import DistillationTrainer, reading_order
-from student.windows import DistillationWindows
+from student.targets import Member, interpolation_bound
+from student.trainer import DistillationTrainer
+from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 Say = Callable[[str], None]
+
+# Fields of a job that go by their digests, or that change how a run computes and not what.
+_NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head"}
+
+# Windows that an interpolated tail is judged by.
+_BOUND_WINDOWS = 32
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,22 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
         f"{windows_per_step} to a step"
     )
 
+    tail_bounds = _tail_bounds(data)
+    for name, bound in tail_bounds.items():
+        tell(
+            f"teacher {name} at temperature {job.temperature:g}: the mass outside its stored ids is interpolated, "
+            f"within {bound.mean:.4f} of the true one on average and {bound.greatest:.4f} at worst over "
+            f"{bound.positions:,} positions"
+        )
+
     # One bar for the run says enough; transformers shows another for every file that it writes.
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    trainer = _trainer(model, args, data, TrainingProgress(windows_per_step * job.window_tokens))
+    trainer = _trainer(model, args, data, job.fused_head, TrainingProgress(windows_per_step * job.window_tokens))
+    if trainer.not_fused is not None:
+        tell(
+            f"{job.model}: the logits of a batch are held, as the output layer is not fused with the loss: "
+            f"{trainer.not_fused}"
+        )
     started = time.monotonic()
     with full_disk_is_said(job.output_dir):
         resumed_from = _train_or_go_on(trainer, output, tell)
@@ -106,8 +129,11 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
         seconds=round(seconds, 3),
         resumed_from_step=resumed_from,
         device=str(args.device),
+        fused_head=trainer.not_fused is None,
         processes=args.world_size,
         libraries={name: version(name) for name in ("torch", "transformers", "accelerate")},
+        divergence={member.name: data.loss.meaning(member.name) for member in data.loss.members},
+        tail_bounds=tail_bounds,
         train_log=[entry for entry in trainer.state.log_history if "loss" in entry],
         eval_log=[entry for entry in trainer.state.log_history if "eval_loss" in entry],
         held_out=held_out,
@@ -124,23 +150,38 @@ def _check_data(job: StudentJob) -> _Data:
     entries = windows.entries
     provenance = {"cache": digest(windows.record)}
     provenance |= {f"cache/{name}": digest(entry) for name, entry in entries.items()}
-    members = [_member(teacher.name, teacher.weight, entries[teacher.name]) for teacher in job.teachers]
-    loss = DistillationLoss(windows.vocabulary_size, job.alpha, job.temperature, members)
+    members = [Member.of(teacher.name, entries[teacher.name], teacher.weight) for teacher in job.teachers]
+    objective = {name: getattr(job, name) for name in Objective.model_fields}
+    loss = DistillationLoss(windows.vocabulary_size, members=members, window_tokens=job.window_tokens, **objective)
     eval_windows: DistillationWindows | None = None
     eval_members: tuple[Member, ...] = ()
     not_measured: dict[str, str] = {}
     if job.eval_cache is not None:
         eval_windows, not_measured = _check_eval(job, windows)
-        eval_members = tuple(_member(name, 1.0, entry) for name, entry in eval_windows.entries.items())
+        eval_members = tuple(Member.of(name, entry) for name, entry in eval_windows.entries.items())
         provenance["eval_cache"] = digest(eval_windows.record)
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
     # Targets that no term of the loss looks at are not read; the windows are the same.
-    read = windows if job.alpha < 1 else windows.without_targets()
+    read = windows if job.uses_teachers else windows.without_targets()
     return _Data(read, loss, eval_windows, eval_members, not_measured, provenance)
 
 
-def _member(name: str, weight: float, entry: TeacherEntry) -> Member:
-    return Member(name, weight, entry.encoding.step_nats, entry.vocabulary_size)
+def _tail_bounds(data: _Data) -> dict[str, TailBound]:
+    """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream."""
+    loss, windows = data.loss, data.windows
+    if loss.temperature in EXACT_TEMPERATURES or not loss.members:
+        return {}
+    number = min(len(windows), _BOUND_WINDOWS)
+    chosen = [i * len(windows) // number for i in range(number)]
+    batch = collate(windows.__getitems__(chosen))
+    targets, trained = flat_targets(batch["targets"]), batch["labels"].flatten() != NOT_TRAINED
+    found = {}
+    for member in loss.members:
+        off = interpolation_bound(targets[member.name], member, loss.temperature)
+        # What fills up a short window says nothing; where nothing at all is trained, something has to be said.
+        off = off[trained] if trained.any() else off
+        found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))
+    return found
 
 
 def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[DistillationWindows, dict[str, str]]:
@@ -190,7 +231,7 @@ def _check_batch(windows: DistillationWindows, batch: int, args: TrainingArgumen
 
 def _identity(job: StudentJob, values: Mapping[str, Any], data: _Data, windows_per_step: int) -> dict[str, Any]:
     """What makes two runs the same, flat. Caches go by their digests, so that one may have moved."""
-    asked = job.model_dump(mode="json", exclude={"cache", "eval_cache", "output_dir", "teachers", "training"})
+    asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
     asked["isolate_documents"] = data.windows.isolate_documents
     asked["windows_per_step"] = windows_per_step
     asked["model_sha256"] = _model_digest(job.model)
@@ -218,17 +259,23 @@ def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedMode
         LogitCache.open(job.cache).save_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return load_student(
+    model = load_student(
         job.model,
         vocabulary_size=windows.vocabulary_size,
         special_ids=special_ids,
         window_tokens=job.window_tokens,
         seed=job.seed,
     )
+    choose_head(model, job.fused_head)
+    return model
 
 
 def _trainer(
-    model: PreTrainedModel, args: TrainingArguments, data: _Data, progress: TrainingProgress
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: _Data,
+    fused_head: Literal["auto", "on", "off"],
+    progress: TrainingProgress,
 ) -> DistillationTrainer:
     try:
         trainer = DistillationTrainer(
@@ -238,6 +285,7 @@ def _trainer(
             eval_dataset=data.eval_windows,
             loss=data.loss,
             eval_members=data.eval_members,
+            fused_head=fused_head,
             callbacks=[progress],
         )
     except (ValueError, ImportError) as error:

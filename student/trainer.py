@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,12 @@ from transformers.utils.generic import ModelOutput
 
 from storage.errors import InputError
 from student.evaluate import HeldOut, HeldOutSums
+from student.heads import PlainHead, choose_head
 from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
-from student.order import GROUP_TOKENS, ReadingOrder
-from student.windows import DistillationWindows, collate
+from student.order import ReadingOrder
+from student.windows import DistillationWindows, collate, flat_targets, reading_order
+
+FusedHead = Literal["auto", "on", "off"]
 
 _BOUND = ("forward", "_original_forward", "accepts_loss_kwargs", "distillation_loss")
 
@@ -45,55 +48,66 @@ class DistillationOutput(ModelOutput):
     parts: Tensor | None = None
 
 
-def bind_loss(model: nn.Module, loss: DistillationLoss) -> None:
+def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = "auto") -> str | None:
     """Replace `model.forward`, on this instance only, by one that also takes labels and targets.
 
     ``model(input_ids, labels=labels, targets=targets).loss`` is ``loss_sum / num_items_in_batch`` of
     `DistillationLoss`; without `num_items_in_batch` the batch's own count divides. Labels are aligned with the logits
     already (`student.windows.collate`), unlike those that transformers' models shift themselves. `targets[name]`
-    holds tensors [B, T, ...]. Without labels the original forward answers, so `generate` works as ever.
+    holds tensors [B, T, ...], `position_weights` [B, T] those of the loss, if a data set gives any. Without labels
+    the original forward answers, so `generate` works as ever.
+
+    In training mode the output layer and the loss are one (`student.fused`: [P, W] is never held) if the model's
+    output layer allows it, which is tried on a few tokens (`student.heads`). fused_head: auto, on (raises InputError
+    where it does not) or off. Returns why they are not fused, None where they are.
 
     Nothing is added to the weights or the configuration: `save_pretrained` writes what it would have written.
     """
+    head = choose_head(model, fused_head)
     original = model.forward
+    # Loops over chunks and teachers on small tensors: nothing that torch.compile, which stumbles there, could improve.
+    not_compiled: Any = torch.compiler.disable
+    of_logits = not_compiled(lambda logits, *batch: loss(logits, *batch))
+    of_hidden = not_compiled(lambda head, hidden, *batch: head.loss_sums(hidden, loss.prepare(*batch)))
 
     def forward(
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         targets: dict[str, dict[str, Tensor]] | None = None,
+        position_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> Any:
         aligned = shift_labels if shift_labels is not None else labels
         if aligned is None:
             return original(input_ids=input_ids, **others)
-        logits = original(input_ids=input_ids, use_cache=False, **others).logits
-        sums = loss(logits.flatten(0, 1), aligned.flatten(), flat_targets(targets or {}))
+        by_position = None if position_weights is None else position_weights.flatten()
+        batch = (aligned.flatten(), flat_targets(targets or {}), by_position)
+        logits = None
+        if model.training and isinstance(head, PlainHead):
+            sums = of_hidden(head, head.hidden(input_ids, **others), *batch)
+        else:
+            logits = original(input_ids=input_ids, use_cache=False, **others).logits
+            sums = of_logits(logits.flatten(0, 1), *batch)
         count = sums.count if num_items_in_batch is None else num_items_in_batch
         # A step without a single trained token has the sum 0, and must not become 0/0.
-        divisor = torch.as_tensor(count, device=logits.device).clamp(min=1)
+        divisor = torch.as_tensor(count, device=sums.loss_sum.device).clamp(min=1)
         return DistillationOutput(
-            loss=sums.loss_sum / divisor,
-            logits=None if model.training else logits,
-            parts=_parts(sums, loss),
+            loss=sums.loss_sum / divisor, logits=None if model.training else logits, parts=_parts(sums, loss)
         )
 
     model.forward = forward
     # Tells the Trainer to count the trained tokens of a whole optimizer step and to pass their number in.
     model.accepts_loss_kwargs = True  # type: ignore[assignment]
     model.distillation_loss = loss  # type: ignore[assignment]
+    return head if isinstance(head, str) else None
 
 
 def unbind_loss(model: nn.Module) -> None:
     """Give the model its class's own forward back; harmless on a model that has no loss bound."""
     for name in _BOUND:
         model.__dict__.pop(name, None)
-
-
-def flat_targets(targets: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Targets of a batch with the leading axes [B, T] made one [P]."""
-    return {name: {key: value.flatten(0, 1) for key, value in fields.items()} for name, fields in targets.items()}
 
 
 def _parts(sums: LossSums, loss: DistillationLoss) -> Tensor:
@@ -105,7 +119,8 @@ class DistillationTrainer(Trainer):
     """transformers' Trainer over `DistillationWindows` with a `DistillationLoss`.
 
     Takes what Trainer takes (model, args, train_dataset, eval_dataset, callbacks, …) and `loss`, besides
-    `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured. The loss is bound to the model.
+    `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured, and `fused_head`. The loss is
+    bound to the model; `not_fused` says why its output layer is not part of it, None where it is (`bind_loss`).
 
     The reading order depends on the windows and their seed only, so a student and its control, or one process and
     several, see the same windows in the same order. `evaluate` counts every labelled position of `eval_dataset` once.
@@ -120,9 +135,10 @@ class DistillationTrainer(Trainer):
         *,
         loss: DistillationLoss,
         eval_members: Sequence[Member] = (),
+        fused_head: FusedHead = "auto",
         **others: Any,
     ) -> None:
-        bind_loss(model, loss)
+        self.not_fused = bind_loss(model, loss, fused_head)
         self.distillation_loss = loss
         self.eval_members = tuple(eval_members)
         self._reading_order: ReadingOrder | None = None
@@ -141,6 +157,7 @@ class DistillationTrainer(Trainer):
             **others,
         )
         self.add_callback(_FollowEpochs(self))
+        self.add_callback(_FollowAlpha(loss))
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         self._reading_order = reading_order(_ours(self.train_dataset if train_dataset is None else train_dataset))
@@ -164,7 +181,10 @@ class DistillationTrainer(Trainer):
         """Add cross-entropy and divergences (nats per trained token since the last line) to the training loss."""
         if "loss" in logs and self._parts is not None:
             count, *sums = self.accelerator.reduce(self._parts, reduction="sum").tolist()
-            names = ["cross_entropy", *(f"kl_{member.name}" for member in self.distillation_loss.members)]
+            loss = self.distillation_loss
+            names = ["cross_entropy", *(f"{loss.objective.log_name}_{member.name}" for member in loss.members)]
+            if loss.objective.alpha_end is not None:
+                logs["alpha"] = loss.alpha
             logs.update({name: value / max(count, 1) for name, value in zip(names, sums, strict=True)})
             self._parts = None
         super().log(logs, start_time)
@@ -237,17 +257,26 @@ def metrics_of(result: HeldOut) -> dict[str, float]:
     return metrics | {f"kl_{name}": value for name, value in result.kl.items()}
 
 
-def reading_order(windows: DistillationWindows) -> ReadingOrder:
-    """The order in which a trainer reads these windows."""
-    group = max(1, GROUP_TOKENS // windows.window_tokens)
-    return ReadingOrder(len(windows), group_windows=group, seed=windows.seed)
-
-
 def _chunk_lengths(total: int, loader: DataLoader[Any]) -> Iterator[int]:
     """How many rows of each batch are among the first `total` rows."""
     size = loader.batch_size or 1
     for batch in range(len(loader)):
         yield min(max(total - batch * size, 0), size)
+
+
+class _FollowAlpha(TrainerCallback):
+    """Sets a scheduled alpha before each optimizer step, from the step's number alone.
+
+    So it is the same for all micro-batches and processes of the step, and in a run that goes on from a checkpoint.
+    """
+
+    def __init__(self, loss: DistillationLoss) -> None:
+        self._loss = loss
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self._loss.set_progress(state.global_step / max(1, state.max_steps - 1))
 
 
 class _FollowEpochs(TrainerCallback):

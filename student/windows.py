@@ -6,7 +6,7 @@ A window of T positions reads T + 1 tokens and T targets from one absolute range
 cannot drift apart: ``input_ids[t] = tokens[s + t]``, ``labels[t] = tokens[s + t + 1]``, targets ``s + t``. All T
 positions are trained on (labels that a model shifts itself would lose one of them).
 
-Log-probs travel as they are stored and are decoded on the training device (`student.losses`).
+Log-probs travel as they are stored and are decoded on the training device (`student.targets`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.manifest import TeacherEntry, digest
 from storage.records import SparseTargets
 from student.blocks import Blocks, Offset
-from student.losses import NOT_TRAINED
+from student.buckets import NOT_TRAINED
+from student.order import GROUP_TOKENS, ReadingOrder
 
 Window = dict[str, Any]
 
@@ -188,6 +189,17 @@ def collate(windows: Sequence[Window]) -> dict[str, Any]:
             for name, arrays in windows[0]["targets"].items()
         },
     }
+
+
+def flat_targets(targets: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Targets of a batch with the leading axes [B, T] made one [P], as the loss takes them."""
+    return {name: {key: value.flatten(0, 1) for key, value in fields.items()} for name, fields in targets.items()}
+
+
+def reading_order(windows: DistillationWindows) -> ReadingOrder:
+    """The order in which windows are read for training: a sampler, the same for every student of their seed."""
+    group = max(1, GROUP_TOKENS // windows.window_tokens)
+    return ReadingOrder(len(windows), group_windows=group, seed=windows.seed)
 
 
 def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from fakes import dense_targets, make_corpus, make_entry, write_entry
 from transformers import AutoModelForCausalLM
 
 from student.job import StudentJob
+from student.objective import Objective
 
 ROOT = Path(__file__).parent.parent
 V = 61
@@ -74,6 +75,10 @@ def arguments(job: StudentJob) -> list[str]:
         line += ["--teacher", f"{teacher.name}:{teacher.weight}"]
     if job.teachers:
         line += ["--alpha", str(job.alpha), "--temperature", str(job.temperature)]
+        for name, field in Objective.model_fields.items():
+            value = getattr(job, name)
+            if name not in ("alpha", "temperature") and value != field.default:
+                line += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
     if job.eval_cache:
         line += ["--eval-cache", job.eval_cache]
     for key, value in job.training.items():

@@ -24,8 +24,7 @@ from student.job import StudentJob
 from student.losses import quantisation_bound
 from student.models import load_student
 from student.run import train
-from student.trainer import reading_order
-from student.windows import DistillationWindows
+from student.windows import DistillationWindows, reading_order
 
 V, T, STEPS, BATCH = 67, 24, 20, 6
 N = 125 * T + 1  # every block has T labels

@@ -6,88 +6,28 @@ Legend: `P` positions, `K` stored ids, `V` vocabulary, `W` columns of the studen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from sparse import POISON, P, V, dense, dense_kl, gradient, labels_for, member, normal, stored
 from torch import Tensor
 
-import student.losses as losses
+import student.buckets as buckets
 from storage import encoding
 from storage.errors import InputError
-from student.losses import (
-    NOT_TRAINED,
-    DistillationLoss,
-    Member,
-    decode_logprobs,
-    forward_kl_bucket,
-    quantisation_bound,
-    student_buckets,
-    tempered_bucket,
-)
+from student.buckets import student_buckets
+from student.losses import NOT_TRAINED, DistillationLoss, Member, decode_logprobs, forward_kl, quantisation_bound
+from student.targets import temper
 
-P, V = 37, 251
-POISON = 2**31 - 1
 WIDTHS = [V, V + 13]
 TEMPERATURES = [1.0, 2.0]
 
 
-def normal(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def labels_for(seed: int, positions: int = P) -> Tensor:
-    labels = torch.randint(0, V, (positions,), generator=torch.Generator().manual_seed(seed))
-    labels[::5] = NOT_TRAINED
-    return labels
-
-
-def dense(seed: int, positions: int = P, scale: float = 2.0) -> Tensor:
-    """A teacher's log-probs [P, V], float64."""
-    return torch.log_softmax(normal(seed, positions, V, scale=scale), 1)
-
-
-def stored(
-    logp: Tensor, k: int, kept: Tensor | None = None, step: float | None = None, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Top-k targets of dense log-probs [P, V], as a DataLoader hands them over; poison beyond `kept`."""
-    positions = len(logp)
-    kept = torch.full((positions,), k) if kept is None else kept
-    values, ids = logp.sort(dim=1, descending=True, stable=True)
-    values, ids = values[:, :k].clone(), ids[:, :k].clone()
-    unused = torch.arange(k) >= kept[:, None]
-    outside = logp.scatter_add(1, ids, torch.zeros_like(values).masked_fill(~unused, -math.inf))
-    targets = {
-        "kept": kept.to(torch.int32),
-        "certain": kept.to(torch.int32),
-        "top_logprob": values[:, 0],
-        "log_tail": outside.logsumexp(1),
-        "log_tail_half": (outside / 2).logsumexp(1),
-        "entropy": -(logp.exp() * logp).sum(1),
-    }
-    targets = {name: value.to(dtype) if value.is_floating_point() else value for name, value in targets.items()}
-    targets["token_ids"] = ids.masked_fill(unused, POISON).to(torch.int32)
-    if step is None:
-        targets["logprobs"] = values.masked_fill(unused, math.nan).to(dtype)
-        return targets
-    for name in ("top_logprob", "log_tail", "log_tail_half"):
-        targets[name] = torch.from_numpy(encoding.round_mantissa(targets[name].numpy(), 12))
-    codes = encoding.encode_logprobs(
-        values.float().numpy(), targets["top_logprob"].numpy(), kept.numpy().astype(np.uint16), step
-    )
-    codes[unused.numpy()] = 65_535
-    return {**targets, "codes": torch.from_numpy(codes)}
-
-
-def member(name: str = "t", weight: float = 1.0, step: float | None = None) -> Member:
-    return Member(name, weight, step, V)
-
-
-def dense_kl(z: Tensor, logp: Tensor, tau: float) -> Tensor:
-    """KL(softmax(log p / tau) || softmax(z / tau)) [P], the student normalised over all its columns."""
-    target = torch.log_softmax(logp / tau, 1)
-    return (target.exp() * (target - torch.log_softmax(z / tau, 1)[:, :V])).sum(1)
+def tempered_bucket(targets: dict[str, Tensor], step: float | None, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs of the kept ids, log-mass of the rest, which columns hold an id)."""
+    tempered = temper(targets, member(step=step), tau)
+    return *tempered.bucketed, tempered.support >= 0
 
 
 def naive_bucket_kl(z: Tensor, logp: Tensor, k: int, tau: float) -> Tensor:
@@ -100,17 +40,9 @@ def naive_bucket_kl(z: Tensor, logp: Tensor, k: int, tau: float) -> Tensor:
     return (p_i.exp() * (p_i - q_i)).sum(1) + p_t.exp() * (p_t - q_t)
 
 
-def gradient(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and gradient by z of the function's sum."""
-    z = z.detach().clone().requires_grad_()
-    value = function(z)
-    (by_z,) = torch.autograd.grad(value.sum(), z)
-    return value.detach(), by_z
-
-
 @pytest.fixture(params=[1 << 18, 1000], ids=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(losses._CHUNK_LOGITS, "cpu", request.param)
+    monkeypatch.setitem(buckets._CHUNK_LOGITS, "cpu", request.param)
 
 
 def test_decoding_equals_the_formats_arithmetic() -> None:
@@ -157,10 +89,10 @@ def test_at_k_equal_v_loss_and_gradient_are_the_dense_kl(width: int, tau: float)
     z, logp = normal(3, P, width), dense(4)
     expected, expected_gradient = gradient(lambda z: dense_kl(z, logp, tau), z)
     exact = stored(logp, V, dtype=torch.float64)
-    value, by_z = gradient(lambda z: forward_kl_bucket(z, exact, member(), tau), z)
+    value, by_z = gradient(lambda z: forward_kl(z, exact, member(), tau), z)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(by_z, expected_gradient, rtol=1e-11, atol=1e-14)
-    value, by_z = gradient(lambda z: forward_kl_bucket(z, stored(logp, V), member(), tau), z.float())
+    value, by_z = gradient(lambda z: forward_kl(z, stored(logp, V), member(), tau), z.float())
     torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(by_z, expected_gradient.float(), rtol=1e-5, atol=3e-7)
 
@@ -173,7 +105,7 @@ def test_below_v_the_gradient_is_that_of_the_naive_bucket(k: int, width: int, ta
     z, logp = normal(5, P, width), dense(6)
     expected, expected_gradient = gradient(lambda z: naive_bucket_kl(z, logp, k, tau), z)
     exact = stored(logp, k, dtype=torch.float64)
-    value, by_z = gradient(lambda z: forward_kl_bucket(z, exact, member(), tau), z)
+    value, by_z = gradient(lambda z: forward_kl(z, exact, member(), tau), z)
     torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(by_z, expected_gradient, rtol=1e-10, atol=1e-14)
 
@@ -183,7 +115,7 @@ def test_the_gradient_is_the_written_rule(tau: float) -> None:
     width, k = V + 13, 17
     z, logp = normal(5, P, width), dense(6)
     targets = stored(logp, k, dtype=torch.float64)
-    _, by_z = gradient(lambda z: forward_kl_bucket(z, targets, member(), tau), z)
+    _, by_z = gradient(lambda z: forward_kl(z, targets, member(), tau), z)
     p = torch.softmax(logp / tau, 1)
     q = torch.softmax(z / tau, 1)
     ids = targets["token_ids"].long()
@@ -233,12 +165,12 @@ def test_the_bucketed_kl_is_between_zero_and_the_dense_one_and_grows_with_k(scal
     whole = dense_kl(z, logp, tau)
     before = torch.zeros(P, dtype=torch.float64)
     for k in [1, 2, 5, 17, 64, 200, V]:
-        value = forward_kl_bucket(z, stored(logp, k, dtype=torch.float64), member(), tau)
+        value = forward_kl(z, stored(logp, k, dtype=torch.float64), member(), tau)
         assert (value >= before - 1e-12).all()
         assert (value <= whole + 1e-12).all()
         before = value
     # The bucket is strict somewhere, else the inequalities above say nothing.
-    assert forward_kl_bucket(z, stored(logp, 2, dtype=torch.float64), member(), tau).mean() < 0.99 * whole.mean()
+    assert forward_kl(z, stored(logp, 2, dtype=torch.float64), member(), tau).mean() < 0.99 * whole.mean()
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
@@ -291,20 +223,22 @@ def test_columns_beyond_kept_are_never_used(step: float | None, tau: float) -> N
     kept = torch.randint(1, 12, (P,), generator=torch.Generator().manual_seed(1))
     targets = stored(logp, 31, kept, step=step)
     assert (targets["token_ids"] == POISON).any()
-    value, by_z = gradient(lambda z: forward_kl_bucket(z, targets, member(step=step), tau), z)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(step=step), tau), z)
     for row in range(P):
         one = stored(logp[row : row + 1], int(kept[row]), step=step)
-        alone, by_row = gradient(lambda z, one=one: forward_kl_bucket(z, one, member(step=step), tau), z[row : row + 1])
+        alone, by_row = gradient(lambda z, one=one: forward_kl(z, one, member(step=step), tau), z[row : row + 1])
         torch.testing.assert_close(value[row : row + 1], alone, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(by_z[row : row + 1], by_row, rtol=1e-5, atol=1e-7)
 
 
-def test_ids_that_are_kept_but_not_certain_belong_to_the_bucket() -> None:
+@pytest.mark.parametrize("tau", TEMPERATURES)
+def test_ids_that_were_drawn_are_no_part_of_the_bucket(tau: float) -> None:
+    """The stored tail is that of the certain ids; what the drawn ones hold of it is taken out."""
     z, logp = normal(22, P, V), dense(23)
     eight, twenty = stored(logp, 8, dtype=torch.float64), stored(logp, 20, dtype=torch.float64)
     mixed = {**twenty, **{name: eight[name] for name in ("certain", "log_tail", "log_tail_half")}}
-    found = forward_kl_bucket(z, mixed, member(), 2.0)
-    torch.testing.assert_close(found, naive_bucket_kl(z, logp, 8, 2.0), rtol=1e-11, atol=1e-13)
+    found = forward_kl(z, mixed, member(), tau)
+    torch.testing.assert_close(found, naive_bucket_kl(z, logp, 20, tau), rtol=1e-11, atol=1e-13)
 
 
 def test_positions_that_are_not_trained_count_for_nothing_whatever_their_targets_hold() -> None:
@@ -322,7 +256,7 @@ def test_positions_that_are_not_trained_count_for_nothing_whatever_their_targets
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(by_z[trained], expected_gradient, rtol=1e-6, atol=1e-8)
     assert int(loss(z, labels, {"t": broken}).count) == int(trained.sum())
-    per_position = forward_kl_bucket(z, broken, member(), 2.0, trained)
+    per_position = forward_kl(z, broken, member(), 2.0, trained)
     assert not per_position[~trained].any()
 
 
@@ -353,7 +287,7 @@ def test_extreme_rows_stay_finite(k: int, tau: float) -> None:
         for teacher in (sharp, dense(28)):
             expected, expected_gradient = gradient(lambda z, t=teacher: naive_or_dense(z, t, k, tau), z.double())
             targets = stored(teacher, k)
-            value, by_z = gradient(lambda z, t=targets: forward_kl_bucket(z, t, member(), tau), z.float())
+            value, by_z = gradient(lambda z, t=targets: forward_kl(z, t, member(), tau), z.float())
             assert by_z.isfinite().all(), name
             torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-5, msg=name)
             torch.testing.assert_close(by_z, expected_gradient.float(), rtol=1e-4, atol=1e-6, msg=name)
@@ -370,7 +304,7 @@ def test_a_student_that_rules_out_an_id_is_fine_where_the_teacher_gives_it_nothi
     targets = stored(logp.clamp(min=-2000.0), V)
     z = normal(30, P, V).float()
     z[:, 5] = -math.inf
-    value, by_z = gradient(lambda z: forward_kl_bucket(z, targets, member(), 1.0), z)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(), 1.0), z)
     assert value.isfinite().all()
     assert by_z.isfinite().all()
     assert not by_z[:, 5].any()
@@ -418,7 +352,7 @@ def test_our_error_is_not_above_plain_float32s() -> None:
 
 def test_alpha_one_is_plain_cross_entropy_and_needs_no_targets() -> None:
     z, labels = normal(38, P, V + 6), labels_for(39)
-    loss = DistillationLoss(V, 1.0, 3.0, [])
+    loss = DistillationLoss(V, 1.0, 2.0, [])
     expected, expected_gradient = gradient(
         lambda z: torch.nn.functional.cross_entropy(z, labels, ignore_index=NOT_TRAINED, reduction="sum"), z
     )
@@ -435,7 +369,7 @@ def test_alpha_zero_reports_the_cross_entropy_and_does_not_train_on_it() -> None
     loss = DistillationLoss(V, 0.0, 2.0, [member()])
     trained = labels != NOT_TRAINED
     value, by_z = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
-    expected, expected_gradient = gradient(lambda z: 4 * forward_kl_bucket(z, targets, member(), 2.0, trained).sum(), z)
+    expected, expected_gradient = gradient(lambda z: 4 * forward_kl(z, targets, member(), 2.0, trained).sum(), z)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(by_z, expected_gradient, rtol=1e-12, atol=1e-15)
     sums = loss(z, labels, {"t": targets})
@@ -488,8 +422,8 @@ def test_codes_move_targets_and_gradients_by_no_more_than_the_bound(
     moved = (found[0].double().exp() - truth[0].exp()).abs().sum(1) + (found[1].double().exp() - truth[1].exp()).abs()
     bound = quantisation_bound(step)
     assert moved.max() <= bound + 1e-6
-    _, by_exact = gradient(lambda z: forward_kl_bucket(z, exact, member(), tau), z)
-    _, by_codes = gradient(lambda z: forward_kl_bucket(z, coded, member(step=step), tau), z)
+    _, by_exact = gradient(lambda z: forward_kl(z, exact, member(), tau), z)
+    _, by_codes = gradient(lambda z: forward_kl(z, coded, member(step=step), tau), z)
     assert (by_exact - by_codes).abs().sum(1).max() <= bound / tau + 1e-6
     if scale == 2.0 and k == V:
         # Codes do move the targets by about the step: a bound far above what happens would say nothing.
@@ -507,8 +441,8 @@ def test_the_default_step_costs_little_divergence() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alpha": 1.5}, "between 0 and 1"),
-        ({"alpha": math.nan}, "between 0 and 1"),
+        ({"alpha": 1.5}, "alpha: .* less than or equal to 1"),
+        ({"alpha": math.nan}, "alpha: .* finite"),
         ({"members": []}, "at least one teacher"),
         ({"members": [member("a", -1.0), member("b")]}, "finite number >= 0"),
         ({"members": [member("a", math.nan)]}, "finite number >= 0"),

@@ -108,9 +108,12 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(world: Path, tmp_
     training = {
         "num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 4
     }  # fmt: skip
-    whole = train(job_in(world, tmp_path / "whole", model=str(world / "gpt2.json"), training=training))
+    common = {"model": str(world / "gpt2.json"), "training": training, "alpha_end": 0.2}
+    whole = train(job_in(world, tmp_path / "whole", **common))
     assert whole.steps == 36
-    job = job_in(world, tmp_path / "killed", model=str(world / "gpt2.json"), training=training)
+    assert [e["alpha"] for e in whole.train_log[:2]] == pytest.approx([0.5 - 0.3 / 35, 0.5 - 0.3 * 3 / 35])
+    assert whole.train_log[-1]["alpha"] == pytest.approx(0.2)
+    job = job_in(world, tmp_path / "killed", **common)
     killed = python("-c", KILLED.format(step=19), *arguments(job))
     assert killed.returncode == 9, killed.stderr
     assert (tmp_path / "killed" / "checkpoint-16").is_dir()

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from storage.errors import InputError
 from student.losses import DistillationLoss, Member
-from student.trainer import DistillationTrainer, bind_loss, flat_targets, reading_order, unbind_loss
-from student.windows import DistillationWindows, collate
+from student.trainer import DistillationTrainer, bind_loss, unbind_loss
+from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 V, T = 61, 8
 
@@ -62,6 +62,7 @@ def trainer_for(
     teachers: tuple[str, ...] = ("a", "b"),
     alpha: float = 0.5,
     temperature: float = 2.0,
+    options: dict[str, Any] | None = None,
     eval_windows: DistillationWindows | None = None,
     **training: Any,
 ) -> DistillationTrainer:
@@ -83,7 +84,7 @@ def trainer_for(
             **training,
         }
     )
-    loss = DistillationLoss(V, alpha, temperature, members(windows, {"a": 2.0}))
+    loss = DistillationLoss(V, alpha, temperature, members(windows, {"a": 2.0}), window_tokens=T, **(options or {}))
     return DistillationTrainer(
         tiny_model(),
         args,
@@ -149,9 +150,16 @@ def test_a_bound_model_saves_generates_and_copies_like_any_other(cache: str, tmp
     copy.deepcopy(model)
 
 
-def train_cut_up(cache: str, folder: Path, per_device: int, accumulation: int) -> tuple[list[torch.Tensor], list[dict]]:
+def train_cut_up(
+    cache: str, folder: Path, per_device: int, accumulation: int, **others: Any
+) -> tuple[list[torch.Tensor], list[dict]]:
     trainer = trainer_for(
-        cache, folder, per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, max_steps=6
+        cache,
+        folder,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        max_steps=6,
+        **others,
     )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -169,6 +177,48 @@ def test_loss_and_weights_do_not_depend_on_accumulation_or_batch_split(cache: st
         for one, other in zip(history, other_history, strict=True):
             for key in ("loss", "cross_entropy", "kl_a", "kl_b"):
                 assert one[key] == pytest.approx(other[key], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"alpha": 0.9, "options": {"alpha_end": 0.1, "min_entropy": 2.5}},
+        {"learning_rate": 0.05, "options": {"loss_scale": "babyllama", "tail": "renormalise"}},
+        {"teachers": ("a",), "options": {"loss": "jsd", "mix": 0.3}},
+        {"teachers": ("b",), "temperature": 1.0, "options": {"loss": "skew-reverse-kl", "alpha_end": 1.0}},
+    ],
+    ids=str,
+)
+def test_other_objectives_do_not_depend_on_accumulation_either(
+    cache: str, tmp_path: Path, others: dict[str, Any]
+) -> None:
+    weights, history = train_cut_up(cache, tmp_path / "1", 12, 1, **others)
+    keys = [key for key in history[0] if key not in ("epoch", "step", "grad_norm")]
+    assert any(key.endswith(("_a", "_b")) for key in keys)
+    for accumulation in (2, 4):
+        again, other_history = train_cut_up(
+            cache, tmp_path / str(accumulation), 12 // accumulation, accumulation, **others
+        )
+        for one, other in zip(weights, again, strict=True):
+            assert torch.allclose(one, other, atol=5e-6)
+        for one, other in zip(history, other_history, strict=True):
+            assert {key: one[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, abs=5e-5)
+
+
+def test_weights_of_positions_come_with_the_batch(cache: str) -> None:
+    windows = DistillationWindows(cache, ["b"], T)
+    batch = collate(windows.__getitems__(range(4)))
+    batch["position_weights"] = torch.rand(4, T, generator=torch.Generator().manual_seed(0))
+    model = tiny_model()
+    logits = model(batch["input_ids"]).logits.flatten(0, 1)
+    loss = DistillationLoss(V, 0.3, 2.0, members(windows))
+    flat = flat_targets(batch["targets"])
+    expected = loss(logits, batch["labels"].flatten(), flat, batch["position_weights"].flatten())
+    plain = loss(logits, batch["labels"].flatten(), flat)
+    bind_loss(model, loss)
+    model.train()
+    assert torch.allclose(model(**batch).loss, expected.loss_sum / expected.count)
+    assert not torch.allclose(expected.loss_sum, plain.loss_sum, rtol=0.1)
 
 
 def test_logged_parts_make_up_the_loss(cache: str, tmp_path: Path) -> None:

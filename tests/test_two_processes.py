@@ -16,7 +16,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     world = tmp_path / "world"
     world.mkdir()
     make_world(world)
-    common = {"eval_cache": str(world / "held")}
+    common = {"eval_cache": str(world / "held"), "alpha_end": 0.1, "min_entropy": 2.0}
     one = job_in(world, tmp_path / "one", training={"num_train_epochs": 2}, **common)
     alone = train(one)
     two = job_in(
