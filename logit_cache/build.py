@@ -23,9 +23,11 @@ from logit_cache.plan import Window, windows
 from storage.encoding import logprob_floor, token_id_dtype
 from storage.errors import InputError
 from storage.manifest import TeacherEntry
+from storage.pruning import prune
 from storage.records import SparseTargets
 from teachers.base import Teacher
-from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk
+from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
+from teachers.sample import Sampling, random_bits
 
 # The token that fills windows up to their shape; causal models never look at it from a scored position.
 _FILL_TOKEN = 0
@@ -78,16 +80,22 @@ def _score_batch(
     position = np.concatenate(positions)
     label = torch.from_numpy(np.concatenate(labels)).to(teacher.device)
     index = torch.from_numpy(np.concatenate(indices)).to(teacher.device)
+    sampling = rows.sampling(position, teacher.device)
     done = 0
     for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
         chunk = slice(done, done + len(logits))
         try:
-            reduced = reduce_topk(logits, entry.vocabulary_size, entry.targets.k, label[chunk], rows.floor)
+            fixed = (logits, entry.vocabulary_size, entry.targets.k, label[chunk], rows.floor)
+            if sampling is None:
+                reduced = reduce_topk(*fixed)
+            else:
+                reduced = reduce_varopt(*fixed, sampling.rows(done, done + len(logits)))
         except InvalidLogits as error:
+            members = entry.teacher.members
             raise InputError(
-                f"teacher {entry.teacher.members[0].source}: at position {position[done + error.row]} its logits "
-                f"have no softmax ({error.found}); it diverged, or overflowed in "
-                f"{entry.teacher.members[0].dtype}: try --dtype float32 and another --name, or check its weights"
+                f"teacher {' + '.join(member.source for member in members)}: at position "
+                f"{position[done + error.row]} its logits have no softmax ({error.found}); it diverged, or overflowed "
+                f"in {members[0].dtype}: try --dtype float32 and another --name, or check its weights"
             ) from None
         rows.put(position[chunk], reduced)
         done += len(logits)
@@ -102,29 +110,41 @@ class _Rows:
         count, k = stop - start, entry.targets.k
         self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
         self._start = start
+        self._wanted = entry.targets
+        varopt = entry.targets.method == "varopt"
+        self._random = random_bits(entry.targets.seed or 0, start, stop) if varopt else None
         self._token_ids = np.empty((count, k), dtype=token_id_dtype(entry.vocabulary_size))
+        self._certain = np.empty(count, dtype=np.uint16)
         self._logprobs = np.empty((count, k), dtype=np.float32)
         self._floats = {
             name: np.empty(count, dtype=np.float32)
             for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")
         }
 
+    def sampling(self, position: NDArray[Any], device: torch.device) -> Sampling | None:
+        """How the rows of some positions (absolute) are sampled; None for top-k."""
+        if self._random is None:
+            return None
+        random = torch.from_numpy(self._random[position - self._start]).to(device)
+        return Sampling(self._wanted.temperature, self._wanted.head_ids or 0, random)
+
     def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
         """Store the rows of some positions (absolute, ascending)."""
         at = position - self._start
         self._token_ids[at] = reduced.token_ids.cpu().numpy()
+        self._certain[at] = reduced.certain.cpu().numpy()
         self._logprobs[at] = reduced.logprobs.cpu().numpy()
         for name, values in self._floats.items():
             values[at] = getattr(reduced, name).cpu().numpy()
 
     def targets(self) -> SparseTargets:
-        """The rows as a record. Top-k: every column is kept, and certain."""
-        count = np.full(len(self._token_ids), self._token_ids.shape[1], dtype=np.uint16)
-        return SparseTargets(
+        """The rows as a record: every column is kept, unless rows are cut at a mass."""
+        k = self._wanted.k
+        targets = SparseTargets(
             start=self._start,
             token_ids=self._token_ids,
-            kept=count,
-            certain=count,
+            kept=np.full(len(self._token_ids), k, dtype=np.uint16),
+            certain=self._certain,
             top_logprob=self._logprobs[:, 0].copy(),
             exact_logprobs=self._logprobs,
             log_tail=self._floats["log_tail"],
@@ -132,3 +152,4 @@ class _Rows:
             label_logprob=self._floats["label_logprob"],
             entropy=self._floats["entropy"],
         )
+        return targets if self._wanted.top_p is None else prune(targets, k, self._wanted.top_p, self.floor)

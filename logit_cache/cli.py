@@ -144,9 +144,18 @@ def demo(out: str, text: tuple[str, ...]) -> None:
     epilog=EXAMPLE + "cache-logits --cache run/train --teacher run/llama --name llama -k 64",
 )
 @click.option("--cache", help="Path or URL of a cache that holds the token stream.")
-@click.option("--teacher", help="Model directory or hub id (any AutoModelForCausalLM, safetensors).")
+@click.option(
+    "--teacher", multiple=True, help="Model directory or hub id (AutoModelForCausalLM, safetensors). Repeatable."
+)
+@click.option("--combine", help="What several teachers become: logit-mean (of their logits) or mixture.")
+@click.option("--weight", type=float, multiple=True, help="Of each --teacher, in their order.  [default: equal]")
 @click.option("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'.")
+@click.option("--targets", help="topk, or varopt: likely ids and an unbiased sample of the others.  [default: topk]")
 @click.option("-k", "--k", type=int, help="Ids stored per position.  [default: 64]")
+@click.option("--top-p", type=float, help="topk: cut each position where its mass first reaches this, such as 0.98.")
+@click.option("--head-ids", type=int, help="varopt: the likeliest ids that are stored for certain.  [default: 0]")
+@click.option("--seed", type=int, help="varopt: keys the sample, together with each position.  [default: 0]")
+@click.option("--target-temperature", type=float, help="varopt: 1 or 2, where the sample is unbiased.  [default: 1]")
 @click.option("--context-tokens", type=int, help="Length of the windows that the teacher reads.  [default: 128]")
 @click.option("--stride-tokens", type=int, help="Tokens from one window to the next.  [default: the context]")
 @click.option("--isolate-documents/--no-isolate-documents", default=None, help="Windows do not cross documents.")
@@ -158,7 +167,7 @@ def demo(out: str, text: tuple[str, ...]) -> None:
 @click.option("--shard-tokens", type=int, help="Positions per shard: what a killed worker loses at most.")
 @click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
 @click.option("--batch-windows", type=int, help="Windows in one forward pass; recorded in the entry.")
-@click.option("--revision", help="Revision of a hub teacher.")
+@click.option("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order.")
 @click.option("--attention", help="Attention implementation of transformers, such as sdpa or eager.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run model code from the hub; recorded.")
 @click.option("--worker", help="i/n: do the i-th of n shares, for several processes on one entry.")
@@ -176,7 +185,7 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
         from logit_cache.corpus import CorpusConfig
         from logit_cache.engines import parse_worker, run_local
         from logit_cache.inspect import describe_entry
-        from logit_cache.job import CacheJob, load_teacher, open_job
+        from logit_cache.job import CacheJob, load_teachers, open_job
         from logit_cache.progress import progress
         from storage.config import build_config, given, read_yaml
         from storage.errors import InputError
@@ -191,13 +200,15 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
             if "out" not in text_fields or "cache" in fields:
                 raise InputError("cache-logits: --text makes a new cache: give it with --out, and without --cache")
             job = build_config(CacheJob, {**fields, "cache": text_fields["out"]}, {}, "cache-logits")
-            # The teacher before the text, so that a wrong one costs no minutes and leaves no stream behind.
-            teacher = load_teacher(job)
+            # The teachers before the text, so that a wrong one costs no minutes and leaves no stream behind.
+            teachers = load_teachers(job)
             text_fields.setdefault("trust_remote_code", job.trust_remote_code)
             if not {"tokenizer", "train_tokenizer"} & text_fields.keys():
-                text_fields.update({"tokenizer": job.teacher, "tokenizer_revision": job.revision})
+                text_fields.update(
+                    {"tokenizer": job.teacher[0], "tokenizer_revision": (*job.revision, None)[0] or None}
+                )
             _tokenize(None, text_fields)
-            opened = open_job(job, teacher)
+            opened = open_job(job, teachers)
         elif text_fields:
             raise InputError(f"cache-logits: --{min(text_fields).replace('_', '-')} goes with --text and --out")
         else:

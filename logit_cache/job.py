@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from storage.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
 from storage.errors import IdentityMismatch, InputError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from teachers.huggingface import HuggingFaceTeacher
 
 Positive = Annotated[int, Field(ge=1)]
+Source = Annotated[str, Field(min_length=1)]
 
 _LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
 # Tokens in one forward pass. On a CPU larger batches only cost memory; on a GPU they fill it.
@@ -29,14 +31,24 @@ _BATCH_TOKENS = {"cpu": 4_096, "cuda": 32_768}
 
 
 class CacheJob(BaseModel):
-    """The fields of `cache-logits`, as flags or in a YAML file. Lengths are in tokens, steps in nats."""
+    """The fields of `cache-logits`, as flags or in a YAML file. Lengths are in tokens, steps in nats.
+
+    Several teachers are one ensemble; `weight` and `revision` are given once for each of them, or not at all.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cache: str
-    teacher: str
+    teacher: Annotated[tuple[Source, ...], Field(min_length=1, max_length=64)]
+    combine: Literal["logit-mean", "mixture"] | None = None
+    weight: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
+    targets: Literal["topk", "varopt"] = "topk"
     k: Annotated[int, Field(ge=1, le=MAX_UINT16)] = 64
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    head_ids: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 48)] | None = None
+    target_temperature: float | None = None
     context_tokens: Positive = 128
     stride_tokens: Positive | None = None
     isolate_documents: bool = False
@@ -48,9 +60,49 @@ class CacheJob(BaseModel):
     shard_tokens: Positive | None = None
     chunk_tokens: Positive | None = None
     batch_windows: Positive | None = None
-    revision: str | None = None
+    revision: tuple[str, ...] = ()
     attention: str | None = None
     trust_remote_code: bool = False
+
+    @field_validator("teacher", "weight", "revision", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | int | float) else value
+
+    @model_validator(mode="after")
+    def _targets_agree(self) -> CacheJob:
+        of_varopt = {"head_ids": self.head_ids, "seed": self.seed, "target_temperature": self.target_temperature}
+        foreign = {"top_p": self.top_p} if self.targets == "varopt" else of_varopt
+        for name, value in foreign.items():
+            if value is not None:
+                other = "topk" if self.targets == "varopt" else "varopt"
+                raise ValueError(f"--{name.replace('_', '-')} goes with --targets {other}: leave one of them out")
+        if self.target_temperature not in (None, 1.0, 2.0):
+            raise ValueError(
+                f"--target-temperature {self.target_temperature:g}: ids are drawn for temperature 1 or 2, at which "
+                f"the stored tails are exact"
+            )
+        if self.head_ids is not None and self.head_ids >= self.k:
+            raise ValueError(
+                f"--head-ids {self.head_ids} leaves none of -k {self.k} ids to sample: give fewer, or --targets topk"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ensemble_agrees(self) -> CacheJob:
+        count = len(self.teacher)
+        if count > 1 and self.combine is None:
+            raise ValueError(f"{count} times --teacher: say with --combine logit-mean or mixture what is made of them")
+        if count == 1 and (self.combine or self.weight):
+            given = "--combine" if self.combine else "--weight"
+            raise ValueError(f"{given} goes with several teachers: repeat --teacher for each of them, or leave it out")
+        for name in ("weight", "revision"):
+            if len(getattr(self, name)) not in (0, count):
+                raise ValueError(
+                    f"--{name} is given {len(getattr(self, name))} times, --teacher {count} times: give it once for "
+                    f"each teacher, in their order, or not at all"
+                )
+        return self
 
     @model_validator(mode="after")
     def _stride_fits(self) -> CacheJob:
@@ -66,6 +118,18 @@ class CacheJob(BaseModel):
         """Tokens from one window to the next; the context length unless given."""
         return self.stride_tokens or self.context_tokens
 
+    def stored_targets(self) -> Targets:
+        """The record of what is stored for a position."""
+        if self.targets == "topk":
+            return Targets(k=self.k, top_p=self.top_p)
+        return Targets(
+            method="varopt",
+            k=self.k,
+            head_ids=self.head_ids or None,
+            seed=self.seed or 0,
+            temperature=self.target_temperature or 1.0,
+        )
+
 
 @dataclass(frozen=True)
 class OpenJob:
@@ -76,27 +140,42 @@ class OpenJob:
     writer: EntryWriter
 
 
-def load_teacher(job: CacheJob) -> HuggingFaceTeacher:
-    """The job's teacher on its device, checked as far as that goes without a token stream. Raises InputError."""
-    from teachers.huggingface import HuggingFaceTeacher
+def load_teachers(job: CacheJob) -> tuple[HuggingFaceTeacher, ...]:
+    """The job's teachers on their device, checked as far as that goes without a token stream.
+
+    Raises InputError, and IdentityMismatch for members of an ensemble whose tokenizers differ.
+    """
+    from teachers.huggingface import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 
     device_type, dtype = _device_and_dtype(job)
-    teacher = HuggingFaceTeacher.load(
-        job.teacher,
-        dtype=dtype,
-        device=device_type if job.device == "auto" else job.device,
-        revision=job.revision,
-        attention=job.attention,
-        trust_remote_code=job.trust_remote_code,
+    teachers = tuple(
+        HuggingFaceTeacher.load(
+            source,
+            dtype=dtype,
+            device=device_type if job.device == "auto" else job.device,
+            revision=revision or None,
+            attention=job.attention,
+            trust_remote_code=job.trust_remote_code,
+            # Members hold a chunk of logits each, all at the same time.
+            logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
+        )
+        for source, revision in zip(job.teacher, job.revision or ("",) * len(job.teacher), strict=True)
     )
-    teacher.check_context(job.context_tokens)
-    if job.k > teacher.head_columns:
-        raise InputError(f"--k {job.k} is larger than the head of {job.teacher} ({teacher.head_columns} columns)")
-    return teacher
+    for source, teacher in zip(job.teacher, teachers, strict=True):
+        teacher.check_context(job.context_tokens)
+        if job.k > teacher.head_columns:
+            raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
+    named = [(source, teacher.vocabulary()) for source, teacher in zip(job.teacher, teachers, strict=True)]
+    known = [(source, vocabulary) for source, vocabulary in named if vocabulary is not None]
+    for source, vocabulary in known[1:]:
+        _check_vocabulary(
+            known[0][1], vocabulary, source, known[0][0], "Members of an ensemble must share their tokenizer's ids."
+        )
+    return teachers
 
 
-def open_job(job: CacheJob, teacher: HuggingFaceTeacher | None = None) -> OpenJob:
-    """Check everything that can be wrong, load the teacher unless it is given, then create the entry or go on with it.
+def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> OpenJob:
+    """Check everything that can be wrong, load the teachers unless given, then create the entry or go on with it.
 
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
@@ -119,21 +198,14 @@ def open_job(job: CacheJob, teacher: HuggingFaceTeacher | None = None) -> OpenJo
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    teacher = teacher or load_teacher(job)
-    if teacher.head_columns < vocabulary_size:
-        raise InputError(
-            f"{job.teacher}: its head has {teacher.head_columns} columns, the tokenizer of {job.cache} has "
-            f"{vocabulary_size} ids; a teacher must be able to score every id: use the teacher that this tokenizer "
-            f"belongs to, or make a cache with the teacher's tokenizer"
-        )
-    _check_vocabulary(job, cache, teacher.vocabulary())
+    teacher = _one_teacher(job, cache, teachers or load_teachers(job))
     entry = TeacherEntry(
         positions=cache.record.corpus.positions,
         vocabulary_size=vocabulary_size,
         stream_sha256=cache.record.corpus.stream_sha256,
         tokenizer_fingerprint=cache.record.tokenizer.fingerprint,
         teacher=teacher.identity,
-        targets=Targets(k=job.k),
+        targets=job.stored_targets(),
         windowing=Windowing(
             context_tokens=job.context_tokens, stride_tokens=job.stride, isolate_documents=job.isolate_documents
         ),
@@ -165,18 +237,36 @@ def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16"
     return device, job.dtype if job.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
 
 
-def _check_vocabulary(job: CacheJob, cache: LogitCache, theirs: dict[str, int] | None) -> None:
-    """Refuse a teacher of another tokenizer; a model without tokenizer files can only be checked by its head."""
-    if theirs is None:
-        return
-    from logit_cache.corpus import cache_vocabulary
+def _one_teacher(job: CacheJob, cache: LogitCache, teachers: Sequence[HuggingFaceTeacher]) -> Teacher:
+    """The teacher, or the ensemble of them, after a check that each can score the ids of the cache.
 
-    ours = cache_vocabulary(cache)
+    A model without tokenizer files can only be checked by its head.
+    """
+    from logit_cache.corpus import cache_vocabulary
+    from teachers.ensemble import EnsembleTeacher
+
+    vocabulary_size, ours = cache.vocabulary_size, None
+    for source, teacher in zip(job.teacher, teachers, strict=True):
+        if teacher.head_columns < vocabulary_size:
+            raise InputError(
+                f"{source}: its head has {teacher.head_columns} columns, the tokenizer of {job.cache} has "
+                f"{vocabulary_size} ids; a teacher must be able to score every id: use the teacher that this "
+                f"tokenizer belongs to, or make a cache with the teacher's tokenizer"
+            )
+        theirs = teacher.vocabulary()
+        if theirs is not None:
+            ours = ours or cache_vocabulary(cache)
+            remedy = f"Make a cache with this teacher's tokenizer: logit-cache tokenize --tokenizer {source}"
+            _check_vocabulary(ours, theirs, source, job.cache, remedy)
+    if job.combine is None:
+        return teachers[0]
+    return EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)
+
+
+def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int], source: str, other: str, remedy: str) -> None:
     if ours != theirs:
         raise IdentityMismatch(
-            f"{job.teacher}: its tokenizer is not the one of {job.cache}",
-            differing_entries(ours, theirs),
-            "Make a cache with this teacher's tokenizer: logit-cache tokenize --tokenizer " + job.teacher,
+            f"{source}: its tokenizer is not the one of {other}", differing_entries(ours, theirs), remedy
         )
 
 

@@ -1,4 +1,4 @@
-"""Logits to what is stored of them: top-k, tails, the label's log-prob and the entropy; exact, in float32.
+"""Logits to what is stored of them: ids, tails, the label's log-prob and the entropy; exact, in float32.
 
 Legend: `R` rows, `T` rows of one tile, `V` vocabulary size, `K` kept ids, `W` width of a block, `M` blocks.
 
@@ -7,6 +7,9 @@ The naive form, with z = logits[:, :V], p = softmax(z) and S the K ids that come
 
     logprobs = log p[S]    label_logprob = log p[label]    entropy = -sum p log p
     log_tail = log sum_{j not in S} p_j    log_tail_half = log sum_{j not in S} sqrt(p_j)
+
+VarOpt targets start from the same S: its first ids stay, the others give way to sampled ones (`teachers.sample`),
+and the tails take in what left: they are of the ids that are not certain.
 
 `torch.topk` over a whole row costs more than everything else together, and leaves the order of equal logits
 undefined. Instead, the row is cut into blocks of W columns. The K best columns lie in the K blocks with the
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
+from teachers.sample import Sampling, draw
 
 # Under 32 columns torch's maximum over the last dimension is not vectorised and costs five times as much; among
 # few columns that still pays.
@@ -50,16 +54,18 @@ class ReducedRows:
 
     token_ids      int64 [R, K]    most probable first, equal logits by ascending id
     logprobs       float32 [R, K]  of these ids, normalised over all V
-    log_tail       float32 [R]     log of the mass of the other V - K ids; -inf exactly when K = V
-    log_tail_half  float32 [R]     log of their sum of p**0.5; -inf exactly when K = V
+    certain        int64 [R]       how many of them are there with certainty, the first ones; K for top-k
+    log_tail       float32 [R]     log of the mass of the V - certain other ids; -inf exactly when there are none
+    log_tail_half  float32 [R]     log of their sum of p**0.5; -inf exactly when there are none
     label_logprob  float32 [R]     log-prob of the label; NaN exactly where the label is -1
     entropy        float32 [R]     of the distribution over all V
 
-    Nats. No log-prob or tail lies under the floor that `reduce_topk` was given.
+    Nats. No log-prob or tail lies under the floor that the reducer was given.
     """
 
     token_ids: Tensor
     logprobs: Tensor
+    certain: Tensor
     log_tail: Tensor
     log_tail_half: Tensor
     label_logprob: Tensor
@@ -99,6 +105,24 @@ def reduce_topk(logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, fl
     Raises `InputError` when the logits have fewer than V columns or k is not in 1..V, `InvalidLogits` for a
     row with NaN, +inf, or nothing but -inf.
     """
+    return _reduce(logits, vocabulary_size, k, labels, floor, None)
+
+
+def reduce_varopt(
+    logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, floor: float, sampling: Sampling
+) -> ReducedRows:
+    """VarOpt targets of softmax(logits[:, :vocabulary_size]): like `reduce_topk`, with ids as `teachers.sample` says.
+
+    All ids have their exact log-probs; what the drawn ones weigh follows from the tail and their number.
+    """
+    assert sampling.random.shape == labels.shape
+    assert 0 <= sampling.head_ids < k
+    return _reduce(logits, vocabulary_size, k, labels, floor, sampling)
+
+
+def _reduce(
+    logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, floor: float, sampling: Sampling | None
+) -> ReducedRows:
     rows, columns = logits.shape
     if columns < vocabulary_size:
         raise InputError(
@@ -117,6 +141,7 @@ def reduce_topk(logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, fl
     result = ReducedRows(
         token_ids=empty(rows, k, dtype=torch.int64),
         logprobs=empty(rows, k),
+        certain=empty(rows, dtype=torch.int64).fill_(k),
         log_tail=empty(rows),
         log_tail_half=empty(rows),
         label_logprob=empty(rows),
@@ -134,6 +159,7 @@ def reduce_topk(logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, fl
             start,
             buffers[:, : stop - start],
             ReducedRows(**{name: value[start:stop] for name, value in vars(result).items()}),
+            None if sampling is None else sampling.rows(start, stop),
         )
     return result
 
@@ -143,7 +169,13 @@ def _tile_logits(device: torch.device) -> int:
 
 
 def _reduce_tile(
-    logits: Tensor, labels: Tensor, floor: float, first_row: int, buffers: Tensor, into: ReducedRows
+    logits: Tensor,
+    labels: Tensor,
+    floor: float,
+    first_row: int,
+    buffers: Tensor,
+    into: ReducedRows,
+    sampling: Sampling | None,
 ) -> None:
     k, vocabulary_size = into.token_ids.shape[1], logits.shape[1]
     row_max, ids, top = _select(logits, k)  # [T], [T, K], [T, K]
@@ -191,6 +223,42 @@ def _reduce_tile(
         log_tail[again], log_tail_half[again] = _far_tail(logits[again], ids[again], row_max[again], log_sum[again])
     into.log_tail.copy_(log_tail.clamp_min_(floor))
     into.log_tail_half.copy_(log_tail_half.clamp_min_(floor))
+    if sampling is not None:
+        _sample_tile(logits, row_max, z, log_sum, floor, buffers, into, sampling)
+
+
+def _sample_tile(
+    logits: Tensor,
+    row_max: Tensor,
+    z: Tensor,
+    log_sum: Tensor,
+    floor: float,
+    buffers: Tensor,
+    into: ReducedRows,
+    sampling: Sampling,
+) -> None:
+    """Put VarOpt samples in the place of the top-k in `into`; z [T, K] and log_sum [T] are those of `_reduce_tile`,
+    and so is mass in the second buffer: e^z outside the top-k."""
+    scratch, mass = buffers
+    beta = 1.0 / sampling.temperature
+    if beta != 1.0:
+        torch.add(row_max[:, None] * -beta, logits, alpha=beta, out=mass)
+        torch.exp(mass, out=mass)
+        mass.scatter_(1, into.token_ids, 0.0)
+    ids, certain = draw(mass, (beta * z).exp(), into.token_ids, sampling, scratch)
+    left = torch.arange(z.shape[1], device=z.device) >= certain[:, None]
+    into.log_tail.copy_(_joined(into.log_tail, into.logprobs, left).masked_fill_(certain == 0, 0.0))
+    into.log_tail_half.copy_(_joined(into.log_tail_half, 0.5 * into.logprobs, left))
+    ids, values = _best(logits.gather(1, ids), ids, z.shape[1])
+    into.token_ids.copy_(ids)
+    into.logprobs.copy_((values - row_max[:, None] - log_sum[:, None]).clamp_min_(floor))
+    into.certain.copy_(certain)
+
+
+def _joined(log_tail: Tensor, logs: Tensor, left: Tensor) -> Tensor:
+    """log of exp(log_tail) [T] and those of exp(logs) [T, K] that left the head; in log space nothing underflows."""
+    terms = torch.cat([log_tail[:, None], logs.masked_fill(~left, -math.inf)], dim=1)
+    return torch.logsumexp(terms, dim=1)
 
 
 def _far_tail(logits: Tensor, ids: Tensor, row_max: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:

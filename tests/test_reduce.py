@@ -62,6 +62,7 @@ def check(logits: Tensor, vocabulary_size: int, k: int, labels: Tensor | None = 
     assert torch.equal(logits.nan_to_num(), before.nan_to_num()), "the input was written to"
     expected = reference(logits, vocabulary_size, k, labels)
     np.testing.assert_array_equal(found.token_ids.numpy(), expected["token_ids"])
+    assert bool((found.certain == k).all())
     for name in ("logprobs", "log_tail", "log_tail_half", "label_logprob"):
         value = getattr(found, name)
         assert value.dtype == torch.float32

@@ -1,0 +1,152 @@
+"""VarOpt sampling: K ids per position whose weights have the teacher's distribution as their mean.
+
+Legend: `T` rows of one tile, `V` vocabulary size, `K` kept ids, `W` width of a block of ids, `M` blocks.
+
+The naive form, for a row of masses ``a = p ** (1 / temperature)``, the largest first, with R_j = sum_{i > j} a_i::
+
+    j = the least with j >= head_ids and a_{j+1} (K - j) < R_j; K where there is none
+    the first j ids are certain: they weigh a_i
+    of the others K - j different ids are drawn, id i with probability (K - j) a_i / R_j: they weigh R_j / (K - j) each
+
+so that E[w] = a and sum w = sum a, with the least variance that K ids allow (Cohen et al. 2011; Chao 1982). Drawing
+is systematic: the others lie in a row in the order of their ids, each as long as its mass, under a comb of K - j teeth
+R_j / (K - j) apart, which one uniform number shifts; the ids under a tooth are drawn. No id is longer than the comb's
+step, so none is drawn twice. Where at most K ids have any mass, all are certain.
+
+What is random is a pure function of the seed and the absolute position, whatever the shard, the batch or the device.
+
+Precision: lengths are whole numbers, 2**30 to a step of the comb, so their sums are exact in any order, on any
+device; float sums only choose the unit. The rule for j holds exactly for the whole numbers, where it makes ids
+distinct. Rounding lengths down moves an inclusion probability by less than 2**-30, and by V / (K - j) * 2**-30 of its
+size. Nothing is drawn from a rest under 2**-53 of a row's mass, which is less than float64 can add to it: then the K
+largest ids are certain.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_RANDOM_BITS = 32
+_STEP_BITS = 30  # times K <= 2**16 ids, or times the random bits, a step fits int64; alone it fits int32
+_LEAST_REST = 2.0**-53
+_LEAST_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How R rows are sampled.
+
+    temperature  the one at which the weights are unbiased: ids are drawn by p ** (1 / temperature)
+    head_ids     how many ids are certain at least, under K
+    random       int64 [R], from `random_bits` at the rows' positions, on the logits' device
+    """
+
+    temperature: float
+    head_ids: int
+    random: Tensor
+
+    def rows(self, start: int, stop: int) -> Sampling:
+        """The same for the rows `start .. stop`."""
+        return Sampling(self.temperature, self.head_ids, self.random[start:stop])
+
+
+def random_bits(seed: int, start: int, stop: int) -> NDArray[np.int64]:
+    """32 random bits for each of the absolute positions `start .. stop`, int64 in 0 .. 2**32 - 1.
+
+    The upper half of word ``position % 4`` of block ``position // 4`` of Philox4x64-10 with the seed as its key, as
+    NumPy counts the blocks.
+    """
+    # NumPy guarantees the stream of a bit generator, unlike those of the distributions on top of it.
+    words = np.random.Philox(key=seed, counter=start // 4).random_raw(stop - start + start % 4)
+    return (words[start % 4 :] >> np.uint64(64 - _RANDOM_BITS)).astype(np.int64)
+
+
+def draw(mass: Tensor, top: Tensor, top_ids: Tensor, sampling: Sampling, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """VarOpt samples of T rows: ids int64 [T, K] and how many of them are certain, int64 [T].
+
+    mass     float32 [T, V], in any unit of its row, not negative; 0 at the top ids. Overwritten
+    top      float32 [T, K]  the masses of the K ids that come first, in order; top_ids int64 [T, K]
+    scratch  float32 [T, V]  overwritten
+
+    The certain ids come first, in the order of `top_ids`; the drawn ones follow by ascending id.
+    """
+    k = top.shape[1]
+    columns = torch.arange(k, device=top.device)
+    rest = _suffix_sums(torch.cat([top, mass.sum(1, keepdim=True)], dim=1))  # [T, K + 1], R_j in column j
+    certain = _certain(top, rest, torch.full_like(top_ids[:, 0], sampling.head_ids))
+    left = rest.gather(1, certain[:, None]).squeeze(1)
+    certain.masked_fill_(left < _LEAST_REST * rest[:, 0], k)
+
+    # The unit: from here on all sums are exact.
+    unit = ((k - certain) * 2**_STEP_BITS / left).masked_fill_(certain == k, 0.0)
+    lengths = scratch.view(torch.int32)
+    lengths.copy_(mass.mul_(unit[:, None]))
+    top_lengths = (top * unit[:, None]).to(torch.int64).masked_fill_(columns < certain[:, None], 0)
+    width = _block_width(mass.shape[1], k)
+    blocks = _block_sums(lengths, width)  # int64 [T, M]
+    rest = torch.cat([top_lengths, blocks.sum(1, keepdim=True)], dim=1).flip(1).cumsum(1).flip(1)
+    certain = _certain(top_lengths, rest, certain)
+    top_lengths.masked_fill_(columns < certain[:, None], 0)
+    lengths.scatter_(1, top_ids, top_lengths.to(torch.int32))
+    blocks.scatter_add_(1, top_ids // width, top_lengths)
+
+    step = rest.gather(1, certain[:, None]) // (k - certain).clamp_min(1)[:, None]  # [T, 1]
+    teeth = columns * step + (sampling.random[:, None] * step >> _RANDOM_BITS)  # [T, K]; the first K - certain count
+    drawn = _under(teeth, lengths, blocks, width)
+    drawn = drawn.gather(1, (columns - certain[:, None]).clamp_min(0))
+    return torch.where(columns < certain[:, None], top_ids, drawn), certain
+
+
+def _certain(values: Tensor, rest: Tensor, least: Tensor) -> Tensor:
+    """The least j >= `least` [T] with a_{j+1} (K - j) < R_j, or K; values [T, K] descend, rest [T, K + 1] is R.
+
+    Once the rule holds it goes on holding: taking an id of at most the mean away leaves no smaller mean.
+    """
+    k = values.shape[1]
+    columns = torch.arange(k, device=values.device)
+    sampled = (values * (k - columns) < rest[:, :k]) & (columns >= least[:, None])
+    return k - sampled.sum(1)
+
+
+def _suffix_sums(values: Tensor) -> Tensor:
+    """The sum of each column [T, n] and those after it; pairwise, since a float cumsum on a GPU has no fixed order."""
+    shift = 1
+    while shift < values.shape[1]:
+        values = values + torch.nn.functional.pad(values[:, shift:], (0, shift))
+        shift *= 2
+    return values
+
+
+def _block_width(columns: int, k: int) -> int:
+    """Near sqrt(columns / k), which balances the blocks against the ids inside those that are looked into."""
+    return min(columns, max(_LEAST_BLOCK, 1 << round(math.log2(columns / k) / 2)))
+
+
+def _block_sums(lengths: Tensor, width: int) -> Tensor:
+    """int64 [T, M] sums of runs of `width` columns; the last run may be shorter."""
+    whole = lengths.shape[1] // width * width
+    blocks = lengths[:, :whole].view(len(lengths), whole // width, width).sum(2)
+    if whole < lengths.shape[1]:
+        blocks = torch.cat([blocks, lengths[:, whole:].sum(1, keepdim=True)], dim=1)
+    return blocks
+
+
+def _under(teeth: Tensor, lengths: Tensor, blocks: Tensor, width: int) -> Tensor:
+    """The ids [T, K] on which points [T, K] fall, when ids with `lengths` [T, V] lie side by side; int64.
+
+    A point beyond all ids gives some number.
+    """
+    ends = blocks.cumsum(1)
+    block = torch.searchsorted(ends, teeth, right=True).clamp_max_(blocks.shape[1] - 1)
+    inside = teeth - (ends - blocks).gather(1, block)
+    ids = block[:, :, None] * width + torch.arange(width, device=teeth.device)  # [T, K, W]
+    last = lengths.shape[1] - 1
+    within = lengths.gather(1, ids.clamp_max(last).flatten(1)).view_as(ids).to(torch.int64)
+    passed = within.masked_fill_(ids > last, 0).cumsum(2) <= inside[:, :, None]
+    return block * width + passed.sum(2)
