@@ -48,6 +48,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
     return {
         "teacher": [m.model_dump() for m in entry.teacher.members],
         "combine": entry.teacher.combine,
+        "weights": list(entry.teacher.weights),
         "architecture": member.architecture,
         "targets": entry.targets.model_dump(),
         "windowing": entry.windowing.model_dump(),

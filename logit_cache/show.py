@@ -29,16 +29,23 @@ def cache_text(found: dict[str, Any]) -> str:
 
 
 def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
-    member, windowing, targets = entry["teacher"][0], entry["windowing"], entry["targets"]
+    windowing, targets = entry["windowing"], entry["targets"]
     share = 100 * entry["positions_cached"] / entry["positions"]
     state = "complete" if entry["complete"] else f"{share:.1f} % cached, first missing {entry['missing'][0]}"
+    made_of = [
+        f"{member['source']} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
+        for member in entry["teacher"]
+    ]
+    if entry["combine"] != "single":
+        shares = zip(entry["weights"], made_of, strict=True)
+        made_of = [f"{entry['combine']} of " + " and ".join(f"{share:g} {member}" for share, member in shares)]
+    digests = ", ".join(f"{member['weights_sha256'][:16]}…" for member in entry["teacher"])
     lines = [
-        f"teacher {name}: {member['source']} ({member['architecture']}, {member['parameters']:,} parameters, "
-        f"{member['dtype']})",
+        f"teacher {name}: {made_of[0]}",
         f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}",
         f"  targets     {targets['method']}, k = {targets['k']}, windows of {windowing['context_tokens']} tokens every "
         f"{windowing['stride_tokens']}{', documents isolated' if windowing['isolate_documents'] else ''}",
-        f"  weights     sha256 {member['weights_sha256'][:16]}…",
+        f"  weights     sha256 {digests}",
     ]
     if entry["positions_cached"]:
         lines.append(
