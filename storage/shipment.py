@@ -29,7 +29,7 @@ from storage.inventory import (
     corpus_groups,
     teacher_group,
 )
-from storage.location import Location
+from storage.location import MOST_BYTES, Location
 from storage.manifest import (
     ATTRIBUTE,
     CacheRecord,
@@ -73,11 +73,11 @@ class Snapshot(Location):
         """Keys of what was fetched, sorted; each lies in the folder under its key."""
         return sorted(self._kept)
 
-    def read(self, key: str, *limit: int) -> bytes:
+    def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
         path = self.folder / key
         if key in self._kept:
             return path.read_bytes()
-        data = self.source.read(key, *limit)
+        data = self.source.read(key, at_most)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         self._kept.add(key)

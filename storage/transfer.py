@@ -148,8 +148,9 @@ class Transfer:
             missing = part.missing()
             if missing:
                 done.missing[part.name] = missing
-        whole = self.shipment.record.corpus.tokens_included and not done.missing.keys() & {"tokens", "document_starts"}
-        self._sink.finish(self.shipment, companions or {}, self._check_stream if check_stream and whole else None)
+        streams = [part.name for part in self.shipment.parts if part.record is None]
+        check = check_stream and streams and not done.missing.keys() & set(streams)
+        self._sink.finish(self.shipment, companions or {}, self._check_stream if check else None)
         return done
 
     def _check_stream(self, copy: LogitCache) -> None:
@@ -182,10 +183,12 @@ class _PartCopy:
         """Copy what the target has not of one shard; objects copied, their bytes, and objects that were there."""
         receipt, data = self._part.receipt(shard)
         committed = self._committed(shard, receipt, data)
+        # What was committed since the target was listed is in no listing.
+        length = self._listing.get if self._there.receipts.key(shard) in self._listing else self._target.size
         copied = copied_bytes = kept = 0
         for key, spec in self._there.objects(receipt):
             size = receipt.objects[spec.name].bytes
-            if committed and self._listing.get(key) == size:
+            if committed and length(key) == size:
                 kept += 1
                 self._advance(size)
                 continue
@@ -199,9 +202,10 @@ class _PartCopy:
     def _committed(self, shard: int, receipt: ShardReceipt, data: bytes) -> bool:
         """Whether the target has the shard's receipt; CorruptCache when it is damaged or commits other bytes."""
         key = self._there.receipts.key(shard)
-        if key not in self._listing:
+        # Listed may be hours ago, and not every store keeps to a put that must not replace.
+        if key not in self._listing and self._target.size(key) is None:
             return False
-        if self._same and self._listing[key] == len(data):
+        if self._same and self._listing.get(key) == len(data):
             return True
         found = self._there.receipts.read(shard)
         if found is None:

@@ -446,7 +446,7 @@ def test_a_killed_push_to_an_object_store_goes_on(moto_bucket: Bucket, run: Run,
         command("logit-cache", "push", source, url, "--workers", 1),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=environment(),
+        env={**environment(), "TMPDIR": str(tmp_path)},
     )
     while process.poll() is None:
         found = client.list_objects_v2(Bucket=moto_bucket.name, Prefix="shared/teachers/a/receipts/")
