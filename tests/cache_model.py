@@ -99,7 +99,9 @@ class CacheModel:
 
     def still_damaged(self) -> set[str]:
         """Keys that a test has damaged and nothing has made good since."""
-        self.damaged = {key for key in self.damaged if not says_the_same(key, self.on_disk(key), self.pristine.get(key))}
+        self.damaged = {
+            key for key in self.damaged if not says_the_same(key, self.on_disk(key), self.pristine.get(key))
+        }
         return self.damaged
 
     def is_committed(self, part: known.Part) -> bool:

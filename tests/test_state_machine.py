@@ -181,6 +181,10 @@ class CacheMachine(RuleBasedStateMachine):
             for name, part in theirs.items():
                 if source.is_sound(part):
                     target.acknowledge(part, source.acknowledged[name])
+            # What is damaged at the source is refused or left behind, never handed on.
+            known_there = [part for part in target.parts() if part.name in target.acknowledged]
+            if not target.still_damaged() and all(target.index_fits(part) for part in known_there):
+                assert verify(str(target.root), deep=True, workers=1).problems == []
 
     # What happens to caches.
 
