@@ -138,11 +138,12 @@ def _walk(
         grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None
         total: LossSums | None = None
-        buffer = hidden.new_empty(_rows_at_once(hidden, weight), len(weight), dtype=wide)
-        for start in range(0, max(1, len(hidden)), len(buffer)):
-            rows = slice(start, start + len(buffer))
+        step = _rows_at_once(hidden, weight)
+        buffer = hidden.new_empty(step, len(weight), dtype=wide) if head.dtype == wide else None
+        for start in range(0, max(1, len(hidden)), step):
+            rows = slice(start, start + step)
             h = hidden[rows].to(head.dtype)
-            z = _logits(h, weight, bias, head, buffer[: len(h)])
+            z = _logits(h, weight, bias, head, buffer)
             chunk = LogitChunk(
                 z,
                 prepared.labels[rows],
@@ -161,12 +162,15 @@ def _walk(
                     z.mul_(head.scale)
                 if grad_bias is not None:
                     grad_bias += z.sum(0)
-                z = z.to(head.dtype)
+                operand = z.to(head.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = _product(z, weight)
+                    grad_hidden[rows] = _product(operand, weight)
                 if grad_weight is not None:
-                    _add_product(grad_weight, z.t(), h)
+                    _add_product(grad_weight, operand.t(), h)
+                del operand
             total = sums if total is None else total + sums
+            # Without a buffer to use again, the next chunk must not be made beside this one.
+            del z, chunk
         assert total is not None
         return total, (grad_hidden, grad_weight, grad_bias)
 
@@ -188,19 +192,19 @@ def _differentiated(
     return replace(sums, loss_sum=sums.loss_sum.detach()), by_label, pairs
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, buffer: Tensor) -> Tensor:
-    """The logits [R, W] of some rows, in the buffer."""
-    if h.dtype == buffer.dtype:
-        torch.mm(h, weight.t(), out=buffer)
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, buffer: Tensor | None) -> Tensor:
+    """The logits [R, W] of some rows, in the buffer if there is one; float32 or float64."""
+    if buffer is not None:
+        z = torch.mm(h, weight.t(), out=buffer[: len(h)])
     else:
-        buffer.copy_(_product(h, weight.t()))
+        z = _product(h, weight.t()).to(torch.float32)
     if bias is not None:
-        buffer += bias
+        z += bias
     if head.scale != 1.0:
-        buffer *= head.scale
+        z *= head.scale
     if head.softcap is not None:
-        buffer.div_(head.softcap).tanh_().mul_(head.softcap)
-    return buffer
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    return z
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.fused import compare
 from sparse import V, dense, labels_for, member, normal, stored, varopt
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,6 +198,23 @@ def test_our_error_is_at_most_the_naive_one(
         assert (a.double() - true).norm() <= (b.double() - true).norm() + tolerance * true.norm()
 
 
+def test_where_the_product_is_widened_half_precision_rounds_its_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's product gives, made here by hand: sums as exact as those of float32 weights of these values."""
+    monkeypatch.setattr(fused, "_product", lambda a, b: a.float() @ b.float())
+    monkeypatch.setattr(fused, "_WEIGHT_ROWS", 100)
+    loss, prepared, labels, targets = simple()
+    half = [normal(38, P, H).bfloat16().requires_grad_(), normal(39, V, H, scale=0.5).bfloat16().requires_grad_()]
+    exact = [tensor.detach().double().requires_grad_() for tensor in half]
+    truth, naive = (loss(a @ b.T, labels, targets).loss_sum for a, b in (exact, half))
+    ours = fused_loss(*half, None, prepared).loss_sum
+    error = [float((each.detach().double() - truth.detach()).abs() / truth.detach()) for each in (ours, naive)]
+    assert error[0] < 1e-6 < 1e-5 < error[1]
+    found, by_naive, expected = (by_autograd(each, t) for each, t in ((ours, half), (naive, half), (truth, exact)))
+    for a, b, true in zip(found, by_naive, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - true).norm() <= (b.double() - true).norm()
+
+
 class _Largest(TorchDispatchMode):
     """Notes the largest tensor that any operation makes."""
 
@@ -228,6 +246,16 @@ def test_the_logits_of_all_positions_are_never_there(
     with _Largest() as largest:
         loss(hidden @ weight.T, labels_for(28, positions), {"t": stored(dense(29, positions), 10)})
     assert largest.elements >= positions * V, "the control sees what there is to see"
+
+
+@pytest.mark.slow
+def test_a_fused_step_holds_no_more_than_plain_cross_entropy() -> None:
+    """By the kernel's count, a whole step with AdamW; the benchmark has the figures."""
+    ways = ("plain cross-entropy", "distilled, fused")
+    found = compare("step", 30_000, 1, ("--positions", "1024", "--threads", "1"), ways)
+    plain, ours = (found[way].peak_bytes for way in ways)
+    assert plain > 1024 * 30_000 * 4, "at least its logits are there"
+    assert ours <= plain
 
 
 def simple() -> tuple[DistillationLoss, PreparedLoss, Tensor, dict[str, dict[str, Tensor]]]:

@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,15 +69,17 @@ def main() -> None:
                 f"\n{columns:,} columns, {arguments.positions:,} positions, H = {arguments.hidden}, K = {STORED_IDS}, "
                 f"tau = {arguments.temperature:g}, {arguments.threads} threads: {title}\n"
             )
-            print(table(compare(part, columns, arguments.rounds)), flush=True)
+            print(table(compare(part, columns, arguments.rounds, sys.argv[1:])), flush=True)
 
 
-def compare(part: str, columns: int, rounds: int, extra: tuple[str, ...] = ()) -> dict[str, Measured]:
-    """Every way's best over the rounds, each measurement in a process of its own."""
+def compare(
+    part: str, columns: int, rounds: int, options: Sequence[str], ways: Iterable[str] = tuple(WAYS)
+) -> dict[str, Measured]:
+    """Every way's best over the rounds, each measurement in a process of its own, with these options."""
     best: dict[str, Measured] = {}
     for _ in range(rounds):
-        for way in WAYS:
-            line = [sys.executable, __file__, *(extra or sys.argv[1:]), "--child", part, way, str(columns)]
+        for way in ways:
+            line = [sys.executable, __file__, *options, "--child", part, way, str(columns)]
             done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
             if done.returncode:
                 raise SystemExit(done.stderr)
