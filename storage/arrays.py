@@ -210,17 +210,19 @@ class CheckedArray:
                 f"Run the same {command} command again to complete it"
             )
         key = self._key(shard)
-        # A local copy can be evicted by another process between its coming and its check.
-        for attempt in range(1 if self._mirror is None else _READ_ATTEMPTS):
+        # A local copy is fetched when it does not pass, and another process can evict it before it is checked again.
+        fetches = 0 if self._mirror is None else _READ_ATTEMPTS
+        for attempt in range(1 + fetches):
             if self._mirror is not None:
-                self._fetch(key, receipt)
+                self._mirror.opened(key)
             # Taken before the check: a replacement in between then shows afterwards.
             found = self._identity(shard)
             try:
                 check_object(self._local, key, self.spec, receipt)
             except CorruptCache:
-                if self._mirror is None or attempt == _READ_ATTEMPTS - 1:
+                if attempt == fetches:
                     raise
+                self._fetch(key, receipt)
             else:
                 if found is not None:
                     self._checked[shard] = found
@@ -234,11 +236,7 @@ class CheckedArray:
             raise CorruptCache(
                 f"{self._location.where(key)}: its receipt states {expected.bytes} bytes, more than such an object has"
             )
-        self._mirror.opened(key)
-        try:
-            check_object(self._local, key, self.spec, receipt)
-        except CorruptCache:
-            self._mirror.fetch(key, expected)
+        self._mirror.fetch(key, expected)
 
     def _identity(self, shard: int) -> _Identity | None:
         """What tells a file from another under the same name; None where there is none."""
