@@ -35,6 +35,10 @@ class CorruptCache(LogitCacheError, OSError):
     """A stored object differs from the receipt that commits it."""
 
 
+class MissingObject(CorruptCache):
+    """An object is not there, though something that was read before says that it is."""
+
+
 class IncompleteCache(LogitCacheError, LookupError):
     """A range was asked for that no receipt covers."""
 

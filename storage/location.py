@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from storage.errors import InputError
+from storage.errors import InputError, MissingObject
 from storage.format import KEY
 from storage.manifest import MAX_INDEX_BYTES, MAX_RECORD_BYTES, parse_json
 
 # No object of a cache is longer: the index of receipts is the largest.
 MOST_BYTES = MAX_INDEX_BYTES
+
+Result = TypeVar("Result")
 
 
 class Location(ABC):
@@ -33,6 +35,17 @@ class Location(ABC):
     def read_json(self, key: str, at_most: int = MAX_RECORD_BYTES) -> Any:
         """A small JSON object, parsed strictly. Raises FileNotFoundError, CorruptCache, FormatError."""
         return parse_json(self.read(key, at_most), self.where(key), at_most)
+
+    def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
+        """The result of a request for an object that must be there; `promise` says why: "its receipt exists".
+
+        Where a network lies between, FileNotFoundError and CorruptCache are believed only when they come again. Raises
+        MissingObject ("missing, though its receipt exists") then, or the CorruptCache.
+        """
+        try:
+            return request()
+        except FileNotFoundError:
+            raise MissingObject(f"{self.where(key)}: missing, though {promise}") from None
 
     @abstractmethod
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -60,6 +73,10 @@ class Location(ABC):
     @abstractmethod
     def publish(self, key: str, data: bytes) -> bool:
         """Write an object that is not there yet, whole or not at all; False if the key is taken."""
+
+    def publish_new(self, key: str, data: bytes) -> bool:
+        """`publish` for what is most likely not there: without a look beforehand where the place can do without."""
+        return self.publish(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Like `publish`, by the place's own atomic operation and without a look beforehand.

@@ -29,9 +29,6 @@ from storage.manifest import ObjectDigest
 
 _DEFAULT_BYTES = 64 << 30
 _LOCKS = 64
-# A spurious 404, a short or a flipped body is asked for again this often before it is believed.
-_ATTEMPTS = 3
-_PAUSE_S = 0.5
 # A copy is read within milliseconds of its check; what was opened just now is not removed under its reader.
 _IN_USE_S = 5.0
 _ABANDONED_S = 3600.0
@@ -89,23 +86,17 @@ class Mirror:
         return False
 
     def _download(self, key: str, expected: ObjectDigest) -> bytes:
-        where = self._remote.where(key)
-        found = ""
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                time.sleep(_PAUSE_S * attempt)
-            try:
-                data = self._remote.read(key, expected.bytes)
-            except FileNotFoundError:
-                found = "missing, though its receipt exists"
-                continue
+        def request() -> bytes:
+            data = self._remote.read(key, expected.bytes)
             sha256 = hashlib.sha256(data).hexdigest()
-            if (len(data), sha256) == (expected.bytes, expected.sha256):
-                return data
-            found = (
-                f"expected {expected.bytes} bytes with sha256 {expected.sha256}, found {len(data)} bytes with {sha256}"
-            )
-        raise CorruptCache(f"{where}: {found} (asked {_ATTEMPTS} times)")
+            if (len(data), sha256) != (expected.bytes, expected.sha256):
+                raise CorruptCache(
+                    f"{self._remote.where(key)}: expected {expected.bytes} bytes with sha256 {expected.sha256}, "
+                    f"found {len(data)} bytes with {sha256}"
+                )
+            return data
+
+        return self._remote.insist(key, "its receipt exists", request)
 
     def _store(self, key: str, data: bytes) -> None:
         path = self.path(key)

@@ -3,7 +3,8 @@
 Every request is bounded and repeated by one rule. A request that makes no progress for `LOGIT_CACHE_TIMEOUT_S` (15)
 seconds fails; whatever fails in a way that may pass (503, a reset, a truncated body, silence) is tried again with
 growing pauses until `LOGIT_CACHE_PATIENCE_S` (40) seconds have gone by; what will not pass (403, a missing bucket) is
-said at once. The libraries' own retries are switched off, or the two would multiply.
+said at once. The libraries' own retries are switched off, or the two would multiply. A 404, or a body that cannot be
+right, is an answer like any other, except for an object that must be there: `insist` asks for that three times.
 
 `publish` is a conditional PUT where the store has one: S3's `If-None-Match`, which not every server honours
 (`logit-cache doctor` tells). Without it, two writers of one object at the same instant can both succeed; the receipt
@@ -17,10 +18,10 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError, StoreUnavailable
-from storage.location import MOST_BYTES, Location
+from storage.location import MOST_BYTES, Location, Result
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _WEB = ("http", "https")
@@ -41,8 +42,12 @@ _FINAL = (
 # The body had not the checksum that the store sent with it. Asked again so often, it is the object and not the way.
 _DAMAGED_NAME, _DAMAGED_ATTEMPTS = "FlexibleChecksumError", 3
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
+# So often an object that must be there is asked for before a 404, a short or a flipped body is believed.
+_INSIST_ATTEMPTS, _INSIST_PAUSE_S = 3, 0.5
 
-Result = TypeVar("Result")
+
+class _Damaged(CorruptCache):
+    """Asked for often enough already."""
 
 
 class FsspecLocation(Location):
@@ -130,7 +135,7 @@ class FsspecLocation(Location):
                     raise StoreUnavailable(f"{self.where(key)}: {_said(error)}") from None
                 damaged += type(error).__name__ == _DAMAGED_NAME
                 if damaged == _DAMAGED_ATTEMPTS:
-                    raise CorruptCache(
+                    raise _Damaged(
                         f"{self.where(key)}: not what the store's own checksum of it says ({_said(error)}; "
                         f"asked {damaged} times)"
                     ) from error
@@ -142,6 +147,19 @@ class FsspecLocation(Location):
             # Workers that failed together must not come back together.
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
+        attempt = 1
+        while True:
+            try:
+                return super().insist(key, promise, request)
+            except _Damaged:
+                raise
+            except CorruptCache as error:
+                if attempt == _INSIST_ATTEMPTS:
+                    raise type(error)(f"{error} (asked {attempt} times)") from None
+            time.sleep(_INSIST_PAUSE_S * attempt)
+            attempt += 1
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
         path = self._path(key)
@@ -265,13 +283,23 @@ class FsspecLocation(Location):
         # Asking first spares the upload of what is there; where puts are conditional it is no more than that.
         if self.size(key) is not None:
             return False
+        created = self._create(key, data)
+        if created is None:
+            self._put(key, data)
+        return created is not False
+
+    def publish_new(self, key: str, data: bytes) -> bool:
+        created = self._create(key, data)
+        return self.publish(key, data) if created is None else created
+
+    def _create(self, key: str, data: bytes) -> bool | None:
+        """`create`; None where the store has no conditional PUT, once it has said so."""
         if self._creates:
             try:
                 return self.create(key, data)
             except NotImplementedError:
                 self._creates = False
-        self._put(key, data)
-        return True
+        return None
 
     def create(self, key: str, data: bytes) -> bool:
         try:

@@ -29,7 +29,7 @@ from storage.inventory import (
     corpus_groups,
     teacher_group,
 )
-from storage.location import MOST_BYTES, Location
+from storage.location import MOST_BYTES, Location, Result
 from storage.manifest import (
     ATTRIBUTE,
     CacheRecord,
@@ -52,7 +52,6 @@ from storage.redaction import receipt_without_label, without_label, without_toke
 V2_NAMES = (".zarray", ".zgroup", ".zattrs", ".zmetadata")
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Snapshot(Location):
@@ -82,6 +81,9 @@ class Snapshot(Location):
         path.write_bytes(data)
         self._kept.add(key)
         return data
+
+    def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
+        return self.source.insist(key, promise, request)
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         return self.source.read_ranges(key, ranges)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,9 +30,6 @@ Check = Callable[[LogitCache], None]
 
 # Whole objects in memory at once, over all workers; one is at most about as large.
 _HELD_BYTES = 64 << 20
-# A spurious 404 or a flipped body is asked for again this often before it is believed.
-_ATTEMPTS = 3
-_PAUSE_S = 0.5
 
 
 class Sink(ABC):
@@ -94,10 +90,6 @@ class Sink(ABC):
 class StoreSink(Sink):
     """An object store: each object is one PUT, and what makes the cache visible is last."""
 
-    def __init__(self, target: Location, new: bool) -> None:
-        super().__init__(target, new)
-        self._takes_creates = True
-
     def put_object(
         self,
         part: Part,
@@ -113,7 +105,7 @@ class StoreSink(Sink):
             data = fetch(part.origin, key, spec, receipt)
             if committed:
                 self.target.replace(key, data)
-            elif not self._create(key, data) and not self._holds(key, data):
+            elif not self.target.publish_new(key, data) and not self._holds(key, data):
                 # What a killed run left, unless somebody has committed it since the target was listed.
                 _same_shard(part, self.target, shard, receipt)
                 self.target.replace(key, data)
@@ -140,16 +132,6 @@ class StoreSink(Sink):
             for key, data in companions.items():
                 self.target.replace(key, data)
             publish_same(self.target, ROOT_KEY, shipment.root)
-
-    def _create(self, key: str, data: bytes) -> bool:
-        """Publish an object; most are not there, so that looking first would cost a request each."""
-        if not self._takes_creates:
-            return self.target.publish(key, data)
-        try:
-            return self.target.create(key, data)
-        except NotImplementedError:
-            self._takes_creates = False
-            return self.target.publish(key, data)
 
     def _holds(self, key: str, data: bytes) -> bool:
         with contextlib.suppress(CorruptCache, FileNotFoundError):  # a longer one
@@ -274,21 +256,13 @@ class FolderSink(Sink):
 
 def fetch(source: Location, key: str, spec: ArraySpec, receipt: ShardReceipt) -> bytes:
     """An object whole, checked against its receipt in every byte. Raises CorruptCache."""
-    expected = receipt.objects[spec.name]
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(_PAUSE_S * attempt)
-        try:
-            data = source.read(key, expected.bytes)
-            check_bytes(source.where(key), data, spec, receipt)
-            return data
-        except FileNotFoundError:
-            failure = CorruptCache(f"{source.where(key)}: missing, though its receipt exists")
-        except CorruptCache as error:
-            failure = error
-        if source.local_path is not None:
-            break
-    raise failure
+
+    def request() -> bytes:
+        data = source.read(key, receipt.objects[spec.name].bytes)
+        check_bytes(source.where(key), data, spec, receipt)
+        return data
+
+    return source.insist(key, "its receipt exists", request)
 
 
 def _same_shard(part: Part, target: Location, shard: int, receipt: ShardReceipt) -> bool:

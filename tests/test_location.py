@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from storage.errors import InputError, LogitCacheError, StorageFull
+import storage.remote
+from storage.errors import CorruptCache, InputError, LogitCacheError, MissingObject, StorageFull
 from storage.local import LocalLocation
 from storage.location import check_key, locate
+from storage.remote import FsspecLocation
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -98,6 +100,75 @@ def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(StorageFull, match="no space left"):
         LocalLocation(tmp_path).publish("key", b"data")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["folder", "memory"])
+@pytest.mark.parametrize(
+    ("failure", "expected", "message"),
+    [
+        (FileNotFoundError("key"), MissingObject, r"/key: missing, though its receipt exists"),
+        (CorruptCache("key: other bytes"), CorruptCache, r"^key: other bytes"),
+    ],
+)
+def test_what_must_be_there_is_asked_for_again_across_a_network_only(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    failure: Exception,
+    expected: type[CorruptCache],
+    message: str,
+) -> None:
+    monkeypatch.setattr(storage.remote, "_INSIST_PAUSE_S", 0.0)
+    location = locate(str(tmp_path) if place == "folder" else f"memory://{tmp_path.name}")
+    most = 1 if place == "folder" else 3
+    for failures in range(most + 1):
+        answers = [failure] * failures
+        asked: list[int] = []
+
+        def request(answers: list[Exception] = answers, asked: list[int] = asked) -> str:
+            asked.append(1)
+            if answers:
+                raise answers.pop()
+            return "right"
+
+        if failures < most:
+            assert location.insist("key", "its receipt exists", request) == "right"
+            continue
+        with pytest.raises(expected, match=message + (r" \(asked 3 times\)$" if most == 3 else "$")) as raised:
+            location.insist("key", "its receipt exists", request)
+        assert type(raised.value) is expected
+        assert len(asked) == most
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_publishing_what_is_new_looks_only_where_puts_have_no_condition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conditional: bool
+) -> None:
+    location = locate(f"memory://{tmp_path.name}")
+    asked: list[str] = []
+    put, size = FsspecLocation._put, FsspecLocation.size
+
+    def log_put(self: FsspecLocation, key: str, data: bytes, **mode: str) -> None:
+        asked.append("create" if mode else "put")
+        if mode and not conditional:
+            raise NotImplementedError
+        put(self, key, data, **mode)
+
+    def log_size(self: FsspecLocation, key: str) -> int | None:
+        asked.append("look")
+        return size(self, key)
+
+    monkeypatch.setattr(FsspecLocation, "_put", log_put)
+    monkeypatch.setattr(FsspecLocation, "size", log_size)
+    assert location.publish_new("a", b"1")
+    assert asked == (["create"] if conditional else ["create", "look", "put"])
+    asked.clear()
+    assert not location.publish_new("a", b"2")
+    assert asked == (["create"] if conditional else ["look"])
+    asked.clear()
+    assert location.publish("b", b"1")
+    assert asked == ["look", "create" if conditional else "put"]
+    assert location.read("a") == b"1"
 
 
 @pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "A", "a b", "a\\b", "a:b"])

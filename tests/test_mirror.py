@@ -32,7 +32,7 @@ def truth() -> tuple[np.ndarray, SparseTargets]:
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr("storage.mirror._PAUSE_S", 0.0)
+    monkeypatch.setattr("storage.remote._INSIST_PAUSE_S", 0.0)
     return tmp_path / "copies"
 
 

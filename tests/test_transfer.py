@@ -19,7 +19,7 @@ from crashes import Crash, Disk
 from fakes import make_corpus, make_entry, write_entry
 
 import storage.quarantine
-import storage.sinks
+import storage.remote
 import storage.writer
 from storage import LogitCache
 from storage.errors import CacheNotFound, CorruptCache, IdentityMismatch, IncompleteCache, InputError
@@ -304,7 +304,7 @@ def test_what_a_remote_source_damages_on_the_way_is_asked_for_again(
         return next(failures, None) or read(self, key, *limit) if key.endswith("kept/c/1") else read(self, key, *limit)
 
     monkeypatch.setattr(FsspecLocation, "read", unreliable)
-    monkeypatch.setattr(storage.sinks, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(storage.remote, "_INSIST_PAUSE_S", 0.0)
     copy(url, tmp_path / "near")
     assert known.contents(tmp_path / "near") == known.contents(source)
 
