@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import known_cache
 import pytest
 
 # Fixtures that several files use; pytest finds them by name.
-from s3 import ceph, ceph_bucket, moto, moto_bucket  # noqa: F401
+from s3 import cached_here, ceph, ceph_bucket, moto, moto_bucket  # noqa: F401
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -55,6 +57,20 @@ def run() -> Run:
         )
 
     return call
+
+
+@pytest.fixture(scope="session")
+def known_whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of `known_cache`, complete. To be read only."""
+    path = tmp_path_factory.mktemp("known") / "cache"
+    known_cache.write_whole(path)
+    return path
+
+
+@pytest.fixture
+def source(known_whole: Path, tmp_path: Path) -> Path:
+    """A copy of it in the test's own folder."""
+    return Path(shutil.copytree(known_whole, tmp_path / "source"))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from typing import Any
 import pytest
 
 REGION = "us-east-1"
+# Of `cache-logits`, on the cache `small_cache`.
+SMALL = ("--context-tokens", 64, "--shard-tokens", 2048, "-k", 24)
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,17 @@ def kill_after_a_receipt(bucket: Bucket, *arguments: object) -> None:
     assert process.poll() is None, "it was killed in the middle of its work"
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def cached_here(
+    small_cache: Path, teacher: Path, run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What a server must hold after the same commands: `small_cache` with an entry `a`, made on a local disk."""
+    path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("here") / "cache"))
+    done = run("cache-logits", "--cache", path, "--teacher", teacher, "--name", "a", *SMALL)
+    assert done.returncode == 0, done.stderr
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from conftest import Run, command, environment, refused
 from fakes import dense_targets, make_corpus, make_entry, write_entry
 from fault_proxy import Fault, FaultProxy
 from runs import LLAMA, ROOT, weights
-from s3 import Bucket, Server, assert_same_cache, kill_after_a_receipt, local_objects, start, use
+from s3 import SMALL, Bucket, Server, assert_same_cache, kill_after_a_receipt, local_objects, start, use
 
 from storage import LogitCache
 from storage.doctor import examine, safe_to_write
@@ -27,7 +26,6 @@ from storage.verify import verify
 
 pytestmark = pytest.mark.ceph
 
-SMALL = ("--context-tokens", 64, "--shard-tokens", 2048, "-k", 24)
 KILLS = 30
 RACERS, ROUNDS = 8, 20
 # One process of a race: for every line that it reads, it creates an object that seven others create too.
@@ -40,15 +38,6 @@ print("ready", flush=True)
 for line in sys.stdin:
     print(location.create(f"race/{int(line)}", bytes([me]) * 20_000), flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def expected(small_cache: Path, teacher: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache as it is made on a local disk."""
-    path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("expected") / "cache"))
-    done = run("cache-logits", "--cache", path, "--teacher", teacher, "--name", "a", *SMALL)
-    assert done.returncode == 0, done.stderr
-    return path
 
 
 def assert_no_credentials(server: Server, *places: Path, said: list[str], stored: dict[str, bytes]) -> None:
@@ -65,7 +54,7 @@ def assert_no_credentials(server: Server, *places: Path, said: list[str], stored
 
 
 def test_the_whole_road_by_commands(
-    ceph_bucket: Bucket, expected: Path, teacher: Path, text_file: Path, run: Run, tmp_path: Path
+    ceph_bucket: Bucket, cached_here: Path, teacher: Path, text_file: Path, run: Run, tmp_path: Path
 ) -> None:
     url = f"{ceph_bucket.url}/cache"
     said: list[str] = []
@@ -82,13 +71,13 @@ def test_the_whole_road_by_commands(
     assert LogitCache.open(url).teacher("a").missing()
     do(*arguments)
     stored = ceph_bucket.objects("cache/")
-    assert_same_cache(stored, local_objects(expected))
+    assert_same_cache(stored, local_objects(cached_here))
     found = json.loads(do("logit-cache", "verify", url, "--deep", "--json"))
     assert (found["problems"], found["leftovers"], found["missing"]) == ([], [], {})
     do("logit-cache", "inspect", url)
 
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
-    for place, name in ((expected, "here"), (url, "there")):
+    for place, name in ((cached_here, "here"), (url, "there")):
         do(
             "train-student", "--cache", place, "--teacher", "a", "--model", tmp_path / "llama.json", "--output-dir",
             tmp_path / name, "--window-tokens", 32, "--seed", 3, "--set", "max_steps=4",
@@ -100,7 +89,7 @@ def test_the_whole_road_by_commands(
 
 
 def test_two_workers_at_once(
-    ceph_bucket: Bucket, small_cache: Path, expected: Path, teacher: Path, tmp_path: Path
+    ceph_bucket: Bucket, small_cache: Path, cached_here: Path, teacher: Path, tmp_path: Path
 ) -> None:
     url = ceph_bucket.upload(small_cache, "cache")
     arguments = ("cache-logits", "--cache", url, "--teacher", teacher, "--name", "a", *SMALL)
@@ -109,7 +98,7 @@ def test_two_workers_at_once(
     for worker in workers:
         assert ceph_bucket.server.secret.encode() not in Path(f"/proc/{worker.pid}/cmdline").read_bytes()
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    assert_same_cache(ceph_bucket.objects("cache/"), local_objects(expected))
+    assert_same_cache(ceph_bucket.objects("cache/"), local_objects(cached_here))
 
 
 def test_of_eight_processes_that_create_one_object_one_wins(ceph_bucket: Bucket) -> None:

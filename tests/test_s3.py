@@ -21,23 +21,13 @@ from conftest import Run, refused
 from fakes import dense_targets, make_corpus, make_entry, write_entry
 from fault_proxy import FaultProxy
 from runs import LLAMA, python, weights
-from s3 import Bucket, assert_same_cache, kill_after_a_receipt, local_objects, start, use
+from s3 import SMALL, Bucket, assert_same_cache, kill_after_a_receipt, local_objects, start, use
 
 from storage import LogitCache, SparseTargets
 from storage.errors import CacheNotFound, LogitCacheError
 from storage.verify import verify
 
-SMALL = ("--context-tokens", 64, "--shard-tokens", 2048, "-k", 24)
 V, N, K = 101, 1200, 12
-
-
-@pytest.fixture(scope="module")
-def expected(small_cache: Path, teacher: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache as it is made on a local disk."""
-    path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("expected") / "cache"))
-    done = run("cache-logits", "--cache", path, "--teacher", teacher, "--name", "a", *SMALL)
-    assert done.returncode == 0, done.stderr
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +47,7 @@ def cached(opened: LogitCache) -> SparseTargets:
 
 
 def test_the_whole_road_by_commands(
-    moto_bucket: Bucket, expected: Path, teacher: Path, text_file: Path, run: Run, tmp_path: Path
+    moto_bucket: Bucket, cached_here: Path, teacher: Path, text_file: Path, run: Run, tmp_path: Path
 ) -> None:
     url = f"{moto_bucket.url}/cache"
     done = run("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", url)
@@ -70,11 +60,11 @@ def test_the_whole_road_by_commands(
     done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["complete"]
-    assert_same_cache(moto_bucket.objects("cache/"), local_objects(expected))
+    assert_same_cache(moto_bucket.objects("cache/"), local_objects(cached_here))
 
     done = run("logit-cache", "inspect", url, "--json")
     assert done.returncode == 0, done.stderr
-    stored = LogitCache.open(str(expected)).teacher("a").stored_bytes()
+    stored = LogitCache.open(str(cached_here)).teacher("a").stored_bytes()
     assert json.loads(done.stdout)["teachers"]["a"]["stored_bytes"] == stored
     done = run("logit-cache", "verify", url, "--deep", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,19 +79,19 @@ def test_the_whole_road_by_commands(
 
 
 @pytest.mark.slow
-def test_two_workers_at_once(moto_bucket: Bucket, small_cache: Path, expected: Path, teacher: Path) -> None:
+def test_two_workers_at_once(moto_bucket: Bucket, small_cache: Path, cached_here: Path, teacher: Path) -> None:
     url = moto_bucket.upload(small_cache, "cache")
     arguments = ("cache-logits", "--cache", url, "--teacher", teacher, "--name", "a", *SMALL)
     workers = [start(*arguments, "--worker", f"{i}/2") for i in range(2)]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    assert_same_cache(moto_bucket.objects("cache/"), local_objects(expected))
+    assert_same_cache(moto_bucket.objects("cache/"), local_objects(cached_here))
 
 
 @pytest.mark.slow
-def test_a_student_learns_the_same_from_s3(moto_bucket: Bucket, expected: Path, run: Run, tmp_path: Path) -> None:
-    url = moto_bucket.upload(expected, "cache")
+def test_a_student_learns_the_same_from_s3(moto_bucket: Bucket, cached_here: Path, run: Run, tmp_path: Path) -> None:
+    url = moto_bucket.upload(cached_here, "cache")
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
-    for place, name in ((str(expected), "here"), (url, "there")):
+    for place, name in ((str(cached_here), "here"), (url, "there")):
         done = run(
             "train-student", "--cache", place, "--teacher", "a", "--model", tmp_path / "llama.json", "--output-dir",
             tmp_path / name, "--window-tokens", 32, "--seed", 3, "--set", "max_steps=4",

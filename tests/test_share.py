@@ -30,18 +30,6 @@ from storage.verify import verify
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("made") / "cache"
-    known.write_whole(path)
-    return path
-
-
-@pytest.fixture
-def source(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "source"))
-
-
-@pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     return write_key(tmp_path_factory.mktemp("keys"), ec.generate_private_key(ec.SECP256R1()))
 

@@ -36,18 +36,6 @@ def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.writer, "encode_shard", known.encode_once)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("made") / "cache"
-    known.write_whole(path)
-    return path
-
-
-@pytest.fixture
-def source(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "source"))
-
-
 @pytest.fixture(params=["folder", "memory"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "target") if request.param == "folder" else f"memory://{tmp_path.name}/target"
@@ -467,7 +455,7 @@ def data_of(files: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("before", BEFORE)
 def test_killed_at_any_request_to_a_store(
-    made: Path, tmp_path: Path, before: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    known_whole: Path, tmp_path: Path, before: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = known.write_stream(tmp_path / "stream")
     put, left = FsspecLocation._put, [0]
@@ -486,7 +474,7 @@ def test_killed_at_any_request_to_a_store(
         monkeypatch.setattr(FsspecLocation, "_put", mortal)
         left[0], stopped = stop, False
         try:
-            copy(made, target, teachers=["a"], workers=2)
+            copy(known_whole, target, teachers=["a"], workers=2)
         except Crash:
             stopped = True
         monkeypatch.setattr(FsspecLocation, "_put", put)
@@ -496,7 +484,7 @@ def test_killed_at_any_request_to_a_store(
             # The one state in which verify sees an entry without a record is that of its arrays' metadata alone.
             problems = verify(target).problems
             assert problems == [] or (len(problems) == 1 and "teachers/a/zarr.json: missing" in problems[0])
-        copy(made, target, teachers=["a"])
+        copy(known_whole, target, teachers=["a"])
         sound(target)
         stop += 9
     assert stop > 20
@@ -504,7 +492,7 @@ def test_killed_at_any_request_to_a_store(
 
 @pytest.mark.parametrize("before", BEFORE)
 def test_a_reader_at_any_step_sees_nothing_false(
-    made: Path, tmp_path: Path, before: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    known_whole: Path, tmp_path: Path, before: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = known.write_stream(tmp_path / "stream")
     target = str(tmp_path / "target")
@@ -527,7 +515,7 @@ def test_a_reader_at_any_step_sees_nothing_false(
     monkeypatch.setattr(os, "replace", looking(os.replace))
     monkeypatch.setattr(os, "rename", looking(os.rename))
     monkeypatch.setattr(os, "link", looking(os.link))
-    copy(made, target, teachers=["a"], workers=1)
+    copy(known_whole, target, teachers=["a"], workers=1)
     assert len(seen) > 8
     assert set(seen) <= ({"nothing", "a cache"} if before is nothing_yet else {"a cache"})
     assert "b" not in LogitCache.open(target).teachers
@@ -535,7 +523,7 @@ def test_a_reader_at_any_step_sees_nothing_false(
 
 
 def test_everything_is_synced_before_it_has_its_name(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    known_whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, synced, names = tmp_path / "target", set(), set()
     fsync, rename, lock = os.fsync, os.rename, threading.Lock()
@@ -553,6 +541,6 @@ def test_everything_is_synced_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", note)
     monkeypatch.setattr(os, "rename", check)
-    copy(made, target)
+    copy(known_whole, target)
     assert len(names) > 60
     assert tmp_path.stat().st_ino in synced
