@@ -196,10 +196,8 @@ class CheckedArray:
             f"the object changed after it was committed"
         ) from failed
 
-    def check_shard(self, shard: int) -> _Identity:
-        """Compare the shard's object with its receipt, once; fetch it whole where the cache is remote."""
-        if shard in self._checked:
-            return self._checked[shard]
+    def receipt(self, shard: int) -> ShardReceipt:
+        """The receipt that covers a shard. Raises IncompleteCache."""
         receipt = self._receipts.recent(shard)
         if receipt is None:
             start, stop = self.spec.shard_range(shard)
@@ -209,6 +207,13 @@ class CheckedArray:
                 f"but no receipt covers them; missing: {_ranges(self._receipts.missing_ranges())}. "
                 f"Run the same {command} command again to complete it"
             )
+        return receipt
+
+    def check_shard(self, shard: int) -> _Identity:
+        """Compare the shard's object with its receipt, once; fetch it whole where the cache is remote."""
+        if shard in self._checked:
+            return self._checked[shard]
+        receipt = self.receipt(shard)
         key = self._key(shard)
         # A local copy is fetched when it does not pass, and another process can evict it before it is checked again.
         fetches = 0 if self._mirror is None else _READ_ATTEMPTS
@@ -256,12 +261,8 @@ class CheckedArray:
             import zarr
 
             key = f"{self._folder}{self.spec.name}/zarr.json"
-            try:
-                found = self._location.read_json(key)
-            except FileNotFoundError:
-                raise CorruptCache(
-                    f"{self._location.where(key)}: missing, though receipts commit shards of this array"
-                ) from None
+            promise = "receipts commit shards of this array"
+            found = self._location.insist(key, promise, lambda: self._location.read_json(key))
             if found != self.spec.metadata():
                 raise FormatError(
                     f"{self._location.where(key)}: not the metadata that this cache's record implies; it was changed"
@@ -280,6 +281,7 @@ def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
     """Check one shard of several arrays; what is remote is fetched at the same time, not one after the other."""
     todo = list(arrays)
     if any(array.is_remote for array in todo):
+        todo[0].receipt(shard)  # where it fails, it need not fail once more for each array
         with ThreadPoolExecutor(len(todo)) as pool:
             list(pool.map(lambda array: array.check_shard(shard), todo))
     else:
@@ -302,6 +304,17 @@ def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt)
     found = hashlib.sha256(data).hexdigest()
     if found != receipt.objects[spec.name].sha256:
         raise CorruptCache(f"{where}: expected sha256 {receipt.objects[spec.name].sha256}, found {found}")
+
+
+def fetch_object(location: Location, key: str, spec: ArraySpec, receipt: ShardReceipt) -> bytes:
+    """An object whole, checked against its receipt in every byte. Raises CorruptCache."""
+
+    def request() -> bytes:
+        data = location.read(key, receipt.objects[spec.name].bytes)
+        check_bytes(location.where(key), data, spec, receipt)
+        return data
+
+    return location.insist(key, "its receipt exists", request)
 
 
 def _check_anatomy(where: str, size: int, read: Reads, spec: ArraySpec, receipt: ShardReceipt) -> None:

@@ -55,6 +55,17 @@ class Location(ABC):
     def size(self, key: str) -> int | None:
         """Length in bytes, or None where there is no object."""
 
+    def known_size(self, key: str, promise: str) -> int:
+        """Length in bytes of an object that must be there; see `insist`."""
+
+        def request() -> int:
+            found = self.size(key)
+            if found is None:
+                raise FileNotFoundError(key)
+            return found
+
+        return self.insist(key, promise, request)
+
     @abstractmethod
     def names(self, prefix: str) -> list[str]:
         """Names of the objects and folders directly under a folder (`""` is the root), sorted."""

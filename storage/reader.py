@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arrays import CheckedArray, check_shards
-from storage.errors import CacheNotFound, CorruptCache, FormatError
+from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
 from storage.format import PER_POSITION_FLOATS, corpus_arrays, teacher_arrays
 from storage.location import Location, check_key, locate
 from storage.manifest import (
@@ -27,6 +27,7 @@ from storage.manifest import (
     TEACHER_NAME,
     AnyRecord,
     CacheRecord,
+    FileDigest,
     FilesReceipt,
     ShardStatistics,
     TeacherEntry,
@@ -235,20 +236,26 @@ class LogitCache:
     def teachers(self) -> tuple[str, ...]:
         """Names of the teacher entries, sorted; complete or not."""
         names = self._location.names("teachers")
-        return tuple(
-            n
-            for n in names
-            if re.fullmatch(TEACHER_NAME, n) and self._location.size(f"teachers/{n}/zarr.json") is not None
-        )
+        return tuple(name for name in names if re.fullmatch(TEACHER_NAME, name) and self._has_record(name))
+
+    def _has_record(self, name: str) -> bool:
+        try:
+            self._location.known_size(teacher_folder(name) + "zarr.json", "its folder is there")
+        except MissingObject:
+            return False  # a writer was killed before it had written it
+        return True
 
     def teacher(self, name: str) -> TeacherTargets:
         """One teacher's entry. Raises CacheNotFound naming the entries that there are."""
         if name not in self._entries:
             key = teacher_folder(name) + "zarr.json"
-            if self._location.size(key) is None:
+            try:
+                entry = read_record(self._location, key, TeacherEntry)
+            except CacheNotFound:
+                if self._location.size(key) is not None:
+                    raise
                 there = ", ".join(self.teachers) or "none"
-                raise CacheNotFound(f"{self.url}: no teacher entry {name!r}; there is: {there}")
-            entry = read_record(self._location, key, TeacherEntry)
+                raise CacheNotFound(f"{self.url}: no teacher entry {name!r}; there is: {there}") from None
             if (entry.positions, entry.vocabulary_size) != (self.record.corpus.positions, self.vocabulary_size):
                 raise FormatError(f"{self._location.where(key)}: its positions or vocabulary are not this cache's")
             documents = (lambda: self.document_starts) if self.record.corpus.tokens_included else None
@@ -263,24 +270,20 @@ class LogitCache:
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files by name, each checked against its receipt."""
-        key = "receipts/tokenizer.json"
-        where = self._location.where(key)
-        try:
-            receipt = unseal(FilesReceipt, self._location.read_json(key), where)
-        except FileNotFoundError:
-            raise CorruptCache(f"{where}: missing; the cache has no tokenizer that can be trusted") from None
-        files = {}
-        for name, expected in receipt.files.items():
-            address = self._location.where(tokenizer_key(name))
-            try:
-                data = self._location.read(tokenizer_key(name), expected.bytes)
-            except FileNotFoundError:
-                raise CorruptCache(f"{address}: missing, though its receipt exists") from None
+        receipt = read_tokenizer_receipt(self._location)
+        return {name: self._tokenizer_file(name, expected) for name, expected in receipt.files.items()}
+
+    def _tokenizer_file(self, name: str, expected: FileDigest) -> bytes:
+        key = tokenizer_key(name)
+
+        def request() -> bytes:
+            data = self._location.read(key, expected.bytes)
             found = hashlib.sha256(data).hexdigest()
             if (len(data), found) != (expected.bytes, expected.sha256):
-                raise CorruptCache(f"{address}: expected sha256 {expected.sha256}, found {found}")
-            files[name] = data
-        return files
+                raise CorruptCache(f"{self._location.where(key)}: expected sha256 {expected.sha256}, found {found}")
+            return data
+
+        return self._location.insist(key, "its receipt exists", request)
 
 
 def read_record(location: Location, key: str, kind: type[AnyRecord]) -> AnyRecord:
@@ -289,7 +292,12 @@ def read_record(location: Location, key: str, kind: type[AnyRecord]) -> AnyRecor
     try:
         data = location.read_json(key)
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheNotFound(f"{location.url}: no cache there (no {key}); make one with logit-cache tokenize") from None
+        # Asked in another way before it is believed: a job must not end because one answer was wrong.
+        if location.size(key) is None:
+            raise CacheNotFound(
+                f"{location.url}: no cache there (no {key}); make one with logit-cache tokenize"
+            ) from None
+        data = location.insist(key, "the store gives its length", lambda: location.read_json(key))
     except PermissionError as error:
         raise CacheNotFound(f"{where}: {error.strerror}") from None
     if (
@@ -301,6 +309,14 @@ def read_record(location: Location, key: str, kind: type[AnyRecord]) -> AnyRecor
     if data.get("zarr_format") != 3 or data.get("node_type") != "group":
         raise FormatError(f"{where}: expected a Zarr v3 group")
     return unseal(kind, data["attributes"][ATTRIBUTE], where)
+
+
+def read_tokenizer_receipt(location: Location) -> FilesReceipt:
+    """The receipt of the tokenizer's files."""
+    key = "receipts/tokenizer.json"
+    promise = "every cache has one: its tokenizer cannot be trusted"
+    data = location.insist(key, promise, lambda: location.read_json(key))
+    return unseal(FilesReceipt, data, location.where(key))
 
 
 def teacher_folder(name: str) -> str:

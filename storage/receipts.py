@@ -6,6 +6,7 @@ that a cache of a billion positions opens with one read and checks each receipt 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Iterable, Mapping
@@ -41,6 +42,7 @@ class Receipts:
         first = next(iter(self.specs.values()))
         self.shards = first.shards
         self._first = first
+        self._listed = np.zeros(self.shards, dtype=bool)
         self._recent: dict[int, ShardReceipt] = {}
         self._lock = threading.Lock()
 
@@ -76,6 +78,7 @@ class Receipts:
             match = _NAME.match(name)
             if match and int(match[1]) < self.shards:
                 found[int(match[1])] = True
+        self._listed = found.copy()
         return found
 
     def missing_ranges(self) -> list[tuple[int, int]]:
@@ -91,15 +94,10 @@ class Receipts:
 
     def read(self, shard: int) -> ShardReceipt | None:
         """A shard's receipt, checked against its own digest, its record, and the index; None if there is none."""
-        key = self.key(shard)
-        where = self.location.where(key)
-        try:
-            data = self.location.read_json(key)
-        except FileNotFoundError:
-            if self.index is not None:
-                raise CorruptCache(f"{where}: missing, though the index of receipts lists it") from None
+        where = self.location.where(self.key(shard))
+        receipt = self._stored(shard)
+        if receipt is None:
             return None
-        receipt = unseal(ShardReceipt, data, where)
         expected = (self.record_sha256, shard, *self._first.shard_range(shard), set(self.specs))
         found = (receipt.record_sha256, receipt.shard, receipt.start, receipt.stop, set(receipt.objects))
         if expected != found:
@@ -108,11 +106,28 @@ class Receipts:
             raise CorruptCache(f"{where}: it differs from the digest that the index of receipts holds")
         return receipt
 
+    def _stored(self, shard: int) -> ShardReceipt | None:
+        """The receipt as it is there; None is an ordinary answer, unless the index or the last listing gave another."""
+        key = self.key(shard)
+
+        def request() -> ShardReceipt:
+            return unseal(ShardReceipt, self.location.read_json(key), self.location.where(key))
+
+        if self.index is not None:
+            return self.location.insist(key, "the index of receipts lists it", request)
+        if self._listed[shard]:
+            return self.location.insist(key, "it was listed", request)
+        with contextlib.suppress(FileNotFoundError):
+            return request()
+        return None
+
     def recent(self, shard: int) -> ShardReceipt | None:
         """`read`, for readers: the arrays of an entry ask for the same receipt one after the other."""
         with self._lock:
             if shard not in self._recent:
                 receipt = self.read(shard)
+                if receipt is None and self.committed()[shard]:
+                    receipt = self.read(shard)
                 if receipt is None:
                     return None
                 self._recent[shard] = receipt
@@ -123,6 +138,7 @@ class Receipts:
     def forget_index(self) -> None:
         """Look at the store again at the next question: the index was removed there."""
         self.__dict__.pop("index", None)
+        self._listed[:] = False
 
     def write_index(self) -> ReceiptIndex:
         """Write the index once every shard is committed; returns the one that is there afterwards."""

@@ -8,7 +8,6 @@ copy: what no receipt accounts for stays where it is.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -33,7 +32,6 @@ from storage.location import MOST_BYTES, Location, Result
 from storage.manifest import (
     ATTRIBUTE,
     CacheRecord,
-    FilesReceipt,
     ReceiptIndex,
     Record,
     ShardReceipt,
@@ -42,7 +40,6 @@ from storage.manifest import (
     parse_json,
     sealed,
     sealed_bytes,
-    unseal,
 )
 from storage.reader import LogitCache, read_record, tokenizer_key
 from storage.receipts import Receipts, index_of
@@ -267,12 +264,13 @@ def gather(
         _check_metadata(part)
     if not _same(snapshot, TEACHERS_KEY, TEACHERS_METADATA):
         raise FormatError(f"{snapshot.where(TEACHERS_KEY)}: expected a Zarr v3 group without attributes")
-    return Shipment(record, root, snapshot, _tokenizer(snapshot), parts, with_root)
+    tokenizer = [tokenizer_key(name) for name in cache.tokenizer_files()]
+    return Shipment(record, root, snapshot, tokenizer, parts, with_root)
 
 
 def fetch_rest(source: Snapshot, cache: LogitCache, pool: ThreadPoolExecutor) -> None:
     """Fetch what else there is of records and receipts besides those of entries: a signature lists all of them."""
-    _tokenizer(source)
+    cache.tokenizer_files()
     source.read(TEACHERS_KEY)
     for group in corpus_groups(source, cache):
         each(pool, group.receipts.read, np.flatnonzero(group.receipts.committed()).tolist())
@@ -353,10 +351,7 @@ def _check_metadata(part: Part) -> None:
 
 def _same(location: Location, key: str, expected: bytes) -> bool:
     """Whether a small file holds the same JSON."""
-    try:
-        found = location.read_json(key)
-    except FileNotFoundError:
-        raise CorruptCache(f"{location.where(key)}: missing") from None
+    found = location.insist(key, "this cache's record implies it", lambda: location.read_json(key))
     return bool(found == parse_json(expected, key))
 
 
@@ -369,24 +364,3 @@ def _nothing_else(source: Snapshot, key: str) -> None:
 
 def _record_bytes(record: Record) -> bytes:
     return metadata_bytes(group_metadata({ATTRIBUTE: sealed(record)}))
-
-
-def _tokenizer(source: Snapshot) -> list[str]:
-    """Keys of the tokenizer's files, fetched and checked against their receipt."""
-    keys = []
-    where = source.where(TOKENIZER_RECEIPT_KEY)
-    try:
-        receipt = unseal(FilesReceipt, source.read_json(TOKENIZER_RECEIPT_KEY), where)
-    except FileNotFoundError:
-        raise CorruptCache(f"{where}: missing; the cache has no tokenizer that can be trusted") from None
-    for name, expected in receipt.files.items():
-        key = tokenizer_key(name)
-        try:
-            data = source.read(key, expected.bytes)
-        except FileNotFoundError:
-            raise CorruptCache(f"{source.where(key)}: missing, though its receipt exists") from None
-        found = hashlib.sha256(data).hexdigest()
-        if found != expected.sha256:
-            raise CorruptCache(f"{source.where(key)}: expected sha256 {expected.sha256}, found {found}")
-        keys.append(key)
-    return keys

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from storage.arrays import check_bytes, check_object
+from storage.arrays import check_object, fetch_object
 from storage.errors import CorruptCache
 from storage.format import ArraySpec
 from storage.inventory import ROOT_KEY
@@ -102,7 +102,7 @@ class StoreSink(Sink):
     ) -> None:
         size = receipt.objects[spec.name].bytes
         with self._held.of(size):
-            data = fetch(part.origin, key, spec, receipt)
+            data = fetch_object(part.origin, key, spec, receipt)
             if committed:
                 self.target.replace(key, data)
             elif not self.target.publish_new(key, data) and not self._holds(key, data):
@@ -171,7 +171,7 @@ class FolderSink(Sink):
                 return
         if not isinstance(source, LocalLocation):
             with self._held.of(expected.bytes):
-                self._quarantine.write(key, fetch(source, key, spec, receipt))
+                self._quarantine.write(key, fetch_object(source, key, spec, receipt))
             advance(expected.bytes)
             return
         try:
@@ -252,17 +252,6 @@ class FolderSink(Sink):
             os.replace(self._quarantine.path(key), path)
             folders.update(path.parents[: len(Path(key).parts)])
         sync(folders)
-
-
-def fetch(source: Location, key: str, spec: ArraySpec, receipt: ShardReceipt) -> bytes:
-    """An object whole, checked against its receipt in every byte. Raises CorruptCache."""
-
-    def request() -> bytes:
-        data = source.read(key, receipt.objects[spec.name].bytes)
-        check_bytes(source.where(key), data, spec, receipt)
-        return data
-
-    return source.insist(key, "its receipt exists", request)
 
 
 def _same_shard(part: Part, target: Location, shard: int, receipt: ShardReceipt) -> bool:

@@ -22,7 +22,7 @@ from functools import partial
 
 import numpy as np
 
-from storage.arrays import check_bytes, check_object
+from storage.arrays import check_object, fetch_object
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
 from storage.format import ArraySpec
 from storage.inventory import (
@@ -37,8 +37,8 @@ from storage.inventory import (
 )
 from storage.local import PARTIAL
 from storage.location import Location, locate
-from storage.manifest import TEACHER_NAME, FilesReceipt, ShardReceipt, parse_json, unseal
-from storage.reader import LogitCache, tokenizer_key
+from storage.manifest import TEACHER_NAME, ShardReceipt, parse_json
+from storage.reader import LogitCache, read_tokenizer_receipt, tokenizer_key
 
 Progress = Callable[[int], None]
 
@@ -218,14 +218,14 @@ def _check_object_of(
             check_object(location, key, spec, receipt)
             if deep and hashlib.sha256(location.read(key, expected.bytes)).hexdigest() != expected.sha256:
                 return f"{location.where(key)}: its bytes are not those of the receipt's sha256 {expected.sha256}"
-        elif deep:
-            check_bytes(location.where(key), location.read(key, expected.bytes), spec, receipt)
         else:
             # A worker may have committed the shard after the listing.
             size = listed[key] if key in listed else location.size(key)
             if size != expected.bytes:
                 there = "no object" if size is None else f"{size} bytes"
                 return f"{location.where(key)}: its receipt states {expected.bytes} bytes, found {there}"
+            if deep:
+                fetch_object(location, key, spec, receipt)
     except FileNotFoundError:
         return f"{location.where(key)}: missing, though its receipt exists"
     except LogitCacheError as error:
@@ -234,16 +234,10 @@ def _check_object_of(
 
 
 def _check_tokenizer(location: Location, known: set[str], found: Verification) -> None:
-    key = TOKENIZER_RECEIPT_KEY
-    known.add(key)
-    where = location.where(key)
+    known.add(TOKENIZER_RECEIPT_KEY)
     try:
-        receipt = unseal(FilesReceipt, location.read_json(key), where)
+        receipt = read_tokenizer_receipt(location)
         files = {tokenizer_key(name): expected for name, expected in receipt.files.items()}
-    except FileNotFoundError:
-        found.problems.append(f"{where}: missing; the cache has no tokenizer that can be trusted")
-        known.update(location.walk("tokenizer"))
-        return
     except LogitCacheError as error:
         found.problems.append(str(error))
         known.update(location.walk("tokenizer"))
@@ -253,10 +247,7 @@ def _check_tokenizer(location: Location, known: set[str], found: Verification) -
         found.objects += 1
         found.bytes += expected.bytes
         try:
-            data = location.read(file, expected.bytes)
-        except FileNotFoundError:
-            found.problems.append(f"{location.where(file)}: missing, though its receipt exists")
-            continue
+            data = location.insist(file, "its receipt exists", partial(location.read, file, expected.bytes))
         except LogitCacheError as error:
             found.problems.append(str(error))
             continue
@@ -267,9 +258,8 @@ def _check_tokenizer(location: Location, known: set[str], found: Verification) -
 def _check_bytes(location: Location, key: str, expected: bytes, found: Verification) -> None:
     where = location.where(key)
     try:
-        same = location.read_json(key) == parse_json(expected, where)
-    except FileNotFoundError:
-        found.problems.append(f"{where}: missing")
+        promise = "this cache's record implies it"
+        same = location.insist(key, promise, lambda: location.read_json(key)) == parse_json(expected, where)
     except LogitCacheError as error:
         found.problems.append(str(error))
     else:

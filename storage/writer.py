@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from storage.arrays import encode_shard, metadata_bytes, object_digest
 from storage.encoding import encode_logprobs, round_mantissa
-from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError
+from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
 from storage.format import PER_POSITION_FLOATS, ArraySpec, corpus_arrays, group_metadata, teacher_arrays
 from storage.local import PARTIAL
 from storage.location import Location, locate
@@ -72,11 +72,13 @@ class ShardWriter:
             return False
         for name, expected in receipt.objects.items():
             key = self._group + self.specs[name].shard_key(shard)
-            size = self._location.size(key)
-            if size != expected.bytes:
+            try:
+                found = f"{self._location.known_size(key, 'its receipt exists')} bytes"
+            except MissingObject:
+                found = "no object"
+            if found != f"{expected.bytes} bytes":
                 raise CorruptCache(
-                    f"{self._location.where(key)}: its receipt states {expected.bytes} bytes, found "
-                    f"{'no object' if size is None else f'{size} bytes'}; run "
+                    f"{self._location.where(key)}: its receipt states {expected.bytes} bytes, found {found}; run "
                     f"logit-cache verify --repair {self._location.url} and this command again"
                 )
         return True
@@ -128,7 +130,7 @@ class ShardWriter:
     def _publish_object(self, key: str, shard: int, data: bytes) -> None:
         if self._location.publish(key, data):
             return
-        if self._location.read(key) == data:
+        if self._location.insist(key, "it was there just now", lambda: self._location.read(key)) == data:
             return
         if self.receipts.read(shard) is not None:
             raise CorruptCache(
@@ -300,7 +302,7 @@ def publish_same(location: Location, key: str, data: bytes) -> None:
     """Publish an object whose bytes follow from the record; one that is there already must be the same."""
     if location.publish(key, data):
         return
-    found = location.read(key)
+    found = location.insist(key, "it was there just now", lambda: location.read(key))
     where = location.where(key)
     if found == data:
         return

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fault_proxy import Fault, FaultProxy, Kind
 from s3 import Bucket, Server, free_port, new_bucket, remove_bucket, use
 
 from storage import LogitCache, SparseTargets
-from storage.errors import LogitCacheError
+from storage.errors import CacheNotFound, CorruptCache, LogitCacheError
 from storage.inventory import teacher_group
 from storage.location import locate
 from storage.verify import verify
@@ -156,10 +157,87 @@ def test_reading_under_faults(world: World, table: list[Any], access: str, kind:
     assert seconds < 20
     if how == "always":
         assert result != "right" or unprotected
-    elif kind in PASSING:
+    elif kind in PASSING or (kind == "404" and not access.startswith("list")):
         assert result == "right"
     world.proxy.reset()
     assert do(world), "nothing wrong was kept from before"
+
+
+# A shard that no other test commits: listed, and in no index.
+LISTED = N // 64 - 1
+
+
+def writer_of(world: World) -> EntryWriter:
+    return EntryWriter.open(world.url, "b", LogitCache.open(world.url).teacher("b").entry)
+
+
+def read_listed(world: World) -> bool:
+    found = LogitCache.open(world.url).teacher("b").read(64 * LISTED, N)
+    return np.array_equal(found.logprobs, world.targets.rows(64 * LISTED, N).logprobs)
+
+
+def sums(world: World) -> bool:
+    targets = LogitCache.open(world.url).teacher("b")
+    statistics, _ = targets.statistics()
+    return statistics is not None and statistics.positions == 64 * int(targets.receipts.committed().sum())
+
+
+def verified(world: World, *, deep: bool) -> bool:
+    found = verify(world.url, deep=deep)
+    if found.problems:
+        raise CorruptCache("; ".join(found.problems))
+    return True
+
+
+# What must be there because something else says so: the requests for it, and what needs the answer.
+MUST: dict[str, tuple[Callable[[World], bool], str, str]] = {
+    "an entry's record": (lambda w: len(LogitCache.open(w.url).teacher("a")) == N, "GET", r"/a/zarr\.json"),
+    "an array's metadata": (read_shard, "GET", r"/a/kept/zarr\.json"),
+    "a listed receipt": (read_listed, "GET", rf"/b/receipts/{LISTED:08d}\.json"),
+    "a listed receipt's sums": (sums, "GET", rf"/b/receipts/{LISTED:08d}\.json"),
+    "an object at resuming": (lambda w: LISTED not in writer_of(w).pending(), "HEAD", rf"/b/kept/c/{LISTED}"),
+    "the tokenizer's receipt": (lambda w: bool(LogitCache.open(w.url).tokenizer_files()), "GET", r"/tokenizer\.json"),
+    "a tokenizer file": (lambda w: bool(LogitCache.open(w.url).tokenizer_files()), "GET", r"/tokenizer/"),
+    "an object, verified": (partial(verified, deep=True), "GET", r"/a/kept/c/1"),
+    "metadata, verified": (partial(verified, deep=False), "GET", r"/a/kept/zarr\.json"),
+}
+
+
+@pytest.mark.parametrize("how", ["always", "once"])
+@pytest.mark.parametrize("access", MUST)
+def test_one_404_for_what_must_be_there_is_not_believed(world: World, table: list[Any], access: str, how: str) -> None:
+    writer = writer_of(world)
+    if not writer.is_committed(LISTED):
+        writer.commit(LISTED, world.targets.rows(64 * LISTED, N))
+    do, method, pattern = MUST[access]
+    fault = Fault("404", method, pattern, count=None if how == "always" else 1)
+    world.proxy.faults.append(fault)
+    result, seconds = outcome(lambda: do(world))
+    table.append((access, "404", how, result, seconds))
+    assert fault.hits, "the fault was met"
+    assert result != "WRONG"
+    assert (result == "right") == (how == "once"), result
+    assert seconds < 20
+
+
+def test_an_entry_is_not_left_out_for_one_404(world: World) -> None:
+    world.proxy.faults.append(Fault("404", "HEAD", r"/a/zarr\.json", count=1))
+    assert LogitCache.open(world.url).teachers == ("a", "b")
+    assert world.proxy.faults[0].hits
+
+
+def test_what_need_not_be_there_is_believed_at_once(world: World) -> None:
+    cache, writer = LogitCache.open(world.url), writer_of(world)
+    world.proxy.reset()
+    assert not writer.is_committed(LISTED - 1)
+    assert [r.method for r in world.proxy.requests] == ["GET", "GET"], "the index, the receipt"
+    world.proxy.reset()
+    with pytest.raises(CacheNotFound, match="no cache there"):
+        LogitCache.open(world.url + "-not")
+    # s3fs looks for a folder of that name.
+    assert [r.method for r in world.proxy.requests] == ["GET", "HEAD", "GET"]
+    with pytest.raises(CacheNotFound, match="there is: a, b"):
+        cache.teacher("c")
 
 
 @pytest.mark.parametrize("how", ["always", "once"])
