@@ -21,6 +21,7 @@ A cache is a Zarr v3 group. Any Zarr v3 reader opens it; nothing in it is code. 
     teachers/<name>/certain        uint16   [N]
     teachers/<name>/top_logprob, log_tail, log_tail_half, label_logprob, entropy      float32 [N]
     teachers/<name>/receipts/<shard>.json   and receipts/index.json once every shard is committed
+    teachers/<name>/fidelity.json  optional: FidelityReport (storage.fidelity)
 
 **Targets.** Row `t` is the teacher's distribution of token `t + 1` given the tokens of its window up to `t`,
 normalised over the V columns of the vocabulary. The first `kept[t]` columns of `token_ids` are valid, in the
@@ -54,6 +55,10 @@ its byte length, its sha256 and its seal: the sha256 of the shard index at the o
 bytes) followed by the last 4 bytes (the crc32c) of every chunk in the order of the index. The seal tells a
 missing, short, damaged or swapped object without reading all of it. `receipts/index.json` holds the sha256
 field of every receipt, in order.
+
+**Fidelity.** `fidelity.json` says how far the targets are from the teacher's full distributions, in aggregate numbers
+measured on a sample. It carries the sha256 of its own canonical JSON and of the entry's record. Nothing depends on it:
+a reader that does not know it reads the same targets, and an entry without it lacks nothing.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from storage.arrays import metadata_bytes
+from storage.fidelity import FIDELITY_FILE
 from storage.format import ArraySpec, corpus_arrays, group_metadata
 from storage.location import Location
 from storage.manifest import ShardReceipt, digest
@@ -42,6 +43,11 @@ class Group:
     def specs(self) -> dict[str, ArraySpec]:
         """The arrays by name."""
         return self.receipts.specs
+
+    @property
+    def fidelity_key(self) -> str | None:
+        """Key of a teacher entry's fidelity report, which need not be there."""
+        return f"{self.folder}{FIDELITY_FILE}" if self.folder else None
 
     def metadata(self) -> dict[str, bytes]:
         """The arrays' zarr.json by key, as the record implies them."""

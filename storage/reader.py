@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from storage.arrays import CheckedArray, check_shards
 from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
+from storage.fidelity import FidelityReport, read_fidelity
 from storage.format import PER_POSITION_FLOATS, corpus_arrays, teacher_arrays
 from storage.location import Location, check_key, locate
 from storage.manifest import (
@@ -127,6 +128,13 @@ class TeacherTargets:
             return self.receipts.index.object_bytes
         found = (self.receipts.read(int(shard)) for shard in np.flatnonzero(self.receipts.committed()))
         return sum(item.bytes for receipt in found if receipt is not None for item in receipt.objects.values())
+
+    def fidelity(self) -> FidelityReport | None:
+        """How far these targets are from the full distributions, as measured when they were made; None if nobody did.
+
+        Raises FormatError for what is no report, CorruptCache for one that was changed or is another entry's.
+        """
+        return read_fidelity(self.receipts.location, teacher_folder(self.name), self.record_sha256)
 
     def read(self, start: int, stop: int) -> SparseTargets:
         """The targets of the positions `start .. stop`.

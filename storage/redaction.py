@@ -7,6 +7,7 @@ expects its words; this is a smaller leak, not none. All other objects keep thei
 
 from __future__ import annotations
 
+from storage.fidelity import FidelityReport
 from storage.manifest import CacheRecord, ShardReceipt, TeacherEntry, digest
 
 LABEL = "label_logprob"
@@ -32,3 +33,11 @@ def receipt_without_label(receipt: ShardReceipt, record_sha256: str) -> ShardRec
     # of them would speak of an array that is not there.
     statistics = receipt.statistics and receipt.statistics.model_copy(update={"labelled": 0, "label_nats": 0.0})
     return receipt.model_copy(update={"record_sha256": record_sha256, "objects": objects, "statistics": statistics})
+
+
+def report_without_label(report: FidelityReport, record_sha256: str) -> FidelityReport:
+    """The same fidelity report, bound to the entry without `label_logprob`.
+
+    Its figures are aggregates over the whole sample and stay, the sizes of the original entry among them.
+    """
+    return report.model_copy(update={"record_sha256": record_sha256})

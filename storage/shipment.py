@@ -18,6 +18,7 @@ import numpy as np
 
 from storage.arrays import metadata_bytes
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError
+from storage.fidelity import read_fidelity
 from storage.format import ArraySpec, group_metadata, teacher_arrays
 from storage.inventory import (
     ROOT_KEY,
@@ -43,7 +44,7 @@ from storage.manifest import (
 )
 from storage.reader import LogitCache, read_record, tokenizer_key
 from storage.receipts import Receipts, index_of
-from storage.redaction import receipt_without_label, without_label, without_tokens
+from storage.redaction import receipt_without_label, report_without_label, without_label, without_tokens
 
 # Their codecs are named in JSON and may run code when they are read; in a Zarr v3 cache they have no business.
 V2_NAMES = (".zarray", ".zgroup", ".zattrs", ".zmetadata")
@@ -115,6 +116,7 @@ class Part:
     origin   where the objects are
     specs    the arrays that go: all of them, or all but `label_logprob`
     record   the entry's zarr.json as the target will have it, and `entry` the record in it; None for the token stream
+    report   the entry's fidelity report as the target will have it, where there is one
     shards   those that the source has committed
     index    the index as the target will have it; None while shards are missing
     size     bytes of all objects
@@ -126,6 +128,7 @@ class Part:
     record_sha256: str
     record: bytes | None = None
     entry: TeacherEntry | None = None
+    report: bytes | None = None
     shards: list[int] = field(default_factory=list)
     index: bytes | None = None
     size: int = 0
@@ -144,6 +147,13 @@ class Part:
     def index_key(self) -> str:
         """Key of the index of its receipts."""
         return self.source.receipts.index_key
+
+    @property
+    def report_key(self) -> str:
+        """Key of the entry's fidelity report."""
+        key = self.source.fidelity_key
+        assert key is not None, "the token stream has no report"
+        return key
 
     def receipt(self, shard: int) -> tuple[ShardReceipt, bytes]:
         """A committed shard's receipt as the target will have it, and its bytes. Raises CorruptCache."""
@@ -204,6 +214,8 @@ class Shipment:
                 yield part.source.receipts.key(shard), part.receipt(shard)[1]
             if part.index is not None:
                 yield part.index_key, part.index
+            if part.report is not None:
+                yield part.report_key, part.report
             if part.record is not None:
                 yield part.record_key, part.record
 
@@ -214,6 +226,7 @@ class Shipment:
             group = part.at(self.corpus)
             keys.update(group.metadata(), *(group.keys(shard) for shard in part.shards))
             keys.update([part.index_key] if part.index is not None else [])
+            keys.update([part.report_key] if part.report is not None else [])
             keys.update([part.record_key] if part.record is not None else [])
         return keys
 
@@ -310,7 +323,13 @@ def _entry_part(source: Snapshot, cache: LogitCache, name: str, redact: bool) ->
         raise IdentityMismatch(source.where(key), differing, "Its targets belong to other tokens: leave it out")
     changed = without_label(entry) if redact else entry
     record = source.read(key) if changed == entry else _record_bytes(changed)
-    return Part(group, source.source, teacher_arrays(changed), digest(changed), record, changed)
+    part = Part(group, source.source, teacher_arrays(changed), digest(changed), record, changed)
+    report = read_fidelity(source, group.folder, group.receipts.record_sha256)
+    if report is not None:
+        same = part.record_sha256 == report.record_sha256
+        redacted = report_without_label(report, part.record_sha256)
+        part.report = source.read(part.report_key) if same else sealed_bytes(redacted)
+    return part
 
 
 def _gather_receipts(part: Part, pool: ThreadPoolExecutor) -> None:

@@ -86,6 +86,11 @@ class Sink(ABC):
         elif at.committed().all():
             at.write_index()
 
+    def _publish_report(self, part: Part) -> None:
+        # One that is there was measured too; which of two is kept makes no difference.
+        if part.report is not None:
+            self.target.publish(part.report_key, part.report)
+
 
 class StoreSink(Sink):
     """An object store: each object is one PUT, and what makes the cache visible is last."""
@@ -125,6 +130,7 @@ class StoreSink(Sink):
     def finish(self, shipment: Shipment, companions: Mapping[str, bytes], check: Check | None) -> None:
         for part in shipment.parts:
             self._publish_index(part)
+            self._publish_report(part)
         if shipment.with_root:
             for key, data in shipment.small_files():
                 publish_same(self.target, key, data)
@@ -225,6 +231,8 @@ class FolderSink(Sink):
             self._quarantine.write(key, data)
         if part.index is not None:
             self._quarantine.write(part.index_key, part.index)
+        if part.report is not None:
+            self._quarantine.write(part.report_key, part.report)
         if part.record is not None:
             self._quarantine.write(part.record_key, part.record)
 
@@ -243,6 +251,7 @@ class FolderSink(Sink):
             self._move(part.source.receipts.key(shard) for shard, _ in receipts if shard not in theirs)
         self._publish_record(part)
         self._publish_index(part)
+        self._publish_report(part)
 
     def _move(self, keys: Iterator[str]) -> None:
         folders: set[Path] = set()

@@ -4,8 +4,8 @@ quick   records against their own digests, receipts against the index, every obj
         seal and its chunks' sizes too, which cost a remote store nine requests where one listing gives all lengths
 deep    every byte of every object against its sha256, and its seal and chunks' sizes wherever it lies
 repair  removes what no receipt lists, and the receipts of damaged shards, so that the command that made the
-        shard computes it again, and a damaged index of receipts, which the same command writes again; a
-        damaged record cannot be repaired
+        shard computes it again, and a damaged index of receipts or fidelity report, which the same command makes
+        again; a damaged record cannot be repaired
 
 Safe beside a running job on a local disk: what looked like a leftover is looked at again under the lock that a
 commit holds. Where a location has no locks, repair a cache only while nobody writes to it.
@@ -24,6 +24,7 @@ import numpy as np
 
 from storage.arrays import check_object, fetch_object
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
+from storage.fidelity import read_fidelity
 from storage.format import ArraySpec
 from storage.inventory import (
     COMPANIONS,
@@ -94,6 +95,8 @@ def verify(
     _check_bytes(location, TEACHERS_KEY, TEACHERS_METADATA, found)
     _check_tokenizer(location, known, found)
     groups = list(_groups(location, cache, known, found))
+    for group in groups:
+        _check_fidelity(location, group, known, found, repair)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for group in groups:
             _check_group(location, group, known, found, deep, pool, progress, repair, listed)
@@ -199,6 +202,20 @@ def _check_group(
                 if location.size(key) is not None:
                     _remove(location, key, found)
             receipts.forget_index()
+
+
+def _check_fidelity(location: Location, group: Group, known: set[str], found: Verification, repair: bool) -> None:
+    """The fidelity report of a teacher entry; there need be none."""
+    key = group.fidelity_key
+    if key is None:
+        return
+    known.add(key)
+    try:
+        read_fidelity(location, group.folder, group.receipts.record_sha256)
+    except LogitCacheError as error:
+        found.problems.append(str(error))
+        if repair:
+            _remove(location, key, found)
 
 
 def _check_metadata(location: Location, group: Group, found: Verification, begun: bool = True) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from storage.arrays import encode_shard, metadata_bytes, object_digest
 from storage.encoding import encode_logprobs, round_mantissa
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
+from storage.fidelity import FIDELITY_FILE, FidelityReport
 from storage.format import PER_POSITION_FLOATS, ArraySpec, corpus_arrays, group_metadata, teacher_arrays
 from storage.local import PARTIAL
 from storage.location import Location, locate
@@ -197,6 +198,11 @@ class EntryWriter:
         """Write the index of receipts once no shard is missing."""
         if self._shards.receipts.committed().all():
             self._shards.receipts.write_index()
+
+    def publish_fidelity(self, report: FidelityReport) -> bool:
+        """Put the fidelity report beside the entry, whole or not at all; False if another worker was first."""
+        assert report.record_sha256 == digest(self.entry)
+        return self._location.publish(teacher_folder(self.name) + FIDELITY_FILE, sealed_bytes(report))
 
 
 def encode_targets(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
