@@ -165,6 +165,8 @@ def _entry(name: str, entry: dict[str, Any], record: TeacherEntry) -> str:
         lines.append(f"- size: {entry['stored_bytes']:,} bytes, {entry['bytes_per_token']:.1f} per token")
     if entry["summary"] is not None:
         lines += _summary(entry["summary"])
+    if entry["fidelity"] is not None:
+        lines.append(_fidelity(entry["fidelity"]))
     return "\n".join(lines)
 
 
@@ -201,6 +203,18 @@ def _summary(summary: dict[str, Any]) -> list[str]:
             f"perplexity {summary['perplexity']:.2f}"
         )
     return lines
+
+
+def _fidelity(report: dict[str, Any]) -> str:
+    residual, bucket = report["residual_mass"], report["divergences"]["bucket"]["forward"]
+    angle = report["gradients"]["bucket"]["tempered"]["mean"]
+    return (
+        f"- fidelity, measured against the full distributions at {report['positions']:,} positions: "
+        f"{residual['mean']:.4f} of the mass outside the stored ids, at most {residual['q95']:.4f} at 95 % of them"
+        + ("" if bucket is None else f"; KL(full, stored with an even tail) {bucket:.4f} nats")
+        + ("" if angle is None else f"; mean gradient of the bucket {angle:.1f} degrees from the dense one")
+        + "; all of it in the entry's `fidelity.json`"
+    )
 
 
 def _reading(found: dict[str, Any]) -> list[str]:

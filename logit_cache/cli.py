@@ -167,6 +167,9 @@ def demo(out: str, text: tuple[str, ...]) -> None:
 @click.option("--shard-tokens", type=int, help="Positions per shard: what a killed worker loses at most.")
 @click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
 @click.option("--batch-windows", type=int, help="Windows in one forward pass; recorded in the entry.")
+@click.option(
+    "--fidelity-positions", type=int, help="Scored again for the fidelity report; 0: no report.  [default: 2048]"
+)
 @click.option("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order.")
 @click.option("--attention", help="Attention implementation of transformers, such as sdpa or eager.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run model code from the hub; recorded.")
@@ -184,6 +187,7 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
     with one_line_errors():
         from logit_cache.corpus import CorpusConfig
         from logit_cache.engines import parse_worker, run_local
+        from logit_cache.fidelity import is_wanted, measure
         from logit_cache.inspect import describe_entry
         from logit_cache.job import CacheJob, load_teachers, open_job
         from logit_cache.progress import progress
@@ -222,6 +226,9 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
         total = left if share[1] > 1 else entry.positions
         with progress(f"cache {job.name}", total, "tokens", total - left) as advance:
             run_local(opened, pending, share, advance)
+        if is_wanted(opened, job.fidelity_positions):
+            with progress(f"fidelity of {job.name}", None, "positions") as advance:
+                opened.writer.publish_fidelity(measure(opened, job.fidelity_positions, advance))
         found = describe_entry(LogitCache.open(job.cache).teacher(job.name))
         if as_json:
             click.echo(json.dumps(found, indent=2))

@@ -38,12 +38,13 @@ def describe_cache(cache: LogitCache) -> dict[str, Any]:
 
 
 def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
-    """One teacher entry as JSON data; sums come from the receipts, no array is read."""
+    """One teacher entry as JSON data; sums come from the receipts, `fidelity` is its report, no array is read."""
     entry = targets.entry
     missing = targets.missing()
     covered = entry.positions - sum(stop - start for start, stop in missing)
     stored = targets.stored_bytes()
     statistics, seconds = targets.statistics()
+    report = targets.fidelity()
     member = entry.teacher.members[0]
     return {
         "teacher": [m.model_dump() for m in entry.teacher.members],
@@ -66,6 +67,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "bytes_per_kept_id": stored / (covered * entry.targets.k) if covered else None,
         "positions_per_second": covered / seconds if seconds else None,
         "summary": summarise(statistics) if statistics else None,
+        "fidelity": report.model_dump() if report else None,
     }
 
 

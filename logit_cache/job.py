@@ -34,6 +34,7 @@ class CacheJob(BaseModel):
     """The fields of `cache-logits`, as flags or in a YAML file. Lengths are in tokens, steps in nats.
 
     Several teachers are one ensemble; `weight` and `revision` are given once for each of them, or not at all.
+    `fidelity_positions`, of the report on a complete entry, is no part of the entry's identity.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +61,7 @@ class CacheJob(BaseModel):
     shard_tokens: Positive | None = None
     chunk_tokens: Positive | None = None
     batch_windows: Positive | None = None
+    fidelity_positions: Annotated[int, Field(ge=0, le=1 << 17)] = 2_048
     revision: tuple[str, ...] = ()
     attention: str | None = None
     trust_remote_code: bool = False

@@ -4,6 +4,9 @@ The new entry names what it came from (`derived_from`, the digest of the source'
 shard like any other: a killed run goes on where it stopped. Nothing that was stored can grow back, so a larger K,
 a larger mass or finer log-probs are refused and not invented.
 
+The fidelity report of the source stays with the source: other targets are another distance from their teacher, and
+only the teacher can say how far. The new entry has none.
+
 A step is kept, or at least doubled. Kept, codes stay as they are; doubled or more, the halves of all steps that a
 value went through sum to less than the last one. So in every derived entry a log-prob, and a tail that took some
 of them in, is within one whole `step_nats` of the teacher's.

@@ -68,7 +68,52 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
             f"{100 * summary['positions_with_head_mass_below_0.9']:.1f} %, below 0.99 in "
             f"{100 * summary['positions_with_head_mass_below_0.99']:.1f} %"
         )
+    if entry["fidelity"]:
+        lines += _fidelity_lines(entry["fidelity"])
     return lines
+
+
+def _fidelity_lines(found: dict[str, Any]) -> list[str]:
+    residual, divergences, size = found["residual_mass"], found["divergences"], found["size"]
+    even, shaped = divergences["bucket"]["forward"], divergences["bucket-unigram"]["forward"]
+
+    def degrees(angle: dict[str, float | None]) -> str:
+        return " / ".join("–" if value is None else f"{value:.1f}" for value in (angle["positions"], angle["mean"]))
+
+    means = [
+        f"{name} {item['mean_forward']:.4f}" + (f" (noise {item['mean_noise']:.4f})" if item["mean_noise"] else "")
+        for name, item in divergences.items()
+        if item["mean_forward"] is not None
+    ]
+    lines = [
+        f"  fidelity    on {found['positions']:,} positions: mass outside the stored ids {residual['mean']:.4f} "
+        f"(median {residual['q50']:.4f}, 95 % {residual['q95']:.4f}, at most {residual['maximum']:.4f})",
+        f"    KL(full, stored)  {_nats(even)} with an even tail, {_nats(shaped)} with one like the text's; "
+        f"quantisation alone {found['quantisation']:.1e} nats",
+        f"    KL of the means   {', '.join(means)}",
+        "    gradient to dense, degrees, of all positions / of their mean; uniform student | tempered student:",
+    ]
+    for name, angles in found["gradients"].items():
+        lines.append(f"      {name:<15} {degrees(angles['uniform']):>12} | {degrees(angles['tempered']):>12}")
+    if found["calibration"]:
+        stored = ", ".join(f"{name} {100 * value:.1f}" for name, value in found["calibration"]["stored"].items())
+        lines.append(f"    calibration error teacher {100 * found['calibration']['full']:.1f} %; {stored}")
+    lines.append(
+        f"    bytes             {size['bytes_per_id']:.2f} for each of {size['mean_kept']:.1f} ids, "
+        f"{size['overhead_bytes_per_token']:.1f} beside them per token"
+    )
+    for title, key in (("mass outside", "k_for_residual_mass"), ("KL, even tail", "k_for_forward")):
+        needed = ", ".join(
+            f"{item['at_most']:g}: {item['k']:,}"
+            + (f" (~{item['bytes_per_token']:.0f} bytes)" if item["bytes_per_token"] is not None else "")
+            for item in found[key]
+        )
+        lines.append(f"    k for a {title} of at most  {needed}")
+    return lines
+
+
+def _nats(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4f}"
 
 
 def position_text(found: dict[str, Any]) -> str:

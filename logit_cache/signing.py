@@ -1,9 +1,10 @@
 """Signing a cache: one signature, in the OpenSSF model-signing format, of the files that bind all others.
 
-What is signed is the *manifest*: the records (`zarr.json` of the root, of `teachers` and of every entry) and the
-receipts with their indexes. A receipt holds the sha256 of every object that it commits, and everything else in a cache
-follows from the records; so a verified signature and `logit-cache verify --deep` together cover every byte, and the
-signature alone is checked without reading the arrays. Not covered: the card (README.md), which is for people only.
+What is signed is the *manifest*: the records (`zarr.json` of the root, of `teachers` and of every entry), the receipts
+with their indexes, and the fidelity reports. A receipt holds the sha256 of every object that it commits, and everything
+else in a cache follows from the records; so a verified signature and `logit-cache verify --deep` together cover every
+byte, and the signature alone is checked without reading the arrays. Not covered: the card (README.md), which is for
+people only.
 
 The signature is the object `model.sig` at the root: a Sigstore bundle that lists each file with its sha256, signed with
 an elliptic-curve key (P-256, P-384 or P-521) in a PEM file. Nothing is sent anywhere. The command line tool of the
@@ -27,7 +28,10 @@ from storage.manifest import TEACHER_NAME
 # Some 65,000 files. What is read before it is verified stays small.
 MAX_SIGNATURE_BYTES = 16 << 20
 
-_MANIFEST = re.compile(rf"(?:teachers/{TEACHER_NAME}/)?(?:zarr\.json|receipts/.+\.json)|teachers/zarr\.json")
+_MANIFEST = re.compile(
+    rf"(?:teachers/{TEACHER_NAME}/)?(?:zarr\.json|receipts/.+\.json)|teachers/zarr\.json"
+    rf"|teachers/{TEACHER_NAME}/fidelity\.json"
+)
 _ENTRY = re.compile(rf"teachers/{TEACHER_NAME}/")
 
 
