@@ -75,7 +75,8 @@ def train(
         seed=seed,
     )
     # Lightning sets the epoch of a sampler that has `set_epoch`, and an index carries its epoch to the data set.
-    loader = DataLoader(windows, batch_windows, sampler=reading_order(windows), collate_fn=collate, drop_last=True)
+    order = reading_order(windows, batch_windows)
+    loader = DataLoader(windows, batch_windows, sampler=order, collate_fn=collate, drop_last=True)
     module = Distillation(model, loss, steps)
     lightning.Trainer(max_steps=steps, enable_checkpointing=False, logger=False, **trainer).fit(module, loader)
     return module

@@ -58,7 +58,7 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    order = reading_order(windows)
+    order = reading_order(windows, batch_windows)
     loader = DataLoader(windows, batch_windows // micro_batches, sampler=order, collate_fn=collate, drop_last=True)
 
     if len(loader) < micro_batches:

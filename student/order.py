@@ -1,10 +1,22 @@
 """The order in which windows are read: random enough to train on, local enough to decode each chunk once.
 
-Legend: `G` windows of a group (neighbours in the stream), `B` groups of a buffer.
+Legend: `g` windows of a group (neighbours in the stream), `G` windows of an optimizer step over all processes,
+`L` lanes, `B` groups held at a time over all lanes.
+
+Groups are shuffled and dealt to the lanes. Each lane shuffles its windows within a buffer of B / L groups, and every
+step takes G / L windows from each lane, one lane after the other::
+
+    step 0 |lane 0 ........|lane 1 ........| ... |lane L-1 ......|
+    step 1 |lane 0 ........|lane 1 ........| ... |lane L-1 ......|
+
+Whoever cuts a step into equal runs, over ranks and over micro-batches, cuts it between lanes: with W ranks and A
+micro-batches, W * A a divisor of L, a rank meets the same L / W lanes in every step, and decodes their chunks alone.
+With other numbers of ranks the order is the same, and neighbouring ranks share some chunks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,27 +27,47 @@ GROUP_TOKENS = 8_192
 """Positions of a group: about a chunk of a cache in its default layout. A constant, so that the order is the same
 for students of different teachers, and for a control that has none."""
 
+LANES = 8
+"""The most lanes that there are: as many processes decode no chunk twice. Their number is a matter of the step alone,
+never of the processes, or another number of these would read another order."""
+
 BUFFER_GROUPS = 16
 
-_GROUPS, _BUFFER = 1, 2
+_GROUPS, _BUFFER, _REST = 1, 2, 3
 
 
 class ReadingOrder(Sampler[int]):
-    """A permutation of the windows for every epoch, a function of (seed, epoch) alone.
+    """A permutation of the windows for every epoch, a function of (seed, epoch, windows_per_step) alone.
 
-    Groups of `group_windows` neighbouring windows are shuffled; then each run of `buffer_groups` groups is shuffled
-    window by window. So two windows of one group, which share chunks of the cache, are less than
-    ``buffer_groups * group_windows`` places apart in the order, and a reader that holds `buffer_groups` decoded
-    chunks decodes each about once per epoch. (With 16 groups of 8,192 positions that is 131,072 positions.)
+    windows            number of them
+    group_windows      g
+    windows_per_step   G; the lanes are its greatest divisor of the form 2**n up to `LANES`
+    buffer_groups      B
+
+    Two windows of one group, which share chunks of the cache, are less than ``B * g + G`` places apart, and a reader
+    that holds B decoded chunks decodes each about once per epoch. (With 16 groups of 8,192 positions that is 131,072
+    positions and a step.) Lanes end within two groups of each other; from where the first one ends, what is left of the
+    others is shuffled together and is the end of the epoch.
 
     The order knows nothing of batches, processes or workers: they cut it up. It yields ``epoch * windows + window``,
-    so that whoever loads a window knows the epoch without being told; `set_epoch` chooses the epoch.
+    so that whoever loads a window knows the epoch without being told; `set_epoch` chooses the epoch. An epoch's order
+    is made as it is read: memory is B groups, and one number per group of the corpus.
     """
 
-    def __init__(self, windows: int, *, group_windows: int, seed: int, buffer_groups: int = BUFFER_GROUPS) -> None:
+    def __init__(
+        self,
+        windows: int,
+        *,
+        group_windows: int,
+        seed: int,
+        windows_per_step: int = LANES,
+        buffer_groups: int = BUFFER_GROUPS,
+    ) -> None:
         self.windows = windows
         self.group_windows = group_windows
-        self.buffer_groups = buffer_groups
+        self.lanes = math.gcd(windows_per_step, LANES)
+        self.windows_per_step = windows_per_step
+        self.buffer_groups = max(1, buffer_groups // self.lanes)
         self.seed = seed
         self.epoch = 0
 
@@ -48,19 +80,54 @@ class ReadingOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         base = self.epoch * self.windows
-        for buffer in self._buffers(self.epoch):
-            yield from (buffer + base).tolist()
+        for some in self._pieces(self.epoch):
+            yield from (some + base).tolist()
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """The windows of an epoch in order, int64 [windows], without the epoch in them."""
-        return np.concatenate(list(self._buffers(epoch)) or [np.zeros(0, dtype=np.int64)])
+        return np.concatenate(list(self._pieces(epoch)) or [np.zeros(0, dtype=np.int64)])
 
-    def _buffers(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+    def _pieces(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """The order of an epoch, a step at a time, then what is left of the lanes."""
         groups = self._generator(epoch, _GROUPS, 0).permutation(-(-self.windows // self.group_windows))
-        for number, first in enumerate(range(0, len(groups), self.buffer_groups)):
-            some = groups[first : first + self.buffer_groups, None]
-            windows = (some * self.group_windows + np.arange(self.group_windows)).ravel()
-            yield self._generator(epoch, _BUFFER, number).permutation(windows[windows < self.windows])
+        lanes = [_Lane(self, epoch, number, groups[number :: self.lanes]) for number in range(self.lanes)]
+        share = self.windows_per_step // self.lanes
+        for _ in range(min(len(lane) for lane in lanes) // share):
+            yield np.concatenate([lane.take(share) for lane in lanes])
+        rest = np.concatenate([lane.take(len(lane)) for lane in lanes])
+        yield self._generator(epoch, _REST, 0).permutation(rest)
 
-    def _generator(self, epoch: int, purpose: int, number: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, number, purpose, 0]))
+    def _generator(self, epoch: int, purpose: int, number: int, lane: int = 0) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, number, purpose, lane]))
+
+
+class _Lane:
+    """The windows of a lane's groups, shuffled buffer by buffer; `len` is what has not been taken yet."""
+
+    def __init__(self, order: ReadingOrder, epoch: int, number: int, groups: NDArray[np.int64]) -> None:
+        self._order, self._epoch, self._number, self._groups = order, epoch, number, groups
+        last_group = order.windows // order.group_windows
+        self._left = len(groups) * order.group_windows
+        if (groups == last_group).any():  # the stream's last group is shorter
+            self._left -= order.group_windows - order.windows % order.group_windows
+        self._held = np.zeros(0, dtype=np.int64)
+        self._buffers = 0
+
+    def __len__(self) -> int:
+        return self._left
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        """The next `count` windows."""
+        while len(self._held) < count:
+            self._held = np.concatenate([self._held, self._next_buffer()])
+        taken, self._held = self._held[:count], self._held[count:]
+        self._left -= count
+        return taken
+
+    def _next_buffer(self) -> NDArray[np.int64]:
+        order, number = self._order, self._buffers
+        self._buffers += 1
+        some = self._groups[number * order.buffer_groups : (number + 1) * order.buffer_groups, None]
+        windows = (some * order.group_windows + np.arange(order.group_windows)).ravel()
+        generator = order._generator(self._epoch, _BUFFER, number, self._number)
+        return generator.permutation(windows[windows < order.windows])

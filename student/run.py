@@ -33,7 +33,7 @@ from student.objective import EXACT_TEMPERATURES, Objective
 from student.output import OutputDirectory, full_disk_is_said
 from student.progress import TrainingProgress
 from student.targets import Member, interpolation_bound
-from student.trainer import DistillationTrainer
+from student.trainer import DistillationTrainer, windows_per_step
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 Say = Callable[[str], None]
@@ -73,8 +73,8 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
     tell = (say or _to_stderr) if first else _silent
     batch = args.train_batch_size * args.world_size
     _check_batch(data.windows, batch, args)
-    windows_per_step = batch * args.gradient_accumulation_steps
-    identity = _identity(job, values, data, windows_per_step)
+    step_windows = windows_per_step(args)
+    identity = _identity(job, values, data, step_windows)
 
     output = OutputDirectory(job.output_dir, writes=first)
     output.check(identity)
@@ -90,7 +90,7 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
     parameters = sum(p.numel() for p in model.parameters())
     tell(
         f"{job.model}: {parameters:,} parameters; {len(data.windows):,} windows of {job.window_tokens} tokens, "
-        f"{windows_per_step} to a step"
+        f"{step_windows} to a step"
     )
 
     tail_bounds = _tail_bounds(data)
@@ -103,7 +103,7 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
 
     # One bar for the run says enough; transformers shows another for every file that it writes.
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    trainer = _trainer(model, args, data, job.fused_head, TrainingProgress(windows_per_step * job.window_tokens))
+    trainer = _trainer(model, args, data, job.fused_head, TrainingProgress(step_windows * job.window_tokens))
     if trainer.not_fused is not None:
         tell(
             f"{job.model}: the logits of a batch are held, as the output layer is not fused with the loss: "
@@ -124,7 +124,7 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
         isolated_documents=data.windows.isolate_documents,
         parameters=parameters,
         steps=trainer.state.global_step,
-        windows_per_step=windows_per_step,
+        windows_per_step=step_windows,
         tokens_seen=_positions_seen(data.windows, args, trainer.state.global_step),
         seconds=round(seconds, 3),
         resumed_from_step=resumed_from,
@@ -229,11 +229,11 @@ def _check_batch(windows: DistillationWindows, batch: int, args: TrainingArgumen
         )
 
 
-def _identity(job: StudentJob, values: Mapping[str, Any], data: _Data, windows_per_step: int) -> dict[str, Any]:
+def _identity(job: StudentJob, values: Mapping[str, Any], data: _Data, step_windows: int) -> dict[str, Any]:
     """What makes two runs the same, flat. Caches go by their digests, so that one may have moved."""
     asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
     asked["isolate_documents"] = data.windows.isolate_documents
-    asked["windows_per_step"] = windows_per_step
+    asked["windows_per_step"] = step_windows
     asked["model_sha256"] = _model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
     asked |= {f"training.{name}": value for name, value in values.items() if name not in PRESENTATION}
@@ -334,7 +334,7 @@ def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps
     rest_is_dropped = args.dataloader_drop_last
     batches = len(windows) // size // world if rest_is_dropped else -(-len(windows) // (size * world))
     steps_per_epoch = -(-batches // accumulation)
-    order = reading_order(windows)
+    order = reading_order(windows, windows_per_step(args))
     total = 0
     for epoch in range(-(-steps // steps_per_epoch)):
         done = min(steps_per_epoch, steps - epoch * steps_per_epoch)

@@ -122,8 +122,9 @@ class DistillationTrainer(Trainer):
     `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured, and `fused_head`. The loss is
     bound to the model; `not_fused` says why its output layer is not part of it, None where it is (`bind_loss`).
 
-    The reading order depends on the windows and their seed only, so a student and its control, or one process and
-    several, see the same windows in the same order. `evaluate` counts every labelled position of `eval_dataset` once.
+    The reading order depends on the windows, their seed and the windows of a step, so a student and its control, or one
+    process and several with the same step, see the same windows in the same order. `evaluate` counts every labelled
+    position of `eval_dataset` once.
     """
 
     def __init__(
@@ -160,7 +161,8 @@ class DistillationTrainer(Trainer):
         self.add_callback(_FollowAlpha(loss))
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        self._reading_order = reading_order(_ours(self.train_dataset if train_dataset is None else train_dataset))
+        windows = _ours(self.train_dataset if train_dataset is None else train_dataset)
+        self._reading_order = reading_order(windows, windows_per_step(self.args))
         return self._reading_order
 
     def compute_loss(
@@ -238,6 +240,11 @@ class DistillationTrainer(Trainer):
         corpus = windows.record.corpus
         known = corpus.text_bytes > 0 and not corpus.has_loss_mask
         return sums.result(corpus.text_bytes / corpus.positions if known else None)
+
+
+def windows_per_step(args: TrainingArguments) -> int:
+    """Windows of an optimizer step, over all processes and micro-batches."""
+    return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
 def _ours(dataset: Any) -> DistillationWindows:

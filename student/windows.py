@@ -28,7 +28,7 @@ from storage.manifest import TeacherEntry, digest
 from storage.records import SparseTargets
 from student.blocks import Blocks, Offset
 from student.buckets import NOT_TRAINED
-from student.order import GROUP_TOKENS, ReadingOrder
+from student.order import GROUP_TOKENS, LANES, ReadingOrder
 
 Window = dict[str, Any]
 
@@ -196,10 +196,14 @@ def flat_targets(targets: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[
     return {name: {key: value.flatten(0, 1) for key, value in fields.items()} for name, fields in targets.items()}
 
 
-def reading_order(windows: DistillationWindows) -> ReadingOrder:
-    """The order in which windows are read for training: a sampler, the same for every student of their seed."""
+def reading_order(windows: DistillationWindows, windows_per_step: int = LANES) -> ReadingOrder:
+    """The order in which windows are read for training: a sampler, the same for every student of their seed.
+
+    windows_per_step: of an optimizer step, over all processes and micro-batches. Where it is a multiple of 8, up to
+    eight processes decode no chunk of the cache twice.
+    """
     group = max(1, GROUP_TOKENS // windows.window_tokens)
-    return ReadingOrder(len(windows), group_windows=group, seed=windows.seed)
+    return ReadingOrder(len(windows), group_windows=group, seed=windows.seed, windows_per_step=windows_per_step)
 
 
 def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:

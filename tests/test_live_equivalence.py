@@ -91,7 +91,7 @@ def live_losses(world: Path, teachers: dict[str, float], temperature: float) -> 
     )  # fmt: skip
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, weight_decay=0.0)
-    order = reading_order(DistillationWindows(str(world / "cache"), (), T, "fixed", seed=3)).permutation(0)
+    order = reading_order(DistillationWindows(str(world / "cache"), (), T, "fixed", seed=3), BATCH).permutation(0)
     losses = []
     for step in range(STEPS):
         starts = [int(window) * T for window in order[step * BATCH : (step + 1) * BATCH]]

@@ -252,7 +252,7 @@ def test_epochs_follow_the_reading_order(cache: str, tmp_path: Path) -> None:
     trainer = trainer_for(cache, tmp_path, per_device_train_batch_size=8, num_train_epochs=2)
     windows = trainer.train_dataset
     assert isinstance(windows, DistillationWindows)
-    order = reading_order(windows)
+    order = reading_order(windows, 8)
     expected = [
         collate(windows.__getitems__((order.permutation(epoch) + epoch * len(windows))[i : i + 8].tolist()))
         for epoch in range(2)
@@ -311,6 +311,8 @@ def test_bf16_autocast_trains(cache: str, tmp_path: Path) -> None:
     trainer.train()
     plain = trainer_for(cache, tmp_path, per_device_train_batch_size=8, max_steps=2)
     plain.train()
-    one, other = (t.state.log_history[0]["loss"] for t in (trainer, plain))
-    assert one != other
-    assert one == pytest.approx(other, rel=0.02)
+    one, other = (t.state.log_history[0] for t in (trainer, plain))
+    # The losses of a new student, whose logits are near 0, can agree to the last bit.
+    assert one["grad_norm"] != other["grad_norm"]
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
+    assert one["loss"] == pytest.approx(other["loss"], rel=0.02)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import tracemalloc
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from storage.manifest import CacheRecord, Windowing
 from storage.records import SparseTargets
 from storage.writer import EntryWriter
 from student.blocks import Blocks
-from student.order import ReadingOrder
+from student.order import BUFFER_GROUPS, ReadingOrder
 from student.windows import DistillationWindows, collate
 
 V = 53
@@ -101,22 +103,76 @@ def test_random_offsets_depend_on_seed_epoch_and_window_only() -> None:
     assert draw(1, 2) != draw(2, 2)
 
 
-@pytest.mark.parametrize(("windows", "group", "buffer"), [(1, 1, 1), (103, 8, 4), (64, 16, 2), (50, 7, 100)])
-def test_reading_order_is_a_permutation_that_keeps_groups_together(windows: int, group: int, buffer: int) -> None:
-    order = ReadingOrder(windows, group_windows=group, buffer_groups=buffer, seed=3)
+@pytest.mark.parametrize(
+    ("windows", "group", "buffer", "step"),
+    [
+        (1, 1, 1, 1),
+        (103, 8, 4, 1),
+        (64, 16, 2, 4),
+        (50, 7, 100, 3),
+        (1000, 8, 16, 8),
+        (1003, 8, 16, 24),
+        (999, 4, 8, 20),
+    ],
+)
+def test_reading_order_is_a_permutation_that_keeps_groups_together(
+    windows: int, group: int, buffer: int, step: int
+) -> None:
+    order = ReadingOrder(windows, group_windows=group, buffer_groups=buffer, windows_per_step=step, seed=3)
     for epoch in range(3):
         order.set_epoch(epoch)
         found = np.array(list(order)) - epoch * windows
         assert sorted(found) == list(range(windows))
         assert (found == order.permutation(epoch)).all()
         place = np.argsort(found)
+        # The end of an epoch, where lanes run out, is shuffled together.
+        rest = windows - 2 * order.lanes * group - step
         for first in range(0, windows, group):
             places = place[first : first + group]
-            assert places.max() - places.min() < buffer * group
+            if places.max() < rest:
+                assert places.max() - places.min() < max(buffer, order.lanes) * group + step
     if windows > 20:
         assert (order.permutation(0) != order.permutation(1)).any()
-        other = ReadingOrder(windows, group_windows=group, buffer_groups=buffer, seed=4)
-        assert (order.permutation(0) != other.permutation(0)).any()
+        for changed in ({"seed": 4}, {"windows_per_step": step + 8}):
+            other = ReadingOrder(
+                windows, group_windows=group, buffer_groups=buffer, **{"seed": 3, "windows_per_step": step, **changed}
+            )
+            assert (order.permutation(0) != other.permutation(0)).any()
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (1, 8), (2, 4)])
+def test_each_process_reads_groups_of_its_own(processes: int, micro_batches: int) -> None:
+    step, group, windows = 16, 8, 8 * 300
+    order = ReadingOrder(windows, group_windows=group, windows_per_step=step, seed=5)
+    batch = step // processes // micro_batches
+    found = order.permutation(2)
+    # As accelerate deals batches out: batch n of the order belongs to process n mod processes.
+    mine = [found.reshape(-1, processes, batch)[:, rank].ravel() for rank in range(processes)]
+    whole = (windows - 2 * order.lanes * group) // processes
+    groups = [set((some[:whole] // group).tolist()) for some in mine]
+    assert sum(len(some) for some in groups) == len(set().union(*groups)), "no group is read by two processes"
+    assert min(len(some) for some in groups) > 250 // processes
+    # And at any time a process holds its share of the buffer: the groups that it has begun and not finished.
+    for some in mine:
+        first, last = {}, {}
+        for place, number in enumerate((some[:whole] // group).tolist()):
+            first.setdefault(number, place)
+            last[number] = place
+        held = np.zeros(whole, dtype=int)
+        for number in first:
+            held[first[number] : last[number] + 1] += 1
+        assert held.max() <= BUFFER_GROUPS // processes
+
+
+def test_an_order_is_made_as_it_is_read() -> None:
+    """A hundred million windows (10^10 positions): the first steps cost the groups' numbers, and no more."""
+    order = ReadingOrder(100_000_000, group_windows=64, windows_per_step=32, seed=0)
+    tracemalloc.start()
+    first = list(islice(order, 3200))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(first)) == 3200
+    assert peak < 40_000_000
 
 
 @pytest.mark.parametrize("size", [1, 16, 30, 202])
