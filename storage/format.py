@@ -94,11 +94,27 @@ class ArraySpec:
     layout: ArrayLayout
 
     @property
-    def fill_value(self) -> Any:
-        """The poison that stands where nothing was written (bool has none to spare)."""
+    def poison(self) -> Any:
+        """What stands where nothing was written: the largest integer, or NaN (bool has none to spare)."""
         if self.dtype == "bool":
             return False
-        return "NaN" if self.dtype == "float32" else int(np.iinfo(self.dtype).max)
+        return math.nan if self.dtype == "float32" else int(np.iinfo(self.dtype).max)
+
+    @property
+    def fill_value(self) -> Any:
+        """The poison as JSON has it."""
+        return "NaN" if self.dtype == "float32" else self.poison
+
+    @property
+    def blosc(self) -> dict[str, Any]:
+        """How a chunk's bytes are compressed, as the codec's configuration has it."""
+        return {
+            "typesize": self.itemsize,
+            "cname": self.layout.compression,
+            "clevel": 3 if self.layout.compression == "zstd" else 5,
+            "shuffle": "bitshuffle",
+            "blocksize": 0,
+        }
 
     @property
     def itemsize(self) -> int:
@@ -141,16 +157,7 @@ class ArraySpec:
         serializer: dict[str, Any] = {"name": "bytes"}
         if self.itemsize > 1:
             serializer["configuration"] = {"endian": "little"}
-        blosc = {
-            "name": "blosc",
-            "configuration": {
-                "typesize": self.itemsize,
-                "cname": self.layout.compression,
-                "clevel": 3 if self.layout.compression == "zstd" else 5,
-                "shuffle": "bitshuffle",
-                "blocksize": 0,
-            },
-        }
+        blosc = {"name": "blosc", "configuration": self.blosc}
         little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
         return {
             "zarr_format": 3,

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+import zarr.buffer
 from fakes import dense_targets, make_corpus, make_entry, write_entry
 
 from storage import LogitCache, SparseTargets
+from storage.arrays import encode_shard, metadata_bytes
 from storage.errors import (
     CacheNotFound,
     CorruptCache,
@@ -25,9 +27,10 @@ from storage.errors import (
     InputError,
     LogitCacheError,
 )
-from storage.format import teacher_arrays
+from storage.format import ArraySpec, teacher_arrays
 from storage.location import locate
-from storage.manifest import CacheRecord, Windowing, canonical_json
+from storage.manifest import ArrayLayout, CacheRecord, Windowing, canonical_json
+from storage.verify import verify
 from storage.writer import EntryWriter, ShardWriter, encode_targets
 
 V, N, K = 507, 1000, 33
@@ -446,6 +449,48 @@ def test_a_link_inside_a_cache_is_refused(cache: Path, tmp_path: Path) -> None:
     (cache / "receipts").symlink_to(tmp_path / "receipts")
     with pytest.raises(CorruptCache, match="symbolic link"):
         LogitCache.open(str(cache)).tokens.read(0, 10)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "float32", "bool"])
+@pytest.mark.parametrize("rest", [(), (1,), (7,)], ids=str)
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_shard_s_bytes_are_those_that_zarr_writes(dtype: Any, rest: tuple[int, ...], compression: Any) -> None:
+    for entries, shard_entries, chunk in [(100, 32, 8), (96, 96, 32), (33, 64, 16), (5000, 4096, 1024)]:
+        spec = ArraySpec(
+            "x", dtype, (entries, *rest), ArrayLayout(shard=shard_entries, chunk=chunk, compression=compression)
+        )
+        values = np.random.default_rng(0).normal(size=spec.shape).astype("float32")
+        values = values if dtype == "float32" else (abs(values) * 40).astype(dtype)
+        values[::8] = 1  # so that zarr finds no chunk empty
+        held = {"zarr.json": zarr.buffer.cpu.Buffer.from_bytes(metadata_bytes(spec.metadata()))}
+        zarr.open_array(zarr.storage.MemoryStore(held), mode="r+")[:] = values
+        for shard in range(spec.shards):
+            start, stop = spec.shard_range(shard)
+            key = spec.shard_key(shard).removeprefix("x/")
+            assert encode_shard(spec, shard, values[start:stop]) == held[key].to_bytes()
+
+
+def test_chunks_that_hold_nothing_but_the_fill_value_are_stored(tmp_path: Path) -> None:
+    """A loss mask that is off for whole chunks, and labels of one-token documents: zarr would leave them out."""
+    url = str(tmp_path / "c")
+    count = 150_000
+    mask = np.zeros(count, dtype=bool)
+    mask[5] = mask[140_000] = True
+    tokens = np.random.default_rng(0).integers(0, V, count).astype(np.uint16)
+    make_corpus(url, tokens, V, loss_mask=mask)
+    stream = LogitCache.open(url).loss_mask
+    assert stream is not None
+    assert np.array_equal(stream.read(0, count), mask)
+    assert np.array_equal(zarr.open(url, mode="r")["loss_mask"][:], mask)
+
+    one = str(tmp_path / "one")
+    record = make_corpus(one, tokens[:1], V)
+    targets = dense_targets(np.random.default_rng(1).normal(size=(1, V)), K, np.array([-1]))
+    write_entry(one, "a", make_entry(record, K), targets)
+    found = LogitCache.open(one).teacher("a").read(0, 1)
+    assert np.isnan(found.label_logprob).all()
+    assert np.array_equal(found.token_ids, targets.token_ids)
+    assert verify(one, deep=True).sound
 
 
 def test_the_seal_of_a_last_shard_covers_its_chunks(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
