@@ -207,12 +207,13 @@ def _summary(summary: dict[str, Any]) -> list[str]:
 
 def _fidelity(report: dict[str, Any]) -> str:
     residual, bucket = report["residual_mass"], report["divergences"]["bucket"]["forward"]
-    angle = report["gradients"]["bucket"]["tempered"]["mean"]
+    tail = "sampled" if "sampled" in report["gradients"] else "bucket"
+    angle = report["gradients"][tail]["tempered"]["mean"]
     return (
         f"- fidelity, measured against the full distributions at {report['positions']:,} positions: "
         f"{residual['mean']:.4f} of the mass outside the stored ids, at most {residual['q95']:.4f} at 95 % of them"
         + ("" if bucket is None else f"; KL(full, stored with an even tail) {bucket:.4f} nats")
-        + ("" if angle is None else f"; mean gradient of the bucket {angle:.1f} degrees from the dense one")
+        + ("" if angle is None else f"; mean gradient with tail {tail} {angle:.1f} degrees from the dense one")
         + "; all of it in the entry's `fidelity.json`"
     )
 

@@ -33,7 +33,8 @@ _BATCH_TOKENS = {"cpu": 4_096, "cuda": 32_768}
 class CacheJob(BaseModel):
     """The fields of `cache-logits`, as flags or in a YAML file. Lengths are in tokens, steps in nats.
 
-    Several teachers are one ensemble; `weight` and `revision` are given once for each of them, or not at all.
+    Several teachers are one ensemble; `weight` and `revision` are given once for each of them, or not at all. A `top_p`
+    alone asks for top-k targets, which it cuts; else the default is varopt (docs/decisions/0012).
     `fidelity_positions`, of the report on a complete entry, is no part of the entry's identity.
     """
 
@@ -44,7 +45,7 @@ class CacheJob(BaseModel):
     combine: Literal["logit-mean", "mixture"] | None = None
     weight: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
-    targets: Literal["topk", "varopt"] = "topk"
+    targets: Literal["topk", "varopt"] = "varopt"
     k: Annotated[int, Field(ge=1, le=MAX_UINT16)] = 64
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     head_ids: Annotated[int, Field(ge=0)] | None = None
@@ -70,6 +71,13 @@ class CacheJob(BaseModel):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | float) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_mass_cuts_top_k(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("top_p") is not None and fields.get("targets") is None:
+            return {**fields, "targets": "topk"}
+        return fields
 
     @model_validator(mode="after")
     def _targets_agree(self) -> CacheJob:

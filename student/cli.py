@@ -61,7 +61,11 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 def objective_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options of a loss with teachers in it: the fields of `student.objective.Objective`."""
     options = [
-        click.option("--alpha", type=float, help="Share of the cross-entropy, 0..1 [0.5; 1 without teachers]."),
+        click.option(
+            "--alpha",
+            type=float,
+            help="Share of the cross-entropy, 0..1 [0 with drawn ids, 0.5 with top-k; 1 without teachers].",
+        ),
         click.option("--alpha-end", type=float, help="That share at the last step, linear from --alpha [the same]."),
         click.option("--temperature", type=float, help="1 or 2, where the stored targets are exact [1]."),
         click.option(

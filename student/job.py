@@ -39,10 +39,11 @@ class StudentJob(Objective):
     seed                of weights, order, offsets and dropout
     training            fields of transformers.TrainingArguments (`student.arguments` has the defaults)
 
-    The other fields are those of `student.objective.Objective`; alpha is 0.5 with teachers, 1 (the only choice)
-    without.
+    The other fields are those of `student.objective.Objective`. alpha, where it is not given, is 1 without teachers
+    (the only choice), 0 where the targets are an unbiased sample, and 0.5 where they are not.
     """
 
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     cache: str
     teachers: tuple[TeacherWeight, ...] = ()
     model: str
@@ -59,8 +60,15 @@ class StudentJob(Objective):
     @classmethod
     def _default_alpha(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("alpha") is None:
-            data = {**data, "alpha": 0.5 if data.get("teachers") else 1.0}
+            data = {name: value for name, value in data.items() if name != "alpha"}
+            if not data.get("teachers"):
+                data["alpha"] = 1.0
         return data
+
+    @property
+    def leaves_alpha_open(self) -> bool:
+        """Whether the share of the cross-entropy is to be what suits the targets."""
+        return bool(self.teachers) and "alpha" not in self.model_fields_set and self.alpha_end is None
 
     @field_validator("teachers", mode="before")
     @classmethod

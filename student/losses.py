@@ -38,6 +38,7 @@ __all__ = [
     "decode_logprobs",
     "forward_kl",
     "quantisation_bound",
+    "tail_of",
 ]
 
 # (ell [R, K], theta [R], rows) -> [R]: the divergence of one member at some rows of a batch.
@@ -165,7 +166,7 @@ class DistillationLoss:
         self.members: tuple[Member, ...] = ()
         if self.objective.uses_teachers:
             self.members = _normalised(members, vocabulary_size)
-        self.tails: dict[str, Tail] = {member.name: _tail(member, self.objective) for member in self.members}
+        self.tails: dict[str, Tail] = {member.name: tail_of(member, self.objective) for member in self.members}
         if self.objective.loss_scale == "babyllama" and (window_tokens is None or window_tokens < 2):
             raise InputError(f"loss_scale babyllama needs window_tokens of 2 or more; got {window_tokens}")
         _check_linear(self.members, self.objective)
@@ -289,7 +290,7 @@ def _term(tempered: Tempered, tail: Tail, objective: Objective) -> _Term:
     return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
 
-def _tail(member: Member, objective: Objective) -> Tail:
+def tail_of(member: Member, objective: Objective) -> Tail:
     """The treatment of a member's tail; InputError where its entry does not allow it."""
     if member.drawn_at is not None and member.drawn_at != objective.temperature:
         raise InputError(

@@ -27,7 +27,7 @@ from student.buckets import NOT_TRAINED
 from student.evaluate import HeldOut
 from student.heads import choose_head
 from student.job import HeldOutKL, HeldOutReport, StudentJob, TailBound, TrainingReport
-from student.losses import DistillationLoss
+from student.losses import DistillationLoss, tail_of
 from student.models import PRESETS, load_student
 from student.objective import EXACT_TEMPERATURES, Objective
 from student.output import OutputDirectory, full_disk_is_said
@@ -47,8 +47,9 @@ _BOUND_WINDOWS = 32
 
 @dataclass(frozen=True)
 class _Data:
-    """The checked inputs of a job."""
+    """The checked inputs of a job, and the job with what was left open."""
 
+    job: StudentJob
     windows: DistillationWindows
     loss: DistillationLoss
     eval_windows: DistillationWindows | None
@@ -68,6 +69,7 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
     """
     values = training_values(job)
     data = _check_data(job)
+    job = data.job
     args = training_arguments(job, values)
     first = args.process_index == 0
     tell = (say or _to_stderr) if first else _silent
@@ -151,6 +153,10 @@ def _check_data(job: StudentJob) -> _Data:
     provenance = {"cache": digest(windows.record)}
     provenance |= {f"cache/{name}": digest(entry) for name, entry in entries.items()}
     members = [Member.of(teacher.name, entries[teacher.name], teacher.weight) for teacher in job.teachers]
+    if job.leaves_alpha_open and all(_is_unbiased(member, entries[member.name], job) for member in members):
+        # The cross-entropy would only add the noise of a single label; with a bucket it mends some of the bias
+        # (docs/decisions/0012-sampled-targets-by-default.md).
+        job = job.model_copy(update={"alpha": 0.0})
     objective = {name: getattr(job, name) for name in Objective.model_fields}
     loss = DistillationLoss(windows.vocabulary_size, members=members, window_tokens=job.window_tokens, **objective)
     eval_windows: DistillationWindows | None = None
@@ -163,7 +169,12 @@ def _check_data(job: StudentJob) -> _Data:
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
     # Targets that no term of the loss looks at are not read; the windows are the same.
     read = windows if job.uses_teachers else windows.without_targets()
-    return _Data(read, loss, eval_windows, eval_members, not_measured, provenance)
+    return _Data(job, read, loss, eval_windows, eval_members, not_measured, provenance)
+
+
+def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
+    """Whether the loss on these targets has, on average over draws, the dense one's gradient; or a weight of 0."""
+    return not member.weight or entry.targets.k == entry.vocabulary_size or tail_of(member, job) == "sampled"
 
 
 def _tail_bounds(data: _Data) -> dict[str, TailBound]:

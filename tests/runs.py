@@ -74,7 +74,8 @@ def arguments(job: StudentJob) -> list[str]:
     for teacher in job.teachers:
         line += ["--teacher", f"{teacher.name}:{teacher.weight}"]
     if job.teachers:
-        line += ["--alpha", str(job.alpha), "--temperature", str(job.temperature)]
+        line += [] if job.leaves_alpha_open else ["--alpha", str(job.alpha)]
+        line += ["--temperature", str(job.temperature)]
         for name, field in Objective.model_fields.items():
             value = getattr(job, name)
             if name not in ("alpha", "temperature") and value != field.default:

@@ -33,7 +33,7 @@ from storage.records import concatenate
 from storage.writer import write_corpus
 
 K, CONTEXT, SHARD = 24, 64, 4096
-BASE: dict[str, Any] = {"k": K, "context_tokens": CONTEXT, "shard_tokens": SHARD, "device": "cpu"}
+BASE: dict[str, Any] = {"targets": "topk", "k": K, "context_tokens": CONTEXT, "shard_tokens": SHARD, "device": "cpu"}
 FIELDS = {"logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy"}
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from storage import LogitCache
 
 K = 40
-SMALL = ("--context-tokens", 64, "--shard-tokens", 1024, "-k", K)
+SMALL = ("--targets", "topk", "--context-tokens", 64, "--shard-tokens", 1024, "-k", K)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def dense_logprobs(teacher: Path, tokens: np.ndarray, context: int, stride: int)
 @pytest.mark.parametrize(("context", "stride"), [(64, 64), (64, 16)])
 def test_stored_targets_are_the_model_s(cache: Path, teacher: Path, run: Run, context: int, stride: int) -> None:
     done = run(
-        "cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", "-k", K,
+        "cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", "-k", K, "--targets", "topk",
         "--context-tokens", context, "--stride-tokens", stride, "--shard-tokens", 1024, "--encoding", "float32",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

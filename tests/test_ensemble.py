@@ -177,7 +177,7 @@ def test_a_cached_logit_mean(cache: Path, models: list[Path], run: Run) -> None:
     members = [word for path in models for word in ("--teacher", path)]
     done = run(
         "cache-logits", "--cache", cache, "--name", "mean", *members, "--combine", "logit-mean",
-        "--context-tokens", 64, "-k", 20, "--encoding", "float32", "--json",
+        "--context-tokens", 64, "-k", 20, "--targets", "topk", "--encoding", "float32", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["combine"] == "logit-mean"
@@ -192,7 +192,7 @@ def test_a_cached_logit_mean(cache: Path, models: list[Path], run: Run) -> None:
     np.testing.assert_allclose(stored.logprobs, expected, atol=2e-5)
     assert (stored.token_ids == dense.topk(20).indices.numpy()).mean() > 0.999
 
-    same = {"k": 20, "encoding": "float32"}
+    same = {"k": 20, "targets": "topk", "encoding": "float32"}
     for members, changed, field in (
         (models, {"combine": "mixture"}, "teacher.combine"),
         (models[::-1], {"combine": "logit-mean"}, "teacher.members.0.source"),

@@ -39,14 +39,14 @@ from student.losses import DistillationLoss, Member
 
 V, N, CONTEXT, SHARD = 97, 300, 32, 96
 KINDS: dict[str, dict[str, Any]] = {
-    "codes": {"k": 12},
-    "exact": {"k": 12, "encoding": "float32"},
+    "codes": {"k": 12, "targets": "topk"},
+    "exact": {"k": 12, "targets": "topk", "encoding": "float32"},
     "pruned": {"k": 40, "top_p": 0.5},
-    "isolated": {"k": 12, "isolate_documents": True, "stride_tokens": 16},
+    "isolated": {"k": 12, "targets": "topk", "isolate_documents": True, "stride_tokens": 16},
     "varopt": {"k": 12, "targets": "varopt", "encoding": "float32"},
     "varopt-codes": {"k": 12, "targets": "varopt", "head_ids": 4},
-    "whole": {"k": V, "encoding": "float32"},
-    "one": {"k": 1},
+    "whole": {"k": V, "targets": "topk", "encoding": "float32"},
+    "one": {"k": 1, "targets": "topk"},
 }
 
 

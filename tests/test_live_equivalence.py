@@ -60,8 +60,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         for encoding, entry in (("float32", name), ("codes", f"{name}-codes")):
             job = CacheJob(
-                cache=str(folder / "cache"), teacher=str(folder / name), name=entry, k=V, encoding=encoding,
-                context_tokens=T, device="cpu",
+                cache=str(folder / "cache"), teacher=str(folder / name), name=entry, k=V, targets="topk",
+                encoding=encoding, context_tokens=T, device="cpu",
             )  # fmt: skip
             opened = open_job(job)
             run_local(opened, opened.writer.pending())

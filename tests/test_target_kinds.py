@@ -26,7 +26,7 @@ from storage.rules import broken_rule
 K = 16
 FLAGS = ("--context-tokens", 64, "-k", K, "--targets", "varopt", "--encoding", "float32")
 VAROPT = {"k": K, "targets": "varopt", "encoding": "float32"}
-TOPK = {"k": K, "encoding": "float32"}
+TOPK = {"k": K, "targets": "topk", "encoding": "float32"}
 ARRAYS = ("token_ids", "logprobs", "kept", "certain", "log_tail", "log_tail_half", "entropy")
 
 
@@ -99,6 +99,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cache: Path, teacher: Path, run:
     cache_logits(undisturbed, "a", teacher, **VAROPT, **fields)
     flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
     arguments = ("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *FLAGS, *flags)
+    arguments = (*arguments, "--fidelity-positions", 0)  # which the undisturbed run, below the command, does not make
     process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, env=environment())
     receipts = cache / "teachers" / "a" / "receipts"
     while process.poll() is None and not list(receipts.glob("[0-9]*.json")):
@@ -126,8 +127,9 @@ def test_samples_in_codes(cache: Path, teacher: Path) -> None:
 
 def test_top_p_prunes_as_recompress_does(cache: Path, teacher: Path) -> None:
     _, full = cache_logits(cache, "full", teacher, **TOPK)
-    targets, cut = cache_logits(cache, "cut", teacher, **TOPK, top_p=0.9)
-    assert targets.entry.targets.top_p == 0.9
+    # A mass alone asks for top-k.
+    targets, cut = cache_logits(cache, "cut", teacher, k=K, encoding="float32", top_p=0.9)
+    assert (targets.entry.targets.method, targets.entry.targets.top_p) == ("top-k", 0.9)
     assert broken_rule(cut, targets.entry) is None
     mass = np.cumsum(np.exp(full.logprobs.astype(np.float64)), axis=1)
     assert np.array_equal(cut.kept, np.minimum((mass < 0.9).sum(1) + 1, K))
@@ -143,7 +145,7 @@ def test_top_p_prunes_as_recompress_does(cache: Path, teacher: Path) -> None:
 
 def test_every_id_is_certain_where_all_are_kept(cache: Path, teacher: Path) -> None:
     _, found = cache_logits(cache, "v", teacher, k=400, targets="varopt")
-    cache_logits(cache, "t", teacher, k=400)
+    cache_logits(cache, "t", teacher, k=400, targets="topk")
     stored, top = objects(cache, "v"), objects(cache, "t")
     assert {key for key in stored if stored[key] != top[key]} == {"zarr.json"}
     assert (found.certain == 400).all()
@@ -153,9 +155,10 @@ def test_every_id_is_certain_where_all_are_kept(cache: Path, teacher: Path) -> N
 def test_wrong_targets_are_one_line(cache: Path, teacher: Path) -> None:
     for fields, words in (
         ({"targets": "sampled"}, ("--targets", "varopt")),
-        ({"seed": 1}, ("--seed", "--targets varopt")),
-        ({"head_ids": 1}, ("--head-ids", "--targets varopt")),
-        ({"target_temperature": 2}, ("--target-temperature", "--targets varopt")),
+        ({"targets": "topk", "seed": 1}, ("--seed", "--targets varopt")),
+        ({"top_p": 0.9, "seed": 1}, ("--seed", "--targets varopt")),
+        ({"targets": "topk", "head_ids": 1}, ("--head-ids", "--targets varopt")),
+        ({"targets": "topk", "target_temperature": 2}, ("--target-temperature", "--targets varopt")),
         ({"top_p": 1.5}, ("--top-p",)),
         ({"targets": "varopt", "top_p": 0.9}, ("--top-p", "--targets topk")),
         ({"targets": "varopt", "head_ids": 16, "k": 16}, ("--head-ids 16", "-k 16")),

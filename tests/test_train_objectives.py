@@ -68,6 +68,31 @@ def test_runs_name_their_divergence_and_what_it_is(world: Path, tmp_path: Path, 
     assert report.tail_bounds == {}
 
 
+@pytest.mark.parametrize(
+    ("changes", "alpha"),
+    [
+        ({"teachers": ["drawn"]}, 0.0),
+        ({"teachers": ["b"]}, 0.0),  # all its ids are stored
+        ({"teachers": ["drawn", "a:0"]}, 0.0),
+        ({"teachers": ["a"]}, 0.5),
+        ({"teachers": ["drawn", "a"]}, 0.5),
+        ({"teachers": ["drawn"], "tail": "bucket"}, 0.5),
+        ({"teachers": ["drawn"], "loss": "jsd"}, 0.5),
+        ({"teachers": ["drawn"], "alpha": 0.5}, 0.5),
+        ({"teachers": []}, 1.0),
+    ],
+)
+def test_alpha_follows_the_targets_where_it_is_left_open(
+    world: Path, tmp_path: Path, changes: dict[str, Any], alpha: float
+) -> None:
+    report = train(job_in(world, tmp_path / "out", temperature=1, training={"max_steps": 2}, **changes))
+    assert report.job.alpha == alpha
+    entry = report.train_log[0]
+    parts = [value for name, value in entry.items() if name.startswith(("kl_drawn", "kl_b", "jsd"))]
+    if alpha in (0.0, 1.0):
+        assert entry["loss"] == pytest.approx(parts[0] if parts else entry["cross_entropy"], rel=1e-5)
+
+
 def test_held_out_divergence_from_drawn_ids_is_no_bound(world: Path, tmp_path: Path) -> None:
     job = job_in(world, tmp_path / "out", teachers=["drawn", "a"], temperature=1, eval_cache=str(world / "held"),
                  training={"max_steps": 1})  # fmt: skip

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/which_targets.py RUN prepare --text train/*.txt --eval-text valid/*.txt
     python tests/benchmarks/which_targets.py RUN screen
-    python tests/benchmarks/which_targets.py RUN finals --arm blend-0.75 --arm varopt --arm varopt+ce
+    python tests/benchmarks/which_targets.py RUN finals --arm varopt --arm rskd --arm blend-0.9 --arm varopt-fresh
     python tests/benchmarks/which_targets.py RUN report
 
 One teacher, one student, one order of data; what differs is the *arm*: what is stored of the teacher, and the loss on
@@ -20,6 +20,7 @@ are those of its ids and counts alone, without the fields for tails, label and e
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -39,10 +40,10 @@ BATCH_WINDOWS = 8
 LEARNING_RATE = 2e-3
 TEACHER_MODEL, TEACHER_STEPS, TEACHER_BATCH = "llama-mini", 1_500, 16
 STUDENT_MODEL = "llama-tiny"
-STUDENT_TOKENS, EVAL_TOKENS, PILOT_TOKENS = 250_000, 64_000, 32_000
+STUDENT_TOKENS, EVAL_TOKENS, PILOT_TOKENS = 250_000, 64_000, 16_000
 BUDGETS = (48, 96)
-FINAL_EPOCHS = 2
-PILOT_K = (8, 16, 24, 32, 48, 64)
+FINAL_EPOCHS = 3
+PILOT_K = (12, 24, 40, 56)
 # Draws of RS-KD; the bytes of other numbers are interpolated.
 PILOT_DRAWS = (8, 16, 32, 64, 128)
 EVAL_K = 256
@@ -69,6 +70,7 @@ ARMS = {
     "bucket+ce": Arm("topk", "bucket", alpha=0.5),
     "varopt": Arm("varopt", "sampled"),
     "varopt+ce": Arm("varopt", "sampled", alpha=0.5),
+    "varopt+0.1ce": Arm("varopt", "sampled", alpha=0.1),
     "head": Arm("head", "sampled"),
     "rskd": Arm("rskd"),
     "rskd+ce": Arm("rskd", alpha=0.5),
@@ -80,7 +82,7 @@ ARMS = {
     "varopt-fresh": Arm("varopt", "sampled", fresh=True),
     "blend-0.75-fresh": Arm("varopt", "blend", blend=0.75, fresh=True),
 }
-CONTROLS = ("control", "dense", "bucket")
+CONTROLS = ("control", "dense", "bucket", "bucket+ce")
 # In the screening, fresh draws in every pass are the same as fixed ones: it has one pass.
 SCREENED = [name for name, arm in ARMS.items() if not arm.fresh]
 
@@ -162,7 +164,10 @@ def entry_name(stored: str, k: int, seed: int) -> str:
 
 def ensure_entry(run: Path, stored: str, k: int, seed: int, threads: int) -> str:
     name = entry_name(stored, k, seed)
-    cache(run, "student", name, k, *entry_options(stored, k, seed), threads=threads)
+    with (run / f"{name}.lock").open("w") as lock:
+        # Two workers on one entry would do no harm, and the work twice.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cache(run, "student", name, k, *entry_options(stored, k, seed), threads=threads)
     return name
 
 
