@@ -1,7 +1,7 @@
 """Local copies of a remote cache's shard objects: fetched whole, checked, renamed, bounded, shared.
 
     $LOGIT_CACHE_LOCAL_DIR (default ~/.cache/logit-cache)
-      objects/<sha256 of the URL>/<key>      as in the cache, so that zarr reads the folder as a plain local store
+      objects/<sha256 of the URL>/<key>      as in the cache
       locks/<0..63>                          so that processes that want one object at once fetch it once
 
 A copy is only ever a copy: whoever reads one checks it against the receipt first, as it would an object of a local
@@ -73,11 +73,6 @@ class Mirror:
         if self._until_sweep < 0:
             self._until_sweep = self._most // 32
             _sweep(self._top / "objects", self._most)
-
-    def keep(self, key: str, data: bytes) -> None:
-        """Put a small file (an array's zarr.json) beside the copies."""
-        if not self.path(key).exists() or self.path(key).read_bytes() != data:
-            self._store(key, data)
 
     def _is_there(self, key: str, expected: ObjectDigest) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -158,7 +153,7 @@ def _sweep(folder: Path, most: int) -> None:
         total = sum(size for _, size, _ in files)
         for used, size, path in sorted(files):
             abandoned = path.name.endswith(PARTIAL) and now - used > _ABANDONED_S
-            if abandoned or (total > most and now - used > _IN_USE_S and path.name != "zarr.json"):
+            if abandoned or (total > most and now - used > _IN_USE_S):
                 path.unlink(missing_ok=True)
                 total -= size
     finally:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arrays import encode_shard, metadata_bytes, object_digest
+from storage.arrays import metadata_bytes
 from storage.encoding import encode_logprobs, round_mantissa
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
 from storage.fidelity import FIDELITY_FILE, FidelityReport
@@ -46,6 +46,7 @@ from storage.reader import read_record, teacher_folder, tokenizer_key
 from storage.receipts import Receipts
 from storage.records import SparseTargets, head_mass
 from storage.rules import broken_rule
+from storage.shards import encode_shard, object_digest
 
 
 class ShardWriter:

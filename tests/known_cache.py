@@ -18,11 +18,11 @@ import numpy as np
 from fakes import dense_targets, make_corpus, make_entry
 
 from storage import LogitCache
-from storage.arrays import encode_shard, object_digest
 from storage.errors import LogitCacheError
 from storage.format import ArraySpec, teacher_arrays
 from storage.manifest import ArrayLayout, CacheRecord, ObjectDigest, TeacherEntry
 from storage.records import SparseTargets
+from storage.shards import encode_shard, object_digest
 from storage.writer import EntryWriter, encode_targets
 
 V, N, K = 53, 80, 3

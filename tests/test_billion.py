@@ -21,7 +21,7 @@ from conftest import environment
 from fakes import SHA, make_entry
 
 from storage import LogitCache
-from storage.arrays import encode_shard, metadata_bytes, object_digest
+from storage.arrays import metadata_bytes
 from storage.format import ArraySpec, corpus_arrays, group_metadata, stream_layout, teacher_arrays
 from storage.manifest import (
     ATTRIBUTE,
@@ -39,6 +39,7 @@ from storage.manifest import (
     sealed_bytes,
 )
 from storage.receipts import Receipts
+from storage.shards import encode_shard, object_digest
 
 N, V, K = 1_000_000_000, 16_000, 64
 SHARD = 65_536

@@ -28,10 +28,10 @@ from conftest import command, environment
 from fakes import dense_targets, make_corpus, make_entry, write_entry
 
 from logit_cache.share import pull
-from storage.arrays import object_digest
 from storage.errors import LogitCacheError
 from storage.format import teacher_arrays
 from storage.manifest import ATTRIBUTE, TeacherEntry, canonical_json
+from storage.shards import object_digest
 
 V, N, K = 101, 16_384, 12
 SHARD, CHUNK = 8_192, 4_096

@@ -140,11 +140,11 @@ def test_killed_commands_go_on(kills: int, tmp_path: Path) -> None:
 
 def large_cache(path: Path, shards: int = 24) -> None:
     """An entry whose shards are one encoded shard many times over, in about 30 MB."""
-    from storage.arrays import encode_shard, object_digest
     from storage.format import teacher_arrays
     from storage.location import locate
     from storage.manifest import ShardReceipt, sealed_bytes
     from storage.receipts import Receipts
+    from storage.shards import encode_shard, object_digest
     from storage.writer import EntryWriter
 
     rng, size, k = np.random.default_rng(0), 8192, 64

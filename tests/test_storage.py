@@ -17,7 +17,7 @@ import zarr.buffer
 from fakes import dense_targets, make_corpus, make_entry, write_entry
 
 from storage import LogitCache, SparseTargets
-from storage.arrays import encode_shard, metadata_bytes
+from storage.arrays import metadata_bytes
 from storage.errors import (
     CacheNotFound,
     CorruptCache,
@@ -30,6 +30,7 @@ from storage.errors import (
 from storage.format import ArraySpec, teacher_arrays
 from storage.location import locate
 from storage.manifest import ArrayLayout, CacheRecord, Windowing, canonical_json
+from storage.shards import encode_shard
 from storage.verify import verify
 from storage.writer import EntryWriter, ShardWriter, encode_targets
 
