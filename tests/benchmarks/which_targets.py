@@ -95,11 +95,13 @@ class Job:
     seed: int
     epochs: int
     budget: int | None
+    batch_windows: int = BATCH_WINDOWS
 
     @property
     def name(self) -> str:
         at = "" if self.budget is None else f"-{self.budget}B"
-        return f"{self.arm}{at}-{self.epochs}x-seed{self.seed}"
+        batch = "" if self.batch_windows == BATCH_WINDOWS else f"-batch{self.batch_windows}"
+        return f"{self.arm}{at}-{self.epochs}x{batch}-seed{self.seed}"
 
 
 def script(name: str) -> str:
@@ -320,8 +322,8 @@ def train(run: Path, job: Job) -> dict[str, Any]:
         window_tokens=WINDOW,
         seed=job.seed,
     ).train()
-    order = reading_order(windows)
-    steps_per_epoch = len(windows) // BATCH_WINDOWS
+    order = reading_order(windows, job.batch_windows)
+    steps_per_epoch = len(windows) // job.batch_windows
     steps = steps_per_epoch * job.epochs
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -336,7 +338,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
         order.set_epoch(epoch)
         indices = list(order)
         for step in range(steps_per_epoch):
-            chosen = indices[step * BATCH_WINDOWS : (step + 1) * BATCH_WINDOWS]
+            chosen = indices[step * job.batch_windows : (step + 1) * job.batch_windows]
             batch = collate(some.__getitems__(chosen))
             if teacher is None and rskd is None:
                 value = student(batch["input_ids"], labels=batch["labels"], targets=batch["targets"]).loss
@@ -359,6 +361,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "epochs": job.epochs,
         "budget": job.budget,
+        "batch_windows": job.batch_windows,
         "k": k,
         "bytes_per_token": stored_bytes,
         "steps": steps,
@@ -431,7 +434,7 @@ def run_jobs(run: Path, jobs: Sequence[Job], workers: int) -> None:
     while waiting or running:
         while waiting and len(running) < workers:
             job = waiting.pop(0)
-            arguments = [job.arm, str(job.seed), str(job.epochs), str(job.budget or 0)]
+            arguments = [job.arm, str(job.seed), str(job.epochs), str(job.budget or 0), str(job.batch_windows)]
             log = (run / "results" / f"{job.name}.log").open("wb")
             child = subprocess.Popen(
                 [sys.executable, __file__, str(run), "one", *arguments],
@@ -464,13 +467,13 @@ def screen_jobs() -> list[Job]:
     return [Job(arm, 0, 1, budgeted(arm, BUDGETS[0])) for arm in SCREENED]
 
 
-def final_jobs(arms: Sequence[str], seeds: int, budgets: Sequence[int]) -> list[Job]:
+def final_jobs(arms: Sequence[str], seeds: int, budgets: Sequence[int], batch_windows: int) -> list[Job]:
     """Seed by seed, so that whatever is finished is paired."""
     return [
-        Job(arm, seed, FINAL_EPOCHS, budgeted(arm, budget))
+        Job(arm, seed, FINAL_EPOCHS, budgeted(arm, budget), batch_windows)
         for budget in budgets
         for seed in range(1, seeds + 1)
-        for arm in (*CONTROLS, *arms)
+        for arm in arms
     ]
 
 
@@ -508,8 +511,10 @@ def report(run: Path) -> str:
                 f"{100 * result['ece']:.2f} |"
             )
     finals = [result for result in found if result["seed"] > 0]
-    for budget in BUDGETS:
-        lines += _final_lines([r for r in finals if r["budget"] in (None, budget)], budget)
+    for batch in sorted({result.get("batch_windows", BATCH_WINDOWS) for result in finals}):
+        of_batch = [result for result in finals if result.get("batch_windows", BATCH_WINDOWS) == batch]
+        for budget in BUDGETS:
+            lines += _final_lines([r for r in of_batch if r["budget"] in (None, budget)], budget, batch)
     return "\n".join(lines)
 
 
@@ -517,7 +522,7 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _final_lines(finals: list[dict[str, Any]], budget: int) -> list[str]:
+def _final_lines(finals: list[dict[str, Any]], budget: int, batch: int) -> list[str]:
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for result in finals:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result
@@ -531,11 +536,8 @@ def _final_lines(finals: list[dict[str, Any]], budget: int) -> list[str]:
         return interval([by_arm[arm][s][field] - by_arm[other][s][field] for s in seeds])
 
     epochs = finals[0]["epochs"]
-    lines = [
-        "",
-        f"Finals at {budget} bytes per token, {epochs} passes; paired differences with their 95 % interval:",
-        "",
-    ]
+    title = f"{budget} bytes per token, {epochs} passes, {batch * WINDOW:,} tokens to a step"
+    lines = ["", f"Finals at {title}; paired differences with their 95 % interval:", ""]
     lines += ["| arm | seeds | K | bytes per token | held-out loss | − dense | − bucket | KL to the teacher | ECE, % |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     mean: Callable[[str, str], float] = lambda arm, field: statistics.mean(r[field] for r in by_arm[arm].values())  # noqa: E731
@@ -561,10 +563,12 @@ def main() -> None:
     stages.add_parser("report")
     finals = stages.add_parser("finals")
     finals.add_argument("--arm", action="append", required=True, choices=list(ARMS))
+    finals.add_argument("--without-controls", action="store_true")
+    finals.add_argument("--batch-windows", type=int, default=BATCH_WINDOWS)
     finals.add_argument("--seeds", type=int, default=4)
     finals.add_argument("--budget", type=int, action="append", choices=BUDGETS)
     one = stages.add_parser("one")
-    one.add_argument("job", nargs=4)
+    one.add_argument("job", nargs=5)
     given = parser.parse_args()
     (given.run / "results").mkdir(parents=True, exist_ok=True)
     if given.stage == "prepare":
@@ -572,12 +576,14 @@ def main() -> None:
     elif given.stage == "screen":
         run_jobs(given.run, screen_jobs(), given.workers)
     elif given.stage == "finals":
-        run_jobs(given.run, final_jobs(given.arm, given.seeds, given.budget or BUDGETS), given.workers)
+        arms = given.arm if given.without_controls else [*CONTROLS, *given.arm]
+        jobs = final_jobs(arms, given.seeds, given.budget or BUDGETS, given.batch_windows)
+        run_jobs(given.run, jobs, given.workers)
     elif given.stage == "report":
         print(report(given.run))
     else:
-        arm, seed, epochs, budget = given.job
-        job = Job(arm, int(seed), int(epochs), int(budget) or None)
+        arm, seed, epochs, budget, batch = given.job
+        job = Job(arm, int(seed), int(epochs), int(budget) or None, int(batch))
         write_json(given.run / "results" / f"{job.name}.json", train(given.run, job))
 
 
