@@ -261,7 +261,7 @@ def test_from_raw_text_in_one_step(teacher: Path, cache: Path, text_file: Path, 
     job = tmp_path / "job.yaml"
     job.write_text(
         f"text: [{text_file}]\nout: {tmp_path / 'yaml'}\nteacher: {with_tokenizer}\nname: a\nk: {K}\n"
-        f"context_tokens: 64\nshard_tokens: 1024\n"
+        f"targets: topk\ncontext_tokens: 64\nshard_tokens: 1024\n"
     )
     done = run("cache-logits", "--config", job)
     assert done.returncode == 0, done.stderr
