@@ -174,7 +174,8 @@ def _check_data(job: StudentJob) -> _Data:
 
 def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
     """Whether the loss on these targets has, on average over draws, the dense one's gradient; or a weight of 0."""
-    return not member.weight or entry.targets.k == entry.vocabulary_size or tail_of(member, job) == "sampled"
+    holds_all = entry.targets.k == entry.vocabulary_size and entry.targets.top_p is None
+    return not member.weight or holds_all or tail_of(member, job) == "sampled"
 
 
 def _tail_bounds(data: _Data) -> dict[str, TailBound]:
