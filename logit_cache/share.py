@@ -38,7 +38,7 @@ def push(
     without_tokens: bool = False,
     license: str | None = None,
     sign: str | None = None,
-    workers: int = 4,
+    workers: int = 8,
     track: Track | None = None,
     say: Say | None = None,
 ) -> Delivery:
@@ -72,7 +72,7 @@ def pull(
     teachers: Sequence[str] = (),
     corpus: str | None = None,
     verify_key: str | None = None,
-    workers: int = 4,
+    workers: int = 8,
     track: Track | None = None,
     say: Say | None = None,
 ) -> Delivery:

@@ -17,7 +17,7 @@ EXAMPLE = "\b\nExample:\n  "
 @click.argument("url")
 @click.option("--deep", is_flag=True, help="Hash every byte again, not only lengths, indexes and checksums.")
 @click.option("--repair", is_flag=True, help="Remove leftovers, and re-open damaged shards for cache-logits.")
-@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Objects read at once.")
+@click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Objects read at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> None:
     """Check every object of a cache against its receipt. Status 1 when something is damaged."""
@@ -74,7 +74,7 @@ _TRANSFER_OPTIONS = (
     click.argument("source"),
     click.argument("target"),
     click.option("--teacher", "teachers", multiple=True, help="Copy this entry only. Repeatable.  [default: all]"),
-    click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Objects copied at once."),
+    click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Objects copied at once."),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
 )
 

@@ -123,7 +123,7 @@ class StoreSink(Sink):
 
     def put_receipt(self, part: Part, shard: int, receipt: ShardReceipt, data: bytes) -> None:
         key = part.source.receipts.key(shard)
-        if not self.target.publish(key, data) and not self._holds(key, data):
+        if not self.target.publish_new(key, data) and not self._holds(key, data):
             _same_shard(part, self.target, shard, receipt)
             self.mixed.add(part.name)
 

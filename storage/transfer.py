@@ -225,7 +225,7 @@ def prepare(
     teachers: Sequence[str] = (),
     corpus: str | None = None,
     without_tokens: bool = False,
-    workers: int = 4,
+    workers: int = 8,
     link: bool = False,
 ) -> Iterator[Transfer]:
     """Fetch a cache's records and receipts, and check them, and that they fit what the target holds.

@@ -70,7 +70,7 @@ class Verification:
 
 
 def verify(
-    url: str, *, deep: bool = False, repair: bool = False, workers: int = 4, progress: Progress | None = None
+    url: str, *, deep: bool = False, repair: bool = False, workers: int = 8, progress: Progress | None = None
 ) -> Verification:
     """Check the cache at `url`; see the module for `deep` and `repair`.
 
