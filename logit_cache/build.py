@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from logit_cache.job import OpenJob
+from logit_cache.pipeline import Committer, HostCopies
 from logit_cache.plan import Window, windows
 from storage.encoding import logprob_floor, token_id_dtype
 from storage.errors import InputError
@@ -33,15 +34,22 @@ from teachers.sample import Sampling, random_bits
 _FILL_TOKEN = 0
 
 
-def build_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> bool:
-    """Compute and commit one shard; False if it was there already. `progress` is given positions done since
-    the last call."""
+def build_shard(
+    opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None, committer: Committer | None = None
+) -> bool:
+    """Compute and commit one shard; False if it was there already.
+
+    `progress` is given positions done since the last call. With a committer the shard is only handed to it.
+    """
     writer = opened.writer
     if writer.is_committed(shard):
         return False
     began = time.monotonic()
     targets = score_shard(opened, shard, progress)
-    writer.commit(shard, targets, began)
+    if committer is None:
+        writer.commit(shard, targets, began)
+    else:
+        committer.put(shard, targets, began)
     return True
 
 
@@ -52,19 +60,27 @@ def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | N
     stop = min(start + entry.layout.shard, entry.positions)
     starts = cache.document_starts if entry.windowing.isolate_documents else None
     rows = _Rows(entry, start, stop)
+    copies = HostCopies(teacher.device, rows.put)
     plan = windows(start, stop, entry.positions, entry.windowing, starts)
     while batch := list(islice(plan, entry.execution.batch_windows)):
         low = min(window.start for window in batch)
         high = min(max(window.stop for window in batch) + 1, entry.positions)
         tokens = cache.tokens.read(low, high).astype(np.int64)
-        done = _score_batch(entry, teacher, batch, tokens, low, rows)
+        done = _score_batch(entry, teacher, batch, tokens, low, rows, copies)
         if progress is not None:
             progress(done)
+    copies.finish()
     return rows.targets()
 
 
 def _score_batch(
-    entry: TeacherEntry, teacher: Teacher, batch: list[Window], tokens: NDArray[np.int64], low: int, rows: _Rows
+    entry: TeacherEntry,
+    teacher: Teacher,
+    batch: list[Window],
+    tokens: NDArray[np.int64],
+    low: int,
+    rows: _Rows,
+    copies: HostCopies,
 ) -> int:
     """Score one batch of windows; tokens [high - low] are the stream from position `low` on."""
     context = entry.windowing.context_tokens
@@ -97,7 +113,7 @@ def _score_batch(
                 f"{position[done + error.row]} its logits have no softmax ({error.found}); it diverged, or overflowed "
                 f"in {members[0].dtype}: try --dtype float32 and another --name, or check its weights"
             ) from None
-        rows.put(position[chunk], reduced)
+        copies.add(position[chunk], reduced)
         done += len(logits)
     assert done == len(position), "a teacher yields one row of logits per scored row"
     return done
@@ -129,13 +145,13 @@ class _Rows:
         return Sampling(self._wanted.temperature, self._wanted.head_ids or 0, random)
 
     def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
-        """Store the rows of some positions (absolute, ascending)."""
+        """Store the rows of some positions (absolute, ascending), which are on the CPU."""
         at = position - self._start
-        self._token_ids[at] = reduced.token_ids.cpu().numpy()
-        self._certain[at] = reduced.certain.cpu().numpy()
-        self._logprobs[at] = reduced.logprobs.cpu().numpy()
+        self._token_ids[at] = reduced.token_ids.numpy()
+        self._certain[at] = reduced.certain.numpy()
+        self._logprobs[at] = reduced.logprobs.numpy()
         for name, values in self._floats.items():
-            values[at] = getattr(reduced, name).cpu().numpy()
+            values[at] = getattr(reduced, name).numpy()
 
     def targets(self) -> SparseTargets:
         """The rows as a record: every column is kept, unless rows are cut at a mass."""

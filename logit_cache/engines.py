@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from logit_cache.build import build_shard
 from logit_cache.job import OpenJob
+from logit_cache.pipeline import Committer
 from storage.errors import InputError
 
 
@@ -24,11 +25,15 @@ def parse_worker(text: str) -> tuple[int, int]:
 def run_local(
     opened: OpenJob, pending: list[int], worker: tuple[int, int] = (0, 1), progress: Callable[[int], None] | None = None
 ) -> int:
-    """Build those of the pending shards that are this worker's; returns how many it built."""
+    """Build those of the pending shards that are this worker's; returns how many it built.
+
+    One shard is encoded and committed while the next is computed.
+    """
     rank, world_size = worker
     built = 0
-    for shard in pending:
-        if shard % world_size == rank:
-            built += build_shard(opened, shard, progress)
+    with Committer(opened.writer) as committer:
+        for shard in pending:
+            if shard % world_size == rank:
+                built += build_shard(opened, shard, progress, committer)
     opened.writer.finish()
     return built

@@ -9,8 +9,9 @@ on its event loop than the decompressor needs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,25 +24,37 @@ _BLOSC_HEADER = 16
 _LEAST_CHUNK = _BLOSC_HEADER + 4
 _ABSENT = (1 << 64) - 1
 
+Map = Callable[..., Iterable[Any]]
 Reads = Callable[[Sequence[tuple[int, int]]], list[bytes]]  # the bytes start .. stop of an object, for each range
 
 
-def encode_shard(spec: ArraySpec, shard: int, values: NDArray[Any]) -> bytes:
+def encode_shard(spec: ArraySpec, shard: int, values: NDArray[Any], each: Map = map) -> bytes:
     """The object of one shard, the bytes that zarr writes for it. `values` are the entries `spec.shard_range(shard)`.
+    `each` maps over its chunks, as a thread pool's map does.
 
     The chunks one after the other, each through the inner codecs (bytes, blosc, crc32c), then the shard index: offset
     and length of every chunk as uint64, all ones for those behind the end of the array, and its crc32c. zarr itself
     would leave out chunks that hold nothing but the fill value, as the label's log-probs of one-token documents do.
     """
-    import numcodecs
-    import numcodecs.blosc
-
     start, stop = spec.shard_range(shard)
     if values.shape != (stop - start, *spec.shape[1:]) or values.dtype != np.dtype(spec.dtype):
         raise ValueError(
             f"{spec.name}: shard {shard} takes {spec.dtype} {(stop - start, *spec.shape[1:])}, "
             f"not {values.dtype} {values.shape}"
         )
+    size = spec.layout.chunk
+    chunks = [values[first : first + size] for first in range(0, stop - start, size)]
+    parts = list(each(partial(_encode_chunk, spec), chunks))
+    index = np.full((spec.layout.shard // size, 2), _ABSENT, dtype="<u8")
+    lengths = [len(part) for part in parts]
+    index[: len(parts)] = np.stack([np.cumsum([0, *lengths[:-1]]), lengths], axis=1)
+    return b"".join([*parts, _with_crc32c(index.tobytes())])
+
+
+def _encode_chunk(spec: ArraySpec, chunk: NDArray[Any]) -> bytes:
+    import numcodecs
+    import numcodecs.blosc
+
     # One internal thread: with several, the order of blocks inside a chunk would depend on the machine.
     numcodecs.blosc.use_threads = False
     blosc = numcodecs.Blosc(
@@ -51,22 +64,12 @@ def encode_shard(spec: ArraySpec, shard: int, values: NDArray[Any]) -> bytes:
         blocksize=spec.blosc["blocksize"],
         typesize=spec.blosc["typesize"],
     )
-    size = spec.layout.chunk
-    index = np.full((spec.layout.shard // size, 2), _ABSENT, dtype="<u8")
-    parts: list[bytes] = []
-    offset = 0
-    for number, first in enumerate(range(0, stop - start, size)):
-        chunk = values[first : first + size]
-        if len(chunk) < size:
-            whole = np.full((size, *spec.shape[1:]), spec.poison, dtype=spec.dtype)
-            whole[: len(chunk)] = chunk
-            chunk = whole
-        chunk = np.ascontiguousarray(chunk, dtype=np.dtype(spec.dtype).newbyteorder("<"))
-        part = _with_crc32c(blosc.encode(chunk.view(np.uint8).reshape(-1)))
-        index[number] = offset, len(part)
-        parts.append(part)
-        offset += len(part)
-    return b"".join([*parts, _with_crc32c(index.tobytes())])
+    if len(chunk) < spec.layout.chunk:
+        whole = np.full((spec.layout.chunk, *spec.shape[1:]), spec.poison, dtype=spec.dtype)
+        whole[: len(chunk)] = chunk
+        chunk = whole
+    chunk = np.ascontiguousarray(chunk, dtype=np.dtype(spec.dtype).newbyteorder("<"))
+    return _with_crc32c(blosc.encode(chunk.view(np.uint8).reshape(-1)))
 
 
 def decode_chunk(spec: ArraySpec, data: bytes) -> NDArray[Any]:

@@ -8,11 +8,13 @@ receipt are what a killed worker left: equal bytes are kept, others are replaced
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -47,6 +49,8 @@ from storage.receipts import Receipts
 from storage.records import SparseTargets, head_mass
 from storage.rules import broken_rule
 from storage.shards import encode_shard, object_digest
+
+_MOST_ENCODERS = 4
 
 
 class ShardWriter:
@@ -96,7 +100,8 @@ class ShardWriter:
 
         `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`.
         """
-        encoded = {name: encode_shard(spec, shard, values[name]) for name, spec in self.specs.items()}
+        with ThreadPoolExecutor(_encoders()) as pool:
+            encoded = {name: encode_shard(spec, shard, values[name], pool.map) for name, spec in self.specs.items()}
         objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
         # From the first object to the receipt, no other writer may replace what looks like a leftover.
         with self._location.exclusive(self.receipts.folder), ThreadPoolExecutor(self._at_once) as pool:
@@ -192,7 +197,14 @@ class EntryWriter:
             raise FormatError(
                 f"{self._location.where(teacher_folder(self.name))}: shard {shard} is not written: {broken}"
             )
-        values = encode_targets(self.entry, targets)
+        # Chunk by chunk: intermediate values stay small, and several threads take part.
+        size = self.entry.layout.chunk
+        chunks = [
+            targets.rows(start, min(start + size, targets.stop)) for start in range(targets.start, targets.stop, size)
+        ]
+        with ThreadPoolExecutor(_encoders()) as pool:
+            encoded = list(pool.map(partial(encode_targets, self.entry), chunks))
+        values = {name: np.concatenate([chunk[name] for chunk in encoded]) for name in encoded[0]}
         return self._shards.commit(shard, values, _statistics(targets), began)
 
     def finish(self) -> None:
@@ -204,6 +216,13 @@ class EntryWriter:
         """Put the fidelity report beside the entry, whole or not at all; False if another worker was first."""
         assert report.record_sha256 == digest(self.entry)
         return self._location.publish(teacher_folder(self.name) + FIDELITY_FILE, sealed_bytes(report))
+
+
+def _encoders() -> int:
+    """Threads that encode a shard: compressors and NumPy let go of the interpreter."""
+    return min(
+        _MOST_ENCODERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
 
 def encode_targets(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,115 @@
+"""What goes on beside the computation of a job: rows on their way to the host, and the last shard being committed.
+
+::
+
+    computation   | windows -> logits -> rows | windows -> logits -> rows | …     the caller's thread, the device
+    HostCopies        rows to the host             rows to the host               a stream of its own, pinned memory
+    Committer                     encode, compress, publish, receipt              a thread, and encoders
+
+Both are bounded: a few batches of rows, and one shard. So a job that is killed loses the shard that it computes and, if
+it is being written at that moment, the one before it. What is stored depends on none of this.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from storage.records import SparseTargets
+from storage.writer import EntryWriter
+from teachers.reduce import ReducedRows
+
+# Batches of rows between the device and the shard's arrays: enough for one to be computed, one copied, one stored.
+_MOST_ON_THE_WAY = 4
+
+Put = Callable[[NDArray[Any], ReducedRows], None]
+
+
+class HostCopies:
+    """Hands rows that were reduced on a device to `put`, on the host, in order; `finish` hands over the last ones.
+
+    On a CPU at once. On a CUDA device they are copied by a stream of their own while the next ones are computed.
+    """
+
+    def __init__(self, device: torch.device, put: Put) -> None:
+        self._put = put
+        cuda: Any = torch.cuda  # parts of it have no types
+        self._stream = cuda.Stream(device) if device.type == "cuda" else None
+        self._event = cuda.Event
+        self._waiting: deque[tuple[NDArray[Any], ReducedRows, Any]] = deque()
+
+    def add(self, position: NDArray[np.int64], rows: ReducedRows) -> None:
+        """Take the rows of some positions."""
+        if self._stream is None:
+            self._put(position, ReducedRows(**{name: value.cpu() for name, value in vars(rows).items()}))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            on_host = ReducedRows(**{name: _pinned(value, self._stream) for name, value in vars(rows).items()})
+            copied = self._event()
+            copied.record(self._stream)
+        self._waiting.append((position, on_host, copied))
+        while len(self._waiting) > _MOST_ON_THE_WAY:
+            self._hand_over()
+
+    def finish(self) -> None:
+        """Wait for what is on its way."""
+        while self._waiting:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        position, rows, copied = self._waiting.popleft()
+        copied.synchronize()
+        self._put(position, rows)
+
+
+def _pinned(value: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
+    """A copy in memory that the device writes to directly, under way on the stream that is current."""
+    if value.dtype == torch.int64:
+        value = value.to(torch.int32)  # ids and counts: half the bytes to copy
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)  # torch keeps such memory for the next one
+    copy.copy_(value, non_blocking=True)
+    value.record_stream(stream)
+    return copy
+
+
+class Committer:
+    """Commits shards in a thread of its own, one after the other; a context manager.
+
+    `put` returns when the shard before has its receipt, so at most one is on its way. What a commit raises is raised
+    by the next `put`, by `wait`, or at the end of the context. A shard that is on its way when something else fails is
+    finished: it is whole, and worth keeping.
+    """
+
+    def __init__(self, writer: EntryWriter) -> None:
+        self._writer = writer
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._running: Future[Any] | None = None
+
+    def put(self, shard: int, targets: SparseTargets, began: float) -> None:
+        """Have a shard committed; see `EntryWriter.commit`."""
+        self.wait()
+        self._running = self._pool.submit(self._writer.commit, shard, targets, began)
+
+    def wait(self) -> None:
+        """Wait until every shard that was put is committed."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def __enter__(self) -> Committer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None:
+            self.wait()
