@@ -166,7 +166,7 @@ def demo(out: str, text: tuple[str, ...]) -> None:
 @click.option("--compression", help="zstd (smaller) or lz4 (faster).  [default: zstd]")
 @click.option("--shard-tokens", type=int, help="Positions per shard: what a killed worker loses at most.")
 @click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
-@click.option("--batch-windows", type=int, help="Windows in one forward pass; recorded in the entry.")
+@click.option("--batch-windows", type=int, help="Windows in one pass; recorded in the entry.  [default: tried out]")
 @click.option(
     "--fidelity-positions", type=int, help="Scored again for the fidelity report; 0: no report.  [default: 2048]"
 )

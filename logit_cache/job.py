@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from storage.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
-from storage.errors import IdentityMismatch, InputError
+from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format import entry_layout
+from storage.inventory import ROOT_KEY
+from storage.location import locate
 from storage.manifest import TEACHER_NAME, Encoding, Execution, Targets, TeacherEntry, Versions, Windowing
-from storage.reader import LogitCache
+from storage.reader import LogitCache, read_record, teacher_folder
 from storage.vocabulary import differing_entries
 from storage.writer import EntryWriter
 
@@ -26,8 +28,6 @@ Positive = Annotated[int, Field(ge=1)]
 Source = Annotated[str, Field(min_length=1)]
 
 _LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
-# Tokens in one forward pass. On a CPU larger batches only cost memory; on a GPU they fill it.
-_BATCH_TOKENS = {"cpu": 4_096, "cuda": 32_768}
 
 
 class CacheJob(BaseModel):
@@ -189,6 +189,8 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
 
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
+    from teachers.batch import choose_batch_windows
+
     cache = LogitCache.open(job.cache)
     vocabulary_size = cache.vocabulary_size
     if job.k > vocabulary_size:
@@ -228,13 +230,35 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
         execution=Execution(
             device_type=teacher.device.type,
             batch_windows=job.batch_windows
-            or max(1, _BATCH_TOKENS.get(teacher.device.type, _BATCH_TOKENS["cpu"]) // job.context_tokens),
+            or _recorded_batch_windows(job)
+            or choose_batch_windows(teacher, job.context_tokens),
             attention=teacher.attention,
             head=teacher.head,
         ),
         created_with=library_versions(),
     )
-    return OpenJob(cache, teacher, EntryWriter.open(job.cache, job.name, entry))
+    return OpenJob(cache, teacher, _open_writer(job, entry))
+
+
+def _open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
+    try:
+        return EntryWriter.open(job.cache, job.name, entry)
+    except IdentityMismatch:
+        recorded = _recorded_batch_windows(job)
+        if job.batch_windows is not None or recorded in (None, entry.execution.batch_windows):
+            raise
+    # Another worker made the entry at this moment, and its device made it choose otherwise.
+    execution = entry.execution.model_copy(update={"batch_windows": recorded})
+    return EntryWriter.open(job.cache, job.name, entry.model_copy(update={"execution": execution}))
+
+
+def _recorded_batch_windows(job: CacheJob) -> int | None:
+    """The batch of an entry that is there already; None where there is none."""
+    try:
+        stored = read_record(locate(job.cache), f"{teacher_folder(job.name)}{ROOT_KEY}", TeacherEntry)
+    except CacheNotFound:
+        return None
+    return stored.execution.batch_windows
 
 
 def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
