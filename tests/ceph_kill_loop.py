@@ -28,7 +28,9 @@ from storage.verify import verify
 
 
 def run(cache: str, teacher: Path) -> object:
-    return cache_logits(["--cache", cache, "--teacher", str(teacher), *ARGUMENTS, "--shard-tokens", "1024"])
+    # A small report: most of the time is to be spent on what a kill can interrupt.
+    more = ("--shard-tokens", "1024", "--fidelity-positions", "64")
+    return cache_logits(["--cache", cache, "--teacher", str(teacher), *ARGUMENTS, *more])
 
 
 def receipts(bucket: Bucket, prefix: str) -> dict[str, bytes]:
@@ -102,7 +104,8 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
             assert arrays == expected, "another cache than that of an undisturbed run"
             done = True
         else:
-            begun = bucket.objects(f"{prefix}/teachers/{NAME}/kept/c/")
+            stored = bucket.objects(f"{prefix}/teachers/{NAME}/")
+            begun = {int(key.split("/c/")[1].split("/")[0]) for key in stored if "/c/" in key}
             counts["kills_with_leftovers"] += killed if len(begun) > len(found) else 0
         call(partial(check, url), log)
     return {**counts, "most_threads": most_threads, "seconds_undisturbed": round(seconds, 3)}
