@@ -1,4 +1,4 @@
-"""One chunk of the student's logits, turned in place into their exponentials and then into the gradient by them.
+"""One chunk of the student's logits, read for its sums and then turned in place into the gradient by them.
 
 Legend: `R` rows, `V` vocabulary of the cache, `W` columns of the head (W >= V), `K` stored ids of a teacher, `U` slots
 for the ids that any teacher of a row stored, `tau` the temperature, ``u = z / tau``, ``q = softmax(u)``.
@@ -14,12 +14,16 @@ q_t``. With g = dL/d ell, h = dL/d theta, G = sum(g) + h, and c the gradient by 
 Outside all teachers' ids that is, row by row, the exponential of u times a number (at tau != 1 plus its power tau
 times another); inside there are few enough ids to write one by one. So the columns are in three parts: the ids of all
 teachers, taken out of the buffer; the others below V; and those from V on, which no teacher knows. Each of the last
-two is stored relative to its own largest logit: no sum is a difference, and none underflows beside another.
+two is summed relative to its own largest logit: no sum is a difference, and none underflows beside another.
+
+Everything on [R, U] is here. The passes over a `Part` of the buffer come in two kinds: torch operations, here, and
+Triton kernels (`student.triton_chunk`).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +38,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class LogitChunk:
-    """Takes over z [R, W], float32 or float64: it holds exponentials afterwards, and dL/dz after `to_gradient`.
+    """Takes over z [R, W], float32 or float64: it holds dL/dz after `to_gradient`, and is not to be read before.
 
     labels      int64 [R], anything where `trained` bool [R] is False; such rows get the gradient 0
     supports    by teacher: int [R, K], the ids, none of them twice in a row, -1 where there is none
@@ -62,7 +66,7 @@ class LogitChunk:
         self._z_ids = z.gather(1, self._ids).masked_fill(~self._held, -math.inf)
         z.scatter_add_(1, self._ids, torch.zeros_like(self._z_ids).masked_fill(self._held, -math.inf))
         parts = [z[:, :vocabulary_size], z[:, vocabulary_size:]]
-        self._parts = [_Part.exponentials(part, temperature) for part in parts if part.shape[1]]
+        self._parts = [self._part(part, temperature) for part in parts if part.shape[1]]
 
         # Relative to the row's largest logit, normalisers are small numbers, which round finely.
         largest = [part.largest[:, None] for part in self._parts]
@@ -112,11 +116,16 @@ class LogitChunk:
             by_one = [c * (part.above(self._peak, 1.0) - lse_one).exp() for part in self._parts]
         by_tau = [on_rest, *(-all_g * (part.above(self._peak, tau) - lse).exp() for part in self._parts[1:])]
         for part, a, b in zip(self._parts, by_tau, by_one, strict=True):
-            part.multiply(a / tau, b, tau, self._softcap)
-        # The exponentials at the ids are zeros. A slot without an id adds 0 to column 0.
+            part.to_gradient(a / tau, b, self._softcap)
+        # What is there at the ids is 0. A slot without an id adds 0 to column 0.
         self._z.scatter_add_(1, self._ids, (at_ids * self._slope(self._z_ids)).masked_fill(~self._held, 0.0))
         if by_label is not None:
             self._z.scatter_add_(1, self._labels, -c * self._slope(self._z_label))
+
+    @staticmethod
+    def _part(z: Tensor, temperature: float) -> Part:
+        """Makes the first pass over some columns of the buffer; the kind of the part decides how."""
+        return _Exponentials.of(z, temperature)
 
     def _u_ids(self) -> Tensor:
         """u of the ids [R, U], relative to the peak; -inf in a slot without one."""
@@ -132,30 +141,17 @@ class LogitChunk:
 
 
 @dataclass
-class _Part:
-    """Some columns of the buffer, now ``e = exp((z - largest) / tau)`` [R, C].
+class Part(ABC):
+    """Some columns of the buffer [R, C], and per row what ``e = exp((z - largest) / tau)`` sums to.
 
     largest [R] is -inf in a row whose columns all are, and e is 0 there. total [R] sums e, total_one e**tau.
     """
 
-    e: Tensor
+    buffer: Tensor
+    temperature: float
     largest: Tensor
     total: Tensor
     total_one: Tensor
-
-    @classmethod
-    def exponentials(cls, z: Tensor, temperature: float) -> _Part:
-        largest, total, total_one = (z.new_empty(len(z)) for _ in range(3))
-        for rows in row_slices(z, _TILE_LOGITS):
-            tile = z[rows]
-            largest[rows] = top = tile.amax(1)
-            tile.sub_(top.masked_fill(top.isneginf(), 0.0)[:, None])
-            if temperature != 1.0:
-                tile.div_(temperature)
-            total[rows] = tile.exp_().sum(1)
-            if temperature != 1.0:
-                total_one[rows] = tile.pow(temperature).sum(1)
-        return cls(z, largest, total, total if temperature == 1.0 else total_one)
 
     def above(self, peak: Tensor, temperature: float) -> Tensor:
         """The largest u [R, 1], relative to the peak's."""
@@ -166,19 +162,41 @@ class _Part:
         total = self.total_one if temperature == 1.0 else self.total
         return self.above(peak, temperature) + total.log()[:, None]
 
-    def multiply(self, a: Tensor, b: Tensor | None, temperature: float, softcap: float | None) -> None:
-        """``e *= a + b * e**(tau - 1)``, times the slope of the softcap; a, b [R, 1]."""
-        if b is not None and temperature == 1.0:
+    @abstractmethod
+    def to_gradient(self, a: Tensor, b: Tensor | None, softcap: float | None) -> None:
+        """Writes ``a * e + b * e**tau`` times the slope of the softcap into the buffer, once; a, b [R, 1]."""
+
+
+class _Exponentials(Part):
+    """A part whose buffer holds e until the gradient does; any float type."""
+
+    @classmethod
+    def of(cls, z: Tensor, temperature: float) -> _Exponentials:
+        largest, total, total_one = (z.new_empty(len(z)) for _ in range(3))
+        for rows in row_slices(z, _TILE_LOGITS):
+            tile = z[rows]
+            largest[rows] = top = tile.amax(1)
+            tile.sub_(top.masked_fill(top.isneginf(), 0.0)[:, None])
+            if temperature != 1.0:
+                tile.div_(temperature)
+            total[rows] = tile.exp_().sum(1)
+            if temperature != 1.0:
+                total_one[rows] = tile.pow(temperature).sum(1)
+        return cls(z, temperature, largest, total, total if temperature == 1.0 else total_one)
+
+    def to_gradient(self, a: Tensor, b: Tensor | None, softcap: float | None) -> None:
+        tau = self.temperature
+        if b is not None and tau == 1.0:
             a, b = a + b, None
-        for rows in row_slices(self.e, _TILE_LOGITS):
-            tile = self.e[rows]
+        for rows in row_slices(self.buffer, _TILE_LOGITS):
+            tile = self.buffer[rows]
             factor = a[rows]
             if b is not None:
-                factor = tile.pow(temperature - 1.0).mul_(b[rows]).add_(factor)
+                factor = tile.pow(tau - 1.0).mul_(b[rows]).add_(factor)
             if softcap is not None:
                 # z once more, from its exponential. Where that is 0, the product is too, whatever finite number z is.
                 largest = self.largest[rows, None]
-                z = tile.clamp(min=torch.finfo(tile.dtype).tiny).log_().mul_(temperature)
+                z = tile.clamp(min=torch.finfo(tile.dtype).tiny).log_().mul_(tau)
                 z.add_(largest.masked_fill(largest.isneginf(), 0.0))
                 factor = z.div_(softcap).square_().neg_().add_(1.0).mul_(factor)
             tile.mul_(factor)

@@ -8,11 +8,11 @@ The naive form, with `loss` a `student.losses.DistillationLoss`::
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)    # [P, W]
     loss(z, labels, targets)
 
-Here the rows come in chunks through one buffer [R, W], which holds in turn the logits, their exponentials, and the
-gradient by them (`student.chunk`). The loss itself sees numbers [R, K] and is differentiated by autograd, so every
-loss of the family works, and any that comes.
+Here the rows come in chunks through one buffer [R, W], which holds the logits and then the gradient by them
+(`student.chunk`; on CUDA its passes over the buffer are Triton kernels, `student.triton_chunk`). The loss itself sees
+numbers [R, K] and is differentiated by autograd, so every loss of the family works, and any that comes.
 
-A chunk's gradient can only be had while its exponentials are there. So the gradients by the hidden states and the
+A chunk's gradient can only be had while its logits are there. So the gradients by the hidden states and the
 weights are made in the forward pass, for one product more than the logits each, and the backward pass multiplies them
 by a number. They reach autograd as the gradients of `hidden`, `weight` and `bias`: a tied embedding adds its own, a
 frozen head costs nothing, and DDP sees each parameter once.
@@ -23,6 +23,9 @@ buffer, the sums, and the gradients that add up over chunks are float32.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,8 @@ from student.chunk import LogitChunk, Pair
 if TYPE_CHECKING:
     from student.losses import LossSums, PreparedLoss
 
+# Types of device on which a float32 buffer is passed over by Triton kernels, where triton is there and does run.
+_TRITON_DEVICES = {"cuda"}
 # Logits of the buffer: 64 MiB of float32 on a CPU, 256 MiB elsewhere.
 _BUFFER_LOGITS = {"cpu": 1 << 24}
 _BUFFER_LOGITS_ELSEWHERE = 1 << 26
@@ -140,11 +145,12 @@ def _walk(
         total: LossSums | None = None
         step = _rows_at_once(hidden, weight)
         buffer = hidden.new_empty(step, len(weight), dtype=wide) if head.dtype == wide else None
+        kind = _chunk_kind(hidden.device, wide, prepared.temperature, head.softcap)
         for start in range(0, max(1, len(hidden)), step):
             rows = slice(start, start + step)
             h = hidden[rows].to(head.dtype)
             z = _logits(h, weight, bias, head, buffer)
-            chunk = LogitChunk(
+            chunk = kind(
                 z,
                 prepared.labels[rows],
                 prepared.trained[rows],
@@ -173,6 +179,34 @@ def _walk(
             del z, chunk
         assert total is not None
         return total, (grad_hidden, grad_weight, grad_bias)
+
+
+def _chunk_kind(
+    device: torch.device, dtype: torch.dtype, temperature: float, softcap: float | None
+) -> type[LogitChunk]:
+    """Whose passes over the buffer: Triton's where they run, torch's elsewhere. The numbers are the same."""
+    if device.type in _TRITON_DEVICES and dtype == torch.float32 and _triton_runs(device, temperature, softcap):
+        from student.triton_chunk import TritonChunk
+
+        return TritonChunk
+    return LogitChunk
+
+
+@functools.cache
+def _triton_runs(device: torch.device, temperature: float, softcap: float | None) -> bool:
+    """Whether triton is there, compiles for this device, and gives what torch does: tried once."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from student.triton_chunk import check
+
+        check(device, temperature, softcap)
+    except Exception as error:  # whatever stops a compiler; the loss does not depend on it
+        logging.getLogger(__name__).warning(
+            "the fused loss runs without its Triton kernels on %s, slower: %s: %s", device, type(error).__name__, error
+        )
+        return False
+    return True
 
 
 def _differentiated(
