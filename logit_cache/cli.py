@@ -163,7 +163,7 @@ def demo(out: str, text: tuple[str, ...]) -> None:
 @click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]")
 @click.option("--encoding", help="codes (1/32 nat) or float32 (exact).  [default: codes]")
 @click.option("--step-nats", type=float, help="Unit of the codes.  [default: 0.03125]")
-@click.option("--compression", help="zstd (smaller) or lz4 (faster).  [default: zstd]")
+@click.option("--profile", help="small (zstd) or fast to read (lz4).  [default: small]")
 @click.option("--shard-tokens", type=int, help="Positions per shard: what a killed worker loses at most.")
 @click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
 @click.option("--batch-windows", type=int, help="Windows in one pass; recorded in the entry.  [default: tried out]")

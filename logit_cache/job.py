@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from storage.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
-from storage.format import entry_layout
+from storage.format import COMPRESSION, Profile, entry_layout
 from storage.inventory import ROOT_KEY
 from storage.location import locate
 from storage.manifest import TEACHER_NAME, Encoding, Execution, Targets, TeacherEntry, Versions, Windowing
@@ -58,7 +58,7 @@ class CacheJob(BaseModel):
     device: str = "auto"
     encoding: Literal["codes", "float32"] = "codes"
     step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] = DEFAULT_STEP_NATS
-    compression: Literal["zstd", "lz4"] = "zstd"
+    profile: Profile = "small"
     shard_tokens: Positive | None = None
     chunk_tokens: Positive | None = None
     batch_windows: Positive | None = None
@@ -206,7 +206,12 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
         )
     try:
         layout = entry_layout(
-            cache.record.corpus.positions, job.k, job.stride, job.compression, job.shard_tokens, job.chunk_tokens
+            cache.record.corpus.positions,
+            job.k,
+            job.stride,
+            COMPRESSION[job.profile],
+            job.shard_tokens,
+            job.chunk_tokens,
         )
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from logit_cache.job import library_versions
 from storage.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, logprob_floor
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.format import entry_layout
+from storage.format import COMPRESSION, Profile, entry_layout
 from storage.manifest import TEACHER_NAME, Encoding, TeacherEntry, digest
 from storage.pruning import prune
 from storage.reader import LogitCache, TeacherTargets
@@ -44,7 +44,7 @@ class RecompressJob(BaseModel):
     out: str | None = None
     k: Annotated[int, Field(ge=1, le=MAX_UINT16)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    compression: Literal["zstd", "lz4"] | None = None
+    profile: Profile | None = None
     encoding: Literal["codes", "float32"] | None = None
     step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None = None
     shard_tokens: Positive | None = None
@@ -121,7 +121,7 @@ def derived_entry(source: TeacherEntry, job: RecompressJob) -> TeacherEntry:
             if value is not None:
                 raise InputError(
                     f"{option} cannot be applied to {job.name}: its ids are a sample ({source.targets.method}), which "
-                    f"is unbiased only as a whole; only --compression, --shard-tokens and --chunk-tokens can change"
+                    f"is unbiased only as a whole; only --profile, --shard-tokens and --chunk-tokens can change"
                 )
     changes: dict[str, Any] = {
         "targets": source.targets.model_copy(update={"k": _k(source, job), "top_p": _top_p(source, job)}),
@@ -131,7 +131,7 @@ def derived_entry(source: TeacherEntry, job: RecompressJob) -> TeacherEntry:
     if all(getattr(source, name) == value for name, value in changes.items()):
         raise InputError(
             f"{job.name} is already as asked for: give a smaller -k, --top-p, a larger --step-nats, another "
-            f"--compression or another cut; logit-cache push copies an entry as it is"
+            f"--profile or another cut; logit-cache push copies an entry as it is"
         )
     fields = dict(source) | changes | {"derived_from": digest(source), "created_with": library_versions()}
     return TeacherEntry.model_validate(fields)
@@ -172,7 +172,7 @@ def _encoding(source: TeacherEntry, job: RecompressJob) -> Encoding:
 
 
 def _layout(source: TeacherEntry, job: RecompressJob, k: int) -> Any:
-    compression = job.compression or source.layout.compression
+    compression = COMPRESSION[job.profile] if job.profile else source.layout.compression
     if job.shard_tokens is None and job.chunk_tokens is None:
         return source.layout.model_copy(update={"compression": compression})
     stride = source.windowing.stride_tokens

@@ -141,7 +141,7 @@ def _copy(function: Any, source: str, target: str, as_json: bool, flags: dict[st
 @click.option("--top-p", type=float, help="Cut each position where its mass first reaches this, such as 0.98.")
 @click.option("--encoding", type=click.Choice(["codes", "float32"]), help="codes for an entry of exact float32.")
 @click.option("--step-nats", type=float, help="Unit of the codes: the source's, or at least twice that.")
-@click.option("--compression", type=click.Choice(["zstd", "lz4"]), help="zstd (smaller) or lz4 (faster).")
+@click.option("--profile", type=click.Choice(["small", "fast"]), help="small (zstd) or fast to read (lz4).")
 @click.option("--shard-tokens", type=int, help="Positions per shard.")
 @click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -228,6 +228,11 @@ def stream_layout(entries: int) -> ArrayLayout:
     return ArrayLayout(shard=min(_STREAM_SHARD, chunks * _STREAM_CHUNK), chunk=_STREAM_CHUNK, compression="zstd")
 
 
+# What a codec is chosen for, and the codec (docs/decisions/0014).
+Profile = Literal["small", "fast"]
+COMPRESSION: dict[Profile, Literal["zstd", "lz4"]] = {"small": "zstd", "fast": "lz4"}
+
+
 def entry_layout(
     positions: int,
     k: int,

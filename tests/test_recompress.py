@@ -127,7 +127,7 @@ def test_tails_are_the_exact_sums_of_what_left(cache: Path, dense: np.ndarray) -
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1.0])
 def test_rows_are_cut_where_their_mass_first_suffices(cache: Path, top_p: float) -> None:
     source = LogitCache.open(str(cache)).teacher("codes").read(0, N)
-    found = rewrite(cache, top_p=top_p, compression="lz4")
+    found = rewrite(cache, top_p=top_p, profile="fast")
     mass = np.exp(source.logprobs.astype(np.float64)).cumsum(axis=1)
     total = mass[:, -1] + np.exp(source.log_tail.astype(np.float64))
     assert np.abs(total - 1).max() < np.expm1(STEP / 2)
@@ -230,7 +230,7 @@ def test_a_sample_is_kept_whole(
         with pytest.raises(InputError, match=rf"--?{option.replace('_', '-')} .* sample \(varopt\)"):
             rewrite(cache, "sampled", **{option: value})
     before = LogitCache.open(str(cache)).teacher("sampled").read(0, N)
-    found = rewrite(cache, "sampled", compression="lz4", chunk_tokens=128)
+    found = rewrite(cache, "sampled", profile="fast", chunk_tokens=128)
     for name in ("token_ids", "codes", "kept", "certain", "log_tail", "log_tail_half", "entropy", "top_logprob"):
         assert np.array_equal(getattr(found, name), getattr(before, name)), name
     with pytest.raises(AssertionError, match="whole"):
@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a step between": ("codes", {"step_nats": 3 / 64}, "at least 0.0625"),
     "more mass": ("pruned", {"top_p": 0.95}, "already cut at a mass of 0.8"),
     "nothing to do": ("codes", {}, "already as asked for"),
-    "the same again": ("codes", {"k": 64, "step_nats": 1 / 32, "compression": "zstd"}, "already as asked for"),
+    "the same again": ("codes", {"k": 64, "step_nats": 1 / 32, "profile": "small"}, "already as asked for"),
     "a cut that is none": ("codes", {"chunk_tokens": 24}, "multiple of the stride"),
     "itself": ("codes", {"k": 8, "to": "codes"}, "never rewritten"),
     "a name that is none": ("nobody", {"k": 8}, "no teacher entry 'nobody'"),
