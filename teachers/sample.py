@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -67,38 +68,87 @@ def random_bits(seed: int, start: int, stop: int) -> NDArray[np.int64]:
     return (words[start % 4 :] >> np.uint64(64 - _RANDOM_BITS)).astype(np.int64)
 
 
-def draw(mass: Tensor, top: Tensor, top_ids: Tensor, sampling: Sampling, scratch: Tensor) -> tuple[Tensor, Tensor]:
+class Masses(Protocol):
+    """The masses of T rows, not negative, in any unit of their row, of all ids but the K that come first.
+
+    columns  V
+    total    float32 [T], their sums
+
+    Lengths are masses in another unit, rounded down. Whatever asks for an id's length is told the same number.
+    """
+
+    columns: int
+    total: Tensor
+
+    def block_lengths(self, unit: Tensor, width: int) -> Tensor:
+        """int64 [T, M]: lengths, mass times `unit` [T], summed over runs of `width` ids; the last may be shorter."""
+        ...
+
+    def lengths(self, blocks: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+        """int64 [T, n, W]: the lengths of the ids in n of each row's runs that `block_lengths` last summed.
+
+        The K first ids have the lengths that are given here, int64 [T, K]; what lies beyond the last id has none.
+        """
+        ...
+
+
+class TensorMasses:
+    """`Masses` in a tensor [T, V], 0 at the K first ids; it and `scratch`, of the same shape, are overwritten."""
+
+    def __init__(self, mass: Tensor, scratch: Tensor) -> None:
+        self.columns = mass.shape[1]
+        self.total = mass.sum(1)
+        self._mass = mass
+        self._lengths = scratch.view(torch.int32)
+        self._width = 0
+
+    def block_lengths(self, unit: Tensor, width: int) -> Tensor:
+        self._width = width
+        self._lengths.copy_(self._mass.mul_(unit[:, None]))
+        whole = self.columns // width * width
+        blocks = self._lengths[:, :whole].view(len(unit), whole // width, width).sum(2)
+        if whole < self.columns:
+            blocks = torch.cat([blocks, self._lengths[:, whole:].sum(1, keepdim=True)], dim=1)
+        return blocks
+
+    def lengths(self, blocks: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+        self._lengths.scatter_(1, top_ids, top_lengths.to(torch.int32))
+        ids = blocks[:, :, None] * self._width + torch.arange(self._width, device=blocks.device)  # [T, n, W]
+        last = self.columns - 1
+        lengths = self._lengths.gather(1, ids.clamp_max(last).flatten(1)).view_as(ids).to(torch.int64)
+        return lengths.masked_fill_(ids > last, 0)
+
+
+def draw(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """VarOpt samples of T rows: ids int64 [T, K] and how many of them are certain, int64 [T].
 
-    mass     float32 [T, V], in any unit of its row, not negative; 0 at the top ids. Overwritten
-    top      float32 [T, K]  the masses of the K ids that come first, in order; top_ids int64 [T, K]
-    scratch  float32 [T, V]  overwritten
-
-    The certain ids come first, in the order of `top_ids`; the drawn ones follow by ascending id.
+    top: float32 [T, K], the masses of the K ids that come first, in order, in the unit of the others' `masses`;
+    top_ids: int64 [T, K]. The certain ids come first, in the order of `top_ids`; the drawn ones follow by ascending id.
     """
     k = top.shape[1]
     columns = torch.arange(k, device=top.device)
-    rest = _suffix_sums(torch.cat([top, mass.sum(1, keepdim=True)], dim=1))  # [T, K + 1], R_j in column j
+    rest = _suffix_sums(torch.cat([top, masses.total[:, None]], dim=1))  # [T, K + 1], R_j in column j
     certain = _certain(top, rest, torch.full_like(top_ids[:, 0], sampling.head_ids))
     left = rest.gather(1, certain[:, None]).squeeze(1)
     certain.masked_fill_(left < _LEAST_REST * rest[:, 0], k)
 
     # The unit: from here on all sums are exact.
     unit = ((k - certain) * 2**_STEP_BITS / left).masked_fill_(certain == k, 0.0)
-    lengths = scratch.view(torch.int32)
-    lengths.copy_(mass.mul_(unit[:, None]))
     top_lengths = (top * unit[:, None]).to(torch.int64).masked_fill_(columns < certain[:, None], 0)
-    width = _block_width(mass.shape[1], k)
-    blocks = _block_sums(lengths, width)  # int64 [T, M]
+    width = _block_width(masses.columns, k)
+    blocks = masses.block_lengths(unit, width)  # int64 [T, M]
     rest = torch.cat([top_lengths, blocks.sum(1, keepdim=True)], dim=1).flip(1).cumsum(1).flip(1)
     certain = _certain(top_lengths, rest, certain)
     top_lengths.masked_fill_(columns < certain[:, None], 0)
-    lengths.scatter_(1, top_ids, top_lengths.to(torch.int32))
     blocks.scatter_add_(1, top_ids // width, top_lengths)
 
     step = rest.gather(1, certain[:, None]) // (k - certain).clamp_min(1)[:, None]  # [T, 1]
     teeth = columns * step + (sampling.random[:, None] * step >> _RANDOM_BITS)  # [T, K]; the first K - certain count
-    drawn = _under(teeth, lengths, blocks, width)
+    ends = blocks.cumsum(1)
+    block = torch.searchsorted(ends, teeth, right=True).clamp_max_(blocks.shape[1] - 1)
+    inside = teeth - (ends - blocks).gather(1, block)
+    passed = masses.lengths(block, top_ids, top_lengths).cumsum(2) <= inside[:, :, None]  # [T, K, W]
+    drawn = block * width + passed.sum(2)
     drawn = drawn.gather(1, (columns - certain[:, None]).clamp_min(0))
     return torch.where(columns < certain[:, None], top_ids, drawn), certain
 
@@ -126,27 +176,3 @@ def _suffix_sums(values: Tensor) -> Tensor:
 def _block_width(columns: int, k: int) -> int:
     """Near sqrt(columns / k), which balances the blocks against the ids inside those that are looked into."""
     return min(columns, max(_LEAST_BLOCK, 1 << round(math.log2(columns / k) / 2)))
-
-
-def _block_sums(lengths: Tensor, width: int) -> Tensor:
-    """int64 [T, M] sums of runs of `width` columns; the last run may be shorter."""
-    whole = lengths.shape[1] // width * width
-    blocks = lengths[:, :whole].view(len(lengths), whole // width, width).sum(2)
-    if whole < lengths.shape[1]:
-        blocks = torch.cat([blocks, lengths[:, whole:].sum(1, keepdim=True)], dim=1)
-    return blocks
-
-
-def _under(teeth: Tensor, lengths: Tensor, blocks: Tensor, width: int) -> Tensor:
-    """The ids [T, K] on which points [T, K] fall, when ids with `lengths` [T, V] lie side by side; int64.
-
-    A point beyond all ids gives some number.
-    """
-    ends = blocks.cumsum(1)
-    block = torch.searchsorted(ends, teeth, right=True).clamp_max_(blocks.shape[1] - 1)
-    inside = teeth - (ends - blocks).gather(1, block)
-    ids = block[:, :, None] * width + torch.arange(width, device=teeth.device)  # [T, K, W]
-    last = lengths.shape[1] - 1
-    within = lengths.gather(1, ids.clamp_max(last).flatten(1)).view_as(ids).to(torch.int64)
-    passed = within.masked_fill_(ids > last, 0).cumsum(2) <= inside[:, :, None]
-    return block * width + passed.sum(2)
