@@ -9,22 +9,25 @@ batch size nor the number of processes changes a result; a process hands its sum
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from storage.errors import InputError
 from student.buckets import NOT_TRAINED, check_batch
 from student.losses import forward_kl
 from student.objective import Tail
 from student.targets import Member, Targets, targets_of
+from student.windows import DistillationWindows, collate
 
 BINS = 15
 
 # Evaluation needs no backward pass, so a few megabytes of float32 at a time are enough, whatever the batch.
 _CHUNK_LOGITS = 1 << 24
+# What one pass of a model may return where the batch is ours to choose.
+BATCH_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,62 @@ class HeldOutSums:
             kl={name: float(nats) / tokens for name, nats in zip(names, self._kl[0], strict=True)},
             kl_is_lower_bound={name: bool(rows > 0) for name, rows in zip(names, self._kl[1], strict=True)},
         )
+
+
+@torch.no_grad()
+def held_out(
+    model: nn.Module,
+    windows: DistillationWindows,
+    batch_windows: int = 64,
+    advance: Callable[[int], None] | None = None,
+) -> HeldOut:
+    """Figures of a model over every labelled position of a cache once, as training reports them; no trainer needed.
+
+    windows: those of the cache, at a fixed offset and without targets; batch_windows at most go through the model at
+    once, fewer where B·T·W is large. `advance` is given the number of windows done.
+    Raises InputError where `HeldOutSums` does.
+    """
+    device = next(model.parameters()).device
+    rows = max(1, min(batch_windows, BATCH_LOGITS // (windows.window_tokens * head_columns(model))))
+    sums = HeldOutSums(windows.vocabulary_size)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(windows), rows):
+        batch = collate(windows.__getitems__(range(start, min(start + rows, len(windows)))))
+        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+        sums.add(logits.flatten(0, 1), batch["labels"].flatten().to(device))
+        if advance is not None:
+            advance(len(batch["labels"]))
+    model.train(was_training)
+    corpus = windows.record.corpus
+    known = corpus.text_bytes > 0 and not corpus.has_loss_mask
+    return sums.result(corpus.text_bytes / corpus.positions if known else None)
+
+
+@torch.no_grad()
+def next_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """``log softmax(logits)[label]`` of each row: float64 [P] on the CPU, 0 where the label is -100.
+
+    logits [P, W], labels int64 [P]. Softmax over all W columns in float32 (float64 for logits of that type), a few
+    rows at a time.
+    """
+    rows = max(1, _CHUNK_LOGITS // logits.shape[1])
+    parts = []
+    for start in range(0, len(logits), rows):
+        z, label = logits[start : start + rows], labels[start : start + rows]
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        found = z.gather(1, label.clamp(min=0)[:, None])[:, 0] - z.logsumexp(1)
+        parts.append(found.masked_fill(label == NOT_TRAINED, 0.0).cpu().to(torch.float64))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def head_columns(model: nn.Module) -> int:
+    """W: the columns of a model's logits, found by running one token."""
+    # Any id but the padding id, which some models look for and warn of.
+    token = 1 if getattr(getattr(model, "config", None), "pad_token_id", None) == 0 else 0
+    ids = torch.full((1, 1), token, device=next(model.parameters()).device)
+    return int(model(input_ids=ids, use_cache=False).logits.shape[-1])
 
 
 def _kept(values: Tensor, keep: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""`logit-cache evaluate`: what a saved model scores on held-out text and on minimal pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from storage.errors import one_line_errors
+
+_EXAMPLE = "\b\nExample:\n  logit-cache evaluate run/student --cache run/valid --pairs blimp --out run/student.json"
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("model", metavar="MODEL_DIR")
+@click.option("--cache", metavar="URL", help="Held-out cache of the model's tokenizer; its tokens are scored.")
+@click.option("--pairs", metavar="FOLDER", help="Folder of JSONL files with minimal pairs, as BLiMP's.")
+@click.option("--window-tokens", type=click.IntRange(min=1), metavar="T", help="Positions of a held-out window [128].")
+@click.option(
+    "--isolate-documents/--cross-documents", default=None, help="Whether windows stay inside documents [across]."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Windows, or sentences, in one pass at most [64].")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N pairs of each paradigm only.")
+@click.option(
+    "--leading-space/--as-written",
+    default=None,
+    help="A space before each sentence, as lm-eval's blimp task has it [leading space].",
+)
+@click.option("--device", help="cpu, cuda, cuda:1, …  [CUDA where there is one]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights [float32].")
+@click.option(
+    "--lm-eval-tasks",
+    metavar="FOLDER",
+    help="Also write the pairs there, as tasks that lm-eval runs without a network.",
+)
+@click.option("--out", metavar="FILE", help="Also write the report there, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
+    """Score a saved model: loss, perplexity and calibration on held-out text, accuracy on minimal pairs.
+
+    Any causal language model that transformers saved, with its tokenizer. Needs --cache, --pairs or both.
+    """
+    with one_line_errors():
+        from logit_cache.progress import progress
+        from storage.config import build_config
+        from storage.errors import InputError
+        from student.scores import EvaluationJob, table, write_report
+        from student.scores import evaluate as measure
+
+        if out is not None and (not Path(out).expanduser().parent.is_dir() or Path(out).expanduser().is_dir()):
+            raise InputError(f"--out {out}: expected a file in a folder that exists: give another name")
+        job = build_config(EvaluationJob, {"model": model}, flags, "logit-cache evaluate")
+        report = measure(job, progress)
+        if out is not None:
+            write_report(report, out)
+        click.echo(report.model_dump_json(indent=1) if as_json else table(report))
+        if job.lm_eval_tasks is not None:
+            click.echo(
+                f"lm-eval on the same pairs: lm_eval run --model hf --model_args pretrained={model},dtype={job.dtype} "
+                f"--include_path {job.lm_eval_tasks} --tasks pairs",
+                err=True,
+            )
