@@ -151,7 +151,7 @@ class CheckedArray:
         folder = self._local.local_path
         assert folder is not None
         try:
-            found = os.stat(folder / self._key(shard))
+            found = os.stat(f"{folder}/{self._key(shard)}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         return found.st_ino, found.st_size, found.st_mtime_ns

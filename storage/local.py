@@ -20,6 +20,7 @@ from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_spac
 from storage.location import MOST_BYTES, Location
 
 PARTIAL = ".partial"
+_MOST_PATHS = 4_096
 
 
 class LocalLocation(Location):
@@ -30,13 +31,20 @@ class LocalLocation(Location):
         self.url = str(path)
         self._plain_folders: set[Path] = set()
         self._synced_folders: set[Path] = set()
+        self._paths: dict[str, Path] = {}
 
     @property
     def local_path(self) -> Path:
         return self._root
 
     def _path(self, key: str) -> Path:
-        return self._root.joinpath(*key.split("/"))
+        # Once for each: a reader of chunks asks for the same few hundred paths all the time, and pathlib is slow.
+        found = self._paths.get(key)
+        if found is None:
+            if len(self._paths) >= _MOST_PATHS:
+                self._paths.clear()
+            found = self._paths[key] = self._root.joinpath(*key.split("/"))
+        return found
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
         with self.opened(key) as descriptor:
@@ -79,6 +87,8 @@ class LocalLocation(Location):
                 f"{path}: a symbolic link, and a cache has none: what it points to could be changed from outside; "
                 f"copy the cache with cp -rL if you trust its links"
             )
+        if path.parent in self._plain_folders:
+            return
         for folder in path.relative_to(self._root).parents:
             parent = self._root / folder
             if parent == self._root or parent in self._plain_folders:

@@ -87,11 +87,15 @@ class SparseTargets:
         if not self.start <= start <= stop <= self.stop:
             raise IndexError(f"positions {start}..{stop} are not inside {self.start}..{self.stop}")
         cut = slice(start - self.start, stop - self.start)
-        per_row = {name: getattr(self, name)[cut] for name in ("token_ids", *_PER_POSITION)}
-        for name in ("codes", "exact_logprobs"):
+        part = object.__new__(SparseTargets)
+        # Not through the constructor, which takes longer than all else that is done to a window of 128 positions, and
+        # would check what holds for rows if it holds for all.
+        for name in ("token_ids", *_PER_POSITION, "codes", "exact_logprobs"):
             values = getattr(self, name)
-            per_row[name] = None if values is None else values[cut]
-        return replace(self, start=start, **per_row)
+            object.__setattr__(part, name, None if values is None else values[cut])
+        object.__setattr__(part, "start", start)
+        object.__setattr__(part, "step_nats", self.step_nats)
+        return part
 
 
 def head_mass(targets: SparseTargets) -> NDArray[np.float64]:

@@ -19,23 +19,12 @@ def broken_rule(targets: SparseTargets, entry: TeacherEntry, document_starts: ND
     `document_starts` [D] tells, for entries with isolated documents, where no token follows.
     """
     vocabulary_size = entry.vocabulary_size
-    columns = np.arange(targets.k)
     kept, certain, label = targets.kept, targets.certain, targets.label_logprob
     if (kept < 1).any() or (kept > targets.k).any() or (certain > kept).any():
         return "kept is not within 1..K, or certain exceeds it"
-    valid = columns < kept[:, None]
-    if (targets.token_ids[valid] >= vocabulary_size).any():
-        return f"a token id is not below the vocabulary size {vocabulary_size}"
-    if (targets.token_ids[~valid] != np.iinfo(targets.token_ids.dtype).max).any():
-        return "an id beyond kept is not the type's maximum"
-    if targets.codes is not None and (targets.codes[:, 0].any() or targets.codes[~valid].any()):
-        return "column 0 of logprob_codes, or a column beyond kept, is not 0"
-    if targets.exact_logprobs is not None and not np.isfinite(targets.exact_logprobs[valid]).all():
-        return "a log-prob is not finite"
-    if targets.exact_logprobs is not None:
-        falls = np.diff(targets.exact_logprobs, axis=1) <= 0
-        if not falls[valid[:, 1:]].all():
-            return "log-probs do not descend along a row"
+    broken = _broken_columns(targets, vocabulary_size)
+    if broken:
+        return broken
     if not (np.isfinite(targets.top_logprob).all() and np.isfinite(targets.entropy).all()):
         return "top_logprob or entropy is not finite"
     if (targets.top_logprob > _ROUNDING).any() or (targets.log_tail > _ROUNDING).any() or (label > _ROUNDING).any():
@@ -47,6 +36,26 @@ def broken_rule(targets: SparseTargets, entry: TeacherEntry, document_starts: ND
             return f"{name} is not finite, or not -inf where all ids are certain"
     if entry.targets.has_label_logprob:
         return _broken_label(targets, entry, document_starts)
+    return None
+
+
+def _broken_columns(targets: SparseTargets, vocabulary_size: int) -> str | None:
+    # Most entries keep all columns of all rows; picking the valid ones out of them would cost as much as decoding.
+    whole = not len(targets) or int(targets.kept.min()) == targets.k
+    valid: Any = slice(None) if whole else np.arange(targets.k) < targets.kept[:, None]
+    ids, codes, exact = targets.token_ids, targets.codes, targets.exact_logprobs
+    if ids[valid].size and ids[valid].max() >= vocabulary_size:
+        return f"a token id is not below the vocabulary size {vocabulary_size}"
+    if not whole and (ids[~valid] != np.iinfo(ids.dtype).max).any():
+        return "an id beyond kept is not the type's maximum"
+    if codes is not None and (codes[:, 0].any() or (not whole and codes[~valid].any())):
+        return "column 0 of logprob_codes, or a column beyond kept, is not 0"
+    if exact is not None:
+        if not np.isfinite(exact[valid]).all():
+            return "a log-prob is not finite"
+        falls = np.diff(exact, axis=1) <= 0
+        if not (falls if whole else falls[valid[:, 1:]]).all():
+            return "log-probs do not descend along a row"
     return None
 
 

@@ -79,7 +79,7 @@ def decode_chunk(spec: ArraySpec, data: bytes) -> NDArray[Any]:
     """
     import numcodecs
 
-    body, stored = data[:-4], data[-4:]
+    body, stored = memoryview(data)[:-4], data[-4:]  # a view: bytes would be copied
     found = _crc32c(body)
     if found != stored:
         raise ValueError(f"its crc32c is {found.hex()}, stored is {stored.hex()}")
@@ -91,7 +91,7 @@ def decode_chunk(spec: ArraySpec, data: bytes) -> NDArray[Any]:
     return values.astype(spec.dtype, copy=False)
 
 
-def _crc32c(data: bytes) -> bytes:
+def _crc32c(data: bytes | memoryview) -> bytes:
     import crc32c
 
     return crc32c.crc32c(data).to_bytes(4, "little")

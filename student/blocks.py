@@ -8,6 +8,7 @@ token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -65,12 +66,18 @@ class Blocks:
 
     def place(self, window: int, epoch: int = 0) -> tuple[int, int]:
         """(first absolute position, number of positions) of a window in an epoch."""
-        document, block, length = (int(value[0]) for value in self._locate(np.array([window])))
-        start = block * self.window_tokens
+        return self.places([window + epoch * len(self)])[0]
+
+    def places(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """The same of some indices, ``epoch * len(self) + window``."""
+        epochs, windows = np.divmod(np.asarray(indices, dtype=np.int64), len(self))
+        documents, blocks, lengths = self._locate(windows)
+        inside = blocks * self.window_tokens
         if self.offset == "random":
-            room = min(self.window_tokens, int(self.labelled[document]) - length - start + 1)
-            start += self._draw(window, epoch, room)
-        return int(self.starts[document]) + start, length
+            rooms = np.minimum(self.window_tokens, self.labelled[documents] - lengths - inside + 1)
+            drawn = zip(windows.tolist(), epochs.tolist(), rooms.tolist(), strict=True)
+            inside += np.array([self._draw(*each) for each in drawn], dtype=np.int64)
+        return list(zip((self.starts[documents] + inside).tolist(), lengths.tolist(), strict=True))
 
     def lengths(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many positions each of some windows reads (the same in every epoch)."""

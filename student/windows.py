@@ -121,7 +121,7 @@ class DistillationWindows(Dataset[Window]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Window]:
         """The windows of a batch, in the order asked for; neighbouring ranges are read in one piece."""
-        places = [self.blocks.place(index % len(self), index // len(self)) for index in indices]
+        places = self.blocks.places(indices)
         windows: list[Window] = [{} for _ in indices]
         by_start = sorted(range(len(places)), key=lambda i: places[i])
         first = 0
@@ -150,24 +150,22 @@ class _Span:
 
     def __init__(self, cache: LogitCache, teachers: Sequence[str], start: int, stop: int) -> None:
         self._start = start
-        self._tokens = cache.tokens.read(start, stop + 1)
+        self._inputs = cache.tokens.read(start, stop + 1).astype(np.int64)
         trained = None if cache.loss_mask is None else cache.loss_mask.read(start, stop)
-        following = self._tokens[1:].astype(np.int64)
+        following = self._inputs[1:]
         self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
-        self._targets = {name: cache.teacher(name).read(start, stop) for name in teachers}
+        self._targets = {name: _arrays(cache.teacher(name).read(start, stop)) for name in teachers}
 
     def window(self, start: int, length: int, window_tokens: int) -> Window:
         cut = slice(start - self._start, start - self._start + length)
-        targets = {name: _arrays(found.rows(start, start + length)) for name, found in self._targets.items()}
-        return {
-            # Filled up with the last token and not with a padding id, which some models look for and warn of.
-            "input_ids": _filled(self._tokens[cut].astype(np.int64), window_tokens, int(self._tokens[cut][-1])),
-            "labels": _filled(self._labels[cut], window_tokens, NOT_TRAINED),
+        window: Window = {
+            "input_ids": self._inputs[cut],
+            "labels": self._labels[cut],
             "targets": {
-                name: {key: _filled(values, window_tokens, _FILL[key]) for key, values in arrays.items()}
-                for name, arrays in targets.items()
+                name: {key: values[cut] for key, values in arrays.items()} for name, arrays in self._targets.items()
             },
         }
+        return window if length == window_tokens else _filled_up(window, window_tokens)
 
 
 def collate(windows: Sequence[Window]) -> dict[str, Any]:
@@ -223,10 +221,21 @@ def _arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def _filled_up(window: Window, length: int) -> Window:
+    """A window of fewer positions brought to `length`."""
+    return {
+        # With the last token and not with a padding id, which some models look for and warn of.
+        "input_ids": _filled(window["input_ids"], length, int(window["input_ids"][-1])),
+        "labels": _filled(window["labels"], length, NOT_TRAINED),
+        "targets": {
+            name: {key: _filled(values, length, _FILL[key]) for key, values in arrays.items()}
+            for name, arrays in window["targets"].items()
+        },
+    }
+
+
 def _filled(values: NDArray[Any], length: int, fill: float) -> NDArray[Any]:
-    """`values` [n, ...] brought to [length, ...]; itself when it is that long already."""
-    if len(values) == length:
-        return values
+    """`values` [n, ...] brought to [length, ...]."""
     full = np.full((length, *values.shape[1:]), fill, dtype=values.dtype)
     full[: len(values)] = values
     return full
