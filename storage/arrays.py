@@ -111,6 +111,10 @@ class CheckedArray:
             )
         return receipt
 
+    def has_checked(self, shard: int) -> bool:
+        """Whether `check_shard` has been through; reading a chunk finds out if the object was changed since."""
+        return shard in self._checked
+
     def check_shard(self, shard: int) -> _Opened:
         """Compare the shard's object with its receipt, once; fetch it whole where the cache is remote."""
         if shard in self._checked:
@@ -175,7 +179,9 @@ class CheckedArray:
 
 def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
     """Check one shard of several arrays; what is remote is fetched at the same time, not one after the other."""
-    todo = list(arrays)
+    todo = [array for array in arrays if not array.has_checked(shard)]
+    if not todo:
+        return
     if any(array.is_remote for array in todo):
         todo[0].receipt(shard)  # where it fails, it need not fail once more for each array
         with ThreadPoolExecutor(len(todo)) as pool:

@@ -44,10 +44,10 @@ class ReadingOrder(Sampler[int]):
     windows_per_step   G; the lanes are its greatest divisor of the form 2**n up to `LANES`
     buffer_groups      B
 
-    Two windows of one group, which share chunks of the cache, are less than ``B * g + G`` places apart, and a reader
-    that holds B decoded chunks decodes each about once per epoch. (With 16 groups of 8,192 positions that is 131,072
-    positions and a step.) Lanes end within two groups of each other; from where the first one ends, what is left of the
-    others is shuffled together and is the end of the epoch.
+    Two windows of one group, which share chunks of the cache, are less than ``B * g + G`` places apart while all lanes
+    have groups, and a reader that holds B decoded chunks decodes each about once per epoch. (With 16 groups of 8,192
+    positions that is 131,072 positions and a step.) Lanes end within two groups of each other; from where the first one
+    ends, what is left of the others is shuffled together and is the end of the epoch: there they can be farther apart.
 
     The order knows nothing of batches, processes or workers: they cut it up. It yields ``epoch * windows + window``,
     so that whoever loads a window knows the epoch without being told; `set_epoch` chooses the epoch. An epoch's order
