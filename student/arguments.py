@@ -59,9 +59,11 @@ RESERVED: dict[str, str] = {
     "local_rank": "torchrun sets it",
 }
 
-# What a run looks like from outside, not what it learns: these may change between interruption and resumption.
+# What a run looks like from outside, and who reads for it, not what it learns: these may change between interruption
+# and resumption.
 PRESENTATION = frozenset(
     {"report_to", "run_name", "project", "log_level", "log_level_replica", "logging_steps", "save_total_limit"}
+    | {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 )
 
 _METRICS = ("loss", "perplexity", "ece", "accuracy")
@@ -88,6 +90,11 @@ def training_values(job: StudentJob) -> dict[str, Any]:
         values.setdefault("use_cpu", True)
     if values.get("use_cpu"):
         values.setdefault("dataloader_pin_memory", False)
+    elif "dataloader_num_workers" not in values:
+        # One process that reads ahead of a GPU. More would each decode every chunk: a batch has windows of all lanes.
+        values["dataloader_num_workers"] = 1
+        values.setdefault("dataloader_prefetch_factor", 4)
+        values.setdefault("dataloader_persistent_workers", True)
     _check_evaluation(job, values)
     return values
 

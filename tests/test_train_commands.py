@@ -18,9 +18,11 @@ from fakes import dense_targets, make_corpus, make_entry, write_entry
 from runs import KILLED, LLAMA, V, arguments, job_in, make_world, python, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import student.arguments
 from storage.errors import IdentityMismatch, InputError, StorageFull
 from storage.manifest import Windowing
 from storage.writer import EntryWriter
+from student.arguments import training_values
 from student.cli import build_job, train_student
 from student.output import full_disk_is_said
 from student.run import train
@@ -396,3 +398,12 @@ def test_a_foreign_package_named_storage_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert str(tmp_path / "storage") in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_process_reads_ahead_of_a_gpu(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(student.arguments, "_has_accelerator", lambda: True)
+    assert training_values(job_in(world, tmp_path / "out"))["dataloader_num_workers"] == 1
+    values = training_values(job_in(world, tmp_path / "out", training={"dataloader_num_workers": 0}))
+    assert "dataloader_prefetch_factor" not in values  # torch takes it with workers only
+    monkeypatch.setattr(student.arguments, "_has_accelerator", lambda: False)
+    assert "dataloader_num_workers" not in training_values(job_in(world, tmp_path / "out"))

@@ -383,7 +383,7 @@ each shard, less per position in a larger cache. The token stream, which all ent
 
 
 def _text() -> str:
-    return "English (../shared/data/text)" if CORPUS.is_dir() else "Python's standard library"
+    return "English (books, dialogues, encyclopaedia)" if CORPUS.is_dir() else "Python's standard library"
 
 
 def _losses(ways: Sequence[Way], exact: Mapping[str, Any]) -> Table:
