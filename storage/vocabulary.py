@@ -11,12 +11,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from storage.errors import InputError
 from storage.manifest import canonical_json
 
 # A tokenizer.json remembers how it was last called. That changes nothing about which ids a text gets here.
 _VOLATILE = ("padding", "truncation")
+# Any of them makes a folder one that AutoTokenizer can be asked to read.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's files lie in a model's folder."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def vocabulary_sha256(vocabulary: Mapping[str, int]) -> str:

@@ -176,9 +176,14 @@ def held_out(
         if advance is not None:
             advance(len(batch["labels"]))
     model.train(was_training)
+    return sums.result(bytes_per_token(windows))
+
+
+def bytes_per_token(windows: DistillationWindows) -> float | None:
+    """Bytes of UTF-8 text per token of a stream; None where the bytes of what is scored are not known."""
     corpus = windows.record.corpus
     known = corpus.text_bytes > 0 and not corpus.has_loss_mask
-    return sums.result(corpus.text_bytes / corpus.positions if known else None)
+    return corpus.text_bytes / corpus.positions if known else None
 
 
 @torch.no_grad()

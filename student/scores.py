@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
-from storage.vocabulary import differing_entries, vocabulary_sha256
+from storage.vocabulary import differing_entries, has_tokenizer, vocabulary_sha256
 from student.evaluate import HeldOut, held_out
 from student.lm_eval_tasks import check_folder, write_tasks
 from student.minimal_pairs import (
@@ -40,15 +40,6 @@ from student.windows import DistillationWindows
 Track = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
 # AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 class _Frozen(BaseModel):
@@ -204,7 +195,7 @@ def _device(name: str | None) -> torch.device:
 def _tokenizer(model: str) -> Any:
     """The tokenizer beside a model, None where there is none."""
     folder = Path(model).expanduser()
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     try:
         auto: Any = AutoTokenizer

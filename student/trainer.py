@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.utils.generic import ModelOutput
 
 from storage.errors import InputError
-from student.evaluate import HeldOut, HeldOutSums
+from student.evaluate import HeldOut, HeldOutSums, bytes_per_token
 from student.heads import PlainHead, choose_head
 from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
 from student.order import ReadingOrder
@@ -237,9 +237,7 @@ class DistillationTrainer(Trainer):
         model.train(was_training)
         if world > 1:
             sums.load(self.accelerator.reduce(sums.tensor().to(self.args.device), reduction="sum"))
-        corpus = windows.record.corpus
-        known = corpus.text_bytes > 0 and not corpus.has_loss_mask
-        return sums.result(corpus.text_bytes / corpus.positions if known else None)
+        return sums.result(bytes_per_token(windows))
 
 
 def windows_per_step(args: TrainingArguments) -> int:

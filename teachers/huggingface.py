@@ -18,6 +18,7 @@ from torch import Tensor
 from storage.errors import InputError
 from storage.manifest import Teacher as TeacherRecord
 from storage.manifest import TeacherIdentity
+from storage.vocabulary import has_tokenizer
 from teachers.heads import choose_path, forward, is_causal
 from teachers.weights import ModelFiles, config_sha256, find_model, weights_sha256
 
@@ -25,15 +26,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DEFAULT_LOGIT_BUDGET_BYTES = 256 << 20
 
 _TEST_WINDOWS, _TEST_TOKENS = 2, 16
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 class HuggingFaceTeacher:
@@ -135,7 +127,7 @@ class HuggingFaceTeacher:
         Raises `InputError` when there is one and it cannot be read.
         """
         directory = self._files.directory
-        if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(directory):
             return None
         try:
             with _quiet_transformers():

@@ -36,11 +36,11 @@ STARTS = np.array([0, 7, 31, 32, 61], dtype=np.uint64)
 _encoded: dict[tuple[ArraySpec, int, bytes], bytes] = {}
 
 
-def encode_once(spec: ArraySpec, shard: int, values: np.ndarray) -> bytes:
+def encode_once(spec: ArraySpec, shard: int, values: np.ndarray, each: Any = map) -> bytes:
     """`encode_shard`, remembered: these tests write the same few shards thousands of times."""
     key = (spec, shard, values.tobytes())
     if key not in _encoded:
-        _encoded[key] = encode_shard(spec, shard, values)
+        _encoded[key] = encode_shard(spec, shard, values, each)
     return _encoded[key]
 
 
