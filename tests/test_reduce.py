@@ -182,14 +182,20 @@ def test_large_vocabulary_sums_stay_accurate() -> None:
     check(torch.cat([spread_logits(2, 262_144, 1.0), torch.zeros(1, 262_144) + 3]), 262_144, 16)
 
 
-@pytest.mark.parametrize("vocabulary_size", [300, 16_003])
-def test_masked_ids_are_floored_and_add_nothing(vocabulary_size: int) -> None:
+def masked_logits(vocabulary_size: int) -> Tensor:
+    """Five rows with ids that are masked in all ways, for K = 64."""
     logits = spread_logits(5, vocabulary_size)
     logits[0, ::2] = -math.inf
     logits[1, 10:] = -math.inf  # fewer live ids than K
     logits[2, 1:] = -math.inf  # one live id
     logits[3, 64:] = -math.inf  # exactly K live ids: an empty tail
     logits[4, 1::2] = torch.finfo(torch.float32).min  # how some models mask
+    return logits
+
+
+@pytest.mark.parametrize("vocabulary_size", [300, 16_003])
+def test_masked_ids_are_floored_and_add_nothing(vocabulary_size: int) -> None:
+    logits = masked_logits(vocabulary_size)
     found = check(logits, vocabulary_size, 64, torch.tensor([2, 11, 0, 200, -1]))
     assert [found.logprobs[1, 10], found.label_logprob[1], found.log_tail[3]] == [FLOOR] * 3
     assert [found.entropy[2], found.logprobs[2, 0]] == [0, 0]

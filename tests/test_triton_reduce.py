@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from test_reduce import FLOOR, check, spread_logits
+from test_reduce import FLOOR, check, masked_logits, spread_logits
 from test_sample import check as check_sample
 from test_sample import sample
 from torch import Tensor
@@ -129,12 +129,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("vocabulary_size", [300, 9_003])
     def test_masked_ids_are_floored_and_add_nothing(self, vocabulary_size: int) -> None:
-        logits = spread_logits(5, vocabulary_size)
-        logits[0, ::2] = -math.inf
-        logits[1, 10:] = -math.inf  # fewer live ids than K
-        logits[2, 1:] = -math.inf  # one live id
-        logits[3, 64:] = -math.inf  # exactly K live ids: an empty tail
-        logits[4, 1::2] = torch.finfo(torch.float32).min  # how some models mask
+        logits = masked_logits(vocabulary_size)
         found = check(logits, vocabulary_size, 64, torch.tensor([2, 11, 0, 200, -1]))
         assert [found.logprobs[1, 10], found.label_logprob[1], found.log_tail[3]] == [FLOOR] * 3
         assert [found.entropy[2], found.logprobs[2, 0]] == [0, 0]

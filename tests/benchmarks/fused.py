@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness import held
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -116,14 +118,14 @@ def _measure(part: str, way: str, columns: int, arguments: argparse.Namespace) -
         # What making the inputs took goes back to the system, and its peak is forgotten.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _held("VmRSS")
+        before = held("VmRSS")
         seconds, cpu_seconds = [], []
         for _ in range(STEPS):
             started, started_cpu = time.perf_counter(), time.process_time()
             step()
             seconds.append(time.perf_counter() - started)
             cpu_seconds.append(time.process_time() - started_cpu)
-    return Measured(min(seconds), min(cpu_seconds), _held("VmHWM") - before)
+    return Measured(min(seconds), min(cpu_seconds), held("VmHWM") - before)
 
 
 def _head_step(way: str, columns: int, arguments: argparse.Namespace) -> Callable[[], None]:
@@ -237,15 +239,6 @@ def _batch(columns: int, positions: int) -> tuple[Tensor, dict[str, Tensor]]:
         "entropy": torch.full((positions,), 4.0),
     }
     return torch.randint(0, columns, (positions,)), targets
-
-
-def _held(which: str) -> int:
-    """Bytes of memory of this process by the kernel's count: VmRSS now, VmHWM at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == which:
-            return 1024 * int(value.split()[0])
-    raise SystemExit(f"this system does not say what a process holds ({which})")
 
 
 if __name__ == "__main__":
