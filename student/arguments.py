@@ -66,7 +66,7 @@ PRESENTATION = frozenset(
     | {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 )
 
-_METRICS = ("loss", "perplexity", "ece", "accuracy")
+_METRICS = ("loss", "perplexity", "ece", "accuracy", "distillation_loss")
 
 
 def training_values(job: StudentJob) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from student.job import StudentJob, TrainingReport
+    from student.run import LoadLive
 
 _EXAMPLE = """\b
 Example:
@@ -102,13 +103,15 @@ def objective_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def run_command(command: str, flags: dict[str, Any], trains_teacher: bool = False) -> None:
+def run_command(
+    command: str, flags: dict[str, Any], trains_teacher: bool = False, load_live: LoadLive | None = None
+) -> None:
     """Build the job from `--config` and the flags, run it, and print the report."""
     with our_errors(command):
         job = build_job(command, flags, trains_teacher)
         from student.run import train
 
-        report = train(job)
+        report = train(job, load_live=load_live)
         if os.environ.get("RANK", "0") == "0":
             click.echo(report.model_dump_json(indent=1) if flags["as_json"] else table(report))
         _leave_process_group()

@@ -43,6 +43,7 @@ class HeldOut:
     kl               by teacher: KL(teacher || model) at temperature 1, nats per token
     kl_is_lower_bound   by teacher: True when any position's tail was one bucket; False where K = V throughout, and
                      where drawn ids (VarOpt, temperature 1) estimate the dense KL without bias
+    distillation_loss   what a run trains on, per token; None where it was not asked for
     """
 
     tokens: int
@@ -53,6 +54,7 @@ class HeldOut:
     accuracy: float
     kl: dict[str, float]
     kl_is_lower_bound: dict[str, bool]
+    distillation_loss: float | None = None
 
 
 class HeldOutSums:

@@ -36,11 +36,14 @@ class StudentJob(Objective):
                         output layer allows it. The same loss and gradients but for rounding
     output_dir          a folder of this run's own: checkpoints while it runs, the model when it is done
     eval_cache          path or URL of a held-out cache of the same tokenizer
+    live_teachers       model directories or hub ids that run beside the student instead of targets from the cache:
+                        for comparison, and for `train-teacher` only
+    combine             what several live teachers are: the mean of their logits, or a mixture
     seed                of weights, order, offsets and dropout
     training            fields of transformers.TrainingArguments (`student.arguments` has the defaults)
 
     The other fields are those of `student.objective.Objective`. alpha, where it is not given, is 1 without teachers
-    (the only choice), 0 where the targets are an unbiased sample, and 0.5 where they are not.
+    (the only choice), 0 where the targets are an unbiased sample or the teachers live, and 0.5 elsewhere.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -53,6 +56,8 @@ class StudentJob(Objective):
     fused_head: Literal["auto", "on", "off"] = "auto"
     output_dir: Annotated[str, Field(min_length=1)]
     eval_cache: str | None = None
+    live_teachers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    combine: Literal["logit-mean", "mixture"] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -62,7 +67,7 @@ class StudentJob(Objective):
         if isinstance(data, dict) and data.get("alpha") is None:
             data = {name: value for name, value in data.items() if name != "alpha"}
             if not data.get("teachers"):
-                data["alpha"] = 1.0
+                data["alpha"] = 0.0 if data.get("live_teachers") else 1.0
         return data
 
     @property
@@ -86,12 +91,27 @@ class StudentJob(Objective):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
-        if not names and self.uses_teachers:
+        if self.live_teachers:
+            self._agrees_live()
+        elif self.combine is not None:
+            raise ValueError(f"combine {self.combine} belongs to live teachers; cached ones are combined by --teacher")
+        elif not names and self.uses_teachers:
             asked = self.alpha if self.alpha < 1 else self.alpha_end
             raise ValueError(f"alpha is {asked:g} but no teacher is named: name one, or leave alpha at 1")
         if names and self.uses_teachers and not any(teacher.weight for teacher in self.teachers):
             raise ValueError("every teacher's weight is 0: give at least one a weight above 0")
         return self
+
+    def _agrees_live(self) -> None:
+        if self.teachers:
+            raise ValueError("targets come from the cache or from live teachers, not from both")
+        if self.tail != "auto":
+            raise ValueError(f"live teachers have no tail to treat: leave tail out (found {self.tail})")
+        if (len(self.live_teachers) > 1) != (self.combine is not None):
+            raise ValueError(
+                "several live teachers are combined as logit-mean or mixture, and one is not: "
+                f"got {len(self.live_teachers)} and combine {self.combine}"
+            )
 
 
 def _parse_teacher(item: Any) -> Any:
@@ -140,7 +160,8 @@ class HeldOutReport(_Frozen):
 
     cross_entropy in nats per token; bits_per_byte counts the bytes of the text, and is None where not all of it is
     scored; ece (expected calibration error of the top-1 prediction) and accuracy are fractions. `kl_not_measured`
-    says why, by teacher.
+    says why, by teacher. distillation_loss is what the run trained on (alpha as at its end), per token; None where the
+    held-out cache has not the targets for it.
     """
 
     tokens: int
@@ -151,6 +172,25 @@ class HeldOutReport(_Frozen):
     accuracy: float
     kl: dict[str, HeldOutKL] = Field(default_factory=dict)
     kl_not_measured: dict[str, str] = Field(default_factory=dict)
+    distillation_loss: float | None = None
+
+
+class LiveTeachers(_Frozen):
+    """Teachers that ran beside the student: where they came from, and what tells them from others."""
+
+    sources: tuple[str, ...]
+    combine: str
+    provenance: dict[str, str]
+
+
+class PeakMemory(_Frozen):
+    """The most that a process held: resident bytes, and bytes of torch's allocator on a CUDA device (else None).
+
+    Of the process that finished the run, and the first where there were several.
+    """
+
+    process_bytes: int
+    device_bytes: int | None
 
 
 class TailBound(_Frozen):
@@ -177,6 +217,7 @@ class TrainingReport(_Frozen):
     train_log           one entry per logged step: step, epoch, loss, cross_entropy, kl_<teacher> (under other losses
                         by their name, as jsd_<teacher>), learning_rate, …
     eval_log            the evaluations made during training
+    live                the teachers that ran beside the student, if any did
     """
 
     # A run that diverged has no figures, and its report must still be JSON that can be read again.
@@ -201,3 +242,5 @@ class TrainingReport(_Frozen):
     train_log: list[dict[str, int | float]]
     eval_log: list[dict[str, int | float]]
     held_out: HeldOutReport | None
+    live: LiveTeachers | None = None
+    peak_memory: PeakMemory | None = None

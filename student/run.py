@@ -6,15 +6,17 @@ Everything that can be wrong with a job is looked at before its folder is touche
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
@@ -24,10 +26,20 @@ from storage.errors import IdentityMismatch, InputError
 from storage.manifest import TeacherEntry, digest
 from student.arguments import PRESENTATION, training_arguments, training_values
 from student.buckets import NOT_TRAINED
+from student.dense import DenseLoss, LogitSource
 from student.evaluate import HeldOut
 from student.heads import choose_head
-from student.job import HeldOutKL, HeldOutReport, StudentJob, TailBound, TrainingReport
+from student.job import (
+    HeldOutKL,
+    HeldOutReport,
+    LiveTeachers,
+    PeakMemory,
+    StudentJob,
+    TailBound,
+    TrainingReport,
+)
 from student.losses import DistillationLoss, tail_of
+from student.memory import peak_device_bytes, peak_process_bytes
 from student.models import PRESETS, load_student
 from student.objective import EXACT_TEMPERATURES, Objective
 from student.output import OutputDirectory, full_disk_is_said
@@ -38,8 +50,11 @@ from student.windows import DistillationWindows, collate, flat_targets, reading_
 
 Say = Callable[[str], None]
 
+# Live teachers of a job, on a device; `teachers.live` has it, and nothing here may import that.
+LoadLive = Callable[[StudentJob, torch.device], LogitSource]
+
 # Fields of a job that go by their digests, or that change how a run computes and not what.
-_NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head"}
+_NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head", "live_teachers", "combine"}
 
 # Windows that an interpolated tail is judged by.
 _BOUND_WINDOWS = 32
@@ -47,28 +62,34 @@ _BOUND_WINDOWS = 32
 
 @dataclass(frozen=True)
 class _Data:
-    """The checked inputs of a job, and the job with what was left open."""
+    """The checked inputs of a job, and the job with what was left open.
+
+    eval_loss is a string where the run's loss cannot be measured on the held-out text: the reason.
+    """
 
     job: StudentJob
     windows: DistillationWindows
     loss: DistillationLoss
     eval_windows: DistillationWindows | None
     eval_members: tuple[Member, ...]
+    eval_loss: DistillationLoss | str
     not_measured: dict[str, str]
     provenance: dict[str, str]
+    live: LiveTeachers | None
 
 
-def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
+def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = None) -> TrainingReport:
     """Run a job to its end and return its report, which is also `report.json` in the output directory.
 
     A finished run of the same job is not repeated: its report is returned. An interrupted one goes on from its last
     checkpoint and ends as it would have. `say` is given lines of progress (stderr by default); under torchrun every
-    process calls this function, and only the first writes and speaks.
+    process calls this function, and only the first writes and speaks. `load_live` is what makes teachers of the job's
+    `live_teachers`.
 
     Raises the errors of `storage.errors`: InputError and IdentityMismatch before anything is written.
     """
     values = training_values(job)
-    data = _check_data(job)
+    data = _check_data(job, values, load_live)
     job = data.job
     args = training_arguments(job, values)
     first = args.process_index == 0
@@ -139,6 +160,8 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
         train_log=[entry for entry in trainer.state.log_history if "loss" in entry],
         eval_log=[entry for entry in trainer.state.log_history if "eval_loss" in entry],
         held_out=held_out,
+        live=data.live,
+        peak_memory=PeakMemory(process_bytes=peak_process_bytes(), device_bytes=peak_device_bytes(args.device)),
     )
     with full_disk_is_said(job.output_dir):
         _publish(trainer, output, report, use_cache)
@@ -146,7 +169,7 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
     return report
 
 
-def _check_data(job: StudentJob) -> _Data:
+def _check_data(job: StudentJob, values: Mapping[str, Any], load_live: LoadLive | None) -> _Data:
     names = [teacher.name for teacher in job.teachers]
     windows = DistillationWindows(job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents)
     entries = windows.entries
@@ -157,8 +180,7 @@ def _check_data(job: StudentJob) -> _Data:
         # The cross-entropy would only add the noise of a single label; with a bucket it mends some of the bias
         # (docs/decisions/0012-sampled-targets-by-default.md).
         job = job.model_copy(update={"alpha": 0.0})
-    objective = {name: getattr(job, name) for name in Objective.model_fields}
-    loss = DistillationLoss(windows.vocabulary_size, members=members, window_tokens=job.window_tokens, **objective)
+    objective = {name: getattr(job, name) for name in Objective.model_fields} | {"window_tokens": job.window_tokens}
     eval_windows: DistillationWindows | None = None
     eval_members: tuple[Member, ...] = ()
     not_measured: dict[str, str] = {}
@@ -167,9 +189,66 @@ def _check_data(job: StudentJob) -> _Data:
         eval_members = tuple(Member.of(name, entry) for name, entry in eval_windows.entries.items())
         provenance["eval_cache"] = digest(eval_windows.record)
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
+    live: LiveTeachers | None = None
+    if job.live_teachers:
+        if load_live is None:
+            raise InputError(
+                "train-student loads no teacher: train-teacher --live-teacher runs them beside the student"
+            )
+        # After everything that is cheap to find wrong.
+        source = load_live(job, _device(values))
+        provenance |= {f"live/{name}": value for name, value in source.provenance.items()}
+        live = LiveTeachers(
+            sources=job.live_teachers, combine=job.combine or "single", provenance=dict(source.provenance)
+        )
+        loss: DistillationLoss = DenseLoss(source, windows.vocabulary_size, **objective)
+        # At the end of a schedule, so that all evaluations of a run measure the same.
+        eval_loss: DistillationLoss | str = DenseLoss(source, windows.vocabulary_size, **_at_its_end(objective))
+    else:
+        loss = DistillationLoss(windows.vocabulary_size, members=members, **objective)
+        eval_loss = _eval_loss(job, windows.vocabulary_size, eval_members, not_measured, _at_its_end(objective))
+    best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")
+    if best_by == "distillation_loss" and isinstance(eval_loss, str):
+        raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {eval_loss}")
     # Targets that no term of the loss looks at are not read; the windows are the same.
     read = windows if job.uses_teachers else windows.without_targets()
-    return _Data(job, read, loss, eval_windows, eval_members, not_measured, provenance)
+    return _Data(job, read, loss, eval_windows, eval_members, eval_loss, not_measured, provenance, live)
+
+
+def _at_its_end(objective: dict[str, Any]) -> dict[str, Any]:
+    """The objective of a run's last step."""
+    if objective["alpha_end"] is None:
+        return objective
+    return objective | {"alpha": objective["alpha_end"], "alpha_end": None}
+
+
+def _eval_loss(
+    job: StudentJob,
+    vocabulary_size: int,
+    members: tuple[Member, ...],
+    not_measured: dict[str, str],
+    objective: dict[str, Any],
+) -> DistillationLoss | str:
+    """The run's loss on the held-out targets, or why there is none."""
+    if job.eval_cache is None:
+        return "there is no held-out cache: give --eval-cache"
+    if not job.teachers:
+        return "without teachers it is the cross-entropy, which is called loss"
+    if not_measured:
+        return "; ".join(f"teacher {name}: {why}" for name, why in not_measured.items())
+    weights = {teacher.name: teacher.weight for teacher in job.teachers}
+    weighted = [replace(member, weight=weights[member.name]) for member in members]
+    try:
+        return DistillationLoss(vocabulary_size, members=weighted, **objective)
+    except InputError as error:
+        return f"{job.eval_cache}: {error}"
+
+
+def _device(values: Mapping[str, Any]) -> torch.device:
+    """Where this process will train."""
+    if values.get("use_cpu") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
@@ -181,7 +260,7 @@ def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
 def _tail_bounds(data: _Data) -> dict[str, TailBound]:
     """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream."""
     loss, windows = data.loss, data.windows
-    if loss.temperature in EXACT_TEMPERATURES or not loss.members:
+    if data.live is not None or loss.temperature in EXACT_TEMPERATURES or not loss.members:
         return {}
     number = min(len(windows), _BOUND_WINDOWS)
     chosen = [i * len(windows) // number for i in range(number)]
@@ -297,6 +376,7 @@ def _trainer(
             eval_dataset=data.eval_windows,
             loss=data.loss,
             eval_members=data.eval_members,
+            eval_loss=None if isinstance(data.eval_loss, str) else data.eval_loss,
             fused_head=fused_head,
             callbacks=[progress],
         )
@@ -366,6 +446,7 @@ def _held_out(result: HeldOut, data: _Data) -> HeldOutReport:
         accuracy=result.accuracy,
         kl=kl,
         kl_not_measured=data.not_measured,
+        distillation_loss=result.distillation_loss,
     )
 
 

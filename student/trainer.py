@@ -12,7 +12,7 @@ number of trained tokens of the whole optimizer step over all processes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.utils.generic import ModelOutput
 
 from storage.errors import InputError
+from student.dense import DenseLoss
 from student.evaluate import HeldOut, HeldOutSums, bytes_per_token
 from student.heads import PlainHead, choose_head
 from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
@@ -59,15 +60,18 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
 
     In training mode the output layer and the loss are one (`student.fused`: [P, W] is never held) if the model's
     output layer allows it, which is tried on a few tokens (`student.heads`). fused_head: auto, on (raises InputError
-    where it does not) or off. Returns why they are not fused, None where they are.
+    where it does not) or off. Returns why they are not fused, None where they are. A `DenseLoss` takes no targets: its
+    teachers read the batch's own windows, and it is never fused.
 
     Nothing is added to the weights or the configuration: `save_pretrained` writes what it would have written.
     """
-    head = choose_head(model, fused_head)
+    dense = loss if isinstance(loss, DenseLoss) else None
+    head = choose_head(model, fused_head) if dense is None else _not_fused(fused_head)
     original = model.forward
     # Loops over chunks and teachers on small tensors: nothing that torch.compile, which stumbles there, could improve.
     not_compiled: Any = torch.compiler.disable
     of_logits = not_compiled(lambda logits, *batch: loss(logits, *batch))
+    of_windows = None if dense is None else not_compiled(dense.of_windows)
     of_hidden = not_compiled(lambda head, hidden, *batch: head.loss_sums(hidden, loss.prepare(*batch)))
 
     def forward(
@@ -89,7 +93,10 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
             sums = of_hidden(head, head.hidden(input_ids, **others), *batch)
         else:
             logits = original(input_ids=input_ids, use_cache=False, **others).logits
-            sums = of_logits(logits.flatten(0, 1), *batch)
+            if of_windows is not None:
+                sums = of_windows(logits.flatten(0, 1), aligned.flatten(), input_ids, by_position)
+            else:
+                sums = of_logits(logits.flatten(0, 1), *batch)
         count = sums.count if num_items_in_batch is None else num_items_in_batch
         # A step without a single trained token has the sum 0, and must not become 0/0.
         divisor = torch.as_tensor(count, device=sums.loss_sum.device).clamp(min=1)
@@ -102,6 +109,12 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
     model.accepts_loss_kwargs = True  # type: ignore[assignment]
     model.distillation_loss = loss  # type: ignore[assignment]
     return head if isinstance(head, str) else None
+
+
+def _not_fused(asked: FusedHead) -> str:
+    if asked == "on":
+        raise InputError("the fused head was asked for, but live teachers give whole logits; take auto or off")
+    return "the teachers run beside it"
 
 
 def unbind_loss(model: nn.Module) -> None:
@@ -119,8 +132,9 @@ class DistillationTrainer(Trainer):
     """transformers' Trainer over `DistillationWindows` with a `DistillationLoss`.
 
     Takes what Trainer takes (model, args, train_dataset, eval_dataset, callbacks, …) and `loss`, besides
-    `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured, and `fused_head`. The loss is
-    bound to the model; `not_fused` says why its output layer is not part of it, None where it is (`bind_loss`).
+    `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured, `eval_loss`: the loss that is
+    averaged over `eval_dataset` as `distillation_loss`, and `fused_head`. The loss is bound to the model; `not_fused`
+    says why its output layer is not part of it, None where it is (`bind_loss`).
 
     The reading order depends on the windows, their seed and the windows of a step, so a student and its control, or one
     process and several with the same step, see the same windows in the same order. `evaluate` counts every labelled
@@ -136,12 +150,14 @@ class DistillationTrainer(Trainer):
         *,
         loss: DistillationLoss,
         eval_members: Sequence[Member] = (),
+        eval_loss: DistillationLoss | None = None,
         fused_head: FusedHead = "auto",
         **others: Any,
     ) -> None:
         self.not_fused = bind_loss(model, loss, fused_head)
         self.distillation_loss = loss
         self.eval_members = tuple(eval_members)
+        self.eval_loss = eval_loss
         self._reading_order: ReadingOrder | None = None
         self._parts: Tensor | None = None
         # The names of a batch are not those of the model's own forward, which the base class would look at.
@@ -206,7 +222,7 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def held_out(self, windows: DistillationWindows) -> HeldOut:
-        """Cross-entropy, calibration and KL to `eval_members` over all windows, each exactly once.
+        """Cross-entropy, calibration, KL to `eval_members` and `eval_loss` over all windows, each exactly once.
 
         Rank r takes the windows r, r + world, …; sums are added up over the ranks and divided once. Every rank runs
         the same number of batches, since FSDP would wait for a missing one: windows beyond the last are read again
@@ -214,6 +230,7 @@ class DistillationTrainer(Trainer):
         """
         model: nn.Module = self.model_wrapped if self.is_deepspeed_enabled else self.model  # type: ignore[assignment]
         sums = HeldOutSums(windows.vocabulary_size, self.eval_members)
+        objective = torch.zeros(2, dtype=torch.float64)  # sum of the loss, trained positions
         world, rank = self.args.world_size, self.args.process_index
         mine = list(range(rank, len(windows), world))
         padded = mine + [0] * (-(-len(windows) // world) - len(mine))
@@ -233,11 +250,25 @@ class DistillationTrainer(Trainer):
             with self.accelerator.autocast():
                 logits = model(input_ids=batch["input_ids"]).logits
             sums.add(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+            if self.eval_loss is not None:
+                found = _loss_of_batch(self.eval_loss, logits, batch)
+                objective += torch.stack([found.loss_sum.double(), found.count.double()]).cpu()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
         if world > 1:
             sums.load(self.accelerator.reduce(sums.tensor().to(self.args.device), reduction="sum"))
-        return sums.result(bytes_per_token(windows))
+            objective = self.accelerator.reduce(objective.to(self.args.device), reduction="sum").cpu()
+        result = sums.result(bytes_per_token(windows))
+        if self.eval_loss is None:
+            return result
+        return replace(result, distillation_loss=float(objective[0] / objective[1]))
+
+
+def _loss_of_batch(loss: DistillationLoss, logits: Tensor, batch: dict[str, Any]) -> LossSums:
+    flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
+    if isinstance(loss, DenseLoss):
+        return loss.of_windows(flat, labels, batch["input_ids"])
+    return loss(flat, labels, flat_targets(batch["targets"]))
 
 
 def windows_per_step(args: TrainingArguments) -> int:
@@ -259,6 +290,8 @@ def metrics_of(result: HeldOut) -> dict[str, float]:
         "ece": result.ece,
         "accuracy": result.accuracy,
     }
+    if result.distillation_loss is not None:
+        metrics["distillation_loss"] = result.distillation_loss
     return metrics | {f"kl_{name}": value for name, value in result.kl.items()}
 
 

@@ -1,7 +1,8 @@
 """`train-teacher`: a model from scratch on a cache's token stream, with the student's trainer and no targets.
 
 The same command makes the control of a distillation run: equal --cache, --model, --seed, --window-tokens, --offset
-and training fields give the same weights at the start and the same windows in the same order.
+and training fields give the same weights at the start and the same windows in the same order. With --live-teacher it
+makes the run that a cache replaces: the same student beside its teachers, for a comparison of results and cost.
 """
 
 from __future__ import annotations
@@ -10,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from student.cli import PresetCommand, run_command, run_options
+from student.cli import PresetCommand, objective_options, run_command, run_options
 
 if TYPE_CHECKING:
-    from student.job import TrainingReport
+    import torch
+
+    from student.dense import LogitSource
+    from student.job import StudentJob, TrainingReport
 
 _EXAMPLE = """\b
 Example:
   train-teacher --cache runs/cache --model gpt2-mini --eval-cache runs/held-out \\
       --output-dir runs/teacher --set num_train_epochs=4 --set learning_rate=1e-3
+\b
+For comparison with a student from the cache, its teachers in memory for every step:
+  train-teacher --cache runs/cache --model llama-mini --eval-cache runs/held-out --output-dir runs/live \
+      --live-teacher runs/gpt2 --live-teacher runs/llama --combine logit-mean --temperature 2 --alpha 0.5
 """
 
 
@@ -34,9 +42,29 @@ def train_teacher_model(**fields: Any) -> TrainingReport:
 
 
 @click.command(cls=PresetCommand, help="Train a model from scratch on a cache's token stream.\n\n" + _EXAMPLE)
+@click.option(
+    "--live-teacher",
+    "live_teachers",
+    multiple=True,
+    metavar="DIR",
+    help="Model that runs beside the student, for comparison with a cached one; repeatable.",
+)
+@click.option(
+    "--combine",
+    type=click.Choice(["logit-mean", "mixture"]),
+    help="What several live teachers are: the mean of their logits, or a mixture of their probabilities.",
+)
+@objective_options
 @run_options
 def train_teacher(**flags: Any) -> None:
-    run_command("train-teacher", flags, trains_teacher=True)
+    run_command("train-teacher", flags, trains_teacher=True, load_live=_load_live)
+
+
+def _load_live(job: StudentJob, device: torch.device) -> LogitSource:
+    # Imported when a job has live teachers: what loads them takes seconds.
+    from teachers.live import load_live
+
+    return load_live(job, device)
 
 
 if __name__ == "__main__":

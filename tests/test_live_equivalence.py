@@ -80,8 +80,11 @@ def cached_losses(world: Path, out: Path, teachers: dict[str, float], temperatur
     return [entry["loss"] for entry in train(job, lambda line: None).train_log if "loss" in entry]
 
 
-def live_losses(world: Path, teachers: dict[str, float], temperature: float) -> list[float]:
-    """0.5·CE + 0.5·τ²·Σ w KL(softmax(z_teacher/τ) ‖ softmax(z_student/τ)), mean over positions, teachers run live."""
+def live_losses(world: Path, teachers: dict[str, float], temperature: float, combine: str = "") -> list[float]:
+    """0.5·CE + 0.5·τ²·Σ w KL(softmax(z_teacher/τ) ‖ softmax(z_student/τ)), mean over positions, teachers run live.
+
+    combine: the KL to one teacher, with the logits Σ w z (logit-mean) or log Σ w softmax(z) (mixture).
+    """
     cache = LogitCache.open(str(world / "cache"))
     tokens = torch.from_numpy(cache.tokens.read(0, N).astype(np.int64))
     models = {name: AutoModelForCausalLM.from_pretrained(world / name).eval() for name in teachers}
@@ -100,9 +103,16 @@ def live_losses(world: Path, teachers: dict[str, float], temperature: float) -> 
         log_q = F.log_softmax(student(x).logits / temperature, -1)
         ce = F.cross_entropy(student(x).logits.flatten(0, 1), y.flatten())
         kl = torch.zeros(())
-        for name, weight in teachers.items():
-            with torch.no_grad():
-                log_p = F.log_softmax(models[name](x).logits[..., :V] / temperature, -1)
+        with torch.no_grad():
+            logits = {name: models[name](x).logits[..., :V] for name in teachers}
+        if combine == "logit-mean":
+            logits = {"all": sum((weight * logits[name] for name, weight in teachers.items()), torch.zeros(()))}
+        elif combine == "mixture":
+            shares = [w * F.softmax(logits[name], -1) for name, w in teachers.items()]
+            logits = {"all": torch.stack(shares).sum(0).log()}
+        for name, z in logits.items():
+            weight = teachers.get(name, 1.0)
+            log_p = F.log_softmax(z / temperature, -1)
             kl = kl + weight * F.kl_div(log_q, log_p, log_target=True, reduction="sum") / y.numel()
         loss = 0.5 * ce + 0.5 * temperature**2 * kl
         optimizer.zero_grad()

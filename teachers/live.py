@@ -1,0 +1,79 @@
+"""Teachers that run beside a student, for comparison: the same loss without a cache, and what it costs.
+
+`train-teacher --live-teacher` uses it. The teachers read the student's own windows, in evaluation mode and without
+gradients, in float32 on a CPU and bfloat16 on a GPU, as `cache-logits` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from storage import LogitCache
+from storage.errors import IdentityMismatch
+from storage.vocabulary import vocabulary_sha256
+from student.job import StudentJob
+from teachers.base import Teacher
+from teachers.ensemble import EnsembleTeacher
+from teachers.huggingface import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
+
+# Of one chunk of the teachers' logits: on a CPU few enough that the loss finds them in the processor's cache.
+_CHUNK_BYTES = {"cpu": 16 << 20}
+
+
+class LiveTeacher:
+    """One teacher, or several combined, as `student.dense.LogitSource`."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self.columns = teacher.head_columns
+        identity = teacher.identity
+        self.provenance: Mapping[str, str] = {"combine": identity.combine} | {
+            f"{number}/{name}": str(getattr(member, name))
+            for number, member in enumerate(identity.members)
+            for name in ("weights_sha256", "config_sha256", "dtype")
+        }
+
+    def __call__(self, windows: Tensor) -> Iterator[Tensor]:
+        """Logits float32 [r, columns] of all positions of the windows int64 [B, T], in order, chunk by chunk."""
+        windows = windows.to(self._teacher.device)
+        chunks = self._teacher.score(windows, torch.arange(windows.numel(), device=windows.device))
+        while True:
+            # The student's mixed precision is not the teachers'. Entered per chunk, as a mode held across a yield
+            # would reach into the caller's code.
+            with torch.autocast(windows.device.type, enabled=False):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+
+
+def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
+    """The `live_teachers` of a job on a device.
+
+    Raises InputError for what cannot be loaded or reads too little, IdentityMismatch for another tokenizer's teacher.
+    """
+    record = LogitCache.open(job.cache).record
+    teachers = []
+    for source in job.live_teachers:
+        teacher = HuggingFaceTeacher.load(
+            source,
+            dtype="float32" if device.type == "cpu" else "bfloat16",
+            device=str(device),
+            logit_budget_bytes=_CHUNK_BYTES.get(device.type, DEFAULT_LOGIT_BUDGET_BYTES // len(job.live_teachers)),
+        )
+        teacher.check_context(job.window_tokens)
+        vocabulary = teacher.vocabulary()
+        if vocabulary is not None and vocabulary_sha256(vocabulary) != record.tokenizer.vocabulary_sha256:
+            raise IdentityMismatch(
+                f"{source}: its tokenizer is not the one of {job.cache}",
+                [f"vocabulary_sha256: {vocabulary_sha256(vocabulary)} and {record.tokenizer.vocabulary_sha256}"],
+                "A teacher must have the ids of the text that it reads",
+            )
+        teachers.append(teacher)
+    if len(teachers) == 1:
+        return LiveTeacher(teachers[0])
+    assert job.combine is not None
+    return LiveTeacher(EnsembleTeacher(teachers, job.combine, record.tokenizer.vocabulary_size))
