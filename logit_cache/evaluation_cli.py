@@ -15,10 +15,15 @@ _EXAMPLE = "\b\nExample:\n  logit-cache evaluate run/student --cache run/valid -
 @click.command(epilog=_EXAMPLE)
 @click.argument("model", metavar="MODEL_DIR")
 @click.option("--cache", metavar="URL", help="Held-out cache of the model's tokenizer; its tokens are scored.")
+@click.option(
+    "--teacher", "teachers", multiple=True, metavar="NAME", help="Entry of that cache to measure the KL to; repeatable."
+)
 @click.option("--pairs", metavar="FOLDER", help="Folder of JSONL files with minimal pairs, as BLiMP's.")
 @click.option("--window-tokens", type=click.IntRange(min=1), metavar="T", help="Positions of a held-out window [128].")
 @click.option(
-    "--isolate-documents/--cross-documents", default=None, help="Whether windows stay inside documents [across]."
+    "--isolate-documents/--cross-documents",
+    default=None,
+    help="Whether windows stay inside documents [as the teachers; else across].",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Windows, or sentences, in one pass at most [64].")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N pairs of each paradigm only.")

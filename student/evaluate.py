@@ -20,7 +20,7 @@ from student.buckets import NOT_TRAINED, check_batch
 from student.losses import forward_kl
 from student.objective import Tail
 from student.targets import Member, Targets, targets_of
-from student.windows import DistillationWindows, collate
+from student.windows import DistillationWindows, collate, flat_targets
 
 BINS = 15
 
@@ -162,19 +162,20 @@ def held_out(
 ) -> HeldOut:
     """Figures of a model over every labelled position of a cache once, as training reports them; no trainer needed.
 
-    windows: those of the cache, at a fixed offset and without targets; batch_windows at most go through the model at
-    once, fewer where B·T·W is large. `advance` is given the number of windows done.
-    Raises InputError where `HeldOutSums` does.
+    windows: those of the cache, at a fixed offset; the KL is measured to the teachers whose targets they read.
+    batch_windows at most go through the model at once, fewer where B·T·W is large. `advance` is given the number of
+    windows done. Raises InputError where `HeldOutSums` does.
     """
     device = next(model.parameters()).device
     rows = max(1, min(batch_windows, BATCH_LOGITS // (windows.window_tokens * head_columns(model))))
-    sums = HeldOutSums(windows.vocabulary_size)
+    sums = HeldOutSums(windows.vocabulary_size, [Member.of(name, windows.entries[name]) for name in windows.teachers])
     was_training = model.training
     model.eval()
     for start in range(0, len(windows), rows):
         batch = collate(windows.__getitems__(range(start, min(start + rows, len(windows)))))
         logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
-        sums.add(logits.flatten(0, 1), batch["labels"].flatten().to(device))
+        targets = {name: {key: t.to(device) for key, t in each.items()} for name, each in batch["targets"].items()}
+        sums.add(logits.flatten(0, 1), batch["labels"].flatten().to(device), flat_targets(targets))
         if advance is not None:
             advance(len(batch["labels"]))
     model.train(was_training)

@@ -23,6 +23,7 @@ from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 from storage.vocabulary import differing_entries, has_tokenizer, vocabulary_sha256
 from student.evaluate import HeldOut, held_out
+from student.job import HeldOutKL
 from student.lm_eval_tasks import check_folder, write_tasks
 from student.minimal_pairs import (
     PairScores,
@@ -52,9 +53,10 @@ class EvaluationJob(_Frozen):
 
     model              a model directory, with a tokenizer where pairs are scored
     cache              path or URL of a held-out token stream of the model's tokenizer
+    teachers           entries of that cache to which the KL is measured
     pairs              folder of JSONL files with minimal pairs
     window_tokens      positions of a held-out window; a model that reads more context scores better
-    isolate_documents  whether windows stay inside documents
+    isolate_documents  whether windows stay inside documents; None: as the teachers saw them, across without any
     batch_size         windows, or sentences, in one pass at most
     limit              pairs per paradigm; all of them by default
     leading_space      whether a space is put in front of each sentence, as lm-eval's `blimp` does
@@ -64,9 +66,10 @@ class EvaluationJob(_Frozen):
 
     model: str
     cache: str | None = None
+    teachers: tuple[str, ...] = ()
     pairs: str | None = None
     window_tokens: int = Field(128, ge=1)
-    isolate_documents: bool = False
+    isolate_documents: bool | None = None
     batch_size: int = Field(64, ge=1)
     limit: int | None = Field(None, ge=1)
     leading_space: bool = True
@@ -80,7 +83,7 @@ class HeldOutScores(_Frozen):
 
     Cross-entropy in nats. Per byte: of the text's UTF-8 bytes, so that models of different tokenizers compare; None
     where the bytes of what is scored are not known (a loss mask). ece (expected calibration error of the top-1
-    prediction) and accuracy are fractions.
+    prediction) and accuracy are fractions. kl: KL(teacher || model) by teacher.
     """
 
     tokens: int
@@ -91,6 +94,7 @@ class HeldOutScores(_Frozen):
     bits_per_byte: float | None
     ece: float
     accuracy: float
+    kl: dict[str, HeldOutKL] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, found: HeldOut) -> HeldOutScores:
@@ -106,6 +110,10 @@ class HeldOutScores(_Frozen):
             bits_per_byte=bits,
             ece=found.ece,
             accuracy=found.accuracy,
+            kl={
+                name: HeldOutKL(nats=value, lower_bound=found.kl_is_lower_bound[name])
+                for name, value in found.kl.items()
+            },
         )
 
 
@@ -132,6 +140,8 @@ def evaluate(job: EvaluationJob, track: Track | None = None) -> EvaluationReport
     show = track or _silent
     if job.cache is None and job.pairs is None:
         raise InputError(f"{job.model}: nothing to measure: give a held-out --cache, a folder of --pairs, or both")
+    if job.teachers and job.cache is None:
+        raise InputError(f"{job.model}: --teacher names entries of the held-out cache: give --cache too")
     if job.lm_eval_tasks is not None and job.pairs is None:
         raise InputError("--lm-eval-tasks writes the pairs of --pairs as tasks: give that folder too")
     if not Path(job.model).expanduser().is_dir():
@@ -149,7 +159,7 @@ def evaluate(job: EvaluationJob, track: Track | None = None) -> EvaluationReport
     windows = None
     if job.cache is not None:
         windows = DistillationWindows(
-            job.cache, window_tokens=job.window_tokens, isolate_documents=job.isolate_documents
+            job.cache, job.teachers, job.window_tokens, isolate_documents=job.isolate_documents
         )
         _check_vocabulary(job, LogitCache.open(job.cache), tokenizer)
     sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
@@ -280,6 +290,10 @@ def table(report: EvaluationReport) -> str:
         if per_byte:
             rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
         rows += [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
+        rows += [
+            (f"KL to {name}", f"{kl.nats:.4f} nats{' (a lower bound)' if kl.lower_bound else ''}")
+            for name, kl in held.kl.items()
+        ]
     scores = report.minimal_pairs
     if scores is not None:
         blimp = scores.is_blimp

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from conftest import Run, refused
 from fakes import make_corpus
+from runs import job_in, make_world
 from tiny_tokenizers import make_tokenizer, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -336,6 +337,26 @@ def test_json_and_the_space_in_front(world: Path) -> None:
     assert report["job"]["leading_space"] is False
     assert report["held_out"] is None
     assert report["minimal_pairs"]["pairs"] == 6
+
+
+def test_the_kl_to_cached_teachers_is_that_of_the_training_report(tmp_path: Path, run: Run) -> None:
+    make_world(tmp_path)
+    trained = train(job_in(tmp_path, tmp_path / "model", eval_cache=str(tmp_path / "held")), say=lambda line: None)
+    assert trained.held_out is not None
+    # The world's corpus is made without its tokenizer; a model without one is taken at its word.
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    options = ["--cache", tmp_path / "held", "--window-tokens", 16, "--out", tmp_path / "scores.json"]
+    done = run("logit-cache", "evaluate", tmp_path / "model", "--teacher", "a", "--teacher", "b", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "scores.json").read_text())["held_out"]["kl"]
+    assert found.keys() == {"a", "b"}
+    for name, expected in trained.held_out.kl.items():
+        assert found[name]["nats"] == pytest.approx(expected.nats, rel=1e-5)
+        assert found[name]["lower_bound"] == expected.lower_bound
+        assert f"KL to {name}" in done.stdout
+    refused(run("logit-cache", "evaluate", tmp_path / "model", "--teacher", "c", *options), "'c'")
+    refused(run("logit-cache", "evaluate", tmp_path / "model", "--teacher", "a"), "--cache")
 
 
 def refusal(**fields: Any) -> str:
