@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from logit_cache.comparison import Comparison, write_page
+from logit_cache.stages import Stage, run_stages
 from storage.errors import InputError
 
 TRAIN_BYTES = 1_500_000
@@ -85,10 +84,8 @@ def run_demo(out: str, text: Sequence[str]) -> str:
         path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     for split in ("train", "valid"):
         (folder / f"{split}.yaml").write_text(json.dumps({"text": files[split]}), encoding="utf-8")
-    stages = list(_stages(folder))
-    for number, (title, command) in enumerate(stages, 1):
-        print(f"[{number}/{len(stages)}] {title}", file=sys.stderr, flush=True)
-        _run(command)
+    stages = [Stage(title, tuple(command)) for title, command in _stages(folder)]
+    run_stages(stages, "run the demo again")
     comparison = _comparison(folder)
     write_page(comparison, folder / "demo.html")
     return f"{comparison.table()}\n\npage: {folder / 'demo.html'}"
@@ -130,16 +127,6 @@ def _stages(folder: Path) -> Iterator[tuple[str, list[str]]]:
         "the same student without distillation",
         ["train-student", *student, "--output-dir", f"{folder}/control"],
     )
-
-
-def _run(command: list[str]) -> None:
-    program = Path(sysconfig.get_path("scripts")) / command[0]
-    if not program.exists():
-        raise InputError(f"{program} is not installed: install logit-cache in this environment (make demo does)")
-    # Results go to stdout at the end; what a stage prints on the way is for the person who waits.
-    status = subprocess.run([str(program), *command[1:]], stdout=sys.stderr, check=False).returncode
-    if status:
-        raise InputError(f"{' '.join(command)} ended with status {status}: see above, then run the demo again")
 
 
 def _text_files(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:

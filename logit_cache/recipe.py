@@ -1,0 +1,388 @@
+"""A whole recipe in one folder: text → tokens → teachers → cache → student and control → scores → report.
+
+    DIR/recipe.json          what was asked for; another recipe in the same folder is refused
+    DIR/text/…               the cleaned text
+    DIR/train, DIR/valid     token streams with the teachers' targets, one entry for each seed
+    DIR/models/…             configurations
+    DIR/seed-S/…             teachers, student, control and live student of a seed, each with its scores beside it
+    DIR/report.html          what was gained
+
+Every stage is a public command in a process of its own and goes on where it stopped; so does the recipe.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from logit_cache import estimate
+from logit_cache.probe import Machine, probe
+from logit_cache.recipes import WINDOW_TOKENS, Model, Scale, find_recipe
+from logit_cache.stages import Stage, run_stages
+from storage.errors import IdentityMismatch, InputError
+
+AGAIN = "run the same command again to go on"
+
+
+class RecipeJob(BaseModel):
+    """What `logit-cache recipe` is asked for.
+
+    text, eval_text   files or patterns of training and of held-out text
+    pairs             folder of minimal pairs; limit: of each paradigm, the first so many
+    seeds             each trains its own teachers, student and control
+    live              also train the student beside its teachers, for comparison
+    stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str
+    scale: Scale
+    text: tuple[str, ...] = Field(min_length=1)
+    eval_text: tuple[str, ...] = Field(min_length=1)
+    out: str
+    pairs: str | None = None
+    limit: int | None = Field(None, ge=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    live: bool = False
+    stride_tokens: int | None = Field(None, ge=1, le=WINDOW_TOKENS)
+
+
+class RecipeRun:
+    """A checked job: its files are there and its models fit into this machine. Nothing is written before `run`.
+
+    Raises InputError for missing or overlapping text, too little of it, too little memory or disk, and
+    IdentityMismatch for a folder that holds another recipe's run.
+    """
+
+    def __init__(self, job: RecipeJob, machine: Machine | None = None) -> None:
+        recipe = find_recipe(job.recipe, job.scale)
+        if job.stride_tokens is not None:
+            recipe = recipe.model_copy(update={"stride_tokens": job.stride_tokens})
+        if len(set(job.seeds)) < len(job.seeds):
+            raise InputError(f"each seed can be given once; got {', '.join(map(str, job.seeds))}")
+        self.job, self.recipe, self.folder = job, recipe, Path(job.out).expanduser()
+        self.text, self.eval_text = _files("--text", job.text), _files("--eval-text", job.eval_text)
+        _check_text(self.text, self.eval_text)
+        if job.pairs is not None and not any(Path(job.pairs).expanduser().glob("*.jsonl")):
+            raise InputError(f"--pairs {job.pairs}: expected a folder of JSONL files, found none there")
+        self.machine = machine or probe()
+        self.half = self.machine.device == "cuda"
+        self.batches = self._stored_batches() or estimate.choose_batches(recipe, self.machine, job.live)
+        self._check_tokens()
+        self._check_disk()
+
+    @property
+    def forecast(self) -> str:
+        """What it will take, as text."""
+        about = f"{self.recipe.title}, scale {self.recipe.scale}: about {self.tokens[0]:,} tokens of training text"
+        table = estimate.table(self._costs, self.machine, len(self.job.seeds))
+        return f"{about}, {self.tokens[1]:,} held out\n{table}"
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """About how many tokens there are for training and held out."""
+        v = self.recipe.vocabulary_size
+        limits = (self.recipe.text_bytes, self.recipe.text_bytes and self.recipe.text_bytes // 10)
+        taken = []
+        for files, limit in zip((self.text, self.eval_text), limits, strict=True):
+            sizes = [file.stat().st_size for file in files]
+            taken.append(sum(sizes) if limit is None else sum(min(size, limit // len(files)) for size in sizes))
+        return estimate.tokens_of(taken[0], v), estimate.tokens_of(taken[1], v)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All commands, in their order."""
+        return list(self._stages())
+
+    def run(self) -> Path:
+        """Do what is left to do; the path of the report."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        for name, network in self.recipe.models.items():
+            path = self.folder / "models" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(network.config, indent=1), encoding="utf-8")
+        for seed in self.job.seeds:
+            (self.folder / f"seed-{seed}").mkdir(exist_ok=True)
+        run_stages(self.stages, AGAIN)
+        return self.folder / "report.html"
+
+    def _stages(self) -> Iterator[Stage]:
+        train, valid = str(self.folder / "train"), str(self.folder / "valid")
+        yield from self._text_stages(train, valid)
+        for seed in self.job.seeds:
+            yield from self._seed_stages(seed, train, valid)
+        report = self.folder / "report.html"
+        yield Stage("report", ("logit-cache", "report", str(self.folder), "--out", str(report)))
+
+    def _text_stages(self, train: str, valid: str) -> Iterator[Stage]:
+        cleaned = {}
+        limit = self.recipe.text_bytes
+        for part, files, share in (("train", self.text, limit), ("valid", self.eval_text, limit and limit // 10)):
+            out = self.folder / "text" / part
+            cut = [] if share is None else ["--limit-bytes", str(max(1, share // len(files)))]
+            yield Stage(
+                f"{'held-out' if part == 'valid' else 'training'} text, cleaned",
+                ("logit-cache", "clean", *_repeated("--text", map(str, files)), "--out", str(out), *cut),
+            )
+            cleaned[part] = _repeated("--text", (str(out / file.name) for file in files))
+        size = str(self.recipe.vocabulary_size)
+        yield Stage(
+            f"token stream, with a new tokenizer of {size} ids",
+            ("logit-cache", "tokenize", *cleaned["train"], "--train-tokenizer", size, "--out", train),
+        )
+        yield Stage(
+            "held-out token stream, same tokenizer",
+            ("logit-cache", "tokenize", *cleaned["valid"], "--tokenizer", f"{train}/tokenizer", "--out", valid),
+        )
+
+    def _seed_stages(self, seed: int, train: str, valid: str) -> Iterator[Stage]:
+        recipe, of_seed = self.recipe, f" (seed {seed})" if len(self.job.seeds) > 1 else ""
+        home = self.folder / f"seed-{seed}"
+        entry = entry_name(seed)
+        data = (
+            "--cache",
+            train,
+            "--eval-cache",
+            valid,
+            "--window-tokens",
+            str(WINDOW_TOKENS),
+            "--offset",
+            recipe.offset,
+        )
+        teachers = [str(home / teacher.name) for teacher in recipe.teachers]
+        for number, teacher in enumerate(recipe.teachers, 1):
+            own = ("--seed", str(len(recipe.teachers) * seed + number), "--output-dir", str(home / teacher.name))
+            yield Stage(
+                f"teacher {teacher.name}: training from scratch{of_seed}",
+                ("train-teacher", *data, *self._training(teacher, "loss"), *own),
+            )
+        members = (*_repeated("--teacher", teachers), "--combine", "logit-mean")
+        for text, cache in (("training", train), ("held-out", valid)):
+            targets = ("-k", str(recipe.kept_ids), "--target-temperature", f"{recipe.temperature:g}")
+            windows = ("--context-tokens", str(WINDOW_TOKENS), "--stride-tokens", str(recipe.stride_tokens))
+            yield Stage(
+                f"teachers: run once over the {text} stream{of_seed}",
+                ("cache-logits", "--cache", cache, *members, "--name", entry, *targets, *windows),
+            )
+        objective = (
+            *("--temperature", f"{recipe.temperature:g}", "--alpha", f"{recipe.alpha:g}"),
+            *("--loss-scale", recipe.loss_scale),
+        )
+        student = (*data, "--seed", str(seed))
+        distilled = self._training(recipe.student, "distillation_loss")
+        yield Stage(
+            f"student from the cache, no teacher loaded{of_seed}",
+            (
+                "train-student",
+                *student,
+                *distilled,
+                "--teacher",
+                entry,
+                *objective,
+                "--output-dir",
+                str(home / "student"),
+            ),
+        )
+        yield Stage(
+            f"the same student without distillation{of_seed}",
+            ("train-student", *student, *self._training(recipe.student, "loss"), "--output-dir", str(home / "control")),
+        )
+        if self.job.live:
+            live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
+            beside = self._training(recipe.student, "distillation_loss", "live")
+            yield Stage(
+                f"the same student beside its teachers{of_seed}",
+                ("train-teacher", *student, *beside, *live, "--output-dir", str(home / "live")),
+            )
+        measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
+        if self.job.pairs is not None:
+            measured += ("--pairs", self.job.pairs)
+            measured += () if self.job.limit is None else ("--limit", str(self.job.limit))
+        for name in self._runs:
+            scores = home / f"{name}.scores.json"
+            yield Stage(
+                f"scores of {name}{of_seed}",
+                ("logit-cache", "evaluate", str(home / name), *measured, "--out", str(scores)),
+                makes=scores,
+            )
+
+    @property
+    def _runs(self) -> dict[str, str]:
+        """Role by name of the folder."""
+        roles = dict.fromkeys((teacher.name for teacher in self.recipe.teachers), "teacher")
+        return roles | {"student": "student", "control": "control"} | ({"live": "live"} if self.job.live else {})
+
+    def _training(self, model: Model, best_by: str, batch_of: str | None = None) -> tuple[str, ...]:
+        """Options of a training command: network and schedule; the best epoch by a held-out loss."""
+        schedule, micro = model.training, self.batches[batch_of or model.name]
+        fields = {
+            "learning_rate": f"{schedule.learning_rate:g}",
+            "num_train_epochs": schedule.epochs,
+            "warmup_steps": schedule.warmup_steps,
+            "weight_decay": f"{schedule.weight_decay:g}",
+            "lr_scheduler_type": "cosine",
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": schedule.batch // micro,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": "true",
+            "metric_for_best_model": best_by,
+        } | ({"fp16": "true"} if self.half else {})
+        settings = _repeated("--set", (f"{name}={value}" for name, value in fields.items()))
+        return ("--model", str(self.folder / "models" / f"{model.name}.json"), *settings)
+
+    def _record(self) -> dict[str, Any]:
+        recipe, job = self.recipe, self.job
+        settings = {
+            "vocabulary": recipe.vocabulary_size,
+            "window_tokens": WINDOW_TOKENS,
+            "offset": recipe.offset,
+            "stride_tokens": recipe.stride_tokens,
+            "kept_ids": recipe.kept_ids,
+            "temperature": recipe.temperature,
+            "alpha": recipe.alpha,
+            "loss_scale": recipe.loss_scale,
+            "combine": "logit-mean",
+            "precision": "float16, mixed" if self.half else "float32",
+        }
+        for model in (*recipe.teachers, recipe.student):
+            settings |= {f"{model.name}.{name}": value for name, value in model.training.model_dump().items()}
+        return {
+            "kind": "recipe",
+            "format": 1,
+            "recipe": recipe.name,
+            "scale": recipe.scale,
+            "title": f"{recipe.title}, scale {recipe.scale}",
+            "settings": settings,
+            "text": [str(file) for file in self.text],
+            "eval_text": [str(file) for file in self.eval_text],
+            "pairs": job.pairs,
+            "pairs_limit": job.limit,
+            "micro_batches": self.batches,
+            "caches": {"train": "train", "held_out": "valid"},
+            "entries": [entry_name(seed) for seed in job.seeds],
+            "models": [
+                {
+                    "role": role,
+                    "name": name,
+                    "seed": seed,
+                    "run": f"seed-{seed}/{name}",
+                    "scores": f"seed-{seed}/{name}.scores.json",
+                }
+                for seed in job.seeds
+                for name, role in self._runs.items()
+            ],
+        }
+
+    def _claim(self) -> None:
+        """Write what is asked for; a folder of another recipe is refused. Seeds and a live run may be added later."""
+        path, record = self.folder / "recipe.json", self._record()
+        stored = self._stored()
+        if stored is None and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder} holds something that is no recipe's run: give another --out")
+        growing = {"entries", "models", "micro_batches"}
+        if stored is not None:
+            differing = [
+                f"{name}: {stored.get(name)!r} there, {record[name]!r} asked for"
+                for name in record
+                if name not in growing and stored.get(name) != record[name]
+            ]
+            if differing:
+                raise IdentityMismatch(f"{self.folder} holds another run", differing, "Give another --out")
+            for name in ("entries", "models"):
+                record[name] = [*stored[name], *(item for item in record[name] if item not in stored[name])]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    def _stored(self) -> dict[str, Any] | None:
+        path = self.folder / "recipe.json"
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("kind") != "recipe" or found.get("format") != 1:
+            raise InputError(f"{path} is no record of a recipe's run of this version: give another --out")
+        return found
+
+    def _stored_batches(self) -> dict[str, int] | None:
+        """The micro-batches of a run that was begun: what fits may differ today, and the run would be another one."""
+        stored = self._stored()
+        batches = stored.get("micro_batches") if stored else None
+        wanted = {*self.recipe.models, *(["live"] if self.job.live else [])}
+        return batches if isinstance(batches, dict) and wanted <= batches.keys() else None
+
+    @property
+    def _costs(self) -> list[estimate.Cost]:
+        return estimate.costs(self.recipe, *self.tokens, self.batches, self.half, self.job.live)
+
+    def _check_tokens(self) -> None:
+        batch = max(model.training.batch for model in (*self.recipe.teachers, self.recipe.student))
+        needed = 2 * batch * WINDOW_TOKENS
+        if self.tokens[0] < needed:
+            raise InputError(
+                f"the training text is about {self.tokens[0]:,} tokens, fewer than two steps of {batch} windows "
+                f"({needed:,}): give more text, or a smaller --scale"
+            )
+        if self.tokens[1] < 2 * WINDOW_TOKENS:
+            raise InputError(
+                f"the held-out text is about {self.tokens[1]:,} tokens, fewer than two windows: give more of it"
+            )
+
+    def _check_disk(self) -> None:
+        needed = estimate.peak_disk(self._costs, self.recipe, len(self.job.seeds))
+        there = self.folder.absolute()
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
+        done = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        if needed - done > free:
+            raise InputError(
+                f"{self.folder}: the run will take about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
+                "free there: give another --out, fewer seeds, or a smaller --scale"
+            )
+
+
+def entry_name(seed: int) -> str:
+    """The teacher entry of a seed."""
+    return f"ensemble-{seed}"
+
+
+def _repeated(option: str, values: Any) -> tuple[str, ...]:
+    return tuple(part for value in values for part in (option, value))
+
+
+def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
+    """The files of some paths and patterns, in their order, each once."""
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files:
+            raise InputError(f"{option} {pattern}: expected files of text, found none")
+        found |= dict.fromkeys(files)
+    for file in found:
+        if not file.stat().st_size:
+            raise InputError(f"{option} {file}: the file is empty: leave it out")
+    return tuple(found)
+
+
+def _check_text(text: Sequence[Path], eval_text: Sequence[Path]) -> None:
+    both = {file.resolve() for file in text} & {file.resolve() for file in eval_text}
+    if both:
+        raise InputError(f"{min(both)} is both --text and --eval-text: what is held out must not be trained on")
+    for option, files in (("--text", text), ("--eval-text", eval_text)):
+        names = [file.name for file in files]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise InputError(f"{option}: two files are called {min(twice)}: rename one of them")

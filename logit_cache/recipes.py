@@ -1,0 +1,205 @@
+"""The recipes of Baby Llama and BabyLlama-2 as data: networks, schedules, targets, at three scales.
+
+`paper` is what the papers' code has. `small` and `tiny` keep its shape (which teachers, how they are combined, loss,
+temperature, windowing) with smaller networks, fewer epochs and, for `tiny`, less text; learning rates grow as networks
+shrink. Weight decay is kept as its product with the learning rate, which is what acts on a weight in a step.
+
+Sources: Timiryasov and Tastet 2023, "Baby Llama"; Tastet and Timiryasov 2024, "BabyLlama-2".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from storage.errors import InputError
+
+Scale = Literal["tiny", "small", "paper"]
+
+# All windows have 128 tokens; models could read twice that.
+WINDOW_TOKENS = 128
+MAX_POSITIONS = 256
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Network(_Frozen):
+    """A Llama or GPT-2 configuration; `config` is what a JSON configuration file of it holds, without a vocabulary."""
+
+    family: Literal["llama", "gpt2"]
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    feed_forward: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        if self.family == "llama":
+            return {
+                "model_type": "llama",
+                "num_hidden_layers": self.layers,
+                "hidden_size": self.hidden,
+                "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads,
+                "intermediate_size": self.feed_forward,
+                "max_position_embeddings": MAX_POSITIONS,
+                "tie_word_embeddings": False,
+            }
+        return {
+            "model_type": "gpt2",
+            "n_layer": self.layers,
+            "n_embd": self.hidden,
+            "n_head": self.heads,
+            "n_inner": self.feed_forward,
+            "n_positions": MAX_POSITIONS,
+            "tie_word_embeddings": True,
+        }
+
+    def parameters(self, vocabulary_size: int) -> int:
+        """How many numbers its weights are."""
+        h, f, v = self.hidden, self.feed_forward, vocabulary_size
+        if self.family == "llama":
+            kv = h // self.heads * self.kv_heads
+            return 2 * v * h + self.layers * (2 * h * h + 2 * h * kv + 3 * h * f + 2 * h) + h
+        return v * h + MAX_POSITIONS * h + self.layers * (4 * h * h + 2 * h * f + 9 * h + f) + 2 * h
+
+    def products(self, vocabulary_size: int) -> int:
+        """Multiplications of a weight per token of a forward pass: all weights but those that are looked up."""
+        looked_up = vocabulary_size if self.family == "llama" else MAX_POSITIONS
+        return self.parameters(vocabulary_size) - looked_up * self.hidden
+
+
+class Training(_Frozen):
+    """A schedule: AdamW, cosine after a linear warm-up. `batch` is windows per optimizer step."""
+
+    learning_rate: float
+    batch: int
+    epochs: int
+    warmup_steps: int
+    weight_decay: float
+
+
+class Model(_Frozen):
+    """A network under the name of its folder, and how it is trained."""
+
+    name: str
+    network: Network
+    training: Training
+
+
+class Recipe(_Frozen):
+    """One recipe at one scale.
+
+    offset                  of training windows: fixed blocks, or a random offset for each
+    temperature, alpha      of the loss; loss_scale as in `student.objective`
+    kept_ids                stored per position; the paper's code kept every logit
+    text_bytes              of training text at most, all files together; None: all of it
+    """
+
+    name: str
+    title: str
+    scale: Scale
+    vocabulary_size: int
+    teachers: tuple[Model, ...]
+    student: Model
+    offset: Literal["fixed", "random"]
+    temperature: float
+    alpha: float = 0.5
+    loss_scale: Literal["token", "babyllama"] = "babyllama"
+    stride_tokens: int = WINDOW_TOKENS
+    kept_ids: int = 128
+    text_bytes: int | None = None
+
+    @property
+    def models(self) -> dict[str, Network]:
+        """The networks by the name of their configuration file."""
+        return {model.name: model.network for model in (*self.teachers, self.student)}
+
+
+def _llama(layers: int, hidden: int, heads: int, feed_forward: int, kv_heads: int | None = None) -> Network:
+    return Network(
+        family="llama", layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads or heads, feed_forward=feed_forward
+    )
+
+
+def _gpt2(layers: int, hidden: int, heads: int) -> Network:
+    return Network(family="gpt2", layers=layers, hidden=hidden, heads=heads, kv_heads=heads, feed_forward=4 * hidden)
+
+
+def _schedule(lr: float, batch: int, epochs: int, warmup: int, decay: float) -> Training:
+    return Training(learning_rate=lr, batch=batch, epochs=epochs, warmup_steps=warmup, weight_decay=decay)
+
+
+def _baby_llama(scale: Scale) -> Recipe:
+    sizes: Mapping[Scale, dict[str, Any]] = {
+        "paper": {
+            "vocabulary_size": 16_000,
+            "teachers": (
+                Model(name="llama", network=_llama(24, 1024, 8, 3072), training=_schedule(3e-4, 128, 4, 300, 0.0)),
+                Model(name="gpt2", network=_gpt2(24, 1536, 16), training=_schedule(2.5e-4, 128, 4, 300, 0.0)),
+            ),
+            "student": Model(
+                name="student", network=_llama(16, 512, 8, 1024), training=_schedule(2.5e-4, 32, 6, 200, 0.1)
+            ),
+        },
+        "small": {
+            "vocabulary_size": 16_000,
+            "teachers": (
+                Model(name="llama", network=_llama(12, 640, 8, 1920), training=_schedule(6e-4, 64, 3, 200, 0.0)),
+                Model(name="gpt2", network=_gpt2(12, 768, 12), training=_schedule(5e-4, 64, 3, 200, 0.0)),
+            ),
+            "student": Model(
+                name="student", network=_llama(8, 384, 6, 1024), training=_schedule(7e-4, 32, 4, 200, 0.036)
+            ),
+        },
+        "tiny": {
+            "vocabulary_size": 4_096,
+            "teachers": (
+                Model(name="llama", network=_llama(3, 192, 4, 512), training=_schedule(2e-3, 16, 2, 50, 0.0)),
+                Model(name="gpt2", network=_gpt2(3, 192, 4), training=_schedule(2e-3, 16, 2, 50, 0.0)),
+            ),
+            "student": Model(
+                name="student", network=_llama(2, 128, 4, 352), training=_schedule(2e-3, 16, 3, 50, 0.0125)
+            ),
+            "text_bytes": 2_000_000,
+        },
+    }
+    return Recipe(name="baby-llama", title="Baby Llama", scale=scale, offset="fixed", temperature=2.0, **sizes[scale])
+
+
+def _baby_llama_2(scale: Scale) -> Recipe:
+    network, training = {
+        "paper": (_llama(32, 960, 15, 2560, kv_heads=5), _schedule(7e-4, 128, 8, 600, 5.0)),
+        "small": (_llama(12, 480, 15, 1280, kv_heads=5), _schedule(1e-3, 64, 4, 200, 3.5)),
+        "tiny": (_llama(3, 180, 6, 480, kv_heads=2), _schedule(2e-3, 16, 2, 50, 1.75)),
+    }[scale]
+    one, two, student = (Model(name=name, network=network, training=training) for name in ("one", "two", "student"))
+    return Recipe(
+        name="babyllama-2",
+        title="BabyLlama-2",
+        scale=scale,
+        vocabulary_size=4_096 if scale == "tiny" else 16_000,
+        teachers=(one, two),
+        student=student,
+        offset="random",
+        temperature=1.0,
+        text_bytes=2_000_000 if scale == "tiny" else None,
+    )
+
+
+RECIPES = {"baby-llama": _baby_llama, "babyllama-2": _baby_llama_2}
+SCALES: tuple[Scale, ...] = ("tiny", "small", "paper")
+
+
+def find_recipe(name: str, scale: Scale) -> Recipe:
+    """A recipe by name. Raises InputError for a name that there is none of."""
+    if name not in RECIPES:
+        raise InputError(f"there is no recipe {name!r}; there is: {', '.join(RECIPES)}")
+    if scale not in SCALES:
+        raise InputError(f"there is no scale {scale!r}; there is: {', '.join(SCALES)}")
+    return RECIPES[name](scale)
