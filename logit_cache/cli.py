@@ -20,6 +20,7 @@ if "LogitCache" not in getattr(storage, "__all__", ()):
     )
     raise SystemExit(2)
 
+from logit_cache.cleaning_cli import clean
 from logit_cache.evaluation_cli import evaluate
 from logit_cache.recipe_cli import recipe
 from logit_cache.sharing_cli import COMMANDS, EXAMPLE
@@ -55,7 +56,7 @@ def main() -> None:
     """Make, look at, check and share caches of teachers' next-token distributions."""
 
 
-for _command in (*COMMANDS, evaluate, recipe):
+for _command in (*COMMANDS, clean, evaluate, recipe):
     main.add_command(_command)
 
 

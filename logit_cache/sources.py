@@ -36,7 +36,7 @@ from storage.errors import InputError
 
 BLOCK_BYTES = 1 << 20
 
-_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
 _HUB = re.compile(r"^hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))?$")
 _PARQUET_ROWS = 256
@@ -144,7 +144,7 @@ def _find(item: str) -> list[Source]:
 
 
 def _file_source(path: Path) -> Source:
-    ending = Path(path.stem if path.suffix in _COMPRESSED else path.name).suffix.lower()
+    ending = Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.lower()
     kind: Literal["text", "jsonl", "parquet"] = (
         "jsonl" if ending in _JSON_LINES else "parquet" if ending == ".parquet" else "text"
     )
@@ -164,7 +164,7 @@ class _MeteredFile:
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:
         where = self.source.location
-        opener = _COMPRESSED.get(Path(where).suffix)
+        opener = COMPRESSED.get(Path(where).suffix)
         try:
             with open(where, "rb") as self._raw:
                 if opener is None:
@@ -194,32 +194,45 @@ def _read_text(index: int, source: Source, separator: str | None, meter: Meter) 
             yield Chunk(index, text, ends)
 
 
-def _text_blocks(source: Source, meter: Meter) -> Iterator[str]:
+def decoded(blocks: Iterable[bytes], where: str) -> Iterator[str]:
+    """The text of a UTF-8 file that is read in blocks, without a byte-order mark at its start.
+
+    Raises InputError that names `where` and the byte that is wrong, counted from the start of the file.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    file = _MeteredFile(source, meter)
     offset, begun = 0, False
-    with file.open() as stream:
+    for block in itertools.chain(blocks, (b"",)):
+        if b"\0" in block:
+            raise InputError(
+                f"{where}: byte {offset + block.index(0)} is 0, so this is no UTF-8 text file; "
+                f"leave it out, or convert it"
+            )
+        carried = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}: byte {offset - carried + error.start} is not valid UTF-8 ({error.reason}); "
+                f"convert the file to UTF-8"
+            ) from None
+        yield text if begun else text.removeprefix("\ufeff")
+        begun = begun or bool(text)
+        offset += len(block)
+
+
+def _text_blocks(source: Source, meter: Meter) -> Iterator[str]:
+    file = _MeteredFile(source, meter)
+
+    def blocks(stream: IO[bytes]) -> Iterator[bytes]:
         while True:
             block = stream.read(BLOCK_BYTES)
             file.count()
-            if b"\0" in block:
-                raise InputError(
-                    f"{source.location}: byte {offset + block.index(0)} is 0, so this is no UTF-8 text file; "
-                    f"leave it out, or convert it"
-                )
-            carried = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{source.location}: byte {offset - carried + error.start} is not valid UTF-8 ({error.reason}); "
-                    f"convert the file to UTF-8"
-                ) from None
             if not block:
                 return
-            yield text if begun else text.removeprefix("\ufeff")
-            begun = begun or bool(text)
-            offset += len(block)
+            yield block
+
+    with file.open() as stream:
+        yield from decoded(blocks(stream), source.location)
 
 
 def _split(blocks: Iterable[str], separator: str) -> Iterator[tuple[str, bool]]:

@@ -23,6 +23,7 @@ EXCEPTIONS = {
     "logit_cache/evaluation_cli.py": {"student"},
 }
 CLICK = {
+    "logit_cache/cleaning_cli.py",
     "logit_cache/cli.py",
     "logit_cache/evaluation_cli.py",
     "logit_cache/recipe_cli.py",
