@@ -166,7 +166,7 @@ def _baby_llama(scale: Scale) -> Recipe:
             "student": Model(
                 name="student", network=_llama(2, 128, 4, 352), training=_schedule(2e-3, 16, 3, 50, 0.0125)
             ),
-            "text_bytes": 2_000_000,
+            "text_bytes": 1_500_000,
         },
     }
     return Recipe(name="baby-llama", title="Baby Llama", scale=scale, offset="fixed", temperature=2.0, **sizes[scale])
@@ -188,7 +188,7 @@ def _baby_llama_2(scale: Scale) -> Recipe:
         student=student,
         offset="random",
         temperature=1.0,
-        text_bytes=2_000_000 if scale == "tiny" else None,
+        text_bytes=1_500_000 if scale == "tiny" else None,
     )
 
 
