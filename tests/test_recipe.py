@@ -131,7 +131,7 @@ def test_every_command_is_one_that_there_is(text: Path, tmp_path: Path, name: st
             fields = {"cache": "c", "model": "m", "output_dir": "o", "eval_cache": "e", "training": settings}
             fields["teachers"] = list(context.params.get("teacher", ()))
             values = training_values(StudentJob.model_validate(fields))
-            assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] in (16, 32, 64, 128)
+            assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] in (8, 32, 64, 128)
 
 
 def test_a_dry_run_prints_the_commands_and_does_nothing(text: Path, tmp_path: Path, run: Run) -> None:
@@ -191,7 +191,7 @@ def test_what_cannot_be_done_is_refused_beforehand(text: Path, tmp_path: Path, m
     )
     short = tmp_path / "short.txt"
     short.write_text("a few words\n" * 100)
-    assert "fewer than two steps of 16 windows" in refusal(text, out, text=(str(short),))
+    assert "fewer than two steps of 8 windows" in refusal(text, out, text=(str(short),))
     short.write_text("")
     assert "empty" in refusal(text, out, text=(str(short),))
     small = LARGE.model_copy(update={"memory_bytes": 8 * GIB})
