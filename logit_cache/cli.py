@@ -21,6 +21,7 @@ if "LogitCache" not in getattr(storage, "__all__", ()):
     raise SystemExit(2)
 
 from logit_cache.evaluation_cli import evaluate
+from logit_cache.report_cli import report
 from logit_cache.sharing_cli import COMMANDS, EXAMPLE
 from storage.errors import one_line_errors
 
@@ -54,7 +55,7 @@ def main() -> None:
     """Make, look at, check and share caches of teachers' next-token distributions."""
 
 
-for _command in (*COMMANDS, evaluate):
+for _command in (*COMMANDS, evaluate, report):
     main.add_command(_command)
 
 

@@ -25,6 +25,7 @@ EXCEPTIONS = {
 CLICK = {
     "logit_cache/cli.py",
     "logit_cache/evaluation_cli.py",
+    "logit_cache/report_cli.py",
     "logit_cache/sharing_cli.py",
     "student/cli.py",
     "teachers/train.py",
