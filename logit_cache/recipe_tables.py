@@ -222,8 +222,8 @@ def fidelity_table(entries: Sequence[Entry]) -> Table | None:
         "How close the stored targets are to the teacher's full distributions",
         (*head, "quantisation", "gradient off by", "teacher's ECE"),
         tuple(rows),
-        note="Measured on a sample when the entry was made. KL and quantisation in nats; the gradient's angle to the "
-        "dense loss's, averaged over positions, with the treatment of the tail that these targets are for.",
+        note="Measured on a sample when the entry was made. KL and quantisation in nats. Gradient: the angle between "
+        "the mean gradients of stored and dense loss, with the treatment of the tail that these targets are for.",
         wide=True,
     )
 
