@@ -7,7 +7,7 @@ OUT ?= demo-run
 TEXT ?=
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-ceph bench lint clean
+.PHONY: demo test test-slow test-ceph test-browser bench lint clean
 
 demo: $(READY)
 	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
@@ -22,6 +22,11 @@ test-slow: $(READY)
 test-ceph: $(READY)
 	tests/ceph_rgw.sh install
 	bash -c 'trap "tests/ceph_rgw.sh stop" EXIT; tests/ceph_rgw.sh start && OMP_NUM_THREADS=1 $(BIN)/pytest -m ceph'
+
+# The tests in a real browser (CHROMIUM_DIR: see the script).
+test-browser: $(READY)
+	tests/chromium.sh install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
 
 # Rewrites docs/benchmarks.md; takes up to half an hour, and wants a machine that does nothing else.
 bench: $(READY)

@@ -23,6 +23,7 @@ if "LogitCache" not in getattr(storage, "__all__", ()):
 from logit_cache.cleaning_cli import clean
 from logit_cache.evaluation_cli import evaluate
 from logit_cache.recipe_cli import recipe
+from logit_cache.report_cli import report
 from logit_cache.sharing_cli import COMMANDS, EXAMPLE
 from storage.errors import one_line_errors
 
@@ -56,7 +57,7 @@ def main() -> None:
     """Make, look at, check and share caches of teachers' next-token distributions."""
 
 
-for _command in (*COMMANDS, clean, evaluate, recipe):
+for _command in (*COMMANDS, clean, evaluate, recipe, report):
     main.add_command(_command)
 
 

@@ -27,6 +27,7 @@ CLICK = {
     "logit_cache/cli.py",
     "logit_cache/evaluation_cli.py",
     "logit_cache/recipe_cli.py",
+    "logit_cache/report_cli.py",
     "logit_cache/sharing_cli.py",
     "student/cli.py",
     "teachers/train.py",
