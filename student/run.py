@@ -46,7 +46,18 @@ _BOUND_WINDOWS = 32
 
 
 @dataclass(frozen=True)
-class _Data:
+class Caches:
+    """What a job reads, opened and checked once; the jobs of a sweep share it."""
+
+    windows: DistillationWindows
+    eval_windows: DistillationWindows | None
+    eval_members: tuple[Member, ...]
+    not_measured: dict[str, str]
+    provenance: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Data:
     """The checked inputs of a job, and the job with what was left open."""
 
     job: StudentJob
@@ -68,13 +79,13 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
     Raises the errors of `storage.errors`: InputError and IdentityMismatch before anything is written.
     """
     values = training_values(job)
-    data = _check_data(job)
+    data = fit(open_caches(job), job)
     job = data.job
     args = training_arguments(job, values)
     first = args.process_index == 0
     tell = (say or _to_stderr) if first else _silent
     batch = args.train_batch_size * args.world_size
-    _check_batch(data.windows, batch, args)
+    check_batch(data.windows, batch, args)
     step_windows = windows_per_step(args)
     identity = _identity(job, values, data, step_windows)
 
@@ -146,19 +157,12 @@ def train(job: StudentJob, say: Say | None = None) -> TrainingReport:
     return report
 
 
-def _check_data(job: StudentJob) -> _Data:
+def open_caches(job: StudentJob) -> Caches:
+    """Open the caches of a job and check that they, their entries and its windows fit together."""
     names = [teacher.name for teacher in job.teachers]
     windows = DistillationWindows(job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents)
-    entries = windows.entries
     provenance = {"cache": digest(windows.record)}
-    provenance |= {f"cache/{name}": digest(entry) for name, entry in entries.items()}
-    members = [Member.of(teacher.name, entries[teacher.name], teacher.weight) for teacher in job.teachers]
-    if job.leaves_alpha_open and all(_is_unbiased(member, entries[member.name], job) for member in members):
-        # The cross-entropy would only add the noise of a single label; with a bucket it mends some of the bias
-        # (docs/decisions/0012-sampled-targets-by-default.md).
-        job = job.model_copy(update={"alpha": 0.0})
-    objective = {name: getattr(job, name) for name in Objective.model_fields}
-    loss = DistillationLoss(windows.vocabulary_size, members=members, window_tokens=job.window_tokens, **objective)
+    provenance |= {f"cache/{name}": digest(entry) for name, entry in windows.entries.items()}
     eval_windows: DistillationWindows | None = None
     eval_members: tuple[Member, ...] = ()
     not_measured: dict[str, str] = {}
@@ -167,9 +171,25 @@ def _check_data(job: StudentJob) -> _Data:
         eval_members = tuple(Member.of(name, entry) for name, entry in eval_windows.entries.items())
         provenance["eval_cache"] = digest(eval_windows.record)
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
+    return Caches(windows, eval_windows, eval_members, not_measured, provenance)
+
+
+def fit(caches: Caches, job: StudentJob) -> Data:
+    """The loss and the windows of a job over caches that were opened for it, or for one of other windows and loss."""
+    windows, eval_windows = caches.windows.cut(job.window_tokens, job.offset), caches.eval_windows
+    entries = windows.entries
+    members = [Member.of(teacher.name, entries[teacher.name], teacher.weight) for teacher in job.teachers]
+    if job.leaves_alpha_open and all(_is_unbiased(member, entries[member.name], job) for member in members):
+        # The cross-entropy would only add the noise of a single label; with a bucket it mends some of the bias
+        # (docs/decisions/0012-sampled-targets-by-default.md).
+        job = job.model_copy(update={"alpha": 0.0})
+    objective = {name: getattr(job, name) for name in Objective.model_fields}
+    loss = DistillationLoss(windows.vocabulary_size, members=members, window_tokens=job.window_tokens, **objective)
+    if eval_windows is not None:
+        eval_windows = eval_windows.cut(job.window_tokens, "fixed")
     # Targets that no term of the loss looks at are not read; the windows are the same.
     read = windows if job.uses_teachers else windows.without_targets()
-    return _Data(job, read, loss, eval_windows, eval_members, not_measured, provenance)
+    return Data(job, read, loss, eval_windows, caches.eval_members, caches.not_measured, caches.provenance)
 
 
 def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
@@ -178,7 +198,7 @@ def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
     return not member.weight or holds_all or tail_of(member, job) == "sampled"
 
 
-def _tail_bounds(data: _Data) -> dict[str, TailBound]:
+def _tail_bounds(data: Data) -> dict[str, TailBound]:
     """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream."""
     loss, windows = data.loss, data.windows
     if loss.temperature in EXACT_TEMPERATURES or not loss.members:
@@ -233,7 +253,8 @@ def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | 
     return None
 
 
-def _check_batch(windows: DistillationWindows, batch: int, args: TrainingArguments) -> None:
+def check_batch(windows: DistillationWindows, batch: int, args: TrainingArguments) -> None:
+    """Raise InputError where the windows are too few for a single batch over all processes."""
     if args.dataloader_drop_last and len(windows) < batch:
         raise InputError(
             f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {batch} "
@@ -241,18 +262,18 @@ def _check_batch(windows: DistillationWindows, batch: int, args: TrainingArgumen
         )
 
 
-def _identity(job: StudentJob, values: Mapping[str, Any], data: _Data, step_windows: int) -> dict[str, Any]:
+def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windows: int) -> dict[str, Any]:
     """What makes two runs the same, flat. Caches go by their digests, so that one may have moved."""
     asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
     asked["isolate_documents"] = data.windows.isolate_documents
     asked["windows_per_step"] = step_windows
-    asked["model_sha256"] = _model_digest(job.model)
+    asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
     asked |= {f"training.{name}": value for name, value in values.items() if name not in PRESENTATION}
     return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
 
 
-def _model_digest(model: str) -> str | None:
+def model_digest(model: str) -> str | None:
     """sha256 of a model's files where they are files here: their contents may change under one name."""
     path = Path(model).expanduser()
     if model in PRESETS or not path.exists():
@@ -266,15 +287,19 @@ def _model_digest(model: str) -> str | None:
     return total.hexdigest()
 
 
-def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedModel:
+def special_ids(cache: str) -> dict[str, int | None]:
+    """The ids of a cache's tokenizer that a model's configuration names."""
     with tempfile.TemporaryDirectory() as folder:
-        LogitCache.open(job.cache).save_tokenizer(Path(folder))
+        LogitCache.open(cache).save_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedModel:
     model = load_student(
         job.model,
         vocabulary_size=windows.vocabulary_size,
-        special_ids=special_ids,
+        special_ids=special_ids(job.cache),
         window_tokens=job.window_tokens,
         seed=job.seed,
     )
@@ -285,7 +310,7 @@ def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedMode
 def _trainer(
     model: PreTrainedModel,
     args: TrainingArguments,
-    data: _Data,
+    data: Data,
     fused_head: Literal["auto", "on", "off"],
     progress: TrainingProgress,
 ) -> DistillationTrainer:
@@ -355,7 +380,7 @@ def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps
     return total
 
 
-def _held_out(result: HeldOut, data: _Data) -> HeldOutReport:
+def _held_out(result: HeldOut, data: Data) -> HeldOutReport:
     kl = {name: HeldOutKL(nats=nats, lower_bound=result.kl_is_lower_bound[name]) for name, nats in result.kl.items()}
     return HeldOutReport(
         tokens=result.tokens,
