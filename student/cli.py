@@ -117,8 +117,26 @@ def run_command(
         _leave_process_group()
 
 
+def run_sweep(command: str, path: str, flags: dict[str, Any]) -> None:
+    """Run the sweep that a file and flags describe, and print its trials, best first."""
+    with our_errors(command):
+        from storage.errors import InputError
+        from student.search_space import read_sweep
+
+        if flags["config"]:
+            raise InputError(f"{command}: --sweep and --config are two files of the same fields; give one of them")
+        fields, search = read_sweep(path)
+        job = build_job(command, flags | {"config": fields})
+        from student.sweep import sweep
+        from student.sweep_record import table as sweep_table
+
+        report = sweep(job, search)
+        click.echo(report.model_dump_json(indent=1) if flags["as_json"] else sweep_table(report, job.output_dir))
+
+
 def build_job(command: str, flags: dict[str, Any], trains_teacher: bool = False) -> StudentJob:
-    """The job that a config file and flags describe; flags win, `--set` over `training:` field by field."""
+    """The job that a config file, or the fields read from one, and flags describe; flags win, `--set` over `training:`
+    field by field."""
     from storage.config import build_config, read_yaml
     from storage.errors import InputError
     from student.job import StudentJob, parse_settings
@@ -126,7 +144,7 @@ def build_job(command: str, flags: dict[str, Any], trains_teacher: bool = False)
     flags = dict(flags)
     flags.pop("as_json")
     config, settings = flags.pop("config"), parse_settings(flags.pop("settings"))
-    stored = read_yaml(config) if config else {}
+    stored = read_yaml(config) if isinstance(config, str) else dict(config or {})
     training = stored.get("training") or {}
     if not isinstance(training, dict):
         raise InputError(f"{config}: training holds TrainingArguments fields, found {type(training).__name__}")
@@ -234,8 +252,16 @@ class PresetCommand(click.Command):
 )
 @objective_options
 @run_options
-def train_student(**flags: Any) -> None:
-    run_command("train-student", flags)
+@click.option(
+    "--sweep",
+    metavar="YAML",
+    help="Run many students: a file like --config with a block `sweep:` (docs/sweeps.md); needs the extra tune.",
+)
+def train_student(sweep: str | None, **flags: Any) -> None:
+    if sweep is None:
+        run_command("train-student", flags)
+    else:
+        run_sweep("train-student", sweep, flags)
 
 
 if __name__ == "__main__":

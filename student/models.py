@@ -64,13 +64,12 @@ def describe_presets() -> str:
     )
 
 
-def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int | None]) -> PretrainedConfig:
-    """The transformers configuration of a preset for a vocabulary; see `load_student` for `special_ids`."""
-    from transformers import AutoConfig
-
+def preset_settings(name: str) -> dict[str, Any]:
+    """A preset as the mapping that a JSON configuration would hold: no vocabulary, no special ids."""
     preset = PRESETS[name]
+    settings: dict[str, Any] = {"model_type": preset.family, "tie_word_embeddings": preset.tied}
     if preset.family == "llama":
-        settings: dict[str, Any] = {
+        return settings | {
             "hidden_size": preset.hidden,
             "intermediate_size": preset.feed_forward,
             "num_hidden_layers": preset.layers,
@@ -79,23 +78,25 @@ def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int
             "max_position_embeddings": preset.positions,
             "attention_dropout": 0.0,
         }
-    else:
-        settings = {
-            "n_embd": preset.hidden,
-            "n_inner": preset.feed_forward,
-            "n_layer": preset.layers,
-            "n_head": preset.heads,
-            "n_positions": preset.positions,
-            "embd_pdrop": 0.1,
-            "attn_pdrop": 0.1,
-            "resid_pdrop": 0.1,
-        }
+    return settings | {
+        "n_embd": preset.hidden,
+        "n_inner": preset.feed_forward,
+        "n_layer": preset.layers,
+        "n_head": preset.heads,
+        "n_positions": preset.positions,
+        "embd_pdrop": 0.1,
+        "attn_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+    }
+
+
+def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int | None]) -> PretrainedConfig:
+    """The transformers configuration of a preset for a vocabulary; see `load_student` for `special_ids`."""
+    from transformers import AutoConfig
+
+    settings = preset_settings(name)
     return AutoConfig.for_model(
-        preset.family,
-        vocab_size=vocabulary_size,
-        tie_word_embeddings=preset.tied,
-        **settings,
-        **_token_ids(special_ids),
+        settings.pop("model_type"), vocab_size=vocabulary_size, **settings, **_token_ids(special_ids)
     )
 
 
@@ -132,7 +133,7 @@ def load_student(
         return _from_scratch(config, spec, seed)
     path = Path(spec).expanduser()
     if path.is_file():
-        config = _read_config(path, vocabulary_size, special_ids)
+        config = config_of(read_settings(path), str(path), vocabulary_size, special_ids)
         _check_config(config, spec, vocabulary_size, window_tokens)
         model = _from_scratch(config, spec, seed)
     else:
@@ -144,9 +145,37 @@ def load_student(
     return model
 
 
-def _read_config(path: Path, vocabulary_size: int, special_ids: Mapping[str, int | None]) -> PretrainedConfig:
-    """A configuration from a JSON file, with this cache's vocabulary and special ids."""
-    from transformers import AutoConfig
+def check_settings(
+    settings: Mapping[str, Any],
+    where: str,
+    *,
+    vocabulary_size: int,
+    special_ids: Mapping[str, int | None],
+    window_tokens: int,
+) -> None:
+    """Raise InputError where a configuration cannot be a student; its modules are made without weights, one layer deep.
+
+    What `load_student` finds beyond that needs weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(settings, where, vocabulary_size, special_ids)
+    _check_config(config, where, vocabulary_size, window_tokens)
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise InputError(f"{where}: {heads} attention heads are not a multiple of {shared} key-value heads")
+    if isinstance(getattr(config, "num_hidden_layers", None), int) and not getattr(config, "layer_types", None):
+        if config.num_hidden_layers < 1:
+            raise InputError(f"{where}: a model has at least one layer, found {config.num_hidden_layers}")
+        config.num_hidden_layers = 1
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"), _explained(f"{where}: transformers cannot build this model"):
+        auto.from_config(config)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON configuration. Raises InputError for a file that is none."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
@@ -155,24 +184,35 @@ def _read_config(path: Path, vocabulary_size: int, special_ids: Mapping[str, int
         raise InputError(f"{path}: this is not a JSON configuration of a model: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise InputError(f'{path}: a model configuration is a JSON object with a "model_type", like "llama" or "gpt2"')
-    model_type = data.pop("model_type")
+    model_type = data["model_type"]
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
             f"{path}: model_type {model_type!r} is no causal language model of the installed transformers"
             + _closest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         )
-    _refuse_misspelt(path, data, AutoConfig.for_model(model_type))
+    return data
+
+
+def config_of(
+    settings: Mapping[str, Any], where: str, vocabulary_size: int, special_ids: Mapping[str, int | None]
+) -> PretrainedConfig:
+    """The configuration that a mapping describes, with a cache's vocabulary and special ids; `where` is for errors."""
+    from transformers import AutoConfig
+
+    data = dict(settings)
+    model_type = data.pop("model_type")
+    _refuse_misspelt(where, data, AutoConfig.for_model(model_type))
     if "text_config" not in data:
         data.setdefault("vocab_size", vocabulary_size)
     # What the weights were stored as, by whom: nothing of it applies to a new model.
     for name in ("architectures", "dtype", "torch_dtype", "transformers_version", "auto_map"):
         data.pop(name, None)
-    with _explained(f"{path}: transformers refuses this configuration of a {model_type} model"):
+    with _explained(f"{where}: transformers refuses this configuration of a {model_type} model"):
         config: PretrainedConfig = AutoConfig.for_model(model_type, **{**data, **_token_ids(special_ids)})
     return config
 
 
-def _refuse_misspelt(path: Path, data: Mapping[str, Any], default: PretrainedConfig) -> None:
+def _refuse_misspelt(where: str, data: Mapping[str, Any], default: PretrainedConfig) -> None:
     """transformers takes any key and ignores those it does not know: `hiden_size` would give the default width.
 
     Only a key that nearly is another one is refused; saved configurations carry others that mean nothing today.
@@ -182,7 +222,7 @@ def _refuse_misspelt(path: Path, data: Mapping[str, Any], default: PretrainedCon
         match = difflib.get_close_matches(key, known - set(data), n=1, cutoff=0.8)
         if not hasattr(default, key) and match:
             raise InputError(
-                f"{path}: a {default.model_type} configuration has no {key!r} and would ignore it; "
+                f"{where}: a {default.model_type} configuration has no {key!r} and would ignore it; "
                 f"did you mean {match[0]!r}?"
             )
 

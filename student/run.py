@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,29 +21,27 @@ from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Traine
 from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
-from storage.errors import IdentityMismatch, InputError
-from storage.manifest import TeacherEntry, digest
+from storage.errors import InputError
 from student.arguments import PRESENTATION, training_arguments, training_values
 from student.buckets import NOT_TRAINED
-from student.dense import DenseLoss, LogitSource
+from student.dense import LogitSource
 from student.evaluate import HeldOut
 from student.heads import choose_head
+from student.inputs import Data, check_batch, fit, open_caches
 from student.job import (
     HeldOutKL,
     HeldOutReport,
-    LiveTeachers,
     PeakMemory,
     StudentJob,
     TailBound,
     TrainingReport,
 )
-from student.losses import DistillationLoss, tail_of
 from student.memory import peak_device_bytes, peak_process_bytes
 from student.models import PRESETS, load_student
-from student.objective import EXACT_TEMPERATURES, Objective
+from student.objective import EXACT_TEMPERATURES
 from student.output import OutputDirectory, full_disk_is_said
 from student.progress import TrainingProgress
-from student.targets import Member, interpolation_bound
+from student.targets import interpolation_bound
 from student.trainer import DistillationTrainer, windows_per_step
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
@@ -60,24 +57,6 @@ _NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fu
 _BOUND_WINDOWS = 32
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The checked inputs of a job, and the job with what was left open.
-
-    eval_loss is a string where the run's loss cannot be measured on the held-out text: the reason.
-    """
-
-    job: StudentJob
-    windows: DistillationWindows
-    loss: DistillationLoss
-    eval_windows: DistillationWindows | None
-    eval_members: tuple[Member, ...]
-    eval_loss: DistillationLoss | str
-    not_measured: dict[str, str]
-    provenance: dict[str, str]
-    live: LiveTeachers | None
-
-
 def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = None) -> TrainingReport:
     """Run a job to its end and return its report, which is also `report.json` in the output directory.
 
@@ -89,13 +68,25 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     Raises the errors of `storage.errors`: InputError and IdentityMismatch before anything is written.
     """
     values = training_values(job)
-    data = _check_data(job, values, load_live)
+    caches = open_caches(job)
+    live = None
+    if job.live_teachers:
+        if load_live is None:
+            raise InputError(
+                "train-student loads no teacher: train-teacher --live-teacher runs them beside the student"
+            )
+        # After everything that is cheap to find wrong.
+        live = load_live(job, _device(values))
+    data = fit(caches, job, live)
+    best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")
+    if best_by == "distillation_loss" and isinstance(data.eval_loss, str):
+        raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {data.eval_loss}")
     job = data.job
     args = training_arguments(job, values)
     first = args.process_index == 0
     tell = (say or _to_stderr) if first else _silent
     batch = args.train_batch_size * args.world_size
-    _check_batch(data.windows, batch, args)
+    check_batch(data.windows, batch, args)
     step_windows = windows_per_step(args)
     identity = _identity(job, values, data, step_windows)
 
@@ -169,81 +160,6 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     return report
 
 
-def _check_data(job: StudentJob, values: Mapping[str, Any], load_live: LoadLive | None) -> _Data:
-    names = [teacher.name for teacher in job.teachers]
-    windows = DistillationWindows(job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents)
-    entries = windows.entries
-    provenance = {"cache": digest(windows.record)}
-    provenance |= {f"cache/{name}": digest(entry) for name, entry in entries.items()}
-    members = [Member.of(teacher.name, entries[teacher.name], teacher.weight) for teacher in job.teachers]
-    if job.leaves_alpha_open and all(_is_unbiased(member, entries[member.name], job) for member in members):
-        # The cross-entropy would only add the noise of a single label; with a bucket it mends some of the bias
-        # (docs/decisions/0012-sampled-targets-by-default.md).
-        job = job.model_copy(update={"alpha": 0.0})
-    objective = {name: getattr(job, name) for name in Objective.model_fields} | {"window_tokens": job.window_tokens}
-    eval_windows: DistillationWindows | None = None
-    eval_members: tuple[Member, ...] = ()
-    not_measured: dict[str, str] = {}
-    if job.eval_cache is not None:
-        eval_windows, not_measured = _check_eval(job, windows)
-        eval_members = tuple(Member.of(name, entry) for name, entry in eval_windows.entries.items())
-        provenance["eval_cache"] = digest(eval_windows.record)
-        provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
-    live: LiveTeachers | None = None
-    if job.live_teachers:
-        if load_live is None:
-            raise InputError(
-                "train-student loads no teacher: train-teacher --live-teacher runs them beside the student"
-            )
-        # After everything that is cheap to find wrong.
-        source = load_live(job, _device(values))
-        provenance |= {f"live/{name}": value for name, value in source.provenance.items()}
-        live = LiveTeachers(
-            sources=job.live_teachers, combine=job.combine or "single", provenance=dict(source.provenance)
-        )
-        loss: DistillationLoss = DenseLoss(source, windows.vocabulary_size, **objective)
-        # At the end of a schedule, so that all evaluations of a run measure the same.
-        eval_loss: DistillationLoss | str = DenseLoss(source, windows.vocabulary_size, **_at_its_end(objective))
-    else:
-        loss = DistillationLoss(windows.vocabulary_size, members=members, **objective)
-        eval_loss = _eval_loss(job, windows.vocabulary_size, eval_members, not_measured, _at_its_end(objective))
-    best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")
-    if best_by == "distillation_loss" and isinstance(eval_loss, str):
-        raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {eval_loss}")
-    # Targets that no term of the loss looks at are not read; the windows are the same.
-    read = windows if job.uses_teachers else windows.without_targets()
-    return _Data(job, read, loss, eval_windows, eval_members, eval_loss, not_measured, provenance, live)
-
-
-def _at_its_end(objective: dict[str, Any]) -> dict[str, Any]:
-    """The objective of a run's last step."""
-    if objective["alpha_end"] is None:
-        return objective
-    return objective | {"alpha": objective["alpha_end"], "alpha_end": None}
-
-
-def _eval_loss(
-    job: StudentJob,
-    vocabulary_size: int,
-    members: tuple[Member, ...],
-    not_measured: dict[str, str],
-    objective: dict[str, Any],
-) -> DistillationLoss | str:
-    """The run's loss on the held-out targets, or why there is none."""
-    if job.eval_cache is None:
-        return "there is no held-out cache: give --eval-cache"
-    if not job.teachers:
-        return "without teachers it is the cross-entropy, which is called loss"
-    if not_measured:
-        return "; ".join(f"teacher {name}: {why}" for name, why in not_measured.items())
-    weights = {teacher.name: teacher.weight for teacher in job.teachers}
-    weighted = [replace(member, weight=weights[member.name]) for member in members]
-    try:
-        return DistillationLoss(vocabulary_size, members=weighted, **objective)
-    except InputError as error:
-        return f"{job.eval_cache}: {error}"
-
-
 def _device(values: Mapping[str, Any]) -> torch.device:
     """Where this process will train."""
     if values.get("use_cpu") or not torch.cuda.is_available():
@@ -251,13 +167,7 @@ def _device(values: Mapping[str, Any]) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
-    """Whether the loss on these targets has, on average over draws, the dense one's gradient; or a weight of 0."""
-    holds_all = entry.targets.k == entry.vocabulary_size and entry.targets.top_p is None
-    return not member.weight or holds_all or tail_of(member, job) == "sampled"
-
-
-def _tail_bounds(data: _Data) -> dict[str, TailBound]:
+def _tail_bounds(data: Data) -> dict[str, TailBound]:
     """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream."""
     loss, windows = data.loss, data.windows
     if data.live is not None or loss.temperature in EXACT_TEMPERATURES or not loss.members:
@@ -275,63 +185,18 @@ def _tail_bounds(data: _Data) -> dict[str, TailBound]:
     return found
 
 
-def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[DistillationWindows, dict[str, str]]:
-    """The held-out windows, with the teachers that can be compared there, and why the others cannot."""
-    assert job.eval_cache is not None
-    cache = LogitCache.open(job.eval_cache)
-    ours, theirs = windows.record.tokenizer, cache.record.tokenizer
-    if ours.fingerprint != theirs.fingerprint:
-        raise IdentityMismatch(
-            f"{job.cache} and {job.eval_cache} have different tokenizers",
-            [f"fingerprint: {ours.fingerprint} and {theirs.fingerprint}"],
-            "Make the held-out cache with the tokenizer of the first",
-        )
-    measured, not_measured = [], {}
-    for name, entry in windows.entries.items():
-        reason = _not_comparable(cache, name, entry)
-        if reason is None:
-            measured.append(name)
-        else:
-            not_measured[name] = reason
-    held_out = DistillationWindows(
-        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents
-    )
-    return held_out, not_measured
-
-
-def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | None:
-    if name not in cache.teachers:
-        return "the held-out cache has no entry of that name"
-    there = cache.teacher(name)
-    if there.entry.teacher != entry.teacher:
-        return "another teacher has that name in the held-out cache"
-    if there.entry.windowing.isolate_documents != entry.windowing.isolate_documents:
-        return "the teacher saw isolated documents in one of the caches and not in the other"
-    if there.missing():
-        return "its entry in the held-out cache is incomplete"
-    return None
-
-
-def _check_batch(windows: DistillationWindows, batch: int, args: TrainingArguments) -> None:
-    if args.dataloader_drop_last and len(windows) < batch:
-        raise InputError(
-            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {batch} "
-            f"of one batch over {args.world_size} process(es): take a smaller per_device_train_batch_size or window"
-        )
-
-
-def _identity(job: StudentJob, values: Mapping[str, Any], data: _Data, step_windows: int) -> dict[str, Any]:
+def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windows: int) -> dict[str, Any]:
     """What makes two runs the same, flat. Caches go by their digests, so that one may have moved."""
     asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
     asked["isolate_documents"] = data.windows.isolate_documents
     asked["windows_per_step"] = step_windows
-    asked["model_sha256"] = _model_digest(job.model)
+    asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
     asked |= {f"training.{name}": value for name, value in values.items() if name not in PRESENTATION}
     return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
 
 
-def _model_digest(model: str) -> str | None:
+def model_digest(model: str) -> str | None:
     """sha256 of a model's files where they are files here: their contents may change under one name."""
     path = Path(model).expanduser()
     if model in PRESETS or not path.exists():
@@ -345,15 +210,19 @@ def _model_digest(model: str) -> str | None:
     return total.hexdigest()
 
 
-def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedModel:
+def special_ids(cache: str) -> dict[str, int | None]:
+    """The ids of a cache's tokenizer that a model's configuration names."""
     with tempfile.TemporaryDirectory() as folder:
-        LogitCache.open(job.cache).save_tokenizer(Path(folder))
+        LogitCache.open(cache).save_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedModel:
     model = load_student(
         job.model,
         vocabulary_size=windows.vocabulary_size,
-        special_ids=special_ids,
+        special_ids=special_ids(job.cache),
         window_tokens=job.window_tokens,
         seed=job.seed,
     )
@@ -364,7 +233,7 @@ def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedMode
 def _trainer(
     model: PreTrainedModel,
     args: TrainingArguments,
-    data: _Data,
+    data: Data,
     fused_head: Literal["auto", "on", "off"],
     progress: TrainingProgress,
 ) -> DistillationTrainer:
@@ -376,7 +245,7 @@ def _trainer(
             eval_dataset=data.eval_windows,
             loss=data.loss,
             eval_members=data.eval_members,
-            eval_loss=None if isinstance(data.eval_loss, str) else data.eval_loss,
+            eval_loss=data.measured_loss,
             fused_head=fused_head,
             callbacks=[progress],
         )
@@ -435,7 +304,7 @@ def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps
     return total
 
 
-def _held_out(result: HeldOut, data: _Data) -> HeldOutReport:
+def _held_out(result: HeldOut, data: Data) -> HeldOutReport:
     kl = {name: HeldOutKL(nats=nats, lower_bound=result.kl_is_lower_bound[name]) for name, nats in result.kl.items()}
     return HeldOutReport(
         tokens=result.tokens,

@@ -174,7 +174,7 @@ class DistillationTrainer(Trainer):
             **others,
         )
         self.add_callback(_FollowEpochs(self))
-        self.add_callback(_FollowAlpha(loss))
+        self.add_callback(FollowAlpha(loss))
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         windows = _ours(self.train_dataset if train_dataset is None else train_dataset)
@@ -302,7 +302,7 @@ def _chunk_lengths(total: int, loader: DataLoader[Any]) -> Iterator[int]:
         yield min(max(total - batch * size, 0), size)
 
 
-class _FollowAlpha(TrainerCallback):
+class FollowAlpha(TrainerCallback):
     """Sets a scheduled alpha before each optimizer step, from the step's number alone.
 
     So it is the same for all micro-batches and processes of the step, and in a run that goes on from a checkpoint.

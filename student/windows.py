@@ -91,17 +91,32 @@ class DistillationWindows(Dataset[Window]):
         self.seed = seed
         self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
         self.isolate_documents = _isolation(self.entries, isolate_documents)
-        positions = self.record.corpus.positions
-        if positions - 1 < window_tokens:
-            raise InputError(
-                f"{cache_url}: a window of {window_tokens} positions reads {window_tokens + 1} tokens, the corpus has "
-                f"{positions}: take a smaller window, or more text"
-            )
-        starts = cache.document_starts if self.isolate_documents else None
-        self.blocks = Blocks.of(positions, starts, window_tokens, offset, seed)
-        if not len(self.blocks):
-            raise InputError(f"{cache_url}: every document has a single token, so no position has a next one to learn")
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
+        self.blocks = self._blocks(offset)
+
+    def cut(self, window_tokens: int, offset: Offset) -> DistillationWindows:
+        """Other windows over the same tokens and targets; nothing is opened or checked again but the length."""
+        if (window_tokens, offset) == (self.window_tokens, self.blocks.offset):
+            return self
+        other = copy.copy(self)
+        other._handle, other.window_tokens = self._handle, window_tokens
+        other.blocks = other._blocks(offset)
+        return other
+
+    def _blocks(self, offset: Offset) -> Blocks:
+        positions = self.record.corpus.positions
+        if positions - 1 < self.window_tokens:
+            raise InputError(
+                f"{self.cache_url}: a window of {self.window_tokens} positions reads {self.window_tokens + 1} tokens, "
+                f"the corpus has {positions}: take a smaller window, or more text"
+            )
+        starts = self._cache().document_starts if self.isolate_documents else None
+        blocks = Blocks.of(positions, starts, self.window_tokens, offset, self.seed)
+        if not len(blocks):
+            raise InputError(
+                f"{self.cache_url}: every document has a single token, so no position has a next one to learn"
+            )
+        return blocks
 
     def without_targets(self) -> DistillationWindows:
         """The same windows of the same tokens, reading no targets."""
