@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PrinterCallback, enable_full_determinism, set_seed
+from transformers import PreTrainedModel, PrinterCallback
 
 from storage.errors import InputError, LogitCacheError
 from student.arguments import training_arguments, training_values
@@ -212,13 +212,15 @@ class SweepTrainer(DistillationTrainer):
             self.add_callback(self._progress)
 
     def _make_model(self, trial: Any) -> PreTrainedModel:
-        """The model of the job in place, its loss bound, and the random state as a run by itself would have it."""
+        """The model of the job in place, its loss bound.
+
+        The base class has seeded everything just before, and nothing here draws from its random state, so dropout
+        begins as in a run by itself.
+        """
         job = self._data.job
         model = load_student(job.model, **self._fitting, seed=job.seed)
         self.not_fused = bind_loss(model, self.distillation_loss, job.fused_head)
         model.config.use_cache = self.args.use_cache
-        seed = self.args.seed
-        enable_full_determinism(seed) if self.args.full_determinism else set_seed(seed)
         return model
 
     def _hp_search_setup(self, trial: Any) -> None:

@@ -180,6 +180,10 @@ def test_weights_held_out_text_and_processes(world: Path, tmp_path: Path, monkey
         swept(tmp_path / "sweep.yaml", {**data, "teachers": []})
     with pytest.raises(InputError, match="weights are loaded"):
         swept(tmp_path / "sweep.yaml", {**data, "model": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        patch.setattr("student.sweep._installed", lambda module: False)
+        with pytest.raises(InputError, match=r"needs optuna: pip install 'logit-cache\[tune\]'"):
+            swept(tmp_path / "sweep.yaml", data)
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = CliRunner().invoke(train_student, ["--sweep", written(tmp_path / "sweep.yaml", data)])
     assert result.exit_code == 2
