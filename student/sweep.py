@@ -25,7 +25,7 @@ from student.run import model_digest, special_ids
 from student.search_space import Search
 from student.sweep_record import INTERRUPTED, SweepFolder, SweepReport
 from student.sweep_trainer import SweepInputs, SweepTrainer, TrialFailed
-from student.trial_job import check_names, check_space
+from student.trial_job import OBJECTIVE, check_names, check_space
 
 Say = Callable[[str], None]
 
@@ -48,6 +48,8 @@ def sweep(job: StudentJob, search: Search, say: Say | None = None) -> SweepRepor
             raise InputError(
                 f"sweep.backend {search.backend} needs {module}: pip install 'logit-cache[tune]' (or another backend)"
             )
+    if job.live_teachers:
+        raise InputError("a sweep trains from cached teachers: leave live_teachers out, and name entries as teachers")
     if job.eval_cache is None:
         raise InputError("a sweep compares its trials on held-out text: give --eval-cache")
     check_names(job, search)
@@ -57,7 +59,7 @@ def sweep(job: StudentJob, search: Search, say: Say | None = None) -> SweepRepor
         raise InputError("a sweep runs in one process, without deepspeed and fsdp: leave them out of training:")
     windows = search.parameters.get("window_tokens")
     caches = open_caches(job.model_copy(update={"window_tokens": _least(windows.probes())}) if windows else job)
-    _check_metric(search, caches)
+    _check_metric(job, search, caches)
     inputs = SweepInputs(job, search, caches, special_ids(job.cache))
     possible = check_space(job, search, caches, inputs.special_ids, tell)
     gpus = training_arguments(job, values).n_gpu
@@ -148,9 +150,17 @@ def _check_pruner(search: Search, values: dict[str, Any]) -> None:
         )
 
 
-def _check_metric(search: Search, caches: Caches) -> None:
+def _check_metric(job: StudentJob, search: Search, caches: Caches) -> None:
     known = ["loss", "perplexity", "ece", "accuracy", *(f"kl_{member.name}" for member in caches.eval_members)]
+    if job.teachers and not caches.not_measured:
+        known.append("distillation_loss")
     asked = search.figure.removeprefix("eval_")
+    swept = sorted(OBJECTIVE & search.parameters.keys())
+    if asked == "distillation_loss" and swept:
+        raise InputError(
+            f"sweep.metric distillation_loss is another figure for every {' and '.join(swept)}: take loss, or leave "
+            "these parameters fixed"
+        )
     if asked not in known:
         why = caches.not_measured.get(asked.removeprefix("kl_"))
         raise InputError(

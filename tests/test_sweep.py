@@ -155,6 +155,7 @@ UNFIT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "positions": ({"model.n_positions": {"choices": [8, 64]}}, {}, "model.n_positions: 8 is impossible"),
     "scheduler": ({"lr_scheduler_type": {"choices": ["cosine", "square"]}}, {}, "'square' is impossible"),
     "metric": ({}, {"metric": "kl_c"}, "is not measured"),
+    "its own loss": ({"alpha": {"choices": [0, 1]}}, {"metric": "distillation_loss"}, "another figure for every alpha"),
     "pruner": ({}, {"pruner": "median", "training": {"eval_strategy": "no"}}, "set eval_strategy"),
 }
 
@@ -178,6 +179,8 @@ def test_weights_held_out_text_and_processes(world: Path, tmp_path: Path, monkey
         swept(tmp_path / "sweep.yaml", without)
     with pytest.raises(InputError, match="no teacher is named"):
         swept(tmp_path / "sweep.yaml", {**data, "teachers": []})
+    with pytest.raises(InputError, match="a sweep trains from cached teachers"):
+        swept(tmp_path / "sweep.yaml", {**data, "teachers": [], "live_teachers": ["somewhere"]})
     with pytest.raises(InputError, match="weights are loaded"):
         swept(tmp_path / "sweep.yaml", {**data, "model": str(tmp_path)})
     with monkeypatch.context() as patch:
