@@ -160,11 +160,11 @@ def _baby_llama(scale: Scale) -> Recipe:
         "tiny": {
             "vocabulary_size": 4_096,
             "teachers": (
-                Model(name="llama", network=_llama(3, 192, 4, 512), training=_schedule(1.25e-3, 8, 3, 100, 0.0)),
-                Model(name="gpt2", network=_gpt2(3, 192, 4), training=_schedule(1.25e-3, 8, 3, 100, 0.0)),
+                Model(name="llama", network=_llama(3, 192, 4, 512), training=_schedule(2e-3, 8, 6, 100, 0.0)),
+                Model(name="gpt2", network=_gpt2(3, 192, 4), training=_schedule(2e-3, 8, 6, 100, 0.0)),
             ),
             "student": Model(
-                name="student", network=_llama(2, 128, 4, 352), training=_schedule(1.25e-3, 8, 4, 100, 0.02)
+                name="student", network=_llama(2, 128, 4, 352), training=_schedule(2e-3, 8, 2, 100, 0.0125)
             ),
             "text_bytes": 1_000_000,
         },
@@ -176,7 +176,7 @@ def _baby_llama_2(scale: Scale) -> Recipe:
     network, training = {
         "paper": (_llama(32, 960, 15, 2560, kv_heads=5), _schedule(7e-4, 128, 8, 600, 5.0)),
         "small": (_llama(12, 480, 15, 1280, kv_heads=5), _schedule(1e-3, 64, 4, 200, 3.5)),
-        "tiny": (_llama(3, 180, 6, 480, kv_heads=2), _schedule(1.25e-3, 8, 3, 100, 2.8)),
+        "tiny": (_llama(3, 180, 6, 480, kv_heads=2), _schedule(2e-3, 8, 4, 100, 1.75)),
     }[scale]
     one, two, student = (Model(name=name, network=network, training=training) for name in ("one", "two", "student"))
     return Recipe(
