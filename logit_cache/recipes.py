@@ -1,8 +1,10 @@
 """The recipes of Baby Llama and BabyLlama-2 as data: networks, schedules, targets, at three scales.
 
 `paper` is what the papers' code has. `small` and `tiny` keep its shape (which teachers, how they are combined, loss,
-temperature, windowing) with smaller networks, fewer epochs and, for `tiny`, less text; learning rates grow as networks
-shrink. Weight decay is kept as its product with the learning rate, which is what acts on a weight in a step.
+temperature, windowing) with smaller networks and, for `tiny`, less text. Learning rates grow as networks shrink; weight
+decay keeps its product with the learning rate, which is what acts on a weight in a step. A teacher of `tiny` reads its
+million bytes more often than its student: with as few steps as that, a larger network is no better than a small one, and
+there would be nothing to learn from it.
 
 Sources: Timiryasov and Tastet 2023, "Baby Llama"; Tastet and Timiryasov 2024, "BabyLlama-2".
 """
