@@ -3,8 +3,8 @@
 `paper` is what the papers' code has. `small` and `tiny` keep its shape (which teachers, how they are combined, loss,
 temperature, windowing) with smaller networks and, for `tiny`, less text. Learning rates grow as networks shrink; weight
 decay keeps its product with the learning rate, which is what acts on a weight in a step. A teacher of `tiny` reads its
-million bytes more often than its student: with as few steps as that, a larger network is no better than a small one, and
-there would be nothing to learn from it.
+million bytes more often than its student: with as few steps as that, a larger network is no better than a small one,
+and there would be nothing to learn from it.
 
 Sources: Timiryasov and Tastet 2023, "Baby Llama"; Tastet and Timiryasov 2024, "BabyLlama-2".
 """
