@@ -25,6 +25,7 @@ from storage.encoding import logprob_floor, token_id_dtype
 from storage.errors import InputError
 from storage.manifest import TeacherEntry
 from storage.pruning import prune
+from storage.reader import LogitCache
 from storage.records import SparseTargets
 from teachers.base import Teacher
 from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
@@ -55,9 +56,21 @@ def build_shard(
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
     """The targets of a shard's positions, with exact log-probs, on the CPU."""
-    entry, cache, teacher = opened.writer.entry, opened.cache, opened.teacher
+    entry = opened.writer.entry
     start = shard * entry.layout.shard
     stop = min(start + entry.layout.shard, entry.positions)
+    return score_range(opened.cache, opened.teacher, entry, start, stop, progress)
+
+
+def score_range(
+    cache: LogitCache,
+    teacher: Teacher,
+    entry: TeacherEntry,
+    start: int,
+    stop: int,
+    progress: Callable[[int], None] | None = None,
+) -> SparseTargets:
+    """The targets of the positions `start .. stop` of an entry, which need not be there; see `score_shard`."""
     starts = cache.document_starts if entry.windowing.isolate_documents else None
     rows = _Rows(entry, start, stop)
     copies = HostCopies(teacher.device, rows.put)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -22,12 +21,14 @@ if "LogitCache" not in getattr(storage, "__all__", ()):
 
 from logit_cache.cleaning_cli import clean
 from logit_cache.evaluation_cli import evaluate
+from logit_cache.options import JOB_OPTIONS, Options, options
+from logit_cache.planning_cli import plan, status
 from logit_cache.recipe_cli import recipe
 from logit_cache.report_cli import report
 from logit_cache.sharing_cli import COMMANDS, EXAMPLE
 from storage.errors import one_line_errors
 
-_CORPUS_OPTIONS = (
+_CORPUS_OPTIONS: Options = (
     click.option("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
     click.option("--tokenizer", help="Directory or hub id of an existing tokenizer."),
     click.option("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
@@ -42,27 +43,18 @@ _CORPUS_OPTIONS = (
 )
 
 
-def _options(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Any], Any]:
-    def apply(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="logit-cache")
 def main() -> None:
     """Make, look at, check and share caches of teachers' next-token distributions."""
 
 
-for _command in (*COMMANDS, clean, evaluate, recipe, report):
+for _command in (*COMMANDS, clean, evaluate, plan, recipe, report, status):
     main.add_command(_command)
 
 
 @main.command(epilog=EXAMPLE + "logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train")
-@_options(_CORPUS_OPTIONS)
+@options(_CORPUS_OPTIONS)
 @click.option("--out", help="Path or URL of the cache to make.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run tokenizer code from the hub.")
 @click.option("--config", type=str, help="YAML file with these fields; flags override it.")
@@ -147,41 +139,11 @@ def demo(out: str, text: tuple[str, ...]) -> None:
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXAMPLE + "cache-logits --cache run/train --teacher run/llama --name llama -k 64",
 )
-@click.option("--cache", help="Path or URL of a cache that holds the token stream.")
-@click.option(
-    "--teacher", multiple=True, help="Model directory or hub id (AutoModelForCausalLM, safetensors). Repeatable."
-)
-@click.option("--combine", help="What several teachers become: logit-mean (of their logits) or mixture.")
-@click.option("--weight", type=float, multiple=True, help="Of each --teacher, in their order.  [default: equal]")
-@click.option("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'.")
-@click.option("--targets", help="varopt: likely ids and an unbiased sample of the others; or topk.  [default: varopt]")
-@click.option("-k", "--k", type=int, help="Ids stored per position.  [default: 64]")
-@click.option("--top-p", type=float, help="Top-k, each position cut where its mass first reaches this, such as 0.98.")
-@click.option("--head-ids", type=int, help="varopt: the likeliest ids that are stored for certain.  [default: 0]")
-@click.option("--seed", type=int, help="varopt: keys the sample, together with each position.  [default: 0]")
-@click.option("--target-temperature", type=float, help="varopt: 1 or 2, where the sample is unbiased.  [default: 1]")
-@click.option("--context-tokens", type=int, help="Length of the windows that the teacher reads.  [default: 128]")
-@click.option("--stride-tokens", type=int, help="Tokens from one window to the next.  [default: the context]")
-@click.option("--isolate-documents/--no-isolate-documents", default=None, help="Windows do not cross documents.")
-@click.option("--dtype", help="float32, bfloat16 or float16.  [default: bfloat16 on CUDA, float32 on CPU]")
-@click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]")
-@click.option("--encoding", help="codes (1/32 nat) or float32 (exact).  [default: codes]")
-@click.option("--step-nats", type=float, help="Unit of the codes.  [default: 0.03125]")
-@click.option("--profile", help="small (zstd) or fast to read (lz4).  [default: small]")
-@click.option("--shard-tokens", type=int, help="Positions per shard: what a killed worker loses at most.")
-@click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
-@click.option("--batch-windows", type=int, help="Windows in one pass; recorded in the entry.  [default: tried out]")
-@click.option(
-    "--fidelity-positions", type=int, help="Scored again for the fidelity report; 0: no report.  [default: 2048]"
-)
-@click.option("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order.")
-@click.option("--attention", help="Attention implementation of transformers, such as sdpa or eager.")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Run model code from the hub; recorded.")
+@options(JOB_OPTIONS)
 @click.option("--worker", help="i/n: do the i-th of n shares, for several processes on one entry.")
-@click.option("--config", type=str, help="YAML file with these fields; flags override it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the entry's description as JSON.")
 @click.option("--out", help="With --text: make the cache here first.")
-@_options(_CORPUS_OPTIONS)
+@options(_CORPUS_OPTIONS)
 def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str | None, **flags: Any) -> None:
     """Run a teacher once over a token stream and store its targets; run it again to go on after a stop.
 

@@ -18,7 +18,7 @@ from storage.location import locate
 from storage.manifest import TEACHER_NAME, Encoding, Execution, Targets, TeacherEntry, Versions, Windowing
 from storage.reader import LogitCache, read_record, teacher_folder
 from storage.vocabulary import differing_entries
-from storage.writer import EntryWriter
+from storage.writer import EntryWriter, refuse_other
 
 if TYPE_CHECKING:
     from teachers.base import Teacher
@@ -142,6 +142,15 @@ class CacheJob(BaseModel):
 
 
 @dataclass(frozen=True)
+class PreparedJob:
+    """A job that has passed every check, before anything is written; `entry` is what it would make, or go on with."""
+
+    cache: LogitCache
+    teacher: Teacher
+    entry: TeacherEntry
+
+
+@dataclass(frozen=True)
 class OpenJob:
     """A job whose inputs have been checked: ready to build shards."""
 
@@ -188,6 +197,22 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
     """Check everything that can be wrong, load the teachers unless given, then create the entry or go on with it.
 
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
+    """
+    prepared = prepare_job(job, teachers)
+    return OpenJob(prepared.cache, prepared.teacher, _open_writer(job, prepared.entry))
+
+
+def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
+    """Raise IdentityMismatch where the cache has another entry under the job's name."""
+    stored = _stored_entry(job)
+    if stored is not None:
+        refuse_other(locate(job.cache), job.name, stored, entry)
+
+
+def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> PreparedJob:
+    """The checks of `open_job`, but for the one against an entry of that name, and what follows from them.
+
+    Writes nothing.
     """
     from teachers.batch import choose_batch_windows
 
@@ -242,7 +267,7 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
         ),
         created_with=library_versions(),
     )
-    return OpenJob(cache, teacher, _open_writer(job, entry))
+    return PreparedJob(cache, teacher, entry)
 
 
 def _open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
@@ -259,11 +284,15 @@ def _open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
 
 def _recorded_batch_windows(job: CacheJob) -> int | None:
     """The batch of an entry that is there already; None where there is none."""
+    stored = _stored_entry(job)
+    return None if stored is None else stored.execution.batch_windows
+
+
+def _stored_entry(job: CacheJob) -> TeacherEntry | None:
     try:
-        stored = read_record(locate(job.cache), f"{teacher_folder(job.name)}{ROOT_KEY}", TeacherEntry)
+        return read_record(locate(job.cache), f"{teacher_folder(job.name)}{ROOT_KEY}", TeacherEntry)
     except CacheNotFound:
         return None
-    return stored.execution.batch_windows
 
 
 def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:

@@ -104,6 +104,16 @@ class LocalLocation(Location):
         except NotADirectoryError:
             raise InputError(f"{self.url} is a file; a cache is a folder: give another path") from None
 
+    def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
+        try:
+            entries = os.scandir(self._path(folder) if folder else self._root)
+        except FileNotFoundError:
+            return
+        with entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # a writer's temporary file, gone by now
+                    yield entry.name, entry.stat(follow_symlinks=False).st_mtime
+
     def walk(self, prefix: str = "") -> dict[str, int]:
         folder = self._path(prefix) if prefix else self._root
         # Links are listed and not followed.

@@ -70,6 +70,15 @@ class Location(ABC):
     def names(self, prefix: str) -> list[str]:
         """Names of the objects and folders directly under a folder (`""` is the root), sorted."""
 
+    def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
+        """Names directly under a folder, each with the time at which it was written there, in any order.
+
+        As they come, so that nothing is held of a folder of a million names. Times are in seconds since 1970, None
+        where the place does not say. Raises InputError where a place cannot list.
+        """
+        for name in self.names(folder):
+            yield name, None
+
     @abstractmethod
     def walk(self, prefix: str = "") -> dict[str, int]:
         """Keys of all objects under a folder, sorted, and their lengths in bytes.

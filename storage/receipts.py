@@ -51,6 +51,16 @@ class Receipts:
         return f"{self.folder}/{shard:08d}.json"
 
     @property
+    def first_array(self) -> ArraySpec:
+        """The array whose object a writer publishes first; all are cut as it is."""
+        return self._first
+
+    def shard_of(self, name: str) -> int | None:
+        """The shard whose receipt a file of the folder is named for; None for anything else."""
+        match = _NAME.match(name)
+        return int(match[1]) if match and int(match[1]) < self.shards else None
+
+    @property
     def index_key(self) -> str:
         """Key of the index of all receipts."""
         return f"{self.folder}/index.json"
@@ -75,9 +85,9 @@ class Receipts:
             found[:] = True
             return found
         for name in self.location.names(self.folder):
-            match = _NAME.match(name)
-            if match and int(match[1]) < self.shards:
-                found[int(match[1])] = True
+            shard = self.shard_of(name)
+            if shard is not None:
+                found[shard] = True
         self._listed = found.copy()
         return found
 

@@ -223,6 +223,17 @@ class FsspecLocation(Location):
 
         return self._ask(prefix, request)
 
+    def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
+        if self._protocol not in _S3:
+            yield from super().listing(folder)
+            return
+        below = len(self._below_bucket(folder))
+        for page in self._pages(folder, "/"):
+            for item in page.get("CommonPrefixes", ()):
+                yield item["Prefix"][below:].rstrip("/"), None
+            for item in page.get("Contents", ()):
+                yield item["Key"][below:], item["LastModified"].timestamp()
+
     def walk(self, prefix: str = "") -> dict[str, int]:
         if self._protocol in _WEB:
             raise self._cannot_list()
@@ -242,9 +253,17 @@ class FsspecLocation(Location):
         return folder + "/" if folder else ""
 
     def _listed(self, prefix: str, delimiter: str) -> dict[str, int]:
-        """Keys below a folder in its bucket (and, with a delimiter, folders) with their lengths.
+        """Keys below a folder in its bucket (and, with a delimiter, folders) with their lengths."""
+        found: dict[str, int] = {}
+        for page in self._pages(prefix, delimiter):
+            found.update((item["Prefix"], 0) for item in page.get("CommonPrefixes", ()))
+            found.update((item["Key"], int(item["Size"])) for item in page.get("Contents", ()))
+        return found
 
-        Page by page and not through fsspec, which takes an empty answer for an empty folder, or for the last page.
+    def _pages(self, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
+        """A listing of S3, page by page.
+
+        Not through fsspec, which takes an empty answer for an empty folder, or for the last page.
         """
         bucket = self._fs.split_path(self._path(prefix))[0]
         wanted = {"Bucket": bucket, "Prefix": self._below_bucket(prefix), "Delimiter": delimiter}
@@ -258,16 +277,14 @@ class FsspecLocation(Location):
                 raise OSError("an empty answer in place of a listing")
             return page
 
-        found: dict[str, int] = {}
         while True:
             try:
                 page = self._ask(prefix, request)
             except FileNotFoundError as error:
                 raise CacheNotFound(f"{self.url}: there is no bucket {bucket} ({_said(error)})") from None
-            found.update((item["Prefix"], 0) for item in page.get("CommonPrefixes", ()))
-            found.update((item["Key"], int(item["Size"])) for item in page.get("Contents", ()))
+            yield page
             if not page["IsTruncated"]:
-                return found
+                return
             wanted["ContinuationToken"] = page["NextContinuationToken"]
 
     def _cannot_list(self) -> InputError:

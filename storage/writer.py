@@ -100,8 +100,7 @@ class ShardWriter:
 
         `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`.
         """
-        with ThreadPoolExecutor(_encoders()) as pool:
-            encoded = {name: encode_shard(spec, shard, values[name], pool.map) for name, spec in self.specs.items()}
+        encoded = encode_objects(self.specs, shard, values)
         objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
         # From the first object to the receipt, no other writer may replace what looks like a leftover.
         with self._location.exclusive(self.receipts.folder), ThreadPoolExecutor(self._at_once) as pool:
@@ -164,14 +163,7 @@ class EntryWriter:
         key = folder + "zarr.json"
         location.publish(key, metadata_bytes(group_metadata({ATTRIBUTE: sealed(entry)})))
         stored = read_record(location, key, TeacherEntry)
-        differing = differences(stored, entry)
-        if differing:
-            raise IdentityMismatch(
-                f"{location.where(folder)}",
-                differing,
-                f"A teacher entry holds one teacher's targets made in one way: give this one another --name, or remove "
-                f"{location.where(folder.rstrip('/'))} if nothing in it is worth keeping",
-            )
+        refuse_other(location, name, stored, entry)
         shards = ShardWriter(location, folder, folder + "receipts", teacher_arrays(stored), stored)
         shards.prepare()
         return cls(location, name, stored, shards)
@@ -197,15 +189,7 @@ class EntryWriter:
             raise FormatError(
                 f"{self._location.where(teacher_folder(self.name))}: shard {shard} is not written: {broken}"
             )
-        # Chunk by chunk: intermediate values stay small, and several threads take part.
-        size = self.entry.layout.chunk
-        chunks = [
-            targets.rows(start, min(start + size, targets.stop)) for start in range(targets.start, targets.stop, size)
-        ]
-        with ThreadPoolExecutor(_encoders()) as pool:
-            encoded = list(pool.map(partial(encode_targets, self.entry), chunks))
-        values = {name: np.concatenate([chunk[name] for chunk in encoded]) for name in encoded[0]}
-        return self._shards.commit(shard, values, _statistics(targets), began)
+        return self._shards.commit(shard, shard_values(self.entry, targets), shard_statistics(targets), began)
 
     def finish(self) -> None:
         """Write the index of receipts once no shard is missing."""
@@ -218,11 +202,42 @@ class EntryWriter:
         return self._location.publish(teacher_folder(self.name) + FIDELITY_FILE, sealed_bytes(report))
 
 
+def refuse_other(location: Location, name: str, stored: TeacherEntry, wanted: TeacherEntry) -> None:
+    """Raise IdentityMismatch, with the fields that differ, unless an entry that is there is the one that is wanted."""
+    folder = teacher_folder(name)
+    differing = differences(stored, wanted)
+    if differing:
+        raise IdentityMismatch(
+            f"{location.where(folder)}",
+            differing,
+            f"A teacher entry holds one teacher's targets made in one way: give this one another --name, or remove "
+            f"{location.where(folder.rstrip('/'))} if nothing in it is worth keeping",
+        )
+
+
 def _encoders() -> int:
     """Threads that encode a shard: compressors and NumPy let go of the interpreter."""
     return min(
         _MOST_ENCODERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
+
+
+def shard_values(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
+    """The arrays of a shard's targets as they are stored, by name."""
+    # Chunk by chunk: intermediate values stay small, and several threads take part.
+    size = entry.layout.chunk
+    chunks = [
+        targets.rows(start, min(start + size, targets.stop)) for start in range(targets.start, targets.stop, size)
+    ]
+    with ThreadPoolExecutor(_encoders()) as pool:
+        encoded = list(pool.map(partial(encode_targets, entry), chunks))
+    return {name: np.concatenate([chunk[name] for chunk in encoded]) for name in encoded[0]}
+
+
+def encode_objects(specs: Mapping[str, ArraySpec], shard: int, values: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
+    """The objects of one shard by array."""
+    with ThreadPoolExecutor(_encoders()) as pool:
+        return {name: encode_shard(spec, shard, values[name], pool.map) for name, spec in specs.items()}
 
 
 def encode_targets(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
@@ -247,7 +262,8 @@ def encode_targets(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDA
     return {name: values[name] for name in specs}
 
 
-def _statistics(targets: SparseTargets) -> ShardStatistics:
+def shard_statistics(targets: SparseTargets) -> ShardStatistics:
+    """What a shard's receipt sums up."""
     mass = head_mass(targets)
     labelled = ~np.isnan(targets.label_logprob)
     return ShardStatistics(

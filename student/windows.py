@@ -169,7 +169,7 @@ class _Span:
         trained = None if cache.loss_mask is None else cache.loss_mask.read(start, stop)
         following = self._inputs[1:]
         self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
-        self._targets = {name: _arrays(cache.teacher(name).read(start, stop)) for name in teachers}
+        self._targets = {name: target_arrays(cache.teacher(name).read(start, stop)) for name in teachers}
 
     def window(self, start: int, length: int, window_tokens: int) -> Window:
         cut = slice(start - self._start, start - self._start + length)
@@ -223,7 +223,8 @@ def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def _arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
+def target_arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
+    """Targets [n] as they travel to the training device, by name; see `collate`."""
     # uint32 ids need 64 bits: unused columns hold the type's maximum, and torch cannot index with unsigned types.
     wide = np.int64 if targets.token_ids.dtype == np.uint32 else np.int32
     arrays: dict[str, NDArray[Any]] = {"token_ids": targets.token_ids.astype(wide)}

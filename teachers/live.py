@@ -23,6 +23,11 @@ from teachers.huggingface import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 _CHUNK_BYTES = {"cpu": 16 << 20}
 
 
+def chunk_bytes(device: torch.device, teachers: int = 1) -> int:
+    """The most that a chunk of a live teacher's logits takes, where so many of them run."""
+    return _CHUNK_BYTES.get(device.type, DEFAULT_LOGIT_BUDGET_BYTES // teachers)
+
+
 class LiveTeacher:
     """One teacher, or several combined, as `student.dense.LogitSource`."""
 
@@ -62,7 +67,7 @@ def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
             source,
             dtype="float32" if device.type == "cpu" else "bfloat16",
             device=str(device),
-            logit_budget_bytes=_CHUNK_BYTES.get(device.type, DEFAULT_LOGIT_BUDGET_BYTES // len(job.live_teachers)),
+            logit_budget_bytes=chunk_bytes(device, len(job.live_teachers)),
         )
         teacher.check_context(job.window_tokens)
         vocabulary = teacher.vocabulary()

@@ -21,11 +21,15 @@ EXCEPTIONS = {
     "teachers/train.py": {"student"},
     "teachers/live.py": {"student"},
     "logit_cache/evaluation_cli.py": {"student"},
+    "logit_cache/forecast.py": {"student"},
+    "logit_cache/step_probe.py": {"student"},
 }
 CLICK = {
     "logit_cache/cleaning_cli.py",
     "logit_cache/cli.py",
     "logit_cache/evaluation_cli.py",
+    "logit_cache/options.py",
+    "logit_cache/planning_cli.py",
     "logit_cache/recipe_cli.py",
     "logit_cache/report_cli.py",
     "logit_cache/sharing_cli.py",

@@ -41,12 +41,13 @@ _STUDENT = {
 
 
 def tables() -> Iterator[Table]:
-    """Caching, reading, training and opening."""
+    """Caching, reading, training, opening, following and planning."""
     runs = {name: _corpus(name, positions) for name, positions in SIZES.items()}
     yield _caching(runs)
     yield _reading(runs)
     yield _training(runs)
     yield _opening(runs)
+    yield _planning(runs)
 
 
 @functools.cache
@@ -68,7 +69,7 @@ def _corpus(name: str, positions: int) -> Path:
 
 
 @functools.cache
-def _teacher() -> Path:
+def _teacher(columns: int = V) -> Path:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
@@ -76,8 +77,8 @@ def _teacher() -> Path:
     disable_progress_bar()
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": WINDOW, "initializer_range": 0.3}
-    path = workshop() / "scaling-teacher"
-    GPT2LMHeadModel(GPT2Config(vocab_size=V, bos_token_id=1, eos_token_id=1, **sizes)).save_pretrained(path)
+    path = workshop() / f"scaling-teacher-{columns}"
+    GPT2LMHeadModel(GPT2Config(vocab_size=columns, bos_token_id=1, eos_token_id=1, **sizes)).save_pretrained(path)
     return path
 
 
@@ -264,4 +265,49 @@ def _opening(runs: dict[str, Path]) -> Table:
 token read; a process of its own each time, {OPENINGS} rounds. 10^9 positions are {shards:,} shards of K = 64, V =
 16,000, with receipts of their own and hard links to a few objects: {middle:.1f} MB hold one decoded chunk and which
 shards there are.""",
+    )
+
+
+def _planning(runs: dict[str, Path]) -> Table:
+    """`status` and `plan`, each as a process."""
+    shortest, *_, longest = {**runs, "10^9": billion()}.items()
+    # Wide enough for the vocabulary of the longest; the probe is of the same size on both.
+    probed = ["--teacher", _teacher(16_000), "-k", str(K), "--probe-windows", str(BATCH), "--name", "planned"]
+    ways = {
+        "`status`, complete": lambda path: ["logit-cache", "status", path],
+        "`status`, without the index": lambda path: ["logit-cache", "status", path, "--teacher", "a"],
+        "`plan`": lambda path: ["logit-cache", "plan", "--cache", path, *probed],
+    }
+    found: dict[tuple[str, str], list[Ran]] = {}
+    for _ in range(OPENINGS):
+        for way, line in ways.items():
+            for name, path in (shortest, longest):
+                index = path / "teachers/a/receipts/index.json"
+                aside = index.with_name("aside")
+                if "without" in way:
+                    index.rename(aside)
+                found.setdefault((way, name), []).append(command(line(path), threads=1))
+                if "without" in way:
+                    aside.rename(index)
+    rows = []
+    for (way, name), taken in found.items():
+        base = found[way, shortest[0]]
+        peaks = [float(ran.peak_bytes) for ran in taken]
+        rows.append(
+            (
+                way,
+                name,
+                spread(ratios([ran.cpu_seconds for ran in taken], [ran.cpu_seconds for ran in base])),
+                spread([ran.cpu_seconds for ran in taken], 2),
+                spread(ratios(peaks, [float(ran.peak_bytes) for ran in base])),
+                spread([peak / 2**20 for peak in peaks], 0),
+            )
+        )
+    return Table(
+        "Following and planning",
+        ("command", "positions", "processor time, ratio", "s", "peak memory, ratio", "MiB"),
+        rows,
+        f"""{OPENINGS} rounds, one thread, imports included. A complete entry is known by its index; without one, the
+15,259 names in the folder of receipts are listed, and 64 receipts read. `plan` probes {BATCH} windows of a GPT-2 with
+16,000 columns on either; its time is that of importing torch and transformers and of loading the teacher.""",
     )

@@ -1,0 +1,196 @@
+"""What a step costs, measured on this machine: the teacher's forward, and a student's step with and without the cache.
+
+Legend: `B` windows of a step, `T` positions of a window, `P` = B·T positions.
+
+A cost is per position, in seconds of what is paid for: processor time where the device is a CPU (a busy machine does
+not change it much), and time where it is an accelerator.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from storage.errors import InputError
+from storage.format import ArraySpec
+from storage.manifest import TeacherEntry
+from storage.records import SparseTargets
+from storage.shards import decode_chunk
+from storage.writer import encode_targets
+from student.dense import DenseLoss
+from student.losses import DistillationLoss
+from student.models import load_student
+from student.targets import Member
+from student.trainer import bind_loss, unbind_loss
+from student.windows import target_arrays
+from teachers.base import Teacher
+from teachers.live import LiveTeacher, chunk_bytes
+
+# The defaults of `train-student`.
+_STEP_WINDOWS = 32
+_ROUNDS = 3
+_NAME = "probe"
+
+
+@dataclass
+class Meter:
+    """Adds up what its `running` blocks took: seconds passed, and of processor time, over all threads."""
+
+    device: torch.device
+    seconds: float = field(default=0.0, init=False)
+    cpu_seconds: float = field(default=0.0, init=False)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts while the body runs, the device's work included."""
+        self._wait()
+        began, used = time.perf_counter(), time.process_time()
+        yield
+        self._wait()
+        self.seconds += time.perf_counter() - began
+        self.cpu_seconds += time.process_time() - used
+
+    @property
+    def paid(self) -> float:
+        """Seconds of what is paid for."""
+        return self.cpu_seconds if self.device.type == "cpu" else self.seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of a student's step, per position: from the cache (reading it left out), and with the teachers beside it."""
+
+    model: str
+    parameters: int
+    windows: int
+    cached: float
+    live: float
+
+
+class _Pieces:
+    """A `LiveTeacher` whose chunks are cut as they are beside a student; the loss is slower on others (on a CPU)."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._source = LiveTeacher(teacher)
+        self.columns, self.provenance = self._source.columns, self._source.provenance
+        self._rows = max(1, chunk_bytes(teacher.device) // (4 * self.columns))
+
+    def __call__(self, windows: Tensor) -> Iterator[Tensor]:
+        for chunk in self._source(windows):
+            for start in range(0, len(chunk), self._rows):
+                yield chunk[start : start + self._rows]
+
+
+def forward_cost(teacher: Teacher, windows: NDArray[np.int64]) -> float:
+    """Of the teacher alone, all positions of windows int64 [B, T] scored, as beside a student; per position."""
+    inputs = torch.from_numpy(windows)
+    source = LiveTeacher(teacher)
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in source(inputs):
+                pass
+
+    return _each(teacher.device, run) / windows.size
+
+
+def reading_cost(specs: Mapping[str, ArraySpec], objects: Mapping[str, bytes], positions: int) -> float:
+    """Processor seconds per position of decompressing the objects of one shard, as a student's reader does."""
+    meter = Meter(torch.device("cpu"))
+    with meter.running():
+        for name, data in objects.items():
+            table = np.frombuffer(data[-specs[name].index_bytes : -4], dtype="<u8").reshape(-1, 2)
+            for offset, length in table[table[:, 1] < len(data)].tolist():
+                decode_chunk(specs[name], data[offset : offset + length])
+    return meter.cpu_seconds / positions
+
+
+def new_student(spec: str, entry: TeacherEntry) -> Any:
+    """A student for the tokens of an entry, with windows as its teacher's. Raises InputError as train-student does."""
+    return load_student(
+        spec,
+        vocabulary_size=entry.vocabulary_size,
+        special_ids={},
+        window_tokens=entry.windowing.context_tokens,
+        seed=0,
+    )
+
+
+def student_cost(
+    spec: str, teacher: Teacher, entry: TeacherEntry, tokens: NDArray[np.int64], targets: SparseTargets
+) -> StepCost:
+    """Of forward, backward and AdamW of a student, on the windows of some targets.
+
+    tokens: int64 [len(targets) + 1], from the first target's position on. Raises InputError for a model that
+    train-student would refuse, or where the targets are less than a window.
+    """
+    t = entry.windowing.context_tokens
+    b = min(_STEP_WINDOWS, (len(tokens) - 1) // t)
+    if b < 1:
+        raise InputError(
+            f"--student needs text for a window of {t} tokens and one more, there are {len(tokens)} tokens"
+        )
+    model = new_student(spec, entry).to(teacher.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def windows(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values[: b * t].reshape(b, t, *values.shape[1:])).to(teacher.device)
+
+    rows = target_arrays(_stored(entry, targets.rows(targets.start, targets.start + b * t)))
+    batch: dict[str, Any] = {"input_ids": windows(tokens[:-1]), "labels": windows(tokens[1:])}
+    member, tau = Member.of(_NAME, entry), entry.targets.temperature
+    costs = {}
+    for kind, loss, given in (
+        ("cached", DistillationLoss(entry.vocabulary_size, 0.0, tau, [member], window_tokens=t),
+         {"targets": {_NAME: {name: windows(value) for name, value in rows.items()}}}),
+        ("live", DenseLoss(_Pieces(teacher), entry.vocabulary_size, 0.0, tau, window_tokens=t), {}),
+    ):  # fmt: skip
+        bind_loss(model, loss)
+
+        def step(given: dict[str, Any] = given) -> None:
+            model(**batch, **given).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        costs[kind] = _each(teacher.device, step) / (b * t)
+        unbind_loss(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return StepCost(spec, parameters, b, costs["cached"], costs["live"])
+
+
+def _each(device: torch.device, run: Callable[[], None]) -> float:
+    """What one run costs: the median of a few, after one that does not count."""
+    run()
+    costs = []
+    for _ in range(_ROUNDS):
+        meter = Meter(device)
+        with meter.running():
+            run()
+        costs.append(meter.paid)
+    return median(costs)
+
+
+def _stored(entry: TeacherEntry, targets: SparseTargets) -> SparseTargets:
+    """The targets as a reader of the entry would get them."""
+    values = encode_targets(entry, targets)
+    return SparseTargets(
+        start=targets.start,
+        codes=values.pop("logprob_codes", None),
+        exact_logprobs=values.pop("logprobs", None),
+        step_nats=entry.encoding.step_nats,
+        **values,
+    )
