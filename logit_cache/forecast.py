@@ -31,7 +31,7 @@ from logit_cache.job import CacheJob, PreparedJob, check_entry, prepare_job
 from logit_cache.plan import windows
 from logit_cache.step_probe import Meter, StepCost, forward_cost, new_student, reading_cost, student_cost
 from storage.arrays import metadata_bytes
-from storage.errors import InputError
+from storage.errors import FormatError, InputError
 from storage.format import COMPRESSION, entry_layout, group_metadata, teacher_arrays
 from storage.manifest import (
     ATTRIBUTE,
@@ -46,6 +46,7 @@ from storage.manifest import (
     unseal,
 )
 from storage.records import SparseTargets
+from storage.rules import broken_rule
 from storage.shards import object_digest
 from storage.writer import encode_objects, shard_statistics, shard_values
 from student.memory import peak_device_bytes, peak_process_bytes
@@ -100,12 +101,12 @@ def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str,
     `progress` shows how far the probe is (`logit_cache.progress.progress`). Raises what `cache-logits` would raise.
     """
     prepared = prepare_job(job)
+    loading = time.process_time()
     if question.named:
         check_entry(job, prepared.entry)
     entry = _wanted_entry(job, prepared.entry, question.tokens)
     if question.student is not None:
         new_student(question.student, prepared.entry)  # only to see that it can be made, before anything takes long
-    loading = time.process_time()
     probe = _probe(prepared, question.probe_windows, progress)
     process_bytes, device_bytes = peak_process_bytes(), peak_device_bytes(prepared.teacher.device)
     speed = _speed(probe, entry)
@@ -176,6 +177,9 @@ def _probe(prepared: PreparedJob, most_windows: int | None, progress: Progress) 
             with probe.score.running():
                 targets = score_range(cache, teacher, probed, start, stop, advance)
             with probe.encode.running():
+                broken = broken_rule(targets, probed)
+                if broken:
+                    raise FormatError(f"{cache.url}: the positions {start}..{stop} could not be stored: {broken}")
                 values = shard_values(probed, targets)
                 objects = encode_objects(specs, slot, values)
                 digests = {name: object_digest(specs[name], data) for name, data in objects.items()}
@@ -190,7 +194,7 @@ def _probe(prepared: PreparedJob, most_windows: int | None, progress: Progress) 
             if probe.first is None:
                 receipt = ShardReceipt(
                     record_sha256=_SHA, shard=slot, start=start, stop=stop, objects=digests, statistics=statistics,
-                    seconds=probe.score.seconds, written_at="2026-01-01T00:00:00+00:00", host="a-host",
+                    seconds=round(probe.score.seconds, 3), written_at="2026-01-01T00:00:00+00:00", host="a-host",
                 )  # fmt: skip
                 probe.receipt_bytes = len(sealed_bytes(receipt))
                 tokens = cache.tokens.read(start, min(stop + 1, entry.positions)).astype(np.int64)

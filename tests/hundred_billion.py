@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 
 from billion import resident_bytes
 from fakes import SHA, make_entry
@@ -131,8 +132,6 @@ class Simulated(Location):
 
 
 def iso(seconds: float) -> str:
-    from datetime import UTC, datetime
-
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
