@@ -190,8 +190,8 @@ def _baby_llama_2(scale: Scale) -> Recipe:
         student=student,
         offset="random",
         temperature=1.0,
-        # Students' windows begin anywhere: with half a window of context at least, targets are nearest to what a teacher
-        # beside the student would say (docs/recipes.md).
+        # Students' windows begin anywhere: with half a window of context at least, targets are nearest to what the
+        # teachers would say beside the student (docs/recipes.md).
         stride_tokens=WINDOW_TOKENS // 2,
         text_bytes=1_000_000 if scale == "tiny" else None,
     )
