@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from logit_cache.progress import duration
-from logit_cache.report import Entry, Figure, RecipeFindings, kl_mean, pairs_mean, run_seconds
+from logit_cache.report import Entry, Figure, RecipeFindings, kl_mean, kl_of, pairs_mean, run_seconds
 from logit_cache.report_cells import NOT_MEASURED, Cell, Table, distinct, number, over_seeds, scalar, software, words
 from logit_cache.run_folders import Model, TrainingRun
 from logit_cache.spread import Spread, spread
@@ -29,7 +29,7 @@ def models_table(findings: RecipeFindings) -> Table:
     rows = []
     for series in findings.series:
         sizes = {run.parameters for _, run in series.runs}
-        bound = any(run.held_out and any(kl.lower_bound for kl in run.held_out.kl.values()) for _, run in series.runs)
+        bound = any(kl.lower_bound for model in series.models for kl in kl_of(model).values())
         kl = over_seeds(series.spread(kl_mean), 4)
         rows.append(
             (
@@ -176,7 +176,7 @@ def kl_table(findings: RecipeFindings) -> Table | None:
     """Held-out KL from each teacher entry. Entries that serve one seed each are the teacher of that seed."""
     rows = []
     for series in findings.series:
-        by_seed = [run.held_out.kl for _, run in series.runs if run.held_out is not None and run.held_out.kl]
+        by_seed = [found for model in series.models if (found := kl_of(model))]
         if not by_seed:
             continue
         names = dict.fromkeys(name for kl in by_seed for name in kl)

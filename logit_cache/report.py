@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from logit_cache.inspect import describe_entry
-from logit_cache.run_folders import Model, Recipe, RecipeFolder, Role, TrainingRun
+from logit_cache.run_folders import KL, Model, Recipe, RecipeFolder, Role, TrainingRun
 from logit_cache.spread import Spread, spread
 from storage.errors import CacheNotFound
 from storage.reader import LogitCache
@@ -248,12 +248,18 @@ def run_seconds(model: Model) -> float | None:
     return None if model.run is None or model.run.resumed_from_step else model.run.seconds
 
 
+def kl_of(model: Model) -> dict[str, KL]:
+    """Held-out KL by teacher entry: of the scores, which every model may have; else of the run."""
+    scored = None if model.scores is None else model.scores.held_out
+    if scored is not None and scored.kl:
+        return scored.kl
+    return {} if model.run is None or model.run.held_out is None else model.run.held_out.kl
+
+
 def kl_mean(model: Model) -> float | None:
-    """Held-out KL from a model's teachers, nats per token: the mean where it has several."""
-    if model.run is None or model.run.held_out is None or not model.run.held_out.kl:
-        return None
-    values = [item.nats for item in model.run.held_out.kl.values()]
-    return sum(values) / len(values)
+    """Held-out KL from teacher entries to a model, nats per token: the mean where it has several."""
+    values = [item.nats for item in kl_of(model).values()]
+    return sum(values) / len(values) if values else None
 
 
 def gather_recipe(folder: RecipeFolder) -> RecipeFindings:

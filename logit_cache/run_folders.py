@@ -106,6 +106,7 @@ class ScoredText(_Read):
     perplexity_per_token: float
     bits_per_byte: float | None = None
     ece: float
+    kl: dict[str, KL] = Field(default_factory=dict)
 
 
 class Group(_Read):

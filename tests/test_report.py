@@ -20,7 +20,7 @@ import pytest
 from conftest import Run, refused
 
 from logit_cache.charts import Axis, Dot, Line, even_ticks, line_chart, log_ticks, scatter
-from logit_cache.recipe_tables import cost_table, fidelity_table, models_table
+from logit_cache.recipe_tables import cost_table, fidelity_table, kl_table, models_table
 from logit_cache.report import BreakEven, RecipeFindings, gather_recipe, pairs_mean
 from logit_cache.report_figures import held_out_points, mean_points, thinned
 from logit_cache.report_page import make_report
@@ -386,6 +386,25 @@ def test_scores_stand_in_for_runs_without_figures(recipe: Path) -> None:
     found = findings(recipe)
     assert found.scored_by_evaluate
     assert [cell.text for cell in models_table(found).rows[0]][4:8] == ["2.5000", "12.00", "not measured", "50.00 %"]
+
+
+def test_the_kl_of_a_model_without_teachers_is_that_of_its_scores(recipe: Path) -> None:
+    before = kl_table(findings(recipe))
+    assert before is not None
+    assert "control" not in {row[0].text for row in before.rows}
+    figures = {"tokens": 1, "cross_entropy_per_token": 4.0, "perplexity_per_token": math.exp(4), "ece": 0.1}
+    for seed, nats in zip(invented.SEEDS, (0.5, 0.7, 0.6), strict=True):
+        kl = {f"ensemble-{seed}": {"nats": nats, "lower_bound": True}}
+        (file,) = (recipe / f"seed-{seed}").glob("control-*.scores.json")
+        edit(file, held_out={**figures, "kl": kl})
+    found = findings(recipe)
+    table = kl_table(found)
+    assert table is not None
+    (row,) = (row for row in table.rows if row[0].text == "control")
+    assert row[2].text.startswith("0.6000")
+    assert row[3].text == "a lower bound"
+    (model,) = (row for row in models_table(found).rows if row[0].text == "control")
+    assert any(cell.text.startswith("≥ 0.6000") for cell in model)
 
 
 def test_nothing_from_a_folder_becomes_markup(recipe: Path, tmp_path: Path) -> None:
