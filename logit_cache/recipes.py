@@ -99,7 +99,8 @@ class Recipe(_Frozen):
 
     offset                  of training windows: fixed blocks, or a random offset for each
     temperature, alpha      of the loss; loss_scale as in `student.objective`
-    kept_ids                stored per position; the paper's code kept every logit
+    kept_ids                stored per position, so many that a student from the cache is the one beside live teachers
+                            but for noise (docs/recipes.md); the paper's code kept every logit
     text_bytes              of training text at most, all files together; None: all of it
     """
 
@@ -114,7 +115,7 @@ class Recipe(_Frozen):
     alpha: float = 0.5
     loss_scale: Literal["token", "babyllama"] = "babyllama"
     stride_tokens: int = WINDOW_TOKENS
-    kept_ids: int = 128
+    kept_ids: int
     text_bytes: int | None = None
 
     @property
@@ -190,6 +191,7 @@ def _baby_llama_2(scale: Scale) -> Recipe:
         student=student,
         offset="random",
         temperature=1.0,
+        kept_ids=256,
         # Students' windows begin anywhere: with half a window of context at least, targets are nearest to what the
         # teachers would say beside the student (docs/recipes.md).
         stride_tokens=WINDOW_TOKENS // 2,
