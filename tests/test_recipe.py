@@ -269,8 +269,9 @@ def test_a_whole_recipe_killed_and_gone_on_with(text: Path, tmp_path: Path, run:
     }
     assert reports["student"]["job"]["temperature"] == 2.0
     assert reports["student"]["job"]["alpha"] == reports["live"]["job"]["alpha"] == 0.5
+    # After a few steps, on a few thousand held-out positions: the one from drawn ids, the other from all of them.
     assert reports["student"]["held_out"]["distillation_loss"] == pytest.approx(
-        reports["live"]["held_out"]["distillation_loss"], rel=0.02
+        reports["live"]["held_out"]["distillation_loss"], rel=0.1
     )
     assert reports["control"]["held_out"]["distillation_loss"] is None
     steps = {name: report["steps"] for name, report in reports.items()}
