@@ -21,10 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from logit_cache.cleaning import FAMILIES, PLAIN, RULES_VERSION, Cleaner, family_of
 from logit_cache.sources import COMPRESSED, Source, decoded, find_sources
 from storage.errors import IdentityMismatch, InputError
+from storage.local import PARTIAL, replace_file
 
 RECORD = "cleaning.json"
 PIECE_BYTES = 1 << 18
-_PARTIAL = ".partial"
 
 Advance = Callable[[int], None]
 Track = Callable[[str, int, str], AbstractContextManager[Advance]]
@@ -123,8 +123,8 @@ def _inputs(job: CleaningJob) -> dict[str, Source]:
             raise InputError(
                 f"{source.location}: expected a plain text file, as BabyLM's are; write the text into one first"
             )
-        if name.endswith(_PARTIAL):
-            raise InputError(f"{source.location}: a name in {_PARTIAL} is for files that are being written; rename it")
+        if name.endswith(PARTIAL):
+            raise InputError(f"{source.location}: a name in {PARTIAL} is for files that are being written; rename it")
         if name in found:
             raise InputError(
                 f"{found[name].location} and {source.location} would both become {name} in {job.out}: "
@@ -237,7 +237,7 @@ def _clean_file(
     out: Path, record: Cleaning, name: str, source: Source, size: int, family: str, advance: Advance
 ) -> Cleaning:
     """Clean one file; returns the record with its entry."""
-    partial = out / (name + _PARTIAL)
+    partial = out / (name + PARTIAL)
     sha256_in, sha256_out = hashlib.sha256(), hashlib.sha256()
     bytes_out = 0
     cleaner = Cleaner(family, source.location)
@@ -272,9 +272,7 @@ def _clean_file(
             lines_out=cleaner.lines_out,
         )
         record = record.model_copy(update={"files": dict(sorted({**record.files, name: entry}.items()))})
-        temporary = out / (RECORD + _PARTIAL)
-        temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        temporary.replace(out / RECORD)
+        replace_file(out / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
         partial.replace(out / name)
     finally:
         partial.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from logit_cache.show import columns
+
 _HEAD = ("", "parameters", "tokens seen", "held-out loss", "perplexity", "ECE", "KL to teachers")
 
 
@@ -97,14 +99,8 @@ def _model_cells(report: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _aligned(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    rule = "  ".join("-" * width for width in widths)
-
-    def line(row: tuple[str, ...]) -> str:
-        first = row[0].ljust(widths[0])
-        return "  ".join([first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-
-    return [line(head), rule, *(line(row) for row in rows)]
+    rule = tuple("-" * max(len(row[column]) for row in [head, *rows]) for column in range(len(head)))
+    return columns([head, rule, *rows])
 
 
 _STYLE = """

@@ -17,6 +17,7 @@ from typing import Any
 from logit_cache.comparison import Comparison, write_page
 from logit_cache.stages import Stage, run_stages
 from storage.errors import InputError
+from storage.local import replace_file
 
 TRAIN_BYTES = 1_500_000
 VALID_BYTES = 200_000
@@ -198,9 +199,7 @@ def _write_same(path: Path, content: str) -> None:
         raise InputError(f"{path} is of other text: give another --out, or remove the old run to begin again")
     path.parent.mkdir(parents=True, exist_ok=True)
     # A killed demo must not leave half a file, which would look like other text the next time.
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    replace_file(path, data)
 
 
 def _comparison(folder: Path) -> Comparison:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from logit_cache.probe import Machine
 from logit_cache.recipes import WINDOW_TOKENS, Model, Network, Recipe
+from logit_cache.show import columns
 from storage.errors import InputError
 
 _PROGRAM_BYTES = 1 << 30
@@ -179,13 +180,7 @@ def table(stages: Sequence[Cost], machine: Machine, seeds: int) -> str:
             )
         )
     total = sum(seconds(stage, machine) for stage in stages)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    lines = columns(rows)
     each = f", and {seeds} times that for {seeds} seeds" if seeds > 1 else ""
     lines.append(
         f"about {_duration(total)}{each}, on {machine.name} ({machine.device}; "

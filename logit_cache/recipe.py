@@ -26,6 +26,7 @@ from logit_cache.probe import Machine, probe
 from logit_cache.recipes import WINDOW_TOKENS, Model, Scale, find_recipe
 from logit_cache.stages import Stage, run_stages
 from storage.errors import IdentityMismatch, InputError
+from storage.local import replace_file
 
 AGAIN = "run the same command again to go on"
 
@@ -299,9 +300,7 @@ class RecipeRun:
                 raise IdentityMismatch(f"{self.folder} holds another run", differing, "Give another --out")
             for name in ("entries", "models"):
                 record[name] = [*stored[name], *(item for item in record[name] if item not in stored[name])]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
 
     def _stored(self) -> dict[str, Any] | None:
         path = self.folder / "recipe.json"

@@ -7,7 +7,6 @@ the folders hold is text, and Jinja2 escapes it.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from logit_cache.run_folders import Folder, RecipeFolder, RunFolder, SweepFolder
 from logit_cache.run_tables import run_provenance, runs_table, sorted_trials, sweep_settings, trial_value, trials_table
 from logit_cache.verdict import pairs_sentences, verdicts
 from storage.errors import InputError
+from storage.local import replace_file
 
 _RUN_STYLES = ("student", "teacher-0", "teacher-1", "live", "teacher-2", "teacher-3", "control")
 _PAIRED = "Differences are paired by seed; ± is their standard deviation over seeds, intervals are Student's t."
@@ -70,10 +70,7 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
     runs = [folder for folder in folders if isinstance(folder, RunFolder)]
     if runs:
         articles.append(_runs(runs))
-    path = Path(out).expanduser()
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(articles), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(Path(out).expanduser(), render(articles).encode())
     return [sentence for article in articles for sentence in article.verdict]
 
 

@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from logit_cache.status import EntryStatus
 
 
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """A line for each row, cells below one another: the first to the left, the others to the right."""
+    first, *others = (max(map(len, cells)) for cells in zip(*rows, strict=True))
+    return [
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
+        for row in rows
+    ]
+
+
 def cache_text(found: dict[str, Any]) -> str:
     """A cache on a screen: one block for the stream, one for each teacher."""
     corpus, tokenizer = found["corpus"], found["tokenizer"]

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +27,17 @@ class Stage:
         return shlex.join(self.command)
 
 
-def run_stages(stages: Sequence[Stage], again: str) -> dict[str, float]:
-    """Run stages in their order; the seconds of each that ran, by title. `again`: what to do after a failure.
+def run_stages(stages: Sequence[Stage], again: str) -> None:
+    """Run stages in their order. `again`: what to do after a failure.
 
     Every command goes on where it stopped and repeats nothing that is done, and so do stages. Raises InputError for one
     that fails, which has said why.
     """
-    took = {}
     for number, stage in enumerate(stages, 1):
         if stage.makes is not None and stage.makes.exists():
             continue
         print(f"[{number}/{len(stages)}] {stage.title}", file=sys.stderr, flush=True)
-        began = time.monotonic()
         _run(stage, again)
-        took[stage.title] = round(time.monotonic() - began, 3)
-    return took
 
 
 def _run(stage: Stage, again: str) -> None:

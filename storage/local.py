@@ -20,6 +20,18 @@ from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_spac
 from storage.location import MOST_BYTES, Location
 
 PARTIAL = ".partial"
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file beside a cache or run so that a killed writer leaves the old one or the new one, never half.
+
+    Without a sync: for what a program can write again. A cache's own objects go through `LocalLocation`.
+    """
+    temporary = path.with_name(path.name + PARTIAL)
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
 _MOST_PATHS = 4_096
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
+from storage.local import replace_file
 from student.job import TrainingReport
 
 RUN_FILE = "run.json"
@@ -172,6 +173,4 @@ def _is_full_disk(error: Exception) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, (text + "\n").encode())

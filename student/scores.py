@@ -6,7 +6,6 @@ Any causal language model that transformers saved will do; ours and others' are 
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
+from storage.local import replace_file
 from storage.vocabulary import differing_entries, has_tokenizer, vocabulary_sha256
 from student.evaluate import HeldOut, held_out
 from student.job import HeldOutKL
@@ -318,7 +318,4 @@ def table(report: EvaluationReport) -> str:
 
 def write_report(report: EvaluationReport, file: str) -> None:
     """The report as JSON, in place at once."""
-    path = Path(file).expanduser()
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(Path(file).expanduser(), (report.model_dump_json(indent=1) + "\n").encode())
