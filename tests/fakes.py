@@ -60,6 +60,20 @@ def dense_targets(logits: np.ndarray, k: int, labels: np.ndarray, start: int = 0
     )
 
 
+def stream_record(positions: int, vocabulary_size: int) -> CacheRecord:
+    """The record of a cache of that many tokens in one document, none of which need exist."""
+    return CacheRecord(
+        corpus=Corpus(
+            positions=positions, documents=1, text_bytes=4 * positions, stream_sha256=SHA, has_loss_mask=False,
+            document_separator=None, sources=(),
+        ),
+        tokenizer=Tokenizer(vocabulary_size=vocabulary_size, vocabulary_sha256=SHA, fingerprint=SHA),
+        tokens_layout=stream_layout(positions),
+        documents_layout=stream_layout(1),
+        created_with=Versions(libraries={}),
+    )  # fmt: skip
+
+
 def make_corpus(
     url: str,
     tokens: np.ndarray,

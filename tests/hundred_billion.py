@@ -16,22 +16,18 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from billion import resident_bytes
-from fakes import SHA, make_entry
+from fakes import SHA, make_entry, stream_record
 
 import storage.reader
 from logit_cache.status import status_of
 from storage.arrays import metadata_bytes
-from storage.format import group_metadata, stream_layout, teacher_arrays
+from storage.format import group_metadata, teacher_arrays
 from storage.location import MOST_BYTES, Location
 from storage.manifest import (
     ATTRIBUTE,
-    CacheRecord,
-    Corpus,
     ObjectDigest,
     Record,
     ShardReceipt,
-    Tokenizer,
-    Versions,
     Windowing,
     digest,
     sealed,
@@ -53,16 +49,7 @@ class Simulated(Location):
         self.complete = complete
         self.read_keys: list[str] = []
         self.listings: list[str] = []
-        record = CacheRecord(
-            corpus=Corpus(
-                positions=N, documents=1, text_bytes=4 * N, stream_sha256=SHA, has_loss_mask=False,
-                document_separator=None, sources=(),
-            ),
-            tokenizer=Tokenizer(vocabulary_size=V, vocabulary_sha256=SHA, fingerprint=SHA),
-            tokens_layout=stream_layout(N),
-            documents_layout=stream_layout(1),
-            created_with=Versions(libraries={}),
-        )  # fmt: skip
+        record = stream_record(N, V)
         entry = make_entry(record, K, windowing=Windowing(context_tokens=128, stride_tokens=128))
         self.entry, self.entry_sha256 = entry, digest(entry)
         self.arrays = list(teacher_arrays(entry))

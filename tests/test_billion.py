@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import environment
-from fakes import SHA, make_entry
+from fakes import make_entry, stream_record
 
 from storage import LogitCache
 from storage.arrays import metadata_bytes
@@ -26,13 +26,10 @@ from storage.format import ArraySpec, corpus_arrays, group_metadata, stream_layo
 from storage.manifest import (
     ATTRIBUTE,
     CacheRecord,
-    Corpus,
     ObjectDigest,
     Record,
     ShardReceipt,
     ShardStatistics,
-    Tokenizer,
-    Versions,
     Windowing,
     digest,
     sealed,
@@ -132,16 +129,7 @@ class Linked:
 
 
 def make_cache(path: Path) -> CacheRecord:
-    record = CacheRecord(
-        corpus=Corpus(
-            positions=N, documents=1, text_bytes=4 * N, stream_sha256=SHA, has_loss_mask=False,
-            document_separator=None, sources=(),
-        ),
-        tokenizer=Tokenizer(vocabulary_size=V, vocabulary_sha256=SHA, fingerprint=SHA),
-        tokens_layout=stream_layout(N),
-        documents_layout=stream_layout(1),
-        created_with=Versions(libraries={}),
-    )  # fmt: skip
+    record = stream_record(N, V)
     path.mkdir()
     write_group(path, record)
     entry = make_entry(record, K, windowing=Windowing(context_tokens=128, stride_tokens=128))
