@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
+from teachers.row_sums import row_nansums, row_sums
 from teachers.sample import Masses, Sampling, TensorMasses, draw
 
 # Under 32 columns torch's maximum over the last dimension is not vectorised and costs five times as much; among
@@ -248,7 +249,7 @@ class _TorchPasses:
         return _TorchTail(logits, row_max, ids, self._buffers[:, : len(logits)])
 
     def row_sums(self, values: Tensor) -> Tensor:
-        return values.sum(1)
+        return row_sums(values)
 
 
 class _TorchTail:
@@ -258,11 +259,11 @@ class _TorchTail:
         torch.add(row_max[:, None] * -0.5, logits, alpha=0.5, out=half_z)
         torch.exp(half_z, out=mass)
         mass.scatter_(1, ids, 0.0)
-        self.half = mass.sum(1)
+        self.half = row_sums(mass)
         mass.mul_(mass)  # one exp per element: e^z is the square of e^(z/2)
-        self.mass = mass.sum(1)
+        self.mass = row_sums(mass)
         half_z.mul_(mass)
-        self.weighted = 2 * half_z.nansum(1)  # NaN here is -inf * 0, a masked id; it adds nothing to the entropy
+        self.weighted = 2 * row_nansums(half_z)  # NaN here is -inf * 0, a masked id; it adds nothing to the entropy
         self._logits, self._row_max, self._ids, self._buffers = logits, row_max, ids, buffers
 
     def masses(self, beta: float) -> Masses:

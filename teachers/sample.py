@@ -33,6 +33,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from teachers.row_sums import row_sums
+
 _RANDOM_BITS = 32
 _STEP_BITS = 30  # times K <= 2**16 ids, or times the random bits, a step fits int64; alone it fits int32
 _LEAST_REST = 2.0**-53
@@ -97,7 +99,7 @@ class TensorMasses:
 
     def __init__(self, mass: Tensor, scratch: Tensor) -> None:
         self.columns = mass.shape[1]
-        self.total = mass.sum(1)
+        self.total = row_sums(mass)
         self._mass = mass
         self._lengths = scratch.view(torch.int32)
         self._width = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 import teachers.reduce
 from storage.encoding import logprob_floor
 from storage.errors import InputError
-from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, rows_per_chunk
+from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt, rows_per_chunk
+from teachers.sample import Sampling, random_bits
 
 FLOOR = logprob_floor(1 / 32)
 
@@ -246,6 +248,28 @@ def test_the_cut_into_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> N
         tiled = reduce_topk(logits, 9_001, 64, labels, FLOOR)
         for name, value in vars(whole).items():
             assert torch.equal(value, getattr(tiled, name)), (name, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 9])
+def test_the_number_of_threads_changes_no_bit(rows: int) -> None:
+    """Four rows fill a tile of one thread at this vocabulary, so that a single one is left over."""
+    logits = torch.from_numpy(np.random.default_rng(9).normal(0, 3, (rows, 120_000))).float()
+    labels = torch.arange(rows)
+    random = torch.from_numpy(random_bits(3, 0, rows))
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            topk = reduce_topk(logits, 120_000, 9, labels, FLOOR)
+            drawn = reduce_varopt(logits, 120_000, 9, labels, FLOOR, Sampling(2.0, 2, random))
+            found.append((topk, drawn))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in itertools.product(found[:1], found[1:]):
+        for ours, theirs in zip(one, other, strict=True):
+            for name, value in vars(ours).items():
+                assert torch.equal(value, getattr(theirs, name)), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
