@@ -1,39 +1,153 @@
-"""Where workers run. Every engine calls `build_shard`, so all of them give the same cache.
+"""Where workers run. Every engine has `logit_cache.worker.Worker` build the shards, so all give the same cache.
 
-`local`: this process, one shard after another. Several processes share an entry with `--worker i/n`:
-worker i does the shards whose number leaves rest i by n. The receipts in the cache are the only state.
+local   this process (`logit_cache.this_process`); or, with several workers, a process for each (`local_pool`)
+ray     an actor for each device of a cluster (`ray_pool`; extra `ray`)
+slurm   a task of a job array for each worker (`slurm`; extra `slurm`)
+
+And any scheduler that starts processes and tells each which one it is (`ranks`): worker i of n does the
+shards whose number leaves rest i by n, and then helps with what others have not begun, where the store keeps claims.
+The receipts in the cache are the only state, so a job may go on with any other engine and number of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import time
+from typing import Protocol
 
-from logit_cache.build import build_shard
-from logit_cache.job import OpenJob
-from logit_cache.pipeline import Committer
-from storage.errors import InputError
+from logit_cache.driver import Driver, Outcome, Pool, WorkersLost
+from logit_cache.engine_options import EngineOptions
+from logit_cache.job import CacheJob, OpenJob, check_stream, open_job
+from logit_cache.job_log import JobLog
+from logit_cache.local_pool import LocalPool, local_devices, threads_for
+from logit_cache.ranks import Rank, rank_of
+from logit_cache.stopping import Stopping
+from logit_cache.survey import Survey, survey
+from logit_cache.this_process import run_local
+from logit_cache.worker import Worker
+from storage.failures import Failures
+from storage.location import locate
+from storage.reader import teacher_folder
 
 
-def parse_worker(text: str) -> tuple[int, int]:
-    """`i/n` as (i, n), 0 <= i < n. Raises InputError."""
-    parts = text.split("/")
-    if len(parts) == 2 and all(part.isdecimal() for part in parts) and int(parts[0]) < int(parts[1]):
-        return int(parts[0]), int(parts[1])
-    raise InputError(f"--worker {text!r}: expected i/n with 0 <= i < n, such as 0/4")
+class ManyWorkers(Pool, Protocol):
+    """A pool whose workers are elsewhere."""
+
+    def conclude(self, worker: str, fidelity_positions: int) -> None:
+        """Have a worker write what belongs to a complete entry; raises what goes wrong there."""
+        ...
 
 
-def run_local(
-    opened: OpenJob, pending: list[int], worker: tuple[int, int] = (0, 1), progress: Callable[[int], None] | None = None
-) -> int:
-    """Build those of the pending shards that are this worker's; returns how many it built.
+class NotDone(Exception):
+    """A job that ended before its work was done, and not for a user's error; the message is one line."""
 
-    One shard is encoded and committed while the next is computed.
+
+def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob | None = None) -> Outcome:
+    """Do what is missing of a job on the engine that was asked for, and conclude a complete entry.
+
+    opened: the job, where this process has checked and opened it already. Raises the errors of `storage.errors`, and
+    NotDone where shards were given up, workers were lost, or the job was stopped.
     """
-    rank, world_size = worker
-    built = 0
-    with Committer(opened.writer) as committer:
-        for shard in pending:
-            if shard % world_size == rank:
-                built += build_shard(opened, shard, progress, committer)
-    opened.writer.finish()
-    return built
+    began = time.monotonic()
+    stopping = Stopping(options.grace_seconds)
+    rank = rank_of(options.worker, os.environ) if options.engine == "local" and options.workers is None else Rank()
+    try:
+        if options.engine == "slurm":
+            from logit_cache.slurm import run_array
+
+            outcome = run_array(job, options, log)
+        elif options.engine == "ray":
+            from logit_cache.ray_pool import RayPool, connect
+
+            check_stream(job)
+            with connect(options), RayPool(job, options) as pool:
+                outcome = _run_pool(pool, job, options, log, stopping)
+        else:
+            devices = local_devices(job.device)
+            workers = options.workers or (len(devices) if rank.count == 1 else 1)
+            missing = survey(job).missing_shards
+            if missing is not None:
+                workers = max(1, min(workers, missing))
+            if workers > 1:
+                del opened
+                with LocalPool(job, workers, devices, threads_for(workers), options) as pool:
+                    outcome = _run_pool(pool, job, options, log, stopping)
+            else:
+                outcome = _run_here(job, options, log, stopping, rank, opened)
+    except WorkersLost as error:
+        raise NotDone(str(error)) from None
+    log.event("end", "", built=outcome.built, given_up=sorted(outcome.given_up), stopped=outcome.stopped,
+              seconds=round(time.monotonic() - began, 3))  # fmt: skip
+    if not outcome.submitted:
+        _raise_unless_done(job, outcome, options)
+    return outcome
+
+
+def _run_here(
+    job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, rank: Rank, opened: OpenJob | None
+) -> Outcome:
+    if rank.source:
+        log.event("rank", f"worker {rank.index} of {rank.count} (from {rank.source})", index=rank.index, of=rank.count)
+    opened = opened or open_job(job.model_copy(update={"device": _device(job.device, rank)}))
+    pending, entry = opened.writer.pending(), opened.writer.entry
+    size = entry.layout.shard
+    mine = [shard for shard in pending if shard % rank.count == rank.index]
+    left = sum(min(size, entry.positions - shard * size) for shard in mine)
+    total = left if rank.count > 1 else entry.positions
+    log.event(
+        "start", "", shards=len(mine), positions=left, engine="local", workers=1, device=str(opened.teacher.device)
+    )
+    with log.progress(f"cache {job.name}", total, "tokens", total - left) as advance:
+        outcome = run_local(opened, pending, rank, advance, log=log, stopping=stopping, attempts=options.attempts)
+    if not outcome.stopped:
+        with Worker(opened) as worker:
+            worker.conclude(job.fidelity_positions, log)
+    return outcome
+
+
+def _run_pool(pool: ManyWorkers, job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping) -> Outcome:
+    found = survey(job)
+    log.event(
+        "start", "", shards=found.missing_shards, positions=found.missing, engine=options.engine, workers=pool.workers
+    )
+    done = found.positions - found.missing
+    with stopping.on_sigterm(), log.progress(f"cache {job.name}", found.positions, "tokens", done) as advance:
+        driver = Driver(pool, log, stopping, attempts=options.attempts, advance=advance)
+        outcome = driver.run()
+    failures = Failures(locate(job.cache), f"{teacher_folder(job.name)}receipts")
+    for shard, error in outcome.given_up.items():
+        failures.record(shard, options.attempts, error)
+    if not outcome.stopped and not outcome.given_up:
+        pool.conclude(driver.workers[0], job.fidelity_positions)
+    return outcome
+
+
+def _raise_unless_done(job: CacheJob, outcome: Outcome, options: EngineOptions) -> None:
+    """Raise NotDone where something is left to be done that somebody has to know of."""
+    left = survey(job)
+    if outcome.stopped:
+        raise NotDone(f"{job.cache}: {job.name} was stopped with {_missing(left)}: run the same command again to go on")
+    if outcome.given_up:
+        shards = sorted(outcome.given_up)
+        named = ", ".join(map(str, shards[:8])) + (" …" if len(shards) > 8 else "")
+        raise NotDone(
+            f"{job.cache}: {job.name}: {len(shards)} shard(s) failed every time and were given up: {named} "
+            f"({outcome.given_up[shards[0]].splitlines()[-1]}); run the same command again to try them once more"
+        )
+    if options.engine == "slurm" and not left.complete:
+        raise NotDone(
+            f"{job.cache}: {job.name}: the array has ended with {_missing(left)}; its logs are in "
+            f"{options.slurm_folder}; run the same command again to go on"
+        )
+
+
+def _missing(left: Survey) -> str:
+    if left.missing_shards is None:
+        return "nothing done"
+    return f"{left.missing_shards:,} of {left.shards:,} shards missing"
+
+
+def _device(asked: str, rank: Rank) -> str:
+    """The device of a process that something else started: those of a machine share its GPUs."""
+    devices = local_devices(asked)
+    return asked if rank.count == 1 else devices[rank.local % len(devices)]

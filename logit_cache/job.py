@@ -209,13 +209,8 @@ def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
         refuse_other(locate(job.cache), job.name, stored, entry)
 
 
-def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> PreparedJob:
-    """The checks of `open_job`, but for the one against an entry of that name, and what follows from them.
-
-    Writes nothing.
-    """
-    from teachers.batch import choose_batch_windows
-
+def check_stream(job: CacheJob) -> LogitCache:
+    """The job's cache, after the checks that need no teacher. Raises InputError, CacheNotFound."""
     cache = LogitCache.open(job.cache)
     vocabulary_size = cache.vocabulary_size
     if job.k > vocabulary_size:
@@ -229,6 +224,18 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
             f"{job.cache}: its token stream is not complete ({missing[0][0]}..{missing[-1][1]} is missing): "
             f"run the same logit-cache tokenize command again first"
         )
+    return cache
+
+
+def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> PreparedJob:
+    """The checks of `open_job`, but for the one against an entry of that name, and what follows from them.
+
+    Writes nothing.
+    """
+    from teachers.batch import choose_batch_windows
+
+    cache = check_stream(job)
+    vocabulary_size = cache.vocabulary_size
     try:
         layout = entry_layout(
             cache.record.corpus.positions,

@@ -1,4 +1,4 @@
-"""Options that several commands share, defined once: those of a caching job, for `cache-logits` and `plan`."""
+"""What the help of several commands shares: the options of a caching job, for `cache-logits` and `plan`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import click
 
 Options = tuple[Callable[[Any], Any], ...]
+
+EXAMPLE = "\b\nExample:\n  "
+"""What the example of a command's help begins with."""
 
 JOB_OPTIONS: Options = (
     click.option("--cache", help="Path or URL of a cache that holds the token stream."),

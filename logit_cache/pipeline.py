@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from storage.manifest import ShardReceipt
 from storage.records import SparseTargets
 from storage.writer import EntryWriter
 from teachers.reduce import ReducedRows
@@ -91,18 +92,21 @@ class Committer:
     def __init__(self, writer: EntryWriter) -> None:
         self._writer = writer
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._running: Future[Any] | None = None
+        self._running: Future[ShardReceipt] | None = None
 
     def put(self, shard: int, targets: SparseTargets, began: float) -> None:
         """Have a shard committed; see `EntryWriter.commit`."""
         self.wait()
         self._running = self._pool.submit(self._writer.commit, shard, targets, began)
 
-    def wait(self) -> None:
-        """Wait until every shard that was put is committed."""
+    def wait(self) -> ShardReceipt | None:
+        """Wait until every shard that was put is committed; the receipt of the last, unless it was had before."""
         running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        return None if running is None else running.result()
+
+    def close(self) -> None:
+        """Let the thread end when it has done what it was given."""
+        self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Committer:
         return self
@@ -110,6 +114,6 @@ class Committer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True)
+        self.close()
         if error is None:
             self.wait()

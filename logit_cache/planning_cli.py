@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logit_cache.options import JOB_OPTIONS, options
+from logit_cache.options import EXAMPLE, JOB_OPTIONS, options
 from storage.errors import one_line_errors
 
 if TYPE_CHECKING:
     from logit_cache.status import EntryStatus
 
-_EXAMPLE = "\b\nExample:\n  "
 _INTERRUPTED = 130
 
 
-@click.command(epilog=_EXAMPLE + "logit-cache status run/train --watch")
+@click.command(epilog=EXAMPLE + "logit-cache status run/train --watch")
 @click.argument("url")
 @click.option("--teacher", "teachers", multiple=True, metavar="NAME", help="Entry to show. Repeatable.  [default: all]")
 @click.option(
@@ -89,7 +88,7 @@ def _watch(url: str, teachers: tuple[str, ...], seconds: float, as_json: bool) -
         time.sleep(seconds)
 
 
-@click.command(epilog=_EXAMPLE + "logit-cache plan --cache run/train --teacher run/llama -k 32 --student llama-tiny")
+@click.command(epilog=EXAMPLE + "logit-cache plan --cache run/train --teacher run/llama -k 32 --student llama-tiny")
 @options(JOB_OPTIONS)
 @click.option("--tokens", type=click.IntRange(min=2), metavar="N", help="Plan for so many tokens of such text.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Such workers at once.")

@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
+from logit_cache.options import EXAMPLE
 from storage.errors import one_line_errors
-
-EXAMPLE = "\b\nExample:\n  "
 
 
 @click.command(epilog=EXAMPLE + "logit-cache verify run/train --deep")

@@ -11,12 +11,26 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class LogitCacheError(Exception):
-    """Base class. The message is a complete explanation for a user; it needs no traceback."""
+    """Base class. The message is a complete explanation for a user; it needs no traceback.
+
+    Errors can be sent from one process to another, whatever their constructors take.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (type(self), str(self), self.__dict__)
+
+
+def _remade(kind: type[LogitCacheError], message: str, fields: dict[str, Any]) -> LogitCacheError:
+    error = kind.__new__(kind, message)
+    error.args = (message,)
+    error.__dict__.update(fields)
+    return error
 
 
 class InputError(LogitCacheError, ValueError):

@@ -22,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arrays import metadata_bytes
+from storage.claims import claims_in
 from storage.encoding import encode_logprobs, round_mantissa
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
+from storage.failures import Failures
 from storage.fidelity import FIDELITY_FILE, FidelityReport
 from storage.format import PER_POSITION_FLOATS, ArraySpec, corpus_arrays, group_metadata, teacher_arrays
 from storage.local import PARTIAL
@@ -147,11 +149,13 @@ class ShardWriter:
 
 
 class EntryWriter:
-    """One teacher's entry: its record, its shards, its index."""
+    """One teacher's entry: its record, its shards, its index; who works at which shard, and which were given up."""
 
     def __init__(self, location: Location, name: str, entry: TeacherEntry, shards: ShardWriter) -> None:
         self.name = name
         self.entry = entry
+        self.claims = claims_in(location, shards.receipts.folder)
+        self.failures = Failures(location, shards.receipts.folder)
         self._location = location
         self._shards = shards
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from logit_cache.engines import run_local
 from logit_cache.job import CacheJob, open_job
+from logit_cache.this_process import run_local
 from storage import LogitCache
 from storage.config import build_config
 from storage.errors import LogitCacheError

@@ -21,11 +21,11 @@ from fakes import make_corpus, write_entry
 import logit_cache.audit
 from logit_cache.audit import Audit, AuditJob, audit
 from logit_cache.build import score_shard
-from logit_cache.engines import run_local
 from logit_cache.job import CacheJob, open_job
 from logit_cache.plan import windows
 from logit_cache.recompress import RecompressJob, recompress
 from logit_cache.replay import draw
+from logit_cache.this_process import run_local
 from storage import LogitCache, SparseTargets
 from storage.errors import InputError, LogitCacheError
 from storage.manifest import ArrayLayout, Encoding, Targets, TeacherEntry, Windowing, digest

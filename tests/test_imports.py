@@ -25,8 +25,10 @@ EXCEPTIONS = {
     "logit_cache/step_probe.py": {"student"},
 }
 CLICK = {
+    "logit_cache/caching_cli.py",
     "logit_cache/cleaning_cli.py",
     "logit_cache/cli.py",
+    "logit_cache/corpus_cli.py",
     "logit_cache/evaluation_cli.py",
     "logit_cache/options.py",
     "logit_cache/planning_cli.py",

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from fakes import make_corpus
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from logit_cache.engines import run_local
 from logit_cache.job import CacheJob, open_job
+from logit_cache.this_process import run_local
 from storage import LogitCache
 from student.job import StudentJob
 from student.losses import quantisation_bound

@@ -13,9 +13,9 @@ import pytest
 import torch
 from jobs import whole
 
-from logit_cache.engines import run_local
 from logit_cache.job import CacheJob, OpenJob, open_job
 from logit_cache.pipeline import Committer, HostCopies
+from logit_cache.this_process import run_local
 from storage.errors import InputError
 from teachers.reduce import ReducedRows, reduce_topk
 

@@ -184,8 +184,8 @@ class _Ways:
         )  # fmt: skip
 
     def _cached(self, targets: str) -> None:
-        from logit_cache.engines import run_local
         from logit_cache.job import open_job
+        from logit_cache.this_process import run_local
 
         shutil.rmtree(Path(self._cache) / "teachers/a", ignore_errors=True)
         opened = open_job(self._job(targets), self._teachers)

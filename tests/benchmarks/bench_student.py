@@ -100,8 +100,8 @@ def _demo_cache(folder: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from logit_cache.demo import _MODELS, KEPT_IDS, TEACHERS, VOCABULARY
-    from logit_cache.engines import run_local
     from logit_cache.job import CacheJob, open_job
+    from logit_cache.this_process import run_local
     from student.windows import DistillationWindows
 
     logging.disable(logging.WARNING)

@@ -1,0 +1,39 @@
+"""What is missing of a job's entry, from the store alone: before a teacher is loaded, or many of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from logit_cache.job import CacheJob
+from storage.errors import CacheNotFound
+from storage.reader import LogitCache
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Positions and shards of an entry. Of one that is not there yet the shards are not known: None."""
+
+    positions: int
+    missing: int
+    shards: int | None
+    missing_shards: int | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.missing
+
+
+def survey(job: CacheJob) -> Survey:
+    """Look at what the store has of a job. Raises CacheNotFound where there is no cache."""
+    cache = LogitCache.open(job.cache)
+    positions = cache.record.corpus.positions
+    try:
+        receipts = cache.teacher(job.name).receipts
+    except CacheNotFound:
+        return Survey(positions, positions, None, None)
+    missing = ~receipts.committed()
+    ranges = [receipts.first_array.shard_range(int(shard)) for shard in np.flatnonzero(missing)]
+    return Survey(positions, sum(stop - start for start, stop in ranges), receipts.shards, len(ranges))

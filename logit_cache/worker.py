@@ -1,0 +1,154 @@
+"""One worker: a replica of the teacher that builds the shards it is told to, and says of each what became of it.
+
+What goes wrong with a shard is told as data, so that every engine treats it alike::
+
+    built     committed                    there    somebody had committed it before
+    claimed   somebody is working at it    dropped  the job was asked to stop
+    failed    an error that may pass, or may be this shard's alone: a device out of memory, a library's bug
+    ended     this worker cannot go on: the message of a `LogitCacheError`, or a device that is broken
+
+A shard is committed while the next one is computed, so what becomes of it is known one shard later, or when the worker
+is asked to `settle`.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from logit_cache.build import score_shard
+from logit_cache.fidelity import is_wanted, measure
+from logit_cache.job import OpenJob
+from logit_cache.job_log import JobLog
+from logit_cache.pipeline import Committer
+from logit_cache.stopping import Stopped, Stopping
+from storage.errors import LogitCacheError
+
+Fate = Literal["built", "there", "claimed", "dropped", "failed", "ended"]
+
+# What CUDA says once its context is lost, or the device: everything after it fails as well.
+_BROKEN = ("CUDA error", "CUDA driver error", "device-side assert", "uncorrectable ECC", "NCCL error", "HIP error")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of a shard. `positions` and `seconds` count for a built one; `error` is text for people, and
+    `cause` what to raise for it, where the message is a user's."""
+
+    shard: int
+    fate: Fate
+    positions: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+    cause: LogitCacheError | None = None
+
+
+class Worker:
+    """Builds shards of an open job, one after the other; a context manager, which waits for the last commit.
+
+    `advance` is given positions done since the last call, negative ones where work is thrown away.
+    """
+
+    def __init__(
+        self, opened: OpenJob, stopping: Stopping | None = None, advance: Callable[[int], None] | None = None
+    ) -> None:
+        self.opened = opened
+        self._stopping = stopping or Stopping()
+        self._advance = advance or (lambda count: None)
+        self._committer = Committer(opened.writer)
+        self._on_its_way: int | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.settle()
+        self._committer.close()
+
+    def pending(self) -> list[int]:
+        """Shards that nobody has committed, in order. Raises CorruptCache for a damaged one."""
+        return self.opened.writer.pending()
+
+    def build(self, shard: int) -> list[Settled]:
+        """Compute a shard and have it committed; what became of it, if that is known by now, and of the one before."""
+        writer = self.opened.writer
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            self._advance(count)
+            writer.claims.keep(shard)
+            self._stopping.check(done / self._positions(shard))
+
+        claimed = False
+        try:
+            self._stopping.check(0.0)
+            if writer.is_committed(shard):
+                return [Settled(shard, "there")]
+            claimed = writer.claims.take(shard)
+            if not claimed:
+                return [Settled(shard, "claimed")]
+            # Whoever held the claim until now may have committed it.
+            if writer.is_committed(shard):
+                writer.claims.release(shard)
+                return [Settled(shard, "there")]
+            began = self._stopping.begin()
+            targets = score_shard(self.opened, shard, progress)
+            settled = self.settle()
+            if any(item.fate == "ended" for item in settled):
+                writer.claims.release(shard)
+                return [*settled, Settled(shard, "dropped")]
+            self._committer.put(shard, targets, began)
+            self._on_its_way = shard
+        except BaseException as error:
+            self._advance(-done)
+            if claimed:
+                writer.claims.release(shard)
+            return [*self.settle(), _fate(shard, error)]
+        return settled
+
+    def settle(self) -> list[Settled]:
+        """Wait until the shard that is being committed is, and say what became of it."""
+        shard, self._on_its_way = self._on_its_way, None
+        if shard is None:
+            return []
+        writer = self.opened.writer
+        try:
+            receipt = self._committer.wait()
+        except BaseException as error:
+            self._advance(-self._positions(shard))
+            return [_fate(shard, error)]
+        finally:
+            writer.claims.release(shard)
+        writer.failures.forget(shard)
+        return [Settled(shard, "built", self._positions(shard), receipt.seconds if receipt else 0.0)]
+
+    def conclude(self, fidelity_positions: int, log: JobLog | None = None) -> None:
+        """Write what belongs to a complete entry, if it is complete: the index of receipts, and the fidelity report.
+
+        Raises what reading and scoring raise.
+        """
+        writer = self.opened.writer
+        writer.finish()
+        if is_wanted(self.opened, fidelity_positions):
+            with (log or JobLog()).progress(f"fidelity of {writer.name}", None, "positions") as advance:
+                writer.publish_fidelity(measure(self.opened, fidelity_positions, advance))
+
+    def _positions(self, shard: int) -> int:
+        entry = self.opened.writer.entry
+        return min(entry.layout.shard, entry.positions - shard * entry.layout.shard)
+
+
+def _fate(shard: int, error: BaseException) -> Settled:
+    """What an error means for a shard; what is nobody's error, such as a pressed key, is raised again."""
+    if isinstance(error, Stopped):
+        return Settled(shard, "dropped")
+    if isinstance(error, LogitCacheError):
+        return Settled(shard, "ended", error=str(error), cause=error)
+    if not isinstance(error, Exception):
+        raise error
+    broken = isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
+    return Settled(shard, "ended" if broken else "failed", error="".join(traceback.format_exception(error)).strip())

@@ -1,0 +1,203 @@
+"""Who is working at which shard at this moment: a courtesy among workers, on which nothing depends.
+
+A worker claims a shard before it computes it, so that others take another one. Two workers who compute one shard all
+the same, because a claim was lost, ran out or could not be had, write the same bytes or are told (`storage.writer`).
+
+A claim is a file beside the shard's receipt, `receipts/<shard>.claim`. No receipt lists it: readers never look at it,
+and what a killed worker leaves is a leftover like any other.
+
+local disk     the file is locked by its holder, and the kernel lets go of the lock when the holder is killed
+object store   made by the store's atomic create, where it has one; it holds a time until which it counts, put off while
+               the work goes on. A store that only pretends to create atomically lets two workers have one claim.
+elsewhere      there are no claims: every worker gets every shard it asks for
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from storage.errors import LogitCacheError
+from storage.location import Location
+
+SUFFIX = ".claim"
+LEASE_SECONDS = 300.0
+"""How long a claim in an object store counts after it was made or put off for the last time."""
+
+_MOST_CLAIM_BYTES = 4_096
+
+
+class Claims(ABC):
+    """Claims on the shards whose receipts lie in a folder.
+
+    exclusive  whether a shard that is held by one worker is refused to the others
+    """
+
+    exclusive: bool
+
+    @abstractmethod
+    def take(self, shard: int) -> bool:
+        """Claim a shard; False while another worker holds it."""
+
+    @abstractmethod
+    def keep(self, shard: int) -> None:
+        """Put off the end of a claim that is held; cheap enough to be called after every batch."""
+
+    @abstractmethod
+    def release(self, shard: int) -> None:
+        """Let go of a claim; harmless for one that is not held."""
+
+    @abstractmethod
+    def is_held(self, shard: int) -> bool:
+        """Whether somebody holds a claim on the shard now."""
+
+
+def claims_in(location: Location, folder: str) -> Claims:
+    """The claims of a place, of the kind that it can keep."""
+    root = location.local_path
+    return _RemoteClaims(location, folder) if root is None else _LocalClaims(location, folder, root / folder)
+
+
+def claim_name(shard: int) -> str:
+    """Name of the file of a claim, beside the shard's receipt."""
+    return f"{shard:08d}{SUFFIX}"
+
+
+class _LocalClaims(Claims):
+    def __init__(self, location: Location, folder: str, path: Path) -> None:
+        self._location, self._folder, self._path = location, folder, path
+        self._held: dict[int, int] = {}
+        self.exclusive = True
+
+    def take(self, shard: int) -> bool:
+        path = self._path / claim_name(shard)
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            except FileNotFoundError:
+                # The place makes its folders itself, so that they outlast a loss of power.
+                with self._location.exclusive(self._folder):
+                    continue
+            except OSError:  # a disk that takes no file will say so when there is something to lose
+                return True
+            if not self._lock(descriptor):
+                os.close(descriptor)
+                return False
+            # The holder before may have removed the file between the two calls; then the lock is on nothing.
+            if _is_still(path, descriptor):
+                self._held[shard] = descriptor
+                return True
+            os.close(descriptor)
+
+    def keep(self, shard: int) -> None:
+        pass
+
+    def release(self, shard: int) -> None:
+        descriptor = self._held.pop(shard, None)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path / claim_name(shard))
+            os.close(descriptor)
+
+    def is_held(self, shard: int) -> bool:
+        try:
+            descriptor = os.open(self._path / claim_name(shard), os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
+        else:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a network mount without locks
+            self.exclusive = False
+        return True
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, os.fstat(descriptor))
+
+
+class _RemoteClaims(Claims):
+    def __init__(self, location: Location, folder: str) -> None:
+        self._location, self._folder = location, folder
+        self._held: dict[int, float] = {}
+        self._holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        # Until the store says that it has no conditional PUT.
+        self.exclusive = True
+
+    def take(self, shard: int) -> bool:
+        if not self.exclusive:
+            return True
+        try:
+            taken = self._location.create(self._key(shard), self._claim()) or self._take_over(shard)
+        except NotImplementedError:
+            self.exclusive = False
+            return True
+        except (LogitCacheError, OSError):  # the work itself will meet the same store, and say what is wrong
+            return True
+        if taken:
+            self._held[shard] = time.monotonic()
+        return taken
+
+    def keep(self, shard: int) -> None:
+        if shard in self._held and time.monotonic() - self._held[shard] > LEASE_SECONDS / 3:
+            self._held[shard] = time.monotonic()
+            with contextlib.suppress(LogitCacheError, OSError):
+                self._location.replace(self._key(shard), self._claim())
+
+    def release(self, shard: int) -> None:
+        if self._held.pop(shard, None) is not None:
+            with contextlib.suppress(LogitCacheError, OSError):  # it runs out by itself
+                self._location.remove(self._key(shard))
+
+    def is_held(self, shard: int) -> bool:
+        try:
+            return time.time() < _until(self._location.read(self._key(shard), _MOST_CLAIM_BYTES))
+        except (LogitCacheError, OSError):
+            return False
+
+    def _take_over(self, shard: int) -> bool:
+        """Take a claim that has run out. Two workers who do so at once both have it."""
+        if self.is_held(shard):
+            return False
+        self._location.replace(self._key(shard), self._claim())
+        return True
+
+    def _key(self, shard: int) -> str:
+        return f"{self._folder}/{claim_name(shard)}"
+
+    def _claim(self) -> bytes:
+        return json.dumps({"holder": self._holder, "until": time.time() + LEASE_SECONDS}).encode()
+
+
+def _until(data: bytes) -> float:
+    """The time until which a claim counts; one that cannot be read, or claims more than a lease, has run out."""
+    try:
+        until = json.loads(data)["until"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0.0
+    if not isinstance(until, int | float) or until > time.time() + 2 * LEASE_SECONDS:
+        return 0.0
+    return float(until)
