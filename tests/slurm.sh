@@ -117,30 +117,41 @@ start() {
     environment
     (umask 077 && head -c 1024 /dev/urandom >"$RUN/munge.key")
     "$RUN/sbin/munged" --key-file="$RUN/munge.key" --socket="$RUN/munge.socket" --pid-file="$RUN/munge.pid" \
-        --log-file="$RUN/munge.log" --seed-file="$RUN/munge.seed"
+        --log-file="$RUN/munge.log" --seed-file="$RUN/munge.seed" --origin=127.0.0.1
     "$RUN/sbin/slurmctld" -c
     for node in $NODES; do "$RUN/sbin/slurmd" -N "$node" -d "$RUN/sbin/slurmstepd"; done
-    local tries=0
+    local deadline=$((SECONDS + 60))
     until [ "$(sinfo --noheader --states=idle --format=%D 2>/dev/null)" = 2 ]; do
-        tries=$((tries + 1))
-        [ $tries -lt 300 ] || { say "the nodes were not idle within a minute"; exit 1; }
+        [ $SECONDS -lt $deadline ] || die "the nodes were not idle within a minute"
         sleep 0.2
     done
     trap - EXIT
     say "ready: two nodes; their logs are in $RUN"
 }
 
-# This cluster's own programs, and whatever one of its jobs has started.
+# This cluster's own programs, whatever one of its jobs has started, and the children of all of these.
 processes() {
-    local entry
+    local -A ours=() parent=()
+    local entry pid found
     for entry in /proc/[0-9]*; do
+        pid=${entry#/proc/}
+        [[ $(cat "$entry/status" 2>/dev/null) =~ PPid:[[:space:]]*([0-9]+) ]] || continue
+        parent[$pid]=${BASH_REMATCH[1]}
         # A shell that uses this cluster has the first of the two variables, a job has both.
         if [[ $(readlink "$entry/exe") == "$RUN/sbin/"* ]] || {
             grep -qszxF "SLURM_CONF=$RUN/slurm.conf" "$entry/environ" && grep -qsz '^SLURM_JOB_ID=' "$entry/environ"
         }; then
-            echo "${entry#/proc/}"
+            ours[$pid]=1
         fi
     done
+    found=1
+    while [ "$found" ]; do
+        found=
+        for pid in "${!parent[@]}"; do
+            if [ -z "${ours[$pid]:-}" ] && [ "${ours[${parent[$pid]}]:-}" ]; then ours[$pid]=1 found=1; fi
+        done
+    done
+    echo "${!ours[@]}"
 }
 
 stop() {
