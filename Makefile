@@ -7,7 +7,7 @@ OUT ?= demo-run
 TEXT ?=
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-ceph test-browser bench lint clean
+.PHONY: demo test test-slow test-ceph test-slurm test-browser bench lint clean
 
 demo: $(READY)
 	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
@@ -22,6 +22,11 @@ test-slow: $(READY)
 test-ceph: $(READY)
 	tests/ceph_rgw.sh install
 	bash -c 'trap "tests/ceph_rgw.sh stop" EXIT; tests/ceph_rgw.sh start && OMP_NUM_THREADS=1 $(BIN)/pytest -m ceph'
+
+# The tests on a real Slurm cluster, which is stopped again however they end (SLURM_DIR, SLURM_PORT: see the script).
+test-slurm: $(READY)
+	tests/slurm.sh install
+	bash -c 'trap "tests/slurm.sh stop" EXIT; tests/slurm.sh start && OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm'
 
 # The tests in a real browser (CHROMIUM_DIR: see the script).
 test-browser: $(READY)

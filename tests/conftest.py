@@ -14,6 +14,7 @@ import pytest
 
 # Fixtures that several files use; pytest finds them by name.
 from s3 import cached_here, ceph, ceph_bucket, moto, moto_bucket  # noqa: F401
+from slurm import running_slurm, slurm  # noqa: F401
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 LIBRARY = Path(sysconfig.get_path("stdlib"))
