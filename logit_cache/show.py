@@ -208,7 +208,9 @@ def _status_lines(entry: EntryStatus) -> list[str]:
         + ("not known (too many objects to list)" if entry.shards_begun is None else f"{entry.shards_begun:,}")
     )
     lines += [
-        f"  shards      {entry.shards_done:,} done, {entry.shards_missing:,} missing{begun}",
+        f"  shards      {entry.shards_done:,} done, {entry.shards_missing:,} missing"
+        + (f", {entry.shards_in_flight:,} in flight" if entry.shards_in_flight else "")
+        + begun,
         f"  positions   {entry.positions_done:,} of {entry.positions:,}",
     ]
     if entry.positions_per_second is not None:
@@ -233,6 +235,14 @@ def _status_lines(entry: EntryStatus) -> list[str]:
                 f"  stalled?    no shard for {ago}, where one takes {duration(entry.shard_seconds or 0)}: if its "
                 f"workers have ended, run the same cache-logits command again"
             )
+    if entry.shards_failed:
+        lines.append(f"  given up    {entry.shards_failed:,} shards; the same cache-logits command tries them again")
+        for note in entry.failed:
+            last = (note.error.strip().splitlines() or ["?"])[-1]
+            lines.append(
+                f"    shard {note.shard:,} after {note.attempts:,} attempts on {_printable(note.host)}: "
+                f"{_printable(last)[:300]}"
+            )
     return lines
 
 
@@ -245,6 +255,8 @@ def status_line(entry: EntryStatus) -> str:
         text += f", {entry.positions_per_second:,.0f} positions/s"
     if entry.seconds_left is not None:
         text += f", {duration(entry.seconds_left)} left"
+    if entry.shards_failed:
+        text += f", {entry.shards_failed:,} given up"
     if entry.state == "stalled" and entry.seconds_since_last_commit is not None:
         text += f", stalled? no shard for {duration(entry.seconds_since_last_commit)}"
     return text

@@ -7,6 +7,7 @@ bounded, whatever the cache's size::
     otherwise          the names in the folder of receipts, once, as they come: a byte of memory for each shard
     receipts           the newest 64, by the times that the store gives to their files; more, up to 1,024, only where
                        so many workers commit that 64 receipts are the work of a moment
+    claims, failures   their names come with those of the receipts; at most 256 claims are looked at, and 8 failures
     begun shards       the names in one array's folder; not looked at in entries of more than 100,000 shards
 
 Legend: a receipt says when its shard was committed (to the second, by its worker's clock) and how many seconds the
@@ -18,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any, Literal
@@ -26,7 +27,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.claims import claimed_shard, claims_in
 from storage.errors import CorruptCache, InputError
+from storage.failures import FailedShard, Failures, failed_shard
 from storage.manifest import ShardReceipt, unseal
 from storage.reader import LogitCache
 from storage.receipts import Receipts
@@ -34,6 +37,7 @@ from storage.receipts import Receipts
 _RECEIPTS, _MOST_RECEIPTS = 64, 1_024
 _AT_ONCE = 16
 _MOST_SHARDS_LISTED = 100_000
+_MOST_CLAIMS, _MOST_FAILURES = 256, 8
 # An index up to this length is read and checked whole: 240,000 shards.
 _WHOLE_INDEX_BYTES = 16 << 20
 _INDEX_TAIL_BYTES = 4_096
@@ -68,6 +72,8 @@ class HostStatus:
 class EntryStatus:
     """One teacher entry. None is what the store does not show, or what nothing was committed for yet.
 
+    shards_in_flight      shards that a worker holds a claim on at this moment, where the place keeps claims
+    shards_failed         shards that were given up and not committed since; failed: the first few of them
     shards_begun          shards with objects or a writer's temporary files, and no receipt: being written at this
                           moment, or left by a worker that was killed
     positions_per_second  of all workers together, over the recent commits; `..._per_worker` by their own seconds
@@ -86,6 +92,9 @@ class EntryStatus:
     shards_done: int | None
     shards_missing: int | None
     shards_begun: int | None
+    shards_in_flight: int | None = 0
+    shards_failed: int | None = 0
+    failed: tuple[FailedShard, ...] = ()
     positions_per_second: float | None = None
     positions_per_second_per_worker: float | None = None
     seconds_left: float | None = None
@@ -111,23 +120,25 @@ def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> En
     first, shards = receipts.first_array, receipts.shards
     positions, size = first.shape[0], first.layout.shard
     begun: int | None = 0
+    notes = _Notes()
     covered, done = positions, shards
     if _is_complete(receipts):
         # Workers take shards in their order, so the last numbers hold every worker's last one.
         newest = list(range(shards - 1, max(-1, shards - 1 - _RECEIPTS), -1))
     else:
         try:
-            committed, newest = _survey(receipts)
+            committed, newest, notes = _survey(receipts)
         except InputError:  # a plain web server
-            return EntryStatus(name, "not known", False, positions, None, None, shards, None, None, None)
+            return EntryStatus(name, "not known", False, positions, None, None, shards, None, None, None, None, None)
         done = int(committed.sum())
         # The last shard may be shorter.
         covered = done * size - int(committed[-1]) * (size * shards - positions)
         begun = _begun(receipts, committed)
+    in_flight = _held(receipts, notes.claims)
     found, read = _recent_commits(receipts, newest, known)
     bare = EntryStatus(
         name=name,
-        state="complete" if done == shards else "in progress" if done or begun else "not begun",
+        state="complete" if done == shards else "in progress" if done or begun or in_flight else "not begun",
         complete=done == shards,
         positions=positions,
         positions_done=covered,
@@ -136,6 +147,9 @@ def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> En
         shards_done=done,
         shards_missing=shards - done,
         shards_begun=begun,
+        shards_in_flight=in_flight,
+        shards_failed=len(notes.failed),
+        failed=_notes_of(receipts, notes.failed),
         receipts_read=read,
     )
     return _with_commits(bare, found, now) if found else bare
@@ -145,7 +159,7 @@ def _with_commits(bare: EntryStatus, found: list[Commit], now: float) -> EntrySt
     last = found[-1].time
     since = max(0.0, now - last)
     rate = joint_rate(found)
-    stalled = not bare.complete and since > patience(found)
+    stalled = not bare.complete and not bare.shards_in_flight and since > patience(found)
     assert bare.positions_done is not None
     return replace(
         bare,
@@ -170,16 +184,28 @@ def _is_complete(receipts: Receipts) -> bool:
     return receipts.index is not None
 
 
-def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int]]:
+@dataclass
+class _Notes:
+    """What lies beside the receipts: shards with a claim, and shards that were given up."""
+
+    claims: list[int] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+
+
+def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
     """Which shards have a receipt, and those that were written last by the store's own times, newest first.
 
-    Where it gives none, the ones with the highest numbers.
+    Where it gives none, the ones with the highest numbers. And the notes on shards that have no receipt.
     """
     committed = np.zeros(receipts.shards, dtype=bool)
     newest: list[tuple[float, int]] = []
+    notes = _Notes()
     for name, written in receipts.location.listing(receipts.folder):
         shard = receipts.shard_of(name)
         if shard is None:
+            for noted, into in ((claimed_shard(name), notes.claims), (failed_shard(name), notes.failed)):
+                if noted is not None and noted < receipts.shards:
+                    into.append(noted)
             continue
         committed[shard] = True
         item = (written or 0.0, shard)
@@ -187,7 +213,21 @@ def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int]]:
             heapq.heappush(newest, item)
         else:
             heapq.heappushpop(newest, item)
-    return committed, [shard for _, shard in sorted(newest, reverse=True)]
+    notes.claims = sorted(shard for shard in notes.claims if not committed[shard])
+    notes.failed = sorted(shard for shard in notes.failed if not committed[shard])
+    return committed, [shard for _, shard in sorted(newest, reverse=True)], notes
+
+
+def _held(receipts: Receipts, claimed: Sequence[int]) -> int:
+    """How many of some claims somebody holds: a killed worker leaves some behind."""
+    claims = claims_in(receipts.location, receipts.folder)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return sum(pool.map(claims.is_held, claimed[:_MOST_CLAIMS])) + len(claimed[_MOST_CLAIMS:])
+
+
+def _notes_of(receipts: Receipts, failed: Sequence[int]) -> tuple[FailedShard, ...]:
+    failures = Failures(receipts.location, receipts.folder)
+    return tuple(note for note in map(failures.read, failed[:_MOST_FAILURES]) if note is not None)
 
 
 def _begun(receipts: Receipts, committed: NDArray[np.bool_]) -> int | None:

@@ -71,6 +71,12 @@ def claim_name(shard: int) -> str:
     return f"{shard:08d}{SUFFIX}"
 
 
+def claimed_shard(name: str) -> int | None:
+    """The shard that a file beside the receipts is a claim on; None for anything else."""
+    number = name.removesuffix(SUFFIX)
+    return int(number) if number != name and len(number) >= 8 and number.isdecimal() else None
+
+
 class _LocalClaims(Claims):
     def __init__(self, location: Location, folder: str, path: Path) -> None:
         self._location, self._folder, self._path = location, folder, path
