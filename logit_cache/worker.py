@@ -80,7 +80,7 @@ class Worker:
             nonlocal done
             done += count
             self._advance(count)
-            writer.claims.keep(shard)
+            writer.claims.keep()
             self._stopping.check(done / self._positions(shard))
 
         claimed = False

@@ -29,7 +29,7 @@ from storage.errors import LogitCacheError
 from storage.location import Location
 
 SUFFIX = ".claim"
-LEASE_SECONDS = 300.0
+LEASE_SECONDS = 120.0
 """How long a claim in an object store counts after it was made or put off for the last time."""
 
 _MOST_CLAIM_BYTES = 4_096
@@ -48,8 +48,8 @@ class Claims(ABC):
         """Claim a shard; False while another worker holds it."""
 
     @abstractmethod
-    def keep(self, shard: int) -> None:
-        """Put off the end of a claim that is held; cheap enough to be called after every batch."""
+    def keep(self) -> None:
+        """Put off the end of all claims that are held; cheap enough to be called after every batch."""
 
     @abstractmethod
     def release(self, shard: int) -> None:
@@ -103,7 +103,7 @@ class _LocalClaims(Claims):
                 return True
             os.close(descriptor)
 
-    def keep(self, shard: int) -> None:
+    def keep(self) -> None:
         pass
 
     def release(self, shard: int) -> None:
@@ -167,9 +167,10 @@ class _RemoteClaims(Claims):
             self._held[shard] = time.monotonic()
         return taken
 
-    def keep(self, shard: int) -> None:
-        if shard in self._held and time.monotonic() - self._held[shard] > LEASE_SECONDS / 3:
-            self._held[shard] = time.monotonic()
+    def keep(self) -> None:
+        now = time.monotonic()
+        for shard in [shard for shard, since in self._held.items() if now - since > LEASE_SECONDS / 3]:
+            self._held[shard] = now
             with contextlib.suppress(LogitCacheError, OSError):
                 self._location.replace(self._key(shard), self._claim())
 

@@ -42,7 +42,7 @@ def test_one_holder_at_a_time(place: Place) -> None:
     assert other.is_held(3)
     assert not other.take(3)
     assert other.take(4), "another shard is another claim"
-    one.keep(3)
+    one.keep()
     other.release(3)
     assert other.is_held(3), "only its holder lets go of it"
     one.release(3)
@@ -85,7 +85,7 @@ def test_a_claim_in_a_store_runs_out_and_is_put_off(moto_bucket: Bucket, monkeyp
     assert not other.take(3)
     later = time.monotonic() + storage.claims.LEASE_SECONDS
     monkeypatch.setattr(storage.claims.time, "monotonic", lambda: later)
-    one.keep(3)
+    one.keep()
     monkeypatch.setattr(storage.claims.time, "time", lambda: now + storage.claims.LEASE_SECONDS + 1)
     assert not other.take(3), "it was put off"
     monkeypatch.setattr(storage.claims.time, "time", lambda: now + 2 * storage.claims.LEASE_SECONDS + 1)

@@ -24,8 +24,8 @@ class Invented:
     """Workers that do with each shard what a plan says, one step of one worker at each look.
 
     plan: shard → what happens to it, time after time: "built", "failed", "claimed", "lost" (the worker dies of it),
-    "node" (the worker dies of something else) or an error that it raises; "built" once the plan is at its end. Like real
-    ones, workers tell of a shard when the next one is computed, or when they have no other.
+    "node" (the worker dies of something else) or an error that it raises; "built" once the plan is at its end. Like
+    real ones, workers tell of a shard when the next one is computed, or when they have no other.
     """
 
     def __init__(self, shards: int, workers: int, plan: dict[int, list[str | LogitCacheError]]) -> None:

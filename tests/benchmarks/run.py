@@ -24,6 +24,7 @@ from harness import NOT_MEASURED, ROOT, Table
 
 PARTS = {
     "caching": "Caching against the teacher's bare forward",
+    "workers": "Several workers",
     "reducer": "The reducer",
     "sizes": "Stored bytes",
     "reading": "Reading",

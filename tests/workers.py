@@ -1,0 +1,88 @@
+"""Jobs of `cache-logits` with several workers, watched while they run: what tests of engines share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conftest import command, environment
+
+# Shards of half a second or so, some 36 of them in the small cache.
+SMALL = ("-k", 16, "--context-tokens", 64, "--shard-tokens", 512, "--chunk-tokens", 256, "--fidelity-positions", 128)
+
+
+def contents(cache: Path, name: str = "a") -> dict[str, bytes]:
+    """What must be the same whoever made an entry: all but its receipts, which hold times and hosts."""
+    folder = cache / "teachers" / name
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {key: data for key, data in found.items() if not key.startswith("receipts/")}
+
+
+def committed(cache: Path, name: str = "a") -> int:
+    """How many shards have a receipt now."""
+    return len(list((cache / "teachers" / name / "receipts").glob("????????.json")))
+
+
+@dataclass
+class Job:
+    """A running `cache-logits --log-format json`, and the lines that it has said so far."""
+
+    process: subprocess.Popen[str]
+    said: list[dict[str, Any]] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Its events, as they come."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith("{"):
+                self.said.append(json.loads(line))
+                yield self.said[-1]
+            else:
+                self.other.append(line)
+
+    def until(self, event: str, times: int = 1) -> dict[str, Any]:
+        """Wait for the n-th event of a name from now on."""
+        for line in self.lines():
+            times -= line["event"] == event
+            if not times:
+                return line
+        raise AssertionError(f"it ended before: {self.said[-3:]} {self.other[-20:]}")
+
+    def end(self, timeout: float = 120) -> int:
+        """Read to the end; the exit status."""
+        for _ in self.lines():
+            pass
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return self.process.wait(timeout)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What was said under a name."""
+        return [line for line in self.said if line["event"] == name]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """A signal for the process that was started, and for it alone."""
+        os.kill(self.process.pid, number)
+
+
+def start(cache: Path, teacher: Path, *options: object, cwd: Path | None = None, **variables: str) -> Job:
+    """Begin a job on a cache."""
+    base = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL, "--log-format", "json")
+    process = subprocess.Popen(
+        command("cache-logits", *base, *options),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment() | variables,
+    )  # fmt: skip
+    return Job(process)
+
+
+def copy_of(cache: Path, path: Path) -> Path:
+    """A cache of one's own."""
+    return Path(shutil.copytree(cache, path))
