@@ -62,6 +62,7 @@ class ThisProcess:
         told, self._told = self._told, []
         ended = [item for event in told if isinstance(event, Heard) for item in event.settled if item.fate == "ended"]
         if ended:
+            self._todo.clear()
             told.append(Gone("0", ended[0].error or "", ended[0].cause))
         return told
 

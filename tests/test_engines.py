@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import Run, command, environment, refused
-from workers import SMALL, committed, contents, copy_of, start
+from workers import SMALL, committed, contents, copy_of, shards_of, start
 
 import logit_cache.worker
 from logit_cache.cli import cache_logits
@@ -79,10 +79,10 @@ def test_a_stopped_job_ends_in_time_and_another_engine_goes_on(
     job.kill(signal.SIGTERM)
     assert job.end() == 1
     assert time.monotonic() - asked < 20
-    done = committed(cache)
-    assert 4 <= done < 37
+    done, shards = committed(cache), shards_of(cache)
+    assert 4 <= done < shards
     (error,) = [line for line in job.other if line.startswith("error: ")]
-    assert f"{37 - done} of 37 shards missing" in error
+    assert f"{shards - done} of {shards} shards missing" in error
     assert job.events("end")[0]["stopped"]
     # Alone, then as one of seven, which helps with the shares of the six that do not come.
     job = start(cache, slow_teacher)
@@ -106,7 +106,7 @@ def test_the_parent_killed_and_its_workers_with_it(cache: Path, slow_teacher: Pa
     while any(_is_alive(pid) for pid in pids):
         assert time.monotonic() < until, "workers outlive their parent"
         time.sleep(0.05)
-    assert committed(cache) < 37
+    assert committed(cache) < shards_of(cache)
     assert start(cache, slow_teacher, "--workers", 3).end() == 0
     check(cache, alone)
 
@@ -125,7 +125,7 @@ def test_a_job_beside_another_one_takes_other_shards(cache: Path, slow_teacher: 
     jobs = [start(cache, slow_teacher) for _ in range(2)]
     assert [job.end() for job in jobs] == [0, 0]
     shards = [line["shard"] for job in jobs for line in job.events("shard")]
-    assert sorted(shards) == list(range(37))
+    assert sorted(shards) == list(range(shards_of(cache)))
     assert all(job.events("shard") for job in jobs)
     check(cache, alone)
 
@@ -134,7 +134,7 @@ def test_a_shard_that_somebody_else_has_is_waited_for(cache: Path, slow_teacher:
     claims = claims_in(locate(str(cache)), "teachers/a/receipts")
     assert claims.take(7)
     job = start(cache, slow_teacher)
-    while committed(cache) < 36:
+    while committed(cache) < shards_of(cache) - 1:
         assert job.process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
@@ -176,7 +176,7 @@ def test_a_shard_that_fails_every_time_is_named_and_the_rest_is_done(
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "1 shard(s) failed every time and were given up: 3 (" in error
     assert "Traceback" not in done.stderr
-    assert committed(cache) == 36
+    assert committed(cache) == shards_of(cache) - 1
     said = run("logit-cache", "status", cache)
     assert "given up    1 shards" in said.stdout
     assert "shard 3 after 3 attempts" in said.stdout

@@ -14,7 +14,9 @@ from typing import Any
 
 from conftest import command, environment
 
-# Shards of half a second or so, some 36 of them in the small cache.
+from storage import LogitCache
+
+# Shards of half a second or so, some 33 of them in the small cache.
 SMALL = ("-k", 16, "--context-tokens", 64, "--shard-tokens", 512, "--chunk-tokens", 256, "--fidelity-positions", 128)
 
 
@@ -28,6 +30,11 @@ def contents(cache: Path, name: str = "a") -> dict[str, bytes]:
 def committed(cache: Path, name: str = "a") -> int:
     """How many shards have a receipt now."""
     return len(list((cache / "teachers" / name / "receipts").glob("????????.json")))
+
+
+def shards_of(cache: Path) -> int:
+    """How many shards an entry of such jobs has."""
+    return -(-len(LogitCache.open(str(cache)).tokens) // 512)
 
 
 @dataclass
