@@ -80,12 +80,15 @@ class Job:
         os.kill(self.process.pid, number)
 
 
-def start(cache: Path, teacher: Path, *options: object, cwd: Path | None = None, **variables: str) -> Job:
-    """Begin a job on a cache."""
+def start(
+    cache: Path, teacher: Path, *options: object, cwd: Path | None = None, own_group: bool = False, **variables: str
+) -> Job:
+    """Begin a job on a cache; in a process group of its own, so that all of it can be killed at once."""
     base = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL, "--log-format", "json")
     process = subprocess.Popen(
         command("cache-logits", *base, *options),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment() | variables,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        start_new_session=own_group, env=environment() | variables,
     )  # fmt: skip
     return Job(process)
 
