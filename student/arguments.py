@@ -52,6 +52,8 @@ RESERVED: dict[str, str] = {
     "ignore_data_skip": "a resumed run would read other windows than an uninterrupted one",
     "save_only_model": "an interrupted run could not go on without its optimizer",
     "disable_tqdm": "a bar is shown on a terminal, plain lines elsewhere",
+    "auto_find_batch_size": "a step has a fixed number of windows: give --windows-per-step, and as "
+    "per_device_train_batch_size what fits at once",
     "parallelism_config": "launch with accelerate or torchrun instead",
     "do_train": "the command trains",
     "do_eval": "give --eval-cache",

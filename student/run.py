@@ -27,7 +27,7 @@ from student.buckets import NOT_TRAINED
 from student.dense import LogitSource
 from student.evaluate import HeldOut
 from student.heads import choose_head
-from student.inputs import Data, check_batch, fit, open_caches
+from student.inputs import Data, check_step, fit, open_caches
 from student.job import (
     HeldOutKL,
     HeldOutReport,
@@ -41,8 +41,9 @@ from student.models import PRESETS, load_student
 from student.objective import EXACT_TEMPERATURES
 from student.output import OutputDirectory, full_disk_is_said
 from student.progress import TrainingProgress
+from student.step import CUTTING, settle_step, windows_per_step
 from student.targets import interpolation_bound
-from student.trainer import DistillationTrainer, windows_per_step
+from student.trainer import DistillationTrainer
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 Say = Callable[[str], None]
@@ -85,12 +86,12 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     args = training_arguments(job, values)
     first = args.process_index == 0
     tell = (say or _to_stderr) if first else _silent
-    batch = args.train_batch_size * args.world_size
-    check_batch(data.windows, batch, args)
+    output = OutputDirectory(job.output_dir, writes=first)
+    recorded = output.recorded()
+    adapted = settle_step(job, args, recorded.get("identity", {}) | recorded.get("launch", {}))
+    check_step(data.windows, args)
     step_windows = windows_per_step(args)
     identity = _identity(job, values, data, step_windows)
-
-    output = OutputDirectory(job.output_dir, writes=first)
     output.check(identity)
     finished = output.report()
     if finished is not None:
@@ -99,13 +100,16 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     model = _load_model(job, data.windows)
     # Nobody may look at the folder while the first process begins to write there.
     PartialState().wait_for_everyone()
-    output.claim(identity)
+    output.claim(identity, processes=args.world_size)
     use_cache = bool(getattr(model.config, "use_cache", True))
     parameters = sum(p.numel() for p in model.parameters())
     tell(
         f"{job.model}: {parameters:,} parameters; {len(data.windows):,} windows of {job.window_tokens} tokens, "
-        f"{step_windows} to a step"
+        f"{step_windows} to a step: {args.world_size} process(es), {args.gradient_accumulation_steps} micro-batch(es) "
+        f"of {args.train_batch_size}"
     )
+    if adapted is not None:
+        tell(adapted)
 
     tail_bounds = _tail_bounds(data)
     for name, bound in tail_bounds.items():
@@ -139,6 +143,7 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
         parameters=parameters,
         steps=trainer.state.global_step,
         windows_per_step=step_windows,
+        windows_at_once=args.train_batch_size,
         tokens_seen=_positions_seen(data.windows, args, trainer.state.global_step),
         seconds=round(seconds, 3),
         resumed_from_step=resumed_from,
@@ -192,7 +197,8 @@ def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windo
     asked["windows_per_step"] = step_windows
     asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
-    asked |= {f"training.{name}": value for name, value in values.items() if name not in PRESENTATION}
+    training = {name: value for name, value in values.items() if name not in PRESENTATION | CUTTING}
+    asked |= {f"training.{name}": value for name, value in training.items()}
     return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
 
 
@@ -291,15 +297,13 @@ def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: Trai
 
 def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> int:
     """Positions read in the first `steps` steps: their number follows from the order, also for a resumed run."""
-    size, world, accumulation = args.train_batch_size, args.world_size, args.gradient_accumulation_steps
-    rest_is_dropped = args.dataloader_drop_last
-    batches = len(windows) // size // world if rest_is_dropped else -(-len(windows) // (size * world))
-    steps_per_epoch = -(-batches // accumulation)
-    order = reading_order(windows, windows_per_step(args))
+    step = windows_per_step(args)
+    order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
+    steps_per_epoch = -(-len(order) // step)
     total = 0
     for epoch in range(-(-steps // steps_per_epoch)):
         done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
-        read = min(min(done * accumulation, batches) * size * world, len(windows))
+        read = min(done * step, len(order))
         total += int(windows.blocks.lengths(order.permutation(epoch)[:read]).sum())
     return total
 

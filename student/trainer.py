@@ -27,6 +27,7 @@ from student.evaluate import HeldOut, HeldOutSums, bytes_per_token
 from student.heads import PlainHead, choose_head
 from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
 from student.order import ReadingOrder
+from student.step import windows_per_step
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 FusedHead = Literal["auto", "on", "off"]
@@ -178,8 +179,9 @@ class DistillationTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         windows = _ours(self.train_dataset if train_dataset is None else train_dataset)
-        self._reading_order = reading_order(windows, windows_per_step(self.args))
-        return self._reading_order
+        order = reading_order(windows, windows_per_step(self.args), whole_steps=self.args.dataloader_drop_last)
+        self._reading_order = order
+        return order
 
     def compute_loss(
         self,
@@ -269,11 +271,6 @@ def _loss_of_batch(loss: DistillationLoss, logits: Tensor, batch: dict[str, Any]
     if isinstance(loss, DenseLoss):
         return loss.of_windows(flat, labels, batch["input_ids"])
     return loss(flat, labels, flat_targets(batch["targets"]))
-
-
-def windows_per_step(args: TrainingArguments) -> int:
-    """Windows of an optimizer step, over all processes and micro-batches."""
-    return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
 def _ours(dataset: Any) -> DistillationWindows:
