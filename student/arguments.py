@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,9 @@ PRESENTATION = frozenset(
     | {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 )
 
+# What launchers, torchrun and those of MPI, set for processes that belong together.
+_LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
 _METRICS = ("loss", "perplexity", "ece", "accuracy", "distillation_loss")
 
 
@@ -103,6 +107,9 @@ def training_values(job: StudentJob) -> dict[str, Any]:
 
 def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingArguments:
     """The arguments themselves; from here on the process belongs to its process group, if there is one."""
+    if not any(os.environ.get(name) for name in _LAUNCHED):
+        # A single process, which may go on with what several began, has no group to choose a backend for.
+        values = {name: value for name, value in values.items() if name != "ddp_backend"}
     try:
         return TrainingArguments(
             output_dir=job.output_dir,
