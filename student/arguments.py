@@ -69,6 +69,9 @@ PRESENTATION = frozenset(
     | {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 )
 
+# Where transformers takes more than it declares.
+_HINTS: dict[str, Any] = {"fsdp": bool | str}
+
 # What launchers, torchrun and those of MPI, set for processes that belong together.
 _LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -88,7 +91,7 @@ def training_values(job: StudentJob) -> dict[str, Any]:
                 f"there is no training field {name!r}"
                 + (f"; did you mean {close[0]!r}?" if close else "; see transformers.TrainingArguments")
             )
-        values[name] = _checked(name, fields[name].type, given)
+        values[name] = _checked(name, _HINTS.get(name, fields[name].type), given)
     metric = str(values.get("metric_for_best_model") or "loss")
     # The base class takes every metric for better when larger unless its name ends in "loss".
     values.setdefault("greater_is_better", metric.removeprefix("eval_") == "accuracy")

@@ -41,6 +41,7 @@ from student.models import PRESETS, load_student
 from student.objective import EXACT_TEMPERATURES
 from student.output import OutputDirectory, full_disk_is_said
 from student.progress import TrainingProgress
+from student.sharding import check_checkpoint, check_fsdp
 from student.step import CUTTING, settle_step, windows_per_step
 from student.targets import interpolation_bound
 from student.trainer import DistillationTrainer
@@ -84,6 +85,7 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
         raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {data.eval_loss}")
     job = data.job
     args = training_arguments(job, values)
+    check_fsdp(args)
     first = args.process_index == 0
     tell = (say or _to_stderr) if first else _silent
     output = OutputDirectory(job.output_dir, writes=first)
@@ -269,13 +271,19 @@ def _train_or_go_on(trainer: DistillationTrainer, output: OutputDirectory, tell:
         trainer.train()
         return 0
     folder, state = checkpoint
+    check_checkpoint(folder, trainer.is_fsdp_enabled)
     step = int(state["global_step"])
     if step >= int(state["max_steps"]):
         # Trained, but killed before the model was published. The base class would take one step too many.
         tell(f"{folder}: all {step} steps are done")
         trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        trainer._load_from_checkpoint(best or str(folder))
+        if trainer.is_fsdp_enabled:
+            # Only a model that is sharded already can be filled from such a checkpoint.
+            loader = trainer.get_train_dataloader()
+            trainer._prepare_for_training(step, loader, best or str(folder))  # type: ignore[no-untyped-call]
+        else:
+            trainer._load_from_checkpoint(best or str(folder))
     else:
         tell(f"going on from {folder}")
         trainer.train(resume_from_checkpoint=str(folder))
@@ -286,6 +294,9 @@ def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: Trai
     # The base class switches the key-value cache off for training; a saved model would generate slowly.
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = use_cache
+    if trainer.is_fsdp_enabled:
+        # Checkpoints may be sharded; what is published is one model, put together by all processes.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output.stage))
     if trainer.args.process_index == 0:
         # A pickle, and nothing that the report does not say.

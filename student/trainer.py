@@ -27,6 +27,7 @@ from student.evaluate import HeldOut, HeldOutSums, bytes_per_token
 from student.heads import PlainHead, choose_head
 from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
 from student.order import ReadingOrder
+from student.sharding import FSDPIsOn, keep_precision
 from student.step import windows_per_step
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
@@ -176,6 +177,12 @@ class DistillationTrainer(Trainer):
         )
         self.add_callback(_FollowEpochs(self))
         self.add_callback(FollowAlpha(loss))
+        self.add_callback(FSDPIsOn())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The base class's, with FSDP2's mixed precision kept away from targets and loss."""
+        super().create_accelerator_and_postprocess()
+        keep_precision(self.accelerator)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         windows = _ours(self.train_dataset if train_dataset is None else train_dataset)
