@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from storage.errors import InputError
 from student.job import StudentJob
@@ -72,6 +76,9 @@ PRESENTATION = frozenset(
 # Where transformers takes more than it declares.
 _HINTS: dict[str, Any] = {"fsdp": bool | str}
 
+# Loggers that transformers has and does not list among those that are there.
+_NOT_LISTED = {"azure_ml", "flyte"}
+
 # What launchers, torchrun and those of MPI, set for processes that belong together.
 _LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -105,6 +112,7 @@ def training_values(job: StudentJob) -> dict[str, Any]:
         values.setdefault("dataloader_prefetch_factor", 4)
         values.setdefault("dataloader_persistent_workers", True)
     _check_evaluation(job, values)
+    _check_reporting(values["report_to"])
     return values
 
 
@@ -147,6 +155,21 @@ def _check_evaluation(job: StudentJob, values: Mapping[str, Any]) -> None:
     known = [*_METRICS, *(f"kl_{teacher.name}" for teacher in job.teachers)]
     if metric is not None and str(metric).removeprefix("eval_") not in known:
         raise InputError(f"metric_for_best_model {metric!r} is not measured; there is: {', '.join(known)}")
+
+
+def _check_reporting(asked: Any) -> None:
+    """Raise InputError for a logger of metrics that transformers does not know, or whose package is not there."""
+    names = {asked} if isinstance(asked, str) else set(asked or ())
+    names -= {"none", "all"}
+    unknown = sorted(names - INTEGRATION_TO_CALLBACK.keys())
+    if unknown:
+        raise InputError(
+            f"report_to {unknown[0]!r} is not known; there is: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}"
+        )
+    if names:
+        installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+        for name in sorted(names - {*installed, *_NOT_LISTED}):
+            raise InputError(f"report_to {name} needs a package that is not installed: pip install {name}")
 
 
 def _has_accelerator() -> bool:

@@ -136,7 +136,11 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     held_out = None
     if data.eval_windows is not None:
         tell(f"evaluating on {len(data.eval_windows):,} windows of {job.eval_cache}")
-        held_out = _held_out(trainer.held_out(data.eval_windows), data)
+        result = trainer.held_out(data.eval_windows)
+        # To the loggers of report_to; on the terminal the report follows.
+        trainer.remove_callback(TrainingProgress)
+        trainer.show_held_out(result)
+        held_out = _held_out(result, data)
 
     report = TrainingReport(
         job=job.model_copy(update={"training": values}),

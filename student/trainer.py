@@ -229,6 +229,11 @@ class DistillationTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def show_held_out(self, result: HeldOut) -> None:
+        """Give figures to the callbacks that log, under the names of an evaluation, and to no log of the run's own."""
+        named = {f"eval_{name}": value for name, value in metrics_of(result).items()}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, named)
+
     @torch.no_grad()
     def held_out(self, windows: DistillationWindows) -> HeldOut:
         """Cross-entropy, calibration, KL to `eval_members` and `eval_loss` over all windows, each exactly once.
