@@ -68,11 +68,14 @@ class PlainHead:
             found.append(fused_loss(rows, linear.weight, linear.bias, prepared, logit_scale=scale, softcap=softcap))
             return found[0].loss_sum
 
+        own = vars(linear).get("forward")
         linear.forward = forward  # type: ignore[method-assign, assignment]
         try:
             loss_sum: Tensor = linear(hidden.flatten(0, -2))
         finally:
             del linear.forward
+            if own is not None:
+                linear.forward = own  # type: ignore[method-assign]
         return replace(found[0], loss_sum=loss_sum)
 
     def logits(self, hidden: Tensor) -> Tensor:
