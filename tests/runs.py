@@ -100,7 +100,7 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -163,7 +163,7 @@ def processes(number: int, code: str, *words: str, **environment: str) -> list[s
                 text=True,
             )
         )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while any(one.poll() is None for one in started):
         if any(one.poll() for one in started) or time.monotonic() > deadline:
             time.sleep(1)
