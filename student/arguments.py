@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from storage.errors import InputError
 from student.job import StudentJob
@@ -52,6 +57,8 @@ RESERVED: dict[str, str] = {
     "ignore_data_skip": "a resumed run would read other windows than an uninterrupted one",
     "save_only_model": "an interrupted run could not go on without its optimizer",
     "disable_tqdm": "a bar is shown on a terminal, plain lines elsewhere",
+    "auto_find_batch_size": "a step has a fixed number of windows: give --windows-per-step, and as "
+    "per_device_train_batch_size what fits at once",
     "parallelism_config": "launch with accelerate or torchrun instead",
     "do_train": "the command trains",
     "do_eval": "give --eval-cache",
@@ -65,6 +72,15 @@ PRESENTATION = frozenset(
     {"report_to", "run_name", "project", "log_level", "log_level_replica", "logging_steps", "save_total_limit"}
     | {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 )
+
+# Where transformers takes more than it declares.
+_HINTS: dict[str, Any] = {"fsdp": bool | str}
+
+# Loggers that transformers has and does not list among those that are there.
+_NOT_LISTED = {"azure_ml", "flyte"}
+
+# What launchers, torchrun and those of MPI, set for processes that belong together.
+_LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _METRICS = ("loss", "perplexity", "ece", "accuracy", "distillation_loss")
 
@@ -82,7 +98,7 @@ def training_values(job: StudentJob) -> dict[str, Any]:
                 f"there is no training field {name!r}"
                 + (f"; did you mean {close[0]!r}?" if close else "; see transformers.TrainingArguments")
             )
-        values[name] = _checked(name, fields[name].type, given)
+        values[name] = _checked(name, _HINTS.get(name, fields[name].type), given)
     metric = str(values.get("metric_for_best_model") or "loss")
     # The base class takes every metric for better when larger unless its name ends in "loss".
     values.setdefault("greater_is_better", metric.removeprefix("eval_") == "accuracy")
@@ -96,11 +112,15 @@ def training_values(job: StudentJob) -> dict[str, Any]:
         values.setdefault("dataloader_prefetch_factor", 4)
         values.setdefault("dataloader_persistent_workers", True)
     _check_evaluation(job, values)
+    _check_reporting(values["report_to"])
     return values
 
 
 def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingArguments:
     """The arguments themselves; from here on the process belongs to its process group, if there is one."""
+    if not any(os.environ.get(name) for name in _LAUNCHED):
+        # A single process, which may go on with what several began, has no group to choose a backend for.
+        values = {name: value for name, value in values.items() if name != "ddp_backend"}
     try:
         return TrainingArguments(
             output_dir=job.output_dir,
@@ -135,6 +155,21 @@ def _check_evaluation(job: StudentJob, values: Mapping[str, Any]) -> None:
     known = [*_METRICS, *(f"kl_{teacher.name}" for teacher in job.teachers)]
     if metric is not None and str(metric).removeprefix("eval_") not in known:
         raise InputError(f"metric_for_best_model {metric!r} is not measured; there is: {', '.join(known)}")
+
+
+def _check_reporting(asked: Any) -> None:
+    """Raise InputError for a logger of metrics that transformers does not know, or whose package is not there."""
+    names = {asked} if isinstance(asked, str) else set(asked or ())
+    names -= {"none", "all"}
+    unknown = sorted(names - INTEGRATION_TO_CALLBACK.keys())
+    if unknown:
+        raise InputError(
+            f"report_to {unknown[0]!r} is not known; there is: none, all, {', '.join(INTEGRATION_TO_CALLBACK)}"
+        )
+    if names:
+        installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+        for name in sorted(names - {*installed, *_NOT_LISTED}):
+            raise InputError(f"report_to {name} needs a package that is not installed: pip install {name}")
 
 
 def _has_accelerator() -> bool:

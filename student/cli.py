@@ -43,6 +43,13 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["auto", "on", "off"]),
             help="Output layer and loss in one, without holding the logits [auto: where the model allows it].",
         ),
+        click.option(
+            "--windows-per-step",
+            type=int,
+            metavar="G",
+            help="Windows of an optimizer step over all processes; accumulation follows, and "
+            "per_device_train_batch_size is the most at once [that, by processes and accumulation].",
+        ),
         click.option("--output-dir", metavar="DIR", help="A folder of this run's own; the model ends up there."),
         click.option(
             "--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."

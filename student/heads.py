@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -55,11 +55,28 @@ class PlainHead:
         return hidden
 
     def loss_sums(self, hidden: Tensor, prepared: PreparedLoss) -> LossSums:
-        """The prepared loss of the logits of these hidden states, which are never held together."""
-        weight, bias = self.linear.weight, self.linear.bias
-        return fused_loss(
-            hidden.flatten(0, -2), weight, bias, prepared, logit_scale=self.logit_scale, softcap=self.softcap
-        )
+        """The prepared loss of the logits of these hidden states, which are never held together.
+
+        It is computed in the output layer's own call. There FSDP2 puts sharded weights together for as long as they are
+        needed, whichever of its units they belong to.
+        """
+        linear = self.linear
+        found: list[LossSums] = []
+
+        def forward(rows: Tensor) -> Tensor:
+            scale, softcap = self.logit_scale, self.softcap
+            found.append(fused_loss(rows, linear.weight, linear.bias, prepared, logit_scale=scale, softcap=softcap))
+            return found[0].loss_sum
+
+        own = vars(linear).get("forward")
+        linear.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            loss_sum: Tensor = linear(hidden.flatten(0, -2))
+        finally:
+            del linear.forward
+            if own is not None:
+                linear.forward = own  # type: ignore[method-assign]
+        return replace(found[0], loss_sum=loss_sum)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [B, T, W] of these hidden states, without any gradient."""

@@ -17,6 +17,7 @@ from student.dense import DenseLoss, LogitSource
 from student.job import LiveTeachers, StudentJob
 from student.losses import DistillationLoss, tail_of
 from student.objective import Objective
+from student.step import windows_per_step
 from student.targets import Member
 from student.windows import DistillationWindows
 
@@ -174,10 +175,12 @@ def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | 
     return None
 
 
-def check_batch(windows: DistillationWindows, batch: int, args: TrainingArguments) -> None:
-    """Raise InputError where the windows are too few for a single batch over all processes."""
-    if args.dataloader_drop_last and len(windows) < batch:
+def check_step(windows: DistillationWindows, args: TrainingArguments) -> None:
+    """Raise InputError where the windows of an epoch are too few for a single step."""
+    step = windows_per_step(args)
+    if args.dataloader_drop_last and len(windows) < step:
         raise InputError(
-            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {batch} "
-            f"of one batch over {args.world_size} process(es): take a smaller per_device_train_batch_size or window"
+            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {step} "
+            f"of one step over {args.world_size} process(es): take a smaller --windows-per-step, "
+            "per_device_train_batch_size or window"
         )

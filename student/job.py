@@ -34,6 +34,9 @@ class StudentJob(Objective):
     isolate_documents   whether windows stay inside documents; by default what the teachers did
     fused_head          output layer and loss in one, without ever holding the logits of a batch; auto: if the model's
                         output layer allows it. The same loss and gradients but for rounding
+    windows_per_step    windows of an optimizer step over all processes and micro-batches; gradient accumulation follows
+                        from it, and per_device_train_batch_size is the most that a process has at once. By default
+                        per_device_train_batch_size * processes * gradient_accumulation_steps
     output_dir          a folder of this run's own: checkpoints while it runs, the model when it is done
     eval_cache          path or URL of a held-out cache of the same tokenizer
     live_teachers       model directories or hub ids that run beside the student instead of targets from the cache:
@@ -54,6 +57,7 @@ class StudentJob(Objective):
     offset: Literal["fixed", "random"] = "fixed"
     isolate_documents: bool | None = None
     fused_head: Literal["auto", "on", "off"] = "auto"
+    windows_per_step: Annotated[int, Field(ge=1)] | None = None
     output_dir: Annotated[str, Field(min_length=1)]
     eval_cache: str | None = None
     live_teachers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -100,6 +104,11 @@ class StudentJob(Objective):
             raise ValueError(f"alpha is {asked:g} but no teacher is named: name one, or leave alpha at 1")
         if names and self.uses_teachers and not any(teacher.weight for teacher in self.teachers):
             raise ValueError("every teacher's weight is 0: give at least one a weight above 0")
+        if self.windows_per_step is not None and "gradient_accumulation_steps" in self.training:
+            raise ValueError(
+                f"windows_per_step {self.windows_per_step} decides gradient_accumulation_steps, which is also given as "
+                f"{self.training['gradient_accumulation_steps']}: leave one of the two out"
+            )
         return self
 
     def _agrees_live(self) -> None:
@@ -209,6 +218,7 @@ class TrainingReport(_Frozen):
                         `cache/<teacher>`, `eval_cache`, `eval_cache/<teacher>`
     isolated_documents  whether windows stayed inside documents
     steps               optimizer steps, of `windows_per_step` windows each over all processes
+    windows_at_once     of a process, in one of the step's micro-batches
     tokens_seen         positions read for training, all epochs together
     seconds             spent in training by the process that finished; `resumed_from_step` says where it took over
     fused_head          whether the output layer and the loss were one
@@ -230,6 +240,7 @@ class TrainingReport(_Frozen):
     parameters: int
     steps: int
     windows_per_step: int
+    windows_at_once: int | None = None
     tokens_seen: int
     seconds: float
     resumed_from_step: int = 0

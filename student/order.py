@@ -43,6 +43,8 @@ class ReadingOrder(Sampler[int]):
     group_windows      g
     windows_per_step   G; the lanes are its greatest divisor of the form 2**n up to `LANES`
     buffer_groups      B
+    whole_steps        whether an epoch ends with its last whole step, and leaves out the rest: other windows in each
+                       epoch. Cut here, and not by batches or ranks, an epoch has the same steps however these are
 
     Two windows of one group, which share chunks of the cache, are less than ``B * g + G`` places apart while all lanes
     have groups, and a reader that holds B decoded chunks decodes each about once per epoch. (With 16 groups of 8,192
@@ -62,6 +64,7 @@ class ReadingOrder(Sampler[int]):
         seed: int,
         windows_per_step: int = LANES,
         buffer_groups: int = BUFFER_GROUPS,
+        whole_steps: bool = False,
     ) -> None:
         self.windows = windows
         self.group_windows = group_windows
@@ -69,6 +72,7 @@ class ReadingOrder(Sampler[int]):
         self.windows_per_step = windows_per_step
         self.buffer_groups = max(1, buffer_groups // self.lanes)
         self.seed = seed
+        self.whole_steps = whole_steps
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -76,15 +80,16 @@ class ReadingOrder(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.windows
+        return self.windows - self.windows % self.windows_per_step if self.whole_steps else self.windows
 
     def __iter__(self) -> Iterator[int]:
-        base = self.epoch * self.windows
+        base, left = self.epoch * self.windows, len(self)
         for some in self._pieces(self.epoch):
-            yield from (some + base).tolist()
+            yield from (some[:left] + base).tolist()
+            left -= min(left, len(some))
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
-        """The windows of an epoch in order, int64 [windows], without the epoch in them."""
+        """All windows of an epoch in order, int64 [windows], without the epoch in them."""
         return np.concatenate(list(self._pieces(epoch)) or [np.zeros(0, dtype=np.int64)])
 
     def _pieces(self, epoch: int) -> Iterator[NDArray[np.int64]]:

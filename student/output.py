@@ -48,8 +48,9 @@ class OutputDirectory:
 
         Raises InputError when it holds something else, IdentityMismatch (listing the fields) for another run.
         """
-        stored = self._stored_identity()
-        if stored is not None:
+        record = self._record()
+        if record is not None:
+            stored = record["identity"]
             differing = [
                 f"{name}: the run has {stored.get(name)!r}, this job {identity.get(name)!r}"
                 for name in sorted(stored.keys() | identity.keys())
@@ -60,14 +61,25 @@ class OutputDirectory:
                     str(self.path), differing, "It is the folder of another run: give another --output-dir"
                 )
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make the folder this run's, after `check`. Raises InputError where nothing can be written."""
+    def recorded(self) -> dict[str, Any]:
+        """What `claim` wrote down: the run's identity, and beside it what it was launched with; empty in a new folder.
+
+        Raises InputError when the folder holds something else.
+        """
+        return self._record() or {}
+
+    def claim(self, identity: Mapping[str, Any], **launch: Any) -> None:
+        """Make the folder this run's, after `check`. Raises InputError where nothing can be written.
+
+        launch: what is remembered of the first launch, and no part of what the run is.
+        """
         if not self._writes:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not (self.path / RUN_FILE).exists():
-                text = json.dumps({"kind": _KIND, "identity": dict(identity)}, indent=1, sort_keys=True)
+                record = {"kind": _KIND, "identity": dict(identity), "launch": launch}
+                text = json.dumps(record, indent=1, sort_keys=True)
                 _write(self.path / RUN_FILE, text)
             shutil.rmtree(self.stage, ignore_errors=True)
         except OSError as error:
@@ -118,7 +130,7 @@ class OutputDirectory:
         self.stage.rmdir()
         _write(self.path / REPORT_FILE, report.model_dump_json(indent=1))
 
-    def _stored_identity(self) -> dict[str, Any] | None:
+    def _record(self) -> dict[str, Any] | None:
         try:
             names = os.listdir(self.path)
         except FileNotFoundError:
@@ -141,8 +153,7 @@ class OutputDirectory:
             raise InputError(f"{self.path / RUN_FILE}: cannot be read ({error}); give another --output-dir") from None
         if not isinstance(data, dict) or data.get("kind") != _KIND or not isinstance(data.get("identity"), dict):
             raise InputError(f"{self.path / RUN_FILE} is not of a training run: give another --output-dir")
-        identity: dict[str, Any] = data["identity"]
-        return identity
+        return data
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from student.buckets import NOT_TRAINED
 from student.dense import LogitSource
 from student.evaluate import HeldOut
 from student.heads import choose_head
-from student.inputs import Data, check_batch, fit, open_caches
+from student.inputs import Data, check_step, fit, open_caches
 from student.job import (
     HeldOutKL,
     HeldOutReport,
@@ -41,8 +41,10 @@ from student.models import PRESETS, load_student
 from student.objective import EXACT_TEMPERATURES
 from student.output import OutputDirectory, full_disk_is_said
 from student.progress import TrainingProgress
+from student.sharding import check_checkpoint, check_fsdp
+from student.step import CUTTING, settle_step, windows_per_step
 from student.targets import interpolation_bound
-from student.trainer import DistillationTrainer, windows_per_step
+from student.trainer import DistillationTrainer
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 Say = Callable[[str], None]
@@ -83,14 +85,15 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
         raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {data.eval_loss}")
     job = data.job
     args = training_arguments(job, values)
+    check_fsdp(args)
     first = args.process_index == 0
     tell = (say or _to_stderr) if first else _silent
-    batch = args.train_batch_size * args.world_size
-    check_batch(data.windows, batch, args)
+    output = OutputDirectory(job.output_dir, writes=first)
+    recorded = output.recorded()
+    adapted = settle_step(job, args, recorded.get("identity", {}) | recorded.get("launch", {}))
+    check_step(data.windows, args)
     step_windows = windows_per_step(args)
     identity = _identity(job, values, data, step_windows)
-
-    output = OutputDirectory(job.output_dir, writes=first)
     output.check(identity)
     finished = output.report()
     if finished is not None:
@@ -99,13 +102,16 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     model = _load_model(job, data.windows)
     # Nobody may look at the folder while the first process begins to write there.
     PartialState().wait_for_everyone()
-    output.claim(identity)
+    output.claim(identity, processes=args.world_size)
     use_cache = bool(getattr(model.config, "use_cache", True))
     parameters = sum(p.numel() for p in model.parameters())
     tell(
         f"{job.model}: {parameters:,} parameters; {len(data.windows):,} windows of {job.window_tokens} tokens, "
-        f"{step_windows} to a step"
+        f"{step_windows} to a step: {args.world_size} process(es), {args.gradient_accumulation_steps} micro-batch(es) "
+        f"of {args.train_batch_size}"
     )
+    if adapted is not None:
+        tell(adapted)
 
     tail_bounds = _tail_bounds(data)
     for name, bound in tail_bounds.items():
@@ -130,7 +136,11 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     held_out = None
     if data.eval_windows is not None:
         tell(f"evaluating on {len(data.eval_windows):,} windows of {job.eval_cache}")
-        held_out = _held_out(trainer.held_out(data.eval_windows), data)
+        result = trainer.held_out(data.eval_windows)
+        # To the loggers of report_to; on the terminal the report follows.
+        trainer.remove_callback(TrainingProgress)
+        trainer.show_held_out(result)
+        held_out = _held_out(result, data)
 
     report = TrainingReport(
         job=job.model_copy(update={"training": values}),
@@ -139,6 +149,7 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
         parameters=parameters,
         steps=trainer.state.global_step,
         windows_per_step=step_windows,
+        windows_at_once=args.train_batch_size,
         tokens_seen=_positions_seen(data.windows, args, trainer.state.global_step),
         seconds=round(seconds, 3),
         resumed_from_step=resumed_from,
@@ -192,7 +203,8 @@ def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windo
     asked["windows_per_step"] = step_windows
     asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
-    asked |= {f"training.{name}": value for name, value in values.items() if name not in PRESENTATION}
+    training = {name: value for name, value in values.items() if name not in PRESENTATION | CUTTING}
+    asked |= {f"training.{name}": value for name, value in training.items()}
     return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
 
 
@@ -263,13 +275,19 @@ def _train_or_go_on(trainer: DistillationTrainer, output: OutputDirectory, tell:
         trainer.train()
         return 0
     folder, state = checkpoint
+    check_checkpoint(folder, trainer.is_fsdp_enabled)
     step = int(state["global_step"])
     if step >= int(state["max_steps"]):
         # Trained, but killed before the model was published. The base class would take one step too many.
         tell(f"{folder}: all {step} steps are done")
         trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        trainer._load_from_checkpoint(best or str(folder))
+        if trainer.is_fsdp_enabled:
+            # Only a model that is sharded already can be filled from such a checkpoint.
+            loader = trainer.get_train_dataloader()
+            trainer._prepare_for_training(step, loader, best or str(folder))  # type: ignore[no-untyped-call]
+        else:
+            trainer._load_from_checkpoint(best or str(folder))
     else:
         tell(f"going on from {folder}")
         trainer.train(resume_from_checkpoint=str(folder))
@@ -280,6 +298,9 @@ def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: Trai
     # The base class switches the key-value cache off for training; a saved model would generate slowly.
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = use_cache
+    if trainer.is_fsdp_enabled:
+        # Checkpoints may be sharded; what is published is one model, put together by all processes.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output.stage))
     if trainer.args.process_index == 0:
         # A pickle, and nothing that the report does not say.
@@ -291,15 +312,13 @@ def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: Trai
 
 def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> int:
     """Positions read in the first `steps` steps: their number follows from the order, also for a resumed run."""
-    size, world, accumulation = args.train_batch_size, args.world_size, args.gradient_accumulation_steps
-    rest_is_dropped = args.dataloader_drop_last
-    batches = len(windows) // size // world if rest_is_dropped else -(-len(windows) // (size * world))
-    steps_per_epoch = -(-batches // accumulation)
-    order = reading_order(windows, windows_per_step(args))
+    step = windows_per_step(args)
+    order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
+    steps_per_epoch = -(-len(order) // step)
     total = 0
     for epoch in range(-(-steps // steps_per_epoch)):
         done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
-        read = min(min(done * accumulation, batches) * size * world, len(windows))
+        read = min(done * step, len(order))
         total += int(windows.blocks.lengths(order.permutation(epoch)[:read]).sum())
     return total
 

@@ -20,19 +20,19 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from storage.errors import InputError, LogitCacheError
 from student.arguments import training_arguments, training_values
-from student.inputs import Caches, Data, fit
+from student.inputs import Caches, Data, check_step, fit
 from student.job import StudentJob
 from student.models import load_student
 from student.progress import TrainingProgress
 from student.search_space import Search
+from student.step import settle_step, windows_per_step
 from student.sweep_record import SweepFolder, TrialRecord
-from student.trainer import DistillationTrainer, FollowAlpha, bind_loss, windows_per_step
+from student.trainer import DistillationTrainer, FollowAlpha, bind_loss
 from student.trial_job import (
     MODEL,
     OBJECTIVE,
     STEP,
     WINDOWS,
-    check_step,
     shown,
     trial_job,
     trial_settings,
@@ -194,9 +194,8 @@ class SweepTrainer(DistillationTrainer):
         data = fit(self.inputs.caches, job)
         in_the_sweeps_folder = job.model_copy(update={"output_dir": self.inputs.job.output_dir})
         args = training_arguments(in_the_sweeps_folder, self._values(job))
-        check_step(data.windows, args, values)
-        if args.n_gpu > 1:
-            args._n_gpu = 1
+        settle_step(job, args)
+        check_step(data.windows, args)
         fields = job.model_dump(mode="json", include=job.model_fields_set)
         self._record = self._record.model_copy(update={"job": fields})
         self.args, self._data = args, data

@@ -27,6 +27,8 @@ from student.evaluate import HeldOut, HeldOutSums, bytes_per_token
 from student.heads import PlainHead, choose_head
 from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
 from student.order import ReadingOrder
+from student.sharding import FSDPIsOn, keep_precision
+from student.step import windows_per_step
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 FusedHead = Literal["auto", "on", "off"]
@@ -175,11 +177,18 @@ class DistillationTrainer(Trainer):
         )
         self.add_callback(_FollowEpochs(self))
         self.add_callback(FollowAlpha(loss))
+        self.add_callback(FSDPIsOn())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The base class's, with FSDP2's mixed precision kept away from targets and loss."""
+        super().create_accelerator_and_postprocess()
+        keep_precision(self.accelerator)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         windows = _ours(self.train_dataset if train_dataset is None else train_dataset)
-        self._reading_order = reading_order(windows, windows_per_step(self.args))
-        return self._reading_order
+        order = reading_order(windows, windows_per_step(self.args), whole_steps=self.args.dataloader_drop_last)
+        self._reading_order = order
+        return order
 
     def compute_loss(
         self,
@@ -219,6 +228,11 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def show_held_out(self, result: HeldOut) -> None:
+        """Give figures to the callbacks that log, under the names of an evaluation, and to no log of the run's own."""
+        named = {f"eval_{name}": value for name, value in metrics_of(result).items()}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, named)
 
     @torch.no_grad()
     def held_out(self, windows: DistillationWindows) -> HeldOut:
@@ -269,11 +283,6 @@ def _loss_of_batch(loss: DistillationLoss, logits: Tensor, batch: dict[str, Any]
     if isinstance(loss, DenseLoss):
         return loss.of_windows(flat, labels, batch["input_ids"])
     return loss(flat, labels, flat_targets(batch["targets"]))
-
-
-def windows_per_step(args: TrainingArguments) -> int:
-    """Windows of an optimizer step, over all processes and micro-batches."""
-    return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
 def _ours(dataset: Any) -> DistillationWindows:

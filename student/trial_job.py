@@ -22,13 +22,12 @@ from transformers import AutoConfig, TrainingArguments
 from storage.config import build_config
 from storage.errors import InputError
 from student.arguments import PRESENTATION, RESERVED, training_arguments, training_values
-from student.inputs import Caches, check_batch, fit
+from student.inputs import Caches, check_step, fit
 from student.job import StudentJob
 from student.models import PRESETS, check_settings, preset_settings, read_settings
 from student.objective import Objective
 from student.search_space import Search
-from student.trainer import windows_per_step
-from student.windows import DistillationWindows
+from student.step import settle_step
 
 MODEL = "model."
 STEP = "windows_per_step"
@@ -63,9 +62,13 @@ def check_names(job: StudentJob, search: Search) -> None:
             if name in given:
                 raise InputError(f"{where}: {name} is also fixed as {getattr(job, name)!r}: leave one of the two out")
         elif name == STEP:
+            if job.windows_per_step is not None:
+                raise InputError(f"{where}: it is also fixed as {job.windows_per_step}: leave one of the two out")
             for other in ("gradient_accumulation_steps", "per_device_train_batch_size"):
                 if other in search.parameters or (other == "gradient_accumulation_steps" and other in job.training):
                     raise InputError(f"{where}: it decides {other}, which is also given: leave one of the two out")
+        elif name == "gradient_accumulation_steps" and job.windows_per_step is not None:
+            raise InputError(f"{where}: windows_per_step {job.windows_per_step} decides it: leave one of the two out")
         elif name in RESERVED:
             raise InputError(f"{where} cannot be swept: {RESERVED[name]}")
         elif name in PRESENTATION or name.startswith(_COMPUTING):
@@ -147,13 +150,6 @@ def _micro_batches(job: StudentJob, windows: int) -> dict[str, int]:
     }
 
 
-def check_step(windows: DistillationWindows, args: TrainingArguments, values: Mapping[str, Any]) -> None:
-    """Raise InputError where an epoch has fewer windows than a batch, or than a step whose size is a parameter."""
-    check_batch(windows, args.train_batch_size, args)
-    if STEP in values and len(windows) < windows_per_step(args):
-        raise InputError(f"{windows.cache_url}: {len(windows)} windows are fewer than a step of {values[STEP]}")
-
-
 def write_settings(settings: Mapping[str, Any], output_dir: str) -> str:
     """Keep a configuration in the sweep's folder, under a name that follows from it; the path."""
     text = json.dumps(dict(settings), indent=1, sort_keys=True) + "\n"
@@ -205,7 +201,8 @@ def check_space(
     def training(values: Mapping[str, Any]) -> None:
         trial = trial_job(job, {**first, **values}, job.output_dir)
         args = training_arguments(trial, training_values(trial))
-        check_step(fit(caches, trial).windows, args, values)
+        settle_step(trial, args)
+        check_step(fit(caches, trial).windows, args)
 
     names = list(search.parameters)
     of_loss = [name for name in names if name in OBJECTIVE | WINDOWS]

@@ -209,14 +209,21 @@ def flat_targets(targets: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[
     return {name: {key: value.flatten(0, 1) for key, value in fields.items()} for name, fields in targets.items()}
 
 
-def reading_order(windows: DistillationWindows, windows_per_step: int = LANES) -> ReadingOrder:
+def reading_order(
+    windows: DistillationWindows, windows_per_step: int = LANES, whole_steps: bool = False
+) -> ReadingOrder:
     """The order in which windows are read for training: a sampler, the same for every student of their seed.
 
     windows_per_step: of an optimizer step, over all processes and micro-batches. Where it is a multiple of 8, up to
-    eight processes decode no chunk of the cache twice.
+    eight processes decode no chunk of the cache twice. whole_steps: an epoch ends with its last whole step.
     """
-    group = max(1, GROUP_TOKENS // windows.window_tokens)
-    return ReadingOrder(len(windows), group_windows=group, seed=windows.seed, windows_per_step=windows_per_step)
+    return ReadingOrder(
+        len(windows),
+        group_windows=max(1, GROUP_TOKENS // windows.window_tokens),
+        seed=windows.seed,
+        windows_per_step=windows_per_step,
+        whole_steps=whole_steps,
+    )
 
 
 def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:

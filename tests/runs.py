@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,10 @@ def arguments(job: StudentJob) -> list[str]:
             value = getattr(job, name)
             if name not in ("alpha", "temperature") and value != field.default:
                 line += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    if job.windows_per_step:
+        line += ["--windows-per-step", str(job.windows_per_step)]
+    if job.fused_head != "auto":
+        line += ["--fused-head", job.fused_head]
     if job.eval_cache:
         line += ["--eval-cache", job.eval_cache]
     for key, value in job.training.items():
@@ -94,7 +100,7 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -112,3 +118,67 @@ def killed(self, args, state, control, **others):
 TrainingProgress.on_step_end = killed
 train_student(sys.argv[1:])
 """
+
+# Notes which windows every step of a run reads, in the file NOTES followed by the rank; stops before step STOP.
+NOTED = """
+import json, os, sys
+from student.cli import train_student
+from student.trainer import DistillationTrainer
+from student.windows import DistillationWindows
+read, loss, waiting = DistillationWindows.__getitems__, DistillationTrainer.compute_loss, []
+def noted_read(self, indices):
+    if self.cache_url.endswith("train"):
+        waiting.append([int(index) for index in indices])
+    return read(self, indices)
+def noted_loss(self, model, *others, **more):
+    if model.training:
+        if str(self.state.global_step) == os.environ.get("STOP"):
+            os._exit(9)
+        with open(os.environ["NOTES"] + os.environ.get("RANK", ""), "a") as notes:
+            print(json.dumps([self.state.global_step, waiting.pop(0)]), file=notes)
+    return loss(self, model, *others, **more)
+DistillationWindows.__getitems__, DistillationTrainer.compute_loss = noted_read, noted_loss
+train_student(sys.argv[1:])
+"""
+
+
+def processes(number: int, code: str, *words: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Several Python processes of one group, as torchrun starts them; where one fails, the others are ended."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if number > 1:
+        common |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    started = []
+    for rank in range(number):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, *words],
+                cwd=ROOT,
+                env={**os.environ, **common, **environment, **ranks},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    deadline = time.monotonic() + 300
+    while any(one.poll() is None for one in started):
+        if any(one.poll() for one in started) or time.monotonic() > deadline:
+            time.sleep(1)
+            for one in started:
+                one.kill()
+        time.sleep(0.1)
+    return [subprocess.CompletedProcess(one.args, one.returncode, *one.communicate()) for one in started]
+
+
+def windows_read(notes: Path, number: int) -> dict[int, list[int]]:
+    """By step, the windows that `NOTED` processes read: one micro-batch after the other."""
+    names = [str(notes) + (str(rank) if number > 1 else "") for rank in range(number)]
+    by_rank = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in names]
+    read: dict[int, list[int]] = {}
+    for together in zip(*by_rank, strict=True):
+        assert len({step for step, _ in together}) == 1, "the processes are at the same step"
+        read.setdefault(together[0][0], []).extend(window for _, windows in together for window in windows)
+    return read
