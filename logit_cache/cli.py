@@ -162,6 +162,13 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
         from storage.reader import LogitCache
 
         fields = (read_yaml(config) if config else {}) | given({**flags, "out": out})
+        if fields.get("tensor_parallel"):
+            from logit_cache import tensor_parallel
+
+            found = tensor_parallel.run(fields, worker)
+            if found is not None:
+                _print_entry(fields["cache"], fields["name"], found, as_json)
+            return
         share = parse_worker(worker) if worker else (0, 1)
         # What is no field of the job is for making the token stream; unknown names stay, and are refused with it.
         of_text = CorpusConfig.model_fields.keys() - CacheJob.model_fields.keys()
@@ -196,13 +203,17 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
             with progress(f"fidelity of {job.name}", None, "positions") as advance:
                 opened.writer.publish_fidelity(measure(opened, job.fidelity_positions, advance))
         found = describe_entry(LogitCache.open(job.cache).teacher(job.name))
-        if as_json:
-            click.echo(json.dumps(found, indent=2))
-            return
-        click.echo(
-            f"{job.cache}: {job.name} has {found['positions_cached']:,} of {found['positions']:,} positions, "
-            f"{found['bytes_per_token'] or 0:.1f} bytes per token"
-        )
+        _print_entry(job.cache, job.name, found, as_json)
+
+
+def _print_entry(cache: str, name: str, found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(
+        f"{cache}: {name} has {found['positions_cached']:,} of {found['positions']:,} positions, "
+        f"{found['bytes_per_token'] or 0:.1f} bytes per token"
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class DistributedRanks:
 
     def gather(self, value: Tensor) -> Tensor:
         gathered = value.new_empty(self.size, *value.shape)
-        dist.all_gather_into_tensor(gathered, value.contiguous()[None])
+        # torch 2.13 has another name for it, and warns of the old one.
+        collective: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        collective(gathered, value.contiguous()[None])
         return gathered
 
     def maximum(self, value: Tensor) -> Tensor:
