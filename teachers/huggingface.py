@@ -88,7 +88,7 @@ class HuggingFaceTeacher:
                     config_sha256=config_sha256(files.config),
                     dtype=dtype,
                     head_columns=self.head_columns,
-                    parameters=sum(parameter.numel() for parameter in model.parameters()),
+                    parameters=_parameters(model),
                     trust_remote_code=trust_remote_code,
                 ),
             )
@@ -173,6 +173,15 @@ def _test_windows(model: Any, max_positions: int | None) -> Tensor:
     ids = int(model.get_input_embeddings().weight.shape[0])
     tokens = min(_TEST_TOKENS, max_positions or _TEST_TOKENS)
     return torch.randint(ids, (_TEST_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _parameters(model: Any) -> int:
+    """How many there are, tied ones once: also where accelerate offloaded them, which unties them."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if not getattr(model, "hf_device_map", None) or not isinstance(tied, dict):
+        return sum(parameter.numel() for parameter in model.parameters())
+    named = model.named_parameters(remove_duplicate=False)
+    return sum(parameter.numel() for name, parameter in named if name not in tied)
 
 
 def _weights_sha256(files: ModelFiles, ranks: Ranks | None) -> str:
