@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import threading
 from dataclasses import replace
@@ -19,6 +20,7 @@ from test_reduce import FLOOR, masked_logits, reference, spread_logits
 from thread_ranks import ThreadRanks, on_ranks
 from torch import Tensor
 
+import teachers.reduce
 import teachers.sharded_reduce
 from storage.errors import InputError
 from teachers.ranks import ColumnShard, DistributedRanks, Ranks, equal_runs
@@ -309,7 +311,7 @@ def _one_process(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_with_gloo_give_what_threads_give(size: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_one_process, (size, str(tmp_path)), nprocs=size)
     logits, labels = spread_logits(9, 16_128), torch.arange(9)
@@ -319,3 +321,47 @@ def test_processes_with_gloo_give_what_threads_give(size: int, tmp_path: Path) -
         for rank in range(size):
             found = torch.load(tmp_path / f"{name}-{rank}")
             assert all(torch.equal(found[field], value) for field, value in expected.items())
+
+
+def _one_process_with_kernels(rank: int, size: int, folder: str) -> None:
+    """The kernels as Triton's interpreter runs them; threads would share its state."""
+    torch.set_num_threads(1)
+    teachers.reduce.has_kernels = teachers.sharded_reduce.has_kernels = lambda device: True  # type: ignore[assignment]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    shard = ColumnShard(DistributedRanks(), ((0, 0), (0, 5_001), (5_001, 9_100)))
+    logits, labels = kernel_logits(), torch.arange(6)
+    for name, sampling in (("topk", None), ("varopt", sampling_of(6, 3, 2.0))):
+        fixed = (logits[:, shard.own].contiguous(), 9_003, 40, labels, FLOOR)
+        found = reduce_topk(*fixed, shard) if sampling is None else reduce_varopt(*fixed, sampling, shard)
+        torch.save(vars(found), Path(folder) / f"{name}-{rank}")
+    dist.destroy_process_group()
+
+
+def kernel_logits() -> Tensor:
+    logits = spread_logits(6, 9_100)
+    logits[2, 5] = 300.0  # its tail is summed again
+    logits[4] = -3.25  # ties everywhere
+    logits[:, 9_003:] = 1e4
+    return logits
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_kernels_keep_ids_of_other_ranks_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    torch.multiprocessing.spawn(_one_process_with_kernels, (3, str(tmp_path)), nprocs=3)
+    logits, labels = kernel_logits(), torch.arange(6)
+    for name, sampling in (("topk", None), ("varopt", sampling_of(6, 3, 2.0))):
+        ranks = [torch.load(tmp_path / f"{name}-{rank}") for rank in range(3)]
+        for other in ranks[1:]:
+            assert all(torch.equal(ranks[0][field], other[field]) for field in other)
+        found = ReducedRows(**ranks[0])
+        if sampling is not None:
+            check_sample(found, logits[:, :9_003], 40, 0, 2.0)
+            continue
+        expected = reference(logits, 9_003, 40, labels)
+        np.testing.assert_array_equal(found.token_ids.numpy(), expected["token_ids"])
+        for field in ("logprobs", "log_tail", "log_tail_half", "label_logprob"):
+            np.testing.assert_allclose(getattr(found, field), expected[field], atol=1e-6, rtol=3e-7, err_msg=field)
+        np.testing.assert_allclose(found.entropy, expected["entropy"], rtol=1e-6, atol=1e-30)

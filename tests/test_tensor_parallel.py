@@ -134,7 +134,7 @@ def cached(run: Run, ranks: int, stream: Path, teacher: Path, *options: object) 
     done = ranks_run(ranks, "--cache", stream, "--teacher", teacher, "--name", "ranks", *OPTIONS, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ranks has 6,000 of 6,000 positions") == 1, "rank 0 alone prints"
-    assert done.stderr.count("cache ranks: ") == 1
+    assert done.stderr.count("fidelity of ranks: ") == 1
     verified = run("logit-cache", "verify", stream, "--deep")
     assert verified.returncode == 0, verified.stdout + verified.stderr
     entry, found = whole(stream, "ranks")
