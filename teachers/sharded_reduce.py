@@ -29,8 +29,8 @@ import math
 import torch
 from torch import Tensor
 
+from teachers.passes import Tail, has_kernels, make_passes
 from teachers.ranks import ColumnShard, Ranks, summed
-from teachers.reduce import Tail, has_kernels, make_passes
 from teachers.sample import BlockMasses, Masses, TensorMasses, with_given
 from teachers.top_k import best_of_keys, first_columns, ordered_keys
 
@@ -106,7 +106,7 @@ class ShardedRows:
 
 
 class _ShardedTail:
-    """`teachers.reduce.Tail` of all ranks."""
+    """`teachers.passes.Tail` of all ranks."""
 
     def __init__(self, own: Tail, ranks: Ranks, columns: int, first_id: int, own_columns: int) -> None:
         self.mass, self.half, self.weighted = summed(ranks.gather(torch.stack([own.mass, own.half, own.weighted])))

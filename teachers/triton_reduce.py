@@ -42,7 +42,7 @@ _ALIGNMENT = 16
 
 
 class TritonPasses:
-    """`teachers.reduce.Passes` on a device that triton compiles for; all rows at once, with nothing large written."""
+    """`teachers.passes.Passes` on a device that triton compiles for; all rows at once, with nothing large written."""
 
     def __init__(self, rows: int) -> None:
         self.tile_rows = max(1, rows)
@@ -76,7 +76,7 @@ class _Rows(NamedTuple):
 
 
 class _Tail:
-    """`teachers.reduce.Tail`."""
+    """`teachers.passes.Tail`."""
 
     def __init__(self, rows: _Rows) -> None:
         self._rows = rows

@@ -20,7 +20,7 @@ from test_reduce import FLOOR, masked_logits, reference, spread_logits
 from thread_ranks import ThreadRanks, on_ranks
 from torch import Tensor
 
-import teachers.reduce
+import teachers.passes
 import teachers.sharded_reduce
 from storage.errors import InputError
 from teachers.ranks import ColumnShard, DistributedRanks, Ranks, equal_runs
@@ -326,7 +326,7 @@ def test_processes_with_gloo_give_what_threads_give(size: int, tmp_path: Path) -
 def _one_process_with_kernels(rank: int, size: int, folder: str) -> None:
     """The kernels as Triton's interpreter runs them; threads would share its state."""
     torch.set_num_threads(1)
-    teachers.reduce.has_kernels = teachers.sharded_reduce.has_kernels = lambda device: True  # type: ignore[assignment]
+    teachers.passes.has_kernels = teachers.sharded_reduce.has_kernels = lambda device: True  # type: ignore[assignment]
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     shard = ColumnShard(DistributedRanks(), ((0, 0), (0, 5_001), (5_001, 9_100)))
     logits, labels = kernel_logits(), torch.arange(6)

@@ -25,6 +25,7 @@ from test_sample import check as check_sample
 from test_sample import sample
 from torch import Tensor
 
+import teachers.passes
 import teachers.reduce
 from storage.errors import InputError
 from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
@@ -52,7 +53,7 @@ def test_in_a_process_of_its_own(name: str, interpret: str, tmp_path: Path) -> N
 
 
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers.reduce, "has_kernels", lambda device: False)
+    monkeypatch.setattr(teachers.passes, "has_kernels", lambda device: False)
 
 
 def bits(reduced: ReducedRows) -> dict[str, np.ndarray]:
@@ -94,7 +95,7 @@ class TestInterpreted:
         monkeypatch.setattr(
             ours, "_run", lambda kernel, *rest, **sizes: (ran.append(kernel), run(kernel, *rest, **sizes))
         )
-        monkeypatch.setattr(teachers.reduce, "has_kernels", lambda device: True)
+        monkeypatch.setattr(teachers.passes, "has_kernels", lambda device: True)
         yield
         assert ran
 
@@ -416,20 +417,20 @@ class TestCompiled:
 def test_a_cpu_takes_torchs_passes_and_so_does_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(teachers.reduce, "_compile", lambda device: True)
-        assert not teachers.reduce.has_kernels(torch.device("cpu"))
-        assert teachers.reduce.has_kernels(gpu)
+        patch.setattr(teachers.passes, "_compile", lambda device: True)
+        assert not teachers.passes.has_kernels(torch.device("cpu"))
+        assert teachers.passes.has_kernels(gpu)
         patch.setenv("LOGIT_CACHE_KERNELS", "torch")
-        assert not teachers.reduce.has_kernels(gpu)
+        assert not teachers.passes.has_kernels(gpu)
         patch.delenv("LOGIT_CACHE_KERNELS")
         patch.setitem(sys.modules, "triton", None)
-        assert not teachers.reduce.has_kernels(gpu)
+        assert not teachers.passes.has_kernels(gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels do compile where there is a GPU")
 def test_kernels_that_do_not_compile_are_one_error_that_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"cannot be compiled for cuda:0 .*LOGIT_CACHE_KERNELS=torch"):
-        teachers.reduce.has_kernels(torch.device("cuda", 0))
+        teachers.passes.has_kernels(torch.device("cuda", 0))
 
 
 def test_nothing_imports_triton_where_it_is_not_used() -> None:
