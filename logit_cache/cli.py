@@ -162,7 +162,7 @@ def cache_logits(config: str | None, worker: str | None, as_json: bool, out: str
         from storage.reader import LogitCache
 
         fields = (read_yaml(config) if config else {}) | given({**flags, "out": out})
-        if fields.get("tensor_parallel"):
+        if fields.get("tensor_parallel") is True:
             from logit_cache import tensor_parallel
 
             found = tensor_parallel.run(fields, worker)

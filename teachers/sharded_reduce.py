@@ -15,9 +15,9 @@ so that with K = 64 a VarOpt row takes about 1.3 kB of each rank, whatever V is,
 What comes out is the same on every rank, bit for bit: it is made of what was gathered, in the order of the ranks. From
 the unsharded reducer on the same logits it differs by the order of additions alone. Ids and their logits are compared
 and never computed, so the K first ids are equal. Lengths of VarOpt are whole numbers, and under one unit equal ids are
-drawn on any number of ranks; but float sums choose the unit and, between equals, how many ids are certain. Another unit
-in its last bits moves each length by about one part in 2**30 of a tooth's distance, so an id changes where a tooth
-falls that near the border of two: about once in 2**30 / (K sqrt(V)) rows.
+drawn on any number of ranks; but float sums choose the unit and, between equals, how many ids are certain. Another
+last bit of the unit moves the borders of ids by about one part in 2**30 of a tooth's distance each, so another id is
+drawn where a tooth falls that near to one: in 1 of 89,200 rows of a trial with V from 1,000 to 131,072 and K = 64.
 
 A rank without a column of the vocabulary takes part with one that is masked, and is never chosen.
 """
