@@ -248,7 +248,12 @@ def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
             for name, (a, b) in pairs.items()
             if a != b
         ]
-    ran = {"device_type": teacher.device.type, "attention": teacher.attention, "head": teacher.head}
+    ran = {
+        "device_type": teacher.device.type,
+        "attention": teacher.attention,
+        "head": teacher.head,
+        "tensor_parallel": None if teacher.shard is None else teacher.shard.ranks.size,
+    }
     found.execution += [
         f"{name}: recorded {getattr(entry.execution, name)!r}, now {value!r}"
         for name, value in ran.items()

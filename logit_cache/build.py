@@ -109,16 +109,17 @@ def _score_batch(
     position = np.concatenate(positions)
     label = torch.from_numpy(np.concatenate(labels)).to(teacher.device)
     index = torch.from_numpy(np.concatenate(indices)).to(teacher.device)
-    sampling = rows.sampling(position, teacher.device)
     done = 0
     for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
         chunk = slice(done, done + len(logits))
         try:
-            fixed = (logits, entry.vocabulary_size, entry.targets.k, label[chunk], rows.floor)
+            # The logits may be on another device than the windows were.
+            sampling = rows.sampling(position[chunk], logits.device)
+            fixed = (logits, entry.vocabulary_size, entry.targets.k, label[chunk].to(logits.device), rows.floor)
             if sampling is None:
-                reduced = reduce_topk(*fixed)
+                reduced = reduce_topk(*fixed, teacher.shard)
             else:
-                reduced = reduce_varopt(*fixed, sampling.rows(done, done + len(logits)))
+                reduced = reduce_varopt(*fixed, sampling, teacher.shard)
         except InvalidLogits as error:
             members = entry.teacher.members
             raise InputError(
@@ -126,7 +127,7 @@ def _score_batch(
                 f"{position[done + error.row]} its logits have no softmax ({error.found}); it diverged, or overflowed "
                 f"in {members[0].dtype}: try --dtype float32 and another --name, or check its weights"
             ) from None
-        copies.add(position[chunk], reduced)
+        copies.add(position[chunk], reduced.to(teacher.device))
         done += len(logits)
     assert done == len(position), "a teacher yields one row of logits per scored row"
     return done

@@ -58,6 +58,13 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
         fields = (read_yaml(config) if config else {}) | given({**flags, "out": out})
         run = {name: fields.pop(name) for name in list(fields) if name in EngineOptions.model_fields}
         how = build_config(EngineOptions, run, {}, "cache-logits")
+        if fields.get("tensor_parallel") is True:
+            from logit_cache import tensor_parallel
+
+            described = tensor_parallel.run(fields, how)
+            if described is not None:
+                _print_entry(fields["cache"], fields["name"], described, as_json)
+            return
         # What is no field of the job is for making the token stream; unknown names stay, and are refused with it.
         of_text = CorpusConfig.model_fields.keys() - CacheJob.model_fields.keys()
         text_fields = {name: fields.pop(name) for name in list(fields) if name in of_text}
@@ -86,11 +93,14 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
             raise SystemExit(1) from None
         if outcome.submitted:
             return
-        found = describe_entry(LogitCache.open(job.cache).teacher(job.name))
-        if as_json:
-            click.echo(json.dumps(found, indent=2))
-            return
-        click.echo(
-            f"{job.cache}: {job.name} has {found['positions_cached']:,} of {found['positions']:,} positions, "
-            f"{found['bytes_per_token'] or 0:.1f} bytes per token"
-        )
+        _print_entry(job.cache, job.name, describe_entry(LogitCache.open(job.cache).teacher(job.name)), as_json)
+
+
+def _print_entry(cache: str, name: str, found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(
+        f"{cache}: {name} has {found['positions_cached']:,} of {found['positions']:,} positions, "
+        f"{found['bytes_per_token'] or 0:.1f} bytes per token"
+    )

@@ -63,7 +63,7 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
             with connect(options), RayPool(job, options) as pool:
                 outcome = _run_pool(pool, job, options, log, stopping)
         else:
-            devices = local_devices(job.device)
+            devices = _devices(job)
             workers = options.workers or (len(devices) if rank.count == 1 else 1)
             missing = survey(job).missing_shards
             if missing is not None:
@@ -88,7 +88,7 @@ def _run_here(
 ) -> Outcome:
     if rank.source:
         log.event("rank", f"worker {rank.index} of {rank.count} (from {rank.source})", index=rank.index, of=rank.count)
-    opened = opened or open_job(job.model_copy(update={"device": _device(job.device, rank)}))
+    opened = opened or open_job(job.model_copy(update={"device": _device(job, rank)}))
     pending, entry = opened.writer.pending(), opened.writer.entry
     size = entry.layout.shard
     mine = [shard for shard in pending if shard % rank.count == rank.index]
@@ -147,7 +147,12 @@ def _missing(left: Survey) -> str:
     return f"{left.missing_shards:,} of {left.shards:,} shards missing"
 
 
-def _device(asked: str, rank: Rank) -> str:
+def _devices(job: CacheJob) -> list[str]:
+    """The devices of this machine's workers. One whose layers are spread over all of them is one worker."""
+    return local_devices(job.device) if job.device_map is None else [job.device]
+
+
+def _device(job: CacheJob, rank: Rank) -> str:
     """The device of a process that something else started: those of a machine share its GPUs."""
-    devices = local_devices(asked)
-    return asked if rank.count == 1 else devices[rank.local % len(devices)]
+    devices = _devices(job)
+    return job.device if rank.count == 1 else devices[rank.local % len(devices)]

@@ -73,8 +73,18 @@ def measure(opened: OpenJob, positions: int, progress: Callable[[int], None] | N
     `progress` is given positions done since the last call. Raises what reading raises, and InputError for a teacher
     whose logits have no softmax.
     """
-    cache, targets = _targets(opened)
-    entry, teacher = targets.entry, opened.teacher
+    return measure_entry(*_targets(opened), opened.teacher, positions, progress)
+
+
+def measure_entry(
+    cache: LogitCache,
+    targets: TeacherTargets,
+    teacher: Teacher,
+    positions: int,
+    progress: Callable[[int], None] | None = None,
+) -> FidelityReport:
+    """The same for whoever only reads the entry; all ranks of a teacher that is spread over several call this."""
+    entry = targets.entry
     drawn = _windows(cache, targets, positions)
     rng = np.random.default_rng([_seed(targets), 1])
     device = torch.device("cpu") if teacher.device.type == "mps" else teacher.device  # mps has no float64
@@ -157,7 +167,10 @@ def _add_batch(
     windows, rows = torch.from_numpy(inputs).to(teacher.device), torch.from_numpy(index).to(teacher.device)
     for logits in teacher.score(windows, rows):
         for start in range(0, len(logits), step):
-            tile = logits[start : start + step, : entry.vocabulary_size].to(device, torch.float64)
+            tile = logits[start : start + step]
+            if teacher.shard is not None:  # a few thousand rows for a report: there, whole rows are gathered
+                tile = teacher.shard.whole(tile)
+            tile = tile[:, : entry.vocabulary_size].to(device, torch.float64)
             if not bool(torch.isfinite(tile.amax(1)).all()):
                 raise InputError(
                     "the teacher's logits have no softmax (NaN, or an infinity) where they had one when the entry was "

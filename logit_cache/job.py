@@ -23,6 +23,7 @@ from storage.writer import EntryWriter, refuse_other
 if TYPE_CHECKING:
     from teachers.base import Teacher
     from teachers.huggingface import HuggingFaceTeacher
+    from teachers.ranks import Ranks
 
 Positive = Annotated[int, Field(ge=1)]
 Source = Annotated[str, Field(min_length=1)]
@@ -56,6 +57,10 @@ class CacheJob(BaseModel):
     isolate_documents: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    max_memory: tuple[str, ...] = ()
+    offload: Literal["cpu", "disk"] | None = None
+    tensor_parallel: bool = False
     encoding: Literal["codes", "float32"] = "codes"
     step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] = DEFAULT_STEP_NATS
     profile: Profile = "small"
@@ -67,7 +72,7 @@ class CacheJob(BaseModel):
     attention: str | None = None
     trust_remote_code: bool = False
 
-    @field_validator("teacher", "weight", "revision", mode="before")
+    @field_validator("teacher", "weight", "revision", "max_memory", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | float) else value
@@ -115,6 +120,26 @@ class CacheJob(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _devices_agree(self) -> CacheJob:
+        spread = "--tensor-parallel" if self.tensor_parallel else "--device-map" if self.device_map else None
+        if spread and self.device != "auto":
+            raise ValueError(f"--device names one device and {spread} takes several: leave one of them out")
+        if self.tensor_parallel and self.device_map:
+            raise ValueError(
+                "--device-map spreads layers within one process and --tensor-parallel each layer over several: leave "
+                "one of them out"
+            )
+        if self.tensor_parallel and len(self.teacher) > 1:
+            raise ValueError(
+                "--tensor-parallel takes one --teacher: cache each alone, and train from several entries, or use "
+                "--device-map for an ensemble"
+            )
+        for name in ("max_memory", "offload"):
+            if getattr(self, name) and not self.device_map:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --device-map: give it, or leave this out")
+        return self
+
+    @model_validator(mode="after")
     def _stride_fits(self) -> CacheJob:
         if self.stride > self.context_tokens:
             raise ValueError(
@@ -159,13 +184,19 @@ class OpenJob:
     writer: EntryWriter
 
 
-def load_teachers(job: CacheJob) -> tuple[HuggingFaceTeacher, ...]:
-    """The job's teachers on their device, checked as far as that goes without a token stream.
+def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFaceTeacher, ...]:
+    """The job's teachers on their devices, checked as far as that goes without a token stream.
 
+    ranks: the processes of a tensor-parallel job, all of which call this.
     Raises InputError, and IdentityMismatch for members of an ensemble whose tokenizers differ.
     """
+    from teachers.device_map import DeviceMap
     from teachers.huggingface import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 
+    if job.tensor_parallel and ranks is None:
+        raise InputError(
+            "--tensor-parallel is for cache-logits itself, started by torchrun: leave it out here, or use --device-map"
+        )
     device_type, dtype = _device_and_dtype(job)
     teachers = tuple(
         HuggingFaceTeacher.load(
@@ -177,6 +208,9 @@ def load_teachers(job: CacheJob) -> tuple[HuggingFaceTeacher, ...]:
             trust_remote_code=job.trust_remote_code,
             # Members hold a chunk of logits each, all at the same time.
             logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
+            device_map=DeviceMap(job.device_map, job.max_memory, job.offload) if job.device_map else None,
+            ranks=ranks,
+            on_message=None if ranks is None or ranks.rank == 0 else _say_nothing,
         )
         for source, revision in zip(job.teacher, job.revision or ("",) * len(job.teacher), strict=True)
     )
@@ -193,13 +227,17 @@ def load_teachers(job: CacheJob) -> tuple[HuggingFaceTeacher, ...]:
     return teachers
 
 
+def _say_nothing(message: str) -> None:
+    """What rank 0 remarks need not be said by the others."""
+
+
 def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> OpenJob:
     """Check everything that can be wrong, load the teachers unless given, then create the entry or go on with it.
 
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
     prepared = prepare_job(job, teachers)
-    return OpenJob(prepared.cache, prepared.teacher, _open_writer(job, prepared.entry))
+    return OpenJob(prepared.cache, prepared.teacher, open_writer(job, prepared.entry))
 
 
 def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
@@ -271,13 +309,15 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
             or choose_batch_windows(teacher, job.context_tokens),
             attention=teacher.attention,
             head=teacher.head,
+            tensor_parallel=None if teacher.shard is None else teacher.shard.ranks.size,
         ),
         created_with=library_versions(),
     )
     return PreparedJob(cache, teacher, entry)
 
 
-def _open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
+def open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
+    """Create the entry that a prepared job would make, or go on with it. Raises IdentityMismatch."""
     try:
         return EntryWriter.open(job.cache, job.name, entry)
     except IdentityMismatch:

@@ -37,6 +37,14 @@ JOB_OPTIONS: Options = (
     click.option("--isolate-documents/--no-isolate-documents", default=None, help="Windows do not cross documents."),
     click.option("--dtype", help="float32, bfloat16 or float16.  [default: bfloat16 on CUDA, float32 on CPU]"),
     click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]"),
+    click.option("--device-map", help="Spread one teacher's layers over devices: auto, balanced or sequential."),
+    click.option(
+        "--max-memory", multiple=True, metavar="DEVICE=SIZE", help="With --device-map: a limit, 0=20GiB. Repeatable."
+    ),
+    click.option("--offload", help="With --device-map: where layers lie that fit on no device: cpu or disk. Slow."),
+    click.option(
+        "--tensor-parallel", is_flag=True, default=None, help="Spread each layer over the processes of torchrun."
+    ),
     click.option("--encoding", help="codes (1/32 nat) or float32 (exact).  [default: codes]"),
     click.option("--step-nats", type=float, help="Unit of the codes.  [default: 0.03125]"),
     click.option("--profile", help="small (zstd) or fast to read (lz4).  [default: small]"),

@@ -11,7 +11,15 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from storage.encoding import MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
 from storage.errors import CorruptCache, FormatError
@@ -189,13 +197,25 @@ class Encoding(Record):
 
 
 class Execution(Record):
-    """What can change the last bits of a result: two workers of one entry must agree on it."""
+    """What can change the last bits of a result: two workers of one entry must agree on it.
+
+    `tensor_parallel`: over how many ranks the teacher was spread. It is left out of the JSON where there is none, so
+    that records from before it was known keep their digests; a version that does not know it refuses an entry with it.
+    """
 
     device_type: Text
     batch_windows: Positive
     attention: Text
     compile_mode: Text | None = None
     head: Literal["fast", "general"]
+    tensor_parallel: Positive | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if fields.get("tensor_parallel", 0) is None:
+            del fields["tensor_parallel"]
+        return fields
 
 
 class TeacherEntry(Record):

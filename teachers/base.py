@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from storage.manifest import Teacher as TeacherRecord
+from teachers.ranks import ColumnShard
 
 
 class Teacher(Protocol):
@@ -19,7 +20,9 @@ class Teacher(Protocol):
 
     identity      what is written to the cache, and what a resumed job is compared with
     head_columns  width of the logits; columns from the vocabulary's size on are padding
-    device        where windows are expected and logits appear
+    device        where windows are expected; logits appear there too, unless layers are on several devices
+    shard         of a model that is spread over ranks, which columns this one's logits are; else None. All ranks score
+                  the same windows, in the same order
     head          "fast" (backbone, then the head on the wanted rows in float32) or "general" (the model's
                   own forward); part of what can change the last bits of a result
     attention     the attention implementation that runs, such as "sdpa" or "eager"
@@ -35,6 +38,9 @@ class Teacher(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def shard(self) -> ColumnShard | None: ...
+
+    @property
     def head(self) -> Literal["fast", "general"]: ...
 
     @property
@@ -44,8 +50,8 @@ class Teacher(Protocol):
         """Logits of the rows `rows` of the flattened windows, in chunks.
 
         windows: int64 [B, C], token ids. rows: int64 [R], ascending indices into the B * C positions.
-        Yields float32 [r, head_columns] in the order of `rows`; every chunk stays within the teacher's byte
-        budget, and the sizes follow from the arguments alone, so that a repeated call repeats every matrix
-        product with the same shapes.
+        Yields float32 [r, head_columns], or of this rank's columns only, in the order of `rows`; every chunk stays
+        within the teacher's byte budget, and the sizes follow from the arguments alone, so that a repeated call repeats
+        every matrix product with the same shapes.
         """
         ...

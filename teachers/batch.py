@@ -15,6 +15,7 @@ from teachers.base import Teacher
 
 # On a CPU larger batches only cost memory.
 _CPU_TOKENS = 4_096
+_RANKS_TOKENS = 8_192
 _MOST_TOKENS = 65_536
 # Twice the windows must bring this much more throughput, or the smaller batch stays.
 _LEAST_GAIN = 1.05
@@ -25,10 +26,15 @@ Measure = Callable[[int], tuple[float, int]]
 
 
 def choose_batch_windows(teacher: Teacher, context_tokens: int) -> int:
-    """Windows of `context_tokens` in one pass: a constant on a CPU, tried out on a GPU."""
+    """Windows of `context_tokens` in one pass: a constant on a CPU and for several ranks, tried out on a GPU.
+
+    One rank of several that ran out of memory would leave the others waiting for it.
+    """
     if teacher.device.type != "cuda":
         return max(1, _CPU_TOKENS // context_tokens)
-    free, _ = torch.cuda.mem_get_info(teacher.device)
+    if teacher.shard is not None:
+        return max(1, _RANKS_TOKENS // context_tokens)
+    free = min(torch.cuda.mem_get_info(device)[0] for device in _devices(teacher))
     return largest_worthwhile(
         lambda count: _measured(teacher, count, context_tokens),
         max(1, _MOST_TOKENS // context_tokens),
@@ -56,18 +62,34 @@ def largest_worthwhile(measure: Measure, most: int, memory_bytes: int) -> int:
 
 
 def _measured(teacher: Teacher, count: int, context_tokens: int) -> tuple[float, int]:
-    """Seconds of the second of two passes over `count` windows, and the bytes that they needed beside the weights."""
-    device = teacher.device
+    """Seconds of the second of two passes over `count` windows, and the bytes that they needed beside the weights, on
+    the device where that was most."""
+    device, devices = teacher.device, _devices(teacher)
     windows = torch.zeros(count, context_tokens, dtype=torch.int64, device=device)
     rows = torch.arange(windows.numel(), device=device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    for each in devices:
+        torch.cuda.reset_peak_memory_stats(each)
+    before = [torch.cuda.memory_allocated(each) for each in devices]
     seconds = 0.0
     for _ in range(2):  # the first one chooses kernels
-        torch.cuda.synchronize(device)
+        _wait(devices)
         began = time.perf_counter()
         for _ in teacher.score(windows, rows):
             pass
-        torch.cuda.synchronize(device)
+        _wait(devices)
         seconds = time.perf_counter() - began
-    return seconds, torch.cuda.max_memory_allocated(device) - before
+    return seconds, max(torch.cuda.max_memory_allocated(each) - was for each, was in zip(devices, before, strict=True))
+
+
+def _devices(teacher: Teacher) -> list[int]:
+    """The GPUs that hold anything of this process: the teacher's, which may be spread over several."""
+    return [
+        number
+        for number in range(torch.cuda.device_count())
+        if torch.cuda.memory_allocated(number) or number == teacher.device.index
+    ]
+
+
+def _wait(devices: list[int]) -> None:
+    for each in devices:
+        torch.cuda.synchronize(each)

@@ -63,6 +63,7 @@ class EnsembleTeacher:
         )
         self.head_columns = vocabulary_size
         self.device: torch.device = teachers[0].device
+        self.shard: None = None  # members that are spread over ranks are refused before they get here
         self.head: Literal["fast", "general"] = "fast" if all(t.head == "fast" for t in teachers) else "general"
         self.attention = ", ".join(dict.fromkeys(teacher.attention for teacher in teachers))
 
@@ -75,7 +76,9 @@ class EnsembleTeacher:
             count = min(stream.ready() for stream in streams)
             # Entered per chunk: a mode held across a yield would reach into the caller's code.
             with torch.inference_mode():
-                combined = self._combine([stream.take(count)[:, : self.head_columns] for stream in streams])
+                members = [stream.take(count)[:, : self.head_columns] for stream in streams]
+                # Members whose layers are on several devices may give theirs on different ones.
+                combined = self._combine([logits.to(members[0].device) for logits in members])
             yield combined
             left -= count
 

@@ -17,9 +17,11 @@ the logits reach hundreds, where a soft cap or a factor shows in any model, trai
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -30,11 +32,11 @@ from teachers.reduce import rows_per_chunk
 
 # What one rounding of the logits to the dtype, and another order of summation, may change, relative to the
 # largest logit.
-_TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-9}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-9}
 # Large enough for any soft cap in use (30, 50) to show, small enough for hidden states in float16.
 _TEST_LOGIT = 256.0
 # Some models mask ids with the lowest number of their dtype in place of -inf.
-_MASKED = -1e30
+MASKED = -1e30
 
 
 class ScoringPath(Protocol):
@@ -48,19 +50,31 @@ class ScoringPath(Protocol):
         ...
 
 
-class Float32Head:
-    """An output layer whose logits are float32."""
+class Head(Protocol):
+    """An output layer whose logits are float32. `device`: where they appear; hidden states may be elsewhere."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        weight = linear.weight.detach()
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """float32 [..., columns] of hidden states [..., H]."""
+        ...
+
+
+class Float32Head:
+    """`Head` of weights [columns, H] and a bias [columns], which are here."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight = weight.detach()
         # cuBLAS multiplies half-precision operands into float32; elsewhere one float32 copy of the weights,
         # which is no copy at all when the model is float32.
         self._mixed = weight.is_cuda and weight.dtype != torch.float32
         self._weight = weight if self._mixed else weight.float()
-        self._bias = None if linear.bias is None else linear.bias.detach().float()
+        self._bias = None if bias is None else bias.detach().float()
+        self.device = weight.device
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """float32 [..., columns] of hidden states [..., H]."""
+        hidden = hidden.to(self.device)
         if not self._mixed:
             return F.linear(hidden.float(), self._weight, self._bias)
         flat = hidden.reshape(-1, hidden.shape[-1]).to(self._weight.dtype)
@@ -76,7 +90,7 @@ class FastPath:
     kind: Literal["fast", "general"] = "fast"
     float32 = True
 
-    def __init__(self, backbone: Any, head: Float32Head) -> None:
+    def __init__(self, backbone: Any, head: Head) -> None:
         self._backbone = backbone
         self.head = head
 
@@ -87,7 +101,9 @@ class FastPath:
 
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
         with torch.inference_mode():
-            hidden = self.hidden(windows).index_select(0, rows)  # [R, H]
+            hidden = self.hidden(windows)
+            # Where layers are on several devices, the last one has them.
+            hidden = hidden.index_select(0, rows.to(hidden.device)).to(self.head.device)  # [R, H]
         step = rows_per_chunk(columns, budget_bytes)
         for start in range(0, len(rows), step):
             # Entered per chunk: a mode held across a yield would reach into the caller's code.
@@ -122,7 +138,7 @@ class GeneralPath:
                 logits = forward(self._model, windows[first : first + at_once], last if self._keeps_last else None)
                 last = int(logits.shape[1])  # all positions, from a model without logits_to_keep
                 local = (wanted // context - first) * last + position - (context - last)
-                local, logits = local.to(windows.device), logits.flatten(0, 1)
+                local, logits = local.to(logits.device), logits.flatten(0, 1)
             for start in range(0, len(local), step):
                 with torch.inference_mode():
                     chunk = logits.index_select(0, local[start : start + step]).float()
@@ -151,7 +167,7 @@ def is_causal(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> bool:
     with torch.inference_mode():
         now = forward(model, changed).float()
     # Most models do not move by a bit; the margin is for those that group the tokens of a batch (experts).
-    return _agree(now[:, :half], logits[:, :half], 4 * _TOLERANCE[dtype])
+    return agree(now[:, :half], logits[:, :half], 4 * TOLERANCE[dtype])
 
 
 def choose_path(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> tuple[ScoringPath, str | None]:
@@ -160,7 +176,7 @@ def choose_path(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> tupl
     logits: the model's own for the windows, float32 [B, C, columns]. dtype: the model's, by name. Where the
     general path is taken, the output layer is made to give float32, if what follows it goes along.
     """
-    tolerance = _TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype]
     linear = None
     try:
         linear, backbone = model.get_output_embeddings(), model.base_model
@@ -170,7 +186,7 @@ def choose_path(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> tupl
         elif backbone is model:
             problem = "it has no backbone that can be called by itself"
         else:
-            fast = FastPath(backbone, Float32Head(linear))
+            fast = FastPath(backbone, head_of(linear))
             found = _disagreement(model, linear, fast, windows, logits, tolerance)
             if found is None:
                 return fast, None
@@ -189,49 +205,89 @@ def _disagreement(
     """How the fast path differs from the model's own logits; None where it does not."""
     with torch.inference_mode():
         hidden = fast.hidden(windows)
-        own = fast.head(hidden).reshape(*windows.shape, -1)
-        if not _agree(own, logits, tolerance):
-            return f"backbone and head alone differ by {_difference(own, logits)}"
+        own = fast.head(hidden).reshape(*windows.shape, -1).to(logits.device)
+        if not agree(own, logits, tolerance):
+            return f"backbone and head alone differ by {difference(own, logits)}"
         # A power of two scales exactly in any dtype.
-        factor = 2.0 ** round(math.log2(_TEST_LOGIT / max(float(own.abs().max()), 1e-30)))
-        scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
-        try:
-            amplified = forward(model, windows).float()
-        finally:
-            scaling.remove()
-        own = fast.head(hidden * factor).reshape(*windows.shape, -1)
-        if not _agree(own, amplified, tolerance):
-            return f"with hidden states times {factor:g}, backbone and head differ by {_difference(own, amplified)}"
+        factor = amplification(float(own.abs().max()))
+        amplified = amplified_logits(model, linear, windows, factor)
+        own = fast.head(hidden * factor).reshape(*windows.shape, -1).to(logits.device)
+        if not agree(own, amplified, tolerance):
+            return f"with hidden states times {factor:g}, backbone and head differ by {difference(own, amplified)}"
     return None
+
+
+def amplification(largest: float) -> float:
+    """By how much hidden states are scaled up so that logits of at most `largest` reach hundreds."""
+    return 2.0 ** round(math.log2(_TEST_LOGIT / max(largest, 1e-30)))
+
+
+def amplified_logits(model: Any, linear: nn.Linear, windows: Tensor, factor: float) -> Tensor:
+    """The model's own logits, float32 [B, C, columns], with what its output layer reads times `factor`."""
+    scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
+    try:
+        return forward(model, windows).float()
+    finally:
+        scaling.remove()
+
+
+def head_of(linear: nn.Linear) -> Head:
+    """The output layer as it lies in memory, or one that is fetched for each use where accelerate offloaded it."""
+    if linear.weight.device.type == "meta":
+        from teachers.device_map import OffloadedHead
+
+        return OffloadedHead(linear)
+    return Float32Head(linear.weight, linear.bias)
 
 
 def _make_float32(model: Any, linear: nn.Linear, windows: Tensor, logits: Tensor, tolerance: float) -> bool:
     """Let the output layer give float32, and take that back if the rest of the model does not go along."""
-    linear.forward = Float32Head(linear)  # type: ignore[method-assign,assignment]
+    with replaced_forward(linear, head_of(linear)) as replacement:
+        try:
+            with torch.inference_mode():
+                now = forward(model, windows)
+            replacement.stays = now.dtype == torch.float32 and agree(now, logits, tolerance)
+        except Exception:  # what follows the head may insist on the model's dtype
+            replacement.stays = False
+    return replacement.stays
+
+
+@dataclass
+class Replacement:
+    """A forward in the place of another; it stays where `stays` is set before the block ends."""
+
+    stays: bool = False
+
+
+@contextlib.contextmanager
+def replaced_forward(linear: nn.Linear, head: Head) -> Iterator[Replacement]:
+    """`linear` with another forward, which is the one of its class or one that was put there before."""
+    before = linear.__dict__.get("forward")
+    linear.forward = head  # type: ignore[method-assign,assignment]
+    replacement = Replacement()
     try:
-        with torch.inference_mode():
-            now = forward(model, windows)
-        fits = now.dtype == torch.float32 and _agree(now, logits, tolerance)
-    except Exception:  # what follows the head may insist on the model's dtype
-        fits = False
-    if not fits:
-        del linear.forward
-    return fits
+        yield replacement
+    finally:
+        if not replacement.stays:
+            del linear.forward
+            if before is not None:
+                linear.forward = before  # type: ignore[method-assign]
 
 
-def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether logits differ by at most `tolerance` of the largest, and mask the same ids; NaN never agrees."""
     if a.shape != b.shape:
         return False
-    masked = a < _MASKED
-    if not torch.equal(masked, b < _MASKED):
+    masked = a < MASKED
+    if not torch.equal(masked, b < MASKED):
         return False
     a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
     largest = torch.maximum(a.abs().max(), b.abs().max())
     return bool(((a - b).abs().max() <= tolerance * largest) & largest.isfinite())
 
 
-def _difference(a: Tensor, b: Tensor) -> str:
+def difference(a: Tensor, b: Tensor) -> str:
+    """How logits that do not agree differ, in words."""
     if a.shape != b.shape:
         return f"shape, {tuple(a.shape)} against {tuple(b.shape)}"
     return f"up to {float((a - b).abs().max()):.3g} from logits of up to {float(b.abs().max()):.3g}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -19,7 +20,10 @@ from storage.errors import InputError
 from storage.manifest import Teacher as TeacherRecord
 from storage.manifest import TeacherIdentity
 from storage.vocabulary import has_tokenizer
+from teachers.device_map import DeviceMap, input_device
 from teachers.heads import choose_path, forward, is_causal
+from teachers.ranks import ColumnShard, Ranks
+from teachers.sharded_head import choose_sharded_path, tensor_parallel_options
 from teachers.weights import ModelFiles, config_sha256, find_model, weights_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,24 +47,31 @@ class HuggingFaceTeacher:
         trust_remote_code: bool,
         logit_budget_bytes: int,
         on_message: Callable[[str], None],
+        ranks: Ranks | None = None,
     ) -> None:
         self._model = model
         self._files = files
         self._trust_remote_code = trust_remote_code
         self._budget = logit_budget_bytes
-        self.device: torch.device = next(model.parameters()).device
+        self.device: torch.device = input_device(model)
         self.attention = str(getattr(model.config, "_attn_implementation", None) or "none")
         self.max_positions = _max_positions(model.config)
 
-        windows = _test_windows(model, self.max_positions)
-        logits = _test_forward(model, windows, files.asked)
+        windows = _test_windows(model, self.max_positions).to(self.device)
+        logits = _test_forward(model, windows, files.asked, ranks)
         if not is_causal(model, windows, logits, dtype):
             raise InputError(
                 f"{files.asked}: not a causal language model: its logits at a position change with the tokens "
                 f"after it, so there is no distribution of the next token to store"
             )
         self.head_columns = int(logits.shape[-1])
-        self._path, problem = choose_path(model, windows, logits, dtype)
+        self.shard: ColumnShard | None = None
+        self._columns = self.head_columns
+        if ranks is None:
+            self._path, problem = choose_path(model, windows, logits, dtype)
+        else:
+            self._path, self.shard, problem = choose_sharded_path(model, windows, logits, dtype, ranks, files.asked)
+            self._columns = self.shard.widest
         self.head: Literal["fast", "general"] = self._path.kind
         if problem is not None:
             on_message(
@@ -73,11 +84,11 @@ class HuggingFaceTeacher:
                     source=files.source,
                     revision=files.revision,
                     architecture=type(model).__name__,
-                    weights_sha256=weights_sha256(files.weights),
+                    weights_sha256=_weights_sha256(files, ranks),
                     config_sha256=config_sha256(files.config),
                     dtype=dtype,
                     head_columns=self.head_columns,
-                    parameters=sum(parameter.numel() for parameter in model.parameters()),
+                    parameters=_parameters(model),
                     trust_remote_code=trust_remote_code,
                 ),
             )
@@ -95,12 +106,16 @@ class HuggingFaceTeacher:
         trust_remote_code: bool = False,
         logit_budget_bytes: int = DEFAULT_LOGIT_BUDGET_BYTES,
         on_message: Callable[[str], None] | None = None,
+        device_map: DeviceMap | None = None,
+        ranks: Ranks | None = None,
     ) -> HuggingFaceTeacher:
         """A teacher from a model directory or a hub id.
 
         dtype: of the backbone; the head's output and all that follows are float32. attention: one of
         transformers' implementations, None for its own choice. logit_budget_bytes: the most that one chunk of
-        float32 logits takes. on_message: gets each remark about how the model runs; the log otherwise.
+        float32 logits takes. on_message: gets each remark about how the model runs; the log otherwise. device_map: how
+        the layers are spread over devices, in the place of `device`. ranks: the processes that each take a part of all
+        layers, each on a device of its own, in the place of both; all of them call this.
         Raises `InputError`, with one line that says what to do, for anything that cannot be loaded whole.
         """
         tell = on_message or logging.getLogger(__name__).warning
@@ -108,10 +123,18 @@ class HuggingFaceTeacher:
             raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
         if logit_budget_bytes < 1:
             raise InputError(f"logit_budget_bytes must be at least 1, found {logit_budget_bytes}")
-        target = _device(device)
+        assert device_map is None or ranks is None
+        target = None if device_map is not None or ranks is not None else _device(device)
         files = find_model(source, revision, trust_remote_code)
-        model = _load(files, dtype, target, attention, trust_remote_code, tell)
-        return cls(model, files, dtype, trust_remote_code, logit_budget_bytes, tell)
+        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+        if device_map is not None:
+            options |= device_map.options()
+        elif ranks is not None:
+            options |= tensor_parallel_options(ranks)
+        model = _load(files, dtype, target, options, trust_remote_code, tell)
+        if device_map is not None:
+            device_map.check(model, files.asked)
+        return cls(model, files, dtype, trust_remote_code, logit_budget_bytes, tell, ranks)
 
     def check_context(self, context_tokens: int) -> None:
         """Raise `InputError` if windows of `context_tokens` are longer than the model was made for."""
@@ -142,24 +165,44 @@ class HuggingFaceTeacher:
             ) from error
 
     def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        """Logits float32 [r, head_columns] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""
-        return self._path.score(windows, rows, self.head_columns, self._budget)
+        """Logits float32 [r, columns] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""
+        return self._path.score(windows.to(self.device), rows.to(self.device), self._columns, self._budget)
 
 
 def _test_windows(model: Any, max_positions: int | None) -> Tensor:
     ids = int(model.get_input_embeddings().weight.shape[0])
     tokens = min(_TEST_TOKENS, max_positions or _TEST_TOKENS)
-    windows = torch.randint(ids, (_TEST_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
-    return windows.to(next(model.parameters()).device)
+    return torch.randint(ids, (_TEST_WINDOWS, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def _test_forward(model: Any, windows: Tensor, source: str) -> Tensor:
+def _parameters(model: Any) -> int:
+    """How many there are, tied ones once: also where accelerate offloaded them, which unties them."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if not getattr(model, "hf_device_map", None) or not isinstance(tied, dict):
+        return sum(parameter.numel() for parameter in model.parameters())
+    named = model.named_parameters(remove_duplicate=False)
+    return sum(parameter.numel() for name, parameter in named if name not in tied)
+
+
+def _weights_sha256(files: ModelFiles, ranks: Ranks | None) -> str:
+    """The digest; of several ranks, one on each machine reads the files, and all must have the same."""
+    if ranks is None:
+        return weights_sha256(files.weights)
+    reads = ranks.rank == 0 or os.environ.get("LOCAL_RANK") == "0"
+    found = [digest for digest in ranks.objects(weights_sha256(files.weights) if reads else None) if digest]
+    if len(set(found)) > 1:
+        raise InputError(f"{files.asked}: its weights differ between the machines of this job: copy them again")
+    return str(found[0])
+
+
+def _test_forward(model: Any, windows: Tensor, source: str, ranks: Ranks | None) -> Tensor:
     try:
         with torch.inference_mode():
             logits = forward(model, windows).float()
     except Exception as error:
         raise InputError(
             f"{source}: the model fails on a window of {windows.shape[1]} tokens ({_first_line(error)})"
+            + ("" if ranks is None else f"; its heads may not divide by {ranks.size} ranks: start another number")
         ) from error
     if bool(logits.isnan().any()):
         raise InputError(
@@ -172,14 +215,13 @@ def _test_forward(model: Any, windows: Tensor, source: str) -> Tensor:
 def _load(
     files: ModelFiles,
     dtype: str,
-    device: torch.device,
-    attention: str | None,
+    device: torch.device | None,
+    options: dict[str, Any],
     trust_remote_code: bool,
     tell: Callable[[str], None],
 ) -> Any:
-    """The model on its device, in eval mode, with every parameter from the files."""
+    """The model on its device (None: where `options` put it), in eval mode, with every parameter from the files."""
     auto: Any = transformers.AutoModelForCausalLM
-    options = {} if attention is None else {"attn_implementation": attention}
     try:
         with _quiet_transformers():
             model, info = auto.from_pretrained(
@@ -192,13 +234,19 @@ def _load(
                 ignore_mismatched_sizes=True,  # reported, so that the error below can name them
                 **options,
             )
-        model = model.to(device)
+        if device is not None:
+            model = model.to(device)
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"{files.asked}: does not fit on {device} in {dtype} ({_first_line(error)}): take a smaller dtype, "
-            f"or a device with more memory"
+            f"{files.asked}: does not fit on {device or 'the devices'} in {dtype} ({_first_line(error)}): take a "
+            f"smaller dtype, or a device with more memory"
         ) from error
     except Exception as error:
+        if "distributed_config" in options and "tp_plan" in str(error):
+            raise InputError(
+                f"{files.asked}: transformers {transformers.__version__} has no plan for spreading its layers over "
+                f"ranks ({_first_line(error)}): use --device-map in place of --tensor-parallel"
+            ) from error
         code = "auto_map" in files.config and not trust_remote_code
         raise InputError(
             f"{files.asked}: transformers {transformers.__version__} cannot load it as a causal language model: "

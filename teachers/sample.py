@@ -25,6 +25,7 @@ largest ids are certain.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,26 +77,59 @@ class Masses(Protocol):
     columns  V
     total    float32 [T], their sums
 
-    Lengths are masses in another unit, rounded down. Whatever asks for an id's length is told the same number.
+    Lengths are masses in another unit, rounded down. The ids lie in a row in their order, each as long as its length.
     """
 
     columns: int
     total: Tensor
 
-    def block_lengths(self, unit: Tensor, width: int) -> Tensor:
-        """int64 [T, M]: lengths, mass times `unit` [T], summed over runs of `width` ids; the last may be shorter."""
+    def length(self, unit: Tensor, k: int) -> Tensor:
+        """int64 [T]: the sums of all lengths, which are mass times `unit` [T] from here on."""
         ...
 
+    def under(self, teeth: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+        """int64 [T, K]: the ids in which the points `teeth` [T, K] lie, once the K first ids are in the row as well,
+        with the lengths that are given here, int64 [T, K]. What lies beyond the row is of any id."""
+        ...
+
+
+class BlockMasses(ABC):
+    """`Masses` whose lengths can be had summed by runs of ids, and singly inside a few of them.
+
+    Whatever asks for an id's length is told the same number.
+    """
+
+    columns: int
+    total: Tensor
+
+    @abstractmethod
+    def block_lengths(self, unit: Tensor, width: int) -> Tensor:
+        """int64 [T, M]: lengths, mass times `unit` [T], summed over runs of `width` ids; the last may be shorter."""
+
+    @abstractmethod
     def lengths(self, blocks: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
         """int64 [T, n, W]: the lengths of the ids in n of each row's runs that `block_lengths` last summed.
 
         The K first ids have the lengths that are given here, int64 [T, K]; what lies beyond the last id has none.
         """
-        ...
+
+    def length(self, unit: Tensor, k: int) -> Tensor:
+        self._width_of_blocks = _block_width(self.columns, k)
+        self._sums_of_blocks = self.block_lengths(unit, self._width_of_blocks)  # int64 [T, M]
+        return self._sums_of_blocks.sum(1)
+
+    def under(self, teeth: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+        width, last = self._width_of_blocks, self.columns - 1
+        blocks = self._sums_of_blocks.scatter_add(1, top_ids.clamp(0, last) // width, top_lengths)
+        ends = blocks.cumsum(1)
+        block = torch.searchsorted(ends, teeth, right=True).clamp_max_(blocks.shape[1] - 1)
+        inside = teeth - (ends - blocks).gather(1, block)
+        passed = self.lengths(block, top_ids, top_lengths).cumsum(2) <= inside[:, :, None]  # [T, K, W]
+        return block * width + passed.sum(2)
 
 
-class TensorMasses:
-    """`Masses` in a tensor [T, V], 0 at the K first ids; it and `scratch`, of the same shape, are overwritten."""
+class TensorMasses(BlockMasses):
+    """Masses in a tensor [T, V], 0 at the K first ids; it and `scratch`, of the same shape, are overwritten."""
 
     def __init__(self, mass: Tensor, scratch: Tensor) -> None:
         self.columns = mass.shape[1]
@@ -121,6 +155,15 @@ class TensorMasses:
         return lengths.masked_fill_(ids > last, 0)
 
 
+def with_given(lengths: Tensor, ids: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+    """`lengths` of `ids`, both int64 [T, n], but for those among `top_ids` [T, K], which have `top_lengths` [T, K]."""
+    # Those that lie where they would be put among them.
+    sorted_ids, order = top_ids.sort(1)
+    at = torch.searchsorted(sorted_ids, ids).clamp_max_(top_ids.shape[1] - 1)
+    given = top_lengths.gather(1, order).gather(1, at)
+    return torch.where(sorted_ids.gather(1, at) == ids, given, lengths)
+
+
 def draw(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """VarOpt samples of T rows: ids int64 [T, K] and how many of them are certain, int64 [T].
 
@@ -137,20 +180,14 @@ def draw(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> tu
     # The unit: from here on all sums are exact.
     unit = ((k - certain) * 2**_STEP_BITS / left).masked_fill_(certain == k, 0.0)
     top_lengths = (top * unit[:, None]).to(torch.int64).masked_fill_(columns < certain[:, None], 0)
-    width = _block_width(masses.columns, k)
-    blocks = masses.block_lengths(unit, width)  # int64 [T, M]
-    rest = torch.cat([top_lengths, blocks.sum(1, keepdim=True)], dim=1).flip(1).cumsum(1).flip(1)
+    others = masses.length(unit, k)[:, None]
+    rest = torch.cat([top_lengths, others], dim=1).flip(1).cumsum(1).flip(1)
     certain = _certain(top_lengths, rest, certain)
     top_lengths.masked_fill_(columns < certain[:, None], 0)
-    blocks.scatter_add_(1, top_ids // width, top_lengths)
 
     step = rest.gather(1, certain[:, None]) // (k - certain).clamp_min(1)[:, None]  # [T, 1]
     teeth = columns * step + (sampling.random[:, None] * step >> _RANDOM_BITS)  # [T, K]; the first K - certain count
-    ends = blocks.cumsum(1)
-    block = torch.searchsorted(ends, teeth, right=True).clamp_max_(blocks.shape[1] - 1)
-    inside = teeth - (ends - blocks).gather(1, block)
-    passed = masses.lengths(block, top_ids, top_lengths).cumsum(2) <= inside[:, :, None]  # [T, K, W]
-    drawn = block * width + passed.sum(2)
+    drawn = masses.under(teeth, top_ids, top_lengths)
     drawn = drawn.gather(1, (columns - certain[:, None]).clamp_min(0))
     return torch.where(columns < certain[:, None], top_ids, drawn), certain
 
@@ -177,4 +214,4 @@ def _suffix_sums(values: Tensor) -> Tensor:
 
 def _block_width(columns: int, k: int) -> int:
     """Near sqrt(columns / k), which balances the blocks against the ids inside those that are looked into."""
-    return min(columns, max(_LEAST_BLOCK, 1 << round(math.log2(columns / k) / 2)))
+    return min(columns, max(_LEAST_BLOCK, 1 << max(0, round(math.log2(columns / k) / 2))))

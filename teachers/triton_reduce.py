@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teachers.sample import Masses
+from teachers.sample import BlockMasses, Masses, with_given
 
 # Columns of one program; with 8 warps, 16 for each thread, which are 4 loads of 16 bytes.
 _SEGMENT = 4096
@@ -42,7 +42,7 @@ _ALIGNMENT = 16
 
 
 class TritonPasses:
-    """`teachers.reduce.Passes` on a device that triton compiles for; all rows at once, with nothing large written."""
+    """`teachers.passes.Passes` on a device that triton compiles for; all rows at once, with nothing large written."""
 
     def __init__(self, rows: int) -> None:
         self.tile_rows = max(1, rows)
@@ -76,7 +76,7 @@ class _Rows(NamedTuple):
 
 
 class _Tail:
-    """`teachers.reduce.Tail`."""
+    """`teachers.passes.Tail`."""
 
     def __init__(self, rows: _Rows) -> None:
         self._rows = rows
@@ -99,8 +99,8 @@ class _Tail:
         return _row_sums(sums.flatten(0, 1)).view(3, rows)
 
 
-class _Masses:
-    """`teachers.sample.Masses` e^(beta z): lengths are computed from the logits again wherever they are asked for."""
+class _Masses(BlockMasses):
+    """Masses e^(beta z): lengths are computed from the logits again wherever they are asked for."""
 
     def __init__(self, rows: _Rows, beta: float, total: Tensor) -> None:
         self._rows = rows
@@ -133,12 +133,8 @@ class _Masses:
             *self._rows, self._rows.logits.stride(0), self.columns, self._beta, self._unit, blocks.contiguous(), count,
             lengths, WIDTH=padded, BLOCKS=at_once,
         )  # fmt: skip
-        # Which of these ids are of the K first: those that lie where they would be put among them.
-        ids = ids.flatten(1)
-        sorted_ids, order = top_ids.sort(1)
-        at = torch.searchsorted(sorted_ids, ids).clamp_max_(top_ids.shape[1] - 1)
-        given = top_lengths.gather(1, order).gather(1, at)
-        return torch.where(sorted_ids.gather(1, at) == ids, given, lengths.flatten(1)).view(rows, count, padded)
+        given = with_given(lengths.flatten(1), ids.flatten(1), top_ids, top_lengths)
+        return given.view(rows, count, padded)
 
 
 def _aligned(logits: Tensor) -> Tensor:

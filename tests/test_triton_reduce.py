@@ -25,10 +25,12 @@ from test_sample import check as check_sample
 from test_sample import sample
 from torch import Tensor
 
+import teachers.passes
 import teachers.reduce
 from storage.errors import InputError
 from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
 from teachers.sample import Sampling, TensorMasses, random_bits
+from teachers.top_k import block_maxima
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton has no build for this system"
@@ -51,7 +53,7 @@ def test_in_a_process_of_its_own(name: str, interpret: str, tmp_path: Path) -> N
 
 
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers.reduce, "_has_kernels", lambda device: False)
+    monkeypatch.setattr(teachers.passes, "has_kernels", lambda device: False)
 
 
 def bits(reduced: ReducedRows) -> dict[str, np.ndarray]:
@@ -93,7 +95,7 @@ class TestInterpreted:
         monkeypatch.setattr(
             ours, "_run", lambda kernel, *rest, **sizes: (ran.append(kernel), run(kernel, *rest, **sizes))
         )
-        monkeypatch.setattr(teachers.reduce, "_has_kernels", lambda device: True)
+        monkeypatch.setattr(teachers.passes, "has_kernels", lambda device: True)
         yield
         assert ran
 
@@ -175,7 +177,7 @@ class TestInterpreted:
         logits[1, :width] = math.nan
         logits[1, width : 2 * width] = -math.inf
         logits[2, width : 2 * width - 1] = math.inf
-        expected = teachers.reduce._block_maxima(logits, width)
+        expected = block_maxima(logits, width)
         torch.testing.assert_close(
             TritonPasses(3).block_maxima(logits, width), expected, rtol=0, atol=0, equal_nan=True
         )
@@ -415,20 +417,20 @@ class TestCompiled:
 def test_a_cpu_takes_torchs_passes_and_so_does_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(teachers.reduce, "_compile", lambda device: True)
-        assert not teachers.reduce._has_kernels(torch.device("cpu"))
-        assert teachers.reduce._has_kernels(gpu)
+        patch.setattr(teachers.passes, "_compile", lambda device: True)
+        assert not teachers.passes.has_kernels(torch.device("cpu"))
+        assert teachers.passes.has_kernels(gpu)
         patch.setenv("LOGIT_CACHE_KERNELS", "torch")
-        assert not teachers.reduce._has_kernels(gpu)
+        assert not teachers.passes.has_kernels(gpu)
         patch.delenv("LOGIT_CACHE_KERNELS")
         patch.setitem(sys.modules, "triton", None)
-        assert not teachers.reduce._has_kernels(gpu)
+        assert not teachers.passes.has_kernels(gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels do compile where there is a GPU")
 def test_kernels_that_do_not_compile_are_one_error_that_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"cannot be compiled for cuda:0 .*LOGIT_CACHE_KERNELS=torch"):
-        teachers.reduce._has_kernels(torch.device("cuda", 0))
+        teachers.passes.has_kernels(torch.device("cuda", 0))
 
 
 def test_nothing_imports_triton_where_it_is_not_used() -> None:

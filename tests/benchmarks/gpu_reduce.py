@@ -124,7 +124,7 @@ def ways(logits: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
     """Each gives ids [R, K]."""
     import torch
 
-    import teachers.reduce
+    import teachers.passes
     from teachers.reduce import reduce_topk, reduce_varopt
     from teachers.sample import Sampling, random_bits
 
@@ -140,7 +140,7 @@ def ways(logits: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
         def way() -> Tensor:
             if kernels and importlib.util.find_spec("triton") is None:
                 raise ImportError("triton is not installed")
-            with mock.patch.object(teachers.reduce, "_has_kernels", return_value=kernels):
+            with mock.patch.object(teachers.passes, "has_kernels", return_value=kernels):
                 if temperature is None:
                     return reduce_topk(logits, vocabulary, k, labels, FLOOR).token_ids
                 sampling = Sampling(temperature, 0, random)

@@ -1,0 +1,128 @@
+"""What is done to all V columns of rows: the passes of the reducer, as Triton's kernels or torch's operators.
+
+Legend: `T` rows of one tile, `V` columns, `K` kept ids.
+
+On a GPU they are Triton kernels (`teachers.triton_reduce`) that read the logits and write nothing of their size;
+elsewhere, or without triton, torch's operators over a tile of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from storage.errors import InputError
+from teachers.row_sums import row_nansums, row_sums
+from teachers.sample import Masses, TensorMasses
+from teachers.top_k import block_maxima
+
+
+class Tail(Protocol):
+    """The columns of T rows outside their K first ones; z = logits - the row's maximum.
+
+    mass, half, weighted  float32 [T]  the sums over them of e^z, e^(z/2) and z e^z
+    """
+
+    mass: Tensor
+    half: Tensor
+    weighted: Tensor
+
+    def masses(self, beta: float) -> Masses:
+        """Their masses e^(beta z)."""
+        ...
+
+
+class Passes(Protocol):
+    """What is done to all V columns of rows: of logits float32 [T, V], in rows of any stride, with T <= tile_rows."""
+
+    tile_rows: int
+
+    def block_maxima(self, logits: Tensor, width: int) -> Tensor:
+        """[T, V // width]: the maxima of runs of `width` columns, NaN where one has a NaN; a shorter last run is
+        left out."""
+        ...
+
+    def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
+        """What lies outside the K first columns: `top` [T, K] are their logits, `ids` int64 [T, K], in order."""
+        ...
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """The sums [T] of [T, n], n of any size."""
+        ...
+
+
+def make_passes(rows: int, tile_rows: int, width: int, device: torch.device) -> Passes:
+    """The passes of a device: kernels over all rows, or torch's operators over `tile_rows` of `width` columns."""
+    if has_kernels(device):
+        from teachers.triton_reduce import TritonPasses
+
+        return TritonPasses(rows)
+    return TorchPasses(max(1, tile_rows), width, device)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the passes are Triton's, which are tried once. `LOGIT_CACHE_KERNELS=torch` does without them."""
+    wanted = os.environ.get("LOGIT_CACHE_KERNELS") != "torch"
+    return wanted and device.type == "cuda" and importlib.util.find_spec("triton") is not None and _compile(device)
+
+
+@functools.cache
+def _compile(device: torch.device) -> bool:
+    """True; InputError where kernels do not compile. Torch's passes would round differently, on one worker of many."""
+    from teachers.triton_reduce import TritonPasses
+
+    try:
+        TritonPasses(1).block_maxima(torch.zeros(1, 32, device=device), 32)
+    except Exception as error:  # whatever stops a compiler
+        raise InputError(
+            f"Triton kernels cannot be compiled for {device} ({type(error).__name__}: {str(error).strip()[:200]}): "
+            f"install a C compiler, or set LOGIT_CACHE_KERNELS=torch for every worker of the entry"
+        ) from error
+    return True
+
+
+class TorchPasses:
+    """`Passes` of torch's operators. `width`: of its buffers, V or more; an id of V, where they have more, is of no
+    column."""
+
+    def __init__(self, tile_rows: int, width: int, device: torch.device) -> None:
+        self.tile_rows = tile_rows
+        # Two buffers for all tiles: fresh ones would cost a page fault per 4 KiB in every pass.
+        self._buffers = torch.empty(2, tile_rows, width, dtype=torch.float32, device=device)
+
+    def block_maxima(self, logits: Tensor, width: int) -> Tensor:
+        return block_maxima(logits, width)
+
+    def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
+        return _TorchTail(logits, row_max, ids, self._buffers[:, : len(logits)])
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        return row_sums(values)
+
+
+class _TorchTail:
+    def __init__(self, logits: Tensor, row_max: Tensor, ids: Tensor, buffers: Tensor) -> None:
+        half_z, mass = buffers[:, :, : logits.shape[1]]  # [T, V] each
+        # z/2 = (logit - max)/2 in one pass; halving first also keeps two huge logits from overflowing.
+        torch.add(row_max[:, None] * -0.5, logits, alpha=0.5, out=half_z)
+        torch.exp(half_z, out=mass)
+        buffers[1].scatter_(1, ids, 0.0)
+        self.half = row_sums(mass)
+        mass.mul_(mass)  # one exp per element: e^z is the square of e^(z/2)
+        self.mass = row_sums(mass)
+        half_z.mul_(mass)
+        self.weighted = 2 * row_nansums(half_z)  # NaN here is -inf * 0, a masked id; it adds nothing to the entropy
+        self._logits, self._row_max, self._ids, self._buffers = logits, row_max, ids, buffers
+
+    def masses(self, beta: float) -> Masses:
+        scratch, mass = self._buffers[:, :, : self._logits.shape[1]]  # e^z is still in the second
+        if beta != 1.0:
+            torch.add(self._row_max[:, None] * -beta, self._logits, alpha=beta, out=mass)
+            torch.exp(mass, out=mass)
+            self._buffers[1].scatter_(1, self._ids, 0.0)
+        return TensorMasses(mass, scratch)

@@ -1,0 +1,131 @@
+"""The processes that hold one teacher together, and which columns of its head each of them has.
+
+Legend: `W` ranks, `T` rows, `C` columns of the head.
+
+Nothing here is of the size of the logits: what ranks tell each other are a few numbers per row, and objects of a few
+hundred bytes. Sums over ranks are made of gathered numbers, in the order of the ranks, so that every rank has the same
+sum and a repeated run repeats it; an all-reduce promises neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks(Protocol):
+    """W processes that do the same work, each on its part of a teacher. All of them make the same calls, in order.
+
+    rank   which one this is, 0 .. W - 1
+    size   W
+    """
+
+    rank: int
+    size: int
+
+    def gather(self, value: Tensor) -> Tensor:
+        """[W, ...]: the values of all ranks, which have one shape, in the order of the ranks."""
+        ...
+
+    def maximum(self, value: Tensor) -> Tensor:
+        """Elementwise over the ranks; not for values with NaN."""
+        ...
+
+    def objects(self, value: Any) -> list[Any]:
+        """What each rank gave: small plain data, in the order of the ranks."""
+        ...
+
+
+class DistributedRanks:
+    """`Ranks` of torch's default process group, which serves tensors of its device and of the CPU."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def gather(self, value: Tensor) -> Tensor:
+        gathered = value.new_empty(self.size, *value.shape)
+        # torch 2.13 has another name for it, and warns of the old one.
+        collective: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        collective(gathered, value.contiguous()[None])
+        return gathered
+
+    def maximum(self, value: Tensor) -> Tensor:
+        largest = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest
+
+    def objects(self, value: Any) -> list[Any]:
+        # A rank trusts what the ranks of its own job pickled; none of it comes from a file.
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+
+def from_first(ranks: Ranks, value: Any = None) -> Any:
+    """What rank 0 gave, on every rank."""
+    return ranks.objects(value if ranks.rank == 0 else None)[0]
+
+
+def all_true(ranks: Ranks, mine: bool) -> bool:
+    """Whether something holds on every rank."""
+    return all(ranks.objects(mine))
+
+
+def summed(gathered: Tensor) -> Tensor:
+    """The sum over the first dimension [W, ...], one rank after the other."""
+    total = gathered[0]
+    for value in gathered[1:]:
+        total = total + value
+    return total
+
+
+@dataclass(frozen=True)
+class ColumnShard:
+    """Which columns of a head's `head_columns` this rank's logits are: `runs[rank]`, from one id to another.
+
+    The runs lie one behind the other, in the order of the ranks, and cover the head; some may be empty.
+    """
+
+    ranks: Ranks
+    runs: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        ends = [stop for _, stop in self.runs]
+        assert len(self.runs) == self.ranks.size
+        assert [start for start, _ in self.runs] == [0, *ends[:-1]], self.runs
+        assert all(start <= stop for start, stop in self.runs), self.runs
+
+    @property
+    def head_columns(self) -> int:
+        return self.runs[-1][1]
+
+    @property
+    def own(self) -> slice:
+        """This rank's columns."""
+        return slice(*self.runs[self.ranks.rank])
+
+    @property
+    def widest(self) -> int:
+        """The most columns that any rank has: sizes that all ranks must agree on follow from it."""
+        return max(stop - start for start, stop in self.runs)
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """All columns [T, C] of rows of which each rank has its own [T, own]: for few rows, as it is of their size."""
+        padded = torch.nn.functional.pad(logits, (0, self.widest - logits.shape[1]))
+        gathered = self.ranks.gather(padded)
+        return torch.cat([part[:, : b - a] for part, (a, b) in zip(gathered, self.runs, strict=True)], dim=1)
+
+
+def equal_runs(columns: int, size: int) -> tuple[tuple[int, int], ...]:
+    """Runs of ceil(columns / size), as torch cuts a dimension; the last ones are shorter, or empty.
+
+    >>> equal_runs(10, 4)
+    ((0, 3), (3, 6), (6, 9), (9, 10))
+    """
+    step = -(-columns // size)
+    return tuple((min(rank * step, columns), min((rank + 1) * step, columns)) for rank in range(size))

@@ -1,0 +1,142 @@
+"""The logits of a tensor-parallel model, each rank those of its own columns, so that they are never gathered.
+
+Legend: `B` windows, `C` tokens per window, `H` hidden size, `n` columns of this rank.
+
+transformers cuts the output layer's weights by rows, one run of columns for each rank, and gathers the logits after its
+product. Here each rank multiplies the hidden states, which all of them have whole, with its own rows alone. An output
+layer that is whole on every rank is cut in the same way, and only its own part is multiplied.
+
+fast     the backbone, then the product; where the model does nothing else
+general  the model's own forward with an output layer that gives this rank's columns: a factor or a soft cap after it
+         works on some columns as on all of them
+
+Which of them serves is tested as in `teachers.heads`, against the model's own gathered logits of a few short windows;
+the ranks decide together. A model that needs whole rows after its head is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from storage.errors import InputError
+from teachers.heads import (
+    MASKED,
+    TOLERANCE,
+    FastPath,
+    Float32Head,
+    GeneralPath,
+    ScoringPath,
+    agree,
+    amplification,
+    amplified_logits,
+    forward,
+    replaced_forward,
+)
+from teachers.ranks import ColumnShard, Ranks, all_true, equal_runs
+
+
+def tensor_parallel_options(ranks: Ranks) -> dict[str, Any]:
+    """What `from_pretrained` is told to spread layers by the model's own plan."""
+    try:
+        distributed: Any = importlib.import_module("transformers.distributed")
+        return {"distributed_config": distributed.DistributedConfig(tp_size=ranks.size)}
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"transformers {transformers.__version__} cannot spread a model over ranks as --tensor-parallel needs it "
+            f"({error}): install a newer one"
+        ) from None
+
+
+def choose_sharded_path(
+    model: Any, windows: Tensor, logits: Tensor, dtype: str, ranks: Ranks, source: str
+) -> tuple[ScoringPath, ColumnShard, str | None]:
+    """A path to this rank's columns, which they are, and why it is not the fast one, where it is not.
+
+    logits: the model's own for the windows, float32 [B, C, columns]. All ranks call this, and get the same kind of
+    path. Raises InputError for a model whose columns cannot be had apart.
+    """
+    linear, backbone = model.get_output_embeddings(), getattr(model, "base_model", model)
+    if type(linear) is not nn.Linear:
+        raise InputError(
+            f"{source}: its output layer is a {type(linear).__name__}, not a plain Linear, whose columns could be "
+            f"computed on several ranks: leave --tensor-parallel out"
+        )
+    shard = _shard(linear, ranks, source)
+    if shard.head_columns != logits.shape[-1]:
+        raise InputError(
+            f"{source}: its output layer has {shard.head_columns} columns and its logits {logits.shape[-1]}: they "
+            f"cannot be computed on several ranks: leave --tensor-parallel out"
+        )
+    head = Float32Head(_own_rows(linear.weight, shard), None if linear.bias is None else _own_rows(linear.bias, shard))
+    problem = "it has no backbone that can be called by itself"
+    if backbone is not model:
+        fast = FastPath(backbone, head)
+        found = _disagreement(model, linear, fast, windows, logits, TOLERANCE[dtype], shard)
+        if found is None:
+            return fast, shard, None
+        problem = found
+    with replaced_forward(linear, head) as replacement, torch.inference_mode():
+        now = forward(model, windows)
+        fits = now.dtype == torch.float32 and _agree(now, logits, TOLERANCE[dtype], shard)
+        replacement.stays = all_true(ranks, fits)
+    if not replacement.stays:
+        raise InputError(
+            f"{source}: what {type(model).__name__} does after its output layer needs all columns at once, or their "
+            f"dtype, so that it cannot be computed on several ranks: use --device-map in place of --tensor-parallel"
+        )
+    return GeneralPath(model, float32=True), shard, problem
+
+
+def _disagreement(
+    model: Any, linear: nn.Linear, fast: FastPath, windows: Tensor, logits: Tensor, tolerance: float, shard: ColumnShard
+) -> str | None:
+    """How the fast path differs from the model's own logits on any rank; None where it does not."""
+    with torch.inference_mode():
+        hidden = fast.hidden(windows)
+        own = fast.head(hidden).reshape(*windows.shape, -1)
+        if not all_true(shard.ranks, _agree(own, logits, tolerance, shard)):
+            return "backbone and head alone give other logits"
+        factor = amplification(float(logits.masked_fill(logits.abs() > -MASKED, 0.0).abs().max()))
+        amplified = amplified_logits(model, linear, windows, factor)
+        own = fast.head(hidden * factor).reshape(*windows.shape, -1)
+        if not all_true(shard.ranks, _agree(own, amplified, tolerance, shard)):
+            return f"with hidden states times {factor:g}, backbone and head give other logits"
+    return None
+
+
+def _agree(own: Tensor, logits: Tensor, tolerance: float, shard: ColumnShard) -> bool:
+    expected = logits[..., shard.own]
+    return own.shape == expected.shape and (not own.numel() or agree(own, expected, tolerance))
+
+
+def _shard(linear: nn.Linear, ranks: Ranks, source: str) -> ColumnShard:
+    weight: Any = linear.weight
+    if not _is_cut(weight, source):
+        return ColumnShard(ranks, equal_runs(int(weight.shape[0]), ranks.size))
+    counts = ranks.objects(len(weight.to_local()))
+    stops = [sum(counts[: rank + 1]) for rank in range(ranks.size)]
+    return ColumnShard(ranks, tuple(zip([0, *stops[:-1]], stops, strict=True)))
+
+
+def _own_rows(tensor: Tensor, shard: ColumnShard) -> Tensor:
+    """Of the output layer's weights [C, H] or bias [C], those of this rank's columns."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local if _is_cut(tensor, "") else local[shard.own]
+
+
+def _is_cut(tensor: Tensor, source: str) -> bool:
+    """Whether a rank has only its rows of a parameter."""
+    if not isinstance(tensor, DTensor) or tensor.placements == (Replicate(),):
+        return False
+    if tensor.placements != (Shard(0),):
+        raise InputError(
+            f"{source}: its output layer is spread over the ranks as {tensor.placements}, not by columns: leave "
+            f"--tensor-parallel out"
+        )
+    return True
