@@ -44,8 +44,8 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None:
     """The job of these fields; the description of its entry on rank 0, None on the others.
 
-    Of the options, `worker` says which of several such groups of ranks this is. A failure of any rank ends this process.
-    Raises InputError where torchrun did not start it.
+    Of the options, `worker` says which of several such groups of ranks this is. A failure of any rank ends this
+    process. Raises InputError where torchrun did not start it.
     """
     world = _World.of_this_process()
     with _together(world) as store:
