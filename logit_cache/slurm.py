@@ -19,6 +19,7 @@ import itertools
 import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import time
@@ -46,6 +47,7 @@ _MOST_REQUEUES = 10_000
 # Of squeue's answers in a row that lack the job: one alone may come before the controller knows it.
 _GONE_TIMES = 2
 _MOST_LOG_BYTES = 8_192
+_ERROR = re.compile(r"((srun|slurmstepd)\S*: )?error: ")
 
 
 def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping) -> Outcome:
@@ -83,7 +85,7 @@ def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stop
         ended = _wait(job, array, log, stopping, advance, done)
     if not ended:
         raise NotDone(f"job {array} goes on without this command: {hint}")
-    return _outcome(job, array, folder, notes)
+    return _outcome(job, array, workers, folder, notes)
 
 
 def _submit(job: CacheJob, options: EngineOptions, workers: int) -> tuple[str, Path]:
@@ -185,15 +187,16 @@ def _states(array: str) -> str | None:
     return ", ".join(sorted(states, reverse=True))
 
 
-def _outcome(job: CacheJob, array: str, folder: Path, before: dict[int, FailedShard]) -> Outcome:
+def _outcome(job: CacheJob, array: str, workers: int, folder: Path, before: dict[int, FailedShard]) -> Outcome:
     """How a job stands whose array has ended. `before`: the notes on shards that were there already."""
-    left = survey(job)
-    if left.complete and _is_concluded(job):
+    left, told = survey(job), _told(folder)
+    done = left.complete and _is_concluded(job)
+    refusals = [text for kind, text in told if kind == "refused"]
+    # What every task refuses is not this job's, though it be complete; what one refuses may be its machine's fault.
+    if refusals and (not done or len(refusals) >= workers):
+        raise InputError(f"a task of job {array} refused: {refusals[0]}")
+    if done:
         return Outcome()
-    told = _told(folder)
-    for kind, text in told:
-        if kind == "refused":
-            raise InputError(f"a task of job {array} refused: {text}")
     given_up = {shard: note.error for shard, note in _notes(job).items() if before.get(shard) != note}
     if given_up:
         return Outcome(given_up=given_up)
@@ -237,6 +240,6 @@ def _last_words(folder: Path) -> str:
             file.seek(max(0, path.stat().st_size - _MOST_LOG_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
         for line in reversed(lines):
-            if line.startswith(("error: ", "srun: error: ", "slurmstepd: error: ")):
+            if _ERROR.match(line):
                 return line.strip()
     return ""

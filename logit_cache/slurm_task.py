@@ -24,7 +24,7 @@ Told = tuple[Literal["refused", "failed"], str]
 
 
 class _Fruitless(BaseException):
-    """The task is not to be requeued. A signal's handler raises it, and what handles a shard's errors must not see it."""
+    """The task is not to be requeued. Raised by a signal's handler; what handles a shard's errors lets it pass."""
 
 
 class _CountingLog(JobLog):
