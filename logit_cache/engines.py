@@ -76,10 +76,11 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
                 outcome = _run_here(job, options, log, stopping, rank, opened)
     except WorkersLost as error:
         raise NotDone(str(error)) from None
+    if outcome.submitted:
+        return outcome
     log.event("end", "", built=outcome.built, given_up=sorted(outcome.given_up), stopped=outcome.stopped,
               seconds=round(time.monotonic() - began, 3))  # fmt: skip
-    if not outcome.submitted:
-        _raise_unless_done(job, outcome)
+    _raise_unless_done(job, outcome)
     return outcome
 
 

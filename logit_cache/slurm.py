@@ -62,27 +62,28 @@ def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stop
     if found.missing_shards is not None:
         # Of a complete entry, one looks whether it is this job's, and concludes it.
         workers = max(1, min(workers, found.missing_shards))
-    array, folder = _submit(job, options, workers)
-    hint = f"logit-cache status {job.cache} follows it, scancel {array} ends it"
-    log.event(
-        "start",
-        f"submitted job {array} with {workers} task(s), logs in {folder}; {hint}",
-        job=array,
-        engine="slurm",
-        workers=workers,
-        shards=found.missing_shards,
-        positions=found.missing,
-    )
-    if not options.wait:
-        return Outcome(submitted=True)
-    done = found.positions - found.missing
     ended = False
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        stopping.on_sigterm(),
-        log.progress(f"cache {job.name}", found.positions, "tokens", done) as advance,
-    ):
-        ended = _wait(job, array, log, stopping, advance, done)
+    # A signal that comes while the array is being submitted waits until its number is known.
+    with stopping.on_sigterm():
+        array, folder = _submit(job, options, workers)
+        hint = f"logit-cache status {job.cache} follows it, scancel {array} ends it"
+        log.event(
+            "start",
+            f"submitted job {array} with {workers} task(s), logs in {folder}; {hint}",
+            job=array,
+            engine="slurm",
+            workers=workers,
+            shards=found.missing_shards,
+            positions=found.missing,
+        )
+        if not options.wait:
+            return Outcome(submitted=True)
+        done = found.positions - found.missing
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            log.progress(f"cache {job.name}", found.positions, "tokens", done) as advance,
+        ):
+            ended = _wait(job, array, log, stopping, advance, done)
     if not ended:
         raise NotDone(f"job {array} goes on without this command: {hint}")
     return _outcome(job, array, workers, folder, notes)

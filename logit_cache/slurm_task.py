@@ -14,68 +14,61 @@ from typing import Any, Literal
 from logit_cache.engine_options import EngineOptions
 from logit_cache.job import CacheJob
 from logit_cache.job_log import JobLog
+from logit_cache.survey import survey
 from storage.errors import LogitCacheError
 
-# Lives of a task in a row, ended by the time limit, in which it built nothing: the next would be no better.
+# Lives in a row that the time limit ended and that did nothing: the next would be no better.
 _MOST_FRUITLESS = 3
 
 Told = tuple[Literal["refused", "failed"], str]
 """What a task has to say: the message of a user's error, or why it went wrong."""
 
 
-class _Fruitless(BaseException):
-    """The task is not to be requeued. Raised by a signal's handler; what handles a shard's errors lets it pass."""
-
-
-class _CountingLog(JobLog):
-    """Knows how many shards were built; a signal's handler can ask it, unlike the store."""
-
-    built = 0
-
-    def event(self, name: str, text: str, **fields: Any) -> None:
-        self.built += name == "shard"
-        super().event(name, text, **fields)
-
-
 @dataclass
 class ArrayTask:
-    """The job and how it is run, as plain data; fruitless: lives in a row before this one that built nothing."""
+    """The job and how it is run, as plain data.
+
+    missing: positions that this life, or the one before, found missing when it began; fruitless: lives in a row, each
+    ended by the time limit, after which no fewer were missing.
+    """
 
     job: dict[str, Any]
     options: dict[str, Any]
+    missing: int | None = None
     fruitless: int = 0
-    log: JobLog | None = None
 
     def __call__(self) -> Told | None:
-        from logit_cache.engines import NotDone, run_job
-
         # submitit has SIGTERM ignored. While no shard is under way there is nothing to be ended in good order.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        from logit_cache.engines import NotDone, run_job  # takes seconds
+
         job = CacheJob.model_validate(self.job)
         how = EngineOptions(**self.options)
-        self.log = _CountingLog(how.log_format, cache=job.cache, entry=job.name)
         try:
-            run_job(job, how, self.log)
+            if self._is_hopeless(job):
+                return _tell("failed", f"no shard was done in {self.fruitless} times the time limit: give a longer "
+                             f"--slurm time, or a new entry with a smaller --shard-tokens")  # fmt: skip
+            run_job(job, how, JobLog(how.log_format, cache=job.cache, entry=job.name))
         except LogitCacheError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return "refused", str(error)
-        except _Fruitless as error:
-            print(f"error: {error}", file=sys.stderr)
-            return "failed", str(error)
+            return _tell("refused", str(error))
         except NotDone as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
         return None
 
     def checkpoint(self) -> Any:
-        """What submitit is to have called in the task's next life, when the signal before the time limit has come."""
+        """What submitit is to call in the next life; it asks when the signal before the time limit has come."""
         from submitit.helpers import DelayedSubmission
 
-        idle = isinstance(self.log, _CountingLog) and not self.log.built
-        fruitless = self.fruitless + 1 if idle else 0
-        if fruitless == _MOST_FRUITLESS:
-            raise _Fruitless(
-                f"no shard was done in {fruitless} times the time limit: give a longer --slurm time, or a new entry "
-                f"with a smaller --shard-tokens"
-            )
-        return DelayedSubmission(ArrayTask(self.job, self.options, fruitless))
+        return DelayedSubmission(ArrayTask(self.job, self.options, self.missing, self.fruitless))
+
+    def _is_hopeless(self, job: CacheJob) -> bool:
+        missing = survey(job).missing
+        self.fruitless = 0 if self.missing is None or missing < self.missing else self.fruitless + 1
+        self.missing = missing
+        return self.fruitless >= _MOST_FRUITLESS
+
+
+def _tell(kind: Literal["refused", "failed"], text: str) -> Told:
+    print(f"error: {text}", file=sys.stderr)
+    return kind, text

@@ -19,10 +19,11 @@ import pytest
 from conftest import Run, command, environment, refused
 from slurm import Cluster, until
 
+from logit_cache import engines
 from logit_cache import slurm as engine
 from logit_cache.engines import NotDone
 from logit_cache.job import CacheJob
-from logit_cache.slurm_task import ArrayTask, _CountingLog, _Fruitless
+from logit_cache.slurm_task import ArrayTask
 from storage.errors import InputError
 from storage.failures import Failures
 from storage.location import locate
@@ -48,11 +49,11 @@ def whole(small_cache: Path, teacher: Path, run: Run, tmp_path_factory: pytest.T
 
 
 def contents(cache: Path) -> dict[str, object]:
-    """Every file of the entry but a killed task's claims; of receipts what is neither a time nor a host."""
+    """Every file of the entry but a killed task's leftovers; of receipts what is neither a time nor a host."""
     folder = cache / "teachers/a"
     found: dict[str, object] = {}
     for path in folder.rglob("*"):
-        if path.is_file() and path.suffix != ".claim":
+        if path.is_file() and path.suffix not in (".claim", ".partial"):
             name = path.relative_to(folder).as_posix()
             found[name] = path.read_bytes()
             if name == "receipts/index.json":
@@ -275,19 +276,6 @@ def test_the_variables_of_a_job_around_it_are_not_handed_on(monkeypatch: pytest.
     assert {name: os.environ[name] for name in values} == values
 
 
-def test_lives_that_build_nothing_end() -> None:
-    task = ArrayTask({}, {})
-    for fruitless in (1, 2):
-        task.log = _CountingLog()
-        task = task.checkpoint().function
-        assert (task.fruitless, task.log) == (fruitless, None)
-    task.log = _CountingLog()
-    with pytest.raises(_Fruitless, match="time limit"):
-        task.checkpoint()
-    task.log.event("shard", "")
-    assert task.checkpoint().function.fruitless == 0
-
-
 @pytest.fixture
 def ended(cache: Path, teacher: Path, tmp_path: Path) -> tuple[CacheJob, Path]:
     """An array that has ended with an entry of which nothing is done, and its folder."""
@@ -343,3 +331,24 @@ def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path], r
             engine._outcome(without, "7", 2, folder, {})
     with pytest.raises(InputError, match="not this one"):
         engine._outcome(without, "7", 2, folder, {})
+
+
+def test_lives_that_do_nothing_end(ended: tuple[CacheJob, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    lives: list[int] = []
+    monkeypatch.setattr(engines, "run_job", lambda *arguments: lives.append(1))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        task = ArrayTask(ended[0].model_dump(mode="json"), {})
+        for _ in range(3):
+            assert task() is None
+            task = task.checkpoint().function
+        told = task()
+        assert told is not None
+        assert (told[0], len(lives)) == ("failed", 3)
+        assert "3 times the time limit" in told[1]
+        # Somebody has done something meanwhile.
+        task.missing = (task.missing or 0) + 1
+        assert task() is None
+        assert task.checkpoint().function.fruitless == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
