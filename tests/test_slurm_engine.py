@@ -151,6 +151,7 @@ def test_an_array_makes_what_one_process_makes(
     assert json.loads(done.stdout)["complete"]
     assert contents(cache) == contents(whole)
     clean(run, cache)
+    clean(run, cache)
     # The task finds that this job is not the entry's, and the command says so, complete as the entry is.
     refused(start("-k", 20).ended(), "a task of job", "targets.k")
     assert contents(cache) == contents(whole)
@@ -217,11 +218,12 @@ def test_a_command_that_does_not_wait_and_one_that_is_ended(
     until(lambda: not slurm.queue(), slurm, "the array ends", 120)
     assert json.loads(run("logit-cache", "status", cache, "--json").stdout)["complete"]
     assert contents(cache) == contents(whole)
+    clean(run, cache)
 
 
 @pytest.mark.slurm
 def test_plain_tasks_of_slurm_take_their_share(
-    slurm: Cluster, cache: Path, small_cache: Path, teacher: Path, whole: Path, tmp_path: Path
+    slurm: Cluster, cache: Path, small_cache: Path, teacher: Path, whole: Path, run: Run, tmp_path: Path
 ) -> None:
     again = Path(shutil.copytree(small_cache, tmp_path / "again"))
     words = command("cache-logits", "--teacher", teacher, *JOB)
@@ -245,6 +247,7 @@ def test_plain_tasks_of_slurm_take_their_share(
     assert done.returncode == 0, done.stderr
     assert {f"worker {i} of 2 (from SLURM_PROCID)" for i in (0, 1)} <= set(done.stderr.splitlines())
     assert contents(again) == contents(whole)
+    clean(run, again)
 
 
 @pytest.mark.slurm
