@@ -81,7 +81,8 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
                     {"tokenizer": job.teacher[0], "tokenizer_revision": (*job.revision, None)[0] or None}
                 )
             tokenize_text(None, text_fields)
-            opened = open_job(job, teachers)
+            # Elsewhere it is opened where the devices are.
+            opened = open_job(job, teachers) if how.engine == "local" else None
         elif text_fields:
             raise InputError(f"cache-logits: --{min(text_fields).replace('_', '-')} goes with --text and --out")
         else:

@@ -43,12 +43,14 @@ class EngineOptions(BaseModel):
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {str(name): str(item) for name, item in value.items()}
+            # YAML has true for what a flag says with `=true`.
+            said = {name: str(item).lower() if isinstance(item, bool) else str(item) for name, item in value.items()}
+            return {_parameter(str(name)): item for name, item in said.items()}
         pairs = [str(item).partition("=") for item in value or ()]
         for name, equals, _ in pairs:
             if not name or not equals:
                 raise ValueError(f"--slurm {name!r}: expected NAME=VALUE as sbatch has them, such as partition=gpu")
-        return {name.lstrip("-").replace("-", "_"): item for name, _, item in pairs}
+        return {_parameter(name): item for name, _, item in pairs}
 
     @model_validator(mode="after")
     def _agree(self) -> EngineOptions:
@@ -65,3 +67,8 @@ class EngineOptions(BaseModel):
             if not self.wait:
                 refuse("no-wait", "slurm")
         return self
+
+
+def _parameter(name: str) -> str:
+    """A parameter of sbatch, as it is written there or as a Python name, as a Python name."""
+    return name.lstrip("-").replace("-", "_")

@@ -22,7 +22,7 @@ from logit_cache.job_log import JobLog
 from logit_cache.local_pool import LocalPool, local_devices, threads_for
 from logit_cache.ranks import Rank, rank_of
 from logit_cache.stopping import Stopping
-from logit_cache.survey import Survey, survey
+from logit_cache.survey import survey
 from logit_cache.this_process import run_local
 from logit_cache.worker import Worker
 from storage.failures import Failures
@@ -55,7 +55,7 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
         if options.engine == "slurm":
             from logit_cache.slurm import run_array
 
-            outcome = run_array(job, options, log)
+            outcome = run_array(job, options, log, stopping)
         elif options.engine == "ray":
             from logit_cache.ray_pool import RayPool, connect
 
@@ -76,10 +76,11 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
                 outcome = _run_here(job, options, log, stopping, rank, opened)
     except WorkersLost as error:
         raise NotDone(str(error)) from None
+    if outcome.submitted:
+        return outcome
     log.event("end", "", built=outcome.built, given_up=sorted(outcome.given_up), stopped=outcome.stopped,
               seconds=round(time.monotonic() - began, 3))  # fmt: skip
-    if not outcome.submitted:
-        _raise_unless_done(job, outcome, options)
+    _raise_unless_done(job, outcome)
     return outcome
 
 
@@ -122,11 +123,10 @@ def _run_pool(pool: ManyWorkers, job: CacheJob, options: EngineOptions, log: Job
     return outcome
 
 
-def _raise_unless_done(job: CacheJob, outcome: Outcome, options: EngineOptions) -> None:
+def _raise_unless_done(job: CacheJob, outcome: Outcome) -> None:
     """Raise NotDone where something is left to be done that somebody has to know of."""
-    left = survey(job)
     if outcome.stopped:
-        raise NotDone(f"{job.cache}: {job.name} was stopped with {_missing(left)}: run the same command again to go on")
+        raise NotDone(f"{job.cache}: {job.name} was stopped with {survey(job)}: run the same command again to go on")
     if outcome.given_up:
         shards = sorted(outcome.given_up)
         named = ", ".join(map(str, shards[:8])) + (" …" if len(shards) > 8 else "")
@@ -134,17 +134,6 @@ def _raise_unless_done(job: CacheJob, outcome: Outcome, options: EngineOptions) 
             f"{job.cache}: {job.name}: {len(shards)} shard(s) failed every time and were given up: {named} "
             f"({outcome.given_up[shards[0]].splitlines()[-1]}); run the same command again to try them once more"
         )
-    if options.engine == "slurm" and not left.complete:
-        raise NotDone(
-            f"{job.cache}: {job.name}: the array has ended with {_missing(left)}; its logs are in "
-            f"{options.slurm_folder}; run the same command again to go on"
-        )
-
-
-def _missing(left: Survey) -> str:
-    if left.missing_shards is None:
-        return "nothing done"
-    return f"{left.missing_shards:,} of {left.shards:,} shards missing"
 
 
 def _devices(job: CacheJob) -> list[str]:

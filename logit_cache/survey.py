@@ -25,6 +25,11 @@ class Survey:
         """Whether nothing is missing."""
         return not self.missing
 
+    def __str__(self) -> str:
+        if self.missing_shards is None:
+            return "nothing done"
+        return f"{self.missing_shards:,} of {self.shards:,} shards missing"
+
 
 def survey(job: CacheJob) -> Survey:
     """Look at what the store has of a job. Raises CacheNotFound where there is no cache."""

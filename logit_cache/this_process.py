@@ -88,7 +88,8 @@ def run_local(
 ) -> Outcome:
     """Build the pending shards in this process: its own, or all where it is the only one; then help the others.
 
-    `advance` is given positions done since the last call. Raises what the first shard that cannot be built raises.
+    `advance` is given positions of its own share done since the last call. Raises what the first shard that cannot be
+    built raises.
     """
     rank, stopping = rank or Rank(), stopping or Stopping()
     log, alone = log or JobLog(), rank.count == 1
@@ -100,7 +101,7 @@ def run_local(
     with stopping.on_sigterm():
         for shards in (mine, theirs):
             if shards and not outcome.stopped and (shards is mine or writer.claims.exclusive):
-                with ThisProcess(opened, shards, stopping, advance) as pool:
+                with ThisProcess(opened, shards, stopping, advance if shards is mine else None) as pool:
                     driver = Driver(pool, log, stopping, attempts=attempts, wait_for_others=alone)
                     outcome = outcome.then(driver.run())
     for shard, error in outcome.given_up.items():

@@ -41,9 +41,9 @@ class Failures:
         self._location, self._folder = location, folder
 
     def record(self, shard: int, attempts: int, error: str) -> None:
-        """Leave a note on a shard, in place of an older one."""
+        """Leave a note on a shard, in place of an older one. Of a long error its end, which says what it is."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        note = FailedShard(shard, attempts, error[:_MOST_CHARACTERS], socket.gethostname(), now)
+        note = FailedShard(shard, attempts, error[-_MOST_CHARACTERS:], socket.gethostname(), now)
         self._location.replace(self._key(shard), json.dumps(asdict(note), indent=1).encode())
 
     def read(self, shard: int) -> FailedShard | None:
