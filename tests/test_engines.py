@@ -70,6 +70,7 @@ def test_two_workers_and_one_of_them_killed(cache: Path, slow_teacher: Path, alo
     check(cache, alone)
 
 
+@pytest.mark.slow
 def test_a_stopped_job_ends_in_time_and_another_engine_goes_on(
     cache: Path, slow_teacher: Path, alone: dict[str, bytes]
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_stopped_job_ends_in_time_and_another_engine_goes_on(
     check(cache, alone)
 
 
+@pytest.mark.slow
 def test_the_parent_killed_and_its_workers_with_it(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
     job = start(cache, slow_teacher, "--workers", 2)
     pids = [job.until("worker")["pid"] for _ in range(2)]
