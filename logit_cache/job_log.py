@@ -13,16 +13,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from logit_cache.progress import progress
+from logit_cache.progress import Lines, progress
 
 LogFormat = Literal["text", "json"]
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 class JobLog:
@@ -48,34 +45,19 @@ class JobLog:
     ) -> Iterator[Callable[[int], None]]:
         """Yields `advance(count)`, which shows the part done, the rate and the time left."""
         if self._form == "json":
-            lines = _Lines(self, description, total, unit, done)
+            lines = _JSONLines(self, description, total, unit, done)
             yield lines.advance
-            lines.write()
+            lines.write(final=True)
         else:
             with progress(description, total, unit, done) as advance:
                 yield advance
 
 
-class _Lines:
+class _JSONLines(Lines):
     def __init__(self, log: JobLog, task: str, total: int | None, unit: str, done: int) -> None:
-        self._log, self._task, self._total, self._unit = log, task, total, unit
-        self._done, self._since = done, 0
-        self._began = self._last = time.monotonic()
+        super().__init__(task, total, unit, done)
+        self._log = log
 
-    def advance(self, count: int) -> None:
-        self._done += count
-        self._since += count
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-            self.write()
-
-    def write(self) -> None:
-        self._last = time.monotonic()
-        self._log.event(
-            "progress",
-            "",
-            task=self._task,
-            done=self._done,
-            total=self._total,
-            unit=self._unit,
-            per_second=round(self._since / max(self._last - self._began, 1e-9), 1),
-        )
+    def _tell(self, rate: float, final: bool) -> None:
+        fields = {"task": self._description, "done": self._done, "total": self._total, "unit": self._unit}
+        self._log.event("progress", "", **fields, per_second=round(rate, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ def progress(description: str, total: int | None, unit: str, done: int = 0) -> I
         with _bar(description, total, unit, done) as advance:
             yield advance
     else:
-        lines = _Lines(description, total, unit, done)
+        lines = TextLines(description, total, unit, done)
         yield lines.advance
         lines.write(final=True)
 
@@ -47,8 +48,8 @@ def _bar(description: str, total: int | None, unit: str, done: int) -> Iterator[
         yield lambda count: bar.advance(task, count)
 
 
-class _Lines:
-    """Log lines for a job that runs without a terminal."""
+class Lines(ABC):
+    """What is told every few seconds of a job that runs without a terminal."""
 
     def __init__(self, description: str, total: int | None, unit: str, done: int) -> None:
         self._description, self._total, self._unit = description, total, unit
@@ -56,14 +57,26 @@ class _Lines:
         self._began = self._last = time.monotonic()
 
     def advance(self, count: int) -> None:
+        """So many more are done."""
         self._done += count
         self._since += count
         if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self.write()
 
     def write(self, *, final: bool = False) -> None:
+        """Tell how far it is; `final` at the end."""
         self._last = time.monotonic()
-        rate = self._since / max(self._last - self._began, 1e-9)
+        self._tell(self._since / max(self._last - self._began, 1e-9), final)
+
+    @abstractmethod
+    def _tell(self, rate: float, final: bool) -> None:
+        """Tell how far it is, at `rate` units per second of this run."""
+
+
+class TextLines(Lines):
+    """Lines for people."""
+
+    def _tell(self, rate: float, final: bool) -> None:
         line = f"{self._description}: {self._done:,}"
         if self._total:
             line += f" of {self._total:,} {self._unit} ({100 * self._done / self._total:.0f} %)"
