@@ -57,10 +57,12 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
 
             outcome = run_array(job, options, log)
         elif options.engine == "ray":
-            from logit_cache.ray_pool import RayPool, connect
+            from logit_cache.ray_cluster import connect
+            from logit_cache.ray_pool import RayPool
 
             check_stream(job)
-            with connect(options), RayPool(job, options) as pool:
+            most = survey(job).missing_shards
+            with connect(options.ray_address), RayPool(job, options, log, most) as pool:
                 outcome = _run_pool(pool, job, options, log, stopping)
         else:
             devices = local_devices(job.device)
@@ -118,6 +120,8 @@ def _run_pool(pool: ManyWorkers, job: CacheJob, options: EngineOptions, log: Job
     for shard, error in outcome.given_up.items():
         failures.record(shard, options.attempts, error)
     if not outcome.stopped and not outcome.given_up:
+        if not driver.workers:
+            raise WorkersLost("every worker was lost before the entry was concluded")
         pool.conclude(driver.workers[0], job.fidelity_positions)
     return outcome
 
