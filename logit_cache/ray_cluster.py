@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from storage.errors import InputError
 
 _CONNECT_SECONDS = 10.0
-# How often Ray tries to be let into a cluster, a second apart. It says nothing of it, and by default tries 20 times.
+# How often Ray asks to be let into a cluster, a second apart, each time with a warning; by default 20 times.
 _TRIES = "5"
 
 
@@ -25,8 +25,7 @@ def connect(address: str | None) -> Iterator[None]:
     if address == "local":
         address = None
     if address is not None:
-        # Ray reads both when it is imported; what it writes itself of a connection that fails is a page.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+        # Ray reads it when it is imported.
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _TRIES)
         _knock(address)
     try:
@@ -52,8 +51,13 @@ def connect(address: str | None) -> Iterator[None]:
 
 
 def _knock(address: str) -> None:
-    """Raise InputError where nobody listens: Ray itself goes on trying for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    """Raise InputError where nobody listens, for which Ray itself takes minutes."""
+    if address.startswith("ray://"):
+        raise InputError(
+            f"{address}: Ray Client is not supported: give host:port of the head node, on a node of the cluster, or "
+            f"submit the command as a job of the cluster"
+        )
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         return
     try:

@@ -23,8 +23,8 @@ from logit_cache.job import CacheJob
 from logit_cache.job_log import JobLog
 from storage.errors import LogitCacheError
 
-# After how long a wait for room it is told, and how often again.
-_ROOM_SECONDS = 20.0
+# After how long a wait for room it is told, and how often again. A process needs some of it to begin.
+_ROOM_SECONDS = 30.0
 _ROOM_AGAIN_SECONDS = 300.0
 # The part of the grace that the actors have: the rest is for the way of their answers, and for leaving the cluster.
 _OF_THE_ACTORS = 0.8
@@ -60,7 +60,8 @@ class RayPool:
         self.workers = options.workers or (gpus if self._on_gpu else roomy) or 1
         if most is not None:
             self.workers = max(1, min(self.workers, most))
-        self._actor_class = ray.remote(_Actor)
+        # So that an actor hears that it has to stop while it builds. All else is done one after the other.
+        self._actor_class = self._ray.remote(concurrency_groups={"control": 1})(_Actor)
         self._actors: dict[str, Any] = {}
         self._nodes: dict[str, str] = {}  # of actors that are there
         self._calls: dict[Any, tuple[str, str]] = {}
@@ -145,8 +146,6 @@ class RayPool:
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
-            # So that an actor hears that it has to stop while it builds. All else is done one after the other.
-            concurrency_groups={"control": 1},
         ).remote(self._job.model_dump(mode="json"), self._options.grace_seconds * _OF_THE_ACTORS, os.getcwd())
         for method in _MAKING:
             self._call(name, method)
@@ -177,11 +176,13 @@ class RayPool:
         reason = _reason(error)
         if unborn:
             self._pause = min(max(_PAUSE_SECONDS, 2 * self._pause), _LONGEST_PAUSE_SECONDS)
+        # A process's end is told by its node, at once. When an actor is only "unavailable", the node says nothing.
         node = self._nodes.get(worker)
         alive = {found["NodeID"] for found in self._ray.nodes() if found["Alive"]}
-        # Ray may tell of the node in the error's words before it does so in its list.
-        with_its_node = (node is not None and node not in alive) or "node has died" in str(error)
-        return self._gone(worker, f"its node is gone: {reason}" if with_its_node else reason, None, not with_its_node)
+        silent = isinstance(error, self._ray.exceptions.ActorUnavailableError) or "node has died" in str(error)
+        if silent or (node is not None and node not in alive):
+            return self._gone(worker, f"its node is gone, or cannot be reached: {reason}", None, blame=False)
+        return self._gone(worker, reason, None)
 
     def _gone(self, worker: str, why: str, refusal: LogitCacheError | None, blame: bool = True) -> Gone:
         with contextlib.suppress(Exception):
@@ -205,12 +206,12 @@ class RayPool:
 
     def _tell_of_room(self) -> None:
         """Say it when actors wait for room: the cluster may be busy, or grow; or it will never have what they need."""
-        if time.monotonic() < self._tell_at:
-            return
-        self._tell_at = time.monotonic() + _ROOM_AGAIN_SECONDS
-        waiting = len(self._actors.keys() - self._nodes.keys())
+        now, waiting = time.monotonic(), len(self._actors.keys() - self._nodes.keys())
         if not waiting:
+            self._tell_at = now + _ROOM_SECONDS
+        if now < self._tell_at:
             return
+        self._tell_at = now + _ROOM_AGAIN_SECONDS
         need = f"{self._options.worker_cpus} CPU(s)" + (" and 1 GPU" if self._on_gpu else "")
         total, free = self._ray.cluster_resources(), self._ray.available_resources()
         has = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))

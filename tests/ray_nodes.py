@@ -48,8 +48,8 @@ class RayNodes:
         until(self._listens, "the head listens")
 
     def add(self) -> None:
-        """Have one more node join."""
-        self._start(f"--address={self.address}")
+        """Have one more node join; its workers have two threads, and the head's one."""
+        self._start(f"--address={self.address}", threads=2)
 
     def kill(self, number: int) -> None:
         """End all processes of a node at once, as a loss of power does; 0 is the head."""
@@ -68,12 +68,12 @@ class RayNodes:
             self.kill(number)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, *options: str) -> None:
+    def _start(self, *options: str, threads: int = 1) -> None:
         command = [f"{sysconfig.get_path('scripts')}/ray", "start", "--node-ip-address=127.0.0.1", *_LEAN, *options]
+        variables = {**self._environment, "OMP_NUM_THREADS": str(threads)}
         with (self.folder / f"node-{len(self._roots)}.log").open("wb") as log:
-            self._roots.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=self._environment, start_new_session=True)
-            )
+            root = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
+        self._roots.append(root)
 
     def _listens(self) -> bool:
         host, port = self.address.split(":")

@@ -146,6 +146,7 @@ def test_without_ray(cache: Path, teacher: Path) -> None:
 def test_where_no_cluster_is(cache: Path, teacher: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
     refused(run(*job, "--ray-address", "127.0.0.1:9"), "127.0.0.1:9", "Connection refused")
+    refused(run(*job, "--ray-address", "ray://127.0.0.1:10001"), "ray://127.0.0.1:10001", "head node")
     monkeypatch.setenv("RAY_ADDRESS", "nowhere.invalid:6379")
     refused(run(*job), "nowhere.invalid:6379 cannot be reached")
 
@@ -180,7 +181,7 @@ def test_jobs_that_do_not_fit(
     done = job(make_teacher(vocabulary_size=300))
     refused(done, "300 columns", "400 ids")
     assert "is lost" not in done.stderr, "the user's error is told once"
-    assert not (cache / "teachers").exists()
+    assert not (cache / "teachers" / NAME).exists()
     assert run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--shard-tokens", 8192).returncode == 0
     before = objects(cache)
     refused(job(make_teacher(seed=1, n_embd=64, n_layer=4), "--shard-tokens", 8192), NAME, "weights")
@@ -195,21 +196,24 @@ def test_a_wait_for_what_the_cluster_does_not_have_is_told(nodes: RayNodes, cach
     assert "none of its nodes is large enough" in job.told
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 1
-    assert not (cache / "teachers").exists()
+    assert not (cache / "teachers" / NAME).exists()
 
 
 # Whatever is killed
 
 
 @pytest.mark.slow
-def test_undisturbed(
-    nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # of the driver; what the actors have is for Ray to say
+def test_a_cluster_of_its_own(cache: Path, teacher: Path, expected: dict[str, bytes], run: Run) -> None:
+    done = run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray", "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert objects(cache) == expected
+
+
+@pytest.mark.slow
+def test_undisturbed(nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run) -> None:
     job = Job(nodes, cache, teacher)
     whole(job, cache, expected, run)
     places = job.events("worker")
-    assert {nodes.node_of(place["pid"]) for place in places if is_running(place["pid"])} <= {0, 1}
     assert len({place["node"] for place in places}) == 2
     assert {event["worker"] for event in job.events("shard")} == {"0", "1"}
     assert not job.events("worker lost")
@@ -307,6 +311,9 @@ def test_a_node_that_is_killed(
     # In time for the end of the job, or not: the other node can do it alone.
     nodes.add()
     whole(job, cache, expected, run)
-    assert [lost["worker"] for lost in job.events("worker lost")] == [places[1]]
-    assert "its node is gone" in job.events("worker lost")[0]["error"]
+    first, *others = job.events("worker lost")
+    assert first["worker"] == places[1]
+    assert "its node is gone, or cannot be reached" in first["error"]
+    # Ray may make the next one where it does not know yet that the node is gone.
+    assert len(others) <= 1
     assert not job.events("retry"), "no shard is to blame for it"
