@@ -62,6 +62,11 @@ class RayNodes:
         """The number of the node that a process belongs to."""
         return next(n for n, root in enumerate(self._roots) if process in descendants(root.pid))
 
+    def actors(self) -> list[int]:
+        """Processes of actors, on any node."""
+        found = [process for root in self._roots for process in descendants(root.pid)]
+        return [process for process in found if _title(process).startswith("ray::_Actor")]
+
     def stop(self) -> None:
         """End all of it."""
         for number in reversed(range(len(self._roots))):
@@ -85,6 +90,12 @@ def kill(process: int) -> None:
     """kill -9; nothing happens to one that is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
+
+
+def _title(process: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def descendants(process: int) -> list[int]:

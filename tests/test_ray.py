@@ -80,7 +80,6 @@ class Job:
         if script:
             words = [sys.executable, str(HERE / "ray_faulty.py"), *script, *words[1:]]
         self._cache = cache
-        self.began = time.monotonic()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 words, stdout=subprocess.DEVNULL, stderr=log, env=environment() | nodes.access
@@ -99,15 +98,15 @@ class Job:
         """How many shards are there."""
         return len(list((self._cache / "teachers" / NAME / "receipts").glob("????????.json")))
 
-    def in_the_middle(self) -> list[dict[str, Any]]:
-        """Wait until both workers build; the workers."""
+    def in_the_middle(self, workers: int = 1) -> list[dict[str, Any]]:
+        """Wait until so many workers are there and some shards are built; the workers."""
 
-        def both() -> bool:
+        def some() -> bool:
             assert self.process.poll() is None, self.told
-            return {event["worker"] for event in self.events("shard")} == {"0", "1"} and self.built() > 10
+            return len(self.events("worker")) >= workers and self.built() > 10
 
-        until(both, f"both workers build:\n{self.told}")
-        assert self.built() < SHARDS - 15
+        until(some, f"{workers} workers build")
+        assert self.built() < SHARDS - 5
         return self.events("worker")
 
     def end(self) -> int:
@@ -121,13 +120,6 @@ def whole(job: Job, cache: Path, expected: dict[str, bytes], run: Run) -> None:
     assert objects(cache) == expected
     verified = run("logit-cache", "verify", cache, "--deep")
     assert verified.returncode == 0, verified.stdout + verified.stderr
-
-
-def is_running(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 # What is refused
@@ -217,7 +209,7 @@ def test_undisturbed(nodes: RayNodes, cache: Path, teacher: Path, expected: dict
     assert len({place["node"] for place in places}) == 2
     assert {event["worker"] for event in job.events("shard")} == {"0", "1"}
     assert not job.events("worker lost")
-    until(lambda: not any(is_running(place["pid"]) for place in places), "no actor is left", 30)
+    until(lambda: not nodes.actors(), "no actor is left", 30)
 
 
 @pytest.mark.slow
@@ -255,10 +247,11 @@ def test_a_driver_that_is_killed(
     nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run
 ) -> None:
     first = Job(nodes, cache, teacher)
-    places = first.in_the_middle()
+    first.in_the_middle()
     kill(first.process.pid)
+    assert nodes.actors()
     first.end()
-    until(lambda: not any(is_running(place["pid"]) for place in places), "no actor is left", 30)
+    until(lambda: not nodes.actors(), "no actor is left", 30)
     there = first.built()
     second = Job(nodes, cache, teacher)
     whole(second, cache, expected, run)
@@ -296,7 +289,7 @@ def test_a_device_that_is_broken(
     broken = next(place for place in job.events("worker") if place["worker"] == lost["worker"])
     after = [event["worker"] for event in job.events("shard") if event["shard"] == 20]
     assert after != [lost["worker"]]
-    assert not is_running(broken["pid"])
+    assert broken["pid"] not in nodes.actors()
     (retry,) = job.events("retry")
     assert retry["shard"] == 20, "what it had besides is not to blame"
 
@@ -306,7 +299,7 @@ def test_a_node_that_is_killed(
     nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run
 ) -> None:
     job = Job(nodes, cache, teacher)
-    places = {nodes.node_of(place["pid"]): place["worker"] for place in job.in_the_middle()}
+    places = {nodes.node_of(place["pid"]): place["worker"] for place in job.in_the_middle(workers=2)}
     nodes.kill(1)
     # In time for the end of the job, or not: the other node can do it alone.
     nodes.add()
