@@ -62,7 +62,7 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
 
             check_stream(job)
             most = survey(job).missing_shards
-            with connect(options.ray_address), RayPool(job, options, log, most) as pool:
+            with connect(options.ray_address) as alone, RayPool(job, options, log, most, alone) as pool:
                 outcome = _run_pool(pool, job, options, log, stopping)
         else:
             devices = local_devices(job.device)

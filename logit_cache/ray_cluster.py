@@ -16,8 +16,10 @@ _TRIES = "5"
 
 
 @contextlib.contextmanager
-def connect(address: str | None) -> Iterator[None]:
+def connect(address: str | None) -> Iterator[bool]:
     """Join the cluster at an address, or at RAY_ADDRESS; else start one on this machine for as long as the body runs.
+
+    Yields whether it was started here, which is to say that it is all there will be.
 
     Raises InputError where that fails.
     """
@@ -45,7 +47,7 @@ def connect(address: str | None) -> Iterator[None]:
     except Exception as error:  # the address, the token, the versions of both sides
         raise InputError(_refusal(address, error)) from None
     try:
-        yield
+        yield address is None
     finally:
         ray.shutdown()
 
@@ -74,7 +76,7 @@ def _refusal(address: str | None, error: Exception) -> str:
     if address is None:
         return f"Ray cannot be started on this machine: {reason}"
     hint = ""
-    if isinstance(error, ConnectionError):
+    if reason.startswith("Failed to connect"):  # no word of the token, of which Ray has warned
         mode = os.environ.get("RAY_AUTH_MODE", "")
         has = "another token" if mode == "token" else "a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH"
         hint = f"; if it runs, it may want {has}"

@@ -21,7 +21,7 @@ from logit_cache.driver import Event, Gone, Heard, Ready, WorkersLost
 from logit_cache.engine_options import EngineOptions
 from logit_cache.job import CacheJob
 from logit_cache.job_log import JobLog
-from storage.errors import LogitCacheError
+from storage.errors import InputError, LogitCacheError
 
 # After how long a wait for room it is told, and how often again. A process needs some of it to begin.
 _ROOM_SECONDS = 30.0
@@ -40,10 +40,12 @@ class RayPool:
     """Actors that build shards of a job; a context manager, which ends them.
 
     As many as `options.workers`, else one for each GPU of the cluster, or for each node where there is none; but no
-    more than `most`.
+    more than `most`. alone: the cluster is this machine. Raises InputError where that can never have an actor.
     """
 
-    def __init__(self, job: CacheJob, options: EngineOptions, log: JobLog, most: int | None = None) -> None:
+    def __init__(
+        self, job: CacheJob, options: EngineOptions, log: JobLog, most: int | None = None, alone: bool = False
+    ) -> None:
         import ray
 
         self._ray: Any = ray
@@ -57,6 +59,12 @@ class RayPool:
         elif job.device == "auto":
             self._job = job.model_copy(update={"device": "cpu"})
         roomy = sum(self._fits(node) for node in nodes)
+        if alone and not roomy:
+            cpus = sum(int(node.get("CPU", 0)) for node in nodes)
+            raise InputError(
+                f"a worker needs {self._need()}, and Ray finds {cpus} CPU(s) and {gpus} GPU(s) on this machine: give "
+                f"other --worker-cpus or --device, or with --ray-address a cluster that has them"
+            )
         self.workers = options.workers or (gpus if self._on_gpu else roomy) or 1
         if most is not None:
             self.workers = max(1, min(self.workers, most))
@@ -204,6 +212,9 @@ class RayPool:
         gpus = 1 if self._on_gpu else 0
         return resources.get("CPU", 0) >= self._options.worker_cpus and resources.get("GPU", 0) >= gpus
 
+    def _need(self) -> str:
+        return f"{self._options.worker_cpus} CPU(s)" + (" and 1 GPU" if self._on_gpu else "")
+
     def _tell_of_room(self) -> None:
         """Say it when actors wait for room: the cluster may be busy, or grow; or it will never have what they need."""
         now, waiting = time.monotonic(), len(self._actors.keys() - self._nodes.keys())
@@ -212,13 +223,13 @@ class RayPool:
         if now < self._tell_at:
             return
         self._tell_at = now + _ROOM_AGAIN_SECONDS
-        need = f"{self._options.worker_cpus} CPU(s)" + (" and 1 GPU" if self._on_gpu else "")
         total, free = self._ray.cluster_resources(), self._ray.available_resources()
         has = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))
         found = [self._fits(node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
         never = "" if any(found) else "; none of its nodes is large enough for one"
-        text = f"{waiting} of {self.workers} workers wait for room: each needs {need} of a node, the cluster has {has}"
-        self._log.event("waiting for room", text + never, workers=waiting, cluster=total, available=free)
+        text = f"{waiting} of {self.workers} workers wait for room: each needs {self._need()} of a node"
+        text += f", the cluster has {has}{never}"
+        self._log.event("waiting for room", text, workers=waiting, cluster=total, available=free)
 
 
 class _Actor:

@@ -196,7 +196,9 @@ def test_a_wait_for_what_the_cluster_does_not_have_is_told(nodes: RayNodes, cach
 
 @pytest.mark.slow
 def test_a_cluster_of_its_own(cache: Path, teacher: Path, expected: dict[str, bytes], run: Run) -> None:
-    done = run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray", "--workers", 2)
+    job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
+    refused(run(*job, "--worker-cpus", 1000), "a worker needs 1000 CPU(s)", "on this machine")
+    done = run(*job, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert objects(cache) == expected
 
