@@ -47,7 +47,7 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
     with one_line_errors():
         from logit_cache.corpus import CorpusConfig
         from logit_cache.engine_options import EngineOptions
-        from logit_cache.engines import NotDone, run_job
+        from logit_cache.engines import NotDone, local_workers, run_job
         from logit_cache.inspect import describe_entry
         from logit_cache.job import CacheJob, load_teachers, open_job
         from logit_cache.job_log import JobLog
@@ -81,8 +81,10 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
                     {"tokenizer": job.teacher[0], "tokenizer_revision": (*job.revision, None)[0] or None}
                 )
             tokenize_text(None, text_fields)
-            # Elsewhere it is opened where the devices are.
-            opened = open_job(job, teachers) if how.engine == "local" else None
+            # Several workers each load their own, and then these would lie beside them.
+            if how.engine == "local" and local_workers(job, how) == 1:
+                opened = open_job(job, teachers)
+            del teachers
         elif text_fields:
             raise InputError(f"cache-logits: --{min(text_fields).replace('_', '-')} goes with --text and --out")
         else:

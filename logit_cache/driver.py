@@ -129,6 +129,8 @@ class Driver:
         self._ready: list[str] = []
         self._losses = 0  # since the last shard that was built
         self._refusal: LogitCacheError | None = None
+        self._untold: list[Gone] = []
+        self._accounted: set[str] = set()  # workers that said which shard ended them
         self._looked = time.monotonic()
         self.outcome = Outcome()
 
@@ -192,6 +194,8 @@ class Driver:
             self._log.event("worker", "", worker=event.worker, **event.place)
             if self._queue is None:
                 self._queue = ShardQueue(event.pending, self._attempts)
+                for gone in self._untold:
+                    self._tell_loss(gone)
         elif isinstance(event, Heard):
             for item in event.settled:
                 self._settle(event.worker, item)
@@ -201,6 +205,8 @@ class Driver:
     def _settle(self, worker: str, item: Settled) -> None:
         queue = self._queue
         assert queue is not None
+        if item.fate == "ended":
+            self._accounted.add(worker)
         if item.fate == "built":
             queue.done(worker, item.shard)
             self.outcome.built += 1
@@ -239,10 +245,15 @@ class Driver:
             self._ready.remove(event.worker)
         self._losses += 1
         self._refusal = event.refusal or self._refusal
-        text = f"worker {event.worker} is lost: {event.why.splitlines()[-1]}"
-        self._log.event("worker lost", text, worker=event.worker, error=event.why)
+        if event.refusal is not None and self._queue is None:
+            # If no other worker can open the job either, it is the user's one line.
+            self._untold.append(event)
+        else:
+            self._tell_loss(event)
         before = set() if self._queue is None else set(self._queue.given_up)
-        held = [] if self._queue is None else self._queue.lost(event.worker, event.why, event.blame)
+        # What it had besides the shard that ended it, or besides what it has to say of itself, is not to blame.
+        blame = event.blame and event.refusal is None and event.worker not in self._accounted
+        held = [] if self._queue is None else self._queue.lost(event.worker, event.why, blame)
         if self._queue is not None and set(self._queue.given_up) - before:
             self._tell_failure(held[0], self._attempts, event.why, event.worker)
         if self._stopping.wanted:
@@ -255,6 +266,10 @@ class Driver:
             if self._refusal is not None:
                 raise self._refusal
             raise WorkersLost(f"every worker is lost, the last one so: {event.why}")
+
+    def _tell_loss(self, event: Gone) -> None:
+        text = f"worker {event.worker} is lost: {event.why.splitlines()[-1]}"
+        self._log.event("worker lost", text, worker=event.worker, error=event.why)
 
     def _look_elsewhere(self) -> None:
         queue = self._queue

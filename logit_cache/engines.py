@@ -57,20 +57,20 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
 
             outcome = run_array(job, options, log, stopping)
         elif options.engine == "ray":
-            from logit_cache.ray_pool import RayPool, connect
+            from logit_cache.ray_cluster import connect
+            from logit_cache.ray_pool import RayPool
 
             check_stream(job)
-            with connect(options), RayPool(job, options) as pool:
+            most = survey(job).missing_shards
+            with connect(options.ray_address) as alone, RayPool(job, options, log, most, alone) as pool:
                 outcome = _run_pool(pool, job, options, log, stopping)
         else:
-            devices = _devices(job)
-            workers = options.workers or (len(devices) if rank.count == 1 else 1)
+            workers = local_workers(job, options)
             missing = survey(job).missing_shards
             if missing is not None:
                 workers = max(1, min(workers, missing))
             if workers > 1:
-                del opened
-                with LocalPool(job, workers, devices, threads_for(workers), options) as pool:
+                with LocalPool(job, workers, _devices(job), threads_for(workers), options) as pool:
                     outcome = _run_pool(pool, job, options, log, stopping)
             else:
                 outcome = _run_here(job, options, log, stopping, rank, opened)
@@ -82,6 +82,12 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
               seconds=round(time.monotonic() - began, 3))  # fmt: skip
     _raise_unless_done(job, outcome)
     return outcome
+
+
+def local_workers(job: CacheJob, options: EngineOptions) -> int:
+    """Processes that a job has on this machine: as many as asked for, else one per device; one of several has one."""
+    alone = options.workers is None and rank_of(options.worker, os.environ).count == 1
+    return options.workers or (len(_devices(job)) if alone else 1)
 
 
 def _run_here(
@@ -119,6 +125,8 @@ def _run_pool(pool: ManyWorkers, job: CacheJob, options: EngineOptions, log: Job
     for shard, error in outcome.given_up.items():
         failures.record(shard, options.attempts, error)
     if not outcome.stopped and not outcome.given_up:
+        if not driver.workers:
+            raise WorkersLost("every worker was lost before the entry was concluded")
         pool.conclude(driver.workers[0], job.fidelity_positions)
     return outcome
 

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from logit_cache.driver import Event, Gone, Heard, Ready
+from logit_cache.driver import Event, Gone, Heard, Ready, WorkersLost
 from logit_cache.engine_options import EngineOptions
 from logit_cache.job import CacheJob
 from logit_cache.job_log import JobLog
@@ -111,7 +111,7 @@ class LocalPool:
         while worker in self._children and worker not in self._measured:
             for event in self.events(1.0):
                 if isinstance(event, Gone) and event.worker == worker:
-                    raise event.refusal or RuntimeError(f"worker {worker} is lost: {event.why}")
+                    raise event.refusal or WorkersLost(f"worker {worker} is lost: {event.why.splitlines()[-1]}")
         error = self._measured.pop(worker, None)
         if error is not None:
             raise error
