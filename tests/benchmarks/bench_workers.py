@@ -18,8 +18,8 @@ from bench_sizes import workshop
 from harness import Table, in_child, in_turn, ratios, spread
 
 VOCABULARY, LAYERS, HIDDEN = 16_000, 4, 256
-POSITIONS, SHARD, CONTEXT, BATCH = 98_304, 4_096, 128, 8
-ROUNDS = 5
+POSITIONS, SHARD, CONTEXT, BATCH = 49_152, 4_096, 128, 8
+ROUNDS = 3
 
 
 def tables() -> Iterator[Table]:
