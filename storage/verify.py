@@ -23,6 +23,7 @@ from functools import partial
 import numpy as np
 
 from storage.arrays import check_object, fetch_object
+from storage.claims import claimed_shard, claims_in
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
 from storage.fidelity import read_fidelity
 from storage.format import ArraySpec
@@ -115,14 +116,25 @@ def _remove_leftovers(location: Location, groups: list[Group], leftovers: list[s
             group.receipts.forget_index()
             left -= {key for shard in np.flatnonzero(group.receipts.committed()) for key in group.keys(int(shard))}
             for key in sorted(key for key in left if group.owns(key)):
-                _remove(location, key, found)
+                if not _is_held(location, group, key):
+                    _remove(location, key, found)
                 left.remove(key)
     for key in sorted(left):
         _remove(location, key, found)
 
 
+def _is_held(location: Location, group: Group, key: str) -> bool:
+    """Whether an object is the claim of a worker that is at its shard now."""
+    folder, _, name = key.rpartition("/")
+    shard = claimed_shard(name) if folder == group.receipts.folder else None
+    return shard is not None and claims_in(location, folder).is_held(shard)
+
+
 def _remove(location: Location, key: str, found: Verification) -> None:
-    location.remove(key)
+    try:
+        location.remove(key)
+    except FileNotFoundError:  # what a worker was using is gone by itself
+        return
     found.repaired.append(location.where(key))
 
 
