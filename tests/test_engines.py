@@ -122,6 +122,7 @@ def _is_alive(pid: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_a_job_beside_another_one_takes_other_shards(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
     """Two plain commands on one entry: each shard is computed once, and both end when all of it is done."""
     jobs = [start(cache, slow_teacher) for _ in range(2)]
@@ -132,6 +133,7 @@ def test_a_job_beside_another_one_takes_other_shards(cache: Path, slow_teacher: 
     check(cache, alone)
 
 
+@pytest.mark.slow
 def test_a_shard_that_somebody_else_has_is_waited_for(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
     claims = claims_in(locate(str(cache)), "teachers/a/receipts")
     assert claims.take(7)

@@ -406,9 +406,12 @@ def test_the_command_makes_it_once(cache: Path, world: tuple[Path, Path], run: R
     again = run(*base, "--cache", cache, "--fidelity-positions", 20)
     assert (again.returncode, "fidelity" in again.stderr) == (0, False)
     assert report_file(cache).read_bytes() == found
-    # Halves: whoever finds the entry complete.
+    # Halves: whoever finds the entry complete. The first shard is with somebody else as long as its claim is held.
+    claims = claims_in(locate(str(other)), "teachers/a/receipts")
+    assert claims.take(0)
     assert run(*base, "--cache", other, "--worker", "1/2").returncode == 0
     assert not report_file(other).exists()
+    claims.release(0)
     assert run(*base, "--cache", other, "--worker", "0/2").returncode == 0
     assert report_file(other).read_bytes() == found
     shown = run("logit-cache", "inspect", cache).stdout

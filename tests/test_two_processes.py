@@ -125,6 +125,7 @@ def test_every_step_reads_the_same_windows_whoever_computes_it(
     same_run(tmp_path / "run", alone[0])
 
 
+@pytest.mark.slow
 def test_accumulation_becomes_processes_and_reads_the_same_windows(
     world: Path, alone: tuple[Path, TrainingReport], tmp_path: Path
 ) -> None:
