@@ -31,8 +31,10 @@ from logit_cache.measures import FORWARDS, RESIDUALS, Measures, StoredRows
 from logit_cache.plan import windows
 from logit_cache.share import pull, push
 from storage import LogitCache, SparseTargets
+from storage.claims import claims_in
 from storage.errors import CorruptCache, FormatError
 from storage.fidelity import FidelityReport
+from storage.location import locate
 from storage.manifest import sealed_bytes
 from storage.verify import verify
 from student.losses import DistillationLoss, Member
