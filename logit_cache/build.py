@@ -1,15 +1,14 @@
-"""One shard of one teacher entry: windows → logits → sparse targets → committed.
+"""One shard of one teacher entry: windows → logits → sparse targets.
 
 Legend: `B` windows in a batch, `C` context tokens, `R` scored rows of a batch, `K` stored ids.
 
-`build_shard` is idempotent, and a pure function of the job and the shard: the composition and shape of
-every batch follow from the shard alone (the last batch is filled up with windows that score nothing),
-because half-precision results change with the batch's shape.
+`score_shard` is a pure function of the job and the shard: the composition and shape of every batch follow from the
+shard alone (the last batch is filled up with windows that score nothing), because half-precision results change with
+the batch's shape.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from logit_cache.job import OpenJob
-from logit_cache.pipeline import Committer, HostCopies
+from logit_cache.pipeline import HostCopies
 from logit_cache.plan import Window, windows
 from storage.encoding import logprob_floor, token_id_dtype
 from storage.errors import InputError
@@ -33,25 +32,6 @@ from teachers.sample import Sampling, random_bits
 
 # The token that fills windows up to their shape; causal models never look at it from a scored position.
 _FILL_TOKEN = 0
-
-
-def build_shard(
-    opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None, committer: Committer | None = None
-) -> bool:
-    """Compute and commit one shard; False if it was there already.
-
-    `progress` is given positions done since the last call. With a committer the shard is only handed to it.
-    """
-    writer = opened.writer
-    if writer.is_committed(shard):
-        return False
-    began = time.monotonic()
-    targets = score_shard(opened, shard, progress)
-    if committer is None:
-        writer.commit(shard, targets, began)
-    else:
-        committer.put(shard, targets, began)
-    return True
 
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:

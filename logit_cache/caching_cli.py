@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -51,6 +52,7 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
         from logit_cache.inspect import describe_entry
         from logit_cache.job import CacheJob, load_teachers, open_job
         from logit_cache.job_log import JobLog
+        from logit_cache.ranks import rank_of
         from storage.config import build_config, given, read_yaml
         from storage.errors import InputError
         from storage.reader import LogitCache
@@ -73,6 +75,11 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
             if "out" not in text_fields or "cache" in fields:
                 raise InputError("cache-logits: --text makes a new cache: give it with --out, and without --cache")
             job = build_config(CacheJob, {**fields, "cache": text_fields["out"]}, {}, "cache-logits")
+            if rank_of(how.worker, os.environ).count > 1:
+                raise InputError(
+                    "cache-logits: --text makes one token stream, and this is one of several processes: make it first "
+                    "(logit-cache tokenize), and give it with --cache"
+                )
             # The teachers before the text, so that a wrong one costs no minutes and leaves no stream behind.
             teachers = load_teachers(job)
             text_fields.setdefault("trust_remote_code", job.trust_remote_code)
@@ -85,6 +92,7 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
             if how.engine == "local" and local_workers(job, how) == 1:
                 opened = open_job(job, teachers)
             del teachers
+            _forget_devices()
         elif text_fields:
             raise InputError(f"cache-logits: --{min(text_fields).replace('_', '-')} goes with --text and --out")
         else:
@@ -97,6 +105,17 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
         if outcome.submitted:
             return
         _print_entry(job.cache, job.name, describe_entry(LogitCache.open(job.cache).teacher(job.name)), as_json)
+
+
+def _forget_devices() -> None:
+    """Give back what a teacher that is not needed any more had on a GPU."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _print_entry(cache: str, name: str, found: dict[str, Any], as_json: bool) -> None:

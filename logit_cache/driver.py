@@ -21,6 +21,8 @@ from storage.errors import LogitCacheError, StorageFull, StoreUnavailable
 # How often shards that another job works at are looked at again.
 _LOOK_SECONDS = 2.0
 _POLL_SECONDS = 0.5
+# When it is told that a job does nothing but wait for another one.
+_TELL_SECONDS, _TELL_AGAIN_SECONDS = 30.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,14 @@ class Pool(Protocol):
 class Outcome:
     """How a job ended: shards that it built, shards that it gave up (and the last error), whether it was stopped.
 
-    submitted: it has not ended, and nobody waits for it.
+    submitted: it has not ended, and nobody waits for it. elsewhere: shards that were left to other jobs.
     """
 
     built: int = 0
     given_up: dict[int, str] = field(default_factory=dict)
     stopped: bool = False
     submitted: bool = False
-    seconds: float = 0.0
+    elsewhere: tuple[int, ...] = ()
 
     def then(self, later: Outcome) -> Outcome:
         """Both, one after the other."""
@@ -95,7 +97,7 @@ class Outcome:
             self.given_up | later.given_up,
             self.stopped or later.stopped,
             self.submitted or later.submitted,
-            self.seconds + later.seconds,
+            (*self.elsewhere, *later.elsewhere),
         )
 
 
@@ -131,12 +133,11 @@ class Driver:
         self._refusal: LogitCacheError | None = None
         self._untold: list[Gone] = []
         self._accounted: set[str] = set()  # workers that said which shard ended them
-        self._looked = time.monotonic()
+        self._looked = self._idle_since = time.monotonic()
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
         """Build what is missing. Raises the errors of `storage.errors` where the job cannot be done, WorkersLost."""
-        began = time.monotonic()
         told = False
         for _ in range(self._pool.workers):
             self._start()
@@ -153,7 +154,7 @@ class Driver:
         assert self._queue is not None or self._stopping.wanted
         self.outcome.given_up = {} if self._queue is None else dict(self._queue.given_up)
         self.outcome.stopped = self._stopping.wanted
-        self.outcome.seconds = time.monotonic() - began
+        self.outcome.elsewhere = () if self._queue is None else tuple(self._queue.elsewhere)
         return self.outcome
 
     @property
@@ -211,12 +212,14 @@ class Driver:
             queue.done(worker, item.shard)
             self.outcome.built += 1
             self._losses = 0
+            self._refusal = None
             self._log.event(
                 "shard", "", shard=item.shard, worker=worker, positions=item.positions, seconds=item.seconds
             )
             self._advance(item.positions)
         elif item.fate == "there":
             queue.done(worker, item.shard)
+            self._advance(item.positions)
         elif item.fate == "claimed":
             queue.claimed(worker, item.shard)
         elif item.fate == "dropped":
@@ -253,6 +256,7 @@ class Driver:
         before = set() if self._queue is None else set(self._queue.given_up)
         # What it had besides the shard that ended it, or besides what it has to say of itself, is not to blame.
         blame = event.blame and event.refusal is None and event.worker not in self._accounted
+        blame = blame and not self._stopping.wanted
         held = [] if self._queue is None else self._queue.lost(event.worker, event.why, blame)
         if self._queue is not None and set(self._queue.given_up) - before:
             self._tell_failure(held[0], self._attempts, event.why, event.worker)
@@ -265,7 +269,7 @@ class Driver:
         if not self._started and not self._is_over():
             if self._refusal is not None:
                 raise self._refusal
-            raise WorkersLost(f"every worker is lost, the last one so: {event.why}")
+            raise WorkersLost(f"every worker is lost, the last one so: {event.why.splitlines()[-1]}")
 
     def _tell_loss(self, event: Gone) -> None:
         text = f"worker {event.worker} is lost: {event.why.splitlines()[-1]}"
@@ -275,6 +279,15 @@ class Driver:
         queue = self._queue
         if queue is None or not queue.elsewhere or not self._wait_for_others:
             return
-        if time.monotonic() - self._looked > _LOOK_SECONDS:
-            self._looked = time.monotonic()
+        now = time.monotonic()
+        if now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            if queue.waiting or any(queue.held(worker) for worker in self._started):
+                self._idle_since = now
+            elif now - self._idle_since > _TELL_SECONDS:
+                self._idle_since = now + _TELL_AGAIN_SECONDS - _TELL_SECONDS
+                count = len(queue.elsewhere)
+                self._log.event(
+                    "waiting for others", f"waiting for {count} shard(s) that another job has", shards=count
+                )
             queue.look_again()

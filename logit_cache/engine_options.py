@@ -15,11 +15,14 @@ Engine = Literal["local", "ray", "slurm"]
 class EngineOptions(BaseModel):
     """The fields of `cache-logits` beside those of the job, as flags or in the same YAML file.
 
+    engine        who starts the workers
     workers       processes, actors or array tasks; None for one per device, or for Slurm one
     worker        i/n, where something else starts the processes
     attempts      how often a shard that fails is tried before it is given up
     ray_address   of a running cluster; None for the one that the environment names, or a new one on this machine
-    worker_cpus   what each worker of Ray reserves beside its GPU
+    grace_seconds from SIGTERM to the end of the process, at most
+    log_format    text, or an object of JSON for each line
+    worker_cpus   what each worker of Ray, or task of Slurm, reserves beside its GPU
     slurm         parameters of the array as sbatch has them, such as partition and time
     slurm_folder  for Slurm's logs and submitit's files, on a disk that all nodes see
     wait          whether to wait for the array's end

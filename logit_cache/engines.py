@@ -25,6 +25,7 @@ from logit_cache.stopping import Stopping
 from logit_cache.survey import survey
 from logit_cache.this_process import run_local
 from logit_cache.worker import Worker
+from storage.errors import InputError
 from storage.failures import Failures
 from storage.location import locate
 from storage.reader import teacher_folder
@@ -60,6 +61,11 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
             from logit_cache.ray_cluster import connect
             from logit_cache.ray_pool import RayPool
 
+            if job.device_map is not None:
+                raise InputError(
+                    "--device-map spreads a teacher over the devices of a machine, and a worker of Ray has one: leave "
+                    "it out, or start cache-logits on each machine with --worker i/n"
+                )
             check_stream(job)
             most = survey(job).missing_shards
             with connect(options.ray_address) as alone, RayPool(job, options, log, most, alone) as pool:

@@ -5,7 +5,8 @@ Both go to stderr; stdout belongs to a command's result. As text, what goes well
 
     {"time": "2026-01-02T03:04:05.678+00:00", "event": "shard", "entry": "llama", "shard": 7, "worker": "0", …}
 
-Events: start, worker, waiting for room, shard, progress, retry, given up, worker lost, stopping, end.
+Events: start, rank, worker, shard, progress, retry, given up, worker lost, waiting for others, waiting for room, queue,
+stopping, end.
 """
 
 from __future__ import annotations

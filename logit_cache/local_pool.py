@@ -27,6 +27,7 @@ from logit_cache.stopping import Stopping
 from storage.errors import LogitCacheError
 
 _Message = tuple[str, Any]
+_PART_OF_THE_GRACE = 0.9
 
 
 @dataclass
@@ -50,10 +51,11 @@ class LocalPool:
         self._context = multiprocessing.get_context("spawn")
         self._children: dict[str, _Child] = {}
         self._loading: set[str] = set()
+        self._surveyed = False
         self._places: list[int] = list(range(workers))
         self._made = 0
         self._place_of: dict[str, int] = {}
-        self._measured: dict[str, LogitCacheError | None] = {}
+        self._concluded: dict[str, LogitCacheError | None] = {}
 
     def __enter__(self) -> LocalPool:
         return self
@@ -82,7 +84,10 @@ class LocalPool:
         device = self._devices[place % len(self._devices)]
         job = self._job.model_copy(update={"device": device})
         process = self._context.Process(
-            target=_serve, args=(theirs, job, self._threads, self._options, place), daemon=True, name=f"worker-{name}"
+            target=_serve,
+            args=(theirs, job, self._threads, self._options, place, not self._surveyed),
+            daemon=True,
+            name=f"worker-{name}",
         )
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(self._threads)
@@ -108,11 +113,11 @@ class LocalPool:
         Raises what goes wrong there.
         """
         self._send(worker, ("conclude", fidelity_positions))
-        while worker in self._children and worker not in self._measured:
+        while worker in self._children and worker not in self._concluded:
             for event in self.events(1.0):
                 if isinstance(event, Gone) and event.worker == worker:
                     raise event.refusal or WorkersLost(f"worker {worker} is lost: {event.why.splitlines()[-1]}")
-        error = self._measured.pop(worker, None)
+        error = self._concluded.pop(worker, None)
         if error is not None:
             raise error
 
@@ -129,11 +134,12 @@ class LocalPool:
                 continue
             if kind == "ready":
                 self._loading.discard(name)
+                self._surveyed = True
                 told.append(Ready(name, *content))
             elif kind == "settled":
                 told.append(Heard(name, content))
             elif kind == "concluded":
-                self._measured[name] = content
+                self._concluded[name] = content
             else:
                 told.append(self._ended(name, *content))
         return told
@@ -166,25 +172,26 @@ class LocalPool:
         return Gone(name, why, refusal)
 
 
-def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, place: int) -> None:
+def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, place: int, survey: bool) -> None:
     """The life of a worker process."""
     # A pressed Ctrl-C reaches the whole group; the parent decides what is to be done.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if place:
         # Remarks about the teacher are the same in all workers.
         logging.getLogger("teachers").setLevel(logging.ERROR)
-    stopping = Stopping(options.grace_seconds)
+    # A little less than the parent, which has to hear of it.
+    stopping = Stopping(_PART_OF_THE_GRACE * options.grace_seconds)
     log = JobLog(options.log_format, cache=job.cache, entry=job.name)
     # Without a pipe the parent is gone, or needs nothing more.
     with stopping.on_sigterm(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        _build_all(pipe, job, threads, stopping, log)
+        _build_all(pipe, job, threads, stopping, log, survey)
 
 
-def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping, log: JobLog) -> None:
+def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping, log: JobLog, survey: bool) -> None:
     import torch
 
     from logit_cache.job import open_job
-    from logit_cache.worker import Worker
+    from logit_cache.worker import Worker, traceback_of
 
     torch.set_num_threads(threads)
     parent = os.getppid()
@@ -197,7 +204,8 @@ def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping
         opened = open_job(job)
         with Worker(opened, stopping, advance) as worker:
             place = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
-            pipe.send(("ready", (tuple(worker.pending()), place)))
+            # One look at all that is there is enough for a job: a worker that takes another's place does without.
+            pipe.send(("ready", (tuple(worker.pending()) if survey else (), place)))
             while True:
                 while not pipe.poll(0.2):
                     if stopping.wanted:
@@ -214,6 +222,9 @@ def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping
                 if not pipe.poll():
                     settled += worker.settle()
                 pipe.send(("settled", tuple(settled)))
+                if stopping.wanted and any(item.fate == "dropped" for item in settled):
+                    pipe.send(("gone", ("it was asked to stop", None)))
+                    return
                 for item in settled:
                     if item.fate == "ended":
                         pipe.send(("gone", (item.error, item.cause)))
@@ -221,19 +232,17 @@ def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping
     except LogitCacheError as error:
         pipe.send(("gone", (str(error), error)))
     except Exception as error:
-        import traceback
-
-        pipe.send(("gone", ("".join(traceback.format_exception(error)).strip(), None)))
+        pipe.send(("gone", (traceback_of(error), None)))
 
 
 def local_devices(device: str) -> list[str]:
     """The devices that workers of this machine are given: each GPU, unless one device was asked for."""
-    if device != "auto":
+    if device not in ("auto", "cuda"):
         return [device]
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [f"cuda:{number}" for number in range(count)] or ["cpu"]
+    return [f"cuda:{number}" for number in range(count)] or (["cpu"] if device == "auto" else [device])
 
 
 def threads_for(workers: int) -> int:

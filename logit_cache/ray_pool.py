@@ -75,6 +75,7 @@ class RayPool:
         self._calls: dict[Any, tuple[str, str]] = {}
         self._unsettled: set[str] = set()
         self._made = 0
+        self._surveyed = False
         self._later: dict[str, float] = {}
         self._pause = 0.0
         self._tell_at = time.monotonic() + _ROOM_SECONDS
@@ -155,8 +156,8 @@ class RayPool:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         ).remote(self._job.model_dump(mode="json"), self._options.grace_seconds * _OF_THE_ACTORS, os.getcwd())
-        for method in _MAKING:
-            self._call(name, method)
+        self._call(name, "begin")
+        self._call(name, "open", not self._surveyed)
 
     def _heard(self, worker: str, kind: str, call: Any) -> list[Event]:
         try:
@@ -171,6 +172,7 @@ class RayPool:
                 return [self._gone(worker, str(answer), answer)]
             self._pause = 0.0
             pending, place = answer
+            self._surveyed = True
             return [Ready(worker, tuple(pending), place)]
         if kind == "build":
             self._unsettled.add(worker)
@@ -250,15 +252,18 @@ class _Actor:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def open(self) -> Any:
-        """Load the teacher and open the job: (shards that are missing, where this is), or the error to be raised."""
+    def open(self, survey: bool) -> Any:
+        """Load the teacher and open the job: (shards that are missing, where this is), or the error to be raised.
+
+        survey: whether to look which shards are missing, which is done once for a job.
+        """
         from logit_cache.job import open_job
         from logit_cache.worker import Worker
 
         try:
             opened = open_job(CacheJob.model_validate(self._job))
             self._worker = Worker(opened, self._stopping)
-            pending = self._worker.pending()
+            pending = self._worker.pending() if survey else []
         except LogitCacheError as error:
             return error
         place = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}

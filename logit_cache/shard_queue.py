@@ -41,9 +41,9 @@ class ShardQueue:
         return len(self._waiting)
 
     @property
-    def elsewhere(self) -> int:
-        """How many shards are left that other jobs work at."""
-        return len(self._elsewhere)
+    def elsewhere(self) -> list[int]:
+        """Shards that are left, and that other jobs work at."""
+        return list(self._elsewhere)
 
     def held(self, worker: str) -> int:
         """How many shards a worker has."""

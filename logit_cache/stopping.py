@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
 GRACE_SECONDS = 25.0
@@ -36,7 +36,6 @@ class Stopping:
         self.wanted = False
         self.asked_at = 0.0
         self._began = time.monotonic()
-        self._told: list[Callable[[], None]] = []
         self._last_resort: threading.Timer | None = None
 
     def begin(self) -> float:
@@ -61,12 +60,6 @@ class Stopping:
         self._last_resort = threading.Timer(self.grace_seconds, self._end)
         self._last_resort.daemon = True
         self._last_resort.start()
-        for tell in self._told:
-            tell()
-
-    def also_tell(self, tell: Callable[[], None]) -> None:
-        """Have a function called, by the signal handler, when a stop is asked for."""
-        self._told.append(tell)
 
     @contextlib.contextmanager
     def on_sigterm(self) -> Iterator[Stopping]:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(minutes=30)
 _SECONDS_TO_MEET = 60
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_CLAIMS = 2.0
 _SECONDS_TO_SPEAK = 10.0
 _END, _MEASURE = -1, -2  # in the place of a shard's number
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -95,15 +97,26 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, share: tuple[int, 
             writer.claims.keep()
 
         on_its_way: int | None = None
-        for shard in mine:
-            if not writer.is_committed(shard) and writer.claims.take(shard):
-                began = time.monotonic()
-                from_first(ranks, shard)
-                committer.put(shard, score_shard(opened, shard, progress), began)
-                # The one before is committed.
-                if on_its_way is not None:
-                    writer.claims.release(on_its_way)
-                on_its_way = shard
+        todo, refused = deque(mine), 0
+        while todo:
+            shard = todo.popleft()
+            if writer.is_committed(shard):
+                continue
+            if not writer.claims.take(shard):
+                # With another group, or left by one that was killed: then the claim runs out.
+                todo.append(shard)
+                refused += 1
+                if refused >= len(todo):
+                    time.sleep(_SECONDS_BETWEEN_CLAIMS)
+                continue
+            refused = 0
+            began = time.monotonic()
+            from_first(ranks, shard)
+            committer.put(shard, score_shard(opened, shard, progress), began)
+            # The one before is committed.
+            if on_its_way is not None:
+                writer.claims.release(on_its_way)
+            on_its_way = shard
     if on_its_way is not None:
         writer.claims.release(on_its_way)
     writer.finish()

@@ -88,23 +88,29 @@ def run_local(
 ) -> Outcome:
     """Build the pending shards in this process: its own, or all where it is the only one; then help the others.
 
-    `advance` is given positions of its own share done since the last call. Raises what the first shard that cannot be
-    built raises.
+    So when it ends, nothing is missing but what was given up; or, where the place keeps no claims, others' shares.
+    `advance` is given positions of its own share done since the last call. Raises a LogitCacheError that a shard
+    raises, and WorkersLost where the device is broken.
     """
-    rank, stopping = rank or Rank(), stopping or Stopping()
-    log, alone = log or JobLog(), rank.count == 1
+    rank, stopping, log = rank or Rank(), stopping or Stopping(), log or JobLog()
     writer = opened.writer
     mine = [shard for shard in pending if shard % rank.count == rank.index]
     # From the last one on, as their own workers begin with the first.
     theirs = [shard for shard in reversed(pending) if shard % rank.count != rank.index]
     outcome = Outcome()
+
+    def build(shards: Sequence[int], advance: Callable[[int], None] | None, wait: bool) -> Outcome:
+        with ThisProcess(opened, shards, stopping, advance) as pool:
+            outcome = Driver(pool, log, stopping, attempts=attempts, wait_for_others=wait).run()
+        for shard, error in outcome.given_up.items():
+            writer.failures.record(shard, attempts, error)
+        return outcome
+
     with stopping.on_sigterm():
-        for shards in (mine, theirs):
-            if shards and not outcome.stopped and (shards is mine or writer.claims.exclusive):
-                with ThisProcess(opened, shards, stopping, advance if shards is mine else None) as pool:
-                    driver = Driver(pool, log, stopping, attempts=attempts, wait_for_others=alone)
-                    outcome = outcome.then(driver.run())
-    for shard, error in outcome.given_up.items():
-        writer.failures.record(shard, attempts, error)
+        if mine:
+            outcome = build(mine, advance, wait=not theirs)
+        if theirs and not outcome.stopped and writer.claims.exclusive:
+            # What others had of its own share comes last: its holder may have been killed.
+            outcome = outcome.then(build([*theirs, *outcome.elsewhere], None, wait=True))
     writer.finish()
     return outcome

@@ -34,8 +34,8 @@ _BROKEN = ("CUDA error", "CUDA driver error", "device-side assert", "uncorrectab
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of a shard. `positions` and `seconds` count for a built one; `error` is text for people, and
-    `cause` what to raise for it, where the message is a user's."""
+    """What became of a shard. `positions` count for one that is there, `seconds` for one that was built here; `error`
+    is text for people, and `cause` what to raise for it, where the message is a user's."""
 
     shard: int
     fate: Fate
@@ -84,17 +84,18 @@ class Worker:
             self._stopping.check(done / self._positions(shard))
 
         claimed = False
+        settled: list[Settled] = []
         try:
             self._stopping.check(0.0)
             if writer.is_committed(shard):
-                return [Settled(shard, "there")]
+                return [self._there(shard)]
             claimed = writer.claims.take(shard)
             if not claimed:
                 return [Settled(shard, "claimed")]
             # Whoever held the claim until now may have committed it.
             if writer.is_committed(shard):
                 writer.claims.release(shard)
-                return [Settled(shard, "there")]
+                return [self._there(shard)]
             began = self._stopping.begin()
             targets = score_shard(self.opened, shard, progress)
             settled = self.settle()
@@ -107,8 +108,12 @@ class Worker:
             self._advance(-done)
             if claimed:
                 writer.claims.release(shard)
-            return [*self.settle(), _fate(shard, error)]
+            return [*settled, *self.settle(), _fate(shard, error)]
         return settled
+
+    def _there(self, shard: int) -> Settled:
+        self._advance(self._positions(shard))
+        return Settled(shard, "there", self._positions(shard))
 
     def settle(self) -> list[Settled]:
         """Wait until the shard that is being committed is, and say what became of it."""
@@ -151,4 +156,11 @@ def _fate(shard: int, error: BaseException) -> Settled:
     if not isinstance(error, Exception):
         raise error
     broken = isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
-    return Settled(shard, "ended" if broken else "failed", error="".join(traceback.format_exception(error)).strip())
+    return Settled(shard, "ended" if broken else "failed", error=traceback_of(error))
+
+
+def traceback_of(error: BaseException) -> str:
+    """The traceback as text, its last line the whole message: CUDA's have several, the last of which is advice."""
+    text = "".join(traceback.format_exception(error)).strip()
+    line = " ".join("".join(traceback.format_exception_only(error)).split())
+    return text if text.endswith(line) else f"{text}\n{line}"

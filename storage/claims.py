@@ -20,7 +20,6 @@ import fcntl
 import json
 import os
 import secrets
-import socket
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -38,10 +37,12 @@ _MOST_CLAIM_BYTES = 4_096
 class Claims(ABC):
     """Claims on the shards whose receipts lie in a folder.
 
-    exclusive  whether a shard that is held by one worker is refused to the others
+    exclusive  whether a shard that is held by one worker is refused to the others; tried once, when it is asked for
     """
 
-    exclusive: bool
+    @property
+    @abstractmethod
+    def exclusive(self) -> bool: ...
 
     @abstractmethod
     def take(self, shard: int) -> bool:
@@ -81,7 +82,18 @@ class _LocalClaims(Claims):
     def __init__(self, location: Location, folder: str, path: Path) -> None:
         self._location, self._folder, self._path = location, folder, path
         self._held: dict[int, int] = {}
-        self.exclusive = True
+        self._has_locks = True  # until the disk says otherwise
+
+    @property
+    def exclusive(self) -> bool:
+        with contextlib.suppress(OSError), self._location.exclusive(self._folder):
+            descriptor = os.open(self._path, os.O_RDONLY)
+            try:
+                # The folder is locked, if anything can be, so that this one is refused.
+                self._has_locks &= not self._lock(descriptor)
+            finally:
+                os.close(descriptor)
+        return self._has_locks
 
     def take(self, shard: int) -> bool:
         path = self._path / claim_name(shard)
@@ -133,7 +145,7 @@ class _LocalClaims(Claims):
         except BlockingIOError:
             return False
         except OSError:  # a network mount without locks
-            self.exclusive = False
+            self._has_locks = False
         return True
 
 
@@ -149,17 +161,29 @@ class _RemoteClaims(Claims):
     def __init__(self, location: Location, folder: str) -> None:
         self._location, self._folder = location, folder
         self._held: dict[int, float] = {}
-        self._holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        # Until the store says that it has no conditional PUT.
-        self.exclusive = True
+        self._holder = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._has_creates: bool | None = None
+
+    @property
+    def exclusive(self) -> bool:
+        if self._has_creates is None:
+            key = f"{self._folder}/{self._holder}{SUFFIX}"
+            try:
+                self._has_creates = self._location.create(key, b"")
+                self._location.remove(key)
+            except NotImplementedError:
+                self._has_creates = False
+            except (LogitCacheError, OSError):
+                return False
+        return self._has_creates
 
     def take(self, shard: int) -> bool:
-        if not self.exclusive:
+        if self._has_creates is False:
             return True
         try:
             taken = self._location.create(self._key(shard), self._claim()) or self._take_over(shard)
         except NotImplementedError:
-            self.exclusive = False
+            self._has_creates = False
             return True
         except (LogitCacheError, OSError):  # the work itself will meet the same store, and say what is wrong
             return True
@@ -172,25 +196,37 @@ class _RemoteClaims(Claims):
         for shard in [shard for shard, since in self._held.items() if now - since > LEASE_SECONDS / 3]:
             self._held[shard] = now
             with contextlib.suppress(LogitCacheError, OSError):
-                self._location.replace(self._key(shard), self._claim())
+                # Where it had run out, another worker may have it.
+                if self._read(shard)[0] == self._holder:
+                    self._location.replace(self._key(shard), self._claim())
 
     def release(self, shard: int) -> None:
         if self._held.pop(shard, None) is not None:
             with contextlib.suppress(LogitCacheError, OSError):  # it runs out by itself
-                self._location.remove(self._key(shard))
+                if self._read(shard)[0] == self._holder:
+                    self._location.remove(self._key(shard))
 
     def is_held(self, shard: int) -> bool:
         try:
-            return time.time() < _until(self._location.read(self._key(shard), _MOST_CLAIM_BYTES))
+            return time.time() < self._read(shard)[1]
         except (LogitCacheError, OSError):
             return False
 
     def _take_over(self, shard: int) -> bool:
         """Take a claim that has run out. Two workers who do so at once both have it."""
-        if self.is_held(shard):
+        try:
+            holder, until = self._read(shard)
+        except FileNotFoundError:
+            holder, until = "", 0.0
+        if holder == self._holder:  # made by a request whose answer was lost, and asked for again
+            return True
+        if time.time() < until:
             return False
         self._location.replace(self._key(shard), self._claim())
         return True
+
+    def _read(self, shard: int) -> tuple[str, float]:
+        return _claim_of(self._location.read(self._key(shard), _MOST_CLAIM_BYTES))
 
     def _key(self, shard: int) -> str:
         return f"{self._folder}/{claim_name(shard)}"
@@ -199,12 +235,14 @@ class _RemoteClaims(Claims):
         return json.dumps({"holder": self._holder, "until": time.time() + LEASE_SECONDS}).encode()
 
 
-def _until(data: bytes) -> float:
-    """The time until which a claim counts; one that cannot be read, or claims more than a lease, has run out."""
+def _claim_of(data: bytes) -> tuple[str, float]:
+    """The holder of a claim, and the time until which it counts; one that cannot be read, or claims more than a lease,
+    has run out."""
     try:
-        until = json.loads(data)["until"]
+        claim = json.loads(data)
+        holder, until = str(claim["holder"]), claim["until"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return 0.0
+        return "", 0.0
     if not isinstance(until, int | float) or until > time.time() + 2 * LEASE_SECONDS:
-        return 0.0
-    return float(until)
+        return holder, 0.0
+    return holder, float(until)

@@ -41,10 +41,14 @@ class Failures:
         self._location, self._folder = location, folder
 
     def record(self, shard: int, attempts: int, error: str) -> None:
-        """Leave a note on a shard, in place of an older one. Of a long error its end, which says what it is."""
+        """Leave a note on a shard, in place of an older one. Of a long error its end, which says what it is.
+
+        Where the store does not take it there is none: the job says the same itself.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         note = FailedShard(shard, attempts, error[-_MOST_CHARACTERS:], socket.gethostname(), now)
-        self._location.replace(self._key(shard), json.dumps(asdict(note), indent=1).encode())
+        with contextlib.suppress(LogitCacheError, OSError):
+            self._location.replace(self._key(shard), json.dumps(asdict(note), indent=1).encode())
 
     def read(self, shard: int) -> FailedShard | None:
         """The note on a shard; None where there is none that can be read."""

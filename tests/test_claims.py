@@ -92,6 +92,23 @@ def test_a_claim_in_a_store_runs_out_and_is_put_off(moto_bucket: Bucket, monkeyp
     assert other.take(3)
 
 
+def test_a_claim_that_was_made_though_the_answer_was_lost_is_ones_own(moto_bucket: Bucket) -> None:
+    claims = claims_in(locate(f"{moto_bucket.url}/cache"), FOLDER)
+    assert claims.take(3)
+    assert claims.take(3), "the store says that it is there, and it is this worker's"
+
+
+def test_a_claim_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{moto_bucket.url}/cache"
+    one, other = claims_in(locate(url), FOLDER), claims_in(locate(url), FOLDER)
+    assert one.take(3)
+    now = time.time()
+    monkeypatch.setattr(storage.claims.time, "time", lambda: now + storage.claims.LEASE_SECONDS + 1)
+    assert other.take(3)
+    one.release(3)
+    assert not claims_in(locate(url), FOLDER).take(3)
+
+
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"until": "x"}', b'{"until": 1e300}', b"[" * 4000])
 def test_a_claim_that_is_none_stops_nobody(moto_bucket: Bucket, text: bytes) -> None:
     location = locate(f"{moto_bucket.url}/cache")

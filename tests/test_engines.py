@@ -12,14 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from click.testing import CliRunner
 from conftest import Run, command, environment, refused
 from workers import SMALL, committed, contents, copy_of, shards_of, start
 
 import logit_cache.worker
+import storage.claims
 from logit_cache.cli import cache_logits
+from logit_cache.job import CacheJob, open_job
+from logit_cache.ranks import Rank
 from logit_cache.stopping import Stopped, Stopping
+from logit_cache.this_process import run_local
 from storage import LogitCache
 from storage.claims import claims_in
 from storage.location import locate
@@ -269,6 +274,24 @@ def test_the_result_is_alone_on_stdout(cache: Path, teacher: Path, run: Run) -> 
     events = [json.loads(line) for line in done.stderr.splitlines()]
     assert {"start", "worker", "shard", "progress", "end"} <= {line["event"] for line in events}
     assert all(line["entry"] == "a" and line["time"] for line in events)
+
+
+def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_claims(
+    cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a store a claim outlives its holder: the same worker, started again, waits for its end and does the shard."""
+    monkeypatch.setattr(storage.claims, "LEASE_SECONDS", 4.0)
+    url = f"memory://{tmp_path.name}/cache"
+    fsspec.filesystem("memory").put(f"{cache}/", f"/{tmp_path.name}/cache/", recursive=True)
+    fields = {"cache": url, "teacher": str(teacher), "name": "a", "k": 16, "context_tokens": 64, "shard_tokens": 4096}
+    opened = open_job(CacheJob(**{**fields, "chunk_tokens": 256}))
+    pending = opened.writer.pending()
+    killed = claims_in(locate(url), "teachers/a/receipts")
+    assert killed.take(0)
+    assert killed.take(3)
+    outcome = run_local(opened, pending, Rank(0, 2))
+    assert outcome.built == len(pending)
+    assert opened.writer.pending() == []
 
 
 @pytest.mark.slow
