@@ -16,7 +16,7 @@ test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 test-slow: $(READY)
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadscope -m slow
 
 # The tests on a real S3 server, which is stopped again however they end (CEPH_DIR, CEPH_PORT: see the script).
 test-ceph: $(READY)

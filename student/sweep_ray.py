@@ -67,7 +67,8 @@ def run_options(folder: SweepFolder, done: int, gpus: int) -> dict[str, Any]:
     """
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # Not whatever cluster this machine may be a node of: trials read paths of this machine.
+        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     search = folder.search
     mode = search.aim[:3]
     seed = seed_of(search.seed, done)
