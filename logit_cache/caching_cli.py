@@ -17,6 +17,9 @@ _ENGINE_OPTIONS: Options = (
     click.option("--engine", help="local (this machine), ray or slurm.  [default: local]"),
     click.option("--workers", type=int, help="Processes, actors or array tasks.  [default: one per GPU]"),
     click.option("--worker", help="i/n: be the i-th of n processes that something else starts."),
+    click.option(
+        "--help-others/--no-help-others", default=None, help="After its share, take others' shards.  [default: help]"
+    ),
     click.option("--attempts", type=int, help="How often a shard that fails is tried.  [default: 3]"),
     click.option(
         "--grace-seconds", type=float, help="Time from SIGTERM to the end of the process, at most.  [default: 25]"

@@ -18,6 +18,7 @@ class EngineOptions(BaseModel):
     engine        who starts the workers
     workers       processes, actors or array tasks; None for one per device, or for Slurm one
     worker        i/n, where something else starts the processes
+    help_others   whether such a process, its share done, takes others' shards, and ends when nothing is missing
     attempts      how often a shard that fails is tried before it is given up
     ray_address   of a running cluster; None for the one that the environment names, or a new one on this machine
     grace_seconds from SIGTERM to the end of the process, at most
@@ -33,6 +34,7 @@ class EngineOptions(BaseModel):
     engine: Engine = "local"
     workers: Annotated[int, Field(ge=1, le=100_000)] | None = None
     worker: str | None = None
+    help_others: bool = True
     attempts: Annotated[int, Field(ge=1, le=100)] = ATTEMPTS
     grace_seconds: Annotated[float, Field(gt=0, le=86_400)] = GRACE_SECONDS
     log_format: Literal["text", "json"] = "text"

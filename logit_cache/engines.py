@@ -111,7 +111,16 @@ def _run_here(
         "start", "", shards=len(mine), positions=left, engine="local", workers=1, device=str(opened.teacher.device)
     )
     with log.progress(f"cache {job.name}", total, "tokens", total - left) as advance:
-        outcome = run_local(opened, pending, rank, advance, log=log, stopping=stopping, attempts=options.attempts)
+        outcome = run_local(
+            opened,
+            pending,
+            rank,
+            advance,
+            log=log,
+            stopping=stopping,
+            attempts=options.attempts,
+            help_others=options.help_others,
+        )
     if not outcome.stopped:
         with Worker(opened) as worker:
             worker.conclude(job.fidelity_positions, log)

@@ -85,10 +85,12 @@ def run_local(
     log: JobLog | None = None,
     stopping: Stopping | None = None,
     attempts: int = ATTEMPTS,
+    help_others: bool = True,
 ) -> Outcome:
     """Build the pending shards in this process: its own, or all where it is the only one; then help the others.
 
-    So when it ends, nothing is missing but what was given up; or, where the place keeps no claims, others' shares.
+    So when it ends, nothing is missing but what was given up; or, where the place keeps no claims, and without
+    `help_others`, others' shares.
     `advance` is given positions of its own share done since the last call. Raises a LogitCacheError that a shard
     raises, and WorkersLost where the device is broken.
     """
@@ -109,7 +111,7 @@ def run_local(
     with stopping.on_sigterm():
         if mine:
             outcome = build(mine, advance, wait=not theirs)
-        if theirs and not outcome.stopped and writer.claims.exclusive:
+        if theirs and help_others and not outcome.stopped and writer.claims.exclusive:
             # What others had of its own share comes last: its holder may have been killed.
             outcome = outcome.then(build([*theirs, *outcome.elsewhere], None, wait=True))
     writer.finish()

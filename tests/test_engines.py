@@ -294,6 +294,14 @@ def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_claims(
     assert opened.writer.pending() == []
 
 
+def test_a_worker_that_helps_nobody_does_its_share(cache: Path, teacher: Path) -> None:
+    assert invoke(cache, teacher, "--worker", "1/3", "--no-help-others").exit_code == 0
+    done = {int(path.stem) for path in (cache / "teachers/a/receipts").glob("????????.json")}
+    assert done == set(range(1, shards_of(cache), 3))
+    assert invoke(cache, teacher, "--worker", "0/3").exit_code == 0
+    assert committed(cache) == shards_of(cache)
+
+
 @pytest.mark.slow
 def test_torchrun_tells_each_process_its_share(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
     words = command("cache-logits", "--cache", cache, "--teacher", slow_teacher, "--name", "a", *SMALL)

@@ -85,7 +85,7 @@ def _teacher(columns: int = V) -> Path:
 def _caching(runs: dict[str, Path]) -> Table:
     def cache(name: str, entry: str) -> Ran:
         line = ["cache-logits", "--cache", runs[name], "--teacher", _teacher(), "--name", entry, "-k", str(K)]
-        share = ["--worker", f"0/{WORKERS}"] if name == list(runs)[-1] else []
+        share = ["--worker", f"0/{WORKERS}", "--no-help-others"] if name == list(runs)[-1] else []
         return command([*line, "--fidelity-positions", "0", *share], threads=1)
 
     scored, first, again = {}, {name: [] for name in runs}, {name: [] for name in runs}
