@@ -109,7 +109,10 @@ class RecipeRun:
         for name, network in self.recipe.models.items():
             path = self.folder / "models" / f"{name}.json"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(network.config, indent=1), encoding="utf-8")
+            config = json.dumps(network.config, indent=1).encode()
+            # What is there already stays as it is: a finished recipe that is run again changes nothing.
+            if not path.exists() or path.read_bytes() != config:
+                replace_file(path, config)
         for seed in self.job.seeds:
             (self.folder / f"seed-{seed}").mkdir(exist_ok=True)
         run_stages(self.stages, AGAIN)
