@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -74,12 +75,14 @@ class Bucket:
     def url(self) -> str:
         return f"s3://{self.name}"
 
-    def objects(self, prefix: str = "") -> dict[str, bytes]:
-        """All objects below a prefix by key, the prefix left out."""
+    def objects(self, prefix: str = "", only: str = "") -> dict[str, bytes]:
+        """All objects below a prefix by key, the prefix left out; `only`: a pattern that what is left has to match."""
         client = self.server.client()
         found = {}
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix):
             for item in page.get("Contents", ()):
+                if not re.fullmatch(only or ".*", item["Key"][len(prefix) :]):
+                    continue
                 body = client.get_object(Bucket=self.name, Key=item["Key"])["Body"].read()
                 found[item["Key"][len(prefix) :]] = body
         client.close()
