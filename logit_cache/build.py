@@ -37,8 +37,7 @@ _FILL_TOKEN = 0
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
     """The targets of a shard's positions, with exact log-probs, on the CPU."""
     entry = opened.writer.entry
-    start = shard * entry.layout.shard
-    stop = min(start + entry.layout.shard, entry.positions)
+    start, stop = entry.layout.shard_range(shard, entry.positions)
     return score_range(opened.cache, opened.teacher, entry, start, stop, progress)
 
 

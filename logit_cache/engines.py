@@ -24,7 +24,7 @@ from logit_cache.ranks import Rank, rank_of
 from logit_cache.stopping import Stopping
 from logit_cache.survey import survey
 from logit_cache.this_process import run_local
-from logit_cache.worker import Worker
+from logit_cache.worker import Worker, positions_of
 from storage.errors import InputError
 from storage.failures import Failures
 from storage.location import locate
@@ -103,9 +103,8 @@ def _run_here(
         log.event("rank", f"worker {rank.index} of {rank.count} (from {rank.source})", index=rank.index, of=rank.count)
     opened = opened or open_job(job.model_copy(update={"device": _device(job, rank)}))
     pending, entry = opened.writer.pending(), opened.writer.entry
-    size = entry.layout.shard
-    mine = [shard for shard in pending if shard % rank.count == rank.index]
-    left = sum(min(size, entry.positions - shard * size) for shard in mine)
+    mine = [shard for shard in pending if rank.owns(shard)]
+    left = positions_of(opened, mine)
     total = left if rank.count > 1 else entry.positions
     log.event(
         "start", "", shards=len(mine), positions=left, engine="local", workers=1, device=str(opened.teacher.device)

@@ -26,6 +26,10 @@ class Rank:
     local: int = 0
     source: str = ""
 
+    def owns(self, shard: int) -> bool:
+        """Whether a shard is of this worker's share."""
+        return shard % self.count == self.index
+
 
 def parse_worker(text: str) -> tuple[int, int]:
     """`i/n` as (i, n), 0 <= i < n. Raises InputError."""

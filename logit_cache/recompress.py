@@ -92,8 +92,7 @@ def recompress(job: RecompressJob, progress: Callable[[int], None] | None = None
     floor = logprob_floor(entry.encoding.step_nats or MAX_STEP_NATS)
     for shard in writer.pending():
         began = time.monotonic()
-        start = shard * entry.layout.shard
-        targets = source.read(start, min(start + entry.layout.shard, entry.positions))
+        targets = source.read(*entry.layout.shard_range(shard, entry.positions))
         writer.commit(shard, prune(targets, entry.targets.k, entry.targets.top_p, floor), began)
         if progress is not None:
             progress(len(targets))

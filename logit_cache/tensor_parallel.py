@@ -26,6 +26,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from logit_cache.job_log import JobLog
+from logit_cache.ranks import Rank, rank_of
 from storage.errors import InputError, LogitCacheError, one_line_errors
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None
     world = _World.of_this_process()
     with _together(world) as store:
         from logit_cache.job import CacheJob, load_teachers, prepare_job
-        from logit_cache.ranks import parse_worker
         from storage.config import build_config
 
         if {"text", "out"} & fields.keys():
@@ -65,31 +65,33 @@ def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None
                 "groups of ranks are told apart by --worker i/n"
             )
         job = build_config(CacheJob, fields, {}, "cache-logits")
-        share = parse_worker(options.worker) if options.worker else (0, 1)
+        # The variables of torchrun number the ranks of a group; only the flag tells groups apart.
+        group = rank_of(options.worker, {})
         log = JobLog(options.log_format, cache=job.cache, entry=job.name)
         with _process_group(world, store) as ranks:
             prepared = prepare_job(job, load_teachers(job, ranks))
             if ranks.rank == 0:
-                return _lead(job, prepared, ranks, share, log)
+                return _lead(job, prepared, ranks, group, log)
             _follow(job, prepared, ranks)
     return None
 
 
-def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, share: tuple[int, int], log: JobLog) -> dict[str, Any]:
+def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: JobLog) -> dict[str, Any]:
     from logit_cache.build import score_shard
     from logit_cache.fidelity import is_wanted, measure
     from logit_cache.inspect import describe_entry
     from logit_cache.job import OpenJob, open_writer
     from logit_cache.pipeline import Committer
+    from logit_cache.worker import positions_of
     from storage.reader import LogitCache
     from teachers.ranks import from_first
 
     opened = OpenJob(prepared.cache, prepared.teacher, open_writer(job, prepared.entry))
-    writer, entry, size = opened.writer, opened.writer.entry, opened.writer.entry.layout.shard
+    writer, entry = opened.writer, opened.writer.entry
     from_first(ranks, entry.model_dump(mode="json"))
-    mine = [shard for shard in writer.pending() if shard % share[1] == share[0]]
-    left = sum(min(size, entry.positions - shard * size) for shard in mine)
-    total = left if share[1] > 1 else entry.positions
+    mine = [shard for shard in writer.pending() if group.owns(shard)]
+    left = positions_of(opened, mine)
+    total = left if group.count > 1 else entry.positions
     with log.progress(f"cache {job.name}", total, "tokens", total - left) as advance, Committer(writer) as committer:
 
         def progress(count: int) -> None:
@@ -146,9 +148,7 @@ def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
             f"paths that are the same on every machine"
         )
     while (shard := from_first(ranks)) >= 0:
-        start = shard * entry.layout.shard
-        stop = min(start + entry.layout.shard, entry.positions)
-        score_range(prepared.cache, prepared.teacher, entry, start, stop)
+        score_range(prepared.cache, prepared.teacher, entry, *entry.layout.shard_range(shard, entry.positions))
     if shard == _MEASURE:
         cache = LogitCache.open(job.cache)
         measure_entry(cache, cache.teacher(job.name), prepared.teacher, job.fidelity_positions)

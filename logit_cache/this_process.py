@@ -96,9 +96,9 @@ def run_local(
     """
     rank, stopping, log = rank or Rank(), stopping or Stopping(), log or JobLog()
     writer = opened.writer
-    mine = [shard for shard in pending if shard % rank.count == rank.index]
+    mine = [shard for shard in pending if rank.owns(shard)]
     # From the last one on, as their own workers begin with the first.
-    theirs = [shard for shard in reversed(pending) if shard % rank.count != rank.index]
+    theirs = [shard for shard in reversed(pending) if not rank.owns(shard)]
     outcome = Outcome()
 
     def build(shards: Sequence[int], advance: Callable[[int], None] | None, wait: bool) -> Outcome:

@@ -14,7 +14,7 @@ is asked to `settle`.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,8 +143,14 @@ class Worker:
                 writer.publish_fidelity(measure(self.opened, fidelity_positions, advance))
 
     def _positions(self, shard: int) -> int:
-        entry = self.opened.writer.entry
-        return min(entry.layout.shard, entry.positions - shard * entry.layout.shard)
+        return positions_of(self.opened, [shard])
+
+
+def positions_of(opened: OpenJob, shards: Iterable[int]) -> int:
+    """How many positions some shards have together."""
+    entry = opened.writer.entry
+    ranges = (entry.layout.shard_range(shard, entry.positions) for shard in shards)
+    return sum(stop - start for start, stop in ranges)
 
 
 def _fate(shard: int, error: BaseException) -> Settled:

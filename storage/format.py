@@ -143,8 +143,7 @@ class ArraySpec:
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First entry of a shard and the first after it."""
-        start = shard * self.layout.shard
-        return start, min(start + self.layout.shard, self.shape[0])
+        return self.layout.shard_range(shard, self.shape[0])
 
     def shard_key(self, shard: int) -> str:
         """Key of a shard's object, relative to the array's group."""

@@ -85,6 +85,11 @@ class ArrayLayout(Record):
     chunk: Annotated[int, Field(ge=1, le=MAX_OBJECT_BYTES // 8)]
     compression: Literal["zstd", "lz4"]
 
+    def shard_range(self, shard: int, entries: int) -> tuple[int, int]:
+        """First entry of a shard and the first after it, of an array of so many entries."""
+        start = shard * self.shard
+        return start, min(start + self.shard, entries)
+
     def check_length(self, entries: int) -> None:
         """Raises ValueError for an array that is cut into more shards than receipts are counted for."""
         if -(-entries // self.shard) > MAX_SHARDS:
