@@ -19,36 +19,26 @@ PACKAGES="radosgw ceph-mon ceph-osd ceph-common"
 
 say() { echo "ceph_rgw.sh: $*" >&2; }
 die() { say "$*"; exit 1; }
-
-libraries() { (cd "$ROOT/usr/lib" && echo "$PWD/$(ls -d -- *-linux-gnu | head -n 1)"); }
+# shellcheck source=tests/debian_packages.sh
+. "$(dirname "$0")/debian_packages.sh"
 
 environment() {
     local lib
-    lib=$(libraries)
+    lib=$(libraries "$ROOT")
     export LD_LIBRARY_PATH=$lib:$lib/ceph:$ROOT/lib/${lib##*/} PYTHONPATH=$ROOT/usr/lib/python3/dist-packages
     export CEPH_CONF=$RUN/ceph.conf PATH=$ROOT/usr/bin:$PATH
 }
 
 install() {
     [ -e "$CEPH_DIR/.installed" ] && return
-    command -v apt-get dpkg >/dev/null || die "install needs apt-get and dpkg"
-    mkdir -p "$CEPH_DIR/packages" "$ROOT"
-    # Lists of packages may be missing in a container; without root they cannot be updated, and need not be.
-    apt-get update -qq 2>/dev/null || say "the package lists could not be updated; going on with those there are"
-    local wanted
     # shellcheck disable=SC2086
-    wanted=$(apt-get install --simulate --no-install-recommends $PACKAGES | awk '$1 == "Inst" { print $2 }')
-    [ -n "$wanted" ] || die "apt-get knows no packages to install: is Ceph installed here already?"
-    # shellcheck disable=SC2086
-    (cd "$CEPH_DIR/packages" && apt-get download -qq -o APT::Sandbox::User=root $wanted)
-    for package in "$CEPH_DIR"/packages/*.deb; do dpkg -x "$package" "$ROOT"; done
-    rm -r "$CEPH_DIR/packages"
+    unpack "$CEPH_DIR" "apt-get knows no packages to install: is Ceph installed here already?" $PACKAGES
     touch "$CEPH_DIR/.installed"
 }
 
 configuration() {
     local lib
-    lib=$(libraries)
+    lib=$(libraries "$ROOT")
     cat <<CONFIGURATION
 [global]
 fsid = $1

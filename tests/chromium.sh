@@ -13,22 +13,15 @@ PACKAGE=chromium-headless-shell
 
 say() { echo "chromium.sh: $*" >&2; }
 die() { say "$*"; exit 1; }
+# shellcheck source=tests/debian_packages.sh
+. "$(dirname "$0")/debian_packages.sh"
 
 install() {
+    local lib
     [ -e "$CHROMIUM_DIR/.installed" ] && return
-    command -v apt-get dpkg >/dev/null || die "install needs apt-get and dpkg"
-    mkdir -p "$CHROMIUM_DIR/packages" "$ROOT"
-    # Lists of packages may be missing in a container; without root they cannot be updated, and need not be.
-    apt-get update -qq 2>/dev/null || say "the package lists could not be updated; going on with those there are"
-    local wanted lib
     # Its own package in any case, and what it needs that is not installed here.
-    wanted=$(apt-get install --simulate --reinstall --no-install-recommends $PACKAGE | awk '$1 == "Inst" { print $2 }')
-    [ -n "$wanted" ] || die "apt-get knows no package $PACKAGE: this needs Debian 12 or newer"
-    # shellcheck disable=SC2086
-    (cd "$CHROMIUM_DIR/packages" && apt-get download -qq -o APT::Sandbox::User=root $wanted)
-    for package in "$CHROMIUM_DIR"/packages/*.deb; do dpkg -x "$package" "$ROOT"; done
-    rm -r "$CHROMIUM_DIR/packages"
-    lib=$(cd "$ROOT/usr/lib" && echo "$PWD/$(ls -d -- *-linux-gnu | head -n 1)")
+    unpack "$CHROMIUM_DIR" "apt-get knows no package $PACKAGE: this needs Debian 12 or newer" --reinstall $PACKAGE
+    lib=$(libraries "$ROOT")
     # Some of these libraries keep their own parts in a folder of theirs.
     cat >"$CHROMIUM_DIR/chromium" <<PROGRAM
 #!/bin/sh

@@ -21,30 +21,20 @@ NODES="node1 node2"
 
 say() { echo "slurm.sh: $*" >&2; }
 die() { say "$*"; exit 1; }
-
-libraries() { (cd "$ROOT/usr/lib" && echo "$PWD/$(ls -d -- *-linux-gnu | head -n 1)"); }
+# shellcheck source=tests/debian_packages.sh
+. "$(dirname "$0")/debian_packages.sh"
 
 environment() {
     local lib
-    lib=$(libraries)
+    lib=$(libraries "$ROOT")
     export LD_LIBRARY_PATH=$lib:$lib/slurm-wlm:$ROOT/lib/${lib##*/} PATH=$ROOT/usr/bin:$PATH
     export SLURM_CONF=$RUN/slurm.conf
 }
 
 install() {
     [ -e "$SLURM_DIR/.installed" ] && return
-    command -v apt-get dpkg >/dev/null || die "install needs apt-get and dpkg"
-    mkdir -p "$SLURM_DIR/packages" "$ROOT"
-    # Lists of packages may be missing in a container; without root they cannot be updated, and need not be.
-    apt-get update -qq 2>/dev/null || say "the package lists could not be updated; going on with those there are"
-    local wanted
     # shellcheck disable=SC2086
-    wanted=$(apt-get install --simulate --no-install-recommends $PACKAGES | awk '$1 == "Inst" { print $2 }')
-    [ -n "$wanted" ] || die "apt-get knows no packages to install: is Slurm installed here already?"
-    # shellcheck disable=SC2086
-    (cd "$SLURM_DIR/packages" && apt-get download -qq -o APT::Sandbox::User=root $wanted)
-    for package in "$SLURM_DIR"/packages/*.deb; do dpkg -x "$package" "$ROOT"; done
-    rm -r "$SLURM_DIR/packages"
+    unpack "$SLURM_DIR" "apt-get knows no packages to install: is Slurm installed here already?" $PACKAGES
     touch "$SLURM_DIR/.installed"
 }
 
@@ -57,7 +47,7 @@ SlurmctldHost=$(uname -n)(127.0.0.1)
 SlurmctldPort=$SLURM_PORT
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
-PluginDir=$(libraries)/slurm-wlm
+PluginDir=$(libraries "$ROOT")/slurm-wlm
 StateSaveLocation=$RUN/state
 SlurmdSpoolDir=$RUN/spool/%n
 SlurmctldPidFile=$RUN/slurmctld.pid
