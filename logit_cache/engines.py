@@ -22,13 +22,11 @@ from logit_cache.job_log import JobLog
 from logit_cache.local_pool import LocalPool, local_devices, threads_for
 from logit_cache.ranks import Rank, rank_of
 from logit_cache.stopping import Stopping
-from logit_cache.survey import survey
+from logit_cache.survey import Survey, survey
 from logit_cache.this_process import run_local
-from logit_cache.worker import Worker, positions_of
+from logit_cache.worker import positions_of, publish_report
 from storage.errors import InputError
-from storage.failures import Failures
-from storage.location import locate
-from storage.reader import teacher_folder
+from storage.failures import failures_of
 
 
 class ManyWorkers(Pool, Protocol):
@@ -51,7 +49,6 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
     """
     began = time.monotonic()
     stopping = Stopping(options.grace_seconds)
-    rank = rank_of(options.worker, os.environ) if options.engine == "local" and options.workers is None else Rank()
     try:
         if options.engine == "slurm":
             from logit_cache.slurm import run_array
@@ -67,19 +64,11 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
                     "it out, or start cache-logits on each machine with --worker i/n"
                 )
             check_stream(job)
-            most = survey(job).missing_shards
-            with connect(options.ray_address) as alone, RayPool(job, options, log, most, alone) as pool:
-                outcome = _run_pool(pool, job, options, log, stopping)
+            found = survey(job)
+            with connect(options.ray_address) as alone, RayPool(job, options, log, found, alone) as pool:
+                outcome = _run_pool(pool, job, options, log, stopping, found)
         else:
-            workers = local_workers(job, options)
-            missing = survey(job).missing_shards
-            if missing is not None:
-                workers = max(1, min(workers, missing))
-            if workers > 1:
-                with LocalPool(job, workers, _devices(job), threads_for(workers), options) as pool:
-                    outcome = _run_pool(pool, job, options, log, stopping)
-            else:
-                outcome = _run_here(job, options, log, stopping, rank, opened)
+            outcome = _run_on_this_machine(job, options, log, stopping, opened)
     except WorkersLost as error:
         raise NotDone(str(error)) from None
     if outcome.submitted:
@@ -92,8 +81,25 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
 
 def local_workers(job: CacheJob, options: EngineOptions) -> int:
     """Processes that a job has on this machine: as many as asked for, else one per device; one of several has one."""
-    alone = options.workers is None and rank_of(options.worker, os.environ).count == 1
-    return options.workers or (len(_devices(job)) if alone else 1)
+    return options.workers or (len(_devices(job)) if _rank(options).count == 1 else 1)
+
+
+def _rank(options: EngineOptions) -> Rank:
+    """Which of several processes this one is, unless it was asked to have workers of its own."""
+    return rank_of(options.worker, os.environ) if options.workers is None else Rank()
+
+
+def _run_on_this_machine(
+    job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, opened: OpenJob | None
+) -> Outcome:
+    workers = local_workers(job, options)
+    if workers > 1:
+        found = survey(job)
+        workers = found.workers(workers)
+    if workers == 1:
+        return _run_here(job, options, log, stopping, _rank(options), opened)
+    with LocalPool(job, workers, _devices(job), threads_for(workers), options) as pool:
+        return _run_pool(pool, job, options, log, stopping, found)
 
 
 def _run_here(
@@ -121,13 +127,13 @@ def _run_here(
             help_others=options.help_others,
         )
     if not outcome.stopped:
-        with Worker(opened) as worker:
-            worker.conclude(job.fidelity_positions, log)
+        publish_report(opened, job.fidelity_positions, log)
     return outcome
 
 
-def _run_pool(pool: ManyWorkers, job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping) -> Outcome:
-    found = survey(job)
+def _run_pool(
+    pool: ManyWorkers, job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, found: Survey
+) -> Outcome:
     log.event(
         "start", "", shards=found.missing_shards, positions=found.missing, engine=options.engine, workers=pool.workers
     )
@@ -135,9 +141,7 @@ def _run_pool(pool: ManyWorkers, job: CacheJob, options: EngineOptions, log: Job
     with stopping.on_sigterm(), log.progress(f"cache {job.name}", found.positions, "tokens", done) as advance:
         driver = Driver(pool, log, stopping, attempts=options.attempts, advance=advance)
         outcome = driver.run()
-    failures = Failures(locate(job.cache), f"{teacher_folder(job.name)}receipts")
-    for shard, error in outcome.given_up.items():
-        failures.record(shard, options.attempts, error)
+    failures_of(job.cache, job.name).record_all(outcome.given_up, options.attempts)
     if not outcome.stopped and not outcome.given_up:
         if not driver.workers:
             raise WorkersLost("every worker was lost before the entry was concluded")

@@ -21,6 +21,7 @@ from logit_cache.driver import Event, Gone, Heard, Ready, WorkersLost
 from logit_cache.engine_options import EngineOptions
 from logit_cache.job import CacheJob
 from logit_cache.job_log import JobLog
+from logit_cache.survey import Survey
 from storage.errors import InputError, LogitCacheError
 
 # After how long a wait for room it is told, and how often again. A process needs some of it to begin.
@@ -40,12 +41,11 @@ class RayPool:
     """Actors that build shards of a job; a context manager, which ends them.
 
     As many as `options.workers`, else one for each GPU of the cluster, or for each node where there is none; but no
-    more than `most`. alone: the cluster is this machine. Raises InputError where that can never have an actor.
+    more than have something to do. alone: the cluster is this machine. Raises InputError where that can never have
+    an actor.
     """
 
-    def __init__(
-        self, job: CacheJob, options: EngineOptions, log: JobLog, most: int | None = None, alone: bool = False
-    ) -> None:
+    def __init__(self, job: CacheJob, options: EngineOptions, log: JobLog, found: Survey, alone: bool = False) -> None:
         import ray
 
         self._ray: Any = ray
@@ -65,9 +65,7 @@ class RayPool:
                 f"a worker needs {self._need()}, and Ray finds {cpus} CPU(s) and {gpus} GPU(s) on this machine: give "
                 f"other --worker-cpus or --device, or with --ray-address a cluster that has them"
             )
-        self.workers = options.workers or (gpus if self._on_gpu else roomy) or 1
-        if most is not None:
-            self.workers = max(1, min(self.workers, most))
+        self.workers = found.workers(options.workers or (gpus if self._on_gpu else roomy) or 1)
         # So that an actor hears that it has to stop while it builds. All else is done one after the other.
         self._actor_class = self._ray.remote(concurrency_groups={"control": 1})(_Actor)
         self._actors: dict[str, Any] = {}

@@ -36,9 +36,8 @@ from logit_cache.slurm_task import ArrayTask, Told
 from logit_cache.stopping import Stopping
 from logit_cache.survey import survey
 from storage.errors import InputError, LogitCacheError
-from storage.failures import FailedShard, Failures, failed_shard
-from storage.location import locate
-from storage.reader import LogitCache, teacher_folder
+from storage.failures import FailedShard, failures_of
+from storage.reader import LogitCache
 
 # Looks become rarer while a job grows old: a controller has others to answer, too.
 _MOST_SECONDS_BETWEEN_LOOKS = 15.0
@@ -57,11 +56,9 @@ def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stop
     where the array has ended before its work, or goes on while this process was asked to end.
     """
     check_stream(job)
-    found, notes = survey(job), _notes(job)
-    workers = options.workers or 1
-    if found.missing_shards is not None:
-        # Of a complete entry, one looks whether it is this job's, and concludes it.
-        workers = max(1, min(workers, found.missing_shards))
+    found, notes = survey(job), failures_of(job.cache, job.name).all()
+    # Of a complete entry, one looks whether it is this job's, and concludes it.
+    workers = found.workers(options.workers or 1)
     ended = False
     # A signal that comes while the array is being submitted waits until its number is known.
     with stopping.on_sigterm():
@@ -198,7 +195,8 @@ def _outcome(job: CacheJob, array: str, workers: int, folder: Path, before: dict
         raise InputError(f"a task of job {array} refused: {refusals[0]}")
     if done:
         return Outcome()
-    given_up = {shard: note.error for shard, note in _notes(job).items() if before.get(shard) != note}
+    notes = failures_of(job.cache, job.name).all()
+    given_up = {shard: note.error for shard, note in notes.items() if before.get(shard) != note}
     if given_up:
         return Outcome(given_up=given_up)
     what = "without the report that belongs to a complete entry" if left.complete else f"with {left}"
@@ -212,14 +210,6 @@ def _outcome(job: CacheJob, array: str, workers: int, folder: Path, before: dict
 def _is_concluded(job: CacheJob) -> bool:
     entry = LogitCache.open(job.cache).teacher(job.name)
     return entry.receipts.index is not None and (not job.fidelity_positions or entry.fidelity() is not None)
-
-
-def _notes(job: CacheJob) -> dict[int, FailedShard]:
-    """The notes on shards that were given up."""
-    location, folder = locate(job.cache), f"{teacher_folder(job.name)}receipts"
-    notes = Failures(location, folder)
-    read = {shard: notes.read(shard) for shard in map(failed_shard, location.names(folder)) if shard is not None}
-    return {shard: note for shard, note in read.items() if note is not None}
 
 
 def _told(folder: Path) -> list[Told]:

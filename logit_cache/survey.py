@@ -25,6 +25,10 @@ class Survey:
         """Whether nothing is missing."""
         return not self.missing
 
+    def workers(self, asked: int) -> int:
+        """How many of the workers that were asked for have something to do: one for a shard, and one in any case."""
+        return asked if self.missing_shards is None else max(1, min(asked, self.missing_shards))
+
     def __str__(self) -> str:
         if self.missing_shards is None:
             return "nothing done"

@@ -104,8 +104,7 @@ def run_local(
     def build(shards: Sequence[int], advance: Callable[[int], None] | None, wait: bool) -> Outcome:
         with ThisProcess(opened, shards, stopping, advance) as pool:
             outcome = Driver(pool, log, stopping, attempts=attempts, wait_for_others=wait).run()
-        for shard, error in outcome.given_up.items():
-            writer.failures.record(shard, attempts, error)
+        writer.failures.record_all(outcome.given_up, attempts)
         return outcome
 
     with stopping.on_sigterm():

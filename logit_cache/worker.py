@@ -136,14 +136,18 @@ class Worker:
 
         Raises what reading and scoring raise.
         """
-        writer = self.opened.writer
-        writer.finish()
-        if is_wanted(self.opened, fidelity_positions):
-            with (log or JobLog()).progress(f"fidelity of {writer.name}", None, "positions") as advance:
-                writer.publish_fidelity(measure(self.opened, fidelity_positions, advance))
+        self.opened.writer.finish()
+        publish_report(self.opened, fidelity_positions, log or JobLog())
 
     def _positions(self, shard: int) -> int:
         return positions_of(self.opened, [shard])
+
+
+def publish_report(opened: OpenJob, fidelity_positions: int, log: JobLog) -> None:
+    """Make the fidelity report of a complete entry, where one is wanted. Raises what reading and scoring raise."""
+    if is_wanted(opened, fidelity_positions):
+        with log.progress(f"fidelity of {opened.writer.name}", None, "positions") as advance:
+            opened.writer.publish_fidelity(measure(opened, fidelity_positions, advance))
 
 
 def positions_of(opened: OpenJob, shards: Iterable[int]) -> int:

@@ -11,12 +11,14 @@ import contextlib
 import json
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from storage.errors import LogitCacheError
-from storage.location import Location
+from storage.location import Location, locate
+from storage.reader import teacher_folder
 
 _NAME = re.compile(r"^(\d{8,})\.failed\.json$")
 _MOST_BYTES = 1 << 16
@@ -50,6 +52,11 @@ class Failures:
         with contextlib.suppress(LogitCacheError, OSError):
             self._location.replace(self._key(shard), json.dumps(asdict(note), indent=1).encode())
 
+    def record_all(self, given_up: Mapping[int, str], attempts: int) -> None:
+        """Leave a note on each shard that was given up, by its error."""
+        for shard, error in given_up.items():
+            self.record(shard, attempts, error)
+
     def read(self, shard: int) -> FailedShard | None:
         """The note on a shard; None where there is none that can be read."""
         try:
@@ -60,6 +67,12 @@ class Failures:
         whole = isinstance(note.attempts, int) and all(isinstance(t, str) for t in (note.error, note.host))
         return note if whole and note.shard == shard else None
 
+    def all(self) -> dict[int, FailedShard]:
+        """Every note that there is, by its shard."""
+        shards = [shard for shard in map(failed_shard, self._location.names(self._folder)) if shard is not None]
+        notes = {shard: self.read(shard) for shard in shards}
+        return {shard: note for shard, note in notes.items() if note is not None}
+
     def forget(self, shard: int) -> None:
         """Remove the note on a shard, if there is one."""
         with contextlib.suppress(LogitCacheError, OSError):
@@ -68,6 +81,11 @@ class Failures:
 
     def _key(self, shard: int) -> str:
         return f"{self._folder}/{shard:08d}.failed.json"
+
+
+def failures_of(url: str, name: str) -> Failures:
+    """The notes of a teacher entry of a cache."""
+    return Failures(locate(url), f"{teacher_folder(name)}receipts")
 
 
 def failed_shard(name: str) -> int | None:

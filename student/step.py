@@ -33,6 +33,15 @@ def windows_per_step(args: TrainingArguments) -> int:
     return int(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
+def take_one_device(args: TrainingArguments) -> None:
+    """Have a process use one of several GPUs, so that its batch is not multiplied.
+
+    nn.DataParallel copies modules with the bound forward still pointing at the first; torchrun does not.
+    """
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+
+
 def cut_step(windows: int, processes: int, most: int) -> tuple[int, int]:
     """(windows at once, micro-batches) of a process, the first at most `most` and as large as divides its share.
 
@@ -59,9 +68,7 @@ def settle_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
 
     Raises InputError where the step cannot be cut.
     """
-    if args.n_gpu > 1:
-        # One process has one device (`DistillationTrainer`), so its batch is not multiplied.
-        args._n_gpu = 1
+    take_one_device(args)
     if getattr(args.accelerator_config, "split_batches", False):
         raise InputError(
             "accelerator_config split_batches would make a batch that of all processes together: leave it out, and "

@@ -28,7 +28,7 @@ from student.heads import PlainHead, choose_head
 from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
 from student.order import ReadingOrder
 from student.sharding import FSDPIsOn, keep_precision
-from student.step import windows_per_step
+from student.step import take_one_device, windows_per_step
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 FusedHead = Literal["auto", "on", "off"]
@@ -164,9 +164,7 @@ class DistillationTrainer(Trainer):
         self._parts: Tensor | None = None
         # The names of a batch are not those of the model's own forward, which the base class would look at.
         args.remove_unused_columns = False
-        if args.n_gpu > 1:
-            # nn.DataParallel copies modules with the bound forward still pointing at the first; torchrun does not.
-            args._n_gpu = 1
+        take_one_device(args)
         super().__init__(
             model=model,
             args=args,

@@ -311,7 +311,7 @@ def test_shards_that_were_given_up_are_named(ended: tuple[CacheJob, Path]) -> No
     job, folder = ended
     notes = Failures(locate(job.cache), "teachers/a/receipts")
     notes.record(1, 3, "of the run before")
-    before = engine._notes(job)
+    before = notes.all()
     notes.record(4, 3, f"{'x' * 9000}\nRuntimeError: it broke")
     outcome = engine._outcome(job, "7", 3, folder, before)
     assert list(outcome.given_up) == [4]
