@@ -114,3 +114,9 @@ def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 def teacher(make_teacher: Callable[..., Path]) -> Path:
     """A random GPT-2 whose head has the 400 columns of `small_cache`'s tokenizer."""
     return make_teacher()
+
+
+@pytest.fixture(scope="session")
+def slow_teacher(make_teacher: Callable[..., Path]) -> Path:
+    """Like it, but it takes a moment for a shard: long enough to be killed at."""
+    return make_teacher(3, n_embd=128, n_layer=6, n_head=4)

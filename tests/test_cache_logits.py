@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Run, command, environment, refused
 from transformers import AutoModelForCausalLM
+from workers import contents
 
 from storage import LogitCache
 
@@ -25,13 +26,6 @@ SMALL = ("--targets", "topk", "--context-tokens", 64, "--shard-tokens", 1024, "-
 @pytest.fixture
 def cache(small_cache: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_cache, tmp_path / "cache"))
-
-
-def objects(cache: Path, name: str) -> dict[str, bytes]:
-    """Every array object and metadata file of an entry, without receipts (they hold times)."""
-    folder = cache / "teachers" / name
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {key: data for key, data in found.items() if not key.startswith("receipts/")}
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -116,7 +110,7 @@ def test_two_workers_share_an_entry(cache: Path, teacher: Path, run: Run, tmp_pa
     ]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     assert LogitCache.open(str(cache)).teacher("a").missing() == []
-    assert objects(cache, "a") == objects(alone, "a")
+    assert contents(cache, "a") == contents(alone, "a")
 
 
 @pytest.mark.slow
@@ -127,7 +121,7 @@ def test_kill_minus_nine_at_many_moments(cache: Path, teacher: Path, run: Run, t
     began = time.monotonic()
     assert run("cache-logits", "--cache", whole, *arguments).returncode == 0
     seconds = time.monotonic() - began
-    expected = objects(whole, "a")
+    expected = contents(whole, "a")
     interrupted = 0
     for attempt in range(6):
         victim = Path(shutil.copytree(cache, tmp_path / f"victim-{attempt}"))
@@ -152,7 +146,7 @@ def test_kill_minus_nine_at_many_moments(cache: Path, teacher: Path, run: Run, t
             process.wait()
         done = run("cache-logits", "--cache", victim, *arguments)
         assert done.returncode == 0, done.stderr
-        found = {key: data for key, data in objects(victim, "a").items() if not key.endswith(".partial")}
+        found = {key: data for key, data in contents(victim, "a").items() if not key.endswith(".partial")}
         assert found == expected
         assert LogitCache.open(str(victim)).teacher("a").missing() == []
         shutil.rmtree(victim)
@@ -265,7 +259,7 @@ def test_from_raw_text_in_one_step(teacher: Path, cache: Path, text_file: Path, 
     )
     done = run("cache-logits", "--config", job)
     assert done.returncode == 0, done.stderr
-    assert objects(tmp_path / "yaml", "a") == objects(out, "a")
+    assert contents(tmp_path / "yaml", "a") == contents(out, "a")
 
 
 def test_a_wrong_teacher_leaves_no_stream_behind(cache: Path, text_file: Path, run: Run, tmp_path: Path) -> None:

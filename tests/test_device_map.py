@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from jobs import cache_logits, refusal
+from random_models import saver
 from torch import Tensor, nn
 
 from storage.errors import InputError
@@ -48,20 +49,7 @@ SPREAD = DeviceMap("sequential", ("cpu=60KB",), "disk")
 @pytest.fixture(scope="session")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Saves a random model of a family once."""
-    folder = tmp_path_factory.mktemp("spread")
-
-    def make(family: str) -> Path:
-        path = folder / family
-        if not path.exists():
-            torch.manual_seed(len(family))
-            model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.3)
-            model.save_pretrained(path)
-        return path
-
-    return make
+    return saver(tmp_path_factory.mktemp("spread"), CONFIGS)
 
 
 def load(directory: Path, dtype: Any = "float32", device_map: DeviceMap | None = None) -> HuggingFaceTeacher:

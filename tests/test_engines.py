@@ -32,12 +32,6 @@ from storage.verify import verify
 
 
 @pytest.fixture(scope="module")
-def slow_teacher(make_teacher: Callable[..., Path]) -> Path:
-    """One that takes a moment for a shard."""
-    return make_teacher(3, n_embd=128, n_layer=6, n_head=4)
-
-
-@pytest.fixture(scope="module")
 def alone(small_cache: Path, slow_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one undisturbed process makes."""
     cache = copy_of(small_cache, tmp_path_factory.mktemp("alone") / "cache")

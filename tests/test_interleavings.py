@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,6 @@ from storage.verify import verify
 
 LIVES = 7
 SEEDS = (0, 1)
-
-
-@pytest.fixture(scope="module")
-def slow_teacher(make_teacher: Callable[..., Path]) -> Path:
-    return make_teacher(3, n_embd=128, n_layer=6, n_head=4)
 
 
 class World:

@@ -14,10 +14,10 @@ from typing import Any
 import fakes
 import numpy as np
 import pytest
-import torch
 import transformers
 from conftest import Run, command, environment, refused
 from jobs import refusal, whole
+from random_models import saver
 
 from storage import LogitCache
 from storage.manifest import Execution, digest
@@ -52,20 +52,7 @@ Save = Callable[[str], Path]
 @pytest.fixture(scope="session")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
     """Saves a random model of a family once."""
-    folder = tmp_path_factory.mktemp("parallel")
-
-    def make(family: str) -> Path:
-        path = folder / family
-        if not path.exists():
-            torch.manual_seed(len(family))
-            model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.3)
-            model.save_pretrained(path)
-        return path
-
-    return make
+    return saver(tmp_path_factory.mktemp("parallel"), CONFIGS)
 
 
 def make_stream(path: Path, positions: int = N) -> Path:
