@@ -8,7 +8,8 @@ and what a killed worker leaves is a leftover like any other.
 
 local disk     the file is locked by its holder, and the kernel lets go of the lock when the holder is killed
 object store   made by the store's atomic create, where it has one; it holds a time until which it counts, put off while
-               the work goes on. A store that only pretends to create atomically lets two workers have one claim.
+               the work goes on, and its holder's name, so that on the holder's machine it ends with the holder. A store
+               that only pretends to create atomically lets two workers have one claim.
 elsewhere      there are no claims: every worker gets every shard it asks for
 """
 
@@ -22,10 +23,12 @@ import os
 import secrets
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import LogitCacheError
 from storage.location import Location
+from storage.processes import has_ended, this_process
 
 SUFFIX = ".claim"
 LEASE_SECONDS = 120.0
@@ -161,7 +164,8 @@ class _RemoteClaims(Claims):
     def __init__(self, location: Location, folder: str) -> None:
         self._location, self._folder = location, folder
         self._held: dict[int, float] = {}
-        self._holder = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._holder = secrets.token_hex(8)
+        self._process = this_process()
         self._has_creates: bool | None = None
 
     @property
@@ -197,52 +201,63 @@ class _RemoteClaims(Claims):
             self._held[shard] = now
             with contextlib.suppress(LogitCacheError, OSError):
                 # Where it had run out, another worker may have it.
-                if self._read(shard)[0] == self._holder:
+                if self._read(shard).holder == self._holder:
                     self._location.replace(self._key(shard), self._claim())
 
     def release(self, shard: int) -> None:
         if self._held.pop(shard, None) is not None:
             with contextlib.suppress(LogitCacheError, OSError):  # it runs out by itself
-                if self._read(shard)[0] == self._holder:
+                if self._read(shard).holder == self._holder:
                     self._location.remove(self._key(shard))
 
     def is_held(self, shard: int) -> bool:
         try:
-            return time.time() < self._read(shard)[1]
+            return self._read(shard).counts
         except (LogitCacheError, OSError):
             return False
 
     def _take_over(self, shard: int) -> bool:
-        """Take a claim that has run out. Two workers who do so at once both have it."""
+        """Take a claim that counts no longer. Two workers who do so at once both have it."""
         try:
-            holder, until = self._read(shard)
+            found = self._read(shard)
         except FileNotFoundError:
-            holder, until = "", 0.0
-        if holder == self._holder:  # made by a request whose answer was lost, and asked for again
+            found = _Claim()
+        if found.holder == self._holder:  # made by a request whose answer was lost, and asked for again
             return True
-        if time.time() < until:
+        if found.counts:
             return False
         self._location.replace(self._key(shard), self._claim())
         return True
 
-    def _read(self, shard: int) -> tuple[str, float]:
+    def _read(self, shard: int) -> _Claim:
         return _claim_of(self._location.read(self._key(shard), _MOST_CLAIM_BYTES))
 
     def _key(self, shard: int) -> str:
         return f"{self._folder}/{claim_name(shard)}"
 
     def _claim(self) -> bytes:
-        return json.dumps({"holder": self._holder, "until": time.time() + LEASE_SECONDS}).encode()
+        until = time.time() + LEASE_SECONDS
+        return json.dumps({"holder": self._holder, "process": self._process, "until": until}).encode()
 
 
-def _claim_of(data: bytes) -> tuple[str, float]:
-    """The holder of a claim, and the time until which it counts; one that cannot be read, or claims more than a lease,
-    has run out."""
+@dataclass(frozen=True)
+class _Claim:
+    """What a claim in a store says; of one that says nothing, that it has run out."""
+
+    holder: str = ""
+    process: str = ""
+    until: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        now = time.time()
+        # One that claims more than a lease is of a clock that is wrong, or of nobody.
+        return now < self.until <= now + 2 * LEASE_SECONDS and not has_ended(self.process)
+
+
+def _claim_of(data: bytes) -> _Claim:
     try:
-        claim = json.loads(data)
-        holder, until = str(claim["holder"]), claim["until"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "", 0.0
-    if not isinstance(until, int | float) or until > time.time() + 2 * LEASE_SECONDS:
-        return holder, 0.0
-    return holder, float(until)
+        found = json.loads(data)
+        return _Claim(str(found["holder"]), str(found.get("process")), float(found["until"]))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return _Claim()

@@ -66,7 +66,7 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
     call(lambda: run(url, teacher), log)
     seconds = time.monotonic() - began
     counts = {"kills": 0, "kills_after_a_commit": 0, "kills_with_leftovers": 0, "two_at_once": 0, "caches": 0}
-    rounds, most_threads = 0, 0
+    rounds, most_threads, lease = 0, 0, storage.claims.LEASE_SECONDS
     done = True
     while counts["kills"] < kills or not done:
         if done:
@@ -78,8 +78,8 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
         # Every third time two workers do the same shards at once.
         workers = 2 if rounds % 3 == 0 else 1
         counts["two_at_once"] += workers == 2
-        # Two with the same shards at once, whom no claim keeps apart; and one that need not wait for those of the dead.
-        storage.claims.LEASE_SECONDS = 0.0 if workers == 2 else 1.0
+        # No claim keeps two from each other's shards; one alone finds that those of the dead count no more.
+        storage.claims.LEASE_SECONDS = 0.0 if workers == 2 else lease
         most_threads = max(most_threads, kill_loop.threads())
         work = partial(run, url, teacher)
         children = [fork(work, folder / f"log{n}") for n in range(workers)]

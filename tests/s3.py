@@ -208,11 +208,11 @@ def kill_after_a_receipt(bucket: Bucket, *arguments: object) -> None:
 
 @pytest.fixture(scope="session")
 def cached_here(
-    small_cache: Path, teacher: Path, run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    small_cache: Path, slow_teacher: Path, run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """What a server must hold after the same commands: `small_cache` with an entry `a`, made on a local disk."""
     path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("here") / "cache"))
-    done = run("cache-logits", "--cache", path, "--teacher", teacher, "--name", "a", *SMALL)
+    done = run("cache-logits", "--cache", path, "--teacher", slow_teacher, "--name", "a", *SMALL)
     assert done.returncode == 0, done.stderr
     return path
 

@@ -54,7 +54,7 @@ def assert_no_credentials(server: Server, *places: Path, said: list[str], stored
 
 
 def test_the_whole_road_by_commands(
-    ceph_bucket: Bucket, cached_here: Path, teacher: Path, text_file: Path, run: Run, tmp_path: Path
+    ceph_bucket: Bucket, cached_here: Path, slow_teacher: Path, text_file: Path, run: Run, tmp_path: Path
 ) -> None:
     url = f"{ceph_bucket.url}/cache"
     said: list[str] = []
@@ -66,7 +66,7 @@ def test_the_whole_road_by_commands(
         return done.stdout
 
     do("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", url)
-    arguments = ("cache-logits", "--cache", url, "--teacher", teacher, "--name", "a", *SMALL)
+    arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
     kill_after_a_receipt(ceph_bucket, *arguments)
     assert LogitCache.open(url).teacher("a").missing()
     do(*arguments)
@@ -89,10 +89,10 @@ def test_the_whole_road_by_commands(
 
 
 def test_two_workers_at_once(
-    ceph_bucket: Bucket, small_cache: Path, cached_here: Path, teacher: Path, tmp_path: Path
+    ceph_bucket: Bucket, small_cache: Path, cached_here: Path, slow_teacher: Path, tmp_path: Path
 ) -> None:
     url = ceph_bucket.upload(small_cache, "cache")
-    arguments = ("cache-logits", "--cache", url, "--teacher", teacher, "--name", "a", *SMALL)
+    arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
     workers = [start(*arguments, "--worker", f"{i}/2") for i in range(2)]
     # A credential in an argument could be read by every user of the machine.
     for worker in workers:

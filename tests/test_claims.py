@@ -59,8 +59,12 @@ def _hold(url: str, ready: object) -> None:
     time.sleep(600)
 
 
-def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", [False, True])
+def test_a_killed_holder_holds_nothing(store: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = str(tmp_path / "cache")
+    if store:
+        bucket: Bucket = request.getfixturevalue("moto_bucket")
+        url = f"{bucket.url}/cache"
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     holder = context.Process(target=_hold, args=(url, ready), daemon=True)
@@ -70,8 +74,10 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     assert not claims.take(3)
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    assert not claims.is_held(3), "though its parent has not heard of it yet"
     holder.join()
-    assert (tmp_path / "cache" / FOLDER / claim_name(3)).exists(), "its file is still there"
+    assert locate(url).read(f"{FOLDER}/{claim_name(3)}", 4096) is not None, "its file is still there"
     assert not claims.is_held(3)
     assert claims.take(3)
 
@@ -109,7 +115,9 @@ def test_a_claim_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monke
     assert not claims_in(locate(url), FOLDER).take(3)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"until": "x"}', b'{"until": 1e300}', b"[" * 4000])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{}", b'{"until": "x"}', b'{"until": 1e300}', b'{"holder": 1, "until": 1e300}', b"[" * 4000]
+)
 def test_a_claim_that_is_none_stops_nobody(moto_bucket: Bucket, text: bytes) -> None:
     location = locate(f"{moto_bucket.url}/cache")
     location.replace(f"{FOLDER}/{claim_name(3)}", text)

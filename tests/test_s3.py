@@ -47,12 +47,12 @@ def cached(opened: LogitCache) -> SparseTargets:
 
 
 def test_the_whole_road_by_commands(
-    moto_bucket: Bucket, cached_here: Path, teacher: Path, text_file: Path, run: Run, tmp_path: Path
+    moto_bucket: Bucket, cached_here: Path, slow_teacher: Path, text_file: Path, run: Run, tmp_path: Path
 ) -> None:
     url = f"{moto_bucket.url}/cache"
     done = run("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", url)
     assert done.returncode == 0, done.stderr
-    arguments = ("cache-logits", "--cache", url, "--teacher", teacher, "--name", "a", *SMALL)
+    arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
     kill_after_a_receipt(moto_bucket, *arguments)
     left = LogitCache.open(url).teacher("a").missing()
     assert left
@@ -79,9 +79,9 @@ def test_the_whole_road_by_commands(
 
 
 @pytest.mark.slow
-def test_two_workers_at_once(moto_bucket: Bucket, small_cache: Path, cached_here: Path, teacher: Path) -> None:
+def test_two_workers_at_once(moto_bucket: Bucket, small_cache: Path, cached_here: Path, slow_teacher: Path) -> None:
     url = moto_bucket.upload(small_cache, "cache")
-    arguments = ("cache-logits", "--cache", url, "--teacher", teacher, "--name", "a", *SMALL)
+    arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
     workers = [start(*arguments, "--worker", f"{i}/2") for i in range(2)]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     assert_same_cache(moto_bucket.objects("cache/"), local_objects(cached_here))

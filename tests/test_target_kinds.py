@@ -15,8 +15,9 @@ import pytest
 import torch
 from conftest import Run, command, environment
 from jobs import cache_logits, refusal, whole
-from test_cache_logits import dense_logprobs, objects
+from test_cache_logits import dense_logprobs
 from transformers import AutoModelForCausalLM
+from workers import contents
 
 from logit_cache.recompress import RecompressJob, recompress
 from storage import LogitCache
@@ -92,13 +93,13 @@ def test_a_sample_depends_on_seed_and_position_alone(cache: Path, teacher: Path)
     assert "targets.head_ids" in refusal(cache, "a", teacher, **VAROPT, head_ids=1)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(cache: Path, slow_teacher: Path, run: Run, tmp_path: Path) -> None:
     """Killed after its first shard and started again: what one undisturbed run gives."""
     undisturbed = Path(shutil.copytree(cache, tmp_path / "undisturbed"))
     fields = {"head_ids": 2, "seed": 5, "target_temperature": 2, "shard_tokens": 1024, "batch_windows": 16}
-    cache_logits(undisturbed, "a", teacher, **VAROPT, **fields)
+    cache_logits(undisturbed, "a", slow_teacher, **VAROPT, **fields)
     flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
-    arguments = ("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *FLAGS, *flags)
+    arguments = ("cache-logits", "--cache", cache, "--teacher", slow_teacher, "--name", "a", *FLAGS, *flags)
     arguments = (*arguments, "--fidelity-positions", 0)  # which the undisturbed run, below the command, does not make
     process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, env=environment())
     receipts = cache / "teachers" / "a" / "receipts"
@@ -113,8 +114,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cache: Path, teacher: Path, run:
     recorded = json.loads(done.stdout)["targets"]
     expected = {"method": "varopt", "k": K, "head_ids": 2, "seed": 5, "temperature": 2.0}
     assert {name: recorded[name] for name in expected} == expected
-    found = {key: data for key, data in objects(cache, "a").items() if not key.endswith(".partial")}
-    assert found == objects(undisturbed, "a")
+    found = {key: data for key, data in contents(cache, "a").items() if not key.endswith(".partial")}
+    assert found == contents(undisturbed, "a")
 
 
 def test_samples_in_codes(cache: Path, teacher: Path) -> None:
@@ -146,7 +147,7 @@ def test_top_p_prunes_as_recompress_does(cache: Path, teacher: Path) -> None:
 def test_every_id_is_certain_where_all_are_kept(cache: Path, teacher: Path) -> None:
     _, found = cache_logits(cache, "v", teacher, k=400, targets="varopt")
     cache_logits(cache, "t", teacher, k=400, targets="topk")
-    stored, top = objects(cache, "v"), objects(cache, "t")
+    stored, top = contents(cache, "v"), contents(cache, "t")
     assert {key for key in stored if stored[key] != top[key]} == {"zarr.json"}
     assert (found.certain == 400).all()
     assert np.isneginf(found.log_tail).all()

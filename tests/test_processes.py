@@ -1,0 +1,55 @@
+"""Names of processes: whether one has ended is known of this machine's alone, and never guessed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import storage.processes
+from storage.processes import has_ended, this_process
+
+TELL = "from storage.processes import this_process; print(this_process(), flush=True); input()"
+
+
+def test_a_process_has_ended_when_it_is_gone() -> None:
+    child = subprocess.Popen([sys.executable, "-c", TELL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    name = child.stdout.readline().strip()
+    assert not has_ended(name)
+    child.communicate("\n", timeout=60)
+    assert has_ended(name)
+
+
+def test_a_pid_that_is_used_again_is_another_process() -> None:
+    name = this_process()
+    assert name is not None
+    assert not has_ended(name)
+    machine, pid, start = name.split("/")
+    assert has_ended(f"{machine}/{pid}/{int(start) - 1}")
+
+
+def test_nothing_is_known_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = this_process()
+    assert name is not None
+    _, pid, start = name.split("/")
+    assert not has_ended(f"another/{pid}/{int(start) - 1}")
+    monkeypatch.setattr(storage.processes.socket, "gethostname", lambda: "another")
+    assert not has_ended(name.replace(start, "1"))
+
+
+@pytest.mark.parametrize("rest", ["", "/", "/1", "/-1/1", "/1/x", "/../1", "/self/1", "/²/1", f"/{'9' * 5000}/1"])
+def test_what_is_no_name_has_not_ended(rest: str) -> None:
+    name = this_process()
+    assert name is not None
+    assert not has_ended(name.split("/")[0] + rest)
+    assert not has_ended("None")
+
+
+def test_without_proc_there_are_no_names(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    name = this_process()
+    assert name is not None
+    monkeypatch.setattr(storage.processes, "_PROC", tmp_path)
+    assert this_process() is None
+    assert not has_ended(name)
