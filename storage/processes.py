@@ -35,7 +35,7 @@ def has_ended(name: str) -> bool:
         return False
     try:
         return machine == _machine() and _start(int(pid)) != int(start)
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, OverflowError):
         return False
 
 
@@ -46,11 +46,20 @@ def _machine() -> str:
 
 
 def _start(pid: int) -> int | None:
-    """Ticks at which a process started; None when there is none, or only what its parent has to collect."""
+    """Ticks at which a process started; None when there is none, or only what its parent has to collect.
+
+    A machine may hide the processes of other users; of these nothing is known (an OSError).
+    """
     try:
         stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    except ProcessLookupError:  # it ended while it was read
         return None
+    except FileNotFoundError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        raise  # it is there, and hidden
     # The second field is the command in parentheses, and may hold anything.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])

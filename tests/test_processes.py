@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,20 @@ def test_a_pid_that_is_used_again_is_another_process() -> None:
     assert has_ended(f"{machine}/{pid}/{int(start) - 1}")
 
 
+def test_a_hidden_process_is_not_taken_for_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another user's are not to be seen in /proc: a signal is refused, or goes through."""
+    child = subprocess.Popen([sys.executable, "-c", TELL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    name = child.stdout.readline().strip()
+    with monkeypatch.context() as hidden:
+        machine = storage.processes._machine()
+        hidden.setattr(storage.processes, "_machine", lambda: machine)
+        hidden.setattr(storage.processes, "_PROC", Path("/nowhere"))
+        assert not has_ended(name)
+        child.communicate("\n", timeout=60)
+        assert has_ended(name)
+
+
 def test_nothing_is_known_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     name = this_process()
     assert name is not None
@@ -39,7 +54,9 @@ def test_nothing_is_known_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> 
     assert not has_ended(name.replace(start, "1"))
 
 
-@pytest.mark.parametrize("rest", ["", "/", "/1", "/-1/1", "/1/x", "/../1", "/self/1", "/²/1", f"/{'9' * 5000}/1"])
+@pytest.mark.parametrize(
+    "rest", ["", "/", "/1", "/-1/1", "/1/x", "/../1", "/self/1", "/²/1", f"/{'9' * 40}/1", f"/{'9' * 5000}/1"]
+)
 def test_what_is_no_name_has_not_ended(rest: str) -> None:
     name = this_process()
     assert name is not None

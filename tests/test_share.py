@@ -428,7 +428,7 @@ def test_through_an_object_store(moto_bucket: Bucket, source: Path, keys: Keys, 
 
 def test_a_killed_push_to_an_object_store_goes_on(moto_bucket: Bucket, run: Run, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    large_cache(source, shards=3)
+    large_cache(source, shards=6)
     url, client = f"{moto_bucket.url}/shared", moto_bucket.server.client()
     process = subprocess.Popen(
         command("logit-cache", "push", source, url, "--workers", 1),
