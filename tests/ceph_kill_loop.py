@@ -84,7 +84,9 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
         work = partial(run, url, teacher)
         children = [fork(work, folder / f"log{n}") for n in range(workers)]
         if counts["kills"] < kills:
-            time.sleep(chance.uniform(0.1, 0.7) * seconds * workers)
+            # Of the time that what is left takes; little of it would be over before the first commit.
+            left = max(0.25, 1 - len(acknowledged) / len(truth))
+            time.sleep(chance.uniform(0.1, 0.7) * left * seconds * workers)
         else:
             for child in children:
                 os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
