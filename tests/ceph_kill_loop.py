@@ -20,7 +20,7 @@ from pathlib import Path
 
 import kill_loop
 import s3fs  # noqa: F401  the parent pays for the imports, once
-from kill_loop import ARGUMENTS, NAME, call, fork, wait
+from kill_loop import ARGUMENTS, NAME, call, fork, wait, wait_for_commit
 from s3 import Bucket, Server
 
 import storage.claims
@@ -34,9 +34,16 @@ def run(cache: str, teacher: Path) -> object:
     return cache_logits(["--cache", cache, "--teacher", str(teacher), *ARGUMENTS, *more])
 
 
+# Claims lie beside receipts, and go away while workers work.
+RECEIPT = r"\d{8}\.json"
+
+
 def receipts(bucket: Bucket, prefix: str) -> dict[str, bytes]:
-    # Claims lie beside them, and go away while workers work.
-    return bucket.objects(f"{prefix}/teachers/{NAME}/receipts/", r"\d{8}\.json")
+    return bucket.objects(f"{prefix}/teachers/{NAME}/receipts/", RECEIPT)
+
+
+def count_receipts(bucket: Bucket, prefix: str) -> int:
+    return len(bucket.keys(f"{prefix}/teachers/{NAME}/receipts/", RECEIPT))
 
 
 def names(whole: Path) -> list[str]:
@@ -75,6 +82,7 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
             url = bucket.upload(cache, prefix)
         rounds += 1
         before = len(acknowledged)
+        commits = partial(count_receipts, bucket, prefix)
         # Every third time two workers do the same shards at once.
         workers = 2 if rounds % 3 == 0 else 1
         counts["two_at_once"] += workers == 2
@@ -84,9 +92,12 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
         work = partial(run, url, teacher)
         children = [fork(work, folder / f"log{n}") for n in range(workers)]
         if counts["kills"] < kills:
-            # Of the time that what is left takes; little of it would be over before the first commit.
-            left = max(0.25, 1 - len(acknowledged) / len(truth))
-            time.sleep(chance.uniform(0.1, 0.7) * left * seconds * workers)
+            # Every other time the clock starts at a commit: a job on a store spends its first moments on other things.
+            if rounds % 2:
+                wait_for_commit(commits, before, children)
+                time.sleep(chance.uniform(0.0, 0.15) * seconds * workers)
+            else:
+                time.sleep(chance.uniform(0.1, 0.7) * seconds * workers)
         else:
             for child in children:
                 os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
@@ -109,7 +120,7 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
             assert arrays == expected, "another cache than that of an undisturbed run"
             done = True
         else:
-            stored = bucket.objects(f"{prefix}/teachers/{NAME}/")
+            stored = bucket.keys(f"{prefix}/teachers/{NAME}/")
             begun = {int(key.split("/c/")[1].split("/")[0]) for key in stored if "/c/" in key}
             counts["kills_with_leftovers"] += killed if len(begun) > len(found) else 0
         call(partial(check, url), log)

@@ -89,9 +89,9 @@ def receipts(cache: Path) -> dict[str, bytes]:
     return found
 
 
-def wait_for_commit(cache: Path, before: int, children: list[int]) -> None:
-    """Until there is a receipt more than `before`, or a child has ended."""
-    while len(receipts(cache)) <= before:
+def wait_for_commit(commits: Callable[[], int], before: int, children: list[int]) -> None:
+    """Until there are more commits than `before`, or a child has ended."""
+    while commits() <= before:
         if any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) for child in children):
             return
         time.sleep(0.001)
@@ -149,7 +149,7 @@ def loop(cache: Path, teacher: Path, folder: Path, kills: int) -> dict[str, obje
         if counts["kills"] < kills:
             # Every other time the clock starts at a commit: how far a run gets in a given time is the machine's affair.
             if counts["rounds"] % 2:
-                wait_for_commit(victim, before, children)
+                wait_for_commit(lambda: len(receipts(victim)), before, children)
                 time.sleep(chance.uniform(0.0, 0.3) * seconds * workers)
             else:
                 time.sleep(chance.uniform(0.1, 0.7) * seconds * workers)

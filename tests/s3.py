@@ -7,6 +7,7 @@ so. `bucket` fixtures set the environment, so that commands started by a test re
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -53,15 +54,21 @@ class Server:
 
     def client(self) -> Any:
         """A plain client of another library than the one that the package uses."""
-        import botocore.session
-
-        return botocore.session.get_session().create_client(
+        return _session().create_client(
             "s3",
             endpoint_url=self.url,
             aws_access_key_id=self.key,
             aws_secret_access_key=self.secret,
             region_name=REGION,
         )
+
+
+@functools.cache
+def _session() -> Any:
+    """One session makes all clients: it reads their descriptions once."""
+    import botocore.session
+
+    return botocore.session.get_session()
 
 
 @dataclass(frozen=True)
@@ -75,16 +82,18 @@ class Bucket:
     def url(self) -> str:
         return f"s3://{self.name}"
 
-    def objects(self, prefix: str = "", only: str = "") -> dict[str, bytes]:
-        """All objects below a prefix by key, the prefix left out; `only`: a pattern that what is left has to match."""
+    def keys(self, prefix: str = "", only: str = "") -> list[str]:
+        """The keys below a prefix, the prefix left out; `only`: a pattern that what is left has to match."""
         client = self.server.client()
-        found = {}
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix):
-            for item in page.get("Contents", ()):
-                if not re.fullmatch(only or ".*", item["Key"][len(prefix) :]):
-                    continue
-                body = client.get_object(Bucket=self.name, Key=item["Key"])["Body"].read()
-                found[item["Key"][len(prefix) :]] = body
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        found = [item["Key"][len(prefix) :] for page in pages for item in page.get("Contents", ())]
+        client.close()
+        return [key for key in found if re.fullmatch(only or ".*", key)]
+
+    def objects(self, prefix: str = "", only: str = "") -> dict[str, bytes]:
+        """The objects with those keys."""
+        keys, client = self.keys(prefix, only), self.server.client()
+        found = {key: client.get_object(Bucket=self.name, Key=prefix + key)["Body"].read() for key in keys}
         client.close()
         return found
 
