@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +29,7 @@ from teachers.reduce import ReducedRows
 
 # Batches of rows between the device and the shard's arrays: enough for one to be computed, one copied, one stored.
 _MOST_ON_THE_WAY = 4
+_SECONDS_BETWEEN_KEEPS = 10.0
 
 Put = Callable[[NDArray[Any], ReducedRows], None]
 
@@ -91,8 +92,8 @@ class Committer:
 
     def __init__(self, writer: EntryWriter) -> None:
         self._writer = writer
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._running: Future[ShardReceipt] | None = None
+        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._running: futures.Future[ShardReceipt] | None = None
 
     def put(self, shard: int, targets: SparseTargets, began: float) -> None:
         """Have a shard committed; see `EntryWriter.commit`."""
@@ -100,9 +101,16 @@ class Committer:
         self._running = self._pool.submit(self._writer.commit, shard, targets, began)
 
     def wait(self) -> ShardReceipt | None:
-        """Wait until every shard that was put is committed; the receipt of the last, unless it was had before."""
+        """Wait until every shard that was put is committed; the receipt of the last, unless it was had before.
+
+        The claims of the writer are put off meanwhile: an upload may take longer than they count.
+        """
         running, self._running = self._running, None
-        return None if running is None else running.result()
+        if running is None:
+            return None
+        while not futures.wait([running], timeout=_SECONDS_BETWEEN_KEEPS).done:
+            self._writer.claims.keep()
+        return running.result()
 
     def close(self) -> None:
         """Let the thread end when it has done what it was given."""
@@ -114,6 +122,8 @@ class Committer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
-        if error is None:
-            self.wait()
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self.close()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from jobs import whole
 
+import logit_cache.pipeline
 from logit_cache.job import CacheJob, OpenJob, open_job
 from logit_cache.pipeline import Committer, HostCopies
 from logit_cache.this_process import run_local
@@ -30,6 +31,11 @@ class Recorder:
         self.done: list[int] = []
         self.let = threading.Semaphore(0)
         self.fails: int | None = None
+        self.claims = self
+        self.kept = 0
+
+    def keep(self) -> None:
+        self.kept += 1
 
     def commit(self, shard: int, targets: Any, began: float) -> None:
         self.begun.append(shard)
@@ -61,6 +67,19 @@ def test_one_shard_is_committed_while_the_next_is_computed_and_no_more() -> None
         second.join(WAIT_S)
         assert not second.is_alive()
     assert writer.done == [0, 1]
+
+
+def test_claims_are_put_off_while_a_commit_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_cache.pipeline, "_SECONDS_BETWEEN_KEEPS", 0.01)
+    writer: Any = Recorder()
+    with Committer(writer) as committer:
+        committer.put(0, None, 0.0)  # type: ignore[arg-type]
+        waiting = threading.Thread(target=committer.wait)
+        waiting.start()
+        until(lambda: writer.kept > 2)
+        writer.let.release()
+        waiting.join(WAIT_S)
+    assert writer.done == [0]
 
 
 def commit_all(writer: Any, shards: int, then: Any = None) -> None:
