@@ -43,7 +43,7 @@ FAMILY_SIZE = {
     "vocab_size": 16_000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "intermediate_size": 768, "max_position_embeddings": 256,
 }  # fmt: skip
-FAMILY_POSITIONS, FAMILY_ROUNDS = 4_096, 2
+FAMILY_POSITIONS, FAMILY_ROUNDS = 2_048, 2
 
 
 def tables() -> Iterator[Table]:

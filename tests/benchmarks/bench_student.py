@@ -18,9 +18,9 @@ from harness import Table, in_child, in_turn, peak_above, ratios, spread
 
 WINDOW = 128
 # The demo's: two teachers of 32 sampled ids, batches of 16 windows.
-DEMO_STEPS, DEMO_WARM, DEMO_BATCH, DEMO_ROUNDS = 40, 8, 16, 5
+DEMO_STEPS, DEMO_WARM, DEMO_BATCH, DEMO_ROUNDS = 40, 8, 16, 4
 # V = 16,000 as in the seeds' recipes; one teacher of 64 ids.
-V, BATCH, STEPS, ROUNDS = 16_000, 8, 3, 5
+V, BATCH, STEPS, ROUNDS = 16_000, 8, 3, 4
 STUDENT = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEACHER = {"hidden_size": 512, "intermediate_size": 1_536, "num_hidden_layers": 8, "num_attention_heads": 8}
 
