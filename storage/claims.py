@@ -258,6 +258,7 @@ class _Claim:
 def _claim_of(data: bytes) -> _Claim:
     try:
         found = json.loads(data)
-        return _Claim(str(found["holder"]), str(found.get("process")), float(found["until"]))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        holder, until = str(found["holder"]), found["until"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return _Claim()
+    return _Claim(holder, str(found.get("process")), until if isinstance(until, int | float) else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -122,6 +123,16 @@ def test_a_claim_that_is_none_stops_nobody(moto_bucket: Bucket, text: bytes) -> 
     location = locate(f"{moto_bucket.url}/cache")
     location.replace(f"{FOLDER}/{claim_name(3)}", text)
     assert claims_in(location, FOLDER).take(3)
+
+
+@pytest.mark.parametrize(("as_written", "counts"), [(float, True), (str, False)])
+def test_the_end_of_a_claim_is_a_number(
+    moto_bucket: Bucket, as_written: Callable[[float], object], counts: bool
+) -> None:
+    location = locate(f"{moto_bucket.url}/cache")
+    claim = {"holder": "another", "process": None, "until": as_written(time.time() + 60)}
+    location.replace(f"{FOLDER}/{claim_name(3)}", json.dumps(claim).encode())
+    assert claims_in(location, FOLDER).is_held(3) == counts
 
 
 def test_claims_and_notes_are_leftovers_that_nobody_reads(source: Path) -> None:

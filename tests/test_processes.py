@@ -14,10 +14,16 @@ from storage.processes import has_ended, this_process
 TELL = "from storage.processes import this_process; print(this_process(), flush=True); input()"
 
 
-def test_a_process_has_ended_when_it_is_gone() -> None:
+def named_child() -> tuple[subprocess.Popen[str], str]:
+    """A process that runs until it gets a line, and its name."""
     child = subprocess.Popen([sys.executable, "-c", TELL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     name = child.stdout.readline().strip()
+    return child, name
+
+
+def test_a_process_has_ended_when_it_is_gone() -> None:
+    child, name = named_child()
     assert not has_ended(name)
     child.communicate("\n", timeout=60)
     assert has_ended(name)
@@ -33,9 +39,7 @@ def test_a_pid_that_is_used_again_is_another_process() -> None:
 
 def test_a_hidden_process_is_not_taken_for_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where another user's are not to be seen in /proc: a signal is refused, or goes through."""
-    child = subprocess.Popen([sys.executable, "-c", TELL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    name = child.stdout.readline().strip()
+    child, name = named_child()
     with monkeypatch.context() as hidden:
         machine = storage.processes._machine()
         hidden.setattr(storage.processes, "_machine", lambda: machine)
