@@ -20,17 +20,17 @@ test-slow: $(READY)
 
 # The tests on a real S3 server, which is stopped again however they end (CEPH_DIR, CEPH_PORT: see the script).
 test-ceph: $(READY)
-	tests/ceph_rgw.sh install
-	bash -c 'trap "tests/ceph_rgw.sh stop" EXIT; tests/ceph_rgw.sh start && OMP_NUM_THREADS=1 $(BIN)/pytest -m ceph'
+	tests/support/scripts/ceph_rgw.sh install
+	bash -c 'trap "tests/support/scripts/ceph_rgw.sh stop" EXIT; tests/support/scripts/ceph_rgw.sh start && OMP_NUM_THREADS=1 $(BIN)/pytest -m ceph'
 
 # The tests on a real Slurm cluster, which is stopped again however they end (SLURM_DIR, SLURM_PORT: see the script).
 test-slurm: $(READY)
-	tests/slurm.sh install
-	bash -c 'trap "tests/slurm.sh stop" EXIT; tests/slurm.sh start && OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm'
+	tests/support/scripts/slurm.sh install
+	bash -c 'trap "tests/support/scripts/slurm.sh stop" EXIT; tests/support/scripts/slurm.sh start && OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm'
 
 # The tests in a real browser (CHROMIUM_DIR: see the script).
 test-browser: $(READY)
-	tests/chromium.sh install
+	tests/support/scripts/chromium.sh install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
 
 # Rewrites docs/benchmarks.md; takes up to half an hour, and wants a machine that does nothing else.

@@ -1,7 +1,7 @@
 """The object of one shard: how it is made, what a few reads tell of it, and one chunk of it decoded.
 
 The bytes are those that zarr writes and reads (`storage.format`: sharding_indexed with bytes, blosc and crc32c), which
-`tests/test_storage.py` holds against zarr itself, xarray and TensorStore. They are made and read here without it:
+`tests/storage/test_cache.py` holds against zarr itself, xarray and TensorStore. They are made and read here without it:
 zarr leaves out chunks that hold nothing but the fill value, takes what is missing for fill values, and spends more time
 on its event loop than the decompressor needs.
 """

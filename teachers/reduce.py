@@ -19,7 +19,7 @@ the same formulas hold.
 Precision: everything is float32. The K chosen entries are left out of the sums, so that a tail is the
 sum of its own terms, never one minus something; the normaliser is `log1p` of everything but the maximum, so
 that a log-prob near zero keeps its digits. Against float64, log-probs and log-tails are within 1e-6 nats plus
-3e-7 of their size, the entropy within 1e-6 of its size (`tests/test_reduce.py`); log_softmax alone was off by
+3e-7 of their size, the entropy within 1e-6 of its size (`tests/teachers/test_reduce.py`); log_softmax alone was off by
 2e-5 nats at 128k ids.
 """
 

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import known_cache
 import pytest
+from support.caches import known as known_cache
+from support.clusters.slurm import running_slurm, slurm  # noqa: F401
+from support.commands import LIBRARY, Run, command, environment
 
 # Fixtures that several files use; pytest finds them by name.
-from s3 import cached_here, ceph, ceph_bucket, moto, moto_bucket  # noqa: F401
-from slurm import running_slurm, slurm  # noqa: F401
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-LIBRARY = Path(sysconfig.get_path("stdlib"))
-
-
-def command(*arguments: object) -> list[str]:
-    """An installed console script and its arguments."""
-    return [str(Path(sysconfig.get_path("scripts")) / str(arguments[0])), *map(str, arguments[1:])]
-
-
-def environment() -> dict[str, str]:
-    """One thread each, no hub: what a test process runs under."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One clear line, exit status 2."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in errors[0], errors[0]
+from support.servers.s3 import cached_here, ceph, ceph_bucket, moto, moto_bucket  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -118,7 +118,7 @@ def prepare(folder: str, vocabulary: int, layers: int, hidden: int, positions: i
     """A teacher with random weights whose logits are as far apart as a trained one's, and a token stream."""
     import numpy as np
     import torch
-    from fakes import make_corpus
+    from support.caches.small import make_corpus
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def prepare_family(folder: str, family: str) -> None:
     """The same for a small model of a family."""
     import numpy as np
     import torch
-    from fakes import make_corpus
+    from support.caches.small import make_corpus
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)

@@ -53,7 +53,7 @@ def make(folder: Path) -> None:
     """The cache, and the same ids and log-probs as Parquet and as raw arrays."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from fakes import make_corpus
+    from support.caches.small import make_corpus
 
     from storage import LogitCache
     from storage.format import entry_layout
@@ -362,7 +362,7 @@ finds them there.""",
 @contextlib.contextmanager
 def _moto(copies: Path) -> Iterator[Any]:
     """A bucket on a moto server, with the environment that leads to it and to the folder for what is fetched."""
-    import s3
+    from support.servers import s3
 
     port = s3.free_port()
     process = subprocess.Popen(

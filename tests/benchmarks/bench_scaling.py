@@ -52,16 +52,16 @@ def tables() -> Iterator[Table]:
 
 @functools.cache
 def billion() -> Path:
-    """A cache of 10^9 positions with real receipts, as `test_billion` makes it."""
-    import test_billion
+    """A cache of 10^9 positions with real receipts, as `support.caches.billion` makes it."""
+    from support.caches.billion import make_cache
 
     path = workshop() / "billion"
-    test_billion.make_cache(path)
+    make_cache(path)
     return path
 
 
 def _corpus(name: str, positions: int) -> Path:
-    from fakes import make_corpus
+    from support.caches.small import make_corpus
 
     path = workshop() / f"scaling-{positions}"
     make_corpus(str(path), np.random.default_rng(0).integers(0, V, positions).astype(np.uint16), V)
@@ -134,7 +134,7 @@ process's, with torch and transformers in it.""",
 
 def _complete(path: Path, entry: str) -> int:
     """Give a worker's missing shards to an entry, as links to its first one; returns how many positions it had."""
-    import test_billion
+    from support.caches.billion import write_receipt
 
     from storage import LogitCache
 
@@ -148,7 +148,7 @@ def _complete(path: Path, entry: str) -> int:
             link = folder / spec.shard_key(shard)
             link.parent.mkdir(exist_ok=True)
             os.link(folder / spec.shard_key(0), link)
-        test_billion.write_receipt(receipts, path, shard, first.objects, first.statistics)
+        write_receipt(receipts, path, shard, first.objects, first.statistics)
     return len(targets) - len(missing) * targets.entry.layout.shard
 
 
@@ -241,7 +241,9 @@ def _opening(runs: dict[str, Path]) -> Table:
     for number in range(OPENINGS):
         for name, path in places.items():
             position = [0, 12_345, 99_998][number % 3]
-            ran = command([sys.executable, str(ROOT / "tests/billion.py"), path, str(position)], threads=1)
+            ran = command(
+                [sys.executable, str(ROOT / "tests/support/programs/billion.py"), path, str(position)], threads=1
+            )
             found = json.loads(ran.output.splitlines()[-1])
             seconds[name].append(found["seconds"])
             grown[name].append(found["bytes"] / 1e6)

@@ -69,7 +69,7 @@ are there to tell ours from theirs.""",
 
 def small() -> Path:
     """A cache of a few thousand positions with one entry."""
-    from fakes import dense_targets, make_corpus, make_entry, write_entry
+    from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 
     path, (n, v) = workshop() / "small", (4_096, 512)
     rng = np.random.default_rng(0)

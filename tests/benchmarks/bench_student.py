@@ -96,7 +96,7 @@ def _demo_cache(folder: str) -> Any:
 
     import numpy as np
     import torch
-    from fakes import make_corpus
+    from support.caches.small import make_corpus
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from logit_cache.demo import _MODELS, KEPT_IDS, TEACHERS, VOCABULARY
@@ -173,7 +173,7 @@ def _trained(folder: str, windows: Any) -> float:
 def prepare(folder: str) -> None:
     """A cache of made-up targets, and a teacher to run live."""
     import torch
-    import transfer
+    from studies import transfer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

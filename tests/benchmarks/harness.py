@@ -155,7 +155,7 @@ def held(which: str) -> int:
 
 def _child() -> None:
     module, function, arguments = sys.argv[1:]
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests")]
     print(json.dumps(getattr(importlib.import_module(module), function)(**json.loads(arguments))))
 
 

@@ -1,0 +1,591 @@
+"""Which stored targets, and which loss on them, make the best student at equal bytes: what decides the default.
+
+    python tests/benchmarks/studies/which_targets.py RUN prepare --text train/*.txt --eval-text valid/*.txt python
+    tests/benchmarks/studies/which_targets.py RUN screen python tests/benchmarks/studies/which_targets.py RUN finals
+    --arm varopt --arm rskd --arm blend-0.9 --arm varopt-fresh python tests/benchmarks/studies/which_targets.py RUN
+    report
+
+One teacher, one student, one order of data; what differs is the *arm*: what is stored of the teacher, and the loss on
+it. `prepare` makes streams, teacher and pilots with the public commands, and chooses for every way of storing the
+largest K that fits each budget of bytes per token. `screen` trains every arm once at the first budget, one pass.
+`finals` trains some of them and the controls with several paired seeds, several passes, at every budget; a seed sets
+weights, order of data and draws, the same for all arms. Every result is a file; what is there is not done again, so
+all of it can be stopped at any time and goes on. `report` prints Markdown from what there is.
+
+The live teacher of the `dense` arms reads the same windows as the cached ones did, so the only difference is what was
+stored. RS-KD (draws with replacement, weights = counts) is made here: no cache of ours holds such targets. Its bytes
+are those of its ids and counts alone, without the fields for tails, label and entropy that ours carry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 4_096
+WINDOW = 128
+BATCH_WINDOWS = 8
+LEARNING_RATE = 2e-3
+TEACHER_MODEL, TEACHER_STEPS, TEACHER_BATCH = "llama-mini", 1_500, 16
+STUDENT_MODEL = "llama-tiny"
+STUDENT_TOKENS, EVAL_TOKENS, PILOT_TOKENS = 250_000, 64_000, 16_000
+BUDGETS = (48, 96)
+FINAL_EPOCHS = 3
+PILOT_K = (12, 24, 40, 56)
+# Draws of RS-KD; the bytes of other numbers are interpolated.
+PILOT_DRAWS = (8, 16, 32, 64, 128)
+EVAL_K = 256
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a student learns from. `alpha`: share of the cross-entropy; `fresh`: other draws in every pass."""
+
+    stored: str  # none, live, topk, varopt, head, rskd
+    tail: str = "auto"
+    alpha: float = 0.0
+    blend: float | None = None
+    fresh: bool = False
+
+
+ARMS = {
+    "control": Arm("none", alpha=1.0),
+    "dense": Arm("live"),
+    "dense+ce": Arm("live", alpha=0.5),
+    "renormalise": Arm("topk", "renormalise"),
+    "renormalise+ce": Arm("topk", "renormalise", alpha=0.5),
+    "bucket": Arm("topk", "bucket"),
+    "bucket+ce": Arm("topk", "bucket", alpha=0.5),
+    "varopt": Arm("varopt", "sampled"),
+    "varopt+ce": Arm("varopt", "sampled", alpha=0.5),
+    "varopt+0.1ce": Arm("varopt", "sampled", alpha=0.1),
+    "head": Arm("head", "sampled"),
+    "rskd": Arm("rskd"),
+    "rskd+ce": Arm("rskd", alpha=0.5),
+    "blend-0.5": Arm("varopt", "blend", blend=0.5),
+    "blend-0.75": Arm("varopt", "blend", blend=0.75),
+    "blend-0.9": Arm("varopt", "blend", blend=0.9),
+    "blend-0.75+ce": Arm("varopt", "blend", alpha=0.5, blend=0.75),
+    "head-blend-0.75": Arm("head", "blend", blend=0.75),
+    "varopt-fresh": Arm("varopt", "sampled", fresh=True),
+    "blend-0.75-fresh": Arm("varopt", "blend", blend=0.75, fresh=True),
+}
+CONTROLS = ("control", "dense", "bucket", "bucket+ce")
+# In the screening, fresh draws in every pass are the same as fixed ones: it has one pass.
+SCREENED = [name for name, arm in ARMS.items() if not arm.fresh]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One student. `budget` is None where nothing is stored."""
+
+    arm: str
+    seed: int
+    epochs: int
+    budget: int | None
+    batch_windows: int = BATCH_WINDOWS
+
+    @property
+    def name(self) -> str:
+        at = "" if self.budget is None else f"-{self.budget}B"
+        batch = "" if self.batch_windows == BATCH_WINDOWS else f"-batch{self.batch_windows}"
+        return f"{self.arm}{at}-{self.epochs}x{batch}-seed{self.seed}"
+
+
+def script(name: str) -> str:
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def command(*arguments: object, threads: int = 2) -> None:
+    print("$", *arguments, file=sys.stderr, flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([script(str(arguments[0])), *map(str, arguments[1:])], check=True, env=environment)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def excerpt(files: Sequence[str], out: Path, share: float) -> None:
+    """About a share of every file, in evenly spread blocks of 50 lines."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        lines = Path(name).read_text(encoding="utf-8").splitlines(keepends=True)
+        blocks = [lines[start : start + 50] for start in range(0, len(lines), 50)]
+        wanted = max(1, round(share * len(blocks)))
+        chosen = sorted({index * len(blocks) // wanted for index in range(wanted)})
+        text = "".join(line for index in chosen for line in blocks[index])
+        (out / Path(name).name).write_text(text, encoding="utf-8")
+
+
+def positions(url: Path) -> int:
+    from storage import LogitCache
+
+    return LogitCache.open(str(url)).record.corpus.positions
+
+
+def make_stream(run: Path, name: str, files: Sequence[str], tokens: int, of: int) -> None:
+    """A stream of about `tokens` of the `of` tokens of the files, with the run's tokenizer."""
+    if (run / name / "zarr.json").exists():
+        return
+    excerpt(files, run / f"{name}-text", min(1.0, tokens / of))
+    command("logit-cache", "tokenize", "--text", f"{run / name}-text/*.txt", "--tokenizer", run / "all/tokenizer",
+            "--out", run / name)  # fmt: skip
+
+
+def cache(run: Path, stream: str, name: str, k: int, *options: object, threads: int = 2) -> None:
+    command("cache-logits", "--cache", run / stream, "--teacher", run / "teacher", "--name", name, "-k", k,
+            *options, threads=threads)  # fmt: skip
+
+
+def entry_options(stored: str, k: int, seed: int) -> tuple[object, ...]:
+    if stored == "topk":
+        return ()
+    options: tuple[object, ...] = ("--targets", "varopt", "--seed", seed)
+    return (*options, "--head-ids", k // 2) if stored == "head" else options
+
+
+def entry_name(stored: str, k: int, seed: int) -> str:
+    return f"{stored}-{k}" if stored == "topk" else f"{stored}-{k}-seed{seed}"
+
+
+def ensure_entry(run: Path, stored: str, k: int, seed: int, threads: int) -> str:
+    name = entry_name(stored, k, seed)
+    with (run / f"{name}.lock").open("w") as lock:
+        # Two workers on one entry would do no harm, and the work twice.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cache(run, "student", name, k, *entry_options(stored, k, seed), threads=threads)
+    return name
+
+
+def bytes_per_token(run: Path, stream: str, name: str) -> float:
+    from storage import LogitCache
+
+    entry = LogitCache.open(str(run / stream)).teacher(name)
+    return entry.stored_bytes() / entry.entry.positions
+
+
+def prepare(run: Path, text: Sequence[str], eval_text: Sequence[str]) -> None:
+    if not (run / "all" / "zarr.json").exists():
+        texts = [part for name in text for part in ("--text", name)]
+        command("logit-cache", "tokenize", *texts, "--train-tokenizer", VOCABULARY, "--out", run / "all")
+    total = positions(run / "all")
+    make_stream(run, "student", text, STUDENT_TOKENS, total)
+    make_stream(run, "pilot", text, PILOT_TOKENS, total)
+    # The held-out files are split off by line, so that their share of bytes is their share of tokens.
+    size = sum(Path(name).stat().st_size for name in text), sum(Path(name).stat().st_size for name in eval_text)
+    make_stream(run, "valid", eval_text, EVAL_TOKENS, total * size[1] // size[0])
+    command("train-teacher", "--cache", run / "all", "--eval-cache", run / "valid", "--model", TEACHER_MODEL,
+            "--output-dir", run / "teacher", "--set", f"max_steps={TEACHER_STEPS}",
+            "--set", f"per_device_train_batch_size={TEACHER_BATCH}", "--set", f"learning_rate={LEARNING_RATE}",
+            "--set", "logging_steps=50", "--set", "save_steps=250")  # fmt: skip
+    # Held-out targets by which every student's KL to the teacher is measured: a sample of the tail, so without bias.
+    cache(run, "valid", "teacher", EVAL_K, "--targets", "varopt")
+    choose_sizes(run)
+
+
+def choose_sizes(run: Path) -> None:
+    """For every budget and way of storing: the largest K (for RS-KD: number of draws) that fits, from a pilot."""
+    if (run / "sizes.json").exists():
+        return
+    measured: dict[str, list[tuple[int, float]]] = {}
+    for stored in ("topk", "varopt", "head"):
+        measured[stored] = []
+        for k in PILOT_K:
+            name = entry_name(stored, k, 0)
+            cache(run, "pilot", name, k, *entry_options(stored, k, 0))
+            measured[stored].append((k, bytes_per_token(run, "pilot", name)))
+    measured["rskd"] = [(n, rskd_bytes(*rskd_targets(run, "pilot", n, 0))) for n in PILOT_DRAWS]
+    chosen = {
+        str(budget): {stored: _largest(points, budget) for stored, points in measured.items()} for budget in BUDGETS
+    }
+    write_json(run / "sizes.json", {"pilot": measured, "chosen": chosen})
+
+
+def _largest(points: list[tuple[int, float]], budget: float) -> int:
+    import numpy as np
+
+    numbers, sizes = zip(*points, strict=True)
+    return int(np.interp(budget, sizes, numbers))
+
+
+def load_teacher(run: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(run / "teacher").eval().requires_grad_(False)
+
+
+def rskd_targets(run: Path, stream: str, draws: int, seed: int) -> tuple[Any, Any]:
+    """Ids uint16 and counts uint8, [N, draws]; counts of 0 fill rows up. Draws keyed by seed and position."""
+    import numpy as np
+    import torch
+
+    from storage import LogitCache
+
+    path = run / "rskd" / f"{stream}-{draws}-seed{seed}.npz"
+    if path.exists():
+        found = np.load(path)
+        return found["ids"], found["counts"]
+    tokens = LogitCache.open(str(run / stream)).tokens
+    stop = len(tokens)
+    teacher = load_teacher(run)
+    ids = np.zeros((stop, draws), dtype=np.uint16)
+    counts = np.zeros((stop, draws), dtype=np.uint8)
+    for start in range(0, stop, WINDOW * 32):
+        end = min(start + WINDOW * 32, stop)
+        read = np.zeros(WINDOW * 32, dtype=np.int64)
+        read[: end - start] = tokens.read(start, end)
+        with torch.no_grad():
+            logits = teacher(torch.from_numpy(read).view(32, WINDOW), use_cache=False).logits.flatten(0, 1)
+            ends = logits[: end - start, :VOCABULARY].double().softmax(1).cumsum(1)
+        uniform = np.random.Generator(np.random.Philox(key=[seed, start])).random((end - start, draws))
+        drawn = torch.searchsorted(ends, torch.from_numpy(uniform)).clamp_max_(VOCABULARY - 1).numpy()
+        for row, some in enumerate(drawn):
+            unique, number = np.unique(some, return_counts=True)
+            ids[start + row, : len(unique)], counts[start + row, : len(unique)] = unique, number
+    path.parent.mkdir(exist_ok=True)
+    with path.with_suffix(".partial").open("wb") as file:
+        np.savez(file, ids=ids, counts=counts)
+    os.replace(path.with_suffix(".partial"), path)
+    return ids, counts
+
+
+def rskd_bytes(ids: Any, counts: Any) -> float:
+    """Bytes per token of ids, counts and row lengths, compressed as our arrays are, in chunks of 8,192 rows."""
+    import numpy as np
+    from numcodecs import Blosc
+
+    codec = Blosc("zstd", clevel=3, shuffle=Blosc.BITSHUFFLE)
+    total = 0
+    for start in range(0, len(ids), 8_192):
+        rows = slice(start, start + 8_192)
+        there = counts[rows] > 0
+        parts = (ids[rows][there], counts[rows][there], there.sum(1).astype(np.uint8))
+        total += sum(len(codec.encode(np.ascontiguousarray(part))) for part in parts)
+    return total / len(ids)
+
+
+def train(run: Path, job: Job) -> dict[str, Any]:
+    """Train and evaluate one student; what its result file holds."""
+    import torch
+
+    from student.losses import DistillationLoss, Member
+    from student.models import load_student
+    from student.trainer import bind_loss, unbind_loss
+    from student.windows import DistillationWindows, collate, reading_order
+
+    arm = ARMS[job.arm]
+    sizes = None if job.budget is None else json.loads((run / "sizes.json").read_text())["chosen"][str(job.budget)]
+    k = None if sizes is None else sizes[arm.stored]
+    names, stored_bytes, rskd = [], None, None
+    if arm.stored in ("topk", "varopt", "head"):
+        for number in range(job.epochs if arm.fresh else 1):
+            # Other seeds of draws are those of other students, so that no entry is made for one arm alone.
+            seed = 1 + (job.seed + number - 1) % 4 if job.seed else 0
+            names.append(ensure_entry(run, arm.stored, k, seed, threads=1))
+        stored_bytes = bytes_per_token(run, "student", names[0])
+    elif arm.stored == "rskd":
+        rskd = rskd_targets(run, "student", k, job.seed)
+        stored_bytes = rskd_bytes(*rskd)
+    teacher = load_teacher(run) if arm.stored == "live" else None
+
+    url = str(run / "student")
+    per_epoch = [
+        DistillationWindows(url, names[n : n + 1], WINDOW, "fixed", job.seed) for n in range(max(1, len(names)))
+    ]
+    windows = per_epoch[0]
+    losses = []
+    for some in per_epoch:
+        members = [Member.of(name, entry) for name, entry in some.entries.items()]
+        options = {} if arm.blend is None else {"blend": arm.blend}
+        alpha = arm.alpha if members else 1.0
+        losses.append(DistillationLoss(VOCABULARY, alpha, 1.0, members, tail=arm.tail, **options))
+    student = load_student(
+        STUDENT_MODEL,
+        vocabulary_size=windows.vocabulary_size,
+        special_ids={},
+        window_tokens=WINDOW,
+        seed=job.seed,
+    ).train()
+    order = reading_order(windows, job.batch_windows)
+    steps_per_epoch = len(windows) // job.batch_windows
+    steps = steps_per_epoch * job.epochs
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    began = time.monotonic()
+    curve = []
+    for epoch in range(job.epochs):
+        some = per_epoch[epoch % len(per_epoch)]
+        unbind_loss(student)
+        bind_loss(student, losses[epoch % len(per_epoch)])
+        order.set_epoch(epoch)
+        indices = list(order)
+        for step in range(steps_per_epoch):
+            chosen = indices[step * job.batch_windows : (step + 1) * job.batch_windows]
+            batch = collate(some.__getitems__(chosen))
+            if teacher is None and rskd is None:
+                value = student(batch["input_ids"], labels=batch["labels"], targets=batch["targets"]).loss
+            else:
+                labels = batch["labels"].flatten()
+                logits = student(batch["input_ids"], use_cache=False).logits.flatten(0, 1)
+                if teacher is not None:
+                    value = dense_loss(logits, labels, batch["input_ids"], teacher, arm.alpha)
+                else:
+                    places = [some.blocks.place(index % len(some), epoch) for index in chosen]
+                    value = rskd_loss(logits, labels, places, rskd, arm.alpha)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+        curve.append(evaluate(run, student))
+    return {
+        "arm": job.arm,
+        "seed": job.seed,
+        "epochs": job.epochs,
+        "budget": job.budget,
+        "batch_windows": job.batch_windows,
+        "k": k,
+        "bytes_per_token": stored_bytes,
+        "steps": steps,
+        "seconds": time.monotonic() - began,
+        "after_each_pass": curve,
+        **curve[-1],
+    }
+
+
+def dense_loss(logits: Any, labels: Any, input_ids: Any, teacher: Any, alpha: float) -> Any:
+    """alpha * CE + (1 - alpha) * KL(p || q) with the live teacher's whole distribution."""
+    import torch
+    import torch.nn.functional as F
+
+    with torch.no_grad():
+        log_p = teacher(input_ids, use_cache=False).logits.flatten(0, 1).log_softmax(1)
+    log_q = logits.log_softmax(1)
+    trained = labels >= 0
+    kl = F.kl_div(log_q[trained], log_p[trained], reduction="sum", log_target=True) / trained.sum()
+    return (1 - alpha) * kl + (alpha * F.nll_loss(log_q, labels) if alpha else 0.0)
+
+
+def rskd_loss(logits: Any, labels: Any, places: list[tuple[int, int]], rskd: tuple[Any, Any], alpha: float) -> Any:
+    """alpha * CE - (1 - alpha) * sum_i w_i log q_i with w the counts over the number of draws."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    rows = np.concatenate([np.minimum(start + np.arange(WINDOW), len(rskd[0]) - 1) for start, _ in places])
+    ids = torch.from_numpy(rskd[0][rows].astype(np.int64))
+    counts = torch.from_numpy(rskd[1][rows].astype(np.float32))
+    log_q = logits.log_softmax(1)
+    trained = labels >= 0
+    w = counts / counts.sum(1, keepdim=True)
+    per_position = -(w * log_q.gather(1, ids)).sum(1)
+    mean = per_position[trained].sum() / trained.sum()
+    return (1 - alpha) * mean + (alpha * F.nll_loss(log_q, labels) if alpha else 0.0)
+
+
+def evaluate(run: Path, student: Any) -> dict[str, float]:
+    """Held-out loss, ECE, and KL(teacher || student), which a large sample of the teacher estimates without bias."""
+    import torch
+
+    from student.evaluate import HeldOutSums
+    from student.losses import Member
+    from student.windows import DistillationWindows, collate, flat_targets
+
+    windows = DistillationWindows(str(run / "valid"), ["teacher"], WINDOW)
+    sums = HeldOutSums(VOCABULARY, [Member.of("teacher", windows.entries["teacher"])])
+    student.eval()
+    with torch.no_grad():
+        for start in range(0, len(windows), 16):
+            batch = collate(windows.__getitems__(list(range(start, min(start + 16, len(windows))))))
+            logits = student(batch["input_ids"], use_cache=False).logits
+            sums.add(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+    student.train()
+    result = sums.result()
+    return {"loss": result.cross_entropy, "ece": result.ece, "kl": result.kl["teacher"]}
+
+
+def budgeted(arm: str, budget: int) -> int | None:
+    return None if ARMS[arm].stored in ("none", "live") else budget
+
+
+def run_jobs(run: Path, jobs: Sequence[Job], workers: int) -> None:
+    """Train what has no result yet, `workers` students at a time, one thread each."""
+    waiting = [job for job in dict.fromkeys(jobs) if not (run / "results" / f"{job.name}.json").exists()]
+    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    failed = []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            job = waiting.pop(0)
+            arguments = [job.arm, str(job.seed), str(job.epochs), str(job.budget or 0), str(job.batch_windows)]
+            log = (run / "results" / f"{job.name}.log").open("wb")
+            child = subprocess.Popen(
+                [sys.executable, __file__, str(run), "one", *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "LOGIT_CACHE_QUIET": "1"},
+                stdout=log,
+                stderr=log,
+            )
+            log.close()
+            running.append((job, child))
+        time.sleep(0.2)
+        for pair in list(running):
+            if pair[1].poll() is not None:
+                running.remove(pair)
+                if pair[1].returncode:
+                    failed.append(pair[0].name)
+                print(f"{time.strftime('%H:%M:%S')} {pair[0].name}: {_said(run, pair[0])}", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; their logs are in {run / 'results'}")
+
+
+def _said(run: Path, job: Job) -> str:
+    path = run / "results" / f"{job.name}.json"
+    if not path.exists():
+        return "failed"
+    found = json.loads(path.read_text())
+    return f"loss {found['loss']:.4f}, KL {found['kl']:.4f}, ECE {100 * found['ece']:.2f} %, {found['seconds']:.0f} s"
+
+
+def screen_jobs() -> list[Job]:
+    return [Job(arm, 0, 1, budgeted(arm, BUDGETS[0])) for arm in SCREENED]
+
+
+def final_jobs(arms: Sequence[str], seeds: int, budgets: Sequence[int], batch_windows: int) -> list[Job]:
+    """Seed by seed, so that whatever is finished is paired."""
+    return [
+        Job(arm, seed, FINAL_EPOCHS, budgeted(arm, budget), batch_windows)
+        for budget in budgets
+        for seed in range(1, seeds + 1)
+        for arm in arms
+    ]
+
+
+def results(run: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted((run / "results").glob("*.json")):
+        yield json.loads(path.read_text())
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and the half-width of its 95 % interval (Student's t)."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+    if len(values) < 2:
+        return f"{values[0]:+.4f} (one seed)"
+    half = t.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):+.4f} ± {half:.4f}"
+
+
+def report(run: Path) -> str:
+    found = list(results(run))
+    sizes = json.loads((run / "sizes.json").read_text())
+    lines = ["Largest K within a budget, from a pilot (RS-KD: draws):", ""]
+    lines += ["| budget, bytes per token | top-k | VarOpt | head + samples | RS-KD |", "|---|---|---|---|---|"]
+    for budget, chosen in sizes["chosen"].items():
+        lines.append(f"| {budget} | " + " | ".join(str(chosen[s]) for s in ("topk", "varopt", "head", "rskd")) + " |")
+    screened = [result for result in found if result["epochs"] == 1 and result["seed"] == 0]
+    if screened:
+        dense = next((r["loss"] for r in screened if r["arm"] == "dense"), math.nan)
+        lines += ["", "Screening: one seed, one pass.", ""]
+        lines += ["| arm | K | bytes per token | held-out loss | above dense | KL to the teacher | ECE, % |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for result in sorted(screened, key=lambda r: r["loss"]):
+            lines.append(
+                f"| {result['arm']} | {result['k'] or '–'} | {_number(result['bytes_per_token'], 1)} | "
+                f"{result['loss']:.4f} | {result['loss'] - dense:+.4f} | {result['kl']:.4f} | "
+                f"{100 * result['ece']:.2f} |"
+            )
+    finals = [result for result in found if result["seed"] > 0]
+    for batch in sorted({result.get("batch_windows", BATCH_WINDOWS) for result in finals}):
+        of_batch = [result for result in finals if result.get("batch_windows", BATCH_WINDOWS) == batch]
+        for budget in BUDGETS:
+            lines += _final_lines([r for r in of_batch if r["budget"] in (None, budget)], budget, batch)
+    return "\n".join(lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _final_lines(finals: list[dict[str, Any]], budget: int, batch: int) -> list[str]:
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in finals:
+        by_arm.setdefault(result["arm"], {})[result["seed"]] = result
+    if not any(result["budget"] == budget for result in finals):
+        return []
+
+    def paired(arm: str, other: str, field: str) -> str:
+        seeds = sorted(by_arm[arm].keys() & by_arm.get(other, {}).keys())
+        if arm == other or not seeds:
+            return "–"
+        return interval([by_arm[arm][s][field] - by_arm[other][s][field] for s in seeds])
+
+    epochs = finals[0]["epochs"]
+    title = f"{budget} bytes per token, {epochs} passes, {batch * WINDOW:,} tokens to a step"
+    lines = ["", f"Finals at {title}; paired differences with their 95 % interval:", ""]
+    lines += ["| arm | seeds | K | bytes per token | held-out loss | − dense | − bucket | KL to the teacher | ECE, % |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    mean: Callable[[str, str], float] = lambda arm, field: statistics.mean(r[field] for r in by_arm[arm].values())  # noqa: E731
+    for arm in sorted(by_arm, key=lambda arm: mean(arm, "loss")):
+        one = next(iter(by_arm[arm].values()))
+        lines.append(
+            f"| {arm} | {len(by_arm[arm])} | {one['k'] or '–'} | {_number(one['bytes_per_token'], 1)} | "
+            f"{mean(arm, 'loss'):.4f} | {paired(arm, 'dense', 'loss')} | {paired(arm, 'bucket', 'loss')} | "
+            f"{mean(arm, 'kl'):.4f} | {100 * mean(arm, 'ece'):.2f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    preparation = stages.add_parser("prepare")
+    preparation.add_argument("--text", nargs="+", required=True)
+    preparation.add_argument("--eval-text", nargs="+", required=True)
+    stages.add_parser("screen")
+    stages.add_parser("report")
+    finals = stages.add_parser("finals")
+    finals.add_argument("--arm", action="append", required=True, choices=list(ARMS))
+    finals.add_argument("--without-controls", action="store_true")
+    finals.add_argument("--batch-windows", type=int, default=BATCH_WINDOWS)
+    finals.add_argument("--seeds", type=int, default=4)
+    finals.add_argument("--budget", type=int, action="append", choices=BUDGETS)
+    one = stages.add_parser("one")
+    one.add_argument("job", nargs=5)
+    given = parser.parse_args()
+    (given.run / "results").mkdir(parents=True, exist_ok=True)
+    if given.stage == "prepare":
+        prepare(given.run, given.text, given.eval_text)
+    elif given.stage == "screen":
+        run_jobs(given.run, screen_jobs(), given.workers)
+    elif given.stage == "finals":
+        arms = given.arm if given.without_controls else [*CONTROLS, *given.arm]
+        jobs = final_jobs(arms, given.seeds, given.budget or BUDGETS, given.batch_windows)
+        run_jobs(given.run, jobs, given.workers)
+    elif given.stage == "report":
+        print(report(given.run))
+    else:
+        arm, seed, epochs, budget, batch = given.job
+        job = Job(arm, int(seed), int(epochs), int(budget) or None, int(batch))
+        write_json(given.run / "results" / f"{job.name}.json", train(given.run, job))
+
+
+if __name__ == "__main__":
+    main()

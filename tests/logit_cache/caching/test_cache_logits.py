@@ -1,0 +1,335 @@
+"""`cache-logits` as it is installed: what it stores, how it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.commands import Run, command, environment, refused
+from support.jobs import contents
+from support.models import dense_logprobs
+
+from storage import LogitCache
+
+K = 40
+SMALL = ("--targets", "topk", "--context-tokens", 64, "--shard-tokens", 1024, "-k", K)
+
+
+@pytest.fixture
+def cache(small_cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_cache, tmp_path / "cache"))
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("context", "stride"), [(64, 64), (64, 16)])
+def test_stored_targets_are_the_model_s(cache: Path, teacher: Path, run: Run, context: int, stride: int) -> None:
+    done = run(
+        "cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", "-k", K, "--targets", "topk",
+        "--context-tokens", context, "--stride-tokens", stride, "--shard-tokens", 1024, "--encoding", "float32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    opened = LogitCache.open(str(cache))
+    total = len(opened.tokens)
+    tokens = opened.tokens.read(0, total)
+    stored = opened.teacher("a").read(0, total)
+    dense = dense_logprobs(teacher, tokens, context, stride)
+    top = torch.sort(dense, dim=-1, descending=True, stable=True)
+    assert np.abs(stored.logprobs - top.values[:, :K].numpy()).max() < 1e-4
+    assert (stored.token_ids == top.indices[:, :K].numpy()).mean() > 0.999
+    gathered = dense.gather(1, torch.from_numpy(stored.token_ids.astype(np.int64))).numpy()
+    assert np.abs(stored.logprobs - gathered).max() < 1e-4
+    labels = dense[:-1].gather(1, torch.from_numpy(tokens[1:].astype(np.int64))[:, None])[:, 0].numpy()
+    assert np.abs(stored.label_logprob[:-1] - labels).max() < 1e-4
+    assert np.isnan(stored.label_logprob[-1])
+    mass = np.exp(stored.logprobs.astype(np.float64)).sum(1) + np.exp(stored.log_tail.astype(np.float64))
+    assert np.abs(mass - 1).max() < 1e-5
+    entropy = -(dense.double().exp() * dense.double()).sum(1).numpy()
+    assert np.abs(stored.entropy - entropy).max() < 1e-4
+
+
+def test_codes_keep_head_and_tail_within_the_stated_bound(cache: Path, teacher: Path, run: Run) -> None:
+    for name, encoding in (("codes", "codes"), ("exact", "float32")):
+        done = run(
+            "cache-logits", "--cache", cache, "--teacher", teacher, "--name", name, "--encoding", encoding, *SMALL
+        )
+        assert done.returncode == 0, done.stderr
+    opened = LogitCache.open(str(cache))
+    total = len(opened.tokens)
+    codes, exact = (opened.teacher(name).read(0, total) for name in ("codes", "exact"))
+    assert np.array_equal(codes.token_ids, exact.token_ids)
+    assert np.abs(codes.logprobs - exact.logprobs).max() <= 1 / 64 + 1e-5
+    mass = np.exp(codes.logprobs.astype(np.float64)).sum(1) + np.exp(codes.log_tail.astype(np.float64))
+    assert np.abs(mass - 1).max() <= np.expm1(1 / 64)
+
+
+def test_a_finished_entry_is_left_as_it_is(cache: Path, teacher: Path, run: Run) -> None:
+    arguments = ("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
+    assert run(*arguments).returncode == 0
+    before = files(cache)
+    again = run(*arguments, "--json")
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["complete"]
+    assert files(cache) == before
+
+
+def test_two_workers_share_an_entry(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+    alone = Path(shutil.copytree(cache, tmp_path / "alone"))
+    arguments = ("--teacher", teacher, "--name", "a", *SMALL)
+    assert run("cache-logits", "--cache", alone, *arguments).returncode == 0
+    workers = [
+        subprocess.Popen(
+            command("cache-logits", "--cache", cache, *arguments, "--worker", f"{i}/2"),
+            stdout=subprocess.DEVNULL,
+            env=environment(),
+        )
+        for i in range(2)
+    ]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    assert LogitCache.open(str(cache)).teacher("a").missing() == []
+    assert contents(cache, "a") == contents(alone, "a")
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_many_moments(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+    """Killed at moments spread over the run and once right after a file appeared, then finished: the same bytes."""
+    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
+    arguments = ("--teacher", teacher, "--name", "a", *SMALL, "--stride-tokens", 2)
+    began = time.monotonic()
+    assert run("cache-logits", "--cache", whole, *arguments).returncode == 0
+    seconds = time.monotonic() - began
+    expected = contents(whole, "a")
+    interrupted = 0
+    for attempt in range(6):
+        victim = Path(shutil.copytree(cache, tmp_path / f"victim-{attempt}"))
+        # Four times into each, so that resumed runs are killed as well.
+        for part in range(4):
+            process = subprocess.Popen(
+                command("cache-logits", "--cache", victim, *arguments),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment(),
+            )
+            folder = victim / "teachers/a"
+            deadline = time.monotonic() + seconds
+            before = len(list(folder.rglob("*"))) if folder.exists() else 0
+            while process.poll() is None and time.monotonic() < deadline:
+                if folder.exists() and len(list(folder.rglob("*"))) > before + attempt * 5:
+                    break
+                time.sleep(0.001 * (part + 1))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                interrupted += 1
+            process.wait()
+        done = run("cache-logits", "--cache", victim, *arguments)
+        assert done.returncode == 0, done.stderr
+        found = {key: data for key, data in contents(victim, "a").items() if not key.endswith(".partial")}
+        assert found == expected
+        assert LogitCache.open(str(victim)).teacher("a").missing() == []
+        shutil.rmtree(victim)
+    assert interrupted >= 20
+
+
+def test_another_identity_under_the_same_name(
+    cache: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run
+) -> None:
+    base = ("cache-logits", "--cache", cache, "--name", "a", "--shard-tokens", 1024)
+    assert run(*base, "--teacher", teacher, "-k", K, "--context-tokens", 64).returncode == 0
+    before = files(cache)
+    cases = [
+        (("--teacher", make_teacher(1), "-k", K, "--context-tokens", 64), "weights_sha256"),
+        (("--teacher", teacher, "-k", 8, "--context-tokens", 64), "targets.k: the cache has 40, this job has 8"),
+        (("--teacher", teacher, "-k", K, "--context-tokens", 128), "windowing.context_tokens"),
+        (("--teacher", teacher, "-k", K, "--context-tokens", 64, "--stride-tokens", 32), "windowing.stride_tokens"),
+        (("--teacher", teacher, "-k", K, "--context-tokens", 64, "--encoding", "float32"), "encoding.kind"),
+        (("--teacher", teacher, "-k", K, "--context-tokens", 64, "--isolate-documents"), "isolate_documents"),
+    ]
+    for arguments, field in cases:
+        refused(run(*base, *arguments), field, "--name")
+    assert files(cache) == before
+
+
+def test_a_teacher_of_another_tokenizer(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(teacher, tmp_path / "other"))
+    for path in (cache / "tokenizer").iterdir():
+        shutil.copy(path, other)
+    arguments = ("cache-logits", "--cache", cache, "--teacher", other, "--name", "a", *SMALL)
+    assert run(*arguments).returncode == 0
+    data = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(data))
+    before = files(cache)
+    refused(run(*arguments, "--name", "b"), "tokenizer", "id 300", repr(first))
+    assert files(cache) == before
+
+
+def wrong_inputs(cache: Path, teacher: Path, make: Callable[..., Path], tmp: Path) -> dict[str, tuple[tuple, tuple]]:
+    broken = Path(shutil.copytree(teacher, tmp / "broken"))
+    (broken / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes()[:5000])
+    no_config = tmp / "no-config"
+    no_config.mkdir()
+    base = ("--cache", cache, "--teacher", teacher, "--name", "a")
+    return {
+        "no cache": (("--cache", tmp / "nowhere", "--teacher", teacher, "--name", "a"), ("nowhere", "tokenize")),
+        "no teacher": (("--cache", cache, "--teacher", tmp / "none", "--name", "a"), ("none",)),
+        "an empty model folder": (("--cache", cache, "--teacher", no_config, "--name", "a"), ("no-config",)),
+        "cut weights": (("--cache", cache, "--teacher", broken, "--name", "a", *SMALL), ("broken",)),
+        "a head too small": (
+            ("--cache", cache, "--teacher", make(2, vocabulary_size=399), "--name", "a", *SMALL),
+            ("399", "400"),
+        ),
+        "k above V": ((*base, "-k", 401), ("401", "400")),
+        "k of zero": ((*base, "-k", 0), ("--k", "1")),
+        "stride above context": ((*base, "--context-tokens", 32, "--stride-tokens", 64), ("64", "32")),
+        "context above the model's": ((*base, "--context-tokens", 256), ("256", "128")),
+        "a bad name": (("--cache", cache, "--teacher", teacher, "--name", "../a"), ("--name",)),
+        "an unknown dtype": ((*base, "--dtype", "float8"), ("--dtype", "float32")),
+        "an unknown device": ((*base, "--device", "abacus"), ("abacus",)),
+        "a missing option": (("--cache", cache, "--name", "a"), ("--teacher",)),
+        "no such config": ((*base, "--config", tmp / "job.yaml"), ("job.yaml",)),
+        "a shard that does not divide": ((*base, "--shard-tokens", 1000), ("1000", "128")),
+        "a bad worker": ((*base, "--worker", "2/2"), ("--worker", "0/4")),
+        "a worker that is no number": ((*base, "--worker", "²/3"), ("--worker", "0/4")),
+        "text without out": (("--text", "x.txt", "--teacher", teacher, "--name", "a"), ("--out",)),
+    }
+
+
+def test_wrong_input_is_one_line_and_changes_nothing(
+    cache: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run, tmp_path: Path
+) -> None:
+    before = files(cache)
+    for case, (arguments, words) in wrong_inputs(cache, teacher, make_teacher, tmp_path).items():
+        done = run("cache-logits", *arguments)
+        assert done.returncode == 2, f"{case}: {done.stdout}{done.stderr}"
+        refused(done, *words)
+        assert files(cache) == before, case
+
+
+def test_yaml_job_with_flags_that_override_it(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"cache: {cache}\nteacher: {teacher}\nname: a\nk: 8\ncontext-tokens: 64\nshard_tokens: 1024\n")
+    done = run("cache-logits", "--config", job, "-k", 16, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["targets"]["k"], found["windowing"]["context_tokens"]) == (16, 64)
+    job.write_text(job.read_text() + "contxt_tokens: 5\n")
+    refused(run("cache-logits", "--config", job), "contxt_tokens", "context_tokens")
+
+
+def test_from_raw_text_in_one_step(teacher: Path, cache: Path, text_file: Path, run: Run, tmp_path: Path) -> None:
+    with_tokenizer = Path(shutil.copytree(teacher, tmp_path / "complete"))
+    for path in (cache / "tokenizer").iterdir():
+        shutil.copy(path, with_tokenizer)
+    out = tmp_path / "one-step"
+    done = run("cache-logits", "--text", text_file, "--out", out, "--teacher", with_tokenizer, "--name", "a", *SMALL)
+    assert done.returncode == 0, done.stderr
+    opened = LogitCache.open(str(out))
+    assert opened.teacher("a").missing() == []
+    assert np.array_equal(opened.tokens.read(0, 500), LogitCache.open(str(cache)).tokens.read(0, 500))
+
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"text: [{text_file}]\nout: {tmp_path / 'yaml'}\nteacher: {with_tokenizer}\nname: a\nk: {K}\n"
+        f"targets: topk\ncontext_tokens: 64\nshard_tokens: 1024\n"
+    )
+    done = run("cache-logits", "--config", job)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "yaml", "a") == contents(out, "a")
+
+
+def test_a_wrong_teacher_leaves_no_stream_behind(cache: Path, text_file: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for teacher in (tmp_path / "none", cache):
+        refused(
+            run("cache-logits", "--text", text_file, "--out", out, "--teacher", teacher, "--name", "a",
+                "--tokenizer", cache / "tokenizer"),
+            teacher.name,
+        )  # fmt: skip
+        assert not out.exists()
+    refused(run("cache-logits", "--tokenizer", cache, "--cache", cache, "--teacher", cache, "--name", "a"), "--text")
+
+
+def test_a_full_disk(cache: Path, teacher: Path, tmp_path: Path) -> None:
+    """No file may grow beyond 16 kB: the kernel's answer to a full quota. The run ends cleanly, and can go on."""
+    import resource
+
+    arguments = command("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
+
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, env=environment(), preexec_fn=limit, timeout=300, check=False
+    )
+    refused(done, "no space left")
+    assert not list(cache.rglob("*.partial"))
+    assert not list((cache / "teachers/a/receipts").glob("*")) if (cache / "teachers/a/receipts").exists() else True
+    again = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert LogitCache.open(str(cache)).teacher("a").missing() == []
+
+
+def test_inspect(cache: Path, teacher: Path, run: Run) -> None:
+    assert run("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *SMALL).returncode == 0
+    found = json.loads(run("logit-cache", "inspect", cache, "--json").stdout)
+    opened = LogitCache.open(str(cache))
+    total = len(opened.tokens)
+    read = opened.teacher("a").read(0, total)
+    entry = found["teachers"]["a"]
+    assert entry["positions_cached"] == total == found["corpus"]["tokens"]
+    stored = sum(p.stat().st_size for p in (cache / "teachers/a").rglob("c/**/*") if p.is_file())
+    assert entry["stored_bytes"] == stored
+    assert entry["bytes_per_token"] == pytest.approx(stored / total)
+    loss = -np.nanmean(read.label_logprob.astype(np.float64))
+    assert entry["summary"]["cross_entropy"] == pytest.approx(loss, rel=1e-3)
+    assert entry["summary"]["perplexity"] == pytest.approx(np.exp(loss), rel=1e-2)
+    shown = run("logit-cache", "inspect", cache).stdout
+    assert "gpt2-0" in shown
+    assert "complete" in shown
+
+    at = json.loads(run("logit-cache", "inspect", cache, "--at", 500, "--json").stdout)
+    assert at["next"]["id"] == int(opened.tokens.read(501, 502)[0])
+    assert [item["id"] for item in at["teachers"]["a"]["top"]] == read.token_ids[500, :10].tolist()
+    assert at["teachers"]["a"]["head_mass"] == pytest.approx(np.exp(read.logprobs[500]).sum(), rel=1e-5)
+    text = run("logit-cache", "inspect", cache, "--at", 500).stdout
+    assert repr(at["next"]["text"]) in text
+    refused(run("logit-cache", "inspect", cache, "--at", total), "--at")
+    refused(run("logit-cache", "inspect", cache / "nowhere"), "no cache there")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cache-logits",),
+        ("logit-cache",),
+        ("logit-cache", "tokenize"),
+        ("logit-cache", "inspect"),
+        ("logit-cache", "demo"),
+        ("train-student",),
+        ("train-teacher",),
+    ],
+    ids=" ".join,
+)
+def test_help_has_an_example_and_answers_at_once(arguments: tuple[str, ...], run: Run) -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = run(*arguments, "--help")
+        seconds.append(time.monotonic() - began)
+    assert done.returncode == 0
+    assert (len(arguments) == 1 and arguments[0] == "logit-cache") or "Example" in done.stdout
+    # The best of three, since the machine may be busy; importing torch alone would take longer.
+    assert min(seconds) < 1.0

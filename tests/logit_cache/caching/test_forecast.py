@@ -1,0 +1,207 @@
+"""`logit-cache plan` against the real `cache-logits`: bytes, numbers of files, refusals; and it writes nothing.
+
+No test looks at how long anything takes: docs/planning.md has the figures of processor time that were measured by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import LIBRARY, Run, refused
+from support.jobs import cache_logits, refusal
+
+from logit_cache.forecast import Question, forecast
+from logit_cache.job import CacheJob
+from logit_cache.progress import progress
+from storage.config import build_config
+from storage.errors import LogitCacheError
+from storage.manifest import ReceiptIndex, sealed_bytes
+
+# A hundred and some thousand tokens in documents, of which a probe scores a quarter or less.
+MODULES = ("argparse", "ast", "configparser", "csv", "datetime", "difflib", "enum", "inspect", "locale", "shutil")
+JOBS: dict[str, dict[str, Any]] = {
+    "drawn": {"k": 24},
+    "cut": {"targets": "topk", "k": 32, "top_p": 0.9, "profile": "fast", "chunk_tokens": 1024, "shard_tokens": 8192},
+    "isolated": {"k": 8, "encoding": "float32", "isolate_documents": True, "stride_tokens": 32, "batch_windows": 48},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "".join((LIBRARY / f"{name}.py").read_text(encoding="utf-8") for name in MODULES)
+    (folder / "library.txt").write_text(text, encoding="utf-8")
+    done = run(
+        "logit-cache", "tokenize", "--text", folder / "library.txt", "--train-tokenizer", 400,
+        "--document-separator", r"\n\n\n", "--out", folder / "cache",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "cache"
+
+
+def predicted(cache: Path, *teachers: Path, question: Question | None = None, **fields: Any) -> dict[str, Any]:
+    given = {"cache": str(cache), "name": "x", "teacher": [str(teacher) for teacher in teachers]}
+    job = build_config(CacheJob, {**given, "context_tokens": 64, **fields}, {}, "cache-logits")
+    return forecast(job, question or Question(), progress)
+
+
+def stored(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_bytes_and_files_are_those_of_the_real_job(name: str, corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    found = predicted(corpus, teacher, **JOBS[name])
+    assert found["probe"]["positions"] < 0.4 * found["tokens"]
+    path = Path(shutil.copytree(corpus, tmp_path / "cache"))
+    targets, _ = cache_logits(path, "x", teacher, **JOBS[name])
+    files = stored(path / "teachers/x")
+    size = found["size"]
+    assert size["bytes"] == pytest.approx(sum(files.values()), rel=0.05)
+    assert size["bytes_per_token"] == pytest.approx(sum(files.values()) / len(targets), rel=0.05)
+    objects = {key: length for key, length in files.items() if "/c/" in key}
+    for array, length in size["array_bytes"].items():
+        real = sum(size for key, size in objects.items() if key.startswith(array + "/"))
+        # Of the small arrays, a position with nothing to say compresses to nothing, and there are few such.
+        assert length == pytest.approx(real, rel=0.05, abs=0.005 * size["bytes"]), array
+    assert (size["files"], size["objects"]) == (len(files), len(objects))
+    assert size["shards"] == size["receipts"] == targets.receipts.shards
+    assert size["receipts_bytes"] == pytest.approx(
+        sum(length for key, length in files.items() if key[9:17].isdecimal()), rel=0.02
+    )
+    assert size["index_bytes"] == pytest.approx(files["receipts/index.json"], abs=100)
+    assert size["largest_object_bytes"] == pytest.approx(max(objects.values()), rel=0.1)
+    assert max(objects.values()) <= size["largest_object_bound_bytes"]
+    assert found["entry"]["layout"] == targets.entry.layout.model_dump()
+    assert found["entry"]["execution"] == targets.entry.execution.model_dump()
+
+
+def test_by_command_with_a_student_and_nothing_is_written(
+    corpus: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run, tmp_path: Path
+) -> None:
+    other = make_teacher(1)
+    (tmp_path / "here").mkdir()
+    student = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    (tmp_path / "student.json").write_text(json.dumps({**student, "num_attention_heads": 2}))
+    (tmp_path / "job.yaml").write_text("k: 99\ncontext-tokens: 64\ncombine: logit-mean\n")
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [corpus, *corpus.rglob("*")]}
+    arguments = (
+        "logit-cache", "plan", "--cache", corpus, "--teacher", teacher, "--teacher", other, "-k", 16,
+        "--config", tmp_path / "job.yaml", "--runs", 3, "--epochs", 2, "--workers", 4, "--probe-windows", 160,
+    )  # fmt: skip
+    done = run(*arguments, "--student", tmp_path / "student.json", "--json", cwd=tmp_path / "here")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [corpus, *corpus.rglob("*")]} == before
+    assert list((tmp_path / "here").iterdir()) == []
+
+    assert found["probe"]["windows"] == 128  # whole chunks of them
+    assert found["entry"]["targets"]["k"] == 16
+    speed, time, paid = found["speed"], found["time"], found["break_even"]
+    assert time["hours"] == pytest.approx(found["tokens"] / speed["positions_per_second"] / 3600 / 4)
+    assert paid["student"]["live"] > 0
+    assert paid["student"]["cached"] > 0
+    hours = found["tokens"] / 3600
+    cached = paid["student"]["cached"] + paid["reading_cpu_seconds_per_token"]
+    assert paid["caching_hours"] == pytest.approx(speed["paid_seconds_per_token"] * hours)
+    assert paid["cached_hours"] == pytest.approx(paid["caching_hours"] + 6 * cached * hours)
+    assert paid["live_hours"] == pytest.approx(6 * paid["student"]["live"] * hours)
+    if paid["student"]["live"] > cached:
+        assert paid["epochs_until_paid"] == pytest.approx(
+            speed["paid_seconds_per_token"] / (paid["student"]["live"] - cached)
+        )
+    else:
+        assert paid["epochs_until_paid"] is None
+    assert found["memory"]["process_bytes"] > 50 << 20
+
+    text = run(*arguments, cwd=tmp_path / "here")
+    assert text.returncode == 0, text.stderr
+    assert "the teachers' share alone" in text.stdout
+    assert "is not compared (--student does)" in text.stdout
+    assert f"{found['tokens']:,} tokens" in text.stdout
+    assert f"{found['size']['objects']:,} objects and {found['size']['receipts']:,} receipts" in text.stdout
+
+
+def test_a_corpus_that_is_not_tokenised_yet(corpus: Path, teacher: Path) -> None:
+    found = predicted(corpus, teacher, k=16, question=Question(tokens=100_000_000_000, probe_windows=64))
+    here = predicted(corpus, teacher, k=16, question=Question(probe_windows=64))
+    size = found["size"]
+    assert found["tokens"] == 100_000_000_000
+    assert found["tokens_in_the_cache"] == here["tokens"]
+    assert found["entry"]["layout"]["shard"] == 65_536
+    assert (size["shards"], size["receipts"], size["objects"]) == (1_525_879, 1_525_879, 9 * 1_525_879)
+    assert size["bytes_per_token"] == pytest.approx(here["size"]["bytes_per_token"], rel=0.02)
+    assert found["opening"]["listing_requests_while_incomplete"] == 1_526
+    index = ReceiptIndex(record_sha256="0" * 64, receipts=("0" * 64,) * 1_525_879, object_bytes=10**12)
+    assert size["index_bytes"] == pytest.approx(len(sealed_bytes(index)), abs=1_000)
+    # A digest takes 113 bytes as a string and some more on its way.
+    assert found["opening"]["memory_bytes"] > 113 * 1_525_879
+    assert found["time"]["hours"] == pytest.approx(1e11 / found["speed"]["positions_per_second"] / 3600)
+    with pytest.raises(LogitCacheError, match=r"--tokens 1000000000000: .* more than 2097152 shards: give larger"):
+        predicted(corpus, teacher, question=Question(tokens=10**12))
+
+
+def test_fewer_windows_than_a_chunk_has(corpus: Path, teacher: Path) -> None:
+    found = predicted(corpus, teacher, k=16, question=Question(probe_windows=10))
+    assert (found["probe"]["windows"], found["probe"]["pieces"]) == (8, 4)
+    whole = predicted(corpus, teacher, k=16)
+    assert found["size"]["bytes"] == pytest.approx(whole["size"]["bytes"], rel=0.15)
+    # One position more than a single window.
+    assert predicted(corpus, teacher, k=16, question=Question(probe_windows=1))["probe"]["positions"] == 64
+
+
+def test_it_refuses_what_the_job_would_refuse(
+    corpus: Path, teacher: Path, make_teacher: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(corpus, tmp_path / "cache"))
+    narrow, other = make_teacher(vocabulary_size=300), make_teacher(seed=5)
+    jobs: list[tuple[tuple[Path, ...], dict[str, Any]]] = [
+        ((narrow,), {}),
+        ((teacher,), {"k": 401}),
+        ((teacher,), {"context_tokens": 256}),
+        ((teacher,), {"shard_tokens": 1000}),
+        ((tmp_path / "nothing",), {}),
+        ((teacher, narrow), {"combine": "mixture"}),
+        ((teacher,), {"dtype": "float64"}),
+        ((teacher,), {"top_p": 0.5, "seed": 3}),
+        ((teacher,), {"device": "abacus"}),
+    ]
+    for teachers, fields in jobs:
+        said = refusal(path, "x", *teachers, **fields)
+        with pytest.raises(LogitCacheError) as caught:
+            predicted(path, *teachers, **fields)
+        assert str(caught.value) == said
+    assert not (path / "teachers/x").exists()
+    cache_logits(path, "x", teacher, k=4, shard_tokens=65_536)
+    for fields in {"k": 5}, {"step_nats": 0.25}:
+        said = refusal(path, "x", teacher, **{"k": 4, "shard_tokens": 65_536, **fields})
+        with pytest.raises(LogitCacheError) as caught:
+            predicted(path, teacher, question=Question(named=True), **{"k": 4, "shard_tokens": 65_536, **fields})
+        assert str(caught.value) == said
+    said = refusal(path, "x", other, k=4, shard_tokens=65_536)
+    assert "weights_sha256" in said
+
+
+def test_refusals_of_the_command(corpus: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+    base = ("logit-cache", "plan", "--cache", corpus)
+    refused(run(*base), "--teacher is missing")
+    refused(run(*base, "--teacher", teacher, "--stride-tokens", 200), "--stride-tokens 200 is larger")
+    (tmp_path / "job.yaml").write_text("kk: 3\n")
+    refused(run(*base, "--teacher", teacher, "--config", tmp_path / "job.yaml"), "no field 'kk'")
+    refused(run("logit-cache", "plan", "--cache", tmp_path, "--teacher", teacher), "no cache there")
+    student = run(*base, "--teacher", teacher, "--student", "llama-tyny", "--probe-windows", 4)
+    refused(student, "llama-tyny", "did you mean 'llama-tiny'")
+
+
+def test_what_a_batch_that_is_not_full_costs(corpus: Path, teacher: Path) -> None:
+    """Shards of 10 windows in batches of 8: every shard has a second pass with two windows in it."""
+    found = predicted(corpus, teacher, k=4, shard_tokens=640, chunk_tokens=640, batch_windows=8)
+    assert found["probe"]["positions"] == 4 * 640
+    assert found["speed"]["positions_per_second"] > 0
+    assert math.isfinite(found["break_even"]["live_hours"])

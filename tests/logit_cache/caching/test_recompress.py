@@ -1,0 +1,406 @@
+"""`recompress` against a float64 dense reference: what stays, what joins the tail, what is refused, and kills."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.commands import Run, refused
+
+from logit_cache.recompress import RecompressJob, recompress
+from storage import LogitCache, SparseTargets
+from storage.encoding import MIN_STEP_NATS, logprob_floor
+from storage.errors import IdentityMismatch, IncompleteCache, InputError, LogitCacheError
+from storage.manifest import CacheRecord, Encoding, Targets, TeacherEntry, digest
+from storage.pruning import prune
+from storage.verify import verify
+from storage.writer import write_corpus
+from student.losses import Member, forward_kl
+from student.windows import DistillationWindows, collate
+
+V, N, K = 211, 700, 64
+STEP = 1 / 32
+
+
+@pytest.fixture(scope="module")
+def logits() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(N, V)) * rng.choice([0.1, 2.0, 6.0], size=(N, 1))
+    rows[10, 5:] = -np.inf  # a teacher that masks all ids but five
+    rows[11] = 0.0
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 5, N).astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def dense(logits: np.ndarray) -> np.ndarray:
+    """Log-probs float64 [N, V]."""
+    z = logits - logits.max(axis=1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def top(logits: np.ndarray, tokens: np.ndarray, k: int, step: float = STEP) -> SparseTargets:
+    """Top-k targets as a teacher's worker makes them, floor included."""
+    floor = np.float32(logprob_floor(step))
+    targets = dense_targets(np.maximum(logits, -1e30), k, np.append(tokens[1:], -1).astype(np.int64))
+    floored = {
+        name: np.where(
+            np.isneginf(getattr(targets, name)) & (k == V), -np.inf, np.maximum(getattr(targets, name), floor)
+        )
+        for name in ("log_tail", "log_tail_half", "label_logprob", "exact_logprobs")
+    }
+    entropy = np.nan_to_num(targets.entropy)
+    return replace(targets, entropy=entropy, **{n: values.astype(np.float32) for n, values in floored.items()})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, logits: np.ndarray, tokens: np.ndarray) -> tuple[Path, CacheRecord]:
+    """A cache with the same teacher at k = 64 in codes, and exactly; and all its ids."""
+    path = tmp_path_factory.mktemp("made") / "cache"
+    record = make_corpus(str(path), tokens, V)
+    cut = {"shard_tokens": 256, "chunk_tokens": 64}
+    write_entry(path, "codes", make_entry(record, K, **cut), top(logits, tokens, K))
+    write_entry(path, "exact", make_entry(record, K, encoding="float32", **cut), top(logits, tokens, K))
+    write_entry(path, "whole", make_entry(record, V, encoding="float32", **cut), top(logits, tokens, V))
+    return path, record
+
+
+@pytest.fixture
+def cache(made: tuple[Path, CacheRecord], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[0], tmp_path / "cache"))
+
+
+def rewrite(cache: Path, name: str = "codes", to: str = "new", **changes: Any) -> SparseTargets:
+    recompress(RecompressJob(cache=str(cache), name=name, to=to, **changes))
+    return LogitCache.open(str(changes.get("out", cache))).teacher(to).read(0, N)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("source", ["codes", "exact", "whole"])
+def test_fewer_ids_are_what_caching_fewer_would_have_given(
+    cache: Path, made: tuple[Path, CacheRecord], logits: np.ndarray, tokens: np.ndarray, source: str
+) -> None:
+    found = rewrite(cache, source, k=16)
+    encoding = "codes" if source == "codes" else "float32"
+    write_entry(cache, "direct", make_entry(made[1], 16, encoding=encoding), top(logits, tokens, 16))
+    direct = LogitCache.open(str(cache)).teacher("direct").read(0, N)
+    for name in ("token_ids", "kept", "certain", "codes", "exact_logprobs", "top_logprob"):
+        assert np.array_equal(getattr(found, name), getattr(direct, name)), name
+    assert np.array_equal(found.label_logprob, direct.label_logprob, equal_nan=True)
+    assert np.array_equal(found.entropy, direct.entropy)
+    # What joined the tails was off by half a step at most; and the mantissas are rounded.
+    allowed, rounding = (STEP / 2, 2.0**-12) if encoding == "codes" else (0.0, 2.0**-22)
+    for name, share in (("log_tail", 1.0), ("log_tail_half", 0.5)):
+        # Row 10 has ids at the floor only; nothing and 48 times nothing are both no mass.
+        a, b = (np.maximum(getattr(each, name).astype(np.float64), -900) for each in (found, direct))
+        assert (np.abs(a - b) <= allowed * share + rounding * np.abs(b) + 1e-6).all(), name
+
+
+def test_tails_are_the_exact_sums_of_what_left(cache: Path, dense: np.ndarray) -> None:
+    found = rewrite(cache, "exact", k=9)
+    p = np.sort(np.exp(dense), axis=1)[:, ::-1]
+    usable = np.arange(N) != 10  # row 10 is all floor outside five ids
+    tail = np.log(p[:, 9:].sum(axis=1)[usable])
+    half = np.log(np.sqrt(p[:, 9:]).sum(axis=1)[usable])
+    assert np.abs(found.log_tail[usable] - tail).max() < 1e-5
+    assert np.abs(found.log_tail_half[usable] - half).max() < 1e-5
+    assert found.log_tail[10] <= logprob_floor(STEP) + math.log(V)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1.0])
+def test_rows_are_cut_where_their_mass_first_suffices(cache: Path, top_p: float) -> None:
+    source = LogitCache.open(str(cache)).teacher("codes").read(0, N)
+    found = rewrite(cache, top_p=top_p, profile="fast")
+    mass = np.exp(source.logprobs.astype(np.float64)).cumsum(axis=1)
+    total = mass[:, -1] + np.exp(source.log_tail.astype(np.float64))
+    assert np.abs(total - 1).max() < np.expm1(STEP / 2)
+    mass /= total[:, None]
+    for row in range(N):
+        kept = int(found.kept[row])
+        assert kept == K or mass[row, kept - 1] >= top_p
+        assert kept == 1 or mass[row, kept - 2] < top_p
+    assert np.array_equal(found.certain, found.kept)
+    # All of it is only there where the rest is nothing at all.
+    cut = found.kept < K
+    assert cut.any()
+    if top_p == 1:
+        assert (found.log_tail[cut] < -30).all()
+    beyond = np.arange(K) >= found.kept[:, None]
+    assert (found.token_ids[beyond] == 65_535).all()
+    assert found.codes is not None
+    assert (found.codes[beyond] == 0).all()
+    assert np.array_equal(found.token_ids[~beyond], source.token_ids[~beyond])
+    assert np.array_equal(found.logprobs[~beyond], source.logprobs[~beyond])
+    after = np.exp(found.logprobs.astype(np.float64)).sum(axis=1) + np.exp(found.log_tail.astype(np.float64))
+    assert np.abs(after - total).max() < 1e-3  # the tail's mantissa
+    assert LogitCache.open(str(cache)).teacher("new").entry.targets == Targets(k=K, top_p=top_p)
+
+
+def test_the_same_step_gives_the_same_codes_byte_for_byte(cache: Path) -> None:
+    before = files(cache / "teachers/codes")
+    rewrite(cache, shard_tokens=256, chunk_tokens=32)
+    rewrite(cache, "new", "back", shard_tokens=256, chunk_tokens=64)
+    after = files(cache / "teachers/back")
+    objects = {key for key in before if "/c/" in key}
+    assert len(objects) == 9 * 3
+    assert {key: after[key] for key in objects} == {key: before[key] for key in objects}
+    assert files(cache / "teachers/codes") == before
+
+
+@pytest.mark.parametrize(("source", "step"), [("exact", 1 / 32), ("exact", 1 / 128), ("codes", 1 / 16), ("codes", 0.3)])
+def test_another_step_is_within_its_bound(
+    cache: Path, logits: np.ndarray, tokens: np.ndarray, source: str, step: float
+) -> None:
+    found = rewrite(cache, source, encoding="codes", step_nats=step)
+    exact = np.maximum(top(logits, tokens, K).logprobs, logprob_floor(step))
+    allowed = step / 2 if source == "exact" else step / 2 + STEP / 2
+    assert np.abs(found.logprobs - exact)[:, 1:].max() <= allowed + 1e-4
+    assert found.step_nats == step
+    entry = LogitCache.open(str(cache)).teacher("new").entry
+    assert entry.encoding == Encoding(kind="codes", step_nats=step, mantissa_bits=12)
+    assert found.logprobs.min() >= logprob_floor(step) - step
+
+
+def test_a_step_that_doubles_again_and_again_stays_within_one_of_itself(
+    cache: Path, logits: np.ndarray, tokens: np.ndarray
+) -> None:
+    exact = top(logits, tokens, K).logprobs
+    name, step = "codes", STEP
+    while 2 * step <= 1:
+        step *= 2
+        found = rewrite(cache, name, f"at-{round(step / STEP)}", step_nats=step)
+        name = f"at-{round(step / STEP)}"
+        assert np.abs(found.logprobs - exact).max() < step
+    assert step == 1
+
+
+def test_the_record_says_where_it_came_from_and_keeps_the_rest(cache: Path) -> None:
+    source = LogitCache.open(str(cache)).teacher("codes")
+    found = recompress(RecompressJob(cache=str(cache), name="codes", to="new", k=8, top_p=0.9))
+    made = LogitCache.open(str(cache)).teacher("new")
+    assert made.entry.derived_from == digest(source.entry) == found.derived_from == source.record_sha256
+    changed = {"targets", "layout", "derived_from", "created_with"}
+    assert made.entry.model_dump(exclude=changed) == source.entry.model_dump(exclude=changed)
+    assert made.entry.layout == source.entry.layout
+    assert (found.bytes_before, found.bytes_after) == (source.stored_bytes(), made.stored_bytes())
+    assert found.bytes_after < found.bytes_before / 3
+    assert (found.k_before, found.k_after, found.positions) == (K, 8, N)
+    assert found.head_mass_before is not None
+    assert found.head_mass_after is not None
+    assert found.head_mass_after < found.head_mass_before
+    report = verify(str(cache), deep=True)
+    assert (report.sound, report.missing, report.leftovers) == (True, {}, [])
+
+
+def sampled_entry(record: CacheRecord, targets: SparseTargets) -> tuple[TeacherEntry, SparseTargets]:
+    """Eight certain ids, and the others as if they had been drawn."""
+    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
+    rest = targets.logprobs[:, 8:].astype(np.float64)
+    changed = replace(
+        targets,
+        certain=np.full(N, 8, dtype=np.uint16),
+        log_tail=np.logaddexp(targets.log_tail, np.logaddexp.reduce(rest, axis=1)).astype(np.float32),
+        log_tail_half=np.logaddexp(targets.log_tail_half, np.logaddexp.reduce(rest / 2, axis=1)).astype(np.float32),
+    )
+    return entry.model_copy(update={"targets": Targets(method="varopt", k=K, head_ids=8, seed=3)}), changed
+
+
+def test_a_sample_is_kept_whole(
+    cache: Path, made: tuple[Path, CacheRecord], logits: np.ndarray, tokens: np.ndarray
+) -> None:
+    write_entry(cache, "sampled", *sampled_entry(made[1], top(logits, tokens, K)))
+    for option, value in (("k", 16), ("top_p", 0.9), ("step_nats", 0.25), ("encoding", "codes")):
+        with pytest.raises(InputError, match=rf"--?{option.replace('_', '-')} .* sample \(varopt\)"):
+            rewrite(cache, "sampled", **{option: value})
+    before = LogitCache.open(str(cache)).teacher("sampled").read(0, N)
+    found = rewrite(cache, "sampled", profile="fast", chunk_tokens=128)
+    for name in ("token_ids", "codes", "kept", "certain", "log_tail", "log_tail_half", "entropy", "top_logprob"):
+        assert np.array_equal(getattr(found, name), getattr(before, name)), name
+    with pytest.raises(AssertionError, match="whole"):
+        prune(before, 16, None, -2000.0)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "more ids": ("codes", {"k": 65}, "holds 64 ids"),
+    "float32 of codes": ("codes", {"encoding": "float32"}, "say no more than they do"),
+    "a finer step": ("codes", {"step_nats": 1 / 64}, "at least 0.0625"),
+    "a step between": ("codes", {"step_nats": 3 / 64}, "at least 0.0625"),
+    "more mass": ("pruned", {"top_p": 0.95}, "already cut at a mass of 0.8"),
+    "nothing to do": ("codes", {}, "already as asked for"),
+    "the same again": ("codes", {"k": 64, "step_nats": 1 / 32, "profile": "small"}, "already as asked for"),
+    "a cut that is none": ("codes", {"chunk_tokens": 24}, "multiple of the stride"),
+    "itself": ("codes", {"k": 8, "to": "codes"}, "never rewritten"),
+    "a name that is none": ("nobody", {"k": 8}, "no teacher entry 'nobody'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(cache: Path, case: str) -> None:
+    name, changes, words = REFUSED[case]
+    if name == "pruned":
+        rewrite(cache, to="pruned", top_p=0.8)
+    before = files(cache)
+    with pytest.raises(LogitCacheError, match=words):
+        rewrite(cache, name, **{"to": "new", **changes})
+    assert files(cache) == before
+
+
+def test_an_entry_under_that_name_is_not_touched(cache: Path) -> None:
+    rewrite(cache, k=16)
+    before = files(cache)
+    rewrite(cache, k=16)
+    assert files(cache) == before
+    for name, changes in (("codes", {"k": 8}), ("exact", {"k": 16}), ("codes", {"k": 16, "top_p": 0.5})):
+        with pytest.raises(IdentityMismatch, match="new"):
+            rewrite(cache, name, **changes)
+    with pytest.raises(IdentityMismatch, match="derived_from"):
+        rewrite(cache, to="exact", k=16)
+    assert files(cache) == before
+
+
+def test_an_incomplete_or_damaged_source(cache: Path) -> None:
+    receipts = cache / "teachers/codes/receipts"
+    (receipts / "index.json").unlink()
+    (receipts / "00000001.json").unlink()
+    with pytest.raises(IncompleteCache, match=r"256\.\.512"):
+        rewrite(cache, k=16)
+    assert not (cache / "teachers/new").exists()
+    path = cache / "teachers/exact/logprobs/c/1/0"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(LogitCacheError, match="exact/logprobs"):
+        rewrite(cache, "exact", k=16)
+    assert LogitCache.open(str(cache)).teacher("new").missing() == [(256, N)]
+
+
+def test_into_another_cache_of_the_same_tokens_only(
+    cache: Path, made: tuple[Path, CacheRecord], tokens: np.ndarray, tmp_path: Path
+) -> None:
+    same, other, bare = tmp_path / "same", tmp_path / "other", tmp_path / "bare"
+    make_corpus(str(same), tokens, V)
+    make_corpus(str(other), tokens[::-1].copy(), V)
+    opened = LogitCache.open(str(cache))
+    without = made[1].model_copy(update={"corpus": made[1].corpus.model_copy(update={"tokens_included": False})})
+    write_corpus(str(bare), without, opened.tokenizer_files(), tokens, opened.document_starts, None)
+    found = rewrite(cache, k=16, out=str(same))
+    assert np.array_equal(found.token_ids, rewrite(cache, k=16).token_ids)
+    with pytest.raises(IdentityMismatch, match="stream_sha256"):
+        rewrite(cache, k=16, out=str(other))
+    with pytest.raises(InputError, match="label_logprob"):
+        rewrite(cache, k=16, out=str(bare))
+    with pytest.raises(LogitCacheError, match="no cache there"):
+        rewrite(cache, k=16, out=str(tmp_path / "nowhere"))
+    assert not list(other.glob("teachers/*/"))
+    assert not list(bare.glob("teachers/*/"))
+
+
+KILLED = """
+import os, sys
+from storage.local import LocalLocation
+from logit_cache.recompress import RecompressJob, recompress
+publish, left = LocalLocation.publish, {writes}
+def killed(self, key, data):
+    global left
+    if left == 0:
+        os._exit(9)
+    left -= 1
+    return publish(self, key, data)
+LocalLocation.publish = killed
+recompress(RecompressJob(cache=sys.argv[1], name="codes", to="new", k=16, top_p=0.95, step_nats=0.0625))
+"""
+
+
+def test_killed_at_any_write_it_goes_on_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
+    """After the record, within the metadata, between the objects of a shard, before a receipt, before the index."""
+    changes: dict[str, Any] = {"k": 16, "top_p": 0.95, "step_nats": 0.0625}
+    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
+    rewrite(whole, **changes)
+    expected = {key: data for key, data in files(whole / "teachers/new").items() if "receipts/" not in key}
+    for writes in (1, 6, 13, 19, 27, 39):
+        victim = Path(shutil.copytree(cache, tmp_path / f"victim-{writes}"))
+        pid = os.fork()
+        if pid == 0:  # a child of a process that has imported everything: quick, and killed like any other
+            sys.argv = ["", str(victim)]
+            exec(KILLED.format(writes=writes), {})
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        with pytest.raises(LogitCacheError):
+            LogitCache.open(str(victim)).teacher("new").read(0, N)
+        rewrite(victim, **changes)
+        assert {k: d for k, d in files(victim / "teachers/new").items() if "receipts/" not in k} == expected
+        assert verify(str(victim), deep=True).sound
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("source", ["codes", "exact"])
+def test_the_loss_takes_pruned_rows(cache: Path, dense: np.ndarray, source: str, temperature: float) -> None:
+    """Rows of different lengths, read as training reads them: the bucketed KL of a float64 reference of each row."""
+    found = rewrite(cache, source, k=32, top_p=0.8)
+    assert len(np.unique(found.kept)) > 5
+    batch = collate(DistillationWindows(str(cache), ["new"], window_tokens=N - 1).__getitems__([0]))
+    targets = {key: value.flatten(0, 1) for key, value in batch["targets"]["new"].items()}
+    rng = np.random.default_rng(4)
+    student = torch.from_numpy(rng.normal(size=(N - 1, V)) * 2).requires_grad_()
+    kl = forward_kl(student, targets, Member("new", 1.0, found.step_nats, V), temperature)
+    kl.sum().backward()
+    assert student.grad is not None
+    assert bool(torch.isfinite(student.grad).all())
+
+    q = torch.log_softmax(student.detach() / temperature, dim=1).numpy()
+    tails = found.log_tail if temperature == 1.0 else found.log_tail_half
+    reference = np.empty(N - 1)
+    for row in range(N - 1):
+        kept = int(found.kept[row])
+        ids = found.token_ids[row, :kept].astype(np.int64)
+        p = np.append(found.logprobs[row, :kept].astype(np.float64) / temperature, tails[row])
+        p -= np.logaddexp.reduce(p)
+        outside = np.delete(q[row], ids)
+        student_row = np.append(q[row, ids], np.logaddexp.reduce(outside))
+        reference[row] = (np.exp(p) * (p - student_row)).sum()
+    assert np.abs(kl.detach().numpy() - reference).max() < 1e-4
+    # And it is the teacher's: with the exact values of the float64 reference in place of the stored ones.
+    true = np.empty(N - 1)
+    for row in range(N - 1):
+        ids = found.token_ids[row, : int(found.kept[row])].astype(np.int64)
+        p = np.maximum(dense[row], -2000.0) / temperature
+        p = np.append(p[ids], np.logaddexp.reduce(np.delete(p, ids)))
+        p -= np.logaddexp.reduce(p)
+        true[row] = (np.exp(p) * (p - np.append(q[row, ids], np.logaddexp.reduce(np.delete(q[row], ids))))).sum()
+    assert np.abs(reference - true).max() < (0.05 if source == "codes" else 1e-4)
+
+
+def test_the_command(cache: Path, run: Run) -> None:
+    arguments = ("logit-cache", "recompress", cache, "--name", "codes", "--to", "new", "-k", 16, "--top-p", 0.9)
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    opened = LogitCache.open(str(cache))
+    assert found["bytes_before"] == opened.teacher("codes").stored_bytes()
+    assert found["bytes_after"] == opened.teacher("new").stored_bytes()
+    assert found["derived_from"] == opened.teacher("codes").record_sha256
+    refused(run(*arguments, "--encoding", "float32", "--step-nats", 0.5), "--step-nats")
+    refused(run("cache-logits", "--cache", cache, "--name", "new", "--teacher", cache), str(cache))
+    shown = json.loads(run("logit-cache", "inspect", cache, "--at", 300, "--json").stdout)
+    assert shown["teachers"]["new"]["kept"] <= 16
+
+
+def test_the_finest_step_floors_what_it_cannot_reach(cache: Path) -> None:
+    found = rewrite(cache, "exact", step_nats=MIN_STEP_NATS)
+    assert found.logprobs[10].min() >= logprob_floor(MIN_STEP_NATS) - MIN_STEP_NATS
+    assert found.log_tail[10] >= logprob_floor(MIN_STEP_NATS)

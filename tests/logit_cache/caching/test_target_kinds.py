@@ -1,0 +1,206 @@
+"""`cache-logits --targets varopt` and `--top-p` as they are installed: what is stored, and that it is drawn once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.commands import Run, command, environment
+from support.jobs import cache_logits, contents, refusal, whole
+from support.models import dense_logprobs
+from transformers import AutoModelForCausalLM
+
+from logit_cache.recompress import RecompressJob, recompress
+from storage import LogitCache
+from storage.records import SparseTargets
+from storage.rules import broken_rule
+
+K = 16
+FLAGS = ("--context-tokens", 64, "-k", K, "--targets", "varopt", "--encoding", "float32")
+VAROPT = {"k": K, "targets": "varopt", "encoding": "float32"}
+TOPK = {"k": K, "targets": "topk", "encoding": "float32"}
+ARRAYS = ("token_ids", "logprobs", "kept", "certain", "log_tail", "log_tail_half", "entropy")
+
+
+@pytest.fixture
+def cache(small_cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_cache, tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def teacher(make_teacher: Callable[..., Path]) -> Path:
+    """A random model with logits as spread as a trained one's: most rows have certain ids and others."""
+    return make_teacher(4, initializer_range=0.6)
+
+
+def outside(dense: np.ndarray, stored: SparseTargets, beta: float) -> np.ndarray:
+    """log of the sum of p**beta over the ids that are not certain, float64."""
+    certain = np.arange(stored.k) < stored.certain[:, None]
+    mask = np.zeros_like(dense, dtype=bool)
+    rows = np.broadcast_to(np.arange(len(dense))[:, None], certain.shape)
+    mask[rows[certain], stored.token_ids[certain].astype(np.int64)] = True
+    return np.log(np.where(mask, 0.0, np.exp(beta * dense)).sum(1))
+
+
+@pytest.mark.parametrize("temperature", [1, 2])
+def test_stored_samples_are_the_model_s(cache: Path, teacher: Path, temperature: int) -> None:
+    targets, stored = cache_logits(cache, "v", teacher, **VAROPT, head_ids=2, seed=5, target_temperature=temperature)
+    assert broken_rule(stored, targets.entry) is None
+    assert (stored.kept == K).all()
+    assert stored.certain.min() >= 2
+    assert 2 < stored.certain.mean() < K - 1
+    dense = dense_logprobs(teacher, LogitCache.open(str(cache)).tokens.read(0, len(stored)), 64, 64).double().numpy()
+    exact = np.take_along_axis(dense, stored.token_ids.astype(np.int64), 1)
+    np.testing.assert_allclose(stored.logprobs, exact, atol=1e-4)
+    np.testing.assert_allclose(stored.log_tail, outside(dense, stored, 1.0), atol=1e-4)
+    np.testing.assert_allclose(stored.log_tail_half, outside(dense, stored, 0.5), atol=1e-4)
+    # Over 10,000 positions the sampled weights have the teacher's mass of any set of ids as their mean.
+    share = np.exp(dense / temperature)
+    share /= share.sum(1, keepdims=True)
+    is_certain = np.arange(K) < stored.certain[:, None]
+    at_ids = np.take_along_axis(share, stored.token_ids.astype(np.int64), 1)
+    left = 1 - np.where(is_certain, at_ids, 0.0).sum(1)
+    weights = np.where(is_certain, at_ids, (left / np.maximum(K - stored.certain.astype(int), 1))[:, None])
+    for ids in (np.arange(200), np.arange(1, 400, 2), np.arange(50, 90)):
+        drawn = (weights * np.isin(stored.token_ids, ids)).sum(1)
+        difference = drawn - share[:, ids].sum(1)
+        assert abs(difference.mean()) < 5 * difference.std() / np.sqrt(len(difference)) + 1e-5
+
+
+def test_a_sample_depends_on_seed_and_position_alone(cache: Path, teacher: Path) -> None:
+    """Cut into other shards and chunks: the same values. Another batch shape: the same ids. Another seed: others."""
+    _, a = cache_logits(cache, "a", teacher, **VAROPT)
+    _, b = cache_logits(cache, "b", teacher, **VAROPT, shard_tokens=1024, chunk_tokens=512)
+    _, c = cache_logits(cache, "c", teacher, **VAROPT, batch_windows=7)
+    _, d = cache_logits(cache, "d", teacher, **VAROPT, seed=1)
+    for name in ARRAYS:
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
+    # Another batch shape may move a logit's last bit, and with it a tooth of the comb, almost never.
+    assert (a.token_ids == c.token_ids).all(1).mean() > 0.999
+    assert (a.certain == d.certain).mean() > 0.999
+    assert (a.token_ids == d.token_ids).all(1).mean() < 0.5
+    assert "targets.method" in refusal(cache, "a", teacher, **TOPK)
+    assert "targets.seed" in refusal(cache, "a", teacher, **VAROPT, seed=1)
+    assert "targets.head_ids" in refusal(cache, "a", teacher, **VAROPT, head_ids=1)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(cache: Path, slow_teacher: Path, run: Run, tmp_path: Path) -> None:
+    """Killed after its first shard and started again: what one undisturbed run gives."""
+    undisturbed = Path(shutil.copytree(cache, tmp_path / "undisturbed"))
+    fields = {"head_ids": 2, "seed": 5, "target_temperature": 2, "shard_tokens": 1024, "batch_windows": 16}
+    cache_logits(undisturbed, "a", slow_teacher, **VAROPT, **fields)
+    flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
+    arguments = ("cache-logits", "--cache", cache, "--teacher", slow_teacher, "--name", "a", *FLAGS, *flags)
+    arguments = (*arguments, "--fidelity-positions", 0)  # which the undisturbed run, below the command, does not make
+    process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, env=environment())
+    receipts = cache / "teachers" / "a" / "receipts"
+    while process.poll() is None and not list(receipts.glob("[0-9]*.json")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    shards = len(list((undisturbed / "teachers/a/receipts").glob("[0-9]*.json")))
+    assert 0 < len(list(receipts.glob("[0-9]*.json"))) < shards
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    recorded = json.loads(done.stdout)["targets"]
+    expected = {"method": "varopt", "k": K, "head_ids": 2, "seed": 5, "temperature": 2.0}
+    assert {name: recorded[name] for name in expected} == expected
+    found = {key: data for key, data in contents(cache, "a").items() if not key.endswith(".partial")}
+    assert found == contents(undisturbed, "a")
+
+
+def test_samples_in_codes(cache: Path, teacher: Path) -> None:
+    """The codes of a row bridge the gap between its certain and its sampled ids within their stated error."""
+    _, exact = cache_logits(cache, "exact", teacher, **VAROPT)
+    _, codes = cache_logits(cache, "codes", teacher, k=K, targets="varopt")
+    assert np.array_equal(exact.token_ids, codes.token_ids)
+    assert np.abs(exact.logprobs - codes.logprobs).max() <= 1 / 64 + 1e-3
+
+
+def test_top_p_prunes_as_recompress_does(cache: Path, teacher: Path) -> None:
+    _, full = cache_logits(cache, "full", teacher, **TOPK)
+    # A mass alone asks for top-k.
+    targets, cut = cache_logits(cache, "cut", teacher, k=K, encoding="float32", top_p=0.9)
+    assert (targets.entry.targets.method, targets.entry.targets.top_p) == ("top-k", 0.9)
+    assert broken_rule(cut, targets.entry) is None
+    mass = np.cumsum(np.exp(full.logprobs.astype(np.float64)), axis=1)
+    assert np.array_equal(cut.kept, np.minimum((mass < 0.9).sum(1) + 1, K))
+    assert 1 < cut.kept.mean() < K
+    assert np.array_equal(cut.kept, cut.certain)
+    kept_mass = np.exp(cut.logprobs.astype(np.float64)).sum(1)
+    np.testing.assert_allclose(kept_mass + np.exp(cut.log_tail.astype(np.float64)), 1.0, atol=1e-5)
+    recompress(RecompressJob(cache=str(cache), name="full", to="later", top_p=0.9))
+    _, later = whole(cache, "later")
+    for name in ARRAYS:
+        np.testing.assert_allclose(getattr(cut, name), getattr(later, name), atol=2e-6, err_msg=name)
+
+
+def test_every_id_is_certain_where_all_are_kept(cache: Path, teacher: Path) -> None:
+    _, found = cache_logits(cache, "v", teacher, k=400, targets="varopt")
+    cache_logits(cache, "t", teacher, k=400, targets="topk")
+    stored, top = contents(cache, "v"), contents(cache, "t")
+    assert {key for key in stored if stored[key] != top[key]} == {"zarr.json"}
+    assert (found.certain == 400).all()
+    assert np.isneginf(found.log_tail).all()
+
+
+def test_wrong_targets_are_one_line(cache: Path, teacher: Path) -> None:
+    for fields, words in (
+        ({"targets": "sampled"}, ("--targets", "varopt")),
+        ({"targets": "topk", "seed": 1}, ("--seed", "--targets varopt")),
+        ({"top_p": 0.9, "seed": 1}, ("--seed", "--targets varopt")),
+        ({"targets": "topk", "head_ids": 1}, ("--head-ids", "--targets varopt")),
+        ({"targets": "topk", "target_temperature": 2}, ("--target-temperature", "--targets varopt")),
+        ({"top_p": 1.5}, ("--top-p",)),
+        ({"targets": "varopt", "top_p": 0.9}, ("--top-p", "--targets topk")),
+        ({"targets": "varopt", "head_ids": 16, "k": 16}, ("--head-ids 16", "-k 16")),
+        ({"targets": "varopt", "target_temperature": 1.5}, ("--target-temperature 1.5", "1 or 2")),
+        ({"targets": "varopt", "target_temperature": float("nan")}, ("--target-temperature", "1 or 2")),
+        ({"targets": "varopt", "seed": -1}, ("--seed",)),
+    ):
+        line = refusal(cache, "a", teacher, **fields)
+        assert "\n" not in line
+        assert all(word in line for word in words), line
+    assert not (cache / "teachers" / "a").exists()
+
+
+def test_a_teacher_whose_head_is_padded(cache: Path, make_teacher: Callable[..., Path]) -> None:
+    """416 columns for 400 ids: the others are no outcome, and never stored."""
+    padded = make_teacher(1, vocabulary_size=416)
+    for name, fields in (("varopt", VAROPT), ("topk", TOPK)):
+        targets, stored = cache_logits(cache, name, padded, **fields)
+        assert targets.entry.teacher.members[0].head_columns == 416
+        assert stored.token_ids.max() < 400
+        windows = torch.from_numpy(LogitCache.open(str(cache)).tokens.read(0, 256).astype(np.int64)).view(4, 64)
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(padded).eval()(windows).logits.flatten(0, 1)
+        dense = torch.log_softmax(logits[:, :400].double(), 1).numpy()
+        ids = stored.token_ids[:256].astype(np.int64)
+        np.testing.assert_allclose(stored.logprobs[:256], np.take_along_axis(dense, ids, 1), atol=1e-4)
+        np.testing.assert_allclose(stored.log_tail[:256], outside(dense, stored.rows(0, 256), 1.0), atol=1e-4)
+
+
+def test_a_student_whose_head_is_padded(tmp_path: Path) -> None:
+    """A student of 64 columns for 61 ids trains, and gives the three hardly any mass in the end."""
+    from support.runs import LLAMA, V, job_in, make_world
+
+    from student.run import train
+
+    make_world(tmp_path)
+    (tmp_path / "padded.json").write_text(json.dumps({**LLAMA, "vocab_size": V + 3}))
+    training = {"max_steps": 40, "learning_rate": 0.05}
+    job = job_in(tmp_path, tmp_path / "out", model=str(tmp_path / "padded.json"), alpha=0.3, training=training)
+    train(job)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == V + 3
+    with torch.no_grad():
+        p = torch.softmax(model(torch.arange(1, 17)[None]).logits[0], 1)
+    assert float(p[:, V:].sum(1).max()) < 0.5 * 3 / (V + 3)

@@ -1,0 +1,258 @@
+"""Conversations: the loss mask marks exactly what the assistant wrote, at the position before each of its tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.models import make_tokenizer, sample_text, tiny_tokenizer
+
+import logit_cache.pieces as pieces
+from logit_cache.chat import message_texts, render
+from logit_cache.corpus import CorpusConfig, tokenize
+from storage import LogitCache
+from storage.errors import InputError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+# No end marker but the line feed, and a space between name and reply that the prompt already holds.
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+# As Llama 2: the prompt is the user's turn itself.
+INST = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
+)
+
+CONVERSATIONS = [
+    [("user", "What is 2+2?"), ("assistant", "It is four, naïvely.")],
+    [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hello there!"),
+        ("user", "A list\nplease"),
+        ("assistant", "- one\n- two 日本"),
+    ],
+    [("user", "assistant"), ("assistant", "assistant said: assistant"), ("user", "no reply")],
+    [("user", "Say nothing"), ("assistant", "x"), ("assistant", "and again")],
+]
+
+
+def messages_of(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def chat_tokenizer(template: str | None, kind: str = "gpt2") -> Any:
+    tokenizer = make_tokenizer(kind)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def build(folder: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> LogitCache:
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    url = str(folder / "cache")
+    tokenize(CorpusConfig(text=(str(folder / "chat.jsonl"),), out=url, tokenizer=str(folder / "tokenizer"), **options))
+    return LogitCache.open(url)
+
+
+def documents(cache: LogitCache) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and mask of each document."""
+    assert cache.loss_mask is not None
+    ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
+    return [
+        (cache.tokens.read(start, stop), cache.loss_mask.read(start, stop))
+        for start, stop in zip(cache.document_starts.tolist(), ends, strict=True)
+    ]
+
+
+def trained_text(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> str:
+    """The text of tokens[p + 1] for every p with mask[p]."""
+    assert not mask[-1]
+    text: str = tokenizer.decode(tokens[1:][mask[:-1]], clean_up_tokenization_spaces=False)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (PLAIN, "\n")],
+    ids=["chatml", "marked", "plain"],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "llama3"])
+def test_the_mask_marks_the_replies_and_nothing_else(folder: Path, template: str, end: str, kind: str) -> None:
+    tokenizer = chat_tokenizer(template, kind)
+    rows = [{"messages": messages_of(turns)} for turns in CONVERSATIONS]
+    cache = build(folder, tokenizer, rows)
+    assert cache.record.corpus.has_loss_mask
+    found = documents(cache)
+    assert len(found) == len(CONVERSATIONS)
+    text_bytes = 0
+    for (tokens, mask), turns in zip(found, CONVERSATIONS, strict=True):
+        expected = [content + end for role, content in turns if role == "assistant"]
+        text = trained_text(tokenizer, tokens, mask)
+        if template is PLAIN:
+            # The space before a reply is in one token with its first word.
+            assert text.replace("\n ", "\n").removeprefix(" ") == "".join(expected)
+        else:
+            assert text == "".join(expected)
+        rendered = tokenizer.apply_chat_template(messages_of(turns), tokenize=False)
+        assert tokens.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        text_bytes += len(rendered.encode())
+    assert cache.record.corpus.text_bytes == text_bytes
+
+
+@pytest.mark.parametrize("kind", ["seeds", "unigram", "llama2", "metaspace"])
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
+def test_other_tokenizers_mark_the_same_characters(folder: Path, template: str, kind: str) -> None:
+    tokenizer = chat_tokenizer(template, kind)
+    cache = build(folder, tokenizer, [{"messages": messages_of(turns)} for turns in CONVERSATIONS[:2]])
+    for (tokens, mask), turns in zip(documents(cache), CONVERSATIONS, strict=False):
+        expected = "".join(content + "<|im_end|>" for role, content in turns if role == "assistant")
+        text = trained_text(tokenizer, tokens, mask)
+        # These put spaces where they join words, or fold characters; letters and markers are what must agree.
+        assert "".join(text.split()) == "".join(expected.split())
+
+
+@pytest.mark.parametrize("reply", [" leading space", "trailing space ", "  ", "\n\nlines\n"])
+@pytest.mark.parametrize("kind", ["seeds", "gpt2"])
+def test_white_space_of_a_reply_is_trained_on(folder: Path, kind: str, reply: str) -> None:
+    tokenizer = chat_tokenizer(MARKED, kind)
+    turns = [("user", "Hi"), ("assistant", reply), ("user", "more"), ("assistant", "the end")]
+    cache = build(folder, tokenizer, [{"messages": messages_of(turns)}])
+    [(tokens, mask)] = documents(cache)
+    text = trained_text(tokenizer, tokens, mask)
+    assert text.count("<|im_end|>") == 2
+    assert "more" not in text
+    assert text.split("<|im_end|>")[0].strip(" ") == reply.strip(" ")
+    if kind == "gpt2":
+        assert text == f"{reply}<|im_end|>the end<|im_end|>"
+
+
+def test_a_prompt_that_is_the_user_turn_itself(folder: Path) -> None:
+    tokenizer = chat_tokenizer(INST)
+    turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "So long")]
+    cache = build(folder, tokenizer, [{"messages": messages_of(turns)}])
+    [(tokens, mask)] = documents(cache)
+    assert trained_text(tokenizer, tokens, mask) == " Hello! </s> So long </s>"
+
+
+def test_a_conversation_longer_than_a_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 1_000)
+    monkeypatch.setattr(pieces, "MARGIN_CHARACTERS", 200)
+    tokenizer = chat_tokenizer(CHATML)
+    lines = sample_text()
+    turns = [(("user", "assistant")[i % 2], lines[i * 700 : (i + 1) * 700]) for i in range(14)]
+    cache = build(folder, tokenizer, [{"messages": messages_of(turns)}])
+    [(tokens, mask)] = documents(cache)
+    assert trained_text(tokenizer, tokens, mask) == "".join(f"{text}<|im_end|>" for role, text in turns[1::2])
+
+
+def test_text_rows_are_trained_on_wholly_and_never_across_documents(folder: Path) -> None:
+    tokenizer = chat_tokenizer(CHATML)
+    rows: list[dict[str, Any]] = [
+        {"text": "A plain document."},
+        {"messages": messages_of(CONVERSATIONS[0])},
+        {"text": "x"},
+        {"text": "And the last one."},
+    ]
+    cache = build(folder, tokenizer, rows, append_token="</s>")
+    found = documents(cache)
+    last = tokenizer.get_vocab()["</s>"]
+    assert [tokens[-1] for tokens, _ in found] == [last] * 4
+    for index in (0, 2, 3):
+        tokens, mask = found[index]
+        assert mask.tolist() == [True] * (len(tokens) - 1) + [False]
+    tokens, mask = found[1]
+    assert trained_text(tokenizer, tokens, mask) == "It is four, naïvely.<|im_end|>"
+
+
+def test_parts_of_content_and_calls_of_tools_reach_the_template(folder: Path) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m.tool_calls is defined %}"
+        "CALL {{ m.tool_calls[0]['name'] }}{% elif m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = chat_tokenizer(template)
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "part one"}, {"type": "text", "text": " and two"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon.", "tool_calls": None},
+    ]
+    cache = build(folder, tokenizer, [{"messages": messages}])
+    [(tokens, mask)] = documents(cache)
+    assert "part one and two" in tokenizer.decode(tokens)
+    assert trained_text(tokenizer, tokens, mask) == "CALL clock<|im_end|>Noon.<|im_end|>"
+    assert list(message_texts(messages)) == ["part one", " and two", "12:00", "Noon."]
+
+
+def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(folder: Path) -> None:
+    (folder / "template.jinja").write_text(CHATML, encoding="utf-8")
+    rows = [{"messages": messages_of([("user", sample_text()[:3_000]), ("assistant", "fine, thanks")])}]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = CorpusConfig(
+        text=(str(folder / "chat.jsonl"),),
+        out=str(folder / "cache"),
+        train_tokenizer=400,
+        special_tokens=("<|im_start|>", "<|im_end|>"),
+        chat_template=str(folder / "template.jinja"),
+    )
+    tokenize(config)
+    cache = LogitCache.open(config.out)
+    assert cache.tokenizer_files()["chat_template.jinja"].decode() == CHATML
+    vocabulary = json.loads(cache.tokenizer_files()["tokenizer.json"])["model"]["vocab"]
+    assert {"<pad>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": 3, "<|im_end|>": 4}.items() <= vocabulary.items()
+    [(tokens, mask)] = documents(cache)
+    assert tokens[1:][mask[:-1]][-1] == 4
+    assert int((tokens[:-1][mask[:-1]] == 4).sum()) == 0
+
+
+def _refused(folder: Path, tokenizer: Any, messages: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        build(folder, tokenizer, [{"text": "a document before"}, {"messages": messages}])
+    assert not (folder / "cache").exists()
+    return str(caught.value)
+
+
+def test_what_cannot_be_rendered_is_refused_with_its_row(folder: Path) -> None:
+    good = messages_of(CONVERSATIONS[1])
+    where = f"{folder / 'chat.jsonl'} line 2"
+    message = _refused(folder, chat_tokenizer(None), good)
+    assert message.startswith(where)
+    assert "no chat template" in message
+    # Earlier turns are rewritten once a later one follows.
+    forgetful = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'][:3] }}")
+    message = _refused(folder, chat_tokenizer(forgetful), good)
+    assert message.startswith(f"{where}: message 2 cannot be found")
+    assert "{% generation %}" in message
+    message = _refused(folder, chat_tokenizer(CHATML), messages_of([("assistant", "I begin"), ("user", "oh")]))
+    assert message.startswith(f"{where}: the conversation begins with the assistant")
+    message = _refused(folder, chat_tokenizer("{{ raise_exception('roles must\nalternate') }}"), good)
+    assert message.startswith(f"{where}: the chat template refuses these messages (roles must alternate)")
+    assert _refused(folder, chat_tokenizer(CHATML), []).startswith(f"{where}: 'messages' is an empty list")
+    assert _refused(folder, chat_tokenizer(CHATML), "text").startswith(f"{where}: 'messages' is not a list")
+    assert _refused(folder, chat_tokenizer(CHATML), [{"content": "x"}]).startswith(f"{where}: 'messages' is not a list")
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    with pytest.raises(InputError, match=r"row 7: .*ByT5Tokenizer.*tokenizer\.json"):
+        render(tiny_tokenizer("bytes"), messages_of(CONVERSATIONS[0]), "row 7")

@@ -1,0 +1,399 @@
+"""Text of every kind → token stream: what is stored, and what is refused."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.commands import ROOT
+from support.models import sample_text, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import logit_cache.corpus as corpus
+import logit_cache.pieces as pieces
+import logit_cache.sources as sources
+from logit_cache.corpus import CorpusConfig, cache_vocabulary, tokenize, total_bytes
+from logit_cache.sources import Meter, Reading, find_sources, read_sources
+from storage import LogitCache
+from storage.errors import InputError
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny_tokenizer("gpt2").save_pretrained(folder)
+    return str(folder)
+
+
+def documents_of(cache: LogitCache) -> list[str]:
+    """The text of each document; the `gpt2` tokenizer loses nothing."""
+    ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
+    return [
+        tiny_tokenizer("gpt2").decode(cache.tokens.read(start, stop), clean_up_tokenization_spaces=False)
+        for start, stop in zip(cache.document_starts.tolist(), ends, strict=True)
+    ]
+
+
+def made(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> LogitCache:
+    config = CorpusConfig(text=text, out=str(tmp_path / "cache"), tokenizer=gpt2, **options)
+    record = tokenize(config)
+    cache = LogitCache.open(config.out)
+    assert cache.record == record
+    return cache
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8", newline="")
+    return str(path)
+
+
+def source_counts(cache: LogitCache) -> list[tuple[str, int, int]]:
+    return [(s.name, s.documents, s.text_bytes) for s in cache.record.corpus.sources]
+
+
+# --- plain text ------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_documents_and_text_is_kept_as_it_is(tmp_path: Path, gpt2: str) -> None:
+    texts = ["Grüße, 日本語 😀\r\nline two\n\n", "e\u0301 — \t no line feed at the end", sample_text()[:5_003]]
+    paths = [write(tmp_path / f"{name}.txt", text) for name, text in zip("bac", texts, strict=True)]
+    write(tmp_path / "empty.txt", "")
+    cache = made(tmp_path, gpt2, *paths, str(tmp_path / "empty.txt"))
+    assert documents_of(cache) == texts
+    tokens = cache.tokens.read(0, len(cache.tokens))
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [
+        i for text in texts for i in tiny_tokenizer("gpt2")(text, add_special_tokens=False)["input_ids"]
+    ]
+    sizes = [len(text.encode()) for text in texts]
+    assert source_counts(cache) == [("b.txt", 1, sizes[0]), ("a.txt", 1, sizes[1]), ("c.txt", 1, sizes[2]),
+                                    ("empty.txt", 0, 0)]  # fmt: skip
+    record = cache.record.corpus
+    assert (record.positions, record.documents, record.text_bytes) == (len(tokens), 3, sum(sizes))
+    assert not record.has_loss_mask
+    assert cache.loss_mask is None
+    expected = b"tokens" + tokens.astype("<u4").tobytes() + b"documents" + cache.document_starts.astype("<u8").tobytes()
+    assert record.stream_sha256 == hashlib.sha256(expected).hexdigest()
+    assert str(tmp_path) not in record.model_dump_json()
+    assert all(str(tmp_path).encode() not in data for data in cache.tokenizer_files().values())
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfmarked \xef\xbb\xbf once")
+    assert documents_of(made(tmp_path, gpt2, str(tmp_path / "bom.txt"))) == ["marked \ufeff once"]
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 1)
+    [*chunks] = read_sources(find_sources([str(tmp_path / "bom.txt")]), Reading("t", "m", "train", None), Meter())
+    assert "".join(chunk.text for chunk in chunks if isinstance(chunk, sources.Chunk)) == "marked \ufeff once"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_blank_lines_separate_documents(tmp_path: Path, gpt2: str, newline: str) -> None:
+    parts = ["first\nparagraph", "second", "", "\nfourth, after five line feeds", "last\n"]
+    text = "\n\n".join(parts).replace("\n", newline)
+    cache = made(tmp_path, gpt2, write(tmp_path / "a.txt", text), document_separator="\n\n")
+    assert documents_of(cache) == [part.replace("\n", newline) for part in parts if part]
+    assert cache.record.corpus.document_separator == "\n\n"
+    assert cache.record.corpus.text_bytes == sum(len(part.replace("\n", newline)) for part in parts)
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "<|end|>", "aba", "\r\n--\n", "\n"])
+def test_separation_is_that_of_split_for_any_block(separator: str) -> None:
+    text = "xaababa<|end|<|end|>\n\n\ny\n--\n--\n\n\r\n\r\n\r\nabababaz\r\n--\r\n<|end|>" * 3 + "\r\n"
+    # Where a line feed may have a carriage return before it, split's own answer needs the text without them.
+    plain = text if "\n" not in separator else text.replace("\r\n", "\n")
+    expected = plain.split(separator.replace("\r\n", "\n"))
+    for block in (1, 2, 3, 7, 50, 10_000):
+        found = [""]
+        for part, ends in sources._split((text[i : i + block] for i in range(0, len(text), block)), separator):
+            found[-1] += part
+            if ends:
+                found.append("")
+        assert found.pop() == ""
+        assert [part if "\n" not in separator else part.replace("\r\n", "\n") for part in found] == expected
+
+
+def test_a_token_can_end_each_document(tmp_path: Path, gpt2: str) -> None:
+    path = write(tmp_path / "a.txt", "one\n\ntwo\n\n\n\nthree")
+    cache = made(tmp_path, gpt2, path, document_separator="\n\n", append_token="</s>")
+    assert documents_of(cache) == ["one</s>", "two</s>", "three</s>"]
+    assert cache.record.corpus.text_bytes == len("onetwothree")
+
+
+def test_order_folders_patterns_and_repeats(tmp_path: Path, gpt2: str) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub" / ".hidden").mkdir(parents=True)
+    for name in ("z.txt", "a.txt", "sub/m.py", ".secret", "sub/.hidden/x.txt", "b[1].txt"):
+        write(folder / name, name)
+    cache = made(tmp_path, gpt2, f"{folder}/*.txt", str(folder), f"{folder}/**/*.py", f"{folder}/b[1].txt")
+    patterned = ["a.txt", "b[1].txt", "z.txt"]
+    assert documents_of(cache) == [*patterned, "a.txt", "b[1].txt", "sub/m.py", "z.txt", "sub/m.py", "b[1].txt"]
+    assert [name for name, _, _ in source_counts(cache)][-2:] == ["m.py", "b[1].txt"]
+
+
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_compressed_files(tmp_path: Path, gpt2: str, ending: str, compress: Any) -> None:
+    text = sample_text()[:4_001]
+    (tmp_path / f"a.txt.{ending}").write_bytes(compress(text.encode()))
+    (tmp_path / f"b.jsonl.{ending}").write_bytes(compress(json.dumps({"text": text[:99]}).encode()))
+    cache = made(tmp_path, gpt2, str(tmp_path / f"a.txt.{ending}"), str(tmp_path / f"b.jsonl.{ending}"))
+    assert documents_of(cache) == [text, text[:99]]
+    data = (tmp_path / f"a.txt.{ending}").read_bytes()
+    (tmp_path / f"a.txt.{ending}").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=rf"a\.txt\.{ending}: cannot be decompressed"):
+        made(tmp_path / "other", gpt2, str(tmp_path / f"a.txt.{ending}"))
+
+
+def test_many_files_are_folded_into_one_source(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_MAX_SOURCES", 3)
+    for index in range(6):
+        write(tmp_path / f"{index}.txt", "x" * (index + 1))
+    cache = made(tmp_path, gpt2, f"{tmp_path}/*.txt")
+    assert source_counts(cache) == [("0.txt", 1, 1), ("1.txt", 1, 2), ("4 more files", 4, 3 + 4 + 5 + 6)]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+ROWS = ["first", "", "zweite Zeile\r\n", "e\u0301 😀", "last"]
+
+
+def test_json_lines(tmp_path: Path, gpt2: str) -> None:
+    lines = [json.dumps({"body": text, "extra": [index]}) for index, text in enumerate(ROWS)]
+    path = write(tmp_path / "a.jsonl", "\ufeff" + "\r\n\n".join([*lines, json.dumps({"body": None})]))
+    cache = made(tmp_path, gpt2, path, text_field="body")
+    assert documents_of(cache) == [text for text in ROWS if text]
+    assert cache.record.corpus.text_bytes == sum(len(text.encode()) for text in ROWS)
+
+
+def test_parquet(tmp_path: Path, gpt2: str) -> None:
+    table = pa.table({"id": range(700), "text": [*ROWS, None, *(f"row {i}" for i in range(694))]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=300)
+    cache = made(tmp_path, gpt2, str(tmp_path / "a.parquet"))
+    assert documents_of(cache) == [text for text in table["text"].to_pylist() if text]
+
+
+def test_parquet_messages_have_no_nulls_of_other_rows(tmp_path: Path) -> None:
+    messages = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "calls": [{"name": "f", "x": None}]}],
+        [{"role": "user", "content": "b", "calls": None}],
+    ]
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
+    reading = Reading("text", "messages", "train", None)
+    found = list(read_sources(find_sources([str(tmp_path / "a.parquet")]), reading, Meter()))
+    assert [row.messages for row in found if isinstance(row, sources.Conversation)] == [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "calls": [{"name": "f"}]}],
+        [{"role": "user", "content": "b"}],
+    ]
+
+
+def test_hub_data_sets_are_streamed(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls: list[tuple[Any, ...]] = []
+    failure: list[Exception] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"text": text, "id": 1} for text in ROWS)
+        if failure:
+            raise failure[0]
+
+    def load_dataset(path: str, name: str | None, **options: Any) -> Any:
+        calls.append((path, name, options))
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    cache = made(tmp_path, gpt2, "hub:org/some.name:config-1@v2", split="validation")
+    assert calls == [("org/some.name", "config-1", {"split": "validation", "revision": "v2", "streaming": True})]
+    assert documents_of(cache) == [text for text in ROWS if text]
+    assert [name for name, _, _ in source_counts(cache)] == ["hub:org/some.name:config-1@v2"]
+    assert total_bytes(CorpusConfig(text=("hub:org/some",), out="x", tokenizer="y")) is None
+
+    failure.append(ConnectionError("connection\nreset"))
+    with pytest.raises(InputError, match=r"hub:org/o, split 'train': cannot be read after 5 rows \(connection reset\)"):
+        made(tmp_path / "other", gpt2, "hub:org/o")
+    with pytest.raises(InputError, match="expected hub:NAME"):
+        made(tmp_path / "other", gpt2, "hub:a/b/c")
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_trained_like_the_seeds(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", sample_text())
+    config = CorpusConfig(text=(path,), out=str(tmp_path / "cache"), train_tokenizer=500)
+    record = tokenize(config)
+    cache = LogitCache.open(config.out)
+    cache.save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<pad>", "<s>", "</s>"]
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<pad>", "<s>", "</s>")
+    assert (len(tokenizer), record.tokenizer.vocabulary_size) == (500, 500)
+    assert cache_vocabulary(cache) == tokenizer.get_vocab()
+    whole = json.loads(cache.tokenizer_files()["tokenizer.json"])
+    assert whole["normalizer"] == {"type": "NFKC"}
+    assert (whole["pre_tokenizer"]["type"], whole["pre_tokenizer"]["add_prefix_space"]) == ("ByteLevel", True)
+    assert whole["decoder"]["type"] == "ByteLevel"
+    # One document, one space before it, however many pieces.
+    tokens = cache.tokens.read(0, len(cache.tokens))
+    assert tokens.tolist() == tokenizer(sample_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    import unicodedata
+
+    assert tokenizer.decode(tokens) == " " + unicodedata.normalize("NFKC", sample_text())
+    # Text of bytes that were never seen has ids too.
+    assert tokenizer.decode(tokenizer("ᚠ\x07", add_special_tokens=False)["input_ids"]).strip(" ") == "ᚠ\x07"
+
+
+def test_training_again_gives_the_same_cache(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", sample_text())
+    code = (
+        "import sys; from logit_cache.corpus import *; "
+        f"print(tokenize(CorpusConfig(text=({path!r},), out=sys.argv[1], train_tokenizer=900)).tokenizer.fingerprint)"
+    )
+    config = CorpusConfig(text=(path,), out=str(tmp_path / "cache"), train_tokenizer=900)
+    record = tokenize(config)
+    # Another process has another hash seed and other threads.
+    again = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "again")],
+        check=True, capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "3"},
+    )  # fmt: skip
+    assert again.stdout.strip() == record.tokenizer.fingerprint
+
+    def content(name: str) -> dict[str, bytes]:
+        root = tmp_path / name
+        files = (p for p in root.rglob("*") if p.is_file() and "receipts" not in p.parts)
+        return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
+
+    before = content("cache")
+    assert before == content("again")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    assert tokenize(config) == record
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == times
+
+
+def test_a_validation_cache_takes_the_tokenizer_of_the_first(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", sample_text()[:20_000])
+    first = tokenize(CorpusConfig(text=(path,), out=str(tmp_path / "first"), train_tokenizer=400))
+    for index, place in enumerate((tmp_path / "first", tmp_path / "first" / "tokenizer", f"file://{tmp_path}/first")):
+        out = str(tmp_path / f"second-{index}")
+        second = tokenize(CorpusConfig(text=(path,), out=out, tokenizer=str(place)))
+        assert second.tokenizer == first.tokenizer
+        assert second.corpus == first.corpus
+        assert LogitCache.open(out).tokenizer_files() == LogitCache.open(str(tmp_path / "first")).tokenizer_files()
+
+
+def test_truncation_and_padding_of_a_tokenizer_do_not_act(tmp_path: Path, gpt2: str) -> None:
+    text = sample_text()[:9_000]
+    path = write(tmp_path / "a.txt", text)
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for file in Path(gpt2).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    whole["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                        "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 16}))
+    cache = made(tmp_path, str(folder), path)
+    assert documents_of(cache) == [text]
+    plain = tokenize(CorpusConfig(text=(path,), out=str(tmp_path / "plain"), tokenizer=gpt2))
+    assert cache.record.tokenizer == plain.tokenizer
+
+
+def test_a_tokenizer_that_is_not_fast(tmp_path: Path) -> None:
+    tiny_tokenizer("bytes").save_pretrained(tmp_path / "bytes")
+    text = sample_text()[:3_000]
+    cache = made(tmp_path, str(tmp_path / "bytes"), write(tmp_path / "a.txt", text))
+    assert tiny_tokenizer("bytes").decode(cache.tokens.read(0, len(cache.tokens))) == text
+    cache.save_tokenizer(tmp_path / "back")
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").get_vocab() == tiny_tokenizer("bytes").get_vocab()
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
+def test_the_width_of_ids_follows_the_vocabulary(tmp_path: Path, size: int, dtype: type) -> None:
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "words")
+    text = write(tmp_path / "a.txt", f"t1 t60000 t{size - 1}")
+    cache = made(tmp_path, str(tmp_path / "words"), text)
+    tokens = cache.tokens.read(0, len(cache.tokens))
+    assert (cache.vocabulary_size, tokens.dtype) == (size, dtype)
+    assert tokens.tolist() == [1, 60_000, size - 1]
+
+
+# --- streaming -------------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_does_not_depend_on_blocks(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 5_000)
+    path = write(tmp_path / "a.txt", sample_text() + "\n\n" + "=" * 20_000)
+    digests = set()
+    for block in (1 << 20, 4_096, 997):
+        monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+        config = CorpusConfig(text=(path,), out=str(tmp_path / str(block)), tokenizer=gpt2, document_separator="\n\n")
+        digests.add(tokenize(config).corpus.stream_sha256)
+    assert len(digests) == 1
+
+
+def test_progress_moves_and_ends_at_the_total(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PIECE_CHARACTERS", 5_000), ("BATCH_CHARACTERS", 10_000)):
+        monkeypatch.setattr(pieces, name, value)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 4_096)
+    write(tmp_path / "a.txt", sample_text())
+    write(tmp_path / "b.jsonl", "".join(json.dumps({"text": f"row {i}", "more": "x" * 99}) + "\n" for i in range(50)))
+    pq.write_table(pa.table({"text": ROWS * 100}), tmp_path / "c.parquet")
+    size = sum(p.stat().st_size for p in tmp_path.iterdir())
+    for options, passes in ({"tokenizer": gpt2}, 1), ({"train_tokenizer": 400}, 2):
+        seen: list[tuple[int, int, int]] = []
+        config = CorpusConfig(
+            text=tuple(f"{tmp_path}/*.{ending}" for ending in ("txt", "jsonl", "parquet")),
+            out=str(tmp_path / f"cache-{passes}"),
+            **options,
+        )
+        record = tokenize(config, lambda *counts, seen=seen: seen.append(counts))
+        assert total_bytes(config) == passes * size
+        assert seen[-1] == (record.corpus.documents, record.corpus.positions, passes * size)
+        assert seen == sorted(seen, key=lambda counts: counts[2])
+        assert len({counts[2] for counts in seen}) > passes * len(sample_text()) // 20_000
+        assert all(counts[:2] == (0, 0) for counts in seen if counts[2] < (passes - 1) * size)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux' /proc")
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, gpt2: str) -> None:
+    line = sample_text().replace("\n", " ").encode()
+    for name, repeats in (("small", 4), ("large", 32)):
+        (tmp_path / name).write_bytes(line * repeats)
+    code = (
+        "import re, sys, logit_cache.pieces as pieces, logit_cache.sources as sources\n"
+        "from logit_cache.corpus import *\n"
+        "pieces.PIECE_CHARACTERS, pieces.BATCH_CHARACTERS, sources.BLOCK_BYTES = 1 << 14, 1 << 16, 1 << 14\n"
+        "folder, tokenizer = sys.argv[1:]\n"
+        "for name in ('small', 'large'):\n"
+        "    tokenize(CorpusConfig(text=(f'{folder}/{name}',), out=f'{folder}/cache-{name}', tokenizer=tokenizer))\n"
+        "    print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), gpt2],
+        check=True, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    small, large = (int(line) / 1024 for line in done.stdout.split())
+    more = len(line) * 28 / (1 << 20)
+    assert more > 3
+    # One document of one line. Tokenised at once it takes 190 bytes of memory per byte of text; what grows here is the
+    # stream itself, mapped into memory while it is written, and what loading a tokenizer again leaves behind.
+    assert large - small < 20 * more, f"{small:.0f} and {large:.0f} MiB at the peak, for {more:.1f} MiB more of text"

@@ -1,0 +1,108 @@
+"""`logit-cache tokenize` as it is installed: what it makes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from support.commands import Run, refused
+
+from storage import LogitCache
+
+
+def test_the_stream_decodes_to_the_text(small_cache: Path, text_file: Path) -> None:
+    from transformers import AutoTokenizer
+
+    cache = LogitCache.open(str(small_cache))
+    tokenizer = AutoTokenizer.from_pretrained(small_cache / "tokenizer")
+    text = text_file.read_text(encoding="utf-8")
+    decoded = tokenizer.decode(cache.tokens.read(0, len(cache.tokens)).tolist())
+    assert decoded.strip() == text.strip()
+    assert cache.record.corpus.text_bytes == len(text.encode())
+    assert [source.name for source in cache.record.corpus.sources] == ["library.txt"]
+    special = tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>"])
+    assert special == [0, 1, 2]
+
+
+def test_a_validation_cache_has_the_first_cache_s_tokenizer(small_cache: Path, run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("def held_out(text):\n    return text\n" * 20, encoding="utf-8")
+    out = tmp_path / "valid"
+    done = run("logit-cache", "tokenize", "--text", text, "--tokenizer", small_cache / "tokenizer", "--out", out)
+    assert done.returncode == 0, done.stderr
+    first, second = LogitCache.open(str(small_cache)), LogitCache.open(str(out))
+    assert second.record.tokenizer == first.record.tokenizer
+    assert second.tokenizer_files() == first.tokenizer_files()
+
+
+def test_again_is_a_no_op_and_other_text_is_refused(
+    small_cache: Path, text_file: Path, run: Run, tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))
+    before = {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    again = run("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", cache)
+    assert again.returncode == 0, again.stderr
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely, many times over\n" * 50)
+    done = run("logit-cache", "tokenize", "--text", other, "--tokenizer", cache / "tokenizer", "--out", cache)
+    refused(done, "stream_sha256")
+    assert {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()} == before
+
+
+def test_conversations_get_a_loss_mask(small_cache: Path, run: Run, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    rows = tmp_path / "chat.jsonl"
+    conversation = [{"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}]
+    rows.write_text((json.dumps({"messages": conversation}) + "\n") * 3)
+    out = tmp_path / "chat"
+    done = run(
+        "logit-cache", "tokenize", "--text", rows, "--tokenizer", small_cache / "tokenizer",
+        "--chat-template", template, "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    from transformers import AutoTokenizer
+
+    cache = LogitCache.open(str(out))
+    tokens = cache.tokens.read(0, len(cache.tokens)).astype(np.int64)
+    assert cache.loss_mask is not None
+    trained = cache.loss_mask.read(0, len(tokens))
+    assert len(cache.document_starts) == 3
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    assert tokenizer.decode(tokens[1:][trained[:-1]].tolist()).replace(" ", "") == "four</s>" * 3
+
+
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    small_cache: Path, text_file: Path, run: Run, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"text \xff\xfe\x00 and more")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("three years of work")
+    tokenizer = small_cache / "tokenizer"
+    out = tmp_path / "out"
+    cases = [
+        (("--text", tmp_path / "none.txt", "--tokenizer", tokenizer, "--out", out), ("none.txt",)),
+        (("--text", tmp_path / "*.nothing", "--tokenizer", tokenizer, "--out", out), ("*.nothing",)),
+        (("--text", empty, "--tokenizer", tokenizer, "--out", out), ("empty",)),
+        (("--text", binary, "--tokenizer", tokenizer, "--out", out), ("binary.txt", "UTF-8")),
+        (("--text", text_file, "--tokenizer", tmp_path / "no-tokenizer", "--out", out), ("no-tokenizer",)),
+        (("--text", text_file, "--out", out), ("--tokenizer", "--train-tokenizer")),
+        (("--text", text_file, "--train-tokenizer", 10, "--out", out), ("--train-tokenizer", "10")),
+        (("--text", text_file, "--train-tokenizer", 400, "--out", full), ("not a cache",)),
+        (("--train-tokenizer", 400, "--out", out), ("--text",)),
+        (("--text", text_file, "--train-tokenizer", 400, "--document-separator", "\\x1", "--out", out), ("separator",)),
+        (("--text", text_file, "--train-tokenizer", 400), ("--out",)),
+    ]
+    for arguments, words in cases:
+        refused(run("logit-cache", "tokenize", *arguments), *words)
+        assert not out.exists(), arguments
+    assert [p.name for p in full.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,229 @@
+"""Text and options that cannot be tokenised: one clear message with the place, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+from support.commands import ROOT
+from support.models import sample_text, tiny_tokenizer
+from transformers import AutoTokenizer
+
+import logit_cache.corpus as corpus
+import logit_cache.sources as sources
+from logit_cache.corpus import CorpusConfig, tokenize, total_bytes
+from storage import LogitCache
+from storage.errors import IdentityMismatch, InputError
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny_tokenizer("gpt2").save_pretrained(folder)
+    return str(folder)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8", newline="")
+    return str(path)
+
+
+def refused(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> str:
+    """The message of the InputError; nothing may have been written."""
+    config = CorpusConfig(**{"text": text, "out": str(tmp_path / "cache"), "tokenizer": gpt2, **options})
+    with pytest.raises(InputError) as caught:
+        tokenize(config)
+    assert not (tmp_path / "cache").exists()
+    return str(caught.value)
+
+
+def test_text_that_is_not_there_is_refused(tmp_path: Path, gpt2: str) -> None:
+    assert "none.txt: no such file" in refused(tmp_path, gpt2, str(tmp_path / "none.txt"))
+    assert "*.txt: the pattern matches no file" in refused(tmp_path, gpt2, f"{tmp_path}/*.txt")
+    (tmp_path / "folder").mkdir()
+    assert "holds no files" in refused(tmp_path, gpt2, str(tmp_path / "folder"))
+    assert "copy it here first" in refused(tmp_path, gpt2, "s3://bucket/text.txt")
+    with pytest.raises(InputError, match="no such file"):
+        total_bytes(CorpusConfig(text=("none.txt",), out="x", tokenizer=gpt2))
+
+
+@pytest.mark.parametrize("options", [{}, {"tokenizer": None, "train_tokenizer": 300}], ids=["given", "trained"])
+def test_an_empty_corpus_is_refused(tmp_path: Path, gpt2: str, options: dict[str, Any]) -> None:
+    text = [write(tmp_path / "a.txt", ""), write(tmp_path / "b.jsonl", '{"text": ""}\n')]
+    assert "there is no text in it" in refused(tmp_path, gpt2, *text, **options)
+
+
+def test_what_is_no_utf8_text_is_refused_with_its_place(
+    tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 10)
+    path = tmp_path / "a.txt"
+    path.write_bytes("0123456é89012345\xff6".encode("latin-1"))
+    assert "a.txt: byte 7 is not valid UTF-8" in refused(tmp_path, gpt2, str(path))
+    path.write_bytes("012345678é".encode() + b"01234\xc3(")
+    assert "a.txt: byte 16 is not valid UTF-8" in refused(tmp_path, gpt2, str(path))
+    path.write_bytes(b"0123456789cut \xe6\x97")
+    assert "a.txt: byte 14 is not valid UTF-8 (unexpected end" in refused(tmp_path, gpt2, str(path))
+    path.write_bytes(b"0123456789\x7fELF\0")
+    assert "a.txt: byte 14 is 0, so this is no UTF-8 text" in refused(tmp_path, gpt2, str(path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_refused(tmp_path: Path, gpt2: str) -> None:
+    path = write(tmp_path / "a.txt", "secret")
+    Path(path).chmod(0)
+    assert "a.txt: cannot be read (Permission denied)" in refused(tmp_path, gpt2, path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "line 2: expected one JSON object per line"),
+        ("[1]", "line 2: expected a JSON object, found list"),
+        ("null", "line 2: expected a JSON object, found NoneType"),
+        ('{"body": "x"}', "line 2: expected a string in 'text' or messages in 'messages', found body (str)"),
+        ('{"text": 3}', "line 2: expected a string in 'text' or messages in 'messages', found text (int)"),
+        ('{"text": "ab\\ud800"}', "line 2: character 2 is '\\ud800', half of a surrogate pair"),
+        ('{"text": ' + "[" * 100_000, "line 2: expected one JSON object per line"),
+    ],
+)
+def test_a_wrong_line_is_refused_with_its_number(tmp_path: Path, gpt2: str, line: str, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", f'{{"text": "fine"}}\n{line}\n{{"text": "fine"}}\n')
+    assert f"{path} {message}" in refused(tmp_path, gpt2, path)
+
+
+def test_a_wrong_byte_of_a_line_is_refused(tmp_path: Path, gpt2: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xe9"}\n')
+    assert "line 2: byte 10 of it is not valid UTF-8" in refused(tmp_path, gpt2, str(tmp_path / "a.jsonl"))
+
+
+def test_wrong_parquet_is_refused(tmp_path: Path, gpt2: str) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    assert "a.parquet: cannot be read as Parquet" in refused(tmp_path, gpt2, str(path))
+    pq.write_table(pa.table({"body": ["x"], "id": [1]}), path)
+    assert "expected a column 'text' or 'messages', found body, id" in refused(tmp_path, gpt2, str(path))
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+    assert "a.parquet row 0: expected a string in 'text'" in refused(tmp_path, gpt2, str(path))
+    pq.write_table(pa.table({"text": ["x" * 1_000] * 1_000}), path, compression=None, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[100:5_000] = b"\xff" * 4_900
+    path.write_bytes(bytes(data))
+    assert "a.parquet: cannot be read as Parquet" in refused(tmp_path, gpt2, str(path))
+
+
+def test_wrong_tokenizers_are_refused(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write(tmp_path / "a.txt", "text")
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    assert f"{folder}: cannot be read as a tokenizer" in refused(tmp_path, gpt2, text, tokenizer=str(folder))
+    (folder / "tokenizer.json").write_text("{")
+    assert f"{folder}: cannot be read as a tokenizer" in refused(tmp_path, gpt2, text, tokenizer=str(folder))
+    assert "no such folder" in refused(tmp_path, gpt2, text, tokenizer=str(tmp_path / "none"))
+    file = str(Path(gpt2) / "tokenizer.json")
+    assert "expected a folder with tokenizer.json or the like, found a file" in refused(
+        tmp_path, gpt2, text, tokenizer=file
+    )
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    message = refused(tmp_path, gpt2, text, tokenizer="org/name")
+    assert message == (
+        "org/name: cannot be read as a tokenizer (We couldn't connect to the hub); check the id and the network"
+    )
+
+
+def test_a_tokenizer_that_saving_changes_is_refused(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write(tmp_path / "a.txt", "text")
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    save = type(tokenizer).save_pretrained
+
+    def lossy(self: Any, folder: str, **options: Any) -> Any:
+        done = save(self, folder, **options)
+        path = Path(folder) / "tokenizer.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": {"type": "Lowercase"}}))
+        return done
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lossy)
+    assert "does not survive saving" in refused(tmp_path, gpt2, text)
+
+
+def test_wrong_options_are_refused(tmp_path: Path, gpt2: str) -> None:
+    text = write(tmp_path / "a.txt", "text")
+    assert "'<eod>' is not a token of this vocabulary" in refused(tmp_path, gpt2, text, append_token="<eod>")
+    assert "cannot be read as a chat template" in refused(tmp_path, gpt2, text, chat_template=str(tmp_path / "none"))
+    for options, message in (
+        ({"tokenizer": gpt2, "train_tokenizer": 300}, "not both"),
+        ({}, "not neither"),
+        ({"train_tokenizer": 258}, "at least 259"),
+        ({"train_tokenizer": 259, "special_tokens": ("<s>", "<a>")}, "at least 260"),
+        ({"tokenizer": gpt2, "special_tokens": ("<a>",)}, "goes with --train-tokenizer"),
+        ({"tokenizer": gpt2, "document_separator": ""}, "document_separator"),
+        ({"tokenizer": gpt2, "text": ()}, "text"),
+        ({"tokenizer": gpt2, "surprise": 1}, "surprise"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            CorpusConfig.model_validate({"text": (text,), "out": "x", **options})
+
+
+def test_messages_need_a_template_before_a_tokenizer_is_trained(tmp_path: Path, gpt2: str) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"messages": [{"role": "user", "content": "x"}]}\n')
+    message = refused(tmp_path, gpt2, path, tokenizer=None, train_tokenizer=300)
+    assert message.startswith(f"{path} line 2: the row holds messages, and a new tokenizer has no chat template")
+
+
+def test_a_place_that_holds_something_else_is_left_alone(
+    tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write(tmp_path / "a.txt", "text")
+    out = tmp_path / "full"
+    out.mkdir()
+    write(out / "thesis.tex", "text")
+    monkeypatch.setattr(corpus, "encode", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(InputError, match=r"full holds thesis\.tex and is not a cache"):
+        tokenize(CorpusConfig(text=(text,), out=str(out), tokenizer=gpt2))
+    with pytest.raises(InputError, match="is a file"):
+        tokenize(CorpusConfig(text=(text,), out=text, tokenizer=gpt2))
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+
+
+def test_another_cache_is_left_alone(tmp_path: Path, gpt2: str) -> None:
+    out = str(tmp_path / "cache")
+    record = tokenize(CorpusConfig(text=(write(tmp_path / "a.txt", "text"),), out=out, tokenizer=gpt2))
+    with pytest.raises(IdentityMismatch) as caught:
+        tokenize(CorpusConfig(text=(write(tmp_path / "b.txt", "other"),), out=out, tokenizer=gpt2))
+    assert any(field.startswith("corpus.stream_sha256") for field in caught.value.fields)
+    assert LogitCache.open(out).record == record
+
+
+def test_a_full_temporary_folder_is_one_line(tmp_path: Path, gpt2: str) -> None:
+    text = write(tmp_path / "a.txt", sample_text())
+    code = (
+        "import resource, signal, sys; from logit_cache.corpus import *; from storage.errors import one_line_errors\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+        "with one_line_errors(): tokenize(CorpusConfig(text=(sys.argv[1],), out=sys.argv[2], tokenizer=sys.argv[3]))"
+    )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, text, str(tmp_path / "cache"), gpt2],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"error: no space left for the token stream in the temporary folder {temporary}: free some room, or set "
+        f"TMPDIR to a folder with 5 bytes per token\n"
+    )
+    assert not (tmp_path / "cache").exists()
+    assert list(temporary.iterdir()) == []

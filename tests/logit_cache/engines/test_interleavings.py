@@ -1,0 +1,107 @@
+"""One job, handed from engine to engine: numbers of workers, ways to start them and ways to end them, all at random."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import Run, command, environment
+from support.jobs import SMALL, Job, committed, contents, copy_of, shards_of, start
+
+from storage.verify import verify
+
+LIVES = 7
+SEEDS = (0, 1)
+
+
+class World:
+    """A cache, a teacher, and a generator that decides what happens next."""
+
+    def __init__(self, cache: Path, teacher: Path, seed: int) -> None:
+        self.cache, self.teacher, self.random = cache, teacher, random.Random(seed)
+        self.story: list[str] = []
+
+    def live(self) -> None:
+        """One life of the job: some workers are started, and something happens to them."""
+        begin = self.random.choice([self._one, self._several, self._several, self._ranks, self._ranks, self._ray])
+        jobs = begin()
+        self._wait_for_shards(jobs, self.random.randrange(0, 4))
+        self._harm(jobs)
+        for job in jobs:
+            job.end()
+        with contextlib.suppress(ProcessLookupError):
+            for job in jobs:
+                os.killpg(job.process.pid, signal.SIGKILL)
+
+    def _start(self, *options: object) -> Job:
+        return start(self.cache, self.teacher, *options, own_group=True)
+
+    def _one(self) -> list[Job]:
+        self.story.append("one process")
+        return [self._start()]
+
+    def _several(self) -> list[Job]:
+        workers = self.random.choice([2, 3])
+        self.story.append(f"{workers} workers")
+        return [self._start("--workers", workers)]
+
+    def _ranks(self) -> list[Job]:
+        """Some of the processes of a job that is split by hand; the others never come."""
+        count = self.random.choice([2, 3, 7])
+        chosen = self.random.sample(range(count), self.random.choice([1, 2]))
+        self.story.append(f"ranks {chosen} of {count}")
+        return [self._start("--worker", f"{index}/{count}") for index in chosen]
+
+    def _ray(self) -> list[Job]:
+        self.story.append("ray with 2 workers")
+        return [self._start("--engine", "ray", "--workers", 2)]
+
+    def _wait_for_shards(self, jobs: list[Job], more: int) -> None:
+        before = committed(self.cache)
+        while committed(self.cache) < before + more and any(job.process.poll() is None for job in jobs):
+            time.sleep(0.02)
+        time.sleep(self.random.random() * 0.3)
+
+    def _harm(self, jobs: list[Job]) -> None:
+        job = self.random.choice(jobs)
+        how: Any = self.random.choice(["killed whole", "killed whole", "stopped", "its parent killed", "left alone"])
+        self.story.append(how)
+        with contextlib.suppress(ProcessLookupError):
+            if how == "killed whole":
+                os.killpg(job.process.pid, signal.SIGKILL)
+            elif how == "stopped":
+                job.kill(signal.SIGTERM)
+            elif how == "its parent killed":
+                job.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_engines_and_kills_in_any_order_give_the_same_bytes(
+    seed: int, small_cache: Path, slow_teacher: Path, run: Run, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    alone = copy_of(small_cache, tmp_path / "alone")
+    assert start(alone, slow_teacher).end() == 0
+    world = World(copy_of(small_cache, tmp_path / "cache"), slow_teacher, seed)
+    for _ in range(LIVES):
+        world.live()
+        if committed(world.cache) == shards_of(world.cache):
+            break
+    print(f"\n{committed(world.cache)} of {shards_of(world.cache)} shards after: {', '.join(world.story)}")
+    # Whatever is left, and the index and the report where the last life ended before them.
+    done = subprocess.run(
+        command("cache-logits", "--cache", world.cache, "--teacher", slow_teacher, "--name", "a", *SMALL),
+        capture_output=True, text=True, env=environment(), timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stderr, world.story)
+    assert verify(str(world.cache), deep=True).problems == [], world.story
+    ours = {key: data for key, data in contents(world.cache).items() if not key.endswith(".partial")}
+    assert ours == contents(alone), world.story

@@ -1,0 +1,309 @@
+"""Workers of one machine through the installed command: killed, stopped, failing, helping; always the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from click.testing import CliRunner
+from support.commands import Run, command, environment, refused
+from support.jobs import SMALL, committed, contents, copy_of, shards_of, start
+
+import logit_cache.worker
+import storage.claims
+from logit_cache.cli import cache_logits
+from logit_cache.job import CacheJob, open_job
+from logit_cache.ranks import Rank
+from logit_cache.stopping import Stopped, Stopping
+from logit_cache.this_process import run_local
+from storage import LogitCache
+from storage.claims import claims_in
+from storage.location import locate
+from storage.verify import verify
+
+
+@pytest.fixture(scope="module")
+def alone(small_cache: Path, slow_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one undisturbed process makes."""
+    cache = copy_of(small_cache, tmp_path_factory.mktemp("alone") / "cache")
+    job = start(cache, slow_teacher)
+    assert job.end() == 0, job.other
+    return contents(cache)
+
+
+@pytest.fixture
+def cache(small_cache: Path, tmp_path: Path) -> Path:
+    return copy_of(small_cache, tmp_path / "cache")
+
+
+def check(cache: Path, alone: dict[str, bytes]) -> None:
+    """Complete, sound, and what one process alone makes."""
+    assert LogitCache.open(str(cache)).teacher("a").missing() == []
+    found = verify(str(cache), deep=True)
+    assert found.problems == []
+    ours = {key: data for key, data in contents(cache).items() if not key.endswith(".partial")}
+    assert ours == alone
+
+
+def test_two_workers_and_one_of_them_killed(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
+    job = start(cache, slow_teacher, "--workers", 2)
+    places = [job.until("worker"), job.until("worker")]
+    assert places[0]["pid"] != places[1]["pid"]
+    job.until("shard", 5)
+    os.kill(places[0]["pid"], signal.SIGKILL)
+    assert job.end() == 0, job.other
+    (lost,) = job.events("worker lost")
+    assert (lost["worker"], "SIGKILL" in lost["error"]) == (places[0]["worker"], True)
+    assert len(job.events("worker")) == 3, "another one took its place"
+    assert {line["worker"] for line in job.events("shard")} >= {places[1]["worker"]}
+    assert job.events("end")[0]["given_up"] == []
+    check(cache, alone)
+
+
+@pytest.mark.slow
+def test_a_stopped_job_ends_in_time_and_another_engine_goes_on(
+    cache: Path, slow_teacher: Path, alone: dict[str, bytes]
+) -> None:
+    job = start(cache, slow_teacher, "--workers", 2, "--grace-seconds", 20)
+    job.until("shard", 4)
+    asked = time.monotonic()
+    job.kill(signal.SIGTERM)
+    assert job.end() == 1
+    assert time.monotonic() - asked < 20
+    done, shards = committed(cache), shards_of(cache)
+    assert 4 <= done < shards
+    (error,) = [line for line in job.other if line.startswith("error: ")]
+    assert f"{shards - done} of {shards} shards missing" in error
+    assert job.events("end")[0]["stopped"]
+    # Alone, then as one of seven, which helps with the shares of the six that do not come.
+    job = start(cache, slow_teacher)
+    job.until("shard", 3)
+    job.kill(signal.SIGTERM)
+    assert job.end() == 1
+    assert committed(cache) >= done + 3
+    job = start(cache, slow_teacher, "--worker", "5/7")
+    assert job.end() == 0, job.other
+    assert job.events("rank")[0]["of"] == 7
+    check(cache, alone)
+
+
+@pytest.mark.slow
+def test_the_parent_killed_and_its_workers_with_it(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
+    job = start(cache, slow_teacher, "--workers", 2)
+    pids = [job.until("worker")["pid"] for _ in range(2)]
+    job.until("shard", 3)
+    job.kill()
+    assert job.end() == -signal.SIGKILL
+    until = time.monotonic() + 60
+    while any(_is_alive(pid) for pid in pids):
+        assert time.monotonic() < until, "workers outlive their parent"
+        time.sleep(0.05)
+    assert committed(cache) < shards_of(cache)
+    assert start(cache, slow_teacher, "--workers", 3).end() == 0
+    check(cache, alone)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+def test_a_job_beside_another_one_takes_other_shards(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
+    """Two plain commands on one entry: each shard is computed once, and both end when all of it is done."""
+    jobs = [start(cache, slow_teacher) for _ in range(2)]
+    assert [job.end() for job in jobs] == [0, 0]
+    shards = [line["shard"] for job in jobs for line in job.events("shard")]
+    assert sorted(shards) == list(range(shards_of(cache)))
+    assert all(job.events("shard") for job in jobs)
+    check(cache, alone)
+
+
+@pytest.mark.slow
+def test_a_shard_that_somebody_else_has_is_waited_for(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
+    claims = claims_in(locate(str(cache)), "teachers/a/receipts")
+    assert claims.take(7)
+    job = start(cache, slow_teacher)
+    while committed(cache) < shards_of(cache) - 1:
+        assert job.process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert job.process.poll() is None, "somebody may still be at it"
+    claims.release(7)
+    assert job.end() == 0
+    check(cache, alone)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[BaseException]]:
+    """Errors that computing a shard raises, one each time."""
+    errors: dict[int, list[BaseException]] = {}
+    score = logit_cache.worker.score_shard
+
+    def scored(opened: Any, shard: int, progress: Any) -> Any:
+        if errors.get(shard):
+            raise errors[shard].pop(0)
+        return score(opened, shard, progress)
+
+    monkeypatch.setattr(logit_cache.worker, "score_shard", scored)
+    return errors
+
+
+def invoke(cache: Path, teacher: Path, *options: object) -> Any:
+    words = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL, *options)
+    return CliRunner().invoke(cache_logits, list(map(str, words)))
+
+
+def test_a_shard_that_fails_every_time_is_named_and_the_rest_is_done(
+    cache: Path, teacher: Path, failing: dict[int, list[BaseException]], run: Run
+) -> None:
+    failing[3] = [RuntimeError("out of memory")] * 3
+    failing[5] = [RuntimeError("out of memory")]
+    done = invoke(cache, teacher)
+    assert done.exit_code == 1, done.output
+    assert "shard 5 failed, attempt 1 of 3" in done.stderr
+    assert "shard 3 failed 3 times and is given up: RuntimeError: out of memory" in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "1 shard(s) failed every time and were given up: 3 (" in error
+    assert "Traceback" not in done.stderr
+    assert committed(cache) == shards_of(cache) - 1
+    said = run("logit-cache", "status", cache)
+    assert "given up    1 shards" in said.stdout
+    assert "shard 3 after 3 attempts" in said.stdout
+    note = json.loads((cache / "teachers/a/receipts/00000003.failed.json").read_text())
+    assert "Traceback" in note["error"]
+    # What was wrong is over.
+    assert invoke(cache, teacher).exit_code == 0
+    assert not list((cache / "teachers/a/receipts").glob("*.failed.json"))
+    assert json.loads(run("logit-cache", "status", cache, "--json").stdout)["complete"]
+
+
+def test_attempts_can_be_chosen(cache: Path, teacher: Path, failing: dict[int, list[BaseException]]) -> None:
+    failing[0] = [RuntimeError("out of memory")]
+    assert invoke(cache, teacher, "--attempts", 1).exit_code == 1
+
+
+def test_a_broken_device_ends_the_process(cache: Path, teacher: Path, failing: dict[int, list[BaseException]]) -> None:
+    failing[4] = [RuntimeError("CUDA error: an illegal memory access was encountered")]
+    done = invoke(cache, teacher)
+    assert done.exit_code == 1
+    assert "CUDA error" in done.stderr
+    assert "device of this process is broken" in done.stderr
+    assert committed(cache) == 4
+
+
+def test_what_is_done_in_time_is_finished_and_the_rest_let_go() -> None:
+    stopping = Stopping(100.0)
+    stopping.begin()
+    stopping.check(0.01)  # nobody asked
+    stopping.wanted, stopping.asked_at = True, time.monotonic()
+    stopping._began = time.monotonic() - 10.0
+    stopping.check(0.5)  # ten seconds to go
+    with pytest.raises(Stopped):
+        stopping.check(0.1)  # ninety
+    with pytest.raises(Stopped):
+        stopping.check(0.0)
+
+
+def test_a_process_that_cannot_end_in_time_is_ended() -> None:
+    script = (
+        "import time\nfrom logit_cache.stopping import Stopping\n"
+        "with Stopping(1.0).on_sigterm():\n    print('ready', flush=True)\n    time.sleep(600)\n    time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert "not done 1 seconds after SIGTERM" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--engine", "kubernetes"), ("--engine", "local")),
+        (("--workers", 0), ("--workers",)),
+        (("--workers", 2, "--worker", "0/2"), ("--worker i/n",)),
+        (("--ray-address", "auto"), ("--ray-address", "--engine ray")),
+        (("--slurm", "partition=x"), ("--slurm", "--engine slurm")),
+        (("--engine", "slurm", "--slurm", "partition"), ("NAME=VALUE",)),
+        (("--no-wait",), ("--no-wait", "--engine slurm")),
+        (("--grace-seconds", 0), ("--grace-seconds",)),
+        (("--log-format", "xml"), ("--log-format",)),
+    ],
+)
+def test_options_that_make_no_sense(cache: Path, teacher: Path, run: Run, options: Any, words: Any) -> None:
+    base = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
+    refused(run("cache-logits", *base, *options), *words)
+    assert not (cache / "teachers/a").exists()
+
+
+def test_what_every_worker_refuses_is_said_once(cache: Path, make_teacher: Callable[..., Path], run: Run) -> None:
+    narrow = make_teacher(1, vocabulary_size=100)
+    done = run("cache-logits", "--cache", cache, "--teacher", narrow, "--name", "a", *SMALL, "--workers", 2)
+    refused(done, "its head has 100 columns")
+    assert not (cache / "teachers/a").exists()
+
+
+def test_the_result_is_alone_on_stdout(cache: Path, teacher: Path, run: Run) -> None:
+    base = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
+    done = run("cache-logits", *base, "--workers", 2, "--log-format", "json", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["positions_cached"] == json.loads(done.stdout)["positions"]
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {"start", "worker", "shard", "progress", "end"} <= {line["event"] for line in events}
+    assert all(line["entry"] == "a" and line["time"] for line in events)
+
+
+def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_claims(
+    cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a store a claim outlives its holder: the same worker, started again, waits for its end and does the shard."""
+    monkeypatch.setattr(storage.claims, "LEASE_SECONDS", 4.0)
+    url = f"memory://{tmp_path.name}/cache"
+    fsspec.filesystem("memory").put(f"{cache}/", f"/{tmp_path.name}/cache/", recursive=True)
+    fields = {"cache": url, "teacher": str(teacher), "name": "a", "k": 16, "context_tokens": 64, "shard_tokens": 4096}
+    opened = open_job(CacheJob(**{**fields, "chunk_tokens": 256}))
+    pending = opened.writer.pending()
+    killed = claims_in(locate(url), "teachers/a/receipts")
+    assert killed.take(0)
+    assert killed.take(3)
+    outcome = run_local(opened, pending, Rank(0, 2))
+    assert outcome.built == len(pending)
+    assert opened.writer.pending() == []
+
+
+def test_a_worker_that_helps_nobody_does_its_share(cache: Path, teacher: Path) -> None:
+    assert invoke(cache, teacher, "--worker", "1/3", "--no-help-others").exit_code == 0
+    done = {int(path.stem) for path in (cache / "teachers/a/receipts").glob("????????.json")}
+    assert done == set(range(1, shards_of(cache), 3))
+    assert invoke(cache, teacher, "--worker", "0/3").exit_code == 0
+    assert committed(cache) == shards_of(cache)
+
+
+@pytest.mark.slow
+def test_torchrun_tells_each_process_its_share(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
+    words = command("cache-logits", "--cache", cache, "--teacher", slow_teacher, "--name", "a", *SMALL)
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [*command(*launcher), *words], capture_output=True, text=True, env=environment(), timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"worker {rank} of 2 (from RANK and WORLD_SIZE)" in done.stderr
+    check(cache, alone)

@@ -1,0 +1,313 @@
+"""`cache-logits --engine ray` on a cluster of two nodes on this machine: the same bytes as without, whatever is killed.
+
+The cluster lets in only who has its token.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.clusters.ray_nodes import RayNodes, kill, until
+from support.commands import TESTS, Run, command, environment, refused
+
+NAME = "a"
+SHARDS = 65
+# As fast as it can be, and still some seconds of work for two.
+JOB = (
+    "--name", NAME, "-k", 16, "--context-tokens", 128, "--stride-tokens", 8, "--shard-tokens", 256,
+    "--chunk-tokens", 256, "--fidelity-positions", 256, "--log-format", "json",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(make_teacher: Callable[..., Path]) -> Path:
+    """With enough layers to be caught at its work."""
+    return make_teacher(n_embd=64, n_layer=4)
+
+
+@pytest.fixture(scope="module")
+def expected(small_cache: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory, run: Run) -> dict[str, bytes]:
+    """What one process stores."""
+    path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("expected") / "cache"))
+    done = run("cache-logits", "--cache", path, "--teacher", teacher, *JOB)
+    assert done.returncode == 0, done.stderr
+    return objects(path)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    started = RayNodes(environment())
+    try:
+        started.add()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def cache(small_cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_cache, tmp_path / "cache"))
+
+
+def objects(cache: Path) -> dict[str, bytes]:
+    """All that an entry has, without what a killed worker leaves. Of the receipts, which hold times, that they are
+    there."""
+    folder = cache / "teachers" / NAME
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".claim", ".partial")]
+    return {str(p.relative_to(folder)): b"" if p.parent.name == "receipts" else p.read_bytes() for p in paths}
+
+
+class Job:
+    """`cache-logits` that runs on the cluster."""
+
+    def __init__(
+        self, nodes: RayNodes, cache: Path, teacher: Path, *more: object, script: tuple[str, ...] = ()
+    ) -> None:
+        self._log = cache.parent / "log"
+        arguments = ("--cache", cache, "--teacher", teacher, *JOB)
+        ray = ("--engine", "ray", "--ray-address", nodes.address, "--workers", 2)
+        words = command("cache-logits", *arguments, *ray, *more)
+        if script:
+            words = [sys.executable, str(TESTS / "support/clusters/ray_faulty.py"), *script, *words[1:]]
+        self._cache = cache
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                words, stdout=subprocess.DEVNULL, stderr=log, env=environment() | nodes.access
+            )
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """What it has told so far of one kind; the last line may be half of one."""
+        lines = [line for line in self.told.splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    @property
+    def told(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def built(self) -> int:
+        """How many shards are there."""
+        return len(list((self._cache / "teachers" / NAME / "receipts").glob("????????.json")))
+
+    def in_the_middle(self, workers: int = 1) -> list[dict[str, Any]]:
+        """Wait until so many workers are there and some shards are built; the workers."""
+
+        def some() -> bool:
+            assert self.process.poll() is None, self.told
+            return len(self.events("worker")) >= workers and self.built() > 10
+
+        until(some, f"{workers} workers build")
+        assert self.built() < SHARDS - 5
+        return self.events("worker")
+
+    def end(self) -> int:
+        """Its exit status."""
+        return self.process.wait(300)
+
+
+def whole(job: Job, cache: Path, expected: dict[str, bytes], run: Run) -> None:
+    """The job is done, with the bytes of one process, and all of it can be verified."""
+    assert job.end() == 0, job.told
+    assert objects(cache) == expected
+    verified = run("logit-cache", "verify", cache, "--deep")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+# What is refused
+
+
+def test_without_ray(cache: Path, teacher: Path) -> None:
+    script = "import sys; sys.modules['ray'] = None; from logit_cache.cli import cache_logits; cache_logits()"
+    arguments = ["--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, env=environment(), timeout=120, check=False,
+    )  # fmt: skip
+    refused(done, "pip install 'logit-cache[ray]'")
+
+
+def test_where_no_cluster_is(cache: Path, teacher: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
+    refused(run(*job, "--ray-address", "127.0.0.1:9"), "127.0.0.1:9", "Connection refused")
+    refused(run(*job, "--ray-address", "ray://127.0.0.1:10001"), "ray://127.0.0.1:10001", "head node")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere.invalid:6379")
+    refused(run(*job), "nowhere.invalid:6379 cannot be reached")
+
+
+@pytest.mark.slow
+def test_with_another_token(
+    nodes: RayNodes, cache: Path, teacher: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    refused(run(*job), nodes.address, "RAY_AUTH_MODE=token")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    refused(run(*job), nodes.address, "another token")
+
+
+@pytest.mark.slow
+def test_jobs_that_do_not_fit(
+    nodes: RayNodes, cache: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in nodes.access.items():
+        monkeypatch.setenv(name, value)
+    plain = [word for word in JOB if word not in ("--log-format", "json")]
+
+    def job(source: Path, *more: object) -> subprocess.CompletedProcess[str]:
+        ray = ("--engine", "ray", "--ray-address", nodes.address, "--workers", 2)
+        return run("cache-logits", "--cache", cache, "--teacher", source, *plain, *ray, *more)
+
+    refused(job(teacher, "-k", 401), "--k 401", "400 ids")
+    done = job(make_teacher(vocabulary_size=300))
+    refused(done, "300 columns", "400 ids")
+    assert "is lost" not in done.stderr, "the user's error is told once"
+    assert not (cache / "teachers" / NAME).exists()
+    assert run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--shard-tokens", 8192).returncode == 0
+    before = objects(cache)
+    refused(job(make_teacher(seed=1, n_embd=64, n_layer=4), "--shard-tokens", 8192), NAME, "weights")
+    assert objects(cache) == before
+
+
+@pytest.mark.slow
+def test_a_wait_for_what_the_cluster_does_not_have_is_told(nodes: RayNodes, cache: Path, teacher: Path) -> None:
+    job = Job(nodes, cache, teacher, "--worker-cpus", 2, "--log-format", "text")
+    until(lambda: "wait for room" in job.told, "the wait is told", 60)
+    assert "2 of 2 workers wait for room: each needs 2 CPU(s) of a node" in job.told
+    assert "none of its nodes is large enough" in job.told
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 1
+    assert not (cache / "teachers" / NAME).exists()
+
+
+# Whatever is killed
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own(cache: Path, teacher: Path, expected: dict[str, bytes], run: Run) -> None:
+    job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
+    refused(run(*job, "--worker-cpus", 1000), "a worker needs 1000 CPU(s)", "on this machine")
+    done = run(*job, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert objects(cache) == expected
+
+
+@pytest.mark.slow
+def test_undisturbed(nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run) -> None:
+    job = Job(nodes, cache, teacher)
+    whole(job, cache, expected, run)
+    places = job.events("worker")
+    assert len({place["node"] for place in places}) == 2
+    assert {event["worker"] for event in job.events("shard")} == {"0", "1"}
+    assert not job.events("worker lost")
+    until(lambda: not nodes.actors(), "no actor is left", 30)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(
+    nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run
+) -> None:
+    job = Job(nodes, cache, teacher)
+    victim = job.in_the_middle()[0]
+    kill(victim["pid"])
+    whole(job, cache, expected, run)
+    (lost,) = job.events("worker lost")
+    assert lost["worker"] == victim["worker"]
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_asked_to_stop(
+    nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run
+) -> None:
+    job = Job(nodes, cache, teacher, "--grace-seconds", 10)
+    job.in_the_middle()
+    asked = time.monotonic()
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 1
+    assert time.monotonic() - asked < 11
+    assert "was stopped with" in job.told
+    assert 10 < job.built() < SHARDS
+    # Elsewhere, by another engine.
+    done = run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB)
+    assert done.returncode == 0, done.stderr
+    assert objects(cache) == expected
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed(
+    nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run
+) -> None:
+    first = Job(nodes, cache, teacher)
+    first.in_the_middle()
+    kill(first.process.pid)
+    assert nodes.actors()
+    first.end()
+    until(lambda: not nodes.actors(), "no actor is left", 30)
+    there = first.built()
+    second = Job(nodes, cache, teacher)
+    whole(second, cache, expected, run)
+    assert len(second.events("shard")) == SHARDS - there
+
+
+@pytest.mark.slow
+def test_a_shard_that_always_fails(
+    nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run
+) -> None:
+    faulty = Job(nodes, cache, teacher, script=("7", "this one is odd", ""))
+    assert faulty.end() == 1
+    assert "1 shard(s) failed every time and were given up: 7 (RuntimeError: this one is odd)" in faulty.told
+    receipts = cache / "teachers" / NAME / "receipts"
+    assert {int(path.stem) for path in receipts.glob("????????.json")} == set(range(SHARDS)) - {7}
+    note = json.loads((receipts / "00000007.failed.json").read_bytes())
+    assert (note["attempts"], note["error"].splitlines()[-1]) == (3, "RuntimeError: this one is odd")
+    assert [event["attempt"] for event in faulty.events("retry")] == [1, 2]
+    assert not faulty.events("worker lost")
+    sound = Job(nodes, cache, teacher)
+    whole(sound, cache, expected, run)
+    assert [event["shard"] for event in sound.events("shard")] == [7]
+
+
+@pytest.mark.slow
+def test_a_device_that_is_broken(
+    nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run, tmp_path: Path
+) -> None:
+    once = tmp_path / "once"
+    job = Job(nodes, cache, teacher, script=("20", "CUDA error: an illegal memory access", str(once)))
+    whole(job, cache, expected, run)
+    assert once.exists()
+    (lost,) = job.events("worker lost")
+    assert "CUDA error: an illegal memory access" in lost["error"]
+    broken = next(place for place in job.events("worker") if place["worker"] == lost["worker"])
+    after = [event["worker"] for event in job.events("shard") if event["shard"] == 20]
+    assert after != [lost["worker"]]
+    assert broken["pid"] not in nodes.actors()
+    (retry,) = job.events("retry")
+    assert retry["shard"] == 20, "what it had besides is not to blame"
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed(
+    nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run
+) -> None:
+    job = Job(nodes, cache, teacher)
+    places = {nodes.node_of(place["pid"]): place["worker"] for place in job.in_the_middle(workers=2)}
+    nodes.kill(1)
+    # In time for the end of the job, or not: the other node can do it alone.
+    nodes.add()
+    whole(job, cache, expected, run)
+    first, *others = job.events("worker lost")
+    assert first["worker"] == places[1]
+    assert "its node is gone, or cannot be reached" in first["error"]
+    # Ray may make the next one where it does not know yet that the node is gone.
+    assert len(others) <= 1
+    assert not job.events("retry"), "no shard is to blame for it"

@@ -1,0 +1,357 @@
+"""`cache-logits --engine slurm`, and plain Slurm tasks, on a real cluster whose tasks are disturbed: the same bytes.
+
+The tests marked `slurm` need the cluster (`make test-slurm`); the others are about what is made of results and logs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.clusters.slurm import Cluster, until
+from support.commands import Run, command, environment, refused
+
+from logit_cache import engines
+from logit_cache import slurm as engine
+from logit_cache.engines import NotDone
+from logit_cache.job import CacheJob
+from logit_cache.slurm_task import ArrayTask
+from storage.errors import InputError
+from storage.failures import Failures
+from storage.location import locate
+
+# Overlapping windows make it long enough to be disturbed: some 35 shards.
+JOB = ("--name", "a", "-k", 40, "--context-tokens", 64, "--stride-tokens", 2, "--shard-tokens", 512,
+       "--fidelity-positions", 256)  # fmt: skip
+ARRAY = ("--engine", "slurm", "--workers", 2, "--slurm", "partition=main", "--slurm", "time=10")
+
+
+@pytest.fixture
+def cache(small_cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_cache, tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(small_cache: Path, teacher: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process of this machine makes, undisturbed."""
+    path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("whole") / "cache"))
+    done = run("cache-logits", "--cache", path, "--teacher", teacher, *JOB)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def contents(cache: Path) -> dict[str, object]:
+    """Every file of the entry but a killed task's leftovers; of receipts what is neither a time nor a host."""
+    folder = cache / "teachers/a"
+    found: dict[str, object] = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix not in (".claim", ".partial"):
+            name = path.relative_to(folder).as_posix()
+            found[name] = path.read_bytes()
+            if name == "receipts/index.json":
+                found[name] = len(json.loads(path.read_bytes())["receipts"])
+            elif name.startswith("receipts/"):
+                receipt = json.loads(path.read_bytes())
+                found[name] = {key: value for key, value in receipt.items() if key not in _OF_A_RUN}
+    return found
+
+
+_OF_A_RUN = {"seconds", "written_at", "host", "sha256"}
+
+
+def receipts(cache: Path, task: int | None = None) -> int:
+    """How many shards are committed, of one of two tasks if so asked."""
+    names = [path.stem for path in (cache / "teachers/a/receipts").glob("*.json") if path.stem.isdecimal()]
+    return sum(task is None or int(name) % 2 == task for name in names)
+
+
+class Waiting:
+    """A `cache-logits` that waits for its array."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *arguments: object) -> None:
+        self.folder = folder
+        self.cluster = cluster
+        with (folder / "said").open("wb") as said:
+            self.process = subprocess.Popen(
+                command("cache-logits", *arguments),
+                cwd=folder,
+                env={**environment(), **cluster.environment},
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
+
+    def said(self) -> str:
+        return (self.folder / "said").read_text(encoding="utf-8")
+
+    def number(self) -> int:
+        """The number of the array, when it is submitted."""
+        until(lambda: "submitted job" in self.said() or self.process.poll() is not None, self.cluster, "a job")
+        match = re.search(r"submitted job (\d+) ", self.said())
+        assert match, self.said()
+        return int(match[1])
+
+    def ended(self) -> subprocess.CompletedProcess[str]:
+        """Wait for the end."""
+        out, _ = self.process.communicate(timeout=180)
+        return subprocess.CompletedProcess([], self.process.returncode, out, self.said())
+
+    def logs(self) -> str:
+        """What the tasks have written."""
+        return "".join(path.read_text(encoding="utf-8") for path in sorted(self.folder.glob("slurm-logs/*/*_log.*")))
+
+
+@pytest.fixture
+def start(slurm: Cluster, cache: Path, teacher: Path, tmp_path: Path) -> Callable[..., Waiting]:
+    """Starts the job on the cluster; paths are relative to where it is started."""
+
+    def call(*arguments: object) -> Waiting:
+        return Waiting(
+            slurm, tmp_path, "--cache", cache.name, "--teacher", os.path.relpath(teacher, tmp_path), *JOB, *ARRAY,
+            *arguments,
+        )  # fmt: skip
+
+    return call
+
+
+def pythons(array: int, task: int) -> list[int]:
+    """The processes of a task of an array that are a Python of their own."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words, variables = ((entry / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            except OSError:
+                continue
+            named = {f"SLURM_ARRAY_JOB_ID={array}".encode(), f"SLURM_ARRAY_TASK_ID={task}".encode()}
+            if b"python" in words[0] and named <= set(variables):
+                found.append(int(entry.name))
+    return found
+
+
+def clean(run: Run, cache: Path) -> None:
+    done = run("logit-cache", "verify", cache, "--deep")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slurm
+def test_an_array_makes_what_one_process_makes(
+    start: Callable[..., Waiting], cache: Path, whole: Path, run: Run
+) -> None:
+    done = start("--json", "--worker-cpus", 1, "--slurm-folder", "slurm-logs").ended()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["complete"]
+    assert contents(cache) == contents(whole)
+    clean(run, cache)
+    clean(run, cache)
+    # The task finds that this job is not the entry's, and the command says so, complete as the entry is.
+    refused(start("-k", 20).ended(), "a task of job", "targets.k")
+    assert contents(cache) == contents(whole)
+
+
+@pytest.mark.slurm
+def test_a_task_that_is_requeued_and_one_at_its_time_limit(
+    start: Callable[..., Waiting], slurm: Cluster, cache: Path, whole: Path, run: Run
+) -> None:
+    waiting = start()
+    array = waiting.number()
+    until(lambda: min(receipts(cache, 0), receipts(cache, 1)) >= 2, slurm, "both tasks have built shards")
+    slurm.call("scontrol", "requeue", f"{array}_0")
+    # What Slurm sends before the time limit.
+    slurm.call("scancel", "--signal", "USR2", f"{array}_1")
+    done = waiting.ended()
+    assert done.returncode == 0, done.stderr + waiting.logs()
+    logs = waiting.logs()
+    assert "was stopped with" in logs, logs
+    assert "Calling checkpoint method" in logs, logs
+    assert contents(cache) == contents(whole)
+    clean(run, cache)
+
+
+@pytest.mark.slurm
+def test_a_task_that_is_killed(
+    start: Callable[..., Waiting], slurm: Cluster, cache: Path, whole: Path, run: Run
+) -> None:
+    waiting = start()
+    array = waiting.number()
+    until(lambda: receipts(cache, 0) >= 2, slurm, "the first task has built shards")
+    for process in pythons(array, 0):
+        os.kill(process, signal.SIGKILL)
+    done = waiting.ended()
+    if done.returncode:
+        assert done.returncode == 1
+        assert "srun: error: " in done.stderr.splitlines()[-1], done.stderr
+        done = start().ended()
+    assert done.returncode == 0, done.stderr + waiting.logs()
+    assert contents(cache) == contents(whole)
+    clean(run, cache)
+
+
+@pytest.mark.slurm
+def test_a_command_that_does_not_wait_and_one_that_is_ended(
+    start: Callable[..., Waiting], slurm: Cluster, cache: Path, whole: Path, run: Run
+) -> None:
+    waiting = start()
+    array = waiting.number()
+    waiting.process.send_signal(signal.SIGTERM)
+    ended = waiting.ended()
+    assert ended.returncode == 1
+    assert f"job {array} goes on" in ended.stderr.splitlines()[-1]
+    assert f"scancel {array}" in ended.stderr.splitlines()[-1]
+    assert str(array) in slurm.queue()
+    slurm.call("scancel", array)
+    until(lambda: not slurm.queue(), slurm, "the array ends")
+
+    started = start("--no-wait", "--json", "--workers", 1)
+    array = started.number()
+    done = started.ended()
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"scancel {array}" in done.stderr
+    until(lambda: not slurm.queue(), slurm, "the array ends", 120)
+    assert json.loads(run("logit-cache", "status", cache, "--json").stdout)["complete"]
+    assert contents(cache) == contents(whole)
+    clean(run, cache)
+
+
+@pytest.mark.slurm
+def test_plain_tasks_of_slurm_take_their_share(
+    slurm: Cluster, cache: Path, small_cache: Path, teacher: Path, whole: Path, run: Run, tmp_path: Path
+) -> None:
+    again = Path(shutil.copytree(small_cache, tmp_path / "again"))
+    words = command("cache-logits", "--teacher", teacher, *JOB)
+    everyone = Cluster({**environment(), **slurm.environment})
+    said = everyone.call(
+        "sbatch", "--parsable", "--array=3-4", "--requeue", "--open-mode=append", f"--output={tmp_path}/array-%a",
+        "--wrap", " ".join(map(str, [*words, "--cache", cache])),
+    )  # fmt: skip
+    until(lambda: receipts(cache, 0) >= 2, slurm, "the first task has built shards")
+    slurm.call("scontrol", "requeue", f"{said.strip()}_3")
+    until(lambda: not slurm.queue(), slurm, "the array ends", 120)
+    texts = [(tmp_path / f"array-{task}").read_text(encoding="utf-8") for task in (3, 4)]
+    assert "was stopped with" in texts[0], texts[0]
+    assert "worker 1 of 2 (from SLURM_ARRAY_TASK_ID)" in texts[1]
+    assert contents(cache) == contents(whole)
+
+    done = subprocess.run(
+        ["srun", "--ntasks=2", *words, "--cache", str(again)],
+        env=everyone.environment, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {f"worker {i} of 2 (from SLURM_PROCID)" for i in (0, 1)} <= set(done.stderr.splitlines())
+    assert contents(again) == contents(whole)
+    clean(run, again)
+
+
+@pytest.mark.slurm
+def test_what_sbatch_refuses(start: Callable[..., Waiting], slurm: Cluster, tmp_path: Path) -> None:
+    refused(start("--slurm", "partition=nowhere").ended(), "Slurm does not take the job", "nowhere")
+    refused(start("--slurm", "no-such-thing=1").ended(), "Slurm does not take the job", "no-such-thing")
+    assert not (tmp_path / "slurm-logs").exists()
+    assert not slurm.queue()
+
+
+def test_without_slurm(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+    done = run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, *ARRAY, cwd=tmp_path)
+    refused(done, "srun")
+    assert not (tmp_path / "slurm-logs").exists()
+
+
+def test_the_variables_of_a_job_around_it_are_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "SLURM_CONF": "/c",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "RANK": "1",
+        "SBATCH_QOS": "q",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with engine._outside_of_jobs():
+        assert {name for name in values if name in os.environ} == {"SLURM_CONF", "SBATCH_QOS"}
+    assert {name: os.environ[name] for name in values} == values
+
+
+@pytest.fixture
+def ended(cache: Path, teacher: Path, tmp_path: Path) -> tuple[CacheJob, Path]:
+    """An array that has ended with an entry of which nothing is done, and its folder."""
+    from logit_cache.job import open_job
+
+    job = CacheJob(cache=str(cache), teacher=(str(teacher),), name="a", context_tokens=64, shard_tokens=1024)
+    open_job(job)
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    return job, folder
+
+
+def test_an_array_that_ended_says_why(ended: tuple[CacheJob, Path]) -> None:
+    job, folder = ended
+    with pytest.raises(NotDone, match=r"job 7 has ended with .* shards missing; its logs are in"):
+        engine._outcome(job, "7", 3, folder, {})
+    (folder / "7_0_0_log.err").write_text("error: old\nsrun: error: node1: task 0: Killed\nsomething else\n")
+    with pytest.raises(NotDone, match=r"shards missing .srun: error: node1: task 0: Killed.; its"):
+        engine._outcome(job, "7", 3, folder, {})
+    (folder / "7_1_0_result.pkl").write_bytes(pickle.dumps(("error", "Traceback\n  x\nValueError: bad\n")))
+    with pytest.raises(NotDone, match="ValueError: bad"):
+        engine._outcome(job, "7", 3, folder, {})
+    (folder / "7_0_0_result.pkl").write_bytes(pickle.dumps(("success", None)))
+    (folder / "7_2_0_result.pkl").write_bytes(pickle.dumps(("success", ("refused", "no such teacher"))))
+    with pytest.raises(InputError, match="a task of job 7 refused: no such teacher"):
+        engine._outcome(job, "7", 3, folder, {})
+
+
+def test_shards_that_were_given_up_are_named(ended: tuple[CacheJob, Path]) -> None:
+    job, folder = ended
+    notes = Failures(locate(job.cache), "teachers/a/receipts")
+    notes.record(1, 3, "of the run before")
+    before = notes.all()
+    notes.record(4, 3, f"{'x' * 9000}\nRuntimeError: it broke")
+    outcome = engine._outcome(job, "7", 3, folder, before)
+    assert list(outcome.given_up) == [4]
+    assert outcome.given_up[4].splitlines()[-1] == "RuntimeError: it broke"
+
+
+def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path], run: Run) -> None:
+    job, folder = ended
+    words = ("--context-tokens", 64, "--shard-tokens", 1024, "--fidelity-positions")
+    arguments = ("cache-logits", "--cache", job.cache, "--teacher", job.teacher[0], "--name", "a", *words)
+    assert run(*arguments, 0).returncode == 0
+    with pytest.raises(NotDone, match="without the report"):
+        engine._outcome(job, "7", 3, folder, {})
+    without = job.model_copy(update={"fidelity_positions": 0})
+    engine._outcome(without, "7", 2, folder, {})
+    # One of two tasks met a full disk; then both have another job in mind.
+    for task in (0, 1):
+        (folder / f"7_{task}_0_result.pkl").write_bytes(pickle.dumps(("success", ("refused", "not this one"))))
+        if task == 0:
+            engine._outcome(without, "7", 2, folder, {})
+    with pytest.raises(InputError, match="not this one"):
+        engine._outcome(without, "7", 2, folder, {})
+
+
+def test_lives_that_do_nothing_end(ended: tuple[CacheJob, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    lives: list[int] = []
+    monkeypatch.setattr(engines, "run_job", lambda *arguments: lives.append(1))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        task = ArrayTask(ended[0].model_dump(mode="json"), {})
+        for _ in range(3):
+            assert task() is None
+            task = task.checkpoint().function
+        told = task()
+        assert told is not None
+        assert (told[0], len(lives)) == ("failed", 3)
+        assert "3 times the time limit" in told[1]
+        # Somebody has done something meanwhile.
+        task.missing = (task.missing or 0) + 1
+        assert task() is None
+        assert task.checkpoint().function.fruitless == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)

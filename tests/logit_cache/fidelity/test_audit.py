@@ -1,0 +1,514 @@
+"""`audit` against real teachers: honest entries pass in every encoding and arithmetic, and every kind of lie is found.
+
+A lie here is an entry whose record, receipts and checksums are all in order, and whose values are another thing than
+the record says.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.caches.small import make_corpus, write_entry
+from support.commands import Run, refused
+
+import logit_cache.audit
+from logit_cache.audit import Audit, AuditJob, audit
+from logit_cache.build import score_shard
+from logit_cache.job import CacheJob, open_job
+from logit_cache.plan import windows
+from logit_cache.recompress import RecompressJob, recompress
+from logit_cache.replay import draw
+from logit_cache.this_process import run_local
+from storage import LogitCache, SparseTargets
+from storage.errors import InputError, LogitCacheError
+from storage.manifest import ArrayLayout, Encoding, Targets, TeacherEntry, Windowing, digest
+from storage.records import concatenate
+from storage.writer import write_corpus
+
+K, CONTEXT, SHARD = 24, 64, 4096
+BASE: dict[str, Any] = {"targets": "topk", "k": K, "context_tokens": CONTEXT, "shard_tokens": SHARD, "device": "cpu"}
+FIELDS = {"logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy"}
+
+
+def made(cache: Path, teacher: Path, name: str, **changes: Any) -> TeacherEntry:
+    """Caches a teacher for real; returns the entry's record."""
+    opened = open_job(CacheJob(**{"cache": str(cache), "teacher": str(teacher), "name": name, **BASE, **changes}))
+    run_local(opened, opened.writer.pending())
+    return opened.writer.entry
+
+
+def scored(cache: Path, teacher: Path, folder: Path, **changes: Any) -> SparseTargets:
+    """What a teacher says of a whole stream, with exact log-probs; the cache itself stays as it is."""
+    copy = Path(shutil.copytree(cache, folder, dirs_exist_ok=True))
+    opened = open_job(CacheJob(cache=str(copy), teacher=str(teacher), name="scratch", **(BASE | changes)))
+    return concatenate([score_shard(opened, shard) for shard in range(opened.writer.shards)])
+
+
+def check(cache: Path, teacher: Path, name: str, **changes: Any) -> Audit:
+    fields = {"cache": str(cache), "teacher": (str(teacher),), "name": name, "device": "cpu"}
+    return audit(AuditJob(**(fields | changes)))
+
+
+@pytest.fixture(scope="module")
+def world(
+    small_cache: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, TeacherEntry, SparseTargets]:
+    """A cache with the honest entry `codes`, its record, and its targets before encoding. Copy it to write to it."""
+    folder = tmp_path_factory.mktemp("audit")
+    cache = Path(shutil.copytree(small_cache, folder / "cache"))
+    exact = scored(cache, teacher, folder / "scratch")
+    return cache, made(cache, teacher, "codes"), exact
+
+
+@pytest.fixture
+def cache(world: tuple[Path, TeacherEntry, SparseTargets], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(world[0], tmp_path / "cache"))
+
+
+HONEST: dict[str, dict[str, Any]] = {
+    "float32": {"encoding": "float32"},
+    "coarse": {"step_nats": 0.25},
+    "overlapping": {"stride_tokens": 16},
+    "isolated": {"isolate_documents": True},
+    "other-shapes": {"batch_windows": 3, "attention": "eager"},
+    "all-ids": {"k": 400},
+    "cut-at-a-mass": {"top_p": 0.7},
+    "sampled": {"targets": "varopt", "head_ids": 4},
+    "sampled-for-2": {"targets": "varopt", "target_temperature": 2, "head_ids": 2, "k": 12},
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_entries_pass(cache: Path, teacher: Path, name: str) -> None:
+    entry = made(cache, teacher, name, **HONEST[name])
+    found = check(cache, teacher, name, windows=12)
+    assert found.consistent, (found.problems, found.fields)
+    assert found.identity == []
+    assert found.positions == sum(
+        window.last - window.first
+        for window in draw(
+            entry,
+            np.ones(-(-entry.positions // SHARD), dtype=bool),
+            LogitCache.open(str(cache)).document_starts if entry.windowing.isolate_documents else None,
+            12,
+            np.random.default_rng(found.seed),
+        )
+    )
+    # Where all ids are certain there is no tail.
+    assert set(found.fields) == FIELDS - ({"log_tail", "log_tail_half"} if entry.targets.k == 400 else set())
+    assert all(item.values > 0 and item.windows_differing == 0 for item in found.fields.values())
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_an_honest_entry_of_other_kernels_and_a_half_precision(
+    cache: Path, teacher: Path, make_teacher: Callable[..., Path], dtype: Any
+) -> None:
+    """Another attention in bfloat16 rounds differently at every layer, as another device does; the rounding itself,
+    measured against float32, is what explains it. The same tolerance does not let another teacher through."""
+    made(cache, teacher, "half", dtype="bfloat16", attention="eager", batch_windows=5)
+    found = check(cache, teacher, "half", dtype=dtype, windows=24)
+    assert found.consistent, found.fields
+    # Without that control it would have been called a lie.
+    assert found.controls[-1] == f"the same weights in {'bfloat16' if dtype == 'float32' else 'float32'}"
+    assert found.fields["logprobs"].limit_largest > 1e-2
+    assert "attention: recorded 'eager', now 'sdpa'" in found.execution
+    assert bool(found.identity) == (dtype == "float32")
+    other = check(cache, make_teacher(1), "half", dtype=dtype, windows=24)
+    assert len(other.differing) == other.windows
+
+
+def test_where_the_second_model_does_not_fit_the_report_says_so(
+    cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(cache, teacher, "half", dtype="bfloat16", attention="eager", batch_windows=5)
+    load = logit_cache.audit._load
+
+    def smaller(job: AuditJob, entry: TeacherEntry, dtype: Any) -> Any:
+        if dtype == "float32":
+            raise InputError("does not fit on cuda")
+        return load(job, entry, dtype)
+
+    monkeypatch.setattr(logit_cache.audit, "_load", smaller)
+    found = check(cache, teacher, "half")
+    assert not found.consistent
+    assert "the rounding of bfloat16 could not be measured: does not fit on cuda" in found.execution
+
+
+def test_an_entry_that_was_made_smaller_passes_against_the_same_teacher(cache: Path, teacher: Path) -> None:
+    recompress(RecompressJob(cache=str(cache), name="codes", to="small", k=12, top_p=0.7, step_nats=0.0625))
+    recompress(RecompressJob(cache=str(cache), name="small", to="smaller", k=7, step_nats=0.125))
+    for name in ("small", "smaller"):
+        found = check(cache, teacher, name)
+        assert found.consistent, found.fields
+    # A whole step is allowed, as its record says that it came from another; nothing of it is added to what is exact.
+    assert found.fields["logprobs"].encoding_error == 0.125
+    assert found.fields["entropy"].encoding_error < 0.01
+
+
+def test_the_likeliest_ids_are_no_sample(
+    cache: Path, teacher: Path, world: tuple[Path, TeacherEntry, SparseTargets]
+) -> None:
+    """Every value is right, and the ids that are called drawn were not: losses would be biased."""
+    _, entry, exact = world
+    rest = exact.logprobs[:, 8:]
+    chosen = replace(
+        exact,
+        certain=np.full(len(exact), 8, dtype=np.uint16),
+        log_tail=np.logaddexp(exact.log_tail, np.logaddexp.reduce(rest, axis=1)),
+        log_tail_half=np.logaddexp(exact.log_tail_half, np.logaddexp.reduce(rest / 2, axis=1)),
+    )
+    targets = Targets(method="varopt", k=K, head_ids=8, seed=0)
+    write_entry(cache, "chosen", entry.model_copy(update={"targets": targets}), chosen)
+    found = check(cache, teacher, "chosen", windows=8)
+    assert found.differing == []
+    assert found.fields["token_ids"].values == 8 * found.positions
+    assert "no sample" in found.problems[0]
+    assert not found.consistent
+
+
+@pytest.mark.parametrize("combine", ["logit-mean", "mixture"])
+def test_an_ensemble_is_run_as_one(cache: Path, teacher: Path, make_teacher: Callable[..., Path], combine: str) -> None:
+    other = make_teacher(1)
+    both = (str(teacher), str(other))
+    fields = {"cache": str(cache), "teacher": both, "name": "both", "combine": combine, "weight": (1.0, 3.0)}
+    opened = open_job(CacheJob(**BASE, **fields))
+    run_local(opened, opened.writer.pending())
+    assert audit(AuditJob(str(cache), both, windows=4, name="both")).consistent
+    swapped = audit(AuditJob(str(cache), both[::-1], windows=4, name="both"))
+    assert len(swapped.differing) == swapped.windows
+    assert [line.split(" ")[0] for line in swapped.identity] == ["weights_sha256"] * 2
+    with pytest.raises(LogitCacheError, match="made by 2 models"):
+        check(cache, teacher, "both")
+
+
+def test_an_entry_that_is_not_complete_is_audited_where_it_is(cache: Path, teacher: Path) -> None:
+    receipts = cache / "teachers/codes/receipts"
+    (receipts / "index.json").unlink()
+    for shard in (0, 3):
+        (receipts / f"{shard:08d}.json").unlink()
+    found = check(cache, teacher, "codes", windows=40)
+    assert found.consistent
+    assert 30 < found.windows <= 40
+
+
+@pytest.fixture(scope="module")
+def lies(
+    world: tuple[Path, TeacherEntry, SparseTargets],
+    teacher: Path,
+    make_teacher: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, SparseTargets]:
+    """Targets that are not what the record of `codes` says."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    cache, _, exact = world
+    folder = tmp_path_factory.mktemp("lies")
+    tokens = LogitCache.open(str(cache)).tokens.read(0, len(exact))
+    other = scored(cache, make_teacher(1), folder / "other")
+
+    # Half the hidden state is half of every logit: a softmax at temperature 2.
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(0.5)
+        model.transformer.ln_f.bias.mul_(0.5)
+    model.save_pretrained(folder / "hot")
+
+    def of_tokens(name: str, changed: np.ndarray) -> SparseTargets:
+        make_corpus(str(folder / name), changed.astype(np.uint16), 400)
+        return scored(folder / name, teacher, folder / f"{name}-scratch")
+
+    def shifted(values: np.ndarray) -> np.ndarray:
+        moved = np.roll(values, 1, axis=0)
+        if np.isnan(values[-1]).any():  # the end of the stream must look like one
+            moved[0], moved[-1] = values[0], np.nan
+        return moved
+
+    arrays = ("token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy", "exact_logprobs")
+    wide = scored(cache, teacher, folder / "wide", k=2 * K)
+    below = wide.logprobs[:, :K]
+    repeated = np.repeat(exact.logprobs[:, :1], K, axis=1)
+    return {
+        "another teacher": other,
+        "one shard of another teacher": concatenate(
+            [exact.rows(0, SHARD), other.rows(SHARD, 2 * SHARD), exact.rows(2 * SHARD, len(exact))]
+        ),
+        "shifted by one position": replace(exact, **{name: shifted(getattr(exact, name)) for name in arrays}),
+        "temperature 2": scored(cache, folder / "hot", folder / "hot-scratch"),
+        "shorter context": scored(cache, teacher, folder / "short", context_tokens=32),
+        "longer context": scored(cache, teacher, folder / "long", context_tokens=128),
+        "another text": of_tokens("text", tokens[::-1]),
+        "another tokenizer": of_tokens("tokenizer", (tokens.astype(np.int64) + 7) % 400),
+        "labels of another text": replace(exact, label_logprob=shifted(exact.label_logprob)),
+        # The next K ids in place of the first, with their own log-probs and everything else in order.
+        "not the best ids": replace(
+            wide,
+            token_ids=wide.token_ids[:, K:],
+            exact_logprobs=wide.logprobs[:, K:],
+            top_logprob=wide.logprobs[:, K],
+            kept=exact.kept,
+            certain=exact.certain,
+            log_tail=np.logaddexp(wide.log_tail, np.logaddexp.reduce(below, axis=1)),
+            log_tail_half=np.logaddexp(wide.log_tail_half, np.logaddexp.reduce(below / 2, axis=1)),
+        ),
+        # One id K times over.
+        "the best id repeated": replace(
+            exact,
+            token_ids=np.repeat(exact.token_ids[:, :1], K, axis=1),
+            exact_logprobs=repeated,
+            log_tail=np.logaddexp(exact.log_tail, np.logaddexp.reduce(exact.logprobs[:, 1:], axis=1)),
+            log_tail_half=np.logaddexp(exact.log_tail_half, np.logaddexp.reduce(exact.logprobs[:, 1:] / 2, axis=1)),
+        ),
+        "tails renormalised": replace(exact, log_tail=exact.log_tail - np.float32(0.05)),
+        # Less than half a step, which is the error that any code may have.
+        "log-probs 0.01 nats off": replace(
+            exact, exact_logprobs=exact.logprobs - np.float32(0.01), top_logprob=exact.top_logprob - np.float32(0.01)
+        ),
+    }
+
+
+EVERYWHERE = FIELDS - {"token_ids"}
+LIES: dict[str, tuple[int, set[str]]] = {
+    # windows to draw, and fields that must show it
+    "another teacher": (8, FIELDS),
+    "one shard of another teacher": (10, FIELDS),
+    "shifted by one position": (8, FIELDS),
+    "temperature 2": (8, EVERYWHERE),
+    "shorter context": (8, FIELDS),
+    "longer context": (8, FIELDS),
+    "another text": (8, FIELDS),
+    "another tokenizer": (8, FIELDS),
+    "labels of another text": (8, {"label_logprob"}),
+    "not the best ids": (8, {"token_ids"}),
+    "the best id repeated": (8, {"token_ids"}),
+    "tails renormalised": (8, {"log_tail"}),
+    "log-probs 0.01 nats off": (8, {"logprobs", "top_logprob"}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_every_lie_is_found(
+    cache: Path,
+    teacher: Path,
+    world: tuple[Path, TeacherEntry, SparseTargets],
+    lies: dict[str, SparseTargets],
+    lie: str,
+) -> None:
+    drawn, fields = LIES[lie]
+    write_entry(cache, "lie", world[1], lies[lie])
+    found = check(cache, teacher, "lie", windows=drawn)
+    assert not found.consistent
+    assert (found.problems, found.identity) == ([], [])
+    assert {name for name, item in found.fields.items() if item.windows_differing} == fields
+    if lie == "one shard of another teacher":
+        assert all(SHARD <= first < last <= 2 * SHARD for first, last in found.differing)
+    elif lie == "longer context":
+        # The first half of a window of twice the length is what the shorter one saw.
+        assert all(first % (2 * CONTEXT) == CONTEXT for first, _ in found.differing)
+    else:
+        assert len(found.differing) == found.windows
+
+
+def test_lies_in_a_half_precision_s_record(
+    cache: Path,
+    teacher: Path,
+    world: tuple[Path, TeacherEntry, SparseTargets],
+    lies: dict[str, SparseTargets],
+) -> None:
+    """A record that says bfloat16 buys the tolerance that bfloat16 has, and no more."""
+    _, entry, exact = world
+    member = entry.teacher.members[0].model_copy(update={"dtype": "bfloat16"})
+    half = entry.model_copy(update={"teacher": entry.teacher.model_copy(update={"members": (member,)})})
+    for name, lie in enumerate(("shorter context", "temperature 2", "labels of another text")):
+        write_entry(cache, f"lie-{name}", half, lies[lie])
+        assert len(check(cache, teacher, f"lie-{name}", windows=8).differing) == 8, lie
+    write_entry(cache, "rounded", half, exact)
+    assert check(cache, teacher, "rounded", windows=8).consistent
+
+
+def test_an_entry_carried_over_from_another_cache(
+    cache: Path,
+    teacher: Path,
+    world: tuple[Path, TeacherEntry, SparseTargets],
+) -> None:
+    _, entry, exact = world
+    write_entry(cache, "carried", entry.model_copy(update={"stream_sha256": "1" * 64}), exact)
+    found = check(cache, teacher, "carried")
+    assert not found.consistent
+    assert "stream_sha256" in found.problems[0]
+
+
+def test_damage_that_a_window_meets_is_a_finding(cache: Path, teacher: Path) -> None:
+    path = cache / "teachers/codes/entropy/c/1"
+    path.write_bytes(path.read_bytes()[:-1])
+    found = check(cache, teacher, "codes", windows=24)
+    assert str(path) in found.problems[0]
+    assert found.windows < 24
+    assert not found.consistent
+    assert found.differing == []
+
+
+def test_the_same_weights_saved_in_another_way(cache: Path, teacher: Path, tmp_path: Path) -> None:
+    """Values decide; that the digests differ is said."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).save_pretrained(tmp_path / "double")
+    found = check(cache, tmp_path / "double", "codes")
+    assert found.consistent
+    assert [line.split(" ")[0] for line in found.identity] == ["weights_sha256"]
+
+
+def test_a_teacher_of_another_tokenizer(cache: Path, teacher: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(teacher, tmp_path / "other"))
+    for path in (cache / "tokenizer").iterdir():
+        shutil.copy(path, other)
+    assert check(cache, other, "codes").consistent
+    data = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(data))
+    found = check(cache, other, "codes")
+    assert not found.consistent
+    assert "id 300" in found.problems[0]
+
+
+def entry_of(positions: int, windowing: Windowing, entry: TeacherEntry, shard: int) -> TeacherEntry:
+    layout = ArrayLayout(shard=shard, chunk=windowing.stride_tokens, compression="zstd")
+    return entry.model_copy(update={"positions": positions, "windowing": windowing, "layout": layout})
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_windows_are_drawn_as_the_plan_has_them(
+    world: tuple[Path, TeacherEntry, SparseTargets], isolated: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        stride = int(rng.integers(1, 9))
+        windowing = Windowing(
+            context_tokens=int(rng.integers(stride, 30)), stride_tokens=stride, isolate_documents=isolated
+        )
+        positions = int(rng.integers(1, 400))
+        shard = stride * int(rng.integers(1, 9))
+        entry = entry_of(positions, windowing, world[1], shard)
+        inner = np.unique(rng.integers(1, max(2, positions), 7))
+        starts = np.concatenate([[0], inner[inner < positions]]).astype(np.uint64) if isolated else None
+        committed = rng.random(-(-positions // shard)) < 0.7
+        committed[0] = True
+        planned = {
+            window
+            for number in np.flatnonzero(committed).tolist()
+            for window in windows(number * shard, min((number + 1) * shard, positions), positions, windowing, starts)
+        }
+        drawn = draw(entry, committed, starts, int(rng.integers(1, 40)), np.random.default_rng(0))
+        assert set(drawn) <= planned
+        assert len(set(drawn)) == len(drawn)
+        assert set(draw(entry, committed, starts, positions, np.random.default_rng(0))) == planned
+
+
+def test_the_chance_to_escape(world: tuple[Path, TeacherEntry, SparseTargets]) -> None:
+    windowing = Windowing(context_tokens=16, stride_tokens=16)
+    entry = entry_of(16 * 400, windowing, world[1], 160)
+    committed = np.ones(40, dtype=bool)
+    rng = np.random.default_rng(5)
+    corrupt = set((16 * rng.permutation(400)[:20]).tolist())  # a twentieth of the windows, anywhere
+    tries, drawn = 1500, 24
+    escaped = sum(
+        not any(window.first in corrupt for window in draw(entry, committed, None, drawn, np.random.default_rng(seed)))
+        for seed in range(tries)
+    )
+    bound = Audit("", "", "", 0, drawn=drawn).escape(0.05)
+    assert bound == pytest.approx(0.95**24)
+    assert 0.5 * bound < escaped / tries < bound + 3 * np.sqrt(bound * (1 - bound) / tries)
+    # One stretch longer than two parts is always met.
+    for seed in range(200):
+        first = 16 * int(rng.integers(0, 400 - 34))
+        assert any(
+            first <= w.first < first + 16 * 34 for w in draw(entry, committed, None, drawn, np.random.default_rng(seed))
+        )
+
+
+def test_what_cannot_be_audited(
+    cache: Path,
+    teacher: Path,
+    make_teacher: Callable[..., Path],
+    world: tuple[Path, TeacherEntry, SparseTargets],
+    tmp_path: Path,
+    run: Run,
+) -> None:
+    _, entry, exact = world
+    opened = LogitCache.open(str(cache))
+    corpus = opened.record.corpus.model_copy(update={"tokens_included": False})
+    bare = tmp_path / "bare"
+    tokens = opened.tokens.read(0, len(exact))
+    record = opened.record.model_copy(update={"corpus": corpus})
+    write_corpus(str(bare), record, opened.tokenizer_files(), tokens, opened.document_starts, None)
+    without = entry.model_copy(update={"targets": entry.targets.model_copy(update={"has_label_logprob": False})})
+    write_entry(bare, "codes", without, exact)
+    write_entry(cache, "other", entry, exact)
+    cases: list[tuple[Path, Path, str | None, tuple[str, ...]]] = [
+        (bare, teacher, None, ("without its tokens",)),
+        (cache, teacher, None, ("--name", "codes, other")),
+        (cache, teacher, "nobody", ("no teacher entry 'nobody'",)),
+        (cache, make_teacher(0, 300), "codes", ("300 columns", "400 ids")),
+        (cache, make_teacher(0, n_positions=32), "codes", ("32 tokens",)),
+    ]
+    for url, model, name, words in cases:
+        with pytest.raises(LogitCacheError) as error:
+            audit(AuditJob(str(url), (str(model),), name))
+        assert all(word in str(error.value) for word in words), error.value
+    shutil.rmtree(cache / "teachers/codes/receipts")
+    refused(run("logit-cache", "audit", cache, "--teacher", teacher, "--name", "codes"), "no position yet")
+
+
+def test_the_command(cache: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run) -> None:
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    done = run("logit-cache", "audit", cache, "--teacher", teacher, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["consistent"]
+    assert found["positions"] == 16 * CONTEXT == found["fields"]["entropy"]["values"]
+    assert found["escape"]["0.1"] == pytest.approx(0.9**16)
+    # The seed that was drawn draws the same windows again; without it they are others.
+    again = check(cache, teacher, "codes", seed=found["seed"])
+    assert again.fields["entropy"].position == found["fields"]["entropy"]["position"]
+    assert check(cache, teacher, "codes").seed != check(cache, teacher, "codes").seed
+
+    other = run("logit-cache", "audit", cache, "--teacher", make_teacher(1), "--windows", 5)
+    assert other.returncode == 1
+    assert "weights_sha256" in other.stdout
+    assert "NOT CONSISTENT" in other.stdout
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+
+
+def test_a_record_cannot_ask_for_more_memory_than_a_batch_needs(
+    cache: Path, teacher: Path, world: tuple[Path, TeacherEntry, SparseTargets]
+) -> None:
+    _, entry, exact = world
+    execution = entry.execution.model_copy(update={"batch_windows": 1 << 40, "device_type": "cuda"})
+    greedy = entry.model_copy(update={"execution": execution})
+    assert digest(greedy) != digest(entry)
+    write_entry(cache, "greedy", greedy, exact)
+    found = check(cache, teacher, "greedy", windows=4)
+    assert found.consistent
+    assert found.controls == ["in batches of 4 and of 1 windows"]
+    assert "device_type: recorded 'cuda', now 'cpu'" in found.execution
+
+
+def test_exact_log_probs_are_held_to_float32(
+    cache: Path, teacher: Path, world: tuple[Path, TeacherEntry, SparseTargets]
+) -> None:
+    _, entry, exact = world
+    encoding = Encoding(kind="float32", step_nats=None, mantissa_bits=23)
+    off = exact.logprobs - np.float32(0.005)
+    write_entry(cache, "exact", entry.model_copy(update={"encoding": encoding}), replace(exact, exact_logprobs=off))
+    found = check(cache, teacher, "exact", windows=4)
+    assert {name for name, item in found.fields.items() if item.windows_differing} == {"logprobs"}

@@ -1,0 +1,292 @@
+"""Recipes: the papers' sizes, what is refused beforehand, the commands, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from support.commands import LIBRARY, Run, command, environment, refused
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import logit_cache.recipe as recipe_module
+from logit_cache.cli import cache_logits, main
+from logit_cache.probe import Machine, free_memory, probe
+from logit_cache.recipe import RecipeJob, RecipeRun
+from logit_cache.recipes import RECIPES, SCALES, Recipe, find_recipe
+from storage.errors import IdentityMismatch, InputError
+from student.cli import train_student
+from student.job import StudentJob
+from student.models import PRESETS
+from teachers.train import train_teacher
+
+GIB = 1 << 30
+LARGE = Machine(device="cpu", name="a machine", memory_bytes=64 * GIB, products_per_second=1e11)
+ALL = [(name, scale) for name in RECIPES for scale in SCALES]
+COMMANDS: dict[str, click.Command] = {
+    "train-teacher": train_teacher,
+    "train-student": train_student,
+    "cache-logits": cache_logits,
+    **{f"logit-cache {name}": found for name, found in main.commands.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train/` and `valid/` with two files each, of the standard library's source; 160 kB and 20 kB."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, size in (("train", 80_000), ("valid", 10_000)):
+        (folder / name).mkdir()
+        for number, module in enumerate(("argparse.py", "typing.py")):
+            content = (LIBRARY / module).read_text(encoding="utf-8")
+            (folder / name / f"{number}.txt").write_text(content[-size:] if name == "valid" else content[:size])
+    return folder
+
+
+def job_of(folder: Path, out: Path, **changes: Any) -> RecipeJob:
+    fields: dict[str, Any] = {
+        "recipe": "baby-llama", "scale": "tiny", "text": (f"{folder}/train/*.txt",),
+        "eval_text": (f"{folder}/valid/*.txt",), "out": str(out),
+    }  # fmt: skip
+    return RecipeJob.model_validate(fields | changes)
+
+
+@pytest.mark.parametrize(("name", "scale"), ALL)
+def test_parameters_are_those_of_real_models(name: str, scale: Any) -> None:
+    recipe = find_recipe(name, scale)
+    for network in recipe.models.values():
+        with torch.device("meta"):
+            config = AutoConfig.for_model(**network.config, vocab_size=recipe.vocabulary_size)
+            model = AutoModelForCausalLM.from_config(config)
+        assert sum(p.numel() for p in model.parameters()) == network.parameters(recipe.vocabulary_size)
+        looked_up = [model.get_input_embeddings()] if network.family == "llama" else [model.transformer.wpe]
+        multiplied = network.parameters(recipe.vocabulary_size) - sum(m.weight.numel() for m in looked_up)
+        assert network.products(recipe.vocabulary_size) == multiplied
+
+
+def test_the_papers_networks_and_schedules() -> None:
+    baby, second = find_recipe("baby-llama", "paper"), find_recipe("babyllama-2", "paper")
+    sizes = {name: network.parameters(16_000) for name, network in baby.models.items()}
+    assert sizes == {
+        "llama": PRESETS["llama-360m"].parameters,
+        "gpt2": PRESETS["gpt2-705m"].parameters,
+        "student": PRESETS["llama-58m"].parameters,
+    }
+    assert {n.parameters(16_000) for n in second.models.values()} == {PRESETS["llama-345m"].parameters}
+    assert (baby.temperature, baby.alpha, baby.offset, baby.loss_scale) == (2.0, 0.5, "fixed", "babyllama")
+    assert (second.temperature, second.alpha, second.offset) == (1.0, 0.5, "random")
+
+    def schedule(model: Any) -> tuple[float, int, int, int, float]:
+        t = model.training
+        return (t.learning_rate, t.batch, t.epochs, t.warmup_steps, t.weight_decay)
+
+    assert schedule(baby.teachers[0]) == (3e-4, 128, 4, 300, 0.0)
+    assert schedule(baby.teachers[1]) == (2.5e-4, 128, 4, 300, 0.0)
+    assert schedule(baby.student) == (2.5e-4, 32, 6, 200, 0.1)
+    assert schedule(second.student) == schedule(second.teachers[0]) == (7e-4, 128, 8, 600, 5.0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_acts_on_a_weight_in_a_step_is_kept(name: str) -> None:
+    """Learning rate times weight decay, at every scale."""
+
+    def pull(recipe: Recipe) -> list[float]:
+        return [m.training.learning_rate * m.training.weight_decay for m in (*recipe.teachers, recipe.student)]
+
+    for scale in SCALES:
+        assert pull(find_recipe(name, scale)) == pytest.approx(pull(find_recipe(name, "paper")), rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "scale"), ALL)
+def test_every_command_is_one_that_there_is(text: Path, tmp_path: Path, name: str, scale: Any) -> None:
+    """Each option exists and its value parses; training fields are checked as a run would."""
+    from student.arguments import training_values
+
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "one.jsonl").touch()
+    more = {"pairs": str(tmp_path / "pairs"), "limit": 5, "seeds": (0, 3), "live": True}
+    many = tmp_path / "many.txt"
+    many.write_text("word " * 400_000)
+    changes = {"recipe": name, "scale": scale, "text": (str(many),), **more}
+    stages = RecipeRun(job_of(text, tmp_path / "out", **changes), LARGE).stages
+    assert [stage.command[1] for stage in stages[:4]] == ["clean", "clean", "tokenize", "tokenize"]
+    # Two teachers, their cache of two streams, student, control, live, five models' scores; twice.
+    assert len(stages) == 4 + 2 * (2 + 2 + 3 + 5) + 1
+    for stage in stages:
+        key = stage.command[0] if stage.command[0] in COMMANDS else " ".join(stage.command[:2])
+        found = COMMANDS[key]
+        context = found.make_context(key, list(stage.command[len(key.split()) :]), resilient_parsing=False)
+        settings = dict(setting.split("=") for setting in context.params.get("settings", ()))
+        if settings:
+            fields = {"cache": "c", "model": "m", "output_dir": "o", "eval_cache": "e", "training": settings}
+            fields["teachers"] = list(context.params.get("teacher", ()))
+            values = training_values(StudentJob.model_validate(fields))
+            assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] in (8, 32, 64, 128)
+
+
+def test_a_dry_run_prints_the_commands_and_does_nothing(text: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out dir"
+    line = ["--text", f"{text}/train/*.txt", "--eval-text", f"{text}/valid/*.txt", "--out", out, "--scale", "tiny"]
+    done = run("logit-cache", "recipe", "babyllama-2", *line, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert not out.exists()
+    lines = [part for part in done.stdout.splitlines() if part.startswith(("logit-cache ", "train-", "cache-logits "))]
+    expected = RecipeRun(job_of(text, out, recipe="babyllama-2"), LARGE).stages
+    assert [shlex.split(part) for part in lines] == [list(stage.command) for stage in expected]
+    assert "teacher one" in done.stdout
+    assert "FLOP" in done.stdout
+
+
+def test_the_machine_is_asked() -> None:
+    machine = probe()
+    assert machine.device in ("cpu", "cuda")
+    assert 1e8 < machine.products_per_second < 1e17
+    assert 1 << 26 < machine.memory_bytes < 1 << 45
+    assert 1 << 26 < free_memory() < 1 << 45
+
+
+def test_micro_batches_shrink_with_memory(text: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many.txt"
+    many.write_text("word " * 400_000)
+    seen = []
+    for memory in (512, 24, 16):
+        machine = LARGE.model_copy(update={"memory_bytes": memory * GIB, "device": "cuda"})
+        run = RecipeRun(job_of(text, tmp_path / "out", scale="paper", text=(str(many),)), machine)
+        seen.append(run.batches["gpt2"])
+        settings = [s for stage in run.stages if stage.title.startswith("teacher gpt2") for s in stage.command]
+        assert f"per_device_train_batch_size={run.batches['gpt2']}" in settings
+        assert f"gradient_accumulation_steps={128 // run.batches['gpt2']}" in settings
+        assert "fp16=true" in settings
+    assert seen[0] == 128 > seen[1] > seen[2] >= 1
+
+
+def refusal(folder: Path, out: Path, machine: Machine = LARGE, **changes: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        RecipeRun(job_of(folder, out, **changes), machine)
+    assert not out.exists()
+    return str(caught.value)
+
+
+def test_what_cannot_be_done_is_refused_beforehand(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    train = f"{text}/train/*.txt"
+    assert "found none" in refusal(text, out, text=(train, f"{text}/missing/*.txt"))
+    assert "missing" in refusal(text, out, eval_text=(f"{text}/missing.txt",))
+    assert "must not be trained on" in refusal(text, out, eval_text=(f"{text}/train/0.txt",))
+    assert "no recipe 'baby-lama'" in refusal(text, out, recipe="baby-lama")
+    assert "given once" in refusal(text, out, seeds=(1, 2, 1))
+    assert "JSONL" in refusal(text, out, pairs=str(text))
+    assert "two files are called 0.txt" in refusal(
+        text, out, text=(train, f"{text}/valid/0.txt"), eval_text=(f"{text}/valid/1.txt",)
+    )
+    short = tmp_path / "short.txt"
+    short.write_text("a few words\n" * 100)
+    assert "fewer than two steps of 8 windows" in refusal(text, out, text=(str(short),))
+    short.write_text("")
+    assert "empty" in refusal(text, out, text=(str(short),))
+    small = LARGE.model_copy(update={"memory_bytes": 8 * GIB})
+    many = tmp_path / "many.txt"
+    many.write_text("word " * 400_000)
+    found = refusal(text, out, small, scale="paper", text=(str(many),))
+    assert "teacher gpt2 needs about 1" in found or "teacher llama needs about" in found
+    assert "8.0 GiB free: take --scale small" in found
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(recipe_module.shutil, "disk_usage", lambda path: usage(GIB, GIB, 1 << 20))
+    assert "0.0 GiB are free there" in refusal(text, out)
+
+
+def test_refusals_of_the_command(text: Path, tmp_path: Path, run: Run) -> None:
+    line = ["--eval-text", f"{text}/valid/*.txt", "--out", tmp_path / "out", "--scale", "tiny"]
+    done = run("logit-cache", "recipe", "baby-llama", "--text", text / "none.txt", *line)
+    refused(done, "--text", "none.txt", "found none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe_module, "run_stages", lambda stages, again: {})
+    out = tmp_path / "out"
+    RecipeRun(job_of(text, out), LARGE).run()
+    first = json.loads((out / "recipe.json").read_text())
+    assert [model["role"] for model in first["models"]] == ["teacher", "teacher", "student", "control"]
+    with pytest.raises(IdentityMismatch, match="recipe: 'baby-llama' there, 'babyllama-2' asked for"):
+        RecipeRun(job_of(text, out, recipe="babyllama-2"), LARGE).run()
+    with pytest.raises(IdentityMismatch, match="stride_tokens"):
+        RecipeRun(job_of(text, out, stride_tokens=64), LARGE).run()
+    # On a smaller machine the run that was begun keeps its micro-batches; more seeds may come later.
+    RecipeRun(job_of(text, out, seeds=(1,)), LARGE.model_copy(update={"memory_bytes": 2 * GIB})).run()
+    second = json.loads((out / "recipe.json").read_text())
+    assert second["micro_batches"] == first["micro_batches"]
+    assert second["entries"] == ["ensemble-0", "ensemble-1"]
+    assert len(second["models"]) == 8
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thing").touch()
+    with pytest.raises(InputError, match="no recipe's run"):
+        RecipeRun(job_of(text, tmp_path / "other"), LARGE).run()
+    (out / "recipe.json").write_text("{")
+    with pytest.raises(InputError, match="no record"):
+        RecipeRun(job_of(text, out), LARGE)
+
+
+@pytest.mark.slow
+def test_a_whole_recipe_killed_and_gone_on_with(text: Path, tmp_path: Path, run: Run) -> None:
+    """From text to report by the installed command; killed after its first teacher, then run to the end, and again."""
+    out = tmp_path / "out"
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    rows = [{"sentence_good": f"return the value {n}", "sentence_bad": f"the return value {n}"} for n in range(9)]
+    (pairs / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = ["logit-cache", "recipe", "baby-llama", "--scale", "tiny", "--text", f"{text}/train/*.txt"]
+    line += ["--eval-text", f"{text}/valid/*.txt", "--pairs", pairs, "--out", out, "--live"]
+    victim = subprocess.Popen(
+        command(*line), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    first = out / "seed-0" / "llama" / "report.json"
+    deadline = time.monotonic() + 240
+    while not first.exists() and victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(victim.pid, signal.SIGKILL)
+    said, _ = victim.communicate()
+    assert first.exists(), said.decode()
+    written = first.stat().st_mtime_ns
+    assert not (out / "report.html").exists()
+
+    done = run(*line)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == written, "what was done is not done again"
+    reports = {
+        name: json.loads((out / "seed-0" / name / "report.json").read_text())
+        for name in ("llama", "gpt2", "student", "control", "live")
+    }
+    assert reports["student"]["job"]["temperature"] == 2.0
+    assert reports["student"]["job"]["alpha"] == reports["live"]["job"]["alpha"] == 0.5
+    # After a few steps, on a few thousand held-out positions: the one from drawn ids, the other from all of them.
+    assert reports["student"]["held_out"]["distillation_loss"] == pytest.approx(
+        reports["live"]["held_out"]["distillation_loss"], rel=0.1
+    )
+    assert reports["control"]["held_out"]["distillation_loss"] is None
+    steps = {name: report["steps"] for name, report in reports.items()}
+    assert steps["student"] == steps["control"] == steps["live"]
+    for name in reports:
+        scores = json.loads((out / "seed-0" / f"{name}.scores.json").read_text())
+        assert scores["minimal_pairs"]["pairs"] == 9
+        assert scores["held_out"]["kl"].keys() == {"ensemble-0"}
+        measured = reports[name]["held_out"]["cross_entropy"]
+        assert scores["held_out"]["cross_entropy_per_token"] == pytest.approx(measured, rel=1e-5)
+    assert (out / "report.html").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.suffix == ".json"}
+    again = run(*line)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} | {out / "recipe.json": 0} == {
+        **before, out / "recipe.json": 0
+    }  # fmt: skip
+    shutil.rmtree(out)

@@ -1,0 +1,495 @@
+"""`logit-cache report`: the statistics by hand, and pages of folders that are whole, that lack things, or are not to be
+trusted."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import report_folders as invented
+from support.commands import ROOT, Run, refused
+
+from logit_cache.recipe_tables import cost_table, fidelity_table, kl_table, models_table
+from logit_cache.report import BreakEven, RecipeFindings, gather_recipe, pairs_mean
+from logit_cache.report_figures import held_out_points, mean_points, thinned
+from logit_cache.report_page import make_report
+from logit_cache.run_folders import (
+    HeldOut,
+    Job,
+    RecipeFolder,
+    Scores,
+    Sweep,
+    TrainingRun,
+    read_folder,
+)
+from logit_cache.run_tables import sorted_trials
+from logit_cache.spread import Spread, spread, t_quantile
+from logit_cache.verdict import pairs_sentences, verdicts
+from student.job import HeldOutReport, StudentJob, TrainingReport
+from student.scores import EvaluationReport
+
+EVIL = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with everything. Copy it before writing to it."""
+    return invented.recipe_folder(tmp_path_factory.mktemp("recipe") / "baby-llama")
+
+
+@pytest.fixture
+def recipe(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "baby-llama"))
+
+
+def findings(folder: Path) -> RecipeFindings:
+    found = read_folder(folder)
+    assert isinstance(found, RecipeFolder)
+    return gather_recipe(found)
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; names with dots lead inside."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        inner = data
+        for part in path:
+            inner = inner[part]
+        inner[last] = value
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def page_of(*folders: Path, out: Path) -> str:
+    make_report(folders, out)
+    return out.read_text(encoding="utf-8")
+
+
+class Words(HTMLParser):
+    """The page's words, its tags and its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self._style = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+        self._style = tag == "style"
+
+    def handle_data(self, data: str) -> None:
+        if not self._style:
+            self.text.append(data)
+
+    @property
+    def joined(self) -> str:
+        return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
+
+
+def test_mean_deviation_and_interval() -> None:
+    found = Spread((1.0, 2.0, 4.0))
+    assert found.mean == pytest.approx(7 / 3)
+    # Squares of -4/3, -1/3, 5/3 make 42/9; divided by two, 7/3.
+    assert found.deviation == pytest.approx(math.sqrt(7 / 3))
+    half = 4.302653 * math.sqrt(7 / 3) / math.sqrt(3)
+    assert found.interval == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-6)
+    one = spread([None, 3.0])
+    assert one is not None
+    assert (one.mean, one.deviation, one.interval, one.number) == (3.0, None, None, 1)
+    assert spread([None, None]) is None
+    assert not Spread((1.0, math.nan)).is_finite
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (30, 2.04227), (101, 1.98373)]
+)
+def test_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(quantile, abs=2e-5)
+
+
+def test_differences_are_paired_by_seed(whole: Path) -> None:
+    control, teacher, live = findings(whole).losses
+    assert control.by_seed == pytest.approx({0: -0.20, 1: -0.23, 2: -0.20})
+    assert teacher.by_seed == pytest.approx({0: -0.12, 1: -0.08, 2: -0.13})
+    assert teacher.teachers == dict.fromkeys(invented.SEEDS, "llama")
+    assert live.by_seed == pytest.approx({0: -0.001, 1: 0.002, 2: 0.001})
+
+
+def test_the_verdict_says_what_the_seeds_show(whole: Path) -> None:
+    (sentence,) = verdicts(findings(whole))
+    # -0.20, -0.23, -0.20: deviation sqrt(0.0003), interval half 4.302653 * 0.0173205 / sqrt(3) = 0.0430.
+    assert "lowers the student's held-out loss by 0.2100 ± 0.0173 nats per token" in sentence
+    assert "(3 seeds, 95 % interval 0.1670 to 0.2530)" in sentence
+    # 0.12, 0.08, 0.13: mean 0.11, deviation sqrt(0.0007).
+    assert "beats its best teacher (llama) in each of 3 seeds, on average by 0.1100 ± 0.0265 nats" in sentence
+    # -0.001, 0.002, 0.001: half of the interval is 0.0038, so it reaches from -0.0031 to 0.0045.
+    assert "95 % interval −0.0031 to 0.0045), which is equal within 0.01" in sentence
+    # 6 points above the control in every seed.
+    assert "6.0 ± 0.0 percentage points above the control" in " ".join(pairs_sentences(findings(whole)))
+
+
+def test_the_best_teacher_is_that_of_the_seed(recipe: Path) -> None:
+    edit(recipe / "seed-1/teacher-gpt2/report.json", held_out__cross_entropy=3.30)
+    teacher = findings(recipe).losses[1]
+    assert teacher.by_seed == pytest.approx({0: -0.12, 1: 0.12, 2: -0.13})
+    assert teacher.teachers[1] == "gpt2"
+    (sentence,) = verdicts(findings(recipe))
+    assert "beats its best teacher in 2 of 3 seeds, and is on average 0.0433" in sentence
+
+
+def test_a_teacher_that_is_missing_might_be_the_best(recipe: Path) -> None:
+    (recipe / "seed-1/teacher-gpt2/report.json").unlink()
+    found = findings(recipe)
+    assert set(found.losses[1].by_seed) == {0, 2}
+    assert "teacher gpt2, seed 1" in " ".join(found.warnings)
+
+
+def test_teachers_of_one_seed_serve_every_student(recipe: Path) -> None:
+    data = json.loads((recipe / "recipe.json").read_text())
+    data["models"] = [m for m in data["models"] if m["role"] != "teacher" or m["seed"] == 0]
+    (recipe / "recipe.json").write_text(json.dumps(data))
+    assert findings(recipe).losses[1].by_seed == pytest.approx({0: -0.12, 1: -0.10, 2: -0.11})
+
+
+def test_a_difference_that_is_not_shown_is_not_claimed(recipe: Path) -> None:
+    for seed, loss in enumerate((3.39, 3.43, 3.45)):
+        edit(recipe / f"seed-{seed}/control-student/report.json", held_out__cross_entropy=loss)
+        edit(recipe / f"seed-{seed}/live-student/report.json", held_out__cross_entropy=3.40 + 0.05 * seed)
+    (sentence,) = verdicts(findings(recipe))
+    assert "makes no difference that 3 seeds can show" in sentence
+    assert "no difference is shown, and neither is that they are equal within 0.01" in sentence
+
+
+def test_worse_is_called_worse(recipe: Path) -> None:
+    for seed in invented.SEEDS:
+        edit(recipe / f"seed-{seed}/student-student/report.json", held_out__cross_entropy=3.9 + seed / 1000)
+    (sentence,) = verdicts(findings(recipe))
+    assert "raises the student's held-out loss by" in sentence
+    assert "in none of 3 seeds" in sentence
+    assert "which is worse" in sentence
+
+
+def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+    folder = invented.recipe_folder(tmp_path / "one", seeds=(0,))
+    (sentence,) = verdicts(findings(folder))
+    assert "by 0.2000 nats per token (one seed, so no spread)" in sentence
+    assert "beats its best teacher (llama): it is 0.1200 nats below (one seed)" in sentence
+    assert "interval" not in sentence
+    assert "±" not in sentence
+    assert not any(cell.below for row in models_table(findings(folder)).rows for cell in row)
+
+
+def test_a_diverged_run_has_no_verdict(recipe: Path) -> None:
+    edit(recipe / "seed-1/student-student/report.json", held_out__cross_entropy="NaN", held_out__perplexity="Infinity")
+    (sentence,) = verdicts(findings(recipe))
+    assert "cannot be said: a run ended without a finite loss" in sentence
+    words = Words(page_of(recipe, out=recipe / "page.html")).joined
+    assert "not finite" in words
+    assert "nan" not in words.lower().split()
+
+
+def test_other_held_out_text_is_noticed(recipe: Path) -> None:
+    edit(recipe / "seed-1/control-student/report.json", provenance__eval_cache="c" * 64)
+    assert "not all scored on the same held-out text" in " ".join(findings(recipe).warnings)
+
+
+def test_break_even() -> None:
+    found = BreakEven(caching=60.0, cached=100.0, live=130.0)
+    assert found.students == pytest.approx(2.0)
+    assert found.rows(3) == [(1, 160.0, 130.0), (2, 260.0, 260.0), (3, 360.0, 390.0)]
+    assert [n for n, _, _ in found.rows()] == list(range(1, 17))
+    assert BreakEven(caching=60.0, cached=130.0, live=130.0).students is None
+
+
+def test_costs_of_the_folder(recipe: Path) -> None:
+    found = findings(recipe).break_even
+    assert found is not None
+    # One student reads one entry of two shards, each of half of the seconds.
+    assert found.caching == pytest.approx(invented.CACHING_SECONDS, rel=0.05)
+    assert (found.cached, found.live) == pytest.approx((101.0, 131.0))
+    edit(recipe / "seed-1/student-student/report.json", resumed_from_step=50)
+    found = findings(recipe).break_even
+    assert found is not None
+    assert found.cached == pytest.approx(101.0), "of the seeds 0 and 2: the resumed run does not know its time"
+    rows = {row[0].text: row for row in cost_table(findings(recipe)).rows}
+    assert rows["student"][2].text == "2"
+
+
+def test_what_the_tables_hold(whole: Path) -> None:
+    rows = {row[0].text: [cell.text for cell in row] for row in models_table(findings(whole)).rows}
+    assert list(rows) == ["teacher llama", "teacher gpt2", "student", "control", "live teachers"]
+    assert rows["student"][1:6] == ["3 of 3", "2.30 M", "3.28 M", "3.4100", f"{_mean_perplexity():.2f}"]
+    assert rows["student"][8] == "0.3100"
+    assert rows["control"][8] == "not measured"
+    means = [pairs_mean(model) for model in findings(whole).models if model.role == "control"]
+    assert rows["control"][9] == f"{100 * sum(m for m in means if m is not None) / 3:.1f} %"
+    table = fidelity_table(findings(whole).entries)
+    assert table is not None
+    assert [cell.text for cell in table.rows[0]][1:6] == ["600", "8.10 %", "24.00 %", "0.0310", "0.00210"]
+
+
+def _mean_perplexity() -> float:
+    return sum(math.exp(loss) for loss in invented.LOSSES["student", "student"]) / 3
+
+
+def test_curves() -> None:
+    assert mean_points([((1.0, 2.0), (2.0, 4.0)), ((2.0, 6.0), (3.0, 1.0))]) == ((2.0, 5.0),)
+    assert thinned(tuple((float(i), float(i)) for i in range(6)), 3) == ((0.5, 0.5), (2.5, 2.5), (4.5, 4.5))
+    data = invented.training_report(Path("run"), loss=3.0)
+    data["eval_log"] = [{"step": 50, "eval_loss": 4.0}, {"step": 100, "eval_loss": "NaN"}, {"eval_loss": 1.0}]
+    assert held_out_points(TrainingRun.model_validate(data)) == ((50.0, 4.0), (400.0, 3.0))
+
+
+def test_trials_are_sorted_by_value(tmp_path: Path) -> None:
+    folder = invented.sweep_folder(tmp_path / "sweep")
+    sweep = Sweep.model_validate_json((folder / "sweep.json").read_text())
+    complete = [trial.value for trial in sorted_trials(sweep) if trial.state == "complete"]
+    assert complete == sorted(complete)
+    assert sorted_trials(sweep)[-1].state == "failed"
+    other = sweep.model_copy(update={"direction": "maximize"})
+    assert sorted_trials(other)[0].value == max(complete)
+
+
+def test_the_records_read_are_those_that_are_written() -> None:
+    later = {"peak_memory", "live", "distillation_loss"}
+    for read, written in ((TrainingRun, TrainingReport), (Job, StudentJob), (HeldOut, HeldOutReport)):
+        assert read.model_fields.keys() <= written.model_fields.keys() | later
+    assert Scores.model_fields.keys() <= EvaluationReport.model_fields.keys()
+
+
+def test_the_page_of_a_whole_recipe(whole: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    done = run("logit-cache", "report", whole, "-o", out)
+    assert done.returncode == 0, done.stderr
+    assert "Distillation lowers the student's held-out loss by 0.2100" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"], "and no partial file"
+    page = out.read_text(encoding="utf-8")
+    found = Words(page)
+    sections = re.findall(r"<h2>(.*?)</h2>", page)
+    assert sections == [
+        "What was gained",
+        "What was distilled from what",
+        "Teachers, student, control",
+        "During training",
+        "BLiMP by phenomenon",
+        "Fidelity of the cache",
+        "Cost",
+        "Provenance",
+    ]
+    assert page.index("0.2100") < page.index(sections[0])
+    for words in (
+        "logit-mean of llama (LlamaForCausalLM, 4,200,000 parameters) and gpt2",
+        "top-k, k = 8",
+        "subject verb agreement",
+        "The cache is cheaper from 3 students on",
+        "NVIDIA L4",
+        "Thin lines are single seeds",
+        "3,100.0 MB",
+    ):
+        assert words in found.joined, words
+    assert not found.tags & {"script", "link", "img", "iframe", "object", "form", "base"}
+    assert not {name for name in found.attributes if name.startswith("on")} | found.attributes & {"src", "srcset"}
+    assert "default-src 'none'; style-src 'unsafe-inline'" in page
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert "/somewhere/" not in page, "folders of a machine are nobody's business"
+
+
+def test_the_page_lies_in_the_first_folder(recipe: Path, run: Run, tmp_path: Path) -> None:
+    sweep = invented.sweep_folder(tmp_path / "sweep")
+    single = invented.run_folder(tmp_path / "single", seed=4, loss=3.3)
+    done = run("logit-cache", "report", single, recipe, sweep)
+    assert done.returncode == 0, done.stderr
+    words = Words((single / "report.html").read_text(encoding="utf-8")).joined
+    assert not (recipe / "report.html").exists()
+    for title in (
+        "Baby Llama, scale tiny",
+        "Learning rate of the student",
+        "single",
+        "eval_loss against learning_rate",
+    ):
+        assert title in words
+    assert "Lowest eval_loss: 3.3466" in done.stdout
+
+
+def test_what_is_missing_is_said_to_be_missing(recipe: Path, tmp_path: Path) -> None:
+    shutil.rmtree(recipe / "train")
+    shutil.rmtree(recipe / "valid")
+    for seed in invented.SEEDS:
+        for role in ("teacher-llama", "teacher-gpt2", "live-student"):
+            shutil.rmtree(recipe / f"seed-{seed}/{role}")
+        edit(recipe / f"seed-{seed}/student-student/report.json", held_out=None, peak_memory=None, train_log=[])
+    for scored in recipe.rglob("*.scores.json"):
+        scored.unlink()
+    found = findings(recipe)
+    (sentence,) = verdicts(found)
+    assert sentence.count("not measured") == 3
+    assert found.break_even is None
+    words = Words(page_of(recipe, out=tmp_path / "page.html")).joined
+    assert "Break-even of cached against live: not measured" in words
+    assert "Not finished, and missing from every figure: teacher llama, seed 0" in words
+    assert "ensemble-0 (not there yet)" in words
+
+
+def test_scores_stand_in_for_runs_without_figures(recipe: Path) -> None:
+    for report in recipe.rglob("report.json"):
+        edit(report, held_out=None)
+        figures = {"tokens": 9, "cross_entropy_per_token": 2.5, "perplexity_per_token": 12.0, "ece": 0.5}
+        edit(report.parent.with_suffix(".scores.json"), held_out=figures)
+    found = findings(recipe)
+    assert found.scored_by_evaluate
+    assert [cell.text for cell in models_table(found).rows[0]][4:8] == ["2.5000", "12.00", "not measured", "50.00 %"]
+
+
+def test_the_kl_of_a_model_without_teachers_is_that_of_its_scores(recipe: Path) -> None:
+    before = kl_table(findings(recipe))
+    assert before is not None
+    assert "control" not in {row[0].text for row in before.rows}
+    figures = {"tokens": 1, "cross_entropy_per_token": 4.0, "perplexity_per_token": math.exp(4), "ece": 0.1}
+    for seed, nats in zip(invented.SEEDS, (0.5, 0.7, 0.6), strict=True):
+        kl = {f"ensemble-{seed}": {"nats": nats, "lower_bound": True}}
+        (file,) = (recipe / f"seed-{seed}").glob("control-*.scores.json")
+        edit(file, held_out={**figures, "kl": kl})
+    found = findings(recipe)
+    table = kl_table(found)
+    assert table is not None
+    (row,) = (row for row in table.rows if row[0].text == "control")
+    assert row[2].text.startswith("0.6000")
+    assert row[3].text == "a lower bound"
+    (model,) = (row for row in models_table(found).rows if row[0].text == "control")
+    assert any(cell.text.startswith("≥ 0.6000") for cell in model)
+
+
+def test_nothing_from_a_folder_becomes_markup(recipe: Path, tmp_path: Path) -> None:
+    data = json.loads((recipe / "recipe.json").read_text())
+    data.update(title=EVIL, recipe=EVIL, scale=EVIL, settings={EVIL: EVIL}, entries=[EVIL, *data["entries"]])
+    for model in data["models"]:
+        model["name"] = f"{EVIL}{model['name']}"
+    (recipe / "recipe.json").write_text(json.dumps(data))
+    for report in recipe.rglob("report.json"):
+        edit(report, device=EVIL, libraries={EVIL: EVIL}, provenance={EVIL: EVIL}, job__model=EVIL, job__loss=EVIL)
+    for scored in recipe.rglob("*.scores.json"):
+        edit(scored, minimal_pairs__groups={EVIL: {"pairs": 1, "accuracy": 0.5}})
+    sweep = invented.sweep_folder(tmp_path / "sweep")
+    trials = [
+        {"number": n, "state": "complete", "value": 1.0 + n, "parameters": {EVIL: EVIL, "b": 1}, "error": EVIL}
+        for n in range(3)
+    ]
+    edit(
+        sweep / "sweep.json", title=EVIL, metric=EVIL, backend=EVIL, cache=EVIL, job={EVIL: {EVIL: EVIL}}, trials=trials
+    )
+    single = invented.run_folder(tmp_path / "<b>run")
+    page = page_of(recipe, sweep, single, out=tmp_path / "page.html")
+    found = Words(page)
+    assert not found.tags & {"script", "img", "b"}
+    assert not {name for name in found.attributes if name.startswith("on")}
+    assert EVIL in found.joined
+
+
+def test_hostile_numbers_and_characters(run: Run, recipe: Path, tmp_path: Path) -> None:
+    huge = "9" * 400
+    sweep = invented.sweep_folder(tmp_path / "sweep", trials=2)
+    text = (sweep / "sweep.json").read_text().replace('"num_layers": ', f'"num_layers": {huge}')
+    (sweep / "sweep.json").write_text(text.replace("eval_loss", "\\u001b[31mloss"))
+    single = invented.run_folder(tmp_path / "single")
+    log = [{"step": 1, "cross_entropy": "x"}, {"step": None, "cross_entropy": 1}, {"step": 2, "cross_entropy": 1e300}]
+    edit(single / "report.json", train_log=log, held_out__ece="Infinity", held_out__cross_entropy="Infinity")
+    done = run("logit-cache", "report", recipe, sweep, single)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "No run ended with a finite held-out loss" in done.stdout
+    edit(recipe / "recipe.json", title="half \ud800 a character")
+    refused(run("logit-cache", "report", recipe), "recipe.json", "expected JSON")
+    edit(single / "report.json", seconds="Infinity")
+    refused(run("logit-cache", "report", single), "report.json", "seconds")
+
+
+def test_a_teacher_that_diverged_is_not_the_best(recipe: Path) -> None:
+    edit(recipe / "seed-0/teacher-llama/report.json", held_out__cross_entropy="NaN")
+    teacher = findings(recipe).losses[1]
+    assert teacher.by_seed[0] == pytest.approx(3.40 - 3.58)
+    assert teacher.teachers[0] == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["recipe.json, sweep.json or report.json", "found none"]),
+        ({"report.json": "{"}, ["report.json", "expected JSON"]),
+        ({"report.json": "[" * 100_000}, ["report.json", "expected JSON"]),
+        ({"report.json": '{"kind": "evaluation report"}'}, ["expected a training report", "kind"]),
+        ({"sweep.json": '{"kind": "sweep", "format": 2}'}, ["expected a sweep", "format"]),
+    ],
+)
+def test_folders_that_hold_something_else(
+    run: Run, tmp_path: Path, content: dict[str, str] | None, words: list[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name, text in (content or {}).items():
+        (folder / name).write_text(text)
+    refused(run("logit-cache", "report", folder), str(folder), *words)
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a/../../b", "s3://bucket/run", ""])
+def test_a_recipe_does_not_lead_out_of_its_folder(run: Run, recipe: Path, path: str) -> None:
+    data = json.loads((recipe / "recipe.json").read_text())
+    data["models"][3]["run"] = path
+    (recipe / "recipe.json").write_text(json.dumps(data))
+    refused(run("logit-cache", "report", recipe), "model 3", "inside the folder of the recipe")
+
+
+def test_refusals(run: Run, recipe: Path, tmp_path: Path) -> None:
+    refused(run("logit-cache", "report", tmp_path / "nowhere"), "nowhere", "found no folder")
+    refused(run("logit-cache", "report", recipe, "-o", tmp_path / "no" / "page.html"), "--out", "a folder that exists")
+    refused(run("logit-cache", "report", recipe, "-o", tmp_path), "--out")
+    for report in recipe.rglob("report.json"):
+        report.unlink()
+    refused(run("logit-cache", "report", recipe), "at least one finished run or trial")
+    done = run("logit-cache", "report")
+    assert done.returncode == 2
+    assert "RUN_DIR" in done.stderr
+
+
+def test_a_model_that_is_there_twice(run: Run, recipe: Path) -> None:
+    data = json.loads((recipe / "recipe.json").read_text())
+    data["models"].append(data["models"][0])
+    (recipe / "recipe.json").write_text(json.dumps(data))
+    refused(run("logit-cache", "report", recipe), "teacher 'llama' of seed 0 is there twice")
+
+
+def test_a_damaged_cache_is_not_reported_on(run: Run, recipe: Path) -> None:
+    file = recipe / "train/teachers/ensemble-1/fidelity.json"
+    file.write_text(file.read_text().replace("0.081", "0.001"))
+    refused(run("logit-cache", "report", recipe), "fidelity.json")
+
+
+def test_the_template_is_part_of_the_package(tmp_path: Path) -> None:
+    assert importlib.resources.files("logit_cache").joinpath("templates/report.html").is_file()
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    for name in ("storage", "teachers", "student", "logit_cache"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True, timeout=120
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "logit_cache/templates/report.html" in zipfile.ZipFile(wheel).namelist()

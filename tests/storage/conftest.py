@@ -1,0 +1,29 @@
+"""A cache with one stream and two entries of it, as codes and exact, which several files read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.two_entries import K, N, V
+
+from storage import SparseTargets
+
+
+@pytest.fixture(scope="module")
+def stream() -> tuple[np.ndarray, SparseTargets]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, N).astype(np.uint16)
+    labels = np.append(tokens[1:].astype(np.int64), -1)
+    return tokens, dense_targets(rng.normal(size=(N, V)) * 3, K, labels)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, stream: tuple[np.ndarray, SparseTargets]) -> Path:
+    path = tmp_path_factory.mktemp("original") / "cache"
+    record = make_corpus(str(path), stream[0], V)
+    write_entry(path, "codes", make_entry(record, K, shard_tokens=256, chunk_tokens=64), stream[1])
+    write_entry(path, "exact", make_entry(record, K, encoding="float32", shard_tokens=256, chunk_tokens=64), stream[1])
+    return path

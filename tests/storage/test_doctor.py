@@ -1,0 +1,289 @@
+"""`logit-cache doctor` finds what a place does not guarantee, and leaves nothing behind.
+
+Each place of the tests breaks one guarantee; the doctor must find that one and no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from support.commands import Run, refused
+from support.servers.fault_proxy import Fault, FaultProxy
+from support.servers.s3 import Bucket, use
+
+import storage.doctor
+from storage.doctor import Finding, examine, safe_to_write
+from storage.errors import InputError, StoreUnavailable
+from storage.local import LocalLocation
+
+
+def broken(findings: list[Finding]) -> list[str]:
+    return [finding.name for finding in findings if finding.state == "not"]
+
+
+class Torn(LocalLocation):
+    """Overwrites in place, in two steps."""
+
+    def replace(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            time.sleep(0.005)
+            file.write(data[len(data) // 2 :])
+            file.truncate()
+
+
+class Deleting(LocalLocation):
+    """Removes the old version before it writes the new one."""
+
+    def replace(self, key: str, data: bytes) -> None:
+        self._path(key).unlink(missing_ok=True)
+        time.sleep(0.005)
+        super().replace(key, data)
+
+
+class Careless(LocalLocation):
+    """Says that a name is refused when taken, after a look that is not part of the write."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        if self._path(key).exists():
+            return False
+        time.sleep(0.01)
+        self.replace(key, data)
+        return True
+
+
+class Unconditional(LocalLocation):
+    """Ignores the condition, as some S3 servers do."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        self.replace(key, data)
+        return True
+
+
+class NoCondition(LocalLocation):
+    def create(self, key: str, data: bytes) -> bool:
+        raise NotImplementedError
+
+
+class Late(LocalLocation):
+    """Lists what is older than a moment."""
+
+    def walk(self, prefix: str = "") -> dict[str, int]:
+        found = super().walk(prefix)
+        return {k: v for k, v in found.items() if time.time() - self._path(k).stat().st_mtime > 0.2}
+
+
+class WholeOnly(LocalLocation):
+    """Ignores ranges."""
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        return [self.read(key) for _ in ranges]
+
+
+class Undeletable(LocalLocation):
+    def remove(self, key: str) -> None:
+        """Says nothing, does nothing."""
+
+
+class Stale(LocalLocation):
+    """Serves the first version of an object that it was asked for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._first: dict[str, bytes] = {}
+
+    def read(self, key: str, at_most: int = 1 << 30) -> bytes:
+        return self._first.setdefault(key, super().read(key, at_most))
+
+
+class ReadOnly(LocalLocation):
+    def replace(self, key: str, data: bytes) -> None:
+        raise StoreUnavailable("access refused")
+
+
+PLACES = [
+    (Torn, "atomic overwrite", False),
+    (Deleting, "atomic overwrite", False),
+    (Late, "listing after a write", False),
+    (WholeOnly, "range reads", False),
+    (Stale, "write and read back", False),
+    (ReadOnly, "write and read back", False),
+    (Careless, "create only if absent", True),
+    (Unconditional, "create only if absent", True),
+    (NoCondition, "create only if absent", True),
+    (Undeletable, "delete", True),
+]
+
+
+@pytest.mark.parametrize(("place", "name", "safe"), PLACES)
+def test_each_broken_guarantee_is_found(
+    place: Callable[[Path], LocalLocation], name: str, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.doctor, "locate", lambda url: place(Path(url)))
+    found = examine(str(tmp_path / "place"))
+    assert broken(found) == [name]
+    assert safe_to_write(found) == safe
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_sound_folder_and_nothing_left(tmp_path: Path) -> None:
+    found = examine(str(tmp_path / "new" / "place"))
+    assert broken(found) == []
+    assert {finding.name for finding in found if finding.state == "not applicable"} == {"damaged uploads refused"}
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "mine").write_text("stays")
+    examine(str(tmp_path))
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def refuse_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def refuse_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+
+def refuse_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where the sync itself is asked about: a place that cannot sync cannot be written at all."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+def leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5 << 20}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "names", "safe"),
+    [
+        (refuse_links, ["hard links"], True),
+        (refuse_locks, ["locks between processes"], True),
+        (refuse_syncs, ["write and read back"], False),
+        (leave_no_room, ["free space"], True),
+    ],
+)
+def test_what_a_file_system_may_lack(
+    damage: Callable[[pytest.MonkeyPatch], None],
+    names: list[str],
+    safe: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    damage(monkeypatch)
+    found = examine(str(tmp_path))
+    # Without links a race may have one winner by luck.
+    assert [name for name in broken(found) if name != "create only if absent"] == [
+        n for n in names if "create" not in n
+    ]
+    assert safe_to_write(found) == safe
+    assert os.listdir(tmp_path) == []
+
+
+def test_on_moto(moto_bucket: Bucket, run: Run) -> None:
+    """moto accepts an upload with a wrong checksum, and the doctor says so."""
+    done = run("logit-cache", "doctor", f"{moto_bucket.url}/runs", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    states = {item["name"]: item["state"] for item in found["findings"]}
+    assert found["safe"]
+    assert states.pop("damaged uploads refused") == "not"
+    assert {name for name, state in states.items() if state == "ok"} == {
+        "write and read back", "listing after a write", "range reads", "atomic overwrite", "create only if absent",
+        "delete",
+    }  # fmt: skip
+    assert moto_bucket.objects() == {}
+
+
+def test_a_server_that_ignores_the_condition(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultProxy(moto_bucket.server.url) as proxy:
+        use(monkeypatch, moto_bucket.server, proxy.url)
+        proxy.faults.append(Fault("unconditional", "PUT"))
+        found = examine(moto_bucket.url)
+    assert broken(found) == ["create only if absent", "damaged uploads refused"]
+    (finding,) = [finding for finding in found if finding.name == "create only if absent"]
+    assert "a taken name was not refused" in finding.meaning
+    assert "--worker" in finding.meaning
+    assert moto_bucket.objects() == {}
+
+
+def test_no_answer_is_no_finding(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be measured is not called good, and the scratch folder goes all the same."""
+    monkeypatch.setenv("LOGIT_CACHE_PATIENCE_S", "0.5")
+    with FaultProxy(moto_bucket.server.url) as proxy:
+        use(monkeypatch, moto_bucket.server, proxy.url)
+        proxy.faults += [Fault("503", "PUT", "/damaged-uploads-refused/"), Fault("503", "PUT", "/taken")]
+        found = examine(moto_bucket.url)
+        assert broken(found) == ["create only if absent", "damaged uploads refused"]
+        proxy.reset()
+        proxy.faults.append(Fault("403", "PUT"))
+        found = examine(moto_bucket.url)
+        assert broken(found) == ["write and read back"]
+        assert "access refused" in found[0].meaning
+        proxy.faults.append(Fault("403", "HEAD"))
+        with pytest.raises(StoreUnavailable, match="access refused"):
+            examine(moto_bucket.url)
+    assert moto_bucket.objects() == {}
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/zarr.json").write_bytes(bytes(range(200)))
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_web_server_is_examined_for_reading(web: str, run: Run) -> None:
+    """Python's own web server ignores ranges."""
+    found = examine(f"{web}/cache")
+    assert {finding.name: finding.state for finding in found} == {
+        "write and read back": "not", "read": "ok", "range reads": "not",
+    }  # fmt: skip
+    assert not safe_to_write(found)
+    with pytest.raises(InputError, match="not there"):
+        examine(f"{web}/nothing")
+    done = run("logit-cache", "doctor", f"{web}/cache")
+    assert done.returncode == 1
+    assert "not be written here safely" in done.stdout
+
+
+def test_the_command(tmp_path: Path, run: Run) -> None:
+    done = run("logit-cache", "doctor", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ok   atomic overwrite" in done.stdout
+    (tmp_path / "file").write_text("")
+    refused(run("logit-cache", "doctor", "s4://bucket"), "s4")
+    done = run("logit-cache", "doctor", tmp_path / "file")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,225 @@
+"""Local copies of remote shards: fetched once, checked before use, bounded, healed, and never trusted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+
+from storage import LogitCache, SparseTargets
+from storage.errors import CorruptCache, InputError, LogitCacheError
+from storage.remote import FsspecLocation
+
+V, N, K = 97, 640, 9
+OBJECT = "teachers/a/token_ids/c/1/0"
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[np.ndarray, SparseTargets]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, N).astype(np.uint16)
+    return tokens, dense_targets(rng.normal(size=(N, V)) * 3, K, np.append(tokens[1:].astype(np.int64), -1))
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path / "copies"))
+    monkeypatch.setattr("storage.remote._INSIST_PAUSE_S", 0.0)
+    return tmp_path / "copies"
+
+
+@pytest.fixture
+def url(tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]) -> str:
+    url = f"memory://{tmp_path.name}/cache"
+    record = make_corpus(url, truth[0], V)
+    write_entry(url, "a", make_entry(record, K, shard_tokens=128, chunk_tokens=32), truth[1])
+    return url
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keys of all whole-object reads from the store, from now on."""
+    keys: list[str] = []
+    read = FsspecLocation.read
+
+    def log(self: FsspecLocation, key: str, *limits: Any) -> bytes:
+        keys.append(key)
+        return read(self, key, *limits)
+
+    monkeypatch.setattr(FsspecLocation, "read", log)
+    return keys
+
+
+def copy_of(copies: Path, key: str) -> Path:
+    (folder,) = (copies / "objects").iterdir()
+    return folder / key
+
+
+def ids(url: str) -> np.ndarray:
+    return LogitCache.open(url).teacher("a").read(0, N).token_ids
+
+
+def test_every_object_is_fetched_once(url: str, asked: list[str], truth: tuple[np.ndarray, SparseTargets]) -> None:
+    for _ in range(2):
+        assert np.array_equal(ids(url), truth[1].token_ids)
+        assert np.array_equal(LogitCache.open(url).tokens.read(0, N), truth[0])
+    objects = [key for key in asked if "/c/" in key]
+    assert len(objects) == len(set(objects)) == 5 * 9 + 1
+
+
+def test_one_request_for_the_receipt_of_a_shard(url: str, asked: list[str]) -> None:
+    LogitCache.open(url).teacher("a").read(130, 140)
+    assert asked.count("teachers/a/receipts/00000001.json") == 1
+
+
+def read_in_a_process(url: str, start: Any, results: Any) -> None:
+    start.wait()
+    results.put(int(ids(url).sum()))
+
+
+@pytest.mark.parametrize("fault", ["flipped", "emptied", "deleted", "swapped"])
+def test_a_damaged_copy_is_fetched_again(
+    url: str, copies: Path, asked: list[str], truth: tuple[np.ndarray, SparseTargets], fault: str
+) -> None:
+    ids(url)
+    path = copy_of(copies, OBJECT)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    if fault == "deleted":
+        path.unlink()
+    else:
+        other = path.parent.parent / "2" / "0"
+        path.write_bytes({"flipped": bytes(data), "emptied": b"", "swapped": other.read_bytes()}[fault])
+    asked.clear()
+    assert np.array_equal(ids(url), truth[1].token_ids)
+    assert asked.count(OBJECT) == 1
+
+
+def test_a_copy_that_is_evicted_under_its_reader_is_fetched_again(
+    url: str, copies: Path, truth: tuple[np.ndarray, SparseTargets]
+) -> None:
+    cache = LogitCache.open(url)
+    cache.teacher("a").read(128, 160)
+    for path in copy_of(copies, "teachers/a").rglob("c/1*"):
+        if path.is_file():
+            path.unlink()
+    copy_of(copies, OBJECT).unlink()
+    # Another chunk of the shard that was checked before: zarr alone would hand out fill values.
+    assert np.array_equal(cache.teacher("a").read(160, 256).token_ids, truth[1].token_ids[160:256])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda data: b"", lambda data: data[:-1], lambda data: data + b"x", lambda data: None]
+)
+def test_what_the_store_gives_wrong_is_an_error_that_names_it(url: str, make: Callable[[bytes], bytes | None]) -> None:
+    memory = fsspec.filesystem("memory")
+    path = f"{url.removeprefix('memory:/')}/{OBJECT}"
+    data = make(memory.cat_file(path))
+    memory.rm_file(path)
+    if data is not None:
+        memory.pipe_file(path, data)
+    with pytest.raises(CorruptCache, match=OBJECT):
+        ids(url)
+    assert np.array_equal(LogitCache.open(url).teacher("a").read(0, 128).start, 0)
+
+
+def test_a_spurious_answer_is_asked_again(
+    url: str, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets]
+) -> None:
+    read = FsspecLocation.read
+    answers: dict[str, int] = {}
+
+    def flaky(self: FsspecLocation, key: str, *limits: Any) -> bytes:
+        count = answers[key] = answers.get(key, 0) + 1
+        if "/c/" in key and count == 1:
+            raise FileNotFoundError(key)
+        return b"" if "/c/" in key and count == 2 else read(self, key, *limits)
+
+    monkeypatch.setattr(FsspecLocation, "read", flaky)
+    assert np.array_equal(ids(url), truth[1].token_ids)
+
+
+def test_copies_are_bounded(url: str, copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.mirror._IN_USE_S", 0.2)
+    monkeypatch.setenv("LOGIT_CACHE_LOCAL_BYTES", "3000")
+    cache = LogitCache.open(url)
+    for start in range(0, N, 128):
+        cache.teacher("a").read(start, start + 128)
+        time.sleep(0.25)
+        held = sum(path.stat().st_size for path in copies.rglob("*") if path.is_file() and path.name != "zarr.json")
+        assert held < 3000 + 9 * 1400, "the bound, and what was in use at the last look"
+
+
+def test_processes_fetch_one_object_once(tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]) -> None:
+    # memory:// is one process's own, so a web server stands in for the store.
+    import http.server
+    import threading
+
+    folder = tmp_path / "served"
+    record = make_corpus(str(folder), truth[0], V)
+    write_entry(folder, "a", make_entry(record, K, shard_tokens=128, chunk_tokens=32), truth[1])
+    got: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any, **others: Any) -> None:
+            super().__init__(*arguments, directory=str(folder), **others)
+
+        def do_GET(self) -> None:
+            got.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        context = multiprocessing.get_context("spawn")
+        start, results = context.Barrier(3), context.Queue()
+        url = f"http://127.0.0.1:{server.server_port}"
+        workers = [context.Process(target=read_in_a_process, args=(url, start, results)) for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        sums = {results.get(timeout=60) for _ in workers}
+        for worker in workers:
+            worker.join()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert sums == {int(truth[1].token_ids.sum())}
+    objects = [path for path in got if "/c/" in path]
+    assert len(objects) == len(set(objects)) == 5 * 9
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_a_bad_bound_is_refused(url: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGIT_CACHE_LOCAL_BYTES", value)
+    with pytest.raises(InputError, match="LOGIT_CACHE_LOCAL_BYTES"):
+        ids(url)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(LogitCacheError, match="LOGIT_CACHE_LOCAL_DIR"):
+        ids(url)
+
+
+def test_killed_downloads_are_removed_in_time(url: str, copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids(url)
+    left = copy_of(copies, "teachers/a/entropy/c/9.77-beef.partial")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    copy_of(copies, OBJECT).unlink()
+    ids(url)
+    assert not left.exists()

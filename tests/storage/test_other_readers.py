@@ -1,0 +1,171 @@
+"""A cache is plain Zarr v3: other people's readers get the same numbers, and shards have the bytes that zarr writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+import zarr.buffer
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.two_entries import K, N, V
+
+from storage import LogitCache, SparseTargets
+from storage.arrays import metadata_bytes
+from storage.errors import (
+    CorruptCache,
+)
+from storage.format import ArraySpec, teacher_arrays
+from storage.manifest import ArrayLayout, canonical_json
+from storage.shards import encode_shard
+from storage.verify import verify
+
+
+def decoded_by_the_format_page(arrays: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs and tail by the arithmetic that storage/format.py states, from any reader's arrays."""
+    step = arrays["step"]
+    logprobs = arrays["top_logprob"][:, None] - step * np.cumsum(arrays["logprob_codes"].astype(np.int64), axis=1)
+    return logprobs, arrays["log_tail"]
+
+
+ARRAYS = ("token_ids", "logprob_codes", "kept", "certain", "top_logprob", "log_tail", "label_logprob", "entropy")
+
+
+def read_with_zarr(path: Path) -> dict[str, Any]:
+    group = zarr.open(str(path), mode="r")["teachers/codes"]
+    step = group.attrs["logit_cache"]["encoding"]["step_nats"]
+    return {**{name: group[name][:] for name in ARRAYS}, "step": step}
+
+
+def read_with_xarray(path: Path) -> dict[str, Any]:
+    import xarray
+
+    data = xarray.open_zarr(str(path), group="teachers/codes", consolidated=False, mask_and_scale=False)
+    assert data["token_ids"].dims == ("position", "rank")
+    step = data.attrs["logit_cache"]["encoding"]["step_nats"]
+    return {**{name: data[name].values for name in ARRAYS}, "step": step}
+
+
+def read_with_tensorstore(path: Path) -> dict[str, Any]:
+    import tensorstore
+
+    def one(name: str) -> np.ndarray:
+        location = {"driver": "file", "path": str(path / "teachers/codes" / name)}
+        return np.asarray(tensorstore.open({"driver": "zarr3", "kvstore": location}).result().read().result())
+
+    step = json.loads((path / "teachers/codes/zarr.json").read_text())["attributes"]["logit_cache"]["encoding"]
+    return {**{name: one(name) for name in ARRAYS}, "step": step["step_nats"]}
+
+
+@pytest.mark.filterwarnings("ignore:Object at receipts")  # zarr's remark on a folder that is no array
+@pytest.mark.parametrize("read", [read_with_zarr, read_with_xarray, read_with_tensorstore])
+def test_independent_readers_get_the_same_numbers(
+    read: Any, original: Path, stream: tuple[np.ndarray, SparseTargets]
+) -> None:
+    arrays = read(original)
+    ours = LogitCache.open(str(original)).teacher("codes").read(0, N)
+    logprobs, tail = decoded_by_the_format_page(arrays)
+    assert np.array_equal(logprobs.astype(np.float32), ours.logprobs)
+    assert np.array_equal(arrays["token_ids"], stream[1].token_ids)
+    assert np.array_equal(arrays["kept"], ours.kept)
+    assert np.array_equal(arrays["certain"], ours.certain)
+    assert np.array_equal(arrays["label_logprob"], ours.label_logprob, equal_nan=True)
+    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(tail.astype(np.float64))
+    assert np.abs(mass - 1).max() <= np.expm1(1 / 64)
+
+
+def test_metadata_is_what_zarr_itself_makes_of_it(original: Path) -> None:
+    for array in ("tokens", "document_starts", "teachers/codes/token_ids", "teachers/exact/logprobs"):
+        opened = zarr.open_array(str(original / array), mode="r")
+        ours = json.loads((original / array / "zarr.json").read_text())
+        theirs = json.loads(json.dumps(opened.metadata.to_dict(), default=str))
+        assert theirs["shape"] == ours["shape"]
+        assert [codec["name"] for codec in theirs["codecs"]] == ["sharding_indexed"]
+        assert theirs["codecs"][0]["configuration"]["index_location"] == "end"
+        assert [c["name"] for c in theirs["codecs"][0]["configuration"]["codecs"]] == ["bytes", "blosc", "crc32c"]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "float32", "bool"])
+@pytest.mark.parametrize("rest", [(), (1,), (7,)], ids=str)
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_shard_s_bytes_are_those_that_zarr_writes(dtype: Any, rest: tuple[int, ...], compression: Any) -> None:
+    for entries, shard_entries, chunk in [(100, 32, 8), (96, 96, 32), (33, 64, 16), (5000, 4096, 1024)]:
+        spec = ArraySpec(
+            "x", dtype, (entries, *rest), ArrayLayout(shard=shard_entries, chunk=chunk, compression=compression)
+        )
+        values = np.random.default_rng(0).normal(size=spec.shape).astype("float32")
+        values = values if dtype == "float32" else (abs(values) * 40).astype(dtype)
+        values[::8] = 1  # so that zarr finds no chunk empty
+        held = {"zarr.json": zarr.buffer.cpu.Buffer.from_bytes(metadata_bytes(spec.metadata()))}
+        zarr.open_array(zarr.storage.MemoryStore(held), mode="r+")[:] = values
+        for shard in range(spec.shards):
+            start, stop = spec.shard_range(shard)
+            key = spec.shard_key(shard).removeprefix("x/")
+            assert encode_shard(spec, shard, values[start:stop]) == held[key].to_bytes()
+
+
+def test_chunks_that_hold_nothing_but_the_fill_value_are_stored(tmp_path: Path) -> None:
+    """A loss mask that is off for whole chunks, and labels of one-token documents: zarr would leave them out."""
+    url = str(tmp_path / "c")
+    count = 150_000
+    mask = np.zeros(count, dtype=bool)
+    mask[5] = mask[140_000] = True
+    tokens = np.random.default_rng(0).integers(0, V, count).astype(np.uint16)
+    make_corpus(url, tokens, V, loss_mask=mask)
+    stream = LogitCache.open(url).loss_mask
+    assert stream is not None
+    assert np.array_equal(stream.read(0, count), mask)
+    assert np.array_equal(zarr.open(url, mode="r")["loss_mask"][:], mask)
+
+    one = str(tmp_path / "one")
+    record = make_corpus(one, tokens[:1], V)
+    targets = dense_targets(np.random.default_rng(1).normal(size=(1, V)), K, np.array([-1]))
+    write_entry(one, "a", make_entry(record, K), targets)
+    found = LogitCache.open(one).teacher("a").read(0, 1)
+    assert np.isnan(found.label_logprob).all()
+    assert np.array_equal(found.token_ids, targets.token_ids)
+    assert verify(one, deep=True).sound
+
+
+def test_the_seal_of_a_last_shard_covers_its_chunks(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    # 1000 positions in shards of 256 and chunks of 64: the last shard stores all four chunks or fewer.
+    record = make_corpus(str(cache / "short"), stream[0][:840], V)
+    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
+    rows = stream[1].rows(0, 840)
+    label = rows.label_logprob.copy()
+    label[-1] = np.nan
+    write_entry(cache / "short", "a", entry, dataclasses.replace(rows, label_logprob=label))
+    path = cache / "short/teachers/a/token_ids/c/3/0"
+    spec = teacher_arrays(entry)["token_ids"]
+    index = np.frombuffer(path.read_bytes()[-spec.index_bytes : -4], dtype="<u8").reshape(-1, 2)
+    assert (index[1:] == 2**64 - 1).sum() == 4, "two chunks lie behind the end"
+    data = bytearray(path.read_bytes())
+    data[int(index[1].sum()) - 1] ^= 1  # the second chunk's checksum, which the index does not show
+    path.write_bytes(bytes(data))
+    with pytest.raises(CorruptCache, match="token_ids/c/3/0"):
+        LogitCache.open(str(cache / "short")).teacher("a").read(768, 770)
+
+
+def test_a_last_shard_that_was_sealed_by_its_index_alone_is_read(
+    cache: Path, stream: tuple[np.ndarray, SparseTargets]
+) -> None:
+    record = make_corpus(str(cache / "short"), stream[0][:840], V)
+    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
+    label = np.append(stream[1].label_logprob[:839], np.nan).astype(np.float32)
+    write_entry(cache / "short", "a", entry, dataclasses.replace(stream[1].rows(0, 840), label_logprob=label))
+    path = cache / "short/teachers/a/receipts/00000003.json"
+    receipt = json.loads(path.read_text())
+    for name, spec in teacher_arrays(entry).items():
+        data = (cache / "short/teachers/a" / spec.shard_key(3)).read_bytes()
+        receipt["objects"][name]["seal_sha256"] = hashlib.sha256(data[-spec.index_bytes :]).hexdigest()
+    body = {key: value for key, value in receipt.items() if key != "sha256"}
+    receipt["sha256"] = hashlib.sha256(canonical_json(body)).hexdigest()
+    path.write_text(json.dumps(receipt))
+    (path.parent / "index.json").unlink()
+    read = LogitCache.open(str(cache / "short")).teacher("a").read(768, 840)
+    assert np.array_equal(read.token_ids, stream[1].token_ids[768:840])

@@ -1,0 +1,182 @@
+"""`verify` names every damaged object, reports what nothing commits, and `--repair` makes a cache whole again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.commands import Run
+
+import storage.verify
+from storage import LogitCache, SparseTargets
+from storage.manifest import TeacherEntry
+from storage.verify import verify
+
+V, N, K = 101, 600, 12
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TeacherEntry, SparseTargets]:
+    path = tmp_path_factory.mktemp("made") / "cache"
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, N).astype(np.uint16)
+    record = make_corpus(str(path), tokens, V)
+    targets = dense_targets(rng.normal(size=(N, V)) * 3, K, np.append(tokens[1:], -1).astype(np.int64))
+    entry = make_entry(record, K, shard_tokens=128, chunk_tokens=64)
+    write_entry(path, "a", entry, targets)
+    return path, entry, targets
+
+
+@pytest.fixture
+def cache(made: tuple[Path, TeacherEntry, SparseTargets], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[0], tmp_path / "cache"))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_sound_cache_is_sound(cache: Path, deep: bool) -> None:
+    before = contents(cache)
+    seen: list[int] = []
+    found = verify(str(cache), deep=deep, progress=seen.append)
+    assert (found.sound, found.problems, found.leftovers, found.missing, found.repaired) == (True, [], [], {}, [])
+    objects = [key for key in before if "/c/" in key or key.startswith("tokenizer/")]
+    assert found.objects == len(objects)
+    assert found.bytes == sum(len(before[key]) for key in objects)
+    assert sum(seen) == sum(len(before[key]) for key in objects if not key.startswith("tokenizer/"))
+    assert contents(cache) == before
+
+
+def test_a_sound_cache_in_a_store_that_is_no_folder(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/verify"
+    record = make_corpus(url, np.arange(N).astype(np.uint16) % V, V)
+    targets = dense_targets(np.zeros((N, V)), K, np.append(np.arange(1, N) % V, -1))
+    write_entry(url, "a", make_entry(record, K, shard_tokens=128, chunk_tokens=64), targets)
+    found = verify(url, deep=True)
+    assert (found.sound, found.leftovers) == (True, [])
+
+
+def test_every_file_that_is_missing_is_named(cache: Path) -> None:
+    # Without these an entry is not complete, or not there, rather than damaged.
+    undamaged = {"teachers/a/receipts/index.json", "receipts/tokens/index.json", "receipts/document_starts/index.json"}
+    for key in contents(cache):
+        data = (cache / key).read_bytes()
+        if key in undamaged or key == "zarr.json":
+            continue
+        (cache / key).unlink()
+        found = verify(str(cache))
+        assert not found.sound, key
+        assert any(str(cache / key) in problem or key.split("/")[0] in problem for problem in found.problems), key
+        (cache / key).write_bytes(data)
+
+
+def test_every_flipped_byte_is_found_by_a_deep_look(cache: Path) -> None:
+    rng = np.random.default_rng(2)
+    keys = sorted(contents(cache))
+    for key in keys:
+        original = (cache / key).read_bytes()
+        for _ in range(2):
+            data = bytearray(original)
+            data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+            (cache / key).write_bytes(bytes(data))
+            found = verify(str(cache), deep=True)
+            # White space in JSON that is compared by value is the one thing that may change unnoticed.
+            if found.sound:
+                assert json.loads(bytes(data)) == json.loads(original), key
+        (cache / key).write_bytes(original)
+
+
+def test_swapped_objects_are_found_by_a_quick_look(cache: Path) -> None:
+    a, b = cache / "teachers/a/token_ids/c/0/0", cache / "teachers/a/token_ids/c/1/0"
+    a_bytes, b_bytes = a.read_bytes(), b.read_bytes()
+    a.write_bytes(b_bytes)
+    b.write_bytes(a_bytes)
+    found = verify(str(cache))
+    assert sorted(problem.split(":")[0] for problem in found.problems) == [str(a), str(b)]
+
+
+def test_leftovers_are_reported_and_never_touched_without_repair(cache: Path) -> None:
+    strays = [
+        cache / "teachers/a/kept/c/0.4711-ab.partial",
+        cache / "teachers/a/kept/c/99",
+        cache / "notes.txt",
+    ]
+    for stray in strays:
+        stray.write_bytes(b"x")
+    found = verify(str(cache))
+    assert found.sound
+    assert sorted(found.leftovers) == sorted(map(str, strays))
+    assert all(stray.exists() for stray in strays)
+    assert sorted(verify(str(cache), repair=True).repaired) == sorted(map(str, strays))
+    assert verify(str(cache)).leftovers == []
+
+
+def test_repair_leaves_alone_what_a_worker_commits_meanwhile(
+    made: tuple[Path, TeacherEntry, SparseTargets], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects without a receipt when they are listed and checked, with one when they would be removed."""
+    entry = cache / "teachers/a"
+    (entry / "receipts/index.json").unlink()
+    (entry / "receipts/00000002.json").unlink()
+    check = storage.verify._check_group
+
+    def then_commit(location: Any, group: Any, *others: Any) -> None:
+        check(location, group, *others)
+        if group.name == "teachers/a":
+            write_entry(cache, "a", made[1], made[2])
+
+    monkeypatch.setattr(storage.verify, "_check_group", then_commit)
+    found = verify(str(cache), repair=True)
+    assert str(entry / "token_ids/c/2/0") in found.leftovers
+    assert found.repaired == []
+    monkeypatch.undo()
+    after = verify(str(cache), deep=True)
+    assert (after.sound, after.missing, after.leftovers) == (True, {}, [])
+
+
+@pytest.mark.parametrize(
+    "victim", ["token_ids/c/2/0", "entropy/c/0", "receipts/00000003.json", "receipts/index.json", "kept/c/4"]
+)
+@pytest.mark.parametrize("fault", ["emptied", "flipped", "deleted"])
+def test_repair_and_the_same_command_make_it_whole(
+    made: tuple[Path, TeacherEntry, SparseTargets], cache: Path, victim: str, fault: str
+) -> None:
+    path = cache / "teachers/a" / victim
+    if fault == "deleted":
+        path.unlink()
+    elif fault == "emptied":
+        path.write_bytes(b"")
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 16
+        path.write_bytes(bytes(data))
+    verify(str(cache), deep=True, repair=True)
+    write_entry(cache, "a", made[1], made[2])
+    found = verify(str(cache), deep=True)
+    assert found.sound, found.problems
+    assert (found.missing, found.leftovers) == ({}, [])
+    arrays = {key: data for key, data in contents(cache).items() if "receipts/" not in key}
+    assert arrays == {key: data for key, data in contents(made[0]).items() if "receipts/" not in key}
+    assert np.array_equal(LogitCache.open(str(cache)).teacher("a").read(0, N).token_ids, made[2].token_ids)
+
+
+def test_the_command(cache: Path, run: Run) -> None:
+    done = run("logit-cache", "verify", cache, "--deep", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sound"]
+    (cache / "teachers/a/kept/c/1").write_bytes(b"")
+    done = run("logit-cache", "verify", cache)
+    assert done.returncode == 1
+    assert str(cache / "teachers/a/kept/c/1") in done.stdout
+    assert run("logit-cache", "verify", cache, "--repair").returncode == 1
+    after = json.loads(run("logit-cache", "verify", cache, "--json").stdout)
+    assert after["sound"]
+    assert after["missing"] == {"teachers/a": [[128, 256]]}
+    assert run("logit-cache", "verify", cache / "nowhere").returncode == 2

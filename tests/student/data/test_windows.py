@@ -1,0 +1,349 @@
+"""Windows, reading order and batches: every position once, targets beside their own tokens."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tracemalloc
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from torch.utils.data import DataLoader
+
+import storage.reader
+from storage.errors import IdentityMismatch, IncompleteCache, InputError
+from storage.manifest import CacheRecord, Windowing
+from storage.records import SparseTargets
+from storage.writer import EntryWriter
+from student.blocks import Blocks
+from student.order import BUFFER_GROUPS, ReadingOrder
+from student.windows import DistillationWindows, collate
+
+V = 53
+ISOLATED = Windowing(context_tokens=16, stride_tokens=16, isolate_documents=True)
+
+
+def marked_targets(tokens: np.ndarray, k: int, starts: list[int] | None = None) -> SparseTargets:
+    """Targets whose every row says which position it is of: the entropy is the position."""
+    rng = np.random.default_rng(0)
+    labels = np.append(tokens[1:], -1).astype(np.int64)
+    if starts is not None:
+        labels[np.array([*starts[1:], len(tokens)]) - 1] = -1
+    targets = dense_targets(rng.normal(size=(len(tokens), V)), k, labels)
+    targets.entropy[:] = np.arange(len(tokens))
+    return targets
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> tuple[str, np.ndarray, CacheRecord]:
+    """A cache of 203 tokens with two complete teachers, in chunks of 16 positions."""
+    tokens = np.random.default_rng(1).integers(0, V, 203).astype(np.uint16)
+    url = str(tmp_path / "cache")
+    record = make_corpus(url, tokens, V)
+    for name, k, encoding in (("a", 7, "codes"), ("b", V, "float32")):
+        entry = make_entry(record, k, encoding=encoding, shard_tokens=64, chunk_tokens=16)
+        write_entry(url, name, entry, marked_targets(tokens, k))
+    return url, tokens, record
+
+
+def brute_force_ranges(labelled: list[int], size: int) -> list[tuple[int, int, int]]:
+    return [
+        (document, start, min(size, count - start))
+        for document, count in enumerate(labelled)
+        for start in range(0, count, size)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 40])
+def test_fixed_blocks_are_the_brute_force_cover_of_labelled_positions(size: int) -> None:
+    starts = np.array([0, 1, 2, 9, 30, 31, 63], dtype=np.uint64)
+    stops = [1, 2, 9, 30, 31, 63, 64]
+    blocks = Blocks.of(64, starts, size, "fixed", seed=0)
+    expected = [
+        (int(starts[d]) + start, length)
+        for d, start, length in brute_force_ranges([b - int(a) - 1 for a, b in zip(starts, stops, strict=True)], size)
+    ]
+    assert [blocks.place(i, epoch=3) for i in range(len(blocks))] == expected
+    assert blocks.lengths(np.arange(len(blocks))).tolist() == [length for _, length in expected]
+    covered = [p for start, length in expected for p in range(start, start + length)]
+    assert covered == [p for p in range(64) if p + 1 not in stops]
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_random_blocks_stay_inside_documents_and_reach_every_offset(size: int) -> None:
+    starts = np.array([0, 2, 3, 8, 60], dtype=np.uint64)
+    stops = np.array([2, 3, 8, 60, 100])
+    blocks = Blocks.of(100, starts, size, "random", seed=5)
+    seen: list[set[int]] = [set() for _ in range(len(blocks))]
+    for epoch in range(150):
+        for window in range(len(blocks)):
+            start, length = blocks.place(window, epoch)
+            document = int(np.searchsorted(starts, start, side="right")) - 1
+            assert starts[document] <= start
+            assert start + length < stops[document], "the last position read has a next token in its document"
+            assert 1 <= length <= size
+            assert length == size or length == stops[document] - int(starts[document]) - 1
+            seen[window].add(start)
+    # A document long enough for several windows: all but its last window can start at each of T offsets.
+    first_of_long = next(i for i in range(len(blocks)) if blocks.place(i)[0] >= 8)
+    assert len(seen[first_of_long]) == size
+
+
+def test_random_offsets_depend_on_seed_epoch_and_window_only() -> None:
+    def draw(seed: int, epoch: int) -> list[tuple[int, int]]:
+        blocks = Blocks.of(1000, None, 16, "random", seed)
+        return [blocks.place(i, epoch) for i in reversed(range(len(blocks)))]
+
+    assert draw(1, 2) == draw(1, 2)
+    assert draw(1, 2) != draw(1, 3)
+    assert draw(1, 2) != draw(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("windows", "group", "buffer", "step"),
+    [
+        (1, 1, 1, 1),
+        (103, 8, 4, 1),
+        (64, 16, 2, 4),
+        (50, 7, 100, 3),
+        (1000, 8, 16, 8),
+        (1003, 8, 16, 24),
+        (999, 4, 8, 20),
+    ],
+)
+def test_reading_order_is_a_permutation_that_keeps_groups_together(
+    windows: int, group: int, buffer: int, step: int
+) -> None:
+    order = ReadingOrder(windows, group_windows=group, buffer_groups=buffer, windows_per_step=step, seed=3)
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        found = np.array(list(order)) - epoch * windows
+        assert sorted(found) == list(range(windows))
+        assert (found == order.permutation(epoch)).all()
+        place = np.argsort(found)
+        # The end of an epoch, where lanes run out, is shuffled together.
+        rest = windows - 2 * order.lanes * group - step
+        for first in range(0, windows, group):
+            places = place[first : first + group]
+            if places.max() < rest:
+                assert places.max() - places.min() < max(buffer, order.lanes) * group + step
+    if windows > 20:
+        assert (order.permutation(0) != order.permutation(1)).any()
+        for changed in ({"seed": 4}, {"windows_per_step": step + 8}):
+            other = ReadingOrder(
+                windows, group_windows=group, buffer_groups=buffer, **{"seed": 3, "windows_per_step": step, **changed}
+            )
+            assert (order.permutation(0) != other.permutation(0)).any()
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (1, 8), (2, 4)])
+def test_each_process_reads_groups_of_its_own(processes: int, micro_batches: int) -> None:
+    step, group, windows = 16, 8, 8 * 300
+    order = ReadingOrder(windows, group_windows=group, windows_per_step=step, seed=5)
+    batch = step // processes // micro_batches
+    found = order.permutation(2)
+    # As accelerate deals batches out: batch n of the order belongs to process n mod processes.
+    mine = [found.reshape(-1, processes, batch)[:, rank].ravel() for rank in range(processes)]
+    whole = (windows - 2 * order.lanes * group) // processes
+    groups = [set((some[:whole] // group).tolist()) for some in mine]
+    assert sum(len(some) for some in groups) == len(set().union(*groups)), "no group is read by two processes"
+    assert min(len(some) for some in groups) > 250 // processes
+    # And at any time a process holds its share of the buffer: the groups that it has begun and not finished.
+    for some in mine:
+        first, last = {}, {}
+        for place, number in enumerate((some[:whole] // group).tolist()):
+            first.setdefault(number, place)
+            last[number] = place
+        held = np.zeros(whole, dtype=int)
+        for number in first:
+            held[first[number] : last[number] + 1] += 1
+        assert held.max() <= BUFFER_GROUPS // processes
+
+
+def test_an_order_is_made_as_it_is_read() -> None:
+    """A hundred million windows (10^10 positions): the first steps cost the groups' numbers, and no more."""
+    order = ReadingOrder(100_000_000, group_windows=64, windows_per_step=32, seed=0)
+    tracemalloc.start()
+    first = list(islice(order, 3200))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(first)) == 3200
+    assert peak < 40_000_000
+
+
+@pytest.mark.parametrize("size", [1, 16, 30, 202])
+@pytest.mark.parametrize("offset", ["fixed", "random"])
+def test_windows_equal_slices_of_the_stream(
+    stream: tuple[str, np.ndarray, CacheRecord], size: int, offset: str
+) -> None:
+    url, tokens, _ = stream
+    windows = DistillationWindows(url, ["a", "b"], size, offset, seed=9)  # type: ignore[arg-type]
+    reference = {name: storage.reader.LogitCache.open(url).teacher(name).read(0, 203) for name in ("a", "b")}
+    indices = [int(i) for i in np.random.default_rng(2).permutation(2 * len(windows))]
+    for index, window in zip(indices, windows.__getitems__(indices), strict=True):
+        start, length = windows.blocks.place(index % len(windows), index // len(windows))
+        assert (window["input_ids"][:length] == tokens[start : start + length]).all()
+        assert (window["labels"][:length] == tokens[start + 1 : start + length + 1]).all()
+        assert (window["labels"][length:] == -100).all()
+        assert len(window["labels"]) == len(window["input_ids"]) == size
+        for name, whole in reference.items():
+            targets = window["targets"][name]
+            assert (targets["entropy"][:length] == np.arange(start, start + length)).all()
+            assert (targets["token_ids"][:length] == whole.token_ids[start : start + length]).all()
+            values = targets["codes"] if name == "a" else targets["logprobs"]
+            stored = whole.codes if name == "a" else whole.exact_logprobs
+            assert stored is not None
+            assert (values[:length] == stored[start : start + length]).all()
+            assert len(values) == size
+            if name == "a":  # at K = V the tail is -inf in true rows too
+                assert np.isfinite(targets["log_tail"]).all()
+
+
+def test_fixed_windows_count_every_labelled_position_once(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
+    url, tokens, _ = stream
+    windows = DistillationWindows(url, ["a"], 24)
+    batch = collate(windows.__getitems__(range(len(windows))))
+    trained = batch["labels"] != -100
+    positions = batch["targets"]["a"]["entropy"][trained]
+    assert positions.sort().values.tolist() == list(range(202))
+    assert batch["labels"][trained].tolist() == tokens[1:].tolist()
+    assert batch["shift_labels"] is batch["labels"]
+
+
+def test_batch_has_the_stated_types(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
+    windows = DistillationWindows(stream[0], ["a", "b"], 16)
+    batch = next(iter(DataLoader(windows, batch_size=4, collate_fn=collate)))
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    a, b = batch["targets"]["a"], batch["targets"]["b"]
+    assert (a["codes"].dtype, a["codes"].shape) == (torch.uint16, (4, 16, 7))
+    assert (b["logprobs"].dtype, b["logprobs"].shape) == (torch.float32, (4, 16, V))
+    assert a["token_ids"].dtype == torch.int32
+    assert {a[name].dtype for name in ("kept", "certain")} == {torch.int32}
+    assert {a[n].dtype for n in ("top_logprob", "log_tail", "log_tail_half", "entropy")} == {torch.float32}
+    assert set(a) == {"token_ids", "codes", "kept", "certain", "top_logprob", "log_tail", "log_tail_half", "entropy"}
+
+
+def test_neighbouring_windows_are_read_in_one_piece(
+    stream: tuple[str, np.ndarray, CacheRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = DistillationWindows(stream[0], ["a"], 10)
+    asked: list[tuple[int, int]] = []
+    real = storage.reader.TeacherTargets.read
+
+    def read(self: storage.reader.TeacherTargets, start: int, stop: int) -> SparseTargets:
+        asked.append((start, stop))
+        return real(self, start, stop)
+
+    monkeypatch.setattr(storage.reader.TeacherTargets, "read", read)
+    windows.__getitems__([7, 3, 2, 8, 15])
+    assert asked == [(20, 40), (70, 90), (150, 160)]
+
+
+def test_loss_mask_becomes_labels_that_are_not_trained(tmp_path: Path) -> None:
+    tokens = np.arange(40, dtype=np.uint16)
+    mask = np.random.default_rng(4).random(40) < 0.5
+    make_corpus(str(tmp_path / "c"), tokens, V, loss_mask=mask)
+    batch = collate(DistillationWindows(str(tmp_path / "c"), (), 8).__getitems__(range(5)))
+    expected = np.append(np.where(mask[:39], tokens[1:].astype(np.int64), -100), -100)
+    assert batch["labels"].flatten().tolist() == expected.tolist()
+    assert batch["targets"] == {}
+
+
+def test_isolated_documents_are_not_crossed(tmp_path: Path) -> None:
+    url = str(tmp_path / "c")
+    tokens = np.arange(50, dtype=np.uint16)
+    starts = [0, 13, 14, 40]
+    record = make_corpus(url, tokens, V, document_starts=np.array(starts))
+    entry = make_entry(record, 5, windowing=ISOLATED)
+    write_entry(url, "a", entry, marked_targets(tokens, 5, starts))
+    windows = DistillationWindows(url, ["a"], 8)
+    assert windows.isolate_documents
+    control = DistillationWindows(url, (), 8, isolate_documents=True)
+    batch, plain = (collate(w.__getitems__(range(len(w)))) for w in (windows, control))
+    assert torch.equal(batch["labels"], plain["labels"])
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+    trained = batch["labels"] != -100
+    assert batch["labels"][trained].tolist() == [t for t in range(50) if t not in starts]
+    assert batch["targets"]["a"]["entropy"][trained].tolist() == [t - 1 for t in range(50) if t not in starts]
+    with pytest.raises(InputError, match="teacher a saw isolated documents"):
+        DistillationWindows(url, ["a"], 8, isolate_documents=False)
+    write_entry(url, "across", make_entry(record, 5), marked_targets(tokens, 5))
+    with pytest.raises(InputError, match="cannot be mixed"):
+        DistillationWindows(url, ["a", "across"], 8)
+
+
+def test_incomplete_entry_is_refused_with_the_missing_range(
+    stream: tuple[str, np.ndarray, CacheRecord],
+) -> None:
+    url, tokens, record = stream
+    entry = make_entry(record, 7, shard_tokens=64, chunk_tokens=16)
+    writer = EntryWriter.open(url, "partial", entry)
+    writer.commit(0, marked_targets(tokens, 7).rows(0, 64))
+    writer.commit(2, marked_targets(tokens, 7).rows(128, 192))
+    with pytest.raises(IncompleteCache, match=r"teacher partial lacks .*64\.\.128.*192\.\.203"):
+        DistillationWindows(url, ["partial"], 8)
+
+
+def test_entry_of_another_stream_is_refused(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
+    url, tokens, record = stream
+    entry = make_entry(record, 7).model_copy(update={"stream_sha256": "f" * 64})
+    write_entry(url, "foreign", entry, marked_targets(tokens, 7))
+    with pytest.raises(IdentityMismatch, match="stream_sha256"):
+        DistillationWindows(url, ["foreign"], 8)
+
+
+def test_window_longer_than_the_corpus_is_refused(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
+    DistillationWindows(stream[0], (), 202)
+    with pytest.raises(InputError, match="203"):
+        DistillationWindows(stream[0], (), 203)
+
+
+def test_wide_vocabularies_have_64_bit_ids(tmp_path: Path) -> None:
+    url, wide = str(tmp_path / "c"), 70_000
+    tokens = np.array([5, 69_999, 7, 1], dtype=np.uint32)
+    record = make_corpus(url, tokens, wide, tokenizer_files={"tokenizer.json": b"{}"})
+    entry = make_entry(record, 3)
+    rng = np.random.default_rng(0)
+    targets = dense_targets(rng.normal(size=(4, wide)), 3, np.array([69_999, 7, 1, -1]))
+    targets.kept[:] = 2
+    targets.certain[:] = 2
+    targets.token_ids[:, 2] = 4_294_967_295
+    write_entry(url, "a", entry, targets)
+    batch = collate(DistillationWindows(url, ["a"], 3).__getitems__([0]))
+    ids = batch["targets"]["a"]["token_ids"]
+    assert ids.dtype == torch.int64
+    assert ids[0, :, 2].tolist() == [4_294_967_295] * 3
+    assert batch["labels"].tolist() == [[69_999, 7, 1]]
+
+
+def test_a_pickled_or_forked_dataset_opens_the_cache_for_itself(
+    stream: tuple[str, np.ndarray, CacheRecord],
+) -> None:
+    windows = DistillationWindows(stream[0], ["a"], 16)
+    assert windows._handle is not None
+    again = pickle.loads(pickle.dumps(windows))
+    assert again._handle is None
+    assert (again[3]["input_ids"] == windows[3]["input_ids"]).all()
+    windows._handle = (os.getpid() + 1, windows._handle[1])  # what a forked child finds
+    windows[0]
+    assert windows._handle is not None
+    assert windows._handle[0] == os.getpid()
+
+
+def test_worker_processes_read_the_same_batches(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
+    windows = DistillationWindows(stream[0], ["a"], 16, "random", seed=1)
+    order = ReadingOrder(len(windows), group_windows=4, seed=1)
+    order.set_epoch(2)
+    alone = list(DataLoader(windows, batch_size=3, sampler=order, collate_fn=collate))
+    # spawn: a fork of a process that has run threads may hang, and the data set must survive being sent.
+    loader = DataLoader(
+        windows, batch_size=3, sampler=order, collate_fn=collate, num_workers=1, multiprocessing_context="spawn"
+    )
+    for one, other in zip(alone, loader, strict=True):
+        assert torch.equal(one["labels"], other["labels"])
+        assert torch.equal(one["targets"]["a"]["codes"].int(), other["targets"]["a"]["codes"].int())

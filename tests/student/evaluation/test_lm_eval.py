@@ -1,0 +1,208 @@
+"""Our scores of minimal pairs against those of EleutherAI's lm-eval, on the same saved models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.commands import ROOT
+from support.models import make_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from storage.config import read_yaml
+from student.lm_eval_tasks import write_tasks
+from student.minimal_pairs import CLOSE_NATS, PHENOMENA, Pair, read_pairs, score_pairs, tally
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'logit-cache[eval]'"
+    ),
+    # Warnings of its own and of its dependencies are no business of these tests.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+BLIMP = ROOT.parent / "shared" / "data" / "blimp"
+VOCABULARY = (
+    "The a some no every dog dogs child children who what has have is are was been never ever not that which "
+    'it\'s "quoted" , naïve {{curly}} parser argument string width indent seen sees see'
+)
+WORDS = VOCABULARY.split()
+
+
+@pytest.fixture(autouse=True)
+def _its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Its copies of the data go into the test's folder, its log nowhere, and its environment ends with the test."""
+    for name in ("HF_XET_HIGH_PERFORMANCE", "HF_HUB_ENABLE_HF_TRANSFER"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def save_model(folder: Path, family: str, kind: str, has_bos: bool = True) -> Path:
+    """A random model with spread-out logits and a few columns more than its tokenizer has ids."""
+    tokenizer = make_tokenizer(kind)
+    columns = max(tokenizer.get_vocab().values()) + 4
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    if not has_bos:
+        tokenizer.bos_token = None
+    torch.manual_seed(3)
+    model: Any
+    if family == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=columns,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                initializer_range=0.2,
+                **ids,
+            )
+        )
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=columns, n_embd=32, n_layer=2, n_head=2, n_positions=128, initializer_range=0.2, **ids
+            )
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(folder: Path) -> Path:
+    """240 pairs in three paradigms: of words in another order, of another word, of another length."""
+    folder.mkdir()
+    rng = random.Random(0)
+    for number, name in enumerate(("wh_island", "anaphor_number_agreement", "my own, paradigm")):
+        lines = []
+        for _ in range(80):
+            good = [rng.choice(WORDS) for _ in range(rng.randint(3, 14))]
+            bad = list(good)
+            place = rng.randrange(len(good))
+            if number == 0:
+                rng.shuffle(bad)
+            elif number == 1:
+                bad[place] = rng.choice(WORDS)
+            else:
+                bad.insert(place, rng.choice(WORDS))
+            lines.append(json.dumps({"sentence_good": " ".join(good) + ".", "sentence_bad": " ".join(bad) + "."}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def ours(model: Path, pairs: Sequence[Pair], **options: bool) -> torch.Tensor:
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return score_pairs(loaded, tokenizer, pairs, batch_sentences=17, **options)
+
+
+def theirs(model: Path, tasks: list[Any], include: Path | None = None) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "dtype": "float32"},
+        tasks=tasks,
+        task_manager=TaskManager(include_path=include, include_defaults=False),
+        device="cpu",
+        batch_size=8,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    assert found is not None
+    return found
+
+
+def logprobs_of(found: dict[str, Any], task: str) -> torch.Tensor:
+    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+    return torch.tensor([[resp[0] for resp in s["filtered_resps"]] for s in samples], dtype=torch.float64)
+
+
+def check_agreement(model: Path, pairs: list[Pair], folder: Path, leading_space: bool = True) -> None:
+    names = write_tasks(pairs, folder, leading_space)
+    found = theirs(model, ["pairs"], folder)
+    mine = ours(model, pairs, leading_space=leading_space)
+    their_logprobs = torch.cat([logprobs_of(found, name) for name in names.values()])
+    torch.testing.assert_close(mine, their_logprobs, rtol=1e-5, atol=1e-4)
+    decided = (mine[:, 0] - mine[:, 1]).abs() >= CLOSE_NATS
+    right = mine[:, 0] > mine[:, 1]
+    # lm-eval takes the first of the greatest, so that a tie is right.
+    assert ((their_logprobs.argmax(1) == 0) == right)[decided].all()
+    assert 0.1 < right.double().mean() < 0.9
+    scores = tally(pairs, mine)
+    assert scores.pairs == len(pairs)
+
+    def close_pairs(belongs: Any) -> int:
+        return sum(bool(belongs(pair)) and not sure for pair, sure in zip(pairs, decided.tolist(), strict=True))
+
+    results = found["results"]
+    for paradigm, task in names.items():
+        score = scores.paradigms[paradigm]
+        away = close_pairs(lambda pair, name=paradigm: pair.paradigm == name)
+        assert abs(results[task]["acc,none"] - score.accuracy) * score.pairs <= away + 1e-6
+    by_alias = {result["alias"].strip(" -"): result for name, result in results.items() if "_group_" in name}
+    for group, score in scores.groups.items():
+        away = close_pairs(lambda pair, name=group: pair.group == name)
+        assert abs(by_alias[group]["acc,none"] - score.accuracy) * score.pairs <= away + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "has_bos", "leading_space"),
+    [("llama", "llama2", True, True), ("gpt2", "gpt2", False, True), ("gpt2", "gpt2", True, False)],
+)
+def test_log_likelihoods_and_accuracies_are_those_of_lm_eval(
+    tmp_path: Path, family: str, kind: str, has_bos: bool, leading_space: bool
+) -> None:
+    model = save_model(tmp_path / "model", family, kind, has_bos)
+    pairs = read_pairs(write_pairs(tmp_path / "pairs"))
+    assert len(pairs) == 240
+    check_agreement(model, pairs, tmp_path / "tasks", leading_space)
+    spaced, written = (ours(model, pairs, leading_space=choice) for choice in (True, False))
+    assert not torch.allclose(spaced, written, atol=0.1), "the space is seen"
+
+
+def test_the_default_is_what_its_own_blimp_task_scores(tmp_path: Path) -> None:
+    """lm-eval's template for BLiMP, with the pairs in place of the hub's data set."""
+    model = save_model(tmp_path / "model", "gpt2", "gpt2")
+    folder = write_pairs(tmp_path / "pairs")
+    pairs = [pair for pair in read_pairs(folder) if pair.paradigm == "wh_island"]
+    template = read_yaml(str(files("lm_eval") / "tasks" / "blimp" / "_template_yaml"))
+    data = {"train": str(folder / "wh_island.jsonl")}
+    task = {**template, "task": "stock", "dataset_path": "json", "dataset_kwargs": {"data_files": data}}
+    found = theirs(model, [task])
+    torch.testing.assert_close(ours(model, pairs), logprobs_of(found, "stock"), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not BLIMP.is_dir(), reason=f"BLiMP is not at {BLIMP}: it is no part of this project")
+def test_agreement_on_blimp(tmp_path: Path) -> None:
+    """Fifty pairs of a paradigm of each of the 12 groups."""
+    folder = tmp_path / "blimp"
+    folder.mkdir()
+    for paradigms in PHENOMENA.values():
+        name = f"{paradigms[0]}.jsonl"
+        (folder / name).write_bytes((BLIMP / name).read_bytes())
+    pairs = read_pairs(folder, limit=50)
+    assert {pair.group for pair in pairs} == set(PHENOMENA)
+    check_agreement(save_model(tmp_path / "model", "llama", "seeds"), pairs, tmp_path / "tasks")

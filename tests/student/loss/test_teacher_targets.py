@@ -1,0 +1,301 @@
+"""Treatments of the tail against dense references in float64: what each says, and which of them is unbiased.
+
+Legend: `P` positions, `K` stored ids, `V` vocabulary, `W` columns of the student's head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.references.dense_targets import (
+    P,
+    V,
+    dense,
+    dense_kl,
+    gradient,
+    joined,
+    labels_for,
+    member,
+    normal,
+    stored,
+    varopt,
+)
+from torch import Tensor
+
+from storage.errors import InputError
+from student.losses import NOT_TRAINED, DistillationLoss, forward_kl
+from student.objective import Tail
+from student.targets import interpolation_bound, tail_bounds, temper, weights
+
+TAILS: list[Tail] = ["bucket", "sampled", "blend", "renormalise", "none"]
+TEMPERATURES = [1.0, 2.0]
+DOUBLE = torch.float64
+
+
+def mixed_entry(logp: Tensor, tau: float, step: float | None = None) -> dict[str, Tensor]:
+    dtype = torch.float32 if step else DOUBLE
+    return varopt(logp, 24, seed=5, tau=tau, step=step, dtype=dtype)
+
+
+@pytest.mark.parametrize("tau", TEMPERATURES)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("width", [V, V + 13])
+def test_at_k_equal_v_every_tail_is_the_dense_kl(tail: Tail, tau: float, width: int) -> None:
+    z, logp = normal(1, P, width), dense(2)
+    targets = stored(logp, V, dtype=DOUBLE)
+    expected, expected_gradient = gradient(lambda z: dense_kl(z, logp, tau), z)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(drawn_at=tau), tau, None, tail, 0.4), z)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(by_z, expected_gradient, rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("tau", TEMPERATURES)
+def test_a_sampled_tail_shares_the_mass_outside_the_certain_ids(tau: float) -> None:
+    z, logp = normal(3, P, V), dense(4)
+    targets = mixed_entry(logp, tau)
+    p = torch.softmax(logp / tau, 1)
+    w = torch.zeros(P, V, dtype=DOUBLE)
+    for row in range(P):
+        j, ids = int(targets["certain"][row]), targets["token_ids"][row].long()
+        assert j < 24
+        w[row, ids[:j]] = p[row, ids[:j]]
+        w[row, ids[j:]] = (1 - w[row].sum()) / (24 - j)
+    found = weights(temper(targets, member(drawn_at=tau), tau), "sampled")
+    torch.testing.assert_close(found.heads, w.gather(1, targets["token_ids"].long()), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found.heads.sum(1), torch.ones(P, dtype=DOUBLE), rtol=1e-13, atol=0)
+    assert not found.tail.any()
+    constant = (logp.exp() * logp).sum(1) if tau == 1 else (w * torch.log_softmax(logp / tau, 1)).sum(1)
+
+    def reference(z: Tensor) -> Tensor:
+        return constant - (w * torch.log_softmax(z / tau, 1)).sum(1)
+
+    expected, expected_gradient = gradient(reference, z)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(drawn_at=tau), tau, None, "sampled"), z)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(by_z, expected_gradient, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("tau", TEMPERATURES)
+def test_the_mean_over_all_draws_is_the_dense_kl_and_its_gradient(tau: float) -> None:
+    """With one drawn id, its choices and their chances can be listed: id i with p_i over the mass outside the heads."""
+    rows, v, k = 3, 29, 6
+    z, logp = normal(5, rows, v + 2), dense(6, rows, vocabulary_size=v)
+    order = logp.argsort(dim=1, descending=True, stable=True)
+    p = torch.softmax(logp / tau, 1)
+    chances = p.gather(1, order[:, k - 1 :])
+    chances = chances / chances.sum(1, keepdim=True)
+    total, total_gradient = torch.zeros(rows, dtype=DOUBLE), torch.zeros_like(z)
+    bucketed = torch.zeros(rows, dtype=DOUBLE)
+    heads = stored(logp, k - 1, dtype=DOUBLE)
+    for choice in range(v - k + 1):
+        ids = torch.cat([order[:, : k - 1], order[:, k - 1 + choice, None]], 1)
+        targets = {
+            **heads,
+            "kept": torch.full((rows,), k, dtype=torch.int32),
+            "token_ids": ids.to(torch.int32),
+            "logprobs": logp.gather(1, ids),
+        }
+        teacher = member(drawn_at=tau, size=v)
+        value, by_z = gradient(lambda z, t=targets, m=teacher: forward_kl(z, t, m, tau, None, "sampled"), z)
+        total += chances[:, choice] * value
+        total_gradient += chances[:, choice, None] * by_z
+        bucketed += chances[:, choice] * forward_kl(z, targets, teacher, tau, None, "bucket")
+    expected, expected_gradient = gradient(lambda z: dense_kl(z, logp, tau), z)
+    torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(total_gradient, expected_gradient, rtol=1e-9, atol=1e-14)
+    assert (bucketed < 0.95 * expected).all(), "the bucket is biased here, so being unbiased says something"
+
+
+@pytest.mark.parametrize("tau", TEMPERATURES)
+def test_a_bucket_takes_every_stored_id_with_its_own_probability(tau: float) -> None:
+    z, logp = normal(7, P, V + 3), dense(8)
+    targets = mixed_entry(logp, tau)
+    ids = targets["token_ids"].long()
+    p_i, p_t = joined(torch.log_softmax(logp / tau, 1), ids)
+
+    def reference(z: Tensor) -> Tensor:
+        log_q = torch.log_softmax(z / tau, 1)
+        q_i, q_t = joined(log_q[:, :V], ids)
+        return (p_i.exp() * (p_i - q_i)).sum(1) + p_t.exp() * (p_t - q_t)
+
+    expected, expected_gradient = gradient(reference, z)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(drawn_at=tau), tau), z)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(by_z, expected_gradient, rtol=1e-9, atol=1e-14)
+
+
+def test_a_blend_is_linear_in_its_share() -> None:
+    z, logp = normal(9, P, V), dense(10)
+    targets, teacher = mixed_entry(logp, 1.0), member(drawn_at=1.0)
+    one, by_one = gradient(lambda z: forward_kl(z, targets, teacher, 1.0, None, "sampled"), z)
+    other, by_other = gradient(lambda z: forward_kl(z, targets, teacher, 1.0, None, "bucket"), z)
+    assert (one - other).abs().min() > 1e-6
+    for share in (0.25, 0.75):
+        value, by_z = gradient(lambda z, s=share: forward_kl(z, targets, teacher, 1.0, None, "blend", s), z)
+        torch.testing.assert_close(value, share * one + (1 - share) * other, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(by_z, share * by_one + (1 - share) * by_other, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("tau", TEMPERATURES)
+def test_renormalise_and_none_are_their_formulas(tau: float) -> None:
+    z, logp = normal(11, P, V + 2), dense(12)
+    targets = stored(logp, 9, dtype=DOUBLE)
+    ids = targets["token_ids"].long()
+    p = torch.log_softmax(logp / tau, 1).gather(1, ids)
+    renormalised = p - p.logsumexp(1, keepdim=True)
+    for tail, target in (("renormalise", renormalised), ("none", p)):
+
+        def reference(z: Tensor, target: Tensor = target) -> Tensor:
+            return (target.exp() * (target - torch.log_softmax(z / tau, 1).gather(1, ids))).sum(1)
+
+        expected, expected_gradient = gradient(reference, z)
+        value, by_z = gradient(lambda z, t=tail: forward_kl(z, targets, member(), tau, None, t), z)
+        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(by_z, expected_gradient, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("tau", TEMPERATURES)
+@pytest.mark.parametrize("step", [1 / 128, 1 / 32, 1.0])
+@pytest.mark.parametrize("k", [24, V - 2])
+def test_with_codes_buckets_sum_to_one_and_weights_too(step: float, k: int, tau: float) -> None:
+    logp = dense(13)
+    targets = varopt(logp, k, seed=1, tau=tau, step=step)
+    tempered = temper(targets, member(step=step, drawn_at=tau), tau)
+    heads, tail = tempered.bucketed
+    assert tail.isfinite().all()
+    torch.testing.assert_close(heads.exp().sum(1) + tail.exp(), torch.ones(P), rtol=0, atol=2e-6)
+    found = weights(tempered, "sampled")
+    torch.testing.assert_close(found.heads.sum(1) + found.tail, torch.ones(P), rtol=0, atol=2e-6)
+
+
+def test_what_is_left_of_the_tail_is_known_or_less_than_the_rounding() -> None:
+    """All ids but two are stored, most of them drawn: their rounded sum lies above the stored tail in some rows."""
+    step = 1 / 8
+    logp = dense(14, scale=0.5)
+    # The two ids that are left out have next to nothing.
+    logp[:, :2] -= 12
+    logp = torch.log_softmax(logp, 1)
+    order = logp.argsort(dim=1, descending=True, stable=True)
+    heads = stored(logp, 3, step=step)
+    coded = stored(logp, V - 2, step=step)
+    targets = {**coded, **{name: heads[name] for name in ("certain", "log_tail", "log_tail_half")}}
+    tempered = temper(targets, member(step=step), 1.0)
+    drawn = torch.logsumexp(tempered.scores.masked_fill(tempered.certain, -math.inf), 1)
+    assert (drawn > tempered.log_tail).any(), "else this shows nothing"
+    truth = joined(logp, order[:, : V - 2])[1]
+    least = math.log(-math.expm1(-step / 2)) + tempered.log_tail
+    assert (tempered.log_rest >= least - 1e-5).all()
+    assert (tempered.log_rest.exp() <= truth.exp() + 2 * math.expm1(step / 2)).all()
+    z = normal(15, P, V)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(step=step), 1.0), z.float())
+    assert value.isfinite().all()
+    assert by_z.isfinite().all()
+
+
+def test_with_every_id_stored_nothing_is_left_whatever_rounding_says() -> None:
+    logp = dense(16)
+    heads, whole = stored(logp, 3, step=1 / 32), stored(logp, V, step=1 / 32)
+    targets = {**whole, **{name: heads[name] for name in ("certain", "log_tail", "log_tail_half")}}
+    tempered = temper(targets, member(step=1 / 32), 1.0)
+    assert tempered.log_rest.isneginf().all()
+
+
+def test_a_row_in_which_nothing_was_drawn_keeps_its_small_tail() -> None:
+    logp = dense(17)
+    targets = stored(logp, 30, dtype=DOUBLE)
+    found = weights(temper(targets, member(drawn_at=1.0), 1.0), "sampled")
+    bucket = weights(temper(targets, member(), 1.0), "bucket")
+    for one, other in zip(vars(found).values(), vars(bucket).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("tau", TEMPERATURES)
+@pytest.mark.parametrize("tail", TAILS)
+def test_positions_that_are_not_trained_are_looked_at_by_no_tail(tail: Tail, tau: float) -> None:
+    z, logp, labels = normal(18, P, V + 1).float(), dense(19), labels_for(20)
+    trained = labels != NOT_TRAINED
+    targets = varopt(logp, 12, seed=2, tau=tau)
+    broken = {name: value.clone() for name, value in targets.items()}
+    for value in broken.values():
+        poison = torch.tensor([math.nan, math.inf, -math.inf])[torch.arange(int((~trained).sum())) % 3]
+        value[~trained] = (poison[:, None] if value.ndim == 2 else poison) if value.is_floating_point() else 2**31 - 1
+    teacher = member(drawn_at=tau)
+    value, by_z = gradient(lambda z: forward_kl(z, broken, teacher, tau, trained, tail, 0.5), z)
+    assert not value[~trained].any()
+    assert not by_z[~trained].any()
+    few = {name: each[trained] for name, each in targets.items()}
+    expected, expected_gradient = gradient(lambda z: forward_kl(z, few, teacher, tau, None, tail, 0.5), z[trained])
+    torch.testing.assert_close(value[trained], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(by_z[trained], expected_gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tau", [1.01, 1.25, 1.5, 1.9, 2.5, 4.0, 50.0])
+@pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])
+def test_an_interpolated_tail_is_within_its_bounds_and_so_is_the_truth(scale: float, tau: float) -> None:
+    logp = dense(21, scale=scale)
+    targets = stored(logp, 12, dtype=DOUBLE)
+    truth = joined(logp / tau, targets["token_ids"].long())[1]
+    least, greatest = tail_bounds(targets, V, tau)
+    assert (least <= truth + 1e-12).all()
+    assert (truth <= greatest + 1e-12).all()
+    teacher = member()
+    taken = temper(targets, teacher, tau, interpolate_tail=True).log_tail
+    assert (least <= taken + 1e-12).all()
+    assert (taken <= greatest + 1e-12).all()
+    heads = (logp / tau).gather(1, targets["token_ids"].long()).logsumexp(1)
+    off = (torch.sigmoid(taken - heads) - torch.sigmoid(truth - heads)).abs()
+    bound = interpolation_bound(targets, teacher, tau)
+    assert (off <= bound + 1e-12).all()
+    assert (bound <= 1).all()
+    assert bound.max() > 0
+
+
+def test_interpolation_meets_the_stored_tails_and_serves_a_loss() -> None:
+    z, logp, labels = normal(22, P, V), dense(23), labels_for(24)
+    targets = stored(logp, 12, dtype=DOUBLE)
+    for tau, name in ((1 + 1e-9, "log_tail"), (2 - 1e-9, "log_tail_half"), (2 + 1e-9, "log_tail_half")):
+        found = temper(targets, member(), tau, interpolate_tail=True).log_tail
+        torch.testing.assert_close(found, targets[name], rtol=0, atol=1e-6)
+    loss = DistillationLoss(V, 0.0, 1.5, [member()], interpolate_tail=True)
+    found = loss(z, labels, {"t": targets}).divergence["t"]
+    p_i, p_t = joined(torch.log_softmax(logp / 1.5, 1), targets["token_ids"].long())
+    q_i, q_t = joined(torch.log_softmax(z / 1.5, 1), targets["token_ids"].long())
+    exact = ((p_i.exp() * (p_i - q_i)).sum(1) + p_t.exp() * (p_t - q_t))[labels != NOT_TRAINED].sum()
+    assert float(found) == pytest.approx(float(exact), rel=0.02)
+    assert float(found) != pytest.approx(float(exact), rel=1e-6)
+
+
+def test_interpolation_has_nothing_to_add_where_every_id_is_stored() -> None:
+    z, logp = normal(25, P, V), dense(26)
+    targets = stored(logp, V, dtype=DOUBLE)
+    assert not interpolation_bound(targets, member(), 1.5).any()
+    tempered = temper(targets, member(), 1.5, interpolate_tail=True)
+    assert tempered.log_tail.isneginf().all()
+    loss = DistillationLoss(V, 0.0, 1.5, [member()], interpolate_tail=True)
+    labels = torch.zeros(P, dtype=torch.int64)
+    value, by_z = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
+    expected, expected_gradient = gradient(lambda z: 2.25 * dense_kl(z, logp, 1.5).sum(), z)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=0)
+    torch.testing.assert_close(by_z, expected_gradient, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("tau", "flag", "words"),
+    [
+        (1.5, False, "--interpolate-tail"),
+        (0.5, False, "below 1"),
+        (0.5, True, "below 1"),
+        (0.0, True, "below 1"),
+        (-1.0, True, "below 1"),
+        (math.nan, True, "below 1|finite"),
+        (math.inf, True, "finite"),
+    ],
+)
+def test_other_temperatures_are_refused(tau: float, flag: bool, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        DistillationLoss(V, 0.5, tau, [member()], interpolate_tail=flag)
+    if math.isfinite(tau):
+        with pytest.raises(InputError, match=words):
+            temper(stored(dense(1), 5), member(), tau, interpolate_tail=flag)

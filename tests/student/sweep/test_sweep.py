@@ -1,0 +1,441 @@
+"""`train-student --sweep`: what is refused, what a trial really had, and that a sweep is repeatable, killed or not."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from support.commands import ROOT, Run, command, environment, refused
+from support.runs import LLAMA, make_world
+from transformers import AutoModelForCausalLM
+
+from storage.errors import IdentityMismatch, InputError
+from student.cli import build_job, train_student
+from student.job import StudentJob
+from student.run import train
+from student.search_space import Search, read_sweep
+from student.sweep import sweep
+from student.sweep_record import INTERRUPTED, SweepReport
+from student.trial_job import check_names, trial_job, trial_settings
+
+EXAMPLE = ROOT / "examples" / "babyllama2_sweep.yaml"
+PARAMETERS: dict[str, Any] = {
+    "learning_rate": {"distribution": "log_uniform", "low": 1e-4, "high": 3e-2},
+    "windows_per_step": {"choices": [4, 8, 12]},
+    "alpha": {"distribution": "uniform", "low": 0.0, "high": 1.0},
+    "temperature": {"choices": [1, 2]},
+    "weight_decay": {"distribution": "log_normal", "mu": 0.0, "sigma": 1.0, "high": 2.0},
+    "adam_beta2": {"distribution": "log_uniform", "low": 1e-4, "high": 1e-2, "one_minus": True},
+    "warmup_steps": {"distribution": "int", "low": 0, "high": 4, "step": 2},
+    "offset": {"choices": ["fixed", "random"]},
+    "model.hidden_size": {"choices": [16, 32]},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("sweeps")
+    make_world(folder)
+    # accelerate collects garbage several times a trial, which takes longer than the trial where much is loaded.
+    gc.freeze()
+    yield folder
+    gc.unfreeze()
+
+
+def fields(world: Path, out: Path, parameters: dict[str, Any] | None = None, **search: Any) -> dict[str, Any]:
+    """A sweep's file. GPT-2's dropout makes a trial depend on the random state.
+
+    The tokens of `make_world` are random: nothing is to be learnt, and the slowest student is the best.
+    """
+    training = {"max_steps": 5, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    return {
+        "cache": str(world / "train"),
+        "teachers": ["a", "b"],
+        "model": str(world / "gpt2.json"),
+        "eval_cache": str(world / "held"),
+        "window_tokens": 16,
+        "output_dir": str(out),
+        "seed": 5,
+        "training": {**training, **search.pop("training", {}), "per_device_train_batch_size": 8},
+        "sweep": {"trials": 4, "seed": 3, "parameters": parameters or PARAMETERS, **search},
+    }
+
+
+def written(file: Path, data: dict[str, Any]) -> str:
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return str(file)
+
+
+def swept(file: Path, data: dict[str, Any]) -> SweepReport:
+    job, search = loaded(written(file, data))
+    return sweep(job, search, lambda line: None)
+
+
+def loaded(file: str) -> tuple[StudentJob, Search]:
+    common, search = read_sweep(file)
+    return built(common), search
+
+
+def built(config: Any) -> StudentJob:
+    return build_job("train-student", {"config": config, "settings": (), "as_json": False})
+
+
+@pytest.fixture(scope="module")
+def done(world: Path, tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
+    """The folder of a finished sweep, by the installed command."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    result = run("train-student", "--sweep", written(out.parent / "sweep.yaml", fields(world, out)), "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((out / "sweep.json").read_text())
+    return out
+
+
+def report_in(folder: Path) -> SweepReport:
+    return SweepReport.model_validate_json((folder / "sweep.json").read_bytes())
+
+
+# What is refused
+
+
+CHANGED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "reversed": ({"learning_rate": {"distribution": "uniform", "low": 1, "high": 0.1}}, ("learning_rate", "not below")),
+    "log of zero": ({"weight_decay": {"distribution": "log_uniform", "low": 0, "high": 1}}, ("low above 0", "found 0")),
+    "distribution": ({"alpha": {"distribution": "unifrom", "low": 0, "high": 1}}, ("did you mean 'uniform'",)),
+    "both": ({"alpha": {"distribution": "uniform", "choices": [1]}}, ("either choices or a distribution",)),
+    "field": ({"alpha": {"distribution": "uniform", "low": 0, "hgih": 1, "high": 1}}, ("did you mean 'high'",)),
+    "twice": ({"alpha": {"choices": [0.5, 0.5]}}, ("each choice is given once",)),
+    "steps": ({"warmup_steps": {"distribution": "int", "low": 0, "high": 5, "step": 2}}, ("do not reach 5",)),
+    "no low": ({"alpha": {"distribution": "uniform", "high": 1}}, ("alpha.low is missing",)),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_ranges_that_are_none_are_refused(world: Path, tmp_path: Path, run: Run, case: str) -> None:
+    parameters, words = CHANGED[case]
+    file = written(tmp_path / "sweep.yaml", fields(world, tmp_path / "out", parameters))
+    refused(run("train-student", "--sweep", file), str(file), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_fields_of_the_block(world: Path, tmp_path: Path, run: Run) -> None:
+    for changes, word in (({"backend": "optun"}, "backend"), ({"trails": 4}, "'trials'"), ({"trials": 0}, "trials")):
+        file = written(tmp_path / "sweep.yaml", fields(world, tmp_path / "out", **changes))
+        refused(run("train-student", "--sweep", file), word)
+    plain = {name: value for name, value in fields(world, tmp_path / "out").items() if name != "sweep"}
+    refused(run("train-student", "--sweep", written(tmp_path / "plain.yaml", plain)), "block `sweep:`")
+    refused(run("train-student", "--sweep", file, "--config", file), "give one of them")
+
+
+UNFIT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "unknown": ({"learning_rat": {"choices": [1]}}, {}, "did you mean 'learning_rate'"),
+    "unknown of model": ({"model.n_embed": {"choices": [16]}}, {}, "did you mean 'model.n_embd'"),
+    "reserved": ({"seed": {"choices": [1, 2]}}, {}, "give --seed"),
+    "computing": ({"eval_steps": {"choices": [1, 2]}}, {}, "cannot be swept"),
+    "vocabulary": ({"model.vocab_size": {"choices": [61]}}, {}, "cannot be swept"),
+    "fixed above": ({"window_tokens": {"choices": [8, 16]}}, {}, "also fixed as 16"),
+    "fixed in training": ({"max_steps": {"choices": [2, 3]}}, {}, "also fixed as training: max_steps"),
+    "step": ({"windows_per_step": {"choices": [4]}, "gradient_accumulation_steps": {"choices": [1]}}, {}, "it decides"),
+    "temperature": ({"temperature": {"choices": [1, 1.5]}}, {}, "temperature: 1.5 is impossible"),
+    "temperatures": ({"temperature": {"distribution": "uniform", "low": 1, "high": 2}}, {}, "choices: [1, 2]"),
+    "beyond": ({"alpha": {"distribution": "uniform", "low": 0, "high": 1.5}}, {}, "alpha: 1.5 is impossible"),
+    "heads": ({"model.hidden_size": {"choices": [16, 17]}}, {}, "model.hidden_size: 17 is impossible"),
+    "layers": ({"model.n_layer": {"choices": [0, 1]}}, {}, "at least one layer"),
+    "batch": ({"windows_per_step": {"choices": [8, 2000]}}, {}, "windows_per_step: 2000 is impossible"),
+    "positions": ({"model.n_positions": {"choices": [8, 64]}}, {}, "model.n_positions: 8 is impossible"),
+    "scheduler": ({"lr_scheduler_type": {"choices": ["cosine", "square"]}}, {}, "'square' is impossible"),
+    "metric": ({}, {"metric": "kl_c"}, "is not measured"),
+    "its own loss": ({"alpha": {"choices": [0, 1]}}, {"metric": "distillation_loss"}, "another figure for every alpha"),
+    "pruner": ({}, {"pruner": "median", "training": {"eval_strategy": "no"}}, "set eval_strategy"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_parameters_that_do_not_fit_are_refused_before_anything_runs(world: Path, tmp_path: Path, case: str) -> None:
+    parameters, changes, words = UNFIT[case]
+    data = fields(world, tmp_path / "out", parameters or None, **copy.deepcopy(changes))
+    result = CliRunner().invoke(train_student, ["--sweep", written(tmp_path / "sweep.yaml", data)])
+    assert result.exit_code == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert words in errors[0], errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_held_out_text_and_processes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = fields(world, tmp_path / "out")
+    without = {name: value for name, value in data.items() if name != "eval_cache"}
+    with pytest.raises(InputError, match="held-out text"):
+        swept(tmp_path / "sweep.yaml", without)
+    with pytest.raises(InputError, match="no teacher is named"):
+        swept(tmp_path / "sweep.yaml", {**data, "teachers": []})
+    with pytest.raises(InputError, match="a sweep trains from cached teachers"):
+        swept(tmp_path / "sweep.yaml", {**data, "teachers": [], "live_teachers": ["somewhere"]})
+    with pytest.raises(InputError, match="weights are loaded"):
+        swept(tmp_path / "sweep.yaml", {**data, "model": str(tmp_path)})
+    with monkeypatch.context() as patch:
+        patch.setattr("student.sweep._installed", lambda module: False)
+        with pytest.raises(InputError, match=r"needs optuna: pip install 'logit-cache\[tune\]'"):
+            swept(tmp_path / "sweep.yaml", data)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(train_student, ["--sweep", written(tmp_path / "sweep.yaml", data)])
+    assert result.exit_code == 2
+    assert "one process" in result.stderr
+    assert "torchrun" in result.stderr
+
+
+# What a trial had
+
+
+def test_values_lie_in_their_ranges_and_were_really_used(done: Path) -> None:
+    report = report_in(done)
+    assert (report.metric, report.direction, report.backend) == ("eval_loss", "minimize", "optuna")
+    assert [trial.number for trial in report.trials] == [0, 1, 2, 3]
+    assert len({repr(trial.parameters) for trial in report.trials}) == 4
+    for trial in report.trials:
+        had = trial.parameters
+        assert trial.state == "complete"
+        assert trial.steps == 5
+        assert 1e-4 <= had["learning_rate"] <= 3e-2
+        assert 0 <= had["alpha"] <= 1
+        assert had["temperature"] in (1, 2)
+        assert math.exp(-3) <= had["weight_decay"] <= 2
+        assert 0.99 <= had["adam_beta2"] <= 0.9999
+        assert had["warmup_steps"] in (0, 2, 4)
+        assert had["windows_per_step"] in (4, 8, 12)
+        assert trial.metrics["eval_loss"] == trial.value
+        assert [step for step, _ in trial.evaluations] == [2, 4, 5]
+        training = trial.job["training"]
+        assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == had[
+            "windows_per_step"
+        ]  # fmt: skip
+        assert training["per_device_train_batch_size"] <= 8
+        assert json.loads(Path(trial.job["model"]).read_text())["n_embd"] == had["model.hidden_size"]
+    by_width = {t.parameters["model.hidden_size"]: t.model_parameters for t in report.trials}
+    assert len(by_width) == 2
+    assert by_width[32] > by_width[16]  # type: ignore[operator]
+    assert not list(done.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("which", ["best", "other"])
+def test_a_trial_is_the_run_of_its_job_to_the_last_bit(done: Path, tmp_path: Path, run: Run, which: str) -> None:
+    report = report_in(done)
+    trial = report.ranked()[0 if which == "best" else 2]
+    assert (trial.number == report.best) == (which == "best")
+    if which == "best":
+        result = run("train-student", "--config", done / "best.yaml", "--output-dir", tmp_path / "out", "--json")
+        assert result.returncode == 0, result.stderr
+        trained = json.loads(result.stdout)
+    else:
+        job = built({**trial.job, "output_dir": str(tmp_path / "out")})
+        trained = train(job, lambda line: None).model_dump(mode="json")
+    assert trained["held_out"]["cross_entropy"] == trial.value
+    assert [(entry["step"], entry["eval_loss"]) for entry in trained["eval_log"]] == [*map(tuple, trial.evaluations)]
+    assert trained["train_log"][-1]["loss"] == trial.train_loss
+    assert trained["parameters"] == trial.model_parameters
+    assert max(entry["learning_rate"] for entry in trained["train_log"]) <= trial.parameters["learning_rate"]
+    assert trained["job"]["alpha"] == trial.parameters["alpha"]
+    width = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size
+    assert width == trial.parameters["model.hidden_size"]
+
+
+def test_a_seed_repeats_a_sweep_and_another_does_not(world: Path, done: Path, tmp_path: Path) -> None:
+    first = report_in(done)
+    again = swept(tmp_path / "a.yaml", fields(world, tmp_path / "again"))
+    assert [(t.parameters, t.value) for t in again.trials] == [(t.parameters, t.value) for t in first.trials]
+    other = swept(tmp_path / "b.yaml", fields(world, tmp_path / "other", seed=4, trials=1))
+    assert other.trials[0].parameters != first.trials[0].parameters
+
+
+def test_the_table_is_best_first_and_a_finished_sweep_is_not_run_again(done: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (done / "trials").iterdir()}
+    result = CliRunner().invoke(train_student, ["--sweep", str(done.parent / "sweep.yaml")])
+    assert result.exit_code == 0, result.stderr
+    assert "all 4 trials are done" in result.stderr
+    values = [float(line.split()[2]) for line in result.stdout.splitlines()[1:5]]
+    assert values == sorted(values)
+    assert result.stdout.splitlines()[-1].endswith(f"--config {done}/best.yaml")
+    assert before == {path: path.stat().st_mtime_ns for path in (done / "trials").iterdir()}
+
+
+# Sweeps that go on, and trials that do not end well
+
+
+def test_another_search_in_the_folder_is_refused_and_more_trials_are_not(world: Path, tmp_path: Path) -> None:
+    parameters = {"learning_rate": PARAMETERS["learning_rate"]}
+    data = fields(world, tmp_path / "out", parameters, trials=2, sampler="random")
+    first = swept(tmp_path / "sweep.yaml", data)
+    for change in ({"low": 1e-3}, {"distribution": "uniform"}):
+        other = copy.deepcopy(data)
+        other["sweep"]["parameters"]["learning_rate"].update(change)
+        with pytest.raises(IdentityMismatch, match=r"sweep\.parameters\.learning_rate"):
+            swept(tmp_path / "sweep.yaml", other)
+    data["sweep"]["trials"] = 4
+    more = swept(tmp_path / "sweep.yaml", data)
+    assert more.trials[:2] == first.trials
+    assert len({trial.parameters["learning_rate"] for trial in more.trials}) == 4
+    at_once = swept(tmp_path / "sweep.yaml", {**data, "output_dir": str(tmp_path / "at-once")})
+    assert [(t.parameters, t.value) for t in at_once.trials] == [(t.parameters, t.value) for t in more.trials]
+
+
+def test_a_killed_sweep_goes_on_and_ends_as_an_uninterrupted_one(world: Path, done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    file = written(tmp_path / "sweep.yaml", fields(world, out))
+    line = command("train-student", "--sweep", file)
+    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "trials" / "1.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = (out / "trials" / "0.json").read_bytes()
+    assert json.loads(first)["state"] == "complete"
+    assert report_in(out).best == 0
+    assert (out / "best.yaml").exists()
+
+    report = swept(tmp_path / "sweep.yaml", fields(world, out))
+    assert (out / "trials" / "0.json").read_bytes() == first
+    killed = report.trials[1]
+    assert (killed.state, killed.error, killed.value) == ("failed", INTERRUPTED, None)
+    ended = [trial for trial in report.trials if trial.counts]
+    whole = report_in(done)
+    assert [(t.parameters, t.value) for t in ended] == [(t.parameters, t.value) for t in whole.trials]
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        {"name": "hyperband", "max_evaluations": 4, "reduction_factor": 2},
+        {"name": "median", "startup_trials": 1},
+    ],
+    ids=["hyperband", "median"],
+)
+def test_poor_trials_are_pruned_and_keep_their_last_value(world: Path, tmp_path: Path, pruner: dict[str, Any]) -> None:
+    parameters = {"learning_rate": {"distribution": "log_uniform", "low": 1e-7, "high": 1e-1}}
+    data = fields(world, tmp_path / "out", parameters, trials=12, seed=1, pruner=pruner)
+    data["training"] |= {"max_steps": 6, "eval_steps": 2, "warmup_steps": 0}
+    report = swept(tmp_path / "sweep.yaml", data)
+    pruned = [trial for trial in report.trials if trial.state == "pruned"]
+    complete = [trial for trial in report.trials if trial.state == "complete"]
+    assert pruned
+    for trial in pruned:
+        made = len(trial.evaluations)
+        assert trial.steps == 2 * made < 6
+        assert trial.value == trial.evaluations[-1][1]
+        assert any(other.evaluations[made - 1][1] < trial.value for other in complete)
+    assert len(pruned) + len(complete) == 12
+    assert report.trials[report.best or 0].value == min(trial.value or math.inf for trial in complete)
+
+
+def test_a_trial_that_diverges_fails_and_is_never_the_best(world: Path, tmp_path: Path) -> None:
+    training = {"optim": "sgd", "max_grad_norm": 0, "eval_strategy": "no"}
+    parameters = {"learning_rate": {"choices": [1e30, 1e-2]}}
+    # To maximise the loss is where an infinite one would win.
+    data = fields(
+        world, tmp_path / "out", parameters, seed=1, sampler="random", direction="maximize", training=training
+    )
+    report = swept(tmp_path / "sweep.yaml", data)
+    states = {trial.parameters["learning_rate"]: trial.state for trial in report.trials}
+    assert states == {1e30: "failed", 1e-2: "complete"}
+    failed = next(trial for trial in report.trials if trial.state == "failed")
+    assert failed.value is None
+    assert "no number" in (failed.error or "") or "is nan" in (failed.error or "")
+    assert report.trials[report.best or 0].parameters["learning_rate"] == 1e-2
+    json.loads((tmp_path / "out" / "sweep.json").read_text(), parse_constant=pytest.fail)
+
+    data = fields(world, tmp_path / "none", {"learning_rate": {"choices": [1e30]}}, trials=1, training=training)
+    report = swept(tmp_path / "sweep.yaml", data)
+    assert report.best is None
+    assert not (tmp_path / "none" / "best.yaml").exists()
+
+
+def test_a_combination_that_is_impossible_fails_with_its_reason(world: Path, tmp_path: Path) -> None:
+    parameters = {"model.hidden_size": {"choices": [16, 24]}, "model.num_attention_heads": {"choices": [2, 3]}}
+    data = fields(world, tmp_path / "out", parameters, trials=6, seed=2, sampler="random")
+    data |= {"model": str(world / "llama.json"), "training": {**data["training"], "max_steps": 1}}
+    said: list[str] = []
+    report = sweep(*loaded(written(tmp_path / "sweep.yaml", data)), said.append)
+    assert any("1 of 4 combinations" in line for line in said)
+    states = {tuple(trial.parameters.values()): trial.state for trial in report.trials}
+    assert states == {(16, 2): "complete", (24, 2): "complete", (24, 3): "complete", (16, 3): "failed"}
+    failed = next(trial for trial in report.trials if trial.state == "failed")
+    assert "16" in (failed.error or "")
+    assert "multiple" in (failed.error or "")
+
+
+def test_key_value_heads_follow_the_heads(world: Path) -> None:
+    config = {**LLAMA, "num_key_value_heads": 2}
+    (world / "shared.json").write_text(json.dumps(config))
+    (world / "grouped.json").write_text(json.dumps({**config, "num_key_value_heads": 1}))
+    values = {"model.num_attention_heads": 4}
+    for name, expected in (("shared", None), ("grouped", 1)):
+        job = built({"cache": "c", "output_dir": "o", "model": str(world / f"{name}.json")})
+        assert (trial_settings(job, values) or {}).get("num_key_value_heads") == expected
+
+
+def test_the_example_has_the_eleven_parameters_and_is_a_job(world: Path) -> None:
+    job, search = loaded(str(EXAMPLE))
+    assert len(search.parameters) == 11
+    check_names(job, search)
+    ends = [{name: parameter.probes()[i] for name, parameter in search.parameters.items()} for i in (0, -1)]
+    low, high = (trial_job(job, values, "out") for values in ends)
+    assert low.training["per_device_train_batch_size"] <= high.training["per_device_train_batch_size"] <= 64
+    assert high.training["gradient_accumulation_steps"] == -(-round(math.exp(5 + 3 * 1.5)) // 64)
+    assert (low.training["adam_beta1"], high.training["adam_beta1"]) == (0.99, 0.0)
+
+
+@pytest.mark.slow
+def test_ray_tune_runs_the_same_trials(world: Path, tmp_path: Path, run: Run) -> None:
+    data = fields(world, tmp_path / "out", backend="ray", trials=3)
+    file = written(tmp_path / "sweep.yaml", data)
+    result = run("train-student", "--sweep", file, "--json")
+    assert result.returncode == 0, result.stderr
+    report = SweepReport.model_validate_json(result.stdout)
+    assert [trial.state for trial in report.trials] == ["complete"] * 3
+    assert len({repr(trial.parameters) for trial in report.trials}) == 3
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    job = built(str(tmp_path / "out" / "best.yaml"))
+    best = train(job, lambda line: None)
+    assert best.held_out is not None
+    assert best.held_out.cross_entropy == report.trials[report.best or 0].value
+    data["sweep"]["trials"] = 4
+    written(tmp_path / "sweep.yaml", data)
+    again = run("train-student", "--sweep", file, "--json")
+    assert again.returncode == 0, again.stderr
+    assert SweepReport.model_validate_json(again.stdout).trials[:3] == report.trials
+
+
+@pytest.mark.slow
+def test_ray_tune_prunes_and_records_failures(world: Path, tmp_path: Path, run: Run) -> None:
+    parameters: dict[str, Any] = {
+        "learning_rate": {"distribution": "log_uniform", "low": 1e-7, "high": 1e-1},
+        "model.n_embd": {"choices": [16, 24]},
+        "model.n_head": {"choices": [2, 3]},
+    }
+    data = fields(world, tmp_path / "out", parameters, backend="ray", sampler="random", trials=10)
+    data["training"] |= {"max_steps": 4, "eval_steps": 1}
+    data["sweep"]["pruner"] = {"name": "hyperband", "reduction_factor": 2}
+    result = run("train-student", "--sweep", written(tmp_path / "sweep.yaml", data), "--json")
+    assert result.returncode == 0, result.stderr
+    trials = SweepReport.model_validate_json(result.stdout).trials
+    failed = [trial for trial in trials if trial.state == "failed"]
+    assert failed
+    for trial in trials:
+        possible = trial.parameters["model.n_embd"] % trial.parameters["model.n_head"] == 0
+        assert (trial.state == "failed") == (not possible)
+        assert possible or "divisible" in (trial.error or "")
+    pruned = [trial for trial in trials if trial.state == "pruned"]
+    assert pruned
+    assert all(trial.value == trial.evaluations[-1][1] and trial.steps < 4 for trial in pruned)

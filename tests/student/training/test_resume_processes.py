@@ -1,0 +1,154 @@
+"""Several processes, killed and resumed with others, against one process that nothing stopped.
+
+Legend: `G` windows of a step over all processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.commands import ROOT
+from support.runs import KILLED, NOTED, arguments, job_in, make_world, processes, python, weights, windows_read
+
+from student.job import StudentJob, TrainingReport
+from student.run import train
+from student.windows import DistillationWindows, reading_order
+
+G = 8
+STEPS = 2 * (93 // G)
+COMMON = {"alpha_end": 0.1, "min_entropy": 2.0}
+TRAINING = {"num_train_epochs": 2, "save_steps": 4, "ddp_backend": "gloo"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+def job_of(world: Path, output: Path, at_once: int, **changes: Any) -> StudentJob:
+    training = {**TRAINING, "per_device_train_batch_size": at_once, **changes.pop("training", {})}
+    return job_in(world, output, **COMMON, training=training, **changes)
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingReport]:
+    """One process, whole steps at once, not stopped."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    return output, train(job_of(world, output, G, eval_cache=str(world / "held")))
+
+
+def expected_windows(world: Path) -> dict[int, list[int]]:
+    """What each step is to read, from the reading order alone."""
+    windows = DistillationWindows(str(world / "train"), ["a", "b"], 16, "random", seed=5)
+    order = reading_order(windows, G)
+    epochs = [(order.permutation(epoch) + epoch * len(windows)).tolist() for epoch in range(2)]
+    steps = [epoch[at : at + G] for epoch in epochs for at in range(0, len(windows) - G + 1, G)]
+    return dict(enumerate(steps))
+
+
+def same_run(ours: Path, theirs: Path) -> None:
+    """Equal losses from the first to the last step, equal figures and equal weights, but for rounding."""
+    one, two = (TrainingReport.model_validate_json((path / "report.json").read_bytes()) for path in (ours, theirs))
+    assert (one.steps, one.tokens_seen, one.windows_per_step) == (two.steps, two.tokens_seen, G)
+    for mine, other in zip(one.train_log, two.train_log, strict=True):
+        assert mine["step"] == other["step"]
+        for key in ("loss", "cross_entropy", "kl_a", "kl_b", "alpha", "learning_rate"):
+            assert mine[key] == pytest.approx(other[key], abs=1e-5), (key, mine["step"])
+    assert one.held_out is not None
+    assert two.held_out is not None
+    assert one.held_out.tokens == two.held_out.tokens
+    assert one.held_out.cross_entropy == pytest.approx(two.held_out.cross_entropy, abs=1e-5)
+    assert one.held_out.ece == pytest.approx(two.held_out.ece, abs=1e-4)
+    first, second = weights(ours), weights(theirs)
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+
+
+def test_two_processes_train_as_one_and_may_become_one(
+    world: Path, alone: tuple[Path, TrainingReport], tmp_path: Path
+) -> None:
+    two = job_of(world, tmp_path / "two", G // 2, eval_cache=str(world / "held"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Killed in the second epoch, so that what goes on is a resumed run of two processes.
+    (tmp_path / "killed.py").write_text(KILLED.format(step=18))
+    killed = python(*launcher, str(tmp_path / "killed.py"), *arguments(two), PYTHONPATH=str(ROOT))
+    assert killed.returncode != 0
+    assert (tmp_path / "two" / "checkpoint-16").is_dir(), killed.stderr
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+
+    done = python(*launcher, "-m", "student.cli", *arguments(two), "--json", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["processes"], report["resumed_from_step"], report["windows_at_once"]) == (2, 16, G // 2)
+    same_run(tmp_path / "two", alone[0])
+
+    # The same job in one process: a step has as many windows as it had, in two micro-batches.
+    said: list[str] = []
+    fewer = train(two.model_copy(update={"output_dir": str(tmp_path / "one")}), said.append)
+    assert (fewer.processes, fewer.resumed_from_step, fewer.windows_at_once) == (1, 16, G // 2)
+    assert [line for line in said if "steps of 8 windows, which 1 process(es) now compute in 2 micro-batch(es)" in line]
+    same_run(tmp_path / "one", alone[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize(("first", "then"), [((2, 4), (2, 4)), ((2, 4), (1, 8)), ((1, 4), (2, 4)), ((1, 8), (2, 2))])
+def test_every_step_reads_the_same_windows_whoever_computes_it(
+    world: Path,
+    alone: tuple[Path, TrainingReport],
+    tmp_path: Path,
+    first: tuple[int, int],
+    then: tuple[int, int],
+    fused: str,
+) -> None:
+    """(processes, windows at once): killed in the second epoch with the first, resumed with the second."""
+    read = []
+    for name, (number, at_once), stop in (("first", first, "17"), ("then", then, "")):
+        job = job_of(
+            world, tmp_path / "run", at_once, windows_per_step=G, fused_head=fused, eval_cache=str(world / "held")
+        )
+        done = processes(number, NOTED, *arguments(job), "--json", NOTES=str(tmp_path / name), STOP=stop)
+        assert (9 if stop else 0) in [one.returncode for one in done], done[0].stderr
+        read.append(windows_read(tmp_path / name, number))
+    report = TrainingReport.model_validate_json(done[0].stdout)
+    assert (report.processes, report.windows_at_once, report.resumed_from_step) == (*then, 16)
+    assert report.fused_head == (fused == "on")
+    expected = expected_windows(world)
+    assert len(expected) == STEPS
+    assert read[0] == {step: expected[step] for step in range(17)}
+    assert read[1] == {step: expected[step] for step in range(16, STEPS)}
+    same_run(tmp_path / "run", alone[0])
+
+
+@pytest.mark.slow
+def test_accumulation_becomes_processes_and_reads_the_same_windows(
+    world: Path, alone: tuple[Path, TrainingReport], tmp_path: Path
+) -> None:
+    """One process with two micro-batches is stopped; two processes with one go on, without the fused head."""
+    job = job_of(world, tmp_path / "run", 4, windows_per_step=G, fused_head="off", eval_cache=str(world / "held"))
+    done = processes(1, NOTED, *arguments(job), NOTES=str(tmp_path / "first"), STOP="5")
+    assert done[0].returncode == 9, done[0].stderr
+    done = processes(2, NOTED, *arguments(job), NOTES=str(tmp_path / "then"))
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    assert done[1].stderr.count("step ") == 0, "one process speaks"
+    expected = expected_windows(world)
+    assert windows_read(tmp_path / "first", 1) == {step: expected[step] for step in range(5)}
+    assert windows_read(tmp_path / "then", 2) == {step: expected[step] for step in range(4, STEPS)}
+    same_run(tmp_path / "run", alone[0])
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_share_a_step_are_refused(world: Path, tmp_path: Path) -> None:
+    job = job_of(world, tmp_path / "run", 4, windows_per_step=9)
+    done = processes(2, NOTED, *arguments(job), NOTES=str(tmp_path / "notes"))
+    assert [one.returncode for one in done] == [2, 2]
+    assert done[1].stderr == ""
+    assert done[0].stderr.startswith("error: a step of 9 windows cannot be shared equally by 2 processes: 1, 3 process")
+    assert len(done[0].stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,414 @@
+"""`train-student` and `train-teacher` as a user meets them: runs, resumption, several processes, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from support.caches import small as fakes
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.runs import KILLED, LLAMA, V, arguments, job_in, make_world, python, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import student.arguments
+from storage.errors import IdentityMismatch, InputError, StorageFull
+from storage.manifest import Windowing
+from storage.writer import EntryWriter
+from student.arguments import training_values
+from student.cli import build_job, train_student
+from student.output import full_disk_is_said
+from student.run import train
+from teachers.train import train_teacher
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    make_world(folder)
+    return folder
+
+
+def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_path: Path) -> None:
+    job = job_in(world, tmp_path / "out", eval_cache=str(world / "held"))
+    said: list[str] = []
+    report = train(job, said.append)
+    assert report.steps == 93 // 8
+    assert report.tokens_seen == report.steps * 8 * 16
+    assert report.windows_per_step == 8
+    assert [entry["step"] for entry in report.train_log] == [2, 4, 6, 8, 10]
+    assert {"loss", "cross_entropy", "kl_a", "kl_b"} <= report.train_log[0].keys()
+    held = report.held_out
+    assert held is not None
+    assert held.tokens == 299
+    assert held.perplexity == pytest.approx(np.exp(held.cross_entropy))
+    assert held.bits_per_byte == pytest.approx(held.cross_entropy / np.log(2) / 4)
+    assert (held.kl["a"].lower_bound, held.kl["b"].lower_bound) == (True, False)
+    assert held.kl["b"].nats > 0
+    assert set(report.provenance) == {
+        "cache", "cache/a", "cache/b", "eval_cache", "eval_cache/a", "eval_cache/b"
+    }  # fmt: skip
+
+    out = tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.vocab_size == V
+    assert model.config.use_cache
+    assert AutoTokenizer.from_pretrained(out).encode("t3 t60 t7") == [3, 60, 7]
+    assert json.loads((out / "report.json").read_text()) == report.model_dump(mode="json")
+    assert not [name for name in os.listdir(out) if name.endswith((".partial", ".bin", ".pt")) or name == "publishing"]
+
+    before = {name: (out / name).stat().st_mtime_ns for name in os.listdir(out)}
+    assert train(job, said.append) == report
+    assert "finished" in said[-1]
+    assert before == {name: (out / name).stat().st_mtime_ns for name in os.listdir(out)}
+
+
+def test_distillation_reduces_the_divergence_and_seeds_repeat(world: Path, tmp_path: Path) -> None:
+    training = {"num_train_epochs": 6}
+    job = job_in(world, tmp_path / "one", teachers=["b"], alpha=0.1, training=training)
+    report = train(job)
+    assert report.train_log[-1]["kl_b"] < 0.8 * report.train_log[0]["kl_b"]
+    again = train(job.model_copy(update={"output_dir": str(tmp_path / "two")}))
+    assert [e["loss"] for e in again.train_log] == [e["loss"] for e in report.train_log]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_that_diverges_says_so_in_a_report_that_can_be_read(world: Path, tmp_path: Path) -> None:
+    job = job_in(
+        world,
+        tmp_path / "out",
+        training={"learning_rate": 1e30, "optim": "sgd", "max_grad_norm": 0, "logging_steps": 1},
+    )
+    report = train(job)
+    assert np.isnan(report.train_log[-1]["loss"])
+    again = train(job)
+    assert np.isnan(again.train_log[-1]["loss"])
+    assert (again.train_log[0], again.steps) == (report.train_log[0], report.steps)
+    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_alpha_one_is_the_control_of_its_teachers(world: Path, tmp_path: Path) -> None:
+    named = train(job_in(world, tmp_path / "named", alpha=1.0, eval_cache=str(world / "held")))
+    control = train(job_in(world, tmp_path / "control", teachers=[], temperature=1))
+    assert named.held_out is not None
+    assert set(named.held_out.kl) == {"a", "b"}
+    assert [e["loss"] for e in named.train_log] == [e["loss"] for e in control.train_log]
+    one, other = weights(tmp_path / "named"), weights(tmp_path / "control")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
+    """GPT-2 has dropout, so the random state matters; the kill is in the second epoch, between two checkpoints."""
+    training = {
+        "num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 4
+    }  # fmt: skip
+    common = {"model": str(world / "gpt2.json"), "training": training, "alpha_end": 0.2}
+    whole = train(job_in(world, tmp_path / "whole", **common))
+    assert whole.steps == 3 * (93 // 8), "no step is shorter than the others"
+    assert [e["alpha"] for e in whole.train_log[:2]] == pytest.approx([0.5 - 0.3 / 32, 0.5 - 0.3 * 3 / 32])
+    assert whole.train_log[-1]["alpha"] == pytest.approx(0.5 - 0.3 * 31 / 32)
+    job = job_in(world, tmp_path / "killed", **common)
+    killed = python("-c", KILLED.format(step=19), *arguments(job))
+    assert killed.returncode == 9, killed.stderr
+    assert (tmp_path / "killed" / "checkpoint-16").is_dir()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoint-20").mkdir()  # one that was being written
+    (tmp_path / "killed" / "checkpoint-20" / "model.safetensors").write_bytes(b"half")
+    report = train(job)
+    assert report.resumed_from_step == 16
+    assert (report.steps, report.tokens_seen) == (whole.steps, whole.tokens_seen)
+    assert [(e["step"], e["loss"]) for e in report.train_log] == [(e["step"], e["loss"]) for e in whole.train_log]
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_killed_before_publishing_is_published_without_another_step(world: Path, tmp_path: Path) -> None:
+    job = job_in(world, tmp_path / "out", training={"max_steps": 5, "save_steps": 2})
+    report = train(job)
+    expected = weights(tmp_path / "out")
+    for name in ("report.json", "config.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    again = train(job)
+    assert (again.steps, again.resumed_from_step, again.tokens_seen) == (5, 5, report.tokens_seen)
+    found = weights(tmp_path / "out")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_train_student_never_loads_teachers(world: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from student.cli import train_student; train_student(sys.argv[1:], standalone_mode=False); "
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('teachers', 'torch')), file=sys.stderr)"
+    )
+    job = job_in(world, tmp_path / "out", eval_cache=str(world / "held"), training={"max_steps": 2})
+    done = python("-c", code, *arguments(job))
+    assert done.returncode == 0, done.stderr
+    modules = done.stderr.splitlines()[-1]
+    assert "'torch'" in modules
+    assert "teachers" not in modules
+    assert "KL to a" in done.stdout
+    assert "lower bound" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["student.cli", "teachers.train"])
+def test_help_has_an_example_and_presets_and_loads_no_torch(module: str) -> None:
+    code = f"import sys; sys.argv = ['x', '--help']; import runpy; runpy.run_module({module!r}, run_name='__main__')"
+    done = python("-X", "importtime", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "Example:" in done.stdout
+    assert "llama-58m" in done.stdout
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
+    assert not loaded & {"torch", "transformers", "zarr"}
+
+
+def test_train_teacher_trains_on_tokens_alone(world: Path, tmp_path: Path) -> None:
+    job = job_in(world, tmp_path / "teacher", teachers=[], temperature=1, training={"max_steps": 3})
+    done = CliRunner().invoke(train_teacher, arguments(job))
+    assert done.exit_code == 0, done.stderr
+    assert "held out" in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").config.model_type == "llama"
+    report = json.loads((tmp_path / "teacher" / "report.json").read_text())
+    assert "kl_a" not in report["train_log"][0]
+    assert report["job"]["alpha"] == 1
+
+
+def test_config_file_and_flags(world: Path, tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"cache: {world / 'train'}\nmodel: llama-tiny\noutput-dir: {tmp_path / 'out'}\nteachers: {{a: 2, b: 1}}\n"
+        "temperature: 2\ntraining:\n  learning_rate: 3e-4\n  num_train_epochs: 2\n"
+    )
+    flags: dict[str, Any] = {"config": str(config), "settings": ("learning_rate=1e-3", "bf16=true"), "as_json": False}
+    flags |= {"model": "gpt2-tiny", "teacher": ()}
+    job = build_job("train-student", flags)
+    assert (job.model, job.temperature, job.alpha) == ("gpt2-tiny", 2.0, 0.5)
+    assert [(t.name, t.weight) for t in job.teachers] == [("a", 2.0), ("b", 1.0)]
+    assert job.training == {"learning_rate": 1e-3, "num_train_epochs": 2, "bf16": True}
+
+
+def edited(**changes: Any) -> Callable[[Path, Path], list[str]]:
+    """The command line of a good job with some flags changed or, when None, left out; `set` adds a setting."""
+
+    def build(world: Path, output: Path) -> list[str]:
+        line = arguments(job_in(world, output))
+        for name, value in changes.items():
+            option = "--" + name.replace("_", "-")
+            while option != "--set" and option in line:
+                at = line.index(option)
+                del line[at : at + 2]
+            for item in value if isinstance(value, list) else [value]:
+                if item is not None:
+                    line += [option, str(item).replace("WORLD", str(world))]
+        return line
+
+    return build
+
+
+WRONG = {
+    "cache is missing": (edited(cache=None), "--cache is missing"),
+    "no cache there": (edited(cache="WORLD/none"), "no cache there"),
+    "cache is no cache": (edited(cache="WORLD"), "no cache there"),
+    "unknown teacher": (edited(teacher=["c"]), "no teacher entry 'c'; there is: a, b"),
+    "teacher twice": (edited(teacher=["a", "a:2"]), "named once"),
+    "weight is no number": (edited(teacher=["a:much"]), "'much' is not a number"),
+    "negative weight": (edited(teacher=["a:-1"]), "greater than or equal to 0"),
+    "no weight at all": (edited(teacher=["a:0", "b:0"]), "every teacher's weight is 0"),
+    "alpha too large": (edited(alpha=1.5), "less than or equal to 1"),
+    "alpha without teachers": (edited(teacher=[], alpha=0.5), "no teacher is named"),
+    "temperature": (edited(temperature=1.5), "exact only at 1 and 2"),
+    "unknown preset": (edited(model="lama-tiny"), "did you mean 'llama-tiny'"),
+    "missing model file": (edited(model="WORLD/none.json"), "no such file"),
+    "window longer than the model": (edited(window_tokens=33), "32 positions"),
+    "window longer than the corpus": (edited(window_tokens=1500), "1500"),
+    "window of nothing": (edited(window_tokens=0), "greater than or equal to 1"),
+    "unknown training field": (edited(set="learning_rat=1"), "did you mean 'learning_rate'"),
+    "setting without value": (edited(set="learning_rate"), "expected key=value"),
+    "wrong type": (edited(set="max_steps=soon"), "'max_steps'"),
+    "wrong choice": (edited(set="lr_scheduler_type=wavy"), "wavy"),
+    "reserved field": (edited(set="label_smoothing_factor=0.1"), "replace the distillation loss"),
+    "field of ours": (edited(set="seed=3"), "give --seed"),
+    "batch larger than the data": (edited(set="per_device_train_batch_size=94"), "93 windows"),
+    "step of two sizes": (edited(windows_per_step=8, set="gradient_accumulation_steps=2"), "leave one of the two out"),
+    "step larger than the data": (edited(windows_per_step=94), "93 windows of 16 tokens are fewer than the 94 of one"),
+    "batch that finds itself": (edited(set="auto_find_batch_size=true"), "give --windows-per-step"),
+    "unknown logger": (edited(set="report_to=paper"), "'paper' is not known"),
+    "fsdp on a CPU": (edited(set="fsdp=true"), "on a CPU, where accelerate would train without it"),
+    "evaluation without data": (edited(set="eval_strategy=epoch"), "give --eval-cache"),
+    "unknown metric": (edited(eval_cache="WORLD/held", set="metric_for_best_model=bleu"), "not measured"),
+    "no config file": (edited(config="WORLD/none.yaml"), "none.yaml"),
+    "eval cache is none": (edited(eval_cache="WORLD/none"), "no cache there"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_leaves_nothing(world: Path, tmp_path: Path, case: str) -> None:
+    build, expected = WRONG[case]
+    done = CliRunner().invoke(train_student, build(world, tmp_path / "out"))
+    assert done.exit_code == 2, done.output
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_something_else_is_refused(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds thesis\.txt"):
+        train(job_in(world, tmp_path))
+    with pytest.raises(InputError, match="is a file"):
+        train(job_in(world, tmp_path / "thesis.txt"))
+    with pytest.raises(InputError, match="lies in one"):
+        train(job_in(world, tmp_path / "thesis.txt" / "deeper"))
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+    (tmp_path / "run.json").write_text('{"kind": "triathlon"}')
+    with pytest.raises(InputError, match=r"run\.json is not of a training run"):
+        train(job_in(world, tmp_path))
+
+
+def test_a_place_where_nothing_can_be_written_is_said(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.mkdir
+
+    def refuse(self: Path, *others: Any, **more: Any) -> None:
+        if self == tmp_path / "out":
+            raise PermissionError(13, "Permission denied", str(self))
+        real(self, *others, **more)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"cannot write to .*Permission denied"):
+        train(job_in(world, tmp_path / "out"))
+
+
+def test_another_job_in_the_same_output_is_refused_with_the_fields(world: Path, tmp_path: Path) -> None:
+    short = {"max_steps": 1}
+    train(job_in(world, tmp_path / "out", training=short))
+    with pytest.raises(IdentityMismatch) as caught:
+        train(job_in(world, tmp_path / "out", alpha=0.25, training={**short, "learning_rate": 0.5}))
+    assert [field.split(":")[0] for field in caught.value.fields] == ["alpha", "training.learning_rate"]
+
+
+def test_a_changed_configuration_under_the_same_name_is_another_job(world: Path, tmp_path: Path) -> None:
+    config = tmp_path / "model.json"
+    config.write_text(json.dumps(LLAMA))
+    job = job_in(world, tmp_path / "out", model=str(config), training={"max_steps": 1})
+    train(job)
+    config.write_text(json.dumps({**LLAMA, "hidden_size": 32}))
+    with pytest.raises(IdentityMismatch, match="model_sha256"):
+        train(job)
+
+
+def test_held_out_caches_must_share_the_tokenizer_and_teachers_may_be_missing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL is measured to entries of the same teacher only; for the others the report says why it is not."""
+    held = str(tmp_path / "held")
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, V, 100).astype(np.uint16)
+    record = make_corpus(held, tokens, V)
+    labels = np.append(tokens[1:], -1).astype(np.int64)
+    other = make_entry(record, V, encoding="float32", weights_sha256="e" * 64)
+    write_entry(held, "b", other, dense_targets(rng.normal(size=(100, V)), V, labels))
+    EntryWriter.open(held, "a", make_entry(record, 9))
+    short = {"max_steps": 1}
+    report = train(job_in(world, tmp_path / "one", eval_cache=held, training=short))
+    assert report.held_out is not None
+    assert report.held_out.kl == {}
+    assert "incomplete" in report.held_out.kl_not_measured["a"]
+    assert "another teacher" in report.held_out.kl_not_measured["b"]
+
+    bare = str(tmp_path / "bare")
+    make_corpus(bare, tokens, V)
+    report = train(job_in(world, tmp_path / "two", eval_cache=bare, training=short))
+    assert report.held_out is not None
+    assert "no entry" in report.held_out.kl_not_measured["a"]
+
+    foreign = str(tmp_path / "foreign")
+    monkeypatch.setattr(fakes, "SHA", "d" * 64)
+    make_corpus(foreign, tokens, V)
+    with pytest.raises(IdentityMismatch, match="different tokenizers"):
+        train(job_in(world, tmp_path / "three", eval_cache=foreign, training=short))
+    assert not (tmp_path / "three").exists()
+
+
+def test_isolated_teachers_make_isolated_windows(tmp_path: Path, world: Path) -> None:
+    url = str(tmp_path / "isolated")
+    tokens = np.random.default_rng(3).integers(0, V, 200).astype(np.uint16)
+    starts = np.arange(0, 200, 20)
+    record = make_corpus(url, tokens, V, document_starts=starts)
+    labels = np.append(tokens[1:], -1).astype(np.int64)
+    labels[starts[1:] - 1] = -1
+    windowing = Windowing(context_tokens=16, stride_tokens=16, isolate_documents=True)
+    targets = dense_targets(np.random.default_rng(4).normal(size=(200, V)), 9, labels)
+    write_entry(url, "a", make_entry(record, 9, windowing=windowing), targets)
+    training = {"per_device_train_batch_size": 2, "max_steps": 2}
+    report = train(
+        job_in(world, tmp_path / "out", cache=url, eval_cache=url, teachers=["a"], offset="fixed", training=training)
+    )
+    assert report.isolated_documents
+    assert report.held_out is not None
+    assert report.held_out.tokens == 190
+
+
+def test_evaluation_during_training_and_the_best_model(world: Path, tmp_path: Path) -> None:
+    training: dict[str, Any] = {
+        "dataloader_num_workers": 1,
+        "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "max_steps": 8,
+        "load_best_model_at_end": True, "metric_for_best_model": "kl_b",
+    }  # fmt: skip
+    report = train(job_in(world, tmp_path / "out", eval_cache=str(world / "held"), training=training))
+    assert [entry["step"] for entry in report.eval_log] == [4, 8]
+    assert report.held_out is not None
+    best = min(entry["eval_kl_b"] for entry in report.eval_log)
+    assert report.held_out.kl["b"].nats == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("limit", [9_000, 30_000], ids=["weights", "optimizer"])
+def test_a_full_disk_is_said_and_the_run_goes_on_afterwards(world: Path, tmp_path: Path, limit: int) -> None:
+    job = job_in(world, tmp_path / "out", training={"max_steps": 4, "save_steps": 2})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(StorageFull, match="free some room"):
+            train(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out" / "config.json").exists()
+    report = train(job)
+    assert (report.steps, report.resumed_from_step) == (4, 0)
+
+
+def test_other_errors_are_not_taken_for_a_full_disk() -> None:
+    with pytest.raises(KeyError), full_disk_is_said("out"):
+        raise KeyError("x")
+    with pytest.raises(RuntimeError, match="os error 2"), full_disk_is_said("out"):
+        raise RuntimeError("No such file or directory (os error 2)")
+
+
+def test_a_foreign_package_named_storage_is_named(tmp_path: Path) -> None:
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "storage" / "__init__.py").write_text("")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from student.cli import train_student; train_student([])"
+    )
+    done = python("-c", code)
+    assert done.returncode == 2
+    assert str(tmp_path / "storage") in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_process_reads_ahead_of_a_gpu(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(student.arguments, "_has_accelerator", lambda: True)
+    assert training_values(job_in(world, tmp_path / "out"))["dataloader_num_workers"] == 1
+    values = training_values(job_in(world, tmp_path / "out", training={"dataloader_num_workers": 0}))
+    assert "dataloader_prefetch_factor" not in values  # torch takes it with workers only
+    monkeypatch.setattr(student.arguments, "_has_accelerator", lambda: False)
+    assert "dataloader_num_workers" not in training_values(job_in(world, tmp_path / "out"))

@@ -1,0 +1,164 @@
+"""The choices of the loss as a user of `train-student` meets them: what runs, what it is called, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from support.references.dense_targets import write_varopt
+from support.runs import V, arguments, job_in, make_world
+
+from storage import LogitCache
+from student.cli import build_job, train_student
+from student.run import train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The caches of `runs`, and in both a VarOpt entry `drawn` (temperature 1) and `drawn2` of one teacher."""
+    folder = tmp_path_factory.mktemp("objectives")
+    make_world(folder)
+    table = torch.from_numpy(2 * np.random.default_rng(99).normal(size=(V, V)))
+    for name in ("train", "held"):
+        url = str(folder / name)
+        cache = LogitCache.open(url)
+        tokens = torch.from_numpy(cache.tokens.read(0, cache.record.corpus.positions).astype(np.int64))
+        for entry, tau in (("drawn", 1.0), ("drawn2", 2.0)):
+            write_varopt(url, entry, torch.log_softmax(table[tokens], 1), 12, tau)
+    return folder
+
+
+def invoke(world: Path, out: Path, *more: str, **changes: Any) -> Result:
+    changes = {"training": {"max_steps": 2}, "temperature": 1, **changes}
+    return CliRunner().invoke(train_student, [*arguments(job_in(world, out, **changes)), *more])
+
+
+RUNS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "reverse KL": ({"teachers": ["a"], "loss": "reverse-kl", "temperature": 2}, "reverse_kl_a", "a lower bound"),
+    "JSD": ({"teachers": ["drawn"], "loss": "jsd", "mix": 0.2}, "jsd_drawn", "a lower bound"),
+    "skewed": ({"teachers": ["b"], "loss": "skew-forward-kl"}, "skew_forward_kl_b", "a lower bound"),
+    "skewed reverse": ({"teachers": ["b"], "loss": "skew-reverse-kl"}, "skew_reverse_kl_b", "a lower bound"),
+    "drawn ids": ({"teachers": ["drawn"]}, "kl_drawn", "an estimate from drawn ids"),
+    "drawn for 2": ({"teachers": ["drawn2"], "temperature": 2}, "kl_drawn2", "an estimate from drawn ids"),
+    "drawn and not": ({"teachers": ["drawn:3", "a"]}, "kl_a", "a lower bound"),
+    "blend": ({"teachers": ["drawn"], "tail": "blend", "blend": 0.5}, "kl_drawn", "blended"),
+    "bucket of drawn ids": ({"teachers": ["drawn"], "tail": "bucket"}, "kl_drawn", "a lower bound"),
+    "renormalised": ({"teachers": ["a"], "tail": "renormalise"}, "kl_a", "of the stored ids alone"),
+    "heads alone": ({"teachers": ["a"], "tail": "none"}, "kl_a", "of the stored ids alone"),
+    "BabyLlama's": ({"loss_scale": "babyllama"}, "kl_b", "a lower bound"),
+    "unsure positions": ({"min_entropy": 2.5}, "kl_a", "a lower bound"),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_runs_name_their_divergence_and_what_it_is(world: Path, tmp_path: Path, case: str) -> None:
+    changes, name, meaning = RUNS[case]
+    done = invoke(world, tmp_path / "out", **changes)
+    assert done.exit_code == 0, done.stderr
+    teacher = name.rpartition("_")[2]
+    (line,) = [line for line in done.stdout.splitlines() if f" to {teacher}  " in line]
+    assert meaning in line
+    report = train(job_in(world, tmp_path / "out", training={"max_steps": 2}, **{"temperature": 1, **changes}))
+    assert name in report.train_log[0]
+    assert report.divergence[teacher] in line
+    assert report.tail_bounds == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "alpha"),
+    [
+        ({"teachers": ["drawn"]}, 0.0),
+        ({"teachers": ["b"]}, 0.0),  # all its ids are stored
+        ({"teachers": ["drawn", "a:0"]}, 0.0),
+        ({"teachers": ["a"]}, 0.5),
+        ({"teachers": ["drawn", "a"]}, 0.5),
+        ({"teachers": ["drawn"], "tail": "bucket"}, 0.5),
+        ({"teachers": ["drawn"], "loss": "jsd"}, 0.5),
+        ({"teachers": ["drawn"], "alpha": 0.5}, 0.5),
+        ({"teachers": []}, 1.0),
+    ],
+)
+def test_alpha_follows_the_targets_where_it_is_left_open(
+    world: Path, tmp_path: Path, changes: dict[str, Any], alpha: float
+) -> None:
+    report = train(job_in(world, tmp_path / "out", temperature=1, training={"max_steps": 2}, **changes))
+    assert report.job.alpha == alpha
+    entry = report.train_log[0]
+    parts = [value for name, value in entry.items() if name.startswith(("kl_drawn", "kl_b", "jsd"))]
+    if alpha in (0.0, 1.0):
+        assert entry["loss"] == pytest.approx(parts[0] if parts else entry["cross_entropy"], rel=1e-5)
+
+
+def test_held_out_divergence_from_drawn_ids_is_no_bound(world: Path, tmp_path: Path) -> None:
+    job = job_in(world, tmp_path / "out", teachers=["drawn", "a"], temperature=1, eval_cache=str(world / "held"),
+                 training={"max_steps": 1})  # fmt: skip
+    held = train(job).held_out
+    assert held is not None
+    assert (held.kl["drawn"].lower_bound, held.kl["a"].lower_bound) == (False, True)
+    assert held.kl["drawn"].nats > 0
+
+
+def test_an_interpolated_temperature_says_how_far_it_may_be_off(world: Path, tmp_path: Path) -> None:
+    job = job_in(world, tmp_path / "out", temperature=1.5, interpolate_tail=True, training={"max_steps": 1})
+    said: list[str] = []
+    report = train(job, said.append)
+    bound = report.tail_bounds["a"]
+    assert 0 < bound.mean < bound.greatest < 0.5
+    assert bound.positions == 32 * 16
+    assert report.tail_bounds["b"].greatest == 0, "all its ids are stored"
+    (line,) = [line for line in said if line.startswith("teacher a at temperature 1.5")]
+    assert f"{bound.mean:.4f} of the true one on average and {bound.greatest:.4f} at worst over 512 positions" in line
+
+
+def test_alpha_and_a_schedule_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        "cache: c\nmodel: llama-tiny\noutput-dir: out\nteachers: {a: 2}\nloss: jsd\nmix: 0.3\nalpha: 0.1\n"
+        "alpha-end: 0.9\nmin-entropy: 1.5\nloss-scale: babyllama\ntemperature: 1.5\ninterpolate-tail: true\n"
+    )
+    flags: dict[str, Any] = {"config": str(path), "settings": (), "as_json": False, "teacher": (), "mix": 0.4}
+    job = build_job("train-student", flags)
+    assert (job.loss, job.mix, job.alpha, job.alpha_end) == ("jsd", 0.4, 0.1, 0.9)
+    assert (job.min_entropy, job.loss_scale, job.temperature, job.interpolate_tail) == (1.5, "babyllama", 1.5, True)
+
+
+def test_another_objective_is_another_run(world: Path, tmp_path: Path) -> None:
+    short = {"max_steps": 1}
+    train(job_in(world, tmp_path / "out", training=short))
+    with pytest.raises(ValueError, match=r"alpha_end: .*tail: "):
+        train(job_in(world, tmp_path / "out", training=short, alpha_end=0.1, tail="none"))
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "temperature": (["--temperature", "1.5"], "exact only at 1 and 2; take one of them, or --interpolate-tail"),
+    "sharpened": (["--temperature", "0.5", "--interpolate-tail"], "cannot be bounded below 1"),
+    "a mixture of no KL": (["--loss", "jsd"], "loss jsd of several teachers (a, b)"),
+    "mix without a mixture": (["--mix", "0.5"], "mix belongs to jsd"),
+    "mix too large": (["--loss", "jsd", "--mix", "2"], "--mix"),
+    "sampled JSD": (["--loss", "jsd", "--tail", "sampled"], "sampled goes with forward-kl only"),
+    "nothing drawn": (["--tail", "sampled"], "teacher a stores its most probable ids"),
+    "blend of nothing": (["--blend", "0.5"], "needs tail blend"),
+    "negative entropy": (["--min-entropy", "-1"], "--min-entropy"),
+    "alpha beyond 1": (["--alpha-end", "1.5"], "--alpha-end"),
+    "drawn for another": (["--teacher", "drawn2"], "drawn for temperature 2 and are biased at 1"),
+    "windows of one": (["--loss-scale", "babyllama", "--window-tokens", "1"], "window_tokens of 2 or more"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_choices_are_one_line_and_leave_nothing(world: Path, tmp_path: Path, case: str) -> None:
+    more, expected = WRONG[case]
+    done = invoke(world, tmp_path / "out", *more)
+    assert done.exit_code == 2, done.output
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_needs_a_teacher(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"alpha is 0\.5 but no teacher is named"):
+        job_in(world, tmp_path / "out", teachers=[], alpha=1.0, alpha_end=0.5)

@@ -1,0 +1,318 @@
+"""The trainer: the loss inside the forward, invariance to how a step is cut up, the order, the held-out figures."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from storage.errors import InputError
+from student.losses import DistillationLoss, Member
+from student.trainer import DistillationTrainer, bind_loss, unbind_loss
+from student.windows import DistillationWindows, collate, flat_targets, reading_order
+
+V, T = 61, 8
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """600 tokens of which about a third is not trained on, and two teachers."""
+    url = str(tmp_path_factory.mktemp("trainer") / "cache")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, 600).astype(np.uint16)
+    record = make_corpus(url, tokens, V, loss_mask=rng.random(600) < 0.65)
+    labels = np.append(tokens[1:], -1).astype(np.int64)
+    for name, k, encoding in (("a", 9, "codes"), ("b", V, "float32")):
+        entry = make_entry(record, k, encoding=encoding)
+        write_entry(url, name, entry, dense_targets(2 * rng.normal(size=(600, V)), k, labels))
+    return url
+
+
+def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    )
+
+
+def members(windows: DistillationWindows, weights: dict[str, float] | None = None) -> list[Member]:
+    return [
+        Member(name, (weights or {}).get(name, 1.0), entry.encoding.step_nats, V)
+        for name, entry in windows.entries.items()
+    ]
+
+
+def trainer_for(
+    cache: str,
+    folder: Path,
+    teachers: tuple[str, ...] = ("a", "b"),
+    alpha: float = 0.5,
+    temperature: float = 2.0,
+    options: dict[str, Any] | None = None,
+    eval_windows: DistillationWindows | None = None,
+    **training: Any,
+) -> DistillationTrainer:
+    windows = DistillationWindows(cache, teachers, T, "random", seed=3)
+    args = TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "optim": "sgd",
+            "learning_rate": 0.5,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "dataloader_drop_last": True,
+            **training,
+        }
+    )
+    loss = DistillationLoss(V, alpha, temperature, members(windows, {"a": 2.0}), window_tokens=T, **(options or {}))
+    return DistillationTrainer(
+        tiny_model(),
+        args,
+        train_dataset=windows,
+        eval_dataset=eval_windows,
+        loss=loss,
+        eval_members=members(eval_windows) if eval_windows else (),
+    )
+
+
+def test_bound_forward_is_the_loss_on_the_original_logits(cache: str) -> None:
+    windows = DistillationWindows(cache, ["a", "b"], T)
+    batch = collate(windows.__getitems__(range(6)))
+    model = tiny_model()
+    logits = model(batch["input_ids"]).logits
+    loss = DistillationLoss(V, 0.3, 2.0, members(windows))
+    sums = loss(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+    (sums.loss_sum / sums.count).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+
+    bind_loss(model, loss)
+    model.train()
+    output = model(**batch)
+    assert output.logits is None
+    assert torch.allclose(output.loss, sums.loss_sum / sums.count)
+    expected = [sums.count, sums.cross_entropy, sums.divergence["a"], sums.divergence["b"]]
+    assert torch.allclose(output.parts, torch.stack([value.float() for value in expected]))
+    output.loss.backward()
+    assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert torch.allclose(model(**batch, num_items_in_batch=7).loss, sums.loss_sum / 7)
+    model.eval()
+    assert model(**batch).logits.shape == (6, T, 64)
+    assert torch.equal(model(batch["input_ids"]).logits, logits)
+
+
+def test_a_batch_without_trained_tokens_has_loss_zero(cache: str) -> None:
+    windows = DistillationWindows(cache, ["a", "b"], T)
+    batch = collate(windows.__getitems__([0]))
+    batch["labels"][:] = -100
+    model = tiny_model()
+    bind_loss(model, DistillationLoss(V, 0.3, 1.0, members(windows)))
+    model(**batch).loss.backward()
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_a_bound_model_saves_generates_and_copies_like_any_other(cache: str, tmp_path: Path) -> None:
+    model, plain = tiny_model(), tiny_model()
+    bind_loss(model, DistillationLoss(V, 1.0, 1.0, []))
+    prompt = torch.tensor([[1, 2, 3]])
+    assert torch.equal(
+        model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0),
+        plain.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0),
+    )
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert again.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), plain.parameters(), strict=True))
+    assert "forward" not in again.__dict__
+    unbind_loss(model)
+    unbind_loss(model)
+    assert model.forward.__func__ is LlamaForCausalLM.forward
+    copy.deepcopy(model)
+
+
+def train_cut_up(
+    cache: str, folder: Path, per_device: int, accumulation: int, **others: Any
+) -> tuple[list[torch.Tensor], list[dict]]:
+    trainer = trainer_for(
+        cache,
+        folder,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        max_steps=6,
+        **others,
+    )
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [p.detach().clone() for p in trainer.model.parameters()], history
+
+
+def test_loss_and_weights_do_not_depend_on_accumulation_or_batch_split(cache: str, tmp_path: Path) -> None:
+    weights, history = train_cut_up(cache, tmp_path / "whole", 12, 1)
+    start = list(tiny_model().parameters())
+    assert not torch.allclose(weights[0], start[0], atol=1e-3), "the model was trained at all"
+    for per_device, accumulation in ((6, 2), (3, 4), (1, 12)):
+        others, other_history = train_cut_up(cache, tmp_path / f"{per_device}", per_device, accumulation)
+        for one, other in zip(weights, others, strict=True):
+            assert torch.allclose(one, other, atol=2e-6)
+        for one, other in zip(history, other_history, strict=True):
+            for key in ("loss", "cross_entropy", "kl_a", "kl_b"):
+                assert one[key] == pytest.approx(other[key], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"alpha": 0.9, "options": {"alpha_end": 0.1, "min_entropy": 2.5}},
+        {"learning_rate": 0.05, "options": {"loss_scale": "babyllama", "tail": "renormalise"}},
+        {"teachers": ("a",), "options": {"loss": "jsd", "mix": 0.3}},
+        {"teachers": ("b",), "temperature": 1.0, "options": {"loss": "skew-reverse-kl", "alpha_end": 1.0}},
+    ],
+    ids=str,
+)
+def test_other_objectives_do_not_depend_on_accumulation_either(
+    cache: str, tmp_path: Path, others: dict[str, Any]
+) -> None:
+    weights, history = train_cut_up(cache, tmp_path / "1", 12, 1, **others)
+    keys = [key for key in history[0] if key not in ("epoch", "step", "grad_norm")]
+    assert any(key.endswith(("_a", "_b")) for key in keys)
+    for accumulation in (2, 4):
+        again, other_history = train_cut_up(
+            cache, tmp_path / str(accumulation), 12 // accumulation, accumulation, **others
+        )
+        for one, other in zip(weights, again, strict=True):
+            assert torch.allclose(one, other, atol=5e-6)
+        for one, other in zip(history, other_history, strict=True):
+            assert {key: one[key] for key in keys} == pytest.approx({key: other[key] for key in keys}, abs=5e-5)
+
+
+def test_weights_of_positions_come_with_the_batch(cache: str) -> None:
+    windows = DistillationWindows(cache, ["b"], T)
+    batch = collate(windows.__getitems__(range(4)))
+    batch["position_weights"] = torch.rand(4, T, generator=torch.Generator().manual_seed(0))
+    model = tiny_model()
+    logits = model(batch["input_ids"]).logits.flatten(0, 1)
+    loss = DistillationLoss(V, 0.3, 2.0, members(windows))
+    flat = flat_targets(batch["targets"])
+    expected = loss(logits, batch["labels"].flatten(), flat, batch["position_weights"].flatten())
+    plain = loss(logits, batch["labels"].flatten(), flat)
+    bind_loss(model, loss)
+    model.train()
+    assert torch.allclose(model(**batch).loss, expected.loss_sum / expected.count)
+    assert not torch.allclose(expected.loss_sum, plain.loss_sum, rtol=0.1)
+
+
+def test_logged_parts_make_up_the_loss(cache: str, tmp_path: Path) -> None:
+    trainer = trainer_for(cache, tmp_path, per_device_train_batch_size=4, max_steps=3)
+    trainer.train()
+    for entry in trainer.state.log_history[:3]:
+        mixture = 2 / 3 * entry["kl_a"] + 1 / 3 * entry["kl_b"]
+        assert entry["loss"] == pytest.approx(0.5 * entry["cross_entropy"] + 0.5 * 4 * mixture, abs=1e-5)
+
+
+def batches_read(trainer: DistillationTrainer) -> list[torch.Tensor]:
+    """The input ids of every forward of a training."""
+    read: list[torch.Tensor] = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].clone()), with_kwargs=True
+    )
+    trainer.train()
+    return read
+
+
+def test_student_and_control_see_the_same_windows_in_the_same_order(cache: str, tmp_path: Path) -> None:
+    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 3}
+    student = batches_read(trainer_for(cache, tmp_path / "s", **settings))
+    control = batches_read(trainer_for(cache, tmp_path / "c", teachers=(), alpha=1.0, temperature=1.0, **settings))
+    assert len(student) == len(control) == 3 * (74 // 8)
+    assert all(torch.equal(a, b) for a, b in zip(student, control, strict=True))
+    assert not torch.equal(student[0], student[9]), "every epoch has its own order and offsets"
+
+
+def test_epochs_follow_the_reading_order(cache: str, tmp_path: Path) -> None:
+    trainer = trainer_for(cache, tmp_path, per_device_train_batch_size=8, num_train_epochs=2)
+    windows = trainer.train_dataset
+    assert isinstance(windows, DistillationWindows)
+    order = reading_order(windows, 8)
+    expected = [
+        collate(windows.__getitems__((order.permutation(epoch) + epoch * len(windows))[i : i + 8].tolist()))
+        for epoch in range(2)
+        for i in range(0, 8 * (len(windows) // 8), 8)
+    ]
+    read = batches_read(trainer)
+    assert len(read) == len(expected)
+    assert all(torch.equal(a, b["input_ids"]) for a, b in zip(read, expected, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100])
+def test_held_out_figures_equal_brute_force(cache: str, tmp_path: Path, batch: int) -> None:
+    held_out = DistillationWindows(cache, ["a", "b"], T)
+    trainer = trainer_for(cache, tmp_path, eval_windows=held_out, per_device_eval_batch_size=batch)
+    metrics = trainer.evaluate()
+
+    tokens = collate(held_out.__getitems__(range(len(held_out))))
+    model = tiny_model().double().eval()
+    with torch.no_grad():
+        logits = model(tokens["input_ids"]).logits.flatten(0, 1)
+    labels = tokens["labels"].flatten()
+    trained = labels != -100
+    q = torch.log_softmax(logits, 1)[trained]
+    nats = -q[torch.arange(len(q)), labels[trained]]
+    b = {name: value.flatten(0, 1)[trained] for name, value in tokens["targets"]["b"].items()}
+    p = torch.full_like(q[:, :V], -math.inf).scatter(1, b["token_ids"].long(), b["logprobs"].double())
+    kl = (p.exp() * (p - q[:, :V])).sum(1)
+    guess = q[:, :V].argmax(1)
+    assert metrics["eval_loss"] == pytest.approx(float(nats.mean()), abs=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(float(nats.mean().exp()), rel=1e-6)
+    assert metrics["eval_accuracy"] == pytest.approx(float((guess == labels[trained]).double().mean()), abs=1e-9)
+    assert metrics["eval_kl_b"] == pytest.approx(float(kl.mean()), abs=1e-5)
+    assert 0 < metrics["eval_kl_a"] < 5
+    assert 0 <= metrics["eval_ece"] <= 1
+    result = trainer.held_out(held_out)
+    assert result.tokens == int(trained.sum())
+    assert result.kl_is_lower_bound == {"a": True, "b": False}
+
+
+def test_evaluation_leaves_the_model_in_training(cache: str, tmp_path: Path) -> None:
+    held_out = DistillationWindows(cache, (), T)
+    trainer = trainer_for(cache, tmp_path, eval_windows=held_out)
+    trainer.model.train()
+    trainer.evaluate()
+    assert trainer.model.training
+
+
+def test_other_datasets_are_refused(cache: str, tmp_path: Path) -> None:
+    trainer = trainer_for(cache, tmp_path)
+    with pytest.raises(InputError, match="DistillationWindows"):
+        trainer.evaluate([1, 2, 3])
+
+
+def test_bf16_autocast_trains(cache: str, tmp_path: Path) -> None:
+    trainer = trainer_for(cache, tmp_path, bf16=True, per_device_train_batch_size=8, max_steps=2)
+    trainer.train()
+    plain = trainer_for(cache, tmp_path, per_device_train_batch_size=8, max_steps=2)
+    plain.train()
+    one, other = (t.state.log_history[0] for t in (trainer, plain))
+    # The losses of a new student, whose logits are near 0, can agree to the last bit.
+    assert one["grad_norm"] != other["grad_norm"]
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
+    assert one["loss"] == pytest.approx(other["loss"], rel=0.02)

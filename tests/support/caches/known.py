@@ -1,0 +1,229 @@
+"""A small cache whose every value is known, and the one question the tests of damage ask: is what a reader hands out
+the truth?
+
+It has all that a cache can have: several shards and chunks of tokens, a loss mask, documents, tokenizer files, one
+entry with codes in three shards and one with exact log-probs in one. Each shard comes in two variants, as two workers
+of different machines would write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support.caches.small import dense_targets, make_corpus, make_entry
+
+from storage import LogitCache
+from storage.errors import LogitCacheError
+from storage.format import ArraySpec, teacher_arrays
+from storage.manifest import ArrayLayout, CacheRecord, ObjectDigest, TeacherEntry
+from storage.records import SparseTargets
+from storage.shards import encode_shard, object_digest
+from storage.writer import EntryWriter, encode_targets
+
+V, N, K = 53, 80, 3
+SHARD, CHUNK = 32, 16
+TOKENIZER_FILES = {
+    "tokenizer.json": b'{"model": {"type": "WordLevel"}}',
+    "Special_Tokens-map.json": b'{"eos_token": "t1"}\n',
+}
+STARTS = np.array([0, 7, 31, 32, 61], dtype=np.uint64)
+
+_encoded: dict[tuple[ArraySpec, int, bytes], bytes] = {}
+
+
+def encode_once(spec: ArraySpec, shard: int, values: np.ndarray, each: Any = map) -> bytes:
+    """`encode_shard`, remembered: these tests write the same few shards thousands of times."""
+    key = (spec, shard, values.tobytes())
+    if key not in _encoded:
+        _encoded[key] = encode_shard(spec, shard, values, each)
+    return _encoded[key]
+
+
+@cache
+def stream() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and loss mask."""
+    rng = np.random.default_rng(5)
+    return rng.integers(0, V, N).astype(np.uint16), rng.random(N) < 0.5
+
+
+@cache
+def targets(variant: int = 0) -> SparseTargets:
+    """What the teacher says of the whole stream."""
+    tokens, _ = stream()
+    logits = np.random.default_rng(6 + variant).normal(size=(N, V)) * 3
+    return dense_targets(logits, K, np.append(tokens[1:], -1).astype(np.int64))
+
+
+def write_stream(url: str | Path) -> CacheRecord:
+    """Tokens, documents, mask, tokenizer; goes on where an interrupted call stopped."""
+    tokens, mask = stream()
+    layout = ArrayLayout(shard=SHARD, chunk=CHUNK, compression="zstd")
+    return make_corpus(str(url), tokens, V, STARTS, mask, TOKENIZER_FILES, layout)
+
+
+def entries(record: CacheRecord) -> dict[str, TeacherEntry]:
+    """The two teachers' entries."""
+    return {
+        "a": make_entry(record, K, shard_tokens=SHARD, chunk_tokens=CHUNK),
+        "b": make_entry(record, K, encoding="float32", shard_tokens=96, chunk_tokens=48),
+    }
+
+
+def rows(entry: TeacherEntry, shard: int, variant: int = 0) -> SparseTargets:
+    """A shard's targets."""
+    start = shard * entry.layout.shard
+    return targets(variant).rows(start, min(start + entry.layout.shard, N))
+
+
+def write_whole(url: str | Path) -> CacheRecord:
+    """The stream and both entries, complete."""
+    record = write_stream(url)
+    for name, entry in entries(record).items():
+        writer = EntryWriter.open(str(url), name, entry)
+        for shard in writer.pending():
+            writer.commit(shard, rows(entry, shard))
+        writer.finish()
+    return record
+
+
+def digests(entry: TeacherEntry, shard: int, variant: int) -> dict[str, ObjectDigest]:
+    """What the receipt of a shard's variant lists."""
+    specs, values = teacher_arrays(entry), encode_targets(entry, rows(entry, shard, variant))
+    return {name: object_digest(spec, encode_once(spec, shard, values[name])) for name, spec in specs.items()}
+
+
+def stored(read: SparseTargets) -> dict[str, np.ndarray]:
+    """Targets as the arrays that hold them."""
+    named = {
+        "token_ids": read.token_ids,
+        "logprob_codes": read.codes,
+        "logprobs": read.exact_logprobs,
+        **{
+            name: getattr(read, name)
+            for name in ("kept", "certain", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
+        },
+    }
+    return {name: values for name, values in named.items() if values is not None}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a reader hands out.
+
+    expected   the values, by name
+    keys       the objects that they depend on; an index of receipts counts where there is one
+    index      key of that index, or "" where there is none
+    """
+
+    name: str
+    read: Callable[[LogitCache], Mapping[str, Any]]
+    expected: Mapping[str, Any]
+    keys: frozenset[str]
+    index: str = ""
+
+    def outcome(self, opened: LogitCache) -> LogitCacheError | None:
+        """None when the truth was read, or the error that says why not; AssertionError for anything else."""
+        try:
+            found = self.read(opened)
+        except LogitCacheError as error:
+            return error
+        assert same(found, self.expected), f"{self.name}: wrong values and no error"
+        return None
+
+
+def same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether names, dtypes, shapes and values are equal; NaN equals NaN."""
+    if found.keys() != expected.keys():
+        return False
+    for name, value in expected.items():
+        other = found[name]
+        if isinstance(value, np.ndarray):
+            if other.dtype != value.dtype or other.shape != value.shape or other.tobytes() != value.tobytes():
+                return False
+        elif other != value:
+            return False
+    return True
+
+
+def corpus_parts() -> list[Part]:
+    """Tokens and mask by shard, documents, tokenizer."""
+    tokens, mask = stream()
+    parts = [
+        Part(
+            "document_starts",
+            lambda opened: {"values": opened.document_starts},
+            {"values": STARTS},
+            _array_keys("document_starts", 0) | {"zarr.json"},
+            "receipts/document_starts/index.json",
+        ),
+        Part(
+            "tokenizer",
+            lambda opened: opened.tokenizer_files(),
+            TOKENIZER_FILES,
+            frozenset({"zarr.json", "receipts/tokenizer.json", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)}),
+        ),
+    ]
+    for name, values in (("tokens", tokens), ("loss_mask", mask)):
+        for shard in range(-(-N // SHARD)):
+            start, stop = shard * SHARD, min((shard + 1) * SHARD, N)
+            parts.append(
+                Part(
+                    f"{name}/{shard}",
+                    _stream_reader(name, start, stop),
+                    {"values": values[start:stop]},
+                    _array_keys(name, shard) | {"zarr.json"},
+                    f"receipts/{name}/index.json",
+                )
+            )
+    return parts
+
+
+def _array_keys(name: str, shard: int) -> frozenset[str]:
+    return frozenset({f"{name}/zarr.json", f"{name}/c/{shard}", f"receipts/{name}/{shard:08d}.json"})
+
+
+def _stream_reader(name: str, start: int, stop: int) -> Callable[[LogitCache], Mapping[str, Any]]:
+    return lambda opened: {"values": getattr(opened, name).read(start, stop)}
+
+
+def shard_part(name: str, entry: TeacherEntry, shard: int, variant: int = 0) -> Part:
+    """One shard of an entry."""
+    expected = rows(entry, shard, variant)
+    folder, specs = f"teachers/{name}/", teacher_arrays(entry)
+    keys = {
+        "zarr.json",
+        f"{folder}zarr.json",
+        f"{folder}receipts/{shard:08d}.json",
+        *(f"{folder}{spec.name}/zarr.json" for spec in specs.values()),
+        *(folder + spec.shard_key(shard) for spec in specs.values()),
+    }
+    return Part(
+        f"{name}/{shard}",
+        lambda opened: stored(opened.teacher(name).read(expected.start, expected.stop)),
+        encode_targets(entry, expected),
+        frozenset(keys),
+        f"{folder}receipts/index.json",
+    )
+
+
+def all_parts(record: CacheRecord) -> list[Part]:
+    """Everything a reader hands out of the complete cache."""
+    found = corpus_parts()
+    for name, entry in entries(record).items():
+        found += [shard_part(name, entry, shard) for shard in range(-(-N // entry.layout.shard))]
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a cache, by key."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def without_receipts(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What is the same in every run: receipts hold times and hosts."""
+    return {key: data for key, data in files.items() if not key.endswith(".json") or "receipts/" not in key}

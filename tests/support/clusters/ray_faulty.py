@@ -1,0 +1,44 @@
+"""`cache-logits` on Ray with workers that fail at one shard, always or once; what `test_ray` starts as a process.
+
+    python tests/support/clusters/ray_faulty.py SHARD ERROR ONCE ARGUMENTS…
+
+ONCE is a file that the fault makes when it happens, and that keeps it from happening again; or "" for always.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from logit_cache.cli import cache_logits
+
+
+def hook(shard: int, error: str, once: str) -> Any:
+    """A function that Ray calls in each worker process before all else. It is sent there by value, being of this
+    script."""
+
+    def install() -> None:
+        import logit_cache.worker
+
+        score = logit_cache.worker.score_shard
+
+        def faulty(opened: Any, number: int, progress: Any = None) -> Any:
+            if number == shard and not (once and Path(once).exists()):
+                if once:
+                    Path(once).touch()
+                raise RuntimeError(error)
+            return score(opened, number, progress)
+
+        logit_cache.worker.score_shard = faulty
+
+    return install
+
+
+if __name__ == "__main__":
+    environment = {"worker_process_setup_hook": hook(int(sys.argv[1]), sys.argv[2], sys.argv[3])}
+    ray.init = functools.partial(ray.init, runtime_env=environment)
+    cache_logits(sys.argv[4:])

@@ -1,0 +1,49 @@
+"""Installed console scripts as tests run them, where the checkout is, and what a refusal looks like."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+import logit_cache.cli
+import student.cli
+import teachers.train
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
+# What a program of the tests needs before the installed packages: tests/storage would hide `storage` otherwise.
+PYTHONPATH = os.pathsep.join((str(ROOT), str(TESTS)))
+Run = Callable[..., subprocess.CompletedProcess[str]]
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+
+COMMANDS: dict[str, click.Command] = {
+    "cache-logits": logit_cache.cli.cache_logits,
+    "logit-cache": logit_cache.cli.main,
+    "train-student": student.cli.train_student,
+    "train-teacher": teachers.train.train_teacher,
+}
+
+
+def command(*arguments: object) -> list[str]:
+    """An installed console script and its arguments."""
+    return [str(Path(sysconfig.get_path("scripts")) / str(arguments[0])), *map(str, arguments[1:])]
+
+
+def environment() -> dict[str, str]:
+    """One thread each, no hub: what a test process runs under."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """One clear line, exit status 2."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in errors[0], errors[0]

@@ -1,0 +1,129 @@
+"""Jobs of `cache-logits` inside the test's process: what the command does, without three seconds of imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import command, environment
+
+from logit_cache.job import CacheJob, open_job
+from logit_cache.this_process import run_local
+from storage import LogitCache
+from storage.config import build_config
+from storage.errors import LogitCacheError
+from storage.reader import TeacherTargets
+from storage.records import SparseTargets
+
+
+def cache_logits(cache: Path, name: str, *teachers: Path, **fields: Any) -> tuple[TeacherTargets, SparseTargets]:
+    """Run a job to its end; the entry and all its targets."""
+    sources = [str(teacher) for teacher in teachers]
+    given = {"cache": str(cache), "name": name, "teacher": sources, "context_tokens": 64, **fields}
+    opened = open_job(build_config(CacheJob, given, {}, "cache-logits"))
+    run_local(opened, opened.writer.pending())
+    return whole(cache, name)
+
+
+def whole(cache: Path, name: str) -> tuple[TeacherTargets, SparseTargets]:
+    """An entry and all its targets."""
+    opened = LogitCache.open(str(cache))
+    targets = opened.teacher(name)
+    return targets, targets.read(0, len(opened.tokens))
+
+
+def refusal(cache: Path, name: str, *teachers: Path, **fields: Any) -> str:
+    """The one line that a user gets for a job that is refused."""
+    with pytest.raises(LogitCacheError) as caught:
+        cache_logits(cache, name, *teachers, **fields)
+    return str(caught.value)
+
+
+# Shards of half a second or so, some 33 of them in the small cache.
+SMALL = ("-k", 16, "--context-tokens", 64, "--shard-tokens", 512, "--chunk-tokens", 256, "--fidelity-positions", 128)
+
+
+def contents(cache: Path, name: str = "a") -> dict[str, bytes]:
+    """What must be the same whoever made an entry: all but its receipts, which hold times and hosts."""
+    folder = cache / "teachers" / name
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {key: data for key, data in found.items() if not key.startswith("receipts/")}
+
+
+def committed(cache: Path, name: str = "a") -> int:
+    """How many shards have a receipt now."""
+    return len(list((cache / "teachers" / name / "receipts").glob("????????.json")))
+
+
+def shards_of(cache: Path) -> int:
+    """How many shards an entry of such jobs has."""
+    return -(-len(LogitCache.open(str(cache)).tokens) // 512)
+
+
+@dataclass
+class Job:
+    """A running `cache-logits --log-format json`, and the lines that it has said so far."""
+
+    process: subprocess.Popen[str]
+    said: list[dict[str, Any]] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Its events, as they come."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith("{"):
+                self.said.append(json.loads(line))
+                yield self.said[-1]
+            else:
+                self.other.append(line)
+
+    def until(self, event: str, times: int = 1) -> dict[str, Any]:
+        """Wait for the n-th event of a name from now on."""
+        for line in self.lines():
+            times -= line["event"] == event
+            if not times:
+                return line
+        raise AssertionError(f"it ended before: {self.said[-3:]} {self.other[-20:]}")
+
+    def end(self, timeout: float = 120) -> int:
+        """Read to the end; the exit status."""
+        for _ in self.lines():
+            pass
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return self.process.wait(timeout)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What was said under a name."""
+        return [line for line in self.said if line["event"] == name]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """A signal for the process that was started, and for it alone."""
+        os.kill(self.process.pid, number)
+
+
+def start(
+    cache: Path, teacher: Path, *options: object, cwd: Path | None = None, own_group: bool = False, **variables: str
+) -> Job:
+    """Begin a job on a cache; in a process group of its own, so that all of it can be killed at once."""
+    base = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL, "--log-format", "json")
+    process = subprocess.Popen(
+        command("cache-logits", *base, *options),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd,
+        start_new_session=own_group, env=environment() | variables,
+    )  # fmt: skip
+    return Job(process)
+
+
+def copy_of(cache: Path, path: Path) -> Path:
+    """A cache of one's own."""
+    return Path(shutil.copytree(cache, path))

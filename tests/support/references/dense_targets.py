@@ -1,0 +1,141 @@
+"""Stored targets of dense distributions, in float64 unless told otherwise, for tests of the loss.
+
+Legend: `P` positions, `K` stored ids, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from support.caches.small import dense_targets, make_entry, write_entry
+from torch import Tensor
+
+from storage import LogitCache, encoding
+from storage.manifest import Targets as StoredTargets
+from student.losses import NOT_TRAINED, Member
+
+P, V = 37, 251
+POISON = 2**31 - 1
+
+
+def normal(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels_for(seed: int, positions: int = P, vocabulary_size: int = V) -> Tensor:
+    labels = torch.randint(0, vocabulary_size, (positions,), generator=torch.Generator().manual_seed(seed))
+    labels[::5] = NOT_TRAINED
+    return labels
+
+
+def dense(seed: int, positions: int = P, scale: float = 2.0, vocabulary_size: int = V) -> Tensor:
+    """A teacher's log-probs [P, V], float64."""
+    return torch.log_softmax(normal(seed, positions, vocabulary_size, scale=scale), 1)
+
+
+def stored(
+    logp: Tensor, k: int, kept: Tensor | None = None, step: float | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Top-k targets of dense log-probs [P, V], as a DataLoader hands them over; poison beyond `kept`."""
+    kept = torch.full((len(logp),), k) if kept is None else kept
+    ids = logp.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return _targets(logp, ids, kept, kept, step, dtype)
+
+
+def varopt(
+    logp: Tensor, k: int, seed: int, tau: float = 1.0, step: float | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """VarOpt targets of dense log-probs [P, V] for a temperature, one row after the other, by the definition."""
+    uniforms = torch.rand(len(logp), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    columns, certain = [], []
+    for row, uniform in zip(torch.softmax(logp / tau, 1), uniforms, strict=True):
+        p, order = row.sort(descending=True, stable=True)
+        rest = p.flip(0).cumsum(0).flip(0)  # rest[j] = the sum of p[j:]
+        j = next(j for j in range(k) if p[j] * (k - j) < rest[j])
+        light = order[j:].sort().values
+        total = row[light].cumsum(0)
+        points = (uniform + torch.arange(k - j)) * total[-1] / (k - j)
+        drawn = light[torch.searchsorted(total, points).clamp(max=len(light) - 1)]
+        assert len(drawn.unique()) == k - j
+        drawn = drawn[logp[len(columns)][drawn].sort(descending=True, stable=True).indices]
+        columns.append(torch.cat([order[:j], drawn]))
+        certain.append(j)
+    return _targets(logp, torch.stack(columns), torch.full((len(logp),), k), torch.tensor(certain), step, dtype)
+
+
+def _targets(
+    logp: Tensor, ids: Tensor, kept: Tensor, certain: Tensor, step: float | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    k = ids.shape[1]
+    values = logp.gather(1, ids)
+    unused, heads = torch.arange(k) >= kept[:, None], torch.arange(k) < certain[:, None]
+    outside = logp.scatter_add(1, ids, torch.zeros_like(values).masked_fill(heads, -math.inf))
+    targets = {
+        "kept": kept.to(torch.int32),
+        "certain": certain.to(torch.int32),
+        "top_logprob": values[:, 0],
+        "log_tail": outside.logsumexp(1),
+        "log_tail_half": (outside / 2).logsumexp(1),
+        "entropy": -(logp.exp() * logp).sum(1),
+    }
+    targets = {name: value.to(dtype) if value.is_floating_point() else value for name, value in targets.items()}
+    targets["token_ids"] = ids.masked_fill(unused, POISON).to(torch.int32)
+    if step is None:
+        targets["logprobs"] = values.masked_fill(unused, math.nan).to(dtype)
+        return targets
+    for name in ("top_logprob", "log_tail", "log_tail_half"):
+        targets[name] = torch.from_numpy(encoding.round_mantissa(targets[name].numpy(), 12))
+    codes = encoding.encode_logprobs(
+        values.float().numpy(), targets["top_logprob"].numpy(), kept.numpy().astype(np.uint16), step
+    )
+    codes[unused.numpy()] = 65_535
+    return {**targets, "codes": torch.from_numpy(codes)}
+
+
+def write_varopt(url: str, name: str, logp: Tensor, k: int, tau: float = 1.0, seed: int = 0) -> dict[str, Tensor]:
+    """Give a cache a VarOpt entry of dense log-probs [N, V]; returns the targets that it holds."""
+    cache = LogitCache.open(url)
+    tokens = cache.tokens.read(0, len(logp)).astype(np.int64)
+    drawn = varopt(logp, k, seed, tau)
+    base = dense_targets(logp.numpy(), k, np.append(tokens[1:], -1))
+    names = ("kept", "certain", "log_tail", "log_tail_half", "top_logprob")
+    targets = replace(
+        base,
+        token_ids=drawn["token_ids"].numpy().astype(base.token_ids.dtype),
+        exact_logprobs=drawn["logprobs"].numpy(),
+        **{name: drawn[name].numpy().astype(getattr(base, name).dtype) for name in names},
+    )
+    method = StoredTargets(method="varopt", k=k, seed=seed, temperature=tau)
+    entry = make_entry(cache.record, k, encoding="float32").model_copy(update={"targets": method})
+    write_entry(url, name, entry, targets)
+    return drawn
+
+
+def member(
+    name: str = "t", weight: float = 1.0, step: float | None = None, drawn_at: float | None = None, size: int = V
+) -> Member:
+    return Member(name, weight, step, size, drawn_at)
+
+
+def dense_kl(z: Tensor, logp: Tensor, tau: float) -> Tensor:
+    """KL(softmax(log p / tau) || softmax(z / tau)) [P], the student normalised over all its columns."""
+    target = torch.log_softmax(logp / tau, 1)
+    return (target.exp() * (target - torch.log_softmax(z / tau, 1)[:, : logp.shape[1]])).sum(1)
+
+
+def joined(log_p: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probs of some ids [P, K], log-mass of the others [P]) of dense log-probs [P, V]; at least one other."""
+    outside = torch.ones_like(log_p, dtype=torch.bool).scatter(1, ids, False)
+    return log_p.gather(1, ids), log_p.masked_fill(~outside, -math.inf).logsumexp(1)
+
+
+def gradient(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient by z of the function's sum."""
+    z = z.detach().clone().requires_grad_()
+    value = function(z)
+    (by_z,) = torch.autograd.grad(value.sum(), z)
+    return value.detach(), by_z

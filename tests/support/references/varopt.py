@@ -1,0 +1,87 @@
+"""Sampled rows against the rule of VarOpt, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from storage.encoding import logprob_floor
+from teachers.reduce import ReducedRows, reduce_topk, reduce_varopt
+from teachers.sample import Sampling, random_bits
+
+FLOOR = logprob_floor(1 / 32)
+
+
+def spread_logits(rows: int, columns: int, scale: float = 3.0, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def sample(
+    logits: Tensor, k: int, seed: int = 0, head_ids: int = 0, temperature: float = 1.0, vocabulary_size: int = 0
+) -> ReducedRows:
+    rows, columns = logits.shape
+    sampling = Sampling(temperature, head_ids, torch.from_numpy(random_bits(seed, 0, rows)))
+    labels = torch.arange(rows) % columns
+    return reduce_varopt(logits, vocabulary_size or columns, k, labels, FLOOR, sampling)
+
+
+def dense(logits: Tensor) -> np.ndarray:
+    """float64 log-probs."""
+    return torch.log_softmax(logits.double(), dim=1).numpy()
+
+
+def certain_ids(logp: np.ndarray, k: int, head_ids: int, temperature: float) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Of one row: the ids in order, their tempered masses, and between which bounds the least j of the rule lies.
+
+    Where a_{j+1} (K - j) and R_j are equal within float32's rounding either answer is right: an id that is drawn with
+    probability one is certain.
+    """
+    order = np.argsort(-logp, kind="stable")
+    mass = np.exp(logp[order] / temperature)
+    rest = np.append(np.cumsum(mass[::-1])[::-1], 0.0)
+    if np.isneginf(logp[order[k:]]).all():
+        return order, mass, k, k
+    bounds = []
+    for slack in (1 + 4e-6, 1 - 4e-6):
+        held = [j for j in range(head_ids, k) if mass[j] * (k - j) < rest[j] * slack]
+        bounds.append(held[0] if held and rest[held[0]] > 2.0**-53 * rest[0] else k)
+    return order, mass, *bounds
+
+
+def check(found: ReducedRows, logits: Tensor, k: int, head_ids: int = 0, temperature: float = 1.0) -> None:
+    """Everything that one draw has to keep, whatever was drawn."""
+    logp = dense(logits)
+    vocabulary_size = logp.shape[1]
+    ids, certain = found.token_ids.numpy(), found.certain.numpy()
+    top = reduce_topk(logits, vocabulary_size, k, torch.arange(len(ids)) % vocabulary_size, FLOOR)
+    assert torch.equal(found.entropy, top.entropy)
+    assert torch.equal(found.label_logprob, top.label_logprob)
+    exact = np.maximum(np.take_along_axis(logp, ids, axis=1), FLOOR)
+    np.testing.assert_allclose(found.logprobs.numpy(), exact, atol=1e-6, rtol=3e-7)
+    assert (np.diff(found.logprobs.numpy(), axis=1) <= 0).all()
+    for row in range(len(ids)):
+        assert len(set(ids[row])) == k
+        order, mass, low, high = certain_ids(logp[row], k, head_ids, temperature)
+        j = int(certain[row])
+        assert low <= j <= high
+        assert (ids[row, :j] == order[:j]).all()
+        ranks = np.argsort(order)[ids[row]]
+        assert (np.diff(ranks) > 0).all(), "by log-prob, equal ones by id"
+        for name, beta in (("log_tail", 1.0), ("log_tail_half", 0.5)):
+            value = float(getattr(found, name)[row])
+            if j == vocabulary_size:
+                assert value == -math.inf
+                continue
+            terms = beta * logp[row, order[j:]]
+            peak = terms.max()
+            expected = peak + np.log(np.exp(terms - peak).sum()) if peak > -np.inf else -np.inf
+            np.testing.assert_allclose(value, max(expected, FLOOR), atol=1e-6, rtol=3e-7, err_msg=name)
+        if j < k:
+            # Σw = 1: the certain ids' own mass, and the rest's in equal parts.
+            rest = mass[j:].sum()
+            assert mass[:j].sum() + (k - j) * (rest / (k - j)) == pytest.approx(mass.sum(), rel=1e-12)
+            assert (mass[ranks[j:]] <= rest / (k - j) * (1 + 4e-6)).all(), "no drawn id is worth more than its weight"

@@ -1,0 +1,80 @@
+"""The examples run, and a loop written out by hand is the trainer's."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support.commands import ROOT
+from support.runs import LLAMA, V, job_in, make_world, python
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from student.run import train
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    make_world(folder)
+    return folder
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_plain_loop_trains_as_the_trainer_does(world: Path, tmp_path: Path, micro_batches: int) -> None:
+    options = {"loss": "jsd", "mix": 0.3, "alpha_end": 0.9}
+    losses = load("plain_torch").train(
+        str(world / "train"), ["a"], str(world / "llama.json"), str(tmp_path / "plain"), alpha=0.25, temperature=2.0,
+        window_tokens=16, batch_windows=8, micro_batches=micro_batches, steps=15, learning_rate=0.01, seed=5, **options,
+    )  # fmt: skip
+    training = {
+        "max_steps": 15, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0,
+        "max_grad_norm": 0.0, "logging_steps": 1,
+    }  # fmt: skip
+    report = train(job_in(world, tmp_path / "out", teachers=["a"], alpha=0.25, training=training, **options))
+    assert losses == pytest.approx([entry["loss"] for entry in report.train_log], abs=1e-4)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").config.model_type == "llama"
+
+
+def test_the_plain_loop_is_a_command(world: Path, tmp_path: Path) -> None:
+    arguments = ["--teacher", "a", "--teacher", "b", "--steps", "2", "--batch-windows", "4", "--out", tmp_path / "out"]
+    done = python(
+        *map(str, [EXAMPLES / "plain_torch.py", world / "train", *arguments]), PYTHONPATH=str(EXAMPLES.parent)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("step 2: loss ")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == V
+
+
+def test_the_code_of_the_document_runs(world: Path) -> None:
+    text = (EXAMPLES.parent / "docs" / "losses.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    code = code.replace("run/train", str(world / "train")).replace("llama", "a")
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "max_position_embeddings": 128, "vocab_size": V}))
+    names: dict[str, Any] = {"model": model}
+    exec(compile(code, "losses.md", "exec"), names)
+    assert int(names["sums"].count) == 256
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_trains_where_it_is_installed(world: Path) -> None:
+    pytest.importorskip("lightning")
+    module = load("lightning_module").train(
+        str(world / "train"), ["a", "b"], "llama-tiny", 2, window_tokens=16, batch_windows=4, accelerator="cpu"
+    )
+    assert module.global_step == 2

@@ -1,0 +1,212 @@
+"""A cache on an object store does what one on a local disk does: the whole road by installed commands, on moto.
+
+moto accepts any credentials and checksums, so nothing here is evidence about those: the tests on Ceph are. Other places
+that fsspec reaches come last: memory, and a plain web server.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.commands import Run, refused
+from support.runs import LLAMA, python, weights
+from support.servers.fault_proxy import FaultProxy
+from support.servers.s3 import SMALL, Bucket, assert_same_cache, kill_after_a_receipt, local_objects, start, use
+
+from storage import LogitCache, SparseTargets
+from storage.errors import CacheNotFound, LogitCacheError
+from storage.verify import verify
+
+V, N, K = 101, 1200, 12
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SparseTargets]:
+    """A small local cache with an entry `a`, and what is in it."""
+    path = tmp_path_factory.mktemp("made") / "cache"
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, V, N).astype(np.uint16)
+    record = make_corpus(str(path), tokens, V)
+    targets = dense_targets(rng.normal(size=(N, V)) * 3, K, np.append(tokens[1:], -1).astype(np.int64))
+    write_entry(path, "a", make_entry(record, K, shard_tokens=256, chunk_tokens=128), targets)
+    return path, targets
+
+
+def cached(opened: LogitCache) -> SparseTargets:
+    return opened.teacher("a").read(0, len(opened.teacher("a")))
+
+
+def test_the_whole_road_by_commands(
+    moto_bucket: Bucket, cached_here: Path, slow_teacher: Path, text_file: Path, run: Run, tmp_path: Path
+) -> None:
+    url = f"{moto_bucket.url}/cache"
+    done = run("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", url)
+    assert done.returncode == 0, done.stderr
+    arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
+    kill_after_a_receipt(moto_bucket, *arguments)
+    left = LogitCache.open(url).teacher("a").missing()
+    assert left
+    assert left[0][0] > 0
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["complete"]
+    assert_same_cache(moto_bucket.objects("cache/"), local_objects(cached_here))
+
+    done = run("logit-cache", "inspect", url, "--json")
+    assert done.returncode == 0, done.stderr
+    stored = LogitCache.open(str(cached_here)).teacher("a").stored_bytes()
+    assert json.loads(done.stdout)["teachers"]["a"]["stored_bytes"] == stored
+    done = run("logit-cache", "verify", url, "--deep", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["problems"], found["leftovers"], found["missing"]) == ([], [], {})
+
+    moto_bucket.put("cache/teachers/a/entropy/c/1", moto_bucket.objects("cache/teachers/a/entropy/c/0")[""])
+    done = run("logit-cache", "verify", url, "--json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert "teachers/a/entropy/c/1" in problem
+
+
+@pytest.mark.slow
+def test_two_workers_at_once(moto_bucket: Bucket, small_cache: Path, cached_here: Path, slow_teacher: Path) -> None:
+    url = moto_bucket.upload(small_cache, "cache")
+    arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
+    workers = [start(*arguments, "--worker", f"{i}/2") for i in range(2)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    assert_same_cache(moto_bucket.objects("cache/"), local_objects(cached_here))
+
+
+@pytest.mark.slow
+def test_a_student_learns_the_same_from_s3(moto_bucket: Bucket, cached_here: Path, run: Run, tmp_path: Path) -> None:
+    url = moto_bucket.upload(cached_here, "cache")
+    (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
+    # From S3 by a process of its own, forked after the cache was opened: connections do not survive that.
+    for place, name, workers in ((str(cached_here), "here", 0), (url, "there", 1)):
+        done = run(
+            "train-student", "--cache", place, "--teacher", "a", "--model", tmp_path / "llama.json", "--output-dir",
+            tmp_path / name, "--window-tokens", 32, "--seed", 3, "--set", "max_steps=4",
+            "--set", f"dataloader_num_workers={workers}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    here, there = weights(tmp_path / "here"), weights(tmp_path / "there")
+    assert here.keys() == there.keys()
+    assert all((here[name] == there[name]).all() for name in here)
+
+
+def test_a_shard_moves_in_one_request(
+    moto_bucket: Bucket, made: tuple[Path, SparseTargets], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, targets = made
+    with FaultProxy(moto_bucket.server.url) as proxy:
+        use(monkeypatch, moto_bucket.server, proxy.url)
+        url = moto_bucket.upload(path, "cache")
+        opened = LogitCache.open(url)
+        assert np.array_equal(cached(opened).token_ids, targets.token_ids)
+        for name in opened.teacher("a").specs:
+            for shard in range(opened.teacher("a").receipts.shards):
+                gets = proxy.matching("GET", rf"/teachers/a/{name}/c/{shard}(/0)?$")
+                assert len(gets) == 1, (name, shard, gets)
+
+        proxy.reset()
+        copy = f"{moto_bucket.url}/copy"
+        record = make_corpus(copy, LogitCache.open(url).tokens.read(0, N), V)
+        entry = make_entry(record, K, shard_tokens=256, chunk_tokens=128)
+        write_entry(copy, "a", entry, targets)
+        puts = proxy.matching("PUT", r"/c/")
+        assert len(puts) == len({put.target for put in puts}) == 2 + 5 * len(opened.teacher("a").specs)
+        assert not proxy.matching("POST", r"uploads")
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("bucket", ("nowhere-at-all",)), ("nothing there", ("no cache there",)), ("protocol", ("cannot open", "s4"))],
+)
+def test_wrong_places_are_one_line(moto_bucket: Bucket, run: Run, case: str, words: tuple[str, ...]) -> None:
+    urls = {
+        "bucket": f"s3://nowhere-at-all-{uuid.uuid4().hex}/cache",
+        "nothing there": f"{moto_bucket.url}/cache",
+        "protocol": "s4://bucket/cache",
+    }
+    refused(run("logit-cache", "inspect", urls[case]), *words)
+
+
+def test_writing_into_a_bucket_that_is_not_there(moto_bucket: Bucket) -> None:
+    url = f"s3://nowhere-at-all-{uuid.uuid4().hex}/cache"
+    with pytest.raises(CacheNotFound, match="there is no bucket nowhere-at-all"):
+        make_corpus(url, np.arange(9, dtype=np.uint16), 11)
+
+
+def test_s3_without_its_package() -> None:
+    done = python("-c", "import sys; sys.modules['s3fs'] = None; from logit_cache.cli import main; "
+                  "main(['inspect', 's3://bucket/cache'])")  # fmt: skip
+    refused(done, "pip install 'logit-cache[s3]'")
+
+
+def test_memory(made: tuple[Path, SparseTargets], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path))
+    path, targets = made
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    here = LogitCache.open(str(path))
+    record = make_corpus(url, here.tokens.read(0, N), V)
+    write_entry(url, "a", make_entry(record, K, shard_tokens=256, chunk_tokens=128), targets)
+    opened = LogitCache.open(url)
+    assert opened.teachers == ("a",)
+    assert np.array_equal(cached(opened).codes, cached(here).codes)
+    assert verify(url, deep=True).sound
+
+
+@pytest.fixture
+def web(made: tuple[Path, SparseTargets], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The URL at which a plain web server, which lists nothing, serves that cache."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def list_directory(self, path: object) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(made[0].parent)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/cache"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_reading_from_a_plain_web_server(web: str, made: tuple[Path, SparseTargets], run: Run) -> None:
+    opened = LogitCache.open(web)
+    assert np.array_equal(cached(opened).codes, cached(LogitCache.open(str(made[0]))).codes)
+    assert np.array_equal(opened.tokens.read(5, 99), LogitCache.open(str(made[0])).tokens.read(5, 99))
+    with pytest.raises(LogitCacheError):
+        opened.teacher("b")
+    done = run("logit-cache", "verify", web)
+    assert "Traceback" not in done.stderr
+    refused(run("logit-cache", "tokenize", "--text", __file__, "--train-tokenizer", 300, "--out", web + "2"))
+
+
+def test_a_damaged_object_on_a_web_server(web: str, made: tuple[Path, SparseTargets], tmp_path: Path) -> None:
+    broken = made[0].parent / "broken"
+    if not broken.exists():
+        shutil.copytree(made[0], broken)
+    target = broken / "teachers/a/entropy/c/2"
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 1
+    target.write_bytes(bytes(data))
+    opened = LogitCache.open(web.replace("/cache", "/broken"))
+    opened.teacher("a").read(0, 512)
+    with pytest.raises(LogitCacheError, match="entropy/c/2"):
+        opened.teacher("a").read(512, 600)

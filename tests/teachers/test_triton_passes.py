@@ -1,0 +1,478 @@
+"""The reducer's Triton kernels, run by Triton's interpreter, against float64 and against torch's passes.
+
+Whether kernels are interpreted or compiled is decided when triton is imported, which other tests may have done before.
+So the classes of this file run in a process of their own, one for each; no class is collected elsewhere. That the
+kernels compile for a GPU is tested too, which takes none; where there is one, they run on it as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from support.commands import ROOT
+from support.references.reducer import FLOOR, check, masked_logits, spread_logits
+from support.references.varopt import check as check_sample
+from support.references.varopt import sample
+from torch import Tensor
+
+import teachers.passes
+import teachers.reduce
+from storage.errors import InputError
+from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
+from teachers.sample import Sampling, TensorMasses, random_bits
+from teachers.top_k import block_maxima
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton has no build for this system"
+)
+
+CLASS = "LOGIT_CACHE_TEST_CLASS"  # in the environment: which class a process is there for
+
+
+@pytest.mark.parametrize(("name", "interpret"), [("TestInterpreted", "1"), ("TestCompiled", "0")])
+def test_in_a_process_of_its_own(name: str, interpret: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment |= {CLASS: name, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
+    line = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", f"{__file__}::{name}"]
+    done = subprocess.run(
+        line, env={**environment, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " skipped" not in done.stdout
+
+
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teachers.passes, "has_kernels", lambda device: False)
+
+
+def bits(reduced: ReducedRows) -> dict[str, np.ndarray]:
+    """Of every field, row by row, so that NaN equals NaN and 0.0 does not equal -0.0."""
+    fields = {name: value.cpu().contiguous().numpy() for name, value in vars(reduced).items()}
+    return {name: value.reshape(len(value), -1).view(np.uint8) for name, value in fields.items()}
+
+
+def rows_of(reduced: ReducedRows, rows: slice) -> ReducedRows:
+    return ReducedRows(**{name: value[rows] for name, value in vars(reduced).items()})
+
+
+def assert_close(ours: ReducedRows, theirs: ReducedRows) -> None:
+    """Equal ids, and floats within what is stated of each path."""
+    assert torch.equal(ours.token_ids, theirs.token_ids)
+    assert torch.equal(ours.certain, theirs.certain)
+    for name in ("logprobs", "log_tail", "log_tail_half", "label_logprob", "entropy"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-6, equal_nan=True, msg=lambda text, name=name: name + text)
+
+
+def sampled(logits: Tensor, k: int, random: Tensor, temperature: float = 1.0) -> ReducedRows:
+    rows, columns = logits.shape
+    return reduce_varopt(logits, columns, k, torch.arange(rows) % columns, FLOOR, Sampling(temperature, 0, random))
+
+
+# NumPy, which runs the kernels then, warns of what a GPU does in silence and what the reducer asks for afterwards.
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+class TestInterpreted:
+    __test__ = os.environ.get(CLASS) == "TestInterpreted"
+
+    @pytest.fixture(autouse=True)
+    def _kernels(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Every test takes the kernels, and did run some."""
+        import teachers.triton_reduce as ours
+
+        ran = []
+        run = ours._run
+        monkeypatch.setattr(
+            ours, "_run", lambda kernel, *rest, **sizes: (ran.append(kernel), run(kernel, *rest, **sizes))
+        )
+        monkeypatch.setattr(teachers.passes, "has_kernels", lambda device: True)
+        yield
+        assert ran
+
+    @pytest.mark.parametrize(
+        ("rows", "vocabulary_size", "k"),
+        [
+            (3, 507, 123),  # direct
+            (2, 5, 5),  # K = V
+            (2, 1, 1),  # one id
+            (3, 333, 1),
+            (2, 8_193, 2),  # one column in a segment
+            (3, 16_000, 64),  # blocks, and blocks again among the candidates
+            (3, 16_003, 64),  # a remainder shorter than a block
+            (2, 50_257, 128),
+            (1, 50_257, 6_000),
+            (1, 131_073, 1),  # wide blocks
+        ],
+    )
+    def test_random_rows_equal_the_float64_reference(self, rows: int, vocabulary_size: int, k: int) -> None:
+        labels = torch.arange(rows) % vocabulary_size
+        labels[0] = -1
+        check(spread_logits(rows, vocabulary_size), vocabulary_size, k, labels)
+
+    @pytest.mark.parametrize("vocabulary_size", [507, 9_003])
+    @pytest.mark.parametrize("k", [1, 64])
+    def test_equal_logits_come_by_ascending_id(self, vocabulary_size: int, k: int) -> None:
+        generator = torch.Generator().manual_seed(vocabulary_size + k)
+        few_values = torch.randint(-2, 3, (2, vocabulary_size), generator=generator).float()
+        all_equal = torch.full((1, vocabulary_size), -3.25)
+        signed_zeros = torch.where(torch.rand(2, vocabulary_size, generator=generator) < 0.5, -0.0, 0.0)
+        bfloat16 = spread_logits(2, vocabulary_size).bfloat16().float()
+        check(torch.cat([few_values, all_equal, signed_zeros, bfloat16]), vocabulary_size, k)
+
+    @pytest.mark.parametrize("vocabulary_size", [300, 9_003])
+    def test_masked_ids_are_floored_and_add_nothing(self, vocabulary_size: int) -> None:
+        logits = masked_logits(vocabulary_size)
+        found = check(logits, vocabulary_size, 64, torch.tensor([2, 11, 0, 200, -1]))
+        assert [found.logprobs[1, 10], found.label_logprob[1], found.log_tail[3]] == [FLOOR] * 3
+        assert [found.entropy[2], found.logprobs[2, 0]] == [0, 0]
+        check_sample(sample(logits, 64), logits, 64)
+
+    def test_rows_far_from_flat(self) -> None:
+        """Tails that underflow, heads that hold all but 1e-30, and logits at the ends of float32."""
+        gaps = torch.tensor([50.0, 70.0, 90.0, 1_900.0])
+        far = spread_logits(4, 4_100, scale=1.0)
+        far[:, 100:164] += gaps[:, None] + 10
+        found = check(far, 4_100, 64)
+        assert found.log_tail[3] < -1_800
+        sharp = spread_logits(3, 1_000, scale=0.5)
+        sharp[:, 7] = torch.tensor([20.0, 76.0, 500.0])
+        check(sharp, 1_000, 1, torch.full((3,), 7))
+        ends = spread_logits(3, 507)
+        ends[0, 3], ends[0, 4] = 3e38, -3e38
+        ends[1] += 5e4
+        ends[2] = 1e-41
+        check(ends, 507, 9)
+
+    @pytest.mark.parametrize("vocabulary_size", [100, 9_003])
+    @pytest.mark.parametrize(
+        ("poison", "found"),
+        [(math.nan, "NaN"), (-math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "-inf everywhere")],
+    )
+    @pytest.mark.parametrize("column", [0, -1])
+    def test_rows_without_a_softmax_are_named(
+        self, vocabulary_size: int, poison: float, found: str, column: int
+    ) -> None:
+        logits = spread_logits(3, vocabulary_size)
+        logits[2, slice(None) if poison == -math.inf else column] = poison
+        with pytest.raises(InvalidLogits, match=f"row 2.*{found}") as caught:
+            reduce_topk(logits, vocabulary_size, 4, torch.zeros(3, dtype=torch.int64), FLOOR)
+        assert caught.value.row == 2
+
+    @pytest.mark.parametrize(("columns", "width"), [(9_003, 32), (4_096, 8), (20_000, 8_192), (130, 64)])
+    def test_block_maxima_are_torchs(self, columns: int, width: int) -> None:
+        from teachers.triton_reduce import TritonPasses
+
+        logits = spread_logits(3, columns)
+        logits[0, width - 1], logits[0, columns // width * width - 1] = math.nan, -math.nan
+        logits[1, :width] = math.nan
+        logits[1, width : 2 * width] = -math.inf
+        logits[2, width : 2 * width - 1] = math.inf
+        expected = block_maxima(logits, width)
+        torch.testing.assert_close(
+            TritonPasses(3).block_maxima(logits, width), expected, rtol=0, atol=0, equal_nan=True
+        )
+
+    def test_padded_columns_do_not_exist_and_no_address_matters(self) -> None:
+        """Rows of a wider tensor, of one that is not aligned, and transposed ones give what whole ones give."""
+        vocabulary_size, k = 5_003, 32
+        logits = spread_logits(3, vocabulary_size + 40)
+        logits[:, vocabulary_size] = 1e4
+        logits[:, vocabulary_size + 1 :] = math.nan
+        whole = logits[:, :vocabulary_size].contiguous()
+        random, labels = torch.from_numpy(random_bits(0, 0, 3)), torch.arange(3)
+        expected = bits(sampled(whole, k, random))
+        shifted = torch.full((3, vocabulary_size + 9), math.nan)
+        shifted[:, 1 : 1 + vocabulary_size] = whole
+        for same in (logits, shifted[:, 1:], whole.t().contiguous().t()):
+            reduced = reduce_varopt(same, vocabulary_size, k, labels, FLOOR, Sampling(1.0, 0, random))
+            for name, value in bits(reduced).items():
+                assert np.array_equal(value, expected[name]), name
+
+    @pytest.mark.parametrize("method", ["topk", "varopt"])
+    def test_a_row_does_not_depend_on_the_others(self, method: str) -> None:
+        logits = spread_logits(5, 5_003)
+        logits[3, 5] = 300.0  # summed again
+        logits[4] = logits[0]
+        random = torch.from_numpy(random_bits(0, 0, 5))
+        random[4] = random[0]
+
+        def reduce(rows: slice) -> ReducedRows:
+            if method == "varopt":
+                return sampled(logits[rows], 16, random[rows])
+            return reduce_topk(logits[rows], 5_003, 16, torch.arange(5)[rows], FLOOR)
+
+        whole = bits(reduce(slice(0, 5)))
+        for start, stop in ((0, 1), (1, 4), (4, 5)):
+            for name, value in bits(reduce(slice(start, stop))).items():
+                if method == "topk" or name != "label_logprob":  # which label it is follows from the row's number
+                    assert np.array_equal(value, whole[name][start:stop]), name
+        for name in ("token_ids", "logprobs", "log_tail", "log_tail_half", "entropy", "certain"):
+            assert np.array_equal(whole[name][0], whole[name][4]), name
+
+    @pytest.mark.parametrize(("vocabulary_size", "k"), [(507, 13), (16_003, 64)])
+    def test_torchs_passes_give_the_same(self, vocabulary_size: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits = torch.cat([spread_logits(3, vocabulary_size), spread_logits(1, vocabulary_size).bfloat16().float()])
+        logits[2, 5] = 300.0
+        labels, random = torch.arange(4), torch.from_numpy(random_bits(0, 0, 4))
+        ours = reduce_topk(logits, vocabulary_size, k, labels, FLOOR)
+        ours_sampled = [sampled(logits, k, random, temperature) for temperature in (1.0, 2.0, 3.0)]
+        by_torch(monkeypatch)
+        assert_close(ours, reduce_topk(logits, vocabulary_size, k, labels, FLOOR))
+        # The ids may differ where a tooth lies at an id's end within rounding; in these rows none does.
+        for found, temperature in zip(ours_sampled, (1.0, 2.0, 3.0), strict=True):
+            assert_close(found, sampled(logits, k, random, temperature))
+
+    @pytest.mark.parametrize(
+        ("rows", "vocabulary_size", "k", "head_ids", "temperature"),
+        [
+            (5, 507, 13, 0, 1.0),
+            (5, 507, 13, 3, 2.0),
+            (5, 507, 13, 0, 3.0),  # a temperature whose sums take a pass of their own
+            (3, 16_003, 64, 0, 1.0),
+            (1, 70_001, 4, 3, 2.0),
+            (6, 40, 39, 0, 1.0),
+            (6, 12, 4, 2, 1.0),
+            (6, 5, 3, 0, 1.0),  # one block, of a width that is no power of two
+            (2, 5_000, 1_000, 0, 1.0),
+        ],
+    )
+    @pytest.mark.parametrize("scale", [0.01, 4.0])
+    def test_varopt_rows_keep_the_rule(
+        self, rows: int, vocabulary_size: int, k: int, head_ids: int, temperature: float, scale: float
+    ) -> None:
+        logits = spread_logits(rows, vocabulary_size, scale)
+        found = sample(logits, k, head_ids=head_ids, temperature=temperature)
+        check_sample(found, logits, k, head_ids, temperature)
+        assert bool((found.certain >= head_ids).all())
+
+    @pytest.mark.parametrize("vocabulary_size", [1, 5, 507])
+    def test_all_ids_are_certain_at_k_equal_v(self, vocabulary_size: int) -> None:
+        logits = spread_logits(2, vocabulary_size)
+        found, top = sample(logits, vocabulary_size), check(logits, vocabulary_size, vocabulary_size)
+        for name, value in bits(top).items():
+            assert name == "label_logprob" or np.array_equal(value, bits(found)[name]), name
+
+    @pytest.mark.parametrize("temperature", [1.0, 2.0])
+    def test_the_mean_of_the_weights_is_the_distribution(self, temperature: float) -> None:
+        """Over n random numbers at equal distances an id is drawn n times its probability, to within one draw."""
+        vocabulary_size, k, n = 150, 12, 100
+        row = spread_logits(1, vocabulary_size, scale=2.0, seed=5)
+        row[0, 40:60] = row[0, 40]  # ties
+        random = torch.arange(n) * (2**32 // n) + 12_345
+        found = sampled(row.expand(n, -1), k, random, temperature)
+        certain = found.certain.unique().tolist()
+        assert len(certain) == 1
+        j = certain[0]
+        assert (j == 0) == (temperature == 2.0)
+        ids = found.token_ids.numpy()
+        assert all(len(set(chosen)) == k for chosen in ids)
+        p = torch.softmax(row[0].double() / temperature, 0).numpy()
+        order = np.argsort(-p, kind="stable")
+        assert (ids[:, :j] == order[:j]).all()
+        counts = np.bincount(ids[:, j:].flatten(), minlength=vocabulary_size)
+        rest = p[order[j:]].sum()
+        expected = n * (k - j) * p / rest
+        expected[order[:j]] = 0.0
+        assert (np.abs(counts - expected) <= 1 + 1e-4).all()
+        weight = math.exp(float((found.log_tail if temperature == 1.0 else found.log_tail_half)[0])) / (k - j)
+        if temperature == 1.0:
+            assert weight == pytest.approx(rest / (k - j), rel=1e-5)
+            # E[w] = p, to within one draw for each id and so to within V draws' worth of nothing in all.
+            assert np.abs(counts * weight / n - np.where(expected > 0, p, 0.0)).max() <= 1.001 * weight / n
+
+    def test_ids_are_those_under_a_comb_in_id_order(self) -> None:
+        """The stated draw, in float64 from the same random number, where no tooth is within rounding of an id's end."""
+        vocabulary_size, k, rows = 2_000, 24, 20
+        logits = spread_logits(rows, vocabulary_size)
+        found = sample(logits, k, seed=9)
+        clear = 0
+        for row, logp in enumerate(torch.log_softmax(logits.double(), dim=1).numpy()):
+            j = int(found.certain[row])
+            mass = np.exp(logp)
+            mass[found.token_ids[row, :j].numpy()] = 0.0
+            ends = np.cumsum(mass)
+            teeth = (random_bits(9, row, row + 1)[0] / 2**32 + np.arange(k - j)) * ends[-1] / (k - j)
+            if np.abs(ends[:, None] - teeth).min() > 1e-6 * ends[-1]:
+                clear += 1
+                drawn = np.searchsorted(ends, teeth, side="right")
+                assert sorted(found.token_ids[row, j:].tolist()) == drawn.tolist()
+        assert clear > rows / 2
+
+    @pytest.mark.parametrize("beta", [1.0, 0.5, 0.3])
+    @pytest.mark.parametrize(("columns", "width"), [(9_003, 16), (5, 5), (4_096, 32)])
+    def test_lengths_are_the_same_wherever_they_are_asked_for(self, columns: int, width: int, beta: float) -> None:
+        """Summed by block, one by one, and floor(unit e^(beta z)) to within 3e-7 of its size."""
+        from teachers.triton_reduce import TritonPasses
+
+        k, rows = 3, 2
+        logits = spread_logits(rows, columns)
+        top, ids = logits.topk(k)
+        row_max, unit = top[:, 0], torch.tensor([2.0**30, 3e5])
+        ours = TritonPasses(rows).tail(logits, row_max, top, ids).masses(beta)
+        exact = (beta * (logits - row_max[:, None])).double().exp().scatter(1, ids, 0.0)
+        torch.testing.assert_close(ours.total.double(), exact.sum(1), rtol=4e-7, atol=0.0)
+        blocks = ours.block_lengths(unit, width)
+        every = torch.arange(blocks.shape[1]).expand(rows, -1).flip(1)
+        lengths = ours.lengths(every, ids, torch.zeros(rows, k, dtype=torch.int64))
+        assert torch.equal(lengths.sum(2).flip(1), blocks)
+        each = lengths.flip(1).flatten(1)
+        assert not each[:, blocks.shape[1] * width :].any() or width == 5
+        each = each[:, :columns].double()
+        stated = exact * unit[:, None]
+        assert bool(((each <= stated * (1 + 3e-7)) & (each > stated * (1 - 3e-7) - 1)).all())
+        # The head's lengths are those that are handed in, in whichever block they lie, also when it is asked for twice.
+        given = torch.tensor([[7, 0, 2**30], [1, 2, 3]])
+        wanted = torch.cat([ids // width, ids // width], 1)
+        within = ours.lengths(wanted, ids, given)
+        plain = TensorMasses((exact.float()), torch.empty(rows, columns))
+        plain.block_lengths(unit, width)
+        theirs = plain.lengths(wanted, ids, given)
+        assert bool(((within[:, :, :width] - theirs).abs() <= 1 + 1e-6 * theirs).all())
+        for number in range(2 * k):
+            column = ids[:, number % k] % width
+            assert torch.equal(within[:, number].gather(1, column[:, None])[:, 0], given[:, number % k])
+
+    @pytest.mark.parametrize(("rows", "columns"), [(3, 0), (5, 1), (70, 63), (2, 1_024), (3, 2_500)])
+    def test_row_sums(self, rows: int, columns: int) -> None:
+        from teachers.triton_reduce import TritonPasses
+
+        values = spread_logits(rows, columns + 1)[:, 1:]
+        sums = TritonPasses(1).row_sums(values)
+        torch.testing.assert_close(sums, values.sum(1), rtol=1e-6, atol=1e-3)
+        assert torch.equal(sums[1:2], TritonPasses(1).row_sums(values[1:2]))
+
+
+class TestCompiled:
+    """What the kernels become for a GPU, whether there is one or not."""
+
+    __test__ = os.environ.get(CLASS) == "TestCompiled"
+
+    types: ClassVar[dict[torch.dtype, str]] = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+
+    @pytest.mark.parametrize("arch", [80, 90])
+    @pytest.mark.parametrize(("vocabulary_size", "columns", "k"), [(16_000, 16_000, 64), (50_257, 50_257, 64)])
+    def test_they_compile(
+        self, arch: int, vocabulary_size: int, columns: int, k: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import teachers.triton_reduce as ours
+
+        found: dict[str, str] = {}
+
+        def compile_only(kernel: Any, grid: Any, at_once: int, *arguments: Any, **sizes: int) -> None:
+            found[kernel.__name__] = self.ptx(arch, kernel, arguments, sizes)
+
+        monkeypatch.setattr(ours, "_run", compile_only)
+        logits, ids = torch.zeros(2, columns)[:, :vocabulary_size], torch.arange(k).expand(2, -1)
+        passes = ours.TritonPasses(2)
+        passes.block_maxima(logits, 32)
+        masses = passes.tail(logits, logits[:, 0].contiguous(), logits[:, :k], ids).masses(1.0)
+        masses.block_lengths(torch.ones(2), 16)
+        masses.lengths(torch.zeros(2, k, dtype=torch.int64), ids, ids)
+        assert len(found) == 5
+        for name, ptx in found.items():
+            assert f"sm_{arch}" in ptx
+            assert ".f64" not in ptx, f"{name}: floats are float32"
+            assert not re.search(r"\b(atom|red)\.", ptx), f"{name}: no atomic operations"
+            assert not re.search(r"\b(ex2|lg2)\.approx", ptx), f"{name}: its exponential is its own"
+            if columns % 16 == 0 and name != "_row_sums_kernel":
+                assert re.search(r"ld\.global\S*\.v4\.", ptx), f"{name}: 16 bytes at once"
+
+    def ptx(self, arch: int, kernel: Any, arguments: tuple[Any, ...], sizes: dict[str, int]) -> str:
+        """With what a launch with these arguments would find out about them."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature, constants, attributes = {}, {}, {}
+        for number, name in enumerate(kernel.arg_names):
+            value = sizes.get(name, arguments[number] if number < len(arguments) else None)
+            if isinstance(value, Tensor):
+                signature[name], aligned = self.types[value.dtype], value.data_ptr() % 16 == 0
+            elif isinstance(value, float):
+                signature[name], aligned = "fp32", False
+            elif name in sizes:
+                signature[name], constants[name], aligned = "constexpr", value, False
+            else:
+                signature[name], aligned = "i32", value % 16 == 0
+            if aligned:
+                attributes[(number,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attributes)
+        options = {"num_warps": 8, "enable_fp_fusion": False}
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        assert binary.asm["cubin"]
+        return str(binary.asm["ptx"])
+
+
+# Who chooses.
+def test_a_cpu_takes_torchs_passes_and_so_does_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers.passes, "_compile", lambda device: True)
+        assert not teachers.passes.has_kernels(torch.device("cpu"))
+        assert teachers.passes.has_kernels(gpu)
+        patch.setenv("LOGIT_CACHE_KERNELS", "torch")
+        assert not teachers.passes.has_kernels(gpu)
+        patch.delenv("LOGIT_CACHE_KERNELS")
+        patch.setitem(sys.modules, "triton", None)
+        assert not teachers.passes.has_kernels(gpu)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels do compile where there is a GPU")
+def test_kernels_that_do_not_compile_are_one_error_that_says_what_to_do() -> None:
+    with pytest.raises(InputError, match=r"cannot be compiled for cuda:0 .*LOGIT_CACHE_KERNELS=torch"):
+        teachers.passes.has_kernels(torch.device("cuda", 0))
+
+
+def test_nothing_imports_triton_where_it_is_not_used() -> None:
+    code = """
+import sys, torch
+from teachers.reduce import reduce_topk
+reduce_topk(torch.zeros(2, 9), 9, 2, torch.zeros(2, dtype=torch.int64), -99.0)
+print("triton" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("vocabulary_size", [5_003, 16_000, 131_073])
+def test_on_a_gpu_a_row_does_not_depend_on_the_others(vocabulary_size: int) -> None:
+    logits = spread_logits(200, vocabulary_size).cuda()
+    logits[3::7, 5] = 300.0
+    random, labels = torch.from_numpy(random_bits(0, 0, 200)).cuda(), torch.arange(200).cuda()
+
+    def reduce(rows: slice) -> ReducedRows:
+        sampling = Sampling(1.0, 0, random[rows])
+        return reduce_varopt(logits[rows], vocabulary_size, 64, labels[rows], FLOOR, sampling)
+
+    whole = reduce(slice(0, 200))
+    for start, stop in ((0, 1), (1, 4), (3, 200), (199, 200)):
+        expected = bits(rows_of(whole, slice(start, stop)))
+        for name, value in bits(reduce(slice(start, stop))).items():
+            assert np.array_equal(value, expected[name]), name
+
+
+@needs_gpu
+def test_on_a_gpu_nothing_as_large_as_the_logits_is_allocated() -> None:
+    rows, columns = 512, 128_000
+    logits = torch.randn(rows, columns, device="cuda")
+    random, labels = torch.from_numpy(random_bits(0, 0, rows)).cuda(), torch.arange(rows, device="cuda")
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        reduce_varopt(logits, columns, 64, labels, FLOOR, Sampling(1.0, 0, random))
+        peak = torch.cuda.max_memory_allocated() - before
+    assert peak < logits.nbytes / 2

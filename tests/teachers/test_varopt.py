@@ -1,0 +1,217 @@
+"""VarOpt targets against a dense float64 reference: which ids are certain, unbiased weights, exact log-probs, tails."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from support.references.varopt import FLOOR, check, dense, sample, spread_logits
+
+import teachers.reduce
+from teachers.reduce import ReducedRows, reduce_topk, reduce_varopt
+from teachers.sample import Sampling, random_bits
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("head_ids", [0, 3])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary_size", "k"),
+    [(50, 507, 13), (9, 16_003, 64), (3, 131_073, 64), (40, 40, 39), (40, 12, 4), (5, 70_001, 4), (7, 5_000, 1_000)],
+)
+def test_rows_keep_the_rule(rows: int, vocabulary_size: int, k: int, head_ids: int, temperature: float) -> None:
+    for scale in (0.01, 1.0, 4.0):
+        logits = spread_logits(rows, vocabulary_size, scale)
+        found = sample(logits, k, head_ids=head_ids, temperature=temperature)
+        check(found, logits, k, head_ids, temperature)
+        assert bool((found.certain >= head_ids).all())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(("k", "head_ids"), [(12, 0), (12, 6), (1, 0), (2, 1), (60, 0)])
+def test_the_mean_of_the_weights_is_the_distribution(k: int, head_ids: int, temperature: float) -> None:
+    """E[w] = p at the temperature, for every id with 20 expected draws or more, over seeds and positions."""
+    vocabulary_size, seeds, positions = 300, 20, 1_000
+    row = spread_logits(1, vocabulary_size, scale=2.5, seed=5)
+    logits = row.expand(positions, -1)
+    total = np.zeros(vocabulary_size)
+    for seed in range(seeds):
+        found = sample(logits, k, seed, head_ids, temperature)
+        assert bool((found.certain == found.certain[0]).all())
+        j = int(found.certain[0])
+        assert j < k
+        logs = found.logprobs.double() / temperature
+        tail = float(found.log_tail[0] if temperature == 1.0 else found.log_tail_half[0])
+        weights = np.where(np.arange(k) < j, logs.exp().numpy(), math.exp(tail) / (k - j))
+        weights /= np.exp(logs[0, :j].numpy()).sum() + math.exp(tail)  # 1 at temperature 1
+        assert np.abs(weights.sum(1) - 1).max() < 1e-12
+        np.add.at(total, found.token_ids.numpy(), weights)
+    draws = seeds * positions
+    p = torch.softmax(row[0].double() / temperature, 0).numpy()
+    order = np.argsort(-p)
+    rest = p[order[j:]].sum()
+    probability = np.minimum((k - j) * p / rest, 1.0)
+    probability[order[:j]] = 1.0
+    often = probability * draws >= 20
+    assert often.sum() > vocabulary_size / 5
+    deviation = rest / (k - j) * np.sqrt(probability * (1 - probability) / draws)
+    assert (np.abs(total / draws - p)[often] <= 5 * deviation[often] + 1e-6 * p[often]).all()
+    # What falls below 20 expected draws is not lost either.
+    assert np.abs(total[~often].sum() / draws - p[~often].sum()) <= 5 * rest / (k - j) * math.sqrt(
+        max(probability[~often].sum(), 20) / draws
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_ids_are_those_under_a_comb_in_id_order(temperature: float) -> None:
+    """The stated draw, in float64 from the same random number, wherever no tooth is within rounding of an id's end."""
+    vocabulary_size, k, rows = 2_000, 24, 100
+    logits = spread_logits(rows, vocabulary_size)
+    found = sample(logits, k, seed=9, temperature=temperature)
+    clear = 0
+    for row, logp in enumerate(dense(logits)):
+        j = int(found.certain[row])
+        mass = np.exp(logp / temperature)
+        mass[found.token_ids[row, :j].numpy()] = 0.0
+        ends = np.cumsum(mass)
+        teeth = (random_bits(9, row, row + 1)[0] / 2**32 + np.arange(k - j)) * ends[-1] / (k - j)
+        if np.abs(ends[:, None] - teeth).min() > 1e-6 * ends[-1]:
+            clear += 1
+            drawn = np.searchsorted(ends, teeth, side="right")
+            assert sorted(found.token_ids[row, j:].tolist()) == drawn.tolist()
+    assert clear > rows / 2
+
+
+def test_weights_have_the_least_variance_at_the_top() -> None:
+    """Plain sampling with replacement draws the head again and again; here no weight exceeds what certain ids have."""
+    logits = spread_logits(200, 2_000)
+    found = sample(logits, 16)
+    for row in range(200):
+        j = int(found.certain[row])
+        weight = math.exp(float(found.log_tail[row])) / (16 - j)
+        assert j == 0 or weight <= math.exp(float(found.logprobs[row, j - 1])) * (1 + 1e-5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    values=hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 5), st.integers(2, 200)),
+        elements=st.sampled_from([-30.0, -2.0, -0.0, 0.0, 1.0, 1.0000001, 5.0, 60.0, 500.0, -math.inf]),
+        fill=st.just(np.float32(-1.0)),
+    ),
+    data=st.data(),
+)
+def test_any_row_with_ties_and_masks(values: np.ndarray, data: st.DataObject) -> None:
+    values[:, 0] = np.maximum(values[:, 0], -30.0)  # at least one id that is not masked
+    k = data.draw(st.integers(1, values.shape[1]))
+    head_ids = data.draw(st.integers(0, k - 1))
+    temperature = data.draw(st.sampled_from([1.0, 2.0]))
+    logits = torch.from_numpy(values)
+    found = sample(logits, k, data.draw(st.integers(0, 3)), head_ids, temperature)
+    check(found, logits, k, head_ids, temperature)
+
+
+def test_extreme_rows() -> None:
+    vocabulary_size, k = 1_000, 8
+    logits = spread_logits(8, vocabulary_size)
+    logits[0] = -math.inf
+    logits[0, 77] = 3.0  # one id has all mass
+    logits[1, 5] += 400.0  # nearly so
+    logits[2] = 0.0  # uniform: nothing is certain
+    logits[3, k:] = -math.inf  # as many live ids as are kept
+    logits[4, k + 1 :] = -math.inf  # one more
+    logits[5, :] = -50.0
+    logits[5, :8] = 0.0  # a rest of 1e-19 beside eight equal heads
+    logits[6, :] = -10.0
+    logits[6, 500:508] = 0.0
+    found = sample(logits, k)
+    check(found, logits, k)
+    assert found.certain[[0, 1, 2, 3, 5]].tolist() == [8, 8, 0, 8, 8]
+    assert found.log_tail[0] == FLOOR
+    assert found.log_tail[2] == 0.0
+    assert [int(found.certain[4]) < 8, int(found.certain[6]) < 8] == [True, True]
+
+
+def test_equal_logits_are_drawn_alike() -> None:
+    """Ties at the border of the head: which of them are certain follows the order, all others share the draws."""
+    logits = torch.full((4_000, 64), -4.0)
+    logits[:, 3] = 3.0
+    logits[:, 20:40] = 0.0
+    k = 10
+    found = sample(logits, k)
+    check(ReducedRows(**{name: value[:5] for name, value in vars(found).items()}), logits[:5], k)
+    j = int(found.certain[0])
+    counts = torch.bincount(found.token_ids[:, j:].flatten(), minlength=64)[20:40].double()
+    p = torch.softmax(logits[0].double(), 0)
+    rest = float(1 - p[3]) if j == 1 else 1.0
+    probability = (k - j) * float(p[20]) / rest
+    assert float((counts / 4_000 - probability).abs().max()) < 5 * math.sqrt(probability * (1 - probability) / 4_000)
+
+
+@pytest.mark.parametrize("vocabulary_size", [1, 2, 7, 507])
+def test_all_ids_are_certain_at_k_equal_v(vocabulary_size: int) -> None:
+    logits = spread_logits(6, vocabulary_size)
+    found = sample(logits, vocabulary_size)
+    top = reduce_topk(logits, vocabulary_size, vocabulary_size, torch.arange(6) % vocabulary_size, FLOOR)
+    for name, value in vars(top).items():
+        assert torch.equal(value, getattr(found, name)), name
+    assert bool((found.certain == vocabulary_size).all() and (found.log_tail == -math.inf).all())
+
+
+def test_padded_columns_are_never_drawn() -> None:
+    logits = spread_logits(30, 640)
+    logits[:, 507:] = 1e4
+    padded = sample(logits, 20, vocabulary_size=507)
+    cut = sample(logits[:, :507].contiguous(), 20)
+    for name, value in vars(cut).items():
+        assert name == "label_logprob" or torch.equal(value, getattr(padded, name)), name
+    assert int(padded.token_ids.max()) < 507
+
+
+def test_the_cut_into_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = spread_logits(37, 9_001)
+    whole = sample(logits, 64)
+    for rows in (1, 5, 36):
+        monkeypatch.setattr(teachers.reduce, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
+        tiled = sample(logits, 64)
+        for name, value in vars(whole).items():
+            assert torch.equal(value, getattr(tiled, name)), (name, rows)
+
+
+def test_random_bits_are_keyed_by_seed_and_position() -> None:
+    whole = random_bits(7, 0, 1_000)
+    assert whole.dtype == np.int64
+    assert whole.min() >= 0
+    assert whole.max() < 1 << 32
+    for start, stop in ((0, 1), (1, 2), (3, 9), (4, 8), (509, 1_000)):
+        assert np.array_equal(random_bits(7, start, stop), whole[start:stop])
+    far = 3 << 40
+    assert np.array_equal(random_bits(7, far + 5, far + 9), random_bits(7, far, far + 9)[5:])
+    assert not np.array_equal(random_bits(8, 0, 1_000), whole)
+    # Recorded once: another NumPy, or another machine, has to draw the same ids.
+    assert random_bits(0, 0, 4).tolist() == [49592932, 1037445899, 478570405, 2424142341]
+    values = np.sort(random_bits(1, 0, 100_000) / 2**32)
+    assert np.abs(values - (np.arange(100_000) + 0.5) / 100_000).max() < 2 / math.sqrt(100_000)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("vocabulary_size", "k"), [(507, 123), (16_003, 64), (131_073, 64)])
+def test_a_gpu_draws_the_same_ids(vocabulary_size: int, k: int) -> None:
+    logits = spread_logits(200, vocabulary_size)
+    labels = torch.arange(200)
+    random = torch.from_numpy(random_bits(0, 0, 200))
+    here = reduce_varopt(logits, vocabulary_size, k, labels, FLOOR, Sampling(1.0, 0, random))
+    there = [
+        reduce_varopt(logits.cuda(), vocabulary_size, k, labels.cuda(), FLOOR, Sampling(1.0, 0, random.cuda()))
+        for _ in range(2)
+    ]
+    for name, value in vars(there[0]).items():
+        assert torch.equal(value, getattr(there[1], name)), name
+    # exp differs in its last bit between the two, and a tooth may lie that close to an id's end.
+    assert float((there[0].token_ids.cpu() == here.token_ids).all(1).double().mean()) > 0.95
+    torch.testing.assert_close(there[0].log_tail.cpu(), here.log_tail, atol=2e-6, rtol=1e-6)
