@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.replay import FIELDS, Sample, Values
-from storage.manifest import TeacherEntry
+from storage.format.manifest import TeacherEntry
 
 MEAN_FACTOR = 3.0
 LARGEST_FACTOR = 8.0

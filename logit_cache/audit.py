@@ -28,13 +28,12 @@ import numpy as np
 import torch
 
 from logit_cache.agreement import FieldReport, biased_draw, compare
-from logit_cache.job import library_versions
 from logit_cache.replay import Sample, draw, live_values, stored_values, take_sample
 from logit_cache.tokenizer import cache_vocabulary
+from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IncompleteCache, InputError
-from storage.manifest import TeacherEntry
-from storage.reader import LogitCache, TeacherTargets
-from storage.vocabulary import differing_entries
+from storage.format.identity import differing_entries
+from storage.format.manifest import TeacherEntry, Versions
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
@@ -259,7 +258,7 @@ def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
         for name, value in ran.items()
         if getattr(entry.execution, name) != value
     ]
-    versions, installed = entry.created_with.libraries, library_versions().libraries
+    versions, installed = entry.created_with.libraries, Versions.of_this_process().libraries
     found.execution += [
         f"{name}: recorded {versions[name]}, now {installed.get(name)}"
         for name in ("torch", "transformers")

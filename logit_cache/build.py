@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from logit_cache.job import OpenJob
 from logit_cache.pipeline import HostCopies
 from logit_cache.plan import Window, windows
-from storage.encoding import logprob_floor, token_id_dtype
+from storage.cache.reader import LogitCache
 from storage.errors import InputError
-from storage.manifest import TeacherEntry
-from storage.pruning import prune
-from storage.reader import LogitCache
-from storage.records import SparseTargets
+from storage.format.encoding import logprob_floor, token_id_dtype
+from storage.format.manifest import TeacherEntry
+from storage.format.pruning import prune
+from storage.format.targets import SparseTargets
 from teachers.base import Teacher
 from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
 from teachers.sample import Sampling, random_bits

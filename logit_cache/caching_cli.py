@@ -56,9 +56,9 @@ def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: An
         from logit_cache.job import CacheJob, load_teachers, open_job
         from logit_cache.job_log import JobLog
         from logit_cache.ranks import rank_of
+        from storage.cache.reader import LogitCache
         from storage.config import build_config, given, read_yaml
         from storage.errors import InputError
-        from storage.reader import LogitCache
 
         fields = (read_yaml(config) if config else {}) | given({**flags, "out": out})
         run = {name: fields.pop(name) for name in list(fields) if name in EngineOptions.model_fields}

@@ -12,9 +12,9 @@ import unicodedata
 from typing import Any
 
 from logit_cache.inspect import describe_cache
+from storage.cache.reader import LogitCache
 from storage.errors import InputError
-from storage.manifest import TeacherEntry
-from storage.reader import LogitCache
+from storage.format.manifest import TeacherEntry
 
 _LICENSE = re.compile(r"^[a-z0-9][a-z0-9.+-]{0,63}$")
 _SIZES = (

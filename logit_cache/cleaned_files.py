@@ -10,31 +10,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from logit_cache.cleaning import FAMILIES, PLAIN, RULES_VERSION, Cleaner, family_of
 from logit_cache.sources import COMPRESSED, Source, decoded, find_sources
+from storage.config import Frozen
 from storage.errors import IdentityMismatch, InputError
-from storage.local import PARTIAL, replace_file
+from storage.files import PARTIAL, replace_file
+from storage.progress import Advance, Track
 
 RECORD = "cleaning.json"
 PIECE_BYTES = 1 << 18
 
-Advance = Callable[[int], None]
-Track = Callable[[str, int, str], AbstractContextManager[Advance]]
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CleaningJob(_Frozen):
+class CleaningJob(Frozen):
     """What to clean.
 
     text         files, folders and patterns of plain text
@@ -49,7 +43,7 @@ class CleaningJob(_Frozen):
     limit_bytes: Annotated[int, Field(ge=1)] | None = None
 
 
-class CleanedFile(_Frozen):
+class CleanedFile(Frozen):
     """One entry of the record. `bytes_in`, `sha256_in` are of what was taken of the input: all of it, unless `cut`."""
 
     family: str
@@ -63,15 +57,15 @@ class CleanedFile(_Frozen):
     lines_out: int
 
 
-class Cleaning(_Frozen):
+class Cleaning(Frozen):
     """The record, `cleaning.json`: an entry for each file of the folder, by its name."""
 
     kind: Literal["cleaning"] = "cleaning"
     format: Literal[1] = 1
-    files: dict[str, CleanedFile] = {}
+    files: dict[str, CleanedFile] = Field(default_factory=dict)
 
 
-class Outcome(_Frozen):
+class Outcome(Frozen):
     """What became of one input, for the command to show."""
 
     name: str

@@ -37,8 +37,8 @@ def clean(as_json: bool, **flags: Any) -> None:
     with one_line_errors():
         from logit_cache.cleaned_files import CleaningJob
         from logit_cache.cleaned_files import clean as clean_files
-        from logit_cache.progress import progress
         from storage.config import build_config
+        from storage.progress import progress
 
         job = build_config(CleaningJob, None, flags, "logit-cache clean")
         outcomes = clean_files(job, progress)

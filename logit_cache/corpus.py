@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from logit_cache.chat import message_texts, render
-from logit_cache.job import library_versions
 from logit_cache.pieces import Encoder, Ids, Piece, cut, encode
 from logit_cache.sources import Chunk, Conversation, Meter, Reading, Source, checked_text, find_sources, read_sources
 from logit_cache.tokenizer import (
@@ -32,15 +31,14 @@ from logit_cache.tokenizer import (
     stored_tokenizer,
     train_tokenizer,
 )
-from storage.encoding import token_id_dtype
+from storage.cache.corpus_writer import write_corpus
 from storage.errors import InputError, StorageFull, is_out_of_space
-from storage.format import stream_layout
-from storage.local import PARTIAL
-from storage.location import locate
-from storage.manifest import CacheRecord, Corpus, CorpusSource, Tokenizer
-from storage.stream import stream_sha256
-from storage.vocabulary import tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
-from storage.writer import write_corpus
+from storage.files import PARTIAL
+from storage.format.encoding import token_id_dtype
+from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
+from storage.format.layout import stream_layout
+from storage.format.manifest import CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
+from storage.stores import open_store
 
 __all__ = ["CorpusConfig", "cache_vocabulary", "tokenize", "total_bytes"]
 
@@ -148,7 +146,7 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None) -> CacheRec
             ),
             tokens_layout=stream_layout(spool.positions),
             documents_layout=stream_layout(spool.documents),
-            created_with=library_versions(),
+            created_with=Versions.of_this_process(),
         )
         write_corpus(config.out, record, files, tokens, starts, mask)
     return record
@@ -239,7 +237,7 @@ class Spool:
 
 def _check_destination(out: str) -> None:
     """Refuse before the work what the writer would refuse after it."""
-    location = locate(out)
+    location = open_store(out)
     names = [name for name in location.names("") if not name.endswith(PARTIAL)]
     if names and "zarr.json" not in names:
         raise InputError(

@@ -52,10 +52,10 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
 def tokenize_text(config: Any, flags: dict[str, Any]) -> Any:
     """Make a token stream, or finish it; the cache. Raises what `corpus.tokenize` raises."""
     from logit_cache import corpus
-    from logit_cache.progress import progress
     from storage import LogitCache
     from storage.config import build_config
     from storage.errors import InputError
+    from storage.progress import progress
 
     separator = flags.get("document_separator")
     if separator is not None:

@@ -17,7 +17,7 @@ from typing import Any
 from logit_cache.comparison import Comparison, write_page
 from logit_cache.stages import Stage, run_stages
 from storage.errors import InputError
-from storage.local import replace_file
+from storage.files import replace_file
 
 TRAIN_BYTES = 1_500_000
 VALID_BYTES = 200_000

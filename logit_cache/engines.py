@@ -25,8 +25,8 @@ from logit_cache.stopping import Stopping
 from logit_cache.survey import Survey, survey
 from logit_cache.this_process import run_local
 from logit_cache.worker import positions_of, publish_report
+from storage.cache.failures import failures_of
 from storage.errors import InputError
-from storage.failures import failures_of
 
 
 class ManyWorkers(Pool, Protocol):

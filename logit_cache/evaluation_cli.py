@@ -47,9 +47,9 @@ def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
     Any causal language model that transformers saved, with its tokenizer. Needs --cache, --pairs or both.
     """
     with one_line_errors():
-        from logit_cache.progress import progress
         from storage.config import build_config
         from storage.errors import InputError
+        from storage.progress import progress
         from student.scores import EvaluationJob, table, write_report
         from student.scores import evaluate as measure
 

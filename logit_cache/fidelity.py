@@ -2,8 +2,8 @@
 
 What a cache leaves out cannot be had from the cache, so it is measured when the teacher is at hand: once an entry is
 complete, `cache-logits` scores some `--fidelity-positions` again and stores what it finds beside the entry
-(`storage.fidelity`), figures that `logit_cache.measures` defines. Stored values are read through `LogitCache`, so the
-quantisation is in them.
+(`storage.format.fidelity`), figures that `logit_cache.measures` defines. Stored values are read through `LogitCache`,
+so the quantisation is in them.
 
 Which positions follows from the entry alone. `replay.draw` draws windows, one from each of as many equal parts of the
 stream, seeded by the digest of the entry's record; each window gives the same number of positions, drawn likewise: its
@@ -31,10 +31,10 @@ from logit_cache.job import OpenJob
 from logit_cache.measures import Measures, StoredRows, tidy
 from logit_cache.plan import Window
 from logit_cache.replay import Sample, draw, take_sample
+from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import InputError
-from storage.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment
-from storage.manifest import TeacherEntry
-from storage.reader import LogitCache, TeacherTargets
+from storage.format.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment
+from storage.format.manifest import TeacherEntry
 from teachers.base import Teacher
 
 _LEAST_WINDOWS = 8

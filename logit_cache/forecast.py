@@ -30,25 +30,13 @@ from logit_cache.build import score_range
 from logit_cache.job import CacheJob, PreparedJob, check_entry, prepare_job
 from logit_cache.plan import windows
 from logit_cache.step_probe import Meter, StepCost, forward_cost, new_student, reading_cost, student_cost
-from storage.arrays import metadata_bytes
 from storage.errors import FormatError, InputError
-from storage.format import COMPRESSION, entry_layout, group_metadata, teacher_arrays
-from storage.manifest import (
-    ATTRIBUTE,
-    MAX_INDEX_BYTES,
-    ArrayLayout,
-    ReceiptIndex,
-    ShardReceipt,
-    TeacherEntry,
-    parse_json,
-    sealed,
-    sealed_bytes,
-    unseal,
-)
-from storage.records import SparseTargets
-from storage.rules import broken_rule
-from storage.shards import object_digest
-from storage.writer import encode_objects, shard_statistics, shard_values
+from storage.format.layout import COMPRESSION, entry_layout, group_metadata, metadata_bytes, teacher_arrays
+from storage.format.manifest import ATTRIBUTE, MAX_INDEX_BYTES, ArrayLayout, ReceiptIndex, ShardReceipt, TeacherEntry
+from storage.format.rules import broken_rule
+from storage.format.sealing import parse_json, sealed, sealed_bytes, unseal
+from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
+from storage.format.targets import SparseTargets
 from student.memory import peak_device_bytes, peak_process_bytes
 
 Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
@@ -98,7 +86,7 @@ class Probe:
 def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str, Any]:
     """The whole prediction as JSON data. Seconds, bytes, positions; costs in seconds of what is paid for.
 
-    `progress` shows how far the probe is (`logit_cache.progress.progress`). Raises what `cache-logits` would raise.
+    `progress` shows how far the probe is (`storage.progress.progress`). Raises what `cache-logits` would raise.
     """
     prepared = prepare_job(job)
     loading = time.process_time()

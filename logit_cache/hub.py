@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
+from storage.cache.inventory import ROOT_KEY, SIGNATURE_KEY
 from storage.errors import CacheNotFound, InputError, StoreUnavailable
-from storage.inventory import ROOT_KEY, SIGNATURE_KEY
 
 _URL = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/].*?))?/?", re.ASCII)
 # Shell patterns in which * also stands for slashes, as the uploader reads them.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
-from storage.manifest import ShardStatistics
-from storage.reader import LogitCache, TeacherTargets
+from storage.format.manifest import ShardStatistics
 
 
 def describe_cache(cache: LogitCache) -> dict[str, Any]:

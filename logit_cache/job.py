@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from storage.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
+from storage.cache.inventory import ROOT_KEY
+from storage.cache.reader import LogitCache
+from storage.cache.records import read_record, teacher_folder
+from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
-from storage.format import COMPRESSION, Profile, entry_layout
-from storage.inventory import ROOT_KEY
-from storage.location import locate
-from storage.manifest import TEACHER_NAME, Encoding, Execution, Targets, TeacherEntry, Versions, Windowing
-from storage.reader import LogitCache, read_record, teacher_folder
-from storage.vocabulary import differing_entries
-from storage.writer import EntryWriter, refuse_other
+from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
+from storage.format.identity import differing_entries
+from storage.format.layout import COMPRESSION, Profile, entry_layout
+from storage.format.manifest import TEACHER_NAME, Encoding, Execution, Targets, TeacherEntry, Versions, Windowing
+from storage.stores import open_store
 
 if TYPE_CHECKING:
     from teachers.base import Teacher
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 Positive = Annotated[int, Field(ge=1)]
 Source = Annotated[str, Field(min_length=1)]
-
-_LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
 
 
 class CacheJob(BaseModel):
@@ -244,7 +241,7 @@ def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
     """Raise IdentityMismatch where the cache has another entry under the job's name."""
     stored = _stored_entry(job)
     if stored is not None:
-        refuse_other(locate(job.cache), job.name, stored, entry)
+        refuse_other(open_store(job.cache), job.name, stored, entry)
 
 
 def check_stream(job: CacheJob) -> LogitCache:
@@ -311,7 +308,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
             head=teacher.head,
             tensor_parallel=None if teacher.shard is None else teacher.shard.ranks.size,
         ),
-        created_with=library_versions(),
+        created_with=Versions.of_this_process(),
     )
     return PreparedJob(cache, teacher, entry)
 
@@ -337,7 +334,7 @@ def _recorded_batch_windows(job: CacheJob) -> int | None:
 
 def _stored_entry(job: CacheJob) -> TeacherEntry | None:
     try:
-        return read_record(locate(job.cache), f"{teacher_folder(job.name)}{ROOT_KEY}", TeacherEntry)
+        return read_record(open_store(job.cache), f"{teacher_folder(job.name)}{ROOT_KEY}", TeacherEntry)
     except CacheNotFound:
         return None
 
@@ -383,14 +380,3 @@ def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int], source: str,
         raise IdentityMismatch(
             f"{source}: its tokenizer is not the one of {other}", differing_entries(ours, theirs), remedy
         )
-
-
-def library_versions() -> Versions:
-    """Versions of what a result depends on, for the record."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return Versions(libraries=found)

@@ -1,7 +1,7 @@
 """What a job tells while it runs: lines for people, or one JSON object per line for whatever gathers logs.
 
 Both go to stderr; stdout belongs to a command's result. As text, what goes well is the bar or the lines of
-`logit_cache.progress`, and only what does not is told beside it. As JSON, all of it is, progress included::
+`storage.progress`, and only what does not is told beside it. As JSON, all of it is, progress included::
 
     {"time": "2026-01-02T03:04:05.678+00:00", "event": "shard", "entry": "llama", "shard": 7, "worker": "0", …}
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from logit_cache.progress import Lines, progress
+from storage.progress import Lines, progress
 
 LogFormat = Literal["text", "json"]
 

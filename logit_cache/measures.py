@@ -48,8 +48,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from storage.encoding import MIN_STEP_NATS, logprob_floor
-from storage.fidelity import Angle, Calibration, CurvePoint, Distribution, Divergences, NeededIds, Reference, Treatment
+from storage.format.encoding import MIN_STEP_NATS, logprob_floor
+from storage.format.fidelity import (
+    Angle,
+    Calibration,
+    CurvePoint,
+    Distribution,
+    Divergences,
+    NeededIds,
+    Reference,
+    Treatment,
+)
 
 BINS = 15
 RESIDUALS = (0.1, 0.05, 0.02, 0.01)

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from storage.manifest import ShardReceipt
-from storage.records import SparseTargets
-from storage.writer import EntryWriter
+from storage.cache.writer import EntryWriter
+from storage.format.manifest import ShardReceipt
+from storage.format.targets import SparseTargets
 from teachers.reduce import ReducedRows
 
 # Batches of rows between the device and the shard's arrays: enough for one to be computed, one copied, one stored.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.manifest import Windowing
+from storage.format.manifest import Windowing
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ def plan(
     with one_line_errors():
         from logit_cache import show
         from logit_cache.job import CacheJob
-        from logit_cache.progress import progress
         from storage.config import build_config, given, read_yaml
+        from storage.progress import progress
 
         fields = (read_yaml(config) if config else {}) | given(flags)
         named = "name" in fields

@@ -26,7 +26,7 @@ from logit_cache.probe import Machine, probe
 from logit_cache.recipes import WINDOW_TOKENS, Model, Scale, find_recipe
 from logit_cache.stages import Stage, run_stages
 from storage.errors import IdentityMismatch, InputError
-from storage.local import replace_file
+from storage.files import replace_file
 
 AGAIN = "run the same command again to go on"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from logit_cache.progress import duration
 from logit_cache.report import Entry, Figure, RecipeFindings, kl_mean, kl_of, pairs_mean, run_seconds
 from logit_cache.report_cells import NOT_MEASURED, Cell, Table, distinct, number, over_seeds, scalar, software, words
 from logit_cache.run_folders import Model, TrainingRun
 from logit_cache.spread import Spread, spread
+from storage.progress import duration
 
 _BLIMP = (12, 67)
 

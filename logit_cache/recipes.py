@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from storage.config import Frozen
 from storage.errors import InputError
 
 Scale = Literal["tiny", "small", "paper"]
@@ -25,11 +24,7 @@ WINDOW_TOKENS = 128
 MAX_POSITIONS = 256
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Network(_Frozen):
+class Network(Frozen):
     """A Llama or GPT-2 configuration; `config` is what a JSON configuration file of it holds, without a vocabulary."""
 
     family: Literal["llama", "gpt2"]
@@ -76,7 +71,7 @@ class Network(_Frozen):
         return self.parameters(vocabulary_size) - looked_up * self.hidden
 
 
-class Training(_Frozen):
+class Training(Frozen):
     """A schedule: AdamW, cosine after a linear warm-up. `batch` is windows per optimizer step."""
 
     learning_rate: float
@@ -86,7 +81,7 @@ class Training(_Frozen):
     weight_decay: float
 
 
-class Model(_Frozen):
+class Model(Frozen):
     """A network under the name of its folder, and how it is trained."""
 
     name: str
@@ -94,7 +89,7 @@ class Model(_Frozen):
     training: Training
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """One recipe at one scale.
 
     offset                  of training windows: fixed blocks, or a random offset for each

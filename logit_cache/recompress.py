@@ -21,14 +21,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from logit_cache.job import library_versions
-from storage.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, logprob_floor
+from storage.cache.reader import LogitCache, TeacherTargets
+from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.format import COMPRESSION, Profile, entry_layout
-from storage.manifest import TEACHER_NAME, Encoding, TeacherEntry, digest
-from storage.pruning import prune
-from storage.reader import LogitCache, TeacherTargets
-from storage.writer import EntryWriter
+from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, logprob_floor
+from storage.format.layout import COMPRESSION, Profile, entry_layout
+from storage.format.manifest import TEACHER_NAME, Encoding, TeacherEntry, Versions
+from storage.format.pruning import prune
+from storage.format.sealing import digest
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -132,7 +132,7 @@ def derived_entry(source: TeacherEntry, job: RecompressJob) -> TeacherEntry:
             f"{job.name} is already as asked for: give a smaller -k, --top-p, a larger --step-nats, another "
             f"--profile or another cut; logit-cache push copies an entry as it is"
         )
-    fields = dict(source) | changes | {"derived_from": digest(source), "created_with": library_versions()}
+    fields = dict(source) | changes | {"derived_from": digest(source), "created_with": Versions.of_this_process()}
     return TeacherEntry.model_validate(fields)
 
 

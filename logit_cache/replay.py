@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logit_cache.plan import Window, windows
-from storage.encoding import MIN_STEP_NATS, logprob_floor
+from storage.cache.reader import LogitCache
 from storage.errors import InputError
-from storage.manifest import TeacherEntry
-from storage.reader import LogitCache
-from storage.records import SparseTargets
+from storage.format.encoding import MIN_STEP_NATS, logprob_floor
+from storage.format.manifest import TeacherEntry
+from storage.format.targets import SparseTargets
 from teachers.base import Teacher
 
 FIELDS = ("logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from logit_cache.inspect import describe_entry
 from logit_cache.run_folders import KL, Model, Recipe, RecipeFolder, Role, TrainingRun
 from logit_cache.spread import Spread, spread
+from storage.cache.reader import LogitCache
 from storage.errors import CacheNotFound
-from storage.reader import LogitCache
 
 EQUAL_NATS = 0.01
 """Cached and live are called equal where the interval of their difference lies within this."""

@@ -17,7 +17,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from logit_cache import recipe_tables as tables
 from logit_cache import report_figures as figures
 from logit_cache.charts import swatch
-from logit_cache.progress import duration
 from logit_cache.report import BreakEven, RecipeFindings, gather_recipe
 from logit_cache.report_cells import Table
 from logit_cache.report_figures import Figure
@@ -25,7 +24,8 @@ from logit_cache.run_folders import Folder, RecipeFolder, RunFolder, SweepFolder
 from logit_cache.run_tables import run_provenance, runs_table, sorted_trials, sweep_settings, trial_value, trials_table
 from logit_cache.verdict import pairs_sentences, verdicts
 from storage.errors import InputError
-from storage.local import replace_file
+from storage.files import replace_file
+from storage.progress import duration
 
 _RUN_STYLES = ("student", "teacher-0", "teacher-1", "live", "teacher-2", "teacher-3", "control")
 _PAIRED = "Differences are paired by seed; ± is their standard deviation over seeds, intervals are Student's t."

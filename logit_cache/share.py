@@ -1,8 +1,9 @@
 """push and pull: copying a cache with what people put beside it, its card and its signature.
 
-The copying itself is `storage.transfer`. Here is what differs between the two directions: a push describes the cache in
-README.md and may sign it; a pull may insist on a signature, and checks it over the records and receipts that it has
-fetched, before any data moves. A data set of the hub is written by the hub's own uploader, from a folder of links.
+The copying itself is `storage.transfer.copy`. Here is what differs between the two directions: a push describes the
+cache in README.md and may sign it; a pull may insist on a signature, and checks it over the records and receipts that
+it has fetched, before any data moves. A data set of the hub is written by the hub's own uploader, from a folder of
+links.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from storage.cache.inventory import CARD_KEY, SIGNATURE_KEY
+from storage.cache.reader import LogitCache
 from storage.errors import CorruptCache, InputError
-from storage.inventory import CARD_KEY, SIGNATURE_KEY
-from storage.location import Location, locate
-from storage.reader import LogitCache
-from storage.shipment import fetch_whole
-from storage.transfer import Delivery, Transfer, prepare
+from storage.progress import Advance, Say
+from storage.stores import open_store
+from storage.stores.base import Store
+from storage.transfer.contents import fetch_whole
+from storage.transfer.copy import Delivery, Transfer, prepare
 
-Advance = Callable[[int], None]
 Track = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
-Say = Callable[[str], None]
 
 # A card is text for people; a larger one is no card.
 _MOST_CARD_BYTES = 1 << 20
@@ -42,7 +43,7 @@ def push(
     track: Track | None = None,
     say: Say | None = None,
 ) -> Delivery:
-    """Copy a cache, or some of its entries, to where others get it; see `storage.transfer.prepare`.
+    """Copy a cache, or some of its entries, to where others get it; see `storage.transfer.copy.prepare`.
 
     Writes README.md, the card, with `license`, and model.sig when `sign` is the path of a private key. `track` is given
     a description and a number of bytes, and gives the progress of them; `say` is given what a user should know.
@@ -61,7 +62,7 @@ def push(
             companions = _described(transfer, license, sign)
         done = _deliver(transfer, "push", companions, track, say)
     if transfer.existing is not None:
-        _describe_again(locate(target), license, sign, workers, say)
+        _describe_again(open_store(target), license, sign, workers, say)
     return done
 
 
@@ -76,7 +77,8 @@ def pull(
     track: Track | None = None,
     say: Say | None = None,
 ) -> Delivery:
-    """Copy a cache that others made, or some of its entries, after checking all of it; see `storage.transfer.prepare`.
+    """Copy a cache that others made, or some of its entries, after checking all of it; see
+    `storage.transfer.copy.prepare`.
 
     `verify_key` is the path of a public key: what that key has not signed is refused. Raises what `prepare` raises.
     """
@@ -123,7 +125,7 @@ def _push_to_hub(
     from logit_cache.hub import parse_hub_url, push_to_hub
 
     parse_hub_url(url)
-    folder = locate(source).local_path
+    folder = open_store(source).local_path
     if folder is None:
         raise InputError(f"{source}: pull it into a local folder first; the hub's uploader reads local files")
     # Beside the source, so that its objects can be linked: nothing is copied, and nothing there is changed.
@@ -132,7 +134,7 @@ def _push_to_hub(
         with prepare(
             source, staged, teachers=teachers, without_tokens=without_tokens, workers=workers, link=True
         ) as transfer:
-            transfer.check_fits(locate(url))
+            transfer.check_fits(open_store(url))
             done = _deliver(transfer, "check", _described(transfer, license, sign), track, say)
         with track("upload", done.copied_bytes) if track else contextlib.nullcontext(None) as advance:
             push_to_hub(Path(staged), url, advance)
@@ -147,7 +149,7 @@ def _described(transfer: Transfer, license: str | None, sign: str | None) -> dic
         return _companions(Path(folder), keys, license, sign)
 
 
-def _describe_again(target: Location, license: str | None, sign: str | None, workers: int, say: Say) -> None:
+def _describe_again(target: Store, license: str | None, sign: str | None, workers: int, say: Say) -> None:
     """Card and signature of a cache that has grown, from its records and receipts, all of them."""
     try:
         card: str | None = target.read(CARD_KEY, _MOST_CARD_BYTES).decode(errors="replace")
@@ -195,7 +197,7 @@ def _check_signature(transfer: Transfer, public_key: Path) -> None:
     signing.verify_signature(folder, keys, signature, public_key, where=source.where)
 
 
-def _companions_of(source: Location, say: Say) -> dict[str, bytes]:
+def _companions_of(source: Store, say: Say) -> dict[str, bytes]:
     """The card and the signature that lie beside a source; neither is read by any command but `--verify-key`."""
     from logit_cache.signing import MAX_SIGNATURE_BYTES
 

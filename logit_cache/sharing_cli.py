@@ -22,8 +22,8 @@ def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> N
     """Check every object of a cache against its receipt. Status 1 when something is damaged."""
     with one_line_errors():
         from logit_cache import show
-        from logit_cache.progress import progress
-        from storage.verify import verify as check
+        from storage.cache.verify import verify as check
+        from storage.progress import progress
 
         with progress("verify", None, "bytes") as advance:
             found = check(url, deep=deep, repair=repair, workers=workers, progress=advance)
@@ -56,7 +56,7 @@ def audit(url: str, as_json: bool, **flags: Any) -> None:
 
         from logit_cache.audit import AuditJob, audit_text
         from logit_cache.audit import audit as check
-        from logit_cache.progress import progress
+        from storage.progress import progress
 
         with progress("audit", None, "windows") as advance:
             found = check(AuditJob(url, **flags), advance)
@@ -119,7 +119,7 @@ def pull(source: str, target: str, as_json: bool, **flags: Any) -> None:
 
 def _copy(function: Any, source: str, target: str, as_json: bool, flags: dict[str, Any]) -> None:
     from logit_cache import show
-    from logit_cache.progress import progress
+    from storage.progress import progress
 
     done = function(
         source,
@@ -150,10 +150,10 @@ def recompress(url: str, as_json: bool, **flags: Any) -> None:
     What leaves a position goes to its tail, exactly: its mass is kept. The source is not touched.
     """
     with one_line_errors():
-        from logit_cache.progress import progress
         from logit_cache.recompress import RecompressJob
         from logit_cache.recompress import recompress as rewrite
         from storage.config import build_config
+        from storage.progress import progress
 
         job = build_config(RecompressJob, {"cache": url}, flags, "logit-cache recompress")
         with progress(f"recompress {job.name}", None, "positions") as advance:
@@ -177,7 +177,7 @@ def doctor(url: str, as_json: bool) -> None:
     Small objects are written in a folder of their own below URL and removed again; no cache needs to be there.
     """
     with one_line_errors():
-        from storage.doctor import examine, safe_to_write
+        from storage.stores.doctor import examine, safe_to_write
 
         found = examine(url)
         safe = safe_to_write(found)

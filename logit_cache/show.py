@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from logit_cache.progress import duration
+from storage.progress import duration
 
 if TYPE_CHECKING:
     from logit_cache.status import EntryStatus

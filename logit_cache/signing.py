@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from storage.cache.inventory import SIGNATURE_KEY
 from storage.errors import CorruptCache, InputError
-from storage.inventory import SIGNATURE_KEY
-from storage.manifest import TEACHER_NAME
+from storage.format.manifest import TEACHER_NAME
 
 # Some 65,000 files. What is read before it is verified stays small.
 MAX_SIGNATURE_BYTES = 16 << 20

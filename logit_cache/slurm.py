@@ -35,9 +35,9 @@ from logit_cache.slurm_parameters import array_parameters
 from logit_cache.slurm_task import ArrayTask, Told
 from logit_cache.stopping import Stopping
 from logit_cache.survey import survey
+from storage.cache.failures import FailedShard, failures_of
+from storage.cache.reader import LogitCache
 from storage.errors import InputError, LogitCacheError
-from storage.failures import FailedShard, failures_of
-from storage.reader import LogitCache
 
 # Looks become rarer while a job grows old: a controller has others to answer, too.
 _MOST_SECONDS_BETWEEN_LOOKS = 15.0

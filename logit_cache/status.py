@@ -27,12 +27,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.claims import claimed_shard, claims_in
+from storage.cache.failures import FailedShard, Failures, failed_shard
+from storage.cache.leases import claimed_shard, claims_in
+from storage.cache.reader import LogitCache
+from storage.cache.receipts import Receipts
 from storage.errors import CorruptCache, InputError
-from storage.failures import FailedShard, Failures, failed_shard
-from storage.manifest import ShardReceipt, unseal
-from storage.reader import LogitCache
-from storage.receipts import Receipts
+from storage.format.manifest import ShardReceipt
+from storage.format.sealing import unseal
 
 _RECEIPTS, _MOST_RECEIPTS = 64, 1_024
 _AT_ONCE = 16
@@ -176,9 +177,9 @@ def _with_commits(bare: EntryStatus, found: list[Commit], now: float) -> EntrySt
 
 def _is_complete(receipts: Receipts) -> bool:
     """Whether the index is there. A large one takes seconds and much memory to parse, so it is only recognised."""
-    size = receipts.location.size(receipts.index_key)
+    size = receipts.store.size(receipts.index_key)
     if size is not None and size > _WHOLE_INDEX_BYTES:
-        (tail,) = receipts.location.read_ranges(receipts.index_key, [(size - _INDEX_TAIL_BYTES, size)])
+        (tail,) = receipts.store.read_ranges(receipts.index_key, [(size - _INDEX_TAIL_BYTES, size)])
         if receipts.record_sha256.encode() in tail:
             return True
     return receipts.index is not None
@@ -200,7 +201,7 @@ def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
     committed = np.zeros(receipts.shards, dtype=bool)
     newest: list[tuple[float, int]] = []
     notes = _Notes()
-    for name, written in receipts.location.listing(receipts.folder):
+    for name, written in receipts.store.listing(receipts.folder):
         shard = receipts.shard_of(name)
         if shard is None:
             for noted, into in ((claimed_shard(name), notes.claims), (failed_shard(name), notes.failed)):
@@ -220,13 +221,13 @@ def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
 
 def _held(receipts: Receipts, claimed: Sequence[int]) -> int:
     """How many of some claims somebody holds: a killed worker leaves some behind."""
-    claims = claims_in(receipts.location, receipts.folder)
+    claims = claims_in(receipts.store, receipts.folder)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return sum(pool.map(claims.is_held, claimed[:_MOST_CLAIMS])) + len(claimed[_MOST_CLAIMS:])
 
 
 def _notes_of(receipts: Receipts, failed: Sequence[int]) -> tuple[FailedShard, ...]:
-    failures = Failures(receipts.location, receipts.folder)
+    failures = Failures(receipts.store, receipts.folder)
     return tuple(note for note in map(failures.read, failed[:_MOST_FAILURES]) if note is not None)
 
 
@@ -236,7 +237,7 @@ def _begun(receipts: Receipts, committed: NDArray[np.bool_]) -> int | None:
     shards = set()
     # A writer begins with the first array; below its name, a shard is an object or a folder.
     folder = f"{receipts.folder.removesuffix('receipts')}{receipts.first_array.name}/c"
-    for name, _ in receipts.location.listing(folder):
+    for name, _ in receipts.store.listing(folder):
         number = name.partition(".")[0]
         if number.isdecimal() and int(number) < receipts.shards and not committed[int(number)]:
             shards.add(int(number))
@@ -261,13 +262,13 @@ def _recent_commits(receipts: Receipts, newest: Sequence[int], known: Known) -> 
 
 def _commits(receipts: Receipts, shards: Sequence[int], known: Known) -> Iterable[Commit]:
     # A receipt that was seen is not asked for again: only a repair makes a shard's receipt anew.
-    wanted = [shard for shard in shards if receipts.location.where(receipts.key(shard)) not in known]
-    with ThreadPoolExecutor(1 if receipts.location.local_path is not None else _AT_ONCE) as pool:
+    wanted = [shard for shard in shards if receipts.store.where(receipts.key(shard)) not in known]
+    with ThreadPoolExecutor(1 if receipts.store.local_path is not None else _AT_ONCE) as pool:
         for receipt in pool.map(lambda shard: _receipt(receipts, shard), wanted):
             if receipt is not None:
-                known[receipts.location.where(receipts.key(receipt.shard))] = receipt
+                known[receipts.store.where(receipts.key(receipt.shard))] = receipt
     for shard in shards:
-        receipt = known.get(receipts.location.where(receipts.key(shard)))
+        receipt = known.get(receipts.store.where(receipts.key(shard)))
         time = None if receipt is None else _seconds(receipt.written_at)
         if receipt is not None and time is not None:
             yield Commit(time, receipt.stop - receipt.start, receipt.seconds, receipt.host)
@@ -277,13 +278,13 @@ def _receipt(receipts: Receipts, shard: int) -> ShardReceipt | None:
     """A receipt as it stands, without the index that an entry of millions of shards would have to be read for."""
     key = receipts.key(shard)
     try:
-        data = receipts.location.read_json(key)
+        data = receipts.store.read_json(key)
     except FileNotFoundError:  # re-opened by a repair since the names were listed
         return None
-    receipt = unseal(ShardReceipt, data, receipts.location.where(key))
+    receipt = unseal(ShardReceipt, data, receipts.store.where(key))
     expected = (receipts.record_sha256, shard, *receipts.first_array.shard_range(shard))
     if (receipt.record_sha256, receipt.shard, receipt.start, receipt.stop) != expected:
-        where = receipts.location.where(key)
+        where = receipts.store.where(key)
         raise CorruptCache(f"{where}: it is the receipt of something else; run logit-cache verify")
     return receipt
 

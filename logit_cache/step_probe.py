@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.errors import InputError
-from storage.format import ArraySpec
-from storage.manifest import TeacherEntry
-from storage.records import SparseTargets
-from storage.shards import decode_chunk
-from storage.writer import encode_targets
+from storage.format.layout import ArraySpec
+from storage.format.manifest import TeacherEntry
+from storage.format.shard import decode_chunk, encode_targets
+from storage.format.targets import SparseTargets
 from student.dense import DenseLoss
 from student.losses import DistillationLoss
 from student.models import load_student

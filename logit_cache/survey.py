@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from logit_cache.job import CacheJob
+from storage.cache.reader import LogitCache
 from storage.errors import CacheNotFound
-from storage.reader import LogitCache
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
     from logit_cache.job import OpenJob, open_writer
     from logit_cache.pipeline import Committer
     from logit_cache.worker import positions_of
-    from storage.reader import LogitCache
+    from storage.cache.reader import LogitCache
     from teachers.ranks import from_first
 
     opened = OpenJob(prepared.cache, prepared.teacher, open_writer(job, prepared.entry))
@@ -133,8 +133,9 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
 def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
     from logit_cache.build import score_range
     from logit_cache.fidelity import measure_entry
-    from storage.manifest import TeacherEntry, differences
-    from storage.reader import LogitCache
+    from storage.cache.reader import LogitCache
+    from storage.format.manifest import TeacherEntry
+    from storage.format.sealing import differences
     from teachers.ranks import from_first
 
     entry = TeacherEntry.model_validate(from_first(ranks))

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from storage.cache.reader import LogitCache
 from storage.errors import InputError, LogitCacheError
-from storage.reader import LogitCache
 
 Ranges = tuple[tuple[int, int], ...]
 

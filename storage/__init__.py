@@ -1,27 +1,49 @@
-"""On-disk truth: the cache format, its records, and how they are written and read.
+"""On-disk truth: what a cache is, where its bytes lie, how they are read, written, checked and copied; no torch.
 
-`from storage import LogitCache` opens a cache; the format itself is specified in `storage.format`.
+`from storage import LogitCache` opens a cache. The format is specified in `storage.format`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storage.reader import LogitCache
-    from storage.records import SparseTargets
+    from storage.cache.reader import LogitCache, TeacherTargets
+    from storage.errors import (
+        CacheNotFound,
+        CorruptCache,
+        FormatError,
+        IdentityMismatch,
+        IncompleteCache,
+        InputError,
+        LogitCacheError,
+        MissingObject,
+        StorageFull,
+        StoreUnavailable,
+    )
+    from storage.format.targets import SparseTargets
 
-__all__ = ["LogitCache", "SparseTargets"]
+_HOMES = {"LogitCache": "storage.cache.reader", "TeacherTargets": "storage.cache.reader"}
+_HOMES |= {"SparseTargets": "storage.format.targets"}
+__all__ = [
+    "CacheNotFound",
+    "CorruptCache",
+    "FormatError",
+    "IdentityMismatch",
+    "IncompleteCache",
+    "InputError",
+    "LogitCache",
+    "LogitCacheError",
+    "MissingObject",
+    "SparseTargets",
+    "StorageFull",
+    "StoreUnavailable",
+    "TeacherTargets",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, because zarr takes a third of a second to import and `--help` needs none of it.
-    if name == "LogitCache":
-        from storage.reader import LogitCache
-
-        return LogitCache
-    if name == "SparseTargets":
-        from storage.records import SparseTargets
-
-        return SparseTargets
+    if name in __all__:
+        return getattr(importlib.import_module(_HOMES.get(name, "storage.errors")), name)
     raise AttributeError(f"module 'storage' has no attribute {name!r}")

@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
-from storage.manifest import TeacherEntry, digest
+from storage.format.manifest import TeacherEntry
+from storage.format.sealing import digest
 from student.dense import DenseLoss, LogitSource
 from student.job import LiveTeachers, StudentJob
 from student.losses import DistillationLoss, tail_of

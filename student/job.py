@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from storage.config import parse_yaml
+from storage.config import Frozen, parse_yaml
 from storage.errors import InputError
-from storage.manifest import TEACHER_NAME
+from storage.format.manifest import TEACHER_NAME
 from student.objective import Objective
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class TeacherWeight(_Frozen):
+class TeacherWeight(Frozen):
     """One member of the mixture. Weights are relative: they are normalised to sum 1."""
 
     name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
@@ -156,7 +152,7 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
-class HeldOutKL(_Frozen):
+class HeldOutKL(Frozen):
     """KL(teacher || student) in nats per token; `lower_bound` where the tail is a bucket: not where every id was
     stored (K = V), nor where drawn ids estimate it without bias."""
 
@@ -164,7 +160,7 @@ class HeldOutKL(_Frozen):
     lower_bound: bool
 
 
-class HeldOutReport(_Frozen):
+class HeldOutReport(Frozen):
     """Held-out figures of the finished model, over every labelled position of the evaluation cache once.
 
     cross_entropy in nats per token; bits_per_byte counts the bytes of the text, and is None where not all of it is
@@ -184,7 +180,7 @@ class HeldOutReport(_Frozen):
     distillation_loss: float | None = None
 
 
-class LiveTeachers(_Frozen):
+class LiveTeachers(Frozen):
     """Teachers that ran beside the student: where they came from, and what tells them from others."""
 
     sources: tuple[str, ...]
@@ -192,7 +188,7 @@ class LiveTeachers(_Frozen):
     provenance: dict[str, str]
 
 
-class PeakMemory(_Frozen):
+class PeakMemory(Frozen):
     """The most that a process held: resident bytes, and bytes of torch's allocator on a CUDA device (else None).
 
     Of the process that finished the run, and the first where there were several.
@@ -202,7 +198,7 @@ class PeakMemory(_Frozen):
     device_bytes: int | None
 
 
-class TailBound(_Frozen):
+class TailBound(Frozen):
     """How far a teacher's mass outside its certain ids can be from the interpolated one, as a share of 1."""
 
     mean: float
@@ -210,7 +206,7 @@ class TailBound(_Frozen):
     positions: int
 
 
-class TrainingReport(_Frozen):
+class TrainingReport(Frozen):
     """What a run did; `report.json` in its output directory.
 
     job                 as it ran, `training` with the defaults filled in

@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from storage.config import Frozen
 from storage.errors import InputError
+from storage.progress import Advance
 from student.buckets import NOT_TRAINED
 from student.evaluate import BATCH_LOGITS, head_columns, next_token_logprobs
 
@@ -123,7 +124,6 @@ _TERMS = {"s-selection": "argument_structure"}
 _GROUP_OF = {paradigm: group for group, paradigms in PHENOMENA.items() for paradigm in paradigms}
 
 Sentence = tuple[int, ...]
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,7 @@ class Pair:
     group: str
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GroupScore(_Frozen):
+class GroupScore(Frozen):
     """`accuracy` is the share of right pairs."""
 
     pairs: int
@@ -153,7 +149,7 @@ class ParadigmScore(GroupScore):
     group: str
 
 
-class PairScores(_Frozen):
+class PairScores(Frozen):
     """What a model makes of a folder of minimal pairs; accuracies are fractions.
 
     mean_over_groups     of the groups' accuracies, unweighted; over BLiMP's 12 it is the BLiMP score of the BabyLM

@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
-from storage.local import replace_file
+from storage.files import replace_file
 from student.job import TrainingReport
 
 RUN_FILE = "run.json"

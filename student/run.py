@@ -22,20 +22,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
 from storage.errors import InputError
+from storage.progress import Say
 from student.arguments import PRESENTATION, training_arguments, training_values
 from student.buckets import NOT_TRAINED
 from student.dense import LogitSource
 from student.evaluate import HeldOut
 from student.heads import choose_head
 from student.inputs import Data, check_step, fit, open_caches
-from student.job import (
-    HeldOutKL,
-    HeldOutReport,
-    PeakMemory,
-    StudentJob,
-    TailBound,
-    TrainingReport,
-)
+from student.job import HeldOutKL, HeldOutReport, PeakMemory, StudentJob, TailBound, TrainingReport
 from student.memory import peak_device_bytes, peak_process_bytes
 from student.models import PRESETS, load_student
 from student.objective import EXACT_TEMPERATURES
@@ -46,8 +40,6 @@ from student.step import CUTTING, settle_step, windows_per_step
 from student.targets import interpolation_bound
 from student.trainer import DistillationTrainer
 from student.windows import DistillationWindows, collate, flat_targets, reading_order
-
-Say = Callable[[str], None]
 
 # Live teachers of a job, on a device; `teachers.live` has it, and nothing here may import that.
 LoadLive = Callable[[StudentJob, torch.device], LogitSource]

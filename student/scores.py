@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
+from storage.config import Frozen
 from storage.errors import IdentityMismatch, InputError
-from storage.local import replace_file
-from storage.vocabulary import differing_entries, has_tokenizer, vocabulary_sha256
+from storage.files import replace_file
+from storage.format.identity import differing_entries, has_tokenizer, vocabulary_sha256
+from storage.progress import Track
 from student.evaluate import HeldOut, held_out
 from student.job import HeldOutKL
 from student.lm_eval_tasks import check_folder, write_tasks
@@ -38,14 +40,12 @@ from student.minimal_pairs import (
 from student.models import load_student
 from student.windows import DistillationWindows
 
-Track = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
-
 # AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
 
 
-class _Frozen(BaseModel):
+class _Frozen(Frozen):
     # A model that is hopelessly wrong has an infinite perplexity, and its report must still be JSON.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
 class EvaluationJob(_Frozen):

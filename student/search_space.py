@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from storage.config import read_yaml
+from storage.config import Frozen, read_yaml
 from storage.errors import InputError
 
 Scalar = bool | int | float | str
@@ -37,8 +37,8 @@ class Draw:
     choices: tuple[Scalar, ...] = ()
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class _Frozen(Frozen):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Choices(_Frozen):

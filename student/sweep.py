@@ -17,6 +17,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import InputError
+from storage.progress import Say
 from student.arguments import PRESENTATION, training_arguments, training_values
 from student.inputs import Caches, open_caches
 from student.job import StudentJob
@@ -26,8 +27,6 @@ from student.search_space import Search
 from student.sweep_record import INTERRUPTED, SweepFolder, SweepReport
 from student.sweep_trainer import SweepInputs, SweepTrainer, TrialFailed
 from student.trial_job import OBJECTIVE, check_names, check_space
-
-Say = Callable[[str], None]
 
 _NEEDS = {"optuna": ("optuna",), "ray": ("ray.tune", "optuna")}
 

@@ -28,16 +28,7 @@ from student.search_space import Search
 from student.step import settle_step, windows_per_step
 from student.sweep_record import SweepFolder, TrialRecord
 from student.trainer import DistillationTrainer, FollowAlpha, bind_loss
-from student.trial_job import (
-    MODEL,
-    OBJECTIVE,
-    STEP,
-    WINDOWS,
-    shown,
-    trial_job,
-    trial_settings,
-    write_settings,
-)
+from student.trial_job import MODEL, OBJECTIVE, STEP, WINDOWS, shown, trial_job, trial_settings, write_settings
 
 
 class TrialFailed(Exception):

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from storage.manifest import TeacherEntry
+from storage.format.manifest import TeacherEntry
 from student.objective import Tail, check_temperature
 
 Targets = Mapping[str, Tensor]

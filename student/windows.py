@@ -24,8 +24,9 @@ from torch.utils.data import Dataset
 
 from storage import LogitCache
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.manifest import TeacherEntry, digest
-from storage.records import SparseTargets
+from storage.format.manifest import TeacherEntry
+from storage.format.sealing import digest
+from storage.format.targets import SparseTargets
 from student.blocks import Blocks, Offset
 from student.buckets import NOT_TRAINED
 from student.order import GROUP_TOKENS, LANES, ReadingOrder

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from storage.manifest import Teacher as TeacherRecord
+from storage.format.manifest import Teacher as TeacherRecord
 from teachers.base import Teacher
 
 Combination = Literal["logit-mean", "mixture"]

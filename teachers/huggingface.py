@@ -17,9 +17,9 @@ import transformers
 from torch import Tensor
 
 from storage.errors import InputError
-from storage.manifest import Teacher as TeacherRecord
-from storage.manifest import TeacherIdentity
-from storage.vocabulary import has_tokenizer
+from storage.format.identity import has_tokenizer
+from storage.format.manifest import Teacher as TeacherRecord
+from storage.format.manifest import TeacherIdentity
 from teachers.device_map import DeviceMap, input_device
 from teachers.heads import choose_path, forward, is_causal
 from teachers.ranks import ColumnShard, Ranks

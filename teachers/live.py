@@ -13,7 +13,7 @@ from torch import Tensor
 
 from storage import LogitCache
 from storage.errors import IdentityMismatch
-from storage.vocabulary import vocabulary_sha256
+from storage.format.identity import vocabulary_sha256
 from student.job import StudentJob
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher

@@ -56,9 +56,9 @@ def make(folder: Path) -> None:
     from support.caches.small import make_corpus
 
     from storage import LogitCache
-    from storage.format import entry_layout
-    from storage.manifest import Encoding
-    from storage.writer import EntryWriter
+    from storage.cache.writer import EntryWriter
+    from storage.format.layout import entry_layout
+    from storage.format.manifest import Encoding
 
     url, name = exact_entry("topk")
     source = LogitCache.open(str(url))

@@ -173,10 +173,10 @@ class Way:
 def _cached_ways() -> Iterator[Way]:
     """The two float32 entries of the teacher, and what the writer makes of the same targets in other forms."""
     from storage import LogitCache
-    from storage.encoding import logprob_floor
-    from storage.manifest import Encoding, TeacherEntry
-    from storage.pruning import prune
-    from storage.writer import EntryWriter
+    from storage.cache.writer import EntryWriter
+    from storage.format.encoding import logprob_floor
+    from storage.format.manifest import Encoding, TeacherEntry
+    from storage.format.pruning import prune
 
     sources = {}
     for kind in _WORDS:
@@ -249,9 +249,8 @@ def _entry_way(name: str, kind: str, url: Path, entry_name: str, exact: Any) -> 
 
 def _encode(entry: Any, exact: Any) -> None:
     """What the writer does before it publishes."""
-    from storage.format import teacher_arrays
-    from storage.shards import encode_shard
-    from storage.writer import encode_targets
+    from storage.format.layout import teacher_arrays
+    from storage.format.shard import encode_shard, encode_targets
 
     for shard in range(-(-entry.positions // entry.layout.shard)):
         start = shard * entry.layout.shard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,3 +28,8 @@ def original(tmp_path_factory: pytest.TempPathFactory, stream: tuple[np.ndarray,
     write_entry(path, "codes", make_entry(record, K, shard_tokens=256, chunk_tokens=64), stream[1])
     write_entry(path, "exact", make_entry(record, K, encoding="float32", shard_tokens=256, chunk_tokens=64), stream[1])
     return path
+
+
+@pytest.fixture
+def cache(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "cache"))

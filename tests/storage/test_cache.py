@@ -18,6 +18,7 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from support.caches.two_entries import K, N, V
 
 from storage import LogitCache, SparseTargets
+from storage.cache.writer import EntryWriter, ShardWriter
 from storage.errors import (
     CacheNotFound,
     CorruptCache,
@@ -27,15 +28,11 @@ from storage.errors import (
     InputError,
     LogitCacheError,
 )
-from storage.format import teacher_arrays
-from storage.location import locate
-from storage.manifest import CacheRecord, Windowing, canonical_json
-from storage.writer import EntryWriter, ShardWriter, encode_targets
-
-
-@pytest.fixture
-def cache(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "cache"))
+from storage.format.layout import teacher_arrays
+from storage.format.manifest import CacheRecord, Windowing
+from storage.format.sealing import canonical_json
+from storage.format.shard import encode_targets
+from storage.stores import open_store
 
 
 @pytest.mark.parametrize("scheme", ["path", "file", "memory"])
@@ -255,7 +252,7 @@ def test_values_that_break_the_format_are_refused_though_their_receipt_is_right(
             writer.commit(0, damaged)
         assert writer.pending() == [0]
         specs = teacher_arrays(entry)
-        foreign = ShardWriter(locate(url), f"teachers/e{number}/", f"teachers/e{number}/receipts", specs, entry)
+        foreign = ShardWriter(open_store(url), f"teachers/e{number}/", f"teachers/e{number}/receipts", specs, entry)
         foreign.commit(0, encode_targets(entry, damaged))
         with pytest.raises(CorruptCache, match="breaks the format"):
             LogitCache.open(url).teacher(f"e{number}").read(0, 5)

@@ -19,17 +19,17 @@ from support.commands import Run, refused
 from support.servers.fault_proxy import Fault, FaultProxy
 from support.servers.s3 import Bucket, use
 
-import storage.doctor
-from storage.doctor import Finding, examine, safe_to_write
+import storage.stores.doctor
 from storage.errors import InputError, StoreUnavailable
-from storage.local import LocalLocation
+from storage.stores.doctor import Finding, examine, safe_to_write
+from storage.stores.local import LocalStore
 
 
 def broken(findings: list[Finding]) -> list[str]:
     return [finding.name for finding in findings if finding.state == "not"]
 
 
-class Torn(LocalLocation):
+class Torn(LocalStore):
     """Overwrites in place, in two steps."""
 
     def replace(self, key: str, data: bytes) -> None:
@@ -43,7 +43,7 @@ class Torn(LocalLocation):
             file.truncate()
 
 
-class Deleting(LocalLocation):
+class Deleting(LocalStore):
     """Removes the old version before it writes the new one."""
 
     def replace(self, key: str, data: bytes) -> None:
@@ -52,7 +52,7 @@ class Deleting(LocalLocation):
         super().replace(key, data)
 
 
-class Careless(LocalLocation):
+class Careless(LocalStore):
     """Says that a name is refused when taken, after a look that is not part of the write."""
 
     def create(self, key: str, data: bytes) -> bool:
@@ -63,7 +63,7 @@ class Careless(LocalLocation):
         return True
 
 
-class Unconditional(LocalLocation):
+class Unconditional(LocalStore):
     """Ignores the condition, as some S3 servers do."""
 
     def create(self, key: str, data: bytes) -> bool:
@@ -71,12 +71,12 @@ class Unconditional(LocalLocation):
         return True
 
 
-class NoCondition(LocalLocation):
+class NoCondition(LocalStore):
     def create(self, key: str, data: bytes) -> bool:
         raise NotImplementedError
 
 
-class Late(LocalLocation):
+class Late(LocalStore):
     """Lists what is older than a moment."""
 
     def walk(self, prefix: str = "") -> dict[str, int]:
@@ -84,19 +84,19 @@ class Late(LocalLocation):
         return {k: v for k, v in found.items() if time.time() - self._path(k).stat().st_mtime > 0.2}
 
 
-class WholeOnly(LocalLocation):
+class WholeOnly(LocalStore):
     """Ignores ranges."""
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         return [self.read(key) for _ in ranges]
 
 
-class Undeletable(LocalLocation):
+class Undeletable(LocalStore):
     def remove(self, key: str) -> None:
         """Says nothing, does nothing."""
 
 
-class Stale(LocalLocation):
+class Stale(LocalStore):
     """Serves the first version of an object that it was asked for."""
 
     def __init__(self, path: Path) -> None:
@@ -107,7 +107,7 @@ class Stale(LocalLocation):
         return self._first.setdefault(key, super().read(key, at_most))
 
 
-class ReadOnly(LocalLocation):
+class ReadOnly(LocalStore):
     def replace(self, key: str, data: bytes) -> None:
         raise StoreUnavailable("access refused")
 
@@ -128,9 +128,9 @@ PLACES = [
 
 @pytest.mark.parametrize(("place", "name", "safe"), PLACES)
 def test_each_broken_guarantee_is_found(
-    place: Callable[[Path], LocalLocation], name: str, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Callable[[Path], LocalStore], name: str, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.doctor, "locate", lambda url: place(Path(url)))
+    monkeypatch.setattr(storage.stores.doctor, "open_store", lambda url: place(Path(url)))
     found = examine(str(tmp_path / "place"))
     assert broken(found) == [name]
     assert safe_to_write(found) == safe

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.encoding import (
+from storage.format.encoding import (
     DEFAULT_STEP_NATS,
     decode_logprobs,
     encode_logprobs,

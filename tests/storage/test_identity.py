@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from storage.errors import InputError
-from storage.stream import stream_sha256
-from storage.vocabulary import differing_entries, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
+from storage.format.identity import (
+    differing_entries,
+    stream_sha256,
+    tokenizer_fingerprint,
+    vocabulary_sha256,
+    vocabulary_size,
+)
 
 VOCABULARY = {"<pad>": 0, "über": 1, "cat": 2, "dog": 7}
 

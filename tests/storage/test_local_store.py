@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-import storage.remote
+import storage.stores.remote
 from storage.errors import CorruptCache, InputError, LogitCacheError, MissingObject, StorageFull
-from storage.local import LocalLocation
-from storage.location import check_key, locate
-from storage.remote import FsspecLocation
+from storage.stores import open_store
+from storage.stores.base import check_key
+from storage.stores.local import LocalStore
+from storage.stores.remote import RemoteStore
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -41,37 +42,37 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_file_is_synced_before_it_has_its_name_and_the_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    location = LocalLocation(tmp_path)
+    store = LocalStore(tmp_path)
     events = recorded(monkeypatch)
-    assert location.publish("one", b"1")
+    assert store.publish("one", b"1")
     assert events == ["sync file", "link", "sync folder"]
     events.clear()
-    location.replace("one", b"2")
+    store.replace("one", b"2")
     assert events == ["sync file", "replace", "sync folder"]
 
 
 def test_new_folders_are_synced_into_their_parents_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = recorded(monkeypatch)
-    LocalLocation(tmp_path).publish("a/b/c", b"1")
+    LocalStore(tmp_path).publish("a/b/c", b"1")
     assert events == ["sync folder", "sync folder", "sync file", "link", "sync folder"]
 
 
 def test_a_taken_name_is_never_replaced(tmp_path: Path) -> None:
-    location = LocalLocation(tmp_path)
-    assert location.publish("key", b"first")
-    assert not location.publish("key", b"second")
-    assert location.read("key") == b"first"
-    assert location.names("") == ["key"]
+    store = LocalStore(tmp_path)
+    assert store.publish("key", b"first")
+    assert not store.publish("key", b"second")
+    assert store.read("key") == b"first"
+    assert store.names("") == ["key"]
 
 
 def test_a_name_taken_at_the_last_moment_is_not_replaced_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another worker publishes between the look and the link."""
-    location = LocalLocation(tmp_path)
+    store = LocalStore(tmp_path)
     monkeypatch.setattr(Path, "exists", lambda self: self == tmp_path)
     (tmp_path / "key").write_bytes(b"theirs")
-    assert not location.publish("key", b"ours")
+    assert not store.publish("key", b"ours")
     assert (tmp_path / "key").read_bytes() == b"theirs"
     assert sorted(os.listdir(tmp_path)) == ["key"]
 
@@ -83,10 +84,10 @@ def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
 
     if without_links:
         monkeypatch.setattr(os, "link", refuse)
-    location = LocalLocation(tmp_path)
-    assert location.publish("key", b"first")
-    assert not location.publish("key", b"second")
-    assert location.read("key") == b"first"
+    store = LocalStore(tmp_path)
+    assert store.publish("key", b"first")
+    assert not store.publish("key", b"second")
+    assert store.read("key") == b"first"
 
 
 @pytest.mark.parametrize("failing", ["fsync", "link"])
@@ -98,7 +99,7 @@ def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     if failing == "link":
         monkeypatch.setattr(os, "rename", full)
     with pytest.raises(StorageFull, match="no space left"):
-        LocalLocation(tmp_path).publish("key", b"data")
+        LocalStore(tmp_path).publish("key", b"data")
     assert os.listdir(tmp_path) == []
 
 
@@ -118,8 +119,8 @@ def test_what_must_be_there_is_asked_for_again_across_a_network_only(
     expected: type[CorruptCache],
     message: str,
 ) -> None:
-    monkeypatch.setattr(storage.remote, "_INSIST_PAUSE_S", 0.0)
-    location = locate(str(tmp_path) if place == "folder" else f"memory://{tmp_path.name}")
+    monkeypatch.setattr(storage.stores.remote, "_INSIST_PAUSE_S", 0.0)
+    store = open_store(str(tmp_path) if place == "folder" else f"memory://{tmp_path.name}")
     most = 1 if place == "folder" else 3
     for failures in range(most + 1):
         answers = [failure] * failures
@@ -132,10 +133,10 @@ def test_what_must_be_there_is_asked_for_again_across_a_network_only(
             return "right"
 
         if failures < most:
-            assert location.insist("key", "its receipt exists", request) == "right"
+            assert store.insist("key", "its receipt exists", request) == "right"
             continue
         with pytest.raises(expected, match=message + (r" \(asked 3 times\)$" if most == 3 else "$")) as raised:
-            location.insist("key", "its receipt exists", request)
+            store.insist("key", "its receipt exists", request)
         assert type(raised.value) is expected
         assert len(asked) == most
 
@@ -144,31 +145,31 @@ def test_what_must_be_there_is_asked_for_again_across_a_network_only(
 def test_publishing_what_is_new_looks_only_where_puts_have_no_condition(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conditional: bool
 ) -> None:
-    location = locate(f"memory://{tmp_path.name}")
+    store = open_store(f"memory://{tmp_path.name}")
     asked: list[str] = []
-    put, size = FsspecLocation._put, FsspecLocation.size
+    put, size = RemoteStore._put, RemoteStore.size
 
-    def log_put(self: FsspecLocation, key: str, data: bytes, **mode: str) -> None:
+    def log_put(self: RemoteStore, key: str, data: bytes, **mode: str) -> None:
         asked.append("create" if mode else "put")
         if mode and not conditional:
             raise NotImplementedError
         put(self, key, data, **mode)
 
-    def log_size(self: FsspecLocation, key: str) -> int | None:
+    def log_size(self: RemoteStore, key: str) -> int | None:
         asked.append("look")
         return size(self, key)
 
-    monkeypatch.setattr(FsspecLocation, "_put", log_put)
-    monkeypatch.setattr(FsspecLocation, "size", log_size)
-    assert location.publish_new("a", b"1")
+    monkeypatch.setattr(RemoteStore, "_put", log_put)
+    monkeypatch.setattr(RemoteStore, "size", log_size)
+    assert store.publish_new("a", b"1")
     assert asked == (["create"] if conditional else ["create", "look", "put"])
     asked.clear()
-    assert not location.publish_new("a", b"2")
+    assert not store.publish_new("a", b"2")
     assert asked == (["create"] if conditional else ["look"])
     asked.clear()
-    assert location.publish("b", b"1")
+    assert store.publish("b", b"1")
     assert asked == ["look", "create" if conditional else "put"]
-    assert location.read("a") == b"1"
+    assert store.read("a") == b"1"
 
 
 @pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "A", "a b", "a\\b", "a:b"])
@@ -180,4 +181,4 @@ def test_keys_that_could_leave_the_cache(key: str) -> None:
 @pytest.mark.parametrize("url", ["", "memory://a::memory://b", "nonsense://x"])
 def test_places_that_are_none(url: str) -> None:
     with pytest.raises(LogitCacheError):
-        locate(url)
+        open_store(url)

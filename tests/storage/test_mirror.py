@@ -16,7 +16,7 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 
 from storage import LogitCache, SparseTargets
 from storage.errors import CorruptCache, InputError, LogitCacheError
-from storage.remote import FsspecLocation
+from storage.stores.remote import RemoteStore
 
 V, N, K = 97, 640, 9
 OBJECT = "teachers/a/token_ids/c/1/0"
@@ -32,7 +32,7 @@ def truth() -> tuple[np.ndarray, SparseTargets]:
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr("storage.remote._INSIST_PAUSE_S", 0.0)
+    monkeypatch.setattr("storage.stores.remote._INSIST_PAUSE_S", 0.0)
     return tmp_path / "copies"
 
 
@@ -48,13 +48,13 @@ def url(tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]) -
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Keys of all whole-object reads from the store, from now on."""
     keys: list[str] = []
-    read = FsspecLocation.read
+    read = RemoteStore.read
 
-    def log(self: FsspecLocation, key: str, *limits: Any) -> bytes:
+    def log(self: RemoteStore, key: str, *limits: Any) -> bytes:
         keys.append(key)
         return read(self, key, *limits)
 
-    monkeypatch.setattr(FsspecLocation, "read", log)
+    monkeypatch.setattr(RemoteStore, "read", log)
     return keys
 
 
@@ -134,21 +134,21 @@ def test_what_the_store_gives_wrong_is_an_error_that_names_it(url: str, make: Ca
 def test_a_spurious_answer_is_asked_again(
     url: str, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets]
 ) -> None:
-    read = FsspecLocation.read
+    read = RemoteStore.read
     answers: dict[str, int] = {}
 
-    def flaky(self: FsspecLocation, key: str, *limits: Any) -> bytes:
+    def flaky(self: RemoteStore, key: str, *limits: Any) -> bytes:
         count = answers[key] = answers.get(key, 0) + 1
         if "/c/" in key and count == 1:
             raise FileNotFoundError(key)
         return b"" if "/c/" in key and count == 2 else read(self, key, *limits)
 
-    monkeypatch.setattr(FsspecLocation, "read", flaky)
+    monkeypatch.setattr(RemoteStore, "read", flaky)
     assert np.array_equal(ids(url), truth[1].token_ids)
 
 
 def test_copies_are_bounded(url: str, copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.mirror._IN_USE_S", 0.2)
+    monkeypatch.setattr("storage.stores.mirror._IN_USE_S", 0.2)
     monkeypatch.setenv("LOGIT_CACHE_LOCAL_BYTES", "3000")
     cache = LogitCache.open(url)
     for start in range(0, N, 128):

@@ -16,18 +16,16 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from support.caches.two_entries import K, N, V
 
 from storage import LogitCache, SparseTargets
-from storage.arrays import metadata_bytes
-from storage.errors import (
-    CorruptCache,
-)
-from storage.format import ArraySpec, teacher_arrays
-from storage.manifest import ArrayLayout, canonical_json
-from storage.shards import encode_shard
-from storage.verify import verify
+from storage.cache.verify import verify
+from storage.errors import CorruptCache
+from storage.format.layout import ArraySpec, metadata_bytes, teacher_arrays
+from storage.format.manifest import ArrayLayout
+from storage.format.sealing import canonical_json
+from storage.format.shard import encode_shard
 
 
 def decoded_by_the_format_page(arrays: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs and tail by the arithmetic that storage/format.py states, from any reader's arrays."""
+    """Log-probs and tail by the arithmetic that storage/format/__init__.py states, from any reader's arrays."""
     step = arrays["step"]
     logprobs = arrays["top_logprob"][:, None] - step * np.cumsum(arrays["logprob_codes"].astype(np.int64), axis=1)
     return logprobs, arrays["log_tail"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import storage.processes
-from storage.processes import has_ended, this_process
+import storage.cache.processes
+from storage.cache.processes import has_ended, this_process
 
-TELL = "from storage.processes import this_process; print(this_process(), flush=True); input()"
+TELL = "from storage.cache.processes import this_process; print(this_process(), flush=True); input()"
 
 
 def named_child() -> tuple[subprocess.Popen[str], str]:
@@ -41,9 +41,9 @@ def test_a_hidden_process_is_not_taken_for_ended(monkeypatch: pytest.MonkeyPatch
     """As where another user's are not to be seen in /proc: a signal is refused, or goes through."""
     child, name = named_child()
     with monkeypatch.context() as hidden:
-        machine = storage.processes._machine()
-        hidden.setattr(storage.processes, "_machine", lambda: machine)
-        hidden.setattr(storage.processes, "_PROC", Path("/nowhere"))
+        machine = storage.cache.processes._machine()
+        hidden.setattr(storage.cache.processes, "_machine", lambda: machine)
+        hidden.setattr(storage.cache.processes, "_PROC", Path("/nowhere"))
         assert not has_ended(name)
         child.communicate("\n", timeout=60)
         assert has_ended(name)
@@ -54,7 +54,7 @@ def test_nothing_is_known_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> 
     assert name is not None
     _, pid, start = name.split("/")
     assert not has_ended(f"another/{pid}/{int(start) - 1}")
-    monkeypatch.setattr(storage.processes.socket, "gethostname", lambda: "another")
+    monkeypatch.setattr(storage.cache.processes.socket, "gethostname", lambda: "another")
     assert not has_ended(name.replace(start, "1"))
 
 
@@ -71,6 +71,6 @@ def test_what_is_no_name_has_not_ended(rest: str) -> None:
 def test_without_proc_there_are_no_names(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     name = this_process()
     assert name is not None
-    monkeypatch.setattr(storage.processes, "_PROC", tmp_path)
+    monkeypatch.setattr(storage.cache.processes, "_PROC", tmp_path)
     assert this_process() is None
     assert not has_ended(name)

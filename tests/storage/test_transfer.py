@@ -18,22 +18,23 @@ from support.caches import known
 from support.caches.small import make_corpus, make_entry, write_entry
 from support.crash_disk import Crash, Disk
 
-import storage.quarantine
-import storage.remote
-import storage.writer
+import storage.format.shard
+import storage.stores.remote
+import storage.transfer.staging
 from storage import LogitCache
+from storage.cache.verify import verify
+from storage.cache.writer import EntryWriter
 from storage.errors import CacheNotFound, CorruptCache, IdentityMismatch, IncompleteCache, InputError
-from storage.location import locate
-from storage.manifest import CacheRecord, ShardReceipt, sealed_bytes, unseal
-from storage.remote import FsspecLocation
-from storage.transfer import Delivery, prepare
-from storage.verify import verify
-from storage.writer import EntryWriter
+from storage.format.manifest import CacheRecord, ShardReceipt
+from storage.format.sealing import sealed_bytes, unseal
+from storage.stores import open_store
+from storage.stores.remote import RemoteStore
+from storage.transfer.copy import Delivery, prepare
 
 
 @pytest.fixture(autouse=True)
 def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.writer, "encode_shard", known.encode_once)
+    monkeypatch.setattr(storage.format.shard, "encode_shard", known.encode_once)
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -48,7 +49,7 @@ def copy(source: Path | str, target: Path | str, **options: Any) -> Delivery:
 
 def at(url: str) -> dict[str, bytes]:
     """Every object below a URL, by key."""
-    place = locate(url)
+    place = open_store(url)
     return {key: place.read(key) for key in place.walk()}
 
 
@@ -167,7 +168,7 @@ def test_the_same_shards_made_by_two_machines_are_one_entry(source: Path, target
 
 def test_an_object_that_the_target_lost_is_brought_back(source: Path, target: str) -> None:
     copy(source, target)
-    place = locate(target)
+    place = open_store(target)
     place.remove("teachers/a/kept/c/1")
     place.replace("teachers/b/entropy/c/0", b"short")
     done = copy(source, target)
@@ -220,20 +221,20 @@ def test_what_is_committed_meanwhile_is_not_replaced(
     """Also in a store that takes a put that must not replace for any other put."""
     target = f"memory://{tmp_path.name}/target"
     entry = known.entries(known.write_stream(target))["a"]
-    walk, put, written = FsspecLocation.walk, FsspecLocation._put, []
+    walk, put, written = RemoteStore.walk, RemoteStore._put, []
 
-    def then_commit(self: FsspecLocation, prefix: str = "") -> dict[str, int]:
+    def then_commit(self: RemoteStore, prefix: str = "") -> dict[str, int]:
         listed = walk(self, prefix)
         EntryWriter.open(target, "a", entry).commit(1, known.rows(entry, 1, variant))
-        monkeypatch.setattr(FsspecLocation, "walk", walk)
-        monkeypatch.setattr(FsspecLocation, "_put", careless)
+        monkeypatch.setattr(RemoteStore, "walk", walk)
+        monkeypatch.setattr(RemoteStore, "_put", careless)
         return listed
 
-    def careless(self: FsspecLocation, key: str, data: bytes, **mode: str) -> None:
+    def careless(self: RemoteStore, key: str, data: bytes, **mode: str) -> None:
         written.append(key)
         put(self, key, data)
 
-    monkeypatch.setattr(FsspecLocation, "walk", then_commit)
+    monkeypatch.setattr(RemoteStore, "walk", then_commit)
     refused = contextlib.nullcontext() if variant == 0 else pytest.raises(CorruptCache, match="other bytes")
     with refused:
         copy(source, target, teachers=["a"], workers=1)
@@ -242,7 +243,7 @@ def test_what_is_committed_meanwhile_is_not_replaced(
 
 
 def test_a_place_that_holds_something_else_is_refused(source: Path, target: str, tmp_path: Path) -> None:
-    locate(target).publish("photo.jpg", b"x")
+    open_store(target).publish("photo.jpg", b"x")
     with pytest.raises(InputError, match=r"photo\.jpg and is not a cache"):
         copy(source, target)
     assert at(target) == {"photo.jpg": b"x"}
@@ -285,13 +286,13 @@ def test_what_a_remote_source_damages_on_the_way_is_asked_for_again(
 ) -> None:
     url = f"memory://{tmp_path.name}/far"
     copy(source, url)
-    read, failures = FsspecLocation.read, iter([b"", b"flipped"])
+    read, failures = RemoteStore.read, iter([b"", b"flipped"])
 
-    def unreliable(self: FsspecLocation, key: str, *limit: int) -> bytes:
+    def unreliable(self: RemoteStore, key: str, *limit: int) -> bytes:
         return next(failures, None) or read(self, key, *limit) if key.endswith("kept/c/1") else read(self, key, *limit)
 
-    monkeypatch.setattr(FsspecLocation, "read", unreliable)
-    monkeypatch.setattr(storage.remote, "_INSIST_PAUSE_S", 0.0)
+    monkeypatch.setattr(RemoteStore, "read", unreliable)
+    monkeypatch.setattr(storage.stores.remote, "_INSIST_PAUSE_S", 0.0)
     copy(url, tmp_path / "near")
     assert known.contents(tmp_path / "near") == known.contents(source)
 
@@ -360,9 +361,9 @@ def test_a_full_disk_leaves_no_target_and_the_next_run_goes_on(
     assert not (tmp_path / "target").exists()
     assert not list((tmp_path / "target.incoming").rglob("*.partial"))
     copied: list[str] = []
-    whole = storage.quarantine.Quarantine.copy
+    whole = storage.transfer.staging.Quarantine.copy
     monkeypatch.setattr(
-        storage.quarantine.Quarantine,
+        storage.transfer.staging.Quarantine,
         "copy",
         lambda self, place, key, *others: copied.append(key) or whole(self, place, key, *others),
     )
@@ -457,9 +458,9 @@ def test_killed_at_any_request_to_a_store(
     known_whole: Path, tmp_path: Path, before: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = known.write_stream(tmp_path / "stream")
-    put, left = FsspecLocation._put, [0]
+    put, left = RemoteStore._put, [0]
 
-    def mortal(self: FsspecLocation, *arguments: Any, **mode: Any) -> None:
+    def mortal(self: RemoteStore, *arguments: Any, **mode: Any) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise Crash
@@ -470,13 +471,13 @@ def test_killed_at_any_request_to_a_store(
         target = f"memory://{tmp_path.name}/{before.__name__}-{stop}"
         left[0] = 1 << 30
         before(target)
-        monkeypatch.setattr(FsspecLocation, "_put", mortal)
+        monkeypatch.setattr(RemoteStore, "_put", mortal)
         left[0], stopped = stop, False
         try:
             copy(known_whole, target, teachers=["a"], workers=2)
         except Crash:
             stopped = True
-        monkeypatch.setattr(FsspecLocation, "_put", put)
+        monkeypatch.setattr(RemoteStore, "_put", put)
         found = honest(target, record)
         assert (found == "nothing") == (before is nothing_yet and stopped), stop
         if found == "a cache":

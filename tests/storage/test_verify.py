@@ -12,10 +12,10 @@ import pytest
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run
 
-import storage.verify
+import storage.cache.verify
 from storage import LogitCache, SparseTargets
-from storage.manifest import TeacherEntry
-from storage.verify import verify
+from storage.cache.verify import verify
+from storage.format.manifest import TeacherEntry
 
 V, N, K = 101, 600, 12
 
@@ -125,14 +125,14 @@ def test_repair_leaves_alone_what_a_worker_commits_meanwhile(
     entry = cache / "teachers/a"
     (entry / "receipts/index.json").unlink()
     (entry / "receipts/00000002.json").unlink()
-    check = storage.verify._check_group
+    check = storage.cache.verify._check_group
 
-    def then_commit(location: Any, group: Any, *others: Any) -> None:
-        check(location, group, *others)
+    def then_commit(store: Any, group: Any, *others: Any) -> None:
+        check(store, group, *others)
         if group.name == "teachers/a":
             write_entry(cache, "a", made[1], made[2])
 
-    monkeypatch.setattr(storage.verify, "_check_group", then_commit)
+    monkeypatch.setattr(storage.cache.verify, "_check_group", then_commit)
     found = verify(str(cache), repair=True)
     assert str(entry / "token_ids/c/2/0") in found.leftovers
     assert found.repaired == []

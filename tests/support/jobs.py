@@ -18,10 +18,10 @@ from support.commands import command, environment
 from logit_cache.job import CacheJob, open_job
 from logit_cache.this_process import run_local
 from storage import LogitCache
+from storage.cache.reader import TeacherTargets
 from storage.config import build_config
 from storage.errors import LogitCacheError
-from storage.reader import TeacherTargets
-from storage.records import SparseTargets
+from storage.format.targets import SparseTargets
 
 
 def cache_logits(cache: Path, name: str, *teachers: Path, **fields: Any) -> tuple[TeacherTargets, SparseTargets]:

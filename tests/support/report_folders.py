@@ -14,18 +14,9 @@ import numpy as np
 from support.caches.small import dense_targets, make_corpus, make_entry
 
 from storage import LogitCache
-from storage.fidelity import (
-    Angle,
-    Calibration,
-    CurvePoint,
-    Divergences,
-    FidelityReport,
-    NeededIds,
-    Size,
-    Spread,
-)
-from storage.manifest import Teacher, TeacherIdentity
-from storage.writer import EntryWriter
+from storage.cache.writer import EntryWriter
+from storage.format.fidelity import Angle, Calibration, CurvePoint, Divergences, FidelityReport, NeededIds, Size, Spread
+from storage.format.manifest import Teacher, TeacherIdentity
 from student.job import HeldOutKL, HeldOutReport, StudentJob, TrainingReport
 from student.minimal_pairs import PHENOMENA, GroupScore, PairScores, ParadigmScore
 from student.scores import EvaluationJob, EvaluationReport

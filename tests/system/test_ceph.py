@@ -20,8 +20,8 @@ from support.servers.fault_proxy import Fault, FaultProxy
 from support.servers.s3 import SMALL, Bucket, Server, assert_same_cache, kill_after_a_receipt, local_objects, start, use
 
 from storage import LogitCache
-from storage.doctor import examine, safe_to_write
-from storage.verify import verify
+from storage.cache.verify import verify
+from storage.stores.doctor import examine, safe_to_write
 
 pytestmark = pytest.mark.ceph
 
@@ -30,12 +30,12 @@ RACERS, ROUNDS = 8, 20
 # One process of a race: for every line that it reads, it creates an object that seven others create too.
 RACE = """
 import sys
-from storage.location import locate
-location, me = locate(sys.argv[1]), int(sys.argv[2])
-location.size("warm")
+from storage.stores import open_store
+store, me = open_store(sys.argv[1]), int(sys.argv[2])
+store.size("warm")
 print("ready", flush=True)
 for line in sys.stdin:
-    print(location.create(f"race/{int(line)}", bytes([me]) * 20_000), flush=True)
+    print(store.create(f"race/{int(line)}", bytes([me]) * 20_000), flush=True)
 """
 
 

@@ -23,10 +23,11 @@ import pytest
 from support.caches.known import Part, all_parts, contents, entries, write_whole
 
 from storage import LogitCache
+from storage.cache.verify import verify
 from storage.errors import LogitCacheError
-from storage.format import corpus_arrays, teacher_arrays
-from storage.manifest import CacheRecord, parse_json
-from storage.verify import verify
+from storage.format.layout import corpus_arrays, teacher_arrays
+from storage.format.manifest import CacheRecord
+from storage.format.sealing import parse_json
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ from support.commands import command, environment
 
 from logit_cache.share import pull
 from storage.errors import LogitCacheError
-from storage.format import teacher_arrays
-from storage.manifest import ATTRIBUTE, TeacherEntry, canonical_json
-from storage.shards import object_digest
+from storage.format.layout import teacher_arrays
+from storage.format.manifest import ATTRIBUTE, TeacherEntry
+from storage.format.sealing import canonical_json
+from storage.format.shard import object_digest
 
 V, N, K = 101, 16_384, 12
 SHARD, CHUNK = 8_192, 4_096
@@ -81,7 +82,7 @@ def run_measured(arguments: list[str], env: dict[str, str]) -> Peak:
 @pytest.fixture(scope="module")
 def imports() -> int:
     """Memory of the interpreter with everything imported that a pull imports."""
-    code = "import storage.transfer, logit_cache.share, logit_cache.cli, logit_cache.show, logit_cache.signing"
+    code = "import storage.transfer.copy, logit_cache.share, logit_cache.cli, logit_cache.show, logit_cache.signing"
     found = run_measured([sys.executable, "-c", code], environment())
     assert found.status == 0, found.stderr
     assert run_measured([sys.executable, "-c", "bytearray(256 << 20)"], environment()).memory > 256 << 20

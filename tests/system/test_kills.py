@@ -19,19 +19,19 @@ from support.caches import known
 from support.commands import TESTS, Run, environment
 from support.crash_disk import Crash, Disk
 
-import storage.writer
+import storage.format.shard
 from storage import LogitCache
+from storage.cache.verify import verify
+from storage.cache.writer import EntryWriter
 from storage.errors import IncompleteCache
-from storage.manifest import CacheRecord
-from storage.verify import verify
-from storage.writer import EntryWriter
+from storage.format.manifest import CacheRecord
 
 SHARD = 1
 
 
 @pytest.fixture(autouse=True)
 def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.writer, "encode_shard", known.encode_once)
+    monkeypatch.setattr(storage.format.shard, "encode_shard", known.encode_once)
 
 
 @pytest.fixture(scope="module")

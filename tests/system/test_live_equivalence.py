@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.references.live_runs import STEPS, cached_losses, live_losses
+from support.references.live_runs import STEPS, cached_losses, live_losses, world
 
 from student.losses import quantisation_bound
+
+__all__ = ["world"]  # a fixture, found by its name
 
 
 @pytest.mark.parametrize(

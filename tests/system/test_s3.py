@@ -24,8 +24,8 @@ from support.servers.fault_proxy import FaultProxy
 from support.servers.s3 import SMALL, Bucket, assert_same_cache, kill_after_a_receipt, local_objects, start, use
 
 from storage import LogitCache, SparseTargets
+from storage.cache.verify import verify
 from storage.errors import CacheNotFound, LogitCacheError
-from storage.verify import verify
 
 V, N, K = 101, 1200, 12
 

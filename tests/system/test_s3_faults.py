@@ -22,11 +22,11 @@ from support.servers.fault_proxy import Fault, FaultProxy, Kind
 from support.servers.s3 import Bucket, Server, free_port, new_bucket, remove_bucket, use
 
 from storage import LogitCache, SparseTargets
+from storage.cache.inventory import teacher_group
+from storage.cache.verify import verify
+from storage.cache.writer import EntryWriter
 from storage.errors import CacheNotFound, CorruptCache, LogitCacheError
-from storage.inventory import teacher_group
-from storage.location import locate
-from storage.verify import verify
-from storage.writer import EntryWriter
+from storage.stores import open_store
 
 V, N, K = 101, 2304, 12
 SHARD = N // 2
@@ -97,7 +97,7 @@ def open_cache(world: World) -> bool:
 
 def list_cache(world: World) -> bool:
     cache = LogitCache.open(world.url)
-    found = locate(world.url).walk("teachers/a")
+    found = open_store(world.url).walk("teachers/a")
     group = teacher_group(cache, "a")
     expected = {key for shard in range(2) for key in group.keys(shard)} | set(group.metadata())
     return set(found) == expected | {"teachers/a/zarr.json", "teachers/a/receipts/index.json"}

@@ -32,12 +32,12 @@ from support.caches import known
 from support.caches.model import CacheModel, is_receipt, original
 from support.crash_disk import Crash, Disk
 
-import storage.writer
+import storage.format.shard
 from storage import LogitCache
+from storage.cache.verify import verify
+from storage.cache.writer import EntryWriter
 from storage.errors import LogitCacheError
-from storage.transfer import prepare
-from storage.verify import verify
-from storage.writer import EntryWriter
+from storage.transfer.copy import prepare
 
 NAMES = st.sampled_from(["a", "b"])
 VARIANTS = st.integers(0, 1)
@@ -347,7 +347,7 @@ def numbered(part: known.Part) -> tuple[str, int]:
 
 @pytest.fixture(autouse=True)
 def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.writer, "encode_shard", known.encode_once)
+    monkeypatch.setattr(storage.format.shard, "encode_shard", known.encode_once)
 
 
 def run_machine(examples: int, steps: int) -> None:

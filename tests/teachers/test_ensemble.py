@@ -18,10 +18,10 @@ from support.jobs import cache_logits, refusal
 from torch import Tensor
 
 from storage import LogitCache
-from storage.encoding import logprob_floor
 from storage.errors import InputError
-from storage.manifest import Teacher as TeacherRecord
-from storage.manifest import TeacherIdentity
+from storage.format.encoding import logprob_floor
+from storage.format.manifest import Teacher as TeacherRecord
+from storage.format.manifest import TeacherIdentity
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface import HuggingFaceTeacher
 from teachers.reduce import InvalidLogits, reduce_topk

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 import teachers.weights
-from storage.encoding import logprob_floor
 from storage.errors import InputError
+from storage.format.encoding import logprob_floor
 from teachers.base import Teacher
 from teachers.huggingface import HuggingFaceTeacher
 from teachers.reduce import reduce_topk

@@ -18,10 +18,11 @@ from support.jobs import cache_logits, refusal
 
 from logit_cache.forecast import Question, forecast
 from logit_cache.job import CacheJob
-from logit_cache.progress import progress
 from storage.config import build_config
 from storage.errors import LogitCacheError
-from storage.manifest import ReceiptIndex, sealed_bytes
+from storage.format.manifest import ReceiptIndex
+from storage.format.sealing import sealed_bytes
+from storage.progress import progress
 
 # A hundred and some thousand tokens in documents, of which a probe scores a quarter or less.
 MODULES = ("argparse", "ast", "configparser", "csv", "datetime", "difflib", "enum", "inspect", "locale", "shutil")

@@ -19,12 +19,13 @@ from support.commands import Run, refused
 
 from logit_cache.recompress import RecompressJob, recompress
 from storage import LogitCache, SparseTargets
-from storage.encoding import MIN_STEP_NATS, logprob_floor
+from storage.cache.corpus_writer import write_corpus
+from storage.cache.verify import verify
 from storage.errors import IdentityMismatch, IncompleteCache, InputError, LogitCacheError
-from storage.manifest import CacheRecord, Encoding, Targets, TeacherEntry, digest
-from storage.pruning import prune
-from storage.verify import verify
-from storage.writer import write_corpus
+from storage.format.encoding import MIN_STEP_NATS, logprob_floor
+from storage.format.manifest import CacheRecord, Encoding, Targets, TeacherEntry
+from storage.format.pruning import prune
+from storage.format.sealing import digest
 from student.losses import Member, forward_kl
 from student.windows import DistillationWindows, collate
 
@@ -312,16 +313,16 @@ def test_into_another_cache_of_the_same_tokens_only(
 
 KILLED = """
 import os, sys
-from storage.local import LocalLocation
+from storage.stores.local import LocalStore
 from logit_cache.recompress import RecompressJob, recompress
-publish, left = LocalLocation.publish, {writes}
+publish, left = LocalStore.publish, {writes}
 def killed(self, key, data):
     global left
     if left == 0:
         os._exit(9)
     left -= 1
     return publish(self, key, data)
-LocalLocation.publish = killed
+LocalStore.publish = killed
 recompress(RecompressJob(cache=sys.argv[1], name="codes", to="new", k=16, top_p=0.95, step_nats=0.0625))
 """
 

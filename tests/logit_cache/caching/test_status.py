@@ -26,9 +26,10 @@ from support.servers.s3 import Bucket
 from logit_cache.show import status_line, status_text
 from logit_cache.status import Commit, EntryStatus, joint_rate, status_of, without_pauses
 from storage import LogitCache
-from storage.location import locate
-from storage.manifest import ObjectDigest, ShardReceipt, sealed_bytes
-from storage.writer import EntryWriter
+from storage.cache.writer import EntryWriter
+from storage.format.manifest import ObjectDigest, ShardReceipt
+from storage.format.sealing import sealed_bytes
+from storage.stores import open_store
 
 N, V, K, SHARD = 1_000, 64, 8, 64  # 16 shards, the last of 40 positions
 NOW = 1_750_000_000.0
@@ -54,7 +55,7 @@ def receipt(url: str, name: str, shard: int, at: float, seconds: float = 10.0, h
         written_at=datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds"),
         host=host,
     )
-    assert locate(url).publish(receipts.key(shard), sealed_bytes(written))
+    assert open_store(url).publish(receipts.key(shard), sealed_bytes(written))
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from logit_cache.recompress import RecompressJob, recompress
 from storage import LogitCache
-from storage.records import SparseTargets
-from storage.rules import broken_rule
+from storage.format.rules import broken_rule
+from storage.format.targets import SparseTargets
 
 K = 16
 FLAGS = ("--context-tokens", 64, "-k", K, "--targets", "varopt", "--encoding", "float32")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logit_cache.plan import windows
-from storage.format import MAX_OBJECT_BYTES, entry_layout
-from storage.manifest import Windowing
+from storage.format.layout import MAX_OBJECT_BYTES, entry_layout
+from storage.format.manifest import Windowing
 
 
 @st.composite

@@ -20,8 +20,8 @@ import logit_cache.cleaning as cleaning
 from logit_cache.cleaned_files import RECORD, Cleaning, CleaningJob
 from logit_cache.cleaned_files import clean as clean_files
 from logit_cache.cleaning import FAMILIES, Cleaner, clean_text, family_of
-from logit_cache.progress import progress
 from storage.errors import IdentityMismatch, InputError
+from storage.progress import progress
 
 PAGE = (ROOT / "docs" / "cleaning.md").read_text(encoding="utf-8")
 

@@ -15,7 +15,7 @@ import pytest
 from support.commands import Run, command, environment
 from support.jobs import SMALL, Job, committed, contents, copy_of, shards_of, start
 
-from storage.verify import verify
+from storage.cache.verify import verify
 
 LIVES = 7
 SEEDS = (0, 1)

@@ -19,16 +19,16 @@ from support.commands import Run, command, environment, refused
 from support.jobs import SMALL, committed, contents, copy_of, shards_of, start
 
 import logit_cache.worker
-import storage.claims
+import storage.cache.leases
 from logit_cache.cli import cache_logits
 from logit_cache.job import CacheJob, open_job
 from logit_cache.ranks import Rank
 from logit_cache.stopping import Stopped, Stopping
 from logit_cache.this_process import run_local
 from storage import LogitCache
-from storage.claims import claims_in
-from storage.location import locate
-from storage.verify import verify
+from storage.cache.leases import claims_in
+from storage.cache.verify import verify
+from storage.stores import open_store
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_job_beside_another_one_takes_other_shards(cache: Path, slow_teacher: 
 
 @pytest.mark.slow
 def test_a_shard_that_somebody_else_has_is_waited_for(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
-    claims = claims_in(locate(str(cache)), "teachers/a/receipts")
+    claims = claims_in(open_store(str(cache)), "teachers/a/receipts")
     assert claims.take(7)
     job = start(cache, slow_teacher)
     while committed(cache) < shards_of(cache) - 1:
@@ -274,13 +274,13 @@ def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_claims(
     cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On a store a claim outlives its holder: the same worker, started again, waits for its end and does the shard."""
-    monkeypatch.setattr(storage.claims, "LEASE_SECONDS", 4.0)
+    monkeypatch.setattr(storage.cache.leases, "LEASE_SECONDS", 4.0)
     url = f"memory://{tmp_path.name}/cache"
     fsspec.filesystem("memory").put(f"{cache}/", f"/{tmp_path.name}/cache/", recursive=True)
     fields = {"cache": url, "teacher": str(teacher), "name": "a", "k": 16, "context_tokens": 64, "shard_tokens": 4096}
     opened = open_job(CacheJob(**{**fields, "chunk_tokens": 256}))
     pending = opened.writer.pending()
-    killed = claims_in(locate(url), "teachers/a/receipts")
+    killed = claims_in(open_store(url), "teachers/a/receipts")
     assert killed.take(0)
     assert killed.take(3)
     outcome = run_local(opened, pending, Rank(0, 2))

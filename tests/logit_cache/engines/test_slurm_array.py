@@ -24,9 +24,9 @@ from logit_cache import slurm as engine
 from logit_cache.engines import NotDone
 from logit_cache.job import CacheJob
 from logit_cache.slurm_task import ArrayTask
+from storage.cache.failures import Failures
 from storage.errors import InputError
-from storage.failures import Failures
-from storage.location import locate
+from storage.stores import open_store
 
 # Overlapping windows make it long enough to be disturbed: some 35 shards.
 JOB = ("--name", "a", "-k", 40, "--context-tokens", 64, "--stride-tokens", 2, "--shard-tokens", 512,
@@ -309,7 +309,7 @@ def test_an_array_that_ended_says_why(ended: tuple[CacheJob, Path]) -> None:
 
 def test_shards_that_were_given_up_are_named(ended: tuple[CacheJob, Path]) -> None:
     job, folder = ended
-    notes = Failures(locate(job.cache), "teachers/a/receipts")
+    notes = Failures(open_store(job.cache), "teachers/a/receipts")
     notes.record(1, 3, "of the run before")
     before = notes.all()
     notes.record(4, 3, f"{'x' * 9000}\nRuntimeError: it broke")

@@ -20,8 +20,9 @@ from support.jobs import refusal, whole
 from support.models import saver
 
 from storage import LogitCache
-from storage.manifest import Execution, digest
-from storage.records import SparseTargets
+from storage.format.manifest import Execution
+from storage.format.sealing import digest
+from storage.format.targets import SparseTargets
 
 V, N, K = 400, 6_000, 16
 COMMON: dict[str, Any] = {

@@ -27,10 +27,11 @@ from logit_cache.recompress import RecompressJob, recompress
 from logit_cache.replay import draw
 from logit_cache.this_process import run_local
 from storage import LogitCache, SparseTargets
+from storage.cache.corpus_writer import write_corpus
 from storage.errors import InputError, LogitCacheError
-from storage.manifest import ArrayLayout, Encoding, Targets, TeacherEntry, Windowing, digest
-from storage.records import concatenate
-from storage.writer import write_corpus
+from storage.format.manifest import ArrayLayout, Encoding, Targets, TeacherEntry, Windowing
+from storage.format.sealing import digest
+from storage.format.targets import concatenate
 
 K, CONTEXT, SHARD = 24, 64, 4096
 BASE: dict[str, Any] = {"targets": "topk", "k": K, "context_tokens": CONTEXT, "shard_tokens": SHARD, "device": "cpu"}

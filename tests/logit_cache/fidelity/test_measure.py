@@ -31,10 +31,10 @@ from logit_cache.measures import FORWARDS, RESIDUALS, Measures, StoredRows
 from logit_cache.plan import windows
 from logit_cache.share import pull, push
 from storage import LogitCache, SparseTargets
+from storage.cache.verify import verify
 from storage.errors import CorruptCache, FormatError
-from storage.fidelity import FidelityReport
-from storage.manifest import sealed_bytes
-from storage.verify import verify
+from storage.format.fidelity import FidelityReport
+from storage.format.sealing import sealed_bytes
 from student.losses import DistillationLoss, Member
 
 V, N, CONTEXT, SHARD = 97, 300, 32, 96

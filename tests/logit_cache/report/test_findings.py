@@ -23,15 +23,7 @@ from logit_cache.recipe_tables import cost_table, fidelity_table, kl_table, mode
 from logit_cache.report import BreakEven, RecipeFindings, gather_recipe, pairs_mean
 from logit_cache.report_figures import held_out_points, mean_points, thinned
 from logit_cache.report_page import make_report
-from logit_cache.run_folders import (
-    HeldOut,
-    Job,
-    RecipeFolder,
-    Scores,
-    Sweep,
-    TrainingRun,
-    read_folder,
-)
+from logit_cache.run_folders import HeldOut, Job, RecipeFolder, Scores, Sweep, TrainingRun, read_folder
 from logit_cache.run_tables import sorted_trials
 from logit_cache.spread import Spread, spread, t_quantile
 from logit_cache.verdict import pairs_sentences, verdicts

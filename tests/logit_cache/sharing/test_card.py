@@ -19,9 +19,8 @@ import logit_cache.cli
 from logit_cache.card import card_text
 from storage import LogitCache
 from storage.errors import InputError
-from storage.format import stream_layout
-from storage.location import locate
-from storage.manifest import (
+from storage.format.layout import stream_layout
+from storage.format.manifest import (
     CacheRecord,
     Corpus,
     CorpusSource,
@@ -32,6 +31,7 @@ from storage.manifest import (
     Tokenizer,
     Versions,
 )
+from storage.stores import open_store
 
 GOLDEN = TESTS / "golden" / "v1"
 V, N, K = 61, 300, 6
@@ -88,7 +88,7 @@ def record(positions: int = 1000, **corpus: Any) -> CacheRecord:
 
 def card_of(record: CacheRecord, **options: Any) -> str:
     """The card of a cache that has a record and nothing else."""
-    return card_text(LogitCache(locate("memory://card/none"), record), **options)
+    return card_text(LogitCache(open_store("memory://card/none"), record), **options)
 
 
 def test_the_hubs_own_parser_reads_the_front_matter() -> None:

@@ -22,8 +22,8 @@ from support.servers.fake_hub import TOKEN, FakeHub
 from logit_cache.card import card_text
 from logit_cache.hub import parse_hub_url, push_to_hub
 from storage import LogitCache
+from storage.cache.verify import verify
 from storage.errors import CacheNotFound, InputError
-from storage.verify import verify
 
 V, N, K = 61, 600, 4
 URL = "hf://datasets/lab/cache"
@@ -49,7 +49,7 @@ print(cache.record_sha256, targets.token_ids.tolist(), cache.tokens.read(0, 5).t
 """
 VERIFY = """
 import sys
-from storage.verify import verify
+from storage.cache.verify import verify
 found = verify(sys.argv[1])
 print(found.sound, found.problems, found.leftovers, found.missing)
 """

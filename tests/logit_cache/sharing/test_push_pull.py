@@ -23,10 +23,10 @@ from support.signing_keys import Keys, write_key
 
 from logit_cache.share import pull, push
 from storage import LogitCache
+from storage.cache.verify import verify
 from storage.errors import CacheNotFound, CorruptCache, InputError
-from storage.local import LocalLocation
-from storage.manifest import digest
-from storage.verify import verify
+from storage.format.sealing import digest
+from storage.stores.local import LocalStore
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +140,13 @@ def test_killed_commands_go_on(kills: int, tmp_path: Path) -> None:
 
 def large_cache(path: Path, shards: int = 24) -> None:
     """An entry whose shards are one encoded shard many times over, in about 30 MB."""
-    from storage.format import teacher_arrays
-    from storage.location import locate
-    from storage.manifest import ShardReceipt, sealed_bytes
-    from storage.receipts import Receipts
-    from storage.shards import encode_shard, object_digest
-    from storage.writer import EntryWriter
+    from storage.cache.receipts import Receipts
+    from storage.cache.writer import EntryWriter
+    from storage.format.layout import teacher_arrays
+    from storage.format.manifest import ShardReceipt
+    from storage.format.sealing import sealed_bytes
+    from storage.format.shard import encode_shard, object_digest
+    from storage.stores import open_store
 
     rng, size, k = np.random.default_rng(0), 8192, 64
     record = make_corpus(str(path), rng.integers(0, 16_000, size * shards).astype(np.uint16), 16_000)
@@ -158,7 +159,7 @@ def large_cache(path: Path, shards: int = 24) -> None:
         values = rng.normal(size=shape) if spec.dtype == "float32" else rng.integers(0, 16_000, shape)
         objects[name] = encode_shard(spec, 0, values.astype(spec.dtype))
     digests = {name: object_digest(specs[name], data) for name, data in objects.items()}
-    receipts = Receipts(locate(str(path)), "teachers/a/receipts", specs, digest(entry))
+    receipts = Receipts(open_store(str(path)), "teachers/a/receipts", specs, digest(entry))
     for shard in range(shards):
         for name, data in objects.items():
             file = path / "teachers/a" / specs[name].shard_key(shard)
@@ -246,9 +247,9 @@ def test_what_is_copied_is_what_was_verified(
     shared, target = tmp_path / "shared", tmp_path / "target"
     push(str(source), str(shared), sign=private)
     original, looks = (shared / key).read_bytes(), []
-    read = LocalLocation.read
+    read = LocalStore.read
 
-    def second_face(self: LocalLocation, name: str, *limit: int) -> bytes:
+    def second_face(self: LocalStore, name: str, *limit: int) -> bytes:
         data = read(self, name, *limit)
         if name == key and str(shared) in self.url and str(target) not in self.url:
             looks.append(name)
@@ -257,7 +258,7 @@ def test_what_is_copied_is_what_was_verified(
                 return data.replace(b" ", b"  ")
         return data
 
-    monkeypatch.setattr(LocalLocation, "read", second_face)
+    monkeypatch.setattr(LocalStore, "read", second_face)
     pull(str(shared), str(target), verify_key=public)
     assert (target / key).read_bytes() == original
     assert len(looks) <= 2
@@ -403,7 +404,7 @@ def test_a_corpus_that_lies_about_its_tokens_is_not_attached(source: Path, tmp_p
 def reseal(path: Path, body: dict[str, Any]) -> None:
     import hashlib
 
-    from storage.manifest import canonical_json
+    from storage.format.sealing import canonical_json
 
     path.write_text(json.dumps({**body, "sha256": hashlib.sha256(canonical_json(body)).hexdigest()}))
 

@@ -20,8 +20,8 @@ from support.commands import command
 from support.signing_keys import Keys, write_key
 
 from logit_cache.signing import manifest_keys, sign, verify_signature
+from storage.cache.verify import verify
 from storage.errors import CorruptCache, InputError
-from storage.verify import verify
 
 V, N, K = 61, 300, 4
 

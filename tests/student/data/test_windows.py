@@ -14,11 +14,11 @@ import torch
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from torch.utils.data import DataLoader
 
-import storage.reader
+import storage.cache.reader
+from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.manifest import CacheRecord, Windowing
-from storage.records import SparseTargets
-from storage.writer import EntryWriter
+from storage.format.manifest import CacheRecord, Windowing
+from storage.format.targets import SparseTargets
 from student.blocks import Blocks
 from student.order import BUFFER_GROUPS, ReadingOrder
 from student.windows import DistillationWindows, collate
@@ -182,7 +182,7 @@ def test_windows_equal_slices_of_the_stream(
 ) -> None:
     url, tokens, _ = stream
     windows = DistillationWindows(url, ["a", "b"], size, offset, seed=9)  # type: ignore[arg-type]
-    reference = {name: storage.reader.LogitCache.open(url).teacher(name).read(0, 203) for name in ("a", "b")}
+    reference = {name: storage.cache.reader.LogitCache.open(url).teacher(name).read(0, 203) for name in ("a", "b")}
     indices = [int(i) for i in np.random.default_rng(2).permutation(2 * len(windows))]
     for index, window in zip(indices, windows.__getitems__(indices), strict=True):
         start, length = windows.blocks.place(index % len(windows), index // len(windows))
@@ -233,13 +233,13 @@ def test_neighbouring_windows_are_read_in_one_piece(
 ) -> None:
     windows = DistillationWindows(stream[0], ["a"], 10)
     asked: list[tuple[int, int]] = []
-    real = storage.reader.TeacherTargets.read
+    real = storage.cache.reader.TeacherTargets.read
 
-    def read(self: storage.reader.TeacherTargets, start: int, stop: int) -> SparseTargets:
+    def read(self: storage.cache.reader.TeacherTargets, start: int, stop: int) -> SparseTargets:
         asked.append((start, stop))
         return real(self, start, stop)
 
-    monkeypatch.setattr(storage.reader.TeacherTargets, "read", read)
+    monkeypatch.setattr(storage.cache.reader.TeacherTargets, "read", read)
     windows.__getitems__([7, 3, 2, 8, 15])
     assert asked == [(20, 40), (70, 90), (150, 160)]
 

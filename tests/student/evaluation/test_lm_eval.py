@@ -15,14 +15,7 @@ import pytest
 import torch
 from support.commands import ROOT
 from support.models import make_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from storage.config import read_yaml
 from student.lm_eval_tasks import write_tasks

@@ -14,8 +14,8 @@ from support.references.dense_targets import POISON, P, V, dense, dense_kl, grad
 from torch import Tensor
 
 import student.buckets as buckets
-from storage import encoding
 from storage.errors import InputError
+from storage.format import encoding
 from student.buckets import student_buckets
 from student.losses import NOT_TRAINED, DistillationLoss, Member, decode_logprobs, forward_kl, quantisation_bound
 from student.targets import temper

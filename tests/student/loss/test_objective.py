@@ -31,9 +31,9 @@ from support.references.dense_targets import (
 )
 from torch import Tensor
 
+from storage.cache.writer import EntryWriter
 from storage.errors import FormatError, InputError
-from storage.rules import broken_rule
-from storage.writer import EntryWriter
+from storage.format.rules import broken_rule
 from student.buckets import student_buckets
 from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
 from student.windows import DistillationWindows, collate, flat_targets
@@ -340,7 +340,7 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=str)
 def test_values_without_a_gradient_are_refused_before_they_reach_one(name: str, value: float, tmp_path: Path) -> None:
-    """At write; and at read by the same rule, which `storage.reader` asks before it hands anything out."""
+    """At write; and at read by the same rule, which `storage.cache.reader` asks before it hands anything out."""
     n, k = 30, 9
     tokens = np.random.default_rng(2).integers(0, V, n).astype(np.uint16)
     record = make_corpus(str(tmp_path / "c"), tokens, V)

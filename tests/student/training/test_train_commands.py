@@ -19,9 +19,9 @@ from support.runs import KILLED, LLAMA, V, arguments, job_in, make_world, python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import student.arguments
+from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, InputError, StorageFull
-from storage.manifest import Windowing
-from storage.writer import EntryWriter
+from storage.format.manifest import Windowing
 from student.arguments import training_values
 from student.cli import build_job, train_student
 from student.output import full_disk_is_said

@@ -9,22 +9,18 @@ import numpy as np
 from support.caches.small import make_entry, stream_record
 
 from storage import LogitCache
-from storage.arrays import metadata_bytes
-from storage.format import ArraySpec, corpus_arrays, group_metadata, stream_layout, teacher_arrays
-from storage.manifest import (
-    ATTRIBUTE,
-    CacheRecord,
-    ObjectDigest,
-    Record,
-    ShardReceipt,
-    ShardStatistics,
-    Windowing,
-    digest,
-    sealed,
-    sealed_bytes,
+from storage.cache.receipts import Receipts
+from storage.format.layout import (
+    ArraySpec,
+    corpus_arrays,
+    group_metadata,
+    metadata_bytes,
+    stream_layout,
+    teacher_arrays,
 )
-from storage.receipts import Receipts
-from storage.shards import encode_shard, object_digest
+from storage.format.manifest import ATTRIBUTE, CacheRecord, ObjectDigest, ShardReceipt, ShardStatistics, Windowing
+from storage.format.sealing import Record, digest, sealed, sealed_bytes
+from storage.format.shard import encode_shard, object_digest
 
 N, V, K = 1_000_000_000, 16_000, 64
 
@@ -90,7 +86,7 @@ def make_cache(path: Path) -> CacheRecord:
     stream = np.arange(tokens.layout.shard, dtype=np.uint64) % V
     linked = Linked(path, tokens)
     write_array(path, tokens)
-    receipts = Receipts(LogitCache.open(str(path))._location, "receipts/tokens", {"tokens": tokens}, digest(record))
+    receipts = Receipts(LogitCache.open(str(path))._store, "receipts/tokens", {"tokens": tokens}, digest(record))
     for shard in range(tokens.shards):
         start, stop = tokens.shard_range(shard)
         found = linked.put(shard, stop - start, stream[: stop - start].astype(np.uint16))

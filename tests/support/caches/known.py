@@ -18,12 +18,12 @@ import numpy as np
 from support.caches.small import dense_targets, make_corpus, make_entry
 
 from storage import LogitCache
+from storage.cache.writer import EntryWriter
 from storage.errors import LogitCacheError
-from storage.format import ArraySpec, teacher_arrays
-from storage.manifest import ArrayLayout, CacheRecord, ObjectDigest, TeacherEntry
-from storage.records import SparseTargets
-from storage.shards import encode_shard, object_digest
-from storage.writer import EntryWriter, encode_targets
+from storage.format.layout import ArraySpec, teacher_arrays
+from storage.format.manifest import ArrayLayout, CacheRecord, ObjectDigest, TeacherEntry
+from storage.format.shard import encode_shard, encode_targets, object_digest
+from storage.format.targets import SparseTargets
 
 V, N, K = 53, 80, 3
 SHARD, CHUNK = 32, 16

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 
 from support.caches import known
 
-from storage.format import teacher_arrays
-from storage.manifest import TeacherEntry
-from storage.writer import encode_targets
+from storage.format.layout import teacher_arrays
+from storage.format.manifest import TeacherEntry
+from storage.format.shard import encode_targets
 
 
 @cache

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from storage.format import entry_layout, stream_layout
-from storage.manifest import (
+from storage.cache.corpus_writer import write_corpus
+from storage.cache.writer import EntryWriter
+from storage.format.identity import stream_sha256
+from storage.format.layout import entry_layout, stream_layout
+from storage.format.manifest import (
     ArrayLayout,
     CacheRecord,
     Corpus,
@@ -24,9 +27,7 @@ from storage.manifest import (
     Versions,
     Windowing,
 )
-from storage.records import SparseTargets
-from storage.stream import stream_sha256
-from storage.writer import EntryWriter, write_corpus
+from storage.format.targets import SparseTargets
 
 SHA = "0" * 64
 

@@ -15,9 +15,7 @@ import time
 import numpy as np
 import zarr
 
-import storage.mirror
-import storage.remote
-import storage.verify  # noqa: F401
+import storage.cache.verify  # noqa: F401
 from storage import LogitCache
 
 

@@ -23,9 +23,9 @@ from support.programs import kill_loop
 from support.programs.kill_loop import ARGUMENTS, NAME, call, fork, wait, wait_for_commit
 from support.servers.s3 import Bucket, Server
 
-import storage.claims
+import storage.cache.leases
 from logit_cache.cli import cache_logits
-from storage.verify import verify
+from storage.cache.verify import verify
 
 
 def run(cache: str, teacher: Path) -> object:
@@ -73,7 +73,7 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
     call(lambda: run(url, teacher), log)
     seconds = time.monotonic() - began
     counts = {"kills": 0, "kills_after_a_commit": 0, "kills_with_leftovers": 0, "two_at_once": 0, "caches": 0}
-    rounds, most_threads, lease = 0, 0, storage.claims.LEASE_SECONDS
+    rounds, most_threads, lease = 0, 0, storage.cache.leases.LEASE_SECONDS
     done = True
     while counts["kills"] < kills or not done:
         if done:
@@ -87,7 +87,7 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
         workers = 2 if rounds % 3 == 0 else 1
         counts["two_at_once"] += workers == 2
         # No claim keeps two from each other's shards; one alone finds that those of the dead count no more.
-        storage.claims.LEASE_SECONDS = 0.0 if workers == 2 else lease
+        storage.cache.leases.LEASE_SECONDS = 0.0 if workers == 2 else lease
         most_threads = max(most_threads, kill_loop.threads())
         work = partial(run, url, teacher)
         children = [fork(work, folder / f"log{n}") for n in range(workers)]

@@ -18,21 +18,12 @@ from datetime import UTC, datetime
 from support.caches.small import SHA, make_entry, stream_record
 from support.programs.billion import resident_bytes
 
-import storage.reader
+import storage.cache.reader
 from logit_cache.status import status_of
-from storage.arrays import metadata_bytes
-from storage.format import group_metadata, teacher_arrays
-from storage.location import MOST_BYTES, Location
-from storage.manifest import (
-    ATTRIBUTE,
-    ObjectDigest,
-    Record,
-    ShardReceipt,
-    Windowing,
-    digest,
-    sealed,
-    sealed_bytes,
-)
+from storage.format.layout import group_metadata, metadata_bytes, teacher_arrays
+from storage.format.manifest import ATTRIBUTE, ObjectDigest, ShardReceipt, Windowing
+from storage.format.sealing import Record, digest, sealed, sealed_bytes
+from storage.stores.base import MOST_BYTES, Store
 
 N, V, K = 100_000_000_000, 16_000, 64
 NOW = 1_750_000_000.0
@@ -40,7 +31,7 @@ MISSING = 1_000  # of the incomplete entry's shards, the last ones
 SHARD_SECONDS, WORKERS = 20.0, 8
 
 
-class Simulated(Location):
+class Simulated(Store):
     """Answers as a store would; counts what is read, listed and looked at."""
 
     url = "simulated://cache"
@@ -124,7 +115,7 @@ def iso(seconds: float) -> str:
 
 def main(which: str) -> None:
     place = Simulated(which == "complete")
-    storage.reader.locate = lambda url: place  # type: ignore[attr-defined]
+    storage.cache.reader.open_store = lambda url: place  # type: ignore[attr-defined]
     gc.collect()
     before, peak_before = resident_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (found,) = status_of(place.url, ["a"], NOW)

@@ -28,8 +28,8 @@ import zarr
 import teachers.huggingface  # noqa: F401
 from logit_cache.cli import cache_logits
 from storage import LogitCache
+from storage.cache.verify import verify
 from storage.errors import IncompleteCache
-from storage.verify import verify
 
 NAME = "a"
 ARGUMENTS = ("--name", NAME, "-k", "16", "--context-tokens", "32", "--shard-tokens", "512", "--chunk-tokens", "256")

@@ -14,8 +14,9 @@ import torch
 from support.caches.small import dense_targets, make_entry, write_entry
 from torch import Tensor
 
-from storage import LogitCache, encoding
-from storage.manifest import Targets as StoredTargets
+from storage import LogitCache
+from storage.format import encoding
+from storage.format.manifest import Targets as StoredTargets
 from student.losses import NOT_TRAINED, Member
 
 P, V = 37, 251

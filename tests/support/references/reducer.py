@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storage.encoding import logprob_floor
+from storage.format.encoding import logprob_floor
 from teachers.reduce import ReducedRows, reduce_topk
 
 FLOOR = logprob_floor(1 / 32)

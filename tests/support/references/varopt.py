@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from storage.encoding import logprob_floor
+from storage.format.encoding import logprob_floor
 from teachers.reduce import ReducedRows, reduce_topk, reduce_varopt
 from teachers.sample import Sampling, random_bits
 

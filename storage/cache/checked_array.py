@@ -1,0 +1,237 @@
+"""One array of a cache, read chunk by chunk and never on trust.
+
+Before a chunk of a shard is read, the object's length and seal (shard index and chunk checksums) are compared with the
+receipt, once; the chunk's own crc32c is checked whenever it is read; and afterwards the object must still be the file
+that was checked. Objects of a remote cache are fetched whole (`storage.stores.mirror`) and read as local files by the
+same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from storage.cache.receipts import Receipts
+from storage.errors import CorruptCache, FormatError, IncompleteCache, LogitCacheError
+from storage.format.layout import ArraySpec
+from storage.format.manifest import ShardReceipt
+from storage.format.shard import Anatomy, Reads, decode_chunk, reads_of
+from storage.stores.base import Store
+from storage.stores.mirror import Mirror
+
+_READ_ATTEMPTS = 3
+
+_Identity = tuple[int, int, int]  # of a file: inode, length, time of modification in ns
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A shard's object that was compared with its receipt: which file that was, and where each chunk lies in it."""
+
+    identity: _Identity
+    chunks: list[tuple[int, int]]
+
+
+class CheckedArray:
+    """Read access to one array; the receipts decide what exists."""
+
+    def __init__(self, store: Store, group: str, spec: ArraySpec, receipts: Receipts) -> None:
+        self.spec = spec
+        self._store = store
+        self._folder = group  # "" or "teachers/<name>/"
+        self._receipts = receipts
+        self._mirror = Mirror(store) if store.local_path is None else None
+        # Where the bytes lie that are read: the cache itself, or the local copies of a remote one.
+        self._local = store if self._mirror is None else self._mirror.local
+        self._metadata_checked = False
+        self._checked: dict[int, _Opened] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether objects have to be fetched first."""
+        return self._mirror is not None
+
+    def read_chunk(self, chunk: int) -> NDArray[Any]:
+        """All entries of one chunk (the last one shorter). Raises IncompleteCache and CorruptCache."""
+        start = chunk * self.spec.layout.chunk
+        shard, number = divmod(chunk, self.spec.layout.shard // self.spec.layout.chunk)
+        self._check_metadata()
+        for _ in range(_READ_ATTEMPTS):
+            checked = self.check_shard(shard)
+            try:
+                (data,) = self._local.read_ranges(self._key(shard), [checked.chunks[number]])
+                values = decode_chunk(self.spec, data)[: self.spec.shape[0] - start]
+            except LogitCacheError:
+                raise
+            except Exception as error:
+                # Whatever a codec raises on damaged bytes (there is no common class for it) means the same to a user.
+                failed: Exception | None = error
+            else:
+                failed = None
+            if self._identity(shard) != checked.identity:
+                # Removed, replaced or evicted since it was checked: these may be another object's values.
+                self._checked.pop(shard, None)
+            elif failed is None:
+                return values
+            elif self._mirror is not None:
+                self._mirror.drop(self._key(shard))
+                self._checked.pop(shard, None)
+            else:
+                break
+        where = self._store.where(self._key(shard))
+        if failed is None:
+            raise CorruptCache(f"{where}: it keeps changing while it is read; a committed object never does")
+        raise CorruptCache(
+            f"{where}: chunk {chunk} cannot be decoded ({type(failed).__name__}: {failed}); "
+            f"the object changed after it was committed"
+        ) from failed
+
+    def receipt(self, shard: int) -> ShardReceipt:
+        """The receipt that covers a shard. Raises IncompleteCache."""
+        receipt = self._receipts.recent(shard)
+        if receipt is None:
+            start, stop = self.spec.shard_range(shard)
+            command = "cache-logits" if self._folder else "logit-cache tokenize"
+            raise IncompleteCache(
+                f"{self._store.where(self._folder + self.spec.name)}: positions {start}..{stop} were asked for, "
+                f"but no receipt covers them; missing: {_ranges(self._receipts.missing_ranges())}. "
+                f"Run the same {command} command again to complete it"
+            )
+        return receipt
+
+    def has_checked(self, shard: int) -> bool:
+        """Whether `check_shard` has been through; reading a chunk finds out if the object was changed since."""
+        return shard in self._checked
+
+    def check_shard(self, shard: int) -> _Opened:
+        """Compare the shard's object with its receipt, once; fetch it whole where the cache is remote."""
+        if shard in self._checked:
+            return self._checked[shard]
+        receipt = self.receipt(shard)
+        key = self._key(shard)
+        # A local copy is fetched when it does not pass, and another process can evict it before it is checked again.
+        fetches = 0 if self._mirror is None else _READ_ATTEMPTS
+        for attempt in range(1 + fetches):
+            if self._mirror is not None:
+                self._mirror.opened(key)
+            # Taken before the check: a replacement in between then shows afterwards.
+            found = self._identity(shard)
+            try:
+                anatomy = check_object(self._local, key, self.spec, receipt)
+            except CorruptCache:
+                if attempt == fetches:
+                    raise
+                self._fetch(key, receipt)
+            else:
+                if found is not None:
+                    ends = zip(anatomy.offsets, anatomy.lengths, strict=True)
+                    self._checked[shard] = _Opened(found, [(start, start + length) for start, length in ends])
+                    return self._checked[shard]
+        raise CorruptCache(f"{self._store.where(key)}: it appeared while it was opened; read it again")
+
+    def _fetch(self, key: str, receipt: ShardReceipt) -> None:
+        assert self._mirror is not None
+        expected = receipt.objects[self.spec.name]
+        if expected.bytes > self.spec.most_object_bytes:
+            raise CorruptCache(
+                f"{self._store.where(key)}: its receipt states {expected.bytes} bytes, more than such an object has"
+            )
+        self._mirror.fetch(key, expected)
+
+    def _identity(self, shard: int) -> _Identity | None:
+        """What tells a file from another under the same name; None where there is none."""
+        folder = self._local.local_path
+        assert folder is not None
+        try:
+            found = os.stat(f"{folder}/{self._key(shard)}")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _key(self, shard: int) -> str:
+        return self._folder + self.spec.shard_key(shard)
+
+    def _check_metadata(self) -> None:
+        """Refuse an array whose zarr.json says anything but what the record implies: other readers believe it."""
+        if self._metadata_checked:
+            return
+        key = f"{self._folder}{self.spec.name}/zarr.json"
+        promise = "receipts commit shards of this array"
+        found = self._store.insist(key, promise, lambda: self._store.read_json(key))
+        if found != self.spec.metadata():
+            raise FormatError(
+                f"{self._store.where(key)}: not the metadata that this cache's record implies; it was changed"
+            )
+        self._metadata_checked = True
+
+
+def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
+    """Check one shard of several arrays; what is remote is fetched at the same time, not one after the other."""
+    todo = [array for array in arrays if not array.has_checked(shard)]
+    if not todo:
+        return
+    if any(array.is_remote for array in todo):
+        todo[0].receipt(shard)  # where it fails, it need not fail once more for each array
+        with ThreadPoolExecutor(len(todo)) as pool:
+            list(pool.map(lambda array: array.check_shard(shard), todo))
+    else:
+        for array in todo:
+            array.check_shard(shard)
+
+
+def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> Anatomy:
+    """Existence, length, seal and chunk sizes of one object against its receipt; CorruptCache names the object."""
+    where = store.where(key)
+    size = store.size(key)
+    if size is None:
+        raise CorruptCache(f"{where}: missing, though its receipt exists")
+    return _check_anatomy(where, size, lambda ranges: store.read_ranges(key, ranges), spec, receipt)
+
+
+def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt) -> None:
+    """`check_object` for an object that is in memory, and its sha256 besides. `where` is for the message."""
+    _check_anatomy(where, len(data), reads_of(data), spec, receipt)
+    found = hashlib.sha256(data).hexdigest()
+    if found != receipt.objects[spec.name].sha256:
+        raise CorruptCache(f"{where}: expected sha256 {receipt.objects[spec.name].sha256}, found {found}")
+
+
+def fetch_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> bytes:
+    """An object whole, checked against its receipt in every byte. Raises CorruptCache."""
+
+    def request() -> bytes:
+        data = store.read(key, receipt.objects[spec.name].bytes)
+        check_bytes(store.where(key), data, spec, receipt)
+        return data
+
+    return store.insist(key, "its receipt exists", request)
+
+
+def _check_anatomy(where: str, size: int, read: Reads, spec: ArraySpec, receipt: ShardReceipt) -> Anatomy:
+    expected = receipt.objects[spec.name]
+    if size != expected.bytes or not spec.index_bytes <= size <= spec.most_object_bytes:
+        raise CorruptCache(
+            f"{where}: expected {expected.bytes} bytes (of {spec.index_bytes} to {spec.most_object_bytes} that such an "
+            f"object can have), found {size}"
+        )
+    anatomy = Anatomy.of(spec, size, read)
+    if expected.seal_sha256 not in anatomy.seals:
+        raise CorruptCache(
+            f"{where}: its shard index and checksums have sha256 {anatomy.seal_sha256}, the receipt says "
+            f"{expected.seal_sha256}: this is another object, or a damaged one"
+        )
+    misfit = anatomy.misfit(spec, receipt.shard)
+    if misfit is not None:
+        raise CorruptCache(f"{where}: {misfit}; nothing of it was decompressed")
+    return anatomy
+
+
+def _ranges(ranges: list[tuple[int, int]], most: int = 4) -> str:
+    shown = ", ".join(f"{start}..{stop}" for start, stop in ranges[:most])
+    return shown + (f" and {len(ranges) - most} more" if len(ranges) > most else "")

@@ -1,0 +1,82 @@
+"""A token stream and its tokenizer, written as a new cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.cache.records import read_record, tokenizer_key
+from storage.cache.writer import ShardWriter, publish_same
+from storage.errors import IdentityMismatch, InputError
+from storage.files import PARTIAL
+from storage.format.layout import corpus_arrays, group_metadata, metadata_bytes
+from storage.format.manifest import ATTRIBUTE, CacheRecord, FileDigest, FilesReceipt
+from storage.format.sealing import differences, sealed, sealed_bytes
+from storage.stores import open_store
+from storage.stores.base import Store
+
+
+def write_corpus(
+    url: str,
+    record: CacheRecord,
+    tokenizer_files: Mapping[str, bytes],
+    tokens: NDArray[Any],
+    document_starts: NDArray[Any],
+    loss_mask: NDArray[Any] | None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Make a cache from a token stream, or finish one that was interrupted.
+
+    tokens [N] and loss_mask [N] may be memory maps: one shard is held at a time. `progress` is given the
+    number of tokens written so far. Raises IdentityMismatch when `url` holds a cache of other text or
+    another tokenizer, InputError when it holds something else; nothing is written then.
+    """
+    store = open_store(url)
+    # Receipts bind to the record that is stored, which may name other library versions than this process.
+    record = _claim_root(store, record)
+    for name, data in tokenizer_files.items():
+        publish_same(store, tokenizer_key(name), data)
+    files = {n: FileDigest(bytes=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in tokenizer_files.items()}
+    publish_same(store, "receipts/tokenizer.json", sealed_bytes(FilesReceipt(files=files)))
+    publish_same(store, "teachers/zarr.json", metadata_bytes(group_metadata({})))
+
+    arrays = {"tokens": tokens, "document_starts": document_starts, "loss_mask": loss_mask}
+    # Tokens last: a cache whose tokens are complete is complete.
+    for name, spec in sorted(corpus_arrays(record).items(), key=lambda item: item[0] == "tokens"):
+        values = arrays[name]
+        assert values is not None, f"the record has {name}"
+        assert len(values) == spec.shape[0], f"{name} is as long as the record says"
+        writer = ShardWriter(store, "", f"receipts/{name}", {name: spec}, record)
+        writer.prepare()
+        for shard in range(spec.shards):
+            start, stop = spec.shard_range(shard)
+            if not writer.is_committed(shard):
+                writer.commit(shard, {name: np.asarray(values[start:stop]).astype(spec.dtype, copy=False)})
+            if progress is not None and name == "tokens":
+                progress(stop)
+        writer.receipts.write_index()
+
+
+def _claim_root(store: Store, record: CacheRecord) -> CacheRecord:
+    """Write the root record, or return the one that is there if only library versions differ."""
+    names = [name for name in store.names("") if not name.endswith(PARTIAL)]
+    if names and "zarr.json" not in names:
+        raise InputError(
+            f"{store.url} holds {', '.join(names[:3])}{' …' if len(names) > 3 else ''} and is not a cache: "
+            f"give an empty or new folder"
+        )
+    if not names:
+        store.publish("zarr.json", metadata_bytes(group_metadata({ATTRIBUTE: sealed(record)})))
+    stored = read_record(store, "zarr.json", CacheRecord)
+    differing = differences(stored, record)
+    if differing:
+        raise IdentityMismatch(
+            store.url,
+            differing,
+            "A cache holds one token stream: give another --out, or the text and tokenizer that this one was made of",
+        )
+    return stored

@@ -1,0 +1,86 @@
+"""What a cache consists of: every key that its records and receipts account for.
+
+The one list that checking and copying share. It follows from the records, never from a listing: an object that is
+not in it does not belong to the cache, whatever lies there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from storage.cache.reader import LogitCache
+from storage.cache.receipts import Receipts
+from storage.format.fidelity import FIDELITY_FILE
+from storage.format.layout import ArraySpec, corpus_arrays, group_metadata, metadata_bytes
+from storage.format.manifest import ShardReceipt
+from storage.format.sealing import digest
+from storage.stores.base import Store
+
+ROOT_KEY = "zarr.json"
+TEACHERS_KEY = "teachers/zarr.json"
+TOKENIZER_RECEIPT_KEY = "receipts/tokenizer.json"
+# Files beside the arrays that a cache may have and that no receipt lists: they are for people and for hubs.
+CARD_KEY = "README.md"
+SIGNATURE_KEY = "model.sig"
+COMPANIONS = (CARD_KEY, ".gitattributes", SIGNATURE_KEY)
+TEACHERS_METADATA = metadata_bytes(group_metadata({}))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arrays that share receipts: one of the token stream's, or all of a teacher entry.
+
+    name      `tokens`, `document_starts`, `loss_mask`, or `teachers/<name>`
+    folder    where its arrays lie: "" or `teachers/<name>/`
+    """
+
+    name: str
+    folder: str
+    receipts: Receipts
+
+    @property
+    def specs(self) -> dict[str, ArraySpec]:
+        """The arrays by name."""
+        return self.receipts.specs
+
+    @property
+    def fidelity_key(self) -> str | None:
+        """Key of a teacher entry's fidelity report, which need not be there."""
+        return f"{self.folder}{FIDELITY_FILE}" if self.folder else None
+
+    def metadata(self) -> dict[str, bytes]:
+        """The arrays' zarr.json by key, as the record implies them."""
+        return {f"{self.folder}{spec.name}/zarr.json": metadata_bytes(spec.metadata()) for spec in self.specs.values()}
+
+    def object_key(self, name: str, shard: int) -> str:
+        """Key of an array's object."""
+        return self.folder + self.specs[name].shard_key(shard)
+
+    def keys(self, shard: int) -> set[str]:
+        """Keys of a shard's receipt and objects."""
+        return {self.receipts.key(shard), *(self.object_key(name, shard) for name in self.specs)}
+
+    def objects(self, receipt: ShardReceipt) -> Iterator[tuple[str, ArraySpec]]:
+        """Key and array of every object that a receipt commits."""
+        for name in receipt.objects:
+            yield self.object_key(name, receipt.shard), self.specs[name]
+
+    def owns(self, key: str) -> bool:
+        """Whether a key lies below this group's arrays or receipts."""
+        folders = [self.receipts.folder, *(self.folder + name for name in self.specs)]
+        return any(key.startswith(folder + "/") for folder in folders)
+
+
+def corpus_groups(store: Store, cache: LogitCache) -> list[Group]:
+    """One group per array of the token stream; none when the cache was shared without it."""
+    record_sha256 = digest(cache.record)
+    return [
+        Group(name, "", Receipts(store, f"receipts/{name}", {name: spec}, record_sha256))
+        for name, spec in corpus_arrays(cache.record).items()
+    ]
+
+
+def teacher_group(cache: LogitCache, name: str) -> Group:
+    """A teacher entry's group. Raises what `LogitCache.teacher` raises."""
+    return Group(f"teachers/{name}", f"teachers/{name}/", cache.teacher(name).receipts)

@@ -1,0 +1,296 @@
+"""Reading a cache: `LogitCache.open(url)`, then tokens and targets by absolute position.
+
+Everything is checked before it is handed out: records against their own digests, objects against their
+receipts, decoded values against the rules of the format. A range that no receipt covers raises
+`IncompleteCache`; it is never filled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.cache.checked_array import CheckedArray, check_shards
+from storage.cache.receipts import Receipts
+from storage.cache.records import read_fidelity, read_record, read_tokenizer_receipt, teacher_folder, tokenizer_key
+from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
+from storage.format.fidelity import FidelityReport
+from storage.format.layout import PER_POSITION_FLOATS, corpus_arrays, teacher_arrays
+from storage.format.manifest import TEACHER_NAME, CacheRecord, FileDigest, ShardStatistics, TeacherEntry
+from storage.format.rules import broken_rule
+from storage.format.sealing import digest
+from storage.format.targets import SparseTargets, concatenate
+from storage.stores import open_store
+from storage.stores.base import Store
+
+_CHUNK_CACHE_BYTES = 192 << 20
+
+
+class Stream:
+    """A one-dimensional array of the token stream, read by absolute position."""
+
+    def __init__(self, array: CheckedArray, check: Callable[[NDArray[Any], int], None] | None = None) -> None:
+        self._array = array
+        self._check = check
+        self._chunks: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._array.spec.shape[0]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """The entries `start .. stop`. Raises IndexError outside the stream."""
+        _check_range(start, stop, len(self))
+        size = self._array.spec.layout.chunk
+        parts = []
+        for chunk in range(start // size, -(-stop // size)):
+            values = self._chunk(chunk)
+            parts.append(values[max(0, start - chunk * size) : stop - chunk * size])
+        if not parts:
+            return np.empty(0, dtype=self._array.spec.dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _chunk(self, chunk: int) -> NDArray[Any]:
+        if chunk not in self._chunks:
+            values = self._array.read_chunk(chunk)
+            if self._check is not None:
+                self._check(values, chunk)
+            _hold(self._chunks, chunk, values, most=64)
+        self._chunks.move_to_end(chunk)
+        return self._chunks[chunk]
+
+
+class TeacherTargets:
+    """One teacher's entry. `document_starts` gives those of the cache, where it has them."""
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        entry: TeacherEntry,
+        document_starts: Callable[[], NDArray[Any]] | None = None,
+    ) -> None:
+        self.name = name
+        self._document_starts = document_starts if entry.windowing.isolate_documents else None
+        self.entry = entry
+        self.record_sha256 = digest(entry)
+        self.specs = teacher_arrays(entry)
+        folder = teacher_folder(name)
+        self.receipts = Receipts(store, folder + "receipts", self.specs, self.record_sha256)
+        self._arrays = {n: CheckedArray(store, folder, spec, self.receipts) for n, spec in self.specs.items()}
+        self._where = store.where(folder.rstrip("/"))
+        row_bytes = sum(spec.itemsize * int(np.prod(spec.shape[1:])) for spec in self.specs.values())
+        # Decoded log-probs come on top of what is stored, 4 bytes per id.
+        chunk_bytes = (row_bytes + 4 * entry.targets.k) * entry.layout.chunk
+        self._most_chunks = max(2, _CHUNK_CACHE_BYTES // chunk_bytes)
+        self._chunks: OrderedDict[int, SparseTargets] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.entry.positions
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Ranges of positions that no receipt covers yet; empty when the entry is complete."""
+        return self.receipts.missing_ranges()
+
+    def statistics(self) -> tuple[ShardStatistics | None, float]:
+        """Sums over all committed positions, and the seconds that computing them took."""
+        index = self.receipts.index
+        if index is not None:
+            return index.statistics, index.seconds
+        total: ShardStatistics | None = None
+        seconds = 0.0
+        for shard in np.flatnonzero(self.receipts.committed()):
+            receipt = self.receipts.read(int(shard))
+            if receipt is not None and receipt.statistics is not None:
+                total = receipt.statistics if total is None else total + receipt.statistics
+                seconds += receipt.seconds
+        return total, seconds
+
+    def stored_bytes(self) -> int:
+        """Bytes of all committed objects, from their receipts."""
+        if self.receipts.index is not None:
+            return self.receipts.index.object_bytes
+        found = (self.receipts.read(int(shard)) for shard in np.flatnonzero(self.receipts.committed()))
+        return sum(item.bytes for receipt in found if receipt is not None for item in receipt.objects.values())
+
+    def fidelity(self) -> FidelityReport | None:
+        """How far these targets are from the full distributions, as measured when they were made; None if nobody did.
+
+        Raises FormatError for what is no report, CorruptCache for one that was changed or is another entry's.
+        """
+        return read_fidelity(self.receipts.store, teacher_folder(self.name), self.record_sha256)
+
+    def read(self, start: int, stop: int) -> SparseTargets:
+        """The targets of the positions `start .. stop`.
+
+        Raises IndexError outside the stream, IncompleteCache where a shard is missing, CorruptCache where
+        stored bytes differ from their receipt or break the format's rules.
+        """
+        _check_range(start, stop, len(self))
+        if start == stop:
+            empty = {n: np.empty((0, *spec.shape[1:]), dtype=spec.dtype) for n, spec in self.specs.items()}
+            return self._record(start, empty)
+        size = self.entry.layout.chunk
+        parts = []
+        for chunk in range(start // size, -(-stop // size)):
+            targets = self._chunk(chunk)
+            parts.append(targets.rows(max(start, targets.start), min(stop, targets.stop)))
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def _chunk(self, chunk: int) -> SparseTargets:
+        if chunk not in self._chunks:
+            start = chunk * self.entry.layout.chunk
+            check_shards(self._arrays.values(), start // self.entry.layout.shard)
+            targets = self._record(start, {name: array.read_chunk(chunk) for name, array in self._arrays.items()})
+            starts = None if self._document_starts is None else self._document_starts()
+            broken = broken_rule(targets, self.entry, starts)
+            if broken:
+                raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
+            _hold(self._chunks, chunk, targets, self._most_chunks)
+        self._chunks.move_to_end(chunk)
+        return self._chunks[chunk]
+
+    def _record(self, start: int, values: dict[str, NDArray[Any]]) -> SparseTargets:
+        no_label = np.full(len(values["kept"]), np.nan, dtype=np.float32)
+        return SparseTargets(
+            start=start,
+            token_ids=values["token_ids"],
+            kept=values["kept"],
+            certain=values["certain"],
+            codes=values.get("logprob_codes"),
+            exact_logprobs=values.get("logprobs"),
+            step_nats=self.entry.encoding.step_nats,
+            **{name: values.get(name, no_label) for name in PER_POSITION_FLOATS},
+        )
+
+
+class LogitCache:
+    """A cache at a URL; `open` reads two small files and nothing else."""
+
+    def __init__(self, store: Store, record: CacheRecord) -> None:
+        self.url = store.url
+        self.record = record
+        self.record_sha256 = digest(record)
+        self._store = store
+        self._specs = corpus_arrays(record)
+        self._entries: dict[str, TeacherTargets] = {}
+
+    @classmethod
+    def open(cls, url: str) -> LogitCache:
+        """Open the cache at a path or URL. Raises CacheNotFound, FormatError, CorruptCache."""
+        store = open_store(url)
+        return cls(store, read_record(store, "zarr.json", CacheRecord))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V: the largest token id + 1."""
+        return self.record.tokenizer.vocabulary_size
+
+    @cached_property
+    def tokens(self) -> Stream:
+        """The token stream, uint16 or uint32. Raises CacheNotFound when the cache was shared without it."""
+
+        def check(values: NDArray[Any], chunk: int) -> None:
+            if (values >= self.vocabulary_size).any():
+                raise CorruptCache(f"{self._store.where('tokens')}: chunk {chunk} holds ids outside the vocabulary")
+
+        return self._stream("tokens", check)
+
+    def missing_tokens(self) -> list[tuple[int, int]]:
+        """Ranges of the token stream that no receipt covers: an interrupted `logit-cache tokenize`."""
+        return self._receipts("tokens").missing_ranges()
+
+    @cached_property
+    def loss_mask(self) -> Stream | None:
+        """bool: whether the token after a position is trained on; None when all are."""
+        return self._stream("loss_mask") if self.record.corpus.has_loss_mask else None
+
+    @cached_property
+    def document_starts(self) -> NDArray[np.uint64]:
+        """uint64 [D], ascending: the first position of every document."""
+        stream = self._stream("document_starts")
+        starts = stream.read(0, len(stream))
+        steps = np.diff(starts.astype(np.int64))
+        if starts[0] != 0 or (steps <= 0).any() or int(starts[-1]) >= self.record.corpus.positions:
+            raise CorruptCache(f"{self._store.where('document_starts')}: not ascending from 0 within the stream")
+        return starts
+
+    def _stream(self, name: str, check: Callable[[NDArray[Any], int], None] | None = None) -> Stream:
+        receipts = self._receipts(name)
+        return Stream(CheckedArray(self._store, "", self._specs[name], receipts), check)
+
+    def _receipts(self, name: str) -> Receipts:
+        if name not in self._specs:
+            raise CacheNotFound(f"{self.url}: this cache was shared without its {name}; attach the corpus first")
+        return Receipts(self._store, f"receipts/{name}", {name: self._specs[name]}, self.record_sha256)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teacher entries, sorted; complete or not."""
+        names = self._store.names("teachers")
+        return tuple(name for name in names if re.fullmatch(TEACHER_NAME, name) and self._has_record(name))
+
+    def _has_record(self, name: str) -> bool:
+        try:
+            self._store.known_size(teacher_folder(name) + "zarr.json", "its folder is there")
+        except MissingObject:
+            return False  # a writer was killed before it had written it
+        return True
+
+    def teacher(self, name: str) -> TeacherTargets:
+        """One teacher's entry. Raises CacheNotFound naming the entries that there are."""
+        if name not in self._entries:
+            key = teacher_folder(name) + "zarr.json"
+            try:
+                entry = read_record(self._store, key, TeacherEntry)
+            except CacheNotFound:
+                if self._store.size(key) is not None:
+                    raise
+                there = ", ".join(self.teachers) or "none"
+                raise CacheNotFound(f"{self.url}: no teacher entry {name!r}; there is: {there}") from None
+            if (entry.positions, entry.vocabulary_size) != (self.record.corpus.positions, self.vocabulary_size):
+                raise FormatError(f"{self._store.where(key)}: its positions or vocabulary are not this cache's")
+            documents = (lambda: self.document_starts) if self.record.corpus.tokens_included else None
+            self._entries[name] = TeacherTargets(self._store, name, entry, documents)
+        return self._entries[name]
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer's files, each checked against its receipt, for AutoTokenizer.from_pretrained."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in self.tokenizer_files().items():
+            (directory / name).write_bytes(data)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The tokenizer's files by name, each checked against its receipt."""
+        receipt = read_tokenizer_receipt(self._store)
+        return {name: self._tokenizer_file(name, expected) for name, expected in receipt.files.items()}
+
+    def _tokenizer_file(self, name: str, expected: FileDigest) -> bytes:
+        key = tokenizer_key(name)
+
+        def request() -> bytes:
+            data = self._store.read(key, expected.bytes)
+            found = hashlib.sha256(data).hexdigest()
+            if (len(data), found) != (expected.bytes, expected.sha256):
+                raise CorruptCache(f"{self._store.where(key)}: expected sha256 {expected.sha256}, found {found}")
+            return data
+
+        return self._store.insist(key, "its receipt exists", request)
+
+
+def _check_range(start: int, stop: int, length: int) -> None:
+    if not 0 <= start <= stop <= length:
+        raise IndexError(f"positions {start}..{stop} are not inside 0..{length}")
+
+
+def _hold(held: OrderedDict[int, Any], key: int, value: Any, most: int) -> None:
+    held[key] = value
+    while len(held) > most:
+        held.popitem(last=False)

@@ -1,0 +1,179 @@
+"""The receipts of one group of arrays: which shards are committed, and with which bytes.
+
+A shard exists only if its receipt does. Once all do, `index.json` holds the digests of all receipts, so
+that a cache of a billion positions opens with one read and checks each receipt when its shard is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+import numpy as np
+
+from storage.errors import CorruptCache
+from storage.format.layout import ArraySpec
+from storage.format.manifest import MAX_INDEX_BYTES, ReceiptIndex, ShardReceipt, ShardStatistics
+from storage.format.sealing import sealed, sealed_bytes, unseal
+from storage.stores.base import Store
+
+_RECENT = 8
+_NAME = re.compile(r"^(\d{8,})\.json$")
+
+
+class Receipts:
+    """Receipts under `folder` for arrays that are cut alike, and belong to the record `record_sha256`."""
+
+    def __init__(self, store: Store, folder: str, specs: Mapping[str, ArraySpec], record_sha256: str) -> None:
+        self.store = store
+        self.folder = folder
+        self.specs = dict(specs)
+        self.record_sha256 = record_sha256
+        first = next(iter(self.specs.values()))
+        self.shards = first.shards
+        self._first = first
+        self._listed = np.zeros(self.shards, dtype=bool)
+        self._recent: dict[int, ShardReceipt] = {}
+        self._lock = threading.Lock()
+
+    def key(self, shard: int) -> str:
+        """Key of a shard's receipt."""
+        return f"{self.folder}/{shard:08d}.json"
+
+    @property
+    def first_array(self) -> ArraySpec:
+        """The array whose object a writer publishes first; all are cut as it is."""
+        return self._first
+
+    def shard_of(self, name: str) -> int | None:
+        """The shard whose receipt a file of the folder is named for; None for anything else."""
+        match = _NAME.match(name)
+        return int(match[1]) if match and int(match[1]) < self.shards else None
+
+    @property
+    def index_key(self) -> str:
+        """Key of the index of all receipts."""
+        return f"{self.folder}/index.json"
+
+    @cached_property
+    def index(self) -> ReceiptIndex | None:
+        """The index, or None while shards are missing."""
+        try:
+            data = self.store.read_json(self.index_key, min(MAX_INDEX_BYTES, 4096 + 128 * self.shards))
+        except FileNotFoundError:
+            return None
+        where = self.store.where(self.index_key)
+        index = unseal(ReceiptIndex, data, where)
+        if index.record_sha256 != self.record_sha256 or len(index.receipts) != self.shards:
+            raise CorruptCache(f"{where}: it belongs to another entry, or to another number of shards")
+        return index
+
+    def committed(self) -> np.ndarray:
+        """bool [shards]: which ones have a receipt."""
+        found = np.zeros(self.shards, dtype=bool)
+        if self.index is not None:
+            found[:] = True
+            return found
+        for name in self.store.names(self.folder):
+            shard = self.shard_of(name)
+            if shard is not None:
+                found[shard] = True
+        self._listed = found.copy()
+        return found
+
+    def missing_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of positions without a receipt, neighbours joined."""
+        ranges: list[tuple[int, int]] = []
+        for shard in np.flatnonzero(~self.committed()):
+            start, stop = self._first.shard_range(int(shard))
+            if ranges and ranges[-1][1] == start:
+                ranges[-1] = (ranges[-1][0], stop)
+            else:
+                ranges.append((start, stop))
+        return ranges
+
+    def read(self, shard: int) -> ShardReceipt | None:
+        """A shard's receipt, checked against its own digest, its record, and the index; None if there is none."""
+        where = self.store.where(self.key(shard))
+        receipt = self._stored(shard)
+        if receipt is None:
+            return None
+        expected = (self.record_sha256, shard, *self._first.shard_range(shard), set(self.specs))
+        found = (receipt.record_sha256, receipt.shard, receipt.start, receipt.stop, set(receipt.objects))
+        if expected != found:
+            raise CorruptCache(f"{where}: it is the receipt of something else (another entry, shard or set of arrays)")
+        if self.index is not None and self.index.receipts[shard] != sealed(receipt)["sha256"]:
+            raise CorruptCache(f"{where}: it differs from the digest that the index of receipts holds")
+        return receipt
+
+    def _stored(self, shard: int) -> ShardReceipt | None:
+        """The receipt as it is there; None is an ordinary answer, unless the index or the last listing gave another."""
+        key = self.key(shard)
+
+        def request() -> ShardReceipt:
+            return unseal(ShardReceipt, self.store.read_json(key), self.store.where(key))
+
+        if self.index is not None:
+            return self.store.insist(key, "the index of receipts lists it", request)
+        if self._listed[shard]:
+            return self.store.insist(key, "it was listed", request)
+        with contextlib.suppress(FileNotFoundError):
+            return request()
+        return None
+
+    def recent(self, shard: int) -> ShardReceipt | None:
+        """`read`, for readers: the arrays of an entry ask for the same receipt one after the other."""
+        with self._lock:
+            if shard not in self._recent:
+                receipt = self.read(shard)
+                if receipt is None and self.committed()[shard]:
+                    receipt = self.read(shard)
+                if receipt is None:
+                    return None
+                self._recent[shard] = receipt
+                while len(self._recent) > _RECENT:
+                    self._recent.pop(next(iter(self._recent)))
+            return self._recent[shard]
+
+    def forget_index(self) -> None:
+        """Look at the store again at the next question: the index was removed there."""
+        self.__dict__.pop("index", None)
+        self._listed[:] = False
+
+    def write_index(self) -> ReceiptIndex:
+        """Write the index once every shard is committed; returns the one that is there afterwards."""
+        if self.index is not None:
+            return self.index
+        index = index_of(self.record_sha256, (self._present(shard) for shard in range(self.shards)))
+        self.store.publish(self.index_key, sealed_bytes(index))
+        self.forget_index()
+        found = self.index
+        assert found is not None
+        return found
+
+    def _present(self, shard: int) -> ShardReceipt:
+        receipt = self.read(shard)
+        assert receipt is not None, "an index is written when nothing is missing"
+        return receipt
+
+
+def index_of(record_sha256: str, receipts: Iterable[ShardReceipt]) -> ReceiptIndex:
+    """The index of a group's receipts, which come in the order of their shards; one is held at a time."""
+    digests, object_bytes, seconds = [], 0, 0.0
+    statistics: ShardStatistics | None = None
+    for receipt in receipts:
+        digests.append(sealed(receipt)["sha256"])
+        object_bytes += sum(item.bytes for item in receipt.objects.values())
+        seconds += receipt.seconds
+        if receipt.statistics is not None:
+            statistics = receipt.statistics if statistics is None else statistics + receipt.statistics
+    return ReceiptIndex(
+        record_sha256=record_sha256,
+        receipts=tuple(digests),
+        object_bytes=object_bytes,
+        statistics=statistics,
+        seconds=seconds,
+    )

@@ -1,0 +1,81 @@
+"""The records of a cache, read and checked: its own, an entry's, the tokenizer's receipt, the fidelity report."""
+
+from __future__ import annotations
+
+import re
+
+from storage.errors import CacheNotFound, CorruptCache, FormatError
+from storage.format.fidelity import FIDELITY_FILE, MAX_FIDELITY_BYTES, FidelityReport
+from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, FilesReceipt
+from storage.format.sealing import AnyRecord, unseal
+from storage.stores.base import Store, check_key
+
+_TOKENIZER_FILE = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$")
+
+
+def read_record(store: Store, key: str, kind: type[AnyRecord]) -> AnyRecord:
+    """The record in a group's attributes, checked against its own digest."""
+    where = store.where(key)
+    try:
+        data = store.read_json(key)
+    except (FileNotFoundError, NotADirectoryError):
+        # Asked in another way before it is believed: a job must not end because one answer was wrong.
+        if store.size(key) is None:
+            raise CacheNotFound(f"{store.url}: no cache there (no {key}); make one with logit-cache tokenize") from None
+        data = store.insist(key, "the store gives its length", lambda: store.read_json(key))
+    except PermissionError as error:
+        raise CacheNotFound(f"{where}: {error.strerror}") from None
+    if (
+        not isinstance(data, dict)
+        or not isinstance(data.get("attributes"), dict)
+        or ATTRIBUTE not in data["attributes"]
+    ):
+        raise FormatError(f"{where}: a Zarr group, but not one of logit-cache (no {ATTRIBUTE!r} attribute)")
+    if data.get("zarr_format") != 3 or data.get("node_type") != "group":
+        raise FormatError(f"{where}: expected a Zarr v3 group")
+    return unseal(kind, data["attributes"][ATTRIBUTE], where)
+
+
+def read_tokenizer_receipt(store: Store) -> FilesReceipt:
+    """The receipt of the tokenizer's files."""
+    key = "receipts/tokenizer.json"
+    promise = "every cache has one: its tokenizer cannot be trusted"
+    data = store.insist(key, promise, lambda: store.read_json(key))
+    return unseal(FilesReceipt, data, store.where(key))
+
+
+def teacher_folder(name: str) -> str:
+    """Folder of a teacher entry, with a slash at the end. Raises FormatError for a name that cannot be one."""
+    if not re.fullmatch(TEACHER_NAME, name):
+        raise FormatError(
+            f"{name!r} cannot name a teacher entry: lower-case letters, digits, '_' and '-', at most 64, "
+            f"beginning with a letter or digit"
+        )
+    return f"teachers/{name}/"
+
+
+def tokenizer_key(name: str) -> str:
+    """Key of a tokenizer file. Raises FormatError for a name that could be anything but a plain file."""
+    if not _TOKENIZER_FILE.match(name):
+        raise FormatError(f"{name!r} cannot be a tokenizer file")
+    return check_key(f"tokenizer/{name}", frozenset({name}))
+
+
+def read_fidelity(store: Store, folder: str, record_sha256: str) -> FidelityReport | None:
+    """The report in an entry's folder (with a slash at the end), or None where there is none.
+
+    Raises FormatError for what is no report, CorruptCache for one that was changed or is another entry's.
+    """
+    key = folder + FIDELITY_FILE
+    where = store.where(key)
+    try:
+        data = store.read_json(key, MAX_FIDELITY_BYTES)
+    except FileNotFoundError:
+        return None
+    report = unseal(FidelityReport, data, where)
+    if report.record_sha256 != record_sha256:
+        raise CorruptCache(
+            f"{where}: it is the report of another entry (record {report.record_sha256[:16]}…, this one is "
+            f"{record_sha256[:16]}…): logit-cache verify --repair removes it"
+        )
+    return report

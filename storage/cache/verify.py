@@ -1,0 +1,297 @@
+"""Every object of a cache against what commits it, and what lies there that nothing commits.
+
+quick   records against their own digests, receipts against the index, every object's length; on a local disk its
+        seal and its chunks' sizes too, which cost a remote store nine requests where one listing gives all lengths
+deep    every byte of every object against its sha256, and its seal and chunks' sizes wherever it lies
+repair  removes what no receipt lists, and the receipts of damaged shards, so that the command that made the
+        shard computes it again, and a damaged index of receipts or fidelity report, which the same command makes
+        again; a damaged record cannot be repaired
+
+Safe beside a running job on a local disk: what looked like a leftover is looked at again under the lock that a
+commit holds. Where a store has no locks, repair a cache only while nobody writes to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from storage.cache.checked_array import check_object, fetch_object
+from storage.cache.inventory import (
+    COMPANIONS,
+    ROOT_KEY,
+    TEACHERS_KEY,
+    TEACHERS_METADATA,
+    TOKENIZER_RECEIPT_KEY,
+    Group,
+    corpus_groups,
+    teacher_group,
+)
+from storage.cache.leases import claimed_shard, claims_in
+from storage.cache.reader import LogitCache
+from storage.cache.records import read_fidelity, read_tokenizer_receipt, tokenizer_key
+from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
+from storage.files import PARTIAL
+from storage.format.layout import ArraySpec
+from storage.format.manifest import TEACHER_NAME, ShardReceipt
+from storage.format.sealing import parse_json
+from storage.progress import Advance
+from storage.stores import open_store
+from storage.stores.base import Store
+
+
+@dataclass
+class Verification:
+    """What `verify` found.
+
+    problems    one line for each damaged or missing object, with its address
+    leftovers   addresses of objects that no receipt lists; readers never look at them
+    missing     by group of arrays ("tokens", "teachers/<name>"), ranges of positions that are not committed yet
+    repaired    what was removed
+    listed      whether the place could be listed; leftovers show only then
+    """
+
+    objects: int = 0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+    missing: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    repaired: list[str] = field(default_factory=list)
+    listed: bool = True
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is damaged; shards that are missing, and leftovers, do no harm."""
+        return not self.problems
+
+
+def verify(
+    url: str, *, deep: bool = False, repair: bool = False, workers: int = 8, progress: Advance | None = None
+) -> Verification:
+    """Check the cache at `url`; see the module for `deep` and `repair`.
+
+    `progress` is given the bytes of the objects checked since the last call. Raises CacheNotFound where there is no
+    cache; damage is reported, not raised.
+    """
+    store = open_store(url)
+    found = Verification()
+    # Listed before anything is checked: what a worker commits meanwhile is then known, or not in the list.
+    try:
+        listed = store.walk()
+    except InputError:
+        if repair:
+            raise
+        found.listed, listed = False, {}
+    known = {ROOT_KEY, TEACHERS_KEY, *COMPANIONS}
+    try:
+        cache = LogitCache.open(url)
+    except (CorruptCache, ValueError) as error:
+        found.problems.append(str(error))
+        return found
+    _check_bytes(store, TEACHERS_KEY, TEACHERS_METADATA, found)
+    _check_tokenizer(store, known, found)
+    groups = list(_groups(store, cache, known, found))
+    for group in groups:
+        _check_fidelity(store, group, known, found, repair)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for group in groups:
+            _check_group(store, group, known, found, deep, pool, progress, repair, listed)
+    leftovers = [key for key in listed if key not in known]
+    found.leftovers = [store.where(key) for key in leftovers]
+    if repair:
+        _remove_leftovers(store, groups, leftovers, found)
+    return found
+
+
+def _remove_leftovers(store: Store, groups: list[Group], leftovers: list[str], found: Verification) -> None:
+    left = set(leftovers)
+    for group in groups:
+        # A worker between its objects and its receipt holds this lock; afterwards they are no leftovers any more.
+        with store.exclusive(group.receipts.folder):
+            group.receipts.forget_index()
+            left -= {key for shard in np.flatnonzero(group.receipts.committed()) for key in group.keys(int(shard))}
+            for key in sorted(key for key in left if group.owns(key)):
+                if not _is_held(store, group, key):
+                    _remove(store, key, found)
+                left.remove(key)
+    for key in sorted(left):
+        _remove(store, key, found)
+
+
+def _is_held(store: Store, group: Group, key: str) -> bool:
+    """Whether an object is the claim of a worker that is at its shard now."""
+    folder, _, name = key.rpartition("/")
+    shard = claimed_shard(name) if folder == group.receipts.folder else None
+    return shard is not None and claims_in(store, folder).is_held(shard)
+
+
+def _remove(store: Store, key: str, found: Verification) -> None:
+    try:
+        store.remove(key)
+    except FileNotFoundError:  # what a worker was using is gone by itself
+        return
+    found.repaired.append(store.where(key))
+
+
+def _groups(store: Store, cache: LogitCache, known: set[str], found: Verification) -> Iterator[Group]:
+    yield from corpus_groups(store, cache)
+    for name in store.names("teachers"):
+        key = f"teachers/{name}/zarr.json"
+        if name == "zarr.json" or not re.fullmatch(TEACHER_NAME, name):
+            continue
+        try:
+            group = teacher_group(cache, name)
+        except LogitCacheError as error:
+            below = store.walk(f"teachers/{name}")
+            if isinstance(error, CacheNotFound) and all(key.endswith(PARTIAL) for key in below):
+                continue  # no entry: a stray file, or a worker that was killed before it had written the record
+            absent = f"{store.where(key)}: missing, so nothing of this entry can be read"
+            found.problems.append(absent if isinstance(error, CacheNotFound) else str(error))
+            # Nothing below a broken record can be told from leftovers, so all of it is left alone.
+            known.update(below)
+            continue
+        known.add(key)
+        yield group
+
+
+def _check_group(
+    store: Store,
+    group: Group,
+    known: set[str],
+    found: Verification,
+    deep: bool,
+    pool: ThreadPoolExecutor,
+    progress: Advance | None,
+    repair: bool,
+    listed: dict[str, int],
+) -> None:
+    receipts = group.receipts
+    known.update(group.metadata())
+    known.add(receipts.index_key)
+    try:
+        _ = receipts.index
+    except LogitCacheError as error:
+        found.problems.append(str(error))
+        if not repair:
+            _check_metadata(store, group, found)
+            known.update(store.walk(group.folder.rstrip("/") or group.name))
+            known.update(store.walk(receipts.folder))
+            return
+        # The index repeats what the receipts say; the next run of the command that made it writes it again.
+        _remove(store, receipts.index_key, found)
+    committed = np.flatnonzero(receipts.committed()).tolist()
+    _check_metadata(store, group, found, begun=bool(committed))
+    missing = receipts.missing_ranges()
+    if missing:
+        found.missing[group.name] = missing
+    for shard in committed:
+        known |= group.keys(shard)
+        try:
+            receipt = receipts.read(shard)
+            if receipt is None:
+                # It was listed by the index, which a damaged shard before this one has cost.
+                raise CorruptCache(f"{store.where(receipts.key(shard))}: missing, though the index listed it")
+        except LogitCacheError as error:
+            damaged = [str(error)]
+        else:
+            check = partial(_check_object_of, store, group, receipt, deep, listed)
+            checks = pool.map(check, receipts.specs.values())
+            damaged = [problem for problem in checks if problem is not None]
+            found.objects += len(receipt.objects)
+            size = sum(item.bytes for item in receipt.objects.values())
+            found.bytes += size
+            if progress is not None:
+                progress(size)
+        found.problems += damaged
+        if damaged and repair:
+            # The index first: it lists the receipt. The objects stay; the worker replaces them as any leftover.
+            for key in (receipts.index_key, receipts.key(shard)):
+                if store.size(key) is not None:
+                    _remove(store, key, found)
+            receipts.forget_index()
+
+
+def _check_fidelity(store: Store, group: Group, known: set[str], found: Verification, repair: bool) -> None:
+    """The fidelity report of a teacher entry; there need be none."""
+    key = group.fidelity_key
+    if key is None:
+        return
+    known.add(key)
+    try:
+        read_fidelity(store, group.folder, group.receipts.record_sha256)
+    except LogitCacheError as error:
+        found.problems.append(str(error))
+        if repair:
+            _remove(store, key, found)
+
+
+def _check_metadata(store: Store, group: Group, found: Verification, begun: bool = True) -> None:
+    """The arrays' zarr.json; until a shard is committed, a worker may still be about to write them."""
+    for key, data in group.metadata().items():
+        if begun or store.size(key) is not None:
+            _check_bytes(store, key, data, found)
+
+
+def _check_object_of(
+    store: Store, group: Group, receipt: ShardReceipt, deep: bool, listed: dict[str, int], spec: ArraySpec
+) -> str | None:
+    key = group.object_key(spec.name, receipt.shard)
+    expected = receipt.objects[spec.name]
+    try:
+        if store.local_path is not None:
+            check_object(store, key, spec, receipt)
+            if deep and hashlib.sha256(store.read(key, expected.bytes)).hexdigest() != expected.sha256:
+                return f"{store.where(key)}: its bytes are not those of the receipt's sha256 {expected.sha256}"
+        else:
+            # A worker may have committed the shard after the listing.
+            size = listed[key] if key in listed else store.size(key)
+            if size != expected.bytes:
+                there = "no object" if size is None else f"{size} bytes"
+                return f"{store.where(key)}: its receipt states {expected.bytes} bytes, found {there}"
+            if deep:
+                fetch_object(store, key, spec, receipt)
+    except FileNotFoundError:
+        return f"{store.where(key)}: missing, though its receipt exists"
+    except LogitCacheError as error:
+        return str(error)
+    return None
+
+
+def _check_tokenizer(store: Store, known: set[str], found: Verification) -> None:
+    known.add(TOKENIZER_RECEIPT_KEY)
+    try:
+        receipt = read_tokenizer_receipt(store)
+        files = {tokenizer_key(name): expected for name, expected in receipt.files.items()}
+    except LogitCacheError as error:
+        found.problems.append(str(error))
+        known.update(store.walk("tokenizer"))
+        return
+    for file, expected in files.items():
+        known.add(file)
+        found.objects += 1
+        found.bytes += expected.bytes
+        try:
+            data = store.insist(file, "its receipt exists", partial(store.read, file, expected.bytes))
+        except LogitCacheError as error:
+            found.problems.append(str(error))
+            continue
+        if (len(data), hashlib.sha256(data).hexdigest()) != (expected.bytes, expected.sha256):
+            found.problems.append(f"{store.where(file)}: differs from its receipt")
+
+
+def _check_bytes(store: Store, key: str, expected: bytes, found: Verification) -> None:
+    where = store.where(key)
+    try:
+        promise = "this cache's record implies it"
+        same = store.insist(key, promise, lambda: store.read_json(key)) == parse_json(expected, where)
+    except LogitCacheError as error:
+        found.problems.append(str(error))
+    else:
+        if not same:
+            found.problems.append(f"{where}: not the metadata that this cache's record implies; it was changed")

@@ -1,0 +1,212 @@
+"""Writing a cache: encode → publish → receipt, one whole shard at a time.
+
+A shard's objects are published first and its receipt last, so a job killed at any instant leaves either a
+committed shard or one that will be done again. A committed object is never replaced. Objects without a
+receipt are what a killed worker left: equal bytes are kept, others are replaced.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from itertools import repeat
+from typing import Any
+
+from numpy.typing import NDArray
+
+from storage.cache.failures import Failures
+from storage.cache.leases import claims_in
+from storage.cache.receipts import Receipts
+from storage.cache.records import read_record, teacher_folder
+from storage.errors import CorruptCache, FormatError, IdentityMismatch, MissingObject
+from storage.format.fidelity import FIDELITY_FILE, FidelityReport
+from storage.format.layout import ArraySpec, group_metadata, metadata_bytes, teacher_arrays
+from storage.format.manifest import ATTRIBUTE, ObjectDigest, ShardReceipt, ShardStatistics, TeacherEntry
+from storage.format.rules import broken_rule
+from storage.format.sealing import Record, differences, digest, parse_json, sealed, sealed_bytes
+from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
+from storage.format.targets import SparseTargets
+from storage.stores import open_store
+from storage.stores.base import Store
+
+
+class ShardWriter:
+    """Commits shards of arrays that are cut alike. Safe to use by several workers on one cache."""
+
+    def __init__(
+        self, store: Store, group: str, receipts_folder: str, specs: Mapping[str, ArraySpec], record: Record
+    ) -> None:
+        self.specs = dict(specs)
+        self._store = store
+        self._group = group
+        # A local disk takes one synced file at a time; elsewhere most of the time is waiting for answers.
+        self._at_once = 1 if store.local_path is not None else len(self.specs)
+        self.receipts = Receipts(store, receipts_folder, specs, digest(record))
+
+    def prepare(self) -> None:
+        """Write the arrays' metadata where it is not there yet."""
+        for spec in self.specs.values():
+            publish_same(self._store, f"{self._group}{spec.name}/zarr.json", metadata_bytes(spec.metadata()))
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether the shard has a receipt and objects of the lengths that it states; CorruptCache if they differ."""
+        receipt = self.receipts.read(shard)
+        if receipt is None:
+            return False
+        for name, expected in receipt.objects.items():
+            key = self._group + self.specs[name].shard_key(shard)
+            try:
+                found = f"{self._store.known_size(key, 'its receipt exists')} bytes"
+            except MissingObject:
+                found = "no object"
+            if found != f"{expected.bytes} bytes":
+                raise CorruptCache(
+                    f"{self._store.where(key)}: its receipt states {expected.bytes} bytes, found {found}; run "
+                    f"logit-cache verify --repair {self._store.url} and this command again"
+                )
+        return True
+
+    def commit(
+        self,
+        shard: int,
+        values: Mapping[str, NDArray[Any]],
+        statistics: ShardStatistics | None = None,
+        began: float | None = None,
+    ) -> ShardReceipt:
+        """Write one shard of every array and its receipt; returns the receipt that is there afterwards.
+
+        `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`.
+        """
+        encoded = encode_objects(self.specs, shard, values)
+        objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
+        # From the first object to the receipt, no other writer may replace what looks like a leftover.
+        with self._store.exclusive(self.receipts.folder), ThreadPoolExecutor(self._at_once) as pool:
+            keys = [self._group + self.specs[name].shard_key(shard) for name in encoded]
+            list(pool.map(self._publish_object, keys, repeat(shard), encoded.values()))
+            return self._publish_receipt(shard, objects, statistics, began)
+
+    def _publish_receipt(
+        self, shard: int, objects: dict[str, ObjectDigest], statistics: ShardStatistics | None, began: float | None
+    ) -> ShardReceipt:
+        start, stop = next(iter(self.specs.values())).shard_range(shard)
+        receipt = ShardReceipt(
+            record_sha256=self.receipts.record_sha256,
+            shard=shard,
+            start=start,
+            stop=stop,
+            objects=objects,
+            statistics=statistics,
+            seconds=0.0 if began is None else round(time.monotonic() - began, 3),
+            written_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            host=socket.gethostname(),
+        )
+        if not self._store.publish(self.receipts.key(shard), sealed_bytes(receipt)):
+            other = self.receipts.read(shard)
+            if other is None or other.objects != objects:
+                raise CorruptCache(
+                    f"{self._store.where(self.receipts.key(shard))}: another worker committed this shard with other "
+                    f"bytes; workers of one entry must run the same versions on the same type of device"
+                )
+            return other
+        return receipt
+
+    def _publish_object(self, key: str, shard: int, data: bytes) -> None:
+        if self._store.publish(key, data):
+            return
+        if self._store.insist(key, "it was there just now", lambda: self._store.read(key)) == data:
+            return
+        if self.receipts.read(shard) is not None:
+            raise CorruptCache(
+                f"{self._store.where(key)}: already committed with other bytes; workers of one entry must run the "
+                f"same versions on the same type of device"
+            )
+        self._store.replace(key, data)
+
+
+class EntryWriter:
+    """One teacher's entry: its record, its shards, its index; who works at which shard, and which were given up."""
+
+    def __init__(self, store: Store, name: str, entry: TeacherEntry, shards: ShardWriter) -> None:
+        self.name = name
+        self.entry = entry
+        self.claims = claims_in(store, shards.receipts.folder)
+        self.failures = Failures(store, shards.receipts.folder)
+        self._store = store
+        self._shards = shards
+
+    @classmethod
+    def open(cls, url: str, name: str, entry: TeacherEntry) -> EntryWriter:
+        """Create the entry, or go on with it; IdentityMismatch lists the fields in which a stored one differs."""
+        store = open_store(url)
+        folder = teacher_folder(name)
+        key = folder + "zarr.json"
+        store.publish(key, metadata_bytes(group_metadata({ATTRIBUTE: sealed(entry)})))
+        stored = read_record(store, key, TeacherEntry)
+        refuse_other(store, name, stored, entry)
+        shards = ShardWriter(store, folder, folder + "receipts", teacher_arrays(stored), stored)
+        shards.prepare()
+        return cls(store, name, stored, shards)
+
+    @property
+    def shards(self) -> int:
+        """How many shards the entry has."""
+        return self._shards.receipts.shards
+
+    def pending(self) -> list[int]:
+        """Shards that are still to be done, in order; every committed one is compared with its receipt."""
+        committed = self._shards.receipts.committed()
+        return [shard for shard in range(self.shards) if not (committed[shard] and self._shards.is_committed(shard))]
+
+    def is_committed(self, shard: int) -> bool:
+        """Whether a shard is there, also when another worker wrote it a moment ago."""
+        return self._shards.is_committed(shard)
+
+    def commit(self, shard: int, targets: SparseTargets, began: float | None = None) -> ShardReceipt:
+        """Encode and commit one shard. `targets` hold exact log-probs of the shard's positions, in order."""
+        broken = broken_rule(targets, self.entry)
+        if broken:
+            raise FormatError(f"{self._store.where(teacher_folder(self.name))}: shard {shard} is not written: {broken}")
+        return self._shards.commit(shard, shard_values(self.entry, targets), shard_statistics(targets), began)
+
+    def finish(self) -> None:
+        """Write the index of receipts once no shard is missing."""
+        if self._shards.receipts.committed().all():
+            self._shards.receipts.write_index()
+
+    def publish_fidelity(self, report: FidelityReport) -> bool:
+        """Put the fidelity report beside the entry, whole or not at all; False if another worker was first."""
+        assert report.record_sha256 == digest(self.entry)
+        return self._store.publish(teacher_folder(self.name) + FIDELITY_FILE, sealed_bytes(report))
+
+
+def refuse_other(store: Store, name: str, stored: TeacherEntry, wanted: TeacherEntry) -> None:
+    """Raise IdentityMismatch, with the fields that differ, unless an entry that is there is the one that is wanted."""
+    folder = teacher_folder(name)
+    differing = differences(stored, wanted)
+    if differing:
+        raise IdentityMismatch(
+            f"{store.where(folder)}",
+            differing,
+            f"A teacher entry holds one teacher's targets made in one way: give this one another --name, or remove "
+            f"{store.where(folder.rstrip('/'))} if nothing in it is worth keeping",
+        )
+
+
+def publish_same(store: Store, key: str, data: bytes) -> None:
+    """Publish an object whose bytes follow from the record; one that is there already must be the same."""
+    if store.publish(key, data):
+        return
+    found = store.insist(key, "it was there just now", lambda: store.read(key))
+    where = store.where(key)
+    if found == data:
+        return
+    if (
+        key.endswith(".json")
+        and not key.startswith("tokenizer/")
+        and parse_json(found, where) == parse_json(data, where)
+    ):
+        return
+    raise CorruptCache(f"{where}: differs from what this cache's record implies; it was changed or belongs elsewhere")

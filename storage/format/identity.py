@@ -1,0 +1,126 @@
+"""Which id is which string, and what makes two tokenizers the same.
+
+Two digests, because they answer two questions. `vocabulary_sha256` covers which id is which string: it is what a
+teacher and a cache must share for the columns of their distributions to mean the same. `tokenizer_fingerprint`
+covers behaviour too (merges, normaliser, pre-tokenizer): it is what two token streams must share to be comparable.
+`V` is the largest id + 1, added tokens included; a vocabulary may have holes below it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import InputError
+from storage.format.sealing import canonical_json
+
+# A tokenizer.json remembers how it was last called. That changes nothing about which ids a text gets here.
+_VOLATILE = ("padding", "truncation")
+# Any of them makes a folder one that AutoTokenizer can be asked to read.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's files lie in a model's folder."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def vocabulary_sha256(vocabulary: Mapping[str, int]) -> str:
+    """sha256 of the canonical JSON of [[id, string], ...], sorted by id and then by string."""
+    return hashlib.sha256(canonical_json(sorted([index, string] for string, index in vocabulary.items()))).hexdigest()
+
+
+def vocabulary_size(vocabulary: Mapping[str, int]) -> int:
+    """V: the largest id + 1. Raises InputError for a vocabulary without entries."""
+    if not vocabulary:
+        raise InputError("the tokenizer has no tokens: expected a vocabulary with at least one entry")
+    return max(vocabulary.values()) + 1
+
+
+def differing_entries(a: Mapping[str, int], b: Mapping[str, int], most: int = 5) -> list[str]:
+    """The ids that stand for different strings, in ascending order; `a` is the one here, `b` the teacher's.
+
+    At most `most` of them, and then how many more there are; [] if the vocabularies are equal.
+
+    >>> differing_entries({"a": 0, "cat": 1}, {"a": 0, "dog": 1, "e": 2})
+    ["id 1: 'cat' here, 'dog' in the teacher's", "id 2: nothing here, 'e' in the teacher's"]
+    """
+    here, theirs = _strings(a), _strings(b)
+    differing = sorted(index for index in here.keys() | theirs.keys() if here.get(index) != theirs.get(index))
+    listed = [
+        f"id {index}: {here.get(index, 'nothing')} here, {theirs.get(index, 'nothing')} in the teacher's"
+        for index in differing[:most]
+    ]
+    more = len(differing) - len(listed)
+    return [*listed, f"and {more} more ids"] if more else listed
+
+
+def tokenizer_fingerprint(files: Mapping[str, bytes], vocabulary: Mapping[str, int]) -> str:
+    """sha256 of what a tokenizer does: its tokenizer.json (or else all its files) and its vocabulary.
+
+    Of tokenizer.json the canonical JSON counts, without `padding` and `truncation`. Raises InputError when that
+    file is not a JSON object.
+    """
+    behaviour: object
+    if "tokenizer.json" in files:
+        try:
+            behaviour = json.loads(files["tokenizer.json"])
+        except ValueError as error:
+            raise InputError(f"tokenizer.json is not valid JSON ({error}): save the tokenizer again") from None
+        if not isinstance(behaviour, dict):
+            raise InputError(f"tokenizer.json: expected a JSON object, found {type(behaviour).__name__}")
+        behaviour = {key: value for key, value in behaviour.items() if key not in _VOLATILE}
+    else:
+        behaviour = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    whole = {"behaviour": behaviour, "vocabulary_sha256": vocabulary_sha256(vocabulary)}
+    return hashlib.sha256(canonical_json(whole)).hexdigest()
+
+
+def _strings(vocabulary: Mapping[str, int]) -> dict[int, str]:
+    """What stands at each id, quoted; two strings at one id are both named."""
+    strings: dict[int, str] = {}
+    for string, index in sorted(vocabulary.items()):
+        strings[index] = f"{strings[index]} and {string!r}" if index in strings else repr(string)
+    return strings
+
+
+_BLOCK = 1 << 20
+
+
+def stream_sha256(tokens: NDArray[Any], document_starts: NDArray[Any], loss_mask: NDArray[Any] | None) -> str:
+    """sha256 of `"tokens"` + ids as uint32 + `"documents"` + starts as uint64 [+ `"loss_mask"` + uint8 each].
+
+    tokens [N] of any unsigned width, document_starts [D], loss_mask [N] bool or None. All numbers little-endian, so
+    that the digest depends on neither the machine nor the width in which ids are stored. Arrays may be memory maps:
+    they are read block by block.
+    """
+    digest = hashlib.sha256(b"tokens")
+    for block in _blocks(tokens):
+        digest.update(block.astype("<u4").tobytes())
+    digest.update(b"documents")
+    for block in _blocks(document_starts):
+        digest.update(block.astype("<u8").tobytes())
+    if loss_mask is not None:
+        digest.update(b"loss_mask")
+        for block in _blocks(loss_mask):
+            digest.update(block.astype(bool).astype("u1").tobytes())
+    return digest.hexdigest()
+
+
+def _blocks(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    for start in range(0, len(values), _BLOCK):
+        yield np.asarray(values[start : start + _BLOCK])

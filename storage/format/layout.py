@@ -1,0 +1,216 @@
+"""The arrays of a cache: names, shapes, data types, chunks, shards, codecs, and their Zarr metadata as bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from storage.format.encoding import token_id_dtype
+from storage.format.manifest import MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TeacherEntry
+
+KEY = re.compile(r"^[a-z0-9_./-]+$")
+PER_POSITION_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
+PER_POSITION_COUNTS = ("kept", "certain")
+
+_TARGET_CHUNK_TOKENS = 8_192
+_TARGET_CHUNK_BYTES = 4 << 20
+_TARGET_SHARD_TOKENS = 65_536
+_STREAM_CHUNK = 65_536
+_STREAM_SHARD = 4_194_304
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the format: everything its zarr.json says, and the keys of its objects."""
+
+    name: str
+    dtype: Literal["uint16", "uint32", "uint64", "float32", "bool"]
+    shape: tuple[int, ...]
+    layout: ArrayLayout
+
+    @property
+    def poison(self) -> Any:
+        """What stands where nothing was written: the largest integer, or NaN (bool has none to spare)."""
+        if self.dtype == "bool":
+            return False
+        return math.nan if self.dtype == "float32" else int(np.iinfo(self.dtype).max)
+
+    @property
+    def fill_value(self) -> Any:
+        """The poison as JSON has it."""
+        return "NaN" if self.dtype == "float32" else self.poison
+
+    @property
+    def blosc(self) -> dict[str, Any]:
+        """How a chunk's bytes are compressed, as the codec's configuration has it."""
+        return {
+            "typesize": self.itemsize,
+            "cname": self.layout.compression,
+            "clevel": 3 if self.layout.compression == "zstd" else 5,
+            "shuffle": "bitshuffle",
+            "blocksize": 0,
+        }
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return int(np.dtype(self.dtype).itemsize)
+
+    @property
+    def shards(self) -> int:
+        """Number of shard objects."""
+        return -(-self.shape[0] // self.layout.shard)
+
+    @property
+    def index_bytes(self) -> int:
+        """Length of the shard index at the end of every object: offset and length per chunk, and its crc32c."""
+        return 16 * (self.layout.shard // self.layout.chunk) + 4
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Length of a chunk before compression; the last one of an array is filled up to it."""
+        return self.itemsize * self.layout.chunk * math.prod(self.shape[1:])
+
+    @property
+    def most_object_bytes(self) -> int:
+        """No object is longer: Blosc stores what it cannot compress with a header of 16 bytes, then the crc32c."""
+        return (self.chunk_bytes + 16 + 4) * (self.layout.shard // self.layout.chunk) + self.index_bytes
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First entry of a shard and the first after it."""
+        return self.layout.shard_range(shard, self.shape[0])
+
+    def shard_key(self, shard: int) -> str:
+        """Key of a shard's object, relative to the array's group."""
+        return f"{self.name}/c/{shard}" + "/0" * (len(self.shape) - 1)
+
+    def metadata(self) -> dict[str, Any]:
+        """The array's zarr.json. A reader refuses any other."""
+        rest = list(self.shape[1:])
+        dimensions = {"document_starts": ["document"]}.get(self.name, ["position", "rank"][: len(self.shape)])
+        serializer: dict[str, Any] = {"name": "bytes"}
+        if self.itemsize > 1:
+            serializer["configuration"] = {"endian": "little"}
+        blosc = {"name": "blosc", "configuration": self.blosc}
+        little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.layout.shard, *rest]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": self.fill_value,
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": [self.layout.chunk, *rest],
+                        "codecs": [serializer, blosc, {"name": "crc32c"}],
+                        "index_codecs": [little_endian, {"name": "crc32c"}],
+                        "index_location": "end",
+                    },
+                }
+            ],
+            "dimension_names": dimensions,
+            "attributes": {},
+        }
+
+
+def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A group's zarr.json."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def teacher_arrays(entry: TeacherEntry) -> dict[str, ArraySpec]:
+    """The arrays of a teacher entry, by name."""
+    n, k, layout = entry.positions, entry.targets.k, entry.layout
+    values: tuple[str, Literal["uint16", "float32"]] = (
+        ("logprob_codes", "uint16") if entry.encoding.kind == "codes" else ("logprobs", "float32")
+    )
+    specs = [
+        ArraySpec("token_ids", token_id_dtype(entry.vocabulary_size), (n, k), layout),  # type: ignore[arg-type]
+        ArraySpec(values[0], values[1], (n, k), layout),
+        *(ArraySpec(name, "uint16", (n,), layout) for name in PER_POSITION_COUNTS),
+        *(
+            ArraySpec(name, "float32", (n,), layout)
+            for name in PER_POSITION_FLOATS
+            if name != "label_logprob" or entry.targets.has_label_logprob
+        ),
+    ]
+    return {spec.name: spec for spec in specs}
+
+
+def corpus_arrays(record: CacheRecord) -> dict[str, ArraySpec]:
+    """The arrays of the token stream, by name; none when the cache was shared without its tokens."""
+    corpus = record.corpus
+    if not corpus.tokens_included:
+        return {}
+    tokens = token_id_dtype(record.tokenizer.vocabulary_size)
+    specs = [
+        ArraySpec("tokens", tokens, (corpus.positions,), record.tokens_layout),  # type: ignore[arg-type]
+        ArraySpec("document_starts", "uint64", (corpus.documents,), record.documents_layout),
+    ]
+    if corpus.has_loss_mask:
+        specs.append(ArraySpec("loss_mask", "bool", (corpus.positions,), record.tokens_layout))
+    return {spec.name: spec for spec in specs}
+
+
+def stream_layout(entries: int) -> ArrayLayout:
+    """How an array of the token stream is cut: shards of 64 chunks, or as many as there are."""
+    chunks = -(-entries // _STREAM_CHUNK)
+    return ArrayLayout(shard=min(_STREAM_SHARD, chunks * _STREAM_CHUNK), chunk=_STREAM_CHUNK, compression="zstd")
+
+
+# What a codec is chosen for, and the codec (docs/decisions/0014).
+Profile = Literal["small", "fast"]
+COMPRESSION: dict[Profile, Literal["zstd", "lz4"]] = {"small": "zstd", "fast": "lz4"}
+
+
+def entry_layout(
+    positions: int,
+    k: int,
+    stride_tokens: int,
+    compression: Literal["zstd", "lz4"] = "zstd",
+    shard_tokens: int | None = None,
+    chunk_tokens: int | None = None,
+) -> ArrayLayout:
+    """How a teacher entry is cut unless told otherwise.
+
+    Both are multiples of the stride; a chunk has about 8,192 positions or 4 MiB, a shard about 65,536
+    positions, and no object can exceed 64 MiB before compression (4 bytes per id). Raises ValueError for
+    sizes that break these rules.
+    """
+    row_bytes = 4 * k
+    if chunk_tokens is None:
+        wanted = min(_TARGET_CHUNK_TOKENS, max(1, _TARGET_CHUNK_BYTES // row_bytes))
+        if shard_tokens is not None:
+            wanted = min(wanted, shard_tokens)
+            divisors = [d for d in range(stride_tokens, wanted + 1, stride_tokens) if shard_tokens % d == 0]
+            chunk_tokens = max(divisors, default=stride_tokens)
+        else:
+            chunk_tokens = max(1, wanted // stride_tokens) * stride_tokens
+    if shard_tokens is None:
+        most = max(1, min(_TARGET_SHARD_TOKENS, MAX_OBJECT_BYTES // row_bytes) // chunk_tokens)
+        shard_tokens = chunk_tokens * min(most, math.ceil(positions / chunk_tokens))
+    if chunk_tokens % stride_tokens or shard_tokens % chunk_tokens:
+        raise ValueError(
+            f"a shard of {shard_tokens} positions must be a multiple of the chunk ({chunk_tokens}), "
+            f"and the chunk a multiple of the stride ({stride_tokens})"
+        )
+    if shard_tokens * row_bytes > MAX_OBJECT_BYTES:
+        raise ValueError(
+            f"a shard of {shard_tokens} positions with k = {k} can take {shard_tokens * row_bytes >> 20} MiB, "
+            f"more than the {MAX_OBJECT_BYTES >> 20} MiB of one object: take a smaller shard, stride or k"
+        )
+    return ArrayLayout(shard=shard_tokens, chunk=chunk_tokens, compression=compression)
+
+
+def metadata_bytes(metadata: dict[str, Any]) -> bytes:
+    """A zarr.json as it is written; the same metadata always gives the same bytes."""
+    return json.dumps(metadata, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False).encode() + b"\n"

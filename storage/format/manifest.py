@@ -1,0 +1,319 @@
+"""Provenance: frozen records of what a cache holds, and the receipts that commit its shards.
+
+Every record is JSON that carries the sha256 of its own canonical form (sorted keys, no white space, without
+the `sha256` field), so a changed byte shows. Records hold no paths: the key of every object follows from
+the array's name and the shard's number.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from storage.format.encoding import MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
+from storage.format.sealing import Record
+
+ATTRIBUTE = "logit_cache"
+MAX_OBJECT_BYTES = 64 << 20
+MAX_INDEX_BYTES = 1 << 28
+MAX_SHARDS = 1 << 21  # what an index of receipts has room for: 137 billion positions at 65,536 to a shard
+MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
+TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
+
+_LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Positive = Annotated[int, Field(ge=1, le=1 << 48)]
+
+
+class CorpusSource(Record):
+    """One file or data set that the text came from; the name only, never a folder of somebody's machine."""
+
+    name: Text
+    documents: Count
+    text_bytes: Count
+
+
+class Corpus(Record):
+    """The token stream. `stream_sha256` covers tokens (as uint32), document starts (uint64) and loss mask."""
+
+    positions: Positive
+    documents: Positive
+    text_bytes: Count
+    stream_sha256: Sha256
+    has_loss_mask: bool
+    tokens_included: bool = True
+    document_separator: Text | None
+    sources: Annotated[tuple[CorpusSource, ...], Field(max_length=4096)]
+
+
+class Tokenizer(Record):
+    """`vocabulary_size` is V: the largest id + 1, added tokens included. `fingerprint` covers behaviour
+    (merges, normaliser, pre-tokenizer), `vocabulary_sha256` only which id is which string."""
+
+    vocabulary_size: Annotated[int, Field(ge=1, le=1 << 31)]
+    vocabulary_sha256: Sha256
+    fingerprint: Sha256
+
+
+class ArrayLayout(Record):
+    """How an array is cut: `shard` entries to one object, `chunk` entries to one compressed unit of it.
+
+    At 8 bytes per entry no object exceeds `MAX_OBJECT_BYTES`; entries with more are bounded by their own record.
+    """
+
+    shard: Annotated[int, Field(ge=1, le=MAX_OBJECT_BYTES // 8)]
+    chunk: Annotated[int, Field(ge=1, le=MAX_OBJECT_BYTES // 8)]
+    compression: Literal["zstd", "lz4"]
+
+    def shard_range(self, shard: int, entries: int) -> tuple[int, int]:
+        """First entry of a shard and the first after it, of an array of so many entries."""
+        start = shard * self.shard
+        return start, min(start + self.shard, entries)
+
+    def check_length(self, entries: int) -> None:
+        """Raises ValueError for an array that is cut into more shards than receipts are counted for."""
+        if -(-entries // self.shard) > MAX_SHARDS:
+            raise ValueError(f"{entries} entries in shards of {self.shard} are more than {MAX_SHARDS} shards")
+
+    @model_validator(mode="after")
+    def _divides(self) -> ArrayLayout:
+        if self.shard % self.chunk:
+            raise ValueError(f"shard {self.shard} is not a multiple of chunk {self.chunk}")
+        if self.shard // self.chunk > MAX_CHUNKS:
+            raise ValueError(f"a shard of {self.shard} has more than {MAX_CHUNKS} chunks of {self.chunk}")
+        return self
+
+
+class Versions(Record):
+    """Library versions, for the reader's information; never compared."""
+
+    libraries: dict[str, Text]
+
+    @classmethod
+    def of_this_process(cls) -> Versions:
+        """Versions of what a result depends on, as installed here."""
+        found = {"python": platform.python_version()}
+        for name in _LIBRARIES:
+            try:
+                found[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return cls(libraries=found)
+
+
+class CacheRecord(Record):
+    """attributes["logit_cache"] of the root group."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["cache"] = "cache"
+    corpus: Corpus
+    tokenizer: Tokenizer
+    tokens_layout: ArrayLayout
+    documents_layout: ArrayLayout
+    created_with: Versions
+
+    @model_validator(mode="after")
+    def _bounded(self) -> CacheRecord:
+        if self.corpus.documents > self.corpus.positions:
+            raise ValueError(f"{self.corpus.documents} documents in {self.corpus.positions} tokens")
+        self.tokens_layout.check_length(self.corpus.positions)
+        self.documents_layout.check_length(self.corpus.documents)
+        return self
+
+
+class TeacherIdentity(Record):
+    """Which model. `source` is a hub id or the last part of a local path; the digests are what binds."""
+
+    source: Text
+    revision: Text | None = None
+    architecture: Text
+    weights_sha256: Sha256
+    config_sha256: Sha256
+    dtype: Literal["float32", "bfloat16", "float16"]
+    head_columns: Positive
+    parameters: Count
+    trust_remote_code: bool = False
+
+
+class Teacher(Record):
+    """One model, or an ensemble whose members read the same batch."""
+
+    combine: Literal["single", "logit-mean", "mixture"] = "single"
+    members: Annotated[tuple[TeacherIdentity, ...], Field(min_length=1, max_length=64)]
+    weights: Annotated[tuple[float, ...], Field(max_length=64)] = (1.0,)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Teacher:
+        if len(self.weights) != len(self.members) or (self.combine == "single") != (len(self.members) == 1):
+            raise ValueError("one weight per member, and 'single' for exactly one member")
+        return self
+
+
+class Targets(Record):
+    """What is stored for a position. `head_ids`: ids kept with certainty before sampling starts; `top_p`: the
+    mass at which a row is pruned; `seed` keys the sampling by absolute position; `temperature`: the one that
+    sampled ids were drawn for."""
+
+    method: Literal["top-k", "varopt"] = "top-k"
+    k: Annotated[int, Field(ge=1, le=MAX_UINT16)]
+    head_ids: Count | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Count | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    has_label_logprob: bool = True
+
+
+class Windowing(Record):
+    """What a teacher saw: see `storage.format`, "Windows"."""
+
+    context_tokens: Positive
+    stride_tokens: Positive
+    isolate_documents: bool = False
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Windowing:
+        if self.stride_tokens > self.context_tokens:
+            raise ValueError(f"stride {self.stride_tokens} is larger than context {self.context_tokens}")
+        return self
+
+
+class Encoding(Record):
+    """`codes`: log-probs as uint16 differences in units of `step_nats`; `float32`: as they are. Floats keep
+    `mantissa_bits` bits."""
+
+    kind: Literal["codes", "float32"] = "codes"
+    step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None
+    mantissa_bits: Annotated[int, Field(ge=8, le=23)]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Encoding:
+        if (self.kind == "codes") != (self.step_nats is not None):
+            raise ValueError("step_nats goes with codes, and with them only")
+        return self
+
+
+class Execution(Record):
+    """What can change the last bits of a result: two workers of one entry must agree on it.
+
+    `tensor_parallel`: over how many ranks the teacher was spread. It is left out of the JSON where there is none, so
+    that records from before it was known keep their digests; a version that does not know it refuses an entry with it.
+    """
+
+    device_type: Text
+    batch_windows: Positive
+    attention: Text
+    compile_mode: Text | None = None
+    head: Literal["fast", "general"]
+    tensor_parallel: Positive | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if fields.get("tensor_parallel", 0) is None:
+            del fields["tensor_parallel"]
+        return fields
+
+
+class TeacherEntry(Record):
+    """attributes["logit_cache"] of teachers/<name>; written once, never rewritten."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["teacher"] = "teacher"
+    positions: Positive
+    vocabulary_size: Annotated[int, Field(ge=1, le=1 << 31)]
+    stream_sha256: Sha256
+    tokenizer_fingerprint: Sha256
+    teacher: Teacher
+    targets: Targets
+    windowing: Windowing
+    encoding: Encoding
+    layout: ArrayLayout
+    execution: Execution
+    derived_from: Sha256 | None = None
+    created_with: Versions
+
+    @model_validator(mode="after")
+    def _agrees(self) -> TeacherEntry:
+        if self.targets.k > self.vocabulary_size:
+            raise ValueError(f"k {self.targets.k} is larger than the vocabulary {self.vocabulary_size}")
+        # Sizes are bounded before anything is allocated on their word.
+        if 4 * self.targets.k * self.layout.shard > MAX_OBJECT_BYTES:
+            raise ValueError(f"a shard of {self.layout.shard} positions with k {self.targets.k} exceeds one object")
+        self.layout.check_length(self.positions)
+        return self
+
+
+class ObjectDigest(Record):
+    """One stored object: its length, its sha256, and its seal, which is checked without reading all of it:
+    the sha256 of the shard index at its end followed by the last 4 bytes (crc32c) of every chunk."""
+
+    bytes: Annotated[int, Field(ge=0, le=2 * MAX_OBJECT_BYTES)]
+    sha256: Sha256
+    seal_sha256: Sha256
+
+
+class FileDigest(Record):
+    """One file that is no Zarr array (the tokenizer's)."""
+
+    bytes: Annotated[int, Field(ge=0, le=MAX_OBJECT_BYTES)]
+    sha256: Sha256
+
+
+class ShardStatistics(Record):
+    """Sums over the positions of a shard, so that a summary needs no array. Nats, and counts of positions."""
+
+    positions: Count
+    labelled: Count
+    label_nats: float
+    entropy_nats: float
+    head_mass: float
+    head_mass_below_half: Count
+    head_mass_below_90: Count
+    head_mass_below_99: Count
+
+    def __add__(self, other: ShardStatistics) -> ShardStatistics:
+        return ShardStatistics(
+            **{name: getattr(self, name) + getattr(other, name) for name in ShardStatistics.model_fields}
+        )
+
+
+class ShardReceipt(Record):
+    """Commits one shard of the arrays named in `objects`; `record_sha256` is the record it belongs to."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["shard"] = "shard"
+    record_sha256: Sha256
+    shard: Count
+    start: Count
+    stop: Positive
+    objects: Annotated[dict[str, ObjectDigest], Field(min_length=1, max_length=16)]
+    statistics: ShardStatistics | None = None
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    written_at: Text
+    host: Text
+
+
+class FilesReceipt(Record):
+    """Commits the tokenizer's files."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["files"] = "files"
+    files: Annotated[dict[str, FileDigest], Field(min_length=1, max_length=64)]
+
+
+class ReceiptIndex(Record):
+    """Written when the last shard is committed: the sha256 of every receipt in order, and sums over them."""
+
+    format_version: Literal[1] = 1
+    kind: Literal["receipt_index"] = "receipt_index"
+    record_sha256: Sha256
+    receipts: tuple[Sha256, ...]
+    object_bytes: Count
+    statistics: ShardStatistics | None = None
+    seconds: Annotated[float, Field(ge=0)] = 0.0

@@ -1,0 +1,74 @@
+"""Fewer ids per position from what is stored, without the teacher: what leaves a row goes to its tail, exactly.
+
+Legend: `T` positions, `K` stored ids per position, `V` vocabulary size.
+
+Of a row with log-probs `l_0 >= l_1 >= …`, all certain, the leading `kept'` stay::
+
+    kept'          = min(kept, k, the least j with sum_{i<j} exp(l_i) >= top_p * total)
+    log_tail'      = log(exp(log_tail)      + sum_{kept' <= i < kept} exp(l_i))
+    log_tail_half' = log(exp(log_tail_half) + sum_{kept' <= i < kept} exp(l_i / 2))
+
+`total` is the mass of the row as stored, its tail included: 1, but for what the codes of its log-probs are off.
+
+The label's log-prob and the entropy are of the whole distribution and stay as they are. Sums are float64 and in
+log space: a log-prob at the floor has no exponential that could be added. The stored tail is the exact sum over
+its own ids, so the only error of a new one is that of the log-probs that joined it: half a step of their codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.format.targets import SparseTargets
+
+
+def prune(targets: SparseTargets, k: int, top_p: float | None, floor: float) -> SparseTargets:
+    """The targets with at most `k` columns, and each row cut where its mass first reaches `top_p` (None: nowhere).
+
+    A row whose ids together stay below `top_p` keeps them all. Log-probs and tails under `floor` (nats) become
+    it. Returns exact log-probs; rows with sampled ids (`certain < kept`) must stay whole: dropping some of a sample
+    would bias it, and the caller refuses that.
+    """
+    logprobs = targets.logprobs.astype(np.float64)  # [T, K], -inf from column kept on
+    kept = np.minimum(targets.kept, k)
+    if top_p is not None:
+        mass = np.cumsum(np.exp(logprobs), axis=1)
+        short = mass < top_p * (mass[:, -1:] + np.exp(targets.log_tail[:, None].astype(np.float64)))
+        kept = np.minimum(kept, short.sum(axis=1) + 1)
+    kept = kept.astype(np.uint16)
+    cut = kept < targets.kept
+    assert (targets.certain == targets.kept)[cut].all(), "a sample is kept whole"
+
+    columns = np.arange(targets.k)
+    dropped = np.where(columns < kept[:, None], -np.inf, logprobs)
+    valid = columns[:k] < kept[:, None]
+    poison = np.iinfo(targets.token_ids.dtype).max
+    return replace(
+        targets,
+        token_ids=np.where(valid, targets.token_ids[:, :k], poison).astype(targets.token_ids.dtype),
+        kept=kept,
+        certain=np.minimum(targets.certain, kept),
+        log_tail=_floored(_joined(targets.log_tail, dropped), floor),
+        log_tail_half=_floored(_joined(targets.log_tail_half, dropped / 2), floor),
+        label_logprob=_floored(targets.label_logprob, floor),
+        codes=None,
+        step_nats=None,
+        # As a reader hands them out: 0 where there is no id.
+        exact_logprobs=np.where(valid, _floored(targets.logprobs[:, :k], floor), np.float32(0)),
+    )
+
+
+def _joined(log_tail: NDArray[np.float32], dropped: NDArray[np.float64]) -> NDArray[np.float32]:
+    """log of exp(log_tail) + the sum of exp(dropped) along each row; -inf where both are nothing."""
+    terms = np.concatenate([log_tail[:, None].astype(np.float64), dropped], axis=1)
+    joined: NDArray[np.float64] = np.logaddexp.reduce(terms, axis=1)
+    return joined.astype(np.float32)
+
+
+def _floored(values: NDArray[Any], floor: float) -> NDArray[np.float32]:
+    """No finite value under the floor; -inf says that nothing is there, and NaN that there is no label."""
+    return np.where(np.isneginf(values), values, np.maximum(values, np.float32(floor)))

@@ -1,0 +1,103 @@
+"""Progress that a person can follow: a bar on a terminal, a log line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+Advance = Callable[[int], None]  # so many more units are done
+Say = Callable[[str], None]  # one line for a person
+Track = Callable[[str, int, str], AbstractContextManager[Advance]]  # description, total, unit → advance
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(count)`. Shows the part done, `unit`/s of this run, and the time left."""
+    if sys.stderr.isatty():
+        with _bar(description, total, unit, done) as advance:
+            yield advance
+    else:
+        lines = TextLines(description, total, unit, done)
+        yield lines.advance
+        lines.write(final=True)
+
+
+@contextmanager
+def _bar(description: str, total: int | None, unit: str, done: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(TextColumn):
+        def __init__(self) -> None:
+            super().__init__("")
+
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else f"… {unit}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        Rate(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda count: bar.advance(task, count)
+
+
+class Lines(ABC):
+    """What is told every few seconds of a job that runs without a terminal."""
+
+    def __init__(self, description: str, total: int | None, unit: str, done: int) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._done, self._since = done, 0
+        self._began = self._last = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        self._done += count
+        self._since += count
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self.write()
+
+    def write(self, *, final: bool = False) -> None:
+        """Tell how far it is; `final` at the end."""
+        self._last = time.monotonic()
+        self._tell(self._since / max(self._last - self._began, 1e-9), final)
+
+    @abstractmethod
+    def _tell(self, rate: float, final: bool) -> None:
+        """Tell how far it is, at `rate` units per second of this run."""
+
+
+class TextLines(Lines):
+    """Lines for people."""
+
+    def _tell(self, rate: float, final: bool) -> None:
+        line = f"{self._description}: {self._done:,}"
+        if self._total:
+            line += f" of {self._total:,} {self._unit} ({100 * self._done / self._total:.0f} %)"
+        else:
+            line += f" {self._unit}"
+        if self._since:
+            line += f", {rate:,.0f} {self._unit}/s"
+            if self._total and not final:
+                line += f", {duration((self._total - self._done) / rate)} left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`75` → `1m 15s`, `7300` → `2h 01m`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

@@ -1,0 +1,134 @@
+"""Where bytes live: what every place can do, and which place a URL names.
+
+A `Store` reads, lists and publishes whole objects under one URL. `publish` does not replace: it is how something
+becomes committed. `storage.stores.local` is a folder on this machine, `storage.stores.remote` anything else that fsspec
+reaches; these three are the only files that know one from the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from storage.errors import InputError, MissingObject
+from storage.format.layout import KEY
+from storage.format.manifest import MAX_INDEX_BYTES
+from storage.format.sealing import MAX_RECORD_BYTES, parse_json
+
+# No object of a cache is longer: the index of receipts is the largest.
+MOST_BYTES = MAX_INDEX_BYTES
+
+Result = TypeVar("Result")
+
+
+class Store(ABC):
+    """Objects under one URL, addressed by keys such as `teachers/a/kept/c/0`."""
+
+    url: str
+
+    @abstractmethod
+    def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
+        """The whole object. Raises FileNotFoundError, and CorruptCache for one longer than `at_most` bytes."""
+
+    def read_json(self, key: str, at_most: int = MAX_RECORD_BYTES) -> Any:
+        """A small JSON object, parsed strictly. Raises FileNotFoundError, CorruptCache, FormatError."""
+        return parse_json(self.read(key, at_most), self.where(key), at_most)
+
+    def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
+        """The result of a request for an object that must be there; `promise` says why: "its receipt exists".
+
+        Where a network lies between, FileNotFoundError and CorruptCache are believed only when they come again. Raises
+        MissingObject ("missing, though its receipt exists") then, or the CorruptCache.
+        """
+        try:
+            return request()
+        except FileNotFoundError:
+            raise MissingObject(f"{self.where(key)}: missing, though {promise}") from None
+
+    @abstractmethod
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes `start .. stop` of an object for each range; shorter past its end. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Length in bytes, or None where there is no object."""
+
+    def known_size(self, key: str, promise: str) -> int:
+        """Length in bytes of an object that must be there; see `insist`."""
+
+        def request() -> int:
+            found = self.size(key)
+            if found is None:
+                raise FileNotFoundError(key)
+            return found
+
+        return self.insist(key, promise, request)
+
+    @abstractmethod
+    def names(self, prefix: str) -> list[str]:
+        """Names of the objects and folders directly under a folder (`""` is the root), sorted."""
+
+    def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
+        """Names directly under a folder, each with the time at which it was written there, in any order.
+
+        As they come, so that nothing is held of a folder of a million names. Times are in seconds since 1970, None
+        where the place does not say. Raises InputError where a place cannot list.
+        """
+        for name in self.names(folder):
+            yield name, None
+
+    @abstractmethod
+    def walk(self, prefix: str = "") -> dict[str, int]:
+        """Keys of all objects under a folder, sorted, and their lengths in bytes.
+
+        Raises InputError where a place cannot list, as a plain web server.
+        """
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Delete an object. Only for what no receipt lists, or a receipt that is to be made anew."""
+
+    @abstractmethod
+    def publish(self, key: str, data: bytes) -> bool:
+        """Write an object that is not there yet, whole or not at all; False if the key is taken."""
+
+    def publish_new(self, key: str, data: bytes) -> bool:
+        """`publish` for what is most likely not there: without a look beforehand where the place can do without."""
+        return self.publish(key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Like `publish`, by the place's own atomic operation and without a look beforehand.
+
+        Raises NotImplementedError where the place has none. A place may have one that it does not keep to.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes) -> None:
+        """Write an object in place of one that no receipt covers, whole or not at all."""
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder, where the store is one on this machine."""
+        return None
+
+    @contextlib.contextmanager
+    def exclusive(self, folder: str) -> Iterator[None]:
+        """Keep other writers out of a folder while the body runs, where the store has locks at all."""
+        yield
+
+    def where(self, key: str) -> str:
+        """The full address of an object, for messages."""
+        return f"{self.url.rstrip('/')}/{key}"
+
+
+def check_key(key: str, extra_names: frozenset[str] = frozenset()) -> str:
+    """The key itself; raises InputError for one that could leave the cache or is not of the format."""
+    parts = key.split("/")
+    named = "/".join(part for part in parts if part not in extra_names)
+    if any(part in ("", ".", "..") for part in parts) or (named and not KEY.match(named)):
+        raise InputError(f"{key!r} is not a key of a cache: lower-case letters, digits, '.', '_', '-' and '/' only")
+    return key

@@ -1,0 +1,388 @@
+"""What a place really guarantees, measured where a cache is going to lie.
+
+`examine(url)` writes, overwrites, races and deletes small objects in a folder of its own below the URL and removes them
+afterwards, also when it fails. Each probe answers one question, and says what the answer means for a cache there. What
+a place promises is not asked: servers that ignore a condition or a checksum say nothing about it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import hashlib
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from storage.errors import InputError, LogitCacheError
+from storage.stores import open_store
+from storage.stores.base import Store
+from storage.stores.local import LocalStore
+from storage.stores.s3 import S3Store
+
+READ_ONLY = ("http", "https", "hf")
+_RACERS, _ROUNDS = 8, 5
+_OVERWRITES, _READERS = 8, 4
+_LEAST_FREE_BYTES = 1 << 30
+# Another process tries the lock that this one holds: status 0 if it gets it.
+_TRY_LOCK = """
+import fcntl, os, sys
+try:
+    fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(7)
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer.
+
+    name      what was probed
+    state     whether the place guarantees it
+    needed    whether a cache cannot be written safely without it
+    meaning   what this means for a cache there, beginning with what was seen where it is not as it should be
+    """
+
+    name: str
+    state: Literal["ok", "not", "not applicable"]
+    needed: bool
+    meaning: str
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A question: `measure` gives None when the place guarantees it, and otherwise what was seen."""
+
+    name: str
+    needed: bool
+    kinds: frozenset[str]
+    measure: Callable[[Store, str], str | None]
+    holds: str
+    fails: str
+
+
+def examine(url: str) -> list[Finding]:
+    """Probe the place of a URL; needs no cache there. Takes seconds.
+
+    Raises LogitCacheError when the place cannot be reached at all, or when the probes' objects cannot be removed.
+    """
+    store = open_store(url)
+    if url.partition("://")[0] in READ_ONLY:
+        return _examine_reading(store)
+    store.size("zarr.json")  # reachable, and not refused
+    with _scratch(store) as folder:
+        found = []
+        for probe in _PROBES:
+            found.append(_finding(probe, store, folder))
+            if found[0].state == "not":  # nothing else can be measured
+                return found + (_examine_reading(store)[1:] if store.size("zarr.json") is not None else [])
+        return found
+
+
+def safe_to_write(findings: list[Finding]) -> bool:
+    """Whether a cache can be written at the place: nothing that is needed is missing."""
+    return all(finding.state != "not" for finding in findings if finding.needed)
+
+
+def _finding(probe: _Probe, store: Store, folder: str) -> Finding:
+    if _kind(store) not in probe.kinds:
+        where = " and ".join(sorted(probe.kinds))
+        return Finding(probe.name, "not applicable", probe.needed, f"a question for {where} places only")
+    try:
+        seen = probe.measure(store, f"{folder}/{probe.name.replace(' ', '-')}")
+    except (LogitCacheError, OSError) as error:
+        seen = " ".join(str(error).split())
+    if seen is None:
+        return Finding(probe.name, "ok", probe.needed, probe.holds)
+    return Finding(probe.name, "not", probe.needed, f"{seen}; {probe.fails}")
+
+
+def _kind(store: Store) -> str:
+    if isinstance(store, LocalStore):
+        return "local"
+    return "S3" if isinstance(store, S3Store) else "remote"
+
+
+@contextlib.contextmanager
+def _scratch(store: Store) -> Iterator[str]:
+    """A folder for the probes, gone afterwards with everything in it, and with the folders made for it."""
+    folder = f"doctor-{secrets.token_hex(6)}"
+    root = store.local_path
+    made = [path for path in (root, *root.parents) if not path.exists()] if root is not None else []
+    try:
+        yield folder
+    finally:
+        if root is not None:
+            if (root / folder).exists():
+                shutil.rmtree(root / folder)
+            for path in made:
+                with contextlib.suppress(OSError):  # not made after all, or in use by somebody else by now
+                    path.rmdir()
+        else:
+            for key in store.walk(folder):
+                store.remove(key)
+
+
+def _examine_reading(store: Store) -> list[Finding]:
+    """What can be asked of a place that is for reading only: it needs a cache to read."""
+    read_only = Finding(
+        "write and read back", "not", True, "this place is for reading only; a cache there is put there by other means"
+    )
+    key = "zarr.json"
+    try:
+        whole = store.read(key)
+    except FileNotFoundError:
+        raise InputError(
+            f"{store.where(key)}: not there; a place for reading only can be examined where a cache lies"
+        ) from None
+    middle = len(whole) // 2
+    ranges = [(0, 1), (middle, middle + 7), (len(whole) - 5, len(whole))]
+    try:
+        right = store.read_ranges(key, ranges) == [whole[start:stop] for start, stop in ranges]
+        seen = None if right else "other bytes came than those asked for"
+    except (LogitCacheError, OSError, ValueError) as error:
+        seen = " ".join(str(error).split())
+    reading = Finding("read", "ok", False, "objects can be read; a cache there can be opened, verified and pulled")
+    if seen is None:
+        return [read_only, reading, Finding("range reads", "ok", False, _RANGES_HOLD)]
+    return [read_only, reading, Finding("range reads", "not", False, f"{seen}; {_RANGES_FAIL}")]
+
+
+def _writes(store: Store, folder: str) -> str | None:
+    large = secrets.token_bytes(1 << 20)
+    for number, data in enumerate((b"", b"a few bytes", large)):
+        store.replace(f"{folder}/{number}", data)
+        if store.read(f"{folder}/{number}") != data or store.size(f"{folder}/{number}") != len(data):
+            return f"an object of {len(data)} bytes was read back differently"
+    store.replace(f"{folder}/2", b"another")
+    return None if store.read(f"{folder}/2") == b"another" else "the old version was read after an overwrite"
+
+
+def _lists(store: Store, folder: str) -> str | None:
+    expected: dict[str, int] = {}
+    for number in range(10):
+        key = f"{folder}/{number % 3}/{number}"
+        store.replace(key, bytes(number))
+        expected[key] = number
+        if store.walk(folder) != dict(sorted(expected.items())):
+            return "an object was missing from the listing right after it had been written"
+    return None if store.names(folder) == ["0", "1", "2"] else "folders are not listed"
+
+
+def _ranges(store: Store, folder: str) -> str | None:
+    data = secrets.token_bytes(100_000)
+    store.replace(f"{folder}/data", data)
+    ranges = [(0, 1), (99_990, 100_000), (40_000, 60_000), (7, 8)]
+    found = store.read_ranges(f"{folder}/data", ranges)
+    return None if found == [data[start:stop] for start, stop in ranges] else "other bytes came than those asked for"
+
+
+def _replaces_whole(store: Store, folder: str) -> str | None:
+    """Readers while an object is overwritten see one of its versions, whole."""
+    key = f"{folder}/data"
+    versions = [bytes([number]) * size for number, size in enumerate((1_000_000, 700_000, 1_300_000))]
+    store.replace(key, versions[0])
+    done = threading.Event()
+
+    def write() -> None:
+        try:
+            for number in range(1, _OVERWRITES + 1):
+                store.replace(key, versions[number % len(versions)])
+                time.sleep(0.02)
+        finally:
+            done.set()
+
+    def read() -> str | None:
+        while not done.is_set():
+            try:
+                if store.read(key) not in versions:
+                    return "a reader saw a mix of two versions, or a part of one"
+            except FileNotFoundError:
+                return "the object was gone for a moment"
+        return None
+
+    with ThreadPoolExecutor(_READERS + 1) as pool:
+        writer = pool.submit(write)
+        seen = [future.result() for future in [pool.submit(read) for _ in range(_READERS)]]
+        writer.result()
+    return next((what for what in seen if what is not None), None)
+
+
+def _creates(store: Store, folder: str) -> str | None:
+    """Writing an object only if it is not there is refused when it is, and has one winner in a race."""
+    key = f"{folder}/taken"
+    try:
+        if not store.create(key, b"first"):
+            return "a free name was refused"
+        if store.create(key, b"second"):
+            return "a taken name was not refused"
+    except NotImplementedError:
+        return "the store has no conditional write"
+    if store.read(key) != b"first":
+        return "a refused write replaced the object"
+    for number in range(_ROUNDS):
+        winners = _race(store, f"{folder}/race-{number}")
+        if len(winners) != 1:
+            return f"of {_RACERS} writers at once, {len(winners)} were told that they had created the object"
+        if store.read(f"{folder}/race-{number}") != _racer(winners[0]):
+            return "the object is not the one of the writer that was told it had created it"
+    return None
+
+
+def _race(store: Store, key: str) -> list[int]:
+    barrier = threading.Barrier(_RACERS)
+
+    def run(number: int) -> bool:
+        barrier.wait()
+        return store.create(key, _racer(number))
+
+    with ThreadPoolExecutor(_RACERS) as pool:
+        return [number for number, won in enumerate(pool.map(run, range(_RACERS))) if won]
+
+
+def _racer(number: int) -> bytes:
+    return bytes([number]) * 50_000
+
+
+def _checks_uploads(store: Store, folder: str) -> str | None:
+    assert isinstance(store, S3Store)
+    filesystem, root = store.s3
+    data = b"these bytes"
+
+    def stored(name: str, stated: bytes) -> bool:
+        md5 = base64.b64encode(hashlib.md5(stated, usedforsecurity=False).digest()).decode()
+        try:
+            filesystem.pipe_file(f"{root}/{folder}/{name}", data, ContentMD5=md5)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what the refusal of a digest becomes; anything else is no answer
+                raise
+        return store.size(f"{folder}/{name}") is not None
+
+    if not stored("right", data):
+        return "an upload with its right MD5 was refused"
+    return "an upload that did not have its stated MD5 was accepted" if stored("wrong", b"other bytes") else None
+
+
+def _deletes(store: Store, folder: str) -> str | None:
+    key = f"{folder}/data"
+    store.replace(key, b"data")
+    store.remove(key)
+    if store.size(key) is not None or key in store.walk(folder):
+        return "the object was still there"
+    try:
+        store.read(key)
+    except FileNotFoundError:
+        return None
+    return "the object could still be read"
+
+
+def _root(store: Store) -> Path:
+    root = store.local_path
+    assert root is not None
+    return root
+
+
+def _links(store: Store, folder: str) -> str | None:
+    place = _root(store) / folder
+    place.mkdir(parents=True)
+    (place / "one").write_bytes(b"data")
+    (place / "two").hardlink_to(place / "one")
+    return None if (place / "two").read_bytes() == b"data" else "a hard link did not lead to its file"
+
+
+def _locks(store: Store, folder: str) -> str | None:
+    with store.exclusive(folder):
+        tried = subprocess.run([sys.executable, "-c", _TRY_LOCK, str(_root(store) / folder)], check=False)
+    return None if tried.returncode == 7 else "another process got the lock that this one held"
+
+
+def _syncs(store: Store, folder: str) -> str | None:
+    # `replace` syncs the file and its folder, and raises what the system says.
+    store.replace(f"{folder}/data", b"data")
+    return None
+
+
+def _tells_cases(store: Store, folder: str) -> str | None:
+    store.replace(f"{folder}/name", b"small")
+    store.replace(f"{folder}/NAME", b"large")
+    return None if store.read(f"{folder}/name") == b"small" else "two names that differ in case are one file"
+
+
+def _has_room(store: Store, folder: str) -> str | None:
+    free = shutil.disk_usage(_root(store)).free
+    return None if free >= _LEAST_FREE_BYTES else f"only {free >> 20} MiB are free"
+
+
+_RANGES_HOLD = "quick checks read the ends of objects only"
+_RANGES_FAIL = "give verify --deep, which reads objects whole"
+_ANY = frozenset(("local", "S3", "remote"))
+_LOCAL = frozenset(("local",))
+_PROBES = (
+    _Probe(
+        "write and read back", True, _ANY, _writes,
+        "what is written is what is read, at once",
+        "a cache cannot be written here",
+    ),
+    _Probe(
+        "listing after a write", True, _ANY, _lists,
+        "workers see at once what others have committed",
+        "shards that are done would be done again, and leftovers missed: do not write a cache here",
+    ),
+    _Probe("range reads", True, _ANY, _ranges, _RANGES_HOLD, _RANGES_FAIL),
+    _Probe(
+        "atomic overwrite", True, _ANY, _replaces_whole,
+        "readers see whole objects only, also while one is written",
+        "a reader can meet half an object, and takes it for damage: do not read a cache here while it is written",
+    ),
+    _Probe(
+        "create only if absent", False, _ANY, _creates,
+        "of two workers on one shard exactly one commits it",
+        "two workers must never have the same shard: one cache-logits at a time, or several with --worker shares",
+    ),
+    _Probe(
+        "damaged uploads refused", False, frozenset(("S3",)), _checks_uploads,
+        "bytes that change on their way up are not stored",
+        "bytes that change on their way up are noticed by readers, not by the writer: run verify --deep after writing",
+    ),
+    _Probe(
+        "delete", False, _ANY, _deletes,
+        "verify --repair can re-open damaged shards",
+        "verify --repair cannot re-open damaged shards here: make the cache again elsewhere",
+    ),
+    _Probe(
+        "hard links", False, _LOCAL, _links,
+        "a committed object is never replaced, whoever writes at the same instant",
+        "an object is renamed into place after a look: give two workers different shards, with --worker",
+    ),
+    _Probe(
+        "locks between processes", False, _LOCAL, _locks,
+        "a second worker on one shard waits for the first",
+        "two workers must never have the same shard: one cache-logits at a time, or several with --worker shares",
+    ),
+    _Probe(
+        "sync to disk", True, _LOCAL, _syncs,
+        "files and folders are synced before a receipt relies on them; whether the disk keeps its word, only a power "
+        "cut would show",
+        "a power cut can lose what was committed",
+    ),
+    _Probe(
+        "upper and lower case", False, _LOCAL, _tells_cases,
+        "names are kept apart",
+        "a cache has lower-case names only and is not affected; tokenizer files that differ in case would be",
+    ),
+    _Probe(
+        "free space", False, _LOCAL, _has_room,
+        "at least 1 GiB is free",
+        "make room before a long run: a full disk stops it, cleanly",
+    ),
+)  # fmt: skip

@@ -1,0 +1,239 @@
+"""A folder on this machine: synced, hard-linked into place, locked while a shard is committed.
+
+An object is written to a temporary file beside its place, synced, hard-linked to its name (which fails if the name is
+taken), and the folder is synced; a killed writer leaves at most a `*.partial` file, which nobody reads. Symbolic links
+are not followed: what they point to is not part of the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
+from storage.files import PARTIAL
+from storage.stores.base import MOST_BYTES, Store
+
+_MOST_PATHS = 4_096
+
+
+class LocalStore(Store):
+    """A folder on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self._root = path
+        self.url = str(path)
+        self._plain_folders: set[Path] = set()
+        self._synced_folders: set[Path] = set()
+        self._paths: dict[str, Path] = {}
+
+    @property
+    def local_path(self) -> Path:
+        return self._root
+
+    def _path(self, key: str) -> Path:
+        # Once for each: a reader of chunks asks for the same few hundred paths all the time, and pathlib is slow.
+        found = self._paths.get(key)
+        if found is None:
+            if len(self._paths) >= _MOST_PATHS:
+                self._paths.clear()
+            found = self._paths[key] = self._root.joinpath(*key.split("/"))
+        return found
+
+    def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
+        with self.opened(key) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size > at_most:
+                raise CorruptCache(f"{self.where(key)}: {size} bytes, at most {at_most} belong there")
+            with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+                return file.readall()
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        with self.opened(key) as descriptor:
+            return [os.pread(descriptor, stop - start, start) for start, stop in ranges]
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        try:
+            found = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        self._refuse_links(path, found)
+        return found.st_size
+
+    @contextlib.contextmanager
+    def opened(self, key: str) -> Iterator[int]:
+        """A descriptor to read an object from, while the body runs. Raises what `read` raises."""
+        path = self._path(key)
+        found = path.lstat()
+        self._refuse_links(path, found)
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptCache(f"{path}: not a file, where a cache has one; a pipe there would be waited for forever")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _refuse_links(self, path: Path, found: os.stat_result) -> None:
+        if stat.S_ISLNK(found.st_mode):
+            raise CorruptCache(
+                f"{path}: a symbolic link, and a cache has none: what it points to could be changed from outside; "
+                f"copy the cache with cp -rL if you trust its links"
+            )
+        if path.parent in self._plain_folders:
+            return
+        for folder in path.relative_to(self._root).parents:
+            parent = self._root / folder
+            if parent == self._root or parent in self._plain_folders:
+                break
+            self._refuse_links(parent, parent.lstat())
+            self._plain_folders.add(parent)
+
+    def names(self, prefix: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self._path(prefix) if prefix else self._root))
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            raise InputError(f"{self.url} is a file; a cache is a folder: give another path") from None
+
+    def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
+        try:
+            entries = os.scandir(self._path(folder) if folder else self._root)
+        except FileNotFoundError:
+            return
+        with entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # a writer's temporary file, gone by now
+                    yield entry.name, entry.stat(follow_symlinks=False).st_mtime
+
+    def walk(self, prefix: str = "") -> dict[str, int]:
+        folder = self._path(prefix) if prefix else self._root
+        # Links are listed and not followed.
+        found = {}
+        for parent, folders, names in os.walk(folder):
+            for name in [*names, *(name for name in folders if os.path.islink(os.path.join(parent, name)))]:
+                path = Path(parent) / name
+                with contextlib.suppress(FileNotFoundError):  # a writer's temporary file, gone by now
+                    found[path.relative_to(self._root).as_posix()] = path.lstat().st_size
+        return dict(sorted(found.items()))
+
+    def remove(self, key: str) -> None:
+        path = self._path(key)
+        path.unlink()
+        _sync_folder(path.parent)
+
+    def publish(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        if path.exists():
+            self._sync_name(path)
+            return False
+        return self._put(path, data, replace=False)
+
+    def create(self, key: str, data: bytes) -> bool:
+        return self._put(self._path(key), data, replace=False)
+
+    def replace(self, key: str, data: bytes) -> None:
+        self._put(self._path(key), data, replace=True)
+
+    @contextlib.contextmanager
+    def exclusive(self, folder: str) -> Iterator[None]:
+        path = self._path(folder)
+        with _plain_errors(path, 0):
+            self._make_folders(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            # The kernel lets go of the lock when its holder is killed. Some network mounts have none; there the
+            # receipt is what exposes two workers with different bytes.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _put(self, path: Path, data: bytes, *, replace: bool) -> bool:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+        with _plain_errors(path, len(data)):
+            try:
+                self._make_folders(path.parent)
+                try:
+                    with temporary.open("xb") as file:
+                        file.write(data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    if replace:
+                        os.replace(temporary, path)
+                    else:
+                        _link_new(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+                _sync_folder(path.parent)
+            except FileExistsError:
+                self._sync_name(path)
+                return False
+        return True
+
+    def _sync_name(self, path: Path) -> None:
+        """Make sure of the name of an object that another writer put there: it may have been killed before it had
+        synced the folder, and a receipt is going to rely on the object."""
+        self._make_folders(path.parent)
+        _sync_folder(path.parent)
+
+    def _make_folders(self, folder: Path) -> None:
+        """Create missing folders and sync each into its parent, so that a power cut cannot lose the folder of a synced
+        file. Those that are there are synced once, too: whoever made them may have been killed before."""
+        unsure = []
+        for path in (folder, *folder.parents):
+            if path.exists() and (path in self._synced_folders or self._root not in path.parents):
+                break
+            unsure.append(path)
+        for path in reversed(unsure):
+            if not path.exists():
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+            _sync_folder(path.parent)
+            self._synced_folders.add(path)
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path, size: int) -> Iterator[None]:
+    """What the operating system refuses, as an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if is_out_of_space(error):
+            raise StorageFull(
+                f"no space left for {path} ({size} bytes): free some room and run the command again, "
+                f"it goes on where it stopped"
+            ) from error
+        if isinstance(error, (PermissionError, NotADirectoryError)) or error.errno == errno.EROFS:
+            raise InputError(f"cannot write {path}: {error.strerror}; choose a place that is writable") from error
+        raise
+
+
+def _link_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Some file systems (exFAT, a few network mounts) have no hard links; there the check and the rename
+        # are two steps, and the receipt is what exposes a race between them.
+        if path.exists():
+            raise FileExistsError(str(path)) from None
+        os.rename(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

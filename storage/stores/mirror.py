@@ -1,0 +1,179 @@
+"""Local copies of a remote cache's shard objects: fetched whole, checked, renamed, bounded, shared.
+
+    $LOGIT_CACHE_LOCAL_DIR (default ~/.cache/logit-cache)
+      objects/<sha256 of the URL>/<key>      as in the cache
+      locks/<0..63>                          so that processes that want one object at once fetch it once
+
+A copy is only ever a copy: whoever reads one checks it against the receipt first, as it would an object of a local
+cache, and one that does not pass is fetched again. What was not opened for longest goes first when the copies exceed
+`LOGIT_CACHE_LOCAL_BYTES` (default: 64 GiB, at most half of what the disk has free); readers notice that theirs is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
+from storage.files import PARTIAL
+from storage.format.manifest import ObjectDigest
+from storage.stores.base import Store
+from storage.stores.local import LocalStore
+
+_DEFAULT_BYTES = 64 << 30
+_LOCKS = 64
+# A copy is read within milliseconds of its check; what was opened just now is not removed under its reader.
+_IN_USE_S = 5.0
+_ABANDONED_S = 3600.0
+
+
+class Mirror:
+    """The local copies of one remote cache's objects."""
+
+    def __init__(self, remote: Store) -> None:
+        self._remote = remote
+        self._top = _top_folder()
+        self._most = _most_bytes(self._top)
+        folder = self._top / "objects" / hashlib.sha256(remote.url.encode()).hexdigest()[:32]
+        self.local = LocalStore(folder)
+        self._folder = folder
+        self._until_sweep = 0
+
+    def path(self, key: str) -> Path:
+        """Where the copy of an object lies, or would."""
+        return self._folder / key
+
+    def opened(self, key: str) -> None:
+        """Note that a copy is in use: it is the last to go."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            # The time of access only: the time of modification tells readers that the bytes are the ones they checked.
+            os.utime(self.path(key), ns=(time.time_ns(), self.path(key).stat().st_mtime_ns))
+
+    def drop(self, key: str) -> None:
+        """Remove a copy that turned out to be damaged."""
+        self.path(key).unlink(missing_ok=True)
+
+    def fetch(self, key: str, expected: ObjectDigest) -> None:
+        """Make sure that the copy is there, of the receipt's length and sha256.
+
+        Raises CorruptCache when the store keeps giving other bytes, or none; StoreUnavailable when it does not answer.
+        """
+        with self._locked(key):
+            if self._is_there(key, expected):
+                return  # another process fetched it while this one waited
+            self._keep(key, self._download(key, expected))
+        self._until_sweep -= expected.bytes
+        if self._until_sweep < 0:
+            self._until_sweep = self._most // 32
+            _sweep(self._top / "objects", self._most)
+
+    def _is_there(self, key: str, expected: ObjectDigest) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            data = self.path(key).read_bytes()
+            return (len(data), hashlib.sha256(data).hexdigest()) == (expected.bytes, expected.sha256)
+        return False
+
+    def _download(self, key: str, expected: ObjectDigest) -> bytes:
+        def request() -> bytes:
+            data = self._remote.read(key, expected.bytes)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if (len(data), sha256) != (expected.bytes, expected.sha256):
+                raise CorruptCache(
+                    f"{self._remote.where(key)}: expected {expected.bytes} bytes with sha256 {expected.sha256}, "
+                    f"found {len(data)} bytes with {sha256}"
+                )
+            return data
+
+        return self._remote.insist(key, "its receipt exists", request)
+
+    def _keep(self, key: str, data: bytes) -> None:
+        path = self.path(key)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            if is_out_of_space(error):
+                raise StorageFull(
+                    f"no space left for local copies in {self._top}: free some room, or set LOGIT_CACHE_LOCAL_DIR to "
+                    f"another folder or LOGIT_CACHE_LOCAL_BYTES to less"
+                ) from error
+            raise InputError(
+                f"cannot keep local copies in {self._top} ({error.strerror}): set LOGIT_CACHE_LOCAL_DIR to a folder "
+                f"that can be written"
+            ) from error
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        number = int(hashlib.sha256(f"{self._folder}/{key}".encode()).hexdigest(), 16) % _LOCKS
+        folder = self._top / "locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / str(number), os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise InputError(
+                f"cannot keep local copies in {self._top} ({error.strerror}): set LOGIT_CACHE_LOCAL_DIR to a folder "
+                f"that can be written"
+            ) from error
+        try:
+            with contextlib.suppress(OSError):  # a mount without locks: the object is fetched twice, no more
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+_sweeping = threading.Lock()
+
+
+def _sweep(folder: Path, most: int) -> None:
+    """Remove the copies opened longest ago until the rest fits, and what killed processes left."""
+    if not _sweeping.acquire(blocking=False):
+        return
+    try:
+        now = time.time()
+        files = []
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = Path(parent) / name
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    files.append((found.st_atime, found.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for used, size, path in sorted(files):
+            abandoned = path.name.endswith(PARTIAL) and now - used > _ABANDONED_S
+            if abandoned or (total > most and now - used > _IN_USE_S):
+                path.unlink(missing_ok=True)
+                total -= size
+    finally:
+        _sweeping.release()
+
+
+def _top_folder() -> Path:
+    given = os.environ.get("LOGIT_CACHE_LOCAL_DIR")
+    if given:
+        return Path(given).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "logit-cache"
+
+
+def _most_bytes(top: Path) -> int:
+    text = os.environ.get("LOGIT_CACHE_LOCAL_BYTES")
+    if text is not None:
+        if not text.isdecimal() or int(text) == 0:
+            raise InputError(f"LOGIT_CACHE_LOCAL_BYTES={text}: expected a number of bytes, such as {_DEFAULT_BYTES}")
+        return int(text)
+    existing = next(folder for folder in (top, *top.parents) if folder.exists())
+    return max(1, min(_DEFAULT_BYTES, shutil.disk_usage(existing).free // 2))

@@ -1,0 +1,84 @@
+"""S3 and what speaks its protocol: listings asked for page by page, and the client configured by our rule of time-outs.
+
+Not through fsspec's listings, which take an empty answer for an empty folder, or for the last page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from storage.errors import CacheNotFound
+from storage.stores.remote import CONNECT_S, RemoteStore, said
+
+
+class S3Store(RemoteStore):
+    """Objects under `s3://bucket/prefix`."""
+
+    @property
+    def s3(self) -> tuple[Any, str]:
+        """The filesystem of s3fs and the root in it, for what only S3 has."""
+        return self._fs, self._root
+
+    def _options(self) -> dict[str, Any]:
+        import fsspec
+
+        config = {
+            "connect_timeout": CONNECT_S,
+            "read_timeout": self._timeout_s,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        }
+        given = fsspec.config.conf.get(self._protocol, {}).get("config_kwargs", {})
+        return {"config_kwargs": {**config, **given}, "use_listings_cache": False}
+
+    def names(self, prefix: str) -> list[str]:
+        folder = self._below_bucket(prefix)
+        return sorted({key[len(folder) :].split("/")[0] for key in self._listed(prefix, "/")} - {""})
+
+    def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
+        below = len(self._below_bucket(folder))
+        for page in self._pages(folder, "/"):
+            for item in page.get("CommonPrefixes", ()):
+                yield item["Prefix"][below:].rstrip("/"), None
+            for item in page.get("Contents", ()):
+                yield item["Key"][below:], item["LastModified"].timestamp()
+
+    def walk(self, prefix: str = "") -> dict[str, int]:
+        root = self._below_bucket("")
+        return {key[len(root) :]: size for key, size in sorted(self._listed(prefix, "").items())}
+
+    def _below_bucket(self, prefix: str) -> str:
+        folder = str(self._fs.split_path(self._path(prefix.rstrip("/")))[1])
+        return folder + "/" if folder else ""
+
+    def _listed(self, prefix: str, delimiter: str) -> dict[str, int]:
+        """Keys below a folder in its bucket (and, with a delimiter, folders) with their lengths."""
+        found: dict[str, int] = {}
+        for page in self._pages(prefix, delimiter):
+            found.update((item["Prefix"], 0) for item in page.get("CommonPrefixes", ()))
+            found.update((item["Key"], int(item["Size"])) for item in page.get("Contents", ()))
+        return found
+
+    def _pages(self, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
+        """A listing, page by page."""
+        bucket = self._fs.split_path(self._path(prefix))[0]
+        wanted = {"Bucket": bucket, "Prefix": self._below_bucket(prefix), "Delimiter": delimiter}
+
+        def request() -> dict[str, Any]:
+            try:
+                page: dict[str, Any] = self._fs.call_s3("list_objects_v2", **wanted)
+            except ValueError as error:  # a date or a number in the answer that is none
+                raise OSError(f"a listing that cannot be read: {said(error)}") from error
+            if "IsTruncated" not in page:
+                raise OSError("an empty answer in place of a listing")
+            return page
+
+        while True:
+            try:
+                page = self._ask(prefix, request)
+            except FileNotFoundError as error:
+                raise CacheNotFound(f"{self.url}: there is no bucket {bucket} ({said(error)})") from None
+            yield page
+            if not page["IsTruncated"]:
+                return
+            wanted["ContinuationToken"] = page["NextContinuationToken"]

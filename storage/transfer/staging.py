@@ -1,0 +1,229 @@
+"""Where a copy waits until all of it has been checked: `<target>.incoming`, beside a local target.
+
+    cache/      the copy as it will be
+    manifest/   the records and receipts as the source has them; fetched anew by every run
+
+One process at a time has it. What a killed run left in `cache/` is used again where its sha256 is right. It is on the
+target's file system, so that leaving it is a rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from storage.errors import InputError
+from storage.files import PARTIAL
+from storage.format.manifest import ObjectDigest
+from storage.stores.local import LocalStore
+
+SUFFIX = ".incoming"
+_BLOCK = 256 << 10  # stays in a processor cache between being read, hashed and written
+_SYNCS_AT_ONCE = 16
+
+
+class Quarantine:
+    """The folder of one copy on its way to one local target."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cache = LocalStore(folder / "cache")
+        self.manifest = folder / "manifest"
+        self._folders: set[Path] = set()
+
+    @classmethod
+    @contextlib.contextmanager
+    def beside(cls, target: Path) -> Iterator[Quarantine]:
+        """The quarantine of a target, kept afterwards only if it holds what another run can use.
+
+        Raises InputError when another process has it.
+        """
+        folder = target.with_name(target.name + SUFFIX)
+        descriptor = _claimed(folder)
+        try:
+            quarantine = cls(folder)
+            _remove_links(folder)
+            shutil.rmtree(quarantine.manifest, ignore_errors=True)
+            quarantine.manifest.mkdir()
+            try:
+                yield quarantine
+            finally:
+                shutil.rmtree(quarantine.manifest, ignore_errors=True)
+                if not quarantine.holds_objects():
+                    shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+    def path(self, key: str) -> Path:
+        """Where an object of the copy lies."""
+        return self.cache.local_path / key
+
+    def holds_objects(self) -> bool:
+        """Whether a later run could use any of it."""
+        return any(names for _, _, names in os.walk(self.cache.local_path))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Put a small file there. It is synced with all others, in the end."""
+        with self._renamed(key) as temporary:
+            temporary.write_bytes(data)
+
+    def has(self, key: str, expected: ObjectDigest) -> bool:
+        """Whether an object is there with all its bytes: a run before this one has copied it."""
+        if self.cache.size(key) != expected.bytes:
+            return False
+        sha256 = hashlib.sha256()
+        for block in _blocks(self.cache, key):
+            sha256.update(block)
+        return sha256.hexdigest() == expected.sha256
+
+    def copy(self, source: LocalStore, key: str, expected: ObjectDigest, advance: Callable[[int], None]) -> bool:
+        """Copy an object from a local source, block by block; False, and nothing there, if its bytes are others."""
+        size, sha256 = 0, hashlib.sha256()
+        with contextlib.suppress(_OtherBytes), self._renamed(key) as temporary:
+            with temporary.open("wb", buffering=0) as file:
+                for block in _blocks(source, key):
+                    size += len(block)
+                    if size > expected.bytes:
+                        raise _OtherBytes  # it grows while it is read
+                    sha256.update(block)
+                    file.write(block)
+                    advance(len(block))
+            if sha256.hexdigest() != expected.sha256:
+                raise _OtherBytes
+            return True
+        return False
+
+    def link(self, source: Path, key: str) -> bool:
+        """Make an object a second name of a file; False where the file system cannot."""
+        try:
+            with self._renamed(key) as temporary:
+                temporary.unlink(missing_ok=True)
+                os.link(source, temporary)
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                return False
+            raise
+        return True
+
+    @contextlib.contextmanager
+    def _renamed(self, key: str) -> Iterator[Path]:
+        """A temporary name that becomes the key's when the body has written a file there."""
+        path = self.path(key)
+        if path.parent not in self._folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folders.add(path.parent)
+        temporary = path.with_name(path.name + PARTIAL)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def keep_only(self, keys: set[str]) -> None:
+        """Remove what does not belong to the copy: another source's, or a killed run's temporary files."""
+        for key in self.cache.walk():
+            if key not in keys:
+                self.path(key).unlink()
+        for parent, folders, _ in os.walk(self.cache.local_path, topdown=False):
+            for name in folders:
+                with contextlib.suppress(OSError):  # not empty
+                    os.rmdir(os.path.join(parent, name))
+
+    def become(self, target: Path) -> None:
+        """Sync everything, then give the copy the target's name. Raises InputError if that was taken meanwhile."""
+        self.sync()
+        rename_folder(self.cache.local_path, target)
+
+    def sync(self) -> None:
+        """Make all files and folders of the copy durable."""
+        folders = [parent for parent, _, _ in os.walk(self.cache.local_path)]
+        files = [os.path.join(parent, name) for parent, _, names in os.walk(self.cache.local_path) for name in names]
+        # In one pass at the end, when the system has written most of it already, and many at once.
+        sync(files)
+        sync(folders)
+
+    def discard(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def sync(paths: Iterable[str | Path]) -> None:
+    """fsync of files or folders."""
+    with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
+        list(pool.map(_sync_one, paths))
+
+
+def rename_folder(folder: Path, target: Path) -> None:
+    """Give a folder a name that nothing has, durably; an empty folder there is replaced."""
+    try:
+        os.rename(folder, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise InputError(
+                f"{target}: appeared while the copy was made; nothing there was touched: run the command again"
+            ) from None
+        raise
+    sync([target.parent])
+
+
+def _sync_one(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _claimed(folder: Path) -> int:
+    """A descriptor of the folder with a lock on it; the kernel lets go of it when its holder is killed."""
+    while True:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # its last holder has just removed it
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}; it is where a copy is checked: move it away") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), folder.lstat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"{folder}: another push or pull is at work there; wait for it, or stop it") from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return descriptor  # a mount without locks: two runs would do the same work and check it all the same
+        os.close(descriptor)
+
+
+def _remove_links(folder: Path) -> None:
+    """Nothing of ours is a link; through one that somebody left here, a copy would write elsewhere."""
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                os.unlink(path)
+
+
+class _OtherBytes(Exception):
+    """What is being copied is not what was expected."""
+
+
+def _blocks(source: LocalStore, key: str) -> Iterator[memoryview]:
+    """An object from its beginning to its end; each block is overwritten by the next."""
+    buffer = memoryview(bytearray(_BLOCK))
+    with source.opened(key) as descriptor:
+        while count := os.readv(descriptor, [buffer]):
+            yield buffer[:count]

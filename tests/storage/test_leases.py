@@ -1,0 +1,178 @@
+"""Claims on shards: one holder at a time, free again when it is gone, and never in anybody's way."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.caches import known
+from support.servers.s3 import Bucket
+
+import storage.cache.leases
+from storage import LogitCache
+from storage.cache.failures import Failures, failed_shard
+from storage.cache.leases import Claims, claim_name, claimed_shard, claims_in
+from storage.cache.verify import verify
+from storage.stores import open_store
+
+FOLDER = "teachers/a/receipts"
+Place = Callable[[], Claims]
+
+
+@pytest.fixture(params=["disk", "s3", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Makes the claims of another worker of the same place."""
+    if request.param == "disk":
+        return lambda: claims_in(open_store(str(tmp_path / "cache")), FOLDER)
+    if request.param == "memory":
+        return lambda: claims_in(open_store(f"memory://{tmp_path.name}/cache"), FOLDER)
+    bucket: Bucket = request.getfixturevalue("moto_bucket")
+    return lambda: claims_in(open_store(f"{bucket.url}/cache"), FOLDER)
+
+
+def test_one_holder_at_a_time(place: Place) -> None:
+    one, other = place(), place()
+    assert one.exclusive
+    assert one.take(3)
+    assert other.is_held(3)
+    assert not other.take(3)
+    assert other.take(4), "another shard is another claim"
+    one.keep()
+    other.release(3)
+    assert other.is_held(3), "only its holder lets go of it"
+    one.release(3)
+    assert not other.is_held(3)
+    assert other.take(3)
+    other.release(3)
+    other.release(4)
+    one.release(5)
+
+
+def _hold(url: str, ready: object) -> None:
+    assert claims_in(open_store(url), FOLDER).take(3)
+    ready.set()  # type: ignore[attr-defined]
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_a_killed_holder_holds_nothing(store: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = str(tmp_path / "cache")
+    if store:
+        bucket: Bucket = request.getfixturevalue("moto_bucket")
+        url = f"{bucket.url}/cache"
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(url, ready), daemon=True)
+    holder.start()
+    assert ready.wait(60)
+    claims = claims_in(open_store(url), FOLDER)
+    assert not claims.take(3)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    assert not claims.is_held(3), "though its parent has not heard of it yet"
+    holder.join()
+    assert open_store(url).read(f"{FOLDER}/{claim_name(3)}", 4096) is not None, "its file is still there"
+    assert not claims.is_held(3)
+    assert claims.take(3)
+
+
+def test_a_claim_in_a_store_runs_out_and_is_put_off(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{moto_bucket.url}/cache"
+    one, other = claims_in(open_store(url), FOLDER), claims_in(open_store(url), FOLDER)
+    now = time.time()
+    assert one.take(3)
+    monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS - 1)
+    assert not other.take(3)
+    later = time.monotonic() + storage.cache.leases.LEASE_SECONDS
+    monkeypatch.setattr(storage.cache.leases.time, "monotonic", lambda: later)
+    one.keep()
+    monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS + 1)
+    assert not other.take(3), "it was put off"
+    monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + 2 * storage.cache.leases.LEASE_SECONDS + 1)
+    assert other.take(3)
+
+
+def test_a_claim_that_was_made_though_the_answer_was_lost_is_ones_own(moto_bucket: Bucket) -> None:
+    claims = claims_in(open_store(f"{moto_bucket.url}/cache"), FOLDER)
+    assert claims.take(3)
+    assert claims.take(3), "the store says that it is there, and it is this worker's"
+
+
+def test_a_claim_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{moto_bucket.url}/cache"
+    one, other = claims_in(open_store(url), FOLDER), claims_in(open_store(url), FOLDER)
+    assert one.take(3)
+    now = time.time()
+    monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS + 1)
+    assert other.take(3)
+    one.release(3)
+    assert not claims_in(open_store(url), FOLDER).take(3)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{}", b'{"until": "x"}', b'{"until": 1e300}', b'{"holder": 1, "until": 1e300}', b"[" * 4000]
+)
+def test_a_claim_that_is_none_stops_nobody(moto_bucket: Bucket, text: bytes) -> None:
+    store = open_store(f"{moto_bucket.url}/cache")
+    store.replace(f"{FOLDER}/{claim_name(3)}", text)
+    assert claims_in(store, FOLDER).take(3)
+
+
+@pytest.mark.parametrize(("as_written", "counts"), [(float, True), (str, False)])
+def test_the_end_of_a_claim_is_a_number(
+    moto_bucket: Bucket, as_written: Callable[[float], object], counts: bool
+) -> None:
+    store = open_store(f"{moto_bucket.url}/cache")
+    claim = {"holder": "another", "process": None, "until": as_written(time.time() + 60)}
+    store.replace(f"{FOLDER}/{claim_name(3)}", json.dumps(claim).encode())
+    assert claims_in(store, FOLDER).is_held(3) == counts
+
+
+def test_claims_and_notes_are_leftovers_that_nobody_reads(source: Path) -> None:
+    """Beside a whole entry: it is read as ever, `verify` names them, and `--repair` removes them."""
+    store = open_store(str(source))
+    claims, failures = claims_in(store, FOLDER), Failures(store, FOLDER)
+    assert claims.take(1)
+    failures.record(2, 3, "RuntimeError: out of memory")
+    cache = LogitCache.open(str(source))
+    assert cache.teacher("a").missing() == []
+    cache.teacher("a").read(0, known.N)
+    names = [claim_name(1), "00000002.failed.json"]
+    found = verify(str(source), deep=True)
+    assert found.problems == []
+    assert sorted(found.leftovers) == sorted(str(source / FOLDER / name) for name in names)
+    verify(str(source), repair=True)
+    assert failures.read(2) is None
+    assert claims.is_held(1), "a claim that somebody holds is left alone"
+    claims.release(1)
+
+
+def test_notes_on_failed_shards(tmp_path: Path) -> None:
+    failures = Failures(open_store(str(tmp_path / "cache")), FOLDER)
+    assert failures.read(2) is None
+    failures.forget(2)
+    failures.record(2, 3, "x" * 10_000)
+    note = failures.read(2)
+    assert note is not None
+    assert (note.shard, note.attempts, len(note.error)) == (2, 3, 4_000)
+    path = tmp_path / "cache" / FOLDER / "00000002.failed.json"
+    for text in ("{}", "[]", "no JSON", path.read_text().replace('"shard": 2', '"shard": 7')):
+        path.write_text(text)
+        assert failures.read(2) is None
+    failures.forget(2)
+    assert not path.exists()
+
+
+def test_names() -> None:
+    assert claimed_shard(claim_name(7)) == 7
+    assert failed_shard("00000007.failed.json") == 7
+    for name in ("00000007.json", "7.claim", "index.json", "x.claim", "00000007.failed.json.partial"):
+        assert claimed_shard(name) is None
+        assert failed_shard(name) is None
