@@ -36,7 +36,7 @@ from storage.format.identity import differing_entries
 from storage.format.manifest import TeacherEntry, Versions
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
-from teachers.huggingface import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
+from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

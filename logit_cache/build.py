@@ -27,8 +27,8 @@ from storage.format.manifest import TeacherEntry
 from storage.format.pruning import prune
 from storage.format.targets import SparseTargets
 from teachers.base import Teacher
-from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
-from teachers.sample import Sampling, random_bits
+from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
+from teachers.reduction.varopt import Sampling, random_bits
 
 # The token that fills windows up to their shape; causal models never look at it from a scored position.
 _FILL_TOKEN = 0

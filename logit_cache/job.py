@@ -21,7 +21,7 @@ from storage.stores import open_store
 
 if TYPE_CHECKING:
     from teachers.base import Teacher
-    from teachers.huggingface import HuggingFaceTeacher
+    from teachers.huggingface.teacher import HuggingFaceTeacher
     from teachers.ranks import Ranks
 
 Positive = Annotated[int, Field(ge=1)]
@@ -187,8 +187,8 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
     ranks: the processes of a tensor-parallel job, all of which call this.
     Raises InputError, and IdentityMismatch for members of an ensemble whose tokenizers differ.
     """
-    from teachers.device_map import DeviceMap
-    from teachers.huggingface import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
+    from teachers.huggingface.device_map import DeviceMap
+    from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 
     if job.tensor_parallel and ranks is None:
         raise InputError(
@@ -267,7 +267,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
 
     Writes nothing.
     """
-    from teachers.batch import choose_batch_windows
+    from teachers.batch_size import choose_batch_windows
 
     cache = check_stream(job)
     vocabulary_size = cache.vocabulary_size

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from storage.cache.writer import EntryWriter
 from storage.format.manifest import ShardReceipt
 from storage.format.targets import SparseTargets
-from teachers.reduce import ReducedRows
+from teachers.reduction.reduce import ReducedRows
 
 # Batches of rows between the device and the shard's arrays: enough for one to be computed, one copied, one stored.
 _MOST_ON_THE_WAY = 4

@@ -17,7 +17,7 @@ from storage.format.identity import vocabulary_sha256
 from student.job import StudentJob
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
-from teachers.huggingface import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
+from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 
 # Of one chunk of the teachers' logits: on a CPU few enough that the loss finds them in the processor's cache.
 _CHUNK_BYTES = {"cpu": 16 << 20}

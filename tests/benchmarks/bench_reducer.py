@@ -41,8 +41,8 @@ def measure(vocabulary: int, rows: int) -> dict[str, list[float]]:
     """Seconds of one call of each way in each round."""
     import torch
 
-    from teachers.reduce import reduce_topk, reduce_varopt
-    from teachers.sample import Sampling, random_bits
+    from teachers.reduction.reduce import reduce_topk, reduce_varopt
+    from teachers.reduction.varopt import Sampling, random_bits
 
     torch.manual_seed(0)
     logits = torch.randn(rows, vocabulary) * 3

@@ -12,7 +12,7 @@ import click
 
 import logit_cache.cli
 import student.cli
-import teachers.train
+import teachers.cli
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -25,7 +25,7 @@ COMMANDS: dict[str, click.Command] = {
     "cache-logits": logit_cache.cli.cache_logits,
     "logit-cache": logit_cache.cli.main,
     "train-student": student.cli.train_student,
-    "train-teacher": teachers.train.train_teacher,
+    "train-teacher": teachers.cli.train_teacher,
 }
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.jobs import cache_logits, refusal
 
-import teachers.batch
+import teachers.batch_size
 from logit_cache.job import CacheJob, open_job
-from teachers.batch import choose_batch_windows, largest_worthwhile
+from teachers.batch_size import choose_batch_windows, largest_worthwhile
 
 GIB = 1 << 30
 
@@ -72,5 +72,5 @@ def test_two_workers_that_choose_differently_at_the_same_time_agree(
         open_job(job.model_copy(update={"batch_windows": 3}))
         return 7
 
-    monkeypatch.setattr(teachers.batch, "choose_batch_windows", choose)
+    monkeypatch.setattr(teachers.batch_size, "choose_batch_windows", choose)
     assert open_job(job).writer.entry.execution.batch_windows == 3

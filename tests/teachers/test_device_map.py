@@ -20,10 +20,11 @@ from support.models import saver
 from torch import Tensor, nn
 
 from storage.errors import InputError
-from teachers.device_map import DeviceMap, OffloadedHead, input_device
 from teachers.ensemble import EnsembleTeacher
-from teachers.heads import FastPath, Float32Head
-from teachers.huggingface import HuggingFaceTeacher
+from teachers.huggingface.device_map import DeviceMap, input_device
+from teachers.huggingface.output_layer import Float32Head, OffloadedHead
+from teachers.huggingface.scoring import FastPath
+from teachers.huggingface.teacher import HuggingFaceTeacher
 
 V, HEAD = 400, 403
 COMMON: dict[str, Any] = {

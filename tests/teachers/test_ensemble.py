@@ -23,8 +23,8 @@ from storage.format.encoding import logprob_floor
 from storage.format.manifest import Teacher as TeacherRecord
 from storage.format.manifest import TeacherIdentity
 from teachers.ensemble import EnsembleTeacher
-from teachers.huggingface import HuggingFaceTeacher
-from teachers.reduce import InvalidLogits, reduce_topk
+from teachers.huggingface.teacher import HuggingFaceTeacher
+from teachers.reduction.reduce import InvalidLogits, reduce_topk
 
 V = 400
 

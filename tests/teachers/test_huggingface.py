@@ -16,13 +16,13 @@ import transformers
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-import teachers.weights
+import teachers.huggingface.model_files
 from storage.errors import InputError
 from storage.format.encoding import logprob_floor
 from teachers.base import Teacher
-from teachers.huggingface import HuggingFaceTeacher
-from teachers.reduce import reduce_topk
-from teachers.weights import config_sha256, find_model, weights_sha256
+from teachers.huggingface.model_files import config_sha256, find_model, weights_sha256
+from teachers.huggingface.teacher import HuggingFaceTeacher
+from teachers.reduction.reduce import reduce_topk
 
 HEAD, VOCABULARY, K = 512, 507, 20  # the head is padded beyond the tokenizer
 FLOOR = logprob_floor(1 / 32)
@@ -362,7 +362,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str
                 shutil.copyfile(file, snapshot / name)
         return str(snapshot)
 
-    monkeypatch.setattr(teachers.weights, "snapshot_download", download)
+    monkeypatch.setattr(teachers.huggingface.model_files, "snapshot_download", download)
     return repository, asked
 
 

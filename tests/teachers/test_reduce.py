@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support.references.reducer import FLOOR, check, masked_logits, reference, spread_logits
 
-import teachers.reduce
+import teachers.reduction.reduce
 from storage.errors import InputError
-from teachers.reduce import InvalidLogits, reduce_topk, reduce_varopt, rows_per_chunk
-from teachers.sample import Sampling, random_bits
+from teachers.huggingface.scoring import rows_per_chunk
+from teachers.reduction.reduce import InvalidLogits, reduce_topk, reduce_varopt
+from teachers.reduction.varopt import Sampling, random_bits
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_the_cut_into_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> N
     logits[3, 5] = 300.0  # one row that is summed again
     whole = reduce_topk(logits, 9_001, 64, labels, FLOOR)
     for rows in (1, 5, 36):
-        monkeypatch.setattr(teachers.reduce, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
+        monkeypatch.setattr(teachers.reduction.reduce, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
         tiled = reduce_topk(logits, 9_001, 64, labels, FLOOR)
         for name, value in vars(whole).items():
             assert torch.equal(value, getattr(tiled, name)), (name, rows)

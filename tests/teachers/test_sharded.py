@@ -20,13 +20,13 @@ from support.references import varopt as varopt_reference
 from support.references.reducer import FLOOR, masked_logits, reference, spread_logits
 from torch import Tensor
 
-import teachers.passes
-import teachers.sharded_reduce
+import teachers.reduction.passes
+import teachers.reduction.sharded
 from storage.errors import InputError
 from teachers.ranks import ColumnShard, DistributedRanks, Ranks, equal_runs
-from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
-from teachers.sample import Sampling, TensorMasses, draw, random_bits
-from teachers.sharded_reduce import ShardedMasses
+from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
+from teachers.reduction.sharded import ShardedMasses
+from teachers.reduction.varopt import Sampling, TensorMasses, draw, random_bits
 
 Runs = tuple[tuple[int, int], ...]
 SHAPES = [
@@ -203,7 +203,7 @@ def test_a_tile_of_rows_changes_no_bit_and_tails_are_summed_again_alike(monkeypa
     logits[::3, 5] = 300.0  # rows that are summed again
     whole = sharded(logits, 9_001, 64, labels, runs)
     for rows in (1, 5):
-        monkeypatch.setattr(teachers.sharded_reduce, "_CPU_TILE_LOGITS", 4_501 * rows)
+        monkeypatch.setattr(teachers.reduction.sharded, "_CPU_TILE_LOGITS", 4_501 * rows)
         for name, value in vars(sharded(logits, 9_001, 64, labels, runs)).items():
             assert torch.equal(value, getattr(whole, name)), (name, rows)
 
@@ -254,7 +254,7 @@ def test_under_one_unit_the_same_ids_are_drawn(columns: int, k: int, size: int) 
     def work(ranks: ThreadRanks) -> tuple[Tensor, Tensor]:
         start, stop = equal_runs(columns, size)[ranks.rank]
         own = TensorMasses(rest[:, start:stop].clone(), torch.empty(rows, stop - start))
-        given = teachers.sharded_reduce._GivenByValue(own)
+        given = teachers.reduction.sharded._GivenByValue(own)
         return draw(ShardedMasses(given, ranks, columns, start, stop - start), top, top_ids, sampling)
 
     for ids, certain in on_ranks(size, work):
@@ -327,7 +327,7 @@ def test_processes_with_gloo_give_what_threads_give(size: int, tmp_path: Path) -
 def _one_process_with_kernels(rank: int, size: int, folder: str) -> None:
     """The kernels as Triton's interpreter runs them; threads would share its state."""
     torch.set_num_threads(1)
-    teachers.passes.has_kernels = teachers.sharded_reduce.has_kernels = lambda device: True  # type: ignore[assignment]
+    teachers.reduction.passes.has_kernels = teachers.reduction.sharded.has_kernels = lambda device: True  # type: ignore[assignment]
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     shard = ColumnShard(DistributedRanks(), ((0, 0), (0, 5_001), (5_001, 9_100)))
     logits, labels = kernel_logits(), torch.arange(6)

@@ -26,12 +26,12 @@ from support.references.varopt import check as check_sample
 from support.references.varopt import sample
 from torch import Tensor
 
-import teachers.passes
-import teachers.reduce
+import teachers.reduction.passes
+import teachers.reduction.reduce
 from storage.errors import InputError
-from teachers.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
-from teachers.sample import Sampling, TensorMasses, random_bits
-from teachers.top_k import block_maxima
+from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
+from teachers.reduction.top_k import block_maxima
+from teachers.reduction.varopt import Sampling, TensorMasses, random_bits
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton has no build for this system"
@@ -53,7 +53,7 @@ def test_in_a_process_of_its_own(name: str, interpret: str, tmp_path: Path) -> N
 
 
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers.passes, "has_kernels", lambda device: False)
+    monkeypatch.setattr(teachers.reduction.passes, "has_kernels", lambda device: False)
 
 
 def bits(reduced: ReducedRows) -> dict[str, np.ndarray]:
@@ -88,14 +88,14 @@ class TestInterpreted:
     @pytest.fixture(autouse=True)
     def _kernels(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Every test takes the kernels, and did run some."""
-        import teachers.triton_reduce as ours
+        from teachers.reduction import triton_passes as ours
 
         ran = []
         run = ours._run
         monkeypatch.setattr(
             ours, "_run", lambda kernel, *rest, **sizes: (ran.append(kernel), run(kernel, *rest, **sizes))
         )
-        monkeypatch.setattr(teachers.passes, "has_kernels", lambda device: True)
+        monkeypatch.setattr(teachers.reduction.passes, "has_kernels", lambda device: True)
         yield
         assert ran
 
@@ -170,7 +170,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize(("columns", "width"), [(9_003, 32), (4_096, 8), (20_000, 8_192), (130, 64)])
     def test_block_maxima_are_torchs(self, columns: int, width: int) -> None:
-        from teachers.triton_reduce import TritonPasses
+        from teachers.reduction.triton_passes import TritonPasses
 
         logits = spread_logits(3, columns)
         logits[0, width - 1], logits[0, columns // width * width - 1] = math.nan, -math.nan
@@ -312,7 +312,7 @@ class TestInterpreted:
     @pytest.mark.parametrize(("columns", "width"), [(9_003, 16), (5, 5), (4_096, 32)])
     def test_lengths_are_the_same_wherever_they_are_asked_for(self, columns: int, width: int, beta: float) -> None:
         """Summed by block, one by one, and floor(unit e^(beta z)) to within 3e-7 of its size."""
-        from teachers.triton_reduce import TritonPasses
+        from teachers.reduction.triton_passes import TritonPasses
 
         k, rows = 3, 2
         logits = spread_logits(rows, columns)
@@ -344,7 +344,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize(("rows", "columns"), [(3, 0), (5, 1), (70, 63), (2, 1_024), (3, 2_500)])
     def test_row_sums(self, rows: int, columns: int) -> None:
-        from teachers.triton_reduce import TritonPasses
+        from teachers.reduction.triton_passes import TritonPasses
 
         values = spread_logits(rows, columns + 1)[:, 1:]
         sums = TritonPasses(1).row_sums(values)
@@ -364,7 +364,7 @@ class TestCompiled:
     def test_they_compile(
         self, arch: int, vocabulary_size: int, columns: int, k: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import teachers.triton_reduce as ours
+        from teachers.reduction import triton_passes as ours
 
         found: dict[str, str] = {}
 
@@ -417,26 +417,26 @@ class TestCompiled:
 def test_a_cpu_takes_torchs_passes_and_so_does_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(teachers.passes, "_compile", lambda device: True)
-        assert not teachers.passes.has_kernels(torch.device("cpu"))
-        assert teachers.passes.has_kernels(gpu)
+        patch.setattr(teachers.reduction.passes, "_compile", lambda device: True)
+        assert not teachers.reduction.passes.has_kernels(torch.device("cpu"))
+        assert teachers.reduction.passes.has_kernels(gpu)
         patch.setenv("LOGIT_CACHE_KERNELS", "torch")
-        assert not teachers.passes.has_kernels(gpu)
+        assert not teachers.reduction.passes.has_kernels(gpu)
         patch.delenv("LOGIT_CACHE_KERNELS")
         patch.setitem(sys.modules, "triton", None)
-        assert not teachers.passes.has_kernels(gpu)
+        assert not teachers.reduction.passes.has_kernels(gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels do compile where there is a GPU")
 def test_kernels_that_do_not_compile_are_one_error_that_says_what_to_do() -> None:
     with pytest.raises(InputError, match=r"cannot be compiled for cuda:0 .*LOGIT_CACHE_KERNELS=torch"):
-        teachers.passes.has_kernels(torch.device("cuda", 0))
+        teachers.reduction.passes.has_kernels(torch.device("cuda", 0))
 
 
 def test_nothing_imports_triton_where_it_is_not_used() -> None:
     code = """
 import sys, torch
-from teachers.reduce import reduce_topk
+from teachers.reduction.reduce import reduce_topk
 reduce_topk(torch.zeros(2, 9), 9, 2, torch.zeros(2, dtype=torch.int64), -99.0)
 print("triton" in sys.modules)
 """

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support.references.varopt import FLOOR, check, dense, sample, spread_logits
 
-import teachers.reduce
-from teachers.reduce import ReducedRows, reduce_topk, reduce_varopt
-from teachers.sample import Sampling, random_bits
+import teachers.reduction.reduce
+from teachers.reduction.reduce import ReducedRows, reduce_topk, reduce_varopt
+from teachers.reduction.varopt import Sampling, random_bits
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -177,7 +177,7 @@ def test_the_cut_into_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> N
     logits = spread_logits(37, 9_001)
     whole = sample(logits, 64)
     for rows in (1, 5, 36):
-        monkeypatch.setattr(teachers.reduce, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
+        monkeypatch.setattr(teachers.reduction.reduce, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
         tiled = sample(logits, 64)
         for name, value in vars(whole).items():
             assert torch.equal(value, getattr(tiled, name)), (name, rows)

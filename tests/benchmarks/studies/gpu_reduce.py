@@ -128,9 +128,9 @@ def ways(logits: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
     """Each gives ids [R, K]."""
     import torch
 
-    import teachers.passes
-    from teachers.reduce import reduce_topk, reduce_varopt
-    from teachers.sample import Sampling, random_bits
+    import teachers.reduction.passes
+    from teachers.reduction.reduce import reduce_topk, reduce_varopt
+    from teachers.reduction.varopt import Sampling, random_bits
 
     rows, vocabulary = logits.shape
     labels = torch.randint(vocabulary, (rows,), device=DEVICE)
@@ -144,7 +144,7 @@ def ways(logits: Tensor, k: int) -> dict[str, Callable[[], Tensor]]:
         def way() -> Tensor:
             if kernels and importlib.util.find_spec("triton") is None:
                 raise ImportError("triton is not installed")
-            with mock.patch.object(teachers.passes, "has_kernels", return_value=kernels):
+            with mock.patch.object(teachers.reduction.passes, "has_kernels", return_value=kernels):
                 if temperature is None:
                     return reduce_topk(logits, vocabulary, k, labels, FLOOR).token_ids
                 sampling = Sampling(temperature, 0, random)

@@ -18,7 +18,7 @@ from logit_cache.job import CacheJob, OpenJob, open_job
 from logit_cache.pipeline import Committer, HostCopies
 from logit_cache.this_process import run_local
 from storage.errors import InputError
-from teachers.reduce import ReducedRows, reduce_topk
+from teachers.reduction.reduce import ReducedRows, reduce_topk
 
 WAIT_S = 20.0
 

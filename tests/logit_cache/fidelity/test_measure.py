@@ -285,8 +285,8 @@ def test_size(world: tuple[Path, Path]) -> None:
 def test_noise_averages_out_and_bias_does_not() -> None:
     """Heavy tails, the same p at every position: the sampled mean gradient comes nearer to the dense one, as does its
     KL, by what was foretold; the bucket's stays where it is."""
-    from teachers.reduce import reduce_varopt
-    from teachers.sample import Sampling, random_bits
+    from teachers.reduction.reduce import reduce_varopt
+    from teachers.reduction.varopt import Sampling, random_bits
 
     vocabulary, k = 400, 16
     logits = -1.1 * torch.arange(1, vocabulary + 1).double().log()

@@ -28,7 +28,7 @@ from storage.errors import IdentityMismatch, InputError
 from student.cli import train_student
 from student.job import StudentJob
 from student.models import PRESETS
-from teachers.train import train_teacher
+from teachers.cli import train_teacher
 
 GIB = 1 << 30
 LARGE = Machine(device="cpu", name="a machine", memory_bytes=64 * GIB, products_per_second=1e11)

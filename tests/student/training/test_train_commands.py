@@ -26,7 +26,7 @@ from student.arguments import training_values
 from student.cli import build_job, train_student
 from student.output import full_disk_is_said
 from student.run import train
-from teachers.train import train_teacher
+from teachers.cli import train_teacher
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_train_student_never_loads_teachers(world: Path, tmp_path: Path) -> None
     assert "lower bound" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["student.cli", "teachers.train"])
+@pytest.mark.parametrize("module", ["student.cli", "teachers.cli"])
 def test_help_has_an_example_and_presets_and_loads_no_torch(module: str) -> None:
     code = f"import sys; sys.argv = ['x', '--help']; import runpy; runpy.run_module({module!r}, run_name='__main__')"
     done = python("-X", "importtime", "-c", code)

@@ -25,7 +25,7 @@ import torch  # noqa: F401  the parent pays for the imports, once
 import transformers.models.gpt2.modeling_gpt2
 import zarr
 
-import teachers.huggingface  # noqa: F401
+import teachers.huggingface.teacher  # noqa: F401
 from logit_cache.cli import cache_logits
 from storage import LogitCache
 from storage.cache.verify import verify

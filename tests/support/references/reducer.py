@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from storage.format.encoding import logprob_floor
-from teachers.reduce import ReducedRows, reduce_topk
+from teachers.reduction.reduce import ReducedRows, reduce_topk
 
 FLOOR = logprob_floor(1 / 32)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from storage.format.encoding import logprob_floor
-from teachers.reduce import ReducedRows, reduce_topk, reduce_varopt
-from teachers.sample import Sampling, random_bits
+from teachers.reduction.reduce import ReducedRows, reduce_topk, reduce_varopt
+from teachers.reduction.varopt import Sampling, random_bits
 
 FLOOR = logprob_floor(1 / 32)
 

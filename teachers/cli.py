@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from student.dense import LogitSource
-    from student.job import StudentJob, TrainingReport
+    from student.job import StudentJob
 
 _EXAMPLE = """\b
 Example:
@@ -28,17 +28,6 @@ For comparison with a student from the cache, its teachers in memory for every s
   train-teacher --cache runs/cache --model llama-mini --eval-cache runs/held-out --output-dir runs/live \
       --live-teacher runs/gpt2 --live-teacher runs/llama --combine logit-mean --temperature 2 --alpha 0.5
 """
-
-
-def train_teacher_model(**fields: Any) -> TrainingReport:
-    """Train on a cache's tokens with plain cross-entropy: a `student.job.StudentJob` without teachers.
-
-    Takes the job's other fields (cache, model, output_dir, …); raises what `student.run.train` raises.
-    """
-    from student.job import StudentJob
-    from student.run import train
-
-    return train(StudentJob(**fields, teachers=(), alpha=1.0))
 
 
 @click.command(cls=PresetCommand, help="Train a model from scratch on a cache's token stream.\n\n" + _EXAMPLE)

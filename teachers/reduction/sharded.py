@@ -2,8 +2,8 @@
 
 Legend: `W` ranks, `T` rows of one tile, `V` vocabulary size, `K` kept ids, `n` columns of this rank below V.
 
-The formulas are those of `teachers.reduce` and `teachers.sample`; here is what they ask of all V columns. Per row, a
-rank tells the others::
+The formulas are those of `teachers.reduction.reduce` and `teachers.reduction.varopt`; here is what they ask of all V
+columns. Per row, a rank tells the others::
 
     first     its min(K, n) first columns, as keys that order (logit, id), and its maximum     8 (K + 1) bytes
     at        the logits of the wanted ids that it has, -inf for the others                    4 bytes an id
@@ -29,10 +29,10 @@ import math
 import torch
 from torch import Tensor
 
-from teachers.passes import Tail, has_kernels, make_passes
 from teachers.ranks import ColumnShard, Ranks, summed
-from teachers.sample import BlockMasses, Masses, TensorMasses, with_given
-from teachers.top_k import best_of_keys, first_columns, ordered_keys
+from teachers.reduction.passes import Tail, has_kernels, make_passes
+from teachers.reduction.top_k import best_of_keys, first_columns, ordered_keys
+from teachers.reduction.varopt import BlockMasses, Masses, TensorMasses, with_given
 
 # Of the widest rank. Every rank must cut its rows alike, so this depends on nothing that could differ between two
 # machines, such as their number of threads; and the fewer tiles there are, the fewer messages are sent.
@@ -42,7 +42,7 @@ _NO_KEY = -(1 << 63)  # comes after that of any column
 
 
 class ShardedRows:
-    """`teachers.reduce.Rows`. Every call is made by all ranks."""
+    """`teachers.reduction.reduce.Rows`. Every call is made by all ranks."""
 
     def __init__(self, rows: int, vocabulary_size: int, device: torch.device, shard: ColumnShard) -> None:
         self.columns = vocabulary_size
@@ -106,7 +106,7 @@ class ShardedRows:
 
 
 class _ShardedTail:
-    """`teachers.passes.Tail` of all ranks."""
+    """`teachers.reduction.passes.Tail` of all ranks."""
 
     def __init__(self, own: Tail, ranks: Ranks, columns: int, first_id: int, own_columns: int) -> None:
         self.mass, self.half, self.weighted = summed(ranks.gather(torch.stack([own.mass, own.half, own.weighted])))
@@ -120,7 +120,7 @@ class _ShardedTail:
 
 
 class ShardedMasses:
-    """`teachers.sample.Masses` of all ranks; `own` are those of this rank's columns, from `first_id` on."""
+    """`teachers.reduction.varopt.Masses` of all ranks; `own` are those of this rank's columns, from `first_id` on."""
 
     def __init__(self, own: BlockMasses, ranks: Ranks, columns: int, first_id: int, own_columns: int) -> None:
         self.columns = columns

@@ -2,8 +2,8 @@
 
 Legend: `T` rows of one tile, `V` columns, `K` kept ids.
 
-On a GPU they are Triton kernels (`teachers.triton_reduce`) that read the logits and write nothing of their size;
-elsewhere, or without triton, torch's operators over a tile of rows.
+On a GPU they are Triton kernels (`teachers.reduction.triton_passes`) that read the logits and write nothing of their
+size; elsewhere, or without triton, torch's operators over a tile of rows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from teachers.row_sums import row_nansums, row_sums
-from teachers.sample import Masses, TensorMasses
-from teachers.top_k import block_maxima
+from teachers.reduction.top_k import block_maxima
+from teachers.reduction.varopt import Masses, TensorMasses, row_nansums, row_sums
 
 
 class Tail(Protocol):
@@ -59,7 +58,7 @@ class Passes(Protocol):
 def make_passes(rows: int, tile_rows: int, width: int, device: torch.device) -> Passes:
     """The passes of a device: kernels over all rows, or torch's operators over `tile_rows` of `width` columns."""
     if has_kernels(device):
-        from teachers.triton_reduce import TritonPasses
+        from teachers.reduction.triton_passes import TritonPasses
 
         return TritonPasses(rows)
     return TorchPasses(max(1, tile_rows), width, device)
@@ -74,7 +73,7 @@ def has_kernels(device: torch.device) -> bool:
 @functools.cache
 def _compile(device: torch.device) -> bool:
     """True; InputError where kernels do not compile. Torch's passes would round differently, on one worker of many."""
-    from teachers.triton_reduce import TritonPasses
+    from teachers.reduction.triton_passes import TritonPasses
 
     try:
         TritonPasses(1).block_maxima(torch.zeros(1, 32, device=device), 32)

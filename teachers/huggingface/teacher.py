@@ -1,6 +1,6 @@
 """Any causal language model of transformers as a teacher: loaded whole, tested, and identified by digests.
 
-The backbone runs in the dtype that is asked for; logits are float32 (`teachers.heads` says how, and why).
+The backbone runs in the dtype that is asked for; logits are float32 (`teachers.huggingface.scoring` says how, and why).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from storage.errors import InputError
 from storage.format.identity import has_tokenizer
 from storage.format.manifest import Teacher as TeacherRecord
 from storage.format.manifest import TeacherIdentity
-from teachers.device_map import DeviceMap, input_device
-from teachers.heads import choose_path, forward, is_causal
+from teachers.huggingface.device_map import DeviceMap, input_device
+from teachers.huggingface.model_files import ModelFiles, config_sha256, find_model, weights_sha256
+from teachers.huggingface.scoring import choose_path, forward, is_causal
+from teachers.huggingface.sharded_head import choose_sharded_path, tensor_parallel_options
 from teachers.ranks import ColumnShard, Ranks
-from teachers.sharded_head import choose_sharded_path, tensor_parallel_options
-from teachers.weights import ModelFiles, config_sha256, find_model, weights_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_LOGIT_BUDGET_BYTES = 256 << 20

@@ -8,13 +8,13 @@ The naive form, with z = logits[:, :V], p = softmax(z) and S the K ids that come
     logprobs = log p[S]    label_logprob = log p[label]    entropy = -sum p log p
     log_tail = log sum_{j not in S} p_j    log_tail_half = log sum_{j not in S} sqrt(p_j)
 
-VarOpt targets start from the same S: its first ids stay, the others give way to sampled ones (`teachers.sample`),
-and the tails take in what left: they are of the ids that are not certain.
+VarOpt targets start from the same S: its first ids stay, the others give way to sampled ones
+(`teachers.reduction.varopt`), and the tails take in what left: they are of the ids that are not certain.
 
-S is found by `teachers.top_k`. All that is done to V columns of every row are `teachers.passes`; the formulas of
-`_reduce_tile` see numbers per row, per block and per kept id. Between passes and formulas stand `Rows`: of whole rows,
-or of rows whose columns are spread over the ranks of a tensor-parallel teacher (`teachers.sharded_reduce`), for which
-the same formulas hold.
+S is found by `teachers.reduction.top_k`. All that is done to V columns of every row are `teachers.reduction.passes`;
+the formulas of `_reduce_tile` see numbers per row, per block and per kept id. Between passes and formulas stand `Rows`:
+of whole rows, or of rows whose columns are spread over the ranks of a tensor-parallel teacher
+(`teachers.reduction.sharded`), for which the same formulas hold.
 
 Precision: everything is float32. The K chosen entries are left out of the sums, so that a tail is the
 sum of its own terms, never one minus something; the normaliser is `log1p` of everything but the maximum, so
@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from teachers.passes import Tail, make_passes
 from teachers.ranks import ColumnShard
-from teachers.sample import Sampling, draw
-from teachers.top_k import best, first_columns
+from teachers.reduction.passes import Tail, make_passes
+from teachers.reduction.top_k import best, first_columns
+from teachers.reduction.varopt import Sampling, draw
 
 # The two buffers of a tile (2 MiB each) should stay in cache between torch's passes; on a GPU only memory matters.
 _CPU_TILE_LOGITS_PER_THREAD = 1 << 19
@@ -86,18 +86,6 @@ class InvalidLogits(InputError):
         )
 
 
-def rows_per_chunk(columns: int, budget_bytes: int) -> int:
-    """How many rows of `columns` float32 logits fit the budget: at least 1, a multiple of 64 where 64 fit.
-
-    The multiple keeps the matrix product of a full chunk on its fastest shapes.
-
-    >>> rows_per_chunk(16_000, 64 << 20), rows_per_chunk(250_000, 1 << 20)
-    (1024, 1)
-    """
-    rows = max(1, budget_bytes // (4 * columns))
-    return rows - rows % 64 if rows >= 64 else rows
-
-
 def reduce_topk(
     logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, floor: float, shard: ColumnShard | None = None
 ) -> ReducedRows:
@@ -124,7 +112,8 @@ def reduce_varopt(
     sampling: Sampling,
     shard: ColumnShard | None = None,
 ) -> ReducedRows:
-    """VarOpt targets of softmax(logits[:, :vocabulary_size]): like `reduce_topk`, with ids as `teachers.sample` says.
+    """VarOpt targets of softmax(logits[:, :vocabulary_size]): like `reduce_topk`, with ids as
+    `teachers.reduction.varopt` says.
 
     All ids have their exact log-probs; what the drawn ones weigh follows from the tail and their number.
     """
@@ -225,7 +214,7 @@ class Rows(Protocol):
 
 def _rows(rows: int, vocabulary_size: int, device: torch.device, shard: ColumnShard | None) -> Rows:
     if shard is not None:
-        from teachers.sharded_reduce import ShardedRows
+        from teachers.reduction.sharded import ShardedRows
 
         return ShardedRows(rows, vocabulary_size, device, shard)
     return _WholeRows(rows, vocabulary_size, device)

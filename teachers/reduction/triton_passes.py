@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teachers.sample import BlockMasses, Masses, with_given
+from teachers.reduction.varopt import BlockMasses, Masses, with_given
 
 # Columns of one program; with 8 warps, 16 for each thread, which are 4 loads of 16 bytes.
 _SEGMENT = 4096
@@ -42,7 +42,8 @@ _ALIGNMENT = 16
 
 
 class TritonPasses:
-    """`teachers.passes.Passes` on a device that triton compiles for; all rows at once, with nothing large written."""
+    """`teachers.reduction.passes.Passes` on a device that triton compiles for; all rows at once, with nothing large
+    written."""
 
     def __init__(self, rows: int) -> None:
         self.tile_rows = max(1, rows)
@@ -76,7 +77,7 @@ class _Rows(NamedTuple):
 
 
 class _Tail:
-    """`teachers.passes.Tail`."""
+    """`teachers.reduction.passes.Tail`."""
 
     def __init__(self, rows: _Rows) -> None:
         self._rows = rows

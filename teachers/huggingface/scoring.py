@@ -17,26 +17,18 @@ the logits reach hundreds, where a soft cap or a factor shows in any model, trai
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.reduce import rows_per_chunk
+from teachers.huggingface.output_layer import Head, agree, amplification, difference, head_of, replaced_forward
 
 # What one rounding of the logits to the dtype, and another order of summation, may change, relative to the
 # largest logit.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-9}
-# Large enough for any soft cap in use (30, 50) to show, small enough for hidden states in float16.
-_TEST_LOGIT = 256.0
-# Some models mask ids with the lowest number of their dtype in place of -inf.
-MASKED = -1e30
 
 
 class ScoringPath(Protocol):
@@ -48,40 +40,6 @@ class ScoringPath(Protocol):
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
         """See `teachers.base.Teacher.score`."""
         ...
-
-
-class Head(Protocol):
-    """An output layer whose logits are float32. `device`: where they appear; hidden states may be elsewhere."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """float32 [..., columns] of hidden states [..., H]."""
-        ...
-
-
-class Float32Head:
-    """`Head` of weights [columns, H] and a bias [columns], which are here."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        weight = weight.detach()
-        # cuBLAS multiplies half-precision operands into float32; elsewhere one float32 copy of the weights,
-        # which is no copy at all when the model is float32.
-        self._mixed = weight.is_cuda and weight.dtype != torch.float32
-        self._weight = weight if self._mixed else weight.float()
-        self._bias = None if bias is None else bias.detach().float()
-        self.device = weight.device
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(self.device)
-        if not self._mixed:
-            return F.linear(hidden.float(), self._weight, self._bias)
-        flat = hidden.reshape(-1, hidden.shape[-1]).to(self._weight.dtype)
-        logits = torch.mm(flat, self._weight.t(), out_dtype=torch.float32)
-        if self._bias is not None:
-            logits.add_(self._bias)
-        return logits.view(*hidden.shape[:-1], -1)
 
 
 class FastPath:
@@ -217,11 +175,6 @@ def _disagreement(
     return None
 
 
-def amplification(largest: float) -> float:
-    """By how much hidden states are scaled up so that logits of at most `largest` reach hundreds."""
-    return 2.0 ** round(math.log2(_TEST_LOGIT / max(largest, 1e-30)))
-
-
 def amplified_logits(model: Any, linear: nn.Linear, windows: Tensor, factor: float) -> Tensor:
     """The model's own logits, float32 [B, C, columns], with what its output layer reads times `factor`."""
     scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
@@ -229,15 +182,6 @@ def amplified_logits(model: Any, linear: nn.Linear, windows: Tensor, factor: flo
         return forward(model, windows).float()
     finally:
         scaling.remove()
-
-
-def head_of(linear: nn.Linear) -> Head:
-    """The output layer as it lies in memory, or one that is fetched for each use where accelerate offloaded it."""
-    if linear.weight.device.type == "meta":
-        from teachers.device_map import OffloadedHead
-
-        return OffloadedHead(linear)
-    return Float32Head(linear.weight, linear.bias)
 
 
 def _make_float32(model: Any, linear: nn.Linear, windows: Tensor, logits: Tensor, tolerance: float) -> bool:
@@ -252,42 +196,13 @@ def _make_float32(model: Any, linear: nn.Linear, windows: Tensor, logits: Tensor
     return replacement.stays
 
 
-@dataclass
-class Replacement:
-    """A forward in the place of another; it stays where `stays` is set before the block ends."""
+def rows_per_chunk(columns: int, budget_bytes: int) -> int:
+    """How many rows of `columns` float32 logits fit the budget: at least 1, a multiple of 64 where 64 fit.
 
-    stays: bool = False
+    The multiple keeps the matrix product of a full chunk on its fastest shapes.
 
-
-@contextlib.contextmanager
-def replaced_forward(linear: nn.Linear, head: Head) -> Iterator[Replacement]:
-    """`linear` with another forward, which is the one of its class or one that was put there before."""
-    before = linear.__dict__.get("forward")
-    linear.forward = head  # type: ignore[method-assign,assignment]
-    replacement = Replacement()
-    try:
-        yield replacement
-    finally:
-        if not replacement.stays:
-            del linear.forward
-            if before is not None:
-                linear.forward = before  # type: ignore[method-assign]
-
-
-def agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether logits differ by at most `tolerance` of the largest, and mask the same ids; NaN never agrees."""
-    if a.shape != b.shape:
-        return False
-    masked = a < MASKED
-    if not torch.equal(masked, b < MASKED):
-        return False
-    a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
-    largest = torch.maximum(a.abs().max(), b.abs().max())
-    return bool(((a - b).abs().max() <= tolerance * largest) & largest.isfinite())
-
-
-def difference(a: Tensor, b: Tensor) -> str:
-    """How logits that do not agree differ, in words."""
-    if a.shape != b.shape:
-        return f"shape, {tuple(a.shape)} against {tuple(b.shape)}"
-    return f"up to {float((a - b).abs().max()):.3g} from logits of up to {float(b.abs().max()):.3g}"
+    >>> rows_per_chunk(16_000, 64 << 20), rows_per_chunk(250_000, 1 << 20)
+    (1024, 1)
+    """
+    rows = max(1, budget_bytes // (4 * columns))
+    return rows - rows % 64 if rows >= 64 else rows

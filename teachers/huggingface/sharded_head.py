@@ -10,8 +10,8 @@ fast     the backbone, then the product; where the model does nothing else
 general  the model's own forward with an output layer that gives this rank's columns: a factor or a soft cap after it
          works on some columns as on all of them
 
-Which of them serves is tested as in `teachers.heads`, against the model's own gathered logits of a few short windows;
-the ranks decide together. A model that needs whole rows after its head is refused.
+Which of them serves is tested as in `teachers.huggingface.scoring`, against the model's own gathered logits of a few
+short windows; the ranks decide together. A model that needs whole rows after its head is refused.
 """
 
 from __future__ import annotations
@@ -25,19 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from storage.errors import InputError
-from teachers.heads import (
-    MASKED,
-    TOLERANCE,
-    FastPath,
-    Float32Head,
-    GeneralPath,
-    ScoringPath,
-    agree,
-    amplification,
-    amplified_logits,
-    forward,
-    replaced_forward,
-)
+from teachers.huggingface.output_layer import MASKED, Float32Head, agree, amplification, replaced_forward
+from teachers.huggingface.scoring import TOLERANCE, FastPath, GeneralPath, ScoringPath, amplified_logits, forward
 from teachers.ranks import ColumnShard, Ranks, all_true, equal_runs
 
 

@@ -34,8 +34,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from teachers.row_sums import row_sums
-
 _RANDOM_BITS = 32
 _STEP_BITS = 30  # times K <= 2**16 ids, or times the random bits, a step fits int64; alone it fits int32
 _LEAST_REST = 2.0**-53
@@ -215,3 +213,13 @@ def _suffix_sums(values: Tensor) -> Tensor:
 def _block_width(columns: int, k: int) -> int:
     """Near sqrt(columns / k), which balances the blocks against the ids inside those that are looked into."""
     return min(columns, max(_LEAST_BLOCK, 1 << max(0, round(math.log2(columns / k) / 2))))
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """The sums [T] of [T, n]."""
+    return values.sum(1) if len(values) != 1 else values.expand(2, -1).sum(1)[:1]
+
+
+def row_nansums(values: Tensor) -> Tensor:
+    """The sums [T] of [T, n], NaN taken for 0."""
+    return values.nansum(1) if len(values) != 1 else values.expand(2, -1).nansum(1)[:1]

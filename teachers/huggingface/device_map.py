@@ -2,8 +2,8 @@
 
 Which layer goes where is worked out by transformers and accelerate from the memory of the devices; hooks on the layers
 move what they read. Windows go to the device of the input embeddings, logits appear where the output layer computes
-(`teachers.heads`). Layers that fit on no device are refused unless main memory or the disk was asked for: then their
-weights travel to a device for every batch, which is slow by nature.
+(`teachers.huggingface.scoring`). Layers that fit on no device are refused unless main memory or the disk was asked for:
+then their weights travel to a device for every batch, which is slow by nature.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from storage.errors import InputError
-from teachers.heads import Float32Head
 
 _NO_DEVICE = ("cpu", "disk")  # where there are accelerators, layers there are stored and not computed
 
@@ -84,29 +82,6 @@ def input_device(model: Any) -> torch.device:
     # accelerate names an accelerator by its number alone.
     accelerator = torch.accelerator.current_accelerator()
     return torch.device("cuda" if accelerator is None else accelerator.type, place)
-
-
-class OffloadedHead:
-    """`teachers.heads.Head` of an output layer whose weights lie elsewhere, and come for each chunk of rows."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        hook: Any = getattr(linear, "_hf_hook", None)
-        place = getattr(hook, "execution_device", None)
-        if place is None:
-            raise InputError("its output layer has no weights")
-        with self._here(linear):
-            self.device = linear.weight.device
-        self._linear = linear
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        with self._here(self._linear):
-            return Float32Head(self._linear.weight, self._linear.bias)(hidden)
-
-    @staticmethod
-    def _here(linear: nn.Linear) -> Any:
-        from accelerate.utils import align_module_device
-
-        return align_module_device(linear)
 
 
 def _limit(text: str) -> tuple[int | str, int]:

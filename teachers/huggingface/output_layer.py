@@ -1,0 +1,130 @@
+"""The last layer of a teacher, with float32 logits, wherever its weights lie; and when two sets of logits agree."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from storage.errors import InputError
+
+# Large enough for any soft cap in use (30, 50) to show, small enough for hidden states in float16.
+_TEST_LOGIT = 256.0
+# Some models mask ids with the lowest number of their dtype in place of -inf.
+MASKED = -1e30
+
+
+class Head(Protocol):
+    """An output layer whose logits are float32. `device`: where they appear; hidden states may be elsewhere."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """float32 [..., columns] of hidden states [..., H]."""
+        ...
+
+
+class Float32Head:
+    """`Head` of weights [columns, H] and a bias [columns], which are here."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight = weight.detach()
+        # cuBLAS multiplies half-precision operands into float32; elsewhere one float32 copy of the weights,
+        # which is no copy at all when the model is float32.
+        self._mixed = weight.is_cuda and weight.dtype != torch.float32
+        self._weight = weight if self._mixed else weight.float()
+        self._bias = None if bias is None else bias.detach().float()
+        self.device = weight.device
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.device)
+        if not self._mixed:
+            return F.linear(hidden.float(), self._weight, self._bias)
+        flat = hidden.reshape(-1, hidden.shape[-1]).to(self._weight.dtype)
+        logits = torch.mm(flat, self._weight.t(), out_dtype=torch.float32)
+        if self._bias is not None:
+            logits.add_(self._bias)
+        return logits.view(*hidden.shape[:-1], -1)
+
+
+def amplification(largest: float) -> float:
+    """By how much hidden states are scaled up so that logits of at most `largest` reach hundreds."""
+    return 2.0 ** round(math.log2(_TEST_LOGIT / max(largest, 1e-30)))
+
+
+def head_of(linear: nn.Linear) -> Head:
+    """The output layer as it lies in memory, or one that is fetched for each use where accelerate offloaded it."""
+    if linear.weight.device.type == "meta":
+        return OffloadedHead(linear)
+    return Float32Head(linear.weight, linear.bias)
+
+
+@dataclass
+class Replacement:
+    """A forward in the place of another; it stays where `stays` is set before the block ends."""
+
+    stays: bool = False
+
+
+@contextlib.contextmanager
+def replaced_forward(linear: nn.Linear, head: Head) -> Iterator[Replacement]:
+    """`linear` with another forward, which is the one of its class or one that was put there before."""
+    before = linear.__dict__.get("forward")
+    linear.forward = head  # type: ignore[method-assign,assignment]
+    replacement = Replacement()
+    try:
+        yield replacement
+    finally:
+        if not replacement.stays:
+            del linear.forward
+            if before is not None:
+                linear.forward = before  # type: ignore[method-assign]
+
+
+def agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether logits differ by at most `tolerance` of the largest, and mask the same ids; NaN never agrees."""
+    if a.shape != b.shape:
+        return False
+    masked = a < MASKED
+    if not torch.equal(masked, b < MASKED):
+        return False
+    a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
+    largest = torch.maximum(a.abs().max(), b.abs().max())
+    return bool(((a - b).abs().max() <= tolerance * largest) & largest.isfinite())
+
+
+def difference(a: Tensor, b: Tensor) -> str:
+    """How logits that do not agree differ, in words."""
+    if a.shape != b.shape:
+        return f"shape, {tuple(a.shape)} against {tuple(b.shape)}"
+    return f"up to {float((a - b).abs().max()):.3g} from logits of up to {float(b.abs().max()):.3g}"
+
+
+class OffloadedHead:
+    """`Head` of an output layer whose weights lie elsewhere, and come for each chunk of rows."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        hook: Any = getattr(linear, "_hf_hook", None)
+        place = getattr(hook, "execution_device", None)
+        if place is None:
+            raise InputError("its output layer has no weights")
+        with self._here(linear):
+            self.device = linear.weight.device
+        self._linear = linear
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        with self._here(self._linear):
+            return Float32Head(self._linear.weight, self._linear.bias)(hidden)
+
+    @staticmethod
+    def _here(linear: nn.Linear) -> Any:
+        from accelerate.utils import align_module_device
+
+        return align_module_device(linear)
