@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from storage import LogitCache
-from student.losses import NOT_TRAINED, DistillationLoss, Member
+from student.data.batches import collate, flat_targets
+from student.data.windows import DistillationWindows, reading_order
+from student.loss.distillation import NOT_TRAINED, DistillationLoss, Member
 from student.models import load_student
-from student.windows import DistillationWindows, collate, flat_targets, reading_order
 
 
 def train(

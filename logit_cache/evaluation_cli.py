@@ -50,8 +50,8 @@ def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
         from storage.config import build_config
         from storage.errors import InputError
         from storage.progress import progress
-        from student.scores import EvaluationJob, table, write_report
-        from student.scores import evaluate as measure
+        from student.evaluation.evaluate import EvaluationJob, table, write_report
+        from student.evaluation.evaluate import evaluate as measure
 
         if out is not None and (not Path(out).expanduser().parent.is_dir() or Path(out).expanduser().is_dir()):
             raise InputError(f"--out {out}: expected a file in a folder that exists: give another name")

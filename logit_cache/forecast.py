@@ -37,7 +37,7 @@ from storage.format.rules import broken_rule
 from storage.format.sealing import parse_json, sealed, sealed_bytes, unseal
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets
-from student.memory import peak_device_bytes, peak_process_bytes
+from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 
 Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
 

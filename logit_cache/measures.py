@@ -3,9 +3,10 @@
 Legend: `r` positions of one tile, `N` all of them, `V` vocabulary, `K` stored ids per position, `S` the kept ids of a
 position, `p` its full distribution, `p_t = sum_{j not in S} p_j` (reduced over the complement), `q` a student's.
 
-Stored values are taken as a student reads them (`student.targets` says the same, from which this must not differ). With
-l_i the decoded log-probs, m = exp(log_tail) the stored mass outside the certain ids, and m' = m less the drawn ids' sum
-(top-k: m' = m), each treatment of the tail is a set of weights w_i on S and w_t on everything else together::
+Stored values are taken as a student reads them (`student.loss.teacher_targets` says the same, from which this must not
+differ). With l_i the decoded log-probs, m = exp(log_tail) the stored mass outside the certain ids, and m' = m less the
+drawn ids' sum (top-k: m' = m), each treatment of the tail is a set of weights w_i on S and w_t on everything else
+together::
 
     bucket        w_i = exp(l_i) / Z, w_t = m' / Z               Z = sum_S exp(l_i) + m'
     renormalise   w_i = exp(l_i) / sum_S exp(l_i), w_t = 0

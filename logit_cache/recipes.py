@@ -93,7 +93,7 @@ class Recipe(Frozen):
     """One recipe at one scale.
 
     offset                  of training windows: fixed blocks, or a random offset for each
-    temperature, alpha      of the loss; loss_scale as in `student.objective`
+    temperature, alpha      of the loss; loss_scale as in `student.loss.objective`
     kept_ids                stored per position, so many that a student from the cache is the one beside live teachers
                             but for noise (docs/recipes.md); the paper's code kept every logit
     text_bytes              of training text at most, all files together; None: all of it

@@ -77,7 +77,7 @@ class PeakMemory(_Read):
 
 
 class TrainingRun(_Read):
-    """report.json of `train-student` and `train-teacher`; see `student.job.TrainingReport`."""
+    """report.json of `train-student` and `train-teacher`; see `student.report.TrainingReport`."""
 
     kind: Literal["training report"]
     job: Job
@@ -126,7 +126,7 @@ class Pairs(_Read):
 
 
 class Scores(_Read):
-    """JSON of `logit-cache evaluate --out`; see `student.scores.EvaluationReport`."""
+    """JSON of `logit-cache evaluate --out`; see `student.evaluation.evaluate.EvaluationReport`."""
 
     kind: Literal["evaluation report"]
     held_out: ScoredText | None = None

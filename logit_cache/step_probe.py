@@ -25,12 +25,12 @@ from storage.format.layout import ArraySpec
 from storage.format.manifest import TeacherEntry
 from storage.format.shard import decode_chunk, encode_targets
 from storage.format.targets import SparseTargets
-from student.dense import DenseLoss
-from student.losses import DistillationLoss
+from student.data.windows import target_arrays
+from student.loss.dense import DenseLoss
+from student.loss.distillation import DistillationLoss
+from student.loss.teacher_targets import Member
 from student.models import load_student
-from student.targets import Member
-from student.trainer import bind_loss, unbind_loss
-from student.windows import target_arrays
+from student.training.bound_forward import bind_loss, unbind_loss
 from teachers.base import Teacher
 from teachers.live import LiveTeacher, chunk_bytes
 

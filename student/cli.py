@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from student.job import StudentJob, TrainingReport
-    from student.run import LoadLive
+    from student.job import StudentJob
+    from student.report import TrainingReport
+    from student.training.run import LoadLive
 
 _EXAMPLE = """\b
 Example:
@@ -67,7 +68,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def objective_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of a loss with teachers in it: the fields of `student.objective.Objective`."""
+    """The options of a loss with teachers in it: the fields of `student.loss.objective.Objective`."""
     options = [
         click.option(
             "--alpha",
@@ -116,7 +117,7 @@ def run_command(
     """Build the job from `--config` and the flags, run it, and print the report."""
     with our_errors(command):
         job = build_job(command, flags, trains_teacher)
-        from student.run import train
+        from student.training.run import train
 
         report = train(job, load_live=load_live)
         if os.environ.get("RANK", "0") == "0":
@@ -128,14 +129,14 @@ def run_sweep(command: str, path: str, flags: dict[str, Any]) -> None:
     """Run the sweep that a file and flags describe, and print its trials, best first."""
     with our_errors(command):
         from storage.errors import InputError
-        from student.search_space import read_sweep
+        from student.sweep.search_space import read_sweep
 
         if flags["config"]:
             raise InputError(f"{command}: --sweep and --config are two files of the same fields; give one of them")
         fields, search = read_sweep(path)
         job = build_job(command, flags | {"config": fields})
-        from student.sweep import sweep
-        from student.sweep_record import table as sweep_table
+        from student.sweep.record import table as sweep_table
+        from student.sweep.run import sweep
 
         report = sweep(job, search)
         click.echo(report.model_dump_json(indent=1) if flags["as_json"] else sweep_table(report, job.output_dir))

@@ -16,8 +16,8 @@ from student.cli import PresetCommand, objective_options, run_command, run_optio
 if TYPE_CHECKING:
     import torch
 
-    from student.dense import LogitSource
     from student.job import StudentJob
+    from student.loss.dense import LogitSource
 
 _EXAMPLE = """\b
 Example:

@@ -29,7 +29,7 @@ def chunk_bytes(device: torch.device, teachers: int = 1) -> int:
 
 
 class LiveTeacher:
-    """One teacher, or several combined, as `student.dense.LogitSource`."""
+    """One teacher, or several combined, as `student.loss.dense.LogitSource`."""
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher

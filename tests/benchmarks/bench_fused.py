@@ -28,7 +28,7 @@ from harness import Table, held
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from student.losses import DistillationLoss
+    from student.loss.distillation import DistillationLoss
 
 WAYS = {
     "plain cross-entropy": "torch's cross_entropy on the model's logits",
@@ -159,7 +159,7 @@ def _head_step(way: str, columns: int, arguments: argparse.Namespace) -> Callabl
     import torch
     import torch.nn.functional as F
 
-    from student.fused import fused_loss
+    from student.loss.fused import fused_loss
 
     hidden = torch.randn(arguments.positions, arguments.hidden, requires_grad=True)
     weight = (torch.randn(columns, arguments.hidden) * arguments.hidden**-0.5).requires_grad_()
@@ -182,7 +182,7 @@ def _student_step(way: str, columns: int, arguments: argparse.Namespace) -> Call
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from student.trainer import bind_loss
+    from student.training.bound_forward import bind_loss
 
     config = LlamaConfig(
         vocab_size=columns,
@@ -238,7 +238,7 @@ def _sum_of_logits(
 
 
 def _loss(way: str, columns: int, temperature: float) -> DistillationLoss:
-    from student.losses import DistillationLoss, Member
+    from student.loss.distillation import DistillationLoss, Member
 
     return DistillationLoss(
         columns, 1.0 if way.startswith("cross") else 0.5, temperature, [Member("t", 1.0, None, columns)]

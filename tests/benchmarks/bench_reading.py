@@ -166,7 +166,8 @@ def _bytes(path: Path) -> int:
 
 def training_order(url: str, collated: bool = False, most: int | None = None) -> int:
     """Read an epoch, or about the first `most` positions of it, as a student does; returns how many it read."""
-    from student.windows import DistillationWindows, collate, reading_order
+    from student.data.batches import collate
+    from student.data.windows import DistillationWindows, reading_order
 
     windows = DistillationWindows(url, ["a"], WINDOW)
     order = iter(reading_order(windows, BATCH))
@@ -386,7 +387,7 @@ def _moto(copies: Path) -> Iterator[Any]:
 
 
 def _randomness() -> Table:
-    from student.order import BUFFER_GROUPS, GROUP_TOKENS, ReadingOrder
+    from student.data.order import BUFFER_GROUPS, GROUP_TOKENS, ReadingOrder
 
     windows, group = ORDERED_POSITIONS // WINDOW, GROUP_TOKENS // WINDOW
     order = ReadingOrder(windows, group_windows=group, seed=0, windows_per_step=BATCH).permutation(0)
@@ -417,6 +418,6 @@ def _randomness() -> Table:
         ),
         rows,
         f"""{ORDERED_POSITIONS:,} positions, windows of {WINDOW}, groups of {GROUP_TOKENS:,} positions, which is a
-chunk of a cache in its default layout; places in the order of an epoch. `student.order` promises less than {bound:,},
-whatever the corpus: {BUFFER_GROUPS} groups of {group} windows, and a step.{remark}""",
+chunk of a cache in its default layout; places in the order of an epoch. `student.data.order` promises less than
+{bound:,}, whatever the corpus: {BUFFER_GROUPS} groups of {group} windows, and a step.{remark}""",
     )

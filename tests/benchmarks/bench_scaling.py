@@ -184,7 +184,7 @@ not have: memory grows up to there and no further.""",
 def read(url: str, positions: int) -> float:
     """Processor seconds per position of reading so many in the student's order; a process of `_reading`."""
     from storage import LogitCache
-    from student.windows import DistillationWindows, reading_order
+    from student.data.windows import DistillationWindows, reading_order
 
     LogitCache.open(url).teacher("a").read(0, 1)  # imports what is needed
     windows = DistillationWindows(url, ["a"], WINDOW)

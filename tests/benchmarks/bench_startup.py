@@ -36,7 +36,7 @@ def _processes() -> Table:
         "logit-cache tokenize --help": ["logit-cache", "tokenize", "--help"],
         "import storage": [sys.executable, "-c", "import storage"],
         "import numpy": [sys.executable, "-c", "import numpy"],
-        "import student.windows": [sys.executable, "-c", "import student.windows"],
+        "import student.data.windows": [sys.executable, "-c", "import student.data.windows"],
         "import torch": [sys.executable, "-c", "import torch"],
     }
     found: dict[str, list[Ran]] = {name: [] for name in lines}
@@ -98,7 +98,7 @@ def _caches() -> Table:
         "From a cache to its first batch",
         ("step", "cache", "time, ratio", "ms", "MB held after it, beyond the imports"),
         rows,
-        f"""{ROUNDS} rounds, a process of its own each, after `import student.windows`. The dataset is
+        f"""{ROUNDS} rounds, a process of its own each, after `import student.data.windows`. The dataset is
 `DistillationWindows` of {WINDOW} positions, which opens the cache again; the first batch has {BATCH} windows in the
 order of `reading_order`, the making of that order included, and is collated into tensors. Every one of its windows
 may lie in another chunk.""",
@@ -112,7 +112,8 @@ def first_batch(url: str) -> dict[str, dict[str, float]]:
     from harness import held
 
     from storage import LogitCache
-    from student.windows import DistillationWindows, collate, reading_order
+    from student.data.batches import collate
+    from student.data.windows import DistillationWindows, reading_order
 
     before, clock = held("VmRSS"), [time.perf_counter()]
     seconds: dict[str, float] = {}

@@ -102,7 +102,7 @@ def _demo_cache(folder: str) -> Any:
     from logit_cache.demo import _MODELS, KEPT_IDS, TEACHERS, VOCABULARY
     from logit_cache.job import CacheJob, open_job
     from logit_cache.this_process import run_local
-    from student.windows import DistillationWindows
+    from student.data.windows import DistillationWindows
 
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def _demo_cache(folder: str) -> Any:
 
 def _in_memory(windows: Any) -> Any:
     """The same windows, read before the first step."""
-    from student.windows import DistillationWindows, reading_order
+    from student.data.windows import DistillationWindows, reading_order
 
     class InMemory(DistillationWindows):
         def __init__(self) -> None:
@@ -140,8 +140,8 @@ def _trained(folder: str, windows: Any) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 
     from logit_cache.demo import _MODELS, VOCABULARY
-    from student.losses import DistillationLoss, Member
-    from student.trainer import DistillationTrainer
+    from student.loss.distillation import DistillationLoss, Member
+    from student.training.trainer import DistillationTrainer
 
     torch.manual_seed(0)
     kind = dict(_MODELS["student"])
@@ -247,9 +247,10 @@ def _step(folder: str, way: str) -> Callable[[], None]:
     import torch.nn.functional as F
     from torch.utils.data import DataLoader
 
-    from student.losses import DistillationLoss, Member
-    from student.trainer import bind_loss
-    from student.windows import DistillationWindows, collate, reading_order
+    from student.data.batches import collate
+    from student.data.windows import DistillationWindows, reading_order
+    from student.loss.distillation import DistillationLoss, Member
+    from student.training.bound_forward import bind_loss
 
     cached = way.startswith("from the cache")
     windows = DistillationWindows(f"{folder}/cache", ["a"] if cached else [], WINDOW)

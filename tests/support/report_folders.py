@@ -17,9 +17,11 @@ from storage import LogitCache
 from storage.cache.writer import EntryWriter
 from storage.format.fidelity import Angle, Calibration, CurvePoint, Divergences, FidelityReport, NeededIds, Size, Spread
 from storage.format.manifest import Teacher, TeacherIdentity
-from student.job import HeldOutKL, HeldOutReport, StudentJob, TrainingReport
-from student.minimal_pairs import PHENOMENA, GroupScore, PairScores, ParadigmScore
-from student.scores import EvaluationJob, EvaluationReport
+from student.evaluation.blimp import PHENOMENA
+from student.evaluation.evaluate import EvaluationJob, EvaluationReport
+from student.evaluation.minimal_pairs import GroupScore, PairScores, ParadigmScore
+from student.job import StudentJob
+from student.report import HeldOutKL, HeldOutReport, TrainingReport
 
 SEEDS = (0, 1, 2)
 CACHING_SECONDS = 60.0

@@ -18,7 +18,7 @@ from support.commands import ROOT
 from transformers import AutoModelForCausalLM
 
 from student.job import StudentJob
-from student.objective import Objective
+from student.loss.objective import Objective
 
 V = 61
 LLAMA = {
@@ -111,7 +111,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 KILLED = """
 import os, sys
 from student.cli import train_student
-from student.progress import TrainingProgress
+from student.training.progress import TrainingProgress
 def killed(self, args, state, control, **others):
     if state.global_step == {step}:
         os._exit(9)
@@ -123,8 +123,8 @@ train_student(sys.argv[1:])
 NOTED = """
 import json, os, sys
 from student.cli import train_student
-from student.trainer import DistillationTrainer
-from student.windows import DistillationWindows
+from student.training.trainer import DistillationTrainer
+from student.data.windows import DistillationWindows
 read, loss, waiting = DistillationWindows.__getitems__, DistillationTrainer.compute_loss, []
 def noted_read(self, indices):
     if self.cache_url.endswith("train"):

@@ -9,7 +9,7 @@ from support.references.dense_targets import dense, member, stored
 from support.runs import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from student.losses import DistillationLoss
+from student.loss.distillation import DistillationLoss
 
 V = 61
 

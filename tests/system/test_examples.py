@@ -13,7 +13,7 @@ from support.commands import ROOT
 from support.runs import LLAMA, V, job_in, make_world, python
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from student.run import train
+from student.training.run import train
 
 EXAMPLES = ROOT / "examples"
 

@@ -19,10 +19,11 @@ from support.references.live_runs import STEPS, TRAINING, T, V, cached_losses, l
 from torch import Tensor
 
 from storage.errors import IdentityMismatch, InputError
-from student.buckets import NOT_TRAINED
-from student.dense import DenseLoss
-from student.job import StudentJob, TrainingReport
-from student.run import train
+from student.job import StudentJob
+from student.labels import NOT_TRAINED
+from student.loss.dense import DenseLoss
+from student.report import TrainingReport
+from student.training.run import train
 from teachers.live import load_live
 
 __all__ = ["world"]

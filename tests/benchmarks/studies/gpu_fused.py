@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from student.chunk import LogitChunk
+    from student.loss.logit_chunk import LogitChunk
 
 DEVICE = "cuda"
 STORED_IDS = 64
@@ -283,7 +283,7 @@ def ways(size: Size, arguments: argparse.Namespace) -> dict[str, Way | str]:
 
 
 def _held(alpha: float, temperature: float, size: Size, labels: Tensor, targets: dict[str, Tensor]) -> Way:
-    from student.losses import DistillationLoss, Member
+    from student.loss.distillation import DistillationLoss, Member
 
     loss = DistillationLoss(size.columns, alpha, temperature, [Member("t", 1.0, None, size.columns)])
     return lambda hidden, weight: loss(hidden @ weight.t(), labels, {"t": targets}).loss_sum / size.positions
@@ -298,8 +298,8 @@ def _fused(
     labels: Tensor,
     targets: dict[str, Tensor],
 ) -> Way:
-    from student import fused
-    from student.losses import DistillationLoss, Member
+    from student.loss import fused
+    from student.loss.distillation import DistillationLoss, Member
 
     loss = DistillationLoss(size.columns, alpha, temperature, [Member("t", 1.0, None, size.columns)])
 
@@ -344,8 +344,8 @@ def chunk_kind(devices: set[str], device: torch.device, temperature: float) -> t
     """What the fused loss takes when these types of device are Triton's; why not, where that is not what was asked."""
     import torch
 
-    from student import fused
-    from student.chunk import LogitChunk
+    from student.loss import fused
+    from student.loss.logit_chunk import LogitChunk
 
     with mock.patch.object(fused, "_TRITON_DEVICES", devices):
         kind = fused._chunk_kind(device, torch.float32, temperature, None)

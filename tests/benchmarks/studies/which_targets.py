@@ -284,10 +284,11 @@ def train(run: Path, job: Job) -> dict[str, Any]:
     """Train and evaluate one student; what its result file holds."""
     import torch
 
-    from student.losses import DistillationLoss, Member
+    from student.data.batches import collate
+    from student.data.windows import DistillationWindows, reading_order
+    from student.loss.distillation import DistillationLoss, Member
     from student.models import load_student
-    from student.trainer import bind_loss, unbind_loss
-    from student.windows import DistillationWindows, collate, reading_order
+    from student.training.bound_forward import bind_loss, unbind_loss
 
     arm = ARMS[job.arm]
     sizes = None if job.budget is None else json.loads((run / "sizes.json").read_text())["chosen"][str(job.budget)]
@@ -405,9 +406,10 @@ def evaluate(run: Path, student: Any) -> dict[str, float]:
     """Held-out loss, ECE, and KL(teacher || student), which a large sample of the teacher estimates without bias."""
     import torch
 
-    from student.evaluate import HeldOutSums
-    from student.losses import Member
-    from student.windows import DistillationWindows, collate, flat_targets
+    from student.data.batches import collate, flat_targets
+    from student.data.windows import DistillationWindows
+    from student.evaluation.held_out import HeldOutSums
+    from student.loss.distillation import Member
 
     windows = DistillationWindows(str(run / "valid"), ["teacher"], WINDOW)
     sums = HeldOutSums(VOCABULARY, [Member.of("teacher", windows.entries["teacher"])])

@@ -26,8 +26,9 @@ from storage.format.encoding import MIN_STEP_NATS, logprob_floor
 from storage.format.manifest import CacheRecord, Encoding, Targets, TeacherEntry
 from storage.format.pruning import prune
 from storage.format.sealing import digest
-from student.losses import Member, forward_kl
-from student.windows import DistillationWindows, collate
+from student.data.batches import collate
+from student.data.windows import DistillationWindows
+from student.loss.distillation import Member, forward_kl
 
 V, N, K = 211, 700, 64
 STEP = 1 / 32

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.caches.small import SHA, make_corpus, make_entry
-from support.commands import TESTS, Run, command, environment, refused
+from support.commands import PYTHONPATH, TESTS, Run, command, environment, refused
 from support.servers.s3 import Bucket
 
 from logit_cache.show import status_line, status_text
@@ -331,7 +331,7 @@ def test_a_hundred_billion_positions(which: str) -> None:
     """At the default layout that is 1.5 million shards, each with a receipt."""
     done = subprocess.run(
         [sys.executable, str(TESTS / "support/programs/hundred_billion.py"), which],
-        capture_output=True, text=True, env=environment(), timeout=300, check=False,
+        capture_output=True, text=True, env={**environment(), "PYTHONPATH": PYTHONPATH}, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -192,7 +192,7 @@ def test_a_student_whose_head_is_padded(tmp_path: Path) -> None:
     """A student of 64 columns for 61 ids trains, and gives the three hardly any mass in the end."""
     from support.runs import LLAMA, V, job_in, make_world
 
-    from student.run import train
+    from student.training.run import train
 
     make_world(tmp_path)
     (tmp_path / "padded.json").write_text(json.dumps({**LLAMA, "vocab_size": V + 3}))

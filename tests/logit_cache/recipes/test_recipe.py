@@ -110,7 +110,7 @@ def test_what_acts_on_a_weight_in_a_step_is_kept(name: str) -> None:
 @pytest.mark.parametrize(("name", "scale"), ALL)
 def test_every_command_is_one_that_there_is(text: Path, tmp_path: Path, name: str, scale: Any) -> None:
     """Each option exists and its value parses; training fields are checked as a run would."""
-    from student.arguments import training_values
+    from student.training.arguments import training_values
 
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "one.jsonl").touch()

@@ -27,8 +27,9 @@ from logit_cache.run_folders import HeldOut, Job, RecipeFolder, Scores, Sweep, T
 from logit_cache.run_tables import sorted_trials
 from logit_cache.spread import Spread, spread, t_quantile
 from logit_cache.verdict import pairs_sentences, verdicts
-from student.job import HeldOutReport, StudentJob, TrainingReport
-from student.scores import EvaluationReport
+from student.evaluation.evaluate import EvaluationReport
+from student.job import StudentJob
+from student.report import HeldOutReport, TrainingReport
 
 EVIL = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
 

@@ -19,9 +19,10 @@ from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import CacheRecord, Windowing
 from storage.format.targets import SparseTargets
-from student.blocks import Blocks
-from student.order import BUFFER_GROUPS, ReadingOrder
-from student.windows import DistillationWindows, collate
+from student.data.batches import collate
+from student.data.blocks import Blocks
+from student.data.order import BUFFER_GROUPS, ReadingOrder
+from student.data.windows import DistillationWindows
 
 V = 53
 ISOLATED = Windowing(context_tokens=16, stride_tokens=16, isolate_documents=True)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import student.evaluate as evaluate
 from storage.errors import InputError
-from student.evaluate import BINS, HeldOut, HeldOutSums
-from student.losses import NOT_TRAINED, Member
+from student.evaluation import held_out as evaluate
+from student.evaluation.held_out import BINS, HeldOut, HeldOutSums
+from student.loss.distillation import NOT_TRAINED, Member
 
 P, V, W = 203, 53, 61
 MEMBERS = [Member("whole", 1.0, None, V), Member("top", 0.0, None, V)]

@@ -18,8 +18,9 @@ from support.models import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from storage.config import read_yaml
-from student.lm_eval_tasks import write_tasks
-from student.minimal_pairs import CLOSE_NATS, PHENOMENA, Pair, read_pairs, score_pairs, tally
+from student.evaluation.blimp import PHENOMENA
+from student.evaluation.lm_eval_tasks import write_tasks
+from student.evaluation.minimal_pairs import CLOSE_NATS, Pair, read_pairs, score_pairs, tally
 
 pytestmark = [
     pytest.mark.skipif(

@@ -21,16 +21,17 @@ from support.runs import job_in, make_world
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import student.evaluate as evaluate
-import student.minimal_pairs as minimal_pairs
 from logit_cache.cli import main
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
+from student.evaluation import held_out as evaluate
+from student.evaluation import minimal_pairs
+from student.evaluation.blimp import PHENOMENA
+from student.evaluation.evaluate import EvaluationJob
+from student.evaluation.evaluate import evaluate as measure
+from student.evaluation.minimal_pairs import Pair, encode, read_pairs, score_pairs, sentence_logprobs, tally
 from student.job import StudentJob
-from student.minimal_pairs import PHENOMENA, Pair, encode, read_pairs, score_pairs, sentence_logprobs, tally
-from student.run import train
-from student.scores import EvaluationJob
-from student.scores import evaluate as measure
+from student.training.run import train
 
 W = 611
 BLIMP = ROOT.parent / "shared" / "data" / "blimp"

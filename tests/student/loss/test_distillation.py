@@ -13,12 +13,19 @@ import torch
 from support.references.dense_targets import POISON, P, V, dense, dense_kl, gradient, labels_for, member, normal, stored
 from torch import Tensor
 
-import student.buckets as buckets
 from storage.errors import InputError
 from storage.format import encoding
-from student.buckets import student_buckets
-from student.losses import NOT_TRAINED, DistillationLoss, Member, decode_logprobs, forward_kl, quantisation_bound
-from student.targets import temper
+from student.loss import student_logprobs as buckets
+from student.loss.distillation import (
+    NOT_TRAINED,
+    DistillationLoss,
+    Member,
+    decode_logprobs,
+    forward_kl,
+    quantisation_bound,
+)
+from student.loss.student_logprobs import student_buckets
+from student.loss.teacher_targets import temper
 
 WIDTHS = [V, V + 13]
 TEMPERATURES = [1.0, 2.0]

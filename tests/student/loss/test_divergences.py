@@ -14,11 +14,11 @@ from support.references.dense_targets import P, V, dense, gradient, joined, labe
 from support.references.divergences import definition
 from torch import Tensor
 
-import student.buckets as buckets
-from student.buckets import student_buckets
-from student.divergences import Divergence
-from student.losses import NOT_TRAINED, DistillationLoss
-from student.objective import DEFAULT_MIX, LossName
+from student.loss import student_logprobs as buckets
+from student.loss.distillation import NOT_TRAINED, DistillationLoss
+from student.loss.divergences import Divergence
+from student.loss.objective import DEFAULT_MIX, LossName
+from student.loss.student_logprobs import student_buckets
 
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 CASES: list[tuple[LossName, float]] = [

@@ -16,11 +16,11 @@ from support.references.dense_targets import V, dense, labels_for, member, norma
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import student.chunk as chunk_module
-import student.fused as fused
 from storage.errors import InputError
-from student.fused import fused_loss
-from student.losses import NOT_TRAINED, DistillationLoss, LossSums, PreparedLoss
+from student.loss import fused
+from student.loss import logit_chunk as chunk_module
+from student.loss.distillation import NOT_TRAINED, DistillationLoss, LossSums, PreparedLoss
+from student.loss.fused import fused_loss
 
 P, H = 36, 19
 

@@ -34,9 +34,10 @@ from torch import Tensor
 from storage.cache.writer import EntryWriter
 from storage.errors import FormatError, InputError
 from storage.format.rules import broken_rule
-from student.buckets import student_buckets
-from student.losses import NOT_TRAINED, DistillationLoss, LossSums, Member
-from student.windows import DistillationWindows, collate, flat_targets
+from student.data.batches import collate, flat_targets
+from student.data.windows import DistillationWindows
+from student.loss.distillation import NOT_TRAINED, DistillationLoss, LossSums, Member
+from student.loss.student_logprobs import student_buckets
 
 DOUBLE = torch.float64
 OPTIONS: list[dict[str, Any]] = [

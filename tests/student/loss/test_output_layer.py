@@ -20,10 +20,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from storage.errors import InputError
 from student.cli import train_student
-from student.heads import PlainHead, choose_head, plain_head
-from student.run import train
-from student.trainer import bind_loss
-from student.windows import DistillationWindows
+from student.data.windows import DistillationWindows
+from student.loss.output_layer import PlainHead, choose_head, plain_head
+from student.training.bound_forward import bind_loss
+from student.training.run import train
 
 
 def gradients(model: PreTrainedModel, fused_head: str, *, seeds: tuple[int, ...] = (1,)) -> tuple[Tensor, list[Tensor]]:
@@ -181,7 +181,7 @@ def test_a_fused_run_is_the_run_that_holds_its_logits(world: Path, tmp_path: Pat
 def test_evaluation_does_not_know_of_it(world: Path, tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
-    from student.trainer import DistillationTrainer
+    from student.training.trainer import DistillationTrainer
 
     windows = DistillationWindows(str(world / "held"), ["b"], 16)
     results = []
@@ -216,7 +216,7 @@ import contextlib, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from support.small_students import batch_of, loss_of, small_model
-from student.trainer import bind_loss
+from student.training.bound_forward import bind_loss
 dist.init_process_group("gloo")
 gradients = []
 for family in sys.argv[2:]:

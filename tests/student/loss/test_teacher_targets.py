@@ -25,9 +25,9 @@ from support.references.dense_targets import (
 from torch import Tensor
 
 from storage.errors import InputError
-from student.losses import NOT_TRAINED, DistillationLoss, forward_kl
-from student.objective import Tail
-from student.targets import interpolation_bound, tail_bounds, temper, weights
+from student.loss.distillation import NOT_TRAINED, DistillationLoss, forward_kl
+from student.loss.objective import Tail
+from student.loss.teacher_targets import interpolation_bound, tail_bounds, temper, weights
 
 TAILS: list[Tail] = ["bucket", "sampled", "blend", "renormalise", "none"]
 TEMPERATURES = [1.0, 2.0]

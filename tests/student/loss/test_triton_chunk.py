@@ -29,10 +29,10 @@ from support.commands import ROOT
 from support.references.dense_targets import dense, labels_for, member, normal, stored
 from torch import Tensor
 
-import student.fused as fused
-from student.chunk import LogitChunk
-from student.fused import fused_loss
-from student.losses import NOT_TRAINED, DistillationLoss
+from student.loss import fused
+from student.loss.distillation import NOT_TRAINED, DistillationLoss
+from student.loss.fused import fused_loss
+from student.loss.logit_chunk import LogitChunk
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton has no build for this system"
@@ -152,7 +152,7 @@ def through(case: Case, kind: type[LogitChunk], device: str = "cpu") -> list[np.
 
 
 def kernels(device: str, case: Case, block: int | None = BLOCK) -> list[np.ndarray[Any, Any]]:
-    from student import triton_chunk
+    from student.loss import triton_chunk
 
     with pytest.MonkeyPatch.context() as patch:
         if block is not None:
@@ -249,7 +249,7 @@ def test_the_block_of_a_gpu(run: Run) -> None:
 
 
 def rising(device: str, step: float) -> list[np.ndarray[Any, Any]]:
-    from student import triton_chunk
+    from student.loss import triton_chunk
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_chunk, "_BLOCK", 16)
@@ -268,7 +268,7 @@ def test_a_largest_logit_that_moves_with_every_block(run: Run, step: float) -> N
 
 
 def spoiled(device: str) -> list[np.ndarray[Any, Any]]:
-    from student.triton_chunk import TritonChunk
+    from student.loss.triton_chunk import TritonChunk
 
     z = torch.zeros(3, 40, device=device)
     z[1, 7], z[2, 7] = math.nan, math.inf
@@ -284,7 +284,7 @@ def test_a_logit_that_is_no_number_is_not_hidden(run: Run) -> None:
 
 
 def no_rows(device: str) -> tuple[tuple[int, ...], ...]:
-    from student.triton_chunk import TritonChunk
+    from student.loss.triton_chunk import TritonChunk
 
     z, nothing = torch.empty(0, 40, device=device), torch.empty(0, dtype=torch.int64, device=device)
     support = nothing.reshape(0, 4)
@@ -322,7 +322,7 @@ def whole(device: str, head: tuple[int, float, float | None], tau: float, alpha:
             # Tried here, and not below, where the passes that the kernels are compared with are gone.
             assert fused._chunk_kind(tensors[0].device, dtype, loss.temperature, softcap).__name__ == "TritonChunk"
             # The kernels, and nothing in their place.
-            patch.setattr("student.chunk._Exponentials.of", None)
+            patch.setattr("student.loss.logit_chunk._Exponentials.of", None)
             loss_sum = fused_loss(*tensors, loss.prepare(labels, targets), logit_scale=scale, softcap=softcap).loss_sum
     gradients = torch.autograd.grad(3 * loss_sum, tensors)
     return [each.detach().cpu().numpy() for each in (loss_sum, *gradients)]
@@ -343,7 +343,7 @@ def compiled(arch: int) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from student import triton_chunk
+    from student.loss import triton_chunk
 
     types = {"z": "*fp32", "stride": "i32", "columns": "i32", "scale": "fp32", "scale_one": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(("largest", "total", "total_one", "a", "b"), "*fp32")
@@ -389,14 +389,14 @@ def test_without_triton_a_gpu_takes_torchs_passes(
 
 
 def broken(device: str, how: str) -> tuple[str, list[str]]:
-    from student import triton_chunk
+    from student.loss import triton_chunk
 
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     fused._triton_runs.cache_clear()
     original = triton_chunk._Logits.to_gradient
-    logger = logging.getLogger("student.fused")
+    logger = logging.getLogger("student.loss.fused")
     logger.addHandler(handler)
 
     def fails(*_: object) -> None:
@@ -427,8 +427,8 @@ def test_kernels_that_fail_or_differ_are_not_used_and_it_says_so_once(run: Run, 
 def test_nothing_imports_triton_where_it_is_not_used() -> None:
     code = """
 import sys, torch
-from student.fused import fused_loss
-from student.losses import DistillationLoss
+from student.loss.fused import fused_loss
+from student.loss.distillation import DistillationLoss
 loss = DistillationLoss(9, 1.0, 1.0, [])
 hidden = torch.ones(4, 3, requires_grad=True)
 fused_loss(hidden, torch.ones(9, 3), None, loss.prepare(torch.arange(4))).loss_sum.backward()

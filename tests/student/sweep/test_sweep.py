@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM
 from storage.errors import IdentityMismatch, InputError
 from student.cli import build_job, train_student
 from student.job import StudentJob
-from student.run import train
-from student.search_space import Search, read_sweep
-from student.sweep import sweep
-from student.sweep_record import INTERRUPTED, SweepReport
-from student.trial_job import check_names, trial_job, trial_settings
+from student.sweep.record import INTERRUPTED, SweepReport
+from student.sweep.run import sweep
+from student.sweep.search_space import Search, read_sweep
+from student.sweep.trial import check_names, trial_job, trial_settings
+from student.training.run import train
 
 EXAMPLE = ROOT / "examples" / "babyllama2_sweep.yaml"
 PARAMETERS: dict[str, Any] = {
@@ -184,7 +184,7 @@ def test_weights_held_out_text_and_processes(world: Path, tmp_path: Path, monkey
     with pytest.raises(InputError, match="weights are loaded"):
         swept(tmp_path / "sweep.yaml", {**data, "model": str(tmp_path)})
     with monkeypatch.context() as patch:
-        patch.setattr("student.sweep._installed", lambda module: False)
+        patch.setattr("student.sweep.run._installed", lambda module: False)
         with pytest.raises(InputError, match=r"needs optuna: pip install 'logit-cache\[tune\]'"):
             swept(tmp_path / "sweep.yaml", data)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -15,9 +15,10 @@ from support.runs import NOTED, arguments, job_in, make_world, processes, weight
 from torch import nn
 
 from storage.errors import InputError
-from student.job import StudentJob, TrainingReport
-from student.run import train
-from student.sharding import FSDPIsOn, check_checkpoint
+from student.job import StudentJob
+from student.report import TrainingReport
+from student.training.fsdp import FSDPIsOn, check_checkpoint
+from student.training.run import train
 
 PATHS = {"PYTHONPATH": PYTHONPATH}
 SHARDED = "from support.programs import fsdp_ranks; fsdp_ranks.on_cpus()\n" + NOTED
@@ -34,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cases(world: Path, **environment: str) -> dict[tuple[Any, ...], dict[str, float]]:
-    done = processes(2, "import sys, fsdp_ranks; fsdp_ranks.gradients(sys.argv[1])", str(world / "train"),
+    done = processes(2, "import sys; from support.programs import fsdp_ranks; fsdp_ranks.gradients(sys.argv[1])", str(world / "train"),
                      **PATHS, **environment)  # fmt: skip
     assert [one.returncode for one in done] == [0, 0], done[0].stderr
     return {tuple(case): figures for *case, figures in map(json.loads, done[0].stdout.splitlines())}
@@ -108,7 +109,7 @@ def test_a_model_that_turns_out_whole_is_refused_before_the_first_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever accelerate did: here, what it does on a CPU."""
-    monkeypatch.setattr("student.run.check_fsdp", lambda args: None)
+    monkeypatch.setattr("student.training.run.check_fsdp", lambda args: None)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(InputError, match=r"12 parameter\(s\) are not sharded"):

@@ -9,10 +9,11 @@ import pytest
 from support.runs import NOTED, arguments, job_in, make_world, processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import student.arguments
+import student.training.arguments
 from storage.errors import InputError
-from student.job import StudentJob, TrainingReport
-from student.run import train
+from student.job import StudentJob
+from student.report import TrainingReport
+from student.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_of_two_processes_one_writes(world: Path, tmp_path: Path) -> None:
 
 
 def test_loggers_that_are_not_there_are_one_line(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(student.arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(student.training.arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(InputError, match="report_to wandb needs a package that is not installed: pip install wandb"):
         train(job_with(world, tmp_path / "run", "wandb"))
     with pytest.raises(InputError, match="report_to 'paper' is not known; there is: none, all, "):

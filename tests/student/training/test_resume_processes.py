@@ -15,9 +15,10 @@ import torch
 from support.commands import ROOT
 from support.runs import KILLED, NOTED, arguments, job_in, make_world, processes, python, weights, windows_read
 
-from student.job import StudentJob, TrainingReport
-from student.run import train
-from student.windows import DistillationWindows, reading_order
+from student.data.windows import DistillationWindows, reading_order
+from student.job import StudentJob
+from student.report import TrainingReport
+from student.training.run import train
 
 G = 8
 STEPS = 2 * (93 // G)

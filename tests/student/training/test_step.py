@@ -15,9 +15,9 @@ from torch.utils.data import BatchSampler
 from transformers import TrainingArguments
 
 from storage.errors import IdentityMismatch, InputError
-from student.order import ReadingOrder
-from student.run import train
-from student.step import cut_step, settle_step, windows_per_step
+from student.data.order import ReadingOrder
+from student.training.run import train
+from student.training.step import cut_step, divide_step, windows_per_step
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_recorded_step_is_kept_by_other_processes(
     args = arguments(
         processes, monkeypatch, per_device_train_batch_size=at_once, gradient_accumulation_steps=accumulation
     )
-    said = settle_step(job_in(tmp_path, tmp_path / "run"), args, recorded)
+    said = divide_step(job_in(tmp_path, tmp_path / "run"), args, recorded)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
     assert (said is not None) == (expected != (at_once, accumulation))
     assert windows_per_step(args) == recorded.get("windows_per_step", 48) or said is None
@@ -93,12 +93,12 @@ def test_a_recorded_step_is_kept_by_other_processes(
 def test_what_is_asked_for_wins_over_what_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(2, monkeypatch, per_device_train_batch_size=32)
     job = job_in(tmp_path, tmp_path / "run", windows_per_step=20)
-    assert settle_step(job, args, {"windows_per_step": 48, "processes": 1}) is None
+    assert divide_step(job, args, {"windows_per_step": 48, "processes": 1}) is None
     assert windows_per_step(args) == 20
     with pytest.raises(InputError, match="20 windows cannot be shared equally by 3 processes"):
-        settle_step(job, arguments(3, monkeypatch))
+        divide_step(job, arguments(3, monkeypatch))
     with pytest.raises(InputError, match="split_batches"):
-        settle_step(job, arguments(2, monkeypatch, accelerator_config={"split_batches": True}))
+        divide_step(job, arguments(2, monkeypatch, accelerator_config={"split_batches": True}))
 
 
 @pytest.mark.parametrize(("processes", "micro_batches"), [(1, 1), (2, 1), (1, 2), (4, 2), (1, 8), (8, 1), (2, 4)])

@@ -18,14 +18,14 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from support.runs import KILLED, LLAMA, V, arguments, job_in, make_world, python, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import student.arguments
+import student.training.arguments
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, InputError, StorageFull
 from storage.format.manifest import Windowing
-from student.arguments import training_values
 from student.cli import build_job, train_student
-from student.output import full_disk_is_said
-from student.run import train
+from student.training.arguments import training_values
+from student.training.run import train
+from student.training.run_folder import full_disk_is_said
 from teachers.cli import train_teacher
 
 
@@ -406,9 +406,9 @@ def test_a_foreign_package_named_storage_is_named(tmp_path: Path) -> None:
 
 
 def test_a_process_reads_ahead_of_a_gpu(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(student.arguments, "_has_accelerator", lambda: True)
+    monkeypatch.setattr(student.training.arguments, "_has_accelerator", lambda: True)
     assert training_values(job_in(world, tmp_path / "out"))["dataloader_num_workers"] == 1
     values = training_values(job_in(world, tmp_path / "out", training={"dataloader_num_workers": 0}))
     assert "dataloader_prefetch_factor" not in values  # torch takes it with workers only
-    monkeypatch.setattr(student.arguments, "_has_accelerator", lambda: False)
+    monkeypatch.setattr(student.training.arguments, "_has_accelerator", lambda: False)
     assert "dataloader_num_workers" not in training_values(job_in(world, tmp_path / "out"))

@@ -14,7 +14,7 @@ from support.runs import V, arguments, job_in, make_world
 
 from storage import LogitCache
 from student.cli import build_job, train_student
-from student.run import train
+from student.training.run import train
 
 
 @pytest.fixture(scope="module")

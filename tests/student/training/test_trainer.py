@@ -14,9 +14,11 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from storage.errors import InputError
-from student.losses import DistillationLoss, Member
-from student.trainer import DistillationTrainer, bind_loss, unbind_loss
-from student.windows import DistillationWindows, collate, flat_targets, reading_order
+from student.data.batches import collate, flat_targets
+from student.data.windows import DistillationWindows, reading_order
+from student.loss.distillation import DistillationLoss, Member
+from student.training.bound_forward import bind_loss, unbind_loss
+from student.training.trainer import DistillationTrainer
 
 V, T = 61, 8
 

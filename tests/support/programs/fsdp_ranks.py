@@ -21,10 +21,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from student.losses import DistillationLoss, Member
-from student.sharding import keep_precision
-from student.trainer import bind_loss
-from student.windows import DistillationWindows, collate
+from student.data.batches import collate
+from student.data.windows import DistillationWindows
+from student.loss.distillation import DistillationLoss, Member
+from student.training.bound_forward import bind_loss
+from student.training.fsdp import keep_precision
 
 V, T, B = 61, 16, 8
 CASES = [
@@ -116,10 +117,10 @@ def of_rank(batch: Any, rows: slice) -> Any:
 
 
 def on_cpus() -> None:
-    """Have accelerate apply FSDP on CPUs, and `student.run` let it."""
-    import student.run
+    """Have accelerate apply FSDP on CPUs, and `student.training.run` let it."""
+    import student.training.run
 
-    student.run.check_fsdp = lambda args: None
+    student.training.run.check_fsdp = lambda args: None
     original = accelerate.state.AcceleratorState.__init__
 
     def init(self: Any, *words: Any, fsdp_plugin: Any = None, **more: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from storage import LogitCache
 from storage.format import encoding
 from storage.format.manifest import Targets as StoredTargets
-from student.losses import NOT_TRAINED, Member
+from student.loss.distillation import NOT_TRAINED, Member
 
 P, V = 37, 251
 POISON = 2**31 - 1

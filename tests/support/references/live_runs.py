@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from logit_cache.job import CacheJob, open_job
 from logit_cache.this_process import run_local
 from storage import LogitCache
+from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
 from student.models import load_student
-from student.run import train
-from student.windows import DistillationWindows, reading_order
+from student.training.run import train
 
 V, T, STEPS, BATCH = 67, 24, 20, 6
 

@@ -1,0 +1,275 @@
+"""A cache as a map-style dataset: windows of tokens with the targets of the same positions.
+
+Legend: `N` tokens of the stream, `T` positions of a window, `B` windows of a batch, `K` stored ids, `V` vocabulary.
+
+A window of T positions reads T + 1 tokens and T targets from one absolute range, so inputs, labels and targets
+cannot drift apart: ``input_ids[t] = tokens[s + t]``, ``labels[t] = tokens[s + t + 1]``, targets ``s + t``. All T
+positions are trained on (labels that a model shifts itself would lose one of them).
+
+Log-probs travel as they are stored and are decoded on the training device (`student.loss.teacher_targets`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from storage import LogitCache
+from storage.errors import IdentityMismatch, IncompleteCache, InputError
+from storage.format.manifest import TeacherEntry
+from storage.format.sealing import digest
+from storage.format.targets import SparseTargets
+from student.data.blocks import Blocks, Offset
+from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
+from student.labels import NOT_TRAINED
+
+Window = dict[str, Any]
+
+_COUNTS = ("kept", "certain")
+_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "entropy")
+
+# Targets of the positions that fill up a short window. The loss ignores them, as their label says; they are a
+# distribution all the same (half on id 0, half on the tail), so that no NaN can come of them on the way.
+_FILL = {
+    "token_ids": 0,
+    "codes": 0,
+    "logprobs": -math.log(2),
+    "kept": 1,
+    "certain": 1,
+    "top_logprob": -math.log(2),
+    "log_tail": -math.log(2),
+    "log_tail_half": -math.log(2) / 2,
+    "entropy": math.log(2),
+}
+
+
+class DistillationWindows(Dataset[Window]):
+    """The windows of a cache, with the targets of some teachers (none: plain cross-entropy).
+
+    cache_url            path or URL of a cache
+    teachers             names of complete teacher entries that agree on the isolation of documents
+    window_tokens        T; need not be what the teachers read at once
+    offset               "fixed" or "random", see `student.data.blocks`; take "fixed" for evaluation
+    isolate_documents    whether windows stay inside documents; None follows the teachers (False without any)
+
+    An index is ``epoch * len(self) + window``, as `student.data.order.ReadingOrder` yields them: a loader's workers
+    need no state, and going on in the middle of an epoch is a matter of the index alone.
+
+    Items are dictionaries of numpy arrays; `collate` makes a batch of them. Holds the URL and opens the cache in
+    each process on first use (handles of remote stores do not survive a fork).
+
+    Raises CacheNotFound, IncompleteCache (naming the missing ranges), IdentityMismatch (an entry of another stream
+    or tokenizer), InputError (entries of different isolation, a window longer than the corpus).
+    """
+
+    def __init__(
+        self,
+        cache_url: str,
+        teachers: Sequence[str] = (),
+        window_tokens: int = 128,
+        offset: Offset = "fixed",
+        seed: int = 0,
+        isolate_documents: bool | None = None,
+    ) -> None:
+        if window_tokens < 1:
+            raise InputError(f"a window has at least one position; got {window_tokens}")
+        if offset not in ("fixed", "random"):
+            raise InputError(f"offset is 'fixed' or 'random'; got {offset!r}")
+        cache = LogitCache.open(cache_url)
+        self.cache_url = cache_url
+        self.record = cache.record
+        self.vocabulary_size = cache.vocabulary_size
+        self.teachers = tuple(teachers)
+        self.window_tokens = window_tokens
+        self.seed = seed
+        self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
+        self.isolate_documents = _isolation(self.entries, isolate_documents)
+        self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
+        self.blocks = self._blocks(offset)
+
+    def cut(self, window_tokens: int, offset: Offset) -> DistillationWindows:
+        """Other windows over the same tokens and targets; nothing is opened or checked again but the length."""
+        if (window_tokens, offset) == (self.window_tokens, self.blocks.offset):
+            return self
+        other = copy.copy(self)
+        other._handle, other.window_tokens = self._handle, window_tokens
+        other.blocks = other._blocks(offset)
+        return other
+
+    def _blocks(self, offset: Offset) -> Blocks:
+        positions = self.record.corpus.positions
+        if positions - 1 < self.window_tokens:
+            raise InputError(
+                f"{self.cache_url}: a window of {self.window_tokens} positions reads {self.window_tokens + 1} tokens, "
+                f"the corpus has {positions}: take a smaller window, or more text"
+            )
+        starts = self._cache().document_starts if self.isolate_documents else None
+        blocks = Blocks.of(positions, starts, self.window_tokens, offset, self.seed)
+        if not len(blocks):
+            raise InputError(
+                f"{self.cache_url}: every document has a single token, so no position has a next one to learn"
+            )
+        return blocks
+
+    def without_targets(self) -> DistillationWindows:
+        """The same windows of the same tokens, reading no targets."""
+        other = copy.copy(self)
+        other.teachers, other.entries = (), {}
+        return other
+
+    def entry_sha256(self, name: str) -> str:
+        """Digest of a teacher entry's record, for provenance."""
+        return digest(self.entries[name])
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Window:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Window]:
+        """The windows of a batch, in the order asked for; neighbouring ranges are read in one piece."""
+        places = self.blocks.places(indices)
+        windows: list[Window] = [{} for _ in indices]
+        by_start = sorted(range(len(places)), key=lambda i: places[i])
+        first = 0
+        while first < len(by_start):
+            start, stop, last = places[by_start[first]][0], sum(places[by_start[first]]), first + 1
+            while last < len(by_start) and places[by_start[last]][0] <= stop:
+                stop = max(stop, sum(places[by_start[last]]))
+                last += 1
+            span = _Span(self._cache(), self.teachers, start, stop)
+            for i in by_start[first:last]:
+                windows[i] = span.window(*places[i], self.window_tokens)
+            first = last
+        return windows
+
+    def _cache(self) -> LogitCache:
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), LogitCache.open(self.cache_url))
+        return self._handle[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+
+class _Span:
+    """Tokens, labels and targets of the positions `start .. stop`, read once and cut into windows."""
+
+    def __init__(self, cache: LogitCache, teachers: Sequence[str], start: int, stop: int) -> None:
+        self._start = start
+        self._inputs = cache.tokens.read(start, stop + 1).astype(np.int64)
+        trained = None if cache.loss_mask is None else cache.loss_mask.read(start, stop)
+        following = self._inputs[1:]
+        self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
+        self._targets = {name: target_arrays(cache.teacher(name).read(start, stop)) for name in teachers}
+
+    def window(self, start: int, length: int, window_tokens: int) -> Window:
+        cut = slice(start - self._start, start - self._start + length)
+        window: Window = {
+            "input_ids": self._inputs[cut],
+            "labels": self._labels[cut],
+            "targets": {
+                name: {key: values[cut] for key, values in arrays.items()} for name, arrays in self._targets.items()
+            },
+        }
+        return window if length == window_tokens else _filled_up(window, window_tokens)
+
+
+def reading_order(
+    windows: DistillationWindows, windows_per_step: int = LANES, whole_steps: bool = False
+) -> ReadingOrder:
+    """The order in which windows are read for training: a sampler, the same for every student of their seed.
+
+    windows_per_step: of an optimizer step, over all processes and micro-batches. Where it is a multiple of 8, up to
+    eight processes decode no chunk of the cache twice. whole_steps: an epoch ends with its last whole step.
+    """
+    return ReadingOrder(
+        len(windows),
+        group_windows=max(1, GROUP_TOKENS // windows.window_tokens),
+        seed=windows.seed,
+        windows_per_step=windows_per_step,
+        whole_steps=whole_steps,
+    )
+
+
+def target_arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
+    """Targets [n] as they travel to the training device, by name; see `collate`."""
+    # uint32 ids need 64 bits: unused columns hold the type's maximum, and torch cannot index with unsigned types.
+    wide = np.int64 if targets.token_ids.dtype == np.uint32 else np.int32
+    arrays: dict[str, NDArray[Any]] = {"token_ids": targets.token_ids.astype(wide)}
+    if targets.codes is not None:
+        arrays["codes"] = targets.codes
+    else:
+        arrays["logprobs"] = targets.logprobs
+    arrays.update({name: getattr(targets, name).astype(np.int32) for name in _COUNTS})
+    arrays.update({name: getattr(targets, name) for name in _FLOATS})
+    return arrays
+
+
+def _filled_up(window: Window, length: int) -> Window:
+    """A window of fewer positions brought to `length`."""
+    return {
+        # With the last token and not with a padding id, which some models look for and warn of.
+        "input_ids": _filled(window["input_ids"], length, int(window["input_ids"][-1])),
+        "labels": _filled(window["labels"], length, NOT_TRAINED),
+        "targets": {
+            name: {key: _filled(values, length, _FILL[key]) for key, values in arrays.items()}
+            for name, arrays in window["targets"].items()
+        },
+    }
+
+
+def _filled(values: NDArray[Any], length: int, fill: float) -> NDArray[Any]:
+    """`values` [n, ...] brought to [length, ...]."""
+    full = np.full((length, *values.shape[1:]), fill, dtype=values.dtype)
+    full[: len(values)] = values
+    return full
+
+
+def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
+    """A complete entry of this cache's own stream and tokenizer, or an error that says what is wrong with it."""
+    targets = cache.teacher(name)
+    entry = targets.entry
+    pairs = {
+        "stream_sha256": (entry.stream_sha256, cache.record.corpus.stream_sha256),
+        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, cache.record.tokenizer.fingerprint),
+    }
+    differing = [f"{key}: the entry has {a}, the cache {b}" for key, (a, b) in pairs.items() if a != b]
+    if differing:
+        raise IdentityMismatch(
+            f"{cache.url}: teacher {name}", differing, "Its targets belong to other tokens: cache this teacher again"
+        )
+    missing = targets.missing()
+    if missing:
+        shown = ", ".join(f"{start}..{stop}" for start, stop in missing[:4])
+        raise IncompleteCache(
+            f"{cache.url}: teacher {name} lacks the positions {shown}"
+            f"{f' and {len(missing) - 4} more ranges' if len(missing) > 4 else ''} of {entry.positions}: "
+            f"run the same cache-logits command again to complete it"
+        )
+    return entry
+
+
+def _isolation(entries: dict[str, TeacherEntry], wanted: bool | None) -> bool:
+    """Whether windows stay inside documents: what the teachers saw, since the student must see no more."""
+    words = {True: "isolated documents", False: "the stream across documents"}
+    found = {name: entry.windowing.isolate_documents for name, entry in entries.items()}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} {words[isolated]}" for name, isolated in found.items())
+        raise InputError(f"these teachers cannot be mixed, as they saw different contexts: {listed}")
+    for name, isolated in found.items():
+        if wanted is not None and wanted != isolated:
+            raise InputError(
+                f"teacher {name} saw {words[isolated]}, the student was to see {words[wanted]}: leave the choice out "
+                f"and the student follows its teachers"
+            )
+        return isolated
+    return bool(wanted)

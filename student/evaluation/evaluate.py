@@ -1,0 +1,321 @@
+"""What a saved model scores: held-out text of a cache, minimal pairs, and the report of both.
+
+Any causal language model that transformers saved will do; ours and others' are measured alike.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from storage import LogitCache
+from storage.config import Frozen
+from storage.errors import IdentityMismatch, InputError
+from storage.files import replace_file
+from storage.format.identity import differing_entries, has_tokenizer, vocabulary_sha256
+from storage.progress import Track
+from student.data.windows import DistillationWindows
+from student.evaluation.held_out import HeldOut, held_out
+from student.evaluation.lm_eval_tasks import check_folder, write_tasks
+from student.evaluation.minimal_pairs import (
+    PairScores,
+    Sentence,
+    encode,
+    prefix_id,
+    read_pairs,
+    sentence_logprobs,
+    sentences_of,
+    tally,
+)
+from student.models import load_student
+from student.report import HeldOutKL
+
+# AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
+
+
+class _Frozen(Frozen):
+    # A model that is hopelessly wrong has an infinite perplexity, and its report must still be JSON.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+class EvaluationJob(_Frozen):
+    """What to measure of which model.
+
+    model              a model directory, with a tokenizer where pairs are scored
+    cache              path or URL of a held-out token stream of the model's tokenizer
+    teachers           entries of that cache to which the KL is measured
+    pairs              folder of JSONL files with minimal pairs
+    window_tokens      positions of a held-out window; a model that reads more context scores better
+    isolate_documents  whether windows stay inside documents; None: as the teachers saw them, across without any
+    batch_size         windows, or sentences, in one pass at most
+    limit              pairs per paradigm; all of them by default
+    leading_space      whether a space is put in front of each sentence, as lm-eval's `blimp` does
+    device, dtype      where and as what the model runs; CUDA where there is one, and float32
+    lm_eval_tasks      folder to write the pairs to as tasks for lm-eval
+    """
+
+    model: str
+    cache: str | None = None
+    teachers: tuple[str, ...] = ()
+    pairs: str | None = None
+    window_tokens: int = Field(128, ge=1)
+    isolate_documents: bool | None = None
+    batch_size: int = Field(64, ge=1)
+    limit: int | None = Field(None, ge=1)
+    leading_space: bool = True
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lm_eval_tasks: str | None = None
+
+
+class HeldOutScores(_Frozen):
+    """Held-out figures over every labelled position once.
+
+    Cross-entropy in nats. Per byte: of the text's UTF-8 bytes, so that models of different tokenizers compare; None
+    where the bytes of what is scored are not known (a loss mask). ece (expected calibration error of the top-1
+    prediction) and accuracy are fractions. kl: KL(teacher || model) by teacher.
+    """
+
+    tokens: int
+    cross_entropy_per_token: float
+    perplexity_per_token: float
+    cross_entropy_per_byte: float | None
+    perplexity_per_byte: float | None
+    bits_per_byte: float | None
+    ece: float
+    accuracy: float
+    kl: dict[str, HeldOutKL] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: HeldOut) -> HeldOutScores:
+        """The same figures, with those per byte spelt out."""
+        bits = found.bits_per_byte
+        nats = None if bits is None else bits * math.log(2)
+        return cls(
+            tokens=found.tokens,
+            cross_entropy_per_token=found.cross_entropy,
+            perplexity_per_token=found.perplexity,
+            cross_entropy_per_byte=nats,
+            perplexity_per_byte=None if nats is None else float(torch.tensor(nats, dtype=torch.float64).exp()),
+            bits_per_byte=bits,
+            ece=found.ece,
+            accuracy=found.accuracy,
+            kl={
+                name: HeldOutKL(nats=value, lower_bound=found.kl_is_lower_bound[name])
+                for name, value in found.kl.items()
+            },
+        )
+
+
+class EvaluationReport(_Frozen):
+    """The figures of one model. `prefix_token` is the one that sentences were given, None without pairs."""
+
+    kind: Literal["evaluation report"] = "evaluation report"
+    job: EvaluationJob
+    architecture: str
+    parameters: int
+    device: str
+    libraries: dict[str, str]
+    prefix_token: str | None
+    held_out: HeldOutScores | None
+    minimal_pairs: PairScores | None
+
+
+def evaluate(job: EvaluationJob, track: Track | None = None) -> EvaluationReport:
+    """Measure what a job asks for; everything that can be wrong with it is looked at before the model runs.
+
+    `track(name, total, unit)` opens a progress display and gives the function that advances it.
+    Raises InputError, IdentityMismatch (the cache has another tokenizer) and what opening a cache raises.
+    """
+    show = track or _silent
+    if job.cache is None and job.pairs is None:
+        raise InputError(f"{job.model}: nothing to measure: give a held-out --cache, a folder of --pairs, or both")
+    if job.teachers and job.cache is None:
+        raise InputError(f"{job.model}: --teacher names entries of the held-out cache: give --cache too")
+    if job.lm_eval_tasks is not None and job.pairs is None:
+        raise InputError("--lm-eval-tasks writes the pairs of --pairs as tasks: give that folder too")
+    if not Path(job.model).expanduser().is_dir():
+        raise InputError(f"{job.model}: expected the directory of a saved model, found no directory there")
+    device = _device(job.device)
+    pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
+    if job.lm_eval_tasks is not None:
+        check_folder(job.lm_eval_tasks)
+    tokenizer = _tokenizer(job.model)
+    if pairs and tokenizer is None:
+        raise InputError(
+            f"{job.model}: expected a tokenizer beside the model, to read sentences with, found none: "
+            "save it there with save_pretrained"
+        )
+    windows = None
+    if job.cache is not None:
+        windows = DistillationWindows(
+            job.cache, job.teachers, job.window_tokens, isolate_documents=job.isolate_documents
+        )
+        _check_vocabulary(job, LogitCache.open(job.cache), tokenizer)
+    sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
+    model = _load(job, sentences, tokenizer, windows, device)
+
+    if job.lm_eval_tasks is not None:
+        write_tasks(pairs, job.lm_eval_tasks, job.leading_space)
+    held = scores = None
+    if windows is not None:
+        with show("held-out text", len(windows), "windows") as advance:
+            held = HeldOutScores.of(held_out(model, windows, job.batch_size, advance))
+    if pairs:
+        with show("minimal pairs", len(sentences), "sentences") as advance:
+            scores = tally(pairs, sentence_logprobs(model, sentences, job.batch_size, advance).view(-1, 2))
+    return EvaluationReport(
+        job=job,
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        device=str(device),
+        libraries={name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        prefix_token=str(tokenizer.convert_ids_to_tokens(prefix_id(tokenizer))) if pairs else None,
+        held_out=held,
+        minimal_pairs=scores,
+    )
+
+
+def _silent(name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+    del name, total, unit
+    return nullcontext(lambda count: None)
+
+
+def _device(name: str | None) -> torch.device:
+    asked = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device).tolist()
+    except Exception as error:  # every backend has its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"device {asked!r} cannot be used: {reason}: try --device cpu") from None
+    return device
+
+
+def _tokenizer(model: str) -> Any:
+    """The tokenizer beside a model, None where there is none."""
+    folder = Path(model).expanduser()
+    if not has_tokenizer(folder):
+        return None
+    try:
+        auto: Any = AutoTokenizer
+        return auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers' exceptions have no common class
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"{model}: the tokenizer beside the model cannot be read ({reason}): save it again with save_pretrained"
+        ) from error
+
+
+def _check_vocabulary(job: EvaluationJob, cache: LogitCache, tokenizer: Any) -> None:
+    """Refuse a stream of other ids than the model's; a model without a tokenizer is taken at its word."""
+    if tokenizer is None:
+        return
+    theirs = dict(tokenizer.get_vocab())
+    if vocabulary_sha256(theirs) == cache.record.tokenizer.vocabulary_sha256:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cache.save_tokenizer(Path(folder))
+        auto: Any = AutoTokenizer
+        ours = dict(auto.from_pretrained(folder, local_files_only=True).get_vocab())
+    raise IdentityMismatch(
+        f"{job.model}: its tokenizer is not the one of {job.cache}",
+        differing_entries(ours, theirs),
+        f"Make the held-out cache with this model's: logit-cache tokenize --tokenizer {job.model}",
+    )
+
+
+def _load(
+    job: EvaluationJob,
+    sentences: list[Sentence],
+    tokenizer: Any,
+    windows: DistillationWindows | None,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The model on its device in evaluation mode, checked against all that it will have to read."""
+    longest = max((len(sentence) - 1 for sentence in sentences), default=1)
+    needed = 1 + max((max(sentence) for sentence in sentences), default=0)
+    if windows is not None:
+        needed = max(needed, windows.vocabulary_size)
+    # One bar for each measurement says enough.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    names = ("bos", "eos", "pad")
+    model: Any = load_student(
+        str(Path(job.model).expanduser().resolve()),
+        vocabulary_size=needed,
+        special_ids={name: getattr(tokenizer, f"{name}_token_id", None) for name in names},
+        window_tokens=1 if windows is None else windows.window_tokens,
+        seed=0,
+    )
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise InputError(
+            f"{job.pairs}: its longest sentence has {longest} tokens, and {job.model} reads at most {positions}: "
+            "leave out longer sentences, or take a model of more positions"
+        )
+    placed: PreTrainedModel = model.to(device=device, dtype=getattr(torch, job.dtype)).eval()
+    return placed
+
+
+def table(report: EvaluationReport) -> str:
+    """The figures for a terminal."""
+    about = f"{report.job.model}, {report.architecture}, {report.parameters:,} parameters"
+    rows = [("model", f"{about}, {report.job.dtype} on {report.device}")]
+    held = report.held_out
+    if held is not None:
+        per_byte = held.cross_entropy_per_byte is not None
+        rows += [
+            ("held-out tokens", f"{held.tokens:,} of {report.job.cache}"),
+            (
+                "cross-entropy",
+                f"{held.cross_entropy_per_token:.4f} nats per token"
+                + (f", {held.cross_entropy_per_byte:.4f} nats per byte" if per_byte else ""),
+            ),
+            (
+                "perplexity",
+                f"{held.perplexity_per_token:,.2f} per token"
+                + (f", {held.perplexity_per_byte:,.4f} per byte" if per_byte else ""),
+            ),
+        ]
+        if per_byte:
+            rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
+        rows += [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
+        rows += [
+            (f"KL to {name}", f"{kl.nats:.4f} nats{' (a lower bound)' if kl.lower_bound else ''}")
+            for name, kl in held.kl.items()
+        ]
+    scores = report.minimal_pairs
+    if scores is not None:
+        blimp = scores.is_blimp
+        rows.append(("minimal pairs", f"{scores.pairs:,} of {report.job.pairs}, after {report.prefix_token}"))
+        rows += [(f"  {name}", f"{group.accuracy:.2%} of {group.pairs:,}") for name, group in scores.groups.items()]
+        rows += [
+            (
+                "mean of groups",
+                f"{scores.mean_over_groups:.2%} ({len(scores.groups)}"
+                + (": the BLiMP score of the BabyLM papers)" if blimp else ")"),
+            ),
+            (
+                "mean of paradigms",
+                f"{scores.mean_over_paradigms:.2%} ({len(scores.paradigms)}"
+                + (": BLiMP's own overall score)" if blimp else ")"),
+            ),
+            ("undecided", f"{scores.close:,} pairs closer than 1e-4 nats, {scores.tied:,} of them equal (wrong)"),
+        ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def write_report(report: EvaluationReport, file: str) -> None:
+    """The report as JSON, in place at once."""
+    replace_file(Path(file).expanduser(), (report.model_dump_json(indent=1) + "\n").encode())

@@ -1,0 +1,222 @@
+"""Held-out evaluation: cross-entropy, calibration and distance to the teachers, from sums that add up.
+
+Legend: `P` positions of a batch (flattened), `V` vocabulary, `W` columns of the model's head (W >= V), `B` bins.
+
+Every figure is a ratio of sums over positions. The sums are kept in float64 and divided once, so that neither the
+batch size nor the number of processes changes a result; a process hands its sums to the others as one flat tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from storage.errors import InputError
+from student.data.batches import collate, flat_targets
+from student.data.windows import DistillationWindows
+from student.labels import NOT_TRAINED
+from student.loss.distillation import forward_kl
+from student.loss.objective import Tail
+from student.loss.student_logprobs import check_batch
+from student.loss.teacher_targets import Member, Targets, targets_of
+
+BINS = 15
+
+# Evaluation needs no backward pass, so a few megabytes of float32 at a time are enough, whatever the batch.
+_CHUNK_LOGITS = 1 << 24
+# What one pass of a model may return where the batch is ours to choose.
+BATCH_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model scores on held-out text.
+
+    tokens           positions scored
+    cross_entropy    nats per token, normalised over all W columns
+    perplexity       exp of it
+    bits_per_byte    cross-entropy in bits per byte of text; None when the bytes per token are not known
+    ece              expected calibration error of the most probable next token, a fraction in [0, 1]
+    accuracy         share of positions where that token is the one that follows
+    kl               by teacher: KL(teacher || model) at temperature 1, nats per token
+    kl_is_lower_bound   by teacher: True when any position's tail was one bucket; False where K = V throughout, and
+                     where drawn ids (VarOpt, temperature 1) estimate the dense KL without bias
+    distillation_loss   what a run trains on, per token; None where it was not asked for
+    """
+
+    tokens: int
+    cross_entropy: float
+    perplexity: float
+    bits_per_byte: float | None
+    ece: float
+    accuracy: float
+    kl: dict[str, float]
+    kl_is_lower_bound: dict[str, bool]
+    distillation_loss: float | None = None
+
+
+class HeldOutSums:
+    """The sums behind `HeldOut`; `add` batches, merge processes through `tensor` and `load`, then `result`.
+
+    ECE is ``sum_b n_b / N * |correct_b / n_b - confidence_b / n_b|`` over 15 bins of equal width (lower end
+    excluded) of the confidence q(top-1) (Guo et al. 2017). Top-1 is taken among the columns below V, its
+    probability from the same softmax over all W columns as the cross-entropy. `members` are the teachers whose
+    targets come with the batches; their weights play no part.
+    """
+
+    def __init__(self, vocabulary_size: int, members: Sequence[Member] = ()) -> None:
+        self.vocabulary_size = vocabulary_size
+        self.members = tuple(members)
+        self._tokens = torch.zeros((), dtype=torch.float64)
+        self._nats = torch.zeros((), dtype=torch.float64)
+        self._bins = torch.zeros(3, BINS, dtype=torch.float64)  # count, sum of confidence, number correct
+        self._kl = torch.zeros(2, len(self.members), dtype=torch.float64)  # nats, positions with a bucket
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor, targets: Mapping[str, Targets] | None = None) -> None:
+        """Add a batch: logits [P, W], labels int64 [P] (-100: not scored), and each member's targets.
+
+        Raises InputError when the shapes do not fit or a member's targets are missing.
+        """
+        check_batch(logits, labels, self.vocabulary_size)
+        rows = max(1, _CHUNK_LOGITS // logits.shape[1])
+        by_member = [targets_of(member, targets) for member in self.members]
+        for start in range(0, len(logits), rows):
+            cut = slice(start, start + rows)
+            parts = [{name: value[cut] for name, value in each.items()} for each in by_member]
+            self._add_rows(logits[cut], labels[cut], parts)
+
+    def _add_rows(self, logits: Tensor, labels: Tensor, by_member: Sequence[Targets]) -> None:
+        scored = labels != NOT_TRAINED
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        lse = torch.logsumexp(z, 1)
+        nats = lse - z.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        top, guess = z[:, : self.vocabulary_size].max(1)
+        # Vectors of [P] go to the CPU and are summed there in float64: some devices have no such type.
+        keep = scored.cpu()
+        confidence = _kept((top - lse).exp(), keep)
+        correct = _kept(guess == labels, keep)
+        self._tokens += keep.sum()
+        self._nats += _kept(nats, keep).sum()
+        bins = (confidence * BINS).ceil().sub(1).clamp(0, BINS - 1).to(torch.int64)
+        for row, values in zip(self._bins, (torch.ones_like(confidence), confidence, correct), strict=True):
+            row.index_add_(0, bins, values)
+        for column, (member, targets) in enumerate(zip(self.members, by_member, strict=True)):
+            # A sample of the tail gives the dense KL without bias; a bucket stays below it.
+            tail: Tail = "sampled" if member.drawn_at == 1.0 else "bucket"
+            kl = forward_kl(z, targets, member, 1.0, scored, tail)
+            self._kl[0, column] += _kept(kl, keep).sum()
+            bucketed = (targets["kept"] < member.vocabulary_size) & (tail == "bucket")
+            self._kl[1, column] += _kept(bucketed, keep).sum()
+
+    def tensor(self) -> Tensor:
+        """All sums, flat float64 on the CPU; the sum of several processes' tensors is the tensor of their union."""
+        return torch.cat([self._tokens[None], self._nats[None], self._bins.flatten(), self._kl.flatten()])
+
+    def load(self, sums: Tensor) -> None:
+        """Replace the sums by those of a tensor that `tensor` gave, or of several added together."""
+        found = sums.detach().to("cpu", torch.float64)
+        expected = 2 + self._bins.numel() + self._kl.numel()
+        if found.shape != (expected,):
+            raise InputError(
+                f"held-out sums with {len(self.members)} teachers are {expected} numbers, got {list(sums.shape)}: "
+                "all processes must evaluate against the same teachers"
+            )
+        tokens, nats, bins, kl = torch.split(found, [1, 1, self._bins.numel(), self._kl.numel()])
+        self._tokens, self._nats = tokens[0].clone(), nats[0].clone()
+        self._bins, self._kl = bins.reshape(3, BINS).clone(), kl.reshape(2, -1).clone()
+
+    def result(self, bytes_per_token: float | None = None) -> HeldOut:
+        """The figures; raises InputError when no position was scored.
+
+        bytes_per_token: bytes of UTF-8 text per token of the held-out stream, for bits per byte.
+        """
+        tokens = int(self._tokens)
+        if not tokens:
+            raise InputError(
+                "no held-out position was scored: the stream is shorter than one window, or nothing in it is trained on"
+            )
+        cross_entropy = float(self._nats) / tokens
+        _, confidence, correct = self._bins
+        names = [member.name for member in self.members]
+        return HeldOut(
+            tokens=tokens,
+            cross_entropy=cross_entropy,
+            perplexity=float(torch.tensor(cross_entropy, dtype=torch.float64).exp()),
+            bits_per_byte=cross_entropy / math.log(2) / bytes_per_token if bytes_per_token else None,
+            ece=float((correct - confidence).abs().sum()) / tokens,
+            accuracy=float(correct.sum()) / tokens,
+            kl={name: float(nats) / tokens for name, nats in zip(names, self._kl[0], strict=True)},
+            kl_is_lower_bound={name: bool(rows > 0) for name, rows in zip(names, self._kl[1], strict=True)},
+        )
+
+
+@torch.no_grad()
+def held_out(
+    model: nn.Module,
+    windows: DistillationWindows,
+    batch_windows: int = 64,
+    advance: Callable[[int], None] | None = None,
+) -> HeldOut:
+    """Figures of a model over every labelled position of a cache once, as training reports them; no trainer needed.
+
+    windows: those of the cache, at a fixed offset; the KL is measured to the teachers whose targets they read.
+    batch_windows at most go through the model at once, fewer where B·T·W is large. `advance` is given the number of
+    windows done. Raises InputError where `HeldOutSums` does.
+    """
+    device = next(model.parameters()).device
+    rows = max(1, min(batch_windows, BATCH_LOGITS // (windows.window_tokens * head_columns(model))))
+    sums = HeldOutSums(windows.vocabulary_size, [Member.of(name, windows.entries[name]) for name in windows.teachers])
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(windows), rows):
+        batch = collate(windows.__getitems__(range(start, min(start + rows, len(windows)))))
+        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+        targets = {name: {key: t.to(device) for key, t in each.items()} for name, each in batch["targets"].items()}
+        sums.add(logits.flatten(0, 1), batch["labels"].flatten().to(device), flat_targets(targets))
+        if advance is not None:
+            advance(len(batch["labels"]))
+    model.train(was_training)
+    return sums.result(bytes_per_token(windows))
+
+
+def bytes_per_token(windows: DistillationWindows) -> float | None:
+    """Bytes of UTF-8 text per token of a stream; None where the bytes of what is scored are not known."""
+    corpus = windows.record.corpus
+    known = corpus.text_bytes > 0 and not corpus.has_loss_mask
+    return corpus.text_bytes / corpus.positions if known else None
+
+
+@torch.no_grad()
+def next_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """``log softmax(logits)[label]`` of each row: float64 [P] on the CPU, 0 where the label is -100.
+
+    logits [P, W], labels int64 [P]. Softmax over all W columns in float32 (float64 for logits of that type), a few
+    rows at a time.
+    """
+    rows = max(1, _CHUNK_LOGITS // logits.shape[1])
+    parts = []
+    for start in range(0, len(logits), rows):
+        z, label = logits[start : start + rows], labels[start : start + rows]
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        found = z.gather(1, label.clamp(min=0)[:, None])[:, 0] - z.logsumexp(1)
+        parts.append(found.masked_fill(label == NOT_TRAINED, 0.0).cpu().to(torch.float64))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def head_columns(model: nn.Module) -> int:
+    """W: the columns of a model's logits, found by running one token."""
+    # Any id but the padding id, which some models look for and warn of.
+    token = 1 if getattr(getattr(model, "config", None), "pad_token_id", None) == 0 else 0
+    ids = torch.full((1, 1), token, device=next(model.parameters()).device)
+    return int(model(input_ids=ids, use_cache=False).logits.shape[-1])
+
+
+def _kept(values: Tensor, keep: Tensor) -> Tensor:
+    """The scored entries of [P], on the CPU in float64."""
+    return values.cpu().to(torch.float64)[keep]

@@ -1,0 +1,284 @@
+"""Minimal pairs: which of two sentences that differ in one point of grammar a model finds more probable.
+
+Legend: `N` pairs, `S` sentences, `B` sentences of a batch, `T` tokens of the longest of them, `P` = B·T positions,
+`W` columns of the model's head.
+
+``log p(x) = sum_t log softmax(logits(prefix, x_1 … x_{t-1}))[x_t]`` in nats, over all tokens of the sentence and all W
+columns, given one prefix token: the tokenizer's BOS, or EOS where it has none. A pair is right when the good sentence
+is strictly the more probable. This is what lm-eval's `multiple_choice` tasks do with an empty context, but for ties:
+lm-eval counts them right. Like lm-eval's own `blimp`, a sentence is scored with a space in front unless it is asked
+for as written; tokenizers that put the space there themselves (all that this project trains) make no difference.
+
+The pairs come as BLiMP does (Warstadt et al. 2020): a folder of JSONL files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from storage.config import Frozen
+from storage.errors import InputError
+from storage.progress import Advance
+from student.evaluation.blimp import GROUP_OF, GROUP_OF_TERM, PHENOMENA
+from student.evaluation.held_out import BATCH_LOGITS, head_columns, next_token_logprobs
+from student.labels import NOT_TRAINED
+
+CLOSE_NATS = 1e-4
+"""Pairs closer than this are decided by the order of float32 sums: two programs may disagree about them."""
+
+
+Sentence = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sentences as written; `paradigm` is BLiMP's UID or the file's name, `group` the phenomenon it belongs to."""
+
+    good: str
+    bad: str
+    paradigm: str
+    group: str
+
+
+class GroupScore(Frozen):
+    """`accuracy` is the share of right pairs."""
+
+    pairs: int
+    accuracy: float
+
+
+class ParadigmScore(GroupScore):
+    """One paradigm, and the group that it counts to."""
+
+    group: str
+
+
+class PairScores(Frozen):
+    """What a model makes of a folder of minimal pairs; accuracies are fractions.
+
+    mean_over_groups     of the groups' accuracies, unweighted; over BLiMP's 12 it is the BLiMP score of the BabyLM
+                         papers, Baby Llama and BabyLlama-2 among them
+    mean_over_paradigms  of the paradigms' accuracies, unweighted; over BLiMP's 67 it is the overall score of its
+                         authors and of lm-eval's group `blimp`
+    groups               by name: over all pairs of the group together
+    tied                 pairs of equal log-probability, all counted wrong
+    close                pairs closer than 1e-4 nats, ties among them
+    """
+
+    pairs: int
+    mean_over_groups: float
+    mean_over_paradigms: float
+    tied: int
+    close: int
+    groups: dict[str, GroupScore]
+    paradigms: dict[str, ParadigmScore]
+
+    @property
+    def is_blimp(self) -> bool:
+        """Whether the paradigms are all of BLiMP's, and no others."""
+        return self.paradigms.keys() == GROUP_OF.keys() and self.groups.keys() == PHENOMENA.keys()
+
+
+def read_pairs(folder: str | Path, limit: int | None = None) -> list[Pair]:
+    """The pairs of all `*.jsonl` files of a folder, in the order of the files' names; `limit` per paradigm.
+
+    A line is a JSON object with `sentence_good` and `sentence_bad`. `UID` names its paradigm (else the file's name
+    does), `linguistics_term` its group (else the paradigm's group in `PHENOMENA`, else the paradigm is a group of its
+    own). Other fields are ignored.
+
+    Raises InputError, with file and line, for a missing folder, one without pairs, a line that is no JSON object, a
+    missing or empty sentence, and a paradigm of two groups.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise InputError(f"{folder}: expected a folder of JSONL files with minimal pairs, found no folder there")
+    files = sorted(path.glob("*.jsonl"))
+    if not files:
+        raise InputError(f"{folder}: expected JSONL files with minimal pairs, found no file named *.jsonl in it")
+    pairs: list[Pair] = []
+    groups: dict[str, str] = {}
+    counts: dict[str, int] = defaultdict(int)
+    for file in files:
+        for where, row in _rows(file):
+            pair = _pair(row, where, file.stem)
+            first = groups.setdefault(pair.paradigm, pair.group)
+            if first != pair.group:
+                raise InputError(
+                    f"{where}: paradigm {pair.paradigm} is of group {pair.group} here and of {first} before: "
+                    "give all its lines one linguistics_term"
+                )
+            counts[pair.paradigm] += 1
+            if limit is None or counts[pair.paradigm] <= limit:
+                pairs.append(pair)
+    if not pairs:
+        raise InputError(f"{folder}: expected minimal pairs, found only empty files: take another folder")
+    return pairs
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each line is, and what is in it."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: expected a JSON object, found {line.strip()[:40]!r} ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield where, row
+
+
+def _pair(row: Mapping[str, Any], where: str, stem: str) -> Pair:
+    for name in ("sentence_good", "sentence_bad"):
+        if name not in row:
+            raise InputError(
+                f"{where}: expected the fields sentence_good and sentence_bad, found {', '.join(row) or 'none'}: "
+                "rename the fields as BLiMP has them"
+            )
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise InputError(
+                f"{where}: expected a sentence as {name}, found {row[name]!r}: fill it in or drop the line"
+            )
+    paradigm, term = row.get("UID") or stem, row.get("linguistics_term")
+    if not isinstance(paradigm, str) or not isinstance(term, str | None):
+        raise InputError(f"{where}: expected strings as UID and linguistics_term, found {paradigm!r} and {term!r}")
+    group = GROUP_OF_TERM.get(term, term) if term else GROUP_OF.get(paradigm, paradigm)
+    return Pair(row["sentence_good"], row["sentence_bad"], paradigm, group)
+
+
+def sentences_of(pairs: Sequence[Pair]) -> list[str]:
+    """Good, bad, good, bad, … as written."""
+    return [text for pair in pairs for text in (pair.good, pair.bad)]
+
+
+def prefix_id(tokenizer: Any) -> int:
+    """The token that every sentence is given: BOS, or EOS where there is no BOS. Raises InputError without either."""
+    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    raise InputError(
+        f"{tokenizer.name_or_path}: expected a tokenizer with a BOS or an EOS token to start sentences with, found "
+        "neither: set bos_token in its tokenizer_config.json to the token that began the model's training texts"
+    )
+
+
+def encode(tokenizer: Any, texts: Sequence[str], leading_space: bool = True) -> list[Sentence]:
+    """Prefix and tokens of each text, with no other special tokens; a text that begins with the prefix has it once.
+
+    leading_space: tokenize a space and then the text, as lm-eval's `blimp` does.
+    """
+    first = prefix_id(tokenizer)
+    written = [f" {text}" if leading_space else text for text in texts]
+    found: list[Sentence] = []
+    for text, ids in zip(texts, tokenizer(written, add_special_tokens=False)["input_ids"], strict=True):
+        sentence = tuple(ids) if ids and ids[0] == first else (first, *ids)
+        if len(sentence) < 2:
+            raise InputError(f"{tokenizer.name_or_path}: the sentence {text!r} has no tokens, so nothing to score")
+        found.append(sentence)
+    return found
+
+
+def sentence_logprobs(
+    model: nn.Module, sentences: Sequence[Sentence], batch_sentences: int = 64, advance: Advance | None = None
+) -> Tensor:
+    """``log p(x_1 … x_n | x_0)`` of each sentence of ids: float64 [S], nats, on the CPU.
+
+    The longest come first, sentences of similar length together and each distinct one once. Batches are filled up on
+    the right with tokens that nothing looks at, have at most `batch_sentences` rows, and shrink where B·T·W is large.
+    Log-probs are float32, whatever the model's dtype, and added up in float64. `advance` is given the number of
+    sentences done. Raises InputError when a log-prob is NaN.
+    """
+    device = next(model.parameters()).device
+    columns = head_columns(model)
+    places: dict[Sentence, list[int]] = defaultdict(list)
+    for index, sentence in enumerate(sentences):
+        places[sentence].append(index)
+    todo = sorted(places, key=lambda sentence: (-len(sentence), sentence))
+    result = torch.zeros(len(sentences), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    while todo:
+        tokens = len(todo[0]) - 1
+        rows = max(1, min(batch_sentences, BATCH_LOGITS // (tokens * columns)))
+        batch, todo = todo[:rows], todo[rows:]
+        inputs = torch.tensor([[*s[:-1], *[s[-2]] * (tokens + 1 - len(s))] for s in batch], device=device)
+        labels = torch.tensor([[*s[1:], *[NOT_TRAINED] * (tokens + 1 - len(s))] for s in batch], device=device)
+        with torch.no_grad():
+            logits = model(input_ids=inputs, use_cache=False).logits  # [B, T, W]
+            logprobs = next_token_logprobs(logits.flatten(0, 1), labels.flatten())  # [P]
+        sums = logprobs.view(len(batch), tokens).sum(1)
+        if bool(sums.isnan().any()):
+            raise InputError(
+                f"the model gives {int(sums.isnan().sum())} of {len(batch)} sentences the log-probability NaN: its "
+                "weights are broken, or overflow in its dtype (then take bfloat16 or float32)"
+            )
+        for sentence, value in zip(batch, sums, strict=True):
+            result[places[sentence]] = value
+        if advance is not None:
+            advance(sum(len(places[sentence]) for sentence in batch))
+    model.train(was_training)
+    return result
+
+
+def score_pairs(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    *,
+    leading_space: bool = True,
+    batch_sentences: int = 64,
+    advance: Advance | None = None,
+) -> Tensor:
+    """Log-probabilities of the good and the bad sentence of each pair: float64 [N, 2], nats.
+
+    Raises InputError as `encode` and `sentence_logprobs` do.
+    """
+    sentences = encode(tokenizer, sentences_of(pairs), leading_space)
+    return sentence_logprobs(model, sentences, batch_sentences, advance).view(-1, 2)
+
+
+def tally(pairs: Sequence[Pair], logprobs: Tensor) -> PairScores:
+    """Accuracies of pairs and their log-probabilities [N, 2], good first; ties are wrong."""
+    margin = logprobs[:, 0] - logprobs[:, 1]
+    right = (margin > 0).tolist()
+    by_group: dict[str, list[bool]] = defaultdict(list)
+    by_paradigm: dict[str, list[bool]] = defaultdict(list)
+    group_of: dict[str, str] = {}
+    for pair, is_right in zip(pairs, right, strict=True):
+        by_group[pair.group].append(is_right)
+        by_paradigm[pair.paradigm].append(is_right)
+        group_of[pair.paradigm] = pair.group
+    groups = {
+        name: GroupScore(pairs=len(found), accuracy=sum(found) / len(found)) for name, found in sorted(by_group.items())
+    }
+    paradigms = {
+        name: ParadigmScore(pairs=len(found), accuracy=sum(found) / len(found), group=group_of[name])
+        for name, found in sorted(by_paradigm.items())
+    }
+    return PairScores(
+        pairs=len(pairs),
+        mean_over_groups=_mean(groups),
+        mean_over_paradigms=_mean(paradigms),
+        tied=int((margin == 0).sum()),
+        close=int((margin.abs() < CLOSE_NATS).sum()),
+        groups=groups,
+        paradigms=paradigms,
+    )
+
+
+def _mean(scores: Mapping[str, GroupScore]) -> float:
+    return sum(score.accuracy for score in scores.values()) / len(scores)

@@ -1,0 +1,355 @@
+"""The distillation loss on stored targets, as sums and counts.
+
+Legend: `P` positions of a batch (flattened), `R` rows of a piece of it, `K` stored ids per position, `V` vocabulary of
+the cache, `W` columns of the student's head (W >= V), `tau` the temperature. Everything is in nats.
+
+Three steps, so that logits may come in one piece or in many::
+
+    prepared = loss.prepare(labels, targets)                           what the teachers say, on [P, K]; no logits
+    cross_entropy, buckets = student_buckets(logits, labels, prepared.supports, V, tau)         the student's side
+    sums = prepared.sums(slice(None), cross_entropy, buckets)          the loss; sums of pieces add up
+
+`loss(logits, labels, targets)` does them in one go; `student.loss.fused` does the last two without ever holding [P, W].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.errors import InputError
+from student.labels import NOT_TRAINED
+from student.loss.divergences import Divergence
+from student.loss.objective import Objective, Tail, objective_of
+from student.loss.student_logprobs import check_batch, student_buckets
+from student.loss.teacher_targets import (
+    Member,
+    Targets,
+    Tempered,
+    decode_logprobs,
+    quantisation_bound,
+    targets_of,
+    temper,
+    weights,
+)
+
+__all__ = [
+    "NOT_TRAINED",
+    "DistillationLoss",
+    "LossSums",
+    "Member",
+    "PreparedLoss",
+    "Targets",
+    "decode_logprobs",
+    "forward_kl",
+    "quantisation_bound",
+    "tail_of",
+]
+
+# (ell [R, K], theta [R], rows) -> [R]: the divergence of one member at some rows of a batch.
+_Term = Callable[[Tensor, Tensor, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over the trained positions of a batch, scalar tensors; divide once, by the global count.
+
+    cross_entropy   sum of -log q(label), nats, temperature 1; carries no gradient
+    divergence      by member: sum of the divergence at the loss's temperature, nats, neither weighted nor times
+                    tau**2; carries no gradient. Empty when no step has a share for it
+    loss_sum        sum of alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D_m; differentiable
+    count           number of trained positions, int64
+
+    Only `loss_sum` knows of position weights, of the selection by entropy and of the loss's scale: the others are
+    for the log, and mean the same whatever these are.
+    """
+
+    cross_entropy: Tensor
+    divergence: dict[str, Tensor]
+    loss_sum: Tensor
+    count: Tensor
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(
+            self.cross_entropy + other.cross_entropy,
+            {name: value + other.divergence[name] for name, value in self.divergence.items()},
+            self.loss_sum + other.loss_sum,
+            self.count + other.count,
+        )
+
+
+@dataclass(frozen=True)
+class PreparedLoss:
+    """All of a batch's loss that needs no logits.
+
+    labels       int64 [P], and trained bool [P]: False where the label is `NOT_TRAINED`
+    supports     by member: int32 [P, K_m], the ids whose log-probs `sums` wants; -1 where there is none
+    """
+
+    labels: Tensor
+    supports: list[Tensor]
+    trained: Tensor
+    vocabulary_size: int
+    temperature: float
+    _label_share: float  # alpha, and (1 - alpha) * tau**2 in the next, times what the loss's scale makes of them
+    _teacher_share: float
+    _members: tuple[Member, ...]
+    _terms: tuple[_Term, ...]
+    _label_weights: Tensor | None  # [P], what multiplies a position's cross-entropy; None: 1
+    _teacher_weights: Tensor | None  # [P], and its divergence
+
+    def sums(self, rows: slice, cross_entropy: Tensor | None, buckets: Sequence[tuple[Tensor, Tensor]]) -> LossSums:
+        """The sums of some rows; those of all rows together are the batch's.
+
+        cross_entropy [R] is 0 where a position is not trained; None takes it for 0 throughout, where alpha is 0 and
+        nobody asks for it. buckets: by member (ell [R, K_m], theta [R]), as `student_buckets` gives them for
+        `supports`. Differentiable in all of them.
+        """
+        trained = self.trained[rows]
+        if cross_entropy is None:
+            assert self._label_share == 0, "alpha above 0 needs the cross-entropy"
+            cross_entropy = torch.zeros(trained.shape, device=trained.device)
+        # A term of weight zero stays out of the graph: the backward pass then skips its pass over the logits.
+        loss = torch.zeros((), dtype=cross_entropy.dtype, device=trained.device)
+        if self._label_share > 0:
+            loss = loss + self._label_share * _weighted(cross_entropy, self._label_weights, rows)
+        divergence = {}
+        for member, term, (ell, theta) in zip(self._members, self._terms, buckets, strict=True):
+            values = torch.where(trained, term(ell, theta, rows), 0.0)
+            divergence[member.name] = values.detach().sum()
+            share = self._teacher_share * member.weight
+            if share > 0:
+                loss = loss + share * _weighted(values, self._teacher_weights, rows)
+        return LossSums(cross_entropy.detach().sum(), divergence, loss, trained.sum())
+
+
+class DistillationLoss:
+    """``alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D(p_m, q)``, per trained token.
+
+    Called with logits [P, W], labels int64 [P] (`NOT_TRAINED` = -100 where a position counts for neither term) and
+    the targets by member name; returns `LossSums`. CE is at temperature 1 over all W columns. The members' weights
+    are normalised to sum 1. tau**2 keeps the size of the gradient when the temperature changes. `options` are the
+    other fields of `student.loss.objective.Objective`: loss, mix, tail, blend, alpha_end, interpolate_tail, loss_scale,
+    min_entropy. Needs no targets when alpha is 1 throughout, and ignores any that are given.
+
+    Mixtures: forward KL is linear in p, so the weighted sum is the KL of the mixture ``p = sum_m w_m p_m`` (each
+    member tempered, then mixed) up to a constant in the student: same gradient at K = V, and at K < V that of the
+    members' own buckets. The other divergences are not linear, so they take one member with a weight above 0; a
+    mixture there is an ensemble entry, made when the teachers are cached.
+
+    position_weights [P] multiply a position's share in both terms; the count stays that of trained positions.
+    min_entropy leaves the divergence out where the teachers' entropy (of a mixture: the weighted mean of its members',
+    which is at most its own) is lower; it is a number of nats and no rank within a batch, which would depend on how a
+    step is cut into batches. Both terms are divided by all trained positions.
+
+    loss_scale babyllama, for windows of T = `window_tokens` positions: divergence summed over the window, CE as a mean
+    over the T - 1 positions whose label lies in the window. After the division by the count it is exactly
+    ``alpha * CE.mean() + (1 - alpha) * KLDivLoss(batchmean)`` of [windows, T, V] where all positions are trained;
+    elsewhere the same multiples of means over trained positions.
+
+    Raises InputError for fields that do not fit together, members whose weights are negative, not finite or all
+    zero, no or repeated members, members of another vocabulary, VarOpt entries at another temperature than they were
+    drawn for, sampled tails of entries without drawn ids, and W < V.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        alpha: float,
+        temperature: float,
+        members: Sequence[Member],
+        *,
+        window_tokens: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.objective: Objective = objective_of(alpha=alpha, temperature=temperature, **options)
+        self.vocabulary_size = vocabulary_size
+        # Without a divergence there is nothing that it is the temperature of; a control does not depend on it.
+        self.temperature = self.objective.temperature if self.objective.uses_teachers else 1.0
+        self.alpha = self.objective.alpha
+        self.window_tokens = window_tokens
+        self.members: tuple[Member, ...] = ()
+        if self.objective.uses_teachers:
+            self.members = _normalised(members, vocabulary_size)
+        self.tails: dict[str, Tail] = {member.name: tail_of(member, self.objective) for member in self.members}
+        if self.objective.loss_scale == "babyllama" and (window_tokens is None or window_tokens < 2):
+            raise InputError(f"loss_scale babyllama needs window_tokens of 2 or more; got {window_tokens}")
+        _check_linear(self.members, self.objective)
+
+    def set_progress(self, progress: float) -> None:
+        """Tell a scheduled alpha where the run is: 0 at its first optimizer step, 1 at its last.
+
+        To be called before a step and not within it: all micro-batches and processes of a step share one alpha.
+        """
+        self.alpha = self.objective.alpha_at(progress)
+
+    def meaning(self, name: str) -> str:
+        """What the reported divergence of a member is, against the dense one, in a few words."""
+        tail = self.tails[name]
+        if tail == "bucket":
+            return "a lower bound: the tail counts as one bucket"
+        if tail in ("sampled", "blend"):
+            return "an estimate from drawn ids" + (", blended with a lower bound" if tail == "blend" else "")
+        return "of the stored ids alone"
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targets: Mapping[str, Targets] | None = None,
+        position_weights: Tensor | None = None,
+    ) -> LossSums:
+        """The sums of one batch; see the class."""
+        check_batch(logits, labels, self.vocabulary_size)
+        prepared = self.prepare(labels, targets, position_weights)
+        cross_entropy, buckets = student_buckets(
+            logits, labels, prepared.supports, self.vocabulary_size, self.temperature
+        )
+        return prepared.sums(slice(None), cross_entropy, buckets)
+
+    def prepare(
+        self, labels: Tensor, targets: Mapping[str, Targets] | None = None, position_weights: Tensor | None = None
+    ) -> PreparedLoss:
+        """Everything about a batch that needs no logits: labels int64 [P], targets by member, weights float [P]."""
+        if position_weights is not None and position_weights.shape != labels.shape:
+            raise InputError(
+                f"position_weights must be {list(labels.shape)}, one for each label; got {list(position_weights.shape)}"
+            )
+        trained = labels != NOT_TRAINED
+        by_member = [targets_of(member, targets) for member in self.members]
+        tempered = [
+            temper(each, member, self.temperature, trained, self.objective.interpolate_tail)
+            for member, each in zip(self.members, by_member, strict=True)
+        ]
+        of_label, of_teacher, in_window = self._scale(labels)
+        return PreparedLoss(
+            labels=labels,
+            trained=trained,
+            supports=[each.support for each in tempered],
+            vocabulary_size=self.vocabulary_size,
+            temperature=self.temperature,
+            _label_share=self.alpha * of_label,
+            _teacher_share=(1.0 - self.alpha) * self.temperature**2 * of_teacher,
+            _members=self.members,
+            _terms=tuple(
+                _term(each, self.tails[member.name], self.objective)
+                for member, each in zip(self.members, tempered, strict=True)
+            ),
+            _label_weights=_product(position_weights, in_window),
+            _teacher_weights=_product(position_weights, self._selected(tempered)),
+        )
+
+    def _scale(self, labels: Tensor) -> tuple[float, float, Tensor | None]:
+        """What the loss's scale multiplies cross-entropy and divergence by, and where the former counts (bool [P])."""
+        if self.objective.loss_scale == "token":
+            return 1.0, 1.0, None
+        size = self.window_tokens
+        assert size is not None
+        if len(labels) % size:
+            raise InputError(
+                f"loss_scale babyllama sums over windows of {size} positions, and {len(labels)} labels are no whole "
+                "number of them"
+            )
+        place = torch.arange(len(labels), device=labels.device) % size
+        return size / (size - 1), float(size), place < size - 1
+
+    def _selected(self, tempered: Sequence[Tempered]) -> Tensor | None:
+        """bool [P]: where the mean of the members' entropies reaches the objective's least; None: everywhere."""
+        if self.objective.min_entropy is None or not tempered:
+            return None
+        pairs = zip(self.members, tempered, strict=True)
+        entropy = torch.stack([member.weight * each.entropy for member, each in pairs]).sum(0)
+        return entropy >= self.objective.min_entropy
+
+
+def forward_kl(
+    logits: Tensor,
+    targets: Targets,
+    member: Member,
+    temperature: float,
+    trained: Tensor | None = None,
+    tail: Tail = "bucket",
+    blend: float = 0.0,
+) -> Tensor:
+    """``KL(p || q)`` of one teacher, per position, with a treatment of the tail (see `student.loss.teacher_targets`).
+
+    ``q = softmax(logits / tau)`` over all W columns; `theta` sums the columns j < V outside the kept ids, reduced over
+    them and never as 1 - sum. A student's columns from V on get no teacher mass and are not part of it. With a bucket
+    between 0 and the dense KL, growing with K, equal to it at K = V. Not multiplied by tau**2.
+
+    logits [P, W], any float type, computed in float32; trained bool [P], False gives 0 whatever the targets hold
+    there. Returns [P] in nats. The gradient is the rule of Hinton et al. 2015 with a bucket: ``(q - p) / tau`` on the
+    kept ids, and outside them the student's own shape scaled to the teacher's mass.
+    """
+    check_batch(logits, None, member.vocabulary_size)
+    tempered = temper(targets, member, temperature, trained)
+    _, ((ell, theta),) = student_buckets(logits, None, [tempered.support], member.vocabulary_size, temperature)
+    return weights(tempered, tail, blend)(ell, theta)
+
+
+def _term(tempered: Tempered, tail: Tail, objective: Objective) -> _Term:
+    if objective.loss == "forward-kl":
+        return weights(tempered, tail, objective.blending)
+    divergence = Divergence(objective.loss, objective.mixing)
+    heads, log_tail = tempered.bucketed
+    return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
+
+
+def tail_of(member: Member, objective: Objective) -> Tail:
+    """The treatment of a member's tail; InputError where its entry does not allow it."""
+    if member.drawn_at is not None and member.drawn_at != objective.temperature:
+        raise InputError(
+            f"teacher {member.name}: its ids were drawn for temperature {member.drawn_at:g} and are biased at "
+            f"{objective.temperature:g}: take that temperature, or cache the teacher again for the other"
+        )
+    if objective.tail == "auto":
+        return "sampled" if member.drawn_at is not None and objective.loss == "forward-kl" else "bucket"
+    if objective.tail in ("sampled", "blend") and member.drawn_at is None:
+        raise InputError(
+            f"teacher {member.name} stores its most probable ids and none that were drawn, so tail {objective.tail} "
+            "has no sample of its tail: take tail bucket, or an entry made with --targets varopt"
+        )
+    return objective.tail
+
+
+def _check_linear(members: Sequence[Member], objective: Objective) -> None:
+    mixed = [member.name for member in members if member.weight > 0]
+    if objective.loss != "forward-kl" and len(mixed) > 1:
+        raise InputError(
+            f"loss {objective.loss} of several teachers ({', '.join(mixed)}): only forward-kl is linear in the "
+            "teacher, so that a mixture can be put together from separate entries; take forward-kl, one teacher, or "
+            "an ensemble entry (cache-logits with several --teacher)"
+        )
+
+
+def _weighted(values: Tensor, by_position: Tensor | None, rows: slice) -> Tensor:
+    return values.sum() if by_position is None else (values * by_position[rows]).sum()
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one * other if one is not None and other is not None else one if other is None else other
+
+
+def _normalised(members: Sequence[Member], vocabulary_size: int) -> tuple[Member, ...]:
+    names = [member.name for member in members]
+    if not names:
+        raise InputError("alpha below 1 needs at least one teacher to learn from; name one, or set alpha to 1")
+    if len(set(names)) < len(names):
+        raise InputError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
+    for member in members:
+        if not (math.isfinite(member.weight) and member.weight >= 0):
+            raise InputError(f"teacher {member.name}: a weight is a finite number >= 0; got {member.weight}")
+        if member.vocabulary_size != vocabulary_size:
+            raise InputError(
+                f"teacher {member.name} has a vocabulary of {member.vocabulary_size}, the cache one of "
+                f"{vocabulary_size}: take a teacher entry of the same tokenizer"
+            )
+    total = sum(member.weight for member in members)
+    if not 0 < total < math.inf:
+        raise InputError(f"the weights of {', '.join(names)} sum to {total:g}: give at least one a weight above 0")
+    return tuple(replace(member, weight=member.weight / total) for member in members)

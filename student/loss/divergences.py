@@ -1,0 +1,126 @@
+"""Divergences between a teacher and a student of which some ids are known, and everything else as one outcome.
+
+Legend: `P` positions, `K` ids per position; a side is a pair (log-probs [P, K], log-mass of everything else [P]), here
+joined to K + 1 outcomes with probabilities p (teacher) and q (student). Everything is in nats.
+
+With m as given, and g_i the derivative by log q_i:
+
+======================  =======================================================  =================================
+forward_kl              sum p log(p / q)                                         -p
+reverse_kl              sum q log(q / p)                                         q (log q/p + 1)
+jsd                     beta KL(p, m) + (1 - beta) KL(q, m)                      (1 - beta) q log q/m
+                        m = beta p + (1 - beta) q
+skew_forward_kl         sum p log(p / m)        m = lambda p + (1 - lambda) q    -p (1 - lambda) q / m
+skew_reverse_kl         sum q log(q / m)        m = (1 - lambda) p + lambda q    q (log q/m + 1 - lambda q / m)
+======================  =======================================================  =================================
+
+Joining outcomes into one never increases any of them (data processing), so each is a lower bound of its dense value,
+growing with K. Sources: generalised JSD as in Agarwal et al. 2023 (GKD), skewed divergences as in Ko et al. 2024
+(DistiLLM).
+
+A student's padded ids have no outcome here, so its side may sum to less than 1. `Divergence` adds what the mass p_0
+on them costs: where the divergence over all columns is finite, exactly that; reverse KL is infinite there, and is
+taken in its generalised form ``sum q log(q / p) - sum q + sum p``, which is 0 only at q = p. Without this, a student
+would lower its reverse KL below 0 by moving mass to ids that do not exist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student.loss.objective import LossName
+
+Side = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence by name, with its beta or lambda (`mix`, ignored by the plain ones), student's padding included.
+
+    Called with the teacher's and the student's side; returns [P]. Outcomes that the teacher's side gives a log-prob
+    of -inf do not exist (columns beyond `kept`; the tail where every id is stored): the student's value there is
+    looked at by nothing, and no gradient flows to it.
+    """
+
+    name: LossName
+    mix: float = 0.0
+
+    def __call__(self, teacher: Side, student: Side) -> Tensor:
+        """[P]; differentiable in the student's side."""
+        outcomes = _Outcomes.of(teacher, student)
+        return _FUNCTIONS[self.name](outcomes, self.mix) + self.padding_cost * (1 - outcomes.q.sum(1))
+
+    @property
+    def padding_cost(self) -> float:
+        """Nats per unit of the student's mass on padded ids."""
+        if self.name == "reverse-kl":
+            return 1.0
+        if self.name == "jsd":
+            return -(1 - self.mix) * math.log(1 - self.mix)
+        if self.name == "skew-reverse-kl":
+            return -math.log(self.mix)
+        return 0.0
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """Log-probs and probs of the K + 1 outcomes of both sides, all [P, K + 1]; p and q are 0 where there is none."""
+
+    log_p: Tensor
+    log_q: Tensor
+    p: Tensor
+    q: Tensor
+
+    @classmethod
+    def of(cls, teacher: Side, student: Side) -> _Outcomes:
+        log_p, log_q = (torch.cat([heads, tail[:, None]], dim=1) for heads, tail in (teacher, student))
+        exists = log_p > -math.inf
+        # Finite before any arithmetic, and not after it: both sides may be -inf where every id is stored, and the
+        # derivative of the log of their mixture is NaN there, however its value is masked.
+        log_p = torch.where(exists, log_p, 0.0)
+        return cls(log_p, log_q, log_p.exp() * exists, log_q.exp() * exists)
+
+
+def _forward_kl(o: _Outcomes, mix: float) -> Tensor:
+    return _expected(o.p, o.log_p - o.log_q)
+
+
+def _reverse_kl(o: _Outcomes, mix: float) -> Tensor:
+    return _expected(o.q, o.log_q - o.log_p)
+
+
+def _jsd(o: _Outcomes, beta: float) -> Tensor:
+    log_m = _log_mixture(o.log_p, o.log_q, beta)
+    return beta * _expected(o.p, o.log_p - log_m) + (1 - beta) * _expected(o.q, o.log_q - log_m)
+
+
+def _skew_forward_kl(o: _Outcomes, skew: float) -> Tensor:
+    return _expected(o.p, o.log_p - _log_mixture(o.log_p, o.log_q, skew))
+
+
+def _skew_reverse_kl(o: _Outcomes, skew: float) -> Tensor:
+    return _expected(o.q, o.log_q - _log_mixture(o.log_p, o.log_q, 1 - skew))
+
+
+_FUNCTIONS: dict[LossName, Callable[[_Outcomes, float], Tensor]] = {
+    "forward-kl": _forward_kl,
+    "reverse-kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew-forward-kl": _skew_forward_kl,
+    "skew-reverse-kl": _skew_reverse_kl,
+}
+
+
+def _expected(weights: Tensor, values: Tensor) -> Tensor:
+    """sum_i weights_i values_i [P], where 0 times anything is 0."""
+    return (weights * torch.where(weights > 0, values, 0.0)).sum(1)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share * p + (1 - share) * q)."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))

@@ -1,0 +1,297 @@
+"""The student's output layer and the loss in one walk over the positions, never holding all their logits.
+
+Legend: `P` positions (flattened), `R` rows of one chunk, `H` hidden size, `V` vocabulary of the cache, `W` columns of
+the head (W >= V), `K` stored ids of a position.
+
+The naive form, with `loss` a `student.loss.distillation.DistillationLoss`::
+
+    z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)    # [P, W]
+    loss(z, labels, targets)
+
+Here the rows come in chunks through one buffer [R, W], which holds the logits and then the gradient by them
+(`student.loss.logit_chunk`; on CUDA its passes over the buffer are Triton kernels, `student.loss.triton_chunk`). The
+loss itself sees numbers [R, K] and is differentiated by autograd, so every loss of the family works, and any that
+comes.
+
+A chunk's gradient can only be had while its logits are there. So the gradients by the hidden states and the
+weights are made in the forward pass, for one product more than the logits each, and the backward pass multiplies them
+by a number. They reach autograd as the gradients of `hidden`, `weight` and `bias`: a tied embedding adds its own, a
+frozen head costs nothing, and DDP sees each parameter once.
+
+Precision: the product has float32 output where the device can widen it (float64 for float64), and everything on the
+buffer, the sums, and the gradients that add up over chunks are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from storage.errors import InputError
+from student.loss.logit_chunk import LogitChunk, Pair
+
+if TYPE_CHECKING:
+    from student.loss.distillation import LossSums, PreparedLoss
+
+# Types of device on which a float32 buffer is passed over by Triton kernels, where triton is there and does run.
+_TRITON_DEVICES = {"cuda"}
+# Logits of the buffer: 64 MiB of float32 on a CPU, 256 MiB elsewhere.
+_BUFFER_LOGITS = {"cpu": 1 << 24}
+_BUFFER_LOGITS_ELSEWHERE = 1 << 26
+# Rows of the weights whose gradient is one product, where it has to be widened by hand.
+_WEIGHT_ROWS = 1 << 13
+
+
+def fused_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prepared: PreparedLoss,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> LossSums:
+    """The loss of ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; None caps nothing.
+
+    hidden     [P, H]: the last hidden states
+    weight     [W, H], W >= V, and bias [W] or None: the output layer's; they may have other uses in the model
+    prepared   what `DistillationLoss.prepare` made of the same P positions
+
+    Any float types; under autocast the product takes its dtype. The sums are float32 (float64 where all is), and
+    `loss_sum` is differentiable once by those of hidden, weight and bias that ask for it. Memory beside the arguments:
+    a chunk of logits, and the gradients.
+
+    Raises InputError for shapes that do not fit, W < V, sharded weights, and a logit_scale or softcap that is not a
+    positive number.
+    """
+    _check(hidden, weight, bias, prepared)
+    head = _Head(logit_scale, softcap, _product_dtype(hidden, weight))
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))):
+        return _walk(hidden, weight, bias, prepared, head, (False, False, False))[0]
+    sums: list[LossSums] = []
+    loss_sum = _FusedLoss.apply(hidden, weight, bias, prepared, head, sums)  # type: ignore[no-untyped-call]
+    return replace(sums[0], loss_sum=loss_sum)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What the output layer does beside the product, and the dtype of the product's operands."""
+
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for name, value in (("logit_scale", self.scale), ("softcap", self.softcap)):
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} is a positive number; got {value}")
+
+
+class _FusedLoss(torch.autograd.Function):
+    """`_walk` in forward; its gradients times the upstream number in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        prepared: PreparedLoss,
+        head: _Head,
+        sums: list[LossSums],
+    ) -> Tensor:
+        found, ctx.gradients = _walk(hidden, weight, bias, prepared, head, ctx.needs_input_grad[:3])
+        ctx.prepared, ctx.head = prepared, head
+        ctx.save_for_backward(hidden, weight, bias)
+        sums.append(found)
+        return found.loss_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # Handed over already, scaled in place: a graph that was retained for another pass pays for another walk.
+            gradients = _walk(hidden, weight, bias, ctx.prepared, ctx.head, ctx.needs_input_grad[:3])[1]
+        scaled = (
+            None if gradient is None else gradient.mul_(upstream).to(like.dtype)
+            for gradient, like in zip(gradients, (hidden, weight, bias), strict=True)
+        )
+        return (*scaled, None, None, None)
+
+
+def _walk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prepared: PreparedLoss,
+    head: _Head,
+    wanted: tuple[bool, ...],
+) -> tuple[LossSums, tuple[Tensor | None, ...]]:
+    """The sums, without gradient; and of loss_sum, the wanted gradients by hidden, weight and bias."""
+    wide = torch.promote_types(head.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        weight = weight.to(head.dtype)
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None
+        total: LossSums | None = None
+        step = _rows_at_once(hidden, weight)
+        buffer = hidden.new_empty(step, len(weight), dtype=wide) if head.dtype == wide else None
+        kind = _chunk_kind(hidden.device, wide, prepared.temperature, head.softcap)
+        for start in range(0, max(1, len(hidden)), step):
+            rows = slice(start, start + step)
+            h = hidden[rows].to(head.dtype)
+            z = _logits(h, weight, bias, head, buffer)
+            chunk = kind(
+                z,
+                prepared.labels[rows],
+                prepared.trained[rows],
+                [support[rows] for support in prepared.supports],
+                prepared.vocabulary_size,
+                prepared.temperature,
+                head.softcap,
+            )
+            if not any(wanted):
+                sums = prepared.sums(rows, chunk.cross_entropy, chunk.buckets)
+            else:
+                sums, by_label, by_bucket = _differentiated(prepared, rows, chunk)
+                chunk.to_gradient(by_label, by_bucket)
+                if head.scale != 1.0:
+                    z.mul_(head.scale)
+                if grad_bias is not None:
+                    grad_bias += z.sum(0)
+                operand = z.to(head.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = _product(operand, weight)
+                if grad_weight is not None:
+                    _add_product(grad_weight, operand.t(), h)
+                del operand
+            total = sums if total is None else total + sums
+            # Without a buffer to use again, the next chunk must not be made beside this one.
+            del z, chunk
+        assert total is not None
+        return total, (grad_hidden, grad_weight, grad_bias)
+
+
+def _chunk_kind(
+    device: torch.device, dtype: torch.dtype, temperature: float, softcap: float | None
+) -> type[LogitChunk]:
+    """Whose passes over the buffer: Triton's where they run, torch's elsewhere. The numbers are the same."""
+    if device.type in _TRITON_DEVICES and dtype == torch.float32 and _triton_runs(device, temperature, softcap):
+        from student.loss.triton_chunk import TritonChunk
+
+        return TritonChunk
+    return LogitChunk
+
+
+@functools.cache
+def _triton_runs(device: torch.device, temperature: float, softcap: float | None) -> bool:
+    """Whether triton is there, compiles for this device, and gives what torch does: tried once."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from student.loss.triton_chunk import check
+
+        check(device, temperature, softcap)
+    except Exception as error:  # whatever stops a compiler; the loss does not depend on it
+        logging.getLogger(__name__).warning(
+            "the fused loss runs without its Triton kernels on %s, slower: %s: %s", device, type(error).__name__, error
+        )
+        return False
+    return True
+
+
+def _differentiated(
+    prepared: PreparedLoss, rows: slice, chunk: LogitChunk
+) -> tuple[LossSums, Tensor | None, list[Pair]]:
+    """The sums of some rows, without gradient, and the gradients of their loss_sum by what the chunk says of them."""
+    leaves = [chunk.cross_entropy, *(tensor for pair in chunk.buckets for tensor in pair)]
+    with torch.enable_grad():
+        cross_entropy, *rest = leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        sums = prepared.sums(rows, cross_entropy, list(zip(rest[::2], rest[1::2], strict=True)))
+        found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if sums.loss_sum.requires_grad:
+            found = torch.autograd.grad(sums.loss_sum, leaves, allow_unused=True)
+    by_label, *by_bucket = found
+    filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(rest, by_bucket, strict=True)]
+    pairs = list(zip(filled[::2], filled[1::2], strict=True))
+    return replace(sums, loss_sum=sums.loss_sum.detach()), by_label, pairs
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, buffer: Tensor | None) -> Tensor:
+    """The logits [R, W] of some rows, in the buffer if there is one; float32 or float64."""
+    if buffer is not None:
+        z = torch.mm(h, weight.t(), out=buffer[: len(h)])
+    else:
+        z = _product(h, weight.t()).to(torch.float32)
+    if bias is not None:
+        z += bias
+    if head.scale != 1.0:
+        z *= head.scale
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    return z
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, without rounding to half precision where the device has such a product."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    for start in range(0, len(total), _WEIGHT_ROWS):
+        rows = slice(start, start + _WEIGHT_ROWS)
+        total[rows] += _product(a[rows], b)
+
+
+def _rows_at_once(hidden: Tensor, weight: Tensor) -> int:
+    """Rows of the buffer, at least 1."""
+    logits = _BUFFER_LOGITS.get(hidden.device.type, _BUFFER_LOGITS_ELSEWHERE)
+    return max(1, min(len(hidden), logits // len(weight)))
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the operands of the product are cast to: autocast's dtype inside it, their common one outside."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, prepared: PreparedLoss) -> None:
+    if hasattr(weight, "full_tensor"):
+        raise InputError(
+            "the output layer's weights are sharded where the loss is computed: wrap the model so that they belong to "
+            "its outermost unit, or turn the fused head off"
+        )
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise InputError(
+            f"hidden states are [positions, H] and the output layer's weights [columns, H]; got {list(hidden.shape)} "
+            f"and {list(weight.shape)}"
+        )
+    if len(weight) < prepared.vocabulary_size:
+        raise InputError(
+            f"the model's head has {len(weight)} columns, fewer than the {prepared.vocabulary_size} ids of the cache's "
+            "tokenizer: resize its embeddings or take another model"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"the output layer's bias must be [{len(weight)}]; got {list(bias.shape)}")
+    if len(prepared.trained) != len(hidden):
+        raise InputError(
+            f"the loss was prepared for {len(prepared.trained)} positions, there are {len(hidden)} hidden states"
+        )

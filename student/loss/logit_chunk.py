@@ -1,0 +1,228 @@
+"""One chunk of the student's logits, read for its sums and then turned in place into the gradient by them.
+
+Legend: `R` rows, `V` vocabulary of the cache, `W` columns of the head (W >= V), `K` stored ids of a teacher, `U` slots
+for the ids that any teacher of a row stored, `tau` the temperature, ``u = z / tau``, ``q = softmax(u)``.
+
+A loss of one teacher sees ``ell_i = log q_i`` of its ids, and of its tail, the other columns below V, ``theta = log
+q_t``. With g = dL/d ell, h = dL/d theta, G = sum(g) + h, and c the gradient by the cross-entropy::
+
+    dL/du_j = g_j - q_j G                              j among its ids
+              exp(u_j - log_tail) (h - q_t G)          j in its tail, log_tail = logsumexp of u over it
+              -q_j G                                   j >= V
+    dL/dz_j = sum over teachers of dL/du_j / tau, + c (softmax(z)_j - [j is the label])
+
+Outside all teachers' ids that is, row by row, the exponential of u times a number (at tau != 1 plus its power tau
+times another); inside there are few enough ids to write one by one. So the columns are in three parts: the ids of all
+teachers, taken out of the buffer; the others below V; and those from V on, which no teacher knows. Each of the last
+two is summed relative to its own largest logit: no sum is a difference, and none underflows beside another.
+
+Everything on [R, U] is here. The passes over a `Part` of the buffer come in two kinds: torch operations, here, and
+Triton kernels (`student.loss.triton_chunk`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Passes over the buffer are made in pieces of this many logits: on a CPU 4 MiB, which stay in the cache from pass to
+# pass. Smaller ones are no faster, and have threads wait for each other more often.
+_TILE_LOGITS = {"cpu": 1 << 20}
+
+Pair = tuple[Tensor, Tensor]
+
+
+class LogitChunk:
+    """Takes over z [R, W], float32 or float64: it holds dL/dz after `to_gradient`, and is not to be read before.
+
+    labels      int64 [R], anything where `trained` bool [R] is False; such rows get the gradient 0
+    supports    by teacher: int [R, K], the ids, none of them twice in a row, -1 where there is none
+    softcap     the cap that z has been through; the gradient is by what went into it
+
+    cross_entropy [R] in nats at temperature 1, 0 where not trained; buckets, by teacher, (ell [R, K], 0 where there is
+    no id; theta [R], -inf when nothing is outside). They carry no gradient.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        trained: Tensor,
+        supports: Sequence[Tensor],
+        vocabulary_size: int,
+        temperature: float,
+        softcap: float | None = None,
+    ) -> None:
+        self._z, self._trained, self._tau, self._softcap = z, trained, temperature, softcap
+        self._labels = labels.masked_fill(~trained, 0)[:, None]
+        self._stored = [support >= 0 for support in supports]
+        self._ids, self._held, self._slots = _union(supports, len(z), z.device)
+        self._z_label = z.gather(1, self._labels)
+        self._z_ids = z.gather(1, self._ids).masked_fill(~self._held, -math.inf)
+        z.scatter_add_(1, self._ids, torch.zeros_like(self._z_ids).masked_fill(self._held, -math.inf))
+        parts = [z[:, :vocabulary_size], z[:, vocabulary_size:]]
+        self._parts = [self._part(part, temperature) for part in parts if part.shape[1]]
+
+        # Relative to the row's largest logit, normalisers are small numbers, which round finely.
+        largest = [part.largest[:, None] for part in self._parts]
+        self._peak = torch.cat([*largest, self._z_ids], 1).amax(1, keepdim=True)
+        z_ids, u = self._z_ids - self._peak, self._u_ids()
+        sums = [part.log_sum(self._peak, temperature) for part in self._parts]
+        self._lse = torch.cat([*sums, u], 1).logsumexp(1, keepdim=True)
+        self._lse_one = torch.cat([*(part.log_sum(self._peak, 1.0) for part in self._parts), z_ids], 1).logsumexp(1)
+        self._log_tails = []
+        for own in self._own():
+            others = u.masked_fill(own, -math.inf)
+            self._log_tails.append(torch.cat([sums[0], others], 1).logsumexp(1, keepdim=True))
+
+        self.cross_entropy = (self._lse_one - (self._z_label - self._peak)[:, 0]).masked_fill(~trained, 0.0)
+        self.buckets: list[Pair] = [
+            ((u.gather(1, slots) - self._lse).masked_fill(~stored, 0.0), (log_tail - self._lse)[:, 0])
+            for slots, stored, log_tail in zip(self._slots, self._stored, self._log_tails, strict=True)
+        ]
+
+    def to_gradient(self, by_label: Tensor | None, by_bucket: Sequence[Pair]) -> None:
+        """Writes dL/dz into the buffer, once, given the gradients of L by `cross_entropy` and by `buckets`.
+
+        None in place of the first stands for zeros. Entries without an id or not trained are taken for zeros.
+        """
+        tau, trained = self._tau, self._trained[:, None]
+        u, lse = self._u_ids(), self._lse
+        q = (u - lse).exp()
+        rest = self._parts[0].above(self._peak, tau)
+        at_ids, on_rest, all_g = torch.zeros_like(u), torch.zeros_like(lse), torch.zeros_like(lse)
+        teachers = zip(by_bucket, self._slots, self._stored, self._own(), self._log_tails, strict=True)
+        for (g, h), slots, stored, own, log_tail in teachers:
+            g = g.masked_fill(~(stored & trained), 0.0)
+            h = h[:, None].masked_fill(~trained, 0.0)
+            total = g.sum(1, keepdim=True) + h
+            # With nothing outside the ids both are -inf; any finite number here makes their exponential the 0 it is.
+            tail = log_tail.masked_fill(log_tail.isneginf(), 0.0)
+            on_rest += h * (rest - tail).exp() - total * (rest - lse).exp()
+            outside = (u - tail).exp() * (h - total * (log_tail - lse).exp())
+            at_ids += torch.where(own, -q * total, outside).scatter_add_(1, slots, g)
+            all_g += total
+        by_one: list[Tensor | None] = [None for _ in self._parts]
+        at_ids /= tau
+        if by_label is not None:
+            c = by_label[:, None].masked_fill(~trained, 0.0)
+            lse_one = self._lse_one[:, None]
+            at_ids += c * (self._z_ids - self._peak - lse_one).exp()
+            by_one = [c * (part.above(self._peak, 1.0) - lse_one).exp() for part in self._parts]
+        by_tau = [on_rest, *(-all_g * (part.above(self._peak, tau) - lse).exp() for part in self._parts[1:])]
+        for part, a, b in zip(self._parts, by_tau, by_one, strict=True):
+            part.to_gradient(a / tau, b, self._softcap)
+        # What is there at the ids is 0. A slot without an id adds 0 to column 0.
+        self._z.scatter_add_(1, self._ids, (at_ids * self._slope(self._z_ids)).masked_fill(~self._held, 0.0))
+        if by_label is not None:
+            self._z.scatter_add_(1, self._labels, -c * self._slope(self._z_label))
+
+    @staticmethod
+    def _part(z: Tensor, temperature: float) -> Part:
+        """Makes the first pass over some columns of the buffer; the kind of the part decides how."""
+        return _Exponentials.of(z, temperature)
+
+    def _u_ids(self) -> Tensor:
+        """u of the ids [R, U], relative to the peak; -inf in a slot without one."""
+        return (self._z_ids - self._peak) / self._tau
+
+    def _own(self) -> Iterator[Tensor]:
+        """By teacher: bool [R, U], which slots hold one of its ids."""
+        for slots, stored in zip(self._slots, self._stored, strict=True):
+            yield torch.zeros_like(self._z_ids).scatter_add_(1, slots, stored.to(self._z_ids.dtype)) > 0
+
+    def _slope(self, z: Tensor) -> Tensor | float:
+        return 1.0 if self._softcap is None else 1.0 - (z / self._softcap) ** 2
+
+
+@dataclass
+class Part(ABC):
+    """Some columns of the buffer [R, C], and per row what ``e = exp((z - largest) / tau)`` sums to.
+
+    largest [R] is -inf in a row whose columns all are, and e is 0 there. total [R] sums e, total_one e**tau.
+    """
+
+    buffer: Tensor
+    temperature: float
+    largest: Tensor
+    total: Tensor
+    total_one: Tensor
+
+    def above(self, peak: Tensor, temperature: float) -> Tensor:
+        """The largest u [R, 1], relative to the peak's."""
+        return (self.largest[:, None] - peak) / temperature
+
+    def log_sum(self, peak: Tensor, temperature: float) -> Tensor:
+        """log of the sum of exp(u) [R, 1], relative to the peak, at the temperature of e or at 1."""
+        total = self.total_one if temperature == 1.0 else self.total
+        return self.above(peak, temperature) + total.log()[:, None]
+
+    @abstractmethod
+    def to_gradient(self, a: Tensor, b: Tensor | None, softcap: float | None) -> None:
+        """Writes ``a * e + b * e**tau`` times the slope of the softcap into the buffer, once; a, b [R, 1]."""
+
+
+class _Exponentials(Part):
+    """A part whose buffer holds e until the gradient does; any float type."""
+
+    @classmethod
+    def of(cls, z: Tensor, temperature: float) -> _Exponentials:
+        largest, total, total_one = (z.new_empty(len(z)) for _ in range(3))
+        for rows in row_slices(z, _TILE_LOGITS):
+            tile = z[rows]
+            largest[rows] = top = tile.amax(1)
+            tile.sub_(top.masked_fill(top.isneginf(), 0.0)[:, None])
+            if temperature != 1.0:
+                tile.div_(temperature)
+            total[rows] = tile.exp_().sum(1)
+            if temperature != 1.0:
+                total_one[rows] = tile.pow(temperature).sum(1)
+        return cls(z, temperature, largest, total, total if temperature == 1.0 else total_one)
+
+    def to_gradient(self, a: Tensor, b: Tensor | None, softcap: float | None) -> None:
+        tau = self.temperature
+        if b is not None and tau == 1.0:
+            a, b = a + b, None
+        for rows in row_slices(self.buffer, _TILE_LOGITS):
+            tile = self.buffer[rows]
+            factor = a[rows]
+            if b is not None:
+                factor = tile.pow(tau - 1.0).mul_(b[rows]).add_(factor)
+            if softcap is not None:
+                # z once more, from its exponential. Where that is 0, the product is too, whatever finite number z is.
+                largest = self.largest[rows, None]
+                z = tile.clamp(min=torch.finfo(tile.dtype).tiny).log_().mul_(tau)
+                z.add_(largest.masked_fill(largest.isneginf(), 0.0))
+                factor = z.div_(softcap).square_().neg_().add_(1.0).mul_(factor)
+            tile.mul_(factor)
+
+
+def _union(supports: Sequence[Tensor], rows: int, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(ids int64 [R, U], 0 in a slot that holds none; which slots do; by teacher, the slots of its columns [R, K]).
+
+    Every id has one slot, whoever stored it. A column without an id has a slot that holds none.
+    """
+    sizes = [support.shape[1] for support in supports]
+    if len(supports) < 2:
+        ids = supports[0] if supports else torch.empty(rows, 0, device=device)
+        columns = [torch.arange(size, device=device).expand(rows, size) for size in sizes]
+        return ids.clamp(min=0).to(torch.int64), ids >= 0, columns
+    ids, order = torch.cat([support.to(torch.int64) for support in supports], 1).sort(1)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    place = torch.arange(ids.shape[1], device=device).expand_as(ids)
+    slots = torch.empty_like(order).scatter_(1, order, place.masked_fill(~first, 0).cummax(1).values)
+    held = first & (ids >= 0)
+    return ids.masked_fill(~held, 0), held, list(torch.split(slots, sizes, 1))
+
+
+def row_slices(buffer: Tensor, logits_at_once: dict[str, int]) -> list[slice]:
+    """Row ranges of about that many logits, by device type; all rows where it is not said."""
+    rows, columns = buffer.shape
+    step = max(1, logits_at_once.get(buffer.device.type, buffer.numel()) // max(1, columns))
+    return [slice(start, start + step) for start in range(0, rows, step)]

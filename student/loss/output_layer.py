@@ -1,0 +1,191 @@
+"""Whether a model's logits are its output layer on its last hidden states, and what it does to them beside that.
+
+Legend: `B` windows, `T` positions, `W` columns of the head, `H` hidden size.
+
+The fused loss (`student.loss.fused`) leaves the model's own forward out from the output layer on, so it has to know all
+that happens there. What a family does is guessed from its configuration, and not believed: on a few tokens the guess
+must give the model's own logits, also with the hidden states scaled up until the logits reach hundreds, where a soft
+cap or a factor shows in any model, trained or not. All in training mode and with the same random numbers, so that a
+dropout in front of the output layer shows too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from storage.errors import InputError
+from student.loss.fused import fused_loss
+
+if TYPE_CHECKING:
+    from student.loss.distillation import LossSums, PreparedLoss
+
+# What families call a factor on their logits, and the powers it may stand in: Granite divides, HyperCLOVA X multiplies.
+_SCALES = {"logit_scale": (1,), "logits_scaling": (-1, 1), "lm_head_multiplier": (1,)}
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# What one rounding of the logits to the dtype, and another order of summation, may change, relative to the largest.
+_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9}
+_TOLERANCE_OF_FLOAT32 = 2e-5
+# Large enough for any soft cap in use (30, 50) to show, small enough for hidden states in float16.
+_TEST_LOGIT = 256.0
+_TEST_TOKENS = (2, 6)
+
+
+@dataclass(frozen=True)
+class PlainHead:
+    """``softcap * tanh(logit_scale * linear(hidden) / softcap)`` are the model's logits; without a softcap, no tanh."""
+
+    linear: nn.Linear
+    backbone: nn.Module
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def hidden(self, input_ids: Tensor | None, **others: Any) -> Tensor:
+        """The last hidden states [B, T, H]; `others` are the model's own arguments."""
+        hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False, **others).last_hidden_state
+        return hidden
+
+    def loss_sums(self, hidden: Tensor, prepared: PreparedLoss) -> LossSums:
+        """The prepared loss of the logits of these hidden states, which are never held together.
+
+        It is computed in the output layer's own call. There FSDP2 puts sharded weights together for as long as they are
+        needed, whichever of its units they belong to.
+        """
+        linear = self.linear
+        found: list[LossSums] = []
+
+        def forward(rows: Tensor) -> Tensor:
+            scale, softcap = self.logit_scale, self.softcap
+            found.append(fused_loss(rows, linear.weight, linear.bias, prepared, logit_scale=scale, softcap=softcap))
+            return found[0].loss_sum
+
+        own = vars(linear).get("forward")
+        linear.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            loss_sum: Tensor = linear(hidden.flatten(0, -2))
+        finally:
+            del linear.forward
+            if own is not None:
+                linear.forward = own  # type: ignore[method-assign]
+        return replace(found[0], loss_sum=loss_sum)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [B, T, W] of these hidden states, without any gradient."""
+        bias = None if self.linear.bias is None else self.linear.bias.detach()
+        logits = self.logit_scale * F.linear(hidden.detach(), self.linear.weight.detach(), bias).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def choose_head(model: nn.Module, fused: Literal["auto", "on", "off"]) -> PlainHead | str:
+    """The head to fuse with the loss, or why it is not: it was turned off, or is no `plain_head`.
+
+    Raises InputError, naming the model's class, where that is so and it was turned on.
+    """
+    head = "it was turned off" if fused == "off" else plain_head(model)
+    if fused == "on" and isinstance(head, str):
+        raise InputError(f"{type(model).__name__}: the fused head was asked for, but {head}; take auto or off")
+    return head
+
+
+def plain_head(model: nn.Module) -> PlainHead | str:
+    """The head of a causal language model of transformers, or why its loss cannot be computed apart from its forward.
+
+    Runs the model on a few tokens, on the device where it is. Leaves its modes and the random numbers as they were.
+    """
+    try:
+        with torch.no_grad(), _training(model):
+            return _tested_head(model)
+    except Exception as error:  # architectures and remote code fail in ways of their own; their forward remains
+        return f"its head cannot be tried by itself ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
+def _tested_head(model: Any) -> PlainHead | str:
+    linear, backbone = model.get_output_embeddings(), model.base_model
+    # Subclasses of Linear are quantised or adapted layers with another product, and a hook may do anything.
+    if type(linear) is not nn.Linear:
+        return f"its output layer is a {type(linear).__name__}, not a plain Linear"
+    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+        return "its output layer has hooks, which would not be called"
+    if backbone is model:
+        return "it has no backbone that can be called by itself"
+    columns = min(len(linear.weight), model.get_input_embeddings().weight.shape[0])
+    tokens = torch.arange(math.prod(_TEST_TOKENS), device=linear.weight.device).reshape(_TEST_TOKENS) * 7919 % columns
+    with _same_random_numbers(tokens.device):
+        own: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
+    with _same_random_numbers(tokens.device):
+        hidden = PlainHead(linear, backbone).hidden(tokens)
+    largest = float(linear(hidden).abs().max())
+    if not 0 < largest < math.inf:
+        return f"its logits on a few tokens are of size {largest:g}, which tells nothing"
+    # A power of two scales exactly in any dtype.
+    factor = 2.0 ** round(math.log2(_TEST_LOGIT / largest))
+    scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor,))
+    try:
+        with _same_random_numbers(tokens.device):
+            amplified: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
+    finally:
+        scaling.remove()
+    config = model.config.get_text_config(decoder=True)
+    tolerance = _TOLERANCE.get(linear.weight.dtype, _TOLERANCE_OF_FLOAT32)
+    found = ""
+    for scale, softcap in _guesses(config):
+        head = PlainHead(linear, backbone, scale, softcap)
+        pairs = ((head.logits(hidden), own), (head.logits(hidden * factor), amplified))
+        if all(_agree(a, b, tolerance) for a, b in pairs):
+            return head
+        found = found or next(_difference(a, b) for a, b in pairs if not _agree(a, b, tolerance))
+    return f"its output layer on its backbone does not give its logits: {found}"
+
+
+def _guesses(config: Any) -> Iterator[tuple[float, float | None]]:
+    """(logit_scale, softcap) that a configuration may mean; what it says before what it may not mean at all."""
+    scales = [value**power for name, powers in _SCALES.items() if (value := _number(config, name)) for power in powers]
+    softcaps: list[float | None] = [value for name in _SOFTCAPS if (value := _number(config, name))]
+    yield from itertools.product([*scales, 1.0], [*softcaps, None])
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, (int, float)) and 0 < value < math.inf else None
+
+
+def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether logits differ by at most `tolerance` of the largest; NaN and infinities never agree."""
+    if a.shape != b.shape:
+        return False
+    largest = torch.maximum(a.abs().max(), b.abs().max())
+    return bool(((a - b).abs().max() <= tolerance * largest) & largest.isfinite())
+
+
+def _difference(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape:
+        return f"shape {list(a.shape)} against {list(b.shape)}"
+    return f"up to {float((a - b).abs().max()):.3g} off logits of up to {float(b.abs().max()):.3g}"
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Training mode, and then every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _same_random_numbers(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Whatever is drawn inside is drawn again by whoever comes next."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)

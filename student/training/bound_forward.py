@@ -1,0 +1,113 @@
+"""The distillation loss inside a model's own `forward`, where DDP and FSDP see it; and the model as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from storage.errors import InputError
+from student.data.batches import flat_targets
+from student.loss.dense import DenseLoss
+from student.loss.distillation import DistillationLoss, LossSums
+from student.loss.output_layer import PlainHead, choose_head
+
+FusedHead = Literal["auto", "on", "off"]
+_BOUND = ("forward", "_original_forward", "accepts_loss_kwargs", "distillation_loss")
+
+
+@dataclass
+class DistillationOutput(ModelOutput):
+    """What a bound model returns when it was given labels.
+
+    loss      scalar: the sum over trained positions, divided once
+    logits    [B, T, W], only outside training: nothing needs them there, and they are the largest tensor
+    parts     float32 [2 + M], without gradient: count of trained positions, sum of the cross-entropy, and of each
+              member's divergence in the loss's order (nats)
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    parts: Tensor | None = None
+
+
+def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = "auto") -> str | None:
+    """Replace `model.forward`, on this instance only, by one that also takes labels and targets.
+
+    ``model(input_ids, labels=labels, targets=targets).loss`` is ``loss_sum / num_items_in_batch`` of
+    `DistillationLoss`; without `num_items_in_batch` the batch's own count divides. Labels are aligned with the logits
+    already (`student.data.batches.collate`), unlike those that transformers' models shift themselves. `targets[name]`
+    holds tensors [B, T, ...], `position_weights` [B, T] those of the loss, if a data set gives any. Without labels
+    the original forward answers, so `generate` works as ever.
+
+    In training mode the output layer and the loss are one (`student.loss.fused`: [P, W] is never held) if the model's
+    output layer allows it, which is tried on a few tokens (`student.loss.output_layer`). fused_head: auto, on (raises
+    InputError where it does not) or off. Returns why they are not fused, None where they are. A `DenseLoss` takes no
+    targets: its teachers read the batch's own windows, and it is never fused.
+
+    Nothing is added to the weights or the configuration: `save_pretrained` writes what it would have written.
+    """
+    dense = loss if isinstance(loss, DenseLoss) else None
+    head = choose_head(model, fused_head) if dense is None else _not_fused(fused_head)
+    original = model.forward
+    # Loops over chunks and teachers on small tensors: nothing that torch.compile, which stumbles there, could improve.
+    not_compiled: Any = torch.compiler.disable
+    of_logits = not_compiled(lambda logits, *batch: loss(logits, *batch))
+    of_windows = None if dense is None else not_compiled(dense.of_windows)
+    of_hidden = not_compiled(lambda head, hidden, *batch: head.loss_sums(hidden, loss.prepare(*batch)))
+
+    def forward(
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        targets: dict[str, dict[str, Tensor]] | None = None,
+        position_weights: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> Any:
+        aligned = shift_labels if shift_labels is not None else labels
+        if aligned is None:
+            return original(input_ids=input_ids, **others)
+        by_position = None if position_weights is None else position_weights.flatten()
+        batch = (aligned.flatten(), flat_targets(targets or {}), by_position)
+        logits = None
+        if model.training and isinstance(head, PlainHead):
+            sums = of_hidden(head, head.hidden(input_ids, **others), *batch)
+        else:
+            logits = original(input_ids=input_ids, use_cache=False, **others).logits
+            if of_windows is not None:
+                sums = of_windows(logits.flatten(0, 1), aligned.flatten(), input_ids, by_position)
+            else:
+                sums = of_logits(logits.flatten(0, 1), *batch)
+        count = sums.count if num_items_in_batch is None else num_items_in_batch
+        # A step without a single trained token has the sum 0, and must not become 0/0.
+        divisor = torch.as_tensor(count, device=sums.loss_sum.device).clamp(min=1)
+        return DistillationOutput(
+            loss=sums.loss_sum / divisor, logits=None if model.training else logits, parts=_parts(sums, loss)
+        )
+
+    model.forward = forward
+    # Tells the Trainer to count the trained tokens of a whole optimizer step and to pass their number in.
+    model.accepts_loss_kwargs = True  # type: ignore[assignment]
+    model.distillation_loss = loss  # type: ignore[assignment]
+    return head if isinstance(head, str) else None
+
+
+def _not_fused(asked: FusedHead) -> str:
+    if asked == "on":
+        raise InputError("the fused head was asked for, but live teachers give whole logits; take auto or off")
+    return "the teachers run beside it"
+
+
+def unbind_loss(model: nn.Module) -> None:
+    """Give the model its class's own forward back; harmless on a model that has no loss bound."""
+    for name in _BOUND:
+        model.__dict__.pop(name, None)
+
+
+def _parts(sums: LossSums, loss: DistillationLoss) -> Tensor:
+    values = [sums.count, sums.cross_entropy, *(sums.divergence[member.name] for member in loss.members)]
+    return torch.stack([value.detach().to(torch.float32) for value in values])

@@ -1,0 +1,188 @@
+"""What a training run reads: its caches opened and checked once, and the windows and losses of a job over them.
+
+Opening is apart from fitting, so that the jobs of a sweep share what was opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import TrainingArguments
+
+from storage import LogitCache
+from storage.errors import IdentityMismatch, InputError
+from storage.format.manifest import TeacherEntry
+from storage.format.sealing import digest
+from student.data.windows import DistillationWindows
+from student.job import StudentJob
+from student.loss.dense import DenseLoss, LogitSource
+from student.loss.distillation import DistillationLoss, tail_of
+from student.loss.objective import Objective
+from student.loss.teacher_targets import Member
+from student.report import LiveTeachers
+from student.training.step import windows_per_step
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What a job reads, opened and checked once; the jobs of a sweep share it."""
+
+    windows: DistillationWindows
+    eval_windows: DistillationWindows | None
+    eval_members: tuple[Member, ...]
+    not_measured: dict[str, str]
+    provenance: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The checked inputs of a job, and the job with what was left open.
+
+    eval_loss is a string where the run's loss cannot be measured on the held-out text: the reason.
+    """
+
+    job: StudentJob
+    windows: DistillationWindows
+    loss: DistillationLoss
+    eval_windows: DistillationWindows | None
+    eval_members: tuple[Member, ...]
+    eval_loss: DistillationLoss | str
+    not_measured: dict[str, str]
+    provenance: dict[str, str]
+    live: LiveTeachers | None = None
+
+    @property
+    def measured_loss(self) -> DistillationLoss | None:
+        """The loss to average over the held-out text, if it can be."""
+        return None if isinstance(self.eval_loss, str) else self.eval_loss
+
+
+def open_caches(job: StudentJob) -> Caches:
+    """Open the caches of a job and check that they, their entries and its windows fit together."""
+    names = [teacher.name for teacher in job.teachers]
+    windows = DistillationWindows(job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents)
+    provenance = {"cache": digest(windows.record)}
+    provenance |= {f"cache/{name}": digest(entry) for name, entry in windows.entries.items()}
+    eval_windows: DistillationWindows | None = None
+    eval_members: tuple[Member, ...] = ()
+    not_measured: dict[str, str] = {}
+    if job.eval_cache is not None:
+        eval_windows, not_measured = _check_eval(job, windows)
+        eval_members = tuple(Member.of(name, entry) for name, entry in eval_windows.entries.items())
+        provenance["eval_cache"] = digest(eval_windows.record)
+        provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
+    return Caches(windows, eval_windows, eval_members, not_measured, provenance)
+
+
+def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None) -> Data:
+    """The losses and the windows of a job over caches that were opened for it, or for one of other windows and loss.
+
+    live: the job's live teachers, if it has any.
+    """
+    windows, eval_windows = caches.windows.cut(job.window_tokens, job.offset), caches.eval_windows
+    if eval_windows is not None:
+        eval_windows = eval_windows.cut(job.window_tokens, "fixed")
+    entries = windows.entries
+    members = [Member.of(teacher.name, entries[teacher.name], teacher.weight) for teacher in job.teachers]
+    if job.leaves_alpha_open and all(_is_unbiased(member, entries[member.name], job) for member in members):
+        # The cross-entropy would only add the noise of a single label; with a bucket it mends some of the bias
+        # (docs/decisions/0012-sampled-targets-by-default.md).
+        job = job.model_copy(update={"alpha": 0.0})
+    objective = {name: getattr(job, name) for name in Objective.model_fields} | {"window_tokens": job.window_tokens}
+    # At the end of a schedule, so that all evaluations of a run measure the same.
+    at_its_end = objective if job.alpha_end is None else objective | {"alpha": job.alpha_end, "alpha_end": None}
+    provenance, record = caches.provenance, None
+    if live is not None:
+        provenance = provenance | {f"live/{name}": value for name, value in live.provenance.items()}
+        record = LiveTeachers(
+            sources=job.live_teachers, combine=job.combine or "single", provenance=dict(live.provenance)
+        )
+        loss: DistillationLoss = DenseLoss(live, windows.vocabulary_size, **objective)
+        eval_loss: DistillationLoss | str = DenseLoss(live, windows.vocabulary_size, **at_its_end)
+    else:
+        loss = DistillationLoss(windows.vocabulary_size, members=members, **objective)
+        eval_loss = _eval_loss(caches, job, at_its_end)
+    # Targets that no term of the loss looks at are not read; the windows are the same.
+    read = windows if job.uses_teachers else windows.without_targets()
+    return Data(
+        job=job,
+        windows=read,
+        loss=loss,
+        eval_windows=eval_windows,
+        eval_members=caches.eval_members,
+        eval_loss=eval_loss,
+        not_measured=caches.not_measured,
+        provenance=provenance,
+        live=record,
+    )
+
+
+def _eval_loss(caches: Caches, job: StudentJob, objective: dict[str, Any]) -> DistillationLoss | str:
+    """The run's loss on the held-out targets, or why there is none."""
+    if job.eval_cache is None:
+        return "there is no held-out cache: give --eval-cache"
+    if not job.teachers:
+        return "without teachers it is the cross-entropy, which is called loss"
+    if caches.not_measured:
+        return "; ".join(f"teacher {name}: {why}" for name, why in caches.not_measured.items())
+    weights = {teacher.name: teacher.weight for teacher in job.teachers}
+    members = [replace(member, weight=weights[member.name]) for member in caches.eval_members]
+    try:
+        return DistillationLoss(caches.windows.vocabulary_size, members=members, **objective)
+    except InputError as error:
+        return f"{job.eval_cache}: {error}"
+
+
+def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
+    """Whether the loss on these targets has, on average over draws, the dense one's gradient; or a weight of 0."""
+    holds_all = entry.targets.k == entry.vocabulary_size and entry.targets.top_p is None
+    return not member.weight or holds_all or tail_of(member, job) == "sampled"
+
+
+def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[DistillationWindows, dict[str, str]]:
+    """The held-out windows, with the teachers that can be compared there, and why the others cannot."""
+    assert job.eval_cache is not None
+    cache = LogitCache.open(job.eval_cache)
+    ours, theirs = windows.record.tokenizer, cache.record.tokenizer
+    if ours.fingerprint != theirs.fingerprint:
+        raise IdentityMismatch(
+            f"{job.cache} and {job.eval_cache} have different tokenizers",
+            [f"fingerprint: {ours.fingerprint} and {theirs.fingerprint}"],
+            "Make the held-out cache with the tokenizer of the first",
+        )
+    measured, not_measured = [], {}
+    for name, entry in windows.entries.items():
+        reason = _not_comparable(cache, name, entry)
+        if reason is None:
+            measured.append(name)
+        else:
+            not_measured[name] = reason
+    held_out = DistillationWindows(
+        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents
+    )
+    return held_out, not_measured
+
+
+def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | None:
+    if name not in cache.teachers:
+        return "the held-out cache has no entry of that name"
+    there = cache.teacher(name)
+    if there.entry.teacher != entry.teacher:
+        return "another teacher has that name in the held-out cache"
+    if there.entry.windowing.isolate_documents != entry.windowing.isolate_documents:
+        return "the teacher saw isolated documents in one of the caches and not in the other"
+    if there.missing():
+        return "its entry in the held-out cache is incomplete"
+    return None
+
+
+def check_step(windows: DistillationWindows, args: TrainingArguments) -> None:
+    """Raise InputError where the windows of an epoch are too few for a single step."""
+    step = windows_per_step(args)
+    if args.dataloader_drop_last and len(windows) < step:
+        raise InputError(
+            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {step} "
+            f"of one step over {args.world_size} process(es): take a smaller --windows-per-step, "
+            "per_device_train_batch_size or window"
+        )

@@ -1,0 +1,340 @@
+"""One training run from a job to a report: check, train or go on, evaluate, publish.
+
+Everything that can be wrong with a job is looked at before its folder is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
+
+from storage import LogitCache
+from storage.errors import InputError
+from storage.progress import Say
+from student.data.batches import collate, flat_targets
+from student.data.windows import DistillationWindows, reading_order
+from student.evaluation.held_out import HeldOut
+from student.job import StudentJob
+from student.labels import NOT_TRAINED
+from student.loss.dense import LogitSource
+from student.loss.objective import EXACT_TEMPERATURES
+from student.loss.output_layer import choose_head
+from student.loss.teacher_targets import interpolation_bound
+from student.models import PRESETS, load_student
+from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
+from student.training.arguments import PRESENTATION, training_arguments, training_values
+from student.training.fsdp import check_checkpoint, check_fsdp
+from student.training.inputs import Data, check_step, job_inputs, open_caches
+from student.training.peak_memory import peak_device_bytes, peak_process_bytes
+from student.training.progress import TrainingProgress
+from student.training.run_folder import OutputDirectory, full_disk_is_said
+from student.training.step import CUTTING, divide_step, windows_per_step
+from student.training.trainer import DistillationTrainer
+
+# Live teachers of a job, on a device; `teachers.live` has it, and nothing here may import that.
+LoadLive = Callable[[StudentJob, torch.device], LogitSource]
+
+# Fields of a job that go by their digests, or that change how a run computes and not what.
+_NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head", "live_teachers", "combine"}
+
+# Windows that an interpolated tail is judged by.
+_BOUND_WINDOWS = 32
+
+
+def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = None) -> TrainingReport:
+    """Run a job to its end and return its report, which is also `report.json` in the output directory.
+
+    A finished run of the same job is not repeated: its report is returned. An interrupted one goes on from its last
+    checkpoint and ends as it would have. `say` is given lines of progress (stderr by default); under torchrun every
+    process calls this function, and only the first writes and speaks. `load_live` is what makes teachers of the job's
+    `live_teachers`.
+
+    Raises the errors of `storage.errors`: InputError and IdentityMismatch before anything is written.
+    """
+    values = training_values(job)
+    caches = open_caches(job)
+    live = None
+    if job.live_teachers:
+        if load_live is None:
+            raise InputError(
+                "train-student loads no teacher: train-teacher --live-teacher runs them beside the student"
+            )
+        # After everything that is cheap to find wrong.
+        live = load_live(job, _device(values))
+    data = job_inputs(caches, job, live)
+    best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")
+    if best_by == "distillation_loss" and isinstance(data.eval_loss, str):
+        raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {data.eval_loss}")
+    job = data.job
+    args = training_arguments(job, values)
+    check_fsdp(args)
+    first = args.process_index == 0
+    tell = (say or _to_stderr) if first else _silent
+    output = OutputDirectory(job.output_dir, writes=first)
+    recorded = output.recorded()
+    adapted = divide_step(job, args, recorded.get("identity", {}) | recorded.get("launch", {}))
+    check_step(data.windows, args)
+    step_windows = windows_per_step(args)
+    identity = _identity(job, values, data, step_windows)
+    output.check(identity)
+    finished = output.report()
+    if finished is not None:
+        tell(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
+        return finished
+    model = _load_model(job, data.windows)
+    # Nobody may look at the folder while the first process begins to write there.
+    PartialState().wait_for_everyone()
+    output.claim(identity, processes=args.world_size)
+    use_cache = bool(getattr(model.config, "use_cache", True))
+    parameters = sum(p.numel() for p in model.parameters())
+    tell(
+        f"{job.model}: {parameters:,} parameters; {len(data.windows):,} windows of {job.window_tokens} tokens, "
+        f"{step_windows} to a step: {args.world_size} process(es), {args.gradient_accumulation_steps} micro-batch(es) "
+        f"of {args.train_batch_size}"
+    )
+    if adapted is not None:
+        tell(adapted)
+
+    tail_bounds = _tail_bounds(data)
+    for name, bound in tail_bounds.items():
+        tell(
+            f"teacher {name} at temperature {job.temperature:g}: the mass outside its stored ids is interpolated, "
+            f"within {bound.mean:.4f} of the true one on average and {bound.greatest:.4f} at worst over "
+            f"{bound.positions:,} positions"
+        )
+
+    # One bar for the run says enough; transformers shows another for every file that it writes.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    trainer = _trainer(model, args, data, job.fused_head, TrainingProgress(step_windows * job.window_tokens))
+    if trainer.not_fused is not None:
+        tell(
+            f"{job.model}: the logits of a batch are held, as the output layer is not fused with the loss: "
+            f"{trainer.not_fused}"
+        )
+    started = time.monotonic()
+    with full_disk_is_said(job.output_dir):
+        resumed_from = _train_or_go_on(trainer, output, tell)
+    seconds = time.monotonic() - started
+    held_out = None
+    if data.eval_windows is not None:
+        tell(f"evaluating on {len(data.eval_windows):,} windows of {job.eval_cache}")
+        result = trainer.held_out(data.eval_windows)
+        # To the loggers of report_to; on the terminal the report follows.
+        trainer.remove_callback(TrainingProgress)
+        trainer.show_held_out(result)
+        held_out = _held_out(result, data)
+
+    report = TrainingReport(
+        job=job.model_copy(update={"training": values}),
+        provenance=data.provenance,
+        isolated_documents=data.windows.isolate_documents,
+        parameters=parameters,
+        steps=trainer.state.global_step,
+        windows_per_step=step_windows,
+        windows_at_once=args.train_batch_size,
+        tokens_seen=_positions_seen(data.windows, args, trainer.state.global_step),
+        seconds=round(seconds, 3),
+        resumed_from_step=resumed_from,
+        device=str(args.device),
+        fused_head=trainer.not_fused is None,
+        processes=args.world_size,
+        libraries={name: version(name) for name in ("torch", "transformers", "accelerate")},
+        divergence={member.name: data.loss.meaning(member.name) for member in data.loss.members},
+        tail_bounds=tail_bounds,
+        train_log=[entry for entry in trainer.state.log_history if "loss" in entry],
+        eval_log=[entry for entry in trainer.state.log_history if "eval_loss" in entry],
+        held_out=held_out,
+        live=data.live,
+        peak_memory=PeakMemory(process_bytes=peak_process_bytes(), device_bytes=peak_device_bytes(args.device)),
+    )
+    with full_disk_is_said(job.output_dir):
+        _publish(trainer, output, report, use_cache)
+    tell(f"{job.output_dir}: the model, its tokenizer and report.json")
+    return report
+
+
+def _device(values: Mapping[str, Any]) -> torch.device:
+    """Where this process will train."""
+    if values.get("use_cpu") or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _tail_bounds(data: Data) -> dict[str, TailBound]:
+    """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream."""
+    loss, windows = data.loss, data.windows
+    if data.live is not None or loss.temperature in EXACT_TEMPERATURES or not loss.members:
+        return {}
+    number = min(len(windows), _BOUND_WINDOWS)
+    chosen = [i * len(windows) // number for i in range(number)]
+    batch = collate(windows.__getitems__(chosen))
+    targets, trained = flat_targets(batch["targets"]), batch["labels"].flatten() != NOT_TRAINED
+    found = {}
+    for member in loss.members:
+        off = interpolation_bound(targets[member.name], member, loss.temperature)
+        # What fills up a short window says nothing; where nothing at all is trained, something has to be said.
+        off = off[trained] if trained.any() else off
+        found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))
+    return found
+
+
+def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windows: int) -> dict[str, Any]:
+    """What makes two runs the same, flat. Caches go by their digests, so that one may have moved."""
+    asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
+    asked["isolate_documents"] = data.windows.isolate_documents
+    asked["windows_per_step"] = step_windows
+    asked["model_sha256"] = model_digest(job.model)
+    asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
+    training = {name: value for name, value in values.items() if name not in PRESENTATION | CUTTING}
+    asked |= {f"training.{name}": value for name, value in training.items()}
+    return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
+
+
+def model_digest(model: str) -> str | None:
+    """sha256 of a model's files where they are files here: their contents may change under one name."""
+    path = Path(model).expanduser()
+    if model in PRESETS or not path.exists():
+        return None
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin"):
+            with file.open("rb") as opened:
+                total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def special_ids(cache: str) -> dict[str, int | None]:
+    """The ids of a cache's tokenizer that a model's configuration names."""
+    with tempfile.TemporaryDirectory() as folder:
+        LogitCache.open(cache).save_tokenizer(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedModel:
+    model = load_student(
+        job.model,
+        vocabulary_size=windows.vocabulary_size,
+        special_ids=special_ids(job.cache),
+        window_tokens=job.window_tokens,
+        seed=job.seed,
+    )
+    choose_head(model, job.fused_head)
+    return model
+
+
+def _trainer(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    data: Data,
+    fused_head: Literal["auto", "on", "off"],
+    progress: TrainingProgress,
+) -> DistillationTrainer:
+    try:
+        trainer = DistillationTrainer(
+            model,
+            args,
+            train_dataset=data.windows,
+            eval_dataset=data.eval_windows,
+            loss=data.loss,
+            eval_members=data.eval_members,
+            eval_loss=data.measured_loss,
+            fused_head=fused_head,
+            callbacks=[progress],
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"transformers refuses these training fields: {error}") from None
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train_or_go_on(trainer: DistillationTrainer, output: OutputDirectory, tell: Say) -> int:
+    """Train from the last checkpoint or from the start; the step at which it began."""
+    checkpoint = output.last_checkpoint()
+    trainer.accelerator.wait_for_everyone()
+    if checkpoint is None:
+        trainer.train()
+        return 0
+    folder, state = checkpoint
+    check_checkpoint(folder, trainer.is_fsdp_enabled)
+    step = int(state["global_step"])
+    if step >= int(state["max_steps"]):
+        # Trained, but killed before the model was published. The base class would take one step too many.
+        tell(f"{folder}: all {step} steps are done")
+        trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        if trainer.is_fsdp_enabled:
+            # Only a model that is sharded already can be filled from such a checkpoint.
+            loader = trainer.get_train_dataloader()
+            trainer._prepare_for_training(step, loader, best or str(folder))  # type: ignore[no-untyped-call]
+        else:
+            trainer._load_from_checkpoint(best or str(folder))
+    else:
+        tell(f"going on from {folder}")
+        trainer.train(resume_from_checkpoint=str(folder))
+    return step
+
+
+def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: TrainingReport, use_cache: bool) -> None:
+    # The base class switches the key-value cache off for training; a saved model would generate slowly.
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = use_cache
+    if trainer.is_fsdp_enabled:
+        # Checkpoints may be sharded; what is published is one model, put together by all processes.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(output.stage))
+    if trainer.args.process_index == 0:
+        # A pickle, and nothing that the report does not say.
+        (output.stage / "training_args.bin").unlink(missing_ok=True)
+        LogitCache.open(report.job.cache).save_tokenizer(output.stage)
+        output.publish(report)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> int:
+    """Positions read in the first `steps` steps: their number follows from the order, also for a resumed run."""
+    step = windows_per_step(args)
+    order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
+    steps_per_epoch = -(-len(order) // step)
+    total = 0
+    for epoch in range(-(-steps // steps_per_epoch)):
+        done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
+        read = min(done * step, len(order))
+        total += int(windows.blocks.lengths(order.permutation(epoch)[:read]).sum())
+    return total
+
+
+def _held_out(result: HeldOut, data: Data) -> HeldOutReport:
+    kl = {name: HeldOutKL(nats=nats, lower_bound=result.kl_is_lower_bound[name]) for name, nats in result.kl.items()}
+    return HeldOutReport(
+        tokens=result.tokens,
+        cross_entropy=result.cross_entropy,
+        perplexity=result.perplexity,
+        bits_per_byte=result.bits_per_byte,
+        ece=result.ece,
+        accuracy=result.accuracy,
+        kl=kl,
+        kl_not_measured=data.not_measured,
+        distillation_loss=result.distillation_loss,
+    )
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    del line

@@ -1,0 +1,187 @@
+"""The folder of a training run: whose it is, where it stopped, and how the finished model appears in it.
+
+::
+
+    run.json          what the run is; written before the first step
+    checkpoint-<n>/   transformers' checkpoints, while it runs
+    report.json       written last: the run is finished
+    config.json, model.safetensors, tokenizer.json, …    the model, moved in whole, config.json after the others
+
+A folder without config.json is no model to any library, so a run that stops early never looks like a finished one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
+from storage.files import replace_file
+from student.report import TrainingReport
+
+RUN_FILE = "run.json"
+REPORT_FILE = "report.json"
+_KIND = "logit-cache training run"
+_STAGE = "publishing"
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_STATE_FILE = "trainer_state.json"
+
+
+class OutputDirectory:
+    """One run's folder. Only the process with `writes` changes anything; all of them come to the same answers."""
+
+    def __init__(self, path: str, writes: bool = True) -> None:
+        self.path = Path(path)
+        self.stage = self.path / _STAGE
+        self._writes = writes
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Whether the folder is this run's, or can become it; writes nothing.
+
+        Raises InputError when it holds something else, IdentityMismatch (listing the fields) for another run.
+        """
+        record = self._record()
+        if record is not None:
+            stored = record["identity"]
+            differing = [
+                f"{name}: the run has {stored.get(name)!r}, this job {identity.get(name)!r}"
+                for name in sorted(stored.keys() | identity.keys())
+                if stored.get(name) != identity.get(name)
+            ]
+            if differing:
+                raise IdentityMismatch(
+                    str(self.path), differing, "It is the folder of another run: give another --output-dir"
+                )
+
+    def recorded(self) -> dict[str, Any]:
+        """What `claim` wrote down: the run's identity, and beside it what it was launched with; empty in a new folder.
+
+        Raises InputError when the folder holds something else.
+        """
+        return self._record() or {}
+
+    def claim(self, identity: Mapping[str, Any], **launch: Any) -> None:
+        """Make the folder this run's, after `check`. Raises InputError where nothing can be written.
+
+        launch: what is remembered of the first launch, and no part of what the run is.
+        """
+        if not self._writes:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / RUN_FILE).exists():
+                record = {"kind": _KIND, "identity": dict(identity), "launch": launch}
+                text = json.dumps(record, indent=1, sort_keys=True)
+                _write(self.path / RUN_FILE, text)
+            shutil.rmtree(self.stage, ignore_errors=True)
+        except OSError as error:
+            if is_out_of_space(error):
+                raise
+            raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --output-dir") from None
+
+    def report(self) -> TrainingReport | None:
+        """The report of the finished run, or None while it is not finished."""
+        path = self.path / REPORT_FILE
+        try:
+            return TrainingReport.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise InputError(
+                f"{path}: not the report of a run ({error.errors()[0]['msg']}); remove it to finish the run again"
+            ) from None
+
+    def last_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest complete checkpoint and its trainer state.
+
+        The state is what a checkpoint's writer writes last; one without it was being written when the run was
+        killed, and is removed, since transformers would take the highest number for the newest.
+        """
+        found: list[tuple[int, Path, dict[str, Any]]] = []
+        for folder in self.path.iterdir() if self.path.is_dir() else ():
+            match = _CHECKPOINT.match(folder.name)
+            if match is None:
+                continue
+            try:
+                state = json.loads((folder / _STATE_FILE).read_bytes())
+            except (OSError, ValueError):
+                if self._writes:
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
+            found.append((int(match[1]), folder, state))
+        if not found:
+            return None
+        _, folder, state = max(found, key=lambda item: item[0])
+        return folder, state
+
+    def publish(self, report: TrainingReport) -> None:
+        """Move the staged model to its place and write the report, in an order that is safe to interrupt."""
+        names = sorted(os.listdir(self.stage), key=lambda name: (name == "config.json", name))
+        for name in names:
+            os.replace(self.stage / name, self.path / name)
+        self.stage.rmdir()
+        _write(self.path / REPORT_FILE, report.model_dump_json(indent=1))
+
+    def _record(self) -> dict[str, Any] | None:
+        try:
+            names = os.listdir(self.path)
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError:
+            raise InputError(f"{self.path} is a file or lies in one; --output-dir is a folder: give another") from None
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}; give another --output-dir") from None
+        if RUN_FILE not in names:
+            if names:
+                shown = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+                raise InputError(
+                    f"{self.path} holds {shown} and is not the folder of a training run: give an empty or new "
+                    f"--output-dir"
+                )
+            return None
+        try:
+            data = json.loads((self.path / RUN_FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path / RUN_FILE}: cannot be read ({error}); give another --output-dir") from None
+        if not isinstance(data, dict) or data.get("kind") != _KIND or not isinstance(data.get("identity"), dict):
+            raise InputError(f"{self.path / RUN_FILE} is not of a training run: give another --output-dir")
+        return data
+
+
+@contextlib.contextmanager
+def full_disk_is_said(path: str) -> Iterator[None]:
+    """Turn what the libraries below raise when the disk is full into `StorageFull`."""
+    try:
+        yield
+    except Exception as error:
+        if _is_full_disk(error):
+            raise StorageFull(
+                f"no space left while writing under {path}: free some room and run the command again, it goes on "
+                f"from the last complete checkpoint"
+            ) from error
+        raise
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return is_out_of_space(error)
+    # safetensors and torch's zip writer raise classes of their own; one has the system's error number in its words,
+    # the other nothing but that a write failed.
+    number = re.search(r"os error (\d+)", str(error))
+    if number is not None:
+        return is_out_of_space(OSError(int(number[1]), ""))
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("PytorchStreamWriter failed writing", "unexpected pos ")
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    replace_file(path, (text + "\n").encode())

@@ -1,0 +1,247 @@
+"""Training from a cache with transformers' Trainer: the loss inside the model's forward, the order, the evaluation.
+
+Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `W` columns of the student's head,
+`M` members of the mixture.
+
+The loss is computed inside the student's own `forward`, because that is the call which DDP and FSDP hook: a head
+applied outside it would leave gradients unsynchronised. Everything else (precision, accumulation, checkpoints,
+resuming, logging) is the base class's; its `compute_loss` only has to rescale a loss that was divided once, by the
+number of trained tokens of the whole optimizer step over all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from storage.errors import InputError
+from student.data.batches import collate, flat_targets
+from student.data.order import ReadingOrder
+from student.data.windows import DistillationWindows, reading_order
+from student.evaluation.held_out import HeldOut, HeldOutSums, bytes_per_token
+from student.loss.dense import DenseLoss
+from student.loss.distillation import NOT_TRAINED, DistillationLoss, LossSums, Member
+from student.training.bound_forward import FusedHead, bind_loss
+from student.training.fsdp import FSDPIsOn, keep_precision
+from student.training.step import take_one_device, windows_per_step
+
+
+class DistillationTrainer(Trainer):
+    """transformers' Trainer over `DistillationWindows` with a `DistillationLoss`.
+
+    Takes what Trainer takes (model, args, train_dataset, eval_dataset, callbacks, …) and `loss`, besides
+    `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured, `eval_loss`: the loss that is
+    averaged over `eval_dataset` as `distillation_loss`, and `fused_head`. The loss is bound to the model; `not_fused`
+    says why its output layer is not part of it, None where it is (`bind_loss`).
+
+    The reading order depends on the windows, their seed and the windows of a step, so a student and its control, or one
+    process and several with the same step, see the same windows in the same order. `evaluate` counts every labelled
+    position of `eval_dataset` once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: DistillationWindows | None = None,
+        eval_dataset: DistillationWindows | None = None,
+        *,
+        loss: DistillationLoss,
+        eval_members: Sequence[Member] = (),
+        eval_loss: DistillationLoss | None = None,
+        fused_head: FusedHead = "auto",
+        **others: Any,
+    ) -> None:
+        self.not_fused = bind_loss(model, loss, fused_head)
+        self.distillation_loss = loss
+        self.eval_members = tuple(eval_members)
+        self.eval_loss = eval_loss
+        self._reading_order: ReadingOrder | None = None
+        self._parts: Tensor | None = None
+        # The names of a batch are not those of the model's own forward, which the base class would look at.
+        args.remove_unused_columns = False
+        take_one_device(args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **others,
+        )
+        self.add_callback(_FollowEpochs(self))
+        self.add_callback(FollowAlpha(loss))
+        self.add_callback(FSDPIsOn())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The base class's, with FSDP2's mixed precision kept away from targets and loss."""
+        super().create_accelerator_and_postprocess()
+        keep_precision(self.accelerator)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        windows = _ours(self.train_dataset if train_dataset is None else train_dataset)
+        order = reading_order(windows, windows_per_step(self.args), whole_steps=self.args.dataloader_drop_last)
+        self._reading_order = order
+        return order
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The base class's loss; the parts of it are summed on the device, without waiting for it."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            parts = outputs["parts"]
+            self._parts = parts if self._parts is None else self._parts + parts
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add cross-entropy and divergences (nats per trained token since the last line) to the training loss."""
+        if "loss" in logs and self._parts is not None:
+            count, *sums = self.accelerator.reduce(self._parts, reduction="sum").tolist()
+            loss = self.distillation_loss
+            names = ["cross_entropy", *(f"{loss.objective.log_name}_{member.name}" for member in loss.members)]
+            if loss.objective.alpha_end is not None:
+                logs["alpha"] = loss.alpha
+            logs.update({name: value / max(count, 1) for name, value in zip(names, sums, strict=True)})
+            self._parts = None
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Held-out figures of `held_out` under their log names, e.g. eval_loss, eval_perplexity, eval_kl_<teacher>."""
+        result = self.held_out(_ours(self.eval_dataset if eval_dataset is None else eval_dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics_of(result).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def show_held_out(self, result: HeldOut) -> None:
+        """Give figures to the callbacks that log, under the names of an evaluation, and to no log of the run's own."""
+        named = {f"eval_{name}": value for name, value in metrics_of(result).items()}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, named)
+
+    @torch.no_grad()
+    def held_out(self, windows: DistillationWindows) -> HeldOut:
+        """Cross-entropy, calibration, KL to `eval_members` and `eval_loss` over all windows, each exactly once.
+
+        Rank r takes the windows r, r + world, …; sums are added up over the ranks and divided once. Every rank runs
+        the same number of batches, since FSDP would wait for a missing one: windows beyond the last are read again
+        and count for nothing.
+        """
+        model: nn.Module = self.model_wrapped if self.is_deepspeed_enabled else self.model  # type: ignore[assignment]
+        sums = HeldOutSums(windows.vocabulary_size, self.eval_members)
+        objective = torch.zeros(2, dtype=torch.float64)  # sum of the loss, trained positions
+        world, rank = self.args.world_size, self.args.process_index
+        mine = list(range(rank, len(windows), world))
+        padded = mine + [0] * (-(-len(windows) // world) - len(mine))
+        loader = DataLoader(
+            windows,
+            batch_size=self.args.per_device_eval_batch_size,
+            sampler=padded,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        self.callback_handler.eval_dataloader = loader
+        was_training = model.training
+        model.eval()
+        for read, counted in zip(loader, _chunk_lengths(len(mine), loader), strict=True):
+            read["labels"][counted:] = NOT_TRAINED
+            batch: dict[str, Any] = self._prepare_inputs(read)
+            with self.accelerator.autocast():
+                logits = model(input_ids=batch["input_ids"]).logits
+            sums.add(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+            if self.eval_loss is not None:
+                found = _loss_of_batch(self.eval_loss, logits, batch)
+                objective += torch.stack([found.loss_sum.double(), found.count.double()]).cpu()
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        if world > 1:
+            sums.load(self.accelerator.reduce(sums.tensor().to(self.args.device), reduction="sum"))
+            objective = self.accelerator.reduce(objective.to(self.args.device), reduction="sum").cpu()
+        result = sums.result(bytes_per_token(windows))
+        if self.eval_loss is None:
+            return result
+        return replace(result, distillation_loss=float(objective[0] / objective[1]))
+
+
+def _loss_of_batch(loss: DistillationLoss, logits: Tensor, batch: dict[str, Any]) -> LossSums:
+    flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
+    if isinstance(loss, DenseLoss):
+        return loss.of_windows(flat, labels, batch["input_ids"])
+    return loss(flat, labels, flat_targets(batch["targets"]))
+
+
+def _ours(dataset: Any) -> DistillationWindows:
+    if not isinstance(dataset, DistillationWindows):
+        raise InputError(
+            f"DistillationTrainer reads student.data.windows.DistillationWindows, got {type(dataset).__name__}"
+        )
+    return dataset
+
+
+def metrics_of(result: HeldOut) -> dict[str, float]:
+    """Held-out figures by the names that logs and `metric_for_best_model` use (`loss` is the cross-entropy)."""
+    metrics = {
+        "loss": result.cross_entropy,
+        "perplexity": result.perplexity,
+        "ece": result.ece,
+        "accuracy": result.accuracy,
+    }
+    if result.distillation_loss is not None:
+        metrics["distillation_loss"] = result.distillation_loss
+    return metrics | {f"kl_{name}": value for name, value in result.kl.items()}
+
+
+def _chunk_lengths(total: int, loader: DataLoader[Any]) -> Iterator[int]:
+    """How many rows of each batch are among the first `total` rows."""
+    size = loader.batch_size or 1
+    for batch in range(len(loader)):
+        yield min(max(total - batch * size, 0), size)
+
+
+class FollowAlpha(TrainerCallback):
+    """Sets a scheduled alpha before each optimizer step, from the step's number alone.
+
+    So it is the same for all micro-batches and processes of the step, and in a run that goes on from a checkpoint.
+    """
+
+    def __init__(self, loss: DistillationLoss) -> None:
+        self._loss = loss
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self._loss.set_progress(state.global_step / max(1, state.max_steps - 1))
+
+
+class _FollowEpochs(TrainerCallback):
+    """Tells the reading order its epoch.
+
+    accelerate passes epochs down through a fixed number of wrappers, and resuming in the middle of an epoch with
+    several processes has one more: the order would start again at epoch 0.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        loader, order = others.get("train_dataloader"), self._trainer._reading_order
+        if loader is not None and order is not None:
+            steps_per_epoch = max(1, -(-len(loader) // args.gradient_accumulation_steps))
+            order.set_epoch(state.global_step // steps_per_epoch)
