@@ -2,7 +2,8 @@
 
 `teachers/<name>/fidelity.json`, an optional file of its own beside the entry: a sealed record that names the entry it
 belongs to. It is measured on a sample when an entry has been completed, holds aggregate numbers only, and nothing that
-reads targets looks at it. How each figure is computed: `logit_cache.fidelity` and `logit_cache.measures`.
+reads targets looks at it. How each figure is computed: `logit_cache.fidelity.measure` and
+`logit_cache.fidelity.metrics`.
 
 Units: masses and calibration errors as fractions, divergences in nats, angles in degrees. A figure that is infinite or
 not defined is null. Floats have 8 significant digits.

@@ -158,7 +158,7 @@ class _Ways:
     """The ways, over one teacher that is loaded once."""
 
     def __init__(self, folder: str, positions: int) -> None:
-        from logit_cache.job import load_teachers
+        from logit_cache.caching.prepare import load_teachers
 
         logging.disable(logging.WARNING)
         self._cache = f"{folder}/cache"
@@ -175,7 +175,7 @@ class _Ways:
             self._forward()
 
     def _job(self, targets: Any) -> Any:
-        from logit_cache.job import CacheJob
+        from logit_cache.caching.job import CacheJob
 
         return CacheJob(
             cache=self._cache, teacher=(self._teacher,), name="a", targets=targets, k=K, context_tokens=CONTEXT,
@@ -184,8 +184,8 @@ class _Ways:
         )  # fmt: skip
 
     def _cached(self, targets: str) -> None:
-        from logit_cache.job import open_job
-        from logit_cache.this_process import run_local
+        from logit_cache.caching.prepare import open_job
+        from logit_cache.engines.this_machine import run_local
 
         shutil.rmtree(Path(self._cache) / "teachers/a", ignore_errors=True)
         opened = open_job(self._job(targets), self._teachers)

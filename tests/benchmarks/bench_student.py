@@ -99,9 +99,10 @@ def _demo_cache(folder: str) -> Any:
     from support.caches.small import make_corpus
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from logit_cache.demo import _MODELS, KEPT_IDS, TEACHERS, VOCABULARY
-    from logit_cache.job import CacheJob, open_job
-    from logit_cache.this_process import run_local
+    from logit_cache.caching.job import CacheJob
+    from logit_cache.caching.prepare import open_job
+    from logit_cache.engines.this_machine import run_local
+    from logit_cache.recipes.demo import _MODELS, KEPT_IDS, TEACHERS, VOCABULARY
     from student.data.windows import DistillationWindows
 
     logging.disable(logging.WARNING)
@@ -139,7 +140,7 @@ def _trained(folder: str, windows: Any) -> float:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 
-    from logit_cache.demo import _MODELS, VOCABULARY
+    from logit_cache.recipes.demo import _MODELS, VOCABULARY
     from student.loss.distillation import DistillationLoss, Member
     from student.training.trainer import DistillationTrainer
 

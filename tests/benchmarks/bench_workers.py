@@ -72,12 +72,12 @@ def measure(folder: str) -> dict[str, Any]:
 
 
 def _cached(folder: str, workers: int) -> tuple[float, float]:
-    from logit_cache.driver import Driver, Ready
-    from logit_cache.engine_options import EngineOptions
-    from logit_cache.job import CacheJob
-    from logit_cache.job_log import JobLog
-    from logit_cache.local_pool import LocalPool
-    from logit_cache.stopping import Stopping
+    from logit_cache.caching.job import CacheJob
+    from logit_cache.caching.log import JobLog
+    from logit_cache.engines.driver import Driver, Ready
+    from logit_cache.engines.local_processes import LocalPool
+    from logit_cache.engines.options import EngineOptions
+    from logit_cache.engines.shutdown import Stopping
 
     shutil.rmtree(Path(folder, "cache/teachers/a"), ignore_errors=True)
     job = CacheJob(

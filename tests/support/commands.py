@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-import logit_cache.cli
+import logit_cache.cli.main
 import student.cli
 import teachers.cli
 
@@ -22,8 +22,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 COMMANDS: dict[str, click.Command] = {
-    "cache-logits": logit_cache.cli.cache_logits,
-    "logit-cache": logit_cache.cli.main,
+    "cache-logits": logit_cache.cli.main.cache_logits,
+    "logit-cache": logit_cache.cli.main.main,
     "train-student": student.cli.train_student,
     "train-teacher": teachers.cli.train_teacher,
 }

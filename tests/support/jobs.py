@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from support.commands import command, environment
 
-from logit_cache.job import CacheJob, open_job
-from logit_cache.this_process import run_local
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.prepare import open_job
+from logit_cache.engines.this_machine import run_local
 from storage import LogitCache
 from storage.cache.reader import TeacherTargets
 from storage.config import build_config

@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from logit_cache.tokenizer import train_tokenizer
+from logit_cache.corpus.tokenizer import train_tokenizer
 
 
 def saver(folder: Path, configs: Mapping[str, Callable[[], Any]]) -> Callable[[str], Path]:

@@ -10,7 +10,7 @@ import click
 import pytest
 from support.commands import COMMANDS, ROOT
 
-import logit_cache.cli
+import logit_cache.cli.main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -60,5 +60,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_command_is_in_the_readme() -> None:
     for name in COMMANDS:
         assert f"`{name}`" in README or f"{name} " in README
-    for name in logit_cache.cli.main.commands:
+    for name in logit_cache.cli.main.main.commands:
         assert f"logit-cache {name}" in README or f"make {name}" in README

@@ -27,7 +27,7 @@ import pytest
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import command, environment
 
-from logit_cache.share import pull
+from logit_cache.sharing.push_pull import pull
 from storage.errors import LogitCacheError
 from storage.format.layout import teacher_arrays
 from storage.format.manifest import ATTRIBUTE, TeacherEntry
@@ -82,7 +82,9 @@ def run_measured(arguments: list[str], env: dict[str, str]) -> Peak:
 @pytest.fixture(scope="module")
 def imports() -> int:
     """Memory of the interpreter with everything imported that a pull imports."""
-    code = "import storage.transfer.copy, logit_cache.share, logit_cache.cli, logit_cache.show, logit_cache.signing"
+    code = (
+        "import storage.transfer.copy, logit_cache.sharing.push_pull, logit_cache.cli.main, logit_cache.sharing.signing"
+    )
     found = run_measured([sys.executable, "-c", code], environment())
     assert found.status == 0, found.stderr
     assert run_measured([sys.executable, "-c", "bytearray(256 << 20)"], environment()).memory > 256 << 20

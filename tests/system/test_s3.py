@@ -148,7 +148,7 @@ def test_writing_into_a_bucket_that_is_not_there(moto_bucket: Bucket) -> None:
 
 
 def test_s3_without_its_package() -> None:
-    done = python("-c", "import sys; sys.modules['s3fs'] = None; from logit_cache.cli import main; "
+    done = python("-c", "import sys; sys.modules['s3fs'] = None; from logit_cache.cli.main import main; "
                   "main(['inspect', 's3://bucket/cache'])")  # fmt: skip
     refused(done, "pip install 'logit-cache[s3]'")
 

@@ -11,7 +11,8 @@ import torch
 from support.jobs import cache_logits, refusal
 
 import teachers.batch_size
-from logit_cache.job import CacheJob, open_job
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.prepare import open_job
 from teachers.batch_size import choose_batch_windows, largest_worthwhile
 
 GIB = 1 << 30

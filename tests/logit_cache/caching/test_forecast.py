@@ -16,8 +16,8 @@ import pytest
 from support.commands import LIBRARY, Run, refused
 from support.jobs import cache_logits, refusal
 
-from logit_cache.forecast import Question, forecast
-from logit_cache.job import CacheJob
+from logit_cache.caching.forecast import Question, forecast
+from logit_cache.caching.job import CacheJob
 from storage.config import build_config
 from storage.errors import LogitCacheError
 from storage.format.manifest import ReceiptIndex

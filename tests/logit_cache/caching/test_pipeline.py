@@ -13,10 +13,11 @@ import pytest
 import torch
 from support.jobs import whole
 
-import logit_cache.pipeline
-from logit_cache.job import CacheJob, OpenJob, open_job
-from logit_cache.pipeline import Committer, HostCopies
-from logit_cache.this_process import run_local
+import logit_cache.caching.pipeline
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.pipeline import Committer, HostCopies
+from logit_cache.caching.prepare import OpenJob, open_job
+from logit_cache.engines.this_machine import run_local
 from storage.errors import InputError
 from teachers.reduction.reduce import ReducedRows, reduce_topk
 
@@ -70,7 +71,7 @@ def test_one_shard_is_committed_while_the_next_is_computed_and_no_more() -> None
 
 
 def test_claims_are_put_off_while_a_commit_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_cache.pipeline, "_SECONDS_BETWEEN_KEEPS", 0.01)
+    monkeypatch.setattr(logit_cache.caching.pipeline, "_SECONDS_BETWEEN_KEEPS", 0.01)
     writer: Any = Recorder()
     with Committer(writer) as committer:
         committer.put(0, None, 0.0)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import torch
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run, refused
 
-from logit_cache.recompress import RecompressJob, recompress
+from logit_cache.caching.recompress import RecompressJob, recompress
 from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
 from storage.cache.verify import verify
@@ -315,7 +315,7 @@ def test_into_another_cache_of_the_same_tokens_only(
 KILLED = """
 import os, sys
 from storage.stores.local import LocalStore
-from logit_cache.recompress import RecompressJob, recompress
+from logit_cache.caching.recompress import RecompressJob, recompress
 publish, left = LocalStore.publish, {writes}
 def killed(self, key, data):
     global left

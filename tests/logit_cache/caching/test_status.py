@@ -23,8 +23,8 @@ from support.caches.small import SHA, make_corpus, make_entry
 from support.commands import PYTHONPATH, TESTS, Run, command, environment, refused
 from support.servers.s3 import Bucket
 
-from logit_cache.show import status_line, status_text
-from logit_cache.status import Commit, EntryStatus, joint_rate, status_of, without_pauses
+from logit_cache.caching.status import Commit, EntryStatus, joint_rate, status_of, without_pauses
+from logit_cache.cli.plan import status_line, status_text
 from storage import LogitCache
 from storage.cache.writer import EntryWriter
 from storage.format.manifest import ObjectDigest, ShardReceipt
@@ -257,7 +257,7 @@ def test_a_web_server(web: str, cache: str, run: Run) -> None:
 
 def test_no_torch(cache: str) -> None:
     code = (
-        "import sys; from logit_cache.cli import main; "
+        "import sys; from logit_cache.cli.main import main; "
         f"main(['status', {cache!r}], standalone_mode=False); print('torch' in sys.modules, 'zarr' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)

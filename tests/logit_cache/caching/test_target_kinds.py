@@ -18,7 +18,7 @@ from support.jobs import cache_logits, contents, refusal, whole
 from support.models import dense_logprobs
 from transformers import AutoModelForCausalLM
 
-from logit_cache.recompress import RecompressJob, recompress
+from logit_cache.caching.recompress import RecompressJob, recompress
 from storage import LogitCache
 from storage.format.rules import broken_rule
 from storage.format.targets import SparseTargets

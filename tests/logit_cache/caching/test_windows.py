@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logit_cache.plan import windows
+from logit_cache.caching.windows import windows
 from storage.format.layout import MAX_OBJECT_BYTES, entry_layout
 from storage.format.manifest import Windowing
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from support.models import make_tokenizer, sample_text, tiny_tokenizer
 
-import logit_cache.pieces as pieces
-from logit_cache.chat import message_texts, render
-from logit_cache.corpus import CorpusConfig, tokenize
+from logit_cache.corpus import pieces
+from logit_cache.corpus.chat import message_texts, render
+from logit_cache.corpus.tokenize import CorpusConfig, tokenize
 from storage import LogitCache
 from storage.errors import InputError
 

@@ -15,11 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.commands import ROOT, Run, refused
 
-import logit_cache.cleaned_files as cleaned_files
-import logit_cache.cleaning as cleaning
-from logit_cache.cleaned_files import RECORD, Cleaning, CleaningJob
-from logit_cache.cleaned_files import clean as clean_files
-from logit_cache.cleaning import FAMILIES, Cleaner, clean_text, family_of
+from logit_cache.corpus import cleaning as cleaned_files
+from logit_cache.corpus import cleaning_rules as cleaning
+from logit_cache.corpus.cleaning import RECORD, Cleaning, CleaningJob
+from logit_cache.corpus.cleaning import clean as clean_files
+from logit_cache.corpus.cleaning_rules import FAMILIES, Cleaner, clean_text, family_of
 from storage.errors import IdentityMismatch, InputError
 from storage.progress import progress
 

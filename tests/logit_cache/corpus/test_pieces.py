@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import FAST, make_tokenizer, sample_text, tiny_tokenizer
 
-import logit_cache.pieces as pieces
-from logit_cache.pieces import Encoded, Encoder, Piece, cut, encode, trained_tokens
-from logit_cache.sources import Chunk
+from logit_cache.corpus import pieces
+from logit_cache.corpus.pieces import Encoded, Encoder, Piece, cut, encode, trained_tokens
+from logit_cache.corpus.sources import Chunk
 
 
 @pytest.fixture(autouse=True)

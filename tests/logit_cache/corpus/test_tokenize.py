@@ -23,11 +23,11 @@ from support.models import sample_text, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import logit_cache.corpus as corpus
-import logit_cache.pieces as pieces
-import logit_cache.sources as sources
-from logit_cache.corpus import CorpusConfig, cache_vocabulary, tokenize, total_bytes
-from logit_cache.sources import Meter, Reading, find_sources, read_sources
+from logit_cache.corpus import pieces, sources
+from logit_cache.corpus import tokenize as corpus
+from logit_cache.corpus.sources import Meter, Reading, find_sources, read_sources
+from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
+from logit_cache.corpus.tokenizer import cache_vocabulary
 from storage import LogitCache
 from storage.errors import InputError
 
@@ -259,7 +259,7 @@ def test_a_tokenizer_is_trained_like_the_seeds(tmp_path: Path) -> None:
 def test_training_again_gives_the_same_cache(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", sample_text())
     code = (
-        "import sys; from logit_cache.corpus import *; "
+        "import sys; from logit_cache.corpus.tokenize import *; "
         f"print(tokenize(CorpusConfig(text=({path!r},), out=sys.argv[1], train_tokenizer=900)).tokenizer.fingerprint)"
     )
     config = CorpusConfig(text=(path,), out=str(tmp_path / "cache"), train_tokenizer=900)
@@ -379,8 +379,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, gpt2: str) -> None
     for name, repeats in (("small", 4), ("large", 32)):
         (tmp_path / name).write_bytes(line * repeats)
     code = (
-        "import re, sys, logit_cache.pieces as pieces, logit_cache.sources as sources\n"
-        "from logit_cache.corpus import *\n"
+        "import re, sys, logit_cache.corpus.pieces as pieces, logit_cache.corpus.sources as sources\n"
+        "from logit_cache.corpus.tokenize import *\n"
         "pieces.PIECE_CHARACTERS, pieces.BATCH_CHARACTERS, sources.BLOCK_BYTES = 1 << 14, 1 << 16, 1 << 14\n"
         "folder, tokenizer = sys.argv[1:]\n"
         "for name in ('small', 'large'):\n"

@@ -17,9 +17,9 @@ from support.commands import ROOT
 from support.models import sample_text, tiny_tokenizer
 from transformers import AutoTokenizer
 
-import logit_cache.corpus as corpus
-import logit_cache.sources as sources
-from logit_cache.corpus import CorpusConfig, tokenize, total_bytes
+from logit_cache.corpus import sources
+from logit_cache.corpus import tokenize as corpus
+from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 
@@ -209,7 +209,8 @@ def test_another_cache_is_left_alone(tmp_path: Path, gpt2: str) -> None:
 def test_a_full_temporary_folder_is_one_line(tmp_path: Path, gpt2: str) -> None:
     text = write(tmp_path / "a.txt", sample_text())
     code = (
-        "import resource, signal, sys; from logit_cache.corpus import *; from storage.errors import one_line_errors\n"
+        "import resource, signal, sys; from logit_cache.corpus.tokenize import *\n"
+        "from storage.errors import one_line_errors\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
         "with one_line_errors(): tokenize(CorpusConfig(text=(sys.argv[1],), out=sys.argv[2], tokenizer=sys.argv[3]))"
     )

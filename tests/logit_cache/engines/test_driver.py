@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logit_cache.driver import Driver, Event, Gone, Heard, Outcome, Ready, WorkersLost
-from logit_cache.job_log import JobLog
-from logit_cache.shard_queue import ShardQueue
-from logit_cache.stopping import Stopping
-from logit_cache.worker import Settled
+from logit_cache.caching.log import JobLog
+from logit_cache.engines.driver import Driver, Event, Gone, Heard, Outcome, Ready, WorkersLost
+from logit_cache.engines.shard_queue import ShardQueue
+from logit_cache.engines.shutdown import Stopping
+from logit_cache.engines.worker import Settled
 from storage.errors import CorruptCache, InputError, LogitCacheError, StoreUnavailable
 
 
@@ -205,7 +205,7 @@ def test_a_job_that_no_worker_can_open_is_refused_with_its_words() -> None:
 
 
 def test_shards_that_others_work_at_are_asked_for_again_or_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logit_cache.driver._LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("logit_cache.engines.driver._LOOK_SECONDS", 0.0)
     outcome, _ = drive(Invented(4, 1, {2: ["claimed", "claimed"]}))
     assert outcome.built == 4
     pool = Invented(4, 1, {2: ["claimed", "claimed"]})

@@ -18,13 +18,14 @@ from click.testing import CliRunner
 from support.commands import Run, command, environment, refused
 from support.jobs import SMALL, committed, contents, copy_of, shards_of, start
 
-import logit_cache.worker
+import logit_cache.engines.worker
 import storage.cache.leases
-from logit_cache.cli import cache_logits
-from logit_cache.job import CacheJob, open_job
-from logit_cache.ranks import Rank
-from logit_cache.stopping import Stopped, Stopping
-from logit_cache.this_process import run_local
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.prepare import open_job
+from logit_cache.cli.main import cache_logits
+from logit_cache.engines.shutdown import Stopped, Stopping
+from logit_cache.engines.this_machine import run_local
+from logit_cache.engines.worker_index import Rank
 from storage import LogitCache
 from storage.cache.leases import claims_in
 from storage.cache.verify import verify
@@ -151,14 +152,14 @@ def test_a_shard_that_somebody_else_has_is_waited_for(cache: Path, slow_teacher:
 def failing(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[BaseException]]:
     """Errors that computing a shard raises, one each time."""
     errors: dict[int, list[BaseException]] = {}
-    score = logit_cache.worker.score_shard
+    score = logit_cache.engines.worker.score_shard
 
     def scored(opened: Any, shard: int, progress: Any) -> Any:
         if errors.get(shard):
             raise errors[shard].pop(0)
         return score(opened, shard, progress)
 
-    monkeypatch.setattr(logit_cache.worker, "score_shard", scored)
+    monkeypatch.setattr(logit_cache.engines.worker, "score_shard", scored)
     return errors
 
 
@@ -220,7 +221,7 @@ def test_what_is_done_in_time_is_finished_and_the_rest_let_go() -> None:
 
 def test_a_process_that_cannot_end_in_time_is_ended() -> None:
     script = (
-        "import time\nfrom logit_cache.stopping import Stopping\n"
+        "import time\nfrom logit_cache.engines.shutdown import Stopping\n"
         "with Stopping(1.0).on_sigterm():\n    print('ready', flush=True)\n    time.sleep(600)\n    time.sleep(600)\n"
     )
     process = subprocess.Popen(

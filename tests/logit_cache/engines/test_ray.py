@@ -125,7 +125,7 @@ def whole(job: Job, cache: Path, expected: dict[str, bytes], run: Run) -> None:
 
 
 def test_without_ray(cache: Path, teacher: Path) -> None:
-    script = "import sys; sys.modules['ray'] = None; from logit_cache.cli import cache_logits; cache_logits()"
+    script = "import sys; sys.modules['ray'] = None; from logit_cache.cli.main import cache_logits; cache_logits()"
     arguments = ["--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray"]
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],

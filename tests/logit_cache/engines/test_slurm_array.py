@@ -19,11 +19,11 @@ import pytest
 from support.clusters.slurm import Cluster, until
 from support.commands import Run, command, environment, refused
 
-from logit_cache import engines
-from logit_cache import slurm as engine
-from logit_cache.engines import NotDone
-from logit_cache.job import CacheJob
-from logit_cache.slurm_task import ArrayTask
+from logit_cache.caching.job import CacheJob
+from logit_cache.engines import run as engines
+from logit_cache.engines.driver import NotDone
+from logit_cache.engines.slurm import array as engine
+from logit_cache.engines.slurm.task import ArrayTask
 from storage.cache.failures import Failures
 from storage.errors import InputError
 from storage.stores import open_store
@@ -282,7 +282,7 @@ def test_the_variables_of_a_job_around_it_are_not_handed_on(monkeypatch: pytest.
 @pytest.fixture
 def ended(cache: Path, teacher: Path, tmp_path: Path) -> tuple[CacheJob, Path]:
     """An array that has ended with an entry of which nothing is done, and its folder."""
-    from logit_cache.job import open_job
+    from logit_cache.caching.prepare import open_job
 
     job = CacheJob(cache=str(cache), teacher=(str(teacher),), name="a", context_tokens=64, shard_tokens=1024)
     open_job(job)

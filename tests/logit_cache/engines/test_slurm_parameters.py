@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from logit_cache.engine_options import EngineOptions
-from logit_cache.job import CacheJob
-from logit_cache.slurm_parameters import array_parameters, minutes
+from logit_cache.caching.job import CacheJob
+from logit_cache.engines.options import EngineOptions
+from logit_cache.engines.slurm.parameters import array_parameters, minutes
 from storage.config import build_config
 from storage.errors import InputError
 

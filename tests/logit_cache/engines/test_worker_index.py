@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from logit_cache.ranks import Rank, rank_of
+from logit_cache.engines.worker_index import Rank, rank_of
 from storage.errors import InputError
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}

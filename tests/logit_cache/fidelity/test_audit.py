@@ -18,14 +18,15 @@ import pytest
 from support.caches.small import make_corpus, write_entry
 from support.commands import Run, refused
 
-import logit_cache.audit
-from logit_cache.audit import Audit, AuditJob, audit
-from logit_cache.build import score_shard
-from logit_cache.job import CacheJob, open_job
-from logit_cache.plan import windows
-from logit_cache.recompress import RecompressJob, recompress
-from logit_cache.replay import draw
-from logit_cache.this_process import run_local
+import logit_cache.fidelity.audit
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.prepare import open_job
+from logit_cache.caching.recompress import RecompressJob, recompress
+from logit_cache.caching.score_shard import score_shard
+from logit_cache.caching.windows import windows
+from logit_cache.engines.this_machine import run_local
+from logit_cache.fidelity.audit import Audit, AuditJob, audit
+from logit_cache.fidelity.rescore import draw
 from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
 from storage.errors import InputError, LogitCacheError
@@ -129,14 +130,14 @@ def test_where_the_second_model_does_not_fit_the_report_says_so(
     cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(cache, teacher, "half", dtype="bfloat16", attention="eager", batch_windows=5)
-    load = logit_cache.audit._load
+    load = logit_cache.fidelity.audit._load
 
     def smaller(job: AuditJob, entry: TeacherEntry, dtype: Any) -> Any:
         if dtype == "float32":
             raise InputError("does not fit on cuda")
         return load(job, entry, dtype)
 
-    monkeypatch.setattr(logit_cache.audit, "_load", smaller)
+    monkeypatch.setattr(logit_cache.fidelity.audit, "_load", smaller)
     found = check(cache, teacher, "half")
     assert not found.consistent
     assert "the rounding of bfloat16 could not be measured: does not fit on cuda" in found.execution

@@ -24,12 +24,13 @@ from support.jobs import cache_logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from logit_cache import fidelity
-from logit_cache.fidelity import is_wanted, measure
-from logit_cache.job import CacheJob, open_job
-from logit_cache.measures import FORWARDS, RESIDUALS, Measures, StoredRows
-from logit_cache.plan import windows
-from logit_cache.share import pull, push
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.prepare import open_job
+from logit_cache.caching.windows import windows
+from logit_cache.fidelity.measure import is_wanted, measure
+from logit_cache.fidelity.measure import measure as fidelity
+from logit_cache.fidelity.metrics import FORWARDS, RESIDUALS, Measures, StoredRows
+from logit_cache.sharing.push_pull import pull, push
 from storage import LogitCache, SparseTargets
 from storage.cache.verify import verify
 from storage.errors import CorruptCache, FormatError

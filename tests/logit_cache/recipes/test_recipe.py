@@ -19,11 +19,11 @@ import torch
 from support.commands import LIBRARY, Run, command, environment, refused
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import logit_cache.recipe as recipe_module
-from logit_cache.cli import cache_logits, main
-from logit_cache.probe import Machine, free_memory, probe
-from logit_cache.recipe import RecipeJob, RecipeRun
-from logit_cache.recipes import RECIPES, SCALES, Recipe, find_recipe
+from logit_cache.cli.main import cache_logits, main
+from logit_cache.recipes import run as recipe_module
+from logit_cache.recipes.machine import Machine, free_memory, probe
+from logit_cache.recipes.published import RECIPES, SCALES, Recipe, find_recipe
+from logit_cache.recipes.run import RecipeJob, RecipeRun
 from storage.errors import IdentityMismatch, InputError
 from student.cli import train_student
 from student.job import StudentJob

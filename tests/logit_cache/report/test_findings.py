@@ -19,14 +19,14 @@ import pytest
 from support import report_folders as invented
 from support.commands import ROOT, Run, refused
 
-from logit_cache.recipe_tables import cost_table, fidelity_table, kl_table, models_table
-from logit_cache.report import BreakEven, RecipeFindings, gather_recipe, pairs_mean
-from logit_cache.report_figures import held_out_points, mean_points, thinned
-from logit_cache.report_page import make_report
-from logit_cache.run_folders import HeldOut, Job, RecipeFolder, Scores, Sweep, TrainingRun, read_folder
-from logit_cache.run_tables import sorted_trials
-from logit_cache.spread import Spread, spread, t_quantile
-from logit_cache.verdict import pairs_sentences, verdicts
+from logit_cache.report.figures import held_out_points, mean_points, thinned
+from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe, pairs_mean
+from logit_cache.report.folders import HeldOut, Job, RecipeFolder, Scores, Sweep, TrainingRun, read_folder
+from logit_cache.report.page import make_report
+from logit_cache.report.recipe_tables import cost_table, fidelity_table, kl_table, models_table
+from logit_cache.report.run_tables import sorted_trials
+from logit_cache.report.statistics import Spread, spread, t_quantile
+from logit_cache.report.verdict import pairs_sentences, verdicts
 from student.evaluation.evaluate import EvaluationReport
 from student.job import StudentJob
 from student.report import HeldOutReport, TrainingReport
@@ -485,4 +485,4 @@ def test_the_template_is_part_of_the_package(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True, timeout=120
     )
     (wheel,) = tmp_path.glob("*.whl")
-    assert "logit_cache/templates/report.html" in zipfile.ZipFile(wheel).namelist()
+    assert "logit_cache/report/templates/report.html" in zipfile.ZipFile(wheel).namelist()

@@ -14,7 +14,7 @@ import pytest
 from support import report_folders as invented
 from support.commands import ROOT
 
-from logit_cache.report_page import make_report
+from logit_cache.report.page import make_report
 
 pytestmark = pytest.mark.browser
 

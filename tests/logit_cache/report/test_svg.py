@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from logit_cache.charts import Axis, Dot, Line, even_ticks, line_chart, log_ticks, scatter
+from logit_cache.report.svg import Axis, Dot, Line, even_ticks, line_chart, log_ticks, scatter
 
 
 def test_ticks_are_round() -> None:

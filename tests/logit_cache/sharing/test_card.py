@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 from support.caches.small import SHA, dense_targets, make_corpus, make_entry, write_entry
 from support.commands import TESTS
 
-import logit_cache.cli
-from logit_cache.card import card_text
+import logit_cache.cli.main
+from logit_cache.sharing.card import card_text
 from storage import LogitCache
 from storage.errors import InputError
 from storage.format.layout import stream_layout
@@ -203,7 +203,7 @@ def test_its_commands_parse(make: Any) -> None:
     assert [line.split()[:2] for line in lines] == [["logit-cache", "verify"], ["logit-cache", "audit"]]
     for line in lines:
         _, name, *arguments = shlex.split(line, comments=True)
-        command: click.Command = logit_cache.cli.main.commands[name]
+        command: click.Command = logit_cache.cli.main.main.commands[name]
         assert not command.make_context(name, arguments).args
 
 

@@ -19,8 +19,8 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from support.commands import environment, refused
 from support.servers.fake_hub import TOKEN, FakeHub
 
-from logit_cache.card import card_text
-from logit_cache.hub import parse_hub_url, push_to_hub
+from logit_cache.sharing.card import card_text
+from logit_cache.sharing.hub import parse_hub_url, push_to_hub
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.errors import CacheNotFound, InputError
@@ -30,14 +30,14 @@ URL = "hf://datasets/lab/cache"
 PUSH = """
 import sys
 from pathlib import Path
-from logit_cache.hub import push_to_hub
+from logit_cache.sharing.hub import push_to_hub
 from storage.errors import one_line_errors
 with one_line_errors():
     push_to_hub(Path(sys.argv[1]), sys.argv[2], lambda size: print(size))
 """
 COMMAND = """
 import sys
-from logit_cache.cli import main
+from logit_cache.cli.main import main
 main(sys.argv[1:])
 """
 READ = """

@@ -21,7 +21,7 @@ from support.commands import Run, command, environment, refused
 from support.servers.s3 import Bucket
 from support.signing_keys import Keys, write_key
 
-from logit_cache.share import pull, push
+from logit_cache.sharing.push_pull import pull, push
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.errors import CacheNotFound, CorruptCache, InputError

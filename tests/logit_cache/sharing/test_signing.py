@@ -19,7 +19,7 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from support.commands import command
 from support.signing_keys import Keys, write_key
 
-from logit_cache.signing import manifest_keys, sign, verify_signature
+from logit_cache.sharing.signing import manifest_keys, sign, verify_signature
 from storage.cache.verify import verify
 from storage.errors import CorruptCache, InputError
 

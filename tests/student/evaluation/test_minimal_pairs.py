@@ -21,7 +21,7 @@ from support.runs import job_in, make_world
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from logit_cache.cli import main
+from logit_cache.cli.main import main
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 from student.evaluation import held_out as evaluate

@@ -35,8 +35,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cases(world: Path, **environment: str) -> dict[tuple[Any, ...], dict[str, float]]:
-    done = processes(2, "import sys; from support.programs import fsdp_ranks; fsdp_ranks.gradients(sys.argv[1])", str(world / "train"),
-                     **PATHS, **environment)  # fmt: skip
+    code = "import sys; from support.programs import fsdp_ranks; fsdp_ranks.gradients(sys.argv[1])"
+    done = processes(2, code, str(world / "train"), **PATHS, **environment)
     assert [one.returncode for one in done] == [0, 0], done[0].stderr
     return {tuple(case): figures for *case, figures in map(json.loads, done[0].stdout.splitlines())}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from logit_cache.cli import cache_logits
+from logit_cache.cli.main import cache_logits
 
 
 def hook(shard: int, error: str, once: str) -> Any:
@@ -22,9 +22,9 @@ def hook(shard: int, error: str, once: str) -> Any:
     script."""
 
     def install() -> None:
-        import logit_cache.worker
+        import logit_cache.engines.worker
 
-        score = logit_cache.worker.score_shard
+        score = logit_cache.engines.worker.score_shard
 
         def faulty(opened: Any, number: int, progress: Any = None) -> Any:
             if number == shard and not (once and Path(once).exists()):
@@ -33,7 +33,7 @@ def hook(shard: int, error: str, once: str) -> Any:
                 raise RuntimeError(error)
             return score(opened, number, progress)
 
-        logit_cache.worker.score_shard = faulty
+        logit_cache.engines.worker.score_shard = faulty
 
     return install
 

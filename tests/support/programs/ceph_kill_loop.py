@@ -24,7 +24,7 @@ from support.programs.kill_loop import ARGUMENTS, NAME, call, fork, wait, wait_f
 from support.servers.s3 import Bucket, Server
 
 import storage.cache.leases
-from logit_cache.cli import cache_logits
+from logit_cache.cli.main import cache_logits
 from storage.cache.verify import verify
 
 

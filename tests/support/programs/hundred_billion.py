@@ -19,7 +19,7 @@ from support.caches.small import SHA, make_entry, stream_record
 from support.programs.billion import resident_bytes
 
 import storage.cache.reader
-from logit_cache.status import status_of
+from logit_cache.caching.status import status_of
 from storage.format.layout import group_metadata, metadata_bytes, teacher_arrays
 from storage.format.manifest import ATTRIBUTE, ObjectDigest, ShardReceipt, Windowing
 from storage.format.sealing import Record, digest, sealed, sealed_bytes

@@ -26,7 +26,7 @@ import transformers.models.gpt2.modeling_gpt2
 import zarr
 
 import teachers.huggingface.teacher  # noqa: F401
-from logit_cache.cli import cache_logits
+from logit_cache.cli.main import cache_logits
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.errors import IncompleteCache

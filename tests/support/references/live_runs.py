@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from support.caches.small import make_corpus
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from logit_cache.job import CacheJob, open_job
-from logit_cache.this_process import run_local
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.prepare import open_job
+from logit_cache.engines.this_machine import run_local
 from storage import LogitCache
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob

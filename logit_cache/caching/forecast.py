@@ -1,0 +1,318 @@
+"""What a caching job will take, from a short probe of the real teacher on the real text. Nothing is written.
+
+The probe does to a few pieces of the token stream, spread evenly over it, what `cache-logits` does to a shard: score,
+reduce, encode, compress, digest, by the same functions. The rest is arithmetic on the format::
+
+    bytes      chunks as they were compressed, and exactly: shard indices, receipts, their index, metadata
+    objects    one for each array and shard, a receipt for each shard, one zarr.json for each array and the entry
+    time       of a batch of windows, times the batches of a shard, and of encoding; on a CPU the two share the cores
+               and are added, on an accelerator encoding goes on beside it and the longer one counts
+    epochs     until the cache has paid for itself: caching / (live - cached), all per position; a student's step with
+               the teachers beside it and the same from the cache, without a student the teachers' forward alone
+
+A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import tracemalloc
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.prepare import PreparedJob, check_entry, prepare_job
+from logit_cache.caching.score_shard import score_range
+from logit_cache.caching.step_cost import Meter, StepCost, forward_cost, new_student, reading_cost, student_cost
+from logit_cache.caching.windows import windows
+from storage.errors import FormatError, InputError
+from storage.format.layout import COMPRESSION, entry_layout, group_metadata, metadata_bytes, teacher_arrays
+from storage.format.manifest import ATTRIBUTE, MAX_INDEX_BYTES, ArrayLayout, ReceiptIndex, ShardReceipt, TeacherEntry
+from storage.format.rules import broken_rule
+from storage.format.sealing import parse_json, sealed, sealed_bytes, unseal
+from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
+from storage.format.targets import SparseTargets
+from student.training.peak_memory import peak_device_bytes, peak_process_bytes
+
+Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
+
+_PIECES = 4
+_SHA = "0" * 64
+# Receipts of the index that is parsed to see what opening costs.
+_SAMPLE_INDEX = 32_768
+# Names of one page when a store lists a folder (S3).
+_PAGE = 1_000
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked beside the job: see `logit-cache plan`. `named`: the job's name was given, not made up."""
+
+    named: bool = False
+    tokens: int | None = None
+    workers: int = 1
+    runs: int = 1
+    epochs: float = 1.0
+    student: str | None = None
+    probe_windows: int | None = None
+
+
+@dataclass
+class Probe:
+    """What the pieces took. Meters hold seconds; `chunk_bytes` are those of all pieces' chunks, by array."""
+
+    entry: TeacherEntry
+    score: Meter
+    encode: Meter
+    positions: int = 0
+    windows: int = 0
+    batches: int = 0
+    pieces: int = 0
+    chunk_bytes: dict[str, int] = field(default_factory=dict)
+    receipt_bytes: int = 0
+    reading: float = 0.0
+    first: tuple[NDArray[np.int64], SparseTargets] | None = None
+
+    def bytes_per_position(self, name: str) -> float:
+        """Of an array, without shard indices."""
+        return self.chunk_bytes[name] / self.positions
+
+
+def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str, Any]:
+    """The whole prediction as JSON data. Seconds, bytes, positions; costs in seconds of what is paid for.
+
+    `progress` shows how far the probe is (`storage.progress.progress`). Raises what `cache-logits` would raise.
+    """
+    prepared = prepare_job(job)
+    loading = time.process_time()
+    if question.named:
+        check_entry(job, prepared.entry)
+    entry = _wanted_entry(job, prepared.entry, question.tokens)
+    if question.student is not None:
+        new_student(question.student, prepared.entry)  # only to see that it can be made, before anything takes long
+    probe = _probe(prepared, question.probe_windows, progress)
+    process_bytes, device_bytes = peak_process_bytes(), peak_device_bytes(prepared.teacher.device)
+    speed = _speed(probe, entry)
+    size = _size(probe, entry)
+    cpu_seconds = entry.positions * speed["cpu_seconds_per_token"] + question.workers * loading
+    row_bytes = entry.targets.k * (teacher_arrays(entry)["token_ids"].itemsize + 4) + 32
+    return {
+        "cache": job.cache,
+        "teachers": list(job.teacher),
+        "tokens": entry.positions,
+        "tokens_in_the_cache": prepared.entry.positions,
+        "entry": entry.model_dump(mode="json", include={"targets", "windowing", "encoding", "layout", "execution"}),
+        "probe": {
+            "device": str(prepared.teacher.device),
+            "positions": probe.positions,
+            "windows": probe.windows,
+            "pieces": probe.pieces,
+            "chunk_tokens": probe.entry.layout.chunk,
+            "seconds_scoring": probe.score.seconds,
+            "seconds_encoding": probe.encode.seconds,
+        },
+        "speed": speed,
+        "time": {
+            "workers": question.workers,
+            "hours": entry.positions / (3600 * question.workers * speed["positions_per_second"]),
+            "loading_cpu_seconds": loading,
+            "cpu_hours": cpu_seconds / 3600,
+        },
+        "size": size,
+        "opening": _opening(size["shards"], size["index_bytes"]),
+        "memory": {
+            "process_bytes": process_bytes,
+            "device_bytes": device_bytes,
+            "shard_rows_bytes": row_bytes * min(entry.layout.shard, entry.positions),
+        },
+        "break_even": _break_even(prepared, probe, question, speed, entry.positions),
+    }
+
+
+def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> TeacherEntry:
+    """The entry for a stream of another length, cut as cache-logits would cut it."""
+    if tokens is None:
+        return entry
+    try:
+        layout = entry_layout(tokens, job.k, job.stride, COMPRESSION[job.profile], job.shard_tokens, job.chunk_tokens)
+        layout.check_length(tokens)
+    except ValueError as error:
+        raise InputError(f"--tokens {tokens}: {error}: give larger --shard-tokens") from None
+    return entry.model_copy(update={"positions": tokens, "layout": layout})
+
+
+def _probe(prepared: PreparedJob, most_windows: int | None, progress: Progress) -> Probe:
+    cache, teacher, entry = prepared.cache, prepared.teacher, prepared.entry
+    piece, number, probed = _pieces(entry, most_windows)
+    specs = teacher_arrays(probed)
+    slots = max(1, entry.positions // piece)
+    number = min(number, slots)
+    chosen = [(2 * i + 1) * slots // (2 * number) for i in range(number)]
+    probe = Probe(probed, Meter(teacher.device), Meter(teacher.device), chunk_bytes=dict.fromkeys(specs, 0))
+    starts = cache.document_starts if entry.windowing.isolate_documents else None
+    # What the first pass has to set up is no part of the others.
+    begin = chosen[0] * piece
+    warm = begin + probed.execution.batch_windows * entry.windowing.stride_tokens
+    score_range(cache, teacher, probed, begin, min(warm, begin + piece, entry.positions))
+    with progress("probe", number * piece, "positions") as advance:
+        for slot in chosen:
+            start, stop = slot * piece, min((slot + 1) * piece, entry.positions)
+            with probe.score.running():
+                targets = score_range(cache, teacher, probed, start, stop, advance)
+            with probe.encode.running():
+                broken = broken_rule(targets, probed)
+                if broken:
+                    raise FormatError(f"{cache.url}: the positions {start}..{stop} could not be stored: {broken}")
+                values = shard_values(probed, targets)
+                objects = encode_objects(specs, slot, values)
+                digests = {name: object_digest(specs[name], data) for name, data in objects.items()}
+                statistics = shard_statistics(targets)
+            count = sum(1 for _ in windows(start, stop, entry.positions, entry.windowing, starts))
+            probe.positions += stop - start
+            probe.windows += count
+            probe.batches += -(-count // probed.execution.batch_windows)
+            probe.pieces += 1
+            for name, data in objects.items():
+                probe.chunk_bytes[name] += len(data) - specs[name].index_bytes
+            if probe.first is None:
+                receipt = ShardReceipt(
+                    record_sha256=_SHA, shard=slot, start=start, stop=stop, objects=digests, statistics=statistics,
+                    seconds=round(probe.score.seconds, 3), written_at="2026-01-01T00:00:00+00:00", host="a-host",
+                )  # fmt: skip
+                probe.receipt_bytes = len(sealed_bytes(receipt))
+                tokens = cache.tokens.read(start, min(stop + 1, entry.positions)).astype(np.int64)
+                probe.first = tokens, targets
+                probe.reading = reading_cost(specs, objects, stop - start)
+    return probe
+
+
+def _pieces(entry: TeacherEntry, most_windows: int | None) -> tuple[int, int, TeacherEntry]:
+    """Positions of a piece, how many of them, and the entry as the probe makes it: a piece is a shard of it."""
+    layout, stride, batch = entry.layout, entry.windowing.stride_tokens, entry.execution.batch_windows
+    piece = min(layout.shard, max(1, -(-batch * stride // layout.chunk)) * layout.chunk)
+    wanted = _PIECES * piece if most_windows is None else most_windows * stride
+    if wanted >= piece:
+        return piece, wanted // piece, _cut(entry, piece, layout.chunk, batch)
+    # Fewer windows than a piece has: smaller chunks, which compress a little worse.
+    number = min(_PIECES, wanted // stride)
+    each = wanted // stride // number
+    return each * stride, number, _cut(entry, each * stride, each * stride, min(batch, each))
+
+
+def _cut(entry: TeacherEntry, shard: int, chunk: int, batch: int) -> TeacherEntry:
+    layout = ArrayLayout(shard=shard, chunk=chunk, compression=entry.layout.compression)
+    execution = entry.execution.model_copy(update={"batch_windows": batch})
+    return entry.model_copy(update={"layout": layout, "execution": execution})
+
+
+def _speed(probe: Probe, entry: TeacherEntry) -> dict[str, float]:
+    """Per position of the entry: a shard's windows make whole batches, the last one filled up."""
+    shard = min(entry.layout.shard, entry.positions)
+    batches = math.ceil(probe.windows / probe.positions * shard / probe.entry.execution.batch_windows)
+    passes = batches * probe.positions / (probe.batches * shard)  # of this entry, for each of the probe's
+    score, encode = probe.score.seconds * passes / probe.positions, probe.encode.seconds / probe.positions
+    seconds = score + encode if probe.score.device.type == "cpu" else max(score, encode)
+    cpu = (probe.score.cpu_seconds * passes + probe.encode.cpu_seconds) / probe.positions
+    paid = cpu if probe.score.device.type == "cpu" else seconds
+    return {"positions_per_second": 1 / seconds, "cpu_seconds_per_token": cpu, "paid_seconds_per_token": paid}
+
+
+def _size(probe: Probe, entry: TeacherEntry) -> dict[str, Any]:
+    """Bytes and numbers of everything that the finished entry has, its fidelity report left out."""
+    specs = teacher_arrays(entry)
+    shards = next(iter(specs.values())).shards
+    full = min(entry.layout.shard, entry.positions)
+    arrays = {
+        name: probe.bytes_per_position(name) * entry.positions + shards * spec.index_bytes
+        for name, spec in specs.items()
+    }
+    largest = max(specs, key=lambda name: probe.bytes_per_position(name))
+    one, two = (len(sealed_bytes(_index(number, probe, round(sum(arrays.values()))))) for number in (1, 2))
+    index = one + (two - one) * (shards - 1)
+    records = [metadata_bytes(spec.metadata()) for spec in specs.values()]
+    records.append(metadata_bytes(group_metadata({ATTRIBUTE: sealed(entry)})))
+    total = sum(arrays.values()) + shards * probe.receipt_bytes + index + sum(map(len, records))
+    return {
+        "bytes": round(total),
+        "bytes_per_token": total / entry.positions,
+        "array_bytes": {name: round(count) for name, count in arrays.items()},
+        "receipts_bytes": shards * probe.receipt_bytes,
+        "index_bytes": index,
+        "shards": shards,
+        "receipts": shards,
+        "objects": shards * len(specs),
+        "files": shards * (len(specs) + 1) + len(records) + 1,
+        "largest_object_bytes": round(probe.bytes_per_position(largest) * full) + specs[largest].index_bytes,
+        "largest_object_bound_bytes": max(spec.most_object_bytes for spec in specs.values()),
+    }
+
+
+def _index(receipts: int, probe: Probe, object_bytes: int) -> ReceiptIndex:
+    assert probe.first is not None
+    return ReceiptIndex(
+        record_sha256=_SHA, receipts=(_SHA,) * receipts, object_bytes=object_bytes,
+        statistics=shard_statistics(probe.first[1]), seconds=1234.567,
+    )  # fmt: skip
+
+
+def _opening(shards: int, index_bytes: int) -> dict[str, Any]:
+    """What a reader of the complete entry spends on its index of receipts, by a small one; and before there is one."""
+    number = min(shards, _SAMPLE_INDEX)
+    data = sealed_bytes(ReceiptIndex(record_sha256=_SHA, receipts=(_SHA,) * number, object_bytes=0))
+
+    def read() -> None:
+        unseal(ReceiptIndex, parse_json(data, "the index", MAX_INDEX_BYTES), "the index")
+
+    read()
+    began = time.process_time()
+    read()
+    seconds = time.process_time() - began
+    tracemalloc.start()
+    read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {
+        "index_bytes": index_bytes,
+        "cpu_seconds": seconds * shards / number,
+        "memory_bytes": round((peak + len(data)) * shards / number),
+        "listing_requests_while_incomplete": -(-shards // _PAGE),
+    }
+
+
+def _break_even(
+    prepared: PreparedJob, probe: Probe, question: Question, speed: dict[str, float], positions: int
+) -> dict[str, Any]:
+    """Caching and reading against teachers beside the student, in hours of what is paid for."""
+    assert probe.first is not None
+    tokens, targets = probe.first
+    entry, teacher = probe.entry, prepared.teacher
+    length = min(entry.windowing.context_tokens, len(tokens))
+    count = min(entry.execution.batch_windows, len(tokens) // length)
+    forward = forward_cost(teacher, tokens[: count * length].reshape(count, length))
+    step: StepCost | None = None
+    cached, live = probe.reading, forward
+    if question.student is not None:
+        whole = targets.rows(targets.start, targets.start + len(tokens) - 1)
+        step = student_cost(question.student, teacher, prepared.entry, tokens, whole)
+        cached, live = step.cached + probe.reading, step.live
+    caching = speed["paid_seconds_per_token"]
+    epochs = question.runs * question.epochs
+    hours = positions / 3600
+    return {
+        "paid_for": "processor time" if teacher.device.type == "cpu" else f"time of {teacher.device}",
+        "teacher_forward_seconds_per_token": forward,
+        "reading_cpu_seconds_per_token": probe.reading,
+        "student": None if step is None else asdict(step),
+        "runs": question.runs,
+        "epochs": question.epochs,
+        "caching_hours": caching * hours,
+        "cached_hours": (caching + epochs * cached) * hours,
+        "live_hours": epochs * live * hours,
+        "epochs_until_paid": caching / (live - cached) if live > cached else None,
+    }

@@ -1,0 +1,242 @@
+"""A caching job made ready: its cache, teachers and entry loaded and checked, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from storage.cache.inventory import ROOT_KEY
+from storage.cache.reader import LogitCache
+from storage.cache.records import read_record, teacher_folder
+from storage.cache.writer import EntryWriter, refuse_other
+from storage.errors import CacheNotFound, IdentityMismatch, InputError
+from storage.format.identity import differing_entries
+from storage.format.layout import COMPRESSION, entry_layout
+from storage.format.manifest import Encoding, Execution, TeacherEntry, Versions, Windowing
+from storage.stores import open_store
+
+if TYPE_CHECKING:
+    from teachers.base import Teacher
+    from teachers.huggingface.teacher import HuggingFaceTeacher
+    from teachers.ranks import Ranks
+from logit_cache.caching.job import CacheJob
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job that has passed every check, before anything is written; `entry` is what it would make, or go on with."""
+
+    cache: LogitCache
+    teacher: Teacher
+    entry: TeacherEntry
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job whose inputs have been checked: ready to build shards."""
+
+    cache: LogitCache
+    teacher: Teacher
+    writer: EntryWriter
+
+
+def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFaceTeacher, ...]:
+    """The job's teachers on their devices, checked as far as that goes without a token stream.
+
+    ranks: the processes of a tensor-parallel job, all of which call this.
+    Raises InputError, and IdentityMismatch for members of an ensemble whose tokenizers differ.
+    """
+    from teachers.huggingface.device_map import DeviceMap
+    from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
+
+    if job.tensor_parallel and ranks is None:
+        raise InputError(
+            "--tensor-parallel is for cache-logits itself, started by torchrun: leave it out here, or use --device-map"
+        )
+    device_type, dtype = _device_and_dtype(job)
+    teachers = tuple(
+        HuggingFaceTeacher.load(
+            source,
+            dtype=dtype,
+            device=device_type if job.device == "auto" else job.device,
+            revision=revision or None,
+            attention=job.attention,
+            trust_remote_code=job.trust_remote_code,
+            # Members hold a chunk of logits each, all at the same time.
+            logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
+            device_map=DeviceMap(job.device_map, job.max_memory, job.offload) if job.device_map else None,
+            ranks=ranks,
+            on_message=None if ranks is None or ranks.rank == 0 else _say_nothing,
+        )
+        for source, revision in zip(job.teacher, job.revision or ("",) * len(job.teacher), strict=True)
+    )
+    for source, teacher in zip(job.teacher, teachers, strict=True):
+        teacher.check_context(job.context_tokens)
+        if job.k > teacher.head_columns:
+            raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
+    named = [(source, teacher.vocabulary()) for source, teacher in zip(job.teacher, teachers, strict=True)]
+    known = [(source, vocabulary) for source, vocabulary in named if vocabulary is not None]
+    for source, vocabulary in known[1:]:
+        _check_vocabulary(
+            known[0][1], vocabulary, source, known[0][0], "Members of an ensemble must share their tokenizer's ids."
+        )
+    return teachers
+
+
+def _say_nothing(message: str) -> None:
+    """What rank 0 remarks need not be said by the others."""
+
+
+def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> OpenJob:
+    """Check everything that can be wrong, load the teachers unless given, then create the entry or go on with it.
+
+    Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
+    """
+    prepared = prepare_job(job, teachers)
+    return OpenJob(prepared.cache, prepared.teacher, open_writer(job, prepared.entry))
+
+
+def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
+    """Raise IdentityMismatch where the cache has another entry under the job's name."""
+    stored = _stored_entry(job)
+    if stored is not None:
+        refuse_other(open_store(job.cache), job.name, stored, entry)
+
+
+def check_stream(job: CacheJob) -> LogitCache:
+    """The job's cache, after the checks that need no teacher. Raises InputError, CacheNotFound."""
+    cache = LogitCache.open(job.cache)
+    vocabulary_size = cache.vocabulary_size
+    if job.k > vocabulary_size:
+        raise InputError(
+            f"--k {job.k} is larger than the vocabulary of {job.cache} ({vocabulary_size} ids): "
+            f"give at most {vocabulary_size}"
+        )
+    missing = cache.missing_tokens()
+    if missing:
+        raise InputError(
+            f"{job.cache}: its token stream is not complete ({missing[0][0]}..{missing[-1][1]} is missing): "
+            f"run the same logit-cache tokenize command again first"
+        )
+    return cache
+
+
+def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> PreparedJob:
+    """The checks of `open_job`, but for the one against an entry of that name, and what follows from them.
+
+    Writes nothing.
+    """
+    from teachers.batch_size import choose_batch_windows
+
+    cache = check_stream(job)
+    vocabulary_size = cache.vocabulary_size
+    try:
+        layout = entry_layout(
+            cache.record.corpus.positions,
+            job.k,
+            job.stride,
+            COMPRESSION[job.profile],
+            job.shard_tokens,
+            job.chunk_tokens,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    teacher = _one_teacher(job, cache, teachers or load_teachers(job))
+    entry = TeacherEntry(
+        positions=cache.record.corpus.positions,
+        vocabulary_size=vocabulary_size,
+        stream_sha256=cache.record.corpus.stream_sha256,
+        tokenizer_fingerprint=cache.record.tokenizer.fingerprint,
+        teacher=teacher.identity,
+        targets=job.stored_targets(),
+        windowing=Windowing(
+            context_tokens=job.context_tokens, stride_tokens=job.stride, isolate_documents=job.isolate_documents
+        ),
+        encoding=Encoding(
+            kind=job.encoding,
+            step_nats=job.step_nats if job.encoding == "codes" else None,
+            mantissa_bits=12 if job.encoding == "codes" else 23,
+        ),
+        layout=layout,
+        execution=Execution(
+            device_type=teacher.device.type,
+            batch_windows=job.batch_windows
+            or _recorded_batch_windows(job)
+            or choose_batch_windows(teacher, job.context_tokens),
+            attention=teacher.attention,
+            head=teacher.head,
+            tensor_parallel=None if teacher.shard is None else teacher.shard.ranks.size,
+        ),
+        created_with=Versions.of_this_process(),
+    )
+    return PreparedJob(cache, teacher, entry)
+
+
+def open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
+    """Create the entry that a prepared job would make, or go on with it. Raises IdentityMismatch."""
+    try:
+        return EntryWriter.open(job.cache, job.name, entry)
+    except IdentityMismatch:
+        recorded = _recorded_batch_windows(job)
+        if job.batch_windows is not None or recorded in (None, entry.execution.batch_windows):
+            raise
+    # Another worker made the entry at this moment, and its device made it choose otherwise.
+    execution = entry.execution.model_copy(update={"batch_windows": recorded})
+    return EntryWriter.open(job.cache, job.name, entry.model_copy(update={"execution": execution}))
+
+
+def _recorded_batch_windows(job: CacheJob) -> int | None:
+    """The batch of an entry that is there already; None where there is none."""
+    stored = _stored_entry(job)
+    return None if stored is None else stored.execution.batch_windows
+
+
+def _stored_entry(job: CacheJob) -> TeacherEntry | None:
+    try:
+        return read_record(open_store(job.cache), f"{teacher_folder(job.name)}{ROOT_KEY}", TeacherEntry)
+    except CacheNotFound:
+        return None
+
+
+def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
+    import torch
+
+    device = job.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # float32 on a CPU, where bfloat16 is often emulated; bfloat16 where it is what the hardware is built for.
+    return device, job.dtype if job.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
+
+
+def _one_teacher(job: CacheJob, cache: LogitCache, teachers: Sequence[HuggingFaceTeacher]) -> Teacher:
+    """The teacher, or the ensemble of them, after a check that each can score the ids of the cache.
+
+    A model without tokenizer files can only be checked by its head.
+    """
+    from logit_cache.corpus.tokenizer import cache_vocabulary
+    from teachers.ensemble import EnsembleTeacher
+
+    vocabulary_size, ours = cache.vocabulary_size, None
+    for source, teacher in zip(job.teacher, teachers, strict=True):
+        if teacher.head_columns < vocabulary_size:
+            raise InputError(
+                f"{source}: its head has {teacher.head_columns} columns, the tokenizer of {job.cache} has "
+                f"{vocabulary_size} ids; a teacher must be able to score every id: use the teacher that this "
+                f"tokenizer belongs to, or make a cache with the teacher's tokenizer"
+            )
+        theirs = teacher.vocabulary()
+        if theirs is not None:
+            ours = ours or cache_vocabulary(cache)
+            remedy = f"Make a cache with this teacher's tokenizer: logit-cache tokenize --tokenizer {source}"
+            _check_vocabulary(ours, theirs, source, job.cache, remedy)
+    if job.combine is None:
+        return teachers[0]
+    return EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)
+
+
+def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int], source: str, other: str, remedy: str) -> None:
+    if ours != theirs:
+        raise IdentityMismatch(
+            f"{source}: its tokenizer is not the one of {other}", differing_entries(ours, theirs), remedy
+        )

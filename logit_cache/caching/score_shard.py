@@ -1,0 +1,164 @@
+"""One shard of one teacher entry: windows → logits → sparse targets.
+
+Legend: `B` windows in a batch, `C` context tokens, `R` scored rows of a batch, `K` stored ids.
+
+`score_shard` is a pure function of the job and the shard: the composition and shape of every batch follow from the
+shard alone (the last batch is filled up with windows that score nothing), because half-precision results change with
+the batch's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from logit_cache.caching.pipeline import HostCopies
+from logit_cache.caching.prepare import OpenJob
+from logit_cache.caching.windows import Window, windows
+from storage.cache.reader import LogitCache
+from storage.errors import InputError
+from storage.format.encoding import logprob_floor, token_id_dtype
+from storage.format.manifest import TeacherEntry
+from storage.format.pruning import prune
+from storage.format.targets import SparseTargets
+from teachers.base import Teacher
+from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
+from teachers.reduction.varopt import Sampling, random_bits
+
+# The token that fills windows up to their shape; causal models never look at it from a scored position.
+_FILL_TOKEN = 0
+
+
+def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
+    """The targets of a shard's positions, with exact log-probs, on the CPU."""
+    entry = opened.writer.entry
+    start, stop = entry.layout.shard_range(shard, entry.positions)
+    return score_range(opened.cache, opened.teacher, entry, start, stop, progress)
+
+
+def score_range(
+    cache: LogitCache,
+    teacher: Teacher,
+    entry: TeacherEntry,
+    start: int,
+    stop: int,
+    progress: Callable[[int], None] | None = None,
+) -> SparseTargets:
+    """The targets of the positions `start .. stop` of an entry, which need not be there; see `score_shard`."""
+    starts = cache.document_starts if entry.windowing.isolate_documents else None
+    rows = _Rows(entry, start, stop)
+    copies = HostCopies(teacher.device, rows.put)
+    plan = windows(start, stop, entry.positions, entry.windowing, starts)
+    while batch := list(islice(plan, entry.execution.batch_windows)):
+        low = min(window.start for window in batch)
+        high = min(max(window.stop for window in batch) + 1, entry.positions)
+        tokens = cache.tokens.read(low, high).astype(np.int64)
+        done = _score_batch(entry, teacher, batch, tokens, low, rows, copies)
+        if progress is not None:
+            progress(done)
+    copies.finish()
+    return rows.targets()
+
+
+def _score_batch(
+    entry: TeacherEntry,
+    teacher: Teacher,
+    batch: list[Window],
+    tokens: NDArray[np.int64],
+    low: int,
+    rows: _Rows,
+    copies: HostCopies,
+) -> int:
+    """Score one batch of windows; tokens [high - low] are the stream from position `low` on."""
+    context = entry.windowing.context_tokens
+    inputs = np.full((entry.execution.batch_windows, context), _FILL_TOKEN, dtype=np.int64)
+    indices, positions, labels = [], [], []
+    for number, window in enumerate(batch):
+        inputs[number, : window.stop - window.start] = tokens[window.start - low : window.stop - low]
+        scored = np.arange(window.first, window.last)
+        indices.append(number * context + scored - window.start)
+        positions.append(scored)
+        following = np.minimum(scored + 1, low + len(tokens) - 1)
+        labels.append(np.where(scored + 1 < window.end, tokens[following - low], -1))
+    position = np.concatenate(positions)
+    label = torch.from_numpy(np.concatenate(labels)).to(teacher.device)
+    index = torch.from_numpy(np.concatenate(indices)).to(teacher.device)
+    done = 0
+    for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
+        chunk = slice(done, done + len(logits))
+        try:
+            # The logits may be on another device than the windows were.
+            sampling = rows.sampling(position[chunk], logits.device)
+            fixed = (logits, entry.vocabulary_size, entry.targets.k, label[chunk].to(logits.device), rows.floor)
+            if sampling is None:
+                reduced = reduce_topk(*fixed, teacher.shard)
+            else:
+                reduced = reduce_varopt(*fixed, sampling, teacher.shard)
+        except InvalidLogits as error:
+            members = entry.teacher.members
+            raise InputError(
+                f"teacher {' + '.join(member.source for member in members)}: at position "
+                f"{position[done + error.row]} its logits have no softmax ({error.found}); it diverged, or overflowed "
+                f"in {members[0].dtype}: try --dtype float32 and another --name, or check its weights"
+            ) from None
+        copies.add(position[chunk], reduced.to(teacher.device))
+        done += len(logits)
+    assert done == len(position), "a teacher yields one row of logits per scored row"
+    return done
+
+
+class _Rows:
+    """The arrays of a shard, filled row by row."""
+
+    def __init__(self, entry: TeacherEntry, start: int, stop: int) -> None:
+        count, k = stop - start, entry.targets.k
+        self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
+        self._start = start
+        self._wanted = entry.targets
+        varopt = entry.targets.method == "varopt"
+        self._random = random_bits(entry.targets.seed or 0, start, stop) if varopt else None
+        self._token_ids = np.empty((count, k), dtype=token_id_dtype(entry.vocabulary_size))
+        self._certain = np.empty(count, dtype=np.uint16)
+        self._logprobs = np.empty((count, k), dtype=np.float32)
+        self._floats = {
+            name: np.empty(count, dtype=np.float32)
+            for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")
+        }
+
+    def sampling(self, position: NDArray[Any], device: torch.device) -> Sampling | None:
+        """How the rows of some positions (absolute) are sampled; None for top-k."""
+        if self._random is None:
+            return None
+        random = torch.from_numpy(self._random[position - self._start]).to(device)
+        return Sampling(self._wanted.temperature, self._wanted.head_ids or 0, random)
+
+    def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
+        """Store the rows of some positions (absolute, ascending), which are on the CPU."""
+        at = position - self._start
+        self._token_ids[at] = reduced.token_ids.numpy()
+        self._certain[at] = reduced.certain.numpy()
+        self._logprobs[at] = reduced.logprobs.numpy()
+        for name, values in self._floats.items():
+            values[at] = getattr(reduced, name).numpy()
+
+    def targets(self) -> SparseTargets:
+        """The rows as a record: every column is kept, unless rows are cut at a mass."""
+        k = self._wanted.k
+        targets = SparseTargets(
+            start=self._start,
+            token_ids=self._token_ids,
+            kept=np.full(len(self._token_ids), k, dtype=np.uint16),
+            certain=self._certain,
+            top_logprob=self._logprobs[:, 0].copy(),
+            exact_logprobs=self._logprobs,
+            log_tail=self._floats["log_tail"],
+            log_tail_half=self._floats["log_tail_half"],
+            label_logprob=self._floats["label_logprob"],
+            entropy=self._floats["entropy"],
+        )
+        return targets if self._wanted.top_p is None else prune(targets, k, self._wanted.top_p, self.floor)

@@ -1,0 +1,410 @@
+"""How far a caching job is, and how fast, from the store alone: names of receipts, and a few receipts themselves.
+
+Nobody is asked but the store, so this works beside any number of workers, and after they have ended. What it costs is
+bounded, whatever the cache's size::
+
+    complete entry     its index of receipts says so: one small read (a large index is only looked at, not read)
+    otherwise          the names in the folder of receipts, once, as they come: a byte of memory for each shard
+    receipts           the newest 64, by the times that the store gives to their files; more, up to 1,024, only where
+                       so many workers commit that 64 receipts are the work of a moment
+    claims, failures   their names come with those of the receipts; at most 256 claims are looked at, and 8 failures
+    begun shards       the names in one array's folder; not looked at in entries of more than 100,000 shards
+
+Legend: a receipt says when its shard was committed (to the second, by its worker's clock) and how many seconds the
+worker took for it, from its first window to its receipt.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logit_cache.caching.job import CacheJob
+from storage.cache.failures import FailedShard, Failures, failed_shard
+from storage.cache.leases import claimed_shard, claims_in
+from storage.cache.reader import LogitCache
+from storage.cache.receipts import Receipts
+from storage.errors import CacheNotFound, CorruptCache, InputError
+from storage.format.manifest import ShardReceipt
+from storage.format.sealing import unseal
+
+_RECEIPTS, _MOST_RECEIPTS = 64, 1_024
+_AT_ONCE = 16
+_MOST_SHARDS_LISTED = 100_000
+_MOST_CLAIMS, _MOST_FAILURES = 256, 8
+# An index up to this length is read and checked whole: 240,000 shards.
+_WHOLE_INDEX_BYTES = 16 << 20
+_INDEX_TAIL_BYTES = 4_096
+# An entry is thought to stand still after so many shard times without a commit, and not before so many seconds.
+_PATIENCE_SHARDS, _PATIENCE_S = 5.0, 60.0
+
+State = Literal["complete", "in progress", "stalled", "not begun", "not known"]
+Known = dict[str, ShardReceipt]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a receipt says of the work: committed at `time` (seconds since 1970) after `seconds` of one worker."""
+
+    time: float
+    positions: int
+    seconds: float
+    host: str
+
+
+@dataclass(frozen=True)
+class HostStatus:
+    """Commits of one host among the recent ones; `positions_per_second` of one of its workers, by its own seconds."""
+
+    host: str
+    shards: int
+    last_commit: str
+    positions_per_second: float | None
+
+
+@dataclass(frozen=True)
+class EntryStatus:
+    """One teacher entry. None is what the store does not show, or what nothing was committed for yet.
+
+    shards_in_flight      shards that a worker holds a claim on at this moment, where the place keeps claims
+    shards_failed         shards that were given up and not committed since; failed: the first few of them
+    shards_begun          shards with objects or a writer's temporary files, and no receipt: being written at this
+                          moment, or left by a worker that was killed
+    positions_per_second  of all workers together, over the recent commits; `..._per_worker` by their own seconds
+    seconds_left          at that rate
+    shard_seconds         that a shard takes its worker, the median of the recent ones
+    receipts_read         how many receipts the figures rest on
+    """
+
+    name: str
+    state: State
+    complete: bool
+    positions: int
+    positions_done: int | None
+    share: float | None
+    shards: int
+    shards_done: int | None
+    shards_missing: int | None
+    shards_begun: int | None
+    shards_in_flight: int | None = 0
+    shards_failed: int | None = 0
+    failed: tuple[FailedShard, ...] = ()
+    positions_per_second: float | None = None
+    positions_per_second_per_worker: float | None = None
+    seconds_left: float | None = None
+    shard_seconds: float | None = None
+    last_commit: str | None = None
+    seconds_since_last_commit: float | None = None
+    hosts: tuple[HostStatus, ...] = ()
+    receipts_read: int = 0
+
+
+def status_of(url: str, names: Sequence[str], now: float, known: Known | None = None) -> list[EntryStatus]:
+    """The status of some entries of a cache, or of all. `now` is in seconds since 1970.
+
+    `known` keeps receipts from one call to the next, as they do not change. Raises CacheNotFound, and CorruptCache for
+    a damaged receipt.
+    """
+    cache = LogitCache.open(url)
+    kept: Known = {} if known is None else known
+    return [_entry_status(cache.teacher(name).receipts, name, now, kept) for name in names or cache.teachers]
+
+
+def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> EntryStatus:
+    first, shards = receipts.first_array, receipts.shards
+    positions, size = first.shape[0], first.layout.shard
+    begun: int | None = 0
+    notes = _Notes()
+    covered, done = positions, shards
+    if _is_complete(receipts):
+        # Workers take shards in their order, so the last numbers hold every worker's last one.
+        newest = list(range(shards - 1, max(-1, shards - 1 - _RECEIPTS), -1))
+    else:
+        try:
+            committed, newest, notes = _survey(receipts)
+        except InputError:  # a plain web server
+            return EntryStatus(name, "not known", False, positions, None, None, shards, None, None, None, None, None)
+        done = int(committed.sum())
+        # The last shard may be shorter.
+        covered = done * size - int(committed[-1]) * (size * shards - positions)
+        begun = _begun(receipts, committed)
+    in_flight = _held(receipts, notes.claims)
+    found, read = _recent_commits(receipts, newest, known)
+    bare = EntryStatus(
+        name=name,
+        state="complete" if done == shards else "in progress" if done or begun or in_flight else "not begun",
+        complete=done == shards,
+        positions=positions,
+        positions_done=covered,
+        share=covered / positions,
+        shards=shards,
+        shards_done=done,
+        shards_missing=shards - done,
+        shards_begun=begun,
+        shards_in_flight=in_flight,
+        shards_failed=len(notes.failed),
+        failed=_notes_of(receipts, notes.failed),
+        receipts_read=read,
+    )
+    return _with_commits(bare, found, now) if found else bare
+
+
+def _with_commits(bare: EntryStatus, found: list[Commit], now: float) -> EntryStatus:
+    last = found[-1].time
+    since = max(0.0, now - last)
+    rate = joint_rate(found)
+    stalled = not bare.complete and not bare.shards_in_flight and since > patience(found)
+    assert bare.positions_done is not None
+    return replace(
+        bare,
+        state="stalled" if stalled else bare.state,
+        positions_per_second=rate,
+        positions_per_second_per_worker=_own_rate(found),
+        seconds_left=None if bare.complete or not rate else (bare.positions - bare.positions_done) / rate,
+        shard_seconds=median(commit.seconds for commit in found) or None,
+        last_commit=_iso(last),
+        seconds_since_last_commit=since,
+        hosts=_hosts(found),
+    )
+
+
+def _is_complete(receipts: Receipts) -> bool:
+    """Whether the index is there. A large one takes seconds and much memory to parse, so it is only recognised."""
+    size = receipts.store.size(receipts.index_key)
+    if size is not None and size > _WHOLE_INDEX_BYTES:
+        (tail,) = receipts.store.read_ranges(receipts.index_key, [(size - _INDEX_TAIL_BYTES, size)])
+        if receipts.record_sha256.encode() in tail:
+            return True
+    return receipts.index is not None
+
+
+@dataclass
+class _Notes:
+    """What lies beside the receipts: shards with a claim, and shards that were given up."""
+
+    claims: list[int] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+
+
+def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
+    """Which shards have a receipt, and those that were written last by the store's own times, newest first.
+
+    Where it gives none, the ones with the highest numbers. And the notes on shards that have no receipt.
+    """
+    committed = np.zeros(receipts.shards, dtype=bool)
+    newest: list[tuple[float, int]] = []
+    notes = _Notes()
+    for name, written in receipts.store.listing(receipts.folder):
+        shard = receipts.shard_of(name)
+        if shard is None:
+            for noted, into in ((claimed_shard(name), notes.claims), (failed_shard(name), notes.failed)):
+                if noted is not None and noted < receipts.shards:
+                    into.append(noted)
+            continue
+        committed[shard] = True
+        item = (written or 0.0, shard)
+        if len(newest) < _MOST_RECEIPTS:
+            heapq.heappush(newest, item)
+        else:
+            heapq.heappushpop(newest, item)
+    notes.claims = sorted(shard for shard in notes.claims if not committed[shard])
+    notes.failed = sorted(shard for shard in notes.failed if not committed[shard])
+    return committed, [shard for _, shard in sorted(newest, reverse=True)], notes
+
+
+def _held(receipts: Receipts, claimed: Sequence[int]) -> int:
+    """How many of some claims somebody holds: a killed worker leaves some behind."""
+    claims = claims_in(receipts.store, receipts.folder)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return sum(pool.map(claims.is_held, claimed[:_MOST_CLAIMS])) + len(claimed[_MOST_CLAIMS:])
+
+
+def _notes_of(receipts: Receipts, failed: Sequence[int]) -> tuple[FailedShard, ...]:
+    failures = Failures(receipts.store, receipts.folder)
+    return tuple(note for note in map(failures.read, failed[:_MOST_FAILURES]) if note is not None)
+
+
+def _begun(receipts: Receipts, committed: NDArray[np.bool_]) -> int | None:
+    if receipts.shards > _MOST_SHARDS_LISTED:
+        return None
+    shards = set()
+    # A writer begins with the first array; below its name, a shard is an object or a folder.
+    folder = f"{receipts.folder.removesuffix('receipts')}{receipts.first_array.name}/c"
+    for name, _ in receipts.store.listing(folder):
+        number = name.partition(".")[0]
+        if number.isdecimal() and int(number) < receipts.shards and not committed[int(number)]:
+            shards.add(int(number))
+    return len(shards)
+
+
+def _recent_commits(receipts: Receipts, newest: Sequence[int], known: Known) -> tuple[list[Commit], int]:
+    """The last commits without a long pause between them, oldest first, and how many receipts were looked at.
+
+    With few workers 64 receipts are many shard times; with more of them than that, they would be less than one.
+    """
+    count = _RECEIPTS
+    while True:
+        commits = sorted(_commits(receipts, newest[:count], known), key=lambda commit: commit.time)
+        recent = without_pauses(commits)
+        span = recent[-1].time - recent[0].time if recent else 0.0
+        enough = len(recent) < len(commits) or not recent or span >= 3 * median(item.seconds for item in recent)
+        if enough or count >= len(newest):
+            return recent, min(count, len(newest))
+        count *= 4
+
+
+def _commits(receipts: Receipts, shards: Sequence[int], known: Known) -> Iterable[Commit]:
+    # A receipt that was seen is not asked for again: only a repair makes a shard's receipt anew.
+    wanted = [shard for shard in shards if receipts.store.where(receipts.key(shard)) not in known]
+    with ThreadPoolExecutor(1 if receipts.store.local_path is not None else _AT_ONCE) as pool:
+        for receipt in pool.map(lambda shard: _receipt(receipts, shard), wanted):
+            if receipt is not None:
+                known[receipts.store.where(receipts.key(receipt.shard))] = receipt
+    for shard in shards:
+        receipt = known.get(receipts.store.where(receipts.key(shard)))
+        time = None if receipt is None else _seconds(receipt.written_at)
+        if receipt is not None and time is not None:
+            yield Commit(time, receipt.stop - receipt.start, receipt.seconds, receipt.host)
+
+
+def _receipt(receipts: Receipts, shard: int) -> ShardReceipt | None:
+    """A receipt as it stands, without the index that an entry of millions of shards would have to be read for."""
+    key = receipts.key(shard)
+    try:
+        data = receipts.store.read_json(key)
+    except FileNotFoundError:  # re-opened by a repair since the names were listed
+        return None
+    receipt = unseal(ShardReceipt, data, receipts.store.where(key))
+    expected = (receipts.record_sha256, shard, *receipts.first_array.shard_range(shard))
+    if (receipt.record_sha256, receipt.shard, receipt.start, receipt.stop) != expected:
+        where = receipts.store.where(key)
+        raise CorruptCache(f"{where}: it is the receipt of something else; run logit-cache verify")
+    return receipt
+
+
+def patience(commits: Sequence[Commit]) -> float:
+    """Seconds without a commit after which an entry is thought to stand still."""
+    return max(_PATIENCE_S, _PATIENCE_SHARDS * max(commit.seconds for commit in commits))
+
+
+def without_pauses(commits: Sequence[Commit]) -> list[Commit]:
+    """The commits after the last long pause: a job that stood still overnight is not half as fast.
+
+    commits: in the order of their times.
+    """
+    longest = patience(commits) if commits else 0.0
+    first = len(commits) - 1
+    while first > 0 and commits[first].time - commits[first - 1].time <= longest:
+        first -= 1
+    return list(commits[max(first, 0) :])
+
+
+def joint_rate(commits: Sequence[Commit]) -> float | None:
+    """Positions per second of all workers together: positions committed after the first commits, by the time since.
+
+    commits: in the order of their times. Workers that began together commit together, so what was committed within a
+    quarter of a shard time of the first commit counts as one with it. Where nothing came after that, everything is
+    taken to have begun with the earliest worker. None where receipts say nothing of time.
+    """
+    first, last = commits[0].time, commits[-1].time
+    near = median(commit.seconds for commit in commits) / 4
+    begin = [commit for commit in commits if commit.time <= first + near]
+    after = commits[len(begin) :]
+    centre = sum(commit.time for commit in begin) / len(begin)
+    # Times are whole seconds: a span of fewer than two says little.
+    if after and last - centre >= 2.0:
+        return sum(commit.positions for commit in after) / (last - centre)
+    spent = last - min(commit.time - commit.seconds for commit in commits)
+    return sum(commit.positions for commit in commits) / spent if spent > 0 else None
+
+
+def _own_rate(commits: Sequence[Commit]) -> float | None:
+    seconds = sum(commit.seconds for commit in commits)
+    return sum(commit.positions for commit in commits) / seconds if seconds else None
+
+
+def _hosts(commits: Sequence[Commit]) -> tuple[HostStatus, ...]:
+    by_host: dict[str, list[Commit]] = {}
+    for commit in commits:
+        by_host.setdefault(commit.host, []).append(commit)
+    found = [
+        HostStatus(host, len(own), _iso(max(commit.time for commit in own)), _own_rate(own))
+        for host, own in by_host.items()
+    ]
+    return tuple(sorted(found, key=lambda item: (-item.shards, item.host)))
+
+
+def _seconds(written_at: str) -> float | None:
+    """Seconds since 1970 of a receipt's time; None for a text that is no time."""
+    try:
+        time = datetime.fromisoformat(written_at)
+    except ValueError:
+        return None
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def as_json(url: str, entries: Sequence[EntryStatus]) -> dict[str, Any]:
+    """What `--json` prints."""
+    from dataclasses import asdict
+
+    return {
+        "url": url,
+        "complete": is_complete(entries),
+        "teachers": {
+            entry.name: {name: value for name, value in asdict(entry).items() if name != "name"} for entry in entries
+        },
+    }
+
+
+def is_complete(entries: Sequence[EntryStatus]) -> bool:
+    """Whether there is something, and all of it is complete."""
+    return bool(entries) and all(entry.complete for entry in entries)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Positions and shards of an entry. Of one that is not there yet the shards are not known: None."""
+
+    positions: int
+    missing: int
+    shards: int | None
+    missing_shards: int | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return not self.missing
+
+    def workers(self, asked: int) -> int:
+        """How many of the workers that were asked for have something to do: one for a shard, and one in any case."""
+        return asked if self.missing_shards is None else max(1, min(asked, self.missing_shards))
+
+    def __str__(self) -> str:
+        if self.missing_shards is None:
+            return "nothing done"
+        return f"{self.missing_shards:,} of {self.shards:,} shards missing"
+
+
+def survey(job: CacheJob) -> Survey:
+    """Look at what the store has of a job. Raises CacheNotFound where there is no cache."""
+    cache = LogitCache.open(job.cache)
+    positions = cache.record.corpus.positions
+    try:
+        receipts = cache.teacher(job.name).receipts
+    except CacheNotFound:
+        return Survey(positions, positions, None, None)
+    missing = ~receipts.committed()
+    ranges = [receipts.first_array.shard_range(int(shard)) for shard in np.flatnonzero(missing)]
+    return Survey(positions, sum(stop - start for start, stop in ranges), receipts.shards, len(ranges))

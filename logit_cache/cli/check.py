@@ -1,0 +1,144 @@
+"""`logit-cache verify`, `audit` and `doctor`: is a cache what it says, and is a store fit for one?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from logit_cache.cli.options import EXAMPLE
+from storage.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from logit_cache.fidelity.audit import Audit
+
+
+@click.command(epilog=EXAMPLE + "logit-cache verify run/train --deep")
+@click.argument("url")
+@click.option("--deep", is_flag=True, help="Hash every byte again, not only lengths, indexes and checksums.")
+@click.option("--repair", is_flag=True, help="Remove leftovers, and re-open damaged shards for cache-logits.")
+@click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Objects read at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> None:
+    """Check every object of a cache against its receipt. Status 1 when something is damaged."""
+    with one_line_errors():
+        from storage.cache.verify import verify as check
+        from storage.progress import progress
+
+        with progress("verify", None, "bytes") as advance:
+            found = check(url, deep=deep, repair=repair, workers=workers, progress=advance)
+        data = {**vars(found), "sound": found.sound}
+        click.echo(json.dumps(data, indent=2) if as_json else verification_text(data, repair))
+        if not found.sound:
+            sys.exit(1)
+
+
+@click.command(epilog=EXAMPLE + "logit-cache audit run/train --teacher run/llama --name llama --windows 32")
+@click.argument("url")
+@click.option(
+    "--teacher", required=True, multiple=True, help="Model directory or hub id that the entry names. Repeatable."
+)
+@click.option("--name", help="Entry to audit.  [default: the only one]")
+@click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Positions to draw.")
+@click.option("--seed", type=click.IntRange(min=0), help="Draw the same windows again.  [default: a fresh one]")
+@click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the recorded one]")
+@click.option("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order.")
+@click.option("--trust-remote-code", is_flag=True, help="Run model code from the hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def audit(url: str, as_json: bool, **flags: Any) -> None:
+    """Run the teacher again on random windows and compare. Status 1 when the entry does not hold what it says.
+
+    The tolerance is the encoding's stated error and the noise of the teacher against itself. Needs the tokens.
+    """
+    with one_line_errors():
+        from dataclasses import asdict
+
+        from logit_cache.fidelity.audit import AuditJob
+        from logit_cache.fidelity.audit import audit as check
+        from storage.progress import progress
+
+        with progress("audit", None, "windows") as advance:
+            found = check(AuditJob(url, **flags), advance)
+        if as_json:
+            escape = {str(fraction): found.escape(fraction) for fraction in (0.001, 0.01, 0.1)}
+            click.echo(json.dumps({**asdict(found), "consistent": found.consistent, "escape": escape}, indent=2))
+        else:
+            click.echo(audit_text(found))
+        if not found.consistent:
+            sys.exit(1)
+
+
+@click.command(epilog=EXAMPLE + "logit-cache doctor s3://bucket/runs")
+@click.argument("url")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(url: str, as_json: bool) -> None:
+    """Measure what a place guarantees. Status 1 when a cache cannot be written there safely.
+
+    Small objects are written in a folder of their own below URL and removed again; no cache needs to be there.
+    """
+    with one_line_errors():
+        from storage.stores.doctor import examine, safe_to_write
+
+        found = examine(url)
+        safe = safe_to_write(found)
+        if as_json:
+            click.echo(json.dumps({"url": url, "safe": safe, "findings": [vars(item) for item in found]}, indent=2))
+        else:
+            for item in found:
+                if item.state != "not applicable":
+                    click.echo(f"{item.state:3}  {item.name}: {item.meaning}")
+            click.echo(f"{url}: a cache can {'' if safe else 'not '}be written here safely")
+        if not safe:
+            sys.exit(1)
+
+
+def verification_text(found: dict[str, Any], repair: bool) -> str:
+    """What `verify` found, most important first."""
+    lines = [f"damaged: {problem}" for problem in found["problems"]]
+    lines += [f"leftover, never read: {address}" for address in found["leftovers"]]
+    for group, ranges in found["missing"].items():
+        lines.append(f"not complete: {group} lacks {len(ranges)} ranges, the first {ranges[0][0]}..{ranges[0][1]}")
+    lines += [f"removed: {address}" for address in found["repaired"]]
+    size = f"{found['objects']:,} objects, {found['bytes']:,} bytes"
+    if found["sound"]:
+        lines.append(f"sound: {size}")
+    elif repair:
+        lines.append(f"{size}; run the commands that made the cache again to compute what was damaged")
+    else:
+        lines.append(f"{len(found['problems'])} damaged of {size}; --repair re-opens damaged shards")
+    return "\n".join(lines)
+
+
+def audit_text(found: Audit) -> str:
+    """The result on a screen, the verdict last."""
+    lines = [f"{found.cache}: {found.name} against {found.teacher}, seed {found.seed}"]
+    lines += [f"  wrong       {problem}" for problem in found.problems]
+    lines += [f"  identity    {line}" for line in found.identity]
+    lines += [f"  execution   {line}" for line in found.execution]
+    lines += [
+        f"  compared    {found.positions:,} positions in {found.windows} windows",
+        f"  noise       of the teacher against itself, {'; '.join(found.controls)}",
+        "  nats beyond the encoding's error:",
+        "  field          encoding  explained     worst window (limit)          largest (limit) at position",
+    ]
+    for name, item in found.fields.items():
+        lines.append(
+            f"  {name:<14} {item.encoding_error:8.1e} {100 * item.within:8.2f} %  {item.worst_mean:9.2e} "
+            f"({item.limit_mean:8.2e})  {item.largest_beyond:9.2e} ({item.limit_largest:8.2e}) at {item.position}"
+            + (f": {item.windows_differing} windows differ" if item.windows_differing else "")
+        )
+    if found.differing:
+        shown = ", ".join(f"{first}..{last}" for first, last in found.differing[:4])
+        more = len(found.differing) - 4
+        lines.append(f"  differing   positions {shown}{f' and {more} more windows' if more > 0 else ''}")
+    if found.consistent:
+        lines.append(
+            f"consistent: a corruption of 10 % of the positions had a chance of at most {found.escape(0.1):.1%} to "
+            f"stay unseen, one of 1 % {found.escape(0.01):.1%}"
+        )
+    else:
+        lines.append("NOT CONSISTENT: the entry does not hold what this teacher says")
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""`logit-cache inspect`: what is in a cache, or one position of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from logit_cache.cli.options import EXAMPLE
+from storage.errors import one_line_errors
+
+
+@click.command(epilog=EXAMPLE + "logit-cache inspect run/train --at 1234")
+@click.argument("url")
+@click.option("--at", type=int, metavar="POSITION", help="Show one position with its tokens as text.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(url: str, at: int | None, as_json: bool) -> None:
+    """Show what is in a cache: sizes, coverage, provenance, summaries, or one position."""
+    with one_line_errors():
+        from logit_cache import describe as inspection
+        from storage import LogitCache
+
+        cache = LogitCache.open(url)
+        if at is not None:
+            found = inspection.describe_position(cache, at)
+            text = position_text(found)
+        else:
+            found = inspection.describe_cache(cache)
+            text = cache_text(found)
+        click.echo(json.dumps(found, indent=2) if as_json else text)
+
+
+def cache_text(found: dict[str, Any]) -> str:
+    """A cache on a screen: one block for the stream, one for each teacher."""
+    corpus, tokenizer = found["corpus"], found["tokenizer"]
+    sources = ", ".join(source["name"] for source in corpus["sources"][:4])
+    more = len(corpus["sources"]) - 4
+    lines = [
+        f"{found['url']}  (format {found['format_version']})",
+        f"  tokens      {corpus['tokens']:,} in {corpus['documents']:,} documents"
+        + ("" if corpus["complete"] else ", INCOMPLETE: run logit-cache tokenize again")
+        + ("" if corpus["tokens_included"] else ", not in here: shared without its tokens"),
+        f"  text        {corpus['text_bytes']:,} bytes, {corpus['text_bytes_per_token']:.2f} per token",
+        f"  sources     {sources}{f' and {more} more' if more > 0 else ''}",
+        f"  tokenizer   {tokenizer['vocabulary_size']:,} ids, fingerprint {tokenizer['fingerprint'][:16]}…",
+    ]
+    if corpus["has_loss_mask"]:
+        lines.append("  loss mask   yes")
+    for name, entry in found["teachers"].items():
+        lines += ["", *_entry_lines(name, entry)]
+    if not found["teachers"]:
+        lines += ["", "  no teacher yet: run cache-logits"]
+    return "\n".join(lines)
+
+
+def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
+    windowing, targets = entry["windowing"], entry["targets"]
+    share = 100 * entry["positions_cached"] / entry["positions"]
+    state = "complete" if entry["complete"] else f"{share:.1f} % cached, first missing {entry['missing'][0]}"
+    made_of = [
+        f"{member['source']} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
+        for member in entry["teacher"]
+    ]
+    if entry["combine"] != "single":
+        shares = zip(entry["weights"], made_of, strict=True)
+        made_of = [f"{entry['combine']} of " + " and ".join(f"{share:g} {member}" for share, member in shares)]
+    digests = ", ".join(f"{member['weights_sha256'][:16]}…" for member in entry["teacher"])
+    lines = [
+        f"teacher {name}: {made_of[0]}",
+        f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}",
+        f"  targets     {targets['method']}, k = {targets['k']}, windows of {windowing['context_tokens']} tokens every "
+        f"{windowing['stride_tokens']}{', documents isolated' if windowing['isolate_documents'] else ''}",
+        f"  weights     sha256 {digests}",
+    ]
+    if entry["positions_cached"]:
+        lines.append(
+            f"  size        {entry['stored_bytes']:,} bytes, {entry['bytes_per_token']:.1f} per token, "
+            f"{entry['bytes_per_kept_id']:.2f} per id ({entry['encoding']['kind']})"
+        )
+    if entry["positions_per_second"]:
+        device = entry["execution"]["device_type"]
+        lines.append(f"  made at     {entry['positions_per_second']:,.0f} positions/s per worker on {device}")
+    summary = entry["summary"]
+    if summary:
+        if summary["cross_entropy"] is not None:
+            lines.append(
+                f"  teacher     loss {summary['cross_entropy']:.4f} nats, perplexity {summary['perplexity']:.2f}, "
+                f"mean entropy {summary['entropy']:.3f} nats"
+            )
+        lines.append(
+            f"  head mass   mean {summary['head_mass']:.4f}; below 0.5 in "
+            f"{100 * summary['positions_with_head_mass_below_0.5']:.1f} % of positions, below 0.9 in "
+            f"{100 * summary['positions_with_head_mass_below_0.9']:.1f} %, below 0.99 in "
+            f"{100 * summary['positions_with_head_mass_below_0.99']:.1f} %"
+        )
+    if entry["fidelity"]:
+        lines += _fidelity_lines(entry["fidelity"])
+    return lines
+
+
+def _fidelity_lines(found: dict[str, Any]) -> list[str]:
+    residual, divergences, size = found["residual_mass"], found["divergences"], found["size"]
+    even, shaped = divergences["bucket"]["forward"], divergences["bucket-unigram"]["forward"]
+
+    def degrees(angle: dict[str, float | None]) -> str:
+        return " / ".join("–" if value is None else f"{value:.1f}" for value in (angle["positions"], angle["mean"]))
+
+    means = [
+        f"{name} {item['mean_forward']:.4f}" + (f" (noise {item['mean_noise']:.4f})" if item["mean_noise"] else "")
+        for name, item in divergences.items()
+        if item["mean_forward"] is not None
+    ]
+    lines = [
+        f"  fidelity    on {found['positions']:,} positions: mass outside the stored ids {residual['mean']:.4f} "
+        f"(median {residual['q50']:.4f}, 95 % {residual['q95']:.4f}, at most {residual['maximum']:.4f})",
+        f"    KL(full, stored)  {_nats(even)} with an even tail, {_nats(shaped)} with one like the text's; "
+        f"quantisation alone {found['quantisation']:.1e} nats",
+        f"    KL of the means   {', '.join(means)}",
+        "    gradient to dense, degrees, of all positions / of their mean; uniform student | tempered student:",
+    ]
+    for name, angles in found["gradients"].items():
+        lines.append(f"      {name:<15} {degrees(angles['uniform']):>12} | {degrees(angles['tempered']):>12}")
+    if found["calibration"]:
+        stored = ", ".join(f"{name} {100 * value:.1f}" for name, value in found["calibration"]["stored"].items())
+        lines.append(f"    calibration error teacher {100 * found['calibration']['full']:.1f} %; {stored}")
+    lines.append(
+        f"    bytes             {size['bytes_per_id']:.2f} for each of {size['mean_kept']:.1f} ids, "
+        f"{size['overhead_bytes_per_token']:.1f} beside them per token"
+    )
+    for title, key in (("mass outside", "k_for_residual_mass"), ("KL, even tail", "k_for_forward")):
+        needed = ", ".join(
+            f"{item['at_most']:g}: {item['k']:,}"
+            + (f" (~{item['bytes_per_token']:.0f} bytes)" if item["bytes_per_token"] is not None else "")
+            for item in found[key]
+        )
+        lines.append(f"    k for a {title} of at most  {needed}")
+    return lines
+
+
+def _nats(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4f}"
+
+
+def position_text(found: dict[str, Any]) -> str:
+    """One position on a screen."""
+    following = found["next"]
+    lines = [
+        f"position {found['position']}",
+        f"  context  …{found['context']!r}",
+        "  next     "
+        + (f"{following['text']!r} (id {following['id']})" if following else "none: the stream ends here"),
+    ]
+    for name, row in found["teachers"].items():
+        if row is None:
+            lines += ["", f"teacher {name}: not cached here yet"]
+            continue
+        label = "" if row["label_logprob"] is None else f", next token at {row['label_logprob']:.3f} nats"
+        lines += [
+            "",
+            f"teacher {name}: entropy {row['entropy']:.3f} nats, head mass {row['head_mass']:.4f}, "
+            f"tail {row['tail_mass']:.2e}{label}",
+        ]
+        lines += [f"  {item['probability']:8.5f}  {item['id']:>7}  {item['text']!r}" for item in row["top"]]
+    return "\n".join(lines)

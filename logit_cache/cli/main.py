@@ -1,0 +1,61 @@
+"""The commands `cache-logits` and `logit-cache`: parse, call one function, print its result."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+import storage
+
+# The name is generic: say so in one line if Python found another distribution's package.
+if "LogitCache" not in getattr(storage, "__all__", ()):
+    print(
+        f"error: logit-cache needs its own package 'storage', but Python found another one "
+        f"({', '.join(getattr(storage, '__path__', ['?']))}): install logit-cache in an environment of its own",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+from logit_cache.cli.cache_logits import cache_logits
+from logit_cache.cli.check import audit, doctor, verify
+from logit_cache.cli.clean import clean
+from logit_cache.cli.evaluate import evaluate
+from logit_cache.cli.inspect import inspect
+from logit_cache.cli.plan import plan, status
+from logit_cache.cli.recipe import demo, recipe
+from logit_cache.cli.report import report
+from logit_cache.cli.share import pull, push, recompress
+from logit_cache.cli.tokenize import tokenize
+
+__all__ = ["cache_logits", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="logit-cache")
+def main() -> None:
+    """Make, look at, check and share caches of teachers' next-token distributions."""
+
+
+for _command in (
+    audit,
+    clean,
+    demo,
+    doctor,
+    evaluate,
+    inspect,
+    plan,
+    pull,
+    push,
+    recipe,
+    recompress,
+    report,
+    status,
+    tokenize,
+    verify,
+):
+    main.add_command(_command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""`logit-cache report`: finished work as one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from storage.errors import one_line_errors
+
+_EXAMPLE = "\b\nExample:\n  logit-cache report run/baby-llama run/sweep -o report.html"
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("directories", metavar="RUN_DIR...", nargs=-1, required=True)
+@click.option(
+    "-o", "--out", metavar="FILE", help="The page to write, in place of an older one.  [RUN_DIR/report.html, the first]"
+)
+def report(directories: tuple[str, ...], out: str | None) -> None:
+    """Write an HTML page about recipes, sweeps and training runs: what was gained, how sure it is, what it cost.
+
+    A RUN_DIR has recipe.json, sweep.json, or the report.json of train-student or train-teacher in it. The page needs no
+    network and no scripts.
+    """
+    with one_line_errors():
+        from logit_cache.report.page import make_report
+        from storage.errors import InputError
+
+        if out is not None and (not Path(out).expanduser().parent.is_dir() or Path(out).expanduser().is_dir()):
+            raise InputError(f"--out {out}: expected a file in a folder that exists: give another name")
+        path = Path(directories[0]).expanduser() / "report.html" if out is None else Path(out).expanduser()
+        for sentence in make_report(directories, path):
+            # Names come from the folders, and a terminal obeys some characters.
+            click.echo("".join(c if c.isprintable() else "?" for c in sentence))
+        click.echo(f"{path}: written", err=True)

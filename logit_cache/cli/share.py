@@ -1,0 +1,123 @@
+"""`logit-cache push`, `pull` and `recompress`: a cache copied, or an entry made smaller."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from logit_cache.cli.options import EXAMPLE
+from storage.errors import one_line_errors
+
+_TRANSFER_OPTIONS = (
+    click.argument("source"),
+    click.argument("target"),
+    click.option("--teacher", "teachers", multiple=True, help="Copy this entry only. Repeatable.  [default: all]"),
+    click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Objects copied at once."),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+)
+
+
+def _transfer_options(function: Any) -> Any:
+    for option in reversed(_TRANSFER_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.command(epilog=EXAMPLE + "logit-cache push run/train s3://bucket/train --license cc-by-4.0")
+@_transfer_options
+@click.option("--without-tokens", is_flag=True, help="Leave the token stream and label_logprob behind.")
+@click.option("--license", help="Licence for the card, such as cc-by-4.0.")
+@click.option("--sign", metavar="KEY", help="PEM file of an elliptic-curve private key to sign the cache with.")
+def push(source: str, target: str, as_json: bool, **flags: Any) -> None:
+    """Copy a cache to where others get it: a folder, an object store, or hf://datasets/ORG/NAME.
+
+    Every byte is checked on the way, and what is there already is not copied again. An entry that is not complete is
+    copied as far as it goes. Run the same command again to go on after a stop.
+    """
+    with one_line_errors():
+        from logit_cache.sharing.push_pull import push as send
+
+        _copy(send, source, target, as_json, flags)
+
+
+@click.command(epilog=EXAMPLE + "logit-cache pull s3://bucket/train run/train --teacher llama")
+@_transfer_options
+@click.option("--corpus", metavar="CACHE", help="A cache of the same text, for one shared without its tokens.")
+@click.option("--verify-key", metavar="KEY", help="PEM file of the public key that must have signed the cache.")
+def pull(source: str, target: str, as_json: bool, **flags: Any) -> None:
+    """Copy a cache that others made; nothing is at TARGET before all of it was checked.
+
+    With an existing cache of the same text as TARGET, its teacher entries are added. Run the same command again to go
+    on after a stop.
+    """
+    with one_line_errors():
+        from logit_cache.sharing.push_pull import pull as fetch
+
+        _copy(fetch, source, target, as_json, flags)
+
+
+def _copy(function: Any, source: str, target: str, as_json: bool, flags: dict[str, Any]) -> None:
+    from storage.progress import progress
+
+    done = function(
+        source,
+        target,
+        **flags,
+        track=lambda name, total: progress(name, total, "bytes"),
+        say=lambda line: click.echo(line, err=True),
+    )
+    click.echo(json.dumps(vars(done), indent=2) if as_json else delivery_text(vars(done)))
+
+
+@click.command(epilog=EXAMPLE + "logit-cache recompress run/train --name llama --to llama-16 -k 16 --top-p 0.98")
+@click.argument("url")
+@click.option("--name", required=True, help="Entry to read.")
+@click.option("--to", required=True, help="Name of the entry to make.")
+@click.option("--out", help="Another cache of the same token stream to make it in.  [default: the same cache]")
+@click.option("-k", "--k", type=int, help="Keep at most this many ids per position.")
+@click.option("--top-p", type=float, help="Cut each position where its mass first reaches this, such as 0.98.")
+@click.option("--encoding", type=click.Choice(["codes", "float32"]), help="codes for an entry of exact float32.")
+@click.option("--step-nats", type=float, help="Unit of the codes: the source's, or at least twice that.")
+@click.option("--profile", type=click.Choice(["small", "fast"]), help="small (zstd) or fast to read (lz4).")
+@click.option("--shard-tokens", type=int, help="Positions per shard.")
+@click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def recompress(url: str, as_json: bool, **flags: Any) -> None:
+    """Rewrite an entry smaller, without its teacher; run it again to go on after a stop.
+
+    What leaves a position goes to its tail, exactly: its mass is kept. The source is not touched.
+    """
+    with one_line_errors():
+        from logit_cache.caching.recompress import RecompressJob
+        from logit_cache.caching.recompress import recompress as rewrite
+        from storage.config import build_config
+        from storage.progress import progress
+
+        job = build_config(RecompressJob, {"cache": url}, flags, "logit-cache recompress")
+        with progress(f"recompress {job.name}", None, "positions") as advance:
+            found = vars(rewrite(job, advance))
+        if as_json:
+            click.echo(json.dumps(found, indent=2))
+            return
+        before, after = found["bytes_before"] / found["positions"], found["bytes_after"] / found["positions"]
+        click.echo(
+            f"{found['cache']}: {found['name']} takes {after:.1f} bytes per token, {job.name} {before:.1f} "
+            f"({100 * after / before:.0f} %)"
+        )
+
+
+def delivery_text(found: dict[str, Any]) -> str:
+    """What `push` or `pull` copied, and what the source did not have."""
+    teachers = ", ".join(found["teachers"]) or "no teacher"
+    tokens = "with" if found["tokens_included"] else "without"
+    lines = [
+        f"{found['url']}: {teachers}, {tokens} tokens: {found['copied']:,} objects copied "
+        f"({found['copied_bytes']:,} bytes), {found['kept']:,} were there"
+    ]
+    for group, ranges in found["missing"].items():
+        lines.append(
+            f"not complete at the source: {group} lacks {len(ranges)} ranges, the first {ranges[0][0]}..{ranges[0][1]}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""The command `logit-cache tokenize`, and the options of text that `cache-logits` shares with it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from logit_cache.cli.options import EXAMPLE, Options, options
+from storage.errors import one_line_errors
+
+CORPUS_OPTIONS: Options = (
+    click.option("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
+    click.option("--tokenizer", help="Directory or hub id of an existing tokenizer."),
+    click.option("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
+    click.option("--tokenizer-revision", help="Revision of a hub tokenizer."),
+    click.option("--special-token", "special_tokens", multiple=True, help="Further special token of a new tokenizer."),
+    click.option("--chat-template", metavar="FILE", help="Jinja template for conversations."),
+    click.option("--document-separator", help=r"Split text files into documents at this string, such as '\n\n'."),
+    click.option("--append-token", help="Token to put after every document, such as '</s>'."),
+    click.option("--text-field", help="Field of a row that holds its text.  [default: text]"),
+    click.option("--messages-field", help="Field of a row that holds a conversation.  [default: messages]"),
+    click.option("--split", help="Split of a hub data set.  [default: train]"),
+)
+
+
+@click.command(epilog=EXAMPLE + "logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train")
+@options(CORPUS_OPTIONS)
+@click.option("--out", help="Path or URL of the cache to make.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run tokenizer code from the hub.")
+@click.option("--config", type=str, help="YAML file with these fields; flags override it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the cache's record as JSON.")
+def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
+    """Turn text into a token stream: the start of every cache.
+
+    A validation cache is the same command with the first cache's tokenizer: --tokenizer CACHE/tokenizer.
+    """
+    with one_line_errors():
+        from logit_cache.corpus.tokenize import tokenize_text
+
+        cache = tokenize_text(config, flags)
+        if as_json:
+            click.echo(json.dumps(cache.record.model_dump(mode="json"), indent=2))
+            return
+        corpus = cache.record.corpus
+        click.echo(
+            f"{cache.url}: {corpus.positions:,} tokens in {corpus.documents:,} documents, "
+            f"{corpus.text_bytes / corpus.positions:.2f} bytes of text per token, "
+            f"vocabulary {cache.vocabulary_size:,}"
+        )

@@ -1,0 +1,273 @@
+"""What `logit-cache clean` does: text files → a folder of cleaned files of the same names, and a record of them.
+
+Each file is cleaned into NAME.partial; when it is complete it is entered in `cleaning.json` and renamed. A run that was
+killed goes on where it stopped, and a finished file is left alone as long as its input, its family and the rules are
+those of the record. The record is written before the rename: a file that the record does not know is somebody else's,
+and an entry without its file is cleaned again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from logit_cache.corpus.cleaning_rules import FAMILIES, PLAIN, RULES_VERSION, Cleaner, family_of
+from logit_cache.corpus.sources import COMPRESSED, Source, decoded, find_sources
+from storage.config import Frozen
+from storage.errors import IdentityMismatch, InputError
+from storage.files import PARTIAL, replace_file
+from storage.progress import Advance, Track
+
+RECORD = "cleaning.json"
+PIECE_BYTES = 1 << 18
+
+
+class CleaningJob(Frozen):
+    """What to clean.
+
+    text         files, folders and patterns of plain text
+    out          the folder of the cleaned files
+    family       `NAME=GLOB`: the files whose base name or path matches belong to that family
+    limit_bytes  of each file only this many bytes from its start, cut at a line end; at least its first line
+    """
+
+    text: Annotated[tuple[str, ...], Field(min_length=1)]
+    out: Annotated[str, Field(min_length=1)]
+    family: tuple[str, ...] = ()
+    limit_bytes: Annotated[int, Field(ge=1)] | None = None
+
+
+class CleanedFile(Frozen):
+    """One entry of the record. `bytes_in`, `sha256_in` are of what was taken of the input: all of it, unless `cut`."""
+
+    family: str
+    rules: int
+    bytes_in: int
+    sha256_in: str
+    cut: bool
+    lines_in: int
+    bytes_out: int
+    sha256_out: str
+    lines_out: int
+
+
+class Cleaning(Frozen):
+    """The record, `cleaning.json`: an entry for each file of the folder, by its name."""
+
+    kind: Literal["cleaning"] = "cleaning"
+    format: Literal[1] = 1
+    files: dict[str, CleanedFile] = Field(default_factory=dict)
+
+
+class Outcome(Frozen):
+    """What became of one input, for the command to show."""
+
+    name: str
+    input: str
+    chosen_by: Literal["--family", "name", "no family in the name"]
+    already_there: bool
+    entry: CleanedFile
+
+
+def clean(job: CleaningJob, track: Track) -> list[Outcome]:
+    """Clean what is not clean yet. `track(name, total, unit)` opens a progress display and gives what advances it.
+
+    Raises InputError for input that is no UTF-8 text, and IdentityMismatch if the folder holds a file of the same name
+    that came from another input, family or version of the rules; that is checked before anything is written.
+    """
+    sources = _inputs(job)
+    families = _families(job, sources)
+    out = _folder(job.out)
+    record = _read_record(out)
+    taken = {name: _bytes_taken(source, job.limit_bytes) for name, source in sources.items()}
+    with track("clean", sum(taken.values()), "bytes") as advance:
+        there = {
+            name
+            for name, source in sources.items()
+            if _is_there(out, record, name, source, taken[name], families[name][0], advance)
+        }
+        for name, source in sources.items():
+            if name not in there:
+                out.mkdir(parents=True, exist_ok=True)
+                record = _clean_file(out, record, name, source, taken[name], families[name][0], advance)
+    return [
+        Outcome(
+            name=name,
+            input=source.location,
+            chosen_by=families[name][1],
+            already_there=name in there,
+            entry=record.files[name],
+        )
+        for name, source in sources.items()
+    ]
+
+
+def _inputs(job: CleaningJob) -> dict[str, Source]:
+    """The files by their base names."""
+    found: dict[str, Source] = {}
+    for source in find_sources(job.text):
+        name = Path(source.location).name
+        if source.kind != "text" or Path(name).suffix in COMPRESSED:
+            raise InputError(
+                f"{source.location}: expected a plain text file, as BabyLM's are; write the text into one first"
+            )
+        if name.endswith(PARTIAL):
+            raise InputError(f"{source.location}: a name in {PARTIAL} is for files that are being written; rename it")
+        if name in found:
+            raise InputError(
+                f"{found[name].location} and {source.location} would both become {name} in {job.out}: "
+                f"clean them into different folders"
+            )
+        found[name] = source
+    return found
+
+
+def _families(
+    job: CleaningJob, sources: dict[str, Source]
+) -> dict[str, tuple[str, Literal["--family", "name", "no family in the name"]]]:
+    chosen: dict[str, str] = {}
+    for option in job.family:
+        family, _, pattern = option.partition("=")
+        if family not in FAMILIES or not pattern:
+            raise InputError(f"--family {option}: expected NAME=GLOB, where NAME is one of {', '.join(FAMILIES)}")
+        matching = [n for n, source in sources.items() if fnmatch(n, pattern) or fnmatch(source.location, pattern)]
+        if not matching:
+            raise InputError(f"--family {option}: the pattern matches none of the files of --text; check its spelling")
+        for name in matching:
+            if chosen.setdefault(name, family) != family:
+                raise InputError(f"--family: {name} cannot be both {chosen[name]} and {family}: narrow the patterns")
+    return {
+        name: (chosen[name], "--family")
+        if name in chosen
+        else (family_of(name), "no family in the name" if family_of(name) == PLAIN else "name")
+        for name in sources
+    }
+
+
+def _folder(out: str) -> Path:
+    if "://" in out:
+        raise InputError(f"--out {out}: cleaned text is written to a folder of this machine")
+    path = Path(out).expanduser()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--out {out}: a file, where a folder was expected: give another name")
+    return path
+
+
+def _read_record(out: Path) -> Cleaning:
+    path = out / RECORD
+    if not path.exists():
+        return Cleaning()
+    try:
+        return Cleaning.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(
+            f"{path}: not the record of a cleaning ({' '.join(str(error.errors()[0]['msg']).split())}); "
+            f"give another --out"
+        ) from None
+
+
+def _bytes_taken(source: Source, limit: int | None) -> int:
+    """How many bytes of the file are cleaned: the lines that end within the limit, or at least the first."""
+    size = os.stat(source.location).st_size
+    if limit is None or size <= limit:
+        return size
+    with open(source.location, "rb") as file:
+        stop = limit
+        while stop:
+            start = max(0, stop - PIECE_BYTES)
+            file.seek(start)
+            end = file.read(stop - start).rfind(b"\n") + 1
+            if end:
+                return start + end
+            stop = start
+        file.seek(limit)
+        while piece := file.readline(PIECE_BYTES):
+            if piece.endswith(b"\n"):
+                break
+        return file.tell()
+
+
+def _blocks(source: Source, size: int, advance: Advance) -> Iterator[bytes]:
+    with open(source.location, "rb") as file:
+        while block := file.read(min(PIECE_BYTES, size)):
+            yield block
+            size -= len(block)
+            advance(len(block))
+
+
+def _is_there(out: Path, record: Cleaning, name: str, source: Source, size: int, family: str, advance: Advance) -> bool:
+    """Whether the cleaned file is there already. Raises an error if another one is there."""
+    path = out / name
+    entry = record.files.get(name)
+    if not path.exists():
+        return False
+    if entry is None:
+        raise InputError(f"{path}: there is a file of this name that {RECORD} does not know: give another --out")
+    sha256_in = hashlib.sha256()
+    for block in _blocks(source, size, advance):
+        sha256_in.update(block)
+    with open(path, "rb") as file:
+        sha256_out = hashlib.file_digest(file, "sha256")
+    wanted = {
+        "family": (entry.family, family),
+        "rules": (entry.rules, RULES_VERSION),
+        "bytes_in": (entry.bytes_in, size),
+        "sha256_in": (entry.sha256_in, sha256_in.hexdigest()),
+        "sha256_out": (entry.sha256_out, sha256_out.hexdigest()),
+    }
+    fields = [f"{field} was {before}, is {now}" for field, (before, now) in wanted.items() if before != now]
+    if fields:
+        raise IdentityMismatch(f"{path} is the work of another run", fields, "Remove that file, or give another --out")
+    return True
+
+
+def _clean_file(
+    out: Path, record: Cleaning, name: str, source: Source, size: int, family: str, advance: Advance
+) -> Cleaning:
+    """Clean one file; returns the record with its entry."""
+    partial = out / (name + PARTIAL)
+    sha256_in, sha256_out = hashlib.sha256(), hashlib.sha256()
+    bytes_out = 0
+    cleaner = Cleaner(family, source.location)
+
+    def read() -> Iterator[bytes]:
+        for block in _blocks(source, size, advance):
+            sha256_in.update(block)
+            yield block
+
+    def cleaned() -> Iterator[str]:
+        for text in decoded(read(), source.location):
+            yield cleaner.feed(text)
+        yield cleaner.close()
+
+    try:
+        with partial.open("wb") as file:
+            for text in cleaned():
+                data = text.encode()
+                sha256_out.update(data)
+                bytes_out += file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        entry = CleanedFile(
+            family=family,
+            rules=RULES_VERSION,
+            bytes_in=size,
+            sha256_in=sha256_in.hexdigest(),
+            cut=size < os.stat(source.location).st_size,
+            lines_in=cleaner.lines_in,
+            bytes_out=bytes_out,
+            sha256_out=sha256_out.hexdigest(),
+            lines_out=cleaner.lines_out,
+        )
+        record = record.model_copy(update={"files": dict(sorted({**record.files, name: entry}.items()))})
+        replace_file(out / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
+        partial.replace(out / name)
+    finally:
+        partial.unlink(missing_ok=True)
+    return record

@@ -1,0 +1,96 @@
+"""Token ids on disk while a stream is made: bounded memory, whatever the corpus."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logit_cache.corpus.pieces import Ids, Piece
+from storage.errors import StorageFull, is_out_of_space
+
+
+class Spool:
+    """The token stream on its way: raw files that grow, and the counts.
+
+    The loss mask of a document is that of its tokens moved one to the left: position p is trained on if token p + 1
+    is, and the last position never is. So for each document it is written from its second token on, and closed
+    with a zero.
+    """
+
+    def __init__(self, folder: Path, token_dtype: str, sources: int, append_id: int | None) -> None:
+        self.positions = 0
+        self.documents = 0
+        self.source_documents = [0] * sources
+        self.source_bytes = [0] * sources
+        self._folder = folder
+        self._dtypes = {"tokens": token_dtype, "document_starts": "uint64", "loss_mask": "bool"}
+        self._append = None if append_id is None else np.array([append_id], dtype=np.uint32)
+        self._has_mask = False
+        self._document_tokens = 0
+        self._document_bytes = 0
+        self._files: dict[str, IO[bytes]] = {}
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Spool:
+        self._files = {name: self._open.enter_context((self._folder / name).open("wb")) for name in self._dtypes}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._open.close()
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def add(self, piece: Piece, ids: Ids, trained: NDArray[np.bool_] | None) -> None:
+        """Append a piece: ids uint32 [n]; trained bool [n], None where all are. A document without tokens is none."""
+        self._document_bytes += len(piece.own.encode())
+        self._has_mask |= trained is not None
+        self._append_tokens(ids, np.ones(len(ids), dtype=bool) if trained is None else trained)
+        if not piece.closes:
+            return
+        if self._document_tokens:
+            if self._append is not None:
+                # It ends a document of plain text like any other token; no assistant wrote it after a conversation.
+                self._append_tokens(self._append, np.array([trained is None]))
+            self._write("loss_mask", np.zeros(1, dtype=bool))
+            self.documents += 1
+            self.source_documents[piece.source] += 1
+            self.source_bytes[piece.source] += self._document_bytes
+        self._document_tokens = self._document_bytes = 0
+
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Memory maps: tokens [N], document_starts uint64 [D], loss_mask bool [N] if any conversation was added."""
+        maps = {
+            name: np.memmap(self._folder / name, dtype=dtype, mode="r")
+            for name, dtype in self._dtypes.items()
+            if name != "loss_mask" or self._has_mask
+        }
+        return maps["tokens"], maps["document_starts"], maps.get("loss_mask")
+
+    def _append_tokens(self, ids: Ids, trained: NDArray[np.bool_]) -> None:
+        if not len(ids):
+            return
+        if not self._document_tokens:
+            self._write("document_starts", np.array([self.positions]))
+        self._write("tokens", ids)
+        self._write("loss_mask", trained if self._document_tokens else trained[1:])
+        self._document_tokens += len(ids)
+        self.positions += len(ids)
+
+    def _write(self, name: str, values: NDArray[Any]) -> None:
+        try:
+            self._files[name].write(values.astype(self._dtypes[name]).tobytes())
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: OSError) -> OSError:
+        if not is_out_of_space(error):
+            return error
+        return StorageFull(
+            f"no space left for the token stream in the temporary folder {self._folder.parent}: free some room, or "
+            f"set TMPDIR to a folder with 5 bytes per token"
+        )

@@ -1,0 +1,294 @@
+"""Text → token stream: what `logit-cache tokenize` does.
+
+Sources are read as a stream of documents (`logit_cache.corpus.sources`), tokenised piece by piece
+(`logit_cache.corpus.pieces`) and spooled to raw temporary files, so that memory does not grow with the corpus; the
+temporary folder (TMPDIR) needs 3 to 5 bytes per token. Only when all of it went well is anything written at the
+destination.
+
+Legend: `N` tokens, `D` documents, `n` tokens of a piece.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from logit_cache.corpus.chat import message_texts, render
+from logit_cache.corpus.pieces import Encoder, cut, encode
+from logit_cache.corpus.sources import (
+    Chunk,
+    Conversation,
+    Meter,
+    Reading,
+    Source,
+    checked_text,
+    find_sources,
+    read_sources,
+)
+from logit_cache.corpus.spool import Spool
+from logit_cache.corpus.tokenizer import (
+    BYTES,
+    SPECIAL_TOKENS,
+    open_tokenizer,
+    stored_tokenizer,
+    train_tokenizer,
+)
+from storage import LogitCache
+from storage.cache.corpus_writer import write_corpus
+from storage.config import build_config
+from storage.errors import InputError
+from storage.files import PARTIAL
+from storage.format.encoding import token_id_dtype
+from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
+from storage.format.layout import stream_layout
+from storage.format.manifest import CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
+from storage.progress import progress
+from storage.stores import open_store
+
+# Documents, tokens, and bytes of input so far.
+Progress = Callable[[int, int, int], None]
+
+_MAX_SOURCES = 4_096
+
+
+class CorpusConfig(BaseModel):
+    """The fields of `logit-cache tokenize`.
+
+    text: what `logit_cache.corpus.sources` reads, in this order.
+    out: path or URL of the cache.
+    tokenizer: a folder, a cache or a hub id; or train_tokenizer: the vocabulary size of a new one.
+    special_tokens: further special tokens of a new one.
+    chat_template: a file with a Jinja template, in place of the tokenizer's own.
+    document_separator: plain text is cut into documents at this string, which is not tokenised; None: one document
+    per file. append_token: a token of the vocabulary that is put after each document.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Annotated[tuple[str, ...], Field(min_length=1)]
+    out: str
+    tokenizer: str | None = None
+    tokenizer_revision: str | None = None
+    train_tokenizer: int | None = None
+    special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    chat_template: str | None = None
+    document_separator: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    append_token: str | None = None
+    text_field: str = "text"
+    messages_field: str = "messages"
+    split: str = "train"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> CorpusConfig:
+        if (self.tokenizer is None) == (self.train_tokenizer is None):
+            raise ValueError("give either --tokenizer or --train-tokenizer, not both and not neither")
+        least = BYTES + len(SPECIAL_TOKENS) + len(set(self.special_tokens) - set(SPECIAL_TOKENS))
+        if self.train_tokenizer is not None and self.train_tokenizer < least:
+            raise ValueError(
+                f"--train-tokenizer {self.train_tokenizer}: a byte-level vocabulary has at least {least} ids, "
+                f"256 bytes and {least - BYTES} special tokens"
+            )
+        if self.special_tokens and self.train_tokenizer is None:
+            raise ValueError("--special-token goes with --train-tokenizer; a finished tokenizer has its own")
+        return self
+
+
+def total_bytes(config: CorpusConfig) -> int | None:
+    """Bytes of input that `tokenize` will read, for a progress bar; None with a hub data set, whose size is unknown.
+
+    The size of all files, and twice that when a tokenizer is trained on them first.
+    """
+    sizes = [source.file_bytes for source in find_sources(config.text)]
+    known = [size for size in sizes if size is not None]
+    passes = 1 if config.train_tokenizer is None else 2
+    return passes * sum(known) if len(known) == len(sizes) else None
+
+
+def tokenize(config: CorpusConfig, progress: Progress | None = None) -> CacheRecord:
+    """Make a cache's token stream out of text; returns the record of it.
+
+    `progress` is given documents, tokens and bytes of input so far, at least once per piece of text. A new tokenizer
+    is trained in a first pass over the text, which adds to the bytes but not to documents and tokens. A destination
+    that holds the same stream is left as it is, an interrupted one is finished.
+
+    Raises InputError for input that cannot be read, IdentityMismatch when `out` holds another cache. Nothing has
+    been written at `out` then.
+    """
+    sources = find_sources(config.text)
+    _check_destination(config.out)
+    meter = Meter()
+    tokenizer, files = _tokenizer(config, sources, meter, progress)
+    vocabulary = tokenizer.get_vocab()
+    size = vocabulary_size(vocabulary)
+    append = _append_id(config, vocabulary)
+    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
+        with Spool(Path(folder), token_id_dtype(size), len(sources), append) as spool:
+            chunks = _chunks(read_sources(sources, _reading(config), meter), tokenizer)
+            for piece, ids, trained in encode(cut(chunks), Encoder(tokenizer)):
+                spool.add(piece, ids, trained)
+                if progress is not None:
+                    progress(spool.documents, spool.positions, meter.read_bytes)
+        if not spool.positions:
+            raise _empty(config)
+        tokens, starts, mask = spool.arrays()
+        record = CacheRecord(
+            corpus=Corpus(
+                positions=spool.positions,
+                documents=spool.documents,
+                text_bytes=sum(spool.source_bytes),
+                stream_sha256=stream_sha256(tokens, starts, mask),
+                has_loss_mask=mask is not None,
+                document_separator=config.document_separator,
+                sources=_source_records(sources, spool),
+            ),
+            tokenizer=Tokenizer(
+                vocabulary_size=size,
+                vocabulary_sha256=vocabulary_sha256(vocabulary),
+                fingerprint=tokenizer_fingerprint(files, vocabulary),
+            ),
+            tokens_layout=stream_layout(spool.positions),
+            documents_layout=stream_layout(spool.documents),
+            created_with=Versions.of_this_process(),
+        )
+        write_corpus(config.out, record, files, tokens, starts, mask)
+    return record
+
+
+def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
+    """Make a token stream, or finish it; the cache. Raises what `tokenize` raises."""
+    separator = flags.get("document_separator")
+    if separator is not None:
+        try:
+            flags["document_separator"] = separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+        except ValueError as error:
+            raise InputError(f"--document-separator {separator!r}: {error}; a backslash is written \\\\") from None
+    settings = build_config(CorpusConfig, config, flags, "logit-cache tokenize")
+    with progress("tokenize", total_bytes(settings), "bytes") as advance:
+        seen = 0
+
+        def report(documents: int, tokens: int, text_bytes: int) -> None:
+            nonlocal seen
+            advance(text_bytes - seen)
+            seen = text_bytes
+
+        tokenize(settings, report)
+    return LogitCache.open(settings.out)
+
+
+def _check_destination(out: str) -> None:
+    """Refuse before the work what the writer would refuse after it."""
+    location = open_store(out)
+    names = [name for name in location.names("") if not name.endswith(PARTIAL)]
+    if names and "zarr.json" not in names:
+        raise InputError(
+            f"{location.url} holds {', '.join(names[:3])}{' …' if len(names) > 3 else ''} and is not a cache: "
+            f"give an empty or new folder"
+        )
+
+
+def _tokenizer(
+    config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None
+) -> tuple[Any, dict[str, bytes]]:
+    template = _chat_template(config)
+    if config.tokenizer is not None:
+        tokenizer = open_tokenizer(config.tokenizer, config.tokenizer_revision, config.trust_remote_code)
+    else:
+        assert config.train_tokenizer is not None
+        lines = _lines(config, sources, meter, progress)
+        first = next(lines, None)
+        if first is None:
+            raise _empty(config)
+        tokenizer = train_tokenizer(_with_first(first, lines), config.train_tokenizer, config.special_tokens)
+    if template is not None:
+        tokenizer.chat_template = template
+    return stored_tokenizer(tokenizer, config.trust_remote_code)
+
+
+def _chat_template(config: CorpusConfig) -> str | None:
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{config.chat_template}: cannot be read as a chat template ({error})") from None
+
+
+def _append_id(config: CorpusConfig, vocabulary: dict[str, int]) -> int | None:
+    if config.append_token is None:
+        return None
+    if config.append_token not in vocabulary:
+        raise InputError(
+            f"--append-token {config.append_token!r} is not a token of this vocabulary; "
+            f"give one that is, such as its end-of-text token"
+        )
+    return vocabulary[config.append_token]
+
+
+def _reading(config: CorpusConfig) -> Reading:
+    return Reading(config.text_field, config.messages_field, config.split, config.document_separator)
+
+
+def _chunks(items: Iterable[Chunk | Conversation], tokenizer: Any) -> Iterator[Chunk]:
+    for item in items:
+        if isinstance(item, Conversation):
+            text, ranges = render(tokenizer, item.messages, item.where)
+            yield Chunk(item.source, checked_text(text, item.where), True, ranges)
+        else:
+            yield item
+
+
+def _lines(config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None) -> Iterator[str]:
+    """The text in lines, with their line feeds, for training a tokenizer."""
+
+    def chunks() -> Iterator[Chunk]:
+        for item in read_sources(sources, _reading(config), meter):
+            if isinstance(item, Chunk):
+                yield item
+                continue
+            if config.chat_template is None:
+                raise InputError(
+                    f"{item.where}: the row holds messages, and a new tokenizer has no chat template; give one with "
+                    f"--chat-template FILE, or take --tokenizer of an instruction model"
+                )
+            for text in message_texts(item.messages):
+                yield Chunk(item.source, checked_text(text, item.where), True)
+
+    for piece in cut(chunks()):
+        yield from re.findall(r"[^\n]*\n|[^\n]+", piece.own)
+        if progress is not None:
+            progress(0, 0, meter.read_bytes)
+
+
+def _with_first(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _source_records(sources: list[Source], spool: Spool) -> tuple[CorpusSource, ...]:
+    """What the text came from; where there are more files than a record may list, the rest is one entry."""
+    records = [
+        CorpusSource(name=source.name, documents=documents, text_bytes=text_bytes)
+        for source, documents, text_bytes in zip(sources, spool.source_documents, spool.source_bytes, strict=True)
+    ]
+    if len(records) <= _MAX_SOURCES:
+        return tuple(records)
+    kept, rest = records[: _MAX_SOURCES - 1], records[_MAX_SOURCES - 1 :]
+    others = CorpusSource(
+        name=f"{len(rest)} more files",
+        documents=sum(record.documents for record in rest),
+        text_bytes=sum(record.text_bytes for record in rest),
+    )
+    return (*kept, others)
+
+
+def _empty(config: CorpusConfig) -> InputError:
+    return InputError(
+        f"{', '.join(config.text[:3])}{' …' if len(config.text) > 3 else ''}: there is no text in it, "
+        f"so there is nothing to tokenise; give other --text"
+    )

@@ -1,0 +1,254 @@
+"""Workers as processes of this machine: one for each GPU, or as many as asked for.
+
+Each process has a teacher of its own and a pipe to the one that asked for it. Through the pipe go the numbers of
+shards, and back comes what became of them. A process that is killed, or runs out of memory, is replaced; one whose
+parent has gone ends at the next batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any
+
+from logit_cache.caching.job import CacheJob
+from logit_cache.caching.log import JobLog
+from logit_cache.engines.driver import Event, Gone, Heard, Ready, WorkersLost
+from logit_cache.engines.options import EngineOptions
+from logit_cache.engines.shutdown import Stopping
+from storage.errors import LogitCacheError
+
+_Message = tuple[str, Any]
+_PART_OF_THE_GRACE = 0.9
+
+
+@dataclass
+class _Child:
+    process: Any  # a multiprocessing.Process of the spawn context
+    pipe: Connection
+
+
+class LocalPool:
+    """`workers` processes that build shards of a job; a context manager, which ends them.
+
+    devices: of the workers, one after the other; fewer are shared. threads: of torch, for each.
+    """
+
+    def __init__(
+        self, job: CacheJob, workers: int, devices: Sequence[str], threads: int, options: EngineOptions
+    ) -> None:
+        self.workers = workers
+        self._job, self._devices, self._threads, self._options = job, list(devices), threads, options
+        self._grace = options.grace_seconds
+        self._context = multiprocessing.get_context("spawn")
+        self._children: dict[str, _Child] = {}
+        self._loading: set[str] = set()
+        self._surveyed = False
+        self._places: list[int] = list(range(workers))
+        self._made = 0
+        self._place_of: dict[str, int] = {}
+        self._concluded: dict[str, LogitCacheError | None] = {}
+
+    def __enter__(self) -> LocalPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for child in self._children.values():
+            child.pipe.close()
+        # Idle ones end by themselves; what is being computed is of no use to anybody any more.
+        for name, child in self._children.items():
+            if kind is not None or name in self._loading:
+                child.process.kill()
+            child.process.join(self._grace)
+            if child.process.is_alive():
+                child.process.kill()
+                child.process.join()
+        self._children.clear()
+
+    def start(self) -> str:
+        """Start a process in the place of one that is gone."""
+        place = self._places.pop(0)
+        name = str(place) if self._made < self.workers else f"{place}.{self._made}"
+        self._made += 1
+        ours, theirs = self._context.Pipe()
+        device = self._devices[place % len(self._devices)]
+        job = self._job.model_copy(update={"device": device})
+        process = self._context.Process(
+            target=_serve,
+            args=(theirs, job, self._threads, self._options, place, not self._surveyed),
+            daemon=True,
+            name=f"worker-{name}",
+        )
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = str(self._threads)
+        try:
+            process.start()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+        theirs.close()
+        self._children[name], self._place_of[name] = _Child(process, ours), place
+        self._loading.add(name)
+        return name
+
+    def build(self, worker: str, shard: int) -> None:
+        """Send the number of a shard."""
+        self._send(worker, ("build", shard))
+
+    def conclude(self, worker: str, fidelity_positions: int) -> None:
+        """Have a worker write what belongs to a complete entry: the index of receipts and the fidelity report.
+
+        Raises what goes wrong there.
+        """
+        self._send(worker, ("conclude", fidelity_positions))
+        while worker in self._children and worker not in self._concluded:
+            for event in self.events(1.0):
+                if isinstance(event, Gone) and event.worker == worker:
+                    raise event.refusal or WorkersLost(f"worker {worker} is lost: {event.why.splitlines()[-1]}")
+        error = self._concluded.pop(worker, None)
+        if error is not None:
+            raise error
+
+    def events(self, timeout: float) -> Sequence[Event]:
+        """What came through the pipes."""
+        told: list[Event] = []
+        by_pipe = {child.pipe: name for name, child in self._children.items()}
+        for pipe in wait(list(by_pipe), timeout):
+            name = by_pipe[pipe]  # type: ignore[index]
+            try:
+                kind, content = self._children[name].pipe.recv()
+            except (EOFError, OSError):
+                told.append(self._ended(name))
+                continue
+            if kind == "ready":
+                self._loading.discard(name)
+                self._surveyed = True
+                told.append(Ready(name, *content))
+            elif kind == "settled":
+                told.append(Heard(name, content))
+            elif kind == "concluded":
+                self._concluded[name] = content
+            else:
+                told.append(self._ended(name, *content))
+        return told
+
+    def stop(self) -> None:
+        """Hand the signal on: each process knows how far its shard is."""
+        for child in self._children.values():
+            if child.process.is_alive():
+                os.kill(child.process.pid, signal.SIGTERM)
+
+    def _send(self, worker: str, message: _Message) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it is gone, and its pipe says so at the next look
+            self._children[worker].pipe.send(message)
+
+    def _ended(self, name: str, why: str | None = None, refusal: LogitCacheError | None = None) -> Gone:
+        child = self._children.pop(name)
+        self._loading.discard(name)
+        self._places.append(self._place_of.pop(name))
+        child.pipe.close()
+        child.process.join(self._grace)
+        if child.process.is_alive():
+            child.process.kill()
+            child.process.join()
+        code = child.process.exitcode
+        if why is None:
+            signalled = code is not None and code < 0
+            why = f"killed by {signal.Signals(-code).name}" if signalled else f"it ended with exit status {code}"
+            if code == -signal.SIGKILL:
+                why += " (out of memory, if nobody did it)"
+        return Gone(name, why, refusal)
+
+
+def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, place: int, survey: bool) -> None:
+    """The life of a worker process."""
+    # A pressed Ctrl-C reaches the whole group; the parent decides what is to be done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if place:
+        # Remarks about the teacher are the same in all workers.
+        logging.getLogger("teachers").setLevel(logging.ERROR)
+    # A little less than the parent, which has to hear of it.
+    stopping = Stopping(_PART_OF_THE_GRACE * options.grace_seconds)
+    log = JobLog(options.log_format, cache=job.cache, entry=job.name)
+    # Without a pipe the parent is gone, or needs nothing more.
+    with stopping.on_sigterm(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _build_all(pipe, job, threads, stopping, log, survey)
+
+
+def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping, log: JobLog, survey: bool) -> None:
+    import torch
+
+    from logit_cache.caching.prepare import open_job
+    from logit_cache.engines.worker import Worker, traceback_of
+
+    torch.set_num_threads(threads)
+    parent = os.getppid()
+
+    def advance(count: int) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+
+    try:
+        opened = open_job(job)
+        with Worker(opened, stopping, advance) as worker:
+            place = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
+            # One look at all that is there is enough for a job: a worker that takes another's place does without.
+            pipe.send(("ready", (tuple(worker.pending()) if survey else (), place)))
+            while True:
+                while not pipe.poll(0.2):
+                    if stopping.wanted:
+                        return
+                kind, content = pipe.recv()
+                if kind == "conclude":
+                    try:
+                        worker.conclude(content, log)
+                        pipe.send(("concluded", None))
+                    except LogitCacheError as error:
+                        pipe.send(("concluded", error))
+                    continue
+                settled = worker.build(content)
+                if not pipe.poll():
+                    settled += worker.settle()
+                pipe.send(("settled", tuple(settled)))
+                if stopping.wanted and any(item.fate == "dropped" for item in settled):
+                    pipe.send(("gone", ("it was asked to stop", None)))
+                    return
+                for item in settled:
+                    if item.fate == "ended":
+                        pipe.send(("gone", (item.error, item.cause)))
+                        return
+    except LogitCacheError as error:
+        pipe.send(("gone", (str(error), error)))
+    except Exception as error:
+        pipe.send(("gone", (traceback_of(error), None)))
+
+
+def local_devices(device: str) -> list[str]:
+    """The devices that workers of this machine are given: each GPU, unless one device was asked for."""
+    if device not in ("auto", "cuda"):
+        return [device]
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [f"cuda:{number}" for number in range(count)] or (["cpu"] if device == "auto" else [device])
+
+
+def threads_for(workers: int) -> int:
+    """Threads of each of several workers on a CPU: those of the machine, shared; or what OMP_NUM_THREADS says."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)

@@ -1,0 +1,79 @@
+"""How a caching job is run, and by whom: fields that change nothing in what is stored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from logit_cache.engines.shard_queue import ATTEMPTS
+from logit_cache.engines.shutdown import GRACE_SECONDS
+
+Engine = Literal["local", "ray", "slurm"]
+
+
+class EngineOptions(BaseModel):
+    """The fields of `cache-logits` beside those of the job, as flags or in the same YAML file.
+
+    engine        who starts the workers
+    workers       processes, actors or array tasks; None for one per device, or for Slurm one
+    worker        i/n, where something else starts the processes
+    help_others   whether such a process, its share done, takes others' shards, and ends when nothing is missing
+    attempts      how often a shard that fails is tried before it is given up
+    ray_address   of a running cluster; None for the one that the environment names, or a new one on this machine
+    grace_seconds from SIGTERM to the end of the process, at most
+    log_format    text, or an object of JSON for each line
+    worker_cpus   what each worker of Ray, or task of Slurm, reserves beside its GPU
+    slurm         parameters of the array as sbatch has them, such as partition and time
+    slurm_folder  for Slurm's logs and submitit's files, on a disk that all nodes see
+    wait          whether to wait for the array's end
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: Engine = "local"
+    workers: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    worker: str | None = None
+    help_others: bool = True
+    attempts: Annotated[int, Field(ge=1, le=100)] = ATTEMPTS
+    grace_seconds: Annotated[float, Field(gt=0, le=86_400)] = GRACE_SECONDS
+    log_format: Literal["text", "json"] = "text"
+    ray_address: str | None = None
+    worker_cpus: Annotated[int, Field(ge=1)] = 1
+    slurm: dict[str, str] = {}
+    slurm_folder: str = "slurm-logs"
+    wait: bool = True
+
+    @field_validator("slurm", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            # YAML has true for what a flag says with `=true`.
+            said = {name: str(item).lower() if isinstance(item, bool) else str(item) for name, item in value.items()}
+            return {_parameter(str(name)): item for name, item in said.items()}
+        pairs = [str(item).partition("=") for item in value or ()]
+        for name, equals, _ in pairs:
+            if not name or not equals:
+                raise ValueError(f"--slurm {name!r}: expected NAME=VALUE as sbatch has them, such as partition=gpu")
+        return {_parameter(name): item for name, _, item in pairs}
+
+    @model_validator(mode="after")
+    def _agree(self) -> EngineOptions:
+        def refuse(flag: str, engine: str) -> None:
+            raise ValueError(f"--{flag} goes with --engine {engine}, and this is --engine {self.engine}")
+
+        if self.worker is not None and (self.engine != "local" or self.workers is not None):
+            raise ValueError("--worker i/n is for processes that something else starts: without --engine and --workers")
+        if self.ray_address is not None and self.engine != "ray":
+            refuse("ray-address", "ray")
+        if self.engine != "slurm":
+            if self.slurm:
+                refuse("slurm", "slurm")
+            if not self.wait:
+                refuse("no-wait", "slurm")
+        return self
+
+
+def _parameter(name: str) -> str:
+    """A parameter of sbatch, as it is written there or as a Python name, as a Python name."""
+    return name.lstrip("-").replace("-", "_")

@@ -1,0 +1,282 @@
+"""Is a cache what its teacher says? The live teacher is run again on random windows and compared with the store.
+
+`verify` proves that the bytes are the ones that were committed; this asks whether what was committed is true. `n`
+positions are drawn, one from each n-th part of the entry, and the windows that score them compared value by value.
+A corruption that touches a fraction f of the positions stays unseen with a probability of at most ``(1 - f)**n``;
+one in a single stretch longer than two n-th parts is always met.
+
+What may differ is measured, not assumed: the encoding states its error, and the noise is how far the live teacher is
+from itself (`logit_cache.fidelity.tolerance`),
+
+batch shape   in the entry's recorded batch shape, and window by window in another order
+dtype         where that does not explain it and a half precision is involved, the same weights in another dtype:
+              all that its rounding can do, whatever the device and the kernels that made the entry
+
+One window that differs in one field is enough for the verdict. Digests that differ are named and decide nothing: the
+same weights saved in another way have another one, and what other weights say differs.
+"""
+
+from __future__ import annotations
+
+import gc
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from logit_cache.corpus.tokenizer import cache_vocabulary
+from logit_cache.fidelity.rescore import Sample, draw, live_values, stored_values, take_sample
+from logit_cache.fidelity.tolerance import FieldReport, biased_draw, compare
+from storage.cache.reader import LogitCache, TeacherTargets
+from storage.errors import CorruptCache, IncompleteCache, InputError
+from storage.format.identity import differing_entries
+from storage.format.manifest import TeacherEntry, Versions
+from teachers.base import Teacher
+from teachers.ensemble import EnsembleTeacher
+from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+# What the fields of a foreign record may make one batch take: 32 MiB of token ids, before the model is asked.
+_MOST_BATCH_TOKENS = 1 << 22
+_IDENTITY = ("weights_sha256", "config_sha256", "architecture", "dtype", "head_columns", "parameters")
+
+
+@dataclass
+class Audit:
+    """What an audit found.
+
+    drawn       positions drawn, n in the module's formula; `positions` of `windows` windows were compared
+    controls    the ways in which the live teacher was compared with itself
+    identity    fields in which the live teacher is not the one that the entry names
+    execution   what ran otherwise than it is recorded; it explains noise and decides nothing
+    problems    what makes the entry wrong before any value is compared
+    differing   windows whose values differ, as positions first..last
+    """
+
+    cache: str
+    name: str
+    teacher: str
+    seed: int
+    drawn: int = 0
+    windows: int = 0
+    positions: int = 0
+    controls: list[str] = field(default_factory=list)
+    identity: list[str] = field(default_factory=list)
+    execution: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    differing: list[tuple[int, int]] = field(default_factory=list)
+    fields: dict[str, FieldReport] = field(default_factory=dict)
+
+    @property
+    def consistent(self) -> bool:
+        """Whether the entry holds what this teacher says, as far as the windows tell."""
+        return not self.problems and not self.differing
+
+    def escape(self, fraction: float) -> float:
+        """The most that a corruption of a fraction of the positions can have had as its chance to stay unseen."""
+        return float((1.0 - fraction) ** self.drawn)
+
+
+@dataclass(frozen=True)
+class AuditJob:
+    """What to audit, and how to load the teacher, or the members of an ensemble in the order of the record.
+
+    A dtype of None is the recorded one, a device of None CUDA where there is one, a seed of None a fresh one: nobody
+    then knows beforehand which windows it will be. `revision`: one per hub teacher, or none.
+    """
+
+    cache: str
+    teacher: tuple[str, ...]
+    name: str | None = None
+    windows: int = 16
+    seed: int | None = None
+    device: str | None = None
+    dtype: Dtype | None = None
+    revision: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+
+def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit:
+    """Run the teacher on random windows of an entry and compare; `progress` is given windows run since the last call.
+
+    Raises InputError for a teacher that cannot be run on this entry, CacheNotFound (no such entry, or a cache that was
+    shared without its tokens) and IncompleteCache (nothing cached yet); damage that the windows meet is a problem in
+    the result.
+    """
+    cache = LogitCache.open(job.cache)
+    targets = cache.teacher(_entry_name(job, cache))
+    entry = targets.entry
+    _check_members(job, targets)
+    seed = secrets.randbits(32) if job.seed is None else job.seed
+    found = Audit(job.cache, targets.name, " + ".join(job.teacher), seed)
+    found.problems += _wrong_cache(cache, entry)
+    samples = _samples(job, cache, targets, found)
+    stored = [stored_values(sample.stored) for sample in samples]
+    recorded = entry.teacher.members[0].dtype
+    dtype: Dtype = job.dtype or recorded
+
+    members = _load(job, entry, dtype)
+    found.problems += _other_tokenizers(job, cache, members)
+    teacher = _together(entry, members)
+    _describe(entry, teacher, found)
+    at_once = _batch_windows(entry, teacher, len(samples))
+    alone = 1 if at_once > 1 else 2
+    live = live_values(teacher, entry, samples, at_once, progress)
+    controls = [live_values(teacher, entry, samples[::-1], alone, progress)[::-1]]
+    found.controls.append(f"in batches of {at_once} and of {alone} windows")
+    found.fields, differing = compare(entry, samples, stored, live, controls)
+
+    other: Dtype = "float32" if dtype != "float32" else recorded
+    if differing and other != dtype:
+        del members, teacher
+        gc.collect()  # models hold cycles, and two of them may not fit
+        try:
+            teacher = _together(entry, _load(job, entry, other))
+            controls.append(live_values(teacher, entry, samples, at_once, progress))
+        except InputError as error:
+            found.execution.append(f"the rounding of {dtype} could not be measured: {error}")
+        else:
+            found.controls.append(f"the same weights in {other}")
+            found.fields, differing = compare(entry, samples, stored, live, controls)
+    found.differing = [(samples[number].window.first, samples[number].window.last) for number in differing]
+    bias = biased_draw(live)
+    found.problems += [bias] if bias else []
+    return found
+
+
+def _entry_name(job: AuditJob, cache: LogitCache) -> str:
+    names = cache.teachers
+    if job.name is not None or len(names) == 1:
+        return job.name or names[0]
+    raise InputError(f"{job.cache}: name the entry to audit with --name; there is: {', '.join(names) or 'none'}")
+
+
+def _check_members(job: AuditJob, targets: TeacherTargets) -> None:
+    teacher, count = targets.entry.teacher, len(job.teacher)
+    if count != len(teacher.members):
+        sources = ", ".join(member.source for member in teacher.members)
+        raise InputError(
+            f"{job.cache}: {targets.name} was made by {len(teacher.members)} models and --teacher is given {count} "
+            f"times: give it for each of them, in the order of the record ({sources})"
+        )
+    if len(job.revision) not in (0, count):
+        raise InputError(f"--revision is given {len(job.revision)} times: give it once per --teacher, or not at all")
+    if min(teacher.weights) <= 0:
+        raise InputError(f"{job.cache}: {targets.name} records a weight of {min(teacher.weights):g} for a member")
+
+
+def _wrong_cache(cache: LogitCache, entry: TeacherEntry) -> list[str]:
+    record = cache.record
+    pairs = {
+        "stream_sha256": (entry.stream_sha256, record.corpus.stream_sha256),
+        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, record.tokenizer.fingerprint),
+    }
+    return [f"{name}: the entry has {a}, its cache {b}" for name, (a, b) in pairs.items() if a != b]
+
+
+def _samples(job: AuditJob, cache: LogitCache, targets: TeacherTargets, found: Audit) -> list[Sample]:
+    """The windows to compare; damaged ones become problems."""
+    entry = targets.entry
+    committed = targets.receipts.committed()
+    if not committed.any():
+        raise IncompleteCache(f"{job.cache}: {targets.name} has no position yet: run its cache-logits command first")
+    _ = cache.tokens  # named now, not after the teacher was loaded, where the cache was shared without them
+    starts = cache.document_starts if entry.windowing.isolate_documents else None
+    drawn = draw(entry, committed, starts, job.windows, np.random.default_rng(found.seed))
+    samples = []
+    for window in drawn:
+        try:
+            samples.append(take_sample(cache, targets.name, window))
+        except CorruptCache as error:
+            found.problems.append(str(error))
+    if not samples:
+        raise CorruptCache(f"{found.problems[-1]}; none of {len(drawn)} windows can be read: run logit-cache verify")
+    found.drawn, found.windows = job.windows, len(samples)
+    found.positions = sum(len(sample.labels) for sample in samples)
+    return samples
+
+
+def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceTeacher]:
+    """The members of the teacher in a dtype, checked against what the record wants of them."""
+    context = entry.windowing.context_tokens
+    if context > _MOST_BATCH_TOKENS:
+        raise InputError(f"{job.cache}: its record asks for windows of {context} tokens, at most {_MOST_BATCH_TOKENS}")
+    members = []
+    for number, source in enumerate(job.teacher):
+        teacher = HuggingFaceTeacher.load(
+            source,
+            dtype=dtype,
+            device=job.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            revision=job.revision[number] or None if job.revision else None,
+            trust_remote_code=job.trust_remote_code,
+            logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
+        )
+        teacher.check_context(context)
+        if teacher.head_columns < entry.vocabulary_size:
+            raise InputError(
+                f"{source}: its head has {teacher.head_columns} columns and cannot have scored the "
+                f"{entry.vocabulary_size} ids of {job.cache}: give the teacher that the entry names"
+            )
+        members.append(teacher)
+    return members
+
+
+def _together(entry: TeacherEntry, members: list[HuggingFaceTeacher]) -> Teacher:
+    """The teacher that the record says these are."""
+    record = entry.teacher
+    if record.combine == "single":
+        return members[0]
+    return EnsembleTeacher(members, record.combine, entry.vocabulary_size, record.weights)
+
+
+def _batch_windows(entry: TeacherEntry, teacher: Teacher, samples: int) -> int:
+    """The recorded batch, within bounds; another type of device repeats no bits, so there no batch is filled up."""
+    at_once = min(entry.execution.batch_windows, _MOST_BATCH_TOKENS // entry.windowing.context_tokens)
+    return at_once if teacher.device.type == entry.execution.device_type else min(at_once, samples)
+
+
+def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
+    for recorded, now in zip(entry.teacher.members, teacher.identity.members, strict=True):
+        pairs = {name: (getattr(recorded, name), getattr(now, name)) for name in _IDENTITY}
+        found.identity += [
+            f"{name} of {recorded.source}: the entry has {a!r}, {now.source} {b!r}"
+            for name, (a, b) in pairs.items()
+            if a != b
+        ]
+    ran = {
+        "device_type": teacher.device.type,
+        "attention": teacher.attention,
+        "head": teacher.head,
+        "tensor_parallel": None if teacher.shard is None else teacher.shard.ranks.size,
+    }
+    found.execution += [
+        f"{name}: recorded {getattr(entry.execution, name)!r}, now {value!r}"
+        for name, value in ran.items()
+        if getattr(entry.execution, name) != value
+    ]
+    versions, installed = entry.created_with.libraries, Versions.of_this_process().libraries
+    found.execution += [
+        f"{name}: recorded {versions[name]}, now {installed.get(name)}"
+        for name in ("torch", "transformers")
+        if versions.get(name, installed.get(name)) != installed.get(name)
+    ]
+
+
+def _other_tokenizers(job: AuditJob, cache: LogitCache, members: list[HuggingFaceTeacher]) -> list[str]:
+    """One line for each teacher whose tokenizer is not the cache's; one without tokenizer files cannot be told."""
+    ours: dict[str, int] | None = None
+    problems = []
+    for source, teacher in zip(job.teacher, members, strict=True):
+        theirs = teacher.vocabulary()
+        if theirs is None:
+            continue
+        ours = ours or cache_vocabulary(cache)
+        if ours != theirs:
+            problems.append(
+                f"the tokenizer of {source} is not the cache's: {'; '.join(differing_entries(ours, theirs))}"
+            )
+    return problems

@@ -1,0 +1,232 @@
+"""How faithful are an entry's stored targets? The teacher is run again on a sample, and compared in full.
+
+What a cache leaves out cannot be had from the cache, so it is measured when the teacher is at hand: once an entry is
+complete, `cache-logits` scores some `--fidelity-positions` again and stores what it finds beside the entry
+(`storage.format.fidelity`), figures that `logit_cache.fidelity.metrics` defines. Stored values are read through
+`LogitCache`, so the quantisation is in them.
+
+Which positions follows from the entry alone. `replay.draw` draws windows, one from each of as many equal parts of the
+stream, seeded by the digest of the entry's record; each window gives the same number of positions, drawn likewise: its
+chance grows with its length, that of its positions does not, so long documents count no more than they are. Nothing in
+the report knows a time or a host, so a second run, or a second worker, makes the same bytes where sums are added up in
+the same order; else the first one is kept.
+
+Cost: N positions, as the entry's own cost, but at least `_LEAST_WINDOWS` windows, because one window is one document's
+page, and at most `_SPREAD_WINDOWS` where a batch has room for them; batches have the entry's recorded shape, in which a
+half precision says what it said then. Memory: a few tiles of `_TILE_LOGITS` float64, and the decoded chunks of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logit_cache.caching.prepare import OpenJob
+from logit_cache.caching.windows import Window
+from logit_cache.fidelity.metrics import Measures, StoredRows, tidy
+from logit_cache.fidelity.rescore import Sample, draw, take_sample
+from storage.cache.reader import LogitCache, TeacherTargets
+from storage.errors import InputError
+from storage.format.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment
+from storage.format.manifest import TeacherEntry
+from teachers.base import Teacher
+
+_LEAST_WINDOWS = 8
+_SPREAD_WINDOWS = 64
+# About ten arrays of this many float64 live at a time: a third of a gigabyte.
+_TILE_LOGITS = 1 << 22
+_QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "q99": 0.99, "maximum": 1.0}
+_PER_ID = ("token_ids", "logprob_codes", "logprobs")
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """What is measured of a window: its tokens int64 [<= C], and of r positions that it scores their place in it and
+    the tokens that follow (-1: none), int64 [r], and the stored rows [r, K] as a reader decodes them."""
+
+    tokens: NDArray[np.int64]
+    places: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    stored: StoredRows
+
+
+def is_wanted(opened: OpenJob, positions: int) -> bool:
+    """Whether a report of so many positions is to be made: the entry is complete and has none.
+
+    Raises CorruptCache, FormatError for one that is damaged.
+    """
+    if not positions:
+        return False
+    targets = _targets(opened)[1]
+    return not targets.missing() and targets.fidelity() is None
+
+
+def measure(opened: OpenJob, positions: int, progress: Callable[[int], None] | None = None) -> FidelityReport:
+    """The report of a complete entry, from about so many positions, at least one and no more than asked for.
+
+    `progress` is given positions done since the last call. Raises what reading raises, and InputError for a teacher
+    whose logits have no softmax.
+    """
+    return measure_entry(*_targets(opened), opened.teacher, positions, progress)
+
+
+def measure_entry(
+    cache: LogitCache,
+    targets: TeacherTargets,
+    teacher: Teacher,
+    positions: int,
+    progress: Callable[[int], None] | None = None,
+) -> FidelityReport:
+    """The same for whoever only reads the entry; all ranks of a teacher that is spread over several call this."""
+    entry = targets.entry
+    drawn = _windows(cache, targets, positions)
+    rng = np.random.default_rng([_seed(targets), 1])
+    device = torch.device("cpu") if teacher.device.type == "mps" else teacher.device  # mps has no float64
+    picked = [_pick(take_sample(cache, targets.name, window), positions // len(drawn), rng, device) for window in drawn]
+    counts = sum(np.bincount(item.tokens, minlength=entry.vocabulary_size) for item in picked) + 1
+    found = Measures(
+        torch.from_numpy(counts).to(device, torch.float64), entry.encoding.step_nats or 0.0, _treatments(entry)
+    )
+    at_once = entry.execution.batch_windows
+    for first in range(0, len(picked), at_once):
+        batch = picked[first : first + at_once]
+        _add_batch(found, teacher, entry, batch, device)
+        if progress is not None:
+            progress(sum(len(item.labels) for item in batch))
+    return _report(targets, found, [window.first // entry.layout.shard for window in drawn])
+
+
+def _targets(opened: OpenJob) -> tuple[LogitCache, TeacherTargets]:
+    # Opened anew: what the job opened has looked at the entry before it was complete.
+    cache = LogitCache.open(opened.cache.url)
+    return cache, cache.teacher(opened.writer.name)
+
+
+def _treatments(entry: TeacherEntry) -> tuple[Treatment, ...]:
+    """Ids that were drawn for another temperature are no sample at 1, and students refuse them there."""
+    drawn = entry.targets.method == "varopt" and entry.targets.temperature == 1.0
+    return ("bucket", "renormalise", "none", *(("sampled",) if drawn else ()))
+
+
+def _seed(targets: TeacherTargets) -> int:
+    return int(targets.record_sha256, 16)
+
+
+def _windows(cache: LogitCache, targets: TeacherTargets, positions: int) -> list[Window]:
+    entry = targets.entry
+    starts = cache.document_starts if entry.windowing.isolate_documents else None
+    length = entry.windowing.stride_tokens
+    if starts is not None:
+        length = min(length, max(1, entry.positions // len(starts)))
+    spread = max(_LEAST_WINDOWS, min(entry.execution.batch_windows, _SPREAD_WINDOWS))
+    count = min(positions, max(spread, -(-positions // length)))
+    return draw(entry, targets.receipts.committed(), starts, count, np.random.default_rng(_seed(targets)))
+
+
+def _pick(sample: Sample, most: int, rng: np.random.Generator, device: torch.device) -> _Picked:
+    """At most so many of a window's positions."""
+    window, stored = sample.window, sample.stored
+    rows = np.sort(rng.permutation(len(stored))[:most])
+
+    def at_rows(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
+        wide = values[rows].astype(np.int64 if dtype == torch.int64 else np.float64)
+        return torch.from_numpy(wide).to(device)
+
+    return _Picked(
+        tokens=sample.tokens,
+        places=window.first - window.start + rows,
+        labels=sample.labels[rows],
+        stored=StoredRows(
+            ids=at_rows(stored.token_ids, torch.int64),
+            logprobs=at_rows(stored.logprobs, torch.float64),
+            kept=at_rows(stored.kept, torch.int64),
+            certain=at_rows(stored.certain, torch.int64),
+            log_tail=at_rows(stored.log_tail, torch.float64),
+        ),
+    )
+
+
+def _add_batch(
+    found: Measures, teacher: Teacher, entry: TeacherEntry, batch: list[_Picked], device: torch.device
+) -> None:
+    context = entry.windowing.context_tokens
+    inputs = np.zeros((entry.execution.batch_windows, context), dtype=np.int64)
+    for number, item in enumerate(batch):
+        inputs[number, : len(item.tokens)] = item.tokens
+    index = np.concatenate([number * context + item.places for number, item in enumerate(batch)])
+    labels = np.concatenate([item.labels for item in batch])
+    stored = StoredRows.together([item.stored for item in batch])
+    step = max(1, _TILE_LOGITS // entry.vocabulary_size)
+    done = 0
+    windows, rows = torch.from_numpy(inputs).to(teacher.device), torch.from_numpy(index).to(teacher.device)
+    for logits in teacher.score(windows, rows):
+        for start in range(0, len(logits), step):
+            tile = logits[start : start + step]
+            if teacher.shard is not None:  # a few thousand rows for a report: there, whole rows are gathered
+                tile = teacher.shard.whole(tile)
+            tile = tile[:, : entry.vocabulary_size].to(device, torch.float64)
+            if not bool(torch.isfinite(tile.amax(1)).all()):
+                raise InputError(
+                    "the teacher's logits have no softmax (NaN, or an infinity) where they had one when the entry was "
+                    "made: its weights or its device changed; logit-cache audit tells whether the entry is true"
+                )
+            here = slice(done, done + len(tile))
+            found.add(tile, stored.rows(here), labels[here])
+            done += len(tile)
+    assert done == len(index), "a teacher yields one row of logits per scored row"
+
+
+def _report(targets: TeacherTargets, found: Measures, shards: list[int]) -> FidelityReport:
+    residual = found.per_position("residual").clip(0, 1)
+    for_residual, for_forward, curve = found.needed()
+    size = _size(targets, found, shards)
+
+    def priced(item: NeededIds) -> NeededIds:
+        wanted = targets.entry.targets
+        if wanted.method != "top-k" or wanted.top_p is not None or not wanted.k / 4 <= item.k <= wanted.k * 4:
+            return item
+        cost = tidy(size.overhead_bytes_per_token + item.k * size.bytes_per_id)
+        return item.model_copy(update={"bytes_per_token": cost})
+
+    return FidelityReport(
+        record_sha256=targets.record_sha256,
+        positions=found.positions,
+        windows=len(shards),
+        labelled=int((found.labels >= 0).sum()),
+        residual_mass=Spread(
+            mean=tidy(residual.mean()), **{n: tidy(np.quantile(residual, q)) for n, q in _QUANTILES.items()}
+        ),
+        quantisation=tidy(max(0.0, found.per_position("quantisation").mean())),
+        divergences=found.divergences(),
+        gradients=found.gradients(),
+        calibration=found.calibration(),
+        size=size,
+        k_for_residual_mass=tuple(map(priced, for_residual)),
+        k_for_forward=tuple(map(priced, for_forward)),
+        curve=curve,
+    )
+
+
+def _size(targets: TeacherTargets, found: Measures, shards: list[int]) -> Size:
+    """From the index, and how it divides between ids and positions from the receipts of the sample's shards."""
+    bytes_per_token = targets.stored_bytes() / targets.entry.positions
+    per_id = whole = 0
+    for shard in sorted(set(shards)):
+        receipt = targets.receipts.recent(shard)
+        assert receipt is not None, "the sample was read from this shard"
+        whole += sum(item.bytes for item in receipt.objects.values())
+        per_id += sum(item.bytes for name, item in receipt.objects.items() if name in _PER_ID)
+    mean_kept = float(found.per_position("kept").mean())
+    for_ids = bytes_per_token * per_id / whole
+    return Size(
+        mean_kept=tidy(mean_kept),
+        bytes_per_token=tidy(bytes_per_token),
+        bytes_per_id=tidy(for_ids / mean_kept),
+        overhead_bytes_per_token=tidy(bytes_per_token - for_ids),
+    )

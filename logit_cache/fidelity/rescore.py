@@ -1,0 +1,210 @@
+"""Single windows of an entry: what is stored of them, and what a live teacher says of them now, in the same terms.
+
+Legend: `R` positions of a window that it scores, `K` stored ids per position, `V` vocabulary size, `C` context tokens.
+
+With the code that makes entries it shares the plan of the windows and nothing else, or it would repeat its
+mistakes: batches are put together anew, and everything is reduced densely over V in float64, at the stored ids.
+
+`Values` hold, by field, float64 nats, NaN where there is nothing to compare::
+
+    logprobs       [R, K]   of the stored ids
+    token_ids      [R, K]   live: how far the stored id of rank i falls short of the live teacher's i-th best; 0 when
+                            they are the same id, or tied. Stored: 0. Only for ids that are certain
+    top_logprob, log_tail, log_tail_half, label_logprob, entropy    [R]   tails outside the *stored* certain ids
+    spread         [R]      live only: from the best log-prob to the median one, what rounding errors scale with
+    drawn          [R]      live only: the mean log-prob of the drawn ids less its expectation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logit_cache.caching.windows import Window, windows
+from storage.cache.reader import LogitCache
+from storage.errors import InputError
+from storage.format.encoding import MIN_STEP_NATS, logprob_floor
+from storage.format.manifest import TeacherEntry
+from storage.format.targets import SparseTargets
+from teachers.base import Teacher
+
+FIELDS = ("logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
+Values = dict[str, NDArray[np.float64]]
+
+# The highest floor that any step has: below it, entries say "nothing" in different ways.
+_FLOOR = logprob_floor(MIN_STEP_NATS)
+# Logits at once in float64; several arrays of that size live at a time.
+_TILE_LOGITS = 1 << 23
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A window with its tokens int64 [<= C], the token after each scored position int64 [R] (-1: none), and targets."""
+
+    window: Window
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    stored: SparseTargets
+
+
+def draw(
+    entry: TeacherEntry,
+    committed: NDArray[np.bool_],
+    document_starts: NDArray[np.uint64] | None,
+    count: int,
+    rng: np.random.Generator,
+) -> list[Window]:
+    """The windows that score `count` random positions of the committed shards, ascending, each once.
+
+    One position is drawn from each of `count` equal parts, so a stretch of two parts' length is always met. A
+    window has all positions that it scores within one shard. Fewer come back where two positions share one.
+    """
+    size = entry.layout.shard
+    shards = np.flatnonzero(committed).astype(np.int64)
+    lengths = np.minimum((shards + 1) * size, entry.positions) - shards * size
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    count = min(count, total)
+    found: dict[int, Window] = {}
+    for part in range(count):
+        drawn = int(rng.integers(part * total // count, (part + 1) * total // count))
+        at = int(np.searchsorted(ends, drawn, side="right"))
+        start = int(shards[at]) * size
+        position = start + drawn - int(ends[at] - lengths[at])
+        window = _window_of(position, start, start + int(lengths[at]), entry, document_starts)
+        found[window.first] = window
+    return [found[first] for first in sorted(found)]
+
+
+def _window_of(
+    position: int, start: int, stop: int, entry: TeacherEntry, document_starts: NDArray[np.uint64] | None
+) -> Window:
+    """The window that scores a position, with all that it scores of the shard `start .. stop`."""
+    plan = (entry.positions, entry.windowing, document_starts)
+    read = next(windows(position, position + 1, *plan))
+    shares = windows(max(read.start, start), min(read.stop, stop), *plan)
+    return next(share for share in shares if share.first <= position < share.last)
+
+
+def take_sample(cache: LogitCache, name: str, window: Window) -> Sample:
+    """What the cache holds of a window. Raises what reading raises."""
+    high = min(max(window.stop, window.last + 1), cache.record.corpus.positions)
+    tokens = cache.tokens.read(window.start, high).astype(np.int64)
+    following = np.arange(window.first, window.last) + 1
+    labels = np.full(len(following), -1)
+    inside = following < window.end
+    labels[inside] = tokens[following[inside] - window.start]
+    stored = cache.teacher(name).read(window.first, window.last)
+    return Sample(window, tokens[: window.stop - window.start], labels, stored)
+
+
+def stored_values(targets: SparseTargets) -> Values:
+    """What the cache says of the positions of a sample."""
+    columns = np.arange(targets.k)
+    values = {
+        "logprobs": np.where(columns < targets.kept[:, None], np.maximum(targets.logprobs, _FLOOR), np.nan),
+        "token_ids": np.where(columns < targets.certain[:, None], 0.0, np.nan),
+    }
+    for name in FIELDS[2:]:
+        value = getattr(targets, name).astype(np.float64)
+        # -inf is the tail of a row that holds every id: the format's rules have compared it with `certain`.
+        values[name] = np.where(np.isneginf(value), np.nan, np.maximum(value, _FLOOR))
+    return {name: value.astype(np.float64) for name, value in values.items()}
+
+
+def live_values(
+    teacher: Teacher,
+    entry: TeacherEntry,
+    samples: list[Sample],
+    batch_windows: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Values]:
+    """What the teacher says of each sample, scored in batches of `batch_windows` windows filled up to that shape."""
+    found: list[Values] = []
+    for first in range(0, len(samples), batch_windows):
+        batch = samples[first : first + batch_windows]
+        found += _score_batch(teacher, entry, batch, batch_windows)
+        if progress is not None:
+            progress(len(batch))
+    return found
+
+
+def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], batch_windows: int) -> list[Values]:
+    context = entry.windowing.context_tokens
+    inputs = np.zeros((batch_windows, context), dtype=np.int64)
+    for number, sample in enumerate(batch):
+        inputs[number, : len(sample.tokens)] = sample.tokens
+    rows = [
+        number * context + np.arange(sample.window.first, sample.window.last) - sample.window.start
+        for number, sample in enumerate(batch)
+    ]
+    stored = [sample.stored for sample in batch]
+    per_row = [
+        np.concatenate([targets.token_ids for targets in stored]),
+        np.concatenate([targets.kept for targets in stored]),
+        np.concatenate([targets.certain for targets in stored]),
+        np.concatenate([sample.labels for sample in batch]),
+    ]
+    on_device = [torch.from_numpy(array.astype(np.int64)).to(teacher.device) for array in per_row]
+    index = torch.from_numpy(np.concatenate(rows)).to(teacher.device)
+    step = max(1, _TILE_LOGITS // entry.vocabulary_size)
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
+        for start in range(0, len(logits), step):
+            tile = logits[start : start + step]
+            here = slice(done, done + len(tile))
+            ids, kept, certain, labels = (array[here] for array in on_device)
+            tile = tile[:, : entry.vocabulary_size]
+            parts.append(_row_values(tile, ids, kept, certain, labels, entry.targets.temperature))
+            done += len(tile)
+    assert done == len(index), "a teacher yields one row of logits per scored row"
+    whole = {name: torch.cat([part[name] for part in parts]).cpu().double().numpy() for name in parts[0]}
+    ends = np.cumsum([len(targets) for targets in stored])[:-1]
+    split = {name: np.split(values, ends) for name, values in whole.items()}
+    return [{name: values[number] for name, values in split.items()} for number in range(len(batch))]
+
+
+def _row_values(
+    logits: Tensor, ids: Tensor, kept: Tensor, certain: Tensor, labels: Tensor, drawn_at: float
+) -> dict[str, Tensor]:
+    """`Values` of rows of logits [r, V]; ids [r, K], kept, certain and labels [r] are int64.
+
+    drawn_at: the temperature that ids were drawn for.
+    """
+    # float64, so that a difference is the teacher's or the cache's, and not this sum's; one backend has none.
+    logits = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
+    if not bool(torch.isfinite(logits.amax(1)).all()):
+        raise InputError(
+            "the live teacher's logits have no softmax (NaN, or an infinity): it overflows in its dtype, or its "
+            "weights are broken: try --dtype float32"
+        )
+    logp = torch.log_softmax(logits, dim=1)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    is_kept, is_certain = columns < kept[:, None], columns < certain[:, None]
+    safe = ids.masked_fill(~is_kept, 0)
+    # Columns that are not certain add 0 to some id, and so may name any.
+    outside = logp.scatter_add(1, safe, torch.zeros_like(safe, dtype=logp.dtype).masked_fill(is_certain, -torch.inf))
+    at_ids = logp.gather(1, safe).clamp_min(_FLOOR)
+    best = logp.topk(ids.shape[1], dim=1).values.clamp_min(_FLOOR)
+    is_drawn = is_kept & ~is_certain
+    expected = ((outside / drawn_at).softmax(1) * logp.clamp_min(_FLOOR)).sum(1)
+    return {
+        "logprobs": at_ids.masked_fill(~is_kept, torch.nan),
+        "token_ids": (best - at_ids).masked_fill(~is_certain, torch.nan),
+        "top_logprob": at_ids[:, 0],
+        "log_tail": torch.logsumexp(outside, dim=1).clamp_min(_FLOOR),
+        "log_tail_half": torch.logsumexp(outside / 2, dim=1).clamp_min(_FLOOR),
+        "label_logprob": logp.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+        .clamp_min(_FLOOR)
+        .masked_fill(labels < 0, torch.nan),
+        "entropy": -(logp.exp() * logp.clamp_min(_FLOOR)).sum(1),
+        # 0 / 0 where nothing was drawn.
+        "drawn": (at_ids * is_drawn).sum(1) / is_drawn.sum(1) - expected,
+        "spread": best[:, 0] - logp.median(1).values.clamp_min(_FLOOR),
+    }

@@ -1,0 +1,167 @@
+"""The commands of a recipe: what each stage is called, and its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from logit_cache.recipes.published import WINDOW_TOKENS, Model, Recipe
+from logit_cache.recipes.stages import Stage
+
+
+@dataclass(frozen=True)
+class RecipeCommands:
+    """A recipe on given text in a folder, as commands.
+
+    batches   windows of a micro-batch by model name, and of the live student under "live"
+    half      train in mixed float16
+    pairs     folder of minimal pairs to score every model on, the first `limit` of each paradigm
+    """
+
+    recipe: Recipe
+    folder: Path
+    text: tuple[Path, ...]
+    eval_text: tuple[Path, ...]
+    seeds: tuple[int, ...]
+    batches: dict[str, int]
+    half: bool
+    live: bool
+    pairs: str | None
+    limit: int | None
+
+    def stages(self) -> Iterator[Stage]:
+        """All commands, in their order."""
+        train, valid = str(self.folder / "train"), str(self.folder / "valid")
+        yield from self._text_stages(train, valid)
+        for seed in self.seeds:
+            yield from self._seed_stages(seed, train, valid)
+        report = self.folder / "report.html"
+        yield Stage("report", ("logit-cache", "report", str(self.folder), "--out", str(report)))
+
+    def _text_stages(self, train: str, valid: str) -> Iterator[Stage]:
+        cleaned = {}
+        limit = self.recipe.text_bytes
+        for part, files, share in (("train", self.text, limit), ("valid", self.eval_text, limit and limit // 10)):
+            out = self.folder / "text" / part
+            cut = [] if share is None else ["--limit-bytes", str(max(1, share // len(files)))]
+            yield Stage(
+                f"{'held-out' if part == 'valid' else 'training'} text, cleaned",
+                ("logit-cache", "clean", *_repeated("--text", map(str, files)), "--out", str(out), *cut),
+            )
+            cleaned[part] = _repeated("--text", (str(out / file.name) for file in files))
+        size = str(self.recipe.vocabulary_size)
+        yield Stage(
+            f"token stream, with a new tokenizer of {size} ids",
+            ("logit-cache", "tokenize", *cleaned["train"], "--train-tokenizer", size, "--out", train),
+        )
+        yield Stage(
+            "held-out token stream, same tokenizer",
+            ("logit-cache", "tokenize", *cleaned["valid"], "--tokenizer", f"{train}/tokenizer", "--out", valid),
+        )
+
+    def _seed_stages(self, seed: int, train: str, valid: str) -> Iterator[Stage]:
+        recipe, of_seed = self.recipe, f" (seed {seed})" if len(self.seeds) > 1 else ""
+        home = self.folder / f"seed-{seed}"
+        entry = entry_name(seed)
+        data = (
+            "--cache",
+            train,
+            "--eval-cache",
+            valid,
+            "--window-tokens",
+            str(WINDOW_TOKENS),
+            "--offset",
+            recipe.offset,
+        )
+        teachers = [str(home / teacher.name) for teacher in recipe.teachers]
+        for number, teacher in enumerate(recipe.teachers, 1):
+            own = ("--seed", str(len(recipe.teachers) * seed + number), "--output-dir", str(home / teacher.name))
+            yield Stage(
+                f"teacher {teacher.name}: training from scratch{of_seed}",
+                ("train-teacher", *data, *self._training(teacher, "loss"), *own),
+            )
+        members = (*_repeated("--teacher", teachers), "--combine", "logit-mean")
+        for text, cache in (("training", train), ("held-out", valid)):
+            targets = ("-k", str(recipe.kept_ids), "--target-temperature", f"{recipe.temperature:g}")
+            windows = ("--context-tokens", str(WINDOW_TOKENS), "--stride-tokens", str(recipe.stride_tokens))
+            yield Stage(
+                f"teachers: run once over the {text} stream{of_seed}",
+                ("cache-logits", "--cache", cache, *members, "--name", entry, *targets, *windows),
+            )
+        objective = (
+            *("--temperature", f"{recipe.temperature:g}", "--alpha", f"{recipe.alpha:g}"),
+            *("--loss-scale", recipe.loss_scale),
+        )
+        student = (*data, "--seed", str(seed))
+        distilled = self._training(recipe.student, "distillation_loss")
+        yield Stage(
+            f"student from the cache, no teacher loaded{of_seed}",
+            (
+                "train-student",
+                *student,
+                *distilled,
+                "--teacher",
+                entry,
+                *objective,
+                "--output-dir",
+                str(home / "student"),
+            ),
+        )
+        yield Stage(
+            f"the same student without distillation{of_seed}",
+            ("train-student", *student, *self._training(recipe.student, "loss"), "--output-dir", str(home / "control")),
+        )
+        if self.live:
+            live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
+            beside = self._training(recipe.student, "distillation_loss", "live")
+            yield Stage(
+                f"the same student beside its teachers{of_seed}",
+                ("train-teacher", *student, *beside, *live, "--output-dir", str(home / "live")),
+            )
+        measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
+        if self.pairs is not None:
+            measured += ("--pairs", self.pairs)
+            measured += () if self.limit is None else ("--limit", str(self.limit))
+        for name in self.runs:
+            scores = home / f"{name}.scores.json"
+            yield Stage(
+                f"scores of {name}{of_seed}",
+                ("logit-cache", "evaluate", str(home / name), *measured, "--out", str(scores)),
+                makes=scores,
+            )
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """Role by name of the folder."""
+        roles = dict.fromkeys((teacher.name for teacher in self.recipe.teachers), "teacher")
+        return roles | {"student": "student", "control": "control"} | ({"live": "live"} if self.live else {})
+
+    def _training(self, model: Model, best_by: str, batch_of: str | None = None) -> tuple[str, ...]:
+        """Options of a training command: network and schedule; the best epoch by a held-out loss."""
+        schedule, micro = model.training, self.batches[batch_of or model.name]
+        fields = {
+            "learning_rate": f"{schedule.learning_rate:g}",
+            "num_train_epochs": schedule.epochs,
+            "warmup_steps": schedule.warmup_steps,
+            "weight_decay": f"{schedule.weight_decay:g}",
+            "lr_scheduler_type": "cosine",
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": schedule.batch // micro,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": "true",
+            "metric_for_best_model": best_by,
+        } | ({"fp16": "true"} if self.half else {})
+        settings = _repeated("--set", (f"{name}={value}" for name, value in fields.items()))
+        return ("--model", str(self.folder / "models" / f"{model.name}.json"), *settings)
+
+
+def entry_name(seed: int) -> str:
+    """The teacher entry of a seed."""
+    return f"ensemble-{seed}"
+
+
+def _repeated(option: str, values: Any) -> tuple[str, ...]:
+    return tuple(part for value in values for part in (option, value))

@@ -1,0 +1,92 @@
+"""What this machine offers a training run: memory and the speed of a matrix product.
+
+    python -m logit_cache.recipes.machine
+
+Prints one line of JSON. A process of its own, so that whoever asks holds no memory of the device afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+_SECONDS = 0.3
+_SIZE = {"cpu": 1024, "cuda": 4096}
+
+
+class Machine(BaseModel):
+    """`memory_bytes` of the device: of the GPU where there is one, else of the machine, as far as it is free now.
+
+    products_per_second: multiplications with their additions of float32 matrices on a CPU, of float16 on a GPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    name: str
+    memory_bytes: int
+    products_per_second: float
+
+
+def probe() -> Machine:
+    """Ask this machine, in a process of its own. Takes a few seconds, for the import of torch."""
+    done = subprocess.run(
+        [sys.executable, "-m", "logit_cache.recipes.machine"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    return Machine.model_validate_json(done.stdout)
+
+
+def _measure() -> Machine:
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    size = _SIZE[kind]
+    dtype = torch.float16 if kind == "cuda" else torch.float32
+    one, other = (torch.ones(size, size, dtype=dtype, device=kind) for _ in range(2))
+
+    def seconds(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            torch.mm(one, other)
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    seconds(2)
+    times, took = 1, 0.0
+    while took < _SECONDS:
+        times *= 2
+        took = seconds(times)
+    if kind == "cuda":
+        memory, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    else:
+        memory, name = free_memory(), f"{torch.get_num_threads()} threads"
+    return Machine(device=kind, name=name, memory_bytes=memory, products_per_second=times * size**3 / took)
+
+
+def free_memory() -> int:
+    """Bytes that a new process may take: what the kernel calls available, and no more than a container allows."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            found = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        found = min(found, max(0, int(limit.read_text()) - int(used.read_text())))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure().model_dump()))

@@ -1,0 +1,269 @@
+"""A whole recipe in one folder: text → tokens → teachers → cache → student and control → scores → report.
+
+    DIR/recipe.json          what was asked for; another recipe in the same folder is refused
+    DIR/text/…               the cleaned text
+    DIR/train, DIR/valid     token streams with the teachers' targets, one entry for each seed
+    DIR/models/…             configurations
+    DIR/seed-S/…             teachers, student, control and live student of a seed, each with its scores beside it
+    DIR/report.html          what was gained
+
+Every stage is a public command in a process of its own and goes on where it stopped; so does the recipe.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from logit_cache.recipes import estimate
+from logit_cache.recipes.commands import RecipeCommands, entry_name
+from logit_cache.recipes.machine import Machine, probe
+from logit_cache.recipes.published import WINDOW_TOKENS, Scale, find_recipe
+from logit_cache.recipes.stages import Stage, run_stages
+from storage.errors import IdentityMismatch, InputError
+from storage.files import replace_file
+
+AGAIN = "run the same command again to go on"
+
+
+class RecipeJob(BaseModel):
+    """What `logit-cache recipe` is asked for.
+
+    text, eval_text   files or patterns of training and of held-out text
+    pairs             folder of minimal pairs; limit: of each paradigm, the first so many
+    seeds             each trains its own teachers, student and control
+    live              also train the student beside its teachers, for comparison
+    stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: str
+    scale: Scale
+    text: tuple[str, ...] = Field(min_length=1)
+    eval_text: tuple[str, ...] = Field(min_length=1)
+    out: str
+    pairs: str | None = None
+    limit: int | None = Field(None, ge=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    live: bool = False
+    stride_tokens: int | None = Field(None, ge=1, le=WINDOW_TOKENS)
+
+
+class RecipeRun:
+    """A checked job: its files are there and its models fit into this machine. Nothing is written before `run`.
+
+    Raises InputError for missing or overlapping text, too little of it, too little memory or disk, and
+    IdentityMismatch for a folder that holds another recipe's run.
+    """
+
+    def __init__(self, job: RecipeJob, machine: Machine | None = None) -> None:
+        recipe = find_recipe(job.recipe, job.scale)
+        if job.stride_tokens is not None:
+            recipe = recipe.model_copy(update={"stride_tokens": job.stride_tokens})
+        if len(set(job.seeds)) < len(job.seeds):
+            raise InputError(f"each seed can be given once; got {', '.join(map(str, job.seeds))}")
+        self.job, self.recipe, self.folder = job, recipe, Path(job.out).expanduser()
+        self.text, self.eval_text = _files("--text", job.text), _files("--eval-text", job.eval_text)
+        _check_text(self.text, self.eval_text)
+        if job.pairs is not None and not any(Path(job.pairs).expanduser().glob("*.jsonl")):
+            raise InputError(f"--pairs {job.pairs}: expected a folder of JSONL files, found none there")
+        self.machine = machine or probe()
+        self.half = self.machine.device == "cuda"
+        self.batches = self._stored_batches() or estimate.choose_batches(recipe, self.machine, job.live)
+        self.commands = RecipeCommands(
+            recipe=recipe,
+            folder=self.folder,
+            text=self.text,
+            eval_text=self.eval_text,
+            seeds=job.seeds,
+            batches=self.batches,
+            half=self.half,
+            live=job.live,
+            pairs=job.pairs,
+            limit=job.limit,
+        )
+        self._check_tokens()
+        self._check_disk()
+
+    @property
+    def forecast(self) -> str:
+        """What it will take, as text."""
+        about = f"{self.recipe.title}, scale {self.recipe.scale}: about {self.tokens[0]:,} tokens of training text"
+        table = estimate.table(self._costs, self.machine, len(self.job.seeds))
+        return f"{about}, {self.tokens[1]:,} held out\n{table}"
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """About how many tokens there are for training and held out."""
+        v = self.recipe.vocabulary_size
+        limits = (self.recipe.text_bytes, self.recipe.text_bytes and self.recipe.text_bytes // 10)
+        taken = []
+        for files, limit in zip((self.text, self.eval_text), limits, strict=True):
+            sizes = [file.stat().st_size for file in files]
+            taken.append(sum(sizes) if limit is None else sum(min(size, limit // len(files)) for size in sizes))
+        return estimate.tokens_of(taken[0], v), estimate.tokens_of(taken[1], v)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All commands, in their order."""
+        return list(self.commands.stages())
+
+    def run(self) -> Path:
+        """Do what is left to do; the path of the report."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        for name, network in self.recipe.models.items():
+            path = self.folder / "models" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            config = json.dumps(network.config, indent=1).encode()
+            # What is there already stays as it is: a finished recipe that is run again changes nothing.
+            if not path.exists() or path.read_bytes() != config:
+                replace_file(path, config)
+        for seed in self.job.seeds:
+            (self.folder / f"seed-{seed}").mkdir(exist_ok=True)
+        run_stages(self.stages, AGAIN)
+        return self.folder / "report.html"
+
+    def _record(self) -> dict[str, Any]:
+        recipe, job = self.recipe, self.job
+        settings = {
+            "vocabulary": recipe.vocabulary_size,
+            "window_tokens": WINDOW_TOKENS,
+            "offset": recipe.offset,
+            "stride_tokens": recipe.stride_tokens,
+            "kept_ids": recipe.kept_ids,
+            "temperature": recipe.temperature,
+            "alpha": recipe.alpha,
+            "loss_scale": recipe.loss_scale,
+            "combine": "logit-mean",
+            "precision": "float16, mixed" if self.half else "float32",
+        }
+        for model in (*recipe.teachers, recipe.student):
+            settings |= {f"{model.name}.{name}": value for name, value in model.training.model_dump().items()}
+        return {
+            "kind": "recipe",
+            "format": 1,
+            "recipe": recipe.name,
+            "scale": recipe.scale,
+            "title": f"{recipe.title}, scale {recipe.scale}",
+            "settings": settings,
+            "text": [str(file) for file in self.text],
+            "eval_text": [str(file) for file in self.eval_text],
+            "pairs": job.pairs,
+            "pairs_limit": job.limit,
+            "micro_batches": self.batches,
+            "caches": {"train": "train", "held_out": "valid"},
+            "entries": [entry_name(seed) for seed in job.seeds],
+            "models": [
+                {
+                    "role": role,
+                    "name": name,
+                    "seed": seed,
+                    "run": f"seed-{seed}/{name}",
+                    "scores": f"seed-{seed}/{name}.scores.json",
+                }
+                for seed in job.seeds
+                for name, role in self.commands.runs.items()
+            ],
+        }
+
+    def _claim(self) -> None:
+        """Write what is asked for; a folder of another recipe is refused. Seeds and a live run may be added later."""
+        path, record = self.folder / "recipe.json", self._record()
+        stored = self._stored()
+        if stored is None and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder} holds something that is no recipe's run: give another --out")
+        growing = {"entries", "models", "micro_batches"}
+        if stored is not None:
+            differing = [
+                f"{name}: {stored.get(name)!r} there, {record[name]!r} asked for"
+                for name in record
+                if name not in growing and stored.get(name) != record[name]
+            ]
+            if differing:
+                raise IdentityMismatch(f"{self.folder} holds another run", differing, "Give another --out")
+            for name in ("entries", "models"):
+                record[name] = [*stored[name], *(item for item in record[name] if item not in stored[name])]
+        replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
+
+    def _stored(self) -> dict[str, Any] | None:
+        path = self.folder / "recipe.json"
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("kind") != "recipe" or found.get("format") != 1:
+            raise InputError(f"{path} is no record of a recipe's run of this version: give another --out")
+        return found
+
+    def _stored_batches(self) -> dict[str, int] | None:
+        """The micro-batches of a run that was begun: what fits may differ today, and the run would be another one."""
+        stored = self._stored()
+        batches = stored.get("micro_batches") if stored else None
+        wanted = {*self.recipe.models, *(["live"] if self.job.live else [])}
+        return batches if isinstance(batches, dict) and wanted <= batches.keys() else None
+
+    @property
+    def _costs(self) -> list[estimate.Cost]:
+        return estimate.costs(self.recipe, *self.tokens, self.batches, self.half, self.job.live)
+
+    def _check_tokens(self) -> None:
+        batch = max(model.training.batch for model in (*self.recipe.teachers, self.recipe.student))
+        needed = 2 * batch * WINDOW_TOKENS
+        if self.tokens[0] < needed:
+            raise InputError(
+                f"the training text is about {self.tokens[0]:,} tokens, fewer than two steps of {batch} windows "
+                f"({needed:,}): give more text, or a smaller --scale"
+            )
+        if self.tokens[1] < 2 * WINDOW_TOKENS:
+            raise InputError(
+                f"the held-out text is about {self.tokens[1]:,} tokens, fewer than two windows: give more of it"
+            )
+
+    def _check_disk(self) -> None:
+        needed = estimate.peak_disk(self._costs, self.recipe, len(self.job.seeds))
+        there = self.folder.absolute()
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
+        done = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        if needed - done > free:
+            raise InputError(
+                f"{self.folder}: the run will take about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
+                "free there: give another --out, fewer seeds, or a smaller --scale"
+            )
+
+
+def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
+    """The files of some paths and patterns, in their order, each once."""
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files:
+            raise InputError(f"{option} {pattern}: expected files of text, found none")
+        found |= dict.fromkeys(files)
+    for file in found:
+        if not file.stat().st_size:
+            raise InputError(f"{option} {file}: the file is empty: leave it out")
+    return tuple(found)
+
+
+def _check_text(text: Sequence[Path], eval_text: Sequence[Path]) -> None:
+    both = {file.resolve() for file in text} & {file.resolve() for file in eval_text}
+    if both:
+        raise InputError(f"{min(both)} is both --text and --eval-text: what is held out must not be trained on")
+    for option, files in (("--text", text), ("--eval-text", eval_text)):
+        names = [file.name for file in files]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise InputError(f"{option}: two files are called {min(twice)}: rename one of them")

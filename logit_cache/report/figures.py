@@ -1,0 +1,297 @@
+"""The figures of a report: findings in, charts with their titles out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from logit_cache.report.findings import Difference, RecipeFindings, Series
+from logit_cache.report.folders import Model, RunFolder, Sweep, TrainingRun
+from logit_cache.report.recipe_tables import group_accuracy, group_names, readable
+from logit_cache.report.statistics import Spread
+from logit_cache.report.svg import Dot, Line, Mark, Row, limits, line_chart, rows_chart, scatter
+
+_MOST_POINTS = 200
+_FIRST_PART = 0.2
+_MOST_GROUPS = 6
+_FARTHEST = 4.0
+
+Points = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart; `title` names what is drawn, with its unit."""
+
+    title: str
+    chart: Markup
+    note: str = ""
+
+
+def training_points(run: TrainingRun) -> Points:
+    """Training cross-entropy by step."""
+    return _points(run.train_log, "cross_entropy")
+
+
+def held_out_points(run: TrainingRun) -> Points:
+    """Held-out loss by step, of the evaluations during training and of the finished model."""
+    points = dict(_points(run.eval_log, "eval_loss"))
+    if run.held_out is not None and math.isfinite(run.held_out.cross_entropy):
+        points[float(run.steps)] = run.held_out.cross_entropy
+    return tuple(sorted(points.items()))
+
+
+def _points(log: Sequence[dict[str, Any]], name: str) -> Points:
+    found = {}
+    for entry in log:
+        step, value = _float(entry.get("step")), _float(entry.get(name))
+        if step is not None and value is not None:
+            found[step] = value
+    return tuple(sorted(found.items()))
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def thinned(points: Points, most: int = _MOST_POINTS) -> Points:
+    """At most `most` points: means of neighbours, at the mean of their places."""
+    if len(points) <= most:
+        return points
+    found = []
+    for i in range(most):
+        part = points[i * len(points) // most : (i + 1) * len(points) // most]
+        found.append((sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)))
+    return tuple(found)
+
+
+def mean_points(curves: Sequence[Points]) -> Points:
+    """The mean over seeds, at those steps that every seed has."""
+    common = set.intersection(*({x for x, _ in points} for points in curves))
+    tables = [dict(points) for points in curves]
+    return tuple((x, sum(table[x] for table in tables) / len(tables)) for x in sorted(common))
+
+
+def curve_figures(findings: RecipeFindings) -> list[Figure]:
+    """Training and held-out loss against steps: a line for each series, its seeds as thin ones."""
+    return _curves([(series.label, series.style, series.runs) for series in findings.series])
+
+
+def run_curves(runs: Sequence[tuple[str, RunFolder]]) -> list[Figure]:
+    """The same for runs on their own."""
+    return _curves([(folder.name, style, [(folder.run.job.seed, folder.run)]) for style, folder in runs])
+
+
+def _curves(groups: Sequence[tuple[str, str, Sequence[tuple[int, TrainingRun]]]]) -> list[Figure]:
+    found = []
+    for title, of, dots in (
+        ("Training loss (cross-entropy), nats per token", training_points, False),
+        ("Held-out loss, nats per token", held_out_points, True),
+    ):
+        lines: list[Line] = []
+        for label, style, runs in groups:
+            by_seed = [(seed, of(run)) for seed, run in runs]
+            by_seed = [(seed, points) for seed, points in by_seed if points]
+            if not by_seed:
+                continue
+            if len(by_seed) > 1:
+                lines += [Line(f"{label}, seed {seed}", style, thinned(points), thin=True) for seed, points in by_seed]
+                label = f"{label}, mean of {len(by_seed)} seeds"
+            lines.append(Line(label, style, thinned(mean_points([points for _, points in by_seed])), dots=dots))
+        y_range, note = _without_the_first(lines)
+        chart = line_chart(lines, title + ", against optimizer steps", "optimizer steps", y_range=y_range)
+        if any(line.thin for line in lines):
+            note = f"Thin lines are single seeds. {note}".rstrip()
+        found.append(Figure(title, chart, note))
+    return found
+
+
+def _without_the_first(lines: Sequence[Line]) -> tuple[tuple[float, float] | None, str]:
+    """A range that leaves out the steep beginning where that would take most of the chart."""
+    everything = [y for line in lines for _, y in line.points]
+    late = [y for line in lines for x, y in line.points if x >= _FIRST_PART * line.points[-1][0]]
+    if not late or max(everything) - min(everything) <= 1.4 * (max(late) - min(late)):
+        return None, ""
+    return limits(late), "The steep beginning lies above the chart."
+
+
+def difference_figures(findings: RecipeFindings) -> list[Figure]:
+    """Paired differences with their intervals: held-out loss, and minimal pairs where they were scored."""
+    found = []
+    for what, unit, differences, scale, side in (
+        ("Difference of held-out loss", "nats per token", findings.losses, 1.0, "Left"),
+        ("Difference on minimal pairs", "percentage points", findings.pairs, 100.0, "Right"),
+    ):
+        rows = [row for difference in differences if (row := _difference_row(difference, scale)) is not None]
+        chart = rows_chart(rows, what, unit, reference=0.0)
+        if chart:
+            note = f"{side} of zero the student is better."
+            if any(len(difference.by_seed) > 1 for difference in differences):
+                note += " Bars are 95 % intervals, small dots the seeds."
+            found.append(Figure(what, chart, note))
+    return found
+
+
+def _difference_row(difference: Difference, scale: float) -> Row | None:
+    spread = difference.spread
+    if spread is None:
+        return None
+    spread = Spread(tuple(scale * value for value in spread.values))
+    low, high = spread.interval or (spread.mean, spread.mean)
+    name = {"control": "control", "teacher": "best teacher", "live": "live teachers"}[difference.against]
+    label = f"{difference.student} − {name}"
+    seeds = ", ".join(f"seed {seed}: {scale * value:+.4g}" for seed, value in difference.by_seed.items())
+    title = f"{difference.student} less {name}: {spread.mean:+.4g} ({seeds})"
+    values = spread.values if spread.number > 1 else ()
+    return Row(label, (Mark("student", title, spread.mean, low, high, values),))
+
+
+def pairs_figures(findings: RecipeFindings) -> list[Figure]:
+    """Minimal pairs by group, a mark for each series and the range of its seeds."""
+    rows = []
+    for group in group_names(findings):
+        marks = [_group_mark(series, group) for series in findings.series]
+        rows.append(Row(readable(group), tuple(mark for mark in marks if mark is not None)))
+    if not rows:
+        return []
+    # Many groups stand in two charts side by side, over one range.
+    half = len(rows) if len(rows) <= _MOST_GROUPS else -(-len(rows) // 2)
+    x_range = limits([50.0, *(value for row in rows for mark in row.marks for value in (mark.low, mark.high))])
+    letters = max(len(row.label) for row in rows)
+    title, x_label = "Minimal pairs that are right, by group", "% of pairs; the dotted line is chance"
+    note = ""
+    if any(len(series.runs) > 1 for series in findings.series):
+        note = "A mark is the mean over seeds, its bar reaches from the lowest seed to the highest."
+    found: list[Figure] = []
+    for part in (rows[:half], rows[half:]):
+        if part:
+            chart = rows_chart(part, title, x_label, reference=50.0, x_range=x_range, letters=letters)
+            found.append(Figure(f"{title}, continued" if found else title, chart, "" if found else note))
+    return found
+
+
+def _group_mark(series: Series, group: str) -> Mark | None:
+    spread = series.spread(group_accuracy(group))
+    if spread is None:
+        return None
+    values = [100 * value for value in spread.values]
+    title = f"{series.label}, {readable(group)}: {100 * spread.mean:.1f} %"
+    if len(values) > 1:
+        title += f" (seeds {', '.join(f'{value:.1f}' for value in values)})"
+    return Mark(series.style, title, 100 * spread.mean, min(values), max(values))
+
+
+def fidelity_figures(findings: RecipeFindings) -> list[Figure]:
+    """KL and mass by k, if the k most probable ids were stored exactly and the rest as an even bucket."""
+    found = []
+    note = "What storing the k most probable ids would give, on the same sample of positions."
+    for title, name in (
+        ("KL of top-k targets with an even tail, nats", "forward"),
+        ("Mass outside the k ids", "residual_mass"),
+    ):
+        lines = []
+        for number, entry in enumerate(findings.entries):
+            report = entry.found["fidelity"] if entry.found is not None else None
+            if report is not None:
+                points = tuple((float(point["k"]), float(point[name])) for point in report["curve"])
+                lines.append(Line(entry.name, f"teacher-{number % 4}", points, dots=True))
+        chart = line_chart(lines, title + ", by k", "ids stored per position (k)", x_log=True, y_log=True, x_name="k")
+        found.append(Figure(title, chart, note))
+        note = ""
+    return found
+
+
+def break_even_figure(findings: RecipeFindings) -> Figure | None:
+    """Seconds of n students, from the cache and live."""
+    found = findings.break_even
+    if found is None:
+        return None
+    longest = max(max(cached, live) for _, cached, live in found.rows())
+    unit, size = next(
+        (u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if longest > s or s == 1
+    )
+    cached = tuple((float(n), seconds / size) for n, seconds, _ in found.rows())
+    live = tuple((float(n), seconds / size) for n, _, seconds in found.rows())
+    title = f"Cost of n students, {unit}"
+    lines = [
+        Line("from the cache", "student", cached, dots=True),
+        Line("with live teachers", "live", live, dots=True),
+    ]
+    chart = line_chart(lines, title, "students", from_zero=True, x_name="students")
+    return Figure(title, chart)
+
+
+def memory_figure(findings: RecipeFindings) -> Figure | None:
+    """Peak memory of the runs of one device: of the device where it was measured, else of the process."""
+    series = [one for one in findings.series if one.role != "teacher"]
+    for name, of in (("device", _device_bytes), ("process", _process_bytes)):
+        found = [(one, spread) for one in series if (spread := one.spread(of)) is not None]
+        if len(found) > 1:
+            rows = []
+            for one, spread in found:
+                values = [value / 1e6 for value in spread.values]
+                title = f"{one.label}: {spread.mean / 1e6:,.1f} MB"
+                mark = Mark(one.style, title, spread.mean / 1e6, min(values), max(values))
+                rows.append(Row(one.label, (mark,)))
+            title = f"Peak memory of the {name}"
+            return Figure(title, rows_chart(rows, title, "MB", reference=0.0))
+    return None
+
+
+def _device_bytes(model: Model) -> float | None:
+    return None if model.run is None or model.run.peak_memory is None else model.run.peak_memory.device_bytes
+
+
+def _process_bytes(model: Model) -> float | None:
+    return None if model.run is None or model.run.peak_memory is None else model.run.peak_memory.process_bytes
+
+
+def sweep_figures(sweep: Sweep) -> list[Figure]:
+    """The best value so far, then the value against each parameter."""
+    best = min if sweep.direction == "minimize" else max
+    complete = [
+        (trial, trial.value)
+        for trial in sorted(sweep.trials, key=lambda trial: trial.number)
+        if trial.state == "complete" and trial.value is not None and math.isfinite(trial.value)
+    ]
+    so_far: list[tuple[float, float]] = []
+    for trial, value in complete:
+        so_far.append((float(trial.number), best(value, so_far[-1][1]) if so_far else value))
+    if not complete:
+        return []
+    title = f"Best {sweep.metric} so far"
+    chart = line_chart(
+        [Line("best so far", "student", tuple(so_far), dots=True, stairs=True)], title, "trial", x_name="trial"
+    )
+    found = [Figure(title, chart)]
+    winner = so_far[-1][1]
+    low, high = _without_outliers([value for _, value in complete], winner)
+    for name in dict.fromkeys(name for trial in sweep.trials for name in trial.parameters):
+        dots = []
+        for trial in sweep.trials:
+            place = trial.parameters.get(name)
+            if trial.value is None or place is None or trial.state not in ("complete", "pruned"):
+                continue
+            x = str(place) if isinstance(place, (bool, str)) else float(place)
+            pruned = trial.state == "pruned"
+            style = "student" if trial.value == winner and not pruned else "control"
+            words = f"trial {trial.number}{', pruned' if pruned else ''}, {name} = {place}: {trial.value:.6g}"
+            if math.isfinite(trial.value):
+                dots.append(Dot(x, min(max(trial.value, low), high), words, style, hollow=pruned))
+        chart = scatter(dots, f"{sweep.metric} against {name}", name)
+        if chart:
+            outside = any(trial.value is not None and not low <= trial.value <= high for trial in sweep.trials)
+            note = "Trials beyond the chart stand at its edge." if outside else ""
+            found.append(Figure(f"{sweep.metric} against {name}", chart, note))
+    return found
+
+
+def _without_outliers(values: Sequence[float], best: float) -> tuple[float, float]:
+    """Where dots may lie: trials that diverged would press all others into one line."""
+    middle = sorted(values)[len(values) // 2]
+    reach = _FARTHEST * abs(middle - best) or math.inf
+    return min(best, middle - reach), max(best, middle + reach)

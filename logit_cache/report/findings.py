@@ -1,0 +1,332 @@
+"""What a recipe shows: its models by role and seed, what they are compared on, and what each part cost.
+
+Every statistic of the page is made here, from what the folders hold; a figure that is not there is None. Differences
+are paired by seed: models of one seed saw the same order of data, and their difference varies less than they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from logit_cache.describe import describe_entry
+from logit_cache.report.folders import KL, Model, Recipe, RecipeFolder, Role, TrainingRun
+from logit_cache.report.statistics import Spread, spread
+from storage.cache.reader import LogitCache
+from storage.errors import CacheNotFound
+
+EQUAL_NATS = 0.01
+"""Cached and live are called equal where the interval of their difference lies within this."""
+
+_ORDER: tuple[Role, ...] = ("teacher", "student", "control", "live")
+_LABELS = {"student": "student", "control": "control", "live": "live teachers"}
+_LARGEST_BREAK_EVEN = 16
+
+Figure = Callable[[Model], float | None]
+
+
+@dataclass(frozen=True)
+class Series:
+    """The models of one role and name, in the order of their seeds. `style` names its colours on the page."""
+
+    role: Role
+    name: str
+    label: str
+    style: str
+    models: tuple[Model, ...]
+
+    @property
+    def runs(self) -> list[tuple[int, TrainingRun]]:
+        """Finished runs with their seeds."""
+        return [(model.seed, model.run) for model in self.models if model.run is not None]
+
+    def spread(self, figure: Figure) -> Spread | None:
+        """A figure over the seeds that have it."""
+        return spread(figure(model) for model in self.models)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of a student less that of what it is compared with, by seed.
+
+    against    control, the best teacher of the seed, or the student that learned from live teachers
+    teachers   which teacher was the best, by seed
+    """
+
+    student: str
+    against: Literal["control", "teacher", "live"]
+    by_seed: dict[int, float]
+    teachers: dict[int, str]
+
+    @property
+    def spread(self) -> Spread | None:
+        """Over the seeds; None where nothing is paired."""
+        return spread(self.by_seed.values())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A teacher entry as `describe_entry` gives it, and the seconds of its receipts; None: not there (yet)."""
+
+    name: str
+    found: dict[str, Any] | None
+    seconds: float | None
+    held_out_seconds: float | None
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """Seconds of n students: the cache, made once, and n runs from it; or n runs with live teachers."""
+
+    caching: float
+    cached: float
+    live: float
+
+    @property
+    def students(self) -> float | None:
+        """How many students make the cache worth it; None where it never is."""
+        return self.caching / (self.live - self.cached) if self.live > self.cached else None
+
+    def rows(self, most: int = _LARGEST_BREAK_EVEN) -> list[tuple[int, float, float]]:
+        """(n, from the cache, live), in seconds, for n = 1 …"""
+        return [(n, self.caching + n * self.cached, n * self.live) for n in range(1, most + 1)]
+
+
+@dataclass(frozen=True)
+class RecipeFindings:
+    """Everything that the page says about a recipe."""
+
+    name: str
+    recipe: Recipe
+    models: tuple[Model, ...]
+    series: tuple[Series, ...]
+    corpus: dict[str, Any] | None
+    entries: tuple[Entry, ...]
+
+    @cached_property
+    def scored_by_evaluate(self) -> bool:
+        """Where held-out figures come from: the runs' own reports, or `evaluate` where it has scored more models.
+
+        One source for all of them, as the two may read the text in different windows.
+        """
+        own = sum(model.run is not None and model.run.held_out is not None for model in self.models)
+        scored = sum(model.scores is not None and model.scores.held_out is not None for model in self.models)
+        return scored > own
+
+    def held_out(self, model: Model) -> dict[str, float | None]:
+        """cross_entropy, perplexity, bits_per_byte and ece of a model; empty where it was not measured."""
+        scored = model.scores.held_out if model.scores is not None else None
+        own = model.run.held_out if model.run is not None else None
+        if self.scored_by_evaluate:
+            if scored is None:
+                return {}
+            return {
+                "cross_entropy": scored.cross_entropy_per_token,
+                "perplexity": scored.perplexity_per_token,
+                "bits_per_byte": scored.bits_per_byte,
+                "ece": scored.ece,
+            }
+        return {} if own is None else own.model_dump(include={"cross_entropy", "perplexity", "bits_per_byte", "ece"})
+
+    def loss(self, model: Model) -> float | None:
+        """Held-out loss, nats per token."""
+        return self.held_out(model).get("cross_entropy")
+
+    @cached_property
+    def losses(self) -> tuple[Difference, ...]:
+        """Differences of held-out loss in nats per token; below 0 the student is better."""
+        return self._differences(self.loss, best=min)
+
+    @cached_property
+    def pairs(self) -> tuple[Difference, ...]:
+        """Differences of the minimal pairs' mean over groups, as fractions; above 0 the student is better."""
+        return self._differences(pairs_mean, best=max)
+
+    def _differences(self, figure: Figure, best: Callable[..., Any]) -> tuple[Difference, ...]:
+        found: list[Difference] = []
+        for series in self.of("student"):
+            own = {model.seed: figure(model) for model in series.models}
+            for against in ("control", "teacher", "live"):
+                by_seed, teachers = {}, {}
+                for seed, value in own.items():
+                    if against == "teacher":
+                        name, other = self._best_teacher(seed, figure, best)
+                    else:
+                        name, other = series.name, self._counterpart(against, series.name, seed, figure)
+                    if value is not None and other is not None:
+                        by_seed[seed], teachers[seed] = value - other, name
+                found.append(Difference(series.label, against, by_seed, teachers if against == "teacher" else {}))
+        return tuple(found)
+
+    def of(self, role: str) -> list[Series]:
+        """The series of a role."""
+        return [series for series in self.series if series.role == role]
+
+    def _counterpart(self, role: str, name: str, seed: int, figure: Figure) -> float | None:
+        """The model of a seed that a student is compared with: of its name, or the only one of that role."""
+        there = [model for model in self.models if model.role == role and model.seed == seed]
+        same = [model for model in there if model.name == name]
+        chosen = same or there
+        return figure(chosen[0]) if len(chosen) == 1 else None
+
+    def _best_teacher(self, seed: int, figure: Figure, best: Callable[..., Any]) -> tuple[str, float | None]:
+        """The best teacher of a seed; teachers of a single seed serve all students. None unless all are measured:
+        the missing one might be the best."""
+        teachers = [model for model in self.models if model.role == "teacher"]
+        if len({model.seed for model in teachers}) > 1:
+            teachers = [model for model in teachers if model.seed == seed]
+        values = [(figure(model), model.name) for model in teachers]
+        if not values or any(value is None for value, _ in values):
+            return "", None
+        # One that diverged is not the best, unless all did.
+        value, name = best([item for item in values if item[0] is not None and math.isfinite(item[0])] or values[:1])
+        return name, value
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the comparisons less than they look."""
+        found = []
+        if len({run.provenance.get("eval_cache") for run in self.runs if run.held_out is not None}) > 1:
+            found.append("The models were not all scored on the same held-out text: their losses do not compare.")
+        students = {
+            (run.tokens_seen, run.steps) for series in self.series if series.role != "teacher" for _, run in series.runs
+        }
+        if len(students) > 1:
+            found.append("Student, control and live runs did not all see the same number of tokens in the same steps.")
+        missing = [m for m in self.models if m.run is None]
+        if missing:
+            names = ", ".join(f"{m.role} {m.name}, seed {m.seed}" for m in missing[:6])
+            more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
+            found.append(f"Not finished, and missing from every figure: {names}{more}.")
+        devices = {run.device for series in self.series if series.role in ("student", "live") for _, run in series.runs}
+        if len(devices) > 1:
+            found.append("Student and live runs were on different devices: their seconds do not compare.")
+        if any(run.resumed_from_step for run in self.runs):
+            found.append(
+                "Runs that were stopped and resumed do not know their whole time: it is left out of the costs."
+            )
+        return tuple(found)
+
+    @property
+    def runs(self) -> list[TrainingRun]:
+        """Every finished run."""
+        return [model.run for model in self.models if model.run is not None]
+
+    @cached_property
+    def break_even(self) -> BreakEven | None:
+        """Costs of n students, where caching, cached and live runs were all measured.
+
+        Caching is that of the entries that one student reads, over the training text: sums over workers.
+        """
+        seconds = {entry.name: entry.seconds for entry in self.entries}
+        students = [model.run for model in self.models if model.role == "student" and model.run is not None]
+        caching = spread(
+            sum(value for value in parts if value is not None)
+            for parts in ([seconds.get(teacher.name) for teacher in run.job.teachers] for run in students)
+            if parts and None not in parts
+        )
+        cached = spread(run_seconds(m) for m in self.models if m.role == "student")
+        live = spread(run_seconds(m) for m in self.models if m.role == "live")
+        if caching is None or cached is None or live is None:
+            return None
+        return BreakEven(caching.mean, cached.mean, live.mean)
+
+
+def pairs_mean(model: Model) -> float | None:
+    """Minimal pairs: unweighted mean over groups, a fraction."""
+    if model.scores is None or model.scores.minimal_pairs is None:
+        return None
+    return model.scores.minimal_pairs.mean_over_groups
+
+
+def run_seconds(model: Model) -> float | None:
+    """Seconds of a run; None for one that was resumed, as only its last process counted them."""
+    return None if model.run is None or model.run.resumed_from_step else model.run.seconds
+
+
+def kl_of(model: Model) -> dict[str, KL]:
+    """Held-out KL by teacher entry: of the scores, which every model may have; else of the run."""
+    scored = None if model.scores is None else model.scores.held_out
+    if scored is not None and scored.kl:
+        return scored.kl
+    return {} if model.run is None or model.run.held_out is None else model.run.held_out.kl
+
+
+def kl_mean(model: Model) -> float | None:
+    """Held-out KL from teacher entries to a model, nats per token: the mean where it has several."""
+    values = [item.nats for item in kl_of(model).values()]
+    return sum(values) / len(values) if values else None
+
+
+def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
+    """Read a recipe's caches (records and receipts, no array) and put its models in order.
+
+    A cache or an entry that is not there yet is none; a damaged one raises what opening it raises.
+    """
+    train = _open(folder.train_cache)
+    held_out = _open(folder.held_out_cache)
+    return RecipeFindings(
+        name=folder.name,
+        recipe=folder.recipe,
+        models=folder.models,
+        series=series_of(folder.models),
+        corpus=None if train is None else _corpus(train),
+        entries=tuple(_entry(name, train, held_out) for name in folder.recipe.entries),
+    )
+
+
+def series_of(models: tuple[Model, ...]) -> tuple[Series, ...]:
+    """Models by role and name: teachers first, then the student and what it is compared with."""
+    found = []
+    for role in _ORDER:
+        names = list(dict.fromkeys(model.name for model in models if model.role == role))
+        for number, name in enumerate(names):
+            own = tuple(sorted((m for m in models if (m.role, m.name) == (role, name)), key=lambda m: m.seed))
+            label = f"teacher {name}" if role == "teacher" else _LABELS[role]
+            if role != "teacher" and len(names) > 1:
+                label += f" {name}"
+            style = f"teacher-{number % 4}" if role == "teacher" else role
+            found.append(Series(role, name, label, style, own))
+    return tuple(found)
+
+
+def _open(path: Path | None) -> LogitCache | None:
+    if path is None:
+        return None
+    try:
+        return LogitCache.open(str(path))
+    except CacheNotFound:
+        return None
+
+
+def _corpus(cache: LogitCache) -> dict[str, Any]:
+    corpus, record = cache.record.corpus, cache.record
+    return {
+        "tokens": corpus.positions,
+        "documents": corpus.documents,
+        "text_bytes": corpus.text_bytes,
+        "stream_sha256": corpus.stream_sha256,
+        "vocabulary_size": record.tokenizer.vocabulary_size,
+        "tokenizer_fingerprint": record.tokenizer.fingerprint,
+        "libraries": record.created_with.libraries,
+    }
+
+
+def _entry(name: str, train: LogitCache | None, held_out: LogitCache | None) -> Entry:
+    if train is None or name not in train.teachers:
+        return Entry(name, None, None, None)
+    targets = train.teacher(name)
+    found = describe_entry(targets)
+    # An entry that was made of another one counts the seconds of that, and not the teacher's.
+    counts = found["complete"] and targets.entry.derived_from is None
+    seconds = targets.statistics()[1] if counts else 0.0
+    there = 0.0
+    if held_out is not None and name in held_out.teachers:
+        other = held_out.teacher(name)
+        there = 0.0 if other.missing() or other.entry.derived_from else other.statistics()[1]
+    # Receipts of 0 seconds were written by something that did not count them.
+    return Entry(name, found, seconds or None, there or None)

@@ -1,0 +1,259 @@
+"""One self-contained HTML page about recipes, sweeps and training runs: sections of text, charts and tables.
+
+The page holds no script and asks for nothing: its Content-Security-Policy allows its own style sheet alone. Whatever
+the folders hold is text, and Jinja2 escapes it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from logit_cache.report import figures
+from logit_cache.report import recipe_tables as tables
+from logit_cache.report.cells import Table
+from logit_cache.report.figures import Figure
+from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe
+from logit_cache.report.folders import Folder, RecipeFolder, RunFolder, SweepFolder, read_folder
+from logit_cache.report.run_tables import (
+    run_provenance,
+    runs_table,
+    sorted_trials,
+    sweep_settings,
+    trial_value,
+    trials_table,
+)
+from logit_cache.report.svg import swatch
+from logit_cache.report.verdict import pairs_sentences, verdicts
+from storage.errors import InputError
+from storage.files import replace_file
+from storage.progress import duration
+
+_RUN_STYLES = ("student", "teacher-0", "teacher-1", "live", "teacher-2", "teacher-3", "control")
+_PAIRED = "Differences are paired by seed; ± is their standard deviation over seeds, intervals are Student's t."
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of an article: text, a legend of (style, label), figures, tables. Empty ones are left out."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+@dataclass(frozen=True)
+class Article:
+    """What the page says of one folder: `verdict` first, then what has to be known beside it, then the sections."""
+
+    kind: str
+    title: str
+    verdict: tuple[str, ...]
+    beside: tuple[str, ...]
+    warnings: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
+def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]:
+    """Write the page about some folders; the verdicts, for a terminal.
+
+    Raises InputError for a folder of none of the kinds, and where nothing in any of them is finished.
+    """
+    folders = [read_folder(directory) for directory in directories]
+    if not any(_is_finished(folder) for folder in folders):
+        names = ", ".join(str(directory) for directory in directories)
+        raise InputError(
+            f"{names}: expected at least one finished run or trial, found none: run the command again when there is one"
+        )
+    articles = [_recipe(gather_recipe(folder)) for folder in folders if isinstance(folder, RecipeFolder)]
+    articles += [_sweep(folder) for folder in folders if isinstance(folder, SweepFolder)]
+    runs = [folder for folder in folders if isinstance(folder, RunFolder)]
+    if runs:
+        articles.append(_runs(runs))
+    replace_file(Path(out).expanduser(), render(articles).encode())
+    return [sentence for article in articles for sentence in article.verdict]
+
+
+def render(articles: Sequence[Article]) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("logit_cache.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["bound"] = _bound
+    title = articles[0].title if len(articles) == 1 else f"{len(articles)} reports"
+    page = environment.get_template("report.html")
+    return page.render(title=title, articles=articles, swatch=swatch)
+
+
+def _bound(text: str) -> str:
+    """Numbers stay on one line with what belongs to them."""
+    return re.sub(r"(?<=\d) (?=±|%|nats\b)|(?<=±) ", "\u00a0", text)
+
+
+def _is_finished(folder: Folder) -> bool:
+    if isinstance(folder, RecipeFolder):
+        return any(model.run is not None for model in folder.models)
+    if isinstance(folder, SweepFolder):
+        return any(trial.state == "complete" and trial.value is not None for trial in folder.sweep.trials)
+    return True
+
+
+def _present(found: Sequence[Table | Figure | None]) -> list[Table | Figure]:
+    """Tables with rows and figures with something drawn."""
+    return [one for one in found if one is not None and (one.rows if isinstance(one, Table) else one.chart)]
+
+
+def _section(
+    title: str,
+    *parts: Table | Figure | None,
+    text: Sequence[str] = (),
+    legend: Sequence[tuple[str, str]] = (),
+) -> Section:
+    there = _present(parts)
+    drawn = tuple(one for one in there if isinstance(one, Figure))
+    laid = tuple(one for one in there if isinstance(one, Table))
+    if not there and not text:
+        text = ("Not measured.",)
+    return Section(title, tuple(text), tuple(legend) if drawn else (), drawn, laid)
+
+
+def _recipe(findings: RecipeFindings) -> Article:
+    legend = [(series.style, series.label) for series in findings.series if series.runs]
+    pairs_name = "BLiMP by phenomenon" if tables.is_blimp(findings.models) else "Minimal pairs by group"
+    kl = tables.kl_table(findings)
+    return Article(
+        kind=f"recipe {findings.recipe.recipe}, scale {findings.recipe.scale}",
+        title=findings.recipe.title,
+        verdict=tuple(verdicts(findings)),
+        beside=(
+            *pairs_sentences(findings),
+            *([_PAIRED] if any(len(difference.by_seed) > 1 for difference in findings.losses) else []),
+        ),
+        warnings=findings.warnings,
+        sections=(
+            _section("What was gained", *figures.difference_figures(findings)),
+            _section("What was distilled from what", *tables.settings_tables(findings)),
+            _section("Teachers, student, control", tables.models_table(findings)),
+            _section("During training", *figures.curve_figures(findings), legend=legend),
+            _section(pairs_name, *figures.pairs_figures(findings), tables.pairs_table(findings), legend=legend),
+            _section(
+                "Fidelity of the cache",
+                *figures.fidelity_figures(findings),
+                tables.fidelity_table(findings.entries),
+                kl,
+                text=() if kl else ("Held-out KL to the teachers: not measured.",),
+                legend=[
+                    (f"teacher-{number % 4}", entry.name)
+                    for number, entry in enumerate(findings.entries)
+                    if entry.found is not None and entry.found["fidelity"] is not None
+                ],
+            ),
+            _section(
+                "Cost",
+                figures.break_even_figure(findings),
+                figures.memory_figure(findings),
+                tables.break_even_table(findings),
+                tables.cost_table(findings),
+                tables.storage_table(findings.entries),
+                tables.memory_table(findings),
+                text=[_break_even(findings.break_even)],
+                legend=[
+                    (series.style, series.label)
+                    for series in findings.series
+                    if series.role != "teacher" and series.runs
+                ],
+            ),
+            _section("Provenance", *tables.provenance_tables(findings)),
+        ),
+    )
+
+
+def _break_even(found: BreakEven | None) -> str:
+    if found is None:
+        return "Break-even of cached against live: not measured. It takes a cache, a run from it, and a live one."
+    costs = (
+        f"making the cache {duration(found.caching)}, a student from it {duration(found.cached)}, one with live "
+        f"teachers {duration(found.live)}"
+    )
+    if found.students is None:
+        return f"A run from the cache is no faster than a live one here, so the cache never pays in time: {costs}."
+    first = max(1, -int(-found.students // 1))
+    return f"The cache is cheaper from {first} student{'s' if first > 1 else ''} on: {costs}."
+
+
+def _sweep(folder: SweepFolder) -> Article:
+    sweep = folder.sweep
+    best = sorted_trials(sweep)[0] if sweep.trials else None
+    counts = {state: sum(trial.state == state for trial in sweep.trials) for state in ("complete", "pruned", "failed")}
+    running = len(sweep.trials) - sum(counts.values())
+    if best is None or best.state != "complete" or best.value is None or not math.isfinite(best.value):
+        verdict = "No trial ended with a value."
+    else:
+        settings = ", ".join(f"{name} {trial_value(value)}" for name, value in best.parameters.items())
+        word = "Lowest" if sweep.direction == "minimize" else "Highest"
+        verdict = f"{word} {sweep.metric}: {best.value:.4f}, in trial {best.number} ({settings or 'no parameters'})."
+    parts = [f"{count} {state}" for state, count in counts.items() if count] + (
+        [f"{running} running"] if running else []
+    )
+    seconds = "" if sweep.seconds is None else f", {duration(sweep.seconds)} in all"
+    drawn = figures.sweep_figures(sweep)
+    return Article(
+        kind=f"sweep, {sweep.backend or 'backend not recorded'}",
+        title=sweep.title,
+        verdict=(verdict,),
+        beside=(
+            f"{len(sweep.trials)} trials ({', '.join(parts)}){seconds}. The best of many trials on one held-out text "
+            "is chosen by that text: a new seed or another text tells what it is worth.",
+        ),
+        warnings=(),
+        sections=(
+            _section(
+                "By parameter",
+                *drawn,
+                legend=[("student", "best trial"), ("control", "other trials; rings were pruned")],
+            ),
+            _section("Trials", trials_table(sweep)),
+            _section("Settings", sweep_settings(sweep)),
+        ),
+    )
+
+
+def _runs(runs: Sequence[RunFolder]) -> Article:
+    styled = [(_RUN_STYLES[number % len(_RUN_STYLES)], run) for number, run in enumerate(runs)]
+    legend = [(style, run.name) for style, run in styled]
+    return Article(
+        kind="training runs",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} training runs",
+        verdict=(_lowest(runs),),
+        beside=(),
+        warnings=(),
+        sections=(
+            _section("Runs", runs_table(styled)),
+            _section("During training", *figures.run_curves(styled), legend=legend),
+            _section("Provenance", *run_provenance(runs)),
+        ),
+    )
+
+
+def _lowest(runs: Sequence[RunFolder]) -> str:
+    measured = [(one.run.held_out.cross_entropy, one.name) for one in runs if one.run.held_out is not None]
+    if not measured:
+        return "Held-out loss: not measured."
+    measured = [(loss, name) for loss, name in measured if math.isfinite(loss)]
+    if not measured:
+        return "No run ended with a finite held-out loss."
+    loss, name = min(measured)
+    if len(runs) == 1:
+        return f"Held-out loss: {loss:.4f} nats per token."
+    return f"Lowest held-out loss: {loss:.4f} nats per token, of {name}. Runs on their own are not a paired comparison."

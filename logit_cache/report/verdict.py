@@ -1,0 +1,133 @@
+"""The sentences on top of a report: what distillation gained, and how sure the seeds make it.
+
+A difference counts as shown where its 95 % interval over seeds leaves out zero. One seed shows nothing, and is said to
+be one seed; what was not measured is said to be that.
+"""
+
+from __future__ import annotations
+
+from logit_cache.report.findings import EQUAL_NATS, Difference, RecipeFindings
+from logit_cache.report.statistics import Spread
+
+
+def verdicts(findings: RecipeFindings) -> list[str]:
+    """One sentence for each student of a recipe (most have one), on held-out loss."""
+    by_student: dict[str, dict[str, Difference]] = {}
+    for difference in findings.losses:
+        by_student.setdefault(difference.student, {})[difference.against] = difference
+    sentences = []
+    for student, found in by_student.items():
+        who = _who(student)
+        parts = [_control(found["control"], who), _teacher(found["teacher"], who)]
+        if findings.of("live"):
+            parts.append(_live(found["live"], who))
+        sentences.append("; ".join(parts) + ".")
+    return sentences or ["No student is part of this recipe, so nothing was distilled."]
+
+
+def pairs_sentences(findings: RecipeFindings) -> list[str]:
+    """The same on minimal pairs, in percentage points; empty where no two models were scored."""
+    found = []
+    for difference in findings.pairs:
+        spread = difference.spread
+        if spread is None or not spread.is_finite or difference.against == "live":
+            continue
+        points = Spread(tuple(100 * value for value in spread.values))
+        other = "the control" if difference.against == "control" else f"its best teacher{_which(difference)}"
+        found.append(
+            f"On minimal pairs {_who(difference.student)} is {_size(points, 1)} percentage points {_side(points)} "
+            f"{other} ({_evidence(points, 1)})."
+        )
+    return found
+
+
+def _control(difference: Difference, who: str) -> str:
+    spread = difference.spread
+    if spread is None:
+        return f"What distillation gains {who} is not measured: no control of the same seed is finished"
+    if not spread.is_finite:
+        return f"What distillation gains {who} cannot be said: a run ended without a finite loss"
+    size = f"{_size(spread)} nats per token ({_evidence(spread)})"
+    if _shows_nothing(spread):
+        side = "lower" if spread.mean < 0 else "higher"
+        return (
+            f"Distillation makes no difference that {spread.number} seeds can show: {who}'s held-out loss is {size} "
+            f"{side} with it"
+        )
+    return f"Distillation {'lowers' if spread.mean < 0 else 'raises'} {who}'s held-out loss by {size}"
+
+
+def _teacher(difference: Difference, who: str) -> str:
+    spread = difference.spread
+    if spread is None:
+        return f"whether {who} beats its teachers is not measured"
+    if not spread.is_finite:
+        return f"{who} and its teachers do not all have a finite loss"
+    below = sum(value < 0 for value in spread.values)
+    teacher = "its best teacher" + _which(difference)
+    size = f"{_size(spread)} nats"
+    if spread.interval is None:
+        return f"{who} {'beats' if below else 'does not beat'} {teacher}: it is {size} {_side(spread)} (one seed)"
+    size += f" (95 % interval {_interval(spread)})"
+    if below == spread.number:
+        return f"{who} beats {teacher} in each of {spread.number} seeds, on average by {size}"
+    times = "in none" if below == 0 else f"in {below}"
+    return f"{who} beats {teacher} {times} of {spread.number} seeds, and is on average {size} {_side(spread)}"
+
+
+def _live(difference: Difference, who: str) -> str:
+    spread = difference.spread
+    if spread is None:
+        return "whether the cache equals live teachers is not measured"
+    if not spread.is_finite:
+        return f"{who} and the one of live teachers do not both have a finite loss"
+    found = f"against the same training with live teachers the loss is {_size(spread)} nats {_side(spread)}"
+    found += f" ({_evidence(spread)})"
+    if spread.interval is None:
+        return found
+    low, high = spread.interval
+    if max(-low, high) <= EQUAL_NATS:
+        return f"{found}, which is equal within {EQUAL_NATS:g}"
+    if _shows_nothing(spread):
+        return f"{found}: no difference is shown, and neither is that they are equal within {EQUAL_NATS:g}"
+    return f"{found}, which is {'better' if spread.mean < 0 else 'worse'}"
+
+
+def _size(spread: Spread, decimals: int = 4) -> str:
+    """How large a difference is, whatever its sign, and its standard deviation."""
+    size = f"{abs(spread.mean):.{decimals}f}"
+    return size if spread.deviation is None else f"{size} ± {spread.deviation:.{decimals}f}"
+
+
+def _side(spread: Spread) -> str:
+    return "below" if spread.mean < 0 else "above"
+
+
+def _shows_nothing(spread: Spread) -> bool:
+    """Whether zero lies in the interval; a single seed is reported as it is."""
+    interval = spread.interval
+    return interval is not None and interval[0] <= 0 <= interval[1]
+
+
+def _evidence(spread: Spread, decimals: int = 4) -> str:
+    """Number of seeds and interval, as they stand in brackets: the interval of the size that `_size` names."""
+    if spread.interval is None:
+        return "one seed, so no spread"
+    return f"{spread.number} seeds, 95 % interval {_interval(spread, decimals)}"
+
+
+def _interval(spread: Spread, decimals: int = 4) -> str:
+    low, high = spread.interval or (spread.mean, spread.mean)
+    if spread.mean < 0:
+        low, high = -high, -low
+    return f"{low:.{decimals}f} to {high:.{decimals}f}".replace("-", "−")
+
+
+def _which(difference: Difference) -> str:
+    """The best teacher's name, where it was the same one in every seed that is compared."""
+    names = set(difference.teachers.values())
+    return f" ({names.pop()})" if len(names) == 1 else ""
+
+
+def _who(student: str) -> str:
+    return "the student" if student == "student" else student
