@@ -118,7 +118,7 @@ PLANTED = {
     "storage/format/planted.py": ("import storage.cache.reader", "planted imports storage.cache.reader"),
     "teachers/reduction/planted.py": (
         "from teachers.huggingface import teacher",
-        "imports teachers.huggingface.teacher",
+        "reduction.planted imports teachers.hug",
     ),
     "logit_cache/report/planted.py": ("from logit_cache.caching import job", "imports logit_cache.caching.job"),
     "logit_cache/caching/planted.py": ("import logit_cache.report.page", "imports logit_cache.report.page"),
