@@ -103,13 +103,13 @@ class Committer:
     def wait(self) -> ShardReceipt | None:
         """Wait until every shard that was put is committed; the receipt of the last, unless it was had before.
 
-        The claims of the writer are put off meanwhile: an upload may take longer than they count.
+        The leases of the writer are put off meanwhile: an upload may take longer than they count.
         """
         running, self._running = self._running, None
         if running is None:
             return None
         while not futures.wait([running], timeout=_SECONDS_BETWEEN_KEEPS).done:
-            self._writer.claims.keep()
+            self._writer.leases.keep()
         return running.result()
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ bounded, whatever the cache's size::
     otherwise          the names in the folder of receipts, once, as they come: a byte of memory for each shard
     receipts           the newest 64, by the times that the store gives to their files; more, up to 1,024, only where
                        so many workers commit that 64 receipts are the work of a moment
-    claims, failures   their names come with those of the receipts; at most 256 claims are looked at, and 8 failures
+    leases, failures   their names come with those of the receipts; at most 256 leases are looked at, and 8 failures
     begun shards       the names in one array's folder; not looked at in entries of more than 100,000 shards
 
 Legend: a receipt says when its shard was committed (to the second, by its worker's clock) and how many seconds the
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from logit_cache.caching.job import CacheJob
 from storage.cache.failures import FailedShard, Failures, failed_shard
-from storage.cache.leases import claimed_shard, claims_in
+from storage.cache.leases import leased_shard, leases_in
 from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
 from storage.errors import CacheNotFound, CorruptCache, InputError
@@ -39,7 +39,7 @@ from storage.format.sealing import unseal
 _RECEIPTS, _MOST_RECEIPTS = 64, 1_024
 _AT_ONCE = 16
 _MOST_SHARDS_LISTED = 100_000
-_MOST_CLAIMS, _MOST_FAILURES = 256, 8
+_MOST_LEASES, _MOST_FAILURES = 256, 8
 # An index up to this length is read and checked whole: 240,000 shards.
 _WHOLE_INDEX_BYTES = 16 << 20
 _INDEX_TAIL_BYTES = 4_096
@@ -74,7 +74,7 @@ class HostStatus:
 class EntryStatus:
     """One teacher entry. None is what the store does not show, or what nothing was committed for yet.
 
-    shards_in_flight      shards that a worker holds a claim on at this moment, where the place keeps claims
+    shards_in_flight      shards that a worker holds a claim on at this moment, where the place keeps leases
     shards_failed         shards that were given up and not committed since; failed: the first few of them
     shards_begun          shards with objects or a writer's temporary files, and no receipt: being written at this
                           moment, or left by a worker that was killed
@@ -136,7 +136,7 @@ def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> En
         # The last shard may be shorter.
         covered = done * size - int(committed[-1]) * (size * shards - positions)
         begun = _begun(receipts, committed)
-    in_flight = _held(receipts, notes.claims)
+    in_flight = _held(receipts, notes.leases)
     found, read = _recent_commits(receipts, newest, known)
     bare = EntryStatus(
         name=name,
@@ -190,7 +190,7 @@ def _is_complete(receipts: Receipts) -> bool:
 class _Notes:
     """What lies beside the receipts: shards with a claim, and shards that were given up."""
 
-    claims: list[int] = field(default_factory=list)
+    leases: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
 
 
@@ -205,7 +205,7 @@ def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
     for name, written in receipts.store.listing(receipts.folder):
         shard = receipts.shard_of(name)
         if shard is None:
-            for noted, into in ((claimed_shard(name), notes.claims), (failed_shard(name), notes.failed)):
+            for noted, into in ((leased_shard(name), notes.leases), (failed_shard(name), notes.failed)):
                 if noted is not None and noted < receipts.shards:
                     into.append(noted)
             continue
@@ -215,16 +215,16 @@ def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
             heapq.heappush(newest, item)
         else:
             heapq.heappushpop(newest, item)
-    notes.claims = sorted(shard for shard in notes.claims if not committed[shard])
+    notes.leases = sorted(shard for shard in notes.leases if not committed[shard])
     notes.failed = sorted(shard for shard in notes.failed if not committed[shard])
     return committed, [shard for _, shard in sorted(newest, reverse=True)], notes
 
 
 def _held(receipts: Receipts, claimed: Sequence[int]) -> int:
-    """How many of some claims somebody holds: a killed worker leaves some behind."""
-    claims = claims_in(receipts.store, receipts.folder)
+    """How many of some leases somebody holds: a killed worker leaves some behind."""
+    leases = leases_in(receipts.store, receipts.folder)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return sum(pool.map(claims.is_held, claimed[:_MOST_CLAIMS])) + len(claimed[_MOST_CLAIMS:])
+        return sum(pool.map(leases.is_held, claimed[:_MOST_LEASES])) + len(claimed[_MOST_LEASES:])
 
 
 def _notes_of(receipts: Receipts, failed: Sequence[int]) -> tuple[FailedShard, ...]:

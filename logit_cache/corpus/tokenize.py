@@ -31,13 +31,7 @@ from logit_cache.corpus.sources import (
     read_sources,
 )
 from logit_cache.corpus.spool import Spool
-from logit_cache.corpus.tokenizer import (
-    BYTES,
-    SPECIAL_TOKENS,
-    open_tokenizer,
-    stored_tokenizer,
-    train_tokenizer,
-)
+from logit_cache.corpus.tokenizer import BYTES, SPECIAL_TOKENS, open_tokenizer, stored_tokenizer, train_tokenizer
 from storage import LogitCache
 from storage.cache.corpus_writer import write_corpus
 from storage.config import build_config

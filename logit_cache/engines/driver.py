@@ -15,7 +15,7 @@ from typing import Protocol
 from logit_cache.caching.log import JobLog
 from logit_cache.engines.shard_queue import ATTEMPTS, ShardQueue
 from logit_cache.engines.shutdown import Stopping
-from logit_cache.engines.worker import Settled
+from logit_cache.engines.worker import ShardOutcome
 from storage.errors import LogitCacheError, StorageFull, StoreUnavailable
 
 # How often shards that another job works at are looked at again.
@@ -35,11 +35,11 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Heard:
+class Reported:
     """A worker tells what became of shards."""
 
     worker: str
-    settled: tuple[Settled, ...]
+    outcomes: tuple[ShardOutcome, ...]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Gone:
     blame: bool = True
 
 
-Event = Ready | Heard | Gone
+Event = Ready | Reported | Gone
 
 
 class Pool(Protocol):
@@ -65,7 +65,7 @@ class Pool(Protocol):
         ...
 
     def build(self, worker: str, shard: int) -> None:
-        """Have a worker build a shard; `Heard` or `Gone` follows. It is given several before."""
+        """Have a worker build a shard; `Reported` or `Gone` follows. It is given several before."""
         ...
 
     def events(self, timeout: float) -> Sequence[Event]:
@@ -85,7 +85,7 @@ class Outcome:
     """
 
     built: int = 0
-    given_up: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
     stopped: bool = False
     submitted: bool = False
     elsewhere: tuple[int, ...] = ()
@@ -94,7 +94,7 @@ class Outcome:
         """Both, one after the other."""
         return Outcome(
             self.built + later.built,
-            self.given_up | later.given_up,
+            self.failed | later.failed,
             self.stopped or later.stopped,
             self.submitted or later.submitted,
             (*self.elsewhere, *later.elsewhere),
@@ -149,10 +149,10 @@ class Driver:
             if not self._stopping.wanted:
                 self._hand_out()
             for event in self._pool.events(_POLL_SECONDS):
-                self._hear(event)
+                self._receive(event)
             self._look_elsewhere()
         assert self._queue is not None or self._stopping.wanted
-        self.outcome.given_up = {} if self._queue is None else dict(self._queue.given_up)
+        self.outcome.failed = {} if self._queue is None else dict(self._queue.failed_permanently)
         self.outcome.stopped = self._stopping.wanted
         self.outcome.elsewhere = () if self._queue is None else tuple(self._queue.elsewhere)
         return self.outcome
@@ -189,7 +189,7 @@ class Driver:
                     self._pool.build(worker, shard)
                     given = True
 
-    def _hear(self, event: Event) -> None:
+    def _receive(self, event: Event) -> None:
         if isinstance(event, Ready):
             self._ready.append(event.worker)
             self._log.event("worker", "", worker=event.worker, **event.place)
@@ -197,18 +197,18 @@ class Driver:
                 self._queue = ShardQueue(event.pending, self._attempts)
                 for gone in self._untold:
                     self._tell_loss(gone)
-        elif isinstance(event, Heard):
-            for item in event.settled:
-                self._settle(event.worker, item)
+        elif isinstance(event, Reported):
+            for item in event.outcomes:
+                self._record(event.worker, item)
         else:
             self._lose(event)
 
-    def _settle(self, worker: str, item: Settled) -> None:
+    def _record(self, worker: str, item: ShardOutcome) -> None:
         queue = self._queue
         assert queue is not None
-        if item.fate == "ended":
+        if item.state == "ended":
             self._accounted.add(worker)
-        if item.fate == "built":
+        if item.state == "built":
             queue.done(worker, item.shard)
             self.outcome.built += 1
             self._losses = 0
@@ -217,12 +217,12 @@ class Driver:
                 "shard", "", shard=item.shard, worker=worker, positions=item.positions, seconds=item.seconds
             )
             self._advance(item.positions)
-        elif item.fate == "there":
+        elif item.state == "there":
             queue.done(worker, item.shard)
             self._advance(item.positions)
-        elif item.fate == "claimed":
+        elif item.state == "claimed":
             queue.claimed(worker, item.shard)
-        elif item.fate == "dropped":
+        elif item.state == "dropped":
             queue.dropped(worker, item.shard)
         elif item.cause is None:
             error = item.error or "unknown"
@@ -236,7 +236,7 @@ class Driver:
 
     def _tell_failure(self, shard: int, count: int, error: str, worker: str) -> None:
         last = error.splitlines()[-1]
-        if self._queue is not None and shard in self._queue.given_up:
+        if self._queue is not None and shard in self._queue.failed_permanently:
             what, text = "given up", f"shard {shard} failed {count} times and is given up: {last}"
         else:
             what, text = "retry", f"shard {shard} failed, attempt {count} of {self._attempts}: {last}"
@@ -253,12 +253,12 @@ class Driver:
             self._untold.append(event)
         else:
             self._tell_loss(event)
-        before = set() if self._queue is None else set(self._queue.given_up)
+        before = set() if self._queue is None else set(self._queue.failed_permanently)
         # What it had besides the shard that ended it, or besides what it has to say of itself, is not to blame.
         blame = event.blame and event.refusal is None and event.worker not in self._accounted
         blame = blame and not self._stopping.wanted
         held = [] if self._queue is None else self._queue.lost(event.worker, event.why, blame)
-        if self._queue is not None and set(self._queue.given_up) - before:
+        if self._queue is not None and set(self._queue.failed_permanently) - before:
             self._tell_failure(held[0], self._attempts, event.why, event.worker)
         if self._stopping.wanted:
             return

@@ -21,7 +21,7 @@ from typing import Any
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
-from logit_cache.engines.driver import Event, Gone, Heard, Ready, WorkersLost
+from logit_cache.engines.driver import Event, Gone, Ready, Reported, WorkersLost
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.shutdown import Stopping
 from storage.errors import LogitCacheError
@@ -136,8 +136,8 @@ class LocalPool:
                 self._loading.discard(name)
                 self._surveyed = True
                 told.append(Ready(name, *content))
-            elif kind == "settled":
-                told.append(Heard(name, content))
+            elif kind == "outcomes":
+                told.append(Reported(name, content))
             elif kind == "concluded":
                 self._concluded[name] = content
             else:
@@ -218,15 +218,15 @@ def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping
                     except LogitCacheError as error:
                         pipe.send(("concluded", error))
                     continue
-                settled = worker.build(content)
+                outcomes = worker.build(content)
                 if not pipe.poll():
-                    settled += worker.settle()
-                pipe.send(("settled", tuple(settled)))
-                if stopping.wanted and any(item.fate == "dropped" for item in settled):
+                    outcomes += worker.finish()
+                pipe.send(("outcomes", tuple(outcomes)))
+                if stopping.wanted and any(item.state == "dropped" for item in outcomes):
                     pipe.send(("gone", ("it was asked to stop", None)))
                     return
-                for item in settled:
-                    if item.fate == "ended":
+                for item in outcomes:
+                    if item.state == "ended":
                         pipe.send(("gone", (item.error, item.cause)))
                         return
     except LogitCacheError as error:

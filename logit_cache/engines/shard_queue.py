@@ -18,11 +18,11 @@ _MOST_HELD = 3
 class ShardQueue:
     """Shards of a job and who has them. Workers go by any names.
 
-    given_up   shard → what went wrong the last time
+    failed_permanently   shard → what went wrong the last time
     """
 
     def __init__(self, shards: Iterable[int], attempts: int = ATTEMPTS) -> None:
-        self.given_up: dict[int, str] = {}
+        self.failed_permanently: dict[int, str] = {}
         self._attempts = attempts
         self._waiting = deque(shards)
         self._elsewhere: list[int] = []
@@ -105,7 +105,7 @@ class ShardQueue:
     def _count(self, shard: int, error: str) -> int:
         self._failures[shard] = failures = self._failures.get(shard, 0) + 1
         if failures >= self._attempts:
-            self.given_up[shard] = error
+            self.failed_permanently[shard] = error
         else:
             self._waiting.append(shard)
         return failures

@@ -4,7 +4,7 @@ torchrun starts one process for each device. All of them check the job, load the
 same windows; rank 0 alone has the entry open for writing. Before each shard it tells the others the number, and at the
 end that there are no more; they follow, and drop what they computed, which is what rank 0 has.
 
-A rank that fails would leave the others waiting inside a collective operation. So whoever fails first claims that in
+A rank that fails would leave the others waiting inside a collective operation. So whoever fails first leases that in
 the store through which the ranks found each other, says why, and notes that it is said; a thread of every other rank
 looks for that note once a second, and ends its process with the same status. A rank that is killed is noticed by
 torchrun, which ends the others, or by the time limit of the process group.
@@ -98,7 +98,7 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
 
         def progress(count: int) -> None:
             advance(count)
-            writer.claims.keep()
+            writer.leases.keep()
 
         on_its_way: int | None = None
         todo, refused = deque(mine), 0
@@ -106,7 +106,7 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
             shard = todo.popleft()
             if writer.is_committed(shard):
                 continue
-            if not writer.claims.take(shard):
+            if not writer.leases.take(shard):
                 # With another group, or left by one that was killed: then the claim runs out.
                 todo.append(shard)
                 refused += 1
@@ -119,10 +119,10 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
             committer.put(shard, score_shard(opened, shard, progress), began)
             # The one before is committed.
             if on_its_way is not None:
-                writer.claims.release(on_its_way)
+                writer.leases.release(on_its_way)
             on_its_way = shard
     if on_its_way is not None:
-        writer.claims.release(on_its_way)
+        writer.leases.release(on_its_way)
     writer.finish()
     wanted = is_wanted(opened, job.fidelity_positions)
     from_first(ranks, _MEASURE if wanted else _END)

@@ -11,7 +11,7 @@ from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, open_job
 from logit_cache.caching.status import Survey, survey
-from logit_cache.engines.driver import Driver, Event, Gone, Heard, ManyWorkers, NotDone, Outcome, Ready, WorkersLost
+from logit_cache.engines.driver import Driver, Event, Gone, ManyWorkers, NotDone, Outcome, Ready, Reported, WorkersLost
 from logit_cache.engines.local_processes import LocalPool, local_devices, threads_for
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.shard_queue import ATTEMPTS
@@ -66,17 +66,19 @@ class ThisProcess:
         if self._todo:
             self._told.append(self._build(self._todo.popleft()))
         told, self._told = self._told, []
-        ended = [item for event in told if isinstance(event, Heard) for item in event.settled if item.fate == "ended"]
+        ended = [
+            item for event in told if isinstance(event, Reported) for item in event.outcomes if item.state == "ended"
+        ]
         if ended:
             self._todo.clear()
             told.append(Gone("0", ended[0].error or "", ended[0].cause))
         return told
 
-    def _build(self, shard: int) -> Heard:
-        settled = self._worker.build(shard)
+    def _build(self, shard: int) -> Reported:
+        outcomes = self._worker.build(shard)
         if not self._todo:
-            settled += self._worker.settle()
-        return Heard("0", tuple(settled))
+            outcomes += self._worker.finish()
+        return Reported("0", tuple(outcomes))
 
     def stop(self) -> None:
         """Nothing to do: the worker looks at `stopping` itself."""
@@ -95,7 +97,7 @@ def run_local(
 ) -> Outcome:
     """Build the pending shards in this process: its own, or all where it is the only one; then help the others.
 
-    So when it ends, nothing is missing but what was given up; or, where the place keeps no claims, and without
+    So when it ends, nothing is missing but what was given up; or, where the place keeps no leases, and without
     `help_others`, others' shares.
     `advance` is given positions of its own share done since the last call. Raises a LogitCacheError that a shard
     raises, and WorkersLost where the device is broken.
@@ -110,13 +112,13 @@ def run_local(
     def build(shards: Sequence[int], advance: Callable[[int], None] | None, wait: bool) -> Outcome:
         with ThisProcess(opened, shards, stopping, advance) as pool:
             outcome = Driver(pool, log, stopping, attempts=attempts, wait_for_others=wait).run()
-        writer.failures.record_all(outcome.given_up, attempts)
+        writer.failures.record_all(outcome.failed, attempts)
         return outcome
 
     with stopping.on_sigterm():
         if mine:
             outcome = build(mine, advance, wait=not theirs)
-        if theirs and help_others and not outcome.stopped and writer.claims.exclusive:
+        if theirs and help_others and not outcome.stopped and writer.leases.exclusive:
             # What others had of its own share comes last: its holder may have been killed.
             outcome = outcome.then(build([*theirs, *outcome.elsewhere], None, wait=True))
     writer.finish()
@@ -147,7 +149,7 @@ def run_to_end(job: CacheJob, options: EngineOptions, log: JobLog, run: Callable
         raise NotDone(str(error)) from None
     if outcome.submitted:
         return outcome
-    log.event("end", "", built=outcome.built, given_up=sorted(outcome.given_up), stopped=outcome.stopped,
+    log.event("end", "", built=outcome.built, given_up=sorted(outcome.failed), stopped=outcome.stopped,
               seconds=round(time.monotonic() - began, 3))  # fmt: skip
     _raise_unless_done(job, outcome)
     return outcome
@@ -157,12 +159,12 @@ def _raise_unless_done(job: CacheJob, outcome: Outcome) -> None:
     """Raise NotDone where something is left to be done that somebody has to know of."""
     if outcome.stopped:
         raise NotDone(f"{job.cache}: {job.name} was stopped with {survey(job)}: run the same command again to go on")
-    if outcome.given_up:
-        shards = sorted(outcome.given_up)
+    if outcome.failed:
+        shards = sorted(outcome.failed)
         named = ", ".join(map(str, shards[:8])) + (" …" if len(shards) > 8 else "")
         raise NotDone(
             f"{job.cache}: {job.name}: {len(shards)} shard(s) failed every time and were given up: {named} "
-            f"({outcome.given_up[shards[0]].splitlines()[-1]}); run the same command again to try them once more"
+            f"({outcome.failed[shards[0]].splitlines()[-1]}); run the same command again to try them once more"
         )
 
 
@@ -218,8 +220,8 @@ def run_pool(
     with stopping.on_sigterm(), log.progress(f"cache {job.name}", found.positions, "tokens", done) as advance:
         driver = Driver(pool, log, stopping, attempts=options.attempts, advance=advance)
         outcome = driver.run()
-    failures_of(job.cache, job.name).record_all(outcome.given_up, options.attempts)
-    if not outcome.stopped and not outcome.given_up:
+    failures_of(job.cache, job.name).record_all(outcome.failed, options.attempts)
+    if not outcome.stopped and not outcome.failed:
         if not driver.workers:
             raise WorkersLost("every worker was lost before the entry was concluded")
         pool.conclude(driver.workers[0], job.fidelity_positions)

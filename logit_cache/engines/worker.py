@@ -8,7 +8,7 @@ What goes wrong with a shard is told as data, so that every engine treats it ali
     ended     this worker cannot go on: the message of a `LogitCacheError`, or a device that is broken
 
 A shard is committed while the next one is computed, so what becomes of it is known one shard later, or when the worker
-is asked to `settle`.
+is asked to `finish`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from logit_cache.engines.shutdown import Stopped, Stopping
 from logit_cache.fidelity.measure import is_wanted, measure
 from storage.errors import LogitCacheError
 
-Fate = Literal["built", "there", "claimed", "dropped", "failed", "ended"]
+ShardState = Literal["built", "there", "claimed", "dropped", "failed", "ended"]
 
 # What CUDA says once its context is lost, or the device: everything after it fails as well.
 _BROKEN = ("CUDA error", "CUDA driver error", "device-side assert", "uncorrectable ECC", "NCCL error", "HIP error")
 
 
 @dataclass(frozen=True)
-class Settled:
+class ShardOutcome:
     """What became of a shard. `positions` count for one that is there, `seconds` for one that was built here; `error`
     is text for people, and `cause` what to raise for it, where the message is a user's."""
 
     shard: int
-    fate: Fate
+    state: ShardState
     positions: int = 0
     seconds: float = 0.0
     error: str | None = None
@@ -64,14 +64,14 @@ class Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.settle()
+        self.finish()
         self._committer.close()
 
     def pending(self) -> list[int]:
         """Shards that nobody has committed, in order. Raises CorruptCache for a damaged one."""
         return self.opened.writer.pending()
 
-    def build(self, shard: int) -> list[Settled]:
+    def build(self, shard: int) -> list[ShardOutcome]:
         """Compute a shard and have it committed; what became of it, if that is known by now, and of the one before."""
         writer = self.opened.writer
         done = 0
@@ -80,42 +80,42 @@ class Worker:
             nonlocal done
             done += count
             self._advance(count)
-            writer.claims.keep()
+            writer.leases.keep()
             self._stopping.check(done / self._positions(shard))
 
         claimed = False
-        settled: list[Settled] = []
+        outcomes: list[ShardOutcome] = []
         try:
             self._stopping.check(0.0)
             if writer.is_committed(shard):
                 return [self._there(shard)]
-            claimed = writer.claims.take(shard)
+            claimed = writer.leases.take(shard)
             if not claimed:
-                return [Settled(shard, "claimed")]
+                return [ShardOutcome(shard, "claimed")]
             # Whoever held the claim until now may have committed it.
             if writer.is_committed(shard):
-                writer.claims.release(shard)
+                writer.leases.release(shard)
                 return [self._there(shard)]
             began = self._stopping.begin()
             targets = score_shard(self.opened, shard, progress)
-            settled = self.settle()
-            if any(item.fate == "ended" for item in settled):
-                writer.claims.release(shard)
-                return [*settled, Settled(shard, "dropped")]
+            outcomes = self.finish()
+            if any(item.state == "ended" for item in outcomes):
+                writer.leases.release(shard)
+                return [*outcomes, ShardOutcome(shard, "dropped")]
             self._committer.put(shard, targets, began)
             self._on_its_way = shard
         except BaseException as error:
             self._advance(-done)
             if claimed:
-                writer.claims.release(shard)
-            return [*settled, *self.settle(), _fate(shard, error)]
-        return settled
+                writer.leases.release(shard)
+            return [*outcomes, *self.finish(), _failure(shard, error)]
+        return outcomes
 
-    def _there(self, shard: int) -> Settled:
+    def _there(self, shard: int) -> ShardOutcome:
         self._advance(self._positions(shard))
-        return Settled(shard, "there", self._positions(shard))
+        return ShardOutcome(shard, "there", self._positions(shard))
 
-    def settle(self) -> list[Settled]:
+    def finish(self) -> list[ShardOutcome]:
         """Wait until the shard that is being committed is, and say what became of it."""
         shard, self._on_its_way = self._on_its_way, None
         if shard is None:
@@ -125,11 +125,11 @@ class Worker:
             receipt = self._committer.wait()
         except BaseException as error:
             self._advance(-self._positions(shard))
-            return [_fate(shard, error)]
+            return [_failure(shard, error)]
         finally:
-            writer.claims.release(shard)
+            writer.leases.release(shard)
         writer.failures.forget(shard)
-        return [Settled(shard, "built", self._positions(shard), receipt.seconds if receipt else 0.0)]
+        return [ShardOutcome(shard, "built", self._positions(shard), receipt.seconds if receipt else 0.0)]
 
     def conclude(self, fidelity_positions: int, log: JobLog | None = None) -> None:
         """Write what belongs to a complete entry, if it is complete: the index of receipts, and the fidelity report.
@@ -157,16 +157,16 @@ def positions_of(opened: OpenJob, shards: Iterable[int]) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def _fate(shard: int, error: BaseException) -> Settled:
+def _failure(shard: int, error: BaseException) -> ShardOutcome:
     """What an error means for a shard; what is nobody's error, such as a pressed key, is raised again."""
     if isinstance(error, Stopped):
-        return Settled(shard, "dropped")
+        return ShardOutcome(shard, "dropped")
     if isinstance(error, LogitCacheError):
-        return Settled(shard, "ended", error=str(error), cause=error)
+        return ShardOutcome(shard, "ended", error=str(error), cause=error)
     if not isinstance(error, Exception):
         raise error
     broken = isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
-    return Settled(shard, "ended" if broken else "failed", error=traceback_of(error))
+    return ShardOutcome(shard, "ended" if broken else "failed", error=traceback_of(error))
 
 
 def traceback_of(error: BaseException) -> str:

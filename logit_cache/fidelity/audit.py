@@ -29,7 +29,7 @@ import torch
 
 from logit_cache.corpus.tokenizer import cache_vocabulary
 from logit_cache.fidelity.rescore import Sample, draw, live_values, stored_values, take_sample
-from logit_cache.fidelity.tolerance import FieldReport, biased_draw, compare
+from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IncompleteCache, InputError
 from storage.format.identity import differing_entries
@@ -143,7 +143,7 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
             found.controls.append(f"the same weights in {other}")
             found.fields, differing = compare(entry, samples, stored, live, controls)
     found.differing = [(samples[number].window.first, samples[number].window.last) for number in differing]
-    bias = biased_draw(live)
+    bias = biased_sample(live)
     found.problems += [bias] if bias else []
     return found
 

@@ -171,11 +171,11 @@ def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], bat
 
 
 def _row_values(
-    logits: Tensor, ids: Tensor, kept: Tensor, certain: Tensor, labels: Tensor, drawn_at: float
+    logits: Tensor, ids: Tensor, kept: Tensor, certain: Tensor, labels: Tensor, sampled_at: float
 ) -> dict[str, Tensor]:
     """`Values` of rows of logits [r, V]; ids [r, K], kept, certain and labels [r] are int64.
 
-    drawn_at: the temperature that ids were drawn for.
+    sampled_at: the temperature that ids were drawn for.
     """
     # float64, so that a difference is the teacher's or the cache's, and not this sum's; one backend has none.
     logits = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
@@ -192,8 +192,8 @@ def _row_values(
     outside = logp.scatter_add(1, safe, torch.zeros_like(safe, dtype=logp.dtype).masked_fill(is_certain, -torch.inf))
     at_ids = logp.gather(1, safe).clamp_min(_FLOOR)
     best = logp.topk(ids.shape[1], dim=1).values.clamp_min(_FLOOR)
-    is_drawn = is_kept & ~is_certain
-    expected = ((outside / drawn_at).softmax(1) * logp.clamp_min(_FLOOR)).sum(1)
+    is_sampled = is_kept & ~is_certain
+    expected = ((outside / sampled_at).softmax(1) * logp.clamp_min(_FLOOR)).sum(1)
     return {
         "logprobs": at_ids.masked_fill(~is_kept, torch.nan),
         "token_ids": (best - at_ids).masked_fill(~is_certain, torch.nan),
@@ -205,6 +205,6 @@ def _row_values(
         .masked_fill(labels < 0, torch.nan),
         "entropy": -(logp.exp() * logp.clamp_min(_FLOOR)).sum(1),
         # 0 / 0 where nothing was drawn.
-        "drawn": (at_ids * is_drawn).sum(1) / is_drawn.sum(1) - expected,
+        "drawn": (at_ids * is_sampled).sum(1) / is_sampled.sum(1) - expected,
         "spread": best[:, 0] - logp.median(1).values.clamp_min(_FLOOR),
     }

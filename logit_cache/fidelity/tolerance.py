@@ -132,7 +132,7 @@ def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) 
     return error
 
 
-def biased_draw(live: list[Values]) -> str | None:
+def biased_sample(live: list[Values]) -> str | None:
     """What is wrong with the draw of sampled ids, if anything: drawn by p, their mean log-prob has a known expectation.
 
     Which ids were drawn cannot be compared, as their cumulative sums turn on the last bit. That they are a sample, and

@@ -57,10 +57,10 @@ def push(
     if target.startswith(_HUB):
         return _push_to_hub(source, target, teachers, without_tokens, license, sign, workers, track, say)
     with prepare(source, target, teachers=teachers, without_tokens=without_tokens, workers=workers) as transfer:
-        companions = {}
+        card_files = {}
         if transfer.existing is None:
-            companions = _described(transfer, license, sign)
-        done = _deliver(transfer, "push", companions, track, say)
+            card_files = _described(transfer, license, sign)
+        done = _deliver(transfer, "push", card_files, track, say)
     if transfer.existing is not None:
         _describe_again(open_store(target), license, sign, workers, say)
     return done
@@ -88,10 +88,10 @@ def pull(
     with prepare(source, target, teachers=teachers, corpus=corpus, workers=workers) as transfer:
         if verify_key is not None:
             _check_signature(transfer, Path(verify_key))
-        companions = {}
+        card_files = {}
         if transfer.existing is None and corpus is None:
-            companions = _companions_of(transfer.source.source, say)
-        done = _deliver(transfer, "pull", companions, track, say)
+            card_files = _card_files_of(transfer.source.source, say)
+        done = _deliver(transfer, "pull", card_files, track, say)
     if not done.tokens_included and done.teachers:
         say(
             "note: this cache was shared without its tokens; to train on it, tokenize the same text with its tokenizer "
@@ -100,11 +100,11 @@ def pull(
     return done
 
 
-def _deliver(transfer: Transfer, name: str, companions: dict[str, bytes], track: Track | None, say: Say) -> Delivery:
+def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track: Track | None, say: Say) -> Delivery:
     tracked = track(name, transfer.shipment.size) if track else contextlib.nullcontext(None)
     try:
         with tracked as advance:
-            return transfer.deliver(advance, companions, check_stream=name == "pull")
+            return transfer.deliver(advance, card_files, check_stream=name == "pull")
     except BaseException:
         if transfer.kept_at is not None:
             say(f"what was copied and checked is in {transfer.kept_at}; the same command goes on from there")
@@ -146,7 +146,7 @@ def _described(transfer: Transfer, license: str | None, sign: str | None) -> dic
     """Card and signature of a cache that is about to be made, from what its records and receipts will be."""
     with tempfile.TemporaryDirectory() as folder:
         keys = transfer.write_manifest(Path(folder))
-        return _companions(Path(folder), keys, license, sign)
+        return _card_files(Path(folder), keys, license, sign)
 
 
 def _describe_again(target: Store, license: str | None, sign: str | None, workers: int, say: Say) -> None:
@@ -157,7 +157,7 @@ def _describe_again(target: Store, license: str | None, sign: str | None, worker
         card = None
     with tempfile.TemporaryDirectory() as folder:
         keys = fetch_whole(target, Path(folder), workers)
-        found = _companions(Path(folder), keys, license or _license_in(card), sign)
+        found = _card_files(Path(folder), keys, license or _license_in(card), sign)
     if card is not None and _MARK not in card:
         say(f"note: {target.where(CARD_KEY)} was not written by push, and is left as it is")
         del found[CARD_KEY]
@@ -167,7 +167,7 @@ def _describe_again(target: Store, license: str | None, sign: str | None, worker
         say(f"warning: {target.where(SIGNATURE_KEY)} is of what was there before: push with --sign to sign it again")
 
 
-def _companions(folder: Path, keys: Sequence[str], license: str | None, sign: str | None) -> dict[str, bytes]:
+def _card_files(folder: Path, keys: Sequence[str], license: str | None, sign: str | None) -> dict[str, bytes]:
     from logit_cache.sharing.card import card_text
 
     cache = LogitCache.open(str(folder))
@@ -197,7 +197,7 @@ def _check_signature(transfer: Transfer, public_key: Path) -> None:
     signing.verify_signature(folder, keys, signature, public_key, where=source.where)
 
 
-def _companions_of(source: Store, say: Say) -> dict[str, bytes]:
+def _card_files_of(source: Store, say: Say) -> dict[str, bytes]:
     """The card and the signature that lie beside a source; neither is read by any command but `--verify-key`."""
     from logit_cache.sharing.signing import MAX_SIGNATURE_BYTES
 

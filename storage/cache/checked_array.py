@@ -21,7 +21,7 @@ from storage.cache.receipts import Receipts
 from storage.errors import CorruptCache, FormatError, IncompleteCache, LogitCacheError
 from storage.format.layout import ArraySpec
 from storage.format.manifest import ShardReceipt
-from storage.format.shard import Anatomy, Reads, decode_chunk, reads_of
+from storage.format.shard import Reads, ShardIndex, decode_chunk, reads_of
 from storage.stores.base import Store
 from storage.stores.mirror import Mirror
 
@@ -185,18 +185,18 @@ def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
             array.check_shard(shard)
 
 
-def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> Anatomy:
+def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> ShardIndex:
     """Existence, length, seal and chunk sizes of one object against its receipt; CorruptCache names the object."""
     where = store.where(key)
     size = store.size(key)
     if size is None:
         raise CorruptCache(f"{where}: missing, though its receipt exists")
-    return _check_anatomy(where, size, lambda ranges: store.read_ranges(key, ranges), spec, receipt)
+    return _check_index(where, size, lambda ranges: store.read_ranges(key, ranges), spec, receipt)
 
 
 def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt) -> None:
     """`check_object` for an object that is in memory, and its sha256 besides. `where` is for the message."""
-    _check_anatomy(where, len(data), reads_of(data), spec, receipt)
+    _check_index(where, len(data), reads_of(data), spec, receipt)
     found = hashlib.sha256(data).hexdigest()
     if found != receipt.objects[spec.name].sha256:
         raise CorruptCache(f"{where}: expected sha256 {receipt.objects[spec.name].sha256}, found {found}")
@@ -213,14 +213,14 @@ def fetch_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt)
     return store.insist(key, "its receipt exists", request)
 
 
-def _check_anatomy(where: str, size: int, read: Reads, spec: ArraySpec, receipt: ShardReceipt) -> Anatomy:
+def _check_index(where: str, size: int, read: Reads, spec: ArraySpec, receipt: ShardReceipt) -> ShardIndex:
     expected = receipt.objects[spec.name]
     if size != expected.bytes or not spec.index_bytes <= size <= spec.most_object_bytes:
         raise CorruptCache(
             f"{where}: expected {expected.bytes} bytes (of {spec.index_bytes} to {spec.most_object_bytes} that such an "
             f"object can have), found {size}"
         )
-    anatomy = Anatomy.of(spec, size, read)
+    anatomy = ShardIndex.of(spec, size, read)
     if expected.seal_sha256 not in anatomy.seals:
         raise CorruptCache(
             f"{where}: its shard index and checksums have sha256 {anatomy.seal_sha256}, the receipt says "

@@ -37,7 +37,7 @@ def write_corpus(
     """
     store = open_store(url)
     # Receipts bind to the record that is stored, which may name other library versions than this process.
-    record = _claim_root(store, record)
+    record = _create_root(store, record)
     for name, data in tokenizer_files.items():
         publish_same(store, tokenizer_key(name), data)
     files = {n: FileDigest(bytes=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in tokenizer_files.items()}
@@ -61,7 +61,7 @@ def write_corpus(
         writer.receipts.write_index()
 
 
-def _claim_root(store: Store, record: CacheRecord) -> CacheRecord:
+def _create_root(store: Store, record: CacheRecord) -> CacheRecord:
     """Write the root record, or return the one that is there if only library versions differ."""
     names = [name for name in store.names("") if not name.endswith(PARTIAL)]
     if names and "zarr.json" not in names:

@@ -23,7 +23,7 @@ TOKENIZER_RECEIPT_KEY = "receipts/tokenizer.json"
 # Files beside the arrays that a cache may have and that no receipt lists: they are for people and for hubs.
 CARD_KEY = "README.md"
 SIGNATURE_KEY = "model.sig"
-COMPANIONS = (CARD_KEY, ".gitattributes", SIGNATURE_KEY)
+CARD_FILES = (CARD_KEY, ".gitattributes", SIGNATURE_KEY)
 TEACHERS_METADATA = metadata_bytes(group_metadata({}))
 
 

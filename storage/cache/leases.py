@@ -1,6 +1,6 @@
 """Who is working at which shard at this moment: a courtesy among workers, on which nothing depends.
 
-A worker claims a shard before it computes it, so that others take another one. Two workers who compute one shard all
+A worker leases a shard before it computes it, so that others take another one. Two workers who compute one shard all
 the same, because a claim was lost, ran out or could not be had, write the same bytes or are told
 (`storage.cache.writer`).
 
@@ -11,7 +11,7 @@ local disk     the file is locked by its holder, and the kernel lets go of the l
 object store   made by the store's atomic create, where it has one; it holds a time until which it counts, put off while
                the work goes on, and its holder's name, so that on the holder's machine it ends with the holder. A store
                that only pretends to create atomically lets two workers have one claim.
-elsewhere      there are no claims: every worker gets every shard it asks for
+elsewhere      there are no leases: every worker gets every shard it asks for
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SUFFIX = ".claim"
 LEASE_SECONDS = 120.0
 """How long a claim in an object store counts after it was made or put off for the last time."""
 
-_MOST_CLAIM_BYTES = 4_096
+_MOST_LEASE_BYTES = 4_096
 
 
-class Claims(ABC):
+class Leases(ABC):
     """Claims on the shards whose receipts lie in a folder.
 
     exclusive  whether a shard that is held by one worker is refused to the others; tried once, when it is asked for
@@ -54,7 +54,7 @@ class Claims(ABC):
 
     @abstractmethod
     def keep(self) -> None:
-        """Put off the end of all claims that are held; cheap enough to be called after every batch."""
+        """Put off the end of all leases that are held; cheap enough to be called after every batch."""
 
     @abstractmethod
     def release(self, shard: int) -> None:
@@ -65,24 +65,24 @@ class Claims(ABC):
         """Whether somebody holds a claim on the shard now."""
 
 
-def claims_in(store: Store, folder: str) -> Claims:
-    """The claims of a place, of the kind that it can keep."""
+def leases_in(store: Store, folder: str) -> Leases:
+    """The leases of a place, of the kind that it can keep."""
     root = store.local_path
-    return _RemoteClaims(store, folder) if root is None else _LocalClaims(store, folder, root / folder)
+    return _RemoteLeases(store, folder) if root is None else _LocalLocks(store, folder, root / folder)
 
 
-def claim_name(shard: int) -> str:
+def lease_name(shard: int) -> str:
     """Name of the file of a claim, beside the shard's receipt."""
     return f"{shard:08d}{SUFFIX}"
 
 
-def claimed_shard(name: str) -> int | None:
+def leased_shard(name: str) -> int | None:
     """The shard that a file beside the receipts is a claim on; None for anything else."""
     number = name.removesuffix(SUFFIX)
     return int(number) if number != name and len(number) >= 8 and number.isdecimal() else None
 
 
-class _LocalClaims(Claims):
+class _LocalLocks(Leases):
     def __init__(self, store: Store, folder: str, path: Path) -> None:
         self._store, self._folder, self._path = store, folder, path
         self._held: dict[int, int] = {}
@@ -100,7 +100,7 @@ class _LocalClaims(Claims):
         return self._has_locks
 
     def take(self, shard: int) -> bool:
-        path = self._path / claim_name(shard)
+        path = self._path / lease_name(shard)
         while True:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -126,12 +126,12 @@ class _LocalClaims(Claims):
         descriptor = self._held.pop(shard, None)
         if descriptor is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._path / claim_name(shard))
+                os.unlink(self._path / lease_name(shard))
             os.close(descriptor)
 
     def is_held(self, shard: int) -> bool:
         try:
-            descriptor = os.open(self._path / claim_name(shard), os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(self._path / lease_name(shard), os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
             return False
         try:
@@ -161,7 +161,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
     return os.path.samestat(found, os.fstat(descriptor))
 
 
-class _RemoteClaims(Claims):
+class _RemoteLeases(Leases):
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._folder = store, folder
         self._held: dict[int, float] = {}
@@ -222,7 +222,7 @@ class _RemoteClaims(Claims):
         try:
             found = self._read(shard)
         except FileNotFoundError:
-            found = _Claim()
+            found = _Lease()
         if found.holder == self._holder:  # made by a request whose answer was lost, and asked for again
             return True
         if found.counts:
@@ -230,11 +230,11 @@ class _RemoteClaims(Claims):
         self._store.replace(self._key(shard), self._claim())
         return True
 
-    def _read(self, shard: int) -> _Claim:
-        return _claim_of(self._store.read(self._key(shard), _MOST_CLAIM_BYTES))
+    def _read(self, shard: int) -> _Lease:
+        return _lease_of(self._store.read(self._key(shard), _MOST_LEASE_BYTES))
 
     def _key(self, shard: int) -> str:
-        return f"{self._folder}/{claim_name(shard)}"
+        return f"{self._folder}/{lease_name(shard)}"
 
     def _claim(self) -> bytes:
         until = time.time() + LEASE_SECONDS
@@ -242,7 +242,7 @@ class _RemoteClaims(Claims):
 
 
 @dataclass(frozen=True)
-class _Claim:
+class _Lease:
     """What a claim in a store says; of one that says nothing, that it has run out."""
 
     holder: str = ""
@@ -252,14 +252,14 @@ class _Claim:
     @property
     def counts(self) -> bool:
         now = time.time()
-        # One that claims more than a lease is of a clock that is wrong, or of nobody.
+        # One that leases more than a lease is of a clock that is wrong, or of nobody.
         return now < self.until <= now + 2 * LEASE_SECONDS and not has_ended(self.process)
 
 
-def _claim_of(data: bytes) -> _Claim:
+def _lease_of(data: bytes) -> _Lease:
     try:
         found = json.loads(data)
         holder, until = str(found["holder"]), found["until"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return _Claim()
-    return _Claim(holder, str(found.get("process")), until if isinstance(until, int | float) else 0.0)
+        return _Lease()
+    return _Lease(holder, str(found.get("process")), until if isinstance(until, int | float) else 0.0)

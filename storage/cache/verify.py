@@ -24,7 +24,7 @@ import numpy as np
 
 from storage.cache.checked_array import check_object, fetch_object
 from storage.cache.inventory import (
-    COMPANIONS,
+    CARD_FILES,
     ROOT_KEY,
     TEACHERS_KEY,
     TEACHERS_METADATA,
@@ -33,7 +33,7 @@ from storage.cache.inventory import (
     corpus_groups,
     teacher_group,
 )
-from storage.cache.leases import claimed_shard, claims_in
+from storage.cache.leases import leased_shard, leases_in
 from storage.cache.reader import LogitCache
 from storage.cache.records import read_fidelity, read_tokenizer_receipt, tokenizer_key
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
@@ -88,7 +88,7 @@ def verify(
         if repair:
             raise
         found.listed, listed = False, {}
-    known = {ROOT_KEY, TEACHERS_KEY, *COMPANIONS}
+    known = {ROOT_KEY, TEACHERS_KEY, *CARD_FILES}
     try:
         cache = LogitCache.open(url)
     except (CorruptCache, ValueError) as error:
@@ -127,8 +127,8 @@ def _remove_leftovers(store: Store, groups: list[Group], leftovers: list[str], f
 def _is_held(store: Store, group: Group, key: str) -> bool:
     """Whether an object is the claim of a worker that is at its shard now."""
     folder, _, name = key.rpartition("/")
-    shard = claimed_shard(name) if folder == group.receipts.folder else None
-    return shard is not None and claims_in(store, folder).is_held(shard)
+    shard = leased_shard(name) if folder == group.receipts.folder else None
+    return shard is not None and leases_in(store, folder).is_held(shard)
 
 
 def _remove(store: Store, key: str, found: Verification) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from storage.cache.failures import Failures
-from storage.cache.leases import claims_in
+from storage.cache.leases import leases_in
 from storage.cache.receipts import Receipts
 from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, MissingObject
@@ -132,7 +132,7 @@ class EntryWriter:
     def __init__(self, store: Store, name: str, entry: TeacherEntry, shards: ShardWriter) -> None:
         self.name = name
         self.entry = entry
-        self.claims = claims_in(store, shards.receipts.folder)
+        self.leases = leases_in(store, shards.receipts.folder)
         self.failures = Failures(store, shards.receipts.folder)
         self._store = store
         self._shards = shards

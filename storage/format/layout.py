@@ -34,7 +34,7 @@ class ArraySpec:
     layout: ArrayLayout
 
     @property
-    def poison(self) -> Any:
+    def fill(self) -> Any:
         """What stands where nothing was written: the largest integer, or NaN (bool has none to spare)."""
         if self.dtype == "bool":
             return False
@@ -43,7 +43,7 @@ class ArraySpec:
     @property
     def fill_value(self) -> Any:
         """The poison as JSON has it."""
-        return "NaN" if self.dtype == "float32" else self.poison
+        return "NaN" if self.dtype == "float32" else self.fill
 
     @property
     def blosc(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _encode_chunk(spec: ArraySpec, chunk: NDArray[Any]) -> bytes:
         typesize=spec.blosc["typesize"],
     )
     if len(chunk) < spec.layout.chunk:
-        whole = np.full((spec.layout.chunk, *spec.shape[1:]), spec.poison, dtype=spec.dtype)
+        whole = np.full((spec.layout.chunk, *spec.shape[1:]), spec.fill, dtype=spec.dtype)
         whole[: len(chunk)] = chunk
         chunk = whole
     chunk = np.ascontiguousarray(chunk, dtype=np.dtype(spec.dtype).newbyteorder("<"))
@@ -112,7 +112,7 @@ def object_digest(spec: ArraySpec, data: bytes) -> ObjectDigest:
     return ObjectDigest(
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        seal_sha256=Anatomy.of(spec, len(data), reads_of(data)).seal_sha256,
+        seal_sha256=ShardIndex.of(spec, len(data), reads_of(data)).seal_sha256,
     )
 
 
@@ -122,7 +122,7 @@ def reads_of(data: bytes) -> Reads:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ShardIndex:
     """What a few small reads tell of a shard object: its index, and each chunk's place, first and last bytes.
 
     Chunks that lie wholly behind the end of the array are not stored, and marked so in the index.
@@ -136,7 +136,7 @@ class Anatomy:
     checksums: list[bytes]  # crc32c, 4 bytes each
 
     @classmethod
-    def of(cls, spec: ArraySpec, size: int, read: Reads) -> Anatomy:
+    def of(cls, spec: ArraySpec, size: int, read: Reads) -> ShardIndex:
         """Read it."""
         (index,) = read([(size - spec.index_bytes, size)])
         table = np.frombuffer(index[:-4], dtype="<u8").reshape(-1, 2).tolist() if len(index) == spec.index_bytes else []

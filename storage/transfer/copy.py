@@ -26,7 +26,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from storage.cache.inventory import COMPANIONS, ROOT_KEY, TEACHERS_KEY, TOKENIZER_RECEIPT_KEY
+from storage.cache.inventory import CARD_FILES, ROOT_KEY, TEACHERS_KEY, TOKENIZER_RECEIPT_KEY
 from storage.cache.reader import LogitCache, Stream
 from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, IdentityMismatch, InputError
@@ -45,7 +45,7 @@ from storage.transfer.staging import Quarantine
 
 _TOP_LEVEL = {
     ROOT_KEY,
-    *COMPANIONS,
+    *CARD_FILES,
     *(key.split("/")[0] for key in (TEACHERS_KEY, TOKENIZER_RECEIPT_KEY)),
     *("tokens", "document_starts", "loss_mask", "tokenizer"),
 }
@@ -126,14 +126,14 @@ class Transfer:
     def deliver(
         self,
         advance: Advance | None = None,
-        companions: Mapping[str, bytes] | None = None,
+        card_files: Mapping[str, bytes] | None = None,
         *,
         check_stream: bool = False,
     ) -> Delivery:
         """Copy what the target has not, and make a cache of it.
 
-        `advance` is given the bytes dealt with since the last call, `shipment.size` in all; `companions` are files
-        without receipts (`inventory.COMPANIONS`) for a target that is new. `check_stream`: before a new local cache
+        `advance` is given the bytes dealt with since the last call, `shipment.size` in all; `card_files` are files
+        without receipts (`inventory.CARD_FILES`) for a target that is new. `check_stream`: before a new local cache
         appears, compute the digest of its tokens, which is what targets are bound to.
         """
         if not self._sink.new or isinstance(self._sink, StoreSink):
@@ -153,7 +153,7 @@ class Transfer:
                 done.missing[part.name] = missing
         streams = [part.name for part in self.shipment.parts if part.record is None]
         check = check_stream and streams and not done.missing.keys() & set(streams)
-        self._sink.finish(self.shipment, companions or {}, self._check_stream if check else None)
+        self._sink.finish(self.shipment, card_files or {}, self._check_stream if check else None)
         return done
 
     def _check_stream(self, copy: LogitCache) -> None:

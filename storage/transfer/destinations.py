@@ -69,8 +69,8 @@ class Sink(ABC):
         """Take a shard's receipt, once all its objects were put."""
 
     @abstractmethod
-    def finish(self, shipment: Shipment, companions: Mapping[str, bytes], check: Check | None) -> None:
-        """Make a cache of what was put. `companions` go into a new cache only; `check` looks at a new local one."""
+    def finish(self, shipment: Shipment, card_files: Mapping[str, bytes], check: Check | None) -> None:
+        """Make a cache of what was put. `card_files` go into a new cache only; `check` looks at a new local one."""
 
     def _publish_record(self, part: Part) -> None:
         for key, data in part.at(self.target).metadata().items():
@@ -127,7 +127,7 @@ class StoreSink(Sink):
             _same_shard(part, self.target, shard, receipt)
             self.mixed.add(part.name)
 
-    def finish(self, shipment: Shipment, companions: Mapping[str, bytes], check: Check | None) -> None:
+    def finish(self, shipment: Shipment, card_files: Mapping[str, bytes], check: Check | None) -> None:
         for part in shipment.parts:
             self._publish_index(part)
             self._publish_report(part)
@@ -135,7 +135,7 @@ class StoreSink(Sink):
             for key, data in shipment.small_files():
                 publish_same(self.target, key, data)
         if self.new:
-            for key, data in companions.items():
+            for key, data in card_files.items():
                 self.target.replace(key, data)
             publish_same(self.target, ROOT_KEY, shipment.root)
 
@@ -194,15 +194,15 @@ class FolderSink(Sink):
         self._quarantine.write(part.source.receipts.key(shard), data)
         self._receipts.setdefault(part.name, []).append((shard, receipt))
 
-    def finish(self, shipment: Shipment, companions: Mapping[str, bytes], check: Check | None) -> None:
+    def finish(self, shipment: Shipment, card_files: Mapping[str, bytes], check: Check | None) -> None:
         for part in shipment.parts:
             self._write_small(part)
         if self.new:
             for key, data in shipment.small_files():
                 self._quarantine.write(key, data)
-            for key, data in (*companions.items(), (ROOT_KEY, shipment.root)):
+            for key, data in (*card_files.items(), (ROOT_KEY, shipment.root)):
                 self._quarantine.write(key, data)
-        self._quarantine.keep_only(shipment.keys() | companions.keys())
+        self._quarantine.keep_only(shipment.keys() | card_files.keys())
         if self.new:
             if check is not None:
                 check(LogitCache.open(self._quarantine.cache.url))

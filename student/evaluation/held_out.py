@@ -107,7 +107,7 @@ class HeldOutSums:
             row.index_add_(0, bins, values)
         for column, (member, targets) in enumerate(zip(self.members, by_member, strict=True)):
             # A sample of the tail gives the dense KL without bias; a bucket stays below it.
-            tail: Tail = "sampled" if member.drawn_at == 1.0 else "bucket"
+            tail: Tail = "sampled" if member.sampled_at == 1.0 else "bucket"
             kl = forward_kl(z, targets, member, 1.0, scored, tail)
             self._kl[0, column] += _kept(kl, keep).sum()
             bucketed = (targets["kept"] < member.vocabulary_size) & (tail == "bucket")

@@ -302,14 +302,14 @@ def _term(tempered: Tempered, tail: Tail, objective: Objective) -> _Term:
 
 def tail_of(member: Member, objective: Objective) -> Tail:
     """The treatment of a member's tail; InputError where its entry does not allow it."""
-    if member.drawn_at is not None and member.drawn_at != objective.temperature:
+    if member.sampled_at is not None and member.sampled_at != objective.temperature:
         raise InputError(
-            f"teacher {member.name}: its ids were drawn for temperature {member.drawn_at:g} and are biased at "
+            f"teacher {member.name}: its ids were drawn for temperature {member.sampled_at:g} and are biased at "
             f"{objective.temperature:g}: take that temperature, or cache the teacher again for the other"
         )
     if objective.tail == "auto":
-        return "sampled" if member.drawn_at is not None and objective.loss == "forward-kl" else "bucket"
-    if objective.tail in ("sampled", "blend") and member.drawn_at is None:
+        return "sampled" if member.sampled_at is not None and objective.loss == "forward-kl" else "bucket"
+    if objective.tail in ("sampled", "blend") and member.sampled_at is None:
         raise InputError(
             f"teacher {member.name} stores its most probable ids and none that were drawn, so tail {objective.tail} "
             "has no sample of its tail: take tail bucket, or an entry made with --targets varopt"

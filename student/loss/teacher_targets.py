@@ -50,7 +50,7 @@ class Member:
     """One teacher entry in a mixture.
 
     `weight` is relative to the other members'. `step_nats` belongs to the entry's codes; None when it stores
-    float32 log-probs. `vocabulary_size` is V. `drawn_at` is the temperature for which ids were drawn; None for an
+    float32 log-probs. `vocabulary_size` is V. `sampled_at` is the temperature for which ids were drawn; None for an
     entry of top-k targets, in which every id is certain.
     """
 
@@ -58,13 +58,13 @@ class Member:
     weight: float
     step_nats: float | None
     vocabulary_size: int
-    drawn_at: float | None = None
+    sampled_at: float | None = None
 
     @classmethod
     def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0) -> Member:
         """The member that a teacher entry is."""
-        drawn_at = entry.targets.temperature if entry.targets.method == "varopt" else None
-        return cls(name, weight, entry.encoding.step_nats, entry.vocabulary_size, drawn_at)
+        sampled_at = entry.targets.temperature if entry.targets.method == "varopt" else None
+        return cls(name, weight, entry.encoding.step_nats, entry.vocabulary_size, sampled_at)
 
 
 @dataclass(frozen=True)
@@ -239,14 +239,14 @@ def _sampled(tempered: Tempered) -> Weights:
     log_tail = (tempered.log_tail - log_z).masked_fill(~tempered.trained, -math.inf)
     drawn = tempered.drawn
     number = drawn.sum(1)
-    any_drawn = number > 0
+    any_sampled = number > 0
     share = log_tail.exp() / number.clamp(min=1)
     w = torch.where(drawn, share[:, None], (heads - log_z[:, None]).exp())
-    w_tail = log_tail.exp().masked_fill(any_drawn, 0.0)
+    w_tail = log_tail.exp().masked_fill(any_sampled, 0.0)
     logp = tempered.scores - log_z[:, None]
     constant = _negative_entropy(w, logp) + w_tail * torch.where(w_tail > 0, log_tail, 0.0)
     if tempered.temperature == 1.0:
-        constant = torch.where(any_drawn, -tempered.entropy, constant)
+        constant = torch.where(any_sampled, -tempered.entropy, constant)
     return Weights(w, w_tail, constant)
 
 

@@ -26,7 +26,7 @@ from student.sweep.trial import OBJECTIVE, check_names, check_space
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.inputs import Caches, open_caches
 from student.training.run import model_digest, special_ids
-from student.training.run_folder import OutputDirectory, full_disk_is_said
+from student.training.run_folder import OutputDirectory, full_disk_is_reported
 
 _NEEDS = {"optuna": ("optuna",), "ray": ("ray.tune", "optuna")}
 
@@ -71,7 +71,7 @@ def sweep(job: StudentJob, search: Search, say: Say | None = None) -> SweepRepor
     output.claim(identity)
     asked = job.model_dump(mode="json", include=job.model_fields_set)
     folder = SweepFolder(job.output_dir, search, asked, job.cache)
-    with folder.held(), full_disk_is_said(job.output_dir):
+    with folder.held(), full_disk_is_reported(job.output_dir):
         disable_progress_bar()  # type: ignore[no-untyped-call]
         # The trial libraries print as they like, and a report may be expected on stdout.
         with contextlib.redirect_stdout(sys.stderr):

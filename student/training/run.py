@@ -39,7 +39,7 @@ from student.training.fsdp import check_checkpoint, check_fsdp
 from student.training.inputs import Data, check_step, job_inputs, open_caches
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
-from student.training.run_folder import OutputDirectory, full_disk_is_said
+from student.training.run_folder import OutputDirectory, full_disk_is_reported
 from student.training.step import CUTTING, divide_step, windows_per_step
 from student.training.trainer import DistillationTrainer
 
@@ -124,8 +124,8 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
             f"{trainer.not_fused}"
         )
     started = time.monotonic()
-    with full_disk_is_said(job.output_dir):
-        resumed_from = _train_or_go_on(trainer, output, tell)
+    with full_disk_is_reported(job.output_dir):
+        resumed_from = _train_or_resume(trainer, output, tell)
     seconds = time.monotonic() - started
     held_out = None
     if data.eval_windows is not None:
@@ -159,7 +159,7 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
         live=data.live,
         peak_memory=PeakMemory(process_bytes=peak_process_bytes(), device_bytes=peak_device_bytes(args.device)),
     )
-    with full_disk_is_said(job.output_dir):
+    with full_disk_is_reported(job.output_dir):
         _publish(trainer, output, report, use_cache)
     tell(f"{job.output_dir}: the model, its tokenizer and report.json")
     return report
@@ -261,7 +261,7 @@ def _trainer(
     return trainer
 
 
-def _train_or_go_on(trainer: DistillationTrainer, output: OutputDirectory, tell: Say) -> int:
+def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, tell: Say) -> int:
     """Train from the last checkpoint or from the start; the step at which it began."""
     checkpoint = output.last_checkpoint()
     trainer.accelerator.wait_for_everyone()

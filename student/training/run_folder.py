@@ -157,7 +157,7 @@ class OutputDirectory:
 
 
 @contextlib.contextmanager
-def full_disk_is_said(path: str) -> Iterator[None]:
+def full_disk_is_reported(path: str) -> Iterator[None]:
     """Turn what the libraries below raise when the disk is full into `StorageFull`."""
     try:
         yield

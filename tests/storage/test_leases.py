@@ -17,23 +17,23 @@ from support.servers.s3 import Bucket
 import storage.cache.leases
 from storage import LogitCache
 from storage.cache.failures import Failures, failed_shard
-from storage.cache.leases import Claims, claim_name, claimed_shard, claims_in
+from storage.cache.leases import Leases, lease_name, leased_shard, leases_in
 from storage.cache.verify import verify
 from storage.stores import open_store
 
 FOLDER = "teachers/a/receipts"
-Place = Callable[[], Claims]
+Place = Callable[[], Leases]
 
 
 @pytest.fixture(params=["disk", "s3", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """Makes the claims of another worker of the same place."""
+    """Makes the leases of another worker of the same place."""
     if request.param == "disk":
-        return lambda: claims_in(open_store(str(tmp_path / "cache")), FOLDER)
+        return lambda: leases_in(open_store(str(tmp_path / "cache")), FOLDER)
     if request.param == "memory":
-        return lambda: claims_in(open_store(f"memory://{tmp_path.name}/cache"), FOLDER)
+        return lambda: leases_in(open_store(f"memory://{tmp_path.name}/cache"), FOLDER)
     bucket: Bucket = request.getfixturevalue("moto_bucket")
-    return lambda: claims_in(open_store(f"{bucket.url}/cache"), FOLDER)
+    return lambda: leases_in(open_store(f"{bucket.url}/cache"), FOLDER)
 
 
 def test_one_holder_at_a_time(place: Place) -> None:
@@ -55,7 +55,7 @@ def test_one_holder_at_a_time(place: Place) -> None:
 
 
 def _hold(url: str, ready: object) -> None:
-    assert claims_in(open_store(url), FOLDER).take(3)
+    assert leases_in(open_store(url), FOLDER).take(3)
     ready.set()  # type: ignore[attr-defined]
     time.sleep(600)
 
@@ -71,21 +71,21 @@ def test_a_killed_holder_holds_nothing(store: bool, tmp_path: Path, request: pyt
     holder = context.Process(target=_hold, args=(url, ready), daemon=True)
     holder.start()
     assert ready.wait(60)
-    claims = claims_in(open_store(url), FOLDER)
-    assert not claims.take(3)
+    leases = leases_in(open_store(url), FOLDER)
+    assert not leases.take(3)
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
-    assert not claims.is_held(3), "though its parent has not heard of it yet"
+    assert not leases.is_held(3), "though its parent has not heard of it yet"
     holder.join()
-    assert open_store(url).read(f"{FOLDER}/{claim_name(3)}", 4096) is not None, "its file is still there"
-    assert not claims.is_held(3)
-    assert claims.take(3)
+    assert open_store(url).read(f"{FOLDER}/{lease_name(3)}", 4096) is not None, "its file is still there"
+    assert not leases.is_held(3)
+    assert leases.take(3)
 
 
 def test_a_claim_in_a_store_runs_out_and_is_put_off(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{moto_bucket.url}/cache"
-    one, other = claims_in(open_store(url), FOLDER), claims_in(open_store(url), FOLDER)
+    one, other = leases_in(open_store(url), FOLDER), leases_in(open_store(url), FOLDER)
     now = time.time()
     assert one.take(3)
     monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS - 1)
@@ -100,20 +100,20 @@ def test_a_claim_in_a_store_runs_out_and_is_put_off(moto_bucket: Bucket, monkeyp
 
 
 def test_a_claim_that_was_made_though_the_answer_was_lost_is_ones_own(moto_bucket: Bucket) -> None:
-    claims = claims_in(open_store(f"{moto_bucket.url}/cache"), FOLDER)
-    assert claims.take(3)
-    assert claims.take(3), "the store says that it is there, and it is this worker's"
+    leases = leases_in(open_store(f"{moto_bucket.url}/cache"), FOLDER)
+    assert leases.take(3)
+    assert leases.take(3), "the store says that it is there, and it is this worker's"
 
 
 def test_a_claim_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{moto_bucket.url}/cache"
-    one, other = claims_in(open_store(url), FOLDER), claims_in(open_store(url), FOLDER)
+    one, other = leases_in(open_store(url), FOLDER), leases_in(open_store(url), FOLDER)
     assert one.take(3)
     now = time.time()
     monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS + 1)
     assert other.take(3)
     one.release(3)
-    assert not claims_in(open_store(url), FOLDER).take(3)
+    assert not leases_in(open_store(url), FOLDER).take(3)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_a_claim_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monke
 )
 def test_a_claim_that_is_none_stops_nobody(moto_bucket: Bucket, text: bytes) -> None:
     store = open_store(f"{moto_bucket.url}/cache")
-    store.replace(f"{FOLDER}/{claim_name(3)}", text)
-    assert claims_in(store, FOLDER).take(3)
+    store.replace(f"{FOLDER}/{lease_name(3)}", text)
+    assert leases_in(store, FOLDER).take(3)
 
 
 @pytest.mark.parametrize(("as_written", "counts"), [(float, True), (str, False)])
@@ -131,27 +131,27 @@ def test_the_end_of_a_claim_is_a_number(
 ) -> None:
     store = open_store(f"{moto_bucket.url}/cache")
     claim = {"holder": "another", "process": None, "until": as_written(time.time() + 60)}
-    store.replace(f"{FOLDER}/{claim_name(3)}", json.dumps(claim).encode())
-    assert claims_in(store, FOLDER).is_held(3) == counts
+    store.replace(f"{FOLDER}/{lease_name(3)}", json.dumps(claim).encode())
+    assert leases_in(store, FOLDER).is_held(3) == counts
 
 
 def test_claims_and_notes_are_leftovers_that_nobody_reads(source: Path) -> None:
     """Beside a whole entry: it is read as ever, `verify` names them, and `--repair` removes them."""
     store = open_store(str(source))
-    claims, failures = claims_in(store, FOLDER), Failures(store, FOLDER)
-    assert claims.take(1)
+    leases, failures = leases_in(store, FOLDER), Failures(store, FOLDER)
+    assert leases.take(1)
     failures.record(2, 3, "RuntimeError: out of memory")
     cache = LogitCache.open(str(source))
     assert cache.teacher("a").missing() == []
     cache.teacher("a").read(0, known.N)
-    names = [claim_name(1), "00000002.failed.json"]
+    names = [lease_name(1), "00000002.failed.json"]
     found = verify(str(source), deep=True)
     assert found.problems == []
     assert sorted(found.leftovers) == sorted(str(source / FOLDER / name) for name in names)
     verify(str(source), repair=True)
     assert failures.read(2) is None
-    assert claims.is_held(1), "a claim that somebody holds is left alone"
-    claims.release(1)
+    assert leases.is_held(1), "a claim that somebody holds is left alone"
+    leases.release(1)
 
 
 def test_notes_on_failed_shards(tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_notes_on_failed_shards(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert claimed_shard(claim_name(7)) == 7
+    assert leased_shard(lease_name(7)) == 7
     assert failed_shard("00000007.failed.json") == 7
     for name in ("00000007.json", "7.claim", "index.json", "x.claim", "00000007.failed.json.partial"):
-        assert claimed_shard(name) is None
+        assert leased_shard(name) is None
         assert failed_shard(name) is None

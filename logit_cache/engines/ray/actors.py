@@ -20,7 +20,7 @@ from typing import Any
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.status import Survey
-from logit_cache.engines.driver import Event, Gone, Heard, Ready, WorkersLost
+from logit_cache.engines.driver import Event, Gone, Ready, Reported, WorkersLost
 from logit_cache.engines.options import EngineOptions
 from storage.errors import InputError, LogitCacheError
 
@@ -71,7 +71,7 @@ class RayPool:
         self._actors: dict[str, Any] = {}
         self._nodes: dict[str, str] = {}  # of actors that are there
         self._calls: dict[Any, tuple[str, str]] = {}
-        self._unsettled: set[str] = set()
+        self._unreported: set[str] = set()
         self._made = 0
         self._surveyed = False
         self._later: dict[str, float] = {}
@@ -134,10 +134,10 @@ class RayPool:
         for call in ready:
             if call in self._calls:  # those of an actor that was found to be gone are forgotten
                 worker, kind = self._calls.pop(call)
-                told += self._heard(worker, kind, call)
-        for worker in [name for name in self._unsettled if not self._has_work(name)]:
-            self._unsettled.discard(worker)
-            self._call(worker, "settle")
+                told += self._received(worker, kind, call)
+        for worker in [name for name in self._unreported if not self._has_work(name)]:
+            self._unreported.discard(worker)
+            self._call(worker, "finish")
         return told
 
     def _make_due(self) -> None:
@@ -157,7 +157,7 @@ class RayPool:
         self._call(name, "begin")
         self._call(name, "open", not self._surveyed)
 
-    def _heard(self, worker: str, kind: str, call: Any) -> list[Event]:
+    def _received(self, worker: str, kind: str, call: Any) -> list[Event]:
         try:
             answer = self._ray.get(call)
         except Exception as error:  # its process or its node is gone, or what it did is a fault of ours
@@ -173,9 +173,9 @@ class RayPool:
             self._surveyed = True
             return [Ready(worker, tuple(pending), place)]
         if kind == "build":
-            self._unsettled.add(worker)
-        told: list[Event] = [Heard(worker, tuple(answer))]
-        ended = [item for item in answer if item.fate == "ended"]
+            self._unreported.add(worker)
+        told: list[Event] = [Reported(worker, tuple(answer))]
+        ended = [item for item in answer if item.state == "ended"]
         if ended:
             told.append(self._gone(worker, ended[0].error or "", ended[0].cause))
         return told
@@ -197,7 +197,7 @@ class RayPool:
             self._ray.kill(self._actors[worker])
         del self._actors[worker]
         self._nodes.pop(worker, None)
-        self._unsettled.discard(worker)
+        self._unreported.discard(worker)
         self._calls = {call: item for call, item in self._calls.items() if item[0] != worker}
         return Gone(worker, why, refusal, blame)
 
@@ -271,9 +271,9 @@ class _Actor:
         """See `Worker.build`."""
         return self._worker.build(shard)
 
-    def settle(self) -> Any:
-        """See `Worker.settle`."""
-        return self._worker.settle()
+    def finish(self) -> Any:
+        """See `Worker.finish`."""
+        return self._worker.finish()
 
     def conclude(self, fidelity_positions: int) -> LogitCacheError | None:
         """See `Worker.conclude`; the error to be raised, if there is one."""

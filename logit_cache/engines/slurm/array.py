@@ -34,7 +34,7 @@ from logit_cache.engines.driver import NotDone, Outcome
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.slurm.parameters import array_parameters
-from logit_cache.engines.slurm.task import ArrayTask, Told
+from logit_cache.engines.slurm.task import ArrayTask, TaskError
 from storage.cache.failures import FailedShard, failures_of
 from storage.cache.reader import LogitCache
 from storage.errors import InputError, LogitCacheError
@@ -196,9 +196,9 @@ def _outcome(job: CacheJob, array: str, workers: int, folder: Path, before: dict
     if done:
         return Outcome()
     notes = failures_of(job.cache, job.name).all()
-    given_up = {shard: note.error for shard, note in notes.items() if before.get(shard) != note}
-    if given_up:
-        return Outcome(given_up=given_up)
+    failed = {shard: note.error for shard, note in notes.items() if before.get(shard) != note}
+    if failed:
+        return Outcome(failed=failed)
     what = "without the report that belongs to a complete entry" if left.complete else f"with {left}"
     reason = told[0][1] if told else _last_words(folder)
     raise NotDone(
@@ -212,9 +212,9 @@ def _is_concluded(job: CacheJob) -> bool:
     return entry.receipts.index is not None and (not job.fidelity_positions or entry.fidelity() is not None)
 
 
-def _told(folder: Path) -> list[Told]:
+def _told(folder: Path) -> list[TaskError]:
     """What the tasks had to say, by the results that submitit has written for them."""
-    told: list[Told] = []
+    told: list[TaskError] = []
     for path in sorted(folder.glob("*_result.pkl")):
         outcome, said = pickle.loads(path.read_bytes())
         if outcome == "success" and said is not None:

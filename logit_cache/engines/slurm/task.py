@@ -20,7 +20,7 @@ from storage.errors import LogitCacheError
 # Lives in a row that the time limit ended and that did nothing: the next would be no better.
 _MOST_FRUITLESS = 3
 
-Told = tuple[Literal["refused", "failed"], str]
+TaskError = tuple[Literal["refused", "failed"], str]
 """What a task has to say: the message of a user's error, or why it went wrong."""
 
 
@@ -37,7 +37,7 @@ class ArrayTask:
     missing: int | None = None
     fruitless: int = 0
 
-    def __call__(self) -> Told | None:
+    def __call__(self) -> TaskError | None:
         # submitit has SIGTERM ignored. While no shard is under way there is nothing to be ended in good order.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         from logit_cache.engines.driver import NotDone  # takes seconds
@@ -70,6 +70,6 @@ class ArrayTask:
         return self.fruitless >= _MOST_FRUITLESS
 
 
-def _tell(kind: Literal["refused", "failed"], text: str) -> Told:
+def _tell(kind: Literal["refused", "failed"], text: str) -> TaskError:
     print(f"error: {text}", file=sys.stderr)
     return kind, text

@@ -32,7 +32,7 @@ class Recorder:
         self.done: list[int] = []
         self.let = threading.Semaphore(0)
         self.fails: int | None = None
-        self.claims = self
+        self.leases = self
         self.kept = 0
 
     def keep(self) -> None:

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logit_cache.caching.log import JobLog
-from logit_cache.engines.driver import Driver, Event, Gone, Heard, Outcome, Ready, WorkersLost
+from logit_cache.engines.driver import Driver, Event, Gone, Outcome, Ready, Reported, WorkersLost
 from logit_cache.engines.shard_queue import ShardQueue
 from logit_cache.engines.shutdown import Stopping
-from logit_cache.engines.worker import Settled
+from logit_cache.engines.worker import ShardOutcome
 from storage.errors import CorruptCache, InputError, LogitCacheError, StoreUnavailable
 
 
@@ -32,7 +32,7 @@ class Invented:
         self.workers, self.shards = workers, shards
         self.plan = {shard: list(steps) for shard, steps in plan.items()}
         self.queues: dict[str, list[int]] = {}
-        self.computed: dict[str, list[Settled]] = {}
+        self.computed: dict[str, list[ShardOutcome]] = {}
         self.begun: Counter[int] = Counter()
         self.committed: list[int] = []
         self.told: list[Event] = []
@@ -74,7 +74,7 @@ class Invented:
         queue = self.queues[name]
         shard = queue.pop(0)
         if self.stopped:
-            self.told.append(Heard(name, (*self._flush(name), Settled(shard, "dropped"))))
+            self.told.append(Reported(name, (*self._flush(name), ShardOutcome(shard, "dropped"))))
             return
         self.begun[shard] += 1
         steps = self.plan.get(shard, [])
@@ -85,25 +85,25 @@ class Invented:
             return
         before = self._flush(name)
         if isinstance(step, LogitCacheError):
-            self.told.append(Heard(name, (*before, Settled(shard, "ended", error=str(step), cause=step))))
+            self.told.append(Reported(name, (*before, ShardOutcome(shard, "ended", error=str(step), cause=step))))
             self.told.append(Gone(name, str(step), step))
             del self.queues[name], self.computed[name]
             return
         if step == "built":
-            self.computed[name].append(Settled(shard, "built", positions=10, seconds=1.0))
+            self.computed[name].append(ShardOutcome(shard, "built", positions=10, seconds=1.0))
         elif step == "claimed":
-            before.append(Settled(shard, "claimed"))
+            before.append(ShardOutcome(shard, "claimed"))
         else:
-            before.append(Settled(shard, "failed", error="Traceback\nRuntimeError: out of memory"))
+            before.append(ShardOutcome(shard, "failed", error="Traceback\nRuntimeError: out of memory"))
         if not queue:
             before += self._flush(name)
-        self.told.append(Heard(name, tuple(before)))
+        self.told.append(Reported(name, tuple(before)))
 
-    def _flush(self, name: str) -> list[Settled]:
-        settled = self.computed[name]
-        self.committed += [item.shard for item in settled]
+    def _flush(self, name: str) -> list[ShardOutcome]:
+        outcomes = self.computed[name]
+        self.committed += [item.shard for item in outcomes]
         self.computed[name] = []
-        return settled
+        return outcomes
 
 
 def drive(pool: Invented, attempts: int = 3, **options: bool) -> tuple[Outcome, list[dict[str, object]]]:
@@ -133,9 +133,9 @@ def test_every_shard_is_built_once_or_given_up_for_what_it_did(
         # So many in a row, with nothing built in between.
         assert sum(steps.count("lost") + steps.count("node") for steps in plan.values()) >= workers + 3
         return
-    assert sorted([*pool.committed, *outcome.given_up]) == list(range(shards))
+    assert sorted([*pool.committed, *outcome.failed]) == list(range(shards))
     assert outcome.built == len(pool.committed)
-    for shard in outcome.given_up:
+    for shard in outcome.failed:
         harmful = [step for step in plan[shard] if step in ("failed", "lost")]
         assert len(harmful) >= 3, "only what a shard did itself counts"
 
@@ -144,8 +144,8 @@ def test_a_shard_that_fails_every_time_is_given_up_and_the_others_are_built() ->
     pool = Invented(5, 2, {3: ["failed"] * 9})
     outcome, log = drive(pool, attempts=4)
     assert pool.begun[3] == 4
-    assert list(outcome.given_up) == [3]
-    assert "out of memory" in outcome.given_up[3]
+    assert list(outcome.failed) == [3]
+    assert "out of memory" in outcome.failed[3]
     assert sorted(pool.committed) == [0, 1, 2, 4]
     assert [(line["event"], line.get("attempt")) for line in log if line.get("shard") == 3] == [
         ("retry", 1),
@@ -159,7 +159,7 @@ def test_a_shard_that_kills_its_workers_does_not_take_others_with_it() -> None:
     """It is met with others in the same hands first: all of them are suspects, and only it does it again alone."""
     pool = Invented(30, 2, {7: ["lost"] * 9})
     outcome, _ = drive(pool)
-    assert list(outcome.given_up) == [7]
+    assert list(outcome.failed) == [7]
     assert sorted(pool.committed) == [shard for shard in range(30) if shard != 7]
     assert pool.begun[7] == 4  # once among others, three times alone
 
@@ -167,7 +167,7 @@ def test_a_shard_that_kills_its_workers_does_not_take_others_with_it() -> None:
 def test_a_lost_node_is_no_shards_fault() -> None:
     pool = Invented(4, 1, {2: ["node"] * 3})
     outcome, _ = drive(pool, attempts=2)
-    assert not outcome.given_up
+    assert not outcome.failed
     assert sorted(pool.committed) == [0, 1, 2, 3]
 
 
@@ -188,7 +188,7 @@ def test_a_worker_without_its_store_is_done_without() -> None:
     pool = Invented(9, 3, {1: [StoreUnavailable("no answer")]})
     outcome, log = drive(pool)
     assert sorted(pool.committed) == list(range(9))
-    assert not outcome.given_up
+    assert not outcome.failed
     assert pool.made == 3, "in its place the next one would not have it either"
     assert [line["worker"] for line in log if line["event"] == "worker lost"]
 

@@ -27,7 +27,7 @@ from logit_cache.engines.shutdown import Stopped, Stopping
 from logit_cache.engines.this_machine import run_local
 from logit_cache.engines.worker_index import Rank
 from storage import LogitCache
-from storage.cache.leases import claims_in
+from storage.cache.leases import leases_in
 from storage.cache.verify import verify
 from storage.stores import open_store
 
@@ -135,15 +135,15 @@ def test_a_job_beside_another_one_takes_other_shards(cache: Path, slow_teacher: 
 
 @pytest.mark.slow
 def test_a_shard_that_somebody_else_has_is_waited_for(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
-    claims = claims_in(open_store(str(cache)), "teachers/a/receipts")
-    assert claims.take(7)
+    leases = leases_in(open_store(str(cache)), "teachers/a/receipts")
+    assert leases.take(7)
     job = start(cache, slow_teacher)
     while committed(cache) < shards_of(cache) - 1:
         assert job.process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
     assert job.process.poll() is None, "somebody may still be at it"
-    claims.release(7)
+    leases.release(7)
     assert job.end() == 0
     check(cache, alone)
 
@@ -281,7 +281,7 @@ def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_claims(
     fields = {"cache": url, "teacher": str(teacher), "name": "a", "k": 16, "context_tokens": 64, "shard_tokens": 4096}
     opened = open_job(CacheJob(**{**fields, "chunk_tokens": 256}))
     pending = opened.writer.pending()
-    killed = claims_in(open_store(url), "teachers/a/receipts")
+    killed = leases_in(open_store(url), "teachers/a/receipts")
     assert killed.take(0)
     assert killed.take(3)
     outcome = run_local(opened, pending, Rank(0, 2))

@@ -314,8 +314,8 @@ def test_shards_that_were_given_up_are_named(ended: tuple[CacheJob, Path]) -> No
     before = notes.all()
     notes.record(4, 3, f"{'x' * 9000}\nRuntimeError: it broke")
     outcome = engine._outcome(job, "7", 3, folder, before)
-    assert list(outcome.given_up) == [4]
-    assert outcome.given_up[4].splitlines()[-1] == "RuntimeError: it broke"
+    assert list(outcome.failed) == [4]
+    assert outcome.failed[4].splitlines()[-1] == "RuntimeError: it broke"
 
 
 def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path], run: Run) -> None:

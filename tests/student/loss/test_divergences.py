@@ -32,7 +32,9 @@ every_case = pytest.mark.parametrize(("name", "mix"), CASES, ids=lambda value: s
 
 def loss_of(name: LossName, mix: float, tau: float, **others: Any) -> DistillationLoss:
     given = {"mix": mix} if name in DEFAULT_MIX else {}
-    return DistillationLoss(V, 0.0, tau, [member(drawn_at=others.pop("drawn_at", None))], loss=name, **given, **others)
+    return DistillationLoss(
+        V, 0.0, tau, [member(sampled_at=others.pop("drawn_at", None))], loss=name, **given, **others
+    )
 
 
 def padded(logp: Tensor, columns: int) -> Tensor:
@@ -135,7 +137,7 @@ def test_below_v_it_is_the_divergence_of_joined_outcomes(
             return definition(name, mix, p, q)[trained].sum()
 
         expected, expected_gradient = gradient(reference, z)
-        loss = loss_of(name, mix, tau, tail="bucket", drawn_at=tau)
+        loss = loss_of(name, mix, tau, tail="bucket", sampled_at=tau)
         value, by_z = gradient(lambda z, loss=loss, t=targets: loss(z, labels, {"t": t}).loss_sum / tau**2, z)
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(by_z, expected_gradient, rtol=1e-8, atol=1e-13)
@@ -168,7 +170,7 @@ def test_gradcheck(name: LossName, mix: float) -> None:
     given = {"mix": mix} if name in DEFAULT_MIX else {}
     tails = ("sampled", "blend", "bucket", "renormalise", "none") if name == "forward-kl" else ("bucket",)
     for tail in tails:
-        loss = DistillationLoss(v, 0.3, 2.0, [member(drawn_at=2.0, size=v)], loss=name, tail=tail, **given)
+        loss = DistillationLoss(v, 0.3, 2.0, [member(sampled_at=2.0, size=v)], loss=name, tail=tail, **given)
         z = normal(14, rows, v + 2).requires_grad_()
         assert torch.autograd.gradcheck(lambda z, loss=loss: loss(z, labels, targets).loss_sum, z, atol=1e-8)
 

@@ -128,7 +128,7 @@ def test_every_loss_of_the_family_goes_through(options: dict[str, Any]) -> None:
     drawn = options.get("tail") in ("sampled", "blend")
     targets = {"t": varopt(logp, 16, 12, dtype=torch.float64) if drawn else stored(logp, 16, dtype=torch.float64)}
     arguments = {"alpha": 0.2, "temperature": 1.0 if drawn else 2.0, **options}
-    loss = DistillationLoss(V, members=[member(drawn_at=1.0 if drawn else None)], **arguments)
+    loss = DistillationLoss(V, members=[member(sampled_at=1.0 if drawn else None)], **arguments)
     weights = torch.rand(P, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
     ours = fused_loss(*tensors, loss.prepare(labels, targets, weights), softcap=8.0)
     assert_same(ours, loss(naive_logits(*tensors, softcap=8.0), labels, targets, weights), tensors)

@@ -160,7 +160,7 @@ def test_pieces_add_up_through_prepared_sums(options: dict[str, Any]) -> None:
     z, labels = normal(13, rows, V + 4), labels_for(14, rows)
     targets = {"t": varopt(dense(15, rows), 20, seed=6, tau=2.0, dtype=DOUBLE)}
     by_position = torch.rand(rows, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
-    loss = DistillationLoss(V, 0.4, 2.0, [member(drawn_at=2.0)], **options)
+    loss = DistillationLoss(V, 0.4, 2.0, [member(sampled_at=2.0)], **options)
 
     def in_pieces(z: Tensor, cuts: list[int]) -> LossSums:
         prepared = loss.prepare(labels, targets, by_position)
@@ -208,7 +208,7 @@ def test_poison_where_nothing_is_trained_reaches_no_gradient(options: dict[str, 
     broken = {name: value.clone() for name, value in targets.items()}
     for value in broken.values():
         value[~trained] = math.nan if value.is_floating_point() else 2**31 - 1
-    loss = DistillationLoss(V, 0.4, 1.0, [member(drawn_at=1.0)], **options)
+    loss = DistillationLoss(V, 0.4, 1.0, [member(sampled_at=1.0)], **options)
     value, by_z = gradient(lambda z: loss(z, labels, {"t": broken}).loss_sum, z)
     expected, expected_gradient = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
     assert torch.equal(value, expected)
@@ -249,13 +249,13 @@ def test_drawn_ids_serve_the_temperature_that_they_were_drawn_for() -> None:
     for loss in ("forward-kl", "jsd"):
         for tail in ("auto", "bucket"):
             with pytest.raises(InputError, match="teacher v: its ids were drawn for temperature 2 and are biased at 1"):
-                DistillationLoss(V, 0.5, 1.0, [member("v", drawn_at=2.0)], loss=loss, tail=tail)
+                DistillationLoss(V, 0.5, 1.0, [member("v", sampled_at=2.0)], loss=loss, tail=tail)
     with pytest.raises(InputError, match="drawn for temperature 1"):
-        DistillationLoss(V, 0.5, 1.5, [member("v", drawn_at=1.0)], interpolate_tail=True)
+        DistillationLoss(V, 0.5, 1.5, [member("v", sampled_at=1.0)], interpolate_tail=True)
 
 
 def test_auto_samples_where_ids_were_drawn_and_the_loss_is_linear() -> None:
-    members = [member("top", 1.0), member("drawn", 1.0, drawn_at=1.0)]
+    members = [member("top", 1.0), member("drawn", 1.0, sampled_at=1.0)]
     assert DistillationLoss(V, 0.5, 1.0, members).tails == {"top": "bucket", "drawn": "sampled"}
     assert DistillationLoss(V, 0.5, 1.0, members, tail="bucket").tails == {"top": "bucket", "drawn": "bucket"}
     alone = DistillationLoss(V, 0.5, 1.0, members[1:], loss="jsd")
@@ -269,7 +269,7 @@ def test_mixtures_are_put_together_for_forward_kl_alone() -> None:
     z, labels = normal(22, P, V), labels_for(23)
     a, b = dense(24), dense(25)
     targets = {"a": stored(a, V, dtype=DOUBLE), "b": varopt(b, 30, seed=8, dtype=DOUBLE)}
-    members = [member("a", 3.0), member("b", 1.0, drawn_at=1.0)]
+    members = [member("a", 3.0), member("b", 1.0, sampled_at=1.0)]
     mixed = DistillationLoss(V, 0.0, 1.0, members)
     parts = [DistillationLoss(V, 0.0, 1.0, [each]) for each in members]
     _, by_z = gradient(lambda z: mixed(z, labels, targets).loss_sum, z)

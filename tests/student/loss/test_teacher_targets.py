@@ -46,7 +46,7 @@ def test_at_k_equal_v_every_tail_is_the_dense_kl(tail: Tail, tau: float, width: 
     z, logp = normal(1, P, width), dense(2)
     targets = stored(logp, V, dtype=DOUBLE)
     expected, expected_gradient = gradient(lambda z: dense_kl(z, logp, tau), z)
-    value, by_z = gradient(lambda z: forward_kl(z, targets, member(drawn_at=tau), tau, None, tail, 0.4), z)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(sampled_at=tau), tau, None, tail, 0.4), z)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(by_z, expected_gradient, rtol=1e-8, atol=1e-13)
 
@@ -62,7 +62,7 @@ def test_a_sampled_tail_shares_the_mass_outside_the_certain_ids(tau: float) -> N
         assert j < 24
         w[row, ids[:j]] = p[row, ids[:j]]
         w[row, ids[j:]] = (1 - w[row].sum()) / (24 - j)
-    found = weights(temper(targets, member(drawn_at=tau), tau), "sampled")
+    found = weights(temper(targets, member(sampled_at=tau), tau), "sampled")
     torch.testing.assert_close(found.heads, w.gather(1, targets["token_ids"].long()), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(found.heads.sum(1), torch.ones(P, dtype=DOUBLE), rtol=1e-13, atol=0)
     assert not found.tail.any()
@@ -72,7 +72,7 @@ def test_a_sampled_tail_shares_the_mass_outside_the_certain_ids(tau: float) -> N
         return constant - (w * torch.log_softmax(z / tau, 1)).sum(1)
 
     expected, expected_gradient = gradient(reference, z)
-    value, by_z = gradient(lambda z: forward_kl(z, targets, member(drawn_at=tau), tau, None, "sampled"), z)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(sampled_at=tau), tau, None, "sampled"), z)
     torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(by_z, expected_gradient, rtol=1e-9, atol=1e-14)
 
@@ -97,7 +97,7 @@ def test_the_mean_over_all_draws_is_the_dense_kl_and_its_gradient(tau: float) ->
             "token_ids": ids.to(torch.int32),
             "logprobs": logp.gather(1, ids),
         }
-        teacher = member(drawn_at=tau, size=v)
+        teacher = member(sampled_at=tau, size=v)
         value, by_z = gradient(lambda z, t=targets, m=teacher: forward_kl(z, t, m, tau, None, "sampled"), z)
         total += chances[:, choice] * value
         total_gradient += chances[:, choice, None] * by_z
@@ -121,14 +121,14 @@ def test_a_bucket_takes_every_stored_id_with_its_own_probability(tau: float) -> 
         return (p_i.exp() * (p_i - q_i)).sum(1) + p_t.exp() * (p_t - q_t)
 
     expected, expected_gradient = gradient(reference, z)
-    value, by_z = gradient(lambda z: forward_kl(z, targets, member(drawn_at=tau), tau), z)
+    value, by_z = gradient(lambda z: forward_kl(z, targets, member(sampled_at=tau), tau), z)
     torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(by_z, expected_gradient, rtol=1e-9, atol=1e-14)
 
 
 def test_a_blend_is_linear_in_its_share() -> None:
     z, logp = normal(9, P, V), dense(10)
-    targets, teacher = mixed_entry(logp, 1.0), member(drawn_at=1.0)
+    targets, teacher = mixed_entry(logp, 1.0), member(sampled_at=1.0)
     one, by_one = gradient(lambda z: forward_kl(z, targets, teacher, 1.0, None, "sampled"), z)
     other, by_other = gradient(lambda z: forward_kl(z, targets, teacher, 1.0, None, "bucket"), z)
     assert (one - other).abs().min() > 1e-6
@@ -162,7 +162,7 @@ def test_renormalise_and_none_are_their_formulas(tau: float) -> None:
 def test_with_codes_buckets_sum_to_one_and_weights_too(step: float, k: int, tau: float) -> None:
     logp = dense(13)
     targets = varopt(logp, k, seed=1, tau=tau, step=step)
-    tempered = temper(targets, member(step=step, drawn_at=tau), tau)
+    tempered = temper(targets, member(step=step, sampled_at=tau), tau)
     heads, tail = tempered.bucketed
     assert tail.isfinite().all()
     torch.testing.assert_close(heads.exp().sum(1) + tail.exp(), torch.ones(P), rtol=0, atol=2e-6)
@@ -205,7 +205,7 @@ def test_with_every_id_stored_nothing_is_left_whatever_rounding_says() -> None:
 def test_a_row_in_which_nothing_was_drawn_keeps_its_small_tail() -> None:
     logp = dense(17)
     targets = stored(logp, 30, dtype=DOUBLE)
-    found = weights(temper(targets, member(drawn_at=1.0), 1.0), "sampled")
+    found = weights(temper(targets, member(sampled_at=1.0), 1.0), "sampled")
     bucket = weights(temper(targets, member(), 1.0), "bucket")
     for one, other in zip(vars(found).values(), vars(bucket).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
@@ -221,7 +221,7 @@ def test_positions_that_are_not_trained_are_looked_at_by_no_tail(tail: Tail, tau
     for value in broken.values():
         poison = torch.tensor([math.nan, math.inf, -math.inf])[torch.arange(int((~trained).sum())) % 3]
         value[~trained] = (poison[:, None] if value.ndim == 2 else poison) if value.is_floating_point() else 2**31 - 1
-    teacher = member(drawn_at=tau)
+    teacher = member(sampled_at=tau)
     value, by_z = gradient(lambda z: forward_kl(z, broken, teacher, tau, trained, tail, 0.5), z)
     assert not value[~trained].any()
     assert not by_z[~trained].any()

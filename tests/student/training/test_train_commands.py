@@ -25,7 +25,7 @@ from storage.format.manifest import Windowing
 from student.cli import build_job, train_student
 from student.training.arguments import training_values
 from student.training.run import train
-from student.training.run_folder import full_disk_is_said
+from student.training.run_folder import full_disk_is_reported
 from teachers.cli import train_teacher
 
 
@@ -387,9 +387,9 @@ def test_a_full_disk_is_said_and_the_run_goes_on_afterwards(world: Path, tmp_pat
 
 
 def test_other_errors_are_not_taken_for_a_full_disk() -> None:
-    with pytest.raises(KeyError), full_disk_is_said("out"):
+    with pytest.raises(KeyError), full_disk_is_reported("out"):
         raise KeyError("x")
-    with pytest.raises(RuntimeError, match="os error 2"), full_disk_is_said("out"):
+    with pytest.raises(RuntimeError, match="os error 2"), full_disk_is_reported("out"):
         raise RuntimeError("No such file or directory (os error 2)")
 
 

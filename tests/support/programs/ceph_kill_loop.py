@@ -34,7 +34,7 @@ def run(cache: str, teacher: Path) -> object:
     return cache_logits(["--cache", cache, "--teacher", str(teacher), *ARGUMENTS, *more])
 
 
-# Claims lie beside receipts, and go away while workers work.
+# Leases lie beside receipts, and go away while workers work.
 RECEIPT = r"\d{8}\.json"
 
 

@@ -117,9 +117,9 @@ def write_varopt(url: str, name: str, logp: Tensor, k: int, tau: float = 1.0, se
 
 
 def member(
-    name: str = "t", weight: float = 1.0, step: float | None = None, drawn_at: float | None = None, size: int = V
+    name: str = "t", weight: float = 1.0, step: float | None = None, sampled_at: float | None = None, size: int = V
 ) -> Member:
-    return Member(name, weight, step, size, drawn_at)
+    return Member(name, weight, step, size, sampled_at)
 
 
 def dense_kl(z: Tensor, logp: Tensor, tau: float) -> Tensor:
