@@ -7,7 +7,7 @@ OUT ?= demo-run
 TEXT ?=
 WORKERS ?= 2
 
-.PHONY: demo test test-slow test-ceph test-slurm test-browser bench lint clean
+.PHONY: demo test test-slow test-ceph test-slurm test-browser bench docs lint clean
 
 demo: $(READY)
 	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
@@ -36,6 +36,10 @@ test-browser: $(READY)
 # Rewrites docs/benchmarks.md; takes up to half an hour, and wants a machine that does nothing else.
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/run.py
+
+# Writes docs/format.md from the specification in storage/format/__init__.py.
+docs: $(READY)
+	$(BIN)/python tests/support/programs/format_page.py
 
 lint: $(READY)
 	$(BIN)/ruff check

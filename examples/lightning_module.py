@@ -5,7 +5,7 @@
 
 On several devices Lightning averages gradients over the processes, so a step's loss is multiplied by their number and
 divided by the trained positions of all of them. Accumulated batches are averaged too, each as if it had as many
-trained positions as the others; where that is not so, take `student.training.trainer.DistillationTrainer`.
+trained positions as the others; where that is not so, take `student.DistillationTrainer`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from storage import LogitCache
-from student.data.batches import collate, flat_targets
-from student.data.windows import DistillationWindows, reading_order
-from student.loss.distillation import DistillationLoss, Member
-from student.models import load_student
+from student import DistillationLoss, DistillationWindows, Member, collate, flat_targets, load_student, reading_order
 
 
 class Distillation(lightning.LightningModule):

@@ -18,10 +18,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from storage import LogitCache
-from student.data.batches import collate, flat_targets
-from student.data.windows import DistillationWindows, reading_order
-from student.loss.distillation import NOT_TRAINED, DistillationLoss, Member
-from student.models import load_student
+from student import (
+    NOT_TRAINED,
+    DistillationLoss,
+    DistillationWindows,
+    Member,
+    collate,
+    flat_targets,
+    load_student,
+    reading_order,
+)
 
 
 def train(

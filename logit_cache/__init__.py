@@ -1,1 +1,1 @@
-"""The application: text → token stream → teacher entries, and what a user sees of them."""
+"""The application: text → token stream → teacher entries, and the commands and reports around them."""

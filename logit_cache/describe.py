@@ -1,4 +1,4 @@
-"""What a person wants to know of a cache: contents, sizes, coverage, provenance, summaries, single positions."""
+"""A cache described for people: contents, sizes, coverage, provenance, summaries, single positions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def describe_cache(cache: LogitCache) -> dict[str, Any]:
 
 
 def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
-    """One teacher entry as JSON data; sums come from the receipts, `fidelity` is its report, no array is read."""
+    """One teacher entry as JSON data: sums from the receipts, `fidelity` from its report; no array is read."""
     entry = targets.entry
     missing = targets.missing()
     covered = entry.positions - sum(stop - start for start, stop in missing)
@@ -72,7 +72,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
 
 
 def summarise(sums: ShardStatistics) -> dict[str, float | None]:
-    """Means of what receipts hold sums of."""
+    """The receipts' sums as means: loss (nats) and perplexity per labelled position, the others per position."""
     loss = sums.label_nats / sums.labelled if sums.labelled else None
     return {
         "cross_entropy": loss,
@@ -86,7 +86,7 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
 
 
 def describe_position(cache: LogitCache, position: int, context: int = 24, most: int = 10) -> dict[str, Any]:
-    """The tokens before a position, the one that follows it, and what each teacher expected there, as text."""
+    """The `context` tokens up to a position, the next token, and each teacher's prediction of it, decoded to text."""
     total = cache.record.corpus.positions
     if not 0 <= position < total:
         raise InputError(f"--at {position}: the cache holds the positions 0..{total - 1}")
@@ -131,6 +131,6 @@ def _decoder(cache: LogitCache) -> Any:
     try:
         tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     except Exception as error:
-        # The library has no class of its own for a file that is no tokenizer, as a foreign cache may have.
+        # The library has no exception class for a file that is no tokenizer, which a foreign cache may hold.
         raise FormatError(f"{cache.url}: its tokenizer.json cannot be opened ({error})") from None
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """A line for each row, cells below one another: the first to the left, the others to the right."""
+    """One line per row, in aligned columns: the first column to the left, the others to the right."""
     first, *others = (max(map(len, cells)) for cells in zip(*rows, strict=True))
     return [
         "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])

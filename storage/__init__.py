@@ -1,4 +1,4 @@
-"""On-disk truth: what a cache is, where its bytes lie, how they are read, written, checked and copied; no torch.
+"""The storage layer: the cache format, stores, and reading, writing, checking and copying of caches; no torch.
 
 `from storage import LogitCache` opens a cache. The format is specified in `storage.format`.
 """

@@ -16,7 +16,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 class Frozen(BaseModel):
-    """A record or a job: its fields do not change, and one that it does not know is refused."""
+    """Base model of records and jobs: immutable, and unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -27,8 +27,7 @@ _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 def parse_yaml(text: str) -> Any:
     """Plain YAML data, with the scalars of YAML 1.2: only true and false are booleans, and 3e-4 is a number.
 
-    PyYAML follows 1.1, where `save_strategy: no` is False and `learning_rate: 3e-4` a string. Raises
-    yaml.YAMLError.
+    PyYAML follows 1.1, where `save_strategy: no` is False and `learning_rate: 3e-4` a string. Raises yaml.YAMLError.
     """
     import yaml
 
@@ -47,7 +46,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises InputError naming the file."""
+    """The mapping in a YAML file, dashes in its keys as underscores. Raises InputError naming the file."""
     import yaml
 
     try:
@@ -64,15 +63,16 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were given: those that are not None, or an empty tuple where they may be repeated."""
+    """The flags that were given: neither None nor, where a flag may be repeated, an empty tuple."""
     return {name: value for name, value in flags.items() if value is not None and value != ()}
 
 
 def build_config(
     kind: type[Config], config: str | Mapping[str, Any] | None, flags: Mapping[str, Any], where: str
 ) -> Config:
-    """The model made of the fields in a YAML file (or already read from one), overridden by those flags that are
-    not None (or empty). Raises InputError naming the field."""
+    """A `kind` made of the fields in a YAML file (or already read from one), overridden by the `given` flags.
+
+    Raises InputError naming the field and `where`, the command."""
     data = read_yaml(config) if isinstance(config, str) else dict(config or {})
     try:
         return kind.model_validate(data | given(flags))

@@ -1,8 +1,8 @@
-"""The errors that a user can meet, and the one line each of them prints.
+"""The errors that a user can meet, each printed as one line.
 
-Every error says where, what was expected, what was found, and what to do. All derive from
-`LogitCacheError`; where Python has a natural class for the case, they derive from that too, so that
-code which does not know this package still catches them.
+Every message states where, what was expected, what was found, and the remedy. All derive from `LogitCacheError`; where
+Python has a natural class for the case, they derive from that too, so that code that does not know this package still
+catches them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _remade(kind: type[LogitCacheError], message: str, fields: dict[str, Any]) -
 
 
 class InputError(LogitCacheError, ValueError):
-    """What was asked for cannot be done: a missing file, a wrong option, a model that does not fit."""
+    """A request that cannot be carried out: a missing file, a wrong option, a model that does not fit."""
 
 
 class CacheNotFound(LogitCacheError, FileNotFoundError):
@@ -42,7 +42,7 @@ class CacheNotFound(LogitCacheError, FileNotFoundError):
 
 
 class FormatError(LogitCacheError, ValueError):
-    """Metadata that format v1 does not allow. Nothing was allocated or read on its word."""
+    """Metadata that format v1 does not allow. Nothing was allocated or read because of it."""
 
 
 class CorruptCache(LogitCacheError, OSError):
@@ -50,11 +50,11 @@ class CorruptCache(LogitCacheError, OSError):
 
 
 class MissingObject(CorruptCache):
-    """An object is not there, though something that was read before says that it is."""
+    """An object is missing, though a receipt, an index or a listing that was read before has it."""
 
 
 class IncompleteCache(LogitCacheError, LookupError):
-    """A range was asked for that no receipt covers."""
+    """A requested range that no receipt covers."""
 
 
 class IdentityMismatch(LogitCacheError, ValueError):
@@ -66,22 +66,23 @@ class IdentityMismatch(LogitCacheError, ValueError):
 
 
 class StorageFull(LogitCacheError, OSError):
-    """The disk or the quota is full. Whatever was being written has been removed."""
+    """The disk or the quota is full. Partly written data has been removed."""
 
 
 class StoreUnavailable(LogitCacheError, OSError):
-    """A remote store did not answer in time, or refused; nothing it said was taken for data."""
+    """A remote store did not respond in time, or refused; no part of its response was taken for data."""
 
 
 def is_out_of_space(error: OSError) -> bool:
-    """Whether the operating system refused a write for want of room (disk, quota or file-size limit)."""
+    """Whether the operating system refused a write for lack of space (disk, quota or file-size limit)."""
     return error.errno in _NO_SPACE
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `LogitCacheError`, or what the operating system says of a file, into one line on stderr and exit
-    status 2; a command's outermost frame."""
+    """Turn a `LogitCacheError`, or an OSError about a file, into one line on stderr and exit status 2.
+
+    The outermost frame of a command."""
     try:
         yield
     except LogitCacheError as error:

@@ -1,4 +1,4 @@
-"""Small files on this machine, written so that a killed writer leaves the old one or the new one."""
+"""Small files on this machine, replaced by atomic rename."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ PARTIAL = ".partial"
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file beside a cache or run so that a killed writer leaves the old one or the new one, never half.
+    """Replace a small file beside a cache or run: a killed writer leaves the old one or the new one, never half.
 
-    Without a sync: for what a program can write again. A cache's own objects go through `LocalStore`.
+    Without fsync: only for files that a program can write again. A cache's own objects go through `LocalStore`.
     """
     temporary = path.with_name(path.name + PARTIAL)
     temporary.write_bytes(data)

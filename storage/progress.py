@@ -1,4 +1,4 @@
-"""Progress that a person can follow: a bar on a terminal, a log line every few seconds elsewhere."""
+"""Progress for people: a bar on a terminal, a log line every 10 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-Advance = Callable[[int], None]  # so many more units are done
-Say = Callable[[str], None]  # one line for a person
+Advance = Callable[[int], None]  # number of units done since the last call
+Log = Callable[[str], None]  # receives one line for a person
 Track = Callable[[str, int, str], AbstractContextManager[Advance]]  # description, total, unit → advance
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -53,7 +53,7 @@ def _bar(description: str, total: int | None, unit: str, done: int) -> Iterator[
 
 
 class Lines(ABC):
-    """What is told every few seconds of a job that runs without a terminal."""
+    """Progress of a job that runs without a terminal, written every 10 seconds by a subclass."""
 
     def __init__(self, description: str, total: int | None, unit: str, done: int) -> None:
         self._description, self._total, self._unit = description, total, unit
@@ -61,26 +61,26 @@ class Lines(ABC):
         self._began = self._last = time.monotonic()
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
+        """Count more units as done, and write if 10 seconds have passed since the last line."""
         self._done += count
         self._since += count
         if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self.write()
 
     def write(self, *, final: bool = False) -> None:
-        """Tell how far it is; `final` at the end."""
+        """Write the progress so far; `final` at the end."""
         self._last = time.monotonic()
-        self._tell(self._since / max(self._last - self._began, 1e-9), final)
+        self._emit(self._since / max(self._last - self._began, 1e-9), final)
 
     @abstractmethod
-    def _tell(self, rate: float, final: bool) -> None:
-        """Tell how far it is, at `rate` units per second of this run."""
+    def _emit(self, rate: float, final: bool) -> None:
+        """Write the progress so far, at `rate` units per second of this run."""
 
 
 class TextLines(Lines):
-    """Lines for people."""
+    """Progress as lines of text, on stderr."""
 
-    def _tell(self, rate: float, final: bool) -> None:
+    def _emit(self, rate: float, final: bool) -> None:
         line = f"{self._description}: {self._done:,}"
         if self._total:
             line += f" of {self._total:,} {self._unit} ({100 * self._done / self._total:.0f} %)"

@@ -5,110 +5,96 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from storage.cli import Command, Decorator, applied, command, under
 
 if TYPE_CHECKING:
     from student.job import StudentJob
     from student.report import TrainingReport
     from student.training.run import LoadLive
 
-_EXAMPLE = """\b
-Example:
-  train-student --cache runs/cache --teacher gpt2 --teacher llama:2 --model llama-mini \\
-      --alpha 0.5 --temperature 2 --eval-cache runs/held-out --output-dir runs/student \\
-      --set learning_rate=3e-4 --set num_train_epochs=4
-"""
+_EXAMPLE = """\
+train-student --cache runs/cache --teacher gpt2 --teacher llama:2 --model llama-mini \\
+    --alpha 0.5 --temperature 2 --eval-cache runs/held-out --output-dir runs/student \\
+    --set learning_rate=3e-4 --set num_train_epochs=4"""
+_run, _windows, _loss = under("Run"), under("Windows and steps"), under("Loss")
 
+RUN_OPTIONS: tuple[Decorator, ...] = (
+    _run("--cache", metavar="URL", help="Cache whose token stream is trained on."),
+    _run("--model", metavar="PRESET|JSON|DIR", help="Preset, config.json, or model directory or hub id."),
+    _run("--output-dir", metavar="DIR", help="Directory of this run alone; the model is saved there."),
+    _run("--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."),
+    _run("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of TrainingArguments; repeatable."),
+    _run("--config", metavar="YAML", help="File with these fields; `training:` holds TrainingArguments."),
+    _run("--seed", type=int, help="Seed of weights, order, offsets and dropout [0]."),
+    _windows("--window-tokens", type=int, metavar="T", help="Positions of a training window [128]."),
+    _windows(
+        "--windows-per-step",
+        type=int,
+        metavar="G",
+        help="Windows of an optimizer step over all processes; gradient accumulation follows, and "
+        "per_device_train_batch_size limits the micro-batch [that, times processes and accumulation].",
+    ),
+    _windows(
+        "--offset",
+        type=click.Choice(["fixed", "random"]),
+        help="Fixed blocks, or a random offset for each block and epoch [fixed].",
+    ),
+    _windows(
+        "--isolate-documents/--cross-documents",
+        default=None,
+        help="Whether windows stay inside documents [as the teachers did; else across].",
+    ),
+    _windows(
+        "--fused-head",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Fuse LM head and loss, without holding the logits [auto: where the model allows it].",
+    ),
+)
+"""The options of every training command."""
 
-def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every training command."""
-    options = [
-        click.option("--cache", metavar="URL", help="Cache whose token stream is trained on."),
-        click.option("--model", metavar="PRESET|JSON|DIR", help="Preset, config.json, or model directory or hub id."),
-        click.option("--window-tokens", type=int, metavar="T", help="Positions of a training window [128]."),
-        click.option(
-            "--offset",
-            type=click.Choice(["fixed", "random"]),
-            help="Fixed blocks, or a random offset for each block and epoch [fixed].",
-        ),
-        click.option(
-            "--isolate-documents/--cross-documents",
-            default=None,
-            help="Whether windows stay inside documents [as the teachers did; else across].",
-        ),
-        click.option(
-            "--fused-head",
-            type=click.Choice(["auto", "on", "off"]),
-            help="Output layer and loss in one, without holding the logits [auto: where the model allows it].",
-        ),
-        click.option(
-            "--windows-per-step",
-            type=int,
-            metavar="G",
-            help="Windows of an optimizer step over all processes; accumulation follows, and "
-            "per_device_train_batch_size is the most at once [that, by processes and accumulation].",
-        ),
-        click.option("--output-dir", metavar="DIR", help="A folder of this run's own; the model ends up there."),
-        click.option(
-            "--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."
-        ),
-        click.option("--seed", type=int, help="Of weights, order, offsets and dropout [0]."),
-        click.option("--config", metavar="YAML", help="File with these fields; `training:` takes TrainingArguments."),
-        click.option(
-            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of TrainingArguments; repeatable."
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 
-
-def objective_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of a loss with teachers in it: the fields of `student.loss.objective.Objective`."""
-    options = [
-        click.option(
-            "--alpha",
-            type=float,
-            help="Share of the cross-entropy, 0..1 [0 with drawn ids, 0.5 with top-k; 1 without teachers].",
-        ),
-        click.option("--alpha-end", type=float, help="That share at the last step, linear from --alpha [the same]."),
-        click.option("--temperature", type=float, help="1 or 2, where the stored targets are exact [1]."),
-        click.option(
-            "--interpolate-tail",
-            is_flag=True,
-            default=None,
-            help="Allow other temperatures above 1: the tail's mass is interpolated, within bounds that are printed.",
-        ),
-        click.option(
-            "--loss",
-            type=click.Choice(["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]),
-            help="Divergence of teacher and student; of a mixture of teachers forward-kl only [forward-kl].",
-        ),
-        click.option("--mix", type=float, help="beta of jsd [0.5], lambda of the skewed losses [0.1]."),
-        click.option(
-            "--tail",
-            type=click.Choice(["auto", "bucket", "sampled", "blend", "renormalise", "none"]),
-            help="The ids that are not stored, as one outcome (bucket: a lower bound of the dense loss), by the drawn "
-            "ids of a VarOpt entry (sampled: unbiased), by both (blend), or not at all (renormalise, none: biased). "
-            "All but bucket go with forward-kl only [auto: sampled where ids were drawn, else bucket].",
-        ),
-        click.option("--blend", type=float, help="Share of sampled in --tail blend [0.75]."),
-        click.option(
-            "--loss-scale",
-            type=click.Choice(["token", "babyllama"]),
-            help="Means over tokens; or BabyLlama's: the divergence summed over each window [token].",
-        ),
-        click.option(
-            "--min-entropy", type=float, help="Distil only where the teachers' entropy is at least this, in nats [0]."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
+    _loss(
+        "--alpha",
+        type=float,
+        help="Share of the cross-entropy, 0..1 [0 with sampled ids, 0.5 with top-k; 1 without teachers].",
+    ),
+    _loss("--alpha-end", type=float, help="That share at the last step, linear from --alpha [the same]."),
+    _loss("--temperature", type=float, help="1 or 2, where the stored targets are exact [1]."),
+    _loss(
+        "--interpolate-tail",
+        is_flag=True,
+        default=None,
+        help="Allow other temperatures above 1: the tail's mass is interpolated, within bounds that are printed.",
+    ),
+    _loss(
+        "--loss",
+        type=click.Choice(["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]),
+        help="Divergence of teacher and student; a mixture of teachers needs forward-kl [forward-kl].",
+    ),
+    _loss("--mix", type=float, help="beta of jsd [0.5], lambda of the skewed losses [0.1]."),
+    _loss(
+        "--tail",
+        type=click.Choice(["auto", "bucket", "sampled", "blend", "renormalise", "none"]),
+        help="The ids that are not stored, as one outcome (bucket: a lower bound of the dense loss), by the "
+        "sampled ids of a VarOpt entry (sampled: unbiased), by both (blend), or not at all (renormalise, none: "
+        "biased). All but bucket need forward-kl [auto: sampled for entries with sampled ids, else bucket].",
+    ),
+    _loss("--blend", type=float, help="Share of sampled in --tail blend [0.75]."),
+    _loss(
+        "--loss-scale",
+        type=click.Choice(["token", "babyllama"]),
+        help="Means over tokens; or BabyLlama's: the divergence summed over each window [token].",
+    ),
+    _loss("--min-entropy", type=float, help="Distil only where the teachers' entropy is at least this, in nats [0]."),
+)
+"""The options of a loss with teachers in it: the fields of `student.loss.objective.Objective`."""
 
 
 def run_command(
@@ -169,10 +155,10 @@ def build_job(command: str, flags: dict[str, Any], trains_teacher: bool = False)
 
 @contextlib.contextmanager
 def our_errors(command: str) -> Iterator[None]:
-    """Errors of ours as one line and exit status 2, said once however many processes there are.
+    """Print errors of this program as one line, on rank 0 alone, and exit with status 2.
 
     The packages of this program have plain names: another distribution's `storage` may come first on the path, and
-    then nothing works, for a reason that has to be said.
+    then nothing works, so that case has its own message.
     """
     import storage
 
@@ -203,7 +189,7 @@ def _leave_process_group() -> None:
 
 
 def table(report: TrainingReport) -> str:
-    """The few lines that end a run."""
+    """The summary printed at the end of a run."""
     rows = [
         ("model", f"{report.job.model}, {report.parameters:,} parameters"),
         ("trained on", f"{report.tokens_seen:,} tokens in {report.steps:,} steps, {report.seconds:,.1f} s"),
@@ -213,8 +199,8 @@ def table(report: TrainingReport) -> str:
         rows.append(("last training loss", f"{last['loss']:.4f}"))
         for teacher, meaning in report.divergence.items():
             if f"{name}_{teacher}" in last:
-                said = f"{last[f'{name}_{teacher}']:.4f} nats ({meaning})"
-                rows.append((f"its {report.job.loss} to {teacher}", said))
+                value = f"{last[f'{name}_{teacher}']:.4f} nats ({meaning})"
+                rows.append((f"its {report.job.loss} to {teacher}", value))
     held = report.held_out
     if held is None:
         rows.append(("held out", "not measured (no --eval-cache)"))
@@ -236,36 +222,35 @@ def table(report: TrainingReport) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def presets_help() -> str:
-    """The list of presets for a command's help, without torch."""
-    from student.models import describe_presets
-
-    return "\b\nPresets:\n" + "\n".join(f"  {line}" for line in describe_presets().splitlines())
-
-
-class PresetCommand(click.Command):
-    """A command whose help ends with the presets; they are looked up only when help is asked for."""
+class PresetCommand(Command):
+    """A command whose help ends with the presets, which are looked up only when help is printed."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self.epilog = presets_help()
+        from student.models import describe_presets
+
         super().format_epilog(ctx, formatter)
+        with formatter.section("Presets"):
+            for line in describe_presets().splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
-@click.command(cls=PresetCommand, help="Train a student on cached targets, with no teacher loaded.\n\n" + _EXAMPLE)
-@click.option(
+@command(_EXAMPLE, cls=PresetCommand)
+@_run(
     "--teacher",
     multiple=True,
     metavar="NAME[:WEIGHT]",
     help="Teacher entry to learn from; repeat for a mixture with these weights.",
 )
-@objective_options
-@run_options
+@applied(RUN_OPTIONS)
+@applied(OBJECTIVE_OPTIONS)
 @click.option(
     "--sweep",
     metavar="YAML",
     help="Run many students: a file like --config with a block `sweep:` (docs/sweeps.md); needs the extra tune.",
 )
+@JSON_OPTION
 def train_student(sweep: str | None, **flags: Any) -> None:
+    """Train a student on cached targets, with no teacher loaded."""
     if sweep is None:
         run_command("train-student", flags)
     else:

@@ -1,4 +1,4 @@
-"""What a training run is asked to do, and what it reports: frozen data, no torch."""
+"""The configuration of a training run as frozen, validated data; imports no torch."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class StudentJob(Objective):
     model               preset, JSON configuration, model directory or hub id
     window_tokens       positions of a training window
     offset              fixed blocks, or a random offset for every block and epoch
-    isolate_documents   whether windows stay inside documents; by default what the teachers did
-    fused_head          output layer and loss in one, without ever holding the logits of a batch; auto: if the model's
-                        output layer allows it. The same loss and gradients but for rounding
+    isolate_documents   whether windows stay inside documents; by default as for the teachers
+    fused_head          fuse LM head and loss, without ever holding the logits of a batch; auto: if the model's LM head
+                        allows it. The same loss and gradients up to rounding
     windows_per_step    windows of an optimizer step over all processes and micro-batches; gradient accumulation follows
-                        from it, and per_device_train_batch_size is the most that a process has at once. By default
+                        from it, and per_device_train_batch_size is the limit of a process's micro-batch. By default
                         per_device_train_batch_size * processes * gradient_accumulation_steps
-    output_dir          a folder of this run's own: checkpoints while it runs, the model when it is done
+    output_dir          directory of this run alone: checkpoints while it runs, the model when it is done
     eval_cache          path or URL of a held-out cache of the same tokenizer
     live_teachers       model directories or hub ids that run beside the student instead of targets from the cache:
                         for comparison, and for `train-teacher` only
-    combine             what several live teachers are: the mean of their logits, or a mixture
+    combine             how several live teachers are combined: the mean of their logits, or a mixture
     seed                of weights, order, offsets and dropout
     training            fields of transformers.TrainingArguments (`student.training.arguments` has the defaults)
 
-    The other fields are those of `student.loss.objective.Objective`. alpha, where it is not given, is 1 without
-    teachers (the only choice), 0 where the targets are an unbiased sample or the teachers live, and 0.5 elsewhere.
+    The other fields are those of `student.loss.objective.Objective`. alpha defaults to 1 without teachers (the only
+    choice), to 0 where the targets are an unbiased sample or the teachers live, and to 0.5 elsewhere.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -72,7 +72,7 @@ class StudentJob(Objective):
 
     @property
     def leaves_alpha_open(self) -> bool:
-        """Whether the share of the cross-entropy is to be what suits the targets."""
+        """Whether alpha is not set, so that its default depends on the targets."""
         return bool(self.teachers) and "alpha" not in self.model_fields_set and self.alpha_end is None
 
     @field_validator("teachers", mode="before")
@@ -132,7 +132,7 @@ def _parse_teacher(item: Any) -> Any:
 
 
 def scalar(text: str) -> Any:
-    """The value of ``--set key=value``, read as in a YAML file."""
+    """The value of ``--set key=value``, parsed as YAML; other text stays a string."""
     import yaml
 
     try:

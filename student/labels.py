@@ -1,6 +1,6 @@
-"""The label that marks a position as not trained on."""
+"""The label of positions that are not trained on."""
 
 from __future__ import annotations
 
 NOT_TRAINED = -100
-"""The label of a position that takes part in no term of the loss; transformers and torch ignore it too."""
+"""The label that excludes a position from every term of the loss; transformers and torch ignore it too."""

@@ -1,7 +1,7 @@
-"""Models by name, by configuration or from weights, fitted to a cache's vocabulary and windows.
+"""Models by name, by configuration or from weights, checked against a cache's vocabulary and windows.
 
-Owns the presets and every check that a model must pass before a training step is spent on it: enough columns for
-the vocabulary, enough positions for the window, and no sight of the token that it should predict.
+Owns the presets and every check that a model must pass before training starts: enough columns for the vocabulary,
+enough positions for the window, and causality (no sight of the token to predict).
 
 The presets are plain data, so that `--help` can list them; torch and transformers are imported when a model is made.
 Llama presets have no dropout. GPT-2 presets have 0.1 everywhere, GPT2Config's own default, which the published
@@ -111,7 +111,7 @@ def load_student(
     """A causal language model in float32 on the CPU, in training mode.
 
     `spec` is, in this order: a preset's name (write ./name for a folder of that name); a file, read as a
-    transformers config.json with `model_type`, whose `vocab_size` is V unless it says otherwise; a model directory;
+    transformers config.json with `model_type`, whose `vocab_size` is V unless it sets another; a model directory;
     or a hub id written owner/name. The first two start from random weights that depend on `seed` alone; torch's own
     random state is left as it was. The last two load weights, and `seed` plays no part. No code of a model's
     repository is ever run.
@@ -155,7 +155,7 @@ def check_settings(
 ) -> None:
     """Raise InputError where a configuration cannot be a student; its modules are made without weights, one layer deep.
 
-    What `load_student` finds beyond that needs weights.
+    The other checks of `load_student` need weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -175,7 +175,7 @@ def check_settings(
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON configuration. Raises InputError for a file that is none."""
+    """The mapping in a JSON configuration. Raises InputError for any other file."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
@@ -204,7 +204,7 @@ def config_of(
     _refuse_misspelt(where, data, AutoConfig.for_model(model_type))
     if "text_config" not in data:
         data.setdefault("vocab_size", vocabulary_size)
-    # What the weights were stored as, by whom: nothing of it applies to a new model.
+    # Fields about the stored weights and their writer: they do not apply to a new model.
     for name in ("architectures", "dtype", "torch_dtype", "transformers_version", "auto_map"):
         data.pop(name, None)
     with _explained(f"{where}: transformers refuses this configuration of a {model_type} model"):
@@ -248,7 +248,7 @@ def _from_scratch(config: PretrainedConfig, spec: str, seed: int) -> PreTrainedM
 def _from_weights(
     spec: str, path: Path, vocabulary_size: int, special_ids: Mapping[str, int | None], window_tokens: int
 ) -> PreTrainedModel:
-    """A model directory's or hub repository's weights, as float32: lower precision is the trainer's affair."""
+    """A model directory's or hub repository's weights, as float32: mixed precision is the trainer's choice."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -299,7 +299,7 @@ def _check_config(config: PretrainedConfig, spec: str, vocabulary_size: int, win
 
 
 def _probe(model: PreTrainedModel, spec: str, vocabulary_size: int, window_tokens: int) -> None:
-    """Run a few tokens twice, the last one changed: logits must cover V and must not look ahead."""
+    """Run a few tokens twice, the last one changed: the logits must cover V and be causal."""
     import torch
 
     tokens = min(8, max(2, window_tokens))
@@ -313,7 +313,7 @@ def _probe(model: PreTrainedModel, spec: str, vocabulary_size: int, window_token
             "cache's tokenizer"
         )
     before = logits[:, :-1]
-    # Equal rows give equal numbers but for the order of sums; what a later token changes is orders above that.
+    # Equal rows give equal numbers but for the order of sums; the effect of a later token is orders above that.
     if not (before[0] - before[1]).abs().max() <= 1e-4 * before.abs().max():
         raise InputError(
             f"{spec}: the logits at a position change with a later token (or are not finite), so this is no causal "
@@ -322,7 +322,7 @@ def _probe(model: PreTrainedModel, spec: str, vocabulary_size: int, window_token
 
 
 def _refuse_missing(spec: str) -> None:
-    """Raise unless `spec`, which is nothing here, can be a hub id."""
+    """Raise InputError unless `spec`, no preset, file or directory here, can be a hub id."""
     as_path = spec.startswith((".", "/", "~")) or spec.endswith(".json")
     if as_path or spec.count("/") > 1:
         stem = Path(spec).stem
@@ -336,20 +336,20 @@ def _refuse_missing(spec: str) -> None:
 
 
 def _token_ids(special_ids: Mapping[str, int | None]) -> dict[str, int | None]:
-    """The three ids by the names that configurations give them."""
+    """The three ids by their names in configurations."""
     bos, eos, pad = (special_ids.get(name) for name in ("bos", "eos", "pad"))
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None if pad in (bos, eos) else pad}
 
 
 def _closest(name: str, known: Mapping[str, Any]) -> str:
-    """'; did you mean ...?', or nothing when nothing is near."""
+    """'; did you mean ...?', or an empty string without a close match."""
     match = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 @contextlib.contextmanager
 def _explained(what: str, hint: str = "") -> Iterator[None]:
-    """Whatever transformers raises inside, as one InputError: its exceptions have no common class."""
+    """Turns any exception of transformers inside into an InputError: they have no common base class."""
     try:
         yield
     except (InputError, MemoryError):

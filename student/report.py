@@ -1,4 +1,4 @@
-"""What a finished run says of itself: `report.json`, and what `--json` prints."""
+"""The report of a finished run: `report.json`, and the output of `--json`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from student.job import StudentJob
 
 
 class HeldOutKL(Frozen):
-    """KL(teacher || student) in nats per token; `lower_bound` where the tail is a bucket: not where every id was
-    stored (K = V), nor where drawn ids estimate it without bias."""
+    """KL(teacher || student) in nats per token; `lower_bound` with a tail bucket: not where every id is stored
+    (K = V), nor where sampled ids give an unbiased estimate."""
 
     nats: float
     lower_bound: bool
@@ -23,8 +23,8 @@ class HeldOutReport(Frozen):
 
     cross_entropy in nats per token; bits_per_byte counts the bytes of the text, and is None where not all of it is
     scored; ece (expected calibration error of the top-1 prediction) and accuracy are fractions. `kl_not_measured`
-    says why, by teacher. distillation_loss is what the run trained on (alpha as at its end), per token; None where the
-    held-out cache has not the targets for it.
+    gives the reason, by teacher. distillation_loss is the training objective (alpha as at the end of the run), per
+    token; None where the held-out cache lacks the targets for it.
     """
 
     tokens: int
@@ -39,7 +39,7 @@ class HeldOutReport(Frozen):
 
 
 class LiveTeachers(Frozen):
-    """Teachers that ran beside the student: where they came from, and what tells them from others."""
+    """Teachers that ran beside the student: their sources, their combination and their identity."""
 
     sources: tuple[str, ...]
     combine: str
@@ -47,17 +47,15 @@ class LiveTeachers(Frozen):
 
 
 class PeakMemory(Frozen):
-    """The most that a process held: resident bytes, and bytes of torch's allocator on a CUDA device (else None).
-
-    Of the process that finished the run, and the first where there were several.
-    """
+    """Peak memory of the process that finished the run (rank 0 of several): resident bytes, and bytes of torch's
+    allocator on a CUDA device (else None)."""
 
     process_bytes: int
     device_bytes: int | None
 
 
 class TailBound(Frozen):
-    """How far a teacher's mass outside its certain ids can be from the interpolated one, as a share of 1."""
+    """Bound on the error of an interpolated tail: of a teacher's mass outside its certain ids, as a share of 1."""
 
     mean: float
     greatest: float
@@ -65,18 +63,18 @@ class TailBound(Frozen):
 
 
 class TrainingReport(Frozen):
-    """What a run did; `report.json` in its output directory.
+    """The figures and provenance of a run; `report.json` in its output directory.
 
     job                 as it ran, `training` with the defaults filled in
     provenance          sha256 of the records of the caches and entries that it read, by `cache`,
                         `cache/<teacher>`, `eval_cache`, `eval_cache/<teacher>`
     isolated_documents  whether windows stayed inside documents
     steps               optimizer steps, of `windows_per_step` windows each over all processes
-    windows_at_once     of a process, in one of the step's micro-batches
+    windows_at_once     windows of a process in one of the step's micro-batches
     tokens_seen         positions read for training, all epochs together
-    seconds             spent in training by the process that finished; `resumed_from_step` says where it took over
-    fused_head          whether the output layer and the loss were one
-    divergence          by teacher: what the divergence in `train_log` is, against the dense one
+    seconds             training time of the process that finished, since `resumed_from_step`
+    fused_head          whether the LM head was fused with the loss
+    divergence          by teacher: how the divergence in `train_log` relates to the dense one
     tail_bounds         by teacher, at temperatures whose tails are interpolated
     train_log           one entry per logged step: step, epoch, loss, cross_entropy, kl_<teacher> (under other losses
                         by their name, as jsd_<teacher>), learning_rate, …
@@ -84,7 +82,7 @@ class TrainingReport(Frozen):
     live                the teachers that ran beside the student, if any did
     """
 
-    # A run that diverged has no figures, and its report must still be JSON that can be read again.
+    # A run that diverged has NaN and infinite figures, and its report must still be readable JSON.
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     kind: Literal["training report"] = "training report"

@@ -1,4 +1,4 @@
-"""The Teacher protocol: anything that turns windows of tokens into logits, one at a time or an ensemble.
+"""The Teacher protocol: anything that turns windows of tokens into logits, a single model or an ensemble.
 
 Legend: `B` windows, `C` tokens per window (context), `R` scored rows, `r` rows of one chunk.
 """
@@ -18,13 +18,13 @@ from teachers.ranks import ColumnShard
 class Teacher(Protocol):
     """A model that scores windows.
 
-    identity      what is written to the cache, and what a resumed job is compared with
+    identity      recorded in the cache, and compared when a job resumes
     head_columns  width of the logits; columns from the vocabulary's size on are padding
     device        where windows are expected; logits appear there too, unless layers are on several devices
-    shard         of a model that is spread over ranks, which columns this one's logits are; else None. All ranks score
-                  the same windows, in the same order
-    head          "fast" (backbone, then the head on the wanted rows in float32) or "general" (the model's
-                  own forward); part of what can change the last bits of a result
+    shard         the columns that this rank's logits cover, of a model that is sharded over ranks; else None. All ranks
+                  score the same windows, in the same order
+    head          "fast" (backbone, then the LM head on the requested rows in float32) or "general" (the model's own
+                  forward); it can change the last bits of a result
     attention     the attention implementation that runs, such as "sdpa" or "eager"
     """
 
@@ -47,7 +47,7 @@ class Teacher(Protocol):
     def attention(self) -> str: ...
 
     def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
-        """Logits of the rows `rows` of the flattened windows, in chunks.
+        """The logits of the rows `rows` of the flattened windows, in chunks.
 
         windows: int64 [B, C], token ids. rows: int64 [R], ascending indices into the B * C positions.
         Yields float32 [r, head_columns], or of this rank's columns only, in the order of `rows`; every chunk stays

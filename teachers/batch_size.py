@@ -1,7 +1,7 @@
-"""How many windows one forward pass takes: chosen once for an entry, and recorded in it.
+"""The number of windows in one forward pass: chosen once for an entry, and recorded in it.
 
-Half-precision results change with a batch's shape, so the number belongs to an entry's identity; whoever goes on with
-an entry takes what is recorded.
+Half-precision results change with a batch's shape, so the number belongs to an entry's identity: a resumed job uses
+the recorded one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _RANKS_TOKENS = 8_192
 _MOST_TOKENS = 65_536
 # Twice the windows must bring this much more throughput, or the smaller batch stays.
 _LEAST_GAIN = 1.05
-# Of the memory that is free before the first pass: the rest is for the reducer, and for what else runs there.
+# Share of the memory that is free before the first pass; the rest is for the reducer and all else on the device.
 _MEMORY_SHARE = 0.7
 
 Measure = Callable[[int], tuple[float, int]]
 
 
 def choose_batch_windows(teacher: Teacher, context_tokens: int) -> int:
-    """Windows of `context_tokens` in one pass: a constant on a CPU and for several ranks, tried out on a GPU.
+    """Windows of `context_tokens` in one pass: a constant on a CPU and for several ranks, measured on a GPU.
 
-    One rank of several that ran out of memory would leave the others waiting for it.
+    Several ranks measure nothing, since one that ran out of memory would leave the others waiting for it.
     """
     if teacher.device.type != "cuda":
         return max(1, _CPU_TOKENS // context_tokens)
@@ -43,10 +43,10 @@ def choose_batch_windows(teacher: Teacher, context_tokens: int) -> int:
 
 
 def largest_worthwhile(measure: Measure, most: int, memory_bytes: int) -> int:
-    """The largest power of two up to `most` that still brings throughput, and fits.
+    """The largest power of two up to `most` that still raises throughput and fits in memory.
 
-    `measure(count)` gives the seconds that a batch of `count` takes and the bytes that it needs, or raises
-    `torch.OutOfMemoryError`. A count is tried only if twice the memory of the one before it fits.
+    `measure(count)` returns the seconds that a batch of `count` takes and the bytes that it needs, or raises
+    `torch.OutOfMemoryError`. A count is tried only if twice the memory of the previous one fits.
     """
     count, rate = 1, 0.0
     while True:
@@ -63,7 +63,7 @@ def largest_worthwhile(measure: Measure, most: int, memory_bytes: int) -> int:
 
 def _measured(teacher: Teacher, count: int, context_tokens: int) -> tuple[float, int]:
     """Seconds of the second of two passes over `count` windows, and the bytes that they needed beside the weights, on
-    the device where that was most."""
+    the device that needed most."""
     device, devices = teacher.device, _devices(teacher)
     windows = torch.zeros(count, context_tokens, dtype=torch.int64, device=device)
     rows = torch.arange(windows.numel(), device=device)
@@ -71,7 +71,7 @@ def _measured(teacher: Teacher, count: int, context_tokens: int) -> tuple[float,
         torch.cuda.reset_peak_memory_stats(each)
     before = [torch.cuda.memory_allocated(each) for each in devices]
     seconds = 0.0
-    for _ in range(2):  # the first one chooses kernels
+    for _ in range(2):  # the first pass selects kernels
         _wait(devices)
         began = time.perf_counter()
         for _ in teacher.score(windows, rows):

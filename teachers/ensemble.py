@@ -8,11 +8,11 @@ to 1, the ensemble's logits are::
     logit-mean   sum_m w_m z_m                       with equal weights torch.stack(logits).mean(0)
     mixture      log sum_m w_m softmax(z_m)          the mean of the probabilities, at temperature 1
 
-A logit-mean cannot be had from its members' separate caches, whose tails are sums over different ids; neither can a
-mixture for losses that are not linear in it. (A forward KL to a mixture needs no ensemble: its members' entries can
+A logit-mean cannot be computed from its members' separate caches, whose tails are sums over different ids; neither can
+a mixture for losses that are not linear in it. (A forward KL to a mixture needs no ensemble: its members' entries can
 be mixed when a student is trained, with any weights, each tempered first.)
 
-Members run chunk by chunk side by side: of each, the logits of one chunk of rows exist at a time.
+Members run in step, chunk by chunk: of each, the logits of one chunk of rows exist at a time.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ Combination = Literal["logit-mean", "mixture"]
 
 
 class EnsembleTeacher:
-    """Two or more teachers as one; see `teachers.base.Teacher` for the members of the class.
+    """Two or more teachers as one; see `teachers.base.Teacher` for the attributes.
 
-    weights: positive, one per teacher, None for equal ones; they are recorded as shares of their sum.
+    weights: positive, one per teacher, None for equal ones; they are recorded normalised to a sum of 1.
+    Raises InputError for a member whose head has fewer than `vocabulary_size` columns.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class EnsembleTeacher:
         )
         self.head_columns = vocabulary_size
         self.device: torch.device = teachers[0].device
-        self.shard: None = None  # members that are spread over ranks are refused before they get here
+        self.shard: None = None  # members that are sharded over ranks were refused earlier
         self.head: Literal["fast", "general"] = "fast" if all(t.head == "fast" for t in teachers) else "general"
         self.attention = ", ".join(dict.fromkeys(teacher.attention for teacher in teachers))
 
@@ -72,18 +73,18 @@ class EnsembleTeacher:
         streams = [_Rows(teacher.score(windows, rows)) for teacher in self._teachers]
         left = len(rows)
         while left:
-            # Members cut their rows each in their own way; what all of them have ready is combined.
+            # Members chunk their rows differently; the rows that all of them have ready are combined.
             count = min(stream.ready() for stream in streams)
-            # Entered per chunk: a mode held across a yield would reach into the caller's code.
+            # Entered per chunk: a mode held across a yield would leak into the caller's code.
             with torch.inference_mode():
                 members = [stream.take(count)[:, : self.head_columns] for stream in streams]
-                # Members whose layers are on several devices may give theirs on different ones.
+                # Members whose layers are on several devices may return logits on different ones.
                 combined = self._combine([logits.to(members[0].device) for logits in members])
             yield combined
             left -= count
 
     def _combine(self, logits: list[Tensor]) -> Tensor:
-        """float32 [r, V] of the members' logits [r, V]."""
+        """The combined logits, float32 [r, V], of the members' [r, V]."""
         if self._mixes:
             # logsumexp adds pairwise; log_softmax does not, and is off by 2e-5 nats at 128k ids.
             members = zip(logits, self._weights, strict=True)
@@ -96,14 +97,14 @@ class EnsembleTeacher:
 
 
 class _Rows:
-    """The rows of a stream of chunks, as many at a time as asked for."""
+    """Cuts a stream of chunks anew: `take` returns any number of rows up to `ready()`."""
 
     def __init__(self, chunks: Iterator[Tensor]) -> None:
         self._chunks = chunks
         self._chunk: Tensor | None = None
 
     def ready(self) -> int:
-        """How many rows can be taken, at least one; the next chunk is computed where none is left."""
+        """The number of rows that can be taken, at least 1; computes the next chunk when the last one is used up."""
         if self._chunk is None:
             self._chunk = next(self._chunks)
         return len(self._chunk)
@@ -112,6 +113,6 @@ class _Rows:
         """The next `count` rows [count, columns], no more than are ready."""
         assert self._chunk is not None
         taken, rest = self._chunk[:count], self._chunk[count:]
-        # The last reference goes before the next chunk is made, so that two never exist.
+        # The last reference is dropped before the next chunk is computed, so that two never exist.
         self._chunk = rest if len(rest) else None
         return taken

@@ -1,7 +1,7 @@
-"""Teachers that run beside a student, for comparison: the same loss without a cache, and what it costs.
+"""Live teachers beside a student, for comparison with a cache: the same loss without one, and its cost.
 
-`train-teacher --live-teacher` uses it. The teachers read the student's own windows, in evaluation mode and without
-gradients, in float32 on a CPU and bfloat16 on a GPU, as `cache-logits` runs them.
+`train-teacher --live-teacher` uses them. They read the student's own windows, in evaluation mode and without gradients,
+in float32 on a CPU and bfloat16 on a GPU, as `cache-logits` runs them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 
-# Of one chunk of the teachers' logits: on a CPU few enough that the loss finds them in the processor's cache.
+# Of one chunk of the teachers' logits: on a CPU small enough to be in the CPU's cache when the loss reads them.
 _CHUNK_BYTES = {"cpu": 16 << 20}
 
 
 def chunk_bytes(device: torch.device, teachers: int = 1) -> int:
-    """The most that a chunk of a live teacher's logits takes, where so many of them run."""
+    """The byte budget of one chunk of a live teacher's logits, where `teachers` of them run."""
     return _CHUNK_BYTES.get(device.type, DEFAULT_LOGIT_BUDGET_BYTES // teachers)
 
 
 class LiveTeacher:
-    """One teacher, or several combined, as `student.loss.dense.LogitSource`."""
+    """One teacher, or several combined, as a `student.loss.dense.LogitSource`."""
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
@@ -47,7 +47,7 @@ class LiveTeacher:
         chunks = self._teacher.score(windows, torch.arange(windows.numel(), device=windows.device))
         while True:
             # The student's mixed precision is not the teachers'. Entered per chunk, as a mode held across a yield
-            # would reach into the caller's code.
+            # would leak into the caller's code.
             with torch.autocast(windows.device.type, enabled=False):
                 chunk = next(chunks, None)
             if chunk is None:
@@ -56,9 +56,10 @@ class LiveTeacher:
 
 
 def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
-    """The `live_teachers` of a job on a device.
+    """Load the `live_teachers` of a job on a device, combined as the job states.
 
-    Raises InputError for what cannot be loaded or reads too little, IdentityMismatch for another tokenizer's teacher.
+    Raises InputError for a model that cannot be loaded or whose context is shorter than the job's windows, and
+    IdentityMismatch for a teacher of another tokenizer.
     """
     record = LogitCache.open(job.cache).record
     teachers = []

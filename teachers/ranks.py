@@ -1,10 +1,10 @@
-"""The processes that hold one teacher together, and which columns of its head each of them has.
+"""The processes that hold one teacher together, and the columns of its LM head that each of them has.
 
 Legend: `W` ranks, `T` rows, `C` columns of the head.
 
-Nothing here is of the size of the logits: what ranks tell each other are a few numbers per row, and objects of a few
-hundred bytes. Sums over ranks are made of gathered numbers, in the order of the ranks, so that every rank has the same
-sum and a repeated run repeats it; an all-reduce promises neither.
+Nothing here is of the size of the logits: ranks exchange a few numbers per row, and objects of a few hundred bytes.
+Sums over ranks are computed from gathered numbers, in rank order, so that every rank has the same sum and a repeated
+run repeats it; an all-reduce guarantees neither.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 class Ranks(Protocol):
     """W processes that do the same work, each on its part of a teacher. All of them make the same calls, in order.
 
-    rank   which one this is, 0 .. W - 1
+    rank   the index of this process, 0 .. W - 1
     size   W
     """
 
@@ -28,15 +28,15 @@ class Ranks(Protocol):
     size: int
 
     def gather(self, value: Tensor) -> Tensor:
-        """[W, ...]: the values of all ranks, which have one shape, in the order of the ranks."""
+        """The values of all ranks, which have one shape, in rank order, [W, ...]."""
         ...
 
     def maximum(self, value: Tensor) -> Tensor:
-        """Elementwise over the ranks; not for values with NaN."""
+        """The elementwise maximum over the ranks; not for values with NaN."""
         ...
 
     def objects(self, value: Any) -> list[Any]:
-        """What each rank gave: small plain data, in the order of the ranks."""
+        """The values of all ranks, small plain data, in rank order."""
         ...
 
 
@@ -49,7 +49,7 @@ class DistributedRanks:
 
     def gather(self, value: Tensor) -> Tensor:
         gathered = value.new_empty(self.size, *value.shape)
-        # torch 2.13 has another name for it, and warns of the old one.
+        # torch 2.13 renamed it, and warns of the old name.
         collective: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         collective(gathered, value.contiguous()[None])
         return gathered
@@ -60,24 +60,24 @@ class DistributedRanks:
         return largest
 
     def objects(self, value: Any) -> list[Any]:
-        # A rank trusts what the ranks of its own job pickled; none of it comes from a file.
+        # Unpickled data comes from ranks of the same job, which are trusted, and never from a file.
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
 
 
 def from_first(ranks: Ranks, value: Any = None) -> Any:
-    """What rank 0 gave, on every rank."""
+    """The value of rank 0, on every rank."""
     return ranks.objects(value if ranks.rank == 0 else None)[0]
 
 
 def all_true(ranks: Ranks, mine: bool) -> bool:
-    """Whether something holds on every rank."""
+    """Whether `mine` is true on every rank."""
     return all(ranks.objects(mine))
 
 
 def summed(gathered: Tensor) -> Tensor:
-    """The sum over the first dimension [W, ...], one rank after the other."""
+    """The sum over the first dimension of [W, ...], in rank order."""
     total = gathered[0]
     for value in gathered[1:]:
         total = total + value
@@ -86,9 +86,9 @@ def summed(gathered: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ColumnShard:
-    """Which columns of a head's `head_columns` this rank's logits are: `runs[rank]`, from one id to another.
+    """The columns of an LM head that this rank's logits cover: `runs[rank]`, a half-open range (start, stop).
 
-    The runs lie one behind the other, in the order of the ranks, and cover the head; some may be empty.
+    The runs are contiguous in rank order and cover all `head_columns`; some may be empty.
     """
 
     ranks: Ranks
@@ -111,18 +111,18 @@ class ColumnShard:
 
     @property
     def widest(self) -> int:
-        """The most columns that any rank has: sizes that all ranks must agree on follow from it."""
+        """The largest number of columns of any rank; sizes that all ranks must agree on follow from it."""
         return max(stop - start for start, stop in self.runs)
 
     def whole(self, logits: Tensor) -> Tensor:
-        """All columns [T, C] of rows of which each rank has its own [T, own]: for few rows, as it is of their size."""
+        """All columns [T, C] of rows of which each rank has its own; for few rows, since whole rows are gathered."""
         padded = torch.nn.functional.pad(logits, (0, self.widest - logits.shape[1]))
         gathered = self.ranks.gather(padded)
         return torch.cat([part[:, : b - a] for part, (a, b) in zip(gathered, self.runs, strict=True)], dim=1)
 
 
 def equal_runs(columns: int, size: int) -> tuple[tuple[int, int], ...]:
-    """Runs of ceil(columns / size), as torch cuts a dimension; the last ones are shorter, or empty.
+    """Runs of ceil(columns / size) columns, as torch chunks a dimension; the last ones are shorter, or empty.
 
     >>> equal_runs(10, 4)
     ((0, 3), (3, 6), (6, 9), (9, 10))

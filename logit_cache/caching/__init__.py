@@ -1,4 +1,4 @@
-"""One caching job: asked for, checked, one shard scored, how far it is, how dear it is.
+"""One caching job: its configuration, checks, scoring of a shard, status and cost forecast; recompression.
 
-Where workers run belongs to `logit_cache.engines.run`.
+Running the workers belongs to `logit_cache.engines`.
 """

@@ -1,14 +1,14 @@
-"""What a caching job will take, from a short probe of the real teacher on the real text. Nothing is written.
+"""The cost of a caching job, forecast from a short probe of the real teacher on the real text. Nothing is written.
 
-The probe does to a few pieces of the token stream, spread evenly over it, what `cache-logits` does to a shard: score,
-reduce, encode, compress, digest, by the same functions. The rest is arithmetic on the format::
+The probe processes a few pieces of the token stream, spread evenly over it, as `cache-logits` processes a shard: score,
+reduce, encode, compress, checksum, by the same functions. The rest is arithmetic on the format::
 
-    bytes      chunks as they were compressed, and exactly: shard indices, receipts, their index, metadata
+    bytes      chunks at the compressed size of the probe's, and exactly: shard indices, receipts, their index, metadata
     objects    one for each array and shard, a receipt for each shard, one zarr.json for each array and the entry
     time       of a batch of windows, times the batches of a shard, and of encoding; on a CPU the two share the cores
-               and are added, on an accelerator encoding goes on beside it and the longer one counts
-    epochs     until the cache has paid for itself: caching / (live - cached), all per position; a student's step with
-               the teachers beside it and the same from the cache, without a student the teachers' forward alone
+               and are added, on an accelerator they overlap and the longer one counts
+    epochs     until the cache has paid for itself: caching / (live - cached), all per position; `live` is a student's
+               step with the teachers beside it, `cached` from the cache; without a student, the teachers' forward alone
 
 A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding.
 """
@@ -44,15 +44,15 @@ Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
 
 _PIECES = 4
 _SHA = "0" * 64
-# Receipts of the index that is parsed to see what opening costs.
+# Receipts of the sample index that is parsed to measure the cost of opening.
 _SAMPLE_INDEX = 32_768
-# Names of one page when a store lists a folder (S3).
+# Names per page of a listing (S3).
 _PAGE = 1_000
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked beside the job: see `logit-cache plan`. `named`: the job's name was given, not made up."""
+    """The options of `logit-cache plan` beside the job's own. `named`: the job's name was given, not made up."""
 
     named: bool = False
     tokens: int | None = None
@@ -65,7 +65,7 @@ class Question:
 
 @dataclass
 class Probe:
-    """What the pieces took. Meters hold seconds; `chunk_bytes` are those of all pieces' chunks, by array."""
+    """Measurements of all pieces. Meters hold seconds; `chunk_bytes` sums the chunks of all pieces, by array."""
 
     entry: TeacherEntry
     score: Meter
@@ -80,14 +80,15 @@ class Probe:
     first: tuple[NDArray[np.int64], SparseTargets] | None = None
 
     def bytes_per_position(self, name: str) -> float:
-        """Of an array, without shard indices."""
+        """Bytes of an array's chunks per position, without shard indices."""
         return self.chunk_bytes[name] / self.positions
 
 
 def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str, Any]:
-    """The whole prediction as JSON data. Seconds, bytes, positions; costs in seconds of what is paid for.
+    """The whole forecast as JSON data. Seconds, bytes, positions; costs in paid seconds (see `step_cost`).
 
-    `progress` shows how far the probe is (`storage.progress.progress`). Raises what `cache-logits` would raise.
+    `progress` opens the probe's progress display (`storage.progress.progress`). Raises InputError, IdentityMismatch,
+    CacheNotFound and FormatError, as `cache-logits` would.
     """
     prepared = prepare_job(job)
     loading = time.process_time()
@@ -95,7 +96,7 @@ def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str,
         check_entry(job, prepared.entry)
     entry = _wanted_entry(job, prepared.entry, question.tokens)
     if question.student is not None:
-        new_student(question.student, prepared.entry)  # only to see that it can be made, before anything takes long
+        new_student(question.student, prepared.entry)  # fails here rather than after the probe, which takes long
     probe = _probe(prepared, question.probe_windows, progress)
     process_bytes, device_bytes = peak_process_bytes(), peak_device_bytes(prepared.teacher.device)
     speed = _speed(probe, entry)
@@ -136,7 +137,7 @@ def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str,
 
 
 def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> TeacherEntry:
-    """The entry for a stream of another length, cut as cache-logits would cut it."""
+    """The entry for a stream of `tokens` tokens, with the shards and chunks that cache-logits would choose."""
     if tokens is None:
         return entry
     try:
@@ -156,7 +157,7 @@ def _probe(prepared: PreparedJob, most_windows: int | None, progress: Progress) 
     chosen = [(2 * i + 1) * slots // (2 * number) for i in range(number)]
     probe = Probe(probed, Meter(teacher.device), Meter(teacher.device), chunk_bytes=dict.fromkeys(specs, 0))
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    # What the first pass has to set up is no part of the others.
+    # Warm-up: the first pass includes set-up that the others do not pay for.
     begin = chosen[0] * piece
     warm = begin + probed.execution.batch_windows * entry.windowing.stride_tokens
     score_range(cache, teacher, probed, begin, min(warm, begin + piece, entry.positions))
@@ -193,7 +194,7 @@ def _probe(prepared: PreparedJob, most_windows: int | None, progress: Progress) 
 
 
 def _pieces(entry: TeacherEntry, most_windows: int | None) -> tuple[int, int, TeacherEntry]:
-    """Positions of a piece, how many of them, and the entry as the probe makes it: a piece is a shard of it."""
+    """The positions of a piece, the number of pieces, and the probe's entry, in which a piece is a shard."""
     layout, stride, batch = entry.layout, entry.windowing.stride_tokens, entry.execution.batch_windows
     piece = min(layout.shard, max(1, -(-batch * stride // layout.chunk)) * layout.chunk)
     wanted = _PIECES * piece if most_windows is None else most_windows * stride
@@ -212,10 +213,10 @@ def _cut(entry: TeacherEntry, shard: int, chunk: int, batch: int) -> TeacherEntr
 
 
 def _speed(probe: Probe, entry: TeacherEntry) -> dict[str, float]:
-    """Per position of the entry: a shard's windows make whole batches, the last one filled up."""
+    """Speed and cost per position of the entry: a shard's windows form whole batches, the last one padded."""
     shard = min(entry.layout.shard, entry.positions)
     batches = math.ceil(probe.windows / probe.positions * shard / probe.entry.execution.batch_windows)
-    passes = batches * probe.positions / (probe.batches * shard)  # of this entry, for each of the probe's
+    passes = batches * probe.positions / (probe.batches * shard)  # of this entry, for each pass of the probe
     score, encode = probe.score.seconds * passes / probe.positions, probe.encode.seconds / probe.positions
     seconds = score + encode if probe.score.device.type == "cpu" else max(score, encode)
     cpu = (probe.score.cpu_seconds * passes + probe.encode.cpu_seconds) / probe.positions
@@ -224,7 +225,7 @@ def _speed(probe: Probe, entry: TeacherEntry) -> dict[str, float]:
 
 
 def _size(probe: Probe, entry: TeacherEntry) -> dict[str, Any]:
-    """Bytes and numbers of everything that the finished entry has, its fidelity report left out."""
+    """Bytes and counts of all files of the finished entry, without its fidelity report."""
     specs = teacher_arrays(entry)
     shards = next(iter(specs.values())).shards
     full = min(entry.layout.shard, entry.positions)
@@ -262,7 +263,7 @@ def _index(receipts: int, probe: Probe, object_bytes: int) -> ReceiptIndex:
 
 
 def _opening(shards: int, index_bytes: int) -> dict[str, Any]:
-    """What a reader of the complete entry spends on its index of receipts, by a small one; and before there is one."""
+    """A reader's cost of parsing the receipt index, scaled from a small one, and of listing before there is one."""
     number = min(shards, _SAMPLE_INDEX)
     data = sealed_bytes(ReceiptIndex(record_sha256=_SHA, receipts=(_SHA,) * number, object_bytes=0))
 
@@ -288,7 +289,7 @@ def _opening(shards: int, index_bytes: int) -> dict[str, Any]:
 def _break_even(
     prepared: PreparedJob, probe: Probe, question: Question, speed: dict[str, float], positions: int
 ) -> dict[str, Any]:
-    """Caching and reading against teachers beside the student, in hours of what is paid for."""
+    """Caching once and reading, against the teachers beside the student, in paid hours (see `step_cost`)."""
     assert probe.first is not None
     tokens, targets = probe.first
     entry, teacher = probe.entry, prepared.teacher

@@ -1,4 +1,4 @@
-"""What `cache-logits` is asked to do, and how a job becomes an entry, a teacher and a writer."""
+"""The configuration of `cache-logits`: its fields, their defaults, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Source = Annotated[str, Field(min_length=1)]
 class CacheJob(BaseModel):
     """The fields of `cache-logits`, as flags or in a YAML file. Lengths are in tokens, steps in nats.
 
-    Several teachers are one ensemble; `weight` and `revision` are given once for each of them, or not at all. A `top_p`
-    alone asks for top-k targets, which it cuts; else the default is varopt (docs/decisions/0012).
-    `fidelity_positions`, of the report on a complete entry, is no part of the entry's identity.
+    Several teachers form one ensemble; `weight` and `revision` are given once for each of them, or not at all. A
+    `top_p` alone selects top-k targets, which it truncates; else the default is varopt (docs/decisions/0012).
+    `fidelity_positions`, the size of a complete entry's fidelity report, is no part of the entry's identity.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,12 +57,12 @@ class CacheJob(BaseModel):
 
     @field_validator("teacher", "weight", "revision", "max_memory", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
+    def _wrap_single_value(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str | int | float) else value
 
     @model_validator(mode="before")
     @classmethod
-    def _a_mass_cuts_top_k(cls, fields: Any) -> Any:
+    def _top_p_selects_topk(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and fields.get("top_p") is not None and fields.get("targets") is None:
             return {**fields, "targets": "topk"}
         return fields
@@ -77,7 +77,7 @@ class CacheJob(BaseModel):
                 raise ValueError(f"--{name.replace('_', '-')} goes with --targets {other}: leave one of them out")
         if self.target_temperature not in (None, 1.0, 2.0):
             raise ValueError(
-                f"--target-temperature {self.target_temperature:g}: ids are drawn for temperature 1 or 2, at which "
+                f"--target-temperature {self.target_temperature:g}: ids are sampled for temperature 1 or 2, at which "
                 f"the stored tails are exact"
             )
         if self.head_ids is not None and self.head_ids >= self.k:
@@ -90,7 +90,7 @@ class CacheJob(BaseModel):
     def _ensemble_agrees(self) -> CacheJob:
         count = len(self.teacher)
         if count > 1 and self.combine is None:
-            raise ValueError(f"{count} times --teacher: say with --combine logit-mean or mixture what is made of them")
+            raise ValueError(f"{count} times --teacher: combine them with --combine logit-mean or --combine mixture")
         if count == 1 and (self.combine or self.weight):
             given = "--combine" if self.combine else "--weight"
             raise ValueError(f"{given} goes with several teachers: repeat --teacher for each of them, or leave it out")
@@ -137,7 +137,7 @@ class CacheJob(BaseModel):
         return self.stride_tokens or self.context_tokens
 
     def stored_targets(self) -> Targets:
-        """The record of what is stored for a position."""
+        """The targets record of the entry: the method, its parameters, and the ids stored per position."""
         if self.targets == "topk":
             return Targets(k=self.k, top_p=self.top_p)
         return Targets(

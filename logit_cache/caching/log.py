@@ -1,7 +1,7 @@
-"""What a job tells while it runs: lines for people, or one JSON object per line for whatever gathers logs.
+"""The log of a running job: lines for people, or one JSON object per line for log collectors.
 
-Both go to stderr; stdout belongs to a command's result. As text, what goes well is the bar or the lines of
-`storage.progress`, and only what does not is told beside it. As JSON, all of it is, progress included::
+Both go to stderr; stdout belongs to a command's result. As text, normal progress is the bar or the lines of
+`storage.progress`, and only problems are logged beside it. As JSON, every event is logged, progress included::
 
     {"time": "2026-01-02T03:04:05.678+00:00", "event": "shard", "entry": "llama", "shard": 7, "worker": "0", …}
 
@@ -30,7 +30,7 @@ class JobLog:
         self._form, self._fields = form, fields
 
     def event(self, name: str, text: str, **fields: Any) -> None:
-        """Tell something. As text it is the line `text`, or nothing where that is empty."""
+        """Log an event. As text it is the line `text`, or nothing where that is empty."""
         if self._form == "json":
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             line = json.dumps({"time": now, "event": name, **self._fields, **fields}, default=str)
@@ -59,6 +59,6 @@ class _JSONLines(Lines):
         super().__init__(task, total, unit, done)
         self._log = log
 
-    def _tell(self, rate: float, final: bool) -> None:
+    def _emit(self, rate: float, final: bool) -> None:
         fields = {"task": self._description, "done": self._done, "total": self._total, "unit": self._unit}
         self._log.event("progress", "", **fields, per_second=round(rate, 1))

@@ -1,4 +1,4 @@
-"""What goes on beside the computation of a job: rows on their way to the host, and the last shard being committed.
+"""Work that overlaps the computation of a job: copies of rows to the host, and the commit of the previous shard.
 
 ::
 
@@ -6,8 +6,8 @@
     HostCopies        rows to the host             rows to the host               a stream of its own, pinned memory
     Committer                     encode, compress, publish, receipt              a thread, and encoders
 
-Both are bounded: a few batches of rows, and one shard. So a job that is killed loses the shard that it computes and, if
-it is being written at that moment, the one before it. What is stored depends on none of this.
+Both are bounded: a few batches of rows, and one shard. So a killed job loses the shard that it computes and, if it is
+still being written, the one before it. The stored bytes do not depend on this overlap.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from storage.format.targets import SparseTargets
 from teachers.reduction.reduce import ReducedRows
 
 # Batches of rows between the device and the shard's arrays: enough for one to be computed, one copied, one stored.
-_MOST_ON_THE_WAY = 4
-_SECONDS_BETWEEN_KEEPS = 10.0
+_MOST_IN_FLIGHT = 4
+_SECONDS_BETWEEN_RENEWALS = 10.0
 
 Put = Callable[[NDArray[Any], ReducedRows], None]
 
 
 class HostCopies:
-    """Hands rows that were reduced on a device to `put`, on the host, in order; `finish` hands over the last ones.
+    """Passes rows that were reduced on a device to `put`, on the host, in order; `finish` passes the last ones.
 
-    On a CPU at once. On a CUDA device they are copied by a stream of their own while the next ones are computed.
+    On a CPU at once. On a CUDA device they are copied on a separate stream while the next ones are computed.
     """
 
     def __init__(self, device: torch.device, put: Put) -> None:
@@ -48,7 +48,7 @@ class HostCopies:
         self._waiting: deque[tuple[NDArray[Any], ReducedRows, Any]] = deque()
 
     def add(self, position: NDArray[np.int64], rows: ReducedRows) -> None:
-        """Take the rows of some positions."""
+        """Start the copy of the rows of some positions, int64 [R]."""
         if self._stream is None:
             self._put(position, ReducedRows(**{name: value.cpu() for name, value in vars(rows).items()}))
             return
@@ -58,11 +58,11 @@ class HostCopies:
             copied = self._event()
             copied.record(self._stream)
         self._waiting.append((position, on_host, copied))
-        while len(self._waiting) > _MOST_ON_THE_WAY:
+        while len(self._waiting) > _MOST_IN_FLIGHT:
             self._hand_over()
 
     def finish(self) -> None:
-        """Wait for what is on its way."""
+        """Wait for the copies in flight, and pass their rows on."""
         while self._waiting:
             self._hand_over()
 
@@ -73,21 +73,21 @@ class HostCopies:
 
 
 def _pinned(value: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
-    """A copy in memory that the device writes to directly, under way on the stream that is current."""
+    """An asynchronous copy into pinned host memory, on the current stream."""
     if value.dtype == torch.int64:
         value = value.to(torch.int32)  # ids and counts: half the bytes to copy
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)  # torch keeps such memory for the next one
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)  # torch reuses pinned memory
     copy.copy_(value, non_blocking=True)
     value.record_stream(stream)
     return copy
 
 
 class Committer:
-    """Commits shards in a thread of its own, one after the other; a context manager.
+    """Commits shards in a background thread, one after the other; a context manager.
 
-    `put` returns when the shard before has its receipt, so at most one is on its way. What a commit raises is raised
-    by the next `put`, by `wait`, or at the end of the context. A shard that is on its way when something else fails is
-    finished: it is whole, and worth keeping.
+    `put` returns when the previous shard has its receipt, so at most one commit is in flight. An error of a commit is
+    raised by the next `put`, by `wait`, or at the end of the context. A commit in flight when something else fails is
+    finished: its shard is complete, and worth keeping.
     """
 
     def __init__(self, writer: EntryWriter) -> None:
@@ -96,24 +96,24 @@ class Committer:
         self._running: futures.Future[ShardReceipt] | None = None
 
     def put(self, shard: int, targets: SparseTargets, began: float) -> None:
-        """Have a shard committed; see `EntryWriter.commit`."""
+        """Start the commit of a shard (`EntryWriter.commit`) after waiting for the previous one."""
         self.wait()
         self._running = self._pool.submit(self._writer.commit, shard, targets, began)
 
     def wait(self) -> ShardReceipt | None:
-        """Wait until every shard that was put is committed; the receipt of the last, unless it was had before.
+        """Wait for the last commit; its receipt, or None if there is none or it was returned before.
 
-        The leases of the writer are put off meanwhile: an upload may take longer than they count.
+        The writer's leases are renewed meanwhile: an upload may take longer than they last.
         """
         running, self._running = self._running, None
         if running is None:
             return None
-        while not futures.wait([running], timeout=_SECONDS_BETWEEN_KEEPS).done:
+        while not futures.wait([running], timeout=_SECONDS_BETWEEN_RENEWALS).done:
             self._writer.leases.keep()
         return running.result()
 
     def close(self) -> None:
-        """Let the thread end when it has done what it was given."""
+        """Wait for the commit in flight and end the thread."""
         self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Committer:

@@ -1,4 +1,4 @@
-"""A caching job made ready: its cache, teachers and entry loaded and checked, before anything is written."""
+"""Preparation of a caching job: its cache, teachers and entry are loaded and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from logit_cache.caching.job import CacheJob
 from storage.cache.inventory import ROOT_KEY
 from storage.cache.reader import LogitCache
 from storage.cache.records import read_record, teacher_folder
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
     from teachers.base import Teacher
     from teachers.huggingface.teacher import HuggingFaceTeacher
     from teachers.ranks import Ranks
-from logit_cache.caching.job import CacheJob
 
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A job that has passed every check, before anything is written; `entry` is what it would make, or go on with."""
+    """A job that has passed every check, with nothing written yet; `entry` is the one to create or resume."""
 
     cache: LogitCache
     teacher: Teacher
@@ -34,7 +34,7 @@ class PreparedJob:
 
 @dataclass(frozen=True)
 class OpenJob:
-    """A job whose inputs have been checked: ready to build shards."""
+    """A checked job with its writer open: ready to score shards."""
 
     cache: LogitCache
     teacher: Teacher
@@ -42,7 +42,7 @@ class OpenJob:
 
 
 def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFaceTeacher, ...]:
-    """The job's teachers on their devices, checked as far as that goes without a token stream.
+    """The job's teachers on their devices, checked as far as possible without a token stream.
 
     ranks: the processes of a tensor-parallel job, all of which call this.
     Raises InputError, and IdentityMismatch for members of an ensemble whose tokenizers differ.
@@ -67,7 +67,7 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
             logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
             device_map=DeviceMap(job.device_map, job.max_memory, job.offload) if job.device_map else None,
             ranks=ranks,
-            on_message=None if ranks is None or ranks.rank == 0 else _say_nothing,
+            on_message=None if ranks is None or ranks.rank == 0 else _ignore,
         )
         for source, revision in zip(job.teacher, job.revision or ("",) * len(job.teacher), strict=True)
     )
@@ -84,12 +84,12 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
     return teachers
 
 
-def _say_nothing(message: str) -> None:
-    """What rank 0 remarks need not be said by the others."""
+def _ignore(message: str) -> None:
+    """Rank 0 logs the message; the other ranks need not repeat it."""
 
 
 def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> OpenJob:
-    """Check everything that can be wrong, load the teachers unless given, then create the entry or go on with it.
+    """Run every check, load the teachers unless given, then create the entry or resume it.
 
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
@@ -123,9 +123,9 @@ def check_stream(job: CacheJob) -> LogitCache:
 
 
 def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> PreparedJob:
-    """The checks of `open_job`, but for the one against an entry of that name, and what follows from them.
+    """Run the checks of `open_job`, except the one against a stored entry of that name; returns cache, teacher, entry.
 
-    Writes nothing.
+    Writes nothing. Raises InputError, IdentityMismatch, CacheNotFound.
     """
     from teachers.batch_size import choose_batch_windows
 
@@ -174,20 +174,20 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
 
 
 def open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
-    """Create the entry that a prepared job would make, or go on with it. Raises IdentityMismatch."""
+    """Create the entry of a prepared job, or resume it. Raises IdentityMismatch for another entry of that name."""
     try:
         return EntryWriter.open(job.cache, job.name, entry)
     except IdentityMismatch:
         recorded = _recorded_batch_windows(job)
         if job.batch_windows is not None or recorded in (None, entry.execution.batch_windows):
             raise
-    # Another worker made the entry at this moment, and its device made it choose otherwise.
+    # Another worker has just created the entry, with the batch size that suits its device.
     execution = entry.execution.model_copy(update={"batch_windows": recorded})
     return EntryWriter.open(job.cache, job.name, entry.model_copy(update={"execution": execution}))
 
 
 def _recorded_batch_windows(job: CacheJob) -> int | None:
-    """The batch of an entry that is there already; None where there is none."""
+    """The batch size of the stored entry; None where there is none."""
     stored = _stored_entry(job)
     return None if stored is None else stored.execution.batch_windows
 
@@ -205,12 +205,12 @@ def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16"
     device = job.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    # float32 on a CPU, where bfloat16 is often emulated; bfloat16 where it is what the hardware is built for.
+    # float32 on a CPU, where bfloat16 is often emulated; bfloat16 on CUDA devices, which are built for it.
     return device, job.dtype if job.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
 
 
 def _one_teacher(job: CacheJob, cache: LogitCache, teachers: Sequence[HuggingFaceTeacher]) -> Teacher:
-    """The teacher, or the ensemble of them, after a check that each can score the ids of the cache.
+    """The teacher, or the ensemble of them, after a check that each can score every id of the cache.
 
     A model without tokenizer files can only be checked by its head.
     """

@@ -1,15 +1,15 @@
-"""A teacher entry rewritten smaller, without its teacher: fewer ids, coarser codes, another codec or another cut.
+"""A teacher entry rewritten smaller, without its teacher: fewer ids, coarser codes, another codec, other shards.
 
-The new entry names what it came from (`derived_from`, the digest of the source's record), and is made shard by
-shard like any other: a killed run goes on where it stopped. Nothing that was stored can grow back, so a larger K,
-a larger mass or finer log-probs are refused and not invented.
+The new entry names its source (`derived_from`, the digest of the source's record), and is written shard by shard like
+any other: a killed run resumes where it stopped. Dropped information cannot be restored, so a larger K, a larger mass
+or finer log-probs are refused.
 
-The fidelity report of the source stays with the source: other targets are another distance from their teacher, and
-only the teacher can say how far. The new entry has none.
+The new entry has no fidelity report: the source's does not hold for other targets, and measuring their distance from
+the teacher takes the teacher.
 
-A step is kept, or at least doubled. Kept, codes stay as they are; doubled or more, the halves of all steps that a
-value went through sum to less than the last one. So in every derived entry a log-prob, and a tail that took some
-of them in, is within one whole `step_nats` of the teacher's.
+A step is kept, or at least doubled. Kept, codes stay as they are; doubled or more, the rounding errors of all steps
+that a value went through (half a step each) sum to less than the last step. So in every derived entry a log-prob, and a
+tail that absorbed some of them, is within one whole `step_nats` of the teacher's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class RecompressJob(BaseModel):
-    """The fields of `logit-cache recompress`. What is None stays as the source has it."""
+    """The fields of `logit-cache recompress`. A field that is None keeps the source's value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,20 +51,20 @@ class RecompressJob(BaseModel):
     chunk_tokens: Positive | None = None
 
     @model_validator(mode="after")
-    def _goes_together(self) -> RecompressJob:
+    def _step_fits_encoding(self) -> RecompressJob:
         if self.encoding == "float32" and self.step_nats is not None:
             raise ValueError("--step-nats is the unit of codes, and --encoding float32 has none: leave one of them out")
         return self
 
     @property
     def destination(self) -> str:
-        """The cache that the new entry goes to."""
+        """The cache that receives the new entry."""
         return self.out or self.cache
 
 
 @dataclass(frozen=True)
 class Recompressed:
-    """What was made of what. Bytes are those of all array objects; head masses are means over positions."""
+    """The source and the new entry, compared. Bytes are of all array objects; head masses are means over positions."""
 
     cache: str
     name: str
@@ -79,11 +79,11 @@ class Recompressed:
 
 
 def recompress(job: RecompressJob, progress: Callable[[int], None] | None = None) -> Recompressed:
-    """Make the new entry, or finish an interrupted one; `progress` is given positions written since the last call.
+    """Write the new entry, or resume an interrupted one; `progress` receives the positions written since its last call.
 
-    Raises InputError for what the source cannot give, IncompleteCache when shards of it are missing, and
+    Raises InputError for a change that the source does not allow, IncompleteCache when shards of it are missing, and
     IdentityMismatch when the destination is a cache of other tokens, or has another entry of that name. Nothing is
-    written before all of that is checked.
+    written before all of these checks.
     """
     source = LogitCache.open(job.cache).teacher(job.name)
     _check_destination(job, source)
@@ -113,7 +113,7 @@ def recompress(job: RecompressJob, progress: Callable[[int], None] | None = None
 
 
 def derived_entry(source: TeacherEntry, job: RecompressJob) -> TeacherEntry:
-    """The record of the new entry. Raises InputError for what cannot be had from the source, or changes nothing."""
+    """The record of the new entry. Raises InputError for a change that the source does not allow, and for none."""
     if source.targets.method != "top-k":
         kinds = {"-k": job.k, "--top-p": job.top_p, "--encoding": job.encoding, "--step-nats": job.step_nats}
         for option, value in kinds.items():
@@ -130,7 +130,7 @@ def derived_entry(source: TeacherEntry, job: RecompressJob) -> TeacherEntry:
     if all(getattr(source, name) == value for name, value in changes.items()):
         raise InputError(
             f"{job.name} is already as asked for: give a smaller -k, --top-p, a larger --step-nats, another "
-            f"--profile or another cut; logit-cache push copies an entry as it is"
+            f"--profile, other --shard-tokens or --chunk-tokens; logit-cache push copies an entry as it is"
         )
     fields = dict(source) | changes | {"derived_from": digest(source), "created_with": Versions.of_this_process()}
     return TeacherEntry.model_validate(fields)
@@ -139,7 +139,7 @@ def derived_entry(source: TeacherEntry, job: RecompressJob) -> TeacherEntry:
 def _k(source: TeacherEntry, job: RecompressJob) -> int:
     if job.k is not None and job.k > source.targets.k:
         raise InputError(
-            f"-k {job.k}: {job.name} holds {source.targets.k} ids per position, and more cannot come of it"
+            f"-k {job.k}: {job.name} holds {source.targets.k} ids per position: give at most {source.targets.k}"
         )
     return job.k or source.targets.k
 
@@ -158,7 +158,7 @@ def _encoding(source: TeacherEntry, job: RecompressJob) -> Encoding:
         if before.kind == "codes":
             raise InputError(
                 f"--encoding float32: {job.name} stores codes of {before.step_nats:g} nat; float32 would cost more "
-                f"bytes and say no more than they do"
+                f"bytes and be no more exact"
             )
         return before
     step = job.step_nats or before.step_nats or DEFAULT_STEP_NATS

@@ -3,7 +3,7 @@
 Legend: `B` windows in a batch, `C` context tokens, `R` scored rows of a batch, `K` stored ids.
 
 `score_shard` is a pure function of the job and the shard: the composition and shape of every batch follow from the
-shard alone (the last batch is filled up with windows that score nothing), because half-precision results change with
+shard alone (the last batch is padded with windows that score nothing), because half-precision results change with
 the batch's shape.
 """
 
@@ -30,7 +30,7 @@ from teachers.base import Teacher
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
 from teachers.reduction.varopt import Sampling, random_bits
 
-# The token that fills windows up to their shape; causal models never look at it from a scored position.
+# Pads windows to their shape; a causal model never attends to it from a scored position.
 _FILL_TOKEN = 0
 
 
@@ -49,7 +49,7 @@ def score_range(
     stop: int,
     progress: Callable[[int], None] | None = None,
 ) -> SparseTargets:
-    """The targets of the positions `start .. stop` of an entry, which need not be there; see `score_shard`."""
+    """The targets of the positions `start .. stop` of an entry, which need not be stored; see `score_shard`."""
     starts = cache.document_starts if entry.windowing.isolate_documents else None
     rows = _Rows(entry, start, stop)
     copies = HostCopies(teacher.device, rows.put)
@@ -74,7 +74,7 @@ def _score_batch(
     rows: _Rows,
     copies: HostCopies,
 ) -> int:
-    """Score one batch of windows; tokens [high - low] are the stream from position `low` on."""
+    """Score one batch of windows; `tokens` are the stream from position `low` on. Returns the number of rows."""
     context = entry.windowing.context_tokens
     inputs = np.full((entry.execution.batch_windows, context), _FILL_TOKEN, dtype=np.int64)
     indices, positions, labels = [], [], []
@@ -92,7 +92,7 @@ def _score_batch(
     for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
         chunk = slice(done, done + len(logits))
         try:
-            # The logits may be on another device than the windows were.
+            # The logits may be on another device than the windows.
             sampling = rows.sampling(position[chunk], logits.device)
             fixed = (logits, entry.vocabulary_size, entry.targets.k, label[chunk].to(logits.device), rows.floor)
             if sampling is None:
@@ -147,7 +147,7 @@ class _Rows:
             values[at] = getattr(reduced, name).numpy()
 
     def targets(self) -> SparseTargets:
-        """The rows as a record: every column is kept, unless rows are cut at a mass."""
+        """The rows as sparse targets: all K columns are kept, unless rows are cut at a mass."""
         k = self._wanted.k
         targets = SparseTargets(
             start=self._start,

@@ -1,16 +1,16 @@
-"""How far a caching job is, and how fast, from the store alone: names of receipts, and a few receipts themselves.
+"""Progress and speed of a caching job, from the store alone: names of receipts, and a few receipts themselves.
 
-Nobody is asked but the store, so this works beside any number of workers, and after they have ended. What it costs is
-bounded, whatever the cache's size::
+Only the store is read, so this works beside any number of workers, and after they have ended. The cost is bounded,
+whatever the cache's size::
 
-    complete entry     its index of receipts says so: one small read (a large index is only looked at, not read)
-    otherwise          the names in the folder of receipts, once, as they come: a byte of memory for each shard
-    receipts           the newest 64, by the times that the store gives to their files; more, up to 1,024, only where
-                       so many workers commit that 64 receipts are the work of a moment
-    leases, failures   their names come with those of the receipts; at most 256 leases are looked at, and 8 failures
-    begun shards       the names in one array's folder; not looked at in entries of more than 100,000 shards
+    complete entry     known by its receipt index: one small read (of a large index only the end, not the whole)
+    otherwise          the names in the folder of receipts, listed once as a stream: a byte of memory for each shard
+    receipts           the newest 64, by the store's modification times; more, up to 1,024, only where so many workers
+                       commit that 64 receipts span only a moment
+    leases, failures   their names are listed with the receipts; at most 256 leases and 8 failures are read
+    started shards     the names in one array's folder; not listed in entries of more than 100,000 shards
 
-Legend: a receipt says when its shard was committed (to the second, by its worker's clock) and how many seconds the
+Legend: a receipt records when its shard was committed (to the second, by its worker's clock) and how many seconds the
 worker took for it, from its first window to its receipt.
 """
 
@@ -43,7 +43,7 @@ _MOST_LEASES, _MOST_FAILURES = 256, 8
 # An index up to this length is read and checked whole: 240,000 shards.
 _WHOLE_INDEX_BYTES = 16 << 20
 _INDEX_TAIL_BYTES = 4_096
-# An entry is thought to stand still after so many shard times without a commit, and not before so many seconds.
+# An entry counts as stalled after this many shard times without a commit, and never before this many seconds.
 _PATIENCE_SHARDS, _PATIENCE_S = 5.0, 60.0
 
 State = Literal["complete", "in progress", "stalled", "not begun", "not known"]
@@ -52,7 +52,7 @@ Known = dict[str, ShardReceipt]
 
 @dataclass(frozen=True)
 class Commit:
-    """What a receipt says of the work: committed at `time` (seconds since 1970) after `seconds` of one worker."""
+    """The work that a receipt records: committed at `time` (seconds since 1970) after `seconds` of one worker."""
 
     time: float
     positions: int
@@ -72,16 +72,16 @@ class HostStatus:
 
 @dataclass(frozen=True)
 class EntryStatus:
-    """One teacher entry. None is what the store does not show, or what nothing was committed for yet.
+    """One teacher entry. A field is None where the store does not show it, or nothing has been committed yet.
 
-    shards_in_flight      shards that a worker holds a claim on at this moment, where the place keeps leases
-    shards_failed         shards that were given up and not committed since; failed: the first few of them
+    shards_in_flight      shards that a worker holds a lease on at this moment, where the store supports leases
+    shards_failed         shards that failed permanently and were not committed since; failed: the first few of them
     shards_begun          shards with objects or a writer's temporary files, and no receipt: being written at this
                           moment, or left by a worker that was killed
     positions_per_second  of all workers together, over the recent commits; `..._per_worker` by their own seconds
     seconds_left          at that rate
-    shard_seconds         that a shard takes its worker, the median of the recent ones
-    receipts_read         how many receipts the figures rest on
+    shard_seconds         a worker's time for one shard, the median of the recent ones
+    receipts_read         number of receipts behind these figures
     """
 
     name: str
@@ -108,10 +108,10 @@ class EntryStatus:
 
 
 def status_of(url: str, names: Sequence[str], now: float, known: Known | None = None) -> list[EntryStatus]:
-    """The status of some entries of a cache, or of all. `now` is in seconds since 1970.
+    """The status of the named entries of a cache, or of all. `now` is in seconds since 1970.
 
-    `known` keeps receipts from one call to the next, as they do not change. Raises CacheNotFound, and CorruptCache for
-    a damaged receipt.
+    `known` caches receipts between calls, as they do not change. Raises CacheNotFound, and CorruptCache for a damaged
+    receipt.
     """
     cache = LogitCache.open(url)
     kept: Known = {} if known is None else known
@@ -121,11 +121,11 @@ def status_of(url: str, names: Sequence[str], now: float, known: Known | None = 
 def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> EntryStatus:
     first, shards = receipts.first_array, receipts.shards
     positions, size = first.shape[0], first.layout.shard
-    begun: int | None = 0
+    started: int | None = 0
     notes = _Notes()
     covered, done = positions, shards
     if _is_complete(receipts):
-        # Workers take shards in their order, so the last numbers hold every worker's last one.
+        # Workers take shards in order, so the highest numbers include every worker's last commit.
         newest = list(range(shards - 1, max(-1, shards - 1 - _RECEIPTS), -1))
     else:
         try:
@@ -135,12 +135,12 @@ def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> En
         done = int(committed.sum())
         # The last shard may be shorter.
         covered = done * size - int(committed[-1]) * (size * shards - positions)
-        begun = _begun(receipts, committed)
+        started = _started(receipts, committed)
     in_flight = _held(receipts, notes.leases)
     found, read = _recent_commits(receipts, newest, known)
     bare = EntryStatus(
         name=name,
-        state="complete" if done == shards else "in progress" if done or begun or in_flight else "not begun",
+        state="complete" if done == shards else "in progress" if done or started or in_flight else "not begun",
         complete=done == shards,
         positions=positions,
         positions_done=covered,
@@ -148,7 +148,7 @@ def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> En
         shards=shards,
         shards_done=done,
         shards_missing=shards - done,
-        shards_begun=begun,
+        shards_begun=started,
         shards_in_flight=in_flight,
         shards_failed=len(notes.failed),
         failed=_notes_of(receipts, notes.failed),
@@ -177,7 +177,7 @@ def _with_commits(bare: EntryStatus, found: list[Commit], now: float) -> EntrySt
 
 
 def _is_complete(receipts: Receipts) -> bool:
-    """Whether the index is there. A large one takes seconds and much memory to parse, so it is only recognised."""
+    """Whether the receipt index exists. A large one takes seconds and much memory to parse, so only its end is read."""
     size = receipts.store.size(receipts.index_key)
     if size is not None and size > _WHOLE_INDEX_BYTES:
         (tail,) = receipts.store.read_ranges(receipts.index_key, [(size - _INDEX_TAIL_BYTES, size)])
@@ -188,16 +188,16 @@ def _is_complete(receipts: Receipts) -> bool:
 
 @dataclass
 class _Notes:
-    """What lies beside the receipts: shards with a claim, and shards that were given up."""
+    """Shards with other files beside the receipts: a lease, or a note that they failed permanently."""
 
     leases: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
 
 
 def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
-    """Which shards have a receipt, and those that were written last by the store's own times, newest first.
+    """Which shards have a receipt; the newest of them first; and the notes on shards without a receipt.
 
-    Where it gives none, the ones with the highest numbers. And the notes on shards that have no receipt.
+    Newest by the store's modification times, or by the highest numbers where it has none.
     """
     committed = np.zeros(receipts.shards, dtype=bool)
     newest: list[tuple[float, int]] = []
@@ -220,11 +220,11 @@ def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
     return committed, [shard for _, shard in sorted(newest, reverse=True)], notes
 
 
-def _held(receipts: Receipts, claimed: Sequence[int]) -> int:
-    """How many of some leases somebody holds: a killed worker leaves some behind."""
+def _held(receipts: Receipts, leased: Sequence[int]) -> int:
+    """Number of leases held by live workers (a killed one leaves its own behind); beyond `_MOST_LEASES`, all count."""
     leases = leases_in(receipts.store, receipts.folder)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return sum(pool.map(leases.is_held, claimed[:_MOST_LEASES])) + len(claimed[_MOST_LEASES:])
+        return sum(pool.map(leases.is_held, leased[:_MOST_LEASES])) + len(leased[_MOST_LEASES:])
 
 
 def _notes_of(receipts: Receipts, failed: Sequence[int]) -> tuple[FailedShard, ...]:
@@ -232,11 +232,11 @@ def _notes_of(receipts: Receipts, failed: Sequence[int]) -> tuple[FailedShard, .
     return tuple(note for note in map(failures.read, failed[:_MOST_FAILURES]) if note is not None)
 
 
-def _begun(receipts: Receipts, committed: NDArray[np.bool_]) -> int | None:
+def _started(receipts: Receipts, committed: NDArray[np.bool_]) -> int | None:
     if receipts.shards > _MOST_SHARDS_LISTED:
         return None
     shards = set()
-    # A writer begins with the first array; below its name, a shard is an object or a folder.
+    # A writer starts with the first array; below its name, a shard is an object or a folder.
     folder = f"{receipts.folder.removesuffix('receipts')}{receipts.first_array.name}/c"
     for name, _ in receipts.store.listing(folder):
         number = name.partition(".")[0]
@@ -246,9 +246,9 @@ def _begun(receipts: Receipts, committed: NDArray[np.bool_]) -> int | None:
 
 
 def _recent_commits(receipts: Receipts, newest: Sequence[int], known: Known) -> tuple[list[Commit], int]:
-    """The last commits without a long pause between them, oldest first, and how many receipts were looked at.
+    """The latest commits without a long pause between them, oldest first, and the number of receipts read.
 
-    With few workers 64 receipts are many shard times; with more of them than that, they would be less than one.
+    With few workers 64 receipts span many shard times; with more than 64 workers less than one: more are read.
     """
     count = _RECEIPTS
     while True:
@@ -262,7 +262,7 @@ def _recent_commits(receipts: Receipts, newest: Sequence[int], known: Known) -> 
 
 
 def _commits(receipts: Receipts, shards: Sequence[int], known: Known) -> Iterable[Commit]:
-    # A receipt that was seen is not asked for again: only a repair makes a shard's receipt anew.
+    # A known receipt is not read again: only a repair rewrites one.
     wanted = [shard for shard in shards if receipts.store.where(receipts.key(shard)) not in known]
     with ThreadPoolExecutor(1 if receipts.store.local_path is not None else _AT_ONCE) as pool:
         for receipt in pool.map(lambda shard: _receipt(receipts, shard), wanted):
@@ -276,7 +276,7 @@ def _commits(receipts: Receipts, shards: Sequence[int], known: Known) -> Iterabl
 
 
 def _receipt(receipts: Receipts, shard: int) -> ShardReceipt | None:
-    """A receipt as it stands, without the index that an entry of millions of shards would have to be read for."""
+    """A shard's receipt, checked without the receipt index, which is large in an entry of millions of shards."""
     key = receipts.key(shard)
     try:
         data = receipts.store.read_json(key)
@@ -291,14 +291,14 @@ def _receipt(receipts: Receipts, shard: int) -> ShardReceipt | None:
 
 
 def patience(commits: Sequence[Commit]) -> float:
-    """Seconds without a commit after which an entry is thought to stand still."""
+    """Seconds without a commit after which an entry counts as stalled."""
     return max(_PATIENCE_S, _PATIENCE_SHARDS * max(commit.seconds for commit in commits))
 
 
 def without_pauses(commits: Sequence[Commit]) -> list[Commit]:
-    """The commits after the last long pause: a job that stood still overnight is not half as fast.
+    """The commits after the last long pause, so that a night between two runs does not lower the rate.
 
-    commits: in the order of their times.
+    commits: ordered by time.
     """
     longest = patience(commits) if commits else 0.0
     first = len(commits) - 1
@@ -310,16 +310,16 @@ def without_pauses(commits: Sequence[Commit]) -> list[Commit]:
 def joint_rate(commits: Sequence[Commit]) -> float | None:
     """Positions per second of all workers together: positions committed after the first commits, by the time since.
 
-    commits: in the order of their times. Workers that began together commit together, so what was committed within a
-    quarter of a shard time of the first commit counts as one with it. Where nothing came after that, everything is
-    taken to have begun with the earliest worker. None where receipts say nothing of time.
+    commits: ordered by time. Workers that started together commit together, so commits within a quarter of a shard
+    time of the first one count as one with it. Where no commit came after these, all work is taken to have started
+    with the earliest worker. None where receipts record no time.
     """
     first, last = commits[0].time, commits[-1].time
     near = median(commit.seconds for commit in commits) / 4
     begin = [commit for commit in commits if commit.time <= first + near]
     after = commits[len(begin) :]
     centre = sum(commit.time for commit in begin) / len(begin)
-    # Times are whole seconds: a span of fewer than two says little.
+    # Times are whole seconds: a span of fewer than two is too inexact.
     if after and last - centre >= 2.0:
         return sum(commit.positions for commit in after) / (last - centre)
     spent = last - min(commit.time - commit.seconds for commit in commits)
@@ -356,7 +356,7 @@ def _iso(seconds: float) -> str:
 
 
 def as_json(url: str, entries: Sequence[EntryStatus]) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The output of `--json`: the cache, and each entry's status by its name."""
     from dataclasses import asdict
 
     return {
@@ -369,13 +369,13 @@ def as_json(url: str, entries: Sequence[EntryStatus]) -> dict[str, Any]:
 
 
 def is_complete(entries: Sequence[EntryStatus]) -> bool:
-    """Whether there is something, and all of it is complete."""
+    """Whether there are entries, and all of them are complete."""
     return bool(entries) and all(entry.complete for entry in entries)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Positions and shards of an entry. Of one that is not there yet the shards are not known: None."""
+    """Positions and shards of an entry. The shards of one that does not exist yet are not known: None."""
 
     positions: int
     missing: int
@@ -388,7 +388,7 @@ class Survey:
         return not self.missing
 
     def workers(self, asked: int) -> int:
-        """How many of the workers that were asked for have something to do: one for a shard, and one in any case."""
+        """Workers to start, of those asked for: at most one per missing shard, and at least one."""
         return asked if self.missing_shards is None else max(1, min(asked, self.missing_shards))
 
     def __str__(self) -> str:
@@ -398,7 +398,7 @@ class Survey:
 
 
 def survey(job: CacheJob) -> Survey:
-    """Look at what the store has of a job. Raises CacheNotFound where there is no cache."""
+    """Positions and shards of a job, and how many are missing in the store. Raises CacheNotFound without a cache."""
     cache = LogitCache.open(job.cache)
     positions = cache.record.corpus.positions
     try:

@@ -1,9 +1,9 @@
-"""What a step costs, measured on this machine: the teacher's forward, and a student's step with and without the cache.
+"""The measured cost of a step on this machine: the teacher's forward, and a student's step with and without the cache.
 
 Legend: `B` windows of a step, `T` positions of a window, `P` = B·T positions.
 
-A cost is per position, in seconds of what is paid for: processor time where the device is a CPU (a busy machine does
-not change it much), and time where it is an accelerator.
+A cost is per position, in paid seconds: processor time where the device is a CPU (a busy machine does not change it
+much), and elapsed time where it is an accelerator.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _NAME = "probe"
 
 @dataclass
 class Meter:
-    """Adds up what its `running` blocks took: seconds passed, and of processor time, over all threads."""
+    """Sums the time of its `running` blocks: elapsed seconds, and seconds of processor time over all threads."""
 
     device: torch.device
     seconds: float = field(default=0.0, init=False)
@@ -50,7 +50,7 @@ class Meter:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Counts while the body runs, the device's work included."""
+        """Times the body, the device's work included."""
         self._wait()
         began, used = time.perf_counter(), time.process_time()
         yield
@@ -60,7 +60,7 @@ class Meter:
 
     @property
     def paid(self) -> float:
-        """Seconds of what is paid for."""
+        """Paid seconds: processor time on a CPU, else elapsed time."""
         return self.cpu_seconds if self.device.type == "cpu" else self.seconds
 
     def _wait(self) -> None:
@@ -70,7 +70,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of a student's step, per position: from the cache (reading it left out), and with the teachers beside it."""
+    """Cost of a student's step, per position: from the cache (without reading it), and with the teachers beside it."""
 
     model: str
     parameters: int
@@ -80,7 +80,7 @@ class StepCost:
 
 
 class _Pieces:
-    """A `LiveTeacher` whose chunks are cut as they are beside a student; the loss is slower on others (on a CPU)."""
+    """A `LiveTeacher` with the chunk size that it has beside a student; the loss is slower with others (on a CPU)."""
 
     def __init__(self, teacher: Teacher) -> None:
         self._source = LiveTeacher(teacher)
@@ -94,7 +94,7 @@ class _Pieces:
 
 
 def forward_cost(teacher: Teacher, windows: NDArray[np.int64]) -> float:
-    """Of the teacher alone, all positions of windows int64 [B, T] scored, as beside a student; per position."""
+    """Cost of the teacher alone, per position: all of `windows` int64 [B, T] are scored, as beside a student."""
     inputs = torch.from_numpy(windows)
     source = LiveTeacher(teacher)
 
@@ -118,7 +118,7 @@ def reading_cost(specs: Mapping[str, ArraySpec], objects: Mapping[str, bytes], p
 
 
 def new_student(spec: str, entry: TeacherEntry) -> Any:
-    """A student for the tokens of an entry, with windows as its teacher's. Raises InputError as train-student does."""
+    """A student with an entry's vocabulary and context length. Raises InputError as train-student does."""
     return load_student(
         spec,
         vocabulary_size=entry.vocabulary_size,
@@ -131,7 +131,7 @@ def new_student(spec: str, entry: TeacherEntry) -> Any:
 def student_cost(
     spec: str, teacher: Teacher, entry: TeacherEntry, tokens: NDArray[np.int64], targets: SparseTargets
 ) -> StepCost:
-    """Of forward, backward and AdamW of a student, on the windows of some targets.
+    """Cost of a student's step (forward, backward, AdamW) on the windows of some targets.
 
     tokens: int64 [len(targets) + 1], from the first target's position on. Raises InputError for a model that
     train-student would refuse, or where the targets are less than a window.
@@ -172,7 +172,7 @@ def student_cost(
 
 
 def _each(device: torch.device, run: Callable[[], None]) -> float:
-    """What one run costs: the median of a few, after one that does not count."""
+    """Paid seconds of one run: the median of a few, after a warm-up."""
     run()
     costs = []
     for _ in range(_ROUNDS):
@@ -184,7 +184,7 @@ def _each(device: torch.device, run: Callable[[], None]) -> float:
 
 
 def _stored(entry: TeacherEntry, targets: SparseTargets) -> SparseTargets:
-    """The targets as a reader of the entry would get them."""
+    """The targets as a reader of the entry gets them: after a round trip through its encoding."""
     values = encode_targets(entry, targets)
     return SparseTargets(
         start=targets.start,

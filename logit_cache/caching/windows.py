@@ -1,8 +1,8 @@
 """Which windows score which positions: integer arithmetic, and nothing else.
 
-Legend: a *segment* is what windows may not leave: a document when documents are isolated, else the whole
-stream. The rule is in `storage.format` ("Windows"): position r of a segment is scored by the window that
-starts at ``max(0, (r // stride + 1) * stride - context)``.
+Legend: windows do not leave their *segment*: a document when documents are isolated, else the whole stream. The rule
+is in `storage.format` ("Windows"): position r of a segment is scored by the window that starts at
+``max(0, (r // stride + 1) * stride - context)``.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def windows(
 ) -> Iterator[Window]:
     """The windows that together score each position of `start .. stop` once, in order.
 
-    A window that also scores positions outside the range appears with its share of them only, so what a
-    position's teacher saw does not depend on how the stream is cut into shards.
+    A window that also scores positions outside the range appears with its share of them only, so the context that a
+    position is scored in does not depend on how the stream is cut into shards.
     """
     context, stride = windowing.context_tokens, windowing.stride_tokens
     for begin, end in segments(start, stop, positions, document_starts if windowing.isolate_documents else None):

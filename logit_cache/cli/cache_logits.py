@@ -1,4 +1,4 @@
-"""The command `cache-logits`: parse, run the job, print what the entry is."""
+"""The command `cache-logits`: parse, run the job, print the entry's description."""
 
 from __future__ import annotations
 
@@ -8,51 +8,48 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logit_cache.cli.options import EXAMPLE, JOB_OPTIONS, Options, options
+from logit_cache.cli.options import JOB_OPTIONS, json_option
 from logit_cache.cli.tokenize import CORPUS_OPTIONS
+from storage.cli import Decorator, applied, command, under
 from storage.errors import one_line_errors
 
 if TYPE_CHECKING:
-    from logit_cache.engines.run import FinishedEntry
+    from logit_cache.engines.command import FinishedEntry
 
-_ENGINE_OPTIONS: Options = (
-    click.option("--engine", help="local (this machine), ray or slurm.  [default: local]"),
-    click.option("--workers", type=int, help="Processes, actors or array tasks.  [default: one per GPU]"),
-    click.option("--worker", help="i/n: be the i-th of n processes that something else starts."),
-    click.option(
+_text, _workers, _ray, _slurm = under("Text"), under("Workers"), under("Ray"), under("Slurm")
+_ENGINE_OPTIONS: tuple[Decorator, ...] = (
+    _workers("--workers", type=int, help="Processes, actors or array tasks.  [default: one per GPU]"),
+    _workers("--engine", help="local (this machine), ray or slurm.  [default: local]"),
+    _workers("--worker", help="i/n: be the i-th of n processes that something else starts."),
+    _workers(
         "--help-others/--no-help-others", default=None, help="After its share, take others' shards.  [default: help]"
     ),
-    click.option("--attempts", type=int, help="How often a shard that fails is tried.  [default: 3]"),
-    click.option(
-        "--grace-seconds", type=float, help="Time from SIGTERM to the end of the process, at most.  [default: 25]"
-    ),
-    click.option("--log-format", help="text, or json: an object per line on stderr.  [default: text]"),
-    click.option("--ray-address", help="Of a running Ray cluster, such as auto.  [default: RAY_ADDRESS, or a new one]"),
-    click.option("--worker-cpus", type=int, help="CPUs that a Ray worker or array task asks for.  [default: 1]"),
-    click.option("--slurm", multiple=True, metavar="NAME=VALUE", help="Parameter of sbatch, such as partition=gpu."),
-    click.option("--slurm-folder", help="For logs, on a disk that all nodes see.  [default: slurm-logs]"),
-    click.option("--wait/--no-wait", default=None, help="Slurm: wait for the array's end.  [default: wait]"),
+    _workers("--attempts", type=int, help="How often a shard that fails is tried.  [default: 3]"),
+    _workers("--grace-seconds", type=float, help="At most, from SIGTERM to the end of the process.  [default: 25]"),
+    _workers("--log-format", help="text, or json: an object per line on stderr.  [default: text]"),
+    _workers("--worker-cpus", type=int, help="CPUs that a Ray worker or array task asks for.  [default: 1]"),
+    _ray("--ray-address", help="Of a running Ray cluster, such as auto.  [default: RAY_ADDRESS, or a new one]"),
+    _slurm("--slurm", multiple=True, metavar="NAME=VALUE", help="Parameter of sbatch, such as partition=gpu."),
+    _slurm("--slurm-folder", help="For logs, on a disk that all nodes see.  [default: slurm-logs]"),
+    _slurm("--wait/--no-wait", default=None, help="Wait for the array's end.  [default: wait]"),
 )
 
 
-@click.command(
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=EXAMPLE + "cache-logits --cache run/train --teacher run/llama --name llama -k 64",
-)
-@options(JOB_OPTIONS)
-@options(_ENGINE_OPTIONS)
-@click.option("--json", "as_json", is_flag=True, help="Print the entry's description as JSON.")
-@click.option("--out", help="With --text: make the cache here first.")
-@options(CORPUS_OPTIONS)
+@command("cache-logits --cache run/train --teacher run/llama --name llama -k 64")
+@applied(JOB_OPTIONS)
+@applied(_ENGINE_OPTIONS)
+@_text("--out", help="With --text: make the cache here first.")
+@applied(CORPUS_OPTIONS)
+@json_option("Print the entry's description as JSON.")
 def cache_logits(config: str | None, as_json: bool, out: str | None, **flags: Any) -> None:
-    """Run a teacher once over a token stream and store its targets; run it again to go on after a stop.
+    """Run a teacher once over a token stream and store its targets. Run it again to resume after an interruption.
 
     From raw text in one step: give --text and --out instead of --cache; the tokenizer is the teacher's unless
-    --tokenizer or --train-tokenizer says otherwise.
+    --tokenizer or --train-tokenizer names another.
     """
     with one_line_errors():
-        from logit_cache.engines.driver import NotDone
-        from logit_cache.engines.run import run_command
+        from logit_cache.engines.command import run_command
+        from logit_cache.engines.outcome import NotDone
         from storage.config import given, read_yaml
 
         fields = (read_yaml(config) if config else {}) | given({**flags, "out": out})

@@ -1,4 +1,4 @@
-"""`logit-cache verify`, `audit` and `doctor`: is a cache what it says, and is a store fit for one?"""
+"""`logit-cache verify`, `audit` and `doctor`: are a cache's bytes and values right, and is a store fit for one?"""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logit_cache.cli.options import EXAMPLE
+from logit_cache.cli.options import json_option
+from storage.cli import command
 from storage.errors import one_line_errors
 
 if TYPE_CHECKING:
     from logit_cache.fidelity.audit import Audit
 
 
-@click.command(epilog=EXAMPLE + "logit-cache verify run/train --deep")
+@command("logit-cache verify run/train --deep")
 @click.argument("url")
 @click.option("--deep", is_flag=True, help="Hash every byte again, not only lengths, indexes and checksums.")
 @click.option("--repair", is_flag=True, help="Remove leftovers, and re-open damaged shards for cache-logits.")
 @click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Objects read at once.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> None:
     """Check every object of a cache against its receipt. Status 1 when something is damaged."""
     with one_line_errors():
@@ -35,21 +36,21 @@ def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> N
             sys.exit(1)
 
 
-@click.command(epilog=EXAMPLE + "logit-cache audit run/train --teacher run/llama --name llama --windows 32")
+@command("logit-cache audit run/train --teacher run/llama --name llama --windows 32")
 @click.argument("url")
 @click.option(
     "--teacher", required=True, multiple=True, help="Model directory or hub id that the entry names. Repeatable."
 )
 @click.option("--name", help="Entry to audit.  [default: the only one]")
-@click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Positions to draw.")
-@click.option("--seed", type=click.IntRange(min=0), help="Draw the same windows again.  [default: a fresh one]")
+@click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Windows to sample.")
+@click.option("--seed", type=click.IntRange(min=0), help="Sample the same windows again.  [default: a fresh seed]")
 @click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the recorded one]")
 @click.option("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order.")
 @click.option("--trust-remote-code", is_flag=True, help="Run model code from the hub.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def audit(url: str, as_json: bool, **flags: Any) -> None:
-    """Run the teacher again on random windows and compare. Status 1 when the entry does not hold what it says.
+    """Run the teacher again on random windows and compare. Status 1 when the entry holds other targets.
 
     The tolerance is the encoding's stated error and the noise of the teacher against itself. Needs the tokens.
     """
@@ -71,11 +72,11 @@ def audit(url: str, as_json: bool, **flags: Any) -> None:
             sys.exit(1)
 
 
-@click.command(epilog=EXAMPLE + "logit-cache doctor s3://bucket/runs")
+@command("logit-cache doctor s3://bucket/runs")
 @click.argument("url")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def doctor(url: str, as_json: bool) -> None:
-    """Measure what a place guarantees. Status 1 when a cache cannot be written there safely.
+    """Measure the guarantees of a store. Status 1 when a cache cannot be written there safely.
 
     Small objects are written in a folder of their own below URL and removed again; no cache needs to be there.
     """
@@ -96,7 +97,7 @@ def doctor(url: str, as_json: bool) -> None:
 
 
 def verification_text(found: dict[str, Any], repair: bool) -> str:
-    """What `verify` found, most important first."""
+    """The findings of `verify`, most important first."""
     lines = [f"damaged: {problem}" for problem in found["problems"]]
     lines += [f"leftover, never read: {address}" for address in found["leftovers"]]
     for group, ranges in found["missing"].items():
@@ -106,7 +107,7 @@ def verification_text(found: dict[str, Any], repair: bool) -> str:
     if found["sound"]:
         lines.append(f"sound: {size}")
     elif repair:
-        lines.append(f"{size}; run the commands that made the cache again to compute what was damaged")
+        lines.append(f"{size}; run the commands that made the cache again to recompute the damaged shards")
     else:
         lines.append(f"{len(found['problems'])} damaged of {size}; --repair re-opens damaged shards")
     return "\n".join(lines)
@@ -140,5 +141,5 @@ def audit_text(found: Audit) -> str:
             f"stay unseen, one of 1 % {found.escape(0.01):.1%}"
         )
     else:
-        lines.append("NOT CONSISTENT: the entry does not hold what this teacher says")
+        lines.append("NOT CONSISTENT: the entry does not hold this teacher's targets")
     return "\n".join(lines)

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from storage.cli import command
 from storage.errors import one_line_errors
 
 if TYPE_CHECKING:
     from logit_cache.corpus.cleaning import Outcome
 
-_EXAMPLE = "\b\nExample:\n  logit-cache clean --text 'babylm_10M/*.train' --out run/clean"
 
-
-@click.command(epilog=_EXAMPLE)
+@command("logit-cache clean --text 'babylm_10M/*.train' --out run/clean")
 @click.option("--text", multiple=True, help="Text file, folder or pattern. Repeatable.")
 @click.option("--out", metavar="DIR", help="Folder for the cleaned files, which keep their names.")
 @click.option(
@@ -27,12 +26,12 @@ _EXAMPLE = "\b\nExample:\n  logit-cache clean --text 'babylm_10M/*.train' --out 
     metavar="N",
     help="Take about N bytes of each file at most, from its start to a line end.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome of each file as JSON.")
 def clean(as_json: bool, **flags: Any) -> None:
-    """Clean text files as Baby Llama and BabyLlama-2 cleaned BabyLM's; docs/cleaning.md says what each family gets.
+    """Clean text files as Baby Llama and BabyLlama-2 cleaned BabyLM's; docs/cleaning.md lists the rules of each family.
 
     A file's family is the longest family name in its own name; files of other names are plain text, whose spaces are
-    tidied. Run it again to go on after a stop: finished files are left alone.
+    tidied. Run it again to resume after an interruption: finished files are left alone.
     """
     with one_line_errors():
         from logit_cache.corpus.cleaning import CleaningJob

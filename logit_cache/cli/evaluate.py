@@ -1,4 +1,4 @@
-"""`logit-cache evaluate`: what a saved model scores on held-out text and on minimal pairs."""
+"""`logit-cache evaluate`: a saved model's scores on held-out text and on minimal pairs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 
 import click
 
+from storage.cli import command
 from storage.errors import one_line_errors
 
-_EXAMPLE = "\b\nExample:\n  logit-cache evaluate run/student --cache run/valid --pairs blimp --out run/student.json"
 
-
-@click.command(epilog=_EXAMPLE)
+@command("logit-cache evaluate run/student --cache run/valid --pairs blimp --out run/student.json")
 @click.argument("model", metavar="MODEL_DIR")
 @click.option("--cache", metavar="URL", help="Held-out cache of the model's tokenizer; its tokens are scored.")
 @click.option(
@@ -50,12 +49,15 @@ def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
         from storage.config import build_config
         from storage.errors import InputError
         from storage.progress import progress
-        from student.evaluation.evaluate import EvaluationJob, table, write_report
-        from student.evaluation.evaluate import evaluate as measure
+        from student.evaluation.job import EvaluationJob
 
         if out is not None and (not Path(out).expanduser().parent.is_dir() or Path(out).expanduser().is_dir()):
             raise InputError(f"--out {out}: expected a file in a folder that exists: give another name")
         job = build_config(EvaluationJob, {"model": model}, flags, "logit-cache evaluate")
+        job.check()
+        from student.evaluation.evaluate import evaluate as measure
+        from student.evaluation.evaluate import table, write_report
+
         report = measure(job, progress)
         if out is not None:
             write_report(report, out)

@@ -1,4 +1,4 @@
-"""`logit-cache inspect`: what is in a cache, or one position of it."""
+"""`logit-cache inspect`: the contents of a cache, or of one position."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 import click
 
-from logit_cache.cli.options import EXAMPLE
+from logit_cache.cli.options import json_option
+from storage.cli import command
 from storage.errors import one_line_errors
 
 
-@click.command(epilog=EXAMPLE + "logit-cache inspect run/train --at 1234")
+@command("logit-cache inspect run/train --at 1234")
 @click.argument("url")
 @click.option("--at", type=int, metavar="POSITION", help="Show one position with its tokens as text.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def inspect(url: str, at: int | None, as_json: bool) -> None:
-    """Show what is in a cache: sizes, coverage, provenance, summaries, or one position."""
+    """Show the contents of a cache: sizes, coverage, provenance, summaries, or one position."""
     with one_line_errors():
         from logit_cache import describe as inspection
         from storage import LogitCache

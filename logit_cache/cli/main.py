@@ -8,7 +8,7 @@ import click
 
 import storage
 
-# The name is generic: say so in one line if Python found another distribution's package.
+# The name is generic: one clear line if Python found another distribution's package.
 if "LogitCache" not in getattr(storage, "__all__", ()):
     print(
         f"error: logit-cache needs its own package 'storage', but Python found another one "
@@ -27,11 +27,12 @@ from logit_cache.cli.recipe import demo, recipe
 from logit_cache.cli.report import report
 from logit_cache.cli.share import pull, push, recompress
 from logit_cache.cli.tokenize import tokenize
+from storage.cli import HELP_NAMES
 
 __all__ = ["cache_logits", "main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings=HELP_NAMES)
 @click.version_option(package_name="logit-cache")
 def main() -> None:
     """Make, look at, check and share caches of teachers' next-token distributions."""

@@ -1,72 +1,51 @@
-"""What the help of several commands shares: the options of a caching job, for `cache-logits` and `plan`."""
+"""The options of a caching job, which `cache-logits` and `logit-cache plan` share, under the titles of the help."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
-Options = tuple[Callable[[Any], Any], ...]
+from storage.cli import Decorator, under
 
-EXAMPLE = "\b\nExample:\n  "
-"""What the example of a command's help begins with."""
+_job, _targets, _windows = under("Job"), under("Targets"), under("Windows")
+_teacher, _device, _output = under("Teacher"), under("Device"), under("Output")
 
-JOB_OPTIONS: Options = (
-    click.option("--cache", help="Path or URL of a cache that holds the token stream."),
-    click.option(
-        "--teacher", multiple=True, help="Model directory or hub id (AutoModelForCausalLM, safetensors). Repeatable."
-    ),
-    click.option("--combine", help="What several teachers become: logit-mean (of their logits) or mixture."),
-    click.option("--weight", type=float, multiple=True, help="Of each --teacher, in their order.  [default: equal]"),
-    click.option("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'."),
-    click.option(
-        "--targets", help="varopt: likely ids and an unbiased sample of the others; or topk.  [default: varopt]"
-    ),
-    click.option("-k", "--k", type=int, help="Ids stored per position.  [default: 64]"),
-    click.option(
-        "--top-p", type=float, help="Top-k, each position cut where its mass first reaches this, such as 0.98."
-    ),
-    click.option("--head-ids", type=int, help="varopt: the likeliest ids that are stored for certain.  [default: 0]"),
-    click.option("--seed", type=int, help="varopt: keys the sample, together with each position.  [default: 0]"),
-    click.option(
-        "--target-temperature", type=float, help="varopt: 1 or 2, where the sample is unbiased.  [default: 1]"
-    ),
-    click.option("--context-tokens", type=int, help="Length of the windows that the teacher reads.  [default: 128]"),
-    click.option("--stride-tokens", type=int, help="Tokens from one window to the next.  [default: the context]"),
-    click.option("--isolate-documents/--no-isolate-documents", default=None, help="Windows do not cross documents."),
-    click.option("--dtype", help="float32, bfloat16 or float16.  [default: bfloat16 on CUDA, float32 on CPU]"),
-    click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]"),
-    click.option("--device-map", help="Spread one teacher's layers over devices: auto, balanced or sequential."),
-    click.option(
+JOB_OPTIONS: tuple[Decorator, ...] = (
+    _job("--cache", help="Path or URL of a cache that holds the token stream."),
+    _job("--teacher", multiple=True, help="Model directory or hub id (AutoModelForCausalLM, safetensors). Repeatable."),
+    _job("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'."),
+    _job("-k", "--k", type=int, help="Ids stored per position.  [default: 64]"),
+    _job("--targets", help="varopt: likely ids and an unbiased sample of the others; or topk.  [default: varopt]"),
+    _job("--context-tokens", type=int, help="Length of the windows that the teacher reads.  [default: 128]"),
+    _job("--config", type=str, help="YAML file with these fields; flags override it."),
+    _targets("--top-p", type=float, help="Top-k, each position cut where its mass first reaches this, such as 0.98."),
+    _targets("--head-ids", type=int, help="varopt: the likeliest ids that are stored for certain.  [default: 0]"),
+    _targets("--seed", type=int, help="varopt: keys the sample, together with each position.  [default: 0]"),
+    _targets("--target-temperature", type=float, help="varopt: 1 or 2, where the sample is unbiased.  [default: 1]"),
+    _windows("--stride-tokens", type=int, help="Tokens from one window to the next.  [default: the context]"),
+    _windows("--isolate-documents/--no-isolate-documents", default=None, help="Windows do not cross documents."),
+    _windows("--batch-windows", type=int, help="Windows in one pass; recorded in the entry.  [default: measured]"),
+    _teacher("--combine", help="Combine several teachers: logit-mean (of their logits) or mixture."),
+    _teacher("--weight", type=float, multiple=True, help="Of each --teacher, in their order.  [default: equal]"),
+    _teacher("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order."),
+    _teacher("--attention", help="Attention implementation of transformers, such as sdpa or eager."),
+    _teacher("--trust-remote-code", is_flag=True, default=None, help="Run model code from the hub; recorded."),
+    _device("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]"),
+    _device("--dtype", help="float32, bfloat16 or float16.  [default: bfloat16 on CUDA, float32 on CPU]"),
+    _device("--device-map", help="Spread one teacher's layers over devices: auto, balanced or sequential."),
+    _device(
         "--max-memory", multiple=True, metavar="DEVICE=SIZE", help="With --device-map: a limit, 0=20GiB. Repeatable."
     ),
-    click.option("--offload", help="With --device-map: where layers lie that fit on no device: cpu or disk. Slow."),
-    click.option(
-        "--tensor-parallel", is_flag=True, default=None, help="Spread each layer over the processes of torchrun."
-    ),
-    click.option("--encoding", help="codes (1/32 nat) or float32 (exact).  [default: codes]"),
-    click.option("--step-nats", type=float, help="Unit of the codes.  [default: 0.03125]"),
-    click.option("--profile", help="small (zstd) or fast to read (lz4).  [default: small]"),
-    click.option("--shard-tokens", type=int, help="Positions per shard: what a killed worker loses at most."),
-    click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading."),
-    click.option("--batch-windows", type=int, help="Windows in one pass; recorded in the entry.  [default: tried out]"),
-    click.option(
-        "--fidelity-positions", type=int, help="Scored again for the fidelity report; 0: no report.  [default: 2048]"
-    ),
-    click.option("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order."),
-    click.option("--attention", help="Attention implementation of transformers, such as sdpa or eager."),
-    click.option("--trust-remote-code", is_flag=True, default=None, help="Run model code from the hub; recorded."),
-    click.option("--config", type=str, help="YAML file with these fields; flags override it."),
+    _device("--offload", help="With --device-map: where layers go that fit on no device: cpu or disk. Slow."),
+    _device("--tensor-parallel", is_flag=True, default=None, help="Spread each layer over the processes of torchrun."),
+    _output("--encoding", help="codes (1/32 nat) or float32 (exact).  [default: codes]"),
+    _output("--step-nats", type=float, help="Unit of the codes.  [default: 0.03125]"),
+    _output("--profile", help="small (zstd) or fast to read (lz4).  [default: small]"),
+    _output("--shard-tokens", type=int, help="Positions per shard: a killed worker loses at most one."),
+    _output("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading."),
+    _output("--fidelity-positions", type=int, help="Rescored for the fidelity report; 0: no report.  [default: 2048]"),
 )
 
 
-def options(shared: Options) -> Callable[[Any], Any]:
-    """A decorator that gives a command these options, in their order."""
-
-    def apply(function: Any) -> Any:
-        for option in reversed(shared):
-            function = option(function)
-        return function
-
-    return apply
+def json_option(help: str = "Print JSON.") -> Decorator:
+    """`--json`, as the parameter `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)

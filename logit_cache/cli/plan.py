@@ -1,4 +1,4 @@
-"""`logit-cache plan` and `logit-cache status`: what a caching job will cost, and how far it is."""
+"""`logit-cache plan` and `logit-cache status`: the cost of a caching job, and its progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logit_cache.cli.options import EXAMPLE, JOB_OPTIONS, options
+from logit_cache.cli.options import JOB_OPTIONS, json_option
+from storage.cli import applied, command, under
 from storage.errors import one_line_errors
 from storage.progress import duration
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
-@click.command(epilog=EXAMPLE + "logit-cache status run/train --watch")
+@command("logit-cache status run/train --watch")
 @click.argument("url")
 @click.option("--teacher", "teachers", multiple=True, metavar="NAME", help="Entry to show. Repeatable.  [default: all]")
 @click.option(
@@ -93,20 +94,23 @@ def _watch(url: str, teachers: tuple[str, ...], seconds: float, as_json: bool) -
         time.sleep(seconds)
 
 
-@click.command(epilog=EXAMPLE + "logit-cache plan --cache run/train --teacher run/llama -k 32 --student llama-tiny")
-@options(JOB_OPTIONS)
-@click.option("--tokens", type=click.IntRange(min=2), metavar="N", help="Plan for so many tokens of such text.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Such workers at once.")
-@click.option("--runs", type=click.IntRange(min=1), default=1, show_default=True, help="Students to be trained.")
-@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Of each.")
-@click.option("--student", metavar="PRESET|JSON|DIR", help="Also probe a step of this student, cached and live.")
-@click.option(
+_plan = under("Plan")
+
+
+@command("logit-cache plan --cache run/train --teacher run/llama -k 32 --student llama-tiny")
+@applied(JOB_OPTIONS)
+@_plan("--tokens", type=click.IntRange(min=2), metavar="N", help="Plan for so many tokens of such text.")
+@_plan("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Such workers at once.")
+@_plan("--runs", type=click.IntRange(min=1), default=1, show_default=True, help="Students to be trained.")
+@_plan("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Of each.")
+@_plan("--student", metavar="PRESET|JSON|DIR", help="Also probe a step of this student, cached and live.")
+@_plan(
     "--probe-windows",
     type=click.IntRange(min=1),
     metavar="M",
     help="Windows to score, at most.  [default: of four chunks]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def plan(
     config: str | None,
     tokens: int | None,
@@ -118,9 +122,9 @@ def plan(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Predict what cache-logits will take, and when it has paid for itself, from a short probe of the real teacher.
+    """Predict the time, bytes and memory of cache-logits, and its break-even, from a short probe of the real teacher.
 
-    Takes the options of cache-logits and refuses what it would refuse. Writes nothing anywhere.
+    Takes the options of cache-logits and refuses the same input. Writes nothing anywhere.
     """
     with one_line_errors():
         from logit_cache.caching.job import CacheJob
@@ -159,16 +163,16 @@ def _status_lines(entry: EntryStatus) -> list[str]:
             *lines,
             f"  shards      {entry.shards:,}; which ones are there is not known: the server cannot list them",
         ]
-    begun = (
+    started = (
         ""
         if entry.complete
-        else "; begun without a receipt: "
+        else "; started without a receipt: "
         + ("not known (too many objects to list)" if entry.shards_begun is None else f"{entry.shards_begun:,}")
     )
     lines += [
         f"  shards      {entry.shards_done:,} done, {entry.shards_missing:,} missing"
         + (f", {entry.shards_in_flight:,} in flight" if entry.shards_in_flight else "")
-        + begun,
+        + started,
         f"  positions   {entry.positions_done:,} of {entry.positions:,}",
     ]
     if entry.positions_per_second is not None:
@@ -194,7 +198,9 @@ def _status_lines(entry: EntryStatus) -> list[str]:
                 f"workers have ended, run the same cache-logits command again"
             )
     if entry.shards_failed:
-        lines.append(f"  given up    {entry.shards_failed:,} shards; the same cache-logits command tries them again")
+        lines.append(
+            f"  failed      {entry.shards_failed:,} shards, permanently; the same cache-logits command retries them"
+        )
         for note in entry.failed:
             last = (note.error.strip().splitlines() or ["?"])[-1]
             lines.append(
@@ -214,7 +220,7 @@ def status_line(entry: EntryStatus) -> str:
     if entry.seconds_left is not None:
         text += f", {duration(entry.seconds_left)} left"
     if entry.shards_failed:
-        text += f", {entry.shards_failed:,} given up"
+        text += f", {entry.shards_failed:,} failed permanently"
     if entry.state == "stalled" and entry.seconds_since_last_commit is not None:
         text += f", stalled? no shard for {duration(entry.seconds_since_last_commit)}"
     return text
@@ -228,12 +234,12 @@ def _how_far(entry: EntryStatus) -> str:
 
 
 def _printable(text: str) -> str:
-    """A name that another lab wrote, without what a terminal would obey."""
+    """A name that another lab wrote, without control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:64])
 
 
 def forecast_text(found: dict[str, Any]) -> str:
-    """What `plan` predicts."""
+    """The forecast of `plan`, as text."""
     speed, size, memory, probe = found["speed"], found["size"], found["memory"], found["probe"]
     time, opening, layout = found["time"], found["opening"], found["entry"]["layout"]
     workers = f"{time['workers']} worker" + ("s" if time["workers"] > 1 else "")
@@ -265,8 +271,8 @@ def _break_even_lines(found: dict[str, Any]) -> list[str]:
     student, forward = found["student"], found["teacher_forward_seconds_per_token"]
     if student is None:
         compared = (
-            f"the teachers' share alone, {1e6 * forward:,.1f} µs per token of a live step; what the student itself "
-            f"takes is not compared (--student does)"
+            f"the teachers' share alone, {1e6 * forward:,.1f} µs per token of a live step; the student itself "
+            f"is not compared (--student does)"
         )
     else:
         compared = (

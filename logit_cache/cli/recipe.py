@@ -6,21 +6,19 @@ from typing import Any
 
 import click
 
-from logit_cache.cli.options import EXAMPLE
+from storage.cli import command
 from storage.errors import one_line_errors
 
-_EXAMPLE = """\b
-Example:
-  logit-cache recipe baby-llama --scale tiny --text 'corpus/train/*.txt' --eval-text 'corpus/valid/*.txt' \\
-      --pairs blimp --out run/baby-llama
-"""
+_EXAMPLE = """\
+logit-cache recipe baby-llama --scale tiny --text 'corpus/train/*.txt' --eval-text 'corpus/valid/*.txt' \\
+    --pairs blimp --out run/baby-llama"""
 
 
-@click.command(epilog=_EXAMPLE)
+@command(_EXAMPLE)
 @click.argument("name", metavar="baby-llama|babyllama-2")
 @click.option("--text", multiple=True, required=True, help="Training text: files or patterns. Repeatable.")
 @click.option("--eval-text", multiple=True, required=True, help="Held-out text: files or patterns. Repeatable.")
-@click.option("--out", required=True, metavar="DIR", help="Folder of the run; an interrupted one goes on.")
+@click.option("--out", required=True, metavar="DIR", help="Folder of the run; an interrupted one resumes.")
 @click.option(
     "--scale",
     type=click.Choice(["tiny", "small", "paper"]),
@@ -41,8 +39,8 @@ Example:
 def recipe(name: str, dry_run: bool, **flags: Any) -> None:
     """Run a published recipe from text to report: tokenizer, teachers, cache, student and control, scores.
 
-    Every stage is a public command in a process of its own, and all of it goes on where it stopped. What the machine
-    cannot do is refused beforehand, with the estimate.
+    Every stage is a public command in a process of its own, and all of it resumes where it stopped. A run that is too
+    large for this machine is refused beforehand, with the estimate.
     """
     with one_line_errors():
         from logit_cache.recipes.run import RecipeJob, RecipeRun
@@ -60,11 +58,11 @@ def recipe(name: str, dry_run: bool, **flags: Any) -> None:
         click.echo(f"report: {run.run()}")
 
 
-@click.command(epilog=EXAMPLE + "logit-cache demo --out demo-run")
-@click.option("--out", default="demo-run", show_default=True, help="Folder of the run; an interrupted one goes on.")
+@command("logit-cache demo --out demo-run")
+@click.option("--out", default="demo-run", show_default=True, help="Folder of the run; an interrupted one resumes.")
 @click.option("--text", multiple=True, help="Text to use instead of the Python standard library's source. Repeatable.")
 def demo(out: str, text: tuple[str, ...]) -> None:
-    """The whole road in minutes on a laptop: two teachers, their caches, a student, and what was gained."""
+    """The whole pipeline in minutes on a laptop: two teachers, their caches, a student and its control, compared."""
     with one_line_errors():
         from logit_cache.recipes.demo import run_demo
 

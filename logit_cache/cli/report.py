@@ -6,18 +6,17 @@ from pathlib import Path
 
 import click
 
+from storage.cli import command
 from storage.errors import one_line_errors
 
-_EXAMPLE = "\b\nExample:\n  logit-cache report run/baby-llama run/sweep -o report.html"
 
-
-@click.command(epilog=_EXAMPLE)
+@command("logit-cache report run/baby-llama run/sweep -o report.html")
 @click.argument("directories", metavar="RUN_DIR...", nargs=-1, required=True)
 @click.option(
-    "-o", "--out", metavar="FILE", help="The page to write, in place of an older one.  [RUN_DIR/report.html, the first]"
+    "-o", "--out", metavar="FILE", help="The page to write; an older one is replaced.  [RUN_DIR/report.html, the first]"
 )
 def report(directories: tuple[str, ...], out: str | None) -> None:
-    """Write an HTML page about recipes, sweeps and training runs: what was gained, how sure it is, what it cost.
+    """Write an HTML page about recipes, sweeps and training runs: gains, their uncertainty, and costs.
 
     A RUN_DIR has recipe.json, sweep.json, or the report.json of train-student or train-teacher in it. The page needs no
     network and no scripts.

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from logit_cache.cli.options import EXAMPLE
+from logit_cache.cli.options import json_option
+from storage.cli import applied, command
 from storage.errors import one_line_errors
 
 _TRANSFER_OPTIONS = (
@@ -15,26 +16,20 @@ _TRANSFER_OPTIONS = (
     click.argument("target"),
     click.option("--teacher", "teachers", multiple=True, help="Copy this entry only. Repeatable.  [default: all]"),
     click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Objects copied at once."),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    json_option(),
 )
 
 
-def _transfer_options(function: Any) -> Any:
-    for option in reversed(_TRANSFER_OPTIONS):
-        function = option(function)
-    return function
-
-
-@click.command(epilog=EXAMPLE + "logit-cache push run/train s3://bucket/train --license cc-by-4.0")
-@_transfer_options
+@command("logit-cache push run/train s3://bucket/train --license cc-by-4.0")
+@applied(_TRANSFER_OPTIONS)
 @click.option("--without-tokens", is_flag=True, help="Leave the token stream and label_logprob behind.")
 @click.option("--license", help="Licence for the card, such as cc-by-4.0.")
 @click.option("--sign", metavar="KEY", help="PEM file of an elliptic-curve private key to sign the cache with.")
 def push(source: str, target: str, as_json: bool, **flags: Any) -> None:
     """Copy a cache to where others get it: a folder, an object store, or hf://datasets/ORG/NAME.
 
-    Every byte is checked on the way, and what is there already is not copied again. An entry that is not complete is
-    copied as far as it goes. Run the same command again to go on after a stop.
+    Every byte is checked on the way, and objects that are there already are not copied again. Of an incomplete entry
+    the committed shards are copied. Run the same command again to resume after an interruption.
     """
     with one_line_errors():
         from logit_cache.sharing.push_pull import push as send
@@ -42,15 +37,15 @@ def push(source: str, target: str, as_json: bool, **flags: Any) -> None:
         _copy(send, source, target, as_json, flags)
 
 
-@click.command(epilog=EXAMPLE + "logit-cache pull s3://bucket/train run/train --teacher llama")
-@_transfer_options
+@command("logit-cache pull s3://bucket/train run/train --teacher llama")
+@applied(_TRANSFER_OPTIONS)
 @click.option("--corpus", metavar="CACHE", help="A cache of the same text, for one shared without its tokens.")
 @click.option("--verify-key", metavar="KEY", help="PEM file of the public key that must have signed the cache.")
 def pull(source: str, target: str, as_json: bool, **flags: Any) -> None:
     """Copy a cache that others made; nothing is at TARGET before all of it was checked.
 
-    With an existing cache of the same text as TARGET, its teacher entries are added. Run the same command again to go
-    on after a stop.
+    With an existing cache of the same text as TARGET, its teacher entries are added. Run the same command again to
+    resume after an interruption.
     """
     with one_line_errors():
         from logit_cache.sharing.push_pull import pull as fetch
@@ -66,12 +61,12 @@ def _copy(function: Any, source: str, target: str, as_json: bool, flags: dict[st
         target,
         **flags,
         track=lambda name, total: progress(name, total, "bytes"),
-        say=lambda line: click.echo(line, err=True),
+        log=lambda line: click.echo(line, err=True),
     )
     click.echo(json.dumps(vars(done), indent=2) if as_json else delivery_text(vars(done)))
 
 
-@click.command(epilog=EXAMPLE + "logit-cache recompress run/train --name llama --to llama-16 -k 16 --top-p 0.98")
+@command("logit-cache recompress run/train --name llama --to llama-16 -k 16 --top-p 0.98")
 @click.argument("url")
 @click.option("--name", required=True, help="Entry to read.")
 @click.option("--to", required=True, help="Name of the entry to make.")
@@ -83,11 +78,11 @@ def _copy(function: Any, source: str, target: str, as_json: bool, flags: dict[st
 @click.option("--profile", type=click.Choice(["small", "fast"]), help="small (zstd) or fast to read (lz4).")
 @click.option("--shard-tokens", type=int, help="Positions per shard.")
 @click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option()
 def recompress(url: str, as_json: bool, **flags: Any) -> None:
-    """Rewrite an entry smaller, without its teacher; run it again to go on after a stop.
+    """Rewrite an entry smaller, without its teacher; run it again to resume after an interruption.
 
-    What leaves a position goes to its tail, exactly: its mass is kept. The source is not touched.
+    The mass of removed ids goes to the position's tail, exactly. The source is not touched.
     """
     with one_line_errors():
         from logit_cache.caching.recompress import RecompressJob
@@ -109,7 +104,7 @@ def recompress(url: str, as_json: bool, **flags: Any) -> None:
 
 
 def delivery_text(found: dict[str, Any]) -> str:
-    """What `push` or `pull` copied, and what the source did not have."""
+    """The objects that `push` or `pull` copied, and the ranges that the source lacked."""
     teachers = ", ".join(found["teachers"]) or "no teacher"
     tokens = "with" if found["tokens_included"] else "without"
     lines = [

@@ -7,30 +7,32 @@ from typing import Any
 
 import click
 
-from logit_cache.cli.options import EXAMPLE, Options, options
+from logit_cache.cli.options import json_option
+from storage.cli import Decorator, applied, command, under
 from storage.errors import one_line_errors
 
-CORPUS_OPTIONS: Options = (
-    click.option("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
-    click.option("--tokenizer", help="Directory or hub id of an existing tokenizer."),
-    click.option("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
-    click.option("--tokenizer-revision", help="Revision of a hub tokenizer."),
-    click.option("--special-token", "special_tokens", multiple=True, help="Further special token of a new tokenizer."),
-    click.option("--chat-template", metavar="FILE", help="Jinja template for conversations."),
-    click.option("--document-separator", help=r"Split text files into documents at this string, such as '\n\n'."),
-    click.option("--append-token", help="Token to put after every document, such as '</s>'."),
-    click.option("--text-field", help="Field of a row that holds its text.  [default: text]"),
-    click.option("--messages-field", help="Field of a row that holds a conversation.  [default: messages]"),
-    click.option("--split", help="Split of a hub data set.  [default: train]"),
+_text = under("Text")
+CORPUS_OPTIONS: tuple[Decorator, ...] = (
+    _text("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
+    _text("--tokenizer", help="Directory or hub id of an existing tokenizer."),
+    _text("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
+    _text("--tokenizer-revision", help="Revision of a hub tokenizer."),
+    _text("--special-token", "special_tokens", multiple=True, help="Further special token of a new tokenizer."),
+    _text("--chat-template", metavar="FILE", help="Jinja template for conversations."),
+    _text("--document-separator", help=r"Split text files into documents at this string, such as '\n\n'."),
+    _text("--append-token", help="Token to put after every document, such as '</s>'."),
+    _text("--text-field", help="Field of a row that holds its text.  [default: text]"),
+    _text("--messages-field", help="Field of a row that holds a conversation.  [default: messages]"),
+    _text("--split", help="Split of a hub data set.  [default: train]"),
 )
 
 
-@click.command(epilog=EXAMPLE + "logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train")
-@options(CORPUS_OPTIONS)
+@command("logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train")
 @click.option("--out", help="Path or URL of the cache to make.")
+@applied(CORPUS_OPTIONS)
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run tokenizer code from the hub.")
 @click.option("--config", type=str, help="YAML file with these fields; flags override it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the cache's record as JSON.")
+@json_option("Print the cache's record as JSON.")
 def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
     """Turn text into a token stream: the start of every cache.
 

@@ -1,4 +1,4 @@
 """Text → token stream: sources, cleaning, tokenizers, chat templates.
 
-What a stream is on disk belongs to `storage`; what a teacher says of it to `logit_cache.caching`.
+The stream's format belongs to `storage`, its scoring by a teacher to `logit_cache.caching`.
 """

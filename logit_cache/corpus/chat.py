@@ -1,10 +1,10 @@
-"""Conversations as text, and which of it the assistant wrote.
+"""Conversations as text, and the character ranges that the assistant wrote.
 
-The text is what the tokenizer's own chat template makes of the messages. Which characters are the assistant's the
-template says itself where it marks them with `{% generation %}`. Elsewhere they are found by rendering prefixes of
-the conversation: what a reply adds to the text that ends with the prompt for it is the reply, end-of-turn marker
-included. That needs a template whose output for a conversation begins with its output for every prefix; one that
-rewrites earlier turns (some drop earlier reasoning) is refused, with the row's name.
+The text is the messages rendered by the tokenizer's own chat template. A template with `{% generation %}` marks the
+assistant's characters itself. For others they are found by rendering prefixes of the conversation: the text that a
+reply adds after the prompt for it is the reply, end-of-turn marker included. That needs a template whose output for a
+conversation begins with its output for every prefix; one that rewrites earlier turns (some drop earlier reasoning) is
+refused, with the row's name.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> tuple[
     """
     if not tokenizer.is_fast:
         raise InputError(
-            f"{where}: the loss mask of a conversation needs to know which characters a token stands for, and this "
-            f"tokenizer ({type(tokenizer).__name__}) does not say; take one with a tokenizer.json"
+            f"{where}: the loss mask of a conversation needs the character offsets of its tokens, and this tokenizer "
+            f"({type(tokenizer).__name__}) has none; take one with a tokenizer.json"
         )
     if not tokenizer.chat_template:
         raise InputError(
@@ -44,7 +44,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> tuple[
     except InputError:
         raise
     except Exception as error:
-        # Templates are programs: they raise what they like, and fail in any way on fields that they did not expect.
+        # Templates are programs: they raise errors of any type, and fail in any way on fields that they did not expect.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: the chat template refuses these messages ({reason}); correct the row") from None
 
@@ -87,10 +87,10 @@ def _by_prefixes(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> 
 
 
 def _length_written(reply: str, content: Any) -> int:
-    """How much of a rendered reply the assistant has to write: all, but not the white space after an end marker.
+    """Length of the part of a rendered reply that the assistant writes: all but white space after an end marker.
 
-    Without a marker the white space is itself what ends the turn, and has to be learnt.
+    Without a marker the white space itself ends the turn, and has to be learnt.
     """
     stripped = reply.rstrip()
-    said = content.rstrip() if isinstance(content, str) else ""
-    return len(reply) if said and stripped.endswith(said) else len(stripped)
+    text = content.rstrip() if isinstance(content, str) else ""
+    return len(reply) if text and stripped.endswith(text) else len(stripped)

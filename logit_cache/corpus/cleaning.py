@@ -1,9 +1,9 @@
-"""What `logit-cache clean` does: text files → a folder of cleaned files of the same names, and a record of them.
+"""`logit-cache clean`: text files → a folder of cleaned files of the same names, and a record of them.
 
-Each file is cleaned into NAME.partial; when it is complete it is entered in `cleaning.json` and renamed. A run that was
-killed goes on where it stopped, and a finished file is left alone as long as its input, its family and the rules are
-those of the record. The record is written before the rename: a file that the record does not know is somebody else's,
-and an entry without its file is cleaned again.
+Each file is cleaned into NAME.partial; when it is complete it is entered in `cleaning.json` and renamed. A killed run
+resumes where it stopped, and a finished file is left alone as long as its input, its family and the rules are those of
+the record. The record is written before the rename: a file that the record does not list is somebody else's, and an
+entry without its file is cleaned again.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PIECE_BYTES = 1 << 18
 
 
 class CleaningJob(Frozen):
-    """What to clean.
+    """The fields of `logit-cache clean`.
 
     text         files, folders and patterns of plain text
     out          the folder of the cleaned files
     family       `NAME=GLOB`: the files whose base name or path matches belong to that family
-    limit_bytes  of each file only this many bytes from its start, cut at a line end; at least its first line
+    limit_bytes  only this many bytes from the start of each file, cut at a line end; at least its first line
     """
 
     text: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -44,7 +44,7 @@ class CleaningJob(Frozen):
 
 
 class CleanedFile(Frozen):
-    """One entry of the record. `bytes_in`, `sha256_in` are of what was taken of the input: all of it, unless `cut`."""
+    """One entry of the record. `bytes_in`, `sha256_in` are of the cleaned part of the input: all, unless `cut`."""
 
     family: str
     rules: int
@@ -66,7 +66,7 @@ class Cleaning(Frozen):
 
 
 class Outcome(Frozen):
-    """What became of one input, for the command to show."""
+    """The outcome of one input, for the command to show."""
 
     name: str
     input: str
@@ -76,7 +76,7 @@ class Outcome(Frozen):
 
 
 def clean(job: CleaningJob, track: Track) -> list[Outcome]:
-    """Clean what is not clean yet. `track(name, total, unit)` opens a progress display and gives what advances it.
+    """Clean the files that are not clean yet. `track(name, total, unit)` opens a progress bar; yields its `advance`.
 
     Raises InputError for input that is no UTF-8 text, and IdentityMismatch if the folder holds a file of the same name
     that came from another input, family or version of the rules; that is checked before anything is written.
@@ -202,13 +202,13 @@ def _blocks(source: Source, size: int, advance: Advance) -> Iterator[bytes]:
 
 
 def _is_there(out: Path, record: Cleaning, name: str, source: Source, size: int, family: str, advance: Advance) -> bool:
-    """Whether the cleaned file is there already. Raises an error if another one is there."""
+    """Whether the cleaned file exists. Raises InputError or IdentityMismatch for another file of its name."""
     path = out / name
     entry = record.files.get(name)
     if not path.exists():
         return False
     if entry is None:
-        raise InputError(f"{path}: there is a file of this name that {RECORD} does not know: give another --out")
+        raise InputError(f"{path}: there is a file of this name that {RECORD} does not list: give another --out")
     sha256_in = hashlib.sha256()
     for block in _blocks(source, size, advance):
         sha256_in.update(block)

@@ -1,10 +1,9 @@
 """The cleaning of the BabyLM text families, as Baby Llama and BabyLlama-2 did it, with its defects repaired.
 
-A family is the text of one source, such as `open_subtitles`; `FAMILIES` says which rules clean it. A rule is a
-function from a block of whole lines to what they become, and what becomes of a line never depends on the lines around
-it (the one exception, runs of blank lines, keeps a flag). So the result does not depend on how a file was cut into
-pieces, and memory is bounded by a piece and a line. Every family's cleaning is idempotent: cleaning what is clean
-changes nothing.
+A family is the text of one source, such as `open_subtitles`; `FAMILIES` names its rules. A rule is a function from a
+block of whole lines to the cleaned block, and the result for a line never depends on the lines around it (the one
+exception, runs of blank lines, keeps a flag). So the result does not depend on how a file was cut into pieces, and
+memory is bounded by a piece and a line. Every family's cleaning is idempotent.
 
 docs/cleaning.md describes each family and where it departs from the original, which is mrclean.py of
 github.com/timinar/BabyLlama (Timiryasov and Tastet 2023, 2024).
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 
 from storage.errors import InputError
 
-# Another number whenever a rule changes what it writes: finished files of other rules are not taken for these.
+# Changes whenever the output of a rule changes: files finished under other rules are then refused.
 RULES_VERSION = 1
 PLAIN = "plain"
 # A rule needs the whole line, so this bounds the memory. A paragraph on one line has some thousand characters.
@@ -44,22 +43,22 @@ _HEADING_MARKS = "=" + "".join(c for c in map(chr, range(0x3001)) if c.isspace()
 
 
 def extra_spaces(block: str) -> str:
-    """Runs of spaces, tabs and no-break spaces become one space, which then goes if one of . , ; ! ? follows it."""
+    """Runs of spaces, tabs and no-break spaces become one space; a space before . , ; ! ? is removed."""
     return _SPACE_BEFORE_PUNCTUATION.sub("", _SPACES.sub(" ", block))
 
 
 def split_clitics(block: str) -> str:
-    """The space that a tokenizer put before 's, 'm, 'd, 're, 've, 'll and n't goes."""
+    """The space that a tokenizer put before 's, 'm, 'd, 're, 've, 'll and n't is removed."""
     return _SPACE_BEFORE_CLITIC.sub("", block)
 
 
 def no_blank_lines(block: str) -> str:
-    """Lines with nothing in them but spaces go: a paragraph's end is one line feed."""
+    """Empty lines and lines of spaces are removed: a paragraph's end is one line feed."""
     return _BLANK_LINE.sub("", block)
 
 
 def stripped_lines(block: str) -> str:
-    """Spaces at both ends of a line go; the other characters that end a line in Unicode become line feeds."""
+    """Spaces at both ends of a line are removed; other characters that end a line in Unicode become line feeds."""
     return "".join(f"{line.strip()}\n" for line in block.splitlines())
 
 
@@ -71,7 +70,7 @@ def bare_headings(block: str) -> str:
 
 
 def no_credits(block: str) -> str:
-    """Lines that have "subtitle" in them, in any case, go: nearly all of them are credits."""
+    """Lines that contain "subtitle", in any case, are removed: nearly all of them are credits."""
     if "subtitle" not in block.lower():
         return block
     return "".join(f"{line}\n" for line in block.split("\n")[:-1] if "subtitle" not in line.lower())
@@ -80,14 +79,14 @@ def no_credits(block: str) -> str:
 def sentence_case(block: str) -> str:
     """Lines in capitals become sentences; an l among capitals becomes the I that it was before OCR misread it.
 
-    In capitals: at least half of the characters are upper case, not counting . ! ? and what stands in brackets, and the
-    line is not in sentence case already.
+    In capitals: at least half of the characters are upper case, not counting . ! ? and text in brackets, and the line
+    is not in sentence case already.
     """
     return "".join(f"{_sentence_case(line)}\n" for line in block.split("\n")[:-1])
 
 
 def tidy_spaces(block: str) -> str:
-    """Spaces at ends of lines go, and runs of them inside a line become one. Indentation stays."""
+    """Spaces at ends of lines are removed, and runs of them inside a line become one. Indentation stays."""
     return _INNER_SPACES.sub(" ", "\n".join(map(str.rstrip, block.split("\n"))))
 
 
@@ -98,7 +97,7 @@ def _without_marks(line: str) -> str:
 
 
 def _sentence_case(line: str) -> str:
-    # Only up to the last ")": what follows has no bracket that closes, and searching it from every "(" is quadratic.
+    # Only up to the last ")": the rest has no closing bracket, and searching it from every "(" is quadratic.
     closed = line.rfind(")") + 1
     counted = _SENTENCE_END.sub("", _IN_BRACKETS.sub("", line[:closed]) + line[closed:])
     if not counted or 2 * sum(map(str.isupper, counted)) < len(counted) or line == _recased(line):
@@ -166,10 +165,10 @@ def clean_text(text: str, family: str) -> str:
 
 
 class Cleaner:
-    """Cleans one text that comes in pieces, cut anywhere: `feed` and `close` return what is finished by then.
+    """Cleans one text that comes in pieces, cut anywhere: `feed` and `close` return the text finished by then.
 
-    Before the rules, for every family: byte-order marks go, a carriage return with or without a line feed becomes a
-    line feed, and the last line gets one if it has none. Raises InputError for a line of more than
+    Before the rules, for every family: byte-order marks are removed, a carriage return with or without a line feed
+    becomes a line feed, and the last line gets one if it has none. Raises InputError for a line of more than
     `MOST_LINE_CHARACTERS`; `where` names the text in it.
     """
 
@@ -218,19 +217,19 @@ class Cleaner:
 
 
 class _OneBlankLine:
-    """Runs of blank lines become one; those before the first line of text and after the last go.
+    """Runs of blank lines become one; those before the first line of text and after the last are removed.
 
     A blank line is written when text follows it, which may be in a later block.
     """
 
     def __init__(self) -> None:
-        self._begun = self._blank = False
+        self._started = self._blank = False
 
     def __call__(self, block: str) -> str:
         text = block.strip("\n")
         if not text:
-            self._blank |= self._begun and bool(block)
+            self._blank |= self._started and bool(block)
             return ""
-        before = "\n" if self._begun and (self._blank or block.startswith("\n")) else ""
-        self._begun, self._blank = True, block.endswith("\n\n")
+        before = "\n" if self._started and (self._blank or block.startswith("\n")) else ""
+        self._started, self._blank = True, block.endswith("\n\n")
         return before + _BLANK_LINES.sub("\n\n", text) + "\n"

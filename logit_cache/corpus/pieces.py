@@ -1,12 +1,12 @@
 """Tokenising documents of any length piece by piece, with the tokens that the whole would have.
 
 A document is cut into pieces of at most `PIECE_CHARACTERS`, which depend on its text alone, not on how it was read.
-A tokenizer would see the cut: many put a space before a text, and merge over the place. So each piece is handed
-over with a margin of its neighbours' text on both sides, and keeps the tokens that start in its own range. Within
-half a margin of every cut, the two pieces that meet there must have made the same tokens at the same places; then
-the cut cannot be seen. Where they differ (a run of one character longer than the margin, or a tokenizer that gives
-no offsets) the two pieces are tokenised again without the margin between them: the seam then lies at the cut, and
-that is the only place where tokens can differ from those of the whole document.
+Tokens at a cut would differ: many tokenizers put a space before a text, and merges cross the cut. So each piece is
+tokenised with a margin of its neighbours' text on both sides, and keeps the tokens that start in its own range. Within
+half a margin of every cut, the two pieces that meet there must have the same tokens at the same offsets; then the cut
+leaves no trace. Where they differ (a run of one character longer than the margin, or a tokenizer without offsets) the
+two pieces are tokenised again without the margin between them: only at such a cut can tokens differ from those of the
+whole document.
 
 Legend: `n` tokens of a piece. Positions are characters (code points).
 """
@@ -70,16 +70,16 @@ class Encoder:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         if self._backend is not None:
-            # A tokenizer.json can ask for both, and they would act below the arguments of a call.
+            # A tokenizer.json can enable both, whatever the arguments of a call.
             self._backend.no_truncation()
             self._backend.no_padding()
 
     def __call__(self, texts: Sequence[str], offsets: Sequence[bool]) -> list[Encoded]:
-        """Ids of each text, and its offsets where asked for and known."""
+        """Ids of each text, and its offsets where requested and known."""
         if self._backend is None:
             lists = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
             return [Encoded(np.asarray(ids, dtype=np.uint32), None) for ids in lists]
-        # The backend, because it makes Python objects of what is asked for only.
+        # The backend, because it creates Python objects for the requested fields only.
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             Encoded(
@@ -95,7 +95,7 @@ def cut(chunks: Iterable[Chunk]) -> Iterator[Piece]:
     buffer, own, opens = "", 0, True
     for chunk in chunks:
         buffer += chunk.text
-        # What is left must be longer than the margin, so that the last piece is one too.
+        # The rest must be longer than the margin, so that the last piece is too.
         while len(buffer) - own > PIECE_CHARACTERS + MARGIN_CHARACTERS:
             stop = _cut_at(buffer, own)
             yield _piece(chunk, buffer, own, stop, opens, False)
@@ -123,7 +123,7 @@ def encode(pieces: Iterable[Piece], encoder: Encoder) -> Iterator[tuple[Piece, I
 
 
 def trained_tokens(offsets: NDArray[np.int64], ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Which tokens stand for any character of the ranges; offsets int64 [n, 2] to bool [n].
+    """Which tokens cover any character of the ranges; offsets int64 [n, 2] to bool [n].
 
     A token reaches from the end of the one before it: offsets may leave out white space that belongs to the
     token, and a token of white space alone then has no width.

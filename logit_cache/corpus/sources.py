@@ -1,4 +1,4 @@
-"""Where text comes from: plain text, JSON lines, Parquet, and data sets of the Hugging Face hub.
+"""Sources of text: plain text, JSON lines, Parquet, and data sets of the Hugging Face hub.
 
 Everything is read as a stream of `Chunk`s of text and of `Conversation`s, in the order in which the sources were
 given; no file is ever held whole. Text is kept as it is, carriage returns included; only a byte-order mark at the
@@ -44,7 +44,7 @@ _PARQUET_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file or data set. `name` is what provenance records: a base name or hub id, never a folder."""
+    """One file or data set. `name` is its name in the cache record: a base name or hub id, never a folder."""
 
     name: str
     kind: Literal["text", "jsonl", "parquet", "hub"]
@@ -90,7 +90,7 @@ class Conversation:
 
 
 def find_sources(text: Iterable[str]) -> list[Source]:
-    """The sources that paths, patterns, folders and hub names stand for; raises InputError for any that is none."""
+    """The sources that paths, patterns, folders and hub names stand for; raises InputError for any that names none."""
     return [source for item in text for source in _find(item)]
 
 
@@ -155,7 +155,7 @@ def _file_source(path: Path) -> Source:
 
 @dataclass
 class _MeteredFile:
-    """A file read in binary, decompressed if its ending says so, that counts its own bytes on the disk."""
+    """A file read in binary, decompressed according to its suffix, that counts its own bytes on the disk."""
 
     source: Source
     meter: Meter
@@ -200,7 +200,7 @@ def decoded(blocks: Iterable[bytes], where: str) -> Iterator[str]:
     Raises InputError that names `where` and the byte that is wrong, counted from the start of the file.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, begun = 0, False
+    offset, started = 0, False
     for block in itertools.chain(blocks, (b"",)):
         if b"\0" in block:
             raise InputError(
@@ -215,8 +215,8 @@ def decoded(blocks: Iterable[bytes], where: str) -> Iterator[str]:
                 f"{where}: byte {offset - carried + error.start} is not valid UTF-8 ({error.reason}); "
                 f"convert the file to UTF-8"
             ) from None
-        yield text if begun else text.removeprefix("\ufeff")
-        begun = begun or bool(text)
+        yield text if started else text.removeprefix("\ufeff")
+        started = started or bool(text)
         offset += len(block)
 
 
@@ -246,7 +246,7 @@ def _split(blocks: Iterable[str], separator: str) -> Iterator[tuple[str, bool]]:
     buffer = ""
     for block in blocks:
         buffer += block
-        # What starts after this point may match more, or earlier, once the next block is there.
+        # A match that starts after this point may become longer, or start earlier, with the next block.
         limit = len(buffer) - longest
         position = 0
         for match in pattern.finditer(buffer):
@@ -356,7 +356,7 @@ def _hub_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tuple[
         raise
     except Exception as error:
         # The library raises its own errors and those of several others: for an unknown name, config or split, for
-        # a gated data set, and for whatever the network does.
+        # a gated data set, and for network failures.
         at = f" after {done} rows" if done else ""
         raise InputError(
             f"{source.name}, split {reading.split!r}: cannot be read{at} ({_one_line(error)}); "

@@ -14,7 +14,7 @@ from storage.errors import StorageFull, is_out_of_space
 
 
 class Spool:
-    """The token stream on its way: raw files that grow, and the counts.
+    """The token stream under construction: raw files that grow, and the counts.
 
     The loss mask of a document is that of its tokens moved one to the left: position p is trained on if token p + 1
     is, and the last position never is. So for each document it is written from its second token on, and closed
@@ -46,7 +46,7 @@ class Spool:
             raise self._explained(error) from error
 
     def add(self, piece: Piece, ids: Ids, trained: NDArray[np.bool_] | None) -> None:
-        """Append a piece: ids uint32 [n]; trained bool [n], None where all are. A document without tokens is none."""
+        """Append a piece: ids uint32 [n]; trained bool [n], None for all. A document without tokens is left out."""
         self._document_bytes += len(piece.own.encode())
         self._has_mask |= trained is not None
         self._append_tokens(ids, np.ones(len(ids), dtype=bool) if trained is None else trained)

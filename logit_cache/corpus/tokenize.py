@@ -1,9 +1,9 @@
-"""Text → token stream: what `logit-cache tokenize` does.
+"""Text → token stream: `logit-cache tokenize`.
 
 Sources are read as a stream of documents (`logit_cache.corpus.sources`), tokenised piece by piece
 (`logit_cache.corpus.pieces`) and spooled to raw temporary files, so that memory does not grow with the corpus; the
-temporary folder (TMPDIR) needs 3 to 5 bytes per token. Only when all of it went well is anything written at the
-destination.
+temporary folder (TMPDIR) needs 3 to 5 bytes per token. Nothing is written at the destination before all of that has
+succeeded.
 
 Legend: `N` tokens, `D` documents, `n` tokens of a piece.
 """
@@ -53,13 +53,13 @@ _MAX_SOURCES = 4_096
 class CorpusConfig(BaseModel):
     """The fields of `logit-cache tokenize`.
 
-    text: what `logit_cache.corpus.sources` reads, in this order.
+    text: sources (see `logit_cache.corpus.sources`), read in this order.
     out: path or URL of the cache.
     tokenizer: a folder, a cache or a hub id; or train_tokenizer: the vocabulary size of a new one.
     special_tokens: further special tokens of a new one.
     chat_template: a file with a Jinja template, in place of the tokenizer's own.
     document_separator: plain text is cut into documents at this string, which is not tokenised; None: one document
-    per file. append_token: a token of the vocabulary that is put after each document.
+    per file. append_token: a token of the vocabulary, appended to each document.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,14 +105,14 @@ def total_bytes(config: CorpusConfig) -> int | None:
 
 
 def tokenize(config: CorpusConfig, progress: Progress | None = None) -> CacheRecord:
-    """Make a cache's token stream out of text; returns the record of it.
+    """Make a cache's token stream from text; returns its record.
 
-    `progress` is given documents, tokens and bytes of input so far, at least once per piece of text. A new tokenizer
+    `progress` receives documents, tokens and bytes of input so far, at least once per piece of text. A new tokenizer
     is trained in a first pass over the text, which adds to the bytes but not to documents and tokens. A destination
     that holds the same stream is left as it is, an interrupted one is finished.
 
-    Raises InputError for input that cannot be read, IdentityMismatch when `out` holds another cache. Nothing has
-    been written at `out` then.
+    Raises InputError for input that cannot be read, IdentityMismatch when `out` holds another cache, StorageFull when
+    the temporary folder is full. Nothing has been written at `out` then.
     """
     sources = find_sources(config.text)
     _check_destination(config.out)
@@ -155,7 +155,7 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None) -> CacheRec
 
 
 def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
-    """Make a token stream, or finish it; the cache. Raises what `tokenize` raises."""
+    """`tokenize` with a config file, flags and a progress bar; returns the cache. Raises the errors of `tokenize`."""
     separator = flags.get("document_separator")
     if separator is not None:
         try:
@@ -176,7 +176,7 @@ def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
 
 
 def _check_destination(out: str) -> None:
-    """Refuse before the work what the writer would refuse after it."""
+    """Refuse before the work a destination that the writer would refuse after it."""
     location = open_store(out)
     names = [name for name in location.names("") if not name.endswith(PARTIAL)]
     if names and "zarr.json" not in names:
@@ -265,7 +265,7 @@ def _with_first(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def _source_records(sources: list[Source], spool: Spool) -> tuple[CorpusSource, ...]:
-    """What the text came from; where there are more files than a record may list, the rest is one entry."""
+    """The records of the sources; where there are more files than a record may list, the rest is one entry."""
     records = [
         CorpusSource(name=source.name, documents=documents, text_bytes=text_bytes)
         for source, documents, text_bytes in zip(sources, spool.source_documents, spool.source_bytes, strict=True)

@@ -1,7 +1,7 @@
-"""The tokenizer of a cache: taken as it is, or trained on the text; and the files that are stored of it.
+"""The tokenizer of a cache: taken as it is, or trained on the text; and its stored files.
 
-Text is tokenised with the tokenizer as it is read back from those files, so that what a cache holds is what made
-its tokens. No code is stored, and nothing that names a folder of this machine.
+Text is tokenised with the tokenizer as it is read back from those files, so that the stored tokenizer is the one that
+made the tokens. No code is stored, and nothing that names a folder of this machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MIN_FREQUENCY = 2
 _STORED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"}
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-# Where from and how it was loaded, which is neither behaviour nor anybody's business.
+# How and from where it was loaded: not part of its behaviour, and private.
 _LOADING = {
     "name_or_path",
     "is_local",
@@ -55,7 +55,7 @@ def open_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def cache_vocabulary(cache: LogitCache) -> dict[str, int]:
-    """Which string is which id in a cache's tokenizer, added tokens included."""
+    """Token string → id in a cache's tokenizer, added tokens included."""
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         cache.save_tokenizer(Path(folder))
         vocabulary: dict[str, int] = _load(Path(folder), cache.url, False).get_vocab()
@@ -141,19 +141,19 @@ def render_marked(tokenizer: Any, template: str, messages: list[dict[str, Any]])
     return texts[0], tuple((start, stop) for start, stop in ranges[0] if start < stop)
 
 
-def _load(place: str | Path, name: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+def _load(location: str | Path, name: str, trust_remote_code: bool, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
-    local = isinstance(place, Path)
+    local = isinstance(location, Path)
     pinned = {} if revision is None else {"revision": revision}
     try:
         return AutoTokenizer.from_pretrained(
-            str(place), local_files_only=local, trust_remote_code=trust_remote_code, **pinned
+            str(location), local_files_only=local, trust_remote_code=trust_remote_code, **pinned
         )
     except LogitCacheError:
         raise
     except Exception as error:
-        # Whatever the files hold ends up as an exception of the library that first stumbled over it.
+        # Damaged files raise an exception of whichever library reads them first.
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         remedy = "give a folder in which a tokenizer was saved" if local else "check the id and the network"
         raise InputError(f"{name}: cannot be read as a tokenizer ({reason}); {remedy}") from None

@@ -1,4 +1,4 @@
-"""Where workers run and who gets which shard: this machine, Ray, Slurm, torchrun.
+"""How workers are started and which worker gets which shard: this machine, Ray, Slurm, torchrun.
 
-What a worker does with a shard belongs to `logit_cache.caching`.
+Scoring and committing one shard belong to `logit_cache.caching`.
 """

@@ -1,8 +1,7 @@
-"""Workers as processes of this machine: one for each GPU, or as many as asked for.
+"""Workers as processes of this machine: one for each GPU, or as many as requested.
 
-Each process has a teacher of its own and a pipe to the one that asked for it. Through the pipe go the numbers of
-shards, and back comes what became of them. A process that is killed, or runs out of memory, is replaced; one whose
-parent has gone ends at the next batch.
+Each process has a replica of the teacher and a pipe to its parent, which carries shard numbers one way and outcomes
+the other. One that is killed, or runs out of memory, is replaced; one whose parent is gone ends at the next batch.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from typing import Any
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
-from logit_cache.engines.driver import Event, Gone, Ready, Reported, WorkersLost
+from logit_cache.engines.driver import Event, Gone, Ready, Reported
 from logit_cache.engines.options import EngineOptions
+from logit_cache.engines.outcome import WorkersLost
 from logit_cache.engines.shutdown import Stopping
 from storage.errors import LogitCacheError
 
 _Message = tuple[str, Any]
-_PART_OF_THE_GRACE = 0.9
+_GRACE_SHARE = 0.9
 
 
 @dataclass
@@ -39,7 +39,7 @@ class _Child:
 class LocalPool:
     """`workers` processes that build shards of a job; a context manager, which ends them.
 
-    devices: of the workers, one after the other; fewer are shared. threads: of torch, for each.
+    devices: assigned to the workers in turn; fewer than workers are shared. threads: of torch, for each worker.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class LocalPool:
         self._children: dict[str, _Child] = {}
         self._loading: set[str] = set()
         self._surveyed = False
-        self._places: list[int] = list(range(workers))
+        self._slots: list[int] = list(range(workers))
         self._made = 0
-        self._place_of: dict[str, int] = {}
+        self._slot_of: dict[str, int] = {}
         self._concluded: dict[str, LogitCacheError | None] = {}
 
     def __enter__(self) -> LocalPool:
@@ -65,7 +65,7 @@ class LocalPool:
     ) -> None:
         for child in self._children.values():
             child.pipe.close()
-        # Idle ones end by themselves; what is being computed is of no use to anybody any more.
+        # Idle workers end by themselves; nobody needs a shard that is still being computed.
         for name, child in self._children.items():
             if kind is not None or name in self._loading:
                 child.process.kill()
@@ -76,16 +76,16 @@ class LocalPool:
         self._children.clear()
 
     def start(self) -> str:
-        """Start a process in the place of one that is gone."""
-        place = self._places.pop(0)
-        name = str(place) if self._made < self.workers else f"{place}.{self._made}"
+        """Start a process in a free slot, at first or as a replacement."""
+        slot = self._slots.pop(0)
+        name = str(slot) if self._made < self.workers else f"{slot}.{self._made}"
         self._made += 1
         ours, theirs = self._context.Pipe()
-        device = self._devices[place % len(self._devices)]
+        device = self._devices[slot % len(self._devices)]
         job = self._job.model_copy(update={"device": device})
         process = self._context.Process(
             target=_serve,
-            args=(theirs, job, self._threads, self._options, place, not self._surveyed),
+            args=(theirs, job, self._threads, self._options, slot, not self._surveyed),
             daemon=True,
             name=f"worker-{name}",
         )
@@ -99,18 +99,18 @@ class LocalPool:
             else:
                 os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
-        self._children[name], self._place_of[name] = _Child(process, ours), place
+        self._children[name], self._slot_of[name] = _Child(process, ours), slot
         self._loading.add(name)
         return name
 
     def build(self, worker: str, shard: int) -> None:
-        """Send the number of a shard."""
+        """Send a shard number to a worker."""
         self._send(worker, ("build", shard))
 
     def conclude(self, worker: str, fidelity_positions: int) -> None:
-        """Have a worker write what belongs to a complete entry: the index of receipts and the fidelity report.
+        """Have a worker write the index of receipts and the fidelity report of a complete entry.
 
-        Raises what goes wrong there.
+        Raises the worker's LogitCacheError, and WorkersLost where it is lost meanwhile.
         """
         self._send(worker, ("conclude", fidelity_positions))
         while worker in self._children and worker not in self._concluded:
@@ -122,42 +122,42 @@ class LocalPool:
             raise error
 
     def events(self, timeout: float) -> Sequence[Event]:
-        """What came through the pipes."""
-        told: list[Event] = []
+        """The events that came through the pipes; waits up to `timeout` seconds for one."""
+        events: list[Event] = []
         by_pipe = {child.pipe: name for name, child in self._children.items()}
         for pipe in wait(list(by_pipe), timeout):
             name = by_pipe[pipe]  # type: ignore[index]
             try:
                 kind, content = self._children[name].pipe.recv()
             except (EOFError, OSError):
-                told.append(self._ended(name))
+                events.append(self._ended(name))
                 continue
             if kind == "ready":
                 self._loading.discard(name)
                 self._surveyed = True
-                told.append(Ready(name, *content))
+                events.append(Ready(name, *content))
             elif kind == "outcomes":
-                told.append(Reported(name, content))
+                events.append(Reported(name, content))
             elif kind == "concluded":
                 self._concluded[name] = content
             else:
-                told.append(self._ended(name, *content))
-        return told
+                events.append(self._ended(name, *content))
+        return events
 
     def stop(self) -> None:
-        """Hand the signal on: each process knows how far its shard is."""
+        """Pass SIGTERM on: each process knows how far its shard is."""
         for child in self._children.values():
             if child.process.is_alive():
                 os.kill(child.process.pid, signal.SIGTERM)
 
     def _send(self, worker: str, message: _Message) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it is gone, and its pipe says so at the next look
+        with contextlib.suppress(OSError, ValueError):  # the worker is gone, and `events` finds its pipe closed
             self._children[worker].pipe.send(message)
 
     def _ended(self, name: str, why: str | None = None, refusal: LogitCacheError | None = None) -> Gone:
         child = self._children.pop(name)
         self._loading.discard(name)
-        self._places.append(self._place_of.pop(name))
+        self._slots.append(self._slot_of.pop(name))
         child.pipe.close()
         child.process.join(self._grace)
         if child.process.is_alive():
@@ -168,21 +168,21 @@ class LocalPool:
             signalled = code is not None and code < 0
             why = f"killed by {signal.Signals(-code).name}" if signalled else f"it ended with exit status {code}"
             if code == -signal.SIGKILL:
-                why += " (out of memory, if nobody did it)"
+                why += " (out of memory, unless somebody killed it)"
         return Gone(name, why, refusal)
 
 
-def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, place: int, survey: bool) -> None:
-    """The life of a worker process."""
-    # A pressed Ctrl-C reaches the whole group; the parent decides what is to be done.
+def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, slot: int, survey: bool) -> None:
+    """The main function of a worker process."""
+    # Ctrl-C reaches the whole process group; the parent decides whether to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if place:
-        # Remarks about the teacher are the same in all workers.
+    if slot:
+        # Warnings about the teacher are the same in all workers.
         logging.getLogger("teachers").setLevel(logging.ERROR)
-    # A little less than the parent, which has to hear of it.
-    stopping = Stopping(_PART_OF_THE_GRACE * options.grace_seconds)
+    # A little less than the parent's, which has to receive the outcomes.
+    stopping = Stopping(_GRACE_SHARE * options.grace_seconds)
     log = JobLog(options.log_format, cache=job.cache, entry=job.name)
-    # Without a pipe the parent is gone, or needs nothing more.
+    # A closed pipe means that the parent is gone, or needs nothing more.
     with stopping.on_sigterm(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _build_all(pipe, job, threads, stopping, log, survey)
 
@@ -203,9 +203,9 @@ def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping
     try:
         opened = open_job(job)
         with Worker(opened, stopping, advance) as worker:
-            place = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
-            # One look at all that is there is enough for a job: a worker that takes another's place does without.
-            pipe.send(("ready", (tuple(worker.pending()) if survey else (), place)))
+            location = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
+            # The missing shards are listed once for a job: a replacement worker skips that.
+            pipe.send(("ready", (tuple(worker.pending()) if survey else (), location)))
             while True:
                 while not pipe.poll(0.2):
                     if stopping.wanted:
@@ -236,7 +236,7 @@ def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping
 
 
 def local_devices(device: str) -> list[str]:
-    """The devices that workers of this machine are given: each GPU, unless one device was asked for."""
+    """Devices for the workers of this machine: each GPU, unless one device was requested."""
     if device not in ("auto", "cuda"):
         return [device]
     import torch
@@ -246,7 +246,7 @@ def local_devices(device: str) -> list[str]:
 
 
 def threads_for(workers: int) -> int:
-    """Threads of each of several workers on a CPU: those of the machine, shared; or what OMP_NUM_THREADS says."""
+    """Torch threads of each of several workers on a CPU: OMP_NUM_THREADS, else an equal part of the cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked):
         return int(asked)

@@ -1,4 +1,4 @@
-"""How a caching job is run, and by whom: fields that change nothing in what is stored."""
+"""How a caching job is run, and by which workers: fields that do not affect the stored targets."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Engine = Literal["local", "ray", "slurm"]
 class EngineOptions(BaseModel):
     """The fields of `cache-logits` beside those of the job, as flags or in the same YAML file.
 
-    engine        who starts the workers
+    engine        local, ray or slurm: how workers are started
     workers       processes, actors or array tasks; None for one per device, or for Slurm one
-    worker        i/n, where something else starts the processes
+    worker        i/n, where another launcher starts the processes
     help_others   whether such a process, its share done, takes others' shards, and ends when nothing is missing
-    attempts      how often a shard that fails is tried before it is given up
-    ray_address   of a running cluster; None for the one that the environment names, or a new one on this machine
+    attempts      how often a shard that fails is tried before it has failed permanently
+    ray_address   of a running cluster; None for that of RAY_ADDRESS, or a new one on this machine
     grace_seconds from SIGTERM to the end of the process, at most
-    log_format    text, or an object of JSON for each line
-    worker_cpus   what each worker of Ray, or task of Slurm, reserves beside its GPU
-    slurm         parameters of the array as sbatch has them, such as partition and time
+    log_format    text, or one JSON object per line
+    worker_cpus   CPUs that each Ray worker or Slurm task reserves beside its GPU
+    slurm         sbatch parameters of the array, such as partition and time
     slurm_folder  for Slurm's logs and submitit's files, on a disk that all nodes see
-    wait          whether to wait for the array's end
+    wait          whether to wait for the end of the array
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,22 +48,22 @@ class EngineOptions(BaseModel):
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            # YAML has true for what a flag says with `=true`.
-            said = {name: str(item).lower() if isinstance(item, bool) else str(item) for name, item in value.items()}
-            return {_parameter(str(name)): item for name, item in said.items()}
+            # A flag's `=true` is a boolean in YAML.
+            texts = {name: str(item).lower() if isinstance(item, bool) else str(item) for name, item in value.items()}
+            return {_parameter(str(name)): item for name, item in texts.items()}
         pairs = [str(item).partition("=") for item in value or ()]
         for name, equals, _ in pairs:
             if not name or not equals:
-                raise ValueError(f"--slurm {name!r}: expected NAME=VALUE as sbatch has them, such as partition=gpu")
+                raise ValueError(f"--slurm {name!r}: expected NAME=VALUE as for sbatch, such as partition=gpu")
         return {_parameter(name): item for name, _, item in pairs}
 
     @model_validator(mode="after")
     def _agree(self) -> EngineOptions:
         def refuse(flag: str, engine: str) -> None:
-            raise ValueError(f"--{flag} goes with --engine {engine}, and this is --engine {self.engine}")
+            raise ValueError(f"--{flag} requires --engine {engine}, and this is --engine {self.engine}")
 
         if self.worker is not None and (self.engine != "local" or self.workers is not None):
-            raise ValueError("--worker i/n is for processes that something else starts: without --engine and --workers")
+            raise ValueError("--worker i/n is for processes of another launcher: leave out --engine and --workers")
         if self.ray_address is not None and self.engine != "ray":
             refuse("ray-address", "ray")
         if self.engine != "slurm":
@@ -75,5 +75,5 @@ class EngineOptions(BaseModel):
 
 
 def _parameter(name: str) -> str:
-    """A parameter of sbatch, as it is written there or as a Python name, as a Python name."""
+    """The Python name of an sbatch parameter, which may be written either way."""
     return name.lstrip("-").replace("-", "_")

@@ -1,8 +1,8 @@
-"""Which worker gets which shard next, what is tried again, and what is given up. Book-keeping: it starts nothing.
+"""Which worker gets which shard next, which are retried, and which failed permanently. Book-keeping: it starts nothing.
 
-A shard that fails is tried again after the others, `attempts` times in all, and then given up; the job goes on without
-it. When a worker is lost with several shards, it is not known which of them did it: from then on all are *suspects*,
-which a worker gets alone, and only what happens to one alone is counted.
+A shard that fails is retried after the others; after `attempts` tries in all it has failed permanently, and the job
+continues without it. When a worker is lost with several shards, the one at fault is unknown: from then on all are
+*suspects*, which a worker gets alone, and the loss of a worker counts as a failure only of a shard that it had alone.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Iterable
 
 ATTEMPTS = 3
-# One is committed, one is computed, and the next is there when that is done.
+# One is being committed, one is being computed, and the next is ready when that is done.
 _MOST_HELD = 3
 
 
 class ShardQueue:
-    """Shards of a job and who has them. Workers go by any names.
+    """The shards of a job and the workers that hold them. Workers have any names.
 
-    failed_permanently   shard → what went wrong the last time
+    failed_permanently   shard → its last error
     """
 
     def __init__(self, shards: Iterable[int], attempts: int = ATTEMPTS) -> None:
@@ -32,67 +32,67 @@ class ShardQueue:
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is something to be done, being done here, or being done elsewhere."""
+        """Whether a shard waits, is held by a worker, or is leased by another job."""
         return bool(self._waiting or self._elsewhere or any(self._held.values()))
 
     @property
     def waiting(self) -> int:
-        """How many shards nobody has."""
+        """Number of shards that no worker holds."""
         return len(self._waiting)
 
     @property
     def elsewhere(self) -> list[int]:
-        """Shards that are left, and that other jobs work at."""
+        """Unfinished shards that other jobs have leased."""
         return list(self._elsewhere)
 
     def held(self, worker: str) -> int:
-        """How many shards a worker has."""
+        """Number of shards that a worker holds."""
         return len(self._held.get(worker, ()))
 
     def take(self, worker: str, workers: int = 1) -> int | None:
-        """A shard for one of so many workers; None where it has enough, or nothing is left for it.
+        """The next shard for one of `workers` workers; None where it holds enough, or no shard is left for it.
 
-        When fewer shards are left than there are workers, they are for those who have none.
+        When fewer shards wait than there are workers, only workers that hold none get one.
         """
         held = self._held.setdefault(worker, [])
         if len(held) >= _MOST_HELD or not self._suspects.isdisjoint(held):
             return None
         if held and len(self._waiting) < workers:
             return None
-        for place, shard in enumerate(self._waiting):
+        for index, shard in enumerate(self._waiting):
             if not (held and shard in self._suspects):
-                del self._waiting[place]
+                del self._waiting[index]
                 held.append(shard)
                 return shard
         return None
 
     def done(self, worker: str, shard: int) -> None:
-        """A shard is committed."""
+        """Record that a shard is committed."""
         self._held[worker].remove(shard)
         self._suspects.discard(shard)
 
     def dropped(self, worker: str, shard: int) -> None:
-        """A worker gave a shard back as it was."""
+        """Requeue a shard that a worker dropped, before all others; it counts as no failure."""
         self._held[worker].remove(shard)
         self._waiting.appendleft(shard)
 
-    def claimed(self, worker: str, shard: int) -> None:
-        """Somebody outside this job is working at a shard."""
+    def leased(self, worker: str, shard: int) -> None:
+        """Record that a worker of another job has leased a shard."""
         self._held[worker].remove(shard)
         self._elsewhere.append(shard)
 
     def look_again(self) -> None:
-        """Have what was done elsewhere asked for again."""
+        """Requeue the shards that other jobs have leased."""
         self._waiting.extend(self._elsewhere)
         self._elsewhere.clear()
 
     def failed(self, worker: str, shard: int, error: str) -> int:
-        """A shard went wrong; how many times it has by now. After the last attempt it is given up."""
+        """Record a failure; returns the number so far. After the last attempt the shard has failed permanently."""
         self._held[worker].remove(shard)
         return self._count(shard, error)
 
     def lost(self, worker: str, error: str, blame: bool = True) -> list[int]:
-        """A worker is gone; the shards that it had. `blame`: it may be one of them that did it."""
+        """Record a lost worker; returns the shards that it held. `blame`: whether one of them may be the cause."""
         held = self._held.pop(worker, [])
         if blame and len(held) == 1:
             self._suspects.add(held[0])

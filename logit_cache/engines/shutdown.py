@@ -1,8 +1,8 @@
-"""SIGTERM: a worker finishes the shard that it is at if that can be done in time, and lets go of it otherwise.
+"""SIGTERM: a worker drains: it finishes its current shard if the grace period allows, and drops it otherwise.
 
-Batch systems and clouds send SIGTERM some time before they kill: Slurm and Kubernetes 30 seconds, most spot markets 30
-to 120. Within `grace_seconds` of the signal the process has ended, whatever it was doing: what is being committed then
-is either committed or will be done again, as after any kill.
+Batch systems and clouds send SIGTERM some time before SIGKILL: Slurm and Kubernetes 30 seconds, most spot markets 30
+to 120. The process ends within `grace_seconds` of the signal, whatever it is doing: a shard whose commit is under way
+is then either committed or built again later, as after any kill.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from collections.abc import Iterator
 from types import FrameType
 
 GRACE_SECONDS = 25.0
-# The part of the grace that is kept for committing what was computed.
-_FOR_THE_COMMIT = 0.3
+# The part of the grace period that is reserved for committing a computed shard.
+_COMMIT_SHARE = 0.3
 
 EXIT_STATUS = 1
-"""Of a command that was asked to stop before its work was done."""
+"""Exit status of a command that was asked to stop before its work was done."""
 
 
 class Stopped(BaseException):
-    """The work was asked to stop, and would not be done in time. No error, so nothing that handles errors sees it."""
+    """A stop was requested, and the shard would not be done in time. No `Exception`, so no error handler catches it."""
 
 
 class Stopping:
-    """Whether this process was asked to stop, and until when it may go on."""
+    """Whether this process was asked to stop, and how long it may continue."""
 
     def __init__(self, grace_seconds: float = GRACE_SECONDS) -> None:
         self.grace_seconds = grace_seconds
@@ -39,21 +39,21 @@ class Stopping:
         self._last_resort: threading.Timer | None = None
 
     def begin(self) -> float:
-        """The time, monotonic, at which a shard is begun; `check` judges by it."""
+        """Start the clock of a shard, for `check`; returns the time (`time.monotonic`)."""
         self._began = time.monotonic()
         return self._began
 
     def check(self, share: float) -> None:
-        """Raise `Stopped` if a stop was asked for and what is done to this share now will not be done in time."""
+        """Raise `Stopped` if a stop was requested and a shard, of which `share` (0 to 1) is done, would be late."""
         if not self.wanted:
             return
         now = time.monotonic()
         left = (now - self._began) * (1.0 / share - 1.0) if share > 0 else float("inf")
-        if now + left > self.asked_at + (1.0 - _FOR_THE_COMMIT) * self.grace_seconds:
+        if now + left > self.asked_at + (1.0 - _COMMIT_SHARE) * self.grace_seconds:
             raise Stopped
 
     def ask(self) -> None:
-        """Ask for a stop, as the signal does. The process ends in `grace_seconds` at the latest."""
+        """Request a stop, as the signal does. The process ends in `grace_seconds` at the latest."""
         if self.wanted:
             return
         self.wanted, self.asked_at = True, time.monotonic()
@@ -63,7 +63,7 @@ class Stopping:
 
     @contextlib.contextmanager
     def on_sigterm(self) -> Iterator[Stopping]:
-        """While the body runs, SIGTERM asks for a stop. Does nothing outside a process's main thread."""
+        """While the body runs, SIGTERM requests a stop. Does nothing outside a process's main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

@@ -1,13 +1,13 @@
-"""`cache-logits --tensor-parallel`: what rank 0 does and what the others do, and how all of them end together.
+"""`cache-logits --tensor-parallel`: how rank 0 leads a job and the other ranks follow, and how all end together.
 
 torchrun starts one process for each device. All of them check the job, load their part of the teacher and score the
-same windows; rank 0 alone has the entry open for writing. Before each shard it tells the others the number, and at the
-end that there are no more; they follow, and drop what they computed, which is what rank 0 has.
+same windows; rank 0 alone has the entry open for writing. It broadcasts the number of each shard, and at the end that
+no shard is left; the other ranks follow, and discard their targets, which equal those of rank 0.
 
-A rank that fails would leave the others waiting inside a collective operation. So whoever fails first leases that in
-the store through which the ranks found each other, says why, and notes that it is said; a thread of every other rank
-looks for that note once a second, and ends its process with the same status. A rank that is killed is noticed by
-torchrun, which ends the others, or by the time limit of the process group.
+A rank that fails would leave the others waiting inside a collective operation. So the first rank to fail registers
+itself in the store of the rendezvous, prints its error, and then stores its exit status there; a thread of every other
+rank polls that status once a second, and ends its process with it. A rank that is killed is noticed by torchrun, which
+ends the others, or by the timeout of the process group.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from logit_cache.engines.options import EngineOptions
     from teachers.ranks import Ranks
 
-# What a rank waits for another: one loads from a slow disk, or rank 0 waits for a store.
-_PATIENCE = timedelta(minutes=30)
+# How long a rank waits for another, which may load from a slow disk, or as rank 0 wait for a store.
+_TIMEOUT = timedelta(minutes=30)
 _SECONDS_TO_MEET = 60
-_SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_BETWEEN_CLAIMS = 2.0
-_SECONDS_TO_SPEAK = 10.0
-_END, _MEASURE = -1, -2  # in the place of a shard's number
+_SECONDS_BETWEEN_POLLS = 1.0
+_SECONDS_BETWEEN_LEASE_TRIES = 2.0
+_SECONDS_TO_PRINT = 10.0
+_END, _MEASURE = -1, -2  # broadcast instead of a shard number
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None:
-    """The job of these fields; the description of its entry on rank 0, None on the others.
+    """Run the job of these fields; returns the description of its entry on rank 0, None on the other ranks.
 
-    Of the options, `worker` says which of several such groups of ranks this is. A failure of any rank ends this
-    process. Raises InputError where torchrun did not start it.
+    The option `worker` numbers several such groups of ranks. A failure of any rank ends this process. Raises
+    InputError where torchrun did not start it.
     """
     world = _World.of_this_process()
     with _together(world) as store:
@@ -63,11 +63,11 @@ def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None
             )
         if options.engine != "local" or options.workers is not None:
             raise InputError(
-                "cache-logits: --tensor-parallel is started by torchrun: without --engine and --workers; several "
-                "groups of ranks are told apart by --worker i/n"
+                "cache-logits: --tensor-parallel is started by torchrun: leave out --engine and --workers; several "
+                "groups of ranks are numbered by --worker i/n"
             )
         job = build_config(CacheJob, fields, {}, "cache-logits")
-        # The variables of torchrun number the ranks of a group; only the flag tells groups apart.
+        # The variables of torchrun number the ranks of a group; only the flag numbers the groups.
         group = rank_of(options.worker, {})
         log = JobLog(options.log_format, cache=job.cache, entry=job.name)
         with _process_group(world, store) as ranks:
@@ -100,29 +100,29 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
             advance(count)
             writer.leases.keep()
 
-        on_its_way: int | None = None
+        committing: int | None = None
         todo, refused = deque(mine), 0
         while todo:
             shard = todo.popleft()
             if writer.is_committed(shard):
                 continue
             if not writer.leases.take(shard):
-                # With another group, or left by one that was killed: then the claim runs out.
+                # Leased by another group, or by one that was killed, whose lease expires.
                 todo.append(shard)
                 refused += 1
                 if refused >= len(todo):
-                    time.sleep(_SECONDS_BETWEEN_CLAIMS)
+                    time.sleep(_SECONDS_BETWEEN_LEASE_TRIES)
                 continue
             refused = 0
             began = time.monotonic()
             from_first(ranks, shard)
             committer.put(shard, score_shard(opened, shard, progress), began)
-            # The one before is committed.
-            if on_its_way is not None:
-                writer.leases.release(on_its_way)
-            on_its_way = shard
-    if on_its_way is not None:
-        writer.leases.release(on_its_way)
+            # `put` has returned, so the shard before is committed.
+            if committing is not None:
+                writer.leases.release(committing)
+            committing = shard
+    if committing is not None:
+        writer.leases.release(committing)
     writer.finish()
     wanted = is_wanted(opened, job.fidelity_positions)
     from_first(ranks, _MEASURE if wanted else _END)
@@ -141,7 +141,7 @@ def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
     from teachers.ranks import from_first
 
     entry = TeacherEntry.model_validate(from_first(ranks))
-    # Rank 0 takes the batch of an entry that is there, and another worker may just have made it.
+    # Rank 0 takes the batch size of an existing entry, which another worker may just have created.
     execution = prepared.entry.execution.model_copy(update={"batch_windows": entry.execution.batch_windows})
     own = prepared.entry.model_copy(update={"execution": execution})
     different = differences(entry, own, names=("rank 0", f"rank {ranks.rank}"))
@@ -159,7 +159,7 @@ def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class _World:
-    """Where this process stands among those that torchrun started, and where their store is."""
+    """This process among those that torchrun started: its ranks, and the address of their store."""
 
     rank: int
     size: int
@@ -196,7 +196,7 @@ class _World:
         )
 
     def store(self, may_serve: bool = False) -> Any:
-        """A connection to the store; where no agent of torchrun has it, rank 0 serves it."""
+        """A connection to the store, which rank 0 serves unless torchrun's agent does."""
         dist: Any = importlib.import_module("torch.distributed")  # which exports its stores without types
         serves = may_serve and self.rank == 0 and not self.agent_has_store
         try:
@@ -215,55 +215,55 @@ class _World:
 
 
 class _Failure:
-    """What the store says of a failure: who claimed to be the first, and, once it is said, the status to end with."""
+    """A failure of any rank, in the store: the first rank to fail and, once its error is printed, the exit status."""
 
     def __init__(self, world: _World) -> None:
         self._rank = world.rank
         self.store = world.store(may_serve=True)
-        self._watched = world.store()  # the watching thread's own: a connection serves one call at a time
+        self._watched = world.store()  # of the watching thread alone: a connection serves one call at a time
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failure of a rank", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop looking for failures of others."""
+        """Stop watching for failures of other ranks."""
         self._over.set()
         self._thread.join()
 
     def end(self, error: BaseException) -> int:
-        """The status to end with, after the error is said, by this rank if it is the first."""
+        """The exit status, once the error of the first rank to fail is printed, by this rank if it is the first."""
         self.stop()
         status = 2 if isinstance(error, LogitCacheError) else 1
         try:
             mine = str(self._rank).encode()
-            if self.store.compare_set("claimed", "", mine.decode()) != mine:
-                return self._status(self.store, timedelta(seconds=_SECONDS_TO_SPEAK)) or status
-        except RuntimeError:  # the store is gone with rank 0, which had its reason
-            print(f"rank {self._rank}: ends, as rank 0 is gone", file=sys.stderr)
+            if self.store.compare_set("first", "", mine.decode()) != mine:
+                return self._status(self.store, timedelta(seconds=_SECONDS_TO_PRINT)) or status
+        except RuntimeError:  # the store is gone with rank 0, which served it
+            print(f"rank {self._rank}: ends because rank 0 is gone", file=sys.stderr)
             return status
-        status = _say(error)
-        self.store.set("said", str(status))
+        status = _print_error(error)
+        self.store.set("status", str(status))
         return status
 
     @staticmethod
-    def _status(store: Any, patience: timedelta) -> int | None:
+    def _status(store: Any, timeout: timedelta) -> int | None:
         try:
-            store.wait(["said"], patience)
+            store.wait(["status"], timeout)
         except RuntimeError:
             return None
-        return int(store.get("said"))
+        return int(store.get("status"))
 
     def _watch(self) -> None:
-        while not self._over.wait(_SECONDS_BETWEEN_LOOKS):
+        while not self._over.wait(_SECONDS_BETWEEN_POLLS):
             try:
-                if self._watched.check(["said"]):
-                    _exit(int(self._watched.get("said")))
-            except RuntimeError:  # the store is gone: whoever waits for a rank will find out
+                if self._watched.check(["status"]):
+                    _exit(int(self._watched.get("status")))
+            except RuntimeError:  # the store is gone: collective operations fail by themselves
                 return
 
 
-def _say(error: BaseException) -> int:
-    """Print an error as a command does; the status that goes with it."""
+def _print_error(error: BaseException) -> int:
+    """Print an error as a command does; returns its exit status."""
     try:
         with one_line_errors():
             raise error
@@ -275,7 +275,7 @@ def _say(error: BaseException) -> int:
 
 
 def _exit(status: int) -> None:
-    """End this process at once: threads and communicators that wait for another rank would hold it."""
+    """End this process at once: threads and communicators that wait for another rank would keep it alive."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -283,7 +283,7 @@ def _exit(status: int) -> None:
 
 @contextlib.contextmanager
 def _together(world: _World) -> Iterator[Any]:
-    """End this process when any rank fails; the error is said once. Yields the ranks' store."""
+    """End this process when any rank fails; the error is printed once. Yields the ranks' store."""
     failure = _Failure(world)
     try:
         yield failure.store
@@ -314,9 +314,9 @@ def _process_group(world: _World, store: Any) -> Iterator[Ranks]:
         store=PrefixStore("group", store),
         rank=world.rank,
         world_size=world.size,
-        timeout=_PATIENCE,
+        timeout=_TIMEOUT,
     )
     ranks = DistributedRanks()
     yield ranks
-    all_true(ranks, True)  # nobody leaves before all are done
+    all_true(ranks, True)  # no rank leaves before all are done
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The worker that is the process itself: one shard after another, for its own share and then for others'."""
+"""Jobs on this machine: this process as the worker, for its own share and then for others', or a pool of processes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, open_job
 from logit_cache.caching.status import Survey, survey
-from logit_cache.engines.driver import Driver, Event, Gone, ManyWorkers, NotDone, Outcome, Ready, Reported, WorkersLost
+from logit_cache.engines.driver import Driver, Event, Gone, ManyWorkers, Ready, Reported
 from logit_cache.engines.local_processes import LocalPool, local_devices, threads_for
 from logit_cache.engines.options import EngineOptions
+from logit_cache.engines.outcome import NotDone, Outcome, WorkersLost
 from logit_cache.engines.shard_queue import ATTEMPTS
 from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.worker import Worker, positions_of, publish_report
@@ -22,7 +23,7 @@ from storage.cache.failures import failures_of
 
 
 class ThisProcess:
-    """A pool of one worker, which is the process that asks."""
+    """A pool whose only worker is this process."""
 
     workers = 1
 
@@ -36,7 +37,7 @@ class ThisProcess:
         self._worker = Worker(opened, stopping, advance)
         self._shards = shards
         self._todo: deque[int] = deque()
-        self._told: list[Event] = []
+        self._events: list[Event] = []
         self._started = 0
 
     def __enter__(self) -> ThisProcess:
@@ -46,33 +47,33 @@ class ThisProcess:
         self._worker.__exit__()
 
     def start(self) -> str:
-        """The worker is there already; it cannot be made anew."""
+        """The worker runs already; it cannot be replaced."""
         name = str(self._started)
         self._started += 1
         if self._started == 1:
-            self._told.append(Ready(name, tuple(self._shards), {}))
+            self._events.append(Ready(name, tuple(self._shards), {}))
         else:
-            self._told.append(Gone(name, "the device of this process is broken: start it again"))
+            self._events.append(Gone(name, "the device of this process is broken: restart the process"))
         return name
 
     def build(self, worker: str, shard: int) -> None:
-        """Put down a shard to be built when the driver listens."""
+        """Queue a shard, which `events` builds."""
         self._todo.append(shard)
 
     def events(self, timeout: float) -> Sequence[Event]:
-        """Builds one shard."""
-        if not self._told and not self._todo:
+        """Build one shard, and return the events since the last call."""
+        if not self._events and not self._todo:
             time.sleep(timeout)
         if self._todo:
-            self._told.append(self._build(self._todo.popleft()))
-        told, self._told = self._told, []
+            self._events.append(self._build(self._todo.popleft()))
+        events, self._events = self._events, []
         ended = [
-            item for event in told if isinstance(event, Reported) for item in event.outcomes if item.state == "ended"
+            item for event in events if isinstance(event, Reported) for item in event.outcomes if item.state == "ended"
         ]
         if ended:
             self._todo.clear()
-            told.append(Gone("0", ended[0].error or "", ended[0].cause))
-        return told
+            events.append(Gone("0", ended[0].error or "", ended[0].cause))
+        return events
 
     def _build(self, shard: int) -> Reported:
         outcomes = self._worker.build(shard)
@@ -81,7 +82,7 @@ class ThisProcess:
         return Reported("0", tuple(outcomes))
 
     def stop(self) -> None:
-        """Nothing to do: the worker looks at `stopping` itself."""
+        """Nothing to do: the worker checks `stopping` itself."""
 
 
 def run_local(
@@ -95,17 +96,16 @@ def run_local(
     attempts: int = ATTEMPTS,
     help_others: bool = True,
 ) -> Outcome:
-    """Build the pending shards in this process: its own, or all where it is the only one; then help the others.
+    """Build the pending shards in this process: its own share, or all if it is the only worker; then help the others.
 
-    So when it ends, nothing is missing but what was given up; or, where the place keeps no leases, and without
-    `help_others`, others' shares.
-    `advance` is given positions of its own share done since the last call. Raises a LogitCacheError that a shard
-    raises, and WorkersLost where the device is broken.
+    Then the only missing shards are those that failed permanently, and others' shares where the store has no leases
+    or without `help_others`. `advance` is called with the number of positions of its own share done since the
+    last call. Raises the LogitCacheError that a shard raises, and WorkersLost where the device is broken.
     """
     rank, stopping, log = rank or Rank(), stopping or Stopping(), log or JobLog()
     writer = opened.writer
     mine = [shard for shard in pending if rank.owns(shard)]
-    # From the last one on, as their own workers begin with the first.
+    # In reverse order, as their own workers start with the first.
     theirs = [shard for shard in reversed(pending) if not rank.owns(shard)]
     outcome = Outcome()
 
@@ -119,29 +119,29 @@ def run_local(
         if mine:
             outcome = build(mine, advance, wait=not theirs)
         if theirs and help_others and not outcome.stopped and writer.leases.exclusive:
-            # What others had of its own share comes last: its holder may have been killed.
+            # Shards of its own share that others had leased come last: the holder may have been killed.
             outcome = outcome.then(build([*theirs, *outcome.elsewhere], None, wait=True))
     writer.finish()
     return outcome
 
 
 def local_workers(job: CacheJob, options: EngineOptions) -> int:
-    """Processes that a job has on this machine: as many as asked for, else one per device; one of several has one."""
+    """Processes of a job on this machine: `workers`, else one per device; a process of another launcher is one."""
     return options.workers or (len(_devices(job)) if _rank(options).count == 1 else 1)
 
 
 def _rank(options: EngineOptions) -> Rank:
-    """Which of several processes this one is, unless it was asked to have workers of its own."""
+    """The rank of this process among those of another launcher; rank 0 of 1 where it starts workers of its own."""
     return rank_of(options.worker, os.environ) if options.workers is None else Rank()
 
 
 def run_job_here(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob | None = None) -> Outcome:
-    """`logit_cache.engines.run.run_job` on this machine, by this process or by several."""
+    """`run_job` on this machine, in this process or in several."""
     return run_to_end(job, options, log, lambda stopping: _run_on_this_machine(job, options, log, stopping, opened))
 
 
 def run_to_end(job: CacheJob, options: EngineOptions, log: JobLog, run: Callable[[Stopping], Outcome]) -> Outcome:
-    """Run a job, and log its end. Raises NotDone where shards were given up, workers were lost, or it was stopped."""
+    """Run a job and log its end. Raises NotDone if shards failed permanently, workers were lost, or it was stopped."""
     began = time.monotonic()
     try:
         outcome = run(Stopping(options.grace_seconds))
@@ -156,15 +156,15 @@ def run_to_end(job: CacheJob, options: EngineOptions, log: JobLog, run: Callable
 
 
 def _raise_unless_done(job: CacheJob, outcome: Outcome) -> None:
-    """Raise NotDone where something is left to be done that somebody has to know of."""
+    """Raise NotDone where the job was stopped or shards failed permanently."""
     if outcome.stopped:
-        raise NotDone(f"{job.cache}: {job.name} was stopped with {survey(job)}: run the same command again to go on")
+        raise NotDone(f"{job.cache}: {job.name} was stopped with {survey(job)}: run the same command again to resume")
     if outcome.failed:
         shards = sorted(outcome.failed)
         named = ", ".join(map(str, shards[:8])) + (" …" if len(shards) > 8 else "")
         raise NotDone(
-            f"{job.cache}: {job.name}: {len(shards)} shard(s) failed every time and were given up: {named} "
-            f"({outcome.failed[shards[0]].splitlines()[-1]}); run the same command again to try them once more"
+            f"{job.cache}: {job.name}: {len(shards)} shard(s) failed permanently, in every attempt: {named} "
+            f"({outcome.failed[shards[0]].splitlines()[-1]}); run the same command again to retry them"
         )
 
 
@@ -213,6 +213,7 @@ def _run_here(
 def run_pool(
     pool: ManyWorkers, job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, found: Survey
 ) -> Outcome:
+    """Run a job on a pool; one of its workers then writes the index and the fidelity report of a complete entry."""
     log.event(
         "start", "", shards=found.missing_shards, positions=found.missing, engine=options.engine, workers=pool.workers
     )
@@ -223,17 +224,17 @@ def run_pool(
     failures_of(job.cache, job.name).record_all(outcome.failed, options.attempts)
     if not outcome.stopped and not outcome.failed:
         if not driver.workers:
-            raise WorkersLost("every worker was lost before the entry was concluded")
+            raise WorkersLost("every worker was lost before one wrote the index and the fidelity report")
         pool.conclude(driver.workers[0], job.fidelity_positions)
     return outcome
 
 
 def _devices(job: CacheJob) -> list[str]:
-    """The devices of this machine's workers. One whose layers are spread over all of them is one worker."""
+    """The devices of this machine's workers; a teacher whose layers are spread over all devices is one worker."""
     return local_devices(job.device) if job.device_map is None else [job.device]
 
 
 def _device(job: CacheJob, rank: Rank) -> str:
-    """The device of a process that something else started: those of a machine share its GPUs."""
+    """The device of a process of another launcher: those of one machine take its GPUs in turn."""
     devices = _devices(job)
     return job.device if rank.count == 1 else devices[rank.local % len(devices)]

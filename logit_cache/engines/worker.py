@@ -1,14 +1,13 @@
-"""One worker: a replica of the teacher that builds the shards it is told to, and says of each what became of it.
+"""One worker: a replica of the teacher that builds the shards it is given and reports an outcome for each.
 
-What goes wrong with a shard is told as data, so that every engine treats it alike::
+Failures are reported as data, so that every engine treats them alike::
 
-    built     committed                    there    somebody had committed it before
-    claimed   somebody is working at it    dropped  the job was asked to stop
-    failed    an error that may pass, or may be this shard's alone: a device out of memory, a library's bug
-    ended     this worker cannot go on: the message of a `LogitCacheError`, or a device that is broken
+    built     committed                        there    committed before, by another worker or run
+    leased    another worker has its lease     dropped  the job was asked to stop
+    failed    an error that may be transient, or this shard's alone: a device out of memory, a library's bug
+    ended     this worker cannot continue: the message of a `LogitCacheError`, or a device that is broken
 
-A shard is committed while the next one is computed, so what becomes of it is known one shard later, or when the worker
-is asked to `finish`.
+A shard is committed while the next one is computed, so its outcome is known one shard later, or after `finish`.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from logit_cache.engines.shutdown import Stopped, Stopping
 from logit_cache.fidelity.measure import is_wanted, measure
 from storage.errors import LogitCacheError
 
-ShardState = Literal["built", "there", "claimed", "dropped", "failed", "ended"]
+ShardState = Literal["built", "there", "leased", "dropped", "failed", "ended"]
 
-# What CUDA says once its context is lost, or the device: everything after it fails as well.
+# Parts of the errors of a GPU that has lost its context, or is lost itself: every later call fails as well.
 _BROKEN = ("CUDA error", "CUDA driver error", "device-side assert", "uncorrectable ECC", "NCCL error", "HIP error")
 
 
 @dataclass(frozen=True)
 class ShardOutcome:
-    """What became of a shard. `positions` count for one that is there, `seconds` for one that was built here; `error`
-    is text for people, and `cause` what to raise for it, where the message is a user's."""
+    """The outcome of a shard. `positions`: of one that is committed; `seconds`: of one that was built here; `error`:
+    text for people; `cause`: the exception to raise for it, where the message is for the user."""
 
     shard: int
     state: ShardState
@@ -48,7 +47,7 @@ class ShardOutcome:
 class Worker:
     """Builds shards of an open job, one after the other; a context manager, which waits for the last commit.
 
-    `advance` is given positions done since the last call, negative ones where work is thrown away.
+    `advance` is called with the number of positions done since the last call, negative where work is discarded.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Worker:
         self._stopping = stopping or Stopping()
         self._advance = advance or (lambda count: None)
         self._committer = Committer(opened.writer)
-        self._on_its_way: int | None = None
+        self._committing: int | None = None
 
     def __enter__(self) -> Worker:
         return self
@@ -68,11 +67,11 @@ class Worker:
         self._committer.close()
 
     def pending(self) -> list[int]:
-        """Shards that nobody has committed, in order. Raises CorruptCache for a damaged one."""
+        """Shards that are not committed, in order. Raises CorruptCache for a damaged one."""
         return self.opened.writer.pending()
 
     def build(self, shard: int) -> list[ShardOutcome]:
-        """Compute a shard and have it committed; what became of it, if that is known by now, and of the one before."""
+        """Compute a shard and start its commit; returns the outcomes known by now, of it and of the shard before."""
         writer = self.opened.writer
         done = 0
 
@@ -83,16 +82,16 @@ class Worker:
             writer.leases.keep()
             self._stopping.check(done / self._positions(shard))
 
-        claimed = False
+        leased = False
         outcomes: list[ShardOutcome] = []
         try:
             self._stopping.check(0.0)
             if writer.is_committed(shard):
                 return [self._there(shard)]
-            claimed = writer.leases.take(shard)
-            if not claimed:
-                return [ShardOutcome(shard, "claimed")]
-            # Whoever held the claim until now may have committed it.
+            leased = writer.leases.take(shard)
+            if not leased:
+                return [ShardOutcome(shard, "leased")]
+            # The holder of the lease until now may have committed it.
             if writer.is_committed(shard):
                 writer.leases.release(shard)
                 return [self._there(shard)]
@@ -103,10 +102,10 @@ class Worker:
                 writer.leases.release(shard)
                 return [*outcomes, ShardOutcome(shard, "dropped")]
             self._committer.put(shard, targets, began)
-            self._on_its_way = shard
+            self._committing = shard
         except BaseException as error:
             self._advance(-done)
-            if claimed:
+            if leased:
                 writer.leases.release(shard)
             return [*outcomes, *self.finish(), _failure(shard, error)]
         return outcomes
@@ -116,8 +115,8 @@ class Worker:
         return ShardOutcome(shard, "there", self._positions(shard))
 
     def finish(self) -> list[ShardOutcome]:
-        """Wait until the shard that is being committed is, and say what became of it."""
-        shard, self._on_its_way = self._on_its_way, None
+        """Wait for the commit that is under way, if any, and return its outcome."""
+        shard, self._committing = self._committing, None
         if shard is None:
             return []
         writer = self.opened.writer
@@ -132,9 +131,9 @@ class Worker:
         return [ShardOutcome(shard, "built", self._positions(shard), receipt.seconds if receipt else 0.0)]
 
     def conclude(self, fidelity_positions: int, log: JobLog | None = None) -> None:
-        """Write what belongs to a complete entry, if it is complete: the index of receipts, and the fidelity report.
+        """Write the index of receipts and the fidelity report, if the entry is complete.
 
-        Raises what reading and scoring raise.
+        Raises LogitCacheError where the cache cannot be read or the teacher cannot score.
         """
         self.opened.writer.finish()
         publish_report(self.opened, fidelity_positions, log or JobLog())
@@ -144,21 +143,21 @@ class Worker:
 
 
 def publish_report(opened: OpenJob, fidelity_positions: int, log: JobLog) -> None:
-    """Make the fidelity report of a complete entry, where one is wanted. Raises what reading and scoring raise."""
+    """Publish the fidelity report of a complete entry, if wanted and missing; raises as `Worker.conclude` does."""
     if is_wanted(opened, fidelity_positions):
         with log.progress(f"fidelity of {opened.writer.name}", None, "positions") as advance:
             opened.writer.publish_fidelity(measure(opened, fidelity_positions, advance))
 
 
 def positions_of(opened: OpenJob, shards: Iterable[int]) -> int:
-    """How many positions some shards have together."""
+    """Total number of positions of some shards."""
     entry = opened.writer.entry
     ranges = (entry.layout.shard_range(shard, entry.positions) for shard in shards)
     return sum(stop - start for start, stop in ranges)
 
 
 def _failure(shard: int, error: BaseException) -> ShardOutcome:
-    """What an error means for a shard; what is nobody's error, such as a pressed key, is raised again."""
+    """The outcome that an error means for a shard; any but an `Exception`, such as KeyboardInterrupt, is re-raised."""
     if isinstance(error, Stopped):
         return ShardOutcome(shard, "dropped")
     if isinstance(error, LogitCacheError):

@@ -1,12 +1,12 @@
-"""Which of several workers this process is: said by hand, or by what started it.
+"""Which of several workers this process is, by a flag or by the variables of its launcher.
 
-    --worker 2/8                                    by hand
+    --worker 2/8                                    set by hand
     RANK, WORLD_SIZE, LOCAL_RANK                    torchrun, accelerate
     SLURM_PROCID, SLURM_STEP_NUM_TASKS              a task of `srun`
     SLURM_ARRAY_TASK_ID, SLURM_ARRAY_TASK_COUNT     a task of an array; with srun inside, both
 
-A batch script of Slurm has SLURM_PROCID 0 and SLURM_NTASKS n without being one of n tasks: only what runs under `srun`
-has SLURM_STEP_NUM_TASKS, so that is what is asked for.
+A batch script of Slurm has SLURM_PROCID 0 and SLURM_NTASKS n without being one of n tasks: only processes under
+`srun` have SLURM_STEP_NUM_TASKS, so that variable decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from storage.errors import InputError
 
 @dataclass(frozen=True)
 class Rank:
-    """Worker `index` of `count`, the `local`-th on its machine; `source` says who told."""
+    """Worker `index` of `count`, the `local`-th on its machine; `source` names the flag or variables that set it."""
 
     index: int = 0
     count: int = 1
@@ -27,7 +27,7 @@ class Rank:
     source: str = ""
 
     def owns(self, shard: int) -> bool:
-        """Whether a shard is of this worker's share."""
+        """Whether a shard is in this worker's share, the shards with number % `count` = `index`."""
         return shard % self.count == self.index
 
 
@@ -40,7 +40,7 @@ def parse_worker(text: str) -> tuple[int, int]:
 
 
 def rank_of(worker: str | None, environment: Mapping[str, str]) -> Rank:
-    """Who this process is. Raises InputError for a flag or variables that make no sense."""
+    """The rank of this process. Raises InputError for an invalid flag or invalid variables."""
     if worker is not None:
         index, count = parse_worker(worker)
         return Rank(index, count, 0, "--worker")
@@ -68,7 +68,7 @@ def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
 
 
 def _checked(rank: Rank) -> Rank:
-    # An array such as --array=0,3,9 has numbers that no count and step account for.
+    # An array such as --array=0,3,9 has numbers that no count and step describe.
     if not 0 <= rank.index < rank.count:
         raise InputError(
             f"{rank.source} make this worker {rank.index} of {rank.count}, which cannot be: submit an array of "

@@ -1,4 +1,4 @@
-"""Stored targets against the live teacher: how far they are from it, and whether they are its own.
+"""Stored targets against the live teacher: how far they are from its distributions, and whether they are its own.
 
-Bytes against their receipts belong to `storage.cache`.
+Checks of bytes against receipts belong to `storage.cache`.
 """

@@ -1,19 +1,19 @@
-"""Is a cache what its teacher says? The live teacher is run again on random windows and compared with the store.
+"""Does a cache hold its teacher's values? The live teacher rescores random windows, which are compared with the store.
 
-`verify` proves that the bytes are the ones that were committed; this asks whether what was committed is true. `n`
-positions are drawn, one from each n-th part of the entry, and the windows that score them compared value by value.
-A corruption that touches a fraction f of the positions stays unseen with a probability of at most ``(1 - f)**n``;
-one in a single stretch longer than two n-th parts is always met.
+`verify` proves that the bytes are the committed ones; an audit tests whether the committed values are true. `n`
+positions are sampled, one from each n-th part of the entry, and the windows that score them compared value by value.
+A corruption that touches a fraction f of the positions is missed with a probability of at most ``(1 - f)**n``; one in
+a single stretch longer than two n-th parts is always hit.
 
-What may differ is measured, not assumed: the encoding states its error, and the noise is how far the live teacher is
+The tolerance is measured, not assumed: the encoding states its error, and the noise is how far the live teacher is
 from itself (`logit_cache.fidelity.tolerance`),
 
 batch shape   in the entry's recorded batch shape, and window by window in another order
 dtype         where that does not explain it and a half precision is involved, the same weights in another dtype:
-              all that its rounding can do, whatever the device and the kernels that made the entry
+              the whole effect of its rounding, whatever the device and the kernels that made the entry
 
 One window that differs in one field is enough for the verdict. Digests that differ are named and decide nothing: the
-same weights saved in another way have another one, and what other weights say differs.
+same weights saved in another way have another one, and other weights have other values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from logit_cache.corpus.tokenizer import cache_vocabulary
-from logit_cache.fidelity.rescore import Sample, draw, live_values, stored_values, take_sample
+from logit_cache.fidelity.rescore import Sample, live_values, sample_windows, stored_values, take_sample
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IncompleteCache, InputError
@@ -40,20 +40,20 @@ from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFace
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# What the fields of a foreign record may make one batch take: 32 MiB of token ids, before the model is asked.
+# The largest batch that the fields of a foreign record may request: 32 MiB of token ids, before the model runs.
 _MOST_BATCH_TOKENS = 1 << 22
 _IDENTITY = ("weights_sha256", "config_sha256", "architecture", "dtype", "head_columns", "parameters")
 
 
 @dataclass
 class Audit:
-    """What an audit found.
+    """The result of an audit.
 
-    drawn       positions drawn, n in the module's formula; `positions` of `windows` windows were compared
+    drawn       positions sampled, n in the module's formula; `positions` of `windows` windows were compared
     controls    the ways in which the live teacher was compared with itself
     identity    fields in which the live teacher is not the one that the entry names
-    execution   what ran otherwise than it is recorded; it explains noise and decides nothing
-    problems    what makes the entry wrong before any value is compared
+    execution   settings other than the recorded ones; they explain noise and decide nothing
+    problems    defects that make the entry wrong whether or not values differ
     differing   windows whose values differ, as positions first..last
     """
 
@@ -73,20 +73,20 @@ class Audit:
 
     @property
     def consistent(self) -> bool:
-        """Whether the entry holds what this teacher says, as far as the windows tell."""
+        """Whether the entry holds this teacher's values, as far as the windows show."""
         return not self.problems and not self.differing
 
     def escape(self, fraction: float) -> float:
-        """The most that a corruption of a fraction of the positions can have had as its chance to stay unseen."""
+        """The largest probability with which a corruption of a fraction of the positions is missed."""
         return float((1.0 - fraction) ** self.drawn)
 
 
 @dataclass(frozen=True)
 class AuditJob:
-    """What to audit, and how to load the teacher, or the members of an ensemble in the order of the record.
+    """The entry to audit, and how to load the teacher, or the members of an ensemble in the order of the record.
 
-    A dtype of None is the recorded one, a device of None CUDA where there is one, a seed of None a fresh one: nobody
-    then knows beforehand which windows it will be. `revision`: one per hub teacher, or none.
+    A dtype of None is the recorded one, a device of None CUDA where there is one, a seed of None a fresh one, so that
+    nobody knows the windows beforehand. `revision`: one per hub teacher, or none.
     """
 
     cache: str
@@ -101,11 +101,11 @@ class AuditJob:
 
 
 def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit:
-    """Run the teacher on random windows of an entry and compare; `progress` is given windows run since the last call.
+    """Run the teacher on random windows of an entry and compare; `progress` receives the windows since its last call.
 
     Raises InputError for a teacher that cannot be run on this entry, CacheNotFound (no such entry, or a cache that was
-    shared without its tokens) and IncompleteCache (nothing cached yet); damage that the windows meet is a problem in
-    the result.
+    shared without its tokens), IncompleteCache (nothing cached yet) and CorruptCache (no sampled window can be read);
+    damage in some of the windows is a problem in the result.
     """
     cache = LogitCache.open(job.cache)
     targets = cache.teacher(_entry_name(job, cache))
@@ -184,24 +184,24 @@ def _samples(job: AuditJob, cache: LogitCache, targets: TeacherTargets, found: A
     committed = targets.receipts.committed()
     if not committed.any():
         raise IncompleteCache(f"{job.cache}: {targets.name} has no position yet: run its cache-logits command first")
-    _ = cache.tokens  # named now, not after the teacher was loaded, where the cache was shared without them
+    _ = cache.tokens  # raises now, not after the teacher was loaded, if the cache was shared without them
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    drawn = draw(entry, committed, starts, job.windows, np.random.default_rng(found.seed))
+    windows = sample_windows(entry, committed, starts, job.windows, np.random.default_rng(found.seed))
     samples = []
-    for window in drawn:
+    for window in windows:
         try:
             samples.append(take_sample(cache, targets.name, window))
         except CorruptCache as error:
             found.problems.append(str(error))
     if not samples:
-        raise CorruptCache(f"{found.problems[-1]}; none of {len(drawn)} windows can be read: run logit-cache verify")
+        raise CorruptCache(f"{found.problems[-1]}; none of {len(windows)} windows can be read: run logit-cache verify")
     found.drawn, found.windows = job.windows, len(samples)
     found.positions = sum(len(sample.labels) for sample in samples)
     return samples
 
 
 def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceTeacher]:
-    """The members of the teacher in a dtype, checked against what the record wants of them."""
+    """The members of the teacher in a dtype, checked against the record's context and vocabulary."""
     context = entry.windowing.context_tokens
     if context > _MOST_BATCH_TOKENS:
         raise InputError(f"{job.cache}: its record asks for windows of {context} tokens, at most {_MOST_BATCH_TOKENS}")
@@ -226,7 +226,7 @@ def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceT
 
 
 def _together(entry: TeacherEntry, members: list[HuggingFaceTeacher]) -> Teacher:
-    """The teacher that the record says these are."""
+    """The teacher that the record makes of its members: the only one, or their ensemble."""
     record = entry.teacher
     if record.combine == "single":
         return members[0]
@@ -234,7 +234,7 @@ def _together(entry: TeacherEntry, members: list[HuggingFaceTeacher]) -> Teacher
 
 
 def _batch_windows(entry: TeacherEntry, teacher: Teacher, samples: int) -> int:
-    """The recorded batch, within bounds; another type of device repeats no bits, so there no batch is filled up."""
+    """The recorded batch, within bounds; another type of device repeats no bits, so there no batch is padded."""
     at_once = min(entry.execution.batch_windows, _MOST_BATCH_TOKENS // entry.windowing.context_tokens)
     return at_once if teacher.device.type == entry.execution.device_type else min(at_once, samples)
 
@@ -267,7 +267,7 @@ def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
 
 
 def _other_tokenizers(job: AuditJob, cache: LogitCache, members: list[HuggingFaceTeacher]) -> list[str]:
-    """One line for each teacher whose tokenizer is not the cache's; one without tokenizer files cannot be told."""
+    """One line for each teacher whose tokenizer is not the cache's; one without tokenizer files cannot be checked."""
     ours: dict[str, int] | None = None
     problems = []
     for source, teacher in zip(job.teacher, members, strict=True):

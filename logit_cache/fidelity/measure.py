@@ -1,19 +1,19 @@
-"""How faithful are an entry's stored targets? The teacher is run again on a sample, and compared in full.
+"""How faithful are an entry's stored targets? The teacher rescores a sample, compared over the full vocabulary.
 
-What a cache leaves out cannot be had from the cache, so it is measured when the teacher is at hand: once an entry is
-complete, `cache-logits` scores some `--fidelity-positions` again and stores what it finds beside the entry
-(`storage.format.fidelity`), figures that `logit_cache.fidelity.metrics` defines. Stored values are read through
+The losses of a cache cannot be computed from it, so they are measured while the teacher is loaded: once an entry is
+complete, `cache-logits` rescores some `--fidelity-positions` and stores a report beside the entry
+(`storage.format.fidelity`), with figures that `logit_cache.fidelity.metrics` defines. Stored values are read through
 `LogitCache`, so the quantisation is in them.
 
-Which positions follows from the entry alone. `replay.draw` draws windows, one from each of as many equal parts of the
-stream, seeded by the digest of the entry's record; each window gives the same number of positions, drawn likewise: its
-chance grows with its length, that of its positions does not, so long documents count no more than they are. Nothing in
-the report knows a time or a host, so a second run, or a second worker, makes the same bytes where sums are added up in
-the same order; else the first one is kept.
+The positions follow from the entry alone. `rescore.sample_windows` samples windows, one from each of as many equal
+parts of the stream, seeded by the digest of the entry's record; each window gives the same number of positions, sampled
+likewise: its probability grows with its length, that of its positions does not, so long documents are not
+over-represented. The report holds no time and no host, so a second run, or a second worker, makes the same bytes where
+sums are added in the same order; else the first report is kept.
 
-Cost: N positions, as the entry's own cost, but at least `_LEAST_WINDOWS` windows, because one window is one document's
+Cost: N positions at the entry's own cost, but at least `_LEAST_WINDOWS` windows, because one window is one document's
 page, and at most `_SPREAD_WINDOWS` where a batch has room for them; batches have the entry's recorded shape, in which a
-half precision says what it said then. Memory: a few tiles of `_TILE_LOGITS` float64, and the decoded chunks of a batch.
+half precision repeats its values. Memory: a few tiles of `_TILE_LOGITS` float64, and the decoded chunks of a batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from logit_cache.caching.prepare import OpenJob
 from logit_cache.caching.windows import Window
 from logit_cache.fidelity.metrics import Measures, StoredRows, tidy
-from logit_cache.fidelity.rescore import Sample, draw, take_sample
+from logit_cache.fidelity.rescore import Sample, sample_windows, take_sample
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import InputError
 from storage.format.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment
@@ -47,19 +47,19 @@ _PER_ID = ("token_ids", "logprob_codes", "logprobs")
 
 @dataclass(frozen=True)
 class _Picked:
-    """What is measured of a window: its tokens int64 [<= C], and of r positions that it scores their place in it and
-    the tokens that follow (-1: none), int64 [r], and the stored rows [r, K] as a reader decodes them."""
+    """The measured part of a window: its tokens int64 [<= C], and of r positions that it scores their offset in it and
+    the next tokens (-1: none), int64 [r], and the stored rows [r, K] as a reader decodes them."""
 
     tokens: NDArray[np.int64]
-    places: NDArray[np.int64]
+    offsets: NDArray[np.int64]
     labels: NDArray[np.int64]
     stored: StoredRows
 
 
 def is_wanted(opened: OpenJob, positions: int) -> bool:
-    """Whether a report of so many positions is to be made: the entry is complete and has none.
+    """Whether a report of so many positions is to be made: the entry is complete and has no report.
 
-    Raises CorruptCache, FormatError for one that is damaged.
+    Raises CorruptCache, FormatError for a damaged report.
     """
     if not positions:
         return False
@@ -68,10 +68,10 @@ def is_wanted(opened: OpenJob, positions: int) -> bool:
 
 
 def measure(opened: OpenJob, positions: int, progress: Callable[[int], None] | None = None) -> FidelityReport:
-    """The report of a complete entry, from about so many positions, at least one and no more than asked for.
+    """The report of a complete entry, from about so many positions, at least one and no more than `positions`.
 
-    `progress` is given positions done since the last call. Raises what reading raises, and InputError for a teacher
-    whose logits have no softmax.
+    `progress` receives the positions done since its last call. Raises CacheNotFound, IncompleteCache, CorruptCache and
+    FormatError as the cache's reader does, and InputError for a teacher whose logits have no softmax.
     """
     return measure_entry(*_targets(opened), opened.teacher, positions, progress)
 
@@ -83,12 +83,13 @@ def measure_entry(
     positions: int,
     progress: Callable[[int], None] | None = None,
 ) -> FidelityReport:
-    """The same for whoever only reads the entry; all ranks of a teacher that is spread over several call this."""
+    """`measure` of an entry that is only read; all ranks of a teacher that is sharded over several call this."""
     entry = targets.entry
-    drawn = _windows(cache, targets, positions)
+    windows = _windows(cache, targets, positions)
     rng = np.random.default_rng([_seed(targets), 1])
     device = torch.device("cpu") if teacher.device.type == "mps" else teacher.device  # mps has no float64
-    picked = [_pick(take_sample(cache, targets.name, window), positions // len(drawn), rng, device) for window in drawn]
+    most = positions // len(windows)
+    picked = [_pick(take_sample(cache, targets.name, window), most, rng, device) for window in windows]
     counts = sum(np.bincount(item.tokens, minlength=entry.vocabulary_size) for item in picked) + 1
     found = Measures(
         torch.from_numpy(counts).to(device, torch.float64), entry.encoding.step_nats or 0.0, _treatments(entry)
@@ -99,19 +100,19 @@ def measure_entry(
         _add_batch(found, teacher, entry, batch, device)
         if progress is not None:
             progress(sum(len(item.labels) for item in batch))
-    return _report(targets, found, [window.first // entry.layout.shard for window in drawn])
+    return _report(targets, found, [window.first // entry.layout.shard for window in windows])
 
 
 def _targets(opened: OpenJob) -> tuple[LogitCache, TeacherTargets]:
-    # Opened anew: what the job opened has looked at the entry before it was complete.
+    # Opened again: the job's own reader looked at the entry before it was complete.
     cache = LogitCache.open(opened.cache.url)
     return cache, cache.teacher(opened.writer.name)
 
 
 def _treatments(entry: TeacherEntry) -> tuple[Treatment, ...]:
-    """Ids that were drawn for another temperature are no sample at 1, and students refuse them there."""
-    drawn = entry.targets.method == "varopt" and entry.targets.temperature == 1.0
-    return ("bucket", "renormalise", "none", *(("sampled",) if drawn else ()))
+    """Ids that were sampled for another temperature are no sample at 1, and students refuse them there."""
+    is_sample = entry.targets.method == "varopt" and entry.targets.temperature == 1.0
+    return ("bucket", "renormalise", "none", *(("sampled",) if is_sample else ()))
 
 
 def _seed(targets: TeacherTargets) -> int:
@@ -126,11 +127,11 @@ def _windows(cache: LogitCache, targets: TeacherTargets, positions: int) -> list
         length = min(length, max(1, entry.positions // len(starts)))
     spread = max(_LEAST_WINDOWS, min(entry.execution.batch_windows, _SPREAD_WINDOWS))
     count = min(positions, max(spread, -(-positions // length)))
-    return draw(entry, targets.receipts.committed(), starts, count, np.random.default_rng(_seed(targets)))
+    return sample_windows(entry, targets.receipts.committed(), starts, count, np.random.default_rng(_seed(targets)))
 
 
 def _pick(sample: Sample, most: int, rng: np.random.Generator, device: torch.device) -> _Picked:
-    """At most so many of a window's positions."""
+    """At most `most` of a window's positions, at random."""
     window, stored = sample.window, sample.stored
     rows = np.sort(rng.permutation(len(stored))[:most])
 
@@ -140,7 +141,7 @@ def _pick(sample: Sample, most: int, rng: np.random.Generator, device: torch.dev
 
     return _Picked(
         tokens=sample.tokens,
-        places=window.first - window.start + rows,
+        offsets=window.first - window.start + rows,
         labels=sample.labels[rows],
         stored=StoredRows(
             ids=at_rows(stored.token_ids, torch.int64),
@@ -159,7 +160,7 @@ def _add_batch(
     inputs = np.zeros((entry.execution.batch_windows, context), dtype=np.int64)
     for number, item in enumerate(batch):
         inputs[number, : len(item.tokens)] = item.tokens
-    index = np.concatenate([number * context + item.places for number, item in enumerate(batch)])
+    index = np.concatenate([number * context + item.offsets for number, item in enumerate(batch)])
     labels = np.concatenate([item.labels for item in batch])
     stored = StoredRows.together([item.stored for item in batch])
     step = max(1, _TILE_LOGITS // entry.vocabulary_size)
@@ -168,13 +169,13 @@ def _add_batch(
     for logits in teacher.score(windows, rows):
         for start in range(0, len(logits), step):
             tile = logits[start : start + step]
-            if teacher.shard is not None:  # a few thousand rows for a report: there, whole rows are gathered
+            if teacher.shard is not None:  # a report has a few thousand rows: for them, whole rows are gathered
                 tile = teacher.shard.whole(tile)
             tile = tile[:, : entry.vocabulary_size].to(device, torch.float64)
             if not bool(torch.isfinite(tile.amax(1)).all()):
                 raise InputError(
                     "the teacher's logits have no softmax (NaN, or an infinity) where they had one when the entry was "
-                    "made: its weights or its device changed; logit-cache audit tells whether the entry is true"
+                    "made: its weights or its device changed: run logit-cache audit to check the entry"
                 )
             here = slice(done, done + len(tile))
             found.add(tile, stored.rows(here), labels[here])
@@ -214,7 +215,7 @@ def _report(targets: TeacherTargets, found: Measures, shards: list[int]) -> Fide
 
 
 def _size(targets: TeacherTargets, found: Measures, shards: list[int]) -> Size:
-    """From the index, and how it divides between ids and positions from the receipts of the sample's shards."""
+    """From the index; its division between ids and positions from the receipts of the sample's shards."""
     bytes_per_token = targets.stored_bytes() / targets.entry.positions
     per_id = whole = 0
     for shard in sorted(set(shards)):

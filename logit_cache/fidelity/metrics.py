@@ -1,29 +1,28 @@
-"""What separates stored targets from the full distributions that they stand for: sums over positions, in float64.
+"""The distances of stored targets from the full distributions that they stand for: sums over positions, in float64.
 
 Legend: `r` positions of one tile, `N` all of them, `V` vocabulary, `K` stored ids per position, `S` the kept ids of a
 position, `p` its full distribution, `p_t = sum_{j not in S} p_j` (reduced over the complement), `q` a student's.
 
-Stored values are taken as a student reads them (`student.loss.teacher_targets` says the same, from which this must not
-differ). With l_i the decoded log-probs, m = exp(log_tail) the stored mass outside the certain ids, and m' = m less the
-drawn ids' sum (top-k: m' = m), each treatment of the tail is a set of weights w_i on S and w_t on everything else
-together::
+Stored values are read as a student reads them: as in `student.loss.teacher_targets`, from which this must not differ.
+With l_i the decoded log-probs, m = exp(log_tail) the stored mass outside the certain ids, and m' = m less the sampled
+ids' sum (top-k: m' = m), each treatment of the tail is a set of weights w_i on S and w_t on everything else together::
 
     bucket        w_i = exp(l_i) / Z, w_t = m' / Z               Z = sum_S exp(l_i) + m'
     renormalise   w_i = exp(l_i) / sum_S exp(l_i), w_t = 0
     none          w_i as the bucket's, w_t = 0                    sums to less than 1
-    sampled       w_i = exp(l_i) / Z' where i is certain, (m / Z') / number where it was drawn; w_t = 0, or m / Z' where
-                  nothing was drawn                              Z' = sum_certain exp(l_i) + m
+    sampled       w_i = exp(l_i) / Z' where i is certain, (m / Z') / number where it is sampled; w_t = 0, or m / Z'
+                  where no id is sampled                         Z' = sum_certain exp(l_i) + m
 
-As a distribution s over V ids, w_t is spread over the ids outside S: evenly, or for `bucket-unigram` like
-the counts of the sampled windows' tokens plus one, which is what a student with no better opinion makes of it.
+As a distribution s over V ids, w_t is spread over the ids outside S: evenly, or for `bucket-unigram` in proportion to
+the counts of the sampled windows' tokens plus one, as a student without other information would spread it.
 
     quantisation    sum_S p_i log(p_i / w_i) + p_t log(p_t / w_t), with the bucket's weights
     forward         KL(p || s) = sum_j p_j log(p_j / s_j)         infinite where ids with p_j > 0 have no mass
-    reverse         KL(s || p); for `renormalise` -log P(S), but for the quantisation
+    reverse         KL(s || p); for `renormalise` -log P(S), up to the quantisation
     mean_forward    KL(mean p || mean s), mean_reverse the other way round
     mean_noise      1/2 sum_j Var(mean w_j) / (mean p_j), with Var(w_j) = p_j m / number - p_j**2 outside the certain
                     ids: the second order of both, by which an unbiased sample of N positions misses 0. Ids that are
-                    expected to be drawn less than once in all N positions make it too large
+                    expected to be sampled less than once in all N positions make it too large
     gradients       by the logits: dense g = q - p, and with W = sum_S w_i + w_t (MATHS, section 2)
                         g'_i = q_i W - w_i on S,   g'_j = q_j (W - w_t / q_t) outside, q_t = sum_{j not in S} q_j
                     angle of positions: cos = sum_t <g_t, g'_t> / sqrt(sum_t |g_t|^2 sum_t |g'_t|^2)
@@ -66,7 +65,7 @@ RESIDUALS = (0.1, 0.05, 0.02, 0.01)
 FORWARDS = (0.1, 0.03, 0.01, 0.003)
 
 _FLOOR = logprob_floor(MIN_STEP_NATS)
-# Sums of float32 log-probs differ from what was added up by this much.
+# Sums of float32 log-probs are off by this much.
 _ROUNDING = 1e-6
 _REFERENCES: tuple[Reference, ...] = get_args(Reference)
 
@@ -83,12 +82,12 @@ class StoredRows:
     log_tail: Tensor
 
     def rows(self, rows: slice) -> StoredRows:
-        """Some of them."""
+        """The rows of a slice."""
         return StoredRows(*(values[rows] for values in vars(self).values()))
 
     @staticmethod
     def together(parts: Sequence[StoredRows]) -> StoredRows:
-        """All rows of several, in order."""
+        """The rows of all parts, in order."""
         return StoredRows(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
@@ -109,11 +108,11 @@ class _Weights:
 
 
 class Measures:
-    """The sums; `add` tiles of positions, then ask for the figures.
+    """The sums; `add` tiles of positions, then call the methods of the figures.
 
     counts      float64 [V]: of each id in the sampled windows, plus one
     step_nats   of the entry's codes; 0 for float32 log-probs
-    treatments  what the entry's targets can be used as
+    treatments  the treatments that the entry's targets allow
     """
 
     def __init__(self, counts: Tensor, step_nats: float, treatments: tuple[Treatment, ...]) -> None:
@@ -129,7 +128,7 @@ class Measures:
         self._distributions.insert(1, ("bucket-unigram", "bucket"))
 
     def add(self, logits: Tensor, stored: StoredRows, labels: NDArray[np.int64]) -> None:
-        """Add r positions: logits float64 [r, V], what is stored of them, and the next tokens int64 [r], -1: none."""
+        """Add r positions: logits float64 [r, V], their stored rows, and the next tokens int64 [r], -1: none."""
         logp = torch.log_softmax(logits, dim=1).clamp_min(_FLOOR)
         p = logp.exp()
         tile = _Tile(logp, p, stored.ids, torch.arange(stored.ids.shape[1], device=p.device) < stored.kept[:, None])
@@ -168,7 +167,7 @@ class Measures:
         p_log_c = tile.p @ log_c - tile.on_heads(tile.p_heads, log_c[tile.ids])
         own = ((c * log_c).sum() - tile.on_heads(c_heads, log_c[tile.ids])) / outside - log_outside
         theirs = (tile.logp @ c - tile.on_heads(c_heads, tile.logp_heads)) / outside
-        # Means: everywhere first; on the kept ids it is taken back as their own weights come in.
+        # Means: the tail's share on all ids first; on the kept ids it is replaced by their own weights.
         self._add(f"mean {name}", c * (w_t / outside).sum())
         changes = w - c_heads * (w_t / outside)[:, None]
         self._vectors[f"mean {name}"].index_add_(0, tile.ids.flatten(), (changes * tile.is_kept).flatten())
@@ -205,7 +204,7 @@ class Measures:
             self._add(f"product {reference} {name}", dense @ flat)
 
     def _add_curve(self, p: Tensor) -> None:
-        # Column n - 1: the n smallest; they are what is left out at k = V - n.
+        # Column n - 1: the n smallest, which are left out at k = V - n.
         ascending = p.sort(dim=1).values[:, :-1]
         rest = ascending.cumsum(1)
         self._add("rest", rest.sum(0))
@@ -229,7 +228,7 @@ class Measures:
         return np.concatenate(self._labels)
 
     def divergences(self) -> dict[Distribution, Divergences]:
-        """Of every distribution that the stored values can be read as."""
+        """The divergences of every distribution that the stored values can be read as."""
         found: dict[Distribution, Divergences] = {}
         full = self._vectors["mean full"] / self.positions
         for name, treatment in self._distributions:
@@ -269,7 +268,7 @@ class Measures:
         )
 
     def calibration(self) -> Calibration | None:
-        """Of the full distribution and of each treatment; None where no position has a next token."""
+        """The calibration of the full distribution and each treatment; None where no position has a next token."""
         labels = self.labels
         known = labels >= 0
         if not known.any():
@@ -303,7 +302,7 @@ class Measures:
 
 
 class _Tile:
-    """r rows of full distributions with what is stored: ids [r, K] are made safe to gather with (0 beyond the kept)."""
+    """r rows of full distributions with their stored ids [r, K], made safe to gather with (0 beyond the kept)."""
 
     def __init__(self, logp: Tensor, p: Tensor, ids: Tensor, is_kept: Tensor) -> None:
         self.logp, self.p, self.is_kept = logp, p, is_kept
@@ -323,10 +322,10 @@ def _weights(stored: StoredRows, is_kept: Tensor, vocabulary_size: int, step_nat
     columns = torch.arange(stored.ids.shape[1], device=stored.ids.device)
     certain = columns < stored.certain[:, None]
     heads = stored.logprobs.masked_fill(~certain, -torch.inf)
-    drawn = is_kept & ~certain
-    number = drawn.sum(1)
-    # The tail without the drawn ids; rounded apart, they may come out above it, and then what is left is not known.
-    gap = torch.logsumexp(stored.logprobs.masked_fill(~drawn, -torch.inf), 1) - stored.log_tail
+    sampled = is_kept & ~certain
+    number = sampled.sum(1)
+    # The tail without the sampled ids; rounded separately, they may exceed it, and then the remainder is not known.
+    gap = torch.logsumexp(stored.logprobs.masked_fill(~sampled, -torch.inf), 1) - stored.log_tail
     rounding = max(step_nats / 2, _ROUNDING)
     rest = stored.log_tail + torch.log(-torch.expm1(gap.clamp(max=-rounding)))
     rest = torch.where(number > 0, rest, stored.log_tail).masked_fill(stored.kept == vocabulary_size, -torch.inf)
@@ -344,25 +343,25 @@ def _weights(stored: StoredRows, is_kept: Tensor, vocabulary_size: int, step_nat
         "renormalise": _Weights(torch.log_softmax(stored.logprobs, dim=1), nothing),
         "none": _Weights(bucket.log_heads, nothing),
         "sampled": _Weights(
-            torch.where(drawn, share, heads - z[:, None]), (stored.log_tail - z).masked_fill(number > 0, -torch.inf)
+            torch.where(sampled, share, heads - z[:, None]), (stored.log_tail - z).masked_fill(number > 0, -torch.inf)
         ),
     }
 
 
 def calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> float:
-    """ECE of forecasts: confidence [n], and whether each came true [n]."""
+    """The expected calibration error of predictions: confidence [n], and whether each is correct [n]."""
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     gaps = np.bincount(bins, correct.astype(np.float64), BINS) - np.bincount(bins, confidence, BINS)
     return tidy(min(1.0, float(np.abs(gaps).sum()) / len(confidence)))
 
 
 def tidy(value: float) -> float:
-    """8 significant digits: what is left of sums that were added in another order is then the same."""
+    """Round to 8 significant digits, so that sums that were added in another order are equal."""
     return float(f"{value:.8g}")
 
 
 def _kl(a: Tensor, b: Tensor) -> float:
-    """KL(a || b) of distributions [V]; infinite where b has nothing."""
+    """KL(a || b) of distributions [V]; infinite where only b has no mass."""
     if bool(((a > 0) & (b <= 0)).any()):
         return math.inf
     there = a > 0

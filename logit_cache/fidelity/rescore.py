@@ -1,18 +1,18 @@
-"""Single windows of an entry: what is stored of them, and what a live teacher says of them now, in the same terms.
+"""Rescoring: the stored values of single windows of an entry, and a live teacher's values of them, in the same terms.
 
 Legend: `R` positions of a window that it scores, `K` stored ids per position, `V` vocabulary size, `C` context tokens.
 
-With the code that makes entries it shares the plan of the windows and nothing else, or it would repeat its
-mistakes: batches are put together anew, and everything is reduced densely over V in float64, at the stored ids.
+It shares only the plan of the windows with the code that makes entries, or it would repeat that code's mistakes:
+batches are assembled independently, and everything is reduced densely over V in float64, at the stored ids.
 
-`Values` hold, by field, float64 nats, NaN where there is nothing to compare::
+`Values` hold, by field, float64 nats, NaN where there is no value to compare::
 
     logprobs       [R, K]   of the stored ids
     token_ids      [R, K]   live: how far the stored id of rank i falls short of the live teacher's i-th best; 0 when
                             they are the same id, or tied. Stored: 0. Only for ids that are certain
     top_logprob, log_tail, log_tail_half, label_logprob, entropy    [R]   tails outside the *stored* certain ids
-    spread         [R]      live only: from the best log-prob to the median one, what rounding errors scale with
-    drawn          [R]      live only: the mean log-prob of the drawn ids less its expectation
+    spread         [R]      live only: the best log-prob less the median one, with which rounding errors scale
+    sampled        [R]      live only: the mean log-prob of the sampled ids less its expectation
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from teachers.base import Teacher
 FIELDS = ("logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
 Values = dict[str, NDArray[np.float64]]
 
-# The highest floor that any step has: below it, entries say "nothing" in different ways.
+# The highest floor of any step: below it, entries encode "no mass" in different ways.
 _FLOOR = logprob_floor(MIN_STEP_NATS)
 # Logits at once in float64; several arrays of that size live at a time.
 _TILE_LOGITS = 1 << 23
@@ -52,7 +52,7 @@ class Sample:
     stored: SparseTargets
 
 
-def draw(
+def sample_windows(
     entry: TeacherEntry,
     committed: NDArray[np.bool_],
     document_starts: NDArray[np.uint64] | None,
@@ -61,8 +61,8 @@ def draw(
 ) -> list[Window]:
     """The windows that score `count` random positions of the committed shards, ascending, each once.
 
-    One position is drawn from each of `count` equal parts, so a stretch of two parts' length is always met. A
-    window has all positions that it scores within one shard. Fewer come back where two positions share one.
+    One position is sampled from each of `count` equal parts, so a stretch of two parts' length is always hit. A window
+    has all positions that it scores within one shard. Fewer are returned where two positions share a window.
     """
     size = entry.layout.shard
     shards = np.flatnonzero(committed).astype(np.int64)
@@ -72,10 +72,10 @@ def draw(
     count = min(count, total)
     found: dict[int, Window] = {}
     for part in range(count):
-        drawn = int(rng.integers(part * total // count, (part + 1) * total // count))
-        at = int(np.searchsorted(ends, drawn, side="right"))
+        sampled = int(rng.integers(part * total // count, (part + 1) * total // count))
+        at = int(np.searchsorted(ends, sampled, side="right"))
         start = int(shards[at]) * size
-        position = start + drawn - int(ends[at] - lengths[at])
+        position = start + sampled - int(ends[at] - lengths[at])
         window = _window_of(position, start, start + int(lengths[at]), entry, document_starts)
         found[window.first] = window
     return [found[first] for first in sorted(found)]
@@ -84,7 +84,7 @@ def draw(
 def _window_of(
     position: int, start: int, stop: int, entry: TeacherEntry, document_starts: NDArray[np.uint64] | None
 ) -> Window:
-    """The window that scores a position, with all that it scores of the shard `start .. stop`."""
+    """The window that scores a position, with all positions that it scores of the shard `start .. stop`."""
     plan = (entry.positions, entry.windowing, document_starts)
     read = next(windows(position, position + 1, *plan))
     shares = windows(max(read.start, start), min(read.stop, stop), *plan)
@@ -92,7 +92,7 @@ def _window_of(
 
 
 def take_sample(cache: LogitCache, name: str, window: Window) -> Sample:
-    """What the cache holds of a window. Raises what reading raises."""
+    """The tokens and targets of a window. Raises CorruptCache for damage, IncompleteCache for a missing shard."""
     high = min(max(window.stop, window.last + 1), cache.record.corpus.positions)
     tokens = cache.tokens.read(window.start, high).astype(np.int64)
     following = np.arange(window.first, window.last) + 1
@@ -104,7 +104,7 @@ def take_sample(cache: LogitCache, name: str, window: Window) -> Sample:
 
 
 def stored_values(targets: SparseTargets) -> Values:
-    """What the cache says of the positions of a sample."""
+    """The stored values of the positions of a sample."""
     columns = np.arange(targets.k)
     values = {
         "logprobs": np.where(columns < targets.kept[:, None], np.maximum(targets.logprobs, _FLOOR), np.nan),
@@ -124,7 +124,7 @@ def live_values(
     batch_windows: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Values]:
-    """What the teacher says of each sample, scored in batches of `batch_windows` windows filled up to that shape."""
+    """The teacher's values of each sample, scored in batches of `batch_windows` windows, padded to that shape."""
     found: list[Values] = []
     for first in range(0, len(samples), batch_windows):
         batch = samples[first : first + batch_windows]
@@ -175,9 +175,9 @@ def _row_values(
 ) -> dict[str, Tensor]:
     """`Values` of rows of logits [r, V]; ids [r, K], kept, certain and labels [r] are int64.
 
-    sampled_at: the temperature that ids were drawn for.
+    sampled_at: the temperature that ids were sampled for.
     """
-    # float64, so that a difference is the teacher's or the cache's, and not this sum's; one backend has none.
+    # float64, so that a difference is the teacher's or the cache's, and not this sum's; mps has none.
     logits = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64)
     if not bool(torch.isfinite(logits.amax(1)).all()):
         raise InputError(
@@ -188,7 +188,7 @@ def _row_values(
     columns = torch.arange(ids.shape[1], device=ids.device)
     is_kept, is_certain = columns < kept[:, None], columns < certain[:, None]
     safe = ids.masked_fill(~is_kept, 0)
-    # Columns that are not certain add 0 to some id, and so may name any.
+    # Columns that are not certain add 0 to an id, and so may name any.
     outside = logp.scatter_add(1, safe, torch.zeros_like(safe, dtype=logp.dtype).masked_fill(is_certain, -torch.inf))
     at_ids = logp.gather(1, safe).clamp_min(_FLOOR)
     best = logp.topk(ids.shape[1], dim=1).values.clamp_min(_FLOOR)
@@ -204,7 +204,7 @@ def _row_values(
         .clamp_min(_FLOOR)
         .masked_fill(labels < 0, torch.nan),
         "entropy": -(logp.exp() * logp.clamp_min(_FLOOR)).sum(1),
-        # 0 / 0 where nothing was drawn.
-        "drawn": (at_ids * is_sampled).sum(1) / is_sampled.sum(1) - expected,
+        # 0 / 0 where no id was sampled.
+        "sampled": (at_ids * is_sampled).sum(1) / is_sampled.sum(1) - expected,
         "spread": best[:, 0] - logp.median(1).values.clamp_min(_FLOOR),
     }

@@ -3,16 +3,16 @@
 Legend: a *sample* is one window (`logit_cache.fidelity.rescore`); values are float64 nats, NaN where there is nothing
 to compare.
 
-From the difference of a stored and a live value comes off what the encoding states as its error. What is left is held
-against the noise: how far the live teacher is from itself when it runs in other ways, at least `LEAST_NOISE` of the
-range of a row's log-probs, which is what another order of float32 sums costs. A window differs in a field when
+The encoding's stated error is subtracted from the difference of a stored and a live value. The remainder is compared
+with the noise: how far the live teacher is from itself when it runs in other ways, at least `LEAST_NOISE` of the range
+of a row's log-probs, which is the effect of another order of float32 sums. A window differs in a field when
 
 its mean is over 3 times the mean noise of that field, in this window or in all, whichever is larger, or
 one of its values is over 8 times the largest noise
 
-Means notice small differences that are everywhere, and are indifferent to the few large ones that half precision or
-a router of experts makes; the second rule notices a single wrong value where noise has no such tail.
-docs/decisions/0007 has what was measured on both sides of these limits.
+Means detect small differences that are everywhere, and are insensitive to the few large ones that half precision or
+a router of experts makes; the second rule detects a single wrong value where noise has no such tail.
+docs/decisions/0007 has the measurements on both sides of these limits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from storage.format.manifest import TeacherEntry
 MEAN_FACTOR = 3.0
 LARGEST_FACTOR = 8.0
 LEAST_NOISE = 2.0**-16
-# Standard errors by which the drawn ids may be off in the mean: an honest draw exceeds them once in 10**9 audits.
+# Standard errors by which the sampled ids may be off in the mean: an honest sample exceeds them once in 10**9 audits.
 MOST_STANDARD_ERRORS = 6.0
 _LEAST_ROWS = 64
 
@@ -37,11 +37,11 @@ Arrays = list[NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class FieldReport:
-    """One field over all windows; differences in nats, `beyond` what the encoding states as its error.
+    """One field over all windows; differences in nats, `beyond` the error that the encoding states.
 
     within          share of the values whose difference is explained by the encoding alone
     encoding_error  the largest of its stated errors
-    position        where the largest difference is
+    position        of the largest difference
     worst_mean      mean beyond the encoding in the window that comes closest to its limit, or exceeds it most
     limit_mean      the limit of that window; limit_largest that of every value
     """
@@ -65,7 +65,7 @@ def compare(
 ) -> tuple[dict[str, FieldReport], list[int]]:
     """The report of each field that has values, and the numbers of the samples that differ in any of them.
 
-    live: of the teacher as the entry says that it ran; controls: of the same teacher in other ways.
+    live: of the teacher run as the entry records; controls: of the same teacher run in other ways.
     """
     fields: dict[str, FieldReport] = {}
     differing: set[int] = set()
@@ -77,7 +77,7 @@ def compare(
             beyond.append(np.maximum(np.abs(here - now) - stated[-1], 0.0))
             least = LEAST_NOISE * (1 + live[number]["spread"]).reshape(-1, *[1] * (now.ndim - 1))
             runs = [np.abs(now - control[number][name]) for control in controls]
-            # maximum hands on NaN: noise counts where there is something to compare.
+            # maximum propagates NaN: noise counts where there is a value to compare.
             noise.append(np.maximum.reduce([np.broadcast_to(least, now.shape), *runs, 0 * beyond[-1]]))
         if len(_numbers(beyond)):
             fields[name], windows = _report(samples, stated, beyond, noise)
@@ -119,7 +119,7 @@ def _report(samples: list[Sample], stated: Arrays, beyond: Arrays, noise: Arrays
 
 
 def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What the encoding states as its error, nats; of derived entries what `recompress` adds to it."""
+    """The error that the encoding states, nats; for derived entries with the error that `recompress` adds."""
     derived = entry.derived_from is not None
     step = entry.encoding.step_nats or 0.0
     if name == "token_ids":
@@ -133,12 +133,12 @@ def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) 
 
 
 def biased_sample(live: list[Values]) -> str | None:
-    """What is wrong with the draw of sampled ids, if anything: drawn by p, their mean log-prob has a known expectation.
+    """The defect of the sampled ids, or None: sampled by p, their mean log-prob has a known expectation.
 
-    Which ids were drawn cannot be compared, as their cumulative sums turn on the last bit. That they are a sample, and
-    not the likeliest ids under that name, shows in the mean over all rows.
+    Which ids were sampled cannot be compared, since it depends on the last bits of cumulative sums. That they are a
+    sample, and not the likeliest ids under that name, shows in the mean over all rows.
     """
-    off = _numbers([values["drawn"] for values in live])
+    off = _numbers([values["sampled"] for values in live])
     if len(off) < _LEAST_ROWS:
         return None
     mean, error = float(off.mean()), float(off.std(ddof=1)) / len(off) ** 0.5

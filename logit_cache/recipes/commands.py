@@ -1,4 +1,4 @@
-"""The commands of a recipe: what each stage is called, and its arguments."""
+"""The commands of a recipe: the title and the arguments of each stage."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from logit_cache.recipes.stages import Stage
 
 @dataclass(frozen=True)
 class RecipeCommands:
-    """A recipe on given text in a folder, as commands.
+    """The commands that run a recipe on given text in a folder.
 
-    batches   windows of a micro-batch by model name, and of the live student under "live"
+    batches   micro-batch in windows by model name, and of the student with live teachers under "live"
     half      train in mixed float16
     pairs     folder of minimal pairs to score every model on, the first `limit` of each paradigm
     """
@@ -32,7 +32,7 @@ class RecipeCommands:
     limit: int | None
 
     def stages(self) -> Iterator[Stage]:
-        """All commands, in their order."""
+        """All commands, in order."""
         train, valid = str(self.folder / "train"), str(self.folder / "valid")
         yield from self._text_stages(train, valid)
         for seed in self.seeds:
@@ -115,10 +115,10 @@ class RecipeCommands:
         )
         if self.live:
             live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
-            beside = self._training(recipe.student, "distillation_loss", "live")
+            settings = self._training(recipe.student, "distillation_loss", "live")
             yield Stage(
-                f"the same student beside its teachers{of_seed}",
-                ("train-teacher", *student, *beside, *live, "--output-dir", str(home / "live")),
+                f"the same student with live teachers{of_seed}",
+                ("train-teacher", *student, *settings, *live, "--output-dir", str(home / "live")),
             )
         measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
         if self.pairs is not None:
@@ -134,12 +134,12 @@ class RecipeCommands:
 
     @property
     def runs(self) -> dict[str, str]:
-        """Role by name of the folder."""
+        """The role of each model, by the name of its folder."""
         roles = dict.fromkeys((teacher.name for teacher in self.recipe.teachers), "teacher")
         return roles | {"student": "student", "control": "control"} | ({"live": "live"} if self.live else {})
 
     def _training(self, model: Model, best_by: str, batch_of: str | None = None) -> tuple[str, ...]:
-        """Options of a training command: network and schedule; the best epoch by a held-out loss."""
+        """Options of a training command: network and schedule; `best_by` is the held-out loss that selects an epoch."""
         schedule, micro = model.training, self.batches[batch_of or model.name]
         fields = {
             "learning_rate": f"{schedule.learning_rate:g}",
@@ -159,7 +159,7 @@ class RecipeCommands:
 
 
 def entry_name(seed: int) -> str:
-    """The teacher entry of a seed."""
+    """The name of a seed's teacher entry."""
     return f"ensemble-{seed}"
 
 

@@ -15,7 +15,7 @@ _HEAD = ("", "parameters", "tokens seen", "held-out loss", "perplexity", "ECE", 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`entries` as `logit_cache.describe.describe_entry` gives them; the others are training reports, as JSON."""
+    """Results of the demo: `entries` as of `logit_cache.describe.describe_entry`, others training reports as JSON."""
 
     title: str
     tokens: int
@@ -46,7 +46,7 @@ class Comparison:
         ]
 
     def verdict(self) -> str:
-        """Which student is better, in one honest sentence."""
+        """Which student is better and by how much, in two sentences."""
         distilled = self.student["held_out"]["cross_entropy"]
         control = self.control["held_out"]["cross_entropy"]
         best = min(self.teachers.items(), key=lambda item: item[1]["held_out"]["cross_entropy"])
@@ -63,13 +63,13 @@ class Comparison:
         )
 
     def kl_is(self) -> str:
-        """What the held-out KL is to the dense one, for a sentence."""
+        """How the held-out KL relates to the dense one, as the end of a sentence."""
         if any(item["lower_bound"] for item in self.student["held_out"]["kl"].values()):
-            return "a lower bound, as everything beyond the stored ids counts as one"
+            return "a lower bound, as all ids beyond the stored ones count as one outcome"
         return "estimated from the stored sample of the teachers' ids, without bias"
 
     def table(self) -> str:
-        """Everything above for a terminal."""
+        """Verdict and tables as text for a terminal."""
         cache_head = ("cache", "bytes/token", "bytes/id", "positions/s", "mean head mass")
         return "\n".join(
             [
@@ -122,7 +122,7 @@ figure { margin: 0; } figure svg { width: 100%; height: auto; } .note { color: v
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
-    """One self-contained HTML page: verdict, tables, curves. It needs no network."""
+    """Write a self-contained HTML page: verdict, tables, curves. It needs no network."""
     cache_head = ("cache", "bytes per token", "bytes per id", "positions per second", "mean head mass")
     body = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

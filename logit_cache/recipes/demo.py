@@ -1,8 +1,8 @@
-"""The demo: the whole road on a laptop, every stage by the public command in a process of its own.
+"""The demo: the whole pipeline on a laptop, each stage a public command in a process of its own.
 
 Text → token stream → two teachers of different families → each run once over the stream and cached → a student
-trained from the cache, and the same student without distillation: same start, same steps, same order of data.
-Every command goes on where it stopped, so the demo does too.
+trained from the cache, and the same student without distillation: same initial weights, same steps, same data order.
+Every command resumes where it stopped, so the demo does too.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ _STUDENT_EPOCHS = 1
 
 
 def run_demo(out: str, text: Sequence[str]) -> str:
-    """Run what is left of the demo in the folder `out`; returns the table. Raises InputError if a stage fails."""
+    """Run the remaining stages in `out`; returns the table. Raises InputError for a foreign folder or failed stage."""
     folder = Path(out)
     if folder.exists() and not (folder / "text.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{out} holds something that is no demo: give another --out")
+        raise InputError(f"{out}: expected a folder of the demo, found other files: give another --out")
     files, copies = _text_files(folder, _expand(text))
-    # First the list with its digests, which tells a run of other text apart before anything of it is touched.
+    # The list with its digests is written first: it detects a run of other text before any of its files is touched.
     digests = {path: hashlib.sha256(content.encode()).hexdigest() for path, content in copies.items()}
     _write_same(folder / "text.json", json.dumps({**files, "copies": digests}, indent=1))
     for copy, content in copies.items():
@@ -131,9 +131,9 @@ def _stages(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _text_files(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Paths of the training and the held-out text, and what has to be written for them.
+    """Paths of the training and the held-out text, and the copies to write, by path.
 
-    The standard library, where no files are given, is read in place; of given files, parts are copied to the run.
+    The standard library, the default, is read in place; parts of given files are copied into the run's folder.
     """
     if paths:
         return _split_lines(folder / "text", paths)
@@ -143,7 +143,7 @@ def _text_files(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, list[str
         for path in library.rglob("*.py")
         if not _NOT_LIBRARY & set(path.relative_to(library).parts) and 0 < path.stat().st_size < 200_000
     ]
-    # In the order of a hash of their names, so that both parts mix all of the library, on every machine alike.
+    # Sorted by a hash of their names, so that both splits mix all of the library, in the same order on every machine.
     files.sort(key=lambda path: hashlib.sha256(path.relative_to(library).as_posix().encode()).digest())
     valid = _take(files, VALID_BYTES)
     return {"train": _take(files[len(valid) :], TRAIN_BYTES), "valid": valid}, {}
@@ -193,12 +193,12 @@ def _split_lines(folder: Path, files: Sequence[Path]) -> tuple[dict[str, list[st
 
 
 def _write_same(path: Path, content: str) -> None:
-    """Write a file of the run; one that is there with other content means that the run was begun with other text."""
+    """Write a file of the run. Raises InputError for an existing one with other content: a run of other text."""
     data = content.encode()
     if path.exists() and path.read_bytes() != data:
-        raise InputError(f"{path} is of other text: give another --out, or remove the old run to begin again")
+        raise InputError(f"{path} is of other text: give another --out, or remove the old run to start again")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A killed demo must not leave half a file, which would look like other text the next time.
+    # A killed demo must not leave a partial file, which the next run would take for other text.
     replace_file(path, data)
 
 

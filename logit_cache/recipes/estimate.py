@@ -1,16 +1,16 @@
-"""What a recipe will take, before anything is done: tokens, memory, disk, work and time.
+"""The estimate of a recipe before it runs: tokens, memory, disk, work and time.
 
 Legend: `N` parameters, `L` layers, `H` hidden size, `F` feed-forward size, `V` vocabulary, `P` positions of a
 micro-batch.
 
     memory to train     16 N bytes: weights, gradients and Adam's two moments in float32
-                        + what the backward pass keeps: P L (10 H + 4 F) numbers, 4 bytes each or 2 in float16
+                        + activations for the backward pass: P L (10 H + 4 F) numbers, 4 bytes each or 2 in float16
                         + a gigabyte for the program itself
     memory to score     4 N + the logits of a chunk + a gigabyte
     with live teachers  to train + 4 N of each teacher + the student's logits and their gradient, 8 P V
-    work                6 N' operations of a token to train, 2 N' to score, N' being the weights that are multiplied
+    work                6 N' FLOPs per token to train, 2 N' to score; N' counts the weights that are multiplied
 
-Text is taken at four bytes a token (3.4 with a vocabulary of 4,096); what it is exactly shows when it is tokenised.
+Text is taken at four bytes per token (3.4 with a vocabulary of 4,096); the exact number is known once it is tokenised.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _SCORING_LOGITS = 256 << 20
 # Measured on English text of books, dialogues and encyclopaedia.
 _BYTES_PER_TOKEN = {4_096: 3.4}
 _BYTES_PER_TOKEN_ELSEWHERE = 4.0
-# Of an entry: drawn ids with all their arrays, per id, and the arrays that have one number for a position.
+# Of an entry: bytes per sampled id over all its arrays, and of the arrays with one number per position.
 _BYTES_PER_KEPT_ID, _BYTES_PER_POSITION = 2.0, 18.0
-# Of the speed of a large matrix product, what training or scoring of such models reaches.
+# The fraction of the speed of a large matrix product that training or scoring of such models reaches.
 _REACHED = 0.4
-# What is left to others, and to what an estimate does not know.
+# The share of free memory to use; the rest is for other processes and for memory that the estimate leaves out.
 _MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One stage. Work in multiplications with their additions; memory at its peak; disk that stays."""
+    """The cost of one stage: `products` in multiply-adds (2 FLOPs each), peak memory, and disk that stays in use."""
 
     title: str
     products: float
@@ -47,31 +47,31 @@ class Cost:
 
 
 def tokens_of(text_bytes: int, vocabulary_size: int) -> int:
-    """About how many tokens a text will be."""
+    """Estimated number of tokens of a text."""
     return int(text_bytes / _BYTES_PER_TOKEN.get(vocabulary_size, _BYTES_PER_TOKEN_ELSEWHERE))
 
 
 def training_memory(network: Network, vocabulary_size: int, windows: int, half: bool) -> int:
-    """Bytes to train on micro-batches of so many windows; half: the activations are of 16 bits."""
+    """Bytes to train on micro-batches of `windows` windows; `half`: activations of 16 bits."""
     positions = windows * WINDOW_TOKENS
     kept = positions * network.layers * (10 * network.hidden + 4 * network.feed_forward) * (2 if half else 4)
     return 16 * network.parameters(vocabulary_size) + kept + _PROGRAM_BYTES
 
 
 def live_memory(recipe: Recipe, windows: int, half: bool) -> int:
-    """Bytes to train the student beside its teachers."""
+    """Bytes to train the student with live teachers; see the module."""
     v = recipe.vocabulary_size
     teachers = sum(4 * teacher.network.parameters(v) for teacher in recipe.teachers)
     return training_memory(recipe.student.network, v, windows, half) + teachers + 8 * windows * WINDOW_TOKENS * v
 
 
 def scoring_memory(networks: Sequence[Network], vocabulary_size: int) -> int:
-    """Bytes to run models side by side without gradients."""
+    """Bytes to run models together without gradients."""
     return sum(4 * network.parameters(vocabulary_size) for network in networks) + _SCORING_LOGITS + _PROGRAM_BYTES
 
 
 def micro_batch(title: str, batch: int, machine: Machine, memory: Sequence[int], remedy: str) -> int:
-    """The most windows of a batch that fit at once; memory: bytes by the power of two that divides the batch.
+    """The largest micro-batch in windows, a power of two, that fits; `memory[p]` is the bytes that 2^p windows need.
 
     Raises InputError where a single window does not fit.
     """
@@ -86,19 +86,19 @@ def micro_batch(title: str, batch: int, machine: Machine, memory: Sequence[int],
 
 
 def choose_batches(recipe: Recipe, machine: Machine, live: bool) -> dict[str, int]:
-    """Windows of a micro-batch by model name, and under `live` those of the student beside its teachers.
+    """Micro-batch in windows by model name, and under "live" that of the student with live teachers.
 
-    Raises InputError for what does not fit into this machine's memory, naming the model and the estimate.
+    Raises InputError where a model does not fit into this machine's memory, naming the model and the estimate.
     """
     half, v = machine.device == "cuda", recipe.vocabulary_size
     smaller = {"paper": "--scale small", "small": "--scale tiny", "tiny": "a larger machine"}[recipe.scale]
     remedy = f"take {smaller}" + (", or leave --live out" if live else "")
 
-    def chosen(model: Model, title: str, beside: bool = False) -> int:
+    def chosen(model: Model, title: str, live_teachers: bool = False) -> int:
         batch = model.training.batch
         sizes = [1 << power for power in range(batch.bit_length()) if batch % (1 << power) == 0]
         needed = [
-            live_memory(recipe, size, half) if beside else training_memory(model.network, v, size, half)
+            live_memory(recipe, size, half) if live_teachers else training_memory(model.network, v, size, half)
             for size in sizes
         ]
         return micro_batch(title, batch, machine, needed, remedy)
@@ -106,11 +106,11 @@ def choose_batches(recipe: Recipe, machine: Machine, live: bool) -> dict[str, in
     found = {model.name: chosen(model, f"teacher {model.name}") for model in recipe.teachers}
     found[recipe.student.name] = chosen(recipe.student, "the student")
     if live:
-        found["live"] = chosen(recipe.student, "the student beside its teachers", beside=True)
+        found["live"] = chosen(recipe.student, "the student with live teachers", live_teachers=True)
     scoring = scoring_memory([teacher.network for teacher in recipe.teachers], v)
     if scoring > machine.memory_bytes * _MEMORY_SHARE:
         raise InputError(
-            f"caching runs all teachers of {recipe.name} side by side and needs about {_gib(scoring)} of memory, "
+            f"caching runs all teachers of {recipe.name} together and needs about {_gib(scoring)} of memory, "
             f"{machine.name} has {_gib(machine.memory_bytes)} free: take {smaller}"
         )
     return found
@@ -119,16 +119,16 @@ def choose_batches(recipe: Recipe, machine: Machine, live: bool) -> dict[str, in
 def costs(
     recipe: Recipe, train_tokens: int, held_out_tokens: int, batches: dict[str, int], half: bool, live: bool
 ) -> list[Cost]:
-    """The stages of one seed that take time, in their order."""
+    """The stages of one seed that dominate its cost, in order."""
     v, student = recipe.vocabulary_size, recipe.student
     scored = sum(teacher.network.products(v) for teacher in recipe.teachers)
     stages = []
 
-    def training(title: str, model: Model, memory: int, beside: int = 0) -> Cost:
+    def training(title: str, model: Model, memory: int, teacher_products: int = 0) -> Cost:
         epochs = model.training.epochs
         work = epochs * (
-            train_tokens * (3 * model.network.products(v) + beside)
-            + held_out_tokens * (model.network.products(v) + beside)
+            train_tokens * (3 * model.network.products(v) + teacher_products)
+            + held_out_tokens * (model.network.products(v) + teacher_products)
         )
         return Cost(title, work, memory, 4 * model.network.parameters(v))
 
@@ -150,24 +150,24 @@ def costs(
     stages.append(training("student from the cache", student, memory))
     stages.append(training("student without distillation", student, memory))
     if live:
-        beside = live_memory(recipe, batches["live"], half)
-        stages.append(training("student beside its teachers", student, beside, scored))
+        memory = live_memory(recipe, batches["live"], half)
+        stages.append(training("student with live teachers", student, memory, scored))
     return stages
 
 
 def peak_disk(stages: Sequence[Cost], recipe: Recipe, seeds: int) -> int:
-    """Bytes on disk at the most: what stays of all seeds, and two checkpoints of the largest model with its moments."""
+    """Peak bytes on disk: the files that all seeds keep, and two checkpoints of the largest model and its moments."""
     largest = max(network.parameters(recipe.vocabulary_size) for network in recipe.models.values())
     return seeds * sum(stage.disk_bytes for stage in stages) + 2 * 12 * largest
 
 
 def seconds(stage: Cost, machine: Machine) -> float:
-    """About how long a stage will take."""
+    """Estimated duration of a stage."""
     return stage.products / (machine.products_per_second * _REACHED)
 
 
 def table(stages: Sequence[Cost], machine: Machine, seeds: int) -> str:
-    """The estimate for a terminal."""
+    """The estimate as a text table for a terminal."""
     rows = [("stage", "work", "time", "memory", "disk")]
     for stage in stages:
         rows.append(
@@ -184,7 +184,7 @@ def table(stages: Sequence[Cost], machine: Machine, seeds: int) -> str:
     each = f", and {seeds} times that for {seeds} seeds" if seeds > 1 else ""
     lines.append(
         f"about {_duration(total)}{each}, on {machine.name} ({machine.device}; "
-        f"{2 * machine.products_per_second / 1e12:.2f} TFLOP/s in a matrix product, of which two fifths are taken)"
+        f"{2 * machine.products_per_second / 1e12:.2f} TFLOP/s in a matrix product, of which two fifths are assumed)"
     )
     return "\n".join(lines)
 

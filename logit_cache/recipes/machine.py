@@ -1,8 +1,8 @@
-"""What this machine offers a training run: memory and the speed of a matrix product.
+"""Probes this machine for a training run: free memory and the speed of a matrix product.
 
     python -m logit_cache.recipes.machine
 
-Prints one line of JSON. A process of its own, so that whoever asks holds no memory of the device afterwards.
+Prints one line of JSON. It runs in a process of its own, so that its caller holds no device memory afterwards.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SIZE = {"cpu": 1024, "cuda": 4096}
 
 
 class Machine(BaseModel):
-    """`memory_bytes` of the device: of the GPU where there is one, else of the machine, as far as it is free now.
+    """The probed device: `memory_bytes` are free now, on the GPU where there is one, else in main memory.
 
-    products_per_second: multiplications with their additions of float32 matrices on a CPU, of float16 on a GPU.
+    products_per_second: multiply-adds of float32 matrices on a CPU, of float16 matrices on a GPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,7 +35,7 @@ class Machine(BaseModel):
 
 
 def probe() -> Machine:
-    """Ask this machine, in a process of its own. Takes a few seconds, for the import of torch."""
+    """Probe this machine in a subprocess. Takes a few seconds, for the import of torch."""
     done = subprocess.run(
         [sys.executable, "-m", "logit_cache.recipes.machine"],
         stdout=subprocess.PIPE,
@@ -75,7 +75,7 @@ def _measure() -> Machine:
 
 
 def free_memory() -> int:
-    """Bytes that a new process may take: what the kernel calls available, and no more than a container allows."""
+    """Bytes that a new process may take: the kernel's MemAvailable, and no more than the container's cgroup allows."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

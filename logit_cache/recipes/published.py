@@ -1,10 +1,10 @@
 """The recipes of Baby Llama and BabyLlama-2 as data: networks, schedules, targets, at three scales.
 
-`paper` is what the papers' code has. `small` and `tiny` keep its shape (which teachers, how they are combined, loss,
-temperature, windowing) with smaller networks and, for `tiny`, less text. Learning rates grow as networks shrink; weight
-decay keeps its product with the learning rate, which is what acts on a weight in a step. A teacher of `tiny` reads its
-million bytes more often than its student: with as few steps as that, a larger network is no better than a small one,
-and there would be nothing to learn from it.
+`paper` has the values of the papers' code. `small` and `tiny` keep its setup (teacher families, ensemble, loss,
+temperature, windowing) with smaller networks and, for `tiny`, less text. Learning rates grow as networks shrink; the
+product of weight decay and learning rate, which is the decay of a weight per step, stays. A teacher of `tiny` is
+trained for more epochs over its million bytes than its student: with as few steps as the student's, a larger network
+is no better than a small one, and there would be nothing to distil.
 
 Sources: Timiryasov and Tastet 2023, "Baby Llama"; Tastet and Timiryasov 2024, "BabyLlama-2".
 """
@@ -19,13 +19,13 @@ from storage.errors import InputError
 
 Scale = Literal["tiny", "small", "paper"]
 
-# All windows have 128 tokens; models could read twice that.
+# All windows have 128 tokens; the models' position limit is twice that.
 WINDOW_TOKENS = 128
 MAX_POSITIONS = 256
 
 
 class Network(Frozen):
-    """A Llama or GPT-2 configuration; `config` is what a JSON configuration file of it holds, without a vocabulary."""
+    """A Llama or GPT-2 architecture; `config` is its JSON configuration file without the vocabulary size."""
 
     family: Literal["llama", "gpt2"]
     layers: int
@@ -58,7 +58,7 @@ class Network(Frozen):
         }
 
     def parameters(self, vocabulary_size: int) -> int:
-        """How many numbers its weights are."""
+        """Number of parameters."""
         h, f, v = self.hidden, self.feed_forward, vocabulary_size
         if self.family == "llama":
             kv = h // self.heads * self.kv_heads
@@ -66,13 +66,13 @@ class Network(Frozen):
         return v * h + MAX_POSITIONS * h + self.layers * (4 * h * h + 2 * h * f + 9 * h + f) + 2 * h
 
     def products(self, vocabulary_size: int) -> int:
-        """Multiplications of a weight per token of a forward pass: all weights but those that are looked up."""
+        """Multiply-adds per token of a forward pass: all parameters but the embedding tables that are looked up."""
         looked_up = vocabulary_size if self.family == "llama" else MAX_POSITIONS
         return self.parameters(vocabulary_size) - looked_up * self.hidden
 
 
 class Training(Frozen):
-    """A schedule: AdamW, cosine after a linear warm-up. `batch` is windows per optimizer step."""
+    """A schedule: AdamW, cosine decay after a linear warm-up. `batch` is in windows per optimizer step."""
 
     learning_rate: float
     batch: int
@@ -82,7 +82,7 @@ class Training(Frozen):
 
 
 class Model(Frozen):
-    """A network under the name of its folder, and how it is trained."""
+    """A network with its training schedule; `name` is that of its folder."""
 
     name: str
     network: Network
@@ -94,9 +94,9 @@ class Recipe(Frozen):
 
     offset                  of training windows: fixed blocks, or a random offset for each
     temperature, alpha      of the loss; loss_scale as in `student.loss.objective`
-    kept_ids                stored per position, so many that a student from the cache is the one beside live teachers
-                            but for noise (docs/recipes.md); the paper's code kept every logit
-    text_bytes              of training text at most, all files together; None: all of it
+    kept_ids                ids stored per position: enough for a student from the cache to equal one with live teachers
+                            up to noise (docs/recipes.md); the paper's code kept every logit
+    text_bytes              the most training text to use, all files together; None: all of it
     """
 
     name: str
@@ -115,7 +115,7 @@ class Recipe(Frozen):
 
     @property
     def models(self) -> dict[str, Network]:
-        """The networks by the name of their configuration file."""
+        """The networks by the name of their configuration file, without its suffix."""
         return {model.name: model.network for model in (*self.teachers, self.student)}
 
 
@@ -167,7 +167,7 @@ def _baby_llama(scale: Scale) -> Recipe:
             "text_bytes": 1_000_000,
         },
     }
-    # At temperature 2 the tail has more of the mass, and its sample more noise.
+    # At temperature 2 more of the mass is in the tail, and the sample of it is noisier.
     others: dict[str, Any] = {"offset": "fixed", "temperature": 2.0, "kept_ids": 512}
     return Recipe(name="baby-llama", title="Baby Llama", scale=scale, **others, **sizes[scale])
 
@@ -189,8 +189,8 @@ def _baby_llama_2(scale: Scale) -> Recipe:
         offset="random",
         temperature=1.0,
         kept_ids=256,
-        # Students' windows begin anywhere: with half a window of context at least, targets are nearest to what the
-        # teachers would say beside the student (docs/recipes.md).
+        # Students' windows start at any token: with at least half a window of context, targets are closest to those of
+        # live teachers (docs/recipes.md).
         stride_tokens=WINDOW_TOKENS // 2,
         text_bytes=1_000_000 if scale == "tiny" else None,
     )
@@ -201,9 +201,9 @@ SCALES: tuple[Scale, ...] = ("tiny", "small", "paper")
 
 
 def find_recipe(name: str, scale: Scale) -> Recipe:
-    """A recipe by name. Raises InputError for a name that there is none of."""
+    """A recipe by name and scale. Raises InputError for an unknown name or scale."""
     if name not in RECIPES:
-        raise InputError(f"there is no recipe {name!r}; there is: {', '.join(RECIPES)}")
+        raise InputError(f"there is no recipe {name!r}; expected one of {', '.join(RECIPES)}")
     if scale not in SCALES:
-        raise InputError(f"there is no scale {scale!r}; there is: {', '.join(SCALES)}")
+        raise InputError(f"there is no scale {scale!r}; expected one of {', '.join(SCALES)}")
     return RECIPES[name](scale)

@@ -1,13 +1,13 @@
 """A whole recipe in one folder: text → tokens → teachers → cache → student and control → scores → report.
 
-    DIR/recipe.json          what was asked for; another recipe in the same folder is refused
+    DIR/recipe.json          the requested run; another recipe in the same folder is refused
     DIR/text/…               the cleaned text
     DIR/train, DIR/valid     token streams with the teachers' targets, one entry for each seed
-    DIR/models/…             configurations
+    DIR/models/…             model configurations
     DIR/seed-S/…             teachers, student, control and live student of a seed, each with its scores beside it
-    DIR/report.html          what was gained
+    DIR/report.html          the report
 
-Every stage is a public command in a process of its own and goes on where it stopped; so does the recipe.
+Every stage is a public command in a process of its own and resumes where it stopped; so does the recipe.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from logit_cache.recipes.stages import Stage, run_stages
 from storage.errors import IdentityMismatch, InputError
 from storage.files import replace_file
 
-AGAIN = "run the same command again to go on"
+AGAIN = "run the same command again to resume"
 
 
 class RecipeJob(BaseModel):
-    """What `logit-cache recipe` is asked for.
+    """The arguments of `logit-cache recipe`.
 
     text, eval_text   files or patterns of training and of held-out text
-    pairs             folder of minimal pairs; limit: of each paradigm, the first so many
+    pairs             folder of minimal pairs; `limit`: the first so many of each paradigm only
     seeds             each trains its own teachers, student and control
-    live              also train the student beside its teachers, for comparison
+    live              also train the student with live teachers, for comparison
     stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
     """
 
@@ -57,10 +57,10 @@ class RecipeJob(BaseModel):
 
 
 class RecipeRun:
-    """A checked job: its files are there and its models fit into this machine. Nothing is written before `run`.
+    """A checked job: its files exist and its models fit into this machine. Nothing is written before `run`.
 
-    Raises InputError for missing or overlapping text, too little of it, too little memory or disk, and
-    IdentityMismatch for a folder that holds another recipe's run.
+    Raises InputError for missing, overlapping or too little text and for too little memory or disk; `run` raises
+    IdentityMismatch for a folder with another recipe's run.
     """
 
     def __init__(self, job: RecipeJob, machine: Machine | None = None) -> None:
@@ -94,14 +94,14 @@ class RecipeRun:
 
     @property
     def forecast(self) -> str:
-        """What it will take, as text."""
+        """The estimate as text; see `estimate`."""
         about = f"{self.recipe.title}, scale {self.recipe.scale}: about {self.tokens[0]:,} tokens of training text"
         table = estimate.table(self._costs, self.machine, len(self.job.seeds))
         return f"{about}, {self.tokens[1]:,} held out\n{table}"
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """About how many tokens there are for training and held out."""
+        """Estimated numbers of training and held-out tokens."""
         v = self.recipe.vocabulary_size
         limits = (self.recipe.text_bytes, self.recipe.text_bytes and self.recipe.text_bytes // 10)
         taken = []
@@ -112,18 +112,18 @@ class RecipeRun:
 
     @property
     def stages(self) -> list[Stage]:
-        """All commands, in their order."""
+        """All commands, in order."""
         return list(self.commands.stages())
 
     def run(self) -> Path:
-        """Do what is left to do; the path of the report."""
+        """Run the remaining stages; returns the path of the report."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim()
+        self._write_record()
         for name, network in self.recipe.models.items():
             path = self.folder / "models" / f"{name}.json"
             path.parent.mkdir(exist_ok=True)
             config = json.dumps(network.config, indent=1).encode()
-            # What is there already stays as it is: a finished recipe that is run again changes nothing.
+            # An equal file is not rewritten: a finished recipe that is run again changes nothing.
             if not path.exists() or path.read_bytes() != config:
                 replace_file(path, config)
         for seed in self.job.seeds:
@@ -174,16 +174,16 @@ class RecipeRun:
             ],
         }
 
-    def _claim(self) -> None:
-        """Write what is asked for; a folder of another recipe is refused. Seeds and a live run may be added later."""
+    def _write_record(self) -> None:
+        """Write recipe.json; a folder of another recipe is refused. Seeds and a live run may be added later."""
         path, record = self.folder / "recipe.json", self._record()
         stored = self._stored()
         if stored is None and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} holds something that is no recipe's run: give another --out")
+            raise InputError(f"{self.folder}: expected a recipe's run, found other files: give another --out")
         growing = {"entries", "models", "micro_batches"}
         if stored is not None:
             differing = [
-                f"{name}: {stored.get(name)!r} there, {record[name]!r} asked for"
+                f"{name}: {stored.get(name)!r} there, {record[name]!r} requested"
                 for name in record
                 if name not in growing and stored.get(name) != record[name]
             ]
@@ -202,11 +202,11 @@ class RecipeRun:
         except ValueError:
             found = None
         if not isinstance(found, dict) or found.get("kind") != "recipe" or found.get("format") != 1:
-            raise InputError(f"{path} is no record of a recipe's run of this version: give another --out")
+            raise InputError(f"{path}: expected a recipe record of this version, found another: give another --out")
         return found
 
     def _stored_batches(self) -> dict[str, int] | None:
-        """The micro-batches of a run that was begun: what fits may differ today, and the run would be another one."""
+        """The micro-batches of a started run: free memory may differ today, and others would make it another run."""
         stored = self._stored()
         batches = stored.get("micro_batches") if stored else None
         wanted = {*self.recipe.models, *(["live"] if self.job.live else [])}
@@ -244,7 +244,7 @@ class RecipeRun:
 
 
 def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
-    """The files of some paths and patterns, in their order, each once."""
+    """The files that paths and patterns match, in order, each once."""
     found: dict[Path, None] = {}
     for pattern in patterns:
         matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
@@ -261,7 +261,7 @@ def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
 def _check_text(text: Sequence[Path], eval_text: Sequence[Path]) -> None:
     both = {file.resolve() for file in text} & {file.resolve() for file in eval_text}
     if both:
-        raise InputError(f"{min(both)} is both --text and --eval-text: what is held out must not be trained on")
+        raise InputError(f"{min(both)} is both --text and --eval-text: held-out text must not be trained on")
     for option, files in (("--text", text), ("--eval-text", eval_text)):
         names = [file.name for file in files]
         twice = {name for name in names if names.count(name) > 1}

@@ -1,4 +1,4 @@
-"""Stages of a longer road: each the public command, in a process of its own, so that nothing lingers in memory."""
+"""Stages of a pipeline: each a public command in a subprocess of its own, so that its memory is freed at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storage.errors import InputError
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and what it is for. `makes`: a file that shows it was done, where the command itself does not know."""
+    """A command and its purpose. `makes`: a file that marks it as done, if the command does not detect that itself."""
 
     title: str
     command: tuple[str, ...]
@@ -28,10 +28,10 @@ class Stage:
 
 
 def run_stages(stages: Sequence[Stage], again: str) -> None:
-    """Run stages in their order. `again`: what to do after a failure.
+    """Run stages in order. `again` is the remedy that the error of a failed stage ends with.
 
-    Every command goes on where it stopped and repeats nothing that is done, and so do stages. Raises InputError for one
-    that fails, which has said why.
+    Every command resumes where it stopped and repeats no finished work, so stages can be run again. Raises InputError
+    with the exit status of a stage that fails; the stage itself has printed the reason.
     """
     for number, stage in enumerate(stages, 1):
         if stage.makes is not None and stage.makes.exists():
@@ -45,7 +45,7 @@ def _run(stage: Stage, again: str) -> None:
     program = Path(sysconfig.get_path("scripts")) / name
     if not program.exists():
         raise InputError(f"{program} is not installed: install logit-cache in this environment")
-    # Results go to stdout at the end; what a stage prints on the way is for the person who waits.
+    # The result goes to stdout at the end; the output of a stage on the way is progress, for stderr.
     status = subprocess.run([str(program), *arguments], stdout=sys.stderr, check=False).returncode
     if status:
         raise InputError(f"{stage.line} ended with status {status}: see above, then {again}")

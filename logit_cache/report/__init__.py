@@ -1,4 +1,4 @@
-"""Finished work as one HTML page: what was gained, how sure it is, what it cost.
+"""Finished work as one HTML page: the gain of distillation, its uncertainty, its cost.
 
-Nothing is measured here; the figures are read from what runs left behind.
+Nothing is measured here; all numbers are read from the records of runs and caches.
 """

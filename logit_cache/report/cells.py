@@ -1,4 +1,4 @@
-"""Tables as data: cells of text, and how numbers become text. A figure that is not there is a cell that says so."""
+"""Tables as data: cells of text, and the formatting of numbers. A missing number is the cell `NOT_MEASURED`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from logit_cache.report.statistics import Spread
 
 @dataclass(frozen=True)
 class Cell:
-    """`text`, with something smaller `below` it; `style` puts a series' mark before it."""
+    """A table cell: `text`, with `below` in smaller type under it; `style` puts the mark of a series before it."""
 
     text: str
     below: str = ""
@@ -26,8 +26,8 @@ NOT_MEASURED = Cell("not measured", missing=True)
 
 @dataclass(frozen=True)
 class Table:
-    """`names` columns of words, on the left; numbers in the others. `folded` ones are opened by a click, `wide` ones
-    have the page's whole width."""
+    """A table: `names` columns of words on the left, numbers in the others. `folded` tables open on a click, `wide`
+    tables have the page's whole width."""
 
     title: str
     head: tuple[str, ...]
@@ -39,12 +39,12 @@ class Table:
 
 
 def number(value: float | None, decimals: int, unit: str = "", scale: float = 1.0) -> Cell:
-    """One number."""
+    """A number times `scale`, with `decimals` digits and its unit; None becomes `NOT_MEASURED`."""
     return NOT_MEASURED if value is None else Cell(_text(value, decimals, unit, scale))
 
 
 def over_seeds(found: Spread | None, decimals: int, unit: str = "", scale: float = 1.0, *, exact: bool = False) -> Cell:
-    """A mean, and the standard deviation below it where there are several seeds; not if `exact` ones agree."""
+    """The mean over seeds, with the standard deviation below it if there are several; omitted if `exact` and 0."""
     if found is None:
         return NOT_MEASURED
     text = _text(found.mean, decimals, unit, scale)
@@ -62,18 +62,18 @@ def _text(value: float, decimals: int, unit: str, scale: float) -> str:
 
 
 def words(rows: Iterable[tuple[str, str]]) -> tuple[tuple[Cell, ...], ...]:
-    """Rows of a name and what it is."""
+    """Rows of two cells: a name and its value."""
     return tuple((Cell(name), Cell(text)) for name, text in rows)
 
 
 def distinct(values: Iterable[Any]) -> str:
-    """Different values once each, in their order; two runs of one recipe mostly agree."""
+    """The distinct values in order, at most eight; the runs of one recipe mostly agree."""
     texts = list(dict.fromkeys(str(value) for value in values if value))
     return "; ".join(texts[:8]) + ("; …" if len(texts) > 8 else "")
 
 
 def scalar(value: Any) -> str:
-    """A setting as a person writes it."""
+    """A setting's value as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -86,7 +86,7 @@ def scalar(value: Any) -> str:
 
 
 def software(made: Sequence[tuple[str, dict[str, str]]], runs: Sequence[TrainingRun]) -> Table:
-    """Library versions, devices and processes of what was made."""
+    """Library versions of all that was made, devices and process counts of the runs."""
     names = sorted({name for _, libraries in made for name in libraries})
     rows = [(name, distinct(libraries.get(name) for _, libraries in made)) for name in names]
     rows.append(("devices of the runs", distinct(run.device for run in runs) or "not recorded"))

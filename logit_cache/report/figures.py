@@ -1,4 +1,4 @@
-"""The figures of a report: findings in, charts with their titles out."""
+"""The figures of a report: titled charts, from the findings of recipes, sweeps and runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Points = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart; `title` names what is drawn, with its unit."""
+    """A chart; `title` names the plotted quantity with its unit."""
 
     title: str
     chart: Markup
@@ -33,12 +33,12 @@ class Figure:
 
 
 def training_points(run: TrainingRun) -> Points:
-    """Training cross-entropy by step."""
+    """Training cross-entropy, nats per token, by step."""
     return _points(run.train_log, "cross_entropy")
 
 
 def held_out_points(run: TrainingRun) -> Points:
-    """Held-out loss by step, of the evaluations during training and of the finished model."""
+    """Held-out loss, nats per token, by step: of the evaluations during training and of the finished model."""
     points = dict(_points(run.eval_log, "eval_loss"))
     if run.held_out is not None and math.isfinite(run.held_out.cross_entropy):
         points[float(run.steps)] = run.held_out.cross_entropy
@@ -59,7 +59,7 @@ def _float(value: Any) -> float | None:
 
 
 def thinned(points: Points, most: int = _MOST_POINTS) -> Points:
-    """At most `most` points: means of neighbours, at the mean of their places."""
+    """At most `most` points: means of neighbouring points, in x and y."""
     if len(points) <= most:
         return points
     found = []
@@ -70,19 +70,19 @@ def thinned(points: Points, most: int = _MOST_POINTS) -> Points:
 
 
 def mean_points(curves: Sequence[Points]) -> Points:
-    """The mean over seeds, at those steps that every seed has."""
+    """The mean curve over seeds, at the steps that all seeds have."""
     common = set.intersection(*({x for x, _ in points} for points in curves))
     tables = [dict(points) for points in curves]
     return tuple((x, sum(table[x] for table in tables) / len(tables)) for x in sorted(common))
 
 
 def curve_figures(findings: RecipeFindings) -> list[Figure]:
-    """Training and held-out loss against steps: a line for each series, its seeds as thin ones."""
+    """Training and held-out loss against steps: a line for each series, and thin lines for its seeds."""
     return _curves([(series.label, series.style, series.runs) for series in findings.series])
 
 
 def run_curves(runs: Sequence[tuple[str, RunFolder]]) -> list[Figure]:
-    """The same for runs on their own."""
+    """Training and held-out loss against steps, a line for each single run."""
     return _curves([(folder.name, style, [(folder.run.job.seed, folder.run)]) for style, folder in runs])
 
 
@@ -111,28 +111,28 @@ def _curves(groups: Sequence[tuple[str, str, Sequence[tuple[int, TrainingRun]]]]
 
 
 def _without_the_first(lines: Sequence[Line]) -> tuple[tuple[float, float] | None, str]:
-    """A range that leaves out the steep beginning where that would take most of the chart."""
+    """A y range and its note that leave out the steep start of training where it would take most of the chart."""
     everything = [y for line in lines for _, y in line.points]
     late = [y for line in lines for x, y in line.points if x >= _FIRST_PART * line.points[-1][0]]
     if not late or max(everything) - min(everything) <= 1.4 * (max(late) - min(late)):
         return None, ""
-    return limits(late), "The steep beginning lies above the chart."
+    return limits(late), "The steep start is above the chart."
 
 
 def difference_figures(findings: RecipeFindings) -> list[Figure]:
-    """Paired differences with their intervals: held-out loss, and minimal pairs where they were scored."""
+    """Paired differences with their intervals: of held-out loss, and of minimal pairs if they were scored."""
     found = []
-    for what, unit, differences, scale, side in (
+    for title, unit, differences, scale, side in (
         ("Difference of held-out loss", "nats per token", findings.losses, 1.0, "Left"),
         ("Difference on minimal pairs", "percentage points", findings.pairs, 100.0, "Right"),
     ):
         rows = [row for difference in differences if (row := _difference_row(difference, scale)) is not None]
-        chart = rows_chart(rows, what, unit, reference=0.0)
+        chart = rows_chart(rows, title, unit, reference=0.0)
         if chart:
-            note = f"{side} of zero the student is better."
+            note = f"{side} of zero, the student is better."
             if any(len(difference.by_seed) > 1 for difference in differences):
                 note += " Bars are 95 % intervals, small dots the seeds."
-            found.append(Figure(what, chart, note))
+            found.append(Figure(title, chart, note))
     return found
 
 
@@ -151,21 +151,21 @@ def _difference_row(difference: Difference, scale: float) -> Row | None:
 
 
 def pairs_figures(findings: RecipeFindings) -> list[Figure]:
-    """Minimal pairs by group, a mark for each series and the range of its seeds."""
+    """Accuracy on minimal pairs by group: a mark for each series with the range of its seeds."""
     rows = []
     for group in group_names(findings):
         marks = [_group_mark(series, group) for series in findings.series]
         rows.append(Row(readable(group), tuple(mark for mark in marks if mark is not None)))
     if not rows:
         return []
-    # Many groups stand in two charts side by side, over one range.
+    # Many groups are split into two charts side by side, with one x range.
     half = len(rows) if len(rows) <= _MOST_GROUPS else -(-len(rows) // 2)
     x_range = limits([50.0, *(value for row in rows for mark in row.marks for value in (mark.low, mark.high))])
     letters = max(len(row.label) for row in rows)
-    title, x_label = "Minimal pairs that are right, by group", "% of pairs; the dotted line is chance"
+    title, x_label = "Accuracy on minimal pairs, by group", "% of pairs; the dotted line is chance"
     note = ""
     if any(len(series.runs) > 1 for series in findings.series):
-        note = "A mark is the mean over seeds, its bar reaches from the lowest seed to the highest."
+        note = "Marks are means over seeds, bars the range of the seeds."
     found: list[Figure] = []
     for part in (rows[:half], rows[half:]):
         if part:
@@ -186,9 +186,9 @@ def _group_mark(series: Series, group: str) -> Mark | None:
 
 
 def fidelity_figures(findings: RecipeFindings) -> list[Figure]:
-    """KL and mass by k, if the k most probable ids were stored exactly and the rest as an even bucket."""
+    """KL and residual mass by k, if the k most probable ids were stored exactly and the rest as an even bucket."""
     found = []
-    note = "What storing the k most probable ids would give, on the same sample of positions."
+    note = "Values for storing the k most probable ids, on the same sample of positions."
     for title, name in (
         ("KL of top-k targets with an even tail, nats", "forward"),
         ("Mass outside the k ids", "residual_mass"),
@@ -206,7 +206,7 @@ def fidelity_figures(findings: RecipeFindings) -> list[Figure]:
 
 
 def break_even_figure(findings: RecipeFindings) -> Figure | None:
-    """Seconds of n students, from the cache and live."""
+    """Time of n students, from the cache and with live teachers, in the unit that fits."""
     found = findings.break_even
     if found is None:
         return None
@@ -226,7 +226,7 @@ def break_even_figure(findings: RecipeFindings) -> Figure | None:
 
 
 def memory_figure(findings: RecipeFindings) -> Figure | None:
-    """Peak memory of the runs of one device: of the device where it was measured, else of the process."""
+    """Peak memory of student, control and live runs: of the device if two or more measured it, else of the process."""
     series = [one for one in findings.series if one.role != "teacher"]
     for name, of in (("device", _device_bytes), ("process", _process_bytes)):
         found = [(one, spread) for one in series if (spread := one.spread(of)) is not None]
@@ -251,7 +251,7 @@ def _process_bytes(model: Model) -> float | None:
 
 
 def sweep_figures(sweep: Sweep) -> list[Figure]:
-    """The best value so far, then the value against each parameter."""
+    """The best value so far by trial, then the value against each parameter."""
     best = min if sweep.direction == "minimize" else max
     complete = [
         (trial, trial.value)
@@ -273,25 +273,25 @@ def sweep_figures(sweep: Sweep) -> list[Figure]:
     for name in dict.fromkeys(name for trial in sweep.trials for name in trial.parameters):
         dots = []
         for trial in sweep.trials:
-            place = trial.parameters.get(name)
-            if trial.value is None or place is None or trial.state not in ("complete", "pruned"):
+            parameter = trial.parameters.get(name)
+            if trial.value is None or parameter is None or trial.state not in ("complete", "pruned"):
                 continue
-            x = str(place) if isinstance(place, (bool, str)) else float(place)
+            x = str(parameter) if isinstance(parameter, (bool, str)) else float(parameter)
             pruned = trial.state == "pruned"
             style = "student" if trial.value == winner and not pruned else "control"
-            words = f"trial {trial.number}{', pruned' if pruned else ''}, {name} = {place}: {trial.value:.6g}"
+            words = f"trial {trial.number}{', pruned' if pruned else ''}, {name} = {parameter}: {trial.value:.6g}"
             if math.isfinite(trial.value):
                 dots.append(Dot(x, min(max(trial.value, low), high), words, style, hollow=pruned))
         chart = scatter(dots, f"{sweep.metric} against {name}", name)
         if chart:
             outside = any(trial.value is not None and not low <= trial.value <= high for trial in sweep.trials)
-            note = "Trials beyond the chart stand at its edge." if outside else ""
+            note = "Trials outside the range are shown at the edge of the chart." if outside else ""
             found.append(Figure(f"{sweep.metric} against {name}", chart, note))
     return found
 
 
 def _without_outliers(values: Sequence[float], best: float) -> tuple[float, float]:
-    """Where dots may lie: trials that diverged would press all others into one line."""
+    """The y range of a scatter plot: without it, diverged trials would flatten all others into one line."""
     middle = sorted(values)[len(values) // 2]
     reach = _FARTHEST * abs(middle - best) or math.inf
     return min(best, middle - reach), max(best, middle + reach)

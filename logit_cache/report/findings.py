@@ -1,7 +1,7 @@
-"""What a recipe shows: its models by role and seed, what they are compared on, and what each part cost.
+"""The findings of a recipe: its models by role and seed, their paired differences, and the cost of each part.
 
-Every statistic of the page is made here, from what the folders hold; a figure that is not there is None. Differences
-are paired by seed: models of one seed saw the same order of data, and their difference varies less than they do.
+Every statistic of the page is computed here, from the records in the folders; a missing metric is None. Differences are
+paired by seed: models of one seed saw the same data order, and their difference varies less than they do.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from storage.cache.reader import LogitCache
 from storage.errors import CacheNotFound
 
 EQUAL_NATS = 0.01
-"""Cached and live are called equal where the interval of their difference lies within this."""
+"""Cached and live are called equal if the interval of their difference is within ± this many nats."""
 
 _ORDER: tuple[Role, ...] = ("teacher", "student", "control", "live")
 _LABELS = {"student": "student", "control": "control", "live": "live teachers"}
 _LARGEST_BREAK_EVEN = 16
 
-Figure = Callable[[Model], float | None]
+Metric = Callable[[Model], float | None]
 
 
 @dataclass(frozen=True)
 class Series:
-    """The models of one role and name, in the order of their seeds. `style` names its colours on the page."""
+    """The models of one role and name, in the order of their seeds. `style` is the CSS class of its colours."""
 
     role: Role
     name: str
@@ -41,20 +41,20 @@ class Series:
 
     @property
     def runs(self) -> list[tuple[int, TrainingRun]]:
-        """Finished runs with their seeds."""
+        """The finished runs, each with its seed."""
         return [(model.seed, model.run) for model in self.models if model.run is not None]
 
-    def spread(self, figure: Figure) -> Spread | None:
-        """A figure over the seeds that have it."""
-        return spread(figure(model) for model in self.models)
+    def spread(self, metric: Metric) -> Spread | None:
+        """A metric over the seeds that have it."""
+        return spread(metric(model) for model in self.models)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of a student less that of what it is compared with, by seed.
+    """A metric of a student minus that of the model it is compared with, by seed.
 
-    against    control, the best teacher of the seed, or the student that learned from live teachers
-    teachers   which teacher was the best, by seed
+    against    the control, the best teacher of the seed, or the student of live teachers
+    teachers   name of the best teacher, by seed
     """
 
     student: str
@@ -64,13 +64,13 @@ class Difference:
 
     @property
     def spread(self) -> Spread | None:
-        """Over the seeds; None where nothing is paired."""
+        """The spread over seeds; None if no seed has both models."""
         return spread(self.by_seed.values())
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A teacher entry as `describe_entry` gives it, and the seconds of its receipts; None: not there (yet)."""
+    """A teacher entry as returned by `describe_entry`, and the seconds of its receipts; None if it does not exist."""
 
     name: str
     found: dict[str, Any] | None
@@ -80,7 +80,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Seconds of n students: the cache, made once, and n runs from it; or n runs with live teachers."""
+    """Seconds of n students: the cache, made once, plus n runs from it; or n runs with live teachers."""
 
     caching: float
     cached: float
@@ -88,17 +88,17 @@ class BreakEven:
 
     @property
     def students(self) -> float | None:
-        """How many students make the cache worth it; None where it never is."""
+        """The break-even number of students, not rounded; None if the cache never saves time."""
         return self.caching / (self.live - self.cached) if self.live > self.cached else None
 
     def rows(self, most: int = _LARGEST_BREAK_EVEN) -> list[tuple[int, float, float]]:
-        """(n, from the cache, live), in seconds, for n = 1 …"""
+        """(n, from the cache, live), in seconds, for n = 1 to `most`."""
         return [(n, self.caching + n * self.cached, n * self.live) for n in range(1, most + 1)]
 
 
 @dataclass(frozen=True)
 class RecipeFindings:
-    """Everything that the page says about a recipe."""
+    """All data of the page about a recipe."""
 
     name: str
     recipe: Recipe
@@ -109,16 +109,16 @@ class RecipeFindings:
 
     @cached_property
     def scored_by_evaluate(self) -> bool:
-        """Where held-out figures come from: the runs' own reports, or `evaluate` where it has scored more models.
+        """Whether held-out metrics come from `logit-cache evaluate`, if it scored more models than the runs themselves.
 
-        One source for all of them, as the two may read the text in different windows.
+        All models use one source, as the two may read the text in different windows.
         """
         own = sum(model.run is not None and model.run.held_out is not None for model in self.models)
         scored = sum(model.scores is not None and model.scores.held_out is not None for model in self.models)
         return scored > own
 
     def held_out(self, model: Model) -> dict[str, float | None]:
-        """cross_entropy, perplexity, bits_per_byte and ece of a model; empty where it was not measured."""
+        """cross_entropy, perplexity, bits_per_byte and ece of a model; empty if it was not measured."""
         scored = model.scores.held_out if model.scores is not None else None
         own = model.run.held_out if model.run is not None else None
         if self.scored_by_evaluate:
@@ -133,30 +133,30 @@ class RecipeFindings:
         return {} if own is None else own.model_dump(include={"cross_entropy", "perplexity", "bits_per_byte", "ece"})
 
     def loss(self, model: Model) -> float | None:
-        """Held-out loss, nats per token."""
+        """Held-out cross-entropy in nats per token."""
         return self.held_out(model).get("cross_entropy")
 
     @cached_property
     def losses(self) -> tuple[Difference, ...]:
-        """Differences of held-out loss in nats per token; below 0 the student is better."""
+        """Differences of held-out loss in nats per token; below 0, the student is better."""
         return self._differences(self.loss, best=min)
 
     @cached_property
     def pairs(self) -> tuple[Difference, ...]:
-        """Differences of the minimal pairs' mean over groups, as fractions; above 0 the student is better."""
+        """Differences of the minimal pairs' mean over groups, as fractions; above 0, the student is better."""
         return self._differences(pairs_mean, best=max)
 
-    def _differences(self, figure: Figure, best: Callable[..., Any]) -> tuple[Difference, ...]:
+    def _differences(self, metric: Metric, best: Callable[..., Any]) -> tuple[Difference, ...]:
         found: list[Difference] = []
         for series in self.of("student"):
-            own = {model.seed: figure(model) for model in series.models}
+            own = {model.seed: metric(model) for model in series.models}
             for against in ("control", "teacher", "live"):
                 by_seed, teachers = {}, {}
                 for seed, value in own.items():
                     if against == "teacher":
-                        name, other = self._best_teacher(seed, figure, best)
+                        name, other = self._best_teacher(seed, metric, best)
                     else:
-                        name, other = series.name, self._counterpart(against, series.name, seed, figure)
+                        name, other = series.name, self._counterpart(against, series.name, seed, metric)
                     if value is not None and other is not None:
                         by_seed[seed], teachers[seed] = value - other, name
                 found.append(Difference(series.label, against, by_seed, teachers if against == "teacher" else {}))
@@ -166,32 +166,32 @@ class RecipeFindings:
         """The series of a role."""
         return [series for series in self.series if series.role == role]
 
-    def _counterpart(self, role: str, name: str, seed: int, figure: Figure) -> float | None:
-        """The model of a seed that a student is compared with: of its name, or the only one of that role."""
-        there = [model for model in self.models if model.role == role and model.seed == seed]
-        same = [model for model in there if model.name == name]
-        chosen = same or there
-        return figure(chosen[0]) if len(chosen) == 1 else None
+    def _counterpart(self, role: str, name: str, seed: int, metric: Metric) -> float | None:
+        """The metric of the model to compare a student with: the one of its name, or the only one of that role."""
+        found = [model for model in self.models if model.role == role and model.seed == seed]
+        same = [model for model in found if model.name == name]
+        chosen = same or found
+        return metric(chosen[0]) if len(chosen) == 1 else None
 
-    def _best_teacher(self, seed: int, figure: Figure, best: Callable[..., Any]) -> tuple[str, float | None]:
-        """The best teacher of a seed; teachers of a single seed serve all students. None unless all are measured:
-        the missing one might be the best."""
+    def _best_teacher(self, seed: int, metric: Metric, best: Callable[..., Any]) -> tuple[str, float | None]:
+        """Name and metric of a seed's best teacher; teachers of a single seed serve all students. None unless all are
+        measured: a missing one might be the best."""
         teachers = [model for model in self.models if model.role == "teacher"]
         if len({model.seed for model in teachers}) > 1:
             teachers = [model for model in teachers if model.seed == seed]
-        values = [(figure(model), model.name) for model in teachers]
+        values = [(metric(model), model.name) for model in teachers]
         if not values or any(value is None for value, _ in values):
             return "", None
-        # One that diverged is not the best, unless all did.
+        # A diverged teacher is not the best, unless all diverged.
         value, name = best([item for item in values if item[0] is not None and math.isfinite(item[0])] or values[:1])
         return name, value
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """What makes the comparisons less than they look."""
+        """Limits of the comparisons: unequal text, tokens, steps or devices, unfinished and resumed runs."""
         found = []
         if len({run.provenance.get("eval_cache") for run in self.runs if run.held_out is not None}) > 1:
-            found.append("The models were not all scored on the same held-out text: their losses do not compare.")
+            found.append("The models were not all scored on the same held-out text: their losses are not comparable.")
         students = {
             (run.tokens_seen, run.steps) for series in self.series if series.role != "teacher" for _, run in series.runs
         }
@@ -201,13 +201,13 @@ class RecipeFindings:
         if missing:
             names = ", ".join(f"{m.role} {m.name}, seed {m.seed}" for m in missing[:6])
             more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
-            found.append(f"Not finished, and missing from every figure: {names}{more}.")
+            found.append(f"Not finished, and missing from all numbers: {names}{more}.")
         devices = {run.device for series in self.series if series.role in ("student", "live") for _, run in series.runs}
         if len(devices) > 1:
-            found.append("Student and live runs were on different devices: their seconds do not compare.")
+            found.append("Student and live runs were on different devices: their seconds are not comparable.")
         if any(run.resumed_from_step for run in self.runs):
             found.append(
-                "Runs that were stopped and resumed do not know their whole time: it is left out of the costs."
+                "Runs that were stopped and resumed did not record their total time: it is left out of the costs."
             )
         return tuple(found)
 
@@ -218,9 +218,9 @@ class RecipeFindings:
 
     @cached_property
     def break_even(self) -> BreakEven | None:
-        """Costs of n students, where caching, cached and live runs were all measured.
+        """Costs of n students, if caching, cached and live runs were all measured.
 
-        Caching is that of the entries that one student reads, over the training text: sums over workers.
+        Caching is that of the entries that one student reads, over the training text, summed over workers.
         """
         seconds = {entry.name: entry.seconds for entry in self.entries}
         students = [model.run for model in self.models if model.role == "student" and model.run is not None]
@@ -237,19 +237,19 @@ class RecipeFindings:
 
 
 def pairs_mean(model: Model) -> float | None:
-    """Minimal pairs: unweighted mean over groups, a fraction."""
+    """Minimal-pair accuracy of a model: unweighted mean over groups, a fraction."""
     if model.scores is None or model.scores.minimal_pairs is None:
         return None
     return model.scores.minimal_pairs.mean_over_groups
 
 
 def run_seconds(model: Model) -> float | None:
-    """Seconds of a run; None for one that was resumed, as only its last process counted them."""
+    """Seconds of a run; None for a resumed one, which recorded only those of its last process."""
     return None if model.run is None or model.run.resumed_from_step else model.run.seconds
 
 
 def kl_of(model: Model) -> dict[str, KL]:
-    """Held-out KL by teacher entry: of the scores, which every model may have; else of the run."""
+    """Held-out KL by teacher entry: from the scores, which every model may have; else from the run."""
     scored = None if model.scores is None else model.scores.held_out
     if scored is not None and scored.kl:
         return scored.kl
@@ -257,15 +257,15 @@ def kl_of(model: Model) -> dict[str, KL]:
 
 
 def kl_mean(model: Model) -> float | None:
-    """Held-out KL from teacher entries to a model, nats per token: the mean where it has several."""
+    """Held-out KL(teacher || model) in nats per token: the mean over the model's teacher entries."""
     values = [item.nats for item in kl_of(model).values()]
     return sum(values) / len(values) if values else None
 
 
 def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
-    """Read a recipe's caches (records and receipts, no array) and put its models in order.
+    """Read a recipe's caches (records and receipts, no array) and order its models.
 
-    A cache or an entry that is not there yet is none; a damaged one raises what opening it raises.
+    A cache or an entry that does not exist yet becomes None; a damaged one raises CorruptCache or FormatError.
     """
     train = _open(folder.train_cache)
     held_out = _open(folder.held_out_cache)
@@ -280,7 +280,7 @@ def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
 
 
 def series_of(models: tuple[Model, ...]) -> tuple[Series, ...]:
-    """Models by role and name: teachers first, then the student and what it is compared with."""
+    """Models by role and name: teachers first, then the student, the control and the student of live teachers."""
     found = []
     for role in _ORDER:
         names = list(dict.fromkeys(model.name for model in models if model.role == role))
@@ -321,12 +321,12 @@ def _entry(name: str, train: LogitCache | None, held_out: LogitCache | None) -> 
         return Entry(name, None, None, None)
     targets = train.teacher(name)
     found = describe_entry(targets)
-    # An entry that was made of another one counts the seconds of that, and not the teacher's.
+    # A derived entry's receipts count the seconds of its derivation, not the teacher's.
     counts = found["complete"] and targets.entry.derived_from is None
     seconds = targets.statistics()[1] if counts else 0.0
-    there = 0.0
+    held_out_seconds = 0.0
     if held_out is not None and name in held_out.teachers:
         other = held_out.teacher(name)
-        there = 0.0 if other.missing() or other.entry.derived_from else other.statistics()[1]
-    # Receipts of 0 seconds were written by something that did not count them.
-    return Entry(name, found, seconds or None, there or None)
+        held_out_seconds = 0.0 if other.missing() or other.entry.derived_from else other.statistics()[1]
+    # Receipts of 0 seconds come from writers that did not measure them.
+    return Entry(name, found, seconds or None, held_out_seconds or None)

@@ -1,7 +1,7 @@
 """Folders of finished work as frozen data: recipes (recipe.json), sweeps (sweep.json), training runs (report.json).
 
-Only what a report shows is read, and fields that are not known are passed over: a report of an older or a newer version
-has to be readable too. Nothing here is trusted: sizes are bounded, and paths in a recipe cannot leave its folder.
+Only the fields that a report shows are read, and unknown fields are ignored, so that records of older and newer
+versions can be read too. The folders are not trusted: sizes are bounded, and paths in a recipe cannot leave its folder.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class _Read(BaseModel):
 
 
 class TeacherWeight(_Read):
-    """A teacher entry and its share."""
+    """A teacher entry and its weight in the mixture."""
 
     name: str
     weight: float = 1.0
 
 
 class Job(_Read):
-    """What a training run was asked to do; see `student.job.StudentJob`."""
+    """The job of a training run; see `student.job.StudentJob`."""
 
     teachers: tuple[TeacherWeight, ...] = ()
     model: str
@@ -59,7 +59,7 @@ class KL(_Read):
 
 
 class HeldOut(_Read):
-    """Held-out figures: cross-entropy in nats per token, ECE as a fraction."""
+    """Held-out metrics: cross-entropy in nats per token, ECE as a fraction."""
 
     tokens: int
     cross_entropy: float
@@ -70,7 +70,7 @@ class HeldOut(_Read):
 
 
 class PeakMemory(_Read):
-    """The most memory that a run held."""
+    """Peak memory of a run, in bytes."""
 
     process_bytes: int | None = None
     device_bytes: int | None = None
@@ -99,7 +99,7 @@ class TrainingRun(_Read):
 
 
 class ScoredText(_Read):
-    """Held-out figures of `logit-cache evaluate`."""
+    """Held-out metrics of `logit-cache evaluate`; losses and KL in nats per token."""
 
     tokens: int
     cross_entropy_per_token: float
@@ -110,14 +110,14 @@ class ScoredText(_Read):
 
 
 class Group(_Read):
-    """Share of right pairs."""
+    """Accuracy on the pairs of a group, as a fraction."""
 
     pairs: int
     accuracy: float
 
 
 class Pairs(_Read):
-    """Minimal pairs; `mean_over_groups` as BLiMP's score is in the BabyLM papers."""
+    """Scores on minimal pairs; `mean_over_groups` is the BLiMP score of the BabyLM papers."""
 
     pairs: int
     mean_over_groups: float
@@ -142,14 +142,14 @@ class _ModelRecord(_Read):
 
 
 class Caches(_Read):
-    """Where a recipe's caches are, from its folder."""
+    """Paths of a recipe's caches, relative to its folder."""
 
     train: str | None = None
     held_out: str | None = None
 
 
 class Recipe(_Read):
-    """recipe.json."""
+    """The record of a recipe, recipe.json."""
 
     kind: Literal["recipe"]
     format: Literal[1]
@@ -163,7 +163,7 @@ class Recipe(_Read):
 
 
 class Trial(_Read):
-    """One trial of a sweep; `value` is the metric where there is one."""
+    """One trial of a sweep; `value` is the sweep's metric, None where it was not measured."""
 
     number: int
     state: Literal["complete", "pruned", "failed", "running"]
@@ -175,7 +175,7 @@ class Trial(_Read):
 
 
 class Sweep(_Read):
-    """sweep.json."""
+    """The record of a sweep, sweep.json."""
 
     kind: Literal["sweep"]
     format: Literal[1]
@@ -191,7 +191,7 @@ class Sweep(_Read):
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a recipe; `run` and `scores` are None until they are there."""
+    """One model of a recipe; `run` and `scores` are None until they exist."""
 
     role: Role
     name: str
@@ -202,7 +202,7 @@ class Model:
 
 @dataclass(frozen=True)
 class RecipeFolder:
-    """A recipe with what has been finished of it. The caches are paths, whether there yet or not."""
+    """A recipe with its finished runs and scores. The caches are paths, which may not exist yet."""
 
     name: str
     recipe: Recipe
@@ -213,7 +213,7 @@ class RecipeFolder:
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """A sweep."""
+    """A folder with a sweep."""
 
     name: str
     sweep: Sweep
@@ -221,7 +221,7 @@ class SweepFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A training run on its own."""
+    """A folder with a single training run."""
 
     name: str
     run: TrainingRun
@@ -232,13 +232,13 @@ _Record = TypeVar("_Record", bound=_Read)
 
 
 def read_folder(directory: str | Path) -> Folder:
-    """What a folder holds. Raises InputError for one that is missing or holds none of the three, or damaged files."""
+    """Read a folder. Raises InputError for one that is missing, has none of the three records, or a damaged one."""
     path = Path(directory).expanduser()
     if not path.is_dir():
         raise InputError(
             f"{directory}: expected a folder of a recipe, a sweep or a training run, found no folder there"
         )
-    # A folder may be called ".", and the last part of "..": whatever it is, its own name is what a reader knows.
+    # The path may be "." or end in "..": the report shows the folder's own name.
     name = path.resolve().name.encode("utf-8", "replace").decode()
     if (path / "recipe.json").is_file():
         return _read_recipe(path, name)
@@ -273,7 +273,7 @@ def _read_recipe(path: Path, name: str) -> RecipeFolder:
     for model in models:
         key = (model.role, model.name, model.seed)
         if key in seen:
-            raise InputError(f"{file}: {model.role} {model.name!r} of seed {model.seed} is there twice: keep one")
+            raise InputError(f"{file}: {model.role} {model.name!r} of seed {model.seed} is listed twice: keep one")
         seen.add(key)
     caches = [
         None if cache is None else _inside(path, cache, f"{file}, caches")
@@ -283,7 +283,7 @@ def _read_recipe(path: Path, name: str) -> RecipeFolder:
 
 
 def _inside(folder: Path, relative: str, where: str) -> Path:
-    """A path of a recipe, which must lead to somewhere inside its folder."""
+    """A relative path of a recipe, joined to its folder. Raises InputError for one that leaves the folder."""
     parts = PurePosixPath(relative)
     if parts.is_absolute() or ".." in parts.parts or "://" in relative or "\0" in relative or not parts.parts:
         raise InputError(f"{where}: expected a path inside the folder of the recipe, found {relative!r}: correct it")
@@ -291,21 +291,21 @@ def _inside(folder: Path, relative: str, where: str) -> Path:
 
 
 def _whole(text: str) -> int | float:
-    """A whole number; one that no counter reaches becomes a float, which arithmetic survives."""
+    """An integer; one of more than 18 digits, which no counter reaches, becomes a float to keep arithmetic bounded."""
     return int(text) if len(text) <= 18 else float(text)
 
 
 def _read(file: Path, kind: type[_Record]) -> _Record:
-    """A JSON file as a record. Raises InputError for one that is too large, no JSON, or of another shape."""
+    """A JSON file as a record. Raises InputError for one that is too large, not JSON, or not of this kind."""
     size = file.stat().st_size
     if size > MAX_JSON_BYTES:
         raise InputError(f"{file}: expected at most {MAX_JSON_BYTES:,} bytes of JSON, found {size:,}")
     try:
         data = json.loads(file.read_bytes(), parse_int=_whole)
-        # Half a character is nothing that a page can hold.
+        # A lone surrogate cannot be encoded in the page.
         json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: expected JSON, found something else ({error}): is it half written?") from None
+        raise InputError(f"{file}: expected JSON, found something else ({error}): is it partially written?") from None
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -313,8 +313,8 @@ def _read(file: Path, kind: type[_Record]) -> _Record:
         name = ".".join(str(part) for part in first["loc"]) or "the file"
         found = repr(first["input"])
         shown = found if len(found) <= 60 else found[:60] + "…"
-        what = kind.model_fields["kind"].annotation
-        expected = getattr(what, "__args__", ("record",))[0]
+        literal = kind.model_fields["kind"].annotation
+        expected = getattr(literal, "__args__", ("record",))[0]
         raise InputError(
             f"{file}: expected a {expected}; {name}: {first['msg']} (found {shown}): write it again"
         ) from None

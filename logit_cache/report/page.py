@@ -1,7 +1,7 @@
 """One self-contained HTML page about recipes, sweeps and training runs: sections of text, charts and tables.
 
-The page holds no script and asks for nothing: its Content-Security-Policy allows its own style sheet alone. Whatever
-the folders hold is text, and Jinja2 escapes it.
+The page has no script and makes no request: its Content-Security-Policy allows only its own style sheet. Everything
+from the folders is text, and Jinja2 escapes it.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ class Section:
 
 @dataclass(frozen=True)
 class Article:
-    """What the page says of one folder: `verdict` first, then what has to be known beside it, then the sections."""
+    """The part of the page about one folder: `verdict` first, then its context, warnings, and sections."""
 
     kind: str
     title: str
     verdict: tuple[str, ...]
-    beside: tuple[str, ...]
+    context: tuple[str, ...]
     warnings: tuple[str, ...]
     sections: tuple[Section, ...]
 
 
 def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]:
-    """Write the page about some folders; the verdicts, for a terminal.
+    """Write the page about some folders to `out`; returns the verdicts, one sentence each.
 
-    Raises InputError for a folder of none of the kinds, and where nothing in any of them is finished.
+    Raises InputError for a folder without a recipe, sweep or run, and where none of them has a finished run or trial.
     """
     folders = [read_folder(directory) for directory in directories]
     if not any(_is_finished(folder) for folder in folders):
         names = ", ".join(str(directory) for directory in directories)
         raise InputError(
-            f"{names}: expected at least one finished run or trial, found none: run the command again when there is one"
+            f"{names}: expected at least one finished run or trial, found none: run the command again once there is one"
         )
     articles = [_recipe(gather_recipe(folder)) for folder in folders if isinstance(folder, RecipeFolder)]
     articles += [_sweep(folder) for folder in folders if isinstance(folder, SweepFolder)]
@@ -97,7 +97,7 @@ def render(articles: Sequence[Article]) -> str:
 
 
 def _bound(text: str) -> str:
-    """Numbers stay on one line with what belongs to them."""
+    """Join numbers to their units and to ± with no-break spaces."""
     return re.sub(r"(?<=\d) (?=±|%|nats\b)|(?<=±) ", "\u00a0", text)
 
 
@@ -110,7 +110,7 @@ def _is_finished(folder: Folder) -> bool:
 
 
 def _present(found: Sequence[Table | Figure | None]) -> list[Table | Figure]:
-    """Tables with rows and figures with something drawn."""
+    """The tables that have rows and the figures whose chart is not empty."""
     return [one for one in found if one is not None and (one.rows if isinstance(one, Table) else one.chart)]
 
 
@@ -120,12 +120,12 @@ def _section(
     text: Sequence[str] = (),
     legend: Sequence[tuple[str, str]] = (),
 ) -> Section:
-    there = _present(parts)
-    drawn = tuple(one for one in there if isinstance(one, Figure))
-    laid = tuple(one for one in there if isinstance(one, Table))
-    if not there and not text:
+    present = _present(parts)
+    charts = tuple(one for one in present if isinstance(one, Figure))
+    filled = tuple(one for one in present if isinstance(one, Table))
+    if not present and not text:
         text = ("Not measured.",)
-    return Section(title, tuple(text), tuple(legend) if drawn else (), drawn, laid)
+    return Section(title, tuple(text), tuple(legend) if charts else (), charts, filled)
 
 
 def _recipe(findings: RecipeFindings) -> Article:
@@ -136,14 +136,14 @@ def _recipe(findings: RecipeFindings) -> Article:
         kind=f"recipe {findings.recipe.recipe}, scale {findings.recipe.scale}",
         title=findings.recipe.title,
         verdict=tuple(verdicts(findings)),
-        beside=(
+        context=(
             *pairs_sentences(findings),
             *([_PAIRED] if any(len(difference.by_seed) > 1 for difference in findings.losses) else []),
         ),
         warnings=findings.warnings,
         sections=(
-            _section("What was gained", *figures.difference_figures(findings)),
-            _section("What was distilled from what", *tables.settings_tables(findings)),
+            _section("Gain from distillation", *figures.difference_figures(findings)),
+            _section("Setup", *tables.settings_tables(findings)),
             _section("Teachers, student, control", tables.models_table(findings)),
             _section("During training", *figures.curve_figures(findings), legend=legend),
             _section(pairs_name, *figures.pairs_figures(findings), tables.pairs_table(findings), legend=legend),
@@ -181,13 +181,13 @@ def _recipe(findings: RecipeFindings) -> Article:
 
 def _break_even(found: BreakEven | None) -> str:
     if found is None:
-        return "Break-even of cached against live: not measured. It takes a cache, a run from it, and a live one."
+        return "Break-even of cached against live: not measured. It needs a cache, a run from it, and a live run."
     costs = (
-        f"making the cache {duration(found.caching)}, a student from it {duration(found.cached)}, one with live "
+        f"the cache takes {duration(found.caching)}, a student from it {duration(found.cached)}, one with live "
         f"teachers {duration(found.live)}"
     )
     if found.students is None:
-        return f"A run from the cache is no faster than a live one here, so the cache never pays in time: {costs}."
+        return f"A run from the cache is no faster than a live one here, so the cache never saves time: {costs}."
     first = max(1, -int(-found.students // 1))
     return f"The cache is cheaper from {first} student{'s' if first > 1 else ''} on: {costs}."
 
@@ -207,20 +207,20 @@ def _sweep(folder: SweepFolder) -> Article:
         [f"{running} running"] if running else []
     )
     seconds = "" if sweep.seconds is None else f", {duration(sweep.seconds)} in all"
-    drawn = figures.sweep_figures(sweep)
+    charts = figures.sweep_figures(sweep)
     return Article(
         kind=f"sweep, {sweep.backend or 'backend not recorded'}",
         title=sweep.title,
         verdict=(verdict,),
-        beside=(
-            f"{len(sweep.trials)} trials ({', '.join(parts)}){seconds}. The best of many trials on one held-out text "
-            "is chosen by that text: a new seed or another text tells what it is worth.",
+        context=(
+            f"{len(sweep.trials)} trials ({', '.join(parts)}){seconds}. The best of many trials is selected "
+            "on this held-out text, so its value is optimistic: evaluate it with a new seed or on another text.",
         ),
         warnings=(),
         sections=(
             _section(
                 "By parameter",
-                *drawn,
+                *charts,
                 legend=[("student", "best trial"), ("control", "other trials; rings were pruned")],
             ),
             _section("Trials", trials_table(sweep)),
@@ -236,7 +236,7 @@ def _runs(runs: Sequence[RunFolder]) -> Article:
         kind="training runs",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} training runs",
         verdict=(_lowest(runs),),
-        beside=(),
+        context=(),
         warnings=(),
         sections=(
             _section("Runs", runs_table(styled)),

@@ -1,4 +1,4 @@
-"""The tables of a report about a recipe: findings in, cells out."""
+"""The tables of a report about a recipe, from its findings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from logit_cache.report.cells import NOT_MEASURED, Cell, Table, distinct, number, over_seeds, scalar, software, words
-from logit_cache.report.findings import Entry, Figure, RecipeFindings, kl_mean, kl_of, pairs_mean, run_seconds
+from logit_cache.report.findings import Entry, Metric, RecipeFindings, kl_mean, kl_of, pairs_mean, run_seconds
 from logit_cache.report.folders import Model, TrainingRun
 from logit_cache.report.statistics import Spread, spread
 from storage.progress import duration
@@ -15,15 +15,15 @@ _BLIMP = (12, 67)
 
 
 def is_blimp(models: Iterable[Model]) -> bool:
-    """Whether the minimal pairs are BLiMP's, as far as their number tells."""
+    """Whether the minimal pairs are BLiMP's, judged by their 12 groups and 67 paradigms."""
     pairs = [m.scores.minimal_pairs for m in models if m.scores is not None and m.scores.minimal_pairs is not None]
     return bool(pairs) and all((len(p.groups), len(p.paradigms)) == _BLIMP for p in pairs)
 
 
 def models_table(findings: RecipeFindings) -> Table:
-    """All models: size, what they saw, and every held-out figure."""
+    """All models: size, tokens seen, and every held-out metric."""
 
-    def held_out(name: str) -> Figure:
+    def held_out(name: str) -> Metric:
         return lambda model: findings.held_out(model).get(name)
 
     rows = []
@@ -50,8 +50,8 @@ def models_table(findings: RecipeFindings) -> Table:
     pairs = "BLiMP" if is_blimp(findings.models) else "minimal pairs"
     source = "logit-cache evaluate" if findings.scored_by_evaluate else "the runs' own reports"
     note = (
-        f"Mean over seeds; ± is their standard deviation. Loss and KL in nats per token; held-out figures from "
-        f"{source}. KL is that from a student's teachers, ≥ where everything beyond the stored ids counts as one. "
+        f"Mean over seeds; ± is their standard deviation. Loss and KL in nats per token; held-out metrics from "
+        f"{source}. KL is that from a student's teachers, ≥ where all ids beyond the stored ones count as one outcome. "
         f"{pairs[0].upper()}{pairs[1:]}: unweighted mean over groups."
     )
     head = ("model", "seeds", "parameters", "tokens seen", "held-out loss", "perplexity", "bits per byte", "ECE")
@@ -59,7 +59,7 @@ def models_table(findings: RecipeFindings) -> Table:
 
 
 def settings_tables(findings: RecipeFindings) -> list[Table]:
-    """What was distilled from what, and the recipe's own settings."""
+    """Teachers, targets, corpus and student of the distillation, and the recipe's own settings."""
     students = [run for series in findings.of("student") for _, run in series.runs]
     rows: list[tuple[str, str]] = []
     made = [entry.found for entry in findings.entries if entry.found is not None]
@@ -69,7 +69,7 @@ def settings_tables(findings: RecipeFindings) -> list[Table]:
         rows.append(("targets", distinct(_targets(found["targets"]) for found in made)))
         rows.append(("teachers' windows", distinct(_windowing(found["windowing"]) for found in made)))
     else:
-        rows.append(("entries", ", ".join(f"{entry.name} (not there yet)" for entry in findings.entries) or "none"))
+        rows.append(("entries", ", ".join(f"{entry.name} (not cached yet)" for entry in findings.entries) or "none"))
     if findings.corpus is not None:
         corpus = findings.corpus
         rows.append(
@@ -81,7 +81,7 @@ def settings_tables(findings: RecipeFindings) -> list[Table]:
         rows.append(("text", f"{corpus['text_bytes']:,} bytes"))
         rows.append(("vocabulary", f"{corpus['vocabulary_size']:,} ids"))
     else:
-        rows.append(("corpus", "not there yet"))
+        rows.append(("corpus", "not tokenized yet"))
     for name, of in (
         ("student", lambda run: f"{run.job.model.rstrip('/').split('/')[-1]}, {run.parameters:,} parameters"),
         ("learns from", _learns_from),
@@ -138,7 +138,7 @@ def _windowing(windowing: dict[str, Any]) -> str:
 
 
 def pairs_table(findings: RecipeFindings) -> Table | None:
-    """Minimal pairs, a row for each group."""
+    """Accuracy on minimal pairs, a row for each group."""
     series = [one for one in findings.series if one.spread(pairs_mean) is not None]
     groups = group_names(findings)
     if not groups:
@@ -148,16 +148,16 @@ def pairs_table(findings: RecipeFindings) -> Table | None:
         for group in groups
     ]
     rows.append((Cell("mean over groups"), *(over_seeds(one.spread(pairs_mean), 1, " %", 100) for one in series)))
-    return Table("The same as numbers", ("group", *(one.label for one in series)), tuple(rows), folded=True, wide=True)
+    return Table("As numbers", ("group", *(one.label for one in series)), tuple(rows), folded=True, wide=True)
 
 
 def group_names(findings: RecipeFindings) -> list[str]:
-    """Groups of minimal pairs that any model was scored on, by name."""
+    """Sorted names of the groups of minimal pairs that any model was scored on."""
     return sorted({name for m in findings.models if m.scores and m.scores.minimal_pairs for name in _groups(m)})
 
 
-def group_accuracy(group: str) -> Figure:
-    """The figure of one group."""
+def group_accuracy(group: str) -> Metric:
+    """The metric that is the accuracy on one group, a fraction."""
     return lambda model: _groups(model).get(group)
 
 
@@ -168,12 +168,12 @@ def _groups(model: Model) -> dict[str, float]:
 
 
 def readable(name: str) -> str:
-    """A group's name with spaces."""
+    """A group's name with spaces for underscores."""
     return name.replace("_", " ")
 
 
 def kl_table(findings: RecipeFindings) -> Table | None:
-    """Held-out KL from each teacher entry. Entries that serve one seed each are the teacher of that seed."""
+    """Held-out KL from each teacher entry; entries that serve one seed each share a row."""
     rows = []
     for series in findings.series:
         by_seed = [found for model in series.models if (found := kl_of(model))]
@@ -184,16 +184,16 @@ def kl_table(findings: RecipeFindings) -> Table | None:
         if len(names) > 1 and all(len(kl) == 1 for kl in by_seed):
             columns = {"its seed's entry": [item for kl in by_seed for item in kl.values()]}
         for name, items in columns.items():
-            what = "a lower bound" if any(item.lower_bound for item in items) else "estimate without bias"
+            kind = "lower bound" if any(item.lower_bound for item in items) else "unbiased estimate"
             nats = spread(item.nats for item in items)
-            rows.append((Cell(series.label, style=series.style), Cell(name), over_seeds(nats, 4), Cell(what)))
+            rows.append((Cell(series.label, style=series.style), Cell(name), over_seeds(nats, 4), Cell(kind)))
     if not rows:
         return None
     return Table("Held-out KL to the teachers", ("model", "entry", "nats per token", ""), tuple(rows), names=2)
 
 
 def fidelity_table(entries: Sequence[Entry]) -> Table | None:
-    """The entries' own fidelity reports, an entry a row."""
+    """The entries' own fidelity reports, a row for each entry."""
     rows = []
     for entry in entries:
         report = entry.found["fidelity"] if entry.found is not None else None
@@ -223,18 +223,18 @@ def fidelity_table(entries: Sequence[Entry]) -> Table | None:
         (*head, "quantisation", "gradient off by", "teacher's ECE"),
         tuple(rows),
         note="Measured on a sample when the entry was made. KL and quantisation in nats. Gradient: the angle between "
-        "the mean gradients of stored and dense loss, with the treatment of the tail that these targets are for.",
+        "the mean gradients of stored and dense loss, with the tail treatment that these targets are made for.",
         wide=True,
     )
 
 
 def _or(cell: Cell, reason: str) -> Cell:
-    """A figure that was measured and is no number."""
+    """The cell, or `reason` for a metric that was measured and is not a number."""
     return Cell(reason, missing=True) if cell.missing else cell
 
 
 def cost_table(findings: RecipeFindings) -> Table:
-    """Time of every stage, in their order."""
+    """Time of every stage, in order."""
     rows = [
         _stage(series.label, "training", series.style, series.spread(run_seconds)) for series in findings.of("teacher")
     ]
@@ -243,26 +243,26 @@ def cost_table(findings: RecipeFindings) -> Table:
         rows.append(_stage(entry.name, "caching of the held-out text", "", spread([entry.held_out_seconds])))
     for series in findings.series:
         if series.role != "teacher":
-            what = "training from the cache" if series.role == "student" else "training"
-            rows.append(_stage(series.label, what, series.style, series.spread(run_seconds)))
+            activity = "training from the cache" if series.role == "student" else "training"
+            rows.append(_stage(series.label, activity, series.style, series.spread(run_seconds)))
     return Table(
         "Time",
         ("stage", "seconds", "runs", "hours in all"),
         tuple(rows),
-        note="Runs with the evaluations they made. Caching: the sum of its shards' receipts, over all workers.",
+        note="Runs include their evaluations. Caching: the sum of its shards' receipts, over all workers.",
     )
 
 
-def _stage(name: str, what: str, style: str, found: Spread | None) -> tuple[Cell, ...]:
+def _stage(name: str, activity: str, style: str, found: Spread | None) -> tuple[Cell, ...]:
     if found is None:
-        return (Cell(name, what, style), NOT_MEASURED, Cell("–"), NOT_MEASURED)
+        return (Cell(name, activity, style), NOT_MEASURED, Cell("–"), NOT_MEASURED)
     total = sum(found.values)
     hours = f"{total / 3600:,.{2 if total >= 360 else 4}f}"
-    return (Cell(name, what, style), over_seeds(found, 1), Cell(str(found.number)), Cell(hours, duration(total)))
+    return (Cell(name, activity, style), over_seeds(found, 1), Cell(str(found.number)), Cell(hours, duration(total)))
 
 
 def memory_table(findings: RecipeFindings) -> Table:
-    """Most memory, by role."""
+    """Peak memory of each series, of the process and of the device."""
     rows = []
     for series in findings.series:
         peaks = [run.peak_memory for _, run in series.runs if run.peak_memory is not None]
@@ -277,7 +277,7 @@ def memory_table(findings: RecipeFindings) -> Table:
 
 
 def storage_table(entries: Sequence[Entry]) -> Table:
-    """What the targets take on disk."""
+    """Size of the targets on disk."""
     rows = []
     for entry in entries:
         found = entry.found or dict.fromkeys(("bytes_per_token", "bytes_per_kept_id", "stored_bytes"))
@@ -293,7 +293,7 @@ def storage_table(entries: Sequence[Entry]) -> Table:
 
 
 def break_even_table(findings: RecipeFindings) -> Table | None:
-    """Costs of n students both ways."""
+    """Seconds of n students, from the cache and with live teachers."""
     found = findings.break_even
     if found is None:
         return None
@@ -302,11 +302,11 @@ def break_even_table(findings: RecipeFindings) -> Table | None:
         for n, cached, live in found.rows()
     )
     head = ("students", "from the cache, seconds", "live, seconds", "ratio")
-    return Table("The same as numbers", head, rows, folded=True, wide=True)
+    return Table("As numbers", head, rows, folded=True, wide=True)
 
 
 def provenance_tables(findings: RecipeFindings) -> list[Table]:
-    """Digests, library versions, devices."""
+    """Digests of data and weights, library versions, devices."""
     digests: list[tuple[str, str]] = []
     if findings.corpus is not None:
         digests.append(("token stream", findings.corpus["stream_sha256"]))

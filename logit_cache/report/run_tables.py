@@ -1,4 +1,4 @@
-"""The tables of a report about training runs on their own and about sweeps."""
+"""The tables of a report about single training runs and about sweeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_TRIALS = 500
 
 
 def runs_table(runs: Sequence[tuple[str, RunFolder]]) -> Table:
-    """Training runs side by side; each comes with its style."""
+    """Training runs, one per row; each comes with its style."""
     rows = []
     for style, folder in runs:
         run = folder.run
@@ -35,13 +35,13 @@ def runs_table(runs: Sequence[tuple[str, RunFolder]]) -> Table:
         )
     head = ("run", "parameters", "tokens seen", "steps", "held-out loss", "perplexity", "bits per byte", "ECE")
     note = (
-        "Loss and KL in nats per token. Runs of different text, tokenizers or seeds stand here side by side, unpaired."
+        "Loss and KL in nats per token. Runs may differ in text, tokenizer and seed; they are not a paired comparison."
     )
     return Table("Runs", (*head, "KL to teachers", "seconds"), tuple(rows), note=note, wide=True)
 
 
 def run_provenance(runs: Sequence[RunFolder]) -> list[Table]:
-    """Where loose runs come from."""
+    """Digests, library versions and devices of single runs."""
     digests = [(f"{one.name}: {name}", value) for one in runs for name, value in sorted(one.run.provenance.items())]
     made = [(one.name, one.run.libraries) for one in runs]
     return [
@@ -51,7 +51,7 @@ def run_provenance(runs: Sequence[RunFolder]) -> list[Table]:
 
 
 def sorted_trials(sweep: Sweep) -> list[Trial]:
-    """Best first; those without a finite value last, in their order."""
+    """The trials, best first; those without a finite value last, in their order."""
     sign = 1 if sweep.direction == "minimize" else -1
     return sorted(
         sweep.trials,
@@ -60,16 +60,16 @@ def sorted_trials(sweep: Sweep) -> list[Trial]:
 
 
 def trial_value(value: Scalar) -> str:
-    """A parameter of a trial; what a search drew has more digits than a person reads."""
+    """A parameter of a trial as text; floats, which a search samples with all digits, with four."""
     return f"{value:.4g}" if isinstance(value, float) else scalar(value)
 
 
 def trials_table(sweep: Sweep) -> Table:
-    """Every trial, sorted by value."""
+    """The trials sorted by value, the first 500."""
     names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.parameters))
     rows = []
-    for place, trial in enumerate(sorted_trials(sweep)[:_MOST_TRIALS]):
-        best = place == 0 and trial.state == "complete"
+    for rank, trial in enumerate(sorted_trials(sweep)[:_MOST_TRIALS]):
+        best = rank == 0 and trial.state == "complete"
         values = [trial_value(trial.parameters[name]) if name in trial.parameters else "–" for name in names]
         rows.append(
             (
@@ -88,7 +88,7 @@ def trials_table(sweep: Sweep) -> Table:
 
 
 def sweep_settings(sweep: Sweep) -> Table:
-    """What all trials had in common."""
+    """The settings that all trials share."""
     rows = [("cache", (sweep.cache or "not recorded").rstrip("/").split("/")[-1]), ("metric", sweep.metric)]
     rows.append(("direction", sweep.direction))
     for name, value in sweep.job.items():

@@ -1,7 +1,7 @@
-"""Mean, standard deviation and t-interval of a figure over seeds.
+"""Mean, standard deviation and t-interval of a metric over seeds.
 
-``mean ± t(0.975, n - 1) · s / sqrt(n)``, with ``s`` the standard deviation of a sample (n - 1 in the denominator).
-Seeds are few, so the normal distribution would not do: with two seeds its interval is six times too narrow.
+``mean ± t(0.975, n - 1) · s / sqrt(n)``, with ``s`` the sample standard deviation (n - 1 in the denominator). With few
+seeds the normal distribution is no substitute: for two seeds its interval is six times too narrow.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure's values, one per seed, in the order of the seeds; at least one."""
+    """The values of a metric, one per seed, in the order of the seeds; at least one."""
 
     values: tuple[float, ...]
 
     @property
     def number(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return len(self.values)
 
     @property
     def mean(self) -> float:
-        """The mean; not finite where a value is not."""
+        """The mean; not finite if a value is not."""
         return sum(self.values) / self.number
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of the sample; None for a single value, which has none."""
+        """The sample standard deviation; None for a single value, which has none."""
         if self.number < 2:
             return None
         mean = self.mean
@@ -46,20 +46,20 @@ class Spread:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every value is; a run that diverged has figures that are not."""
+        """Whether every value is finite; those of a diverged run may not be."""
         return all(map(math.isfinite, self.values))
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """The spread of those values that were measured; None where none was."""
+    """The spread of the values that are not None; None if there are none."""
     measured = tuple(float(value) for value in values if value is not None)
     return Spread(measured) if measured else None
 
 
 def t_quantile(degrees: int, inside: float = 0.95) -> float:
-    """The t for which a Student-t variable of `degrees` degrees of freedom lies in ±t with probability `inside`.
+    """The t for which a Student-t variable with `degrees` degrees of freedom is in ±t with probability `inside`.
 
-    By bisection of the closed form for whole degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    By bisection of the closed form for integer degrees (Abramowitz and Stegun, 26.7.3 and 26.7.4).
     """
     assert degrees >= 1
     low, high = 0.0, 1.0

@@ -1,8 +1,8 @@
-"""Charts as SVG text: lines, scatter plots and rows of dots, drawn for a page that has no scripts.
+"""Charts as SVG text: line charts, scatter plots and rows of dots, for a page without scripts.
 
-A chart is 400 units wide, so that it can be read in a narrow window and stand beside another one in a wide one. Colours
-are classes of the page (`s-student`, `s-control`, …), which know dark and light; here are only shapes, words and their
-places. Every word is escaped. Axes have ticks at round numbers, and leave out those that would run into each other.
+A chart is 400 units wide, so that it is readable in a narrow window and fits beside another one in a wide one. Colours
+are CSS classes of the page (`s-student`, `s-control`, …), which has a dark and a light scheme; here are only shapes,
+labels and coordinates. All text is escaped. Axes have ticks at round numbers, without those whose labels would overlap.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from markupsafe import Markup, escape
 
 WIDTH = 400
 HEIGHT = 250
-# What a character takes at the size of tick labels (12 units) at most: system fonts differ, and labels must not touch.
+# The widest character of tick labels (12 units high), over system fonts: labels must not touch.
 _CHARACTER = 7.7
-# Words are narrower than digits.
+# The same for words, which are narrower than digits.
 _LETTER = 7.0
 _TOP, _RIGHT, _GAP = 12, 14, 8
 _MOST_DOTS = 40
@@ -30,8 +30,8 @@ MARKERS: dict[str, Marker] = {"student": "circle", "control": "ring", "live": "d
 
 @dataclass(frozen=True)
 class Line:
-    """A line through points in the order of x. `thin` is for one seed among several, `dots` for points that are seen,
-    `stairs` for what stays as it is until the next point."""
+    """A line through points in the order of x. `thin` is for one seed among several, `dots` makes the points visible,
+    `stairs` holds each value until the next point."""
 
     label: str
     style: str
@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Dot:
-    """A point of a scatter plot."""
+    """A point of a scatter plot; `title` is its tooltip."""
 
     x: float | str
     y: float
@@ -54,7 +54,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Mark:
-    """A value in a row, with the range that its seeds or its interval span, and the seeds themselves."""
+    """A value in a row, with the range of its seeds or its interval, and the values of the seeds."""
 
     style: str
     title: str
@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values and where it lies; `log` is for values above 0, `whole` for those that are counted."""
+    """A range of values mapped to coordinates; `log` is for values above 0, `whole` for integer ticks only."""
 
     low: float
     high: float
@@ -88,13 +88,13 @@ class Axis:
         return self.start + (self.stop - self.start) * (value - low) / (high - low)
 
     def ticks(self, most: int) -> list[tuple[float, str]]:
-        """Round numbers within the range and how they are written."""
+        """At most about `most` round numbers within the range, with their labels."""
         ticks = (log_ticks if self.log else even_ticks)(self.low, self.high, most)
         return [tick for tick in ticks if not self.whole or abs(tick[0] - round(tick[0])) < 1e-6]
 
 
 def even_ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
-    """At most `most` multiples of 1, 2 or 5 times a power of ten."""
+    """At most `most` multiples of 1, 2 or 5 times a power of ten, with their labels."""
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if _count(low, high, step * factor) <= most)
     first = math.ceil(low / step - 1e-9)
@@ -104,12 +104,12 @@ def even_ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
         return [(value, f"{value:.4g}") for value in values]
     if max(abs(low), abs(high)) >= 1e4 and step >= 100:
         return [(value, _short(value)) for value in values]
-    # Adding 0.0 makes the zero of a range that begins below it a plain one.
+    # Adding 0.0 turns a negative zero into 0.
     return [(value, f"{value + 0.0:,.{decimals}f}".replace("-", "−")) for value in values]
 
 
 def log_ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
-    """Powers of ten, and 2 and 5 times them where there is room; even ones in a range too short for these."""
+    """Powers of ten, and 2 and 5 times them if there is room; `even_ticks` in a range too short for these."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     choices = [((1, 2, 5), 1), *(((1,), every) for every in range(1, len(decades) + 1))]
     for factors, every in choices:
@@ -125,7 +125,7 @@ def _count(low: float, high: float, step: float) -> int:
 
 
 def _short(value: float) -> str:
-    """`20000` → `20k`; small numbers as they are written by hand."""
+    """`20000` → `20k`; small numbers in their shortest form."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= max(size, 1e4):
             return f"{value / size:g}{letter}"
@@ -133,19 +133,19 @@ def _short(value: float) -> str:
 
 
 def limits(values: Sequence[float], *, log: bool = False, pad: float = 0.05) -> tuple[float, float]:
-    """The range of an axis for values (at least one): a little more than they span."""
+    """The range of an axis for values (at least one): their range, padded by the fraction `pad`."""
     low, high = min(values), max(values)
     if log:
         room = max((high / low) ** pad, 1.05)
         return low / room, high * room
     span, size = high - low, max(abs(low), abs(high))
-    # Values that differ by rounding alone are one value.
+    # Values that differ only by rounding count as one.
     room = pad * span if span > 1e-9 * size else 0.1 * size or 1.0
     return low - room, high + room
 
 
 def _can_be_drawn(*values: float) -> bool:
-    """Numbers that arithmetic on an axis survives: diverged runs have others."""
+    """Whether numbers are finite and below 1e30, as the arithmetic of an axis needs; diverged runs have others."""
     return all(math.isfinite(value) and abs(value) < 1e30 for value in values)
 
 
@@ -160,13 +160,13 @@ def line_chart(
     from_zero: bool = False,
     x_name: str = "step",
 ) -> Markup:
-    """Lines over a common x; what lies outside `y_range` is cut off. `label` says what it is to who cannot see it."""
-    drawn = [_drawable(line, x_log, y_log) for line in lines]
-    drawn = [line for line in drawn if line.points]
-    if not drawn:
+    """Lines over a common x, clipped to `y_range`; "" if no point can be drawn. `label` is for screen readers."""
+    kept = [_drawable(line, x_log, y_log) for line in lines]
+    kept = [line for line in kept if line.points]
+    if not kept:
         return Markup("")
-    xs = [x for line in drawn for x, _ in line.points]
-    ys = [y for line in drawn for _, y in line.points]
+    xs = [x for line in kept for x, _ in line.points]
+    ys = [y for line in kept for _, y in line.points]
     y_low, y_high = y_range or limits(ys, log=y_log)
     x_low, x_high = limits(xs, log=x_log, pad=0.02)
     if from_zero:
@@ -174,14 +174,14 @@ def line_chart(
     counted = x_high - x_low > 1 and all(x == round(x) for x in xs)
     frame, x, y = _frame((x_low, x_high), (y_low, y_high), x_label, x_log=x_log, y_log=y_log, counted=counted)
     inner = []
-    for line in sorted(drawn, key=lambda line: not line.thin):
+    for line in sorted(kept, key=lambda line: not line.thin):
         inner.append(_path(line, x, y))
-    # An SVG within the SVG cuts off what is outside of it, with no names that several charts could share.
+    # A nested SVG clips its content without a clip-path, whose id several charts could share.
     left, top = x.start, y.stop
     width, height = x.stop - left, y.start - top
     cut = f'<svg x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}" '
     cut += f'viewBox="{left:.1f} {top:.1f} {width:.1f} {height:.1f}">{"".join(inner)}</svg>'
-    dots = [_dots(line, x, y, x_name) for line in drawn if not line.thin]
+    dots = [_dots(line, x, y, x_name) for line in kept if not line.thin]
     return _svg(HEIGHT, label, [*frame, cut, *dots])
 
 
@@ -193,9 +193,9 @@ def _drawable(line: Line, x_log: bool, y_log: bool) -> Line:
 
 
 def _path(line: Line, x: Axis, y: Axis) -> str:
-    places = [(f"{x(a):.1f}", f"{y(b):.1f}") for a, b in line.points]
+    points = [(f"{x(a):.1f}", f"{y(b):.1f}") for a, b in line.points]
     between = "H{}V{}" if line.stairs else "L{} {}"
-    steps = "M{} {}".format(*places[0]) + "".join(between.format(*place) for place in places[1:])
+    steps = "M{} {}".format(*points[0]) + "".join(between.format(*point) for point in points[1:])
     kind = "thin" if line.thin else "line"
     return (
         f'<g class="s-{escape(line.style)}"><path class="{kind}" d="{steps}"><title>{escape(line.label)}</title>'
@@ -204,7 +204,7 @@ def _path(line: Line, x: Axis, y: Axis) -> str:
 
 
 def _dots(line: Line, x: Axis, y: Axis, x_name: str) -> str:
-    """Points that say what they are: all that are drawn, or some on a line of many."""
+    """Points with tooltips: all of a line, or about 40 of a longer one."""
     every = max(1, math.ceil(len(line.points) / _MOST_DOTS))
     marks = []
     for a, b in line.points[::every]:
@@ -219,7 +219,7 @@ def _dots(line: Line, x: Axis, y: Axis, x_name: str) -> str:
 
 
 def scatter(dots: Sequence[Dot], label: str, x_label: str) -> Markup:
-    """Dots over numbers or over names; numbers above 0 that span more than a decade are drawn on a log scale."""
+    """Dots over numbers or names; numbers above 0 that span more than a decade get a log scale. "" without dots."""
     shown = [dot for dot in dots if _can_be_drawn(dot.y, 0.0 if isinstance(dot.x, str) else dot.x)]
     if not shown:
         return Markup("")
@@ -228,16 +228,16 @@ def scatter(dots: Sequence[Dot], label: str, x_label: str) -> Markup:
     if len(numbers) == len(shown):
         log = min(numbers) > 1e-30 and max(numbers) > 10 * min(numbers)
         frame, x, y = _frame(limits(numbers, log=log), y_range, x_label, x_log=log)
-        places = [x(value) for value in numbers]
+        at = [x(value) for value in numbers]
     else:
         names = sorted({str(dot.x) for dot in shown})
         frame, x, y = _frame((-0.5, len(names) - 0.5), y_range, x_label, x_names=names)
-        places = [x(names.index(str(dot.x))) for dot in shown]
+        at = [x(names.index(str(dot.x))) for dot in shown]
     marks = []
-    for place, dot in zip(places, shown, strict=True):
+    for center, dot in zip(at, shown, strict=True):
         kind = "ring" if dot.hollow else "dot"
         marks.append(
-            f'<g class="s-{escape(dot.style)}"><circle cx="{place:.1f}" cy="{y(dot.y):.1f}" r="4.5" class="{kind}">'
+            f'<g class="s-{escape(dot.style)}"><circle cx="{center:.1f}" cy="{y(dot.y):.1f}" r="4.5" class="{kind}">'
             f"<title>{escape(dot.title)}</title></circle></g>"
         )
     return _svg(HEIGHT, label, [*frame, *marks])
@@ -252,9 +252,9 @@ def rows_chart(
     x_range: tuple[float, float] | None = None,
     letters: int = 0,
 ) -> Markup:
-    """A row for each name, its marks below each other; a line at `reference` where there is one.
+    """A row for each name, its marks below each other, and a line at `reference`; "" without marks.
 
-    Charts that stand side by side over one range take it as `x_range`, and their longest name's length as `letters`.
+    Charts side by side share their range as `x_range`, and the length of their longest name as `letters`.
     """
     rows = [
         Row(row.label, tuple(m for m in row.marks if _can_be_drawn(m.value, m.low, m.high, *m.values))) for row in rows
@@ -284,8 +284,8 @@ def rows_chart(
             f'<text class="tick" x="{left - _GAP:.1f}" y="{middle + 4:.1f}" text-anchor="end">{escape(name)}'
             f"<title>{escape(row.label)}</title></text>"
         )
-        for place, mark in enumerate(row.marks):
-            parts.append(_mark(mark, axis, middle + 9 * (place - (len(row.marks) - 1) / 2)))
+        for index, mark in enumerate(row.marks):
+            parts.append(_mark(mark, axis, middle + 9 * (index - (len(row.marks) - 1) / 2)))
     return _svg(bottom + 40, label, parts)
 
 
@@ -299,7 +299,7 @@ def _mark(mark: Mark, axis: Axis, y: float) -> str:
 
 
 def marker(style: str, x: float, y: float) -> str:
-    """The mark of a role: its shape says the same as its colour."""
+    """The mark of a style: roles differ in shape as well as in colour."""
     kind = MARKERS.get(style, "square")
     if kind in ("circle", "ring"):
         name = "dot" if kind == "circle" else "ring"
@@ -309,7 +309,7 @@ def marker(style: str, x: float, y: float) -> str:
 
 
 def swatch(style: str) -> Markup:
-    """What a series looks like, for a legend: its line and its mark."""
+    """The line and the mark of a series, for a legend."""
     return Markup(
         f'<svg class="swatch" viewBox="0 0 26 12" aria-hidden="true"><g class="s-{escape(style)}">'
         f'<path class="line" d="M1 6H25"/>{marker(style, 13, 6)}</g></svg>'
@@ -326,7 +326,7 @@ def _frame(
     x_names: Sequence[str] = (),
     counted: bool = False,
 ) -> tuple[list[str], Axis, Axis]:
-    """Grid, ticks and the name of x; and the axes that place what is drawn."""
+    """Grid, ticks and the name of x; and the x and y axes, which map values to coordinates."""
     bottom = HEIGHT - 40
     y = Axis(*y_range, bottom, _TOP, y_log)
     y_ticks = y.ticks(7 if y_log else 5)
@@ -345,7 +345,7 @@ def _most_ticks(axis: Axis) -> int:
 
 
 def _x_axis(x: Axis, bottom: float, x_label: str, names: Sequence[str]) -> list[str]:
-    """The line below, its ticks that have room, and its name."""
+    """The x axis: its line, the ticks that have room, and its name."""
     parts = [f'<line class="axis" x1="{x.start:.1f}" x2="{x.stop:.1f}" y1="{bottom}" y2="{bottom}"/>']
     room = int((x.stop - x.start) / max(1, len(names)) / _CHARACTER)
     ticks = [(i, _cut(name, max(3, room - 1))) for i, name in enumerate(names)] or x.ticks(_most_ticks(x))
@@ -368,7 +368,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _svg(height: float, label: str, parts: Sequence[str]) -> Markup:
-    # Every part is made here, of numbers and of text that went through `escape`.
+    # Every part is made in this module, of numbers and of escaped text.
     return Markup(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(label)}">'
         f"{''.join(parts)}</svg>"

@@ -1,7 +1,7 @@
-"""The sentences on top of a report: what distillation gained, and how sure the seeds make it.
+"""The sentences on top of a report: the gain of distillation, and its uncertainty over seeds.
 
-A difference counts as shown where its 95 % interval over seeds leaves out zero. One seed shows nothing, and is said to
-be one seed; what was not measured is said to be that.
+A difference counts as shown if its 95 % interval over seeds excludes zero. A single seed shows nothing, and the
+sentence names it as one seed; a missing measurement is named as not measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def verdicts(findings: RecipeFindings) -> list[str]:
 
 
 def pairs_sentences(findings: RecipeFindings) -> list[str]:
-    """The same on minimal pairs, in percentage points; empty where no two models were scored."""
+    """One sentence for each comparison on minimal pairs, in percentage points; empty if no two models were scored."""
     found = []
     for difference in findings.pairs:
         spread = difference.spread
@@ -44,9 +44,9 @@ def pairs_sentences(findings: RecipeFindings) -> list[str]:
 def _control(difference: Difference, who: str) -> str:
     spread = difference.spread
     if spread is None:
-        return f"What distillation gains {who} is not measured: no control of the same seed is finished"
+        return f"The gain of distillation for {who} is not measured: no control of the same seed is finished"
     if not spread.is_finite:
-        return f"What distillation gains {who} cannot be said: a run ended without a finite loss"
+        return f"The gain of distillation for {who} is not known: a run ended without a finite loss"
     size = f"{_size(spread)} nats per token ({_evidence(spread)})"
     if _shows_nothing(spread):
         side = "lower" if spread.mean < 0 else "higher"
@@ -94,7 +94,7 @@ def _live(difference: Difference, who: str) -> str:
 
 
 def _size(spread: Spread, decimals: int = 4) -> str:
-    """How large a difference is, whatever its sign, and its standard deviation."""
+    """The absolute mean of a difference, and its standard deviation if there are several seeds."""
     size = f"{abs(spread.mean):.{decimals}f}"
     return size if spread.deviation is None else f"{size} ± {spread.deviation:.{decimals}f}"
 
@@ -104,13 +104,13 @@ def _side(spread: Spread) -> str:
 
 
 def _shows_nothing(spread: Spread) -> bool:
-    """Whether zero lies in the interval; a single seed is reported as it is."""
+    """Whether the interval includes zero; False for a single seed, which is reported as it is."""
     interval = spread.interval
     return interval is not None and interval[0] <= 0 <= interval[1]
 
 
 def _evidence(spread: Spread, decimals: int = 4) -> str:
-    """Number of seeds and interval, as they stand in brackets: the interval of the size that `_size` names."""
+    """Number of seeds and interval, for brackets: the interval of the size that `_size` gives."""
     if spread.interval is None:
         return "one seed, so no spread"
     return f"{spread.number} seeds, 95 % interval {_interval(spread, decimals)}"
@@ -124,7 +124,7 @@ def _interval(spread: Spread, decimals: int = 4) -> str:
 
 
 def _which(difference: Difference) -> str:
-    """The best teacher's name, where it was the same one in every seed that is compared."""
+    """The best teacher's name in brackets, if it was the same one in every compared seed."""
     names = set(difference.teachers.values())
     return f" ({names.pop()})" if len(names) == 1 else ""
 

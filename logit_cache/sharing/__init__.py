@@ -1,4 +1,4 @@
-"""Caches between labs: push, pull, the hub, the card, signatures.
+"""Sharing caches between labs: push, pull, the Hugging Face hub, the data set card, signatures.
 
-The copying itself belongs to `storage.transfer`.
+Copying itself belongs in `storage.transfer`.
 """

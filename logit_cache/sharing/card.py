@@ -1,8 +1,8 @@
-"""README.md of a shared cache, in the form of the hub's data set cards: for people, and for nobody's code.
+"""The data set card of a shared cache: README.md in the hub's card format, written for people, not for programs.
 
-Everything that is text in a cache's records (names of sources, of teachers, of revisions) was written by whoever made
-the cache. It stands in code spans that it cannot end, on one line, without control characters; the front matter and
-the commands hold none of it.
+Text in a cache's records (names of sources, teachers and revisions) comes from whoever made the cache and is not
+trusted. It is rendered as code spans that it cannot close, on one line, without control characters; the front matter
+and the commands contain none of it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _EXAMPLE_ROWS = 8
 
 
 def card_text(cache: LogitCache, *, license: str | None = None) -> str:
-    """The card of a cache: front matter, what it holds and misses, how to open it, how to check it.
+    """The card of a cache: front matter, contents and gaps, how to open it, how to check it.
 
     `license` is an identifier of the hub's list (`apache-2.0`, `cc-by-4.0`, `other`, …); None becomes `unknown`. Reads
-    records, receipts and their indexes, no array. Raises InputError for a licence that is no identifier, and whatever
-    opening the entries raises.
+    records, receipts and their indexes, no array. Raises InputError for a licence that is not an identifier, and the
+    errors of opening the entries (CorruptCache, FormatError, StoreUnavailable).
     """
     if license is not None and not _LICENSE.match(license):
         raise InputError(
@@ -54,13 +54,13 @@ def card_text(cache: LogitCache, *, license: str | None = None) -> str:
         _stream(found),
         "## Teachers",
         *[_entry(name, entry, cache.teacher(name).entry) for name, entry in found["teachers"].items()],
-        *([] if found["teachers"] else ["None yet: the token stream waits for `cache-logits`."]),
+        *([] if found["teachers"] else ["None yet: `cache-logits` adds one."]),
         "## Reading it",
         *_reading(found),
         "## Checking it",
         _checking(found),
         "## Licence",
-        f"`{license}`." if license is not None else "Whoever shared this cache named none.",
+        f"`{license}`." if license is not None else "Not specified by whoever shared this cache.",
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -80,7 +80,7 @@ def _front_matter(found: dict[str, Any], license: str | None) -> str:
 
 
 def _title(found: dict[str, Any]) -> str:
-    """From the names of entries, which the format bounds; never from free text."""
+    """Made of entry names, whose characters and length the format restricts; never of free text."""
     names = list(found["teachers"])
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"Next-token distributions of {shown}" if names else "A token stream for distillation"
@@ -90,9 +90,9 @@ def _introduction(found: dict[str, Any]) -> str:
     entries = [entry for entry in found["teachers"].values() if entry["positions_cached"]]
     size = f", {sum(entry['stored_bytes'] for entry in entries):,} bytes" if entries else ""
     return (
-        f"A [Zarr v3](https://zarr.dev) group in format {found['format_version']} of logit-cache: what teacher models "
-        f"expected of the next token at each of {found['corpus']['tokens']:,} positions of a text{size}. Student "
-        f"models learn from it with no teacher running. It holds JSON and arrays, and no code."
+        f"A [Zarr v3](https://zarr.dev) group in format {found['format_version']} of logit-cache: the next-token "
+        f"distributions of teacher models at each of {found['corpus']['tokens']:,} positions of a text{size}. Student "
+        f"models are distilled from it without running a teacher. It contains JSON and arrays, and no code."
     )
 
 
@@ -109,7 +109,7 @@ def _stream(found: dict[str, Any]) -> str:
         f"{corpus['text_bytes_per_token']:.2f} per token",
         f"- sha256 of the stream (tokens, document starts, loss mask): `{corpus['stream_sha256']}`",
         "- loss mask: "
-        + ("yes, it says which tokens are trained on" if corpus["has_loss_mask"] else "none, every token counts"),
+        + ("yes, it marks the tokens to train on" if corpus["has_loss_mask"] else "none, every token counts"),
         f"- tokenizer: {tokenizer['vocabulary_size']:,} ids, in the folder `tokenizer`; "
         f"fingerprint `{tokenizer['fingerprint']}`, vocabulary `{tokenizer['vocabulary_sha256']}`",
         *(["- **incomplete**: parts of the token stream are missing"] if not corpus["complete"] else []),
@@ -122,15 +122,15 @@ def _stream(found: dict[str, Any]) -> str:
 def _disclosure(found: dict[str, Any]) -> str:
     if found["corpus"]["tokens_included"]:
         return (
-            "**The text is in here**: the tokens and the tokenizer give it back, so its licence and its privacy "
-            "are the cache's."
+            "**The text is included**: it can be decoded from the tokens with the tokenizer, so its licence and its "
+            "privacy apply to the cache."
         )
     labelled = any(entry["targets"]["has_label_logprob"] for entry in found["teachers"].values())
     return (
-        "**The text is not in here, and still shows through.** The tokens were left out; whoever has the same text "
-        "attaches it by its digest. But a teacher that knows a text expects its words: the most probable id alone is "
-        "often the token that follows"
-        + (", and `label_logprob` points at it wherever its id is stored. " if labelled else ". ")
+        "**The text is not included, and still leaks.** The tokens were left out; whoever has the same text attaches "
+        "it by its digest. But a teacher that has memorised a text predicts its words: the most probable id alone is "
+        "often the next token"
+        + (", and `label_logprob` identifies it wherever its id is stored. " if labelled else ". ")
         + "Do not share targets of a text that must stay secret."
     )
 
@@ -159,7 +159,7 @@ def _entry(name: str, entry: dict[str, Any], record: TeacherEntry) -> str:
     ]
     if record.derived_from is not None:
         lines.append(
-            f"- made from another entry, not by its teacher; sha256 of that one's record: `{record.derived_from}`"
+            f"- derived, not computed by its teacher; sha256 of the source entry's record: `{record.derived_from}`"
         )
     if entry["bytes_per_token"] is not None:
         lines.append(f"- size: {entry['stored_bytes']:,} bytes, {entry['bytes_per_token']:.1f} per token")
@@ -191,7 +191,7 @@ def _encoding(encoding: dict[str, Any]) -> str:
 def _summary(summary: dict[str, Any]) -> list[str]:
     residual = max(0.0, 1 - summary["head_mass"])
     lines = [
-        f"- stored head mass: {summary['head_mass']:.4f} on average, so {residual:.4f} lies outside the stored ids; "
+        f"- stored head mass: {summary['head_mass']:.4f} on average, so {residual:.4f} is outside the stored ids; "
         f"below 0.5 at {summary['positions_with_head_mass_below_0.5']:.2%} of the positions, "
         f"below 0.9 at {summary['positions_with_head_mass_below_0.9']:.2%}, "
         f"below 0.99 at {summary['positions_with_head_mass_below_0.99']:.2%}",
@@ -214,7 +214,7 @@ def _fidelity(report: dict[str, Any]) -> str:
         f"{residual['mean']:.4f} of the mass outside the stored ids, at most {residual['q95']:.4f} at 95 % of them"
         + ("" if bucket is None else f"; KL(full, stored with an even tail) {bucket:.4f} nats")
         + ("" if angle is None else f"; mean gradient with tail {tail} {angle:.1f} degrees from the dense one")
-        + "; all of it in the entry's `fidelity.json`"
+        + "; the full report is the entry's `fidelity.json`"
     )
 
 
@@ -224,7 +224,7 @@ def _reading(found: dict[str, Any]) -> list[str]:
         None,
     )
     if example is None:
-        return ["No teacher's targets are in here yet."]
+        return ["No teacher targets are cached yet."]
     name, entry, start = example
     stop = min(start + _EXAMPLE_ROWS, entry["positions"])
     if entry["missing"]:
@@ -246,8 +246,8 @@ def _reading(found: dict[str, Any]) -> list[str]:
         f'entry = cache["teachers/{name}"]',
         f'token_ids = entry["token_ids"][{rows}]  # most probable first',
         *values,
-        f'kept = entry["kept"][{rows}]  # so many columns of a row are valid',
-        f'tail = numpy.exp(entry["log_tail"][{rows}])  # the mass outside the certain ones',
+        f'kept = entry["kept"][{rows}]  # number of valid columns of each row',
+        f'tail = numpy.exp(entry["log_tail"][{rows}])  # the mass outside the certain ids',
     ]
     checked = [
         "from storage import LogitCache",
@@ -258,9 +258,9 @@ def _reading(found: dict[str, Any]) -> list[str]:
     ]
     return [
         "Row `t` is a teacher's distribution of token `t + 1` given its window up to token `t`. With logit-cache, "
-        "which checks everything that it hands out:",
+        "which checks everything that it returns:",
         "```python\n" + "\n".join(checked) + "\n```",
-        "With any Zarr v3 reader, which takes what is missing for fill values (the largest integer, NaN): check first.",
+        "With any Zarr v3 reader, which returns fill values (the largest integer, NaN) for missing rows: check first.",
         "```python\n" + "\n".join(plain) + "\n```",
     ]
 
@@ -278,18 +278,18 @@ def _checking(found: dict[str, Any]) -> str:
     if found["teachers"]:
         commands.append(
             f"logit-cache audit . --name {next(iter(found['teachers']))} --teacher MODEL"
-            "  # the model again on random windows, compared with what is stored"
+            "  # runs the model again on random windows and compares with the stored targets"
         )
     return (
         "```console\n" + "\n".join(commands) + "\n```\n\n"
-        "A receipt shows damage, not who wrote it. Where there is a `model.sig`, `logit-cache pull` with "
-        "`--verify-key PUB.pem` checks its maker's signature of all receipts. This page is not signed, and no command "
-        "reads it."
+        "A receipt detects damage, but does not prove who wrote it. Where there is a `model.sig`, `logit-cache pull` "
+        "with `--verify-key PUB.pem` checks its maker's signature of all receipts. This page is not signed, and no "
+        "command relies on it."
     )
 
 
 def _quoted(text: str) -> str:
-    """Foreign text as a Markdown code span: one line, printable, cut, behind a fence that it does not contain."""
+    """Untrusted text as a Markdown code span: one line, printable, cut, behind a fence that it does not contain."""
     line = " ".join(text.split())
     shown = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in line)
     if len(shown) > _MOST_TEXT:

@@ -1,9 +1,9 @@
 """Pushing a cache to a Hugging Face data set, through the hub's own uploader.
 
-The uploader is huggingface_hub's `upload_folder`: it uploads in parallel, commits in batches, and goes on where it was
-interrupted when it is run again. Between its commits the data set is a readable thing, so a cache goes up in three
-stages: objects, then the receipts that commit them, then the root record (with the signature), without which nobody
-opens the cache. Reading needs nothing of this: `hf://datasets/…` is a URL of fsspec.
+The uploader is huggingface_hub's `upload_folder`: it uploads in parallel, commits in batches, and resumes an
+interrupted upload when it is run again. Between its commits the data set can be read, so a cache is uploaded in three
+stages: objects, then the receipts that commit them, then the root record (with the signature), without which no reader
+opens the cache. Reading needs none of this: `hf://datasets/…` is a URL of fsspec.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from storage.cache.inventory import ROOT_KEY, SIGNATURE_KEY
 from storage.errors import CacheNotFound, InputError, StoreUnavailable
 
 _URL = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/].*?))?/?", re.ASCII)
-# Shell patterns in which * also stands for slashes, as the uploader reads them.
+# Shell patterns in which * also matches slashes, as in the uploader.
 _ROOT = (ROOT_KEY, SIGNATURE_KEY)
 _RECEIPTS = ("receipts/*", "teachers/*/receipts/*")
-# What each stage takes and what it leaves, in the order of the stages.
+# Patterns that each stage takes and leaves out, in the order of the stages.
 _STAGES = ((("*",), (*_RECEIPTS, *_ROOT)), (_RECEIPTS, ()), (_ROOT, ()))
 
 
 def push_to_hub(folder: Path, url: str, progress: Callable[[int], None] | None = None) -> None:
     """Upload a folder, which holds one whole cache and nothing else, to `hf://datasets/ORG/NAME[@REVISION]`.
 
-    A data set that does not exist yet is made private; a branch that does not exist yet is made. Files there that are
-    not in the folder stay. Run again after an interruption, it sends what is missing. `progress` is called with the
-    bytes of each stage that has been committed; on a terminal the uploader draws a display of its own.
+    A data set that does not exist yet is created as private; a branch that does not exist yet is created. Files there
+    that are not in the folder stay. Run again after an interruption, it sends the missing files. `progress` is called
+    with the bytes of each stage that has been committed; on a terminal the uploader shows a display of its own.
 
-    Raises InputError for another kind of URL and for what the hub finds wrong in the card, CacheNotFound for a folder
-    without a cache, StoreUnavailable when the hub refuses or does not answer. The token is found by huggingface_hub
-    (`hf auth login`, HF_TOKEN).
+    Raises InputError for another kind of URL and for a card that the hub rejects, CacheNotFound for a folder without a
+    cache, StoreUnavailable when the hub refuses or does not answer. huggingface_hub finds the token (`hf auth login`,
+    HF_TOKEN).
     """
     name, revision = parse_hub_url(url)
     if not (folder / ROOT_KEY).is_file():
@@ -79,18 +79,18 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _explained(error: Exception, url: str) -> Exception:
-    """What the hub, or the way to it, said, as an error that says what to do."""
+    """An exception of the hub or of the network as an error with its remedy."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    # The uploader wraps what a request met in an error that names the file only.
-    said = ": ".join(" ".join(str(item).split())[:300] or type(item).__name__ for item in dict.fromkeys(chain[:2]))
+    # The uploader wraps the error of a request in one that names only the file.
+    reason = ": ".join(" ".join(str(item).split())[:300] or type(item).__name__ for item in dict.fromkeys(chain[:2]))
     statuses = {getattr(getattr(item, "response", None), "status_code", None) for item in chain}
     if statuses & {401, 403}:
         return StoreUnavailable(
-            f"{url}: the hub refused ({said}); log in with `hf auth login` or set HF_TOKEN, with a token that may "
+            f"{url}: the hub refused ({reason}); log in with `hf auth login` or set HF_TOKEN, with a token that may "
             f"write to this data set"
         )
     if isinstance(error, ValueError):
-        return InputError(f"{url}: {said}")
-    return StoreUnavailable(f"{url}: not everything was uploaded ({said}); run the command again, it goes on")
+        return InputError(f"{url}: {reason}")
+    return StoreUnavailable(f"{url}: not everything was uploaded ({reason}); run the command again to resume")

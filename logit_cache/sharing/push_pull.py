@@ -1,9 +1,8 @@
-"""push and pull: copying a cache with what people put beside it, its card and its signature.
+"""push and pull: copying a cache together with its card files, README.md and the signature.
 
-The copying itself is `storage.transfer.copy`. Here is what differs between the two directions: a push describes the
-cache in README.md and may sign it; a pull may insist on a signature, and checks it over the records and receipts that
-it has fetched, before any data moves. A data set of the hub is written by the hub's own uploader, from a folder of
-links.
+The copying itself is `storage.transfer.copy`. The two directions differ here: a push describes the cache in README.md
+and may sign it; a pull may require a signature, and verifies it over the records and receipts that it has fetched,
+before any data is copied. A data set of the hub is written by the hub's own uploader, from a folder of links.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from storage.cache.inventory import CARD_KEY, SIGNATURE_KEY
 from storage.cache.reader import LogitCache
 from storage.errors import CorruptCache, InputError
-from storage.progress import Advance, Say
+from storage.progress import Advance, Log
 from storage.stores import open_store
 from storage.stores.base import Store
 from storage.transfer.contents import fetch_whole
@@ -25,7 +24,7 @@ from storage.transfer.copy import Delivery, Transfer, prepare
 
 Track = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
 
-# A card is text for people; a larger one is no card.
+# A card is text for people; a larger file is not a card.
 _MOST_CARD_BYTES = 1 << 20
 _MARK = "<!-- Written by logit-cache push, which replaces this page as long as this line is in it. -->"
 _HUB = "hf://"
@@ -41,28 +40,29 @@ def push(
     sign: str | None = None,
     workers: int = 8,
     track: Track | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> Delivery:
-    """Copy a cache, or some of its entries, to where others get it; see `storage.transfer.copy.prepare`.
+    """Copy a cache, or some of its entries, to a store from which others pull it; see `storage.transfer.copy.prepare`.
 
-    Writes README.md, the card, with `license`, and model.sig when `sign` is the path of a private key. `track` is given
-    a description and a number of bytes, and gives the progress of them; `say` is given what a user should know.
+    Writes README.md, the card, with `license`, and model.sig when `sign` is the path of a private key. `track` takes a
+    description and a number of bytes, and returns a context manager for their progress; `log` takes warnings and notes
+    for the user. Raises the errors of `prepare`, and of `hub.push_to_hub` for `hf://` targets.
     """
-    say = say or (lambda line: None)
+    log = log or (lambda line: None)
     if without_tokens:
-        say(
+        log(
             "warning: targets reveal text: in a sample, the most probable id alone was the next token at 19 % of the "
-            "positions (54 % with label_logprob, which stays here). What is shared without tokens is not anonymous"
+            "positions (54 % with label_logprob, which is left out). A cache shared without tokens is not anonymous"
         )
     if target.startswith(_HUB):
-        return _push_to_hub(source, target, teachers, without_tokens, license, sign, workers, track, say)
+        return _push_to_hub(source, target, teachers, without_tokens, license, sign, workers, track, log)
     with prepare(source, target, teachers=teachers, without_tokens=without_tokens, workers=workers) as transfer:
         card_files = {}
         if transfer.existing is None:
-            card_files = _described(transfer, license, sign)
-        done = _deliver(transfer, "push", card_files, track, say)
+            card_files = _new_card_files(transfer, license, sign)
+        done = _deliver(transfer, "push", card_files, track, log)
     if transfer.existing is not None:
-        _describe_again(open_store(target), license, sign, workers, say)
+        _update_card_files(open_store(target), license, sign, workers, log)
     return done
 
 
@@ -75,39 +75,39 @@ def pull(
     verify_key: str | None = None,
     workers: int = 8,
     track: Track | None = None,
-    say: Say | None = None,
+    log: Log | None = None,
 ) -> Delivery:
-    """Copy a cache that others made, or some of its entries, after checking all of it; see
-    `storage.transfer.copy.prepare`.
+    """Copy a cache that others made, or some of its entries, checking all of it; see `storage.transfer.copy.prepare`.
 
-    `verify_key` is the path of a public key: what that key has not signed is refused. Raises what `prepare` raises.
+    `verify_key` is the path of a public key: a cache that this key has not signed raises CorruptCache. Raises the
+    errors of `prepare` too.
     """
-    say = say or (lambda line: None)
+    log = log or (lambda line: None)
     if target.startswith(_HUB):
-        raise InputError(f"{target}: a data set of the hub is written with logit-cache push")
+        raise InputError(f"{target}: cannot pull into a data set of the hub; write it with logit-cache push")
     with prepare(source, target, teachers=teachers, corpus=corpus, workers=workers) as transfer:
         if verify_key is not None:
             _check_signature(transfer, Path(verify_key))
         card_files = {}
         if transfer.existing is None and corpus is None:
-            card_files = _card_files_of(transfer.source.source, say)
-        done = _deliver(transfer, "pull", card_files, track, say)
+            card_files = _card_files_of(transfer.source.source, log)
+        done = _deliver(transfer, "pull", card_files, track, log)
     if not done.tokens_included and done.teachers:
-        say(
+        log(
             "note: this cache was shared without its tokens; to train on it, tokenize the same text with its tokenizer "
             "and pull again with --corpus"
         )
     return done
 
 
-def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track: Track | None, say: Say) -> Delivery:
-    tracked = track(name, transfer.shipment.size) if track else contextlib.nullcontext(None)
+def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track: Track | None, log: Log) -> Delivery:
+    tracked = track(name, transfer.contents.size) if track else contextlib.nullcontext(None)
     try:
         with tracked as advance:
             return transfer.deliver(advance, card_files, check_stream=name == "pull")
     except BaseException:
         if transfer.kept_at is not None:
-            say(f"what was copied and checked is in {transfer.kept_at}; the same command goes on from there")
+            log(f"the objects copied and checked so far are in {transfer.kept_at}; run the same command to resume")
         raise
 
 
@@ -120,7 +120,7 @@ def _push_to_hub(
     sign: str | None,
     workers: int,
     track: Track | None,
-    say: Say,
+    log: Log,
 ) -> Delivery:
     from logit_cache.sharing.hub import parse_hub_url, push_to_hub
 
@@ -128,29 +128,29 @@ def _push_to_hub(
     folder = open_store(source).local_path
     if folder is None:
         raise InputError(f"{source}: pull it into a local folder first; the hub's uploader reads local files")
-    # Beside the source, so that its objects can be linked: nothing is copied, and nothing there is changed.
+    # Beside the source, so that its objects can be linked instead of copied; the source is not changed.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".outgoing", dir=folder.parent) as stage:
         staged = str(Path(stage) / "cache")
         with prepare(
             source, staged, teachers=teachers, without_tokens=without_tokens, workers=workers, link=True
         ) as transfer:
             transfer.check_fits(open_store(url))
-            done = _deliver(transfer, "check", _described(transfer, license, sign), track, say)
+            done = _deliver(transfer, "check", _new_card_files(transfer, license, sign), track, log)
         with track("upload", done.copied_bytes) if track else contextlib.nullcontext(None) as advance:
             push_to_hub(Path(staged), url, advance)
     done.url = url
     return done
 
 
-def _described(transfer: Transfer, license: str | None, sign: str | None) -> dict[str, bytes]:
-    """Card and signature of a cache that is about to be made, from what its records and receipts will be."""
+def _new_card_files(transfer: Transfer, license: str | None, sign: str | None) -> dict[str, bytes]:
+    """Card and signature of a cache that does not exist yet, from its future records and receipts."""
     with tempfile.TemporaryDirectory() as folder:
         keys = transfer.write_manifest(Path(folder))
         return _card_files(Path(folder), keys, license, sign)
 
 
-def _describe_again(target: Store, license: str | None, sign: str | None, workers: int, say: Say) -> None:
-    """Card and signature of a cache that has grown, from its records and receipts, all of them."""
+def _update_card_files(target: Store, license: str | None, sign: str | None, workers: int, log: Log) -> None:
+    """Rewrite card and signature of a cache that has grown, from all of its records and receipts."""
     try:
         card: str | None = target.read(CARD_KEY, _MOST_CARD_BYTES).decode(errors="replace")
     except FileNotFoundError:
@@ -159,12 +159,12 @@ def _describe_again(target: Store, license: str | None, sign: str | None, worker
         keys = fetch_whole(target, Path(folder), workers)
         found = _card_files(Path(folder), keys, license or _license_in(card), sign)
     if card is not None and _MARK not in card:
-        say(f"note: {target.where(CARD_KEY)} was not written by push, and is left as it is")
+        log(f"note: {target.where(CARD_KEY)} was not written by push, and is not replaced")
         del found[CARD_KEY]
     for key, data in found.items():
         target.replace(key, data)
     if sign is None and target.size(SIGNATURE_KEY) is not None:
-        say(f"warning: {target.where(SIGNATURE_KEY)} is of what was there before: push with --sign to sign it again")
+        log(f"warning: {target.where(SIGNATURE_KEY)} signs the cache before this push: push with --sign to renew it")
 
 
 def _card_files(folder: Path, keys: Sequence[str], license: str | None, sign: str | None) -> dict[str, bytes]:
@@ -180,7 +180,7 @@ def _card_files(folder: Path, keys: Sequence[str], license: str | None, sign: st
 
 
 def _license_in(card: str | None) -> str | None:
-    """What an earlier push was told, from the card that it wrote."""
+    """The licence of an earlier push, from the card that it wrote."""
     found = re.search(r"^license: ([a-z0-9.+-]+)$", card or "", re.MULTILINE)
     return found[1] if found and found[1] != "unknown" else None
 
@@ -192,13 +192,13 @@ def _check_signature(transfer: Transfer, public_key: Path) -> None:
     try:
         signature = source.read(SIGNATURE_KEY, signing.MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
-        raise CorruptCache(f"{source.where(SIGNATURE_KEY)}: missing; nobody signed this cache") from None
+        raise CorruptCache(f"{source.where(SIGNATURE_KEY)}: missing; this cache is not signed") from None
     folder, keys = transfer.manifest()
     signing.verify_signature(folder, keys, signature, public_key, where=source.where)
 
 
-def _card_files_of(source: Store, say: Say) -> dict[str, bytes]:
-    """The card and the signature that lie beside a source; neither is read by any command but `--verify-key`."""
+def _card_files_of(source: Store, log: Log) -> dict[str, bytes]:
+    """The source's card and signature, to copy unchecked; only `--verify-key` verifies the signature."""
     from logit_cache.sharing.signing import MAX_SIGNATURE_BYTES
 
     found = {}
@@ -208,5 +208,5 @@ def _card_files_of(source: Store, say: Say) -> dict[str, bytes]:
         except FileNotFoundError:
             continue
         except CorruptCache as error:
-            say(f"note: not copied: {error}")
+            log(f"note: not copied: {error}")
     return found

@@ -1,14 +1,14 @@
-"""Signing a cache: one signature, in the OpenSSF model-signing format, of the files that bind all others.
+"""Signing a cache: one signature, in the OpenSSF model-signing format, of the files that determine all others.
 
-What is signed is the *manifest*: the records (`zarr.json` of the root, of `teachers` and of every entry), the receipts
-with their indexes, and the fidelity reports. A receipt holds the sha256 of every object that it commits, and everything
-else in a cache follows from the records; so a verified signature and `logit-cache verify --deep` together cover every
-byte, and the signature alone is checked without reading the arrays. Not covered: the card (README.md), which is for
-people only.
+The signed files are the *manifest*: the records (`zarr.json` of the root, of `teachers` and of every entry), the
+receipts with their indexes, and the fidelity reports. A receipt holds the sha256 of every object that it commits, and
+everything else in a cache follows from the records; so a verified signature and `logit-cache verify --deep` together
+cover every byte, and the signature alone is checked without reading the arrays. Not covered: the card (README.md),
+which is for people only.
 
 The signature is the object `model.sig` at the root: a Sigstore bundle that lists each file with its sha256, signed with
-an elliptic-curve key (P-256, P-384 or P-521) in a PEM file. Nothing is sent anywhere. The command line tool of the
-model-signing package checks it too, on a whole copy:
+an elliptic-curve key (P-256, P-384 or P-521) in a PEM file. No network is used. The command line tool of the
+model-signing package also verifies it, on a whole copy:
 ``model_signing verify key CACHE --signature CACHE/model.sig --public_key PUB.pem --ignore_unsigned_files``.
 """
 
@@ -25,7 +25,7 @@ from storage.cache.inventory import SIGNATURE_KEY
 from storage.errors import CorruptCache, InputError
 from storage.format.manifest import TEACHER_NAME
 
-# Some 65,000 files. What is read before it is verified stays small.
+# Enough for some 65,000 files. Data read before it is verified stays small.
 MAX_SIGNATURE_BYTES = 16 << 20
 
 _MANIFEST = re.compile(
@@ -36,12 +36,12 @@ _ENTRY = re.compile(rf"teachers/{TEACHER_NAME}/")
 
 
 def manifest_keys(keys: Iterable[str]) -> list[str]:
-    """Those of a cache's keys that a signature is of, sorted."""
+    """The keys among a cache's keys that a signature covers, sorted."""
     return sorted(key for key in keys if _MANIFEST.fullmatch(key))
 
 
 def sign(folder: Path, keys: Iterable[str], private_key: Path) -> bytes:
-    """The signature of the manifest files among `keys`, which lie below a folder, as the bytes of `model.sig`.
+    """Sign the manifest files among `keys`, which are paths below a folder; returns the bytes of `model.sig`.
 
     Raises InputError without the package, for a key that cannot sign, and for more files than a signature can list.
     """
@@ -51,7 +51,7 @@ def sign(folder: Path, keys: Iterable[str], private_key: Path) -> bytes:
     listed = [folder / key for key in manifest_keys(keys)]
 
     class Listed(hashing.Config):
-        """Hashes the files of the manifest, and nothing else that lies in the folder."""
+        """Hashes the files of the manifest, and no other file of the folder."""
 
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
             return super().hash(model_path, files_to_hash=listed)
@@ -60,7 +60,7 @@ def sign(folder: Path, keys: Iterable[str], private_key: Path) -> bytes:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise InputError(
-            f"{private_key}: cannot sign with it ({_said(error)}); expected an elliptic-curve private key without a "
+            f"{private_key}: cannot sign with it ({_reason(error)}); expected an elliptic-curve private key without a "
             f"password: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem"
         ) from None
     hasher = Listed().set_ignored_paths(paths=(), ignore_git_paths=False)  # type: ignore[no-untyped-call]
@@ -85,19 +85,19 @@ def verify_signature(
     whole: bool = False,
     where: Callable[[str], str] = str,
 ) -> None:
-    """Check that the manifest files among `keys`, which lie below a folder, are what the owner of a key signed.
+    """Check that the manifest files among `keys`, which are paths below a folder, are those that a key's owner signed.
 
-    Every one of them must be in the signed list with the same sha256, and no signed one may be missing, but for teacher
-    entries of which there is nothing at all: a cache that holds one of two signed entries passes. `whole`: that
-    exception does not hold. `where` gives the address of a key, for messages.
+    Every one of them must be in the signed list with the same sha256, and no signed file may be missing, except for
+    teacher entries that are missing entirely: a cache with one of two signed entries passes. `whole` turns that
+    exception off. `where` maps a key to its address, for messages.
 
-    Raises InputError without the package and for a key that is none, CorruptCache naming what is wrong otherwise.
+    Raises InputError without the package and for an unusable public key, CorruptCache with the file at fault otherwise.
     """
     signed = _signed_files(signature, public_key, where(SIGNATURE_KEY))
     here = manifest_keys(keys)
     for key in here:
         if key not in signed:
-            raise CorruptCache(f"{where(key)}: in the cache, and not in what was signed")
+            raise CorruptCache(f"{where(key)}: in the cache, and not among the signed files")
         found = hashlib.sha256((folder / key).read_bytes()).hexdigest()
         if found != signed[key]:
             raise CorruptCache(f"{where(key)}: expected the sha256 {signed[key]} that was signed, found {found}")
@@ -108,7 +108,7 @@ def verify_signature(
 
 
 def _part(key: str) -> str:
-    """What may be left out only as a whole: a teacher's folder, or "" for what every cache has."""
+    """The part that may be missing only as a whole: a teacher's folder, or "" for files that every cache has."""
     match = _ENTRY.match(key)
     return match[0] if match else ""
 
@@ -116,15 +116,15 @@ def _part(key: str) -> str:
 def _signed_files(signature: bytes, public_key: Path, where: str) -> dict[str, str]:
     """sha256 of every signed file by its key, once the signature (from `where`) has been verified."""
     _require_package()
-    # The package's public call compares a whole folder with the list and nothing less; what was pulled can be a part of
-    # it. This is the step under that call: it verifies the signature, and only then parses what was signed.
+    # The package's public call compares a whole folder with the list; a pulled cache can be a part of it. This is the
+    # step below that call: it verifies the signature, and only then parses the signed statement.
     from model_signing._signing import sign_ec_key, sign_sigstore_pb
 
     try:
         verifier = sign_ec_key.Verifier(public_key)
     except Exception as error:
         raise InputError(
-            f"{public_key}: cannot verify with it ({_said(error)}); expected an elliptic-curve public key: "
+            f"{public_key}: cannot verify with it ({_reason(error)}); expected an elliptic-curve public key: "
             f"openssl ec -in KEY.pem -pubout -out PUB.pem"
         ) from None
     try:
@@ -133,8 +133,8 @@ def _signed_files(signature: bytes, public_key: Path, where: str) -> dict[str, s
             path.write_bytes(signature)
             signed = verifier.verify(sign_sigstore_pb.Signature.read(path))
     except Exception as error:
-        # Whatever the parsers of a hostile bundle raise means the same.
-        raise CorruptCache(f"{where}: no signature by the key {public_key} ({_said(error)})") from None
+        # Any error of the parsers on a hostile bundle means the same.
+        raise CorruptCache(f"{where}: no signature by the key {public_key} ({_reason(error)})") from None
     return {
         item.identifier: item.digest.digest_hex
         for item in signed.resource_descriptors()
@@ -149,6 +149,6 @@ def _require_package() -> None:
         raise InputError("signatures need a package that is not installed: pip install 'logit-cache[sign]'") from None
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__

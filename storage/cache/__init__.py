@@ -1,5 +1,4 @@
-"""One cache: opened, read, written, checked and repaired, every byte against its receipt.
+"""One cache: opened, read, written, verified and repaired, every byte against its receipt.
 
-How objects are encoded belongs to `storage.format`, where they lie to `storage.stores`, copying to
-`storage.transfer.copy`.
+Encoding belongs to `storage.format`, storing objects to `storage.stores`, copying to `storage.transfer`.
 """

@@ -1,9 +1,9 @@
-"""One array of a cache, read chunk by chunk and never on trust.
+"""Checked reads of one array of a cache, chunk by chunk.
 
-Before a chunk of a shard is read, the object's length and seal (shard index and chunk checksums) are compared with the
-receipt, once; the chunk's own crc32c is checked whenever it is read; and afterwards the object must still be the file
-that was checked. Objects of a remote cache are fetched whole (`storage.stores.mirror`) and read as local files by the
-same code.
+Before the first chunk of a shard is read, the object's length and seal (shard index and chunk checksums) are compared
+with the receipt. The chunk's own crc32c is checked on every read, and afterwards the object must still be the file that
+was checked. Objects of a remote cache are fetched whole (`storage.stores.mirror`) and read as local files by the same
+code.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _Identity = tuple[int, int, int]  # of a file: inode, length, time of modificati
 
 @dataclass(frozen=True)
 class _Opened:
-    """A shard's object that was compared with its receipt: which file that was, and where each chunk lies in it."""
+    """A shard object that matches its receipt: the file's identity, and the byte range of each chunk in it."""
 
     identity: _Identity
     chunks: list[tuple[int, int]]
 
 
 class CheckedArray:
-    """Read access to one array; the receipts decide what exists."""
+    """Read access to one array; a shard exists only if its receipt does."""
 
     def __init__(self, store: Store, group: str, spec: ArraySpec, receipts: Receipts) -> None:
         self.spec = spec
@@ -47,18 +47,18 @@ class CheckedArray:
         self._folder = group  # "" or "teachers/<name>/"
         self._receipts = receipts
         self._mirror = Mirror(store) if store.local_path is None else None
-        # Where the bytes lie that are read: the cache itself, or the local copies of a remote one.
+        # The store that is read: the cache itself, or the local copies of a remote one.
         self._local = store if self._mirror is None else self._mirror.local
         self._metadata_checked = False
         self._checked: dict[int, _Opened] = {}
 
     @property
     def is_remote(self) -> bool:
-        """Whether objects have to be fetched first."""
+        """Whether objects are fetched from a remote store before they are read."""
         return self._mirror is not None
 
     def read_chunk(self, chunk: int) -> NDArray[Any]:
-        """All entries of one chunk (the last one shorter). Raises IncompleteCache and CorruptCache."""
+        """The entries of one chunk (the last one shorter). Raises IncompleteCache, CorruptCache and FormatError."""
         start = chunk * self.spec.layout.chunk
         shard, number = divmod(chunk, self.spec.layout.shard // self.spec.layout.chunk)
         self._check_metadata()
@@ -70,7 +70,7 @@ class CheckedArray:
             except LogitCacheError:
                 raise
             except Exception as error:
-                # Whatever a codec raises on damaged bytes (there is no common class for it) means the same to a user.
+                # Codecs have no common error class: any exception here means damaged bytes.
                 failed: Exception | None = error
             else:
                 failed = None
@@ -93,7 +93,7 @@ class CheckedArray:
         ) from failed
 
     def receipt(self, shard: int) -> ShardReceipt:
-        """The receipt that covers a shard. Raises IncompleteCache."""
+        """The receipt that covers a shard. Raises IncompleteCache, which lists the missing ranges, if there is none."""
         receipt = self._receipts.recent(shard)
         if receipt is None:
             start, stop = self.spec.shard_range(shard)
@@ -106,31 +106,31 @@ class CheckedArray:
         return receipt
 
     def has_checked(self, shard: int) -> bool:
-        """Whether `check_shard` has been through; reading a chunk finds out if the object was changed since."""
+        """Whether the shard has passed `check_shard`; `read_chunk` detects whether its object was changed since."""
         return shard in self._checked
 
     def check_shard(self, shard: int) -> _Opened:
-        """Compare the shard's object with its receipt, once; fetch it whole where the cache is remote."""
+        """Compare a shard's object with its receipt, once; fetch it if remote. Raises IncompleteCache, CorruptCache."""
         if shard in self._checked:
             return self._checked[shard]
         receipt = self.receipt(shard)
         key = self._key(shard)
-        # A local copy is fetched when it does not pass, and another process can evict it before it is checked again.
+        # A local copy that fails the check is fetched again, and another process can evict it before the next check.
         fetches = 0 if self._mirror is None else _READ_ATTEMPTS
         for attempt in range(1 + fetches):
             if self._mirror is not None:
                 self._mirror.opened(key)
-            # Taken before the check: a replacement in between then shows afterwards.
+            # Taken before the check, so that a replacement during the check is detected afterwards.
             found = self._identity(shard)
             try:
-                anatomy = check_object(self._local, key, self.spec, receipt)
+                index = check_object(self._local, key, self.spec, receipt)
             except CorruptCache:
                 if attempt == fetches:
                     raise
                 self._fetch(key, receipt)
             else:
                 if found is not None:
-                    ends = zip(anatomy.offsets, anatomy.lengths, strict=True)
+                    ends = zip(index.offsets, index.lengths, strict=True)
                     self._checked[shard] = _Opened(found, [(start, start + length) for start, length in ends])
                     return self._checked[shard]
         raise CorruptCache(f"{self._store.where(key)}: it appeared while it was opened; read it again")
@@ -145,7 +145,7 @@ class CheckedArray:
         self._mirror.fetch(key, expected)
 
     def _identity(self, shard: int) -> _Identity | None:
-        """What tells a file from another under the same name; None where there is none."""
+        """Distinguishes a file from another one under the same name; None where there is no file."""
         folder = self._local.local_path
         assert folder is not None
         try:
@@ -158,7 +158,7 @@ class CheckedArray:
         return self._folder + self.spec.shard_key(shard)
 
     def _check_metadata(self) -> None:
-        """Refuse an array whose zarr.json says anything but what the record implies: other readers believe it."""
+        """Refuse an array whose zarr.json is not the one that the record implies: other Zarr readers trust it."""
         if self._metadata_checked:
             return
         key = f"{self._folder}{self.spec.name}/zarr.json"
@@ -172,12 +172,12 @@ class CheckedArray:
 
 
 def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
-    """Check one shard of several arrays; what is remote is fetched at the same time, not one after the other."""
+    """Check one shard of several arrays; remote objects are fetched concurrently. Raises as `check_shard` does."""
     todo = [array for array in arrays if not array.has_checked(shard)]
     if not todo:
         return
     if any(array.is_remote for array in todo):
-        todo[0].receipt(shard)  # where it fails, it need not fail once more for each array
+        todo[0].receipt(shard)  # a missing receipt is reported once, not once for each array
         with ThreadPoolExecutor(len(todo)) as pool:
             list(pool.map(lambda array: array.check_shard(shard), todo))
     else:
@@ -186,7 +186,7 @@ def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
 
 
 def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> ShardIndex:
-    """Existence, length, seal and chunk sizes of one object against its receipt; CorruptCache names the object."""
+    """The shard index of an object that exists with its receipt's length, seal and chunk sizes; else CorruptCache."""
     where = store.where(key)
     size = store.size(key)
     if size is None:
@@ -195,7 +195,7 @@ def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt)
 
 
 def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt) -> None:
-    """`check_object` for an object that is in memory, and its sha256 besides. `where` is for the message."""
+    """`check_object` for an object in memory, and its sha256 too. `where` is its address, for the message."""
     _check_index(where, len(data), reads_of(data), spec, receipt)
     found = hashlib.sha256(data).hexdigest()
     if found != receipt.objects[spec.name].sha256:
@@ -203,7 +203,7 @@ def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt)
 
 
 def fetch_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> bytes:
-    """An object whole, checked against its receipt in every byte. Raises CorruptCache."""
+    """The bytes of an object, checked against its receipt by `check_bytes`. Raises CorruptCache."""
 
     def request() -> bytes:
         data = store.read(key, receipt.objects[spec.name].bytes)
@@ -220,16 +220,16 @@ def _check_index(where: str, size: int, read: Reads, spec: ArraySpec, receipt: S
             f"{where}: expected {expected.bytes} bytes (of {spec.index_bytes} to {spec.most_object_bytes} that such an "
             f"object can have), found {size}"
         )
-    anatomy = ShardIndex.of(spec, size, read)
-    if expected.seal_sha256 not in anatomy.seals:
+    index = ShardIndex.of(spec, size, read)
+    if expected.seal_sha256 not in index.seals:
         raise CorruptCache(
-            f"{where}: its shard index and checksums have sha256 {anatomy.seal_sha256}, the receipt says "
+            f"{where}: its shard index and checksums have sha256 {index.seal_sha256}, the receipt states "
             f"{expected.seal_sha256}: this is another object, or a damaged one"
         )
-    misfit = anatomy.misfit(spec, receipt.shard)
+    misfit = index.misfit(spec, receipt.shard)
     if misfit is not None:
         raise CorruptCache(f"{where}: {misfit}; nothing of it was decompressed")
-    return anatomy
+    return index
 
 
 def _ranges(ranges: list[tuple[int, int]], most: int = 4) -> str:

@@ -1,4 +1,4 @@
-"""A token stream and its tokenizer, written as a new cache."""
+"""Writing a token stream and its tokenizer as a new cache."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def write_corpus(
     loss_mask: NDArray[Any] | None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Make a cache from a token stream, or finish one that was interrupted.
+    """Create a cache from a token stream, or resume an interrupted one.
 
-    tokens [N] and loss_mask [N] may be memory maps: one shard is held at a time. `progress` is given the
-    number of tokens written so far. Raises IdentityMismatch when `url` holds a cache of other text or
-    another tokenizer, InputError when it holds something else; nothing is written then.
+    tokens [N], document_starts [D] and loss_mask [N] may be memory maps: one shard is held in memory at a time.
+    `progress` receives the number of tokens written so far. Raises IdentityMismatch when `url` holds a cache of other
+    text or another tokenizer, InputError when it holds something else; nothing is written then.
     """
     store = open_store(url)
-    # Receipts bind to the record that is stored, which may name other library versions than this process.
+    # Receipts hold the stored record's digest; that record may name other library versions than this process.
     record = _create_root(store, record)
     for name, data in tokenizer_files.items():
         publish_same(store, tokenizer_key(name), data)
@@ -45,11 +45,11 @@ def write_corpus(
     publish_same(store, "teachers/zarr.json", metadata_bytes(group_metadata({})))
 
     arrays = {"tokens": tokens, "document_starts": document_starts, "loss_mask": loss_mask}
-    # Tokens last: a cache whose tokens are complete is complete.
+    # Tokens are written last: a cache whose tokens are complete is complete.
     for name, spec in sorted(corpus_arrays(record).items(), key=lambda item: item[0] == "tokens"):
         values = arrays[name]
         assert values is not None, f"the record has {name}"
-        assert len(values) == spec.shape[0], f"{name} is as long as the record says"
+        assert len(values) == spec.shape[0], f"{name} is as long as the record states"
         writer = ShardWriter(store, "", f"receipts/{name}", {name: spec}, record)
         writer.prepare()
         for shard in range(spec.shards):
@@ -62,7 +62,7 @@ def write_corpus(
 
 
 def _create_root(store: Store, record: CacheRecord) -> CacheRecord:
-    """Write the root record, or return the one that is there if only library versions differ."""
+    """Write the root record if there is none; returns the stored one, which differs in library versions at most."""
     names = [name for name in store.names("") if not name.endswith(PARTIAL)]
     if names and "zarr.json" not in names:
         raise InputError(

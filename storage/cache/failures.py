@@ -1,8 +1,8 @@
-"""Shards that were given up: a small note beside the receipts, so that the store alone tells what a job left undone.
+"""Shards that failed permanently: a small note beside the receipts, so that the store alone shows which.
 
-`receipts/<shard>.failed.json` says of a shard that it failed so many times, where, and how. No receipt lists it, no
-reader looks at it, and it forbids nothing: the next run tries the shard again, and removes the note when it is
-committed.
+`receipts/<shard>.failed.json` states how often a shard failed, on which host, and with which error. No receipt lists
+the note, no reader looks at it, and it blocks nothing: the next run retries the shard, and removes the note when the
+shard is committed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_CHARACTERS = 4_000
 
 @dataclass(frozen=True)
 class FailedShard:
-    """What is known of a shard that was given up. `error` is text for people."""
+    """The note on a shard that failed permanently. `error` is text for people, `failed_at` UTC in ISO 8601."""
 
     shard: int
     attempts: int
@@ -38,28 +38,28 @@ class FailedShard:
 
 
 class Failures:
-    """The notes on shards whose receipts lie in a folder."""
+    """The notes on the failed shards of one receipts folder."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._folder = store, folder
 
     def record(self, shard: int, attempts: int, error: str) -> None:
-        """Leave a note on a shard, in place of an older one. Of a long error its end, which says what it is.
+        """Write the note on a shard, replacing an older one. An error keeps its last 4,000 characters, which name it.
 
-        Where the store does not take it there is none: the job says the same itself.
+        If the store refuses it, nothing is raised: the job logs the same failure itself.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         note = FailedShard(shard, attempts, error[-_MOST_CHARACTERS:], socket.gethostname(), now)
         with contextlib.suppress(LogitCacheError, OSError):
             self._store.replace(self._key(shard), json.dumps(asdict(note), indent=1).encode())
 
-    def record_all(self, given_up: Mapping[int, str], attempts: int) -> None:
-        """Leave a note on each shard that was given up, by its error."""
-        for shard, error in given_up.items():
+    def record_all(self, errors: Mapping[int, str], attempts: int) -> None:
+        """Write a note on each shard in `errors`, which maps a shard that failed permanently to its error."""
+        for shard, error in errors.items():
             self.record(shard, attempts, error)
 
     def read(self, shard: int) -> FailedShard | None:
-        """The note on a shard; None where there is none that can be read."""
+        """The note on a shard; None if there is none, or none that can be read."""
         try:
             data: Any = self._store.read_json(self._key(shard), _MOST_BYTES)
             note = FailedShard(**{name: data[name] for name in FailedShard.__dataclass_fields__})
@@ -69,13 +69,13 @@ class Failures:
         return note if whole and note.shard == shard else None
 
     def all(self) -> dict[int, FailedShard]:
-        """Every note that there is, by its shard."""
+        """All readable notes, by shard."""
         shards = [shard for shard in map(failed_shard, self._store.names(self._folder)) if shard is not None]
         notes = {shard: self.read(shard) for shard in shards}
         return {shard: note for shard, note in notes.items() if note is not None}
 
     def forget(self, shard: int) -> None:
-        """Remove the note on a shard, if there is one."""
+        """Remove the note on a shard, if there is one; errors of the store are ignored."""
         with contextlib.suppress(LogitCacheError, OSError):
             if self._store.size(self._key(shard)) is not None:
                 self._store.remove(self._key(shard))
@@ -85,11 +85,11 @@ class Failures:
 
 
 def failures_of(url: str, name: str) -> Failures:
-    """The notes of a teacher entry of a cache."""
+    """The notes of the teacher entry `name` in the cache at `url`."""
     return Failures(open_store(url), f"{teacher_folder(name)}receipts")
 
 
 def failed_shard(name: str) -> int | None:
-    """The shard that a file beside the receipts is a note on; None for anything else."""
+    """The shard of a note, from its file name; None for any other file name."""
     match = _NAME.match(name)
     return int(match[1]) if match else None

@@ -1,7 +1,7 @@
-"""What a cache consists of: every key that its records and receipts account for.
+"""The keys that belong to a cache: all that its records and receipts account for.
 
-The one list that checking and copying share. It follows from the records, never from a listing: an object that is
-not in it does not belong to the cache, whatever lies there.
+Checking and copying share this list. It follows from the records, never from a listing: an object that is not in it
+does not belong to the cache, even if it is stored there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from storage.stores.base import Store
 ROOT_KEY = "zarr.json"
 TEACHERS_KEY = "teachers/zarr.json"
 TOKENIZER_RECEIPT_KEY = "receipts/tokenizer.json"
-# Files beside the arrays that a cache may have and that no receipt lists: they are for people and for hubs.
+# The card files: optional files beside the arrays, for people and for hubs; no receipt lists them.
 CARD_KEY = "README.md"
 SIGNATURE_KEY = "model.sig"
 CARD_FILES = (CARD_KEY, ".gitattributes", SIGNATURE_KEY)
@@ -32,7 +32,7 @@ class Group:
     """Arrays that share receipts: one of the token stream's, or all of a teacher entry.
 
     name      `tokens`, `document_starts`, `loss_mask`, or `teachers/<name>`
-    folder    where its arrays lie: "" or `teachers/<name>/`
+    folder    key prefix of its arrays: "" or `teachers/<name>/`
     """
 
     name: str
@@ -41,20 +41,20 @@ class Group:
 
     @property
     def specs(self) -> dict[str, ArraySpec]:
-        """The arrays by name."""
+        """The specifications of the arrays, by name."""
         return self.receipts.specs
 
     @property
     def fidelity_key(self) -> str | None:
-        """Key of a teacher entry's fidelity report, which need not be there."""
+        """Key of a teacher entry's fidelity report, which is optional; None for the token stream."""
         return f"{self.folder}{FIDELITY_FILE}" if self.folder else None
 
     def metadata(self) -> dict[str, bytes]:
-        """The arrays' zarr.json by key, as the record implies them."""
+        """The bytes of each array's zarr.json, by key, as the record implies them."""
         return {f"{self.folder}{spec.name}/zarr.json": metadata_bytes(spec.metadata()) for spec in self.specs.values()}
 
     def object_key(self, name: str, shard: int) -> str:
-        """Key of an array's object."""
+        """Key of the object that holds a shard of an array."""
         return self.folder + self.specs[name].shard_key(shard)
 
     def keys(self, shard: int) -> set[str]:
@@ -62,7 +62,7 @@ class Group:
         return {self.receipts.key(shard), *(self.object_key(name, shard) for name in self.specs)}
 
     def objects(self, receipt: ShardReceipt) -> Iterator[tuple[str, ArraySpec]]:
-        """Key and array of every object that a receipt commits."""
+        """Key and array specification of every object that a receipt commits."""
         for name in receipt.objects:
             yield self.object_key(name, receipt.shard), self.specs[name]
 
@@ -82,5 +82,5 @@ def corpus_groups(store: Store, cache: LogitCache) -> list[Group]:
 
 
 def teacher_group(cache: LogitCache, name: str) -> Group:
-    """A teacher entry's group. Raises what `LogitCache.teacher` raises."""
+    """A teacher entry's group. Raises CacheNotFound, FormatError and CorruptCache, as `LogitCache.teacher` does."""
     return Group(f"teachers/{name}", f"teachers/{name}/", cache.teacher(name).receipts)

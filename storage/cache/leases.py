@@ -1,16 +1,16 @@
-"""Who is working at which shard at this moment: a courtesy among workers, on which nothing depends.
+"""Advisory leases: which worker works on which shard now. Correctness does not depend on them.
 
-A worker leases a shard before it computes it, so that others take another one. Two workers who compute one shard all
-the same, because a claim was lost, ran out or could not be had, write the same bytes or are told
+A worker takes a lease on a shard before it computes it, so that others take another one. Two workers that compute one
+shard all the same, because a lease was lost, expired or could not be taken, write the same bytes or get an error
 (`storage.cache.writer`).
 
-A claim is a file beside the shard's receipt, `receipts/<shard>.claim`. No receipt lists it: readers never look at it,
-and what a killed worker leaves is a leftover like any other.
+A lease is a file beside the shard's receipt, `receipts/<shard>.claim`. No receipt lists it: readers never look at it,
+and the file of a killed worker is a leftover like any other.
 
-local disk     the file is locked by its holder, and the kernel lets go of the lock when the holder is killed
-object store   made by the store's atomic create, where it has one; it holds a time until which it counts, put off while
-               the work goes on, and its holder's name, so that on the holder's machine it ends with the holder. A store
-               that only pretends to create atomically lets two workers have one claim.
+local disk     a lock (flock) on the file; the kernel releases it when the holder is killed
+object store   an object made by the store's atomic create, where it has one. It holds its expiry time, renewed while
+               the work continues, and the holder's process name, so that on the holder's machine the lease ends with
+               the holder. A store that only pretends to create atomically lets two workers hold one lease.
 elsewhere      there are no leases: every worker gets every shard it asks for
 """
 
@@ -33,15 +33,15 @@ from storage.stores.base import Store
 
 SUFFIX = ".claim"
 LEASE_SECONDS = 120.0
-"""How long a claim in an object store counts after it was made or put off for the last time."""
+"""How long a lease in an object store is valid after it was created or last renewed."""
 
 _MOST_LEASE_BYTES = 4_096
 
 
 class Leases(ABC):
-    """Claims on the shards whose receipts lie in a folder.
+    """Leases, or on a local disk locks, on the shards of one receipts folder.
 
-    exclusive  whether a shard that is held by one worker is refused to the others; tried once, when it is asked for
+    exclusive  whether a shard that one worker holds is refused to the others; found by one trial when it is read
     """
 
     @property
@@ -50,34 +50,34 @@ class Leases(ABC):
 
     @abstractmethod
     def take(self, shard: int) -> bool:
-        """Claim a shard; False while another worker holds it."""
+        """Take the lease on a shard; False while another worker holds it. True as well where no lease can be had."""
 
     @abstractmethod
     def keep(self) -> None:
-        """Put off the end of all leases that are held; cheap enough to be called after every batch."""
+        """Renew all leases that are held; cheap enough to be called after every batch."""
 
     @abstractmethod
     def release(self, shard: int) -> None:
-        """Let go of a claim; harmless for one that is not held."""
+        """Release a lease; harmless for one that is not held."""
 
     @abstractmethod
     def is_held(self, shard: int) -> bool:
-        """Whether somebody holds a claim on the shard now."""
+        """Whether any worker holds the lease on a shard now."""
 
 
 def leases_in(store: Store, folder: str) -> Leases:
-    """The leases of a place, of the kind that it can keep."""
+    """The leases of a receipts folder: locks on a local disk, leases that expire on any other store."""
     root = store.local_path
     return _RemoteLeases(store, folder) if root is None else _LocalLocks(store, folder, root / folder)
 
 
 def lease_name(shard: int) -> str:
-    """Name of the file of a claim, beside the shard's receipt."""
+    """File name of the lease on a shard, beside the shard's receipt."""
     return f"{shard:08d}{SUFFIX}"
 
 
 def leased_shard(name: str) -> int | None:
-    """The shard that a file beside the receipts is a claim on; None for anything else."""
+    """The shard of a lease, from its file name; None for any other file name."""
     number = name.removesuffix(SUFFIX)
     return int(number) if number != name and len(number) >= 8 and number.isdecimal() else None
 
@@ -86,14 +86,14 @@ class _LocalLocks(Leases):
     def __init__(self, store: Store, folder: str, path: Path) -> None:
         self._store, self._folder, self._path = store, folder, path
         self._held: dict[int, int] = {}
-        self._has_locks = True  # until the disk says otherwise
+        self._has_locks = True  # until the disk refuses a lock
 
     @property
     def exclusive(self) -> bool:
         with contextlib.suppress(OSError), self._store.exclusive(self._folder):
             descriptor = os.open(self._path, os.O_RDONLY)
             try:
-                # The folder is locked, if anything can be, so that this one is refused.
+                # `Store.exclusive` has locked the folder: where locks work, this second lock is refused.
                 self._has_locks &= not self._lock(descriptor)
             finally:
                 os.close(descriptor)
@@ -105,15 +105,15 @@ class _LocalLocks(Leases):
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except FileNotFoundError:
-                # The place makes its folders itself, so that they outlast a loss of power.
+                # The store creates its folders itself, synced, so that they survive a power loss.
                 with self._store.exclusive(self._folder):
                     continue
-            except OSError:  # a disk that takes no file will say so when there is something to lose
+            except OSError:  # a disk that refuses this file raises when the shard is written
                 return True
             if not self._lock(descriptor):
                 os.close(descriptor)
                 return False
-            # The holder before may have removed the file between the two calls; then the lock is on nothing.
+            # The previous holder may have removed the file between open and lock; then the lock is on a deleted file.
             if _is_still(path, descriptor):
                 self._held[shard] = descriptor
                 return True
@@ -186,11 +186,11 @@ class _RemoteLeases(Leases):
         if self._has_creates is False:
             return True
         try:
-            taken = self._store.create(self._key(shard), self._claim()) or self._take_over(shard)
+            taken = self._store.create(self._key(shard), self._payload()) or self._take_over(shard)
         except NotImplementedError:
             self._has_creates = False
             return True
-        except (LogitCacheError, OSError):  # the work itself will meet the same store, and say what is wrong
+        except (LogitCacheError, OSError):  # the work itself meets the same store, and raises the error
             return True
         if taken:
             self._held[shard] = time.monotonic()
@@ -201,33 +201,33 @@ class _RemoteLeases(Leases):
         for shard in [shard for shard, since in self._held.items() if now - since > LEASE_SECONDS / 3]:
             self._held[shard] = now
             with contextlib.suppress(LogitCacheError, OSError):
-                # Where it had run out, another worker may have it.
+                # After it expired, another worker may have taken it.
                 if self._read(shard).holder == self._holder:
-                    self._store.replace(self._key(shard), self._claim())
+                    self._store.replace(self._key(shard), self._payload())
 
     def release(self, shard: int) -> None:
         if self._held.pop(shard, None) is not None:
-            with contextlib.suppress(LogitCacheError, OSError):  # it runs out by itself
+            with contextlib.suppress(LogitCacheError, OSError):  # it expires by itself
                 if self._read(shard).holder == self._holder:
                     self._store.remove(self._key(shard))
 
     def is_held(self, shard: int) -> bool:
         try:
-            return self._read(shard).counts
+            return self._read(shard).is_valid
         except (LogitCacheError, OSError):
             return False
 
     def _take_over(self, shard: int) -> bool:
-        """Take a claim that counts no longer. Two workers who do so at once both have it."""
+        """Take a lease that is no longer valid. Two workers that do so at the same time both hold it."""
         try:
             found = self._read(shard)
         except FileNotFoundError:
             found = _Lease()
-        if found.holder == self._holder:  # made by a request whose answer was lost, and asked for again
+        if found.holder == self._holder:  # created by a request whose response was lost, and then retried
             return True
-        if found.counts:
+        if found.is_valid:
             return False
-        self._store.replace(self._key(shard), self._claim())
+        self._store.replace(self._key(shard), self._payload())
         return True
 
     def _read(self, shard: int) -> _Lease:
@@ -236,23 +236,23 @@ class _RemoteLeases(Leases):
     def _key(self, shard: int) -> str:
         return f"{self._folder}/{lease_name(shard)}"
 
-    def _claim(self) -> bytes:
+    def _payload(self) -> bytes:
         until = time.time() + LEASE_SECONDS
         return json.dumps({"holder": self._holder, "process": self._process, "until": until}).encode()
 
 
 @dataclass(frozen=True)
 class _Lease:
-    """What a claim in a store says; of one that says nothing, that it has run out."""
+    """A lease in an object store. The defaults stand for one that cannot be parsed, which counts as expired."""
 
     holder: str = ""
     process: str = ""
     until: float = 0.0
 
     @property
-    def counts(self) -> bool:
+    def is_valid(self) -> bool:
         now = time.time()
-        # One that leases more than a lease is of a clock that is wrong, or of nobody.
+        # An expiry later than any lease can have is from a wrong clock, or from no worker.
         return now < self.until <= now + 2 * LEASE_SECONDS and not has_ended(self.process)
 
 

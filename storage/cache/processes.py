@@ -1,12 +1,12 @@
-"""A name for a process that tells others on its machine whether it still runs.
+"""A name for a process, by which others on its machine can check whether it still runs.
 
     <machine>/<pid>/<start>
 
-machine  digest of the host's name, the kernel's boot and the PID namespace: equal for processes that see each other's
+machine  digest of the host name, the kernel's boot id and the PID namespace: equal for processes that see each other's
          pids, and for no others
-start    when the process started, in the kernel's ticks since boot, since a pid is used again
+start    start time of the process, in the kernel's clock ticks since boot, because pids are reused
 
-There are such names where the kernel has `/proc` (Linux). From elsewhere, and of processes elsewhere, nothing is known.
+Such names exist where the kernel has `/proc` (Linux). Without it, and of processes on other machines, nothing is known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PROC = Path("/proc")
 
 
 def this_process() -> str | None:
-    """The name of the process that calls; None where the kernel does not tell."""
+    """The name of the calling process; None where `/proc` does not give it."""
     try:
         return f"{_machine()}/{os.getpid()}/{_start(os.getpid())}"
     except (OSError, ValueError, IndexError):
@@ -28,7 +28,7 @@ def this_process() -> str | None:
 
 
 def has_ended(name: str) -> bool:
-    """Whether a process of this machine has ended; False for one that runs, and wherever it cannot be known."""
+    """Whether a process of this machine has ended; False for one that runs, and wherever that cannot be known."""
     machine, _, rest = name.partition("/")
     pid, _, start = rest.partition("/")
     if not pid.isdecimal() or not start.isdecimal():
@@ -46,9 +46,9 @@ def _machine() -> str:
 
 
 def _start(pid: int) -> int | None:
-    """Ticks at which a process started; None when there is none, or only what its parent has to collect.
+    """Start time of a process in clock ticks since boot; None when there is none, or only a zombie.
 
-    A machine may hide the processes of other users; of these nothing is known (an OSError).
+    Raises OSError for a process of another user that the machine hides: of these nothing is known.
     """
     try:
         stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
@@ -59,7 +59,7 @@ def _start(pid: int) -> int | None:
             os.kill(pid, 0)
         except ProcessLookupError:
             return None
-        raise  # it is there, and hidden
+        raise  # it exists, and is hidden
     # The second field is the command in parentheses, and may hold anything.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])

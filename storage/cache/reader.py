@@ -1,8 +1,7 @@
 """Reading a cache: `LogitCache.open(url)`, then tokens and targets by absolute position.
 
-Everything is checked before it is handed out: records against their own digests, objects against their
-receipts, decoded values against the rules of the format. A range that no receipt covers raises
-`IncompleteCache`; it is never filled.
+Everything is checked before it is returned: records against their own digests, objects against their receipts, decoded
+values against the rules of the format. A range that no receipt covers raises `IncompleteCache`; it is never filled.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Stream:
         return self._array.spec.shape[0]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """The entries `start .. stop`. Raises IndexError outside the stream."""
+        """The entries `start .. stop` (exclusive). Raises IndexError outside the stream, else like `CheckedArray`."""
         _check_range(start, stop, len(self))
         size = self._array.spec.layout.chunk
         parts = []
@@ -68,7 +67,7 @@ class Stream:
 
 
 class TeacherTargets:
-    """One teacher's entry. `document_starts` gives those of the cache, where it has them."""
+    """One teacher's entry. `document_starts` returns those of the cache; None where it was shared without them."""
 
     def __init__(
         self,
@@ -87,7 +86,7 @@ class TeacherTargets:
         self._arrays = {n: CheckedArray(store, folder, spec, self.receipts) for n, spec in self.specs.items()}
         self._where = store.where(folder.rstrip("/"))
         row_bytes = sum(spec.itemsize * int(np.prod(spec.shape[1:])) for spec in self.specs.values())
-        # Decoded log-probs come on top of what is stored, 4 bytes per id.
+        # Decoded log-probs take 4 bytes per id on top of the stored arrays.
         chunk_bytes = (row_bytes + 4 * entry.targets.k) * entry.layout.chunk
         self._most_chunks = max(2, _CHUNK_CACHE_BYTES // chunk_bytes)
         self._chunks: OrderedDict[int, SparseTargets] = OrderedDict()
@@ -121,17 +120,17 @@ class TeacherTargets:
         return sum(item.bytes for receipt in found if receipt is not None for item in receipt.objects.values())
 
     def fidelity(self) -> FidelityReport | None:
-        """How far these targets are from the full distributions, as measured when they were made; None if nobody did.
+        """How far these targets are from the full distributions, as measured when they were made; None if not measured.
 
-        Raises FormatError for what is no report, CorruptCache for one that was changed or is another entry's.
+        Raises FormatError for a file that is not a report, CorruptCache for a changed one or that of another entry.
         """
         return read_fidelity(self.receipts.store, teacher_folder(self.name), self.record_sha256)
 
     def read(self, start: int, stop: int) -> SparseTargets:
-        """The targets of the positions `start .. stop`.
+        """The targets of the positions `start .. stop` (exclusive).
 
-        Raises IndexError outside the stream, IncompleteCache where a shard is missing, CorruptCache where
-        stored bytes differ from their receipt or break the format's rules.
+        Raises IndexError outside the stream, IncompleteCache where a shard is missing, CorruptCache where stored bytes
+        differ from their receipt or break the format's rules.
         """
         _check_range(start, stop, len(self))
         if start == stop:
@@ -172,7 +171,7 @@ class TeacherTargets:
 
 
 class LogitCache:
-    """A cache at a URL; `open` reads two small files and nothing else."""
+    """A cache at a URL; `open` reads its record, one small file, and nothing else."""
 
     def __init__(self, store: Store, record: CacheRecord) -> None:
         self.url = store.url
@@ -204,7 +203,7 @@ class LogitCache:
         return self._stream("tokens", check)
 
     def missing_tokens(self) -> list[tuple[int, int]]:
-        """Ranges of the token stream that no receipt covers: an interrupted `logit-cache tokenize`."""
+        """Ranges of the token stream that no receipt covers, as an interrupted `logit-cache tokenize` leaves them."""
         return self._receipts("tokens").missing_ranges()
 
     @cached_property
@@ -241,11 +240,11 @@ class LogitCache:
         try:
             self._store.known_size(teacher_folder(name) + "zarr.json", "its folder is there")
         except MissingObject:
-            return False  # a writer was killed before it had written it
+            return False  # a writer was killed before it had written the record
         return True
 
     def teacher(self, name: str) -> TeacherTargets:
-        """One teacher's entry. Raises CacheNotFound naming the entries that there are."""
+        """One teacher's entry. Raises CacheNotFound, which lists this cache's entries; FormatError, CorruptCache."""
         if name not in self._entries:
             key = teacher_folder(name) + "zarr.json"
             try:

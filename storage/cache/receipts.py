@@ -1,7 +1,7 @@
 """The receipts of one group of arrays: which shards are committed, and with which bytes.
 
-A shard exists only if its receipt does. Once all do, `index.json` holds the digests of all receipts, so
-that a cache of a billion positions opens with one read and checks each receipt when its shard is opened.
+A shard exists only if its receipt does. Once all do, `index.json` holds the digests of all receipts, so that a cache of
+a billion positions opens with one read and checks each receipt when its shard is opened.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAME = re.compile(r"^(\d{8,})\.json$")
 
 
 class Receipts:
-    """Receipts under `folder` for arrays that are cut alike, and belong to the record `record_sha256`."""
+    """Receipts under `folder` for arrays with the same shards, which belong to the record of digest `record_sha256`."""
 
     def __init__(self, store: Store, folder: str, specs: Mapping[str, ArraySpec], record_sha256: str) -> None:
         self.store = store
@@ -45,11 +45,11 @@ class Receipts:
 
     @property
     def first_array(self) -> ArraySpec:
-        """The array whose object a writer publishes first; all are cut as it is."""
+        """The array whose object a writer publishes first; all arrays have the same shards."""
         return self._first
 
     def shard_of(self, name: str) -> int | None:
-        """The shard whose receipt a file of the folder is named for; None for anything else."""
+        """The shard of a receipt, from its file name; None for anything else."""
         match = _NAME.match(name)
         return int(match[1]) if match and int(match[1]) < self.shards else None
 
@@ -60,7 +60,7 @@ class Receipts:
 
     @cached_property
     def index(self) -> ReceiptIndex | None:
-        """The index, or None while shards are missing."""
+        """The index, or None while shards are missing. Raises CorruptCache, FormatError."""
         try:
             data = self.store.read_json(self.index_key, min(MAX_INDEX_BYTES, 4096 + 128 * self.shards))
         except FileNotFoundError:
@@ -72,7 +72,7 @@ class Receipts:
         return index
 
     def committed(self) -> np.ndarray:
-        """bool [shards]: which ones have a receipt."""
+        """bool [shards]: which shards have a receipt."""
         found = np.zeros(self.shards, dtype=bool)
         if self.index is not None:
             found[:] = True
@@ -85,7 +85,7 @@ class Receipts:
         return found
 
     def missing_ranges(self) -> list[tuple[int, int]]:
-        """Ranges of positions without a receipt, neighbours joined."""
+        """Ranges of positions without a receipt, adjacent ones merged."""
         ranges: list[tuple[int, int]] = []
         for shard in np.flatnonzero(~self.committed()):
             start, stop = self._first.shard_range(int(shard))
@@ -110,7 +110,7 @@ class Receipts:
         return receipt
 
     def _stored(self, shard: int) -> ShardReceipt | None:
-        """The receipt as it is there; None is an ordinary answer, unless the index or the last listing gave another."""
+        """The stored receipt, or None; MissingObject if there is none though the index or the last listing has it."""
         key = self.key(shard)
 
         def request() -> ShardReceipt:
@@ -125,7 +125,7 @@ class Receipts:
         return None
 
     def recent(self, shard: int) -> ShardReceipt | None:
-        """`read`, for readers: the arrays of an entry ask for the same receipt one after the other."""
+        """`read` with a small cache, for readers: the arrays of an entry need the same receipt one after the other."""
         with self._lock:
             if shard not in self._recent:
                 receipt = self.read(shard)
@@ -139,12 +139,12 @@ class Receipts:
             return self._recent[shard]
 
     def forget_index(self) -> None:
-        """Look at the store again at the next question: the index was removed there."""
+        """Drop the cached index and listing, so that the next call reads the store again."""
         self.__dict__.pop("index", None)
         self._listed[:] = False
 
     def write_index(self) -> ReceiptIndex:
-        """Write the index once every shard is committed; returns the one that is there afterwards."""
+        """Write the index; every shard must be committed. Returns the stored one, which may be another worker's."""
         if self.index is not None:
             return self.index
         index = index_of(self.record_sha256, (self._present(shard) for shard in range(self.shards)))
@@ -161,7 +161,7 @@ class Receipts:
 
 
 def index_of(record_sha256: str, receipts: Iterable[ShardReceipt]) -> ReceiptIndex:
-    """The index of a group's receipts, which come in the order of their shards; one is held at a time."""
+    """The index of a group's receipts, given in the order of their shards; one receipt is held in memory at a time."""
     digests, object_bytes, seconds = [], 0, 0.0
     statistics: ShardStatistics | None = None
     for receipt in receipts:

@@ -14,15 +14,15 @@ _TOKENIZER_FILE = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$")
 
 
 def read_record(store: Store, key: str, kind: type[AnyRecord]) -> AnyRecord:
-    """The record in a group's attributes, checked against its own digest."""
+    """A group's record, checked against its own digest. Raises CacheNotFound, FormatError and CorruptCache."""
     where = store.where(key)
     try:
         data = store.read_json(key)
     except (FileNotFoundError, NotADirectoryError):
-        # Asked in another way before it is believed: a job must not end because one answer was wrong.
+        # Confirmed by another kind of request: a job must not end because one response was wrong.
         if store.size(key) is None:
             raise CacheNotFound(f"{store.url}: no cache there (no {key}); make one with logit-cache tokenize") from None
-        data = store.insist(key, "the store gives its length", lambda: store.read_json(key))
+        data = store.insist(key, "the store reports its length", lambda: store.read_json(key))
     except PermissionError as error:
         raise CacheNotFound(f"{where}: {error.strerror}") from None
     if (
@@ -37,7 +37,7 @@ def read_record(store: Store, key: str, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def read_tokenizer_receipt(store: Store) -> FilesReceipt:
-    """The receipt of the tokenizer's files."""
+    """The receipt of the tokenizer's files. Raises FormatError, CorruptCache."""
     key = "receipts/tokenizer.json"
     promise = "every cache has one: its tokenizer cannot be trusted"
     data = store.insist(key, promise, lambda: store.read_json(key))
@@ -45,7 +45,7 @@ def read_tokenizer_receipt(store: Store) -> FilesReceipt:
 
 
 def teacher_folder(name: str) -> str:
-    """Folder of a teacher entry, with a slash at the end. Raises FormatError for a name that cannot be one."""
+    """Key prefix of a teacher entry, `teachers/<name>/`. Raises FormatError for an invalid name."""
     if not re.fullmatch(TEACHER_NAME, name):
         raise FormatError(
             f"{name!r} cannot name a teacher entry: lower-case letters, digits, '_' and '-', at most 64, "
@@ -64,7 +64,7 @@ def tokenizer_key(name: str) -> str:
 def read_fidelity(store: Store, folder: str, record_sha256: str) -> FidelityReport | None:
     """The report in an entry's folder (with a slash at the end), or None where there is none.
 
-    Raises FormatError for what is no report, CorruptCache for one that was changed or is another entry's.
+    Raises FormatError for a file that is not a report, CorruptCache for a changed one or that of another entry.
     """
     key = folder + FIDELITY_FILE
     where = store.where(key)

@@ -1,14 +1,14 @@
-"""Every object of a cache against what commits it, and what lies there that nothing commits.
+"""Checks every object of a cache against its receipt, and finds the leftovers that no receipt lists.
 
 quick   records against their own digests, receipts against the index, every object's length; on a local disk its
         seal and its chunks' sizes too, which cost a remote store nine requests where one listing gives all lengths
-deep    every byte of every object against its sha256, and its seal and chunks' sizes wherever it lies
-repair  removes what no receipt lists, and the receipts of damaged shards, so that the command that made the
-        shard computes it again, and a damaged index of receipts or fidelity report, which the same command makes
-        again; a damaged record cannot be repaired
+deep    every byte of every object against its sha256, and its seal and chunks' sizes on every store
+repair  removes leftovers; the receipts of damaged shards, so that the command that made a shard computes it again;
+        and a damaged index of receipts or fidelity report, which the same command writes again. A damaged record
+        cannot be repaired
 
-Safe beside a running job on a local disk: what looked like a leftover is looked at again under the lock that a
-commit holds. Where a store has no locks, repair a cache only while nobody writes to it.
+Safe beside a running job on a local disk: leftovers are checked a second time under the lock that a commit holds.
+Where a store has no locks, repair a cache only while nobody writes to it.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from storage.stores.base import Store
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     problems    one line for each damaged or missing object, with its address
     leftovers   addresses of objects that no receipt lists; readers never look at them
     missing     by group of arrays ("tokens", "teachers/<name>"), ranges of positions that are not committed yet
-    repaired    what was removed
-    listed      whether the place could be listed; leftovers show only then
+    repaired    addresses of the objects that were removed
+    listed      whether the store could be listed; leftovers are found only then
     """
 
     objects: int = 0
@@ -67,7 +67,7 @@ class Verification:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is damaged; shards that are missing, and leftovers, do no harm."""
+        """Whether nothing is damaged; missing shards and leftovers do no harm."""
         return not self.problems
 
 
@@ -76,12 +76,12 @@ def verify(
 ) -> Verification:
     """Check the cache at `url`; see the module for `deep` and `repair`.
 
-    `progress` is given the bytes of the objects checked since the last call. Raises CacheNotFound where there is no
-    cache; damage is reported, not raised.
+    `progress` receives the bytes of the objects checked since the last call. Raises CacheNotFound where there is no
+    cache, InputError to repair in a store that cannot be listed; damage is reported, not raised.
     """
     store = open_store(url)
     found = Verification()
-    # Listed before anything is checked: what a worker commits meanwhile is then known, or not in the list.
+    # Listed before anything is checked: an object that a worker commits meanwhile is then known, or not in the list.
     try:
         listed = store.walk()
     except InputError:
@@ -112,7 +112,7 @@ def verify(
 def _remove_leftovers(store: Store, groups: list[Group], leftovers: list[str], found: Verification) -> None:
     left = set(leftovers)
     for group in groups:
-        # A worker between its objects and its receipt holds this lock; afterwards they are no leftovers any more.
+        # A worker holds this lock from its first object to its receipt; afterwards they are not leftovers any more.
         with store.exclusive(group.receipts.folder):
             group.receipts.forget_index()
             left -= {key for shard in np.flatnonzero(group.receipts.committed()) for key in group.keys(int(shard))}
@@ -125,7 +125,7 @@ def _remove_leftovers(store: Store, groups: list[Group], leftovers: list[str], f
 
 
 def _is_held(store: Store, group: Group, key: str) -> bool:
-    """Whether an object is the claim of a worker that is at its shard now."""
+    """Whether an object is a lease that a worker holds now."""
     folder, _, name = key.rpartition("/")
     shard = leased_shard(name) if folder == group.receipts.folder else None
     return shard is not None and leases_in(store, folder).is_held(shard)
@@ -134,7 +134,7 @@ def _is_held(store: Store, group: Group, key: str) -> bool:
 def _remove(store: Store, key: str, found: Verification) -> None:
     try:
         store.remove(key)
-    except FileNotFoundError:  # what a worker was using is gone by itself
+    except FileNotFoundError:  # its worker has removed it since, as it does a lease
         return
     found.repaired.append(store.where(key))
 
@@ -153,7 +153,7 @@ def _groups(store: Store, cache: LogitCache, known: set[str], found: Verificatio
                 continue  # no entry: a stray file, or a worker that was killed before it had written the record
             absent = f"{store.where(key)}: missing, so nothing of this entry can be read"
             found.problems.append(absent if isinstance(error, CacheNotFound) else str(error))
-            # Nothing below a broken record can be told from leftovers, so all of it is left alone.
+            # Below a broken record, leftovers cannot be distinguished from other objects, so nothing is removed.
             known.update(below)
             continue
         known.add(key)
@@ -183,10 +183,10 @@ def _check_group(
             known.update(store.walk(group.folder.rstrip("/") or group.name))
             known.update(store.walk(receipts.folder))
             return
-        # The index repeats what the receipts say; the next run of the command that made it writes it again.
+        # The index only repeats the receipts; the next run of the command that made it writes it again.
         _remove(store, receipts.index_key, found)
     committed = np.flatnonzero(receipts.committed()).tolist()
-    _check_metadata(store, group, found, begun=bool(committed))
+    _check_metadata(store, group, found, started=bool(committed))
     missing = receipts.missing_ranges()
     if missing:
         found.missing[group.name] = missing
@@ -195,7 +195,7 @@ def _check_group(
         try:
             receipt = receipts.read(shard)
             if receipt is None:
-                # It was listed by the index, which a damaged shard before this one has cost.
+                # It was listed by the index, which the repair of an earlier shard has removed.
                 raise CorruptCache(f"{store.where(receipts.key(shard))}: missing, though the index listed it")
         except LogitCacheError as error:
             damaged = [str(error)]
@@ -210,7 +210,7 @@ def _check_group(
                 progress(size)
         found.problems += damaged
         if damaged and repair:
-            # The index first: it lists the receipt. The objects stay; the worker replaces them as any leftover.
+            # The index first: it lists the receipt. The objects stay; the worker replaces them like any leftover.
             for key in (receipts.index_key, receipts.key(shard)):
                 if store.size(key) is not None:
                     _remove(store, key, found)
@@ -218,7 +218,7 @@ def _check_group(
 
 
 def _check_fidelity(store: Store, group: Group, known: set[str], found: Verification, repair: bool) -> None:
-    """The fidelity report of a teacher entry; there need be none."""
+    """Check a teacher entry's fidelity report, which is optional."""
     key = group.fidelity_key
     if key is None:
         return
@@ -231,10 +231,10 @@ def _check_fidelity(store: Store, group: Group, known: set[str], found: Verifica
             _remove(store, key, found)
 
 
-def _check_metadata(store: Store, group: Group, found: Verification, begun: bool = True) -> None:
-    """The arrays' zarr.json; until a shard is committed, a worker may still be about to write them."""
+def _check_metadata(store: Store, group: Group, found: Verification, started: bool = True) -> None:
+    """Check the arrays' zarr.json; until a shard is committed (`started`), a worker may not have written them yet."""
     for key, data in group.metadata().items():
-        if begun or store.size(key) is not None:
+        if started or store.size(key) is not None:
             _check_bytes(store, key, data, found)
 
 

@@ -1,8 +1,8 @@
 """Writing a cache: encode → publish → receipt, one whole shard at a time.
 
-A shard's objects are published first and its receipt last, so a job killed at any instant leaves either a
-committed shard or one that will be done again. A committed object is never replaced. Objects without a
-receipt are what a killed worker left: equal bytes are kept, others are replaced.
+A shard's objects are published first and its receipt last, so a job killed at any instant leaves either a committed
+shard or one that will be computed again. A committed object is never replaced. Objects without a receipt are leftovers
+of a killed worker: equal bytes are kept, others are replaced.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from storage.stores.base import Store
 
 
 class ShardWriter:
-    """Commits shards of arrays that are cut alike. Safe to use by several workers on one cache."""
+    """Commits shards of arrays that have the same shards. Safe to use by several workers on one cache."""
 
     def __init__(
         self, store: Store, group: str, receipts_folder: str, specs: Mapping[str, ArraySpec], record: Record
@@ -42,12 +42,12 @@ class ShardWriter:
         self.specs = dict(specs)
         self._store = store
         self._group = group
-        # A local disk takes one synced file at a time; elsewhere most of the time is waiting for answers.
+        # A local disk syncs one file at a time; on other stores most of the time is spent waiting for responses.
         self._at_once = 1 if store.local_path is not None else len(self.specs)
         self.receipts = Receipts(store, receipts_folder, specs, digest(record))
 
     def prepare(self) -> None:
-        """Write the arrays' metadata where it is not there yet."""
+        """Write each array's zarr.json unless it exists; CorruptCache if an existing one differs."""
         for spec in self.specs.values():
             publish_same(self._store, f"{self._group}{spec.name}/zarr.json", metadata_bytes(spec.metadata()))
 
@@ -76,13 +76,14 @@ class ShardWriter:
         statistics: ShardStatistics | None = None,
         began: float | None = None,
     ) -> ShardReceipt:
-        """Write one shard of every array and its receipt; returns the receipt that is there afterwards.
+        """Write one shard of every array, then its receipt; returns the stored receipt, which may be another worker's.
 
-        `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`.
+        `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`. Raises
+        CorruptCache where the shard was committed with other bytes.
         """
         encoded = encode_objects(self.specs, shard, values)
         objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
-        # From the first object to the receipt, no other writer may replace what looks like a leftover.
+        # From the first object to the receipt, no other writer may replace these objects as leftovers.
         with self._store.exclusive(self.receipts.folder), ThreadPoolExecutor(self._at_once) as pool:
             keys = [self._group + self.specs[name].shard_key(shard) for name in encoded]
             list(pool.map(self._publish_object, keys, repeat(shard), encoded.values()))
@@ -127,7 +128,7 @@ class ShardWriter:
 
 
 class EntryWriter:
-    """One teacher's entry: its record, its shards, its index; who works at which shard, and which were given up."""
+    """One teacher's entry: its record, shards and index, its leases, and the notes on permanently failed shards."""
 
     def __init__(self, store: Store, name: str, entry: TeacherEntry, shards: ShardWriter) -> None:
         self.name = name
@@ -139,7 +140,7 @@ class EntryWriter:
 
     @classmethod
     def open(cls, url: str, name: str, entry: TeacherEntry) -> EntryWriter:
-        """Create the entry, or go on with it; IdentityMismatch lists the fields in which a stored one differs."""
+        """Create the entry, or resume a stored one; IdentityMismatch lists the fields in which that one differs."""
         store = open_store(url)
         folder = teacher_folder(name)
         key = folder + "zarr.json"
@@ -156,12 +157,12 @@ class EntryWriter:
         return self._shards.receipts.shards
 
     def pending(self) -> list[int]:
-        """Shards that are still to be done, in order; every committed one is compared with its receipt."""
+        """Shards that are not committed yet, in order; every committed one is compared with its receipt."""
         committed = self._shards.receipts.committed()
         return [shard for shard in range(self.shards) if not (committed[shard] and self._shards.is_committed(shard))]
 
     def is_committed(self, shard: int) -> bool:
-        """Whether a shard is there, also when another worker wrote it a moment ago."""
+        """Whether a shard is committed, by this worker or, a moment ago, by another; see `ShardWriter.is_committed`."""
         return self._shards.is_committed(shard)
 
     def commit(self, shard: int, targets: SparseTargets, began: float | None = None) -> ShardReceipt:
@@ -177,13 +178,13 @@ class EntryWriter:
             self._shards.receipts.write_index()
 
     def publish_fidelity(self, report: FidelityReport) -> bool:
-        """Put the fidelity report beside the entry, whole or not at all; False if another worker was first."""
+        """Publish the entry's fidelity report atomically; False if another worker was first."""
         assert report.record_sha256 == digest(self.entry)
         return self._store.publish(teacher_folder(self.name) + FIDELITY_FILE, sealed_bytes(report))
 
 
 def refuse_other(store: Store, name: str, stored: TeacherEntry, wanted: TeacherEntry) -> None:
-    """Raise IdentityMismatch, with the fields that differ, unless an entry that is there is the one that is wanted."""
+    """Raise IdentityMismatch, which lists the fields that differ, unless the stored entry is the wanted one."""
     folder = teacher_folder(name)
     differing = differences(stored, wanted)
     if differing:
@@ -196,7 +197,7 @@ def refuse_other(store: Store, name: str, stored: TeacherEntry, wanted: TeacherE
 
 
 def publish_same(store: Store, key: str, data: bytes) -> None:
-    """Publish an object whose bytes follow from the record; one that is there already must be the same."""
+    """Publish an object whose bytes follow from the record; CorruptCache if an existing one differs."""
     if store.publish(key, data):
         return
     found = store.insist(key, "it was there just now", lambda: store.read(key))
@@ -209,4 +210,4 @@ def publish_same(store: Store, key: str, data: bytes) -> None:
         and parse_json(found, where) == parse_json(data, where)
     ):
         return
-    raise CorruptCache(f"{where}: differs from what this cache's record implies; it was changed or belongs elsewhere")
+    raise CorruptCache(f"{where}: not as this cache's record implies; it was changed or belongs to another cache")

@@ -8,9 +8,8 @@ A row of log-probs, sorted in descending order, is stored as its first value `to
     codes_i = steps_i - steps_{i-1}                      uint16, codes_0 = 0
     logprob_i = top - step * cumsum(codes)_i             the reader's arithmetic
 
-The sum is rounded, never each difference: rounding the differences one by one lets their errors add up
-along the row. `top` in the first line is the *stored* (mantissa-rounded) value, so that its own rounding
-does not shift the row.
+The sum is rounded, never each difference: rounding the differences one by one lets their errors add up along the row.
+`top` in the first line is the *stored* (mantissa-rounded) value, so that its own rounding does not shift the row.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MAX_UINT16 = 65_535
 
 
 def token_id_dtype(vocabulary_size: int) -> str:
-    """The zarr name of the narrowest id type whose maximum is free to be the poison fill value.
+    """The zarr name of the narrowest id type whose maximum is free to be the fill value.
 
     >>> token_id_dtype(65_535), token_id_dtype(65_536)
     ('uint16', 'uint32')
@@ -37,7 +36,7 @@ def logprob_floor(step_nats: float) -> float:
     """The lowest log-prob (nats) that is stored: -2000, or as far as one uint16 code reaches.
 
     exp of it is 0 in float64 at the default step and below the least normal float32 at any allowed one, so
-    flooring changes no probability that a loss could see. It is what a logit of -inf is stored as.
+    flooring changes no probability that a loss could see. A logit of -inf is stored as this value.
     """
     return -min(2000.0, float(np.floor(MAX_UINT16 * step_nats)) - 1)
 
@@ -45,8 +44,8 @@ def logprob_floor(step_nats: float) -> float:
 def round_mantissa(values: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
     """Round float32 to `bits` explicit mantissa bits, to nearest, ties to even.
 
-    The relative error is at most 2**-(bits + 1). Zeros at the low end of the mantissa are what makes the
-    values compress. NaN and infinities pass unchanged.
+    The relative error is at most 2**-(bits + 1). The zeros at the low end of the mantissa make the values
+    compressible. NaN and infinities pass unchanged.
     """
     values = np.asarray(values, dtype=np.float32)
     if bits >= 23:

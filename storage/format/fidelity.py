@@ -1,9 +1,8 @@
 """The fidelity report of a teacher entry: how far its stored targets are from the teacher's full distributions.
 
 `teachers/<name>/fidelity.json`, an optional file of its own beside the entry: a sealed record that names the entry it
-belongs to. It is measured on a sample when an entry has been completed, holds aggregate numbers only, and nothing that
-reads targets looks at it. How each figure is computed: `logit_cache.fidelity.measure` and
-`logit_cache.fidelity.metrics`.
+belongs to. It is measured on a sample when an entry has been completed and holds aggregate numbers only. No reader of
+targets uses it. How each figure is computed: `logit_cache.fidelity.measure` and `logit_cache.fidelity.metrics`.
 
 Units: masses and calibration errors as fractions, divergences in nats, angles in degrees. A figure that is infinite or
 not defined is null. Floats have 8 significant digits.
@@ -45,13 +44,12 @@ class Spread(Record):
 
 
 class Divergences(Record):
-    """Between the full distributions p and stored ones s: means over positions, and of the mean distributions.
+    """KL divergences between the full distributions p and the stored ones s.
 
-    forward, reverse             mean of KL(p || s), and of KL(s || p)
-    mean_forward, mean_reverse   KL(mean p || mean s), and the other way round
-    mean_noise                   what sampling noise alone makes of these two; for sampled ids
-    infinite                     why a figure is null: there are ids without mass on the side that is divided by, or
-                                 s does not sum to 1
+    forward, reverse             mean over positions of KL(p || s), and of KL(s || p)
+    mean_forward, mean_reverse   KL(mean p || mean s), and KL(mean s || mean p), of the means over positions
+    mean_noise                   the value that sampling noise alone gives these two; for sampled ids
+    infinite                     why a figure is null: ids without mass in the denominator, or s does not sum to 1
     """
 
     forward: Nats | None
@@ -63,8 +61,8 @@ class Divergences(Record):
 
 
 class Angle(Record):
-    """Between the gradients by the logits of the stored and of the dense loss: of all positions side by side (noise
-    and bias), and of their mean over positions (bias). Null where one of them is 0."""
+    """Angle between the gradients of the stored and of the dense loss with respect to the logits: of all positions
+    concatenated (noise and bias), and of the means over positions (bias). Null where a gradient is 0."""
 
     positions: Degrees | None
     mean: Degrees | None
@@ -78,7 +76,7 @@ class Calibration(Record):
 
 
 class Size(Record):
-    """What an entry costs: ``bytes_per_token`` of all arrays is ``overhead + mean_kept * bytes_per_id``."""
+    """Storage cost of an entry: ``bytes_per_token`` of all arrays is ``overhead + mean_kept * bytes_per_id``."""
 
     mean_kept: Annotated[float, Field(ge=1, le=1 << 16)]
     bytes_per_token: Bytes
@@ -107,7 +105,7 @@ class CurvePoint(Record):
 
 
 class FidelityReport(Record):
-    """fidelity.json; `record_sha256` is the entry that it belongs to."""
+    """`fidelity.json`; `record_sha256` is the digest of the entry's record."""
 
     format_version: Literal[1] = 1
     kind: Literal["fidelity"] = "fidelity"

@@ -1,9 +1,9 @@
-"""Which id is which string, and what makes two tokenizers the same.
+"""Identity of vocabularies, tokenizers and token streams, as sha256 digests.
 
-Two digests, because they answer two questions. `vocabulary_sha256` covers which id is which string: it is what a
-teacher and a cache must share for the columns of their distributions to mean the same. `tokenizer_fingerprint`
-covers behaviour too (merges, normaliser, pre-tokenizer): it is what two token streams must share to be comparable.
-`V` is the largest id + 1, added tokens included; a vocabulary may have holes below it.
+A tokenizer has two digests, because they answer two questions. `vocabulary_sha256` covers which id is which string: a
+teacher and a cache must share it for the columns of their distributions to mean the same. `tokenizer_fingerprint`
+covers behaviour too (merges, normaliser, pre-tokenizer): two token streams must share it to be comparable. `V` is the
+largest id + 1, added tokens included; a vocabulary may have unused ids below it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from storage.errors import InputError
 from storage.format.sealing import canonical_json
 
-# A tokenizer.json remembers how it was last called. That changes nothing about which ids a text gets here.
+# A tokenizer.json stores the options of its last call. They do not change which ids a text gets here.
 _VOLATILE = ("padding", "truncation")
-# Any of them makes a folder one that AutoTokenizer can be asked to read.
+# AutoTokenizer can read a folder that has any of these.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,7 +35,7 @@ _TOKENIZER_FILES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer's files lie in a model's folder."""
+    """Whether a model's folder contains the files of a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
@@ -52,9 +52,9 @@ def vocabulary_size(vocabulary: Mapping[str, int]) -> int:
 
 
 def differing_entries(a: Mapping[str, int], b: Mapping[str, int], most: int = 5) -> list[str]:
-    """The ids that stand for different strings, in ascending order; `a` is the one here, `b` the teacher's.
+    """The ids with different strings in two vocabularies, ascending; `a` is the one here, `b` the teacher's.
 
-    At most `most` of them, and then how many more there are; [] if the vocabularies are equal.
+    At most `most` of them, and then the number of further ones; [] if the vocabularies are equal.
 
     >>> differing_entries({"a": 0, "cat": 1}, {"a": 0, "dog": 1, "e": 2})
     ["id 1: 'cat' here, 'dog' in the teacher's", "id 2: nothing here, 'e' in the teacher's"]
@@ -70,10 +70,10 @@ def differing_entries(a: Mapping[str, int], b: Mapping[str, int], most: int = 5)
 
 
 def tokenizer_fingerprint(files: Mapping[str, bytes], vocabulary: Mapping[str, int]) -> str:
-    """sha256 of what a tokenizer does: its tokenizer.json (or else all its files) and its vocabulary.
+    """sha256 of a tokenizer's behaviour: its tokenizer.json (or else all its files) and its vocabulary.
 
-    Of tokenizer.json the canonical JSON counts, without `padding` and `truncation`. Raises InputError when that
-    file is not a JSON object.
+    Of tokenizer.json, the canonical JSON without `padding` and `truncation`. Raises InputError when that file is
+    not a JSON object.
     """
     behaviour: object
     if "tokenizer.json" in files:
@@ -91,7 +91,7 @@ def tokenizer_fingerprint(files: Mapping[str, bytes], vocabulary: Mapping[str, i
 
 
 def _strings(vocabulary: Mapping[str, int]) -> dict[int, str]:
-    """What stands at each id, quoted; two strings at one id are both named."""
+    """The quoted string of each id; two strings with the same id are both named."""
     strings: dict[int, str] = {}
     for string, index in sorted(vocabulary.items()):
         strings[index] = f"{strings[index]} and {string!r}" if index in strings else repr(string)

@@ -26,7 +26,7 @@ _STREAM_SHARD = 4_194_304
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of the format: everything its zarr.json says, and the keys of its objects."""
+    """One array of the format: the content of its zarr.json, and the keys of its objects."""
 
     name: str
     dtype: Literal["uint16", "uint32", "uint64", "float32", "bool"]
@@ -34,20 +34,20 @@ class ArraySpec:
     layout: ArrayLayout
 
     @property
-    def fill(self) -> Any:
-        """What stands where nothing was written: the largest integer, or NaN (bool has none to spare)."""
+    def fill_value(self) -> Any:
+        """The fill value as a number: the largest integer, or NaN; False for bool, which has none to spare."""
         if self.dtype == "bool":
             return False
         return math.nan if self.dtype == "float32" else int(np.iinfo(self.dtype).max)
 
     @property
-    def fill_value(self) -> Any:
-        """The poison as JSON has it."""
-        return "NaN" if self.dtype == "float32" else self.fill
+    def fill_value_json(self) -> Any:
+        """The fill value as it is in zarr.json: NaN is the string "NaN"."""
+        return "NaN" if self.dtype == "float32" else self.fill_value
 
     @property
     def blosc(self) -> dict[str, Any]:
-        """How a chunk's bytes are compressed, as the codec's configuration has it."""
+        """The configuration of the chunks' Blosc codec, as it is in zarr.json."""
         return {
             "typesize": self.itemsize,
             "cname": self.layout.compression,
@@ -68,17 +68,17 @@ class ArraySpec:
 
     @property
     def index_bytes(self) -> int:
-        """Length of the shard index at the end of every object: offset and length per chunk, and its crc32c."""
+        """Length in bytes of the shard index at the end of an object: offset and length per chunk, and its crc32c."""
         return 16 * (self.layout.shard // self.layout.chunk) + 4
 
     @property
     def chunk_bytes(self) -> int:
-        """Length of a chunk before compression; the last one of an array is filled up to it."""
+        """Length of a chunk in bytes before compression; the last one of an array is padded to it."""
         return self.itemsize * self.layout.chunk * math.prod(self.shape[1:])
 
     @property
     def most_object_bytes(self) -> int:
-        """No object is longer: Blosc stores what it cannot compress with a header of 16 bytes, then the crc32c."""
+        """Upper bound of an object's length: Blosc adds at most a header of 16 bytes to a chunk, and the crc32c 4."""
         return (self.chunk_bytes + 16 + 4) * (self.layout.shard // self.layout.chunk) + self.index_bytes
 
     def shard_range(self, shard: int) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class ArraySpec:
         return f"{self.name}/c/{shard}" + "/0" * (len(self.shape) - 1)
 
     def metadata(self) -> dict[str, Any]:
-        """The array's zarr.json. A reader refuses any other."""
+        """The content of the array's zarr.json. A reader refuses any other."""
         rest = list(self.shape[1:])
         dimensions = {"document_starts": ["document"]}.get(self.name, ["position", "rank"][: len(self.shape)])
         serializer: dict[str, Any] = {"name": "bytes"}
@@ -105,7 +105,7 @@ class ArraySpec:
             "data_type": self.dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.layout.shard, *rest]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": self.fill_value,
+            "fill_value": self.fill_value_json,
             "codecs": [
                 {
                     "name": "sharding_indexed",
@@ -123,7 +123,7 @@ class ArraySpec:
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
-    """A group's zarr.json."""
+    """The content of a group's zarr.json."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
@@ -162,12 +162,12 @@ def corpus_arrays(record: CacheRecord) -> dict[str, ArraySpec]:
 
 
 def stream_layout(entries: int) -> ArrayLayout:
-    """How an array of the token stream is cut: shards of 64 chunks, or as many as there are."""
+    """Layout of an array of the token stream: shards of 64 chunks of 65,536 entries, or one shard of fewer chunks."""
     chunks = -(-entries // _STREAM_CHUNK)
     return ArrayLayout(shard=min(_STREAM_SHARD, chunks * _STREAM_CHUNK), chunk=_STREAM_CHUNK, compression="zstd")
 
 
-# What a codec is chosen for, and the codec (docs/decisions/0014).
+# The purpose of a codec, and the codec (docs/decisions/0014).
 Profile = Literal["small", "fast"]
 COMPRESSION: dict[Profile, Literal["zstd", "lz4"]] = {"small": "zstd", "fast": "lz4"}
 
@@ -180,11 +180,11 @@ def entry_layout(
     shard_tokens: int | None = None,
     chunk_tokens: int | None = None,
 ) -> ArrayLayout:
-    """How a teacher entry is cut unless told otherwise.
+    """Layout of a teacher entry; shard and chunk size are chosen where they are None.
 
-    Both are multiples of the stride; a chunk has about 8,192 positions or 4 MiB, a shard about 65,536
-    positions, and no object can exceed 64 MiB before compression (4 bytes per id). Raises ValueError for
-    sizes that break these rules.
+    Both are multiples of the stride. By default a chunk has about 8,192 positions or 4 MiB, and a shard about 65,536
+    positions. No object can exceed 64 MiB before compression (4 bytes per id). Raises ValueError for sizes that break
+    these rules.
     """
     row_bytes = 4 * k
     if chunk_tokens is None:
@@ -212,5 +212,5 @@ def entry_layout(
 
 
 def metadata_bytes(metadata: dict[str, Any]) -> bytes:
-    """A zarr.json as it is written; the same metadata always gives the same bytes."""
+    """The bytes of a zarr.json; the same metadata always gives the same bytes."""
     return json.dumps(metadata, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Provenance: frozen records of what a cache holds, and the receipts that commit its shards.
+"""Provenance: frozen records of a cache's content and origin, and the receipts that commit its shards.
 
 Every record is JSON that carries the sha256 of its own canonical form (sorted keys, no white space, without
 the `sha256` field), so a changed byte shows. Records hold no paths: the key of every object follows from
@@ -19,7 +19,7 @@ from storage.format.sealing import Record
 ATTRIBUTE = "logit_cache"
 MAX_OBJECT_BYTES = 64 << 20
 MAX_INDEX_BYTES = 1 << 28
-MAX_SHARDS = 1 << 21  # what an index of receipts has room for: 137 billion positions at 65,536 to a shard
+MAX_SHARDS = 1 << 21  # limit of an index of receipts: 137 billion positions at 65,536 to a shard
 MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
@@ -32,7 +32,7 @@ Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 
 
 class CorpusSource(Record):
-    """One file or data set that the text came from; the name only, never a folder of somebody's machine."""
+    """One file or data set that the text came from: its name only, never a path on somebody's machine."""
 
     name: Text
     documents: Count
@@ -62,7 +62,7 @@ class Tokenizer(Record):
 
 
 class ArrayLayout(Record):
-    """How an array is cut: `shard` entries to one object, `chunk` entries to one compressed unit of it.
+    """How an array is cut: `shard` entries per object, `chunk` entries per compressed unit of it.
 
     At 8 bytes per entry no object exceeds `MAX_OBJECT_BYTES`; entries with more are bounded by their own record.
     """
@@ -72,12 +72,12 @@ class ArrayLayout(Record):
     compression: Literal["zstd", "lz4"]
 
     def shard_range(self, shard: int, entries: int) -> tuple[int, int]:
-        """First entry of a shard and the first after it, of an array of so many entries."""
+        """First entry of a shard and the first after it, in an array of `entries` entries."""
         start = shard * self.shard
         return start, min(start + self.shard, entries)
 
     def check_length(self, entries: int) -> None:
-        """Raises ValueError for an array that is cut into more shards than receipts are counted for."""
+        """Raises ValueError for an array with more than `MAX_SHARDS` shards."""
         if -(-entries // self.shard) > MAX_SHARDS:
             raise ValueError(f"{entries} entries in shards of {self.shard} are more than {MAX_SHARDS} shards")
 
@@ -97,7 +97,7 @@ class Versions(Record):
 
     @classmethod
     def of_this_process(cls) -> Versions:
-        """Versions of what a result depends on, as installed here."""
+        """The installed versions of Python and of the libraries that a result depends on."""
         found = {"python": platform.python_version()}
         for name in _LIBRARIES:
             try:
@@ -128,7 +128,7 @@ class CacheRecord(Record):
 
 
 class TeacherIdentity(Record):
-    """Which model. `source` is a hub id or the last part of a local path; the digests are what binds."""
+    """One model. `source` is a hub id or the last part of a local path; only the digests identify the model."""
 
     source: Text
     revision: Text | None = None
@@ -156,9 +156,9 @@ class Teacher(Record):
 
 
 class Targets(Record):
-    """What is stored for a position. `head_ids`: ids kept with certainty before sampling starts; `top_p`: the
+    """The stored fields of a position. `head_ids`: ids kept with certainty before sampling starts; `top_p`: the
     mass at which a row is pruned; `seed` keys the sampling by absolute position; `temperature`: the one that
-    sampled ids were drawn for."""
+    ids were sampled for."""
 
     method: Literal["top-k", "varopt"] = "top-k"
     k: Annotated[int, Field(ge=1, le=MAX_UINT16)]
@@ -170,7 +170,7 @@ class Targets(Record):
 
 
 class Windowing(Record):
-    """What a teacher saw: see `storage.format`, "Windows"."""
+    """The windows that a teacher read: see `storage.format`, "Windows"."""
 
     context_tokens: Positive
     stride_tokens: Positive
@@ -184,8 +184,8 @@ class Windowing(Record):
 
 
 class Encoding(Record):
-    """`codes`: log-probs as uint16 differences in units of `step_nats`; `float32`: as they are. Floats keep
-    `mantissa_bits` bits."""
+    """`codes`: log-probs as uint16 differences in units of `step_nats`; `float32`: as they are. Per-position floats
+    keep `mantissa_bits` explicit bits."""
 
     kind: Literal["codes", "float32"] = "codes"
     step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None
@@ -199,10 +199,10 @@ class Encoding(Record):
 
 
 class Execution(Record):
-    """What can change the last bits of a result: two workers of one entry must agree on it.
+    """The settings that can change the last bits of a result: all workers of an entry must agree on them.
 
-    `tensor_parallel`: over how many ranks the teacher was spread. It is left out of the JSON where there is none, so
-    that records from before it was known keep their digests; a version that does not know it refuses an entry with it.
+    `tensor_parallel`: the number of ranks that the teacher was sharded over. The JSON omits it where it is None, so
+    that records from before it existed keep their digests; a version that does not know it refuses an entry with it.
     """
 
     device_type: Text
@@ -242,7 +242,7 @@ class TeacherEntry(Record):
     def _agrees(self) -> TeacherEntry:
         if self.targets.k > self.vocabulary_size:
             raise ValueError(f"k {self.targets.k} is larger than the vocabulary {self.vocabulary_size}")
-        # Sizes are bounded before anything is allocated on their word.
+        # Sizes are bounded before anything is allocated from them.
         if 4 * self.targets.k * self.layout.shard > MAX_OBJECT_BYTES:
             raise ValueError(f"a shard of {self.layout.shard} positions with k {self.targets.k} exceeds one object")
         self.layout.check_length(self.positions)
@@ -259,7 +259,7 @@ class ObjectDigest(Record):
 
 
 class FileDigest(Record):
-    """One file that is no Zarr array (the tokenizer's)."""
+    """Length and sha256 of one file that is no Zarr array (the tokenizer's)."""
 
     bytes: Annotated[int, Field(ge=0, le=MAX_OBJECT_BYTES)]
     sha256: Sha256
@@ -308,7 +308,7 @@ class FilesReceipt(Record):
 
 
 class ReceiptIndex(Record):
-    """Written when the last shard is committed: the sha256 of every receipt in order, and sums over them."""
+    """The sha256 of every receipt in order, and sums over them; written when the last shard is committed."""
 
     format_version: Literal[1] = 1
     kind: Literal["receipt_index"] = "receipt_index"

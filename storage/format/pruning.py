@@ -1,4 +1,4 @@
-"""Fewer ids per position from what is stored, without the teacher: what leaves a row goes to its tail, exactly.
+"""Pruning: fewer ids per position, without the teacher; the mass of removed ids is added to the tail, exactly.
 
 Legend: `T` positions, `K` stored ids per position, `V` vocabulary size.
 
@@ -8,11 +8,11 @@ Of a row with log-probs `l_0 >= l_1 >= …`, all certain, the leading `kept'` st
     log_tail'      = log(exp(log_tail)      + sum_{kept' <= i < kept} exp(l_i))
     log_tail_half' = log(exp(log_tail_half) + sum_{kept' <= i < kept} exp(l_i / 2))
 
-`total` is the mass of the row as stored, its tail included: 1, but for what the codes of its log-probs are off.
+`total` is the mass of the row as stored, its tail included: 1, up to the quantisation error of its log-probs.
 
-The label's log-prob and the entropy are of the whole distribution and stay as they are. Sums are float64 and in
-log space: a log-prob at the floor has no exponential that could be added. The stored tail is the exact sum over
-its own ids, so the only error of a new one is that of the log-probs that joined it: half a step of their codes.
+The label's log-prob and the entropy are of the whole distribution and stay as they are. Sums are float64 and in log
+space: the exponential of a log-prob at the floor can underflow. The stored tail is the exact sum over its own ids, so
+the only error of a new one is that of the log-probs that joined it: half a step of their codes.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def prune(targets: SparseTargets, k: int, top_p: float | None, floor: float) -> 
     columns = np.arange(targets.k)
     dropped = np.where(columns < kept[:, None], -np.inf, logprobs)
     valid = columns[:k] < kept[:, None]
-    poison = np.iinfo(targets.token_ids.dtype).max
+    fill_value = np.iinfo(targets.token_ids.dtype).max
     return replace(
         targets,
-        token_ids=np.where(valid, targets.token_ids[:, :k], poison).astype(targets.token_ids.dtype),
+        token_ids=np.where(valid, targets.token_ids[:, :k], fill_value).astype(targets.token_ids.dtype),
         kept=kept,
         certain=np.minimum(targets.certain, kept),
         log_tail=_floored(_joined(targets.log_tail, dropped), floor),
@@ -57,18 +57,18 @@ def prune(targets: SparseTargets, k: int, top_p: float | None, floor: float) -> 
         label_logprob=_floored(targets.label_logprob, floor),
         codes=None,
         step_nats=None,
-        # As a reader hands them out: 0 where there is no id.
+        # As a reader returns them: 0 where there is no id.
         exact_logprobs=np.where(valid, _floored(targets.logprobs[:, :k], floor), np.float32(0)),
     )
 
 
 def _joined(log_tail: NDArray[np.float32], dropped: NDArray[np.float64]) -> NDArray[np.float32]:
-    """log of exp(log_tail) + the sum of exp(dropped) along each row; -inf where both are nothing."""
+    """log of exp(log_tail) + the sum of exp(dropped) along each row; -inf where both are 0."""
     terms = np.concatenate([log_tail[:, None].astype(np.float64), dropped], axis=1)
     joined: NDArray[np.float64] = np.logaddexp.reduce(terms, axis=1)
     return joined.astype(np.float32)
 
 
 def _floored(values: NDArray[Any], floor: float) -> NDArray[np.float32]:
-    """No finite value under the floor; -inf says that nothing is there, and NaN that there is no label."""
+    """Raise finite values to the floor; -inf (no mass) and NaN (no label) stay."""
     return np.where(np.isneginf(values), values, np.maximum(values, np.float32(floor)))

@@ -1,4 +1,4 @@
-"""The rules of the format that a row of targets must keep; writers and readers both hold it to them."""
+"""The rules of the format for a row of targets, which writers and readers both check."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets
 
-_ROUNDING = 1e-3  # nats: far more than float32 and a rounded mantissa put on top of log 1
+_ROUNDING = 1e-3  # nats: far more than float32 and a rounded mantissa add to log 1
 
 
 def broken_rule(targets: SparseTargets, entry: TeacherEntry, document_starts: NDArray[Any] | None = None) -> str | None:
-    """The first rule of the format that decoded values break, or None: fill values and foreign data show here.
+    """The first rule of the format that decoded values break, or None; exposes fill values and foreign data.
 
-    `document_starts` [D] tells, for entries with isolated documents, where no token follows.
+    `document_starts` [D] gives, for entries with isolated documents, the positions that no token follows.
     """
     vocabulary_size = entry.vocabulary_size
     kept, certain, label = targets.kept, targets.certain, targets.label_logprob

@@ -15,7 +15,7 @@ MAX_RECORD_BYTES = 1 << 20
 
 
 class Record(BaseModel):
-    """Frozen, closed to unknown fields, without NaN or infinity."""
+    """Base class of all records: frozen, refuses unknown fields, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
 
@@ -24,7 +24,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def canonical_json(value: Any) -> bytes:
-    """The bytes that digests are taken of: sorted keys, no white space, UTF-8."""
+    """The JSON whose bytes are hashed: sorted keys, no white space, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -44,7 +44,7 @@ def sealed_bytes(record: Record) -> bytes:
 
 
 def unseal(kind: type[AnyRecord], data: Any, where: str) -> AnyRecord:
-    """Parse what `sealed` wrote; raises `FormatError` for a wrong shape, `CorruptCache` for a wrong digest."""
+    """Parse the output of `sealed`; raises `FormatError` for a wrong shape, `CorruptCache` for a wrong digest."""
     if not isinstance(data, dict):
         raise FormatError(f"{where}: expected a JSON object, found {type(data).__name__}")
     body = {key: value for key, value in data.items() if key != "sha256"}
@@ -57,10 +57,10 @@ def unseal(kind: type[AnyRecord], data: Any, where: str) -> AnyRecord:
             f"{where}: {field}: {first['msg']} (found {str(first['input'])[:80]!r}); "
             f"this is not a format {FORMAT_VERSION} record, or it was written by a newer logit-cache"
         ) from None
-    # The digest is taken of what is written there, not of what the model made of it.
+    # The digest is of the stored JSON, not of the record that was parsed from it.
     found = hashlib.sha256(canonical_json(body)).hexdigest()
     if data.get("sha256") != found:
-        raise CorruptCache(f"{where}: its sha256 is {found}, the record says {data.get('sha256')}: it was changed")
+        raise CorruptCache(f"{where}: its sha256 is {found}, the record states {data.get('sha256')}: it was changed")
     return record
 
 

@@ -1,9 +1,9 @@
-"""The object of one shard: how it is made, what a few reads tell of it, and one chunk of it decoded.
+"""The object of one shard: encoding it, reading its shard index, and decoding one chunk of it.
 
-The bytes are those that zarr writes and reads (`storage.format`: sharding_indexed with bytes, blosc and crc32c),
-which `tests/storage/test_cache.py` holds against zarr itself, xarray and TensorStore. They are made and read here
-without it: zarr leaves out chunks that hold nothing but the fill value, takes what is missing for fill values, and
-spends more time on its event loop than the decompressor needs.
+The bytes are those that zarr writes and reads (`storage.format`: sharding_indexed with bytes, blosc and crc32c);
+`tests/storage/test_other_readers.py` compares them with zarr itself, xarray and TensorStore. They are written and read
+here without zarr, because zarr leaves out chunks that hold nothing but the fill value (as the label's log-probs of
+one-token documents do), reads missing chunks as fill values, and spends more time in its event loop than decompressing.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ Reads = Callable[[Sequence[tuple[int, int]]], list[bytes]]  # the bytes start ..
 
 def encode_shard(spec: ArraySpec, shard: int, values: NDArray[Any], each: Map = map) -> bytes:
     """The object of one shard, the bytes that zarr writes for it. `values` are the entries `spec.shard_range(shard)`.
-    `each` maps over its chunks, as a thread pool's map does.
+    `each` maps over its chunks, as a thread pool's map does. Raises ValueError for another shape or dtype.
 
     The chunks one after the other, each through the inner codecs (bytes, blosc, crc32c), then the shard index: offset
-    and length of every chunk as uint64, all ones for those behind the end of the array, and its crc32c. zarr itself
-    would leave out chunks that hold nothing but the fill value, as the label's log-probs of one-token documents do.
+    and length of every chunk as uint64, all ones for those behind the end of the array, and its crc32c.
     """
     start, stop = spec.shard_range(shard)
     if values.shape != (stop - start, *spec.shape[1:]) or values.dtype != np.dtype(spec.dtype):
@@ -70,7 +69,7 @@ def _encode_chunk(spec: ArraySpec, chunk: NDArray[Any]) -> bytes:
         typesize=spec.blosc["typesize"],
     )
     if len(chunk) < spec.layout.chunk:
-        whole = np.full((spec.layout.chunk, *spec.shape[1:]), spec.fill, dtype=spec.dtype)
+        whole = np.full((spec.layout.chunk, *spec.shape[1:]), spec.fill_value, dtype=spec.dtype)
         whole[: len(chunk)] = chunk
         chunk = whole
     chunk = np.ascontiguousarray(chunk, dtype=np.dtype(spec.dtype).newbyteorder("<"))
@@ -80,7 +79,7 @@ def _encode_chunk(spec: ArraySpec, chunk: NDArray[Any]) -> bytes:
 def decode_chunk(spec: ArraySpec, data: bytes) -> NDArray[Any]:
     """The entries of one chunk [chunk, ...] from its bytes in the object. Raises ValueError, RuntimeError for damage.
 
-    Nothing is decompressed before its crc32c is right, and never into more room than a chunk has.
+    The crc32c is checked before anything is decompressed, and the output buffer is exactly one chunk long.
     """
     import numcodecs
 
@@ -107,8 +106,7 @@ def _with_crc32c(data: bytes) -> bytes:
 
 
 def object_digest(spec: ArraySpec, data: bytes) -> ObjectDigest:
-    """What a receipt says of an object."""
-
+    """Length, sha256 and seal of an object, as its receipt holds them."""
     return ObjectDigest(
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -117,19 +115,19 @@ def object_digest(spec: ArraySpec, data: bytes) -> ObjectDigest:
 
 
 def reads_of(data: bytes) -> Reads:
-    """The reads of an object that is in memory."""
+    """`Reads` of an object that is in memory."""
     return lambda ranges: [data[start:stop] for start, stop in ranges]
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a few small reads tell of a shard object: its index, and each chunk's place, first and last bytes.
+    """The index of a shard object, and each chunk's offset, length, Blosc header and crc32c, from a few small reads.
 
-    Chunks that lie wholly behind the end of the array are not stored, and marked so in the index.
+    Chunks that lie wholly behind the end of the array are not stored; the index marks them as absent.
     """
 
     index: bytes
-    stored: list[bool]  # of all chunks; of none, when the index points outside the object
+    stored: list[bool]  # for each chunk of the shard; empty when the index points outside the object
     offsets: list[int]
     lengths: list[int]
     headers: list[bytes]  # 16 bytes each
@@ -137,7 +135,7 @@ class ShardIndex:
 
     @classmethod
     def of(cls, spec: ArraySpec, size: int, read: Reads) -> ShardIndex:
-        """Read it."""
+        """Read the index of an object of `size` bytes, then the ends of its chunks: two calls of `read`."""
         (index,) = read([(size - spec.index_bytes, size)])
         table = np.frombuffer(index[:-4], dtype="<u8").reshape(-1, 2).tolist() if len(index) == spec.index_bytes else []
         stored = [entry != [_ABSENT, _ABSENT] for entry in table]
@@ -161,16 +159,17 @@ class ShardIndex:
 
     @property
     def seal_sha256(self) -> str:
-        """sha256 of the index and of the crc32c at the end of each chunk.
+        """sha256 of the index followed by the crc32c at the end of each chunk.
 
-        The index alone would not tell two shards apart whose chunks have equal lengths, as incompressible ones
-        do. With the chunks' checksums in the seal, and each chunk checked against its own when it is decoded, an
+        The index alone does not distinguish two shards whose chunks have equal lengths, as incompressible ones
+        have. With the chunks' checksums in the seal, and each chunk checked against its own when it is decoded, an
         object that passes is the one that was committed.
         """
         return hashlib.sha256(b"".join([self.index, *self.checksums])).hexdigest()
 
     def misfit(self, spec: ArraySpec, shard: int) -> str | None:
-        """What is wrong with the chunks' number and announced sizes, before a decompressor allocates on their word.
+        """The first error in the number of chunks and their announced sizes, or None; checked before a decompressor
+        allocates memory for these sizes.
 
         A Blosc chunk begins with its typesize (byte 3), decoded size, block size and own size (uint32 at 4, 8, 12).
         """
@@ -189,7 +188,7 @@ class ShardIndex:
 
 
 def shard_values(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
-    """The arrays of a shard's targets as they are stored, by name."""
+    """The stored arrays of a shard's targets, by name, encoded in parallel."""
     # Chunk by chunk: intermediate values stay small, and several threads take part.
     size = entry.layout.chunk
     chunks = [
@@ -201,13 +200,13 @@ def shard_values(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArr
 
 
 def encode_objects(specs: Mapping[str, ArraySpec], shard: int, values: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
-    """The objects of one shard by array."""
+    """The objects of one shard, by array, encoded in parallel."""
     with ThreadPoolExecutor(_encoders()) as pool:
         return {name: encode_shard(spec, shard, values[name], pool.map) for name, spec in specs.items()}
 
 
 def encode_targets(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
-    """The arrays of a range of targets as they are stored, by name."""
+    """The stored arrays of a range of targets, by name: log-probs encoded, floats rounded."""
     specs = teacher_arrays(entry)
     bits = entry.encoding.mantissa_bits
     values: dict[str, NDArray[Any]] = {
@@ -229,7 +228,7 @@ def encode_targets(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDA
 
 
 def shard_statistics(targets: SparseTargets) -> ShardStatistics:
-    """What a shard's receipt sums up."""
+    """The sums over a shard's positions for its receipt."""
     mass = head_mass(targets)
     labelled = ~np.isnan(targets.label_logprob)
     return ShardStatistics(
@@ -245,7 +244,7 @@ def shard_statistics(targets: SparseTargets) -> ShardStatistics:
 
 
 def _encoders() -> int:
-    """Threads that encode a shard: compressors and NumPy let go of the interpreter."""
+    """Number of threads that encode a shard: compressors and NumPy release the GIL."""
     return min(
         _MOST_ENCODERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

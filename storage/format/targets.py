@@ -1,4 +1,4 @@
-"""SparseTargets: what one teacher says about a range of positions, in memory.
+"""SparseTargets: one teacher's stored distributions for a range of positions, in memory.
 
 Legend: `T` positions, `K` stored ids per position, `V` vocabulary size. All log-probs are natural
 logarithms (nats). Position `t` holds the distribution of token `t + 1` given the tokens up to `t`.
@@ -26,11 +26,11 @@ class SparseTargets:
     token_ids      uint16|uint32 [T, K]  the first `kept` of a row are valid, most probable first, equal
                    log-probs by ascending id; the others hold the type's maximum
     kept           uint16 [T]   valid leading columns
-    certain        uint16 [T]   how many of them are in the row with certainty (top-k: all of them)
+    certain        uint16 [T]   so many leading ids are certain to be in the row (top-k: all `kept`); others are sampled
     top_logprob    float32 [T]  log-prob of column 0
     log_tail       float32 [T]  log of the mass outside the certain ids; -inf exactly when certain = V
     log_tail_half  float32 [T]  log of the sum of p**0.5 outside the certain ids (temperature 2)
-    label_logprob  float32 [T]  log-prob of the token that really follows; NaN where there is none
+    label_logprob  float32 [T]  log-prob of the token that follows in the text; NaN where there is none
     entropy        float32 [T]  of the full distribution
 
     Log-probs come in one of two forms: `codes` uint16 [T, K] with `step_nats`, or `exact_logprobs` float32
@@ -88,8 +88,8 @@ class SparseTargets:
             raise IndexError(f"positions {start}..{stop} are not inside {self.start}..{self.stop}")
         cut = slice(start - self.start, stop - self.start)
         part = object.__new__(SparseTargets)
-        # Not through the constructor, which takes longer than all else that is done to a window of 128 positions, and
-        # would check what holds for rows if it holds for all.
+        # Without the constructor, which takes longer than all other work on a window of 128 positions; its checks hold
+        # for rows if they hold for all.
         for name in ("token_ids", *_PER_POSITION, "codes", "exact_logprobs"):
             values = getattr(self, name)
             object.__setattr__(part, name, None if values is None else values[cut])
@@ -99,13 +99,13 @@ class SparseTargets:
 
 
 def head_mass(targets: SparseTargets) -> NDArray[np.float64]:
-    """Σ of the stored probabilities, float64 [T]."""
+    """Sum of the stored probabilities, float64 [T]."""
     mass: NDArray[np.float64] = np.exp(targets.logprobs.astype(np.float64)).sum(axis=1)
     return mass
 
 
 def concatenate(parts: list[SparseTargets]) -> SparseTargets:
-    """Neighbouring ranges of one entry as one."""
+    """Adjacent ranges of one entry, in order, as one range."""
     assert all(a.stop == b.start for a, b in pairwise(parts)), "ranges must touch"
     first = parts[0]
     joined: dict[str, Any] = {

@@ -1,6 +1,6 @@
-"""Where bytes lie: whole objects under a URL, on a disk, in an object store or behind a web server.
+"""Stores: whole objects under a URL, on a local disk, in an object store or behind a web server.
 
-No idea of what a cache is belongs here, and nothing of the format but its keys.
+Nothing here depends on the content of a cache, nor on its format except for the keys.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from storage.stores.base import Store
 def open_store(url: str) -> Store:
     """The store of a URL: a path, `file://`, or any protocol of fsspec whose package is installed.
 
-    Imports what that store needs and no other. Raises InputError for what names no store.
+    Imports only the packages that this store needs. Raises InputError for a URL that names no store.
     """
     protocol, separator, rest = url.partition("://")
     if not url or "::" in url:
-        raise InputError(f"{url!r} is not a place for a cache: give a path or a URL such as s3://bucket/folder")
+        raise InputError(f"{url!r} is not a location of a cache: give a path or a URL such as s3://bucket/folder")
     if not separator or protocol == "file":
         from storage.stores.local import LocalStore
 

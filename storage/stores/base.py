@@ -1,8 +1,7 @@
-"""Where bytes live: what every place can do, and which place a URL names.
+"""The interface of every store, and the check of object keys.
 
-A `Store` reads, lists and publishes whole objects under one URL. `publish` does not replace: it is how something
-becomes committed. `storage.stores.local` is a folder on this machine, `storage.stores.remote` anything else that fsspec
-reaches; these three are the only files that know one from the other.
+A `Store` reads, lists and publishes whole objects under one URL. `publish` never replaces: this is how objects become
+committed. `storage.stores.local` is a folder on this machine, `storage.stores.remote` anything else that fsspec opens.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from storage.format.layout import KEY
 from storage.format.manifest import MAX_INDEX_BYTES
 from storage.format.sealing import MAX_RECORD_BYTES, parse_json
 
-# No object of a cache is longer: the index of receipts is the largest.
+# Upper bound of any object of a cache: the index of receipts is the largest.
 MOST_BYTES = MAX_INDEX_BYTES
 
 Result = TypeVar("Result")
@@ -38,10 +37,10 @@ class Store(ABC):
         return parse_json(self.read(key, at_most), self.where(key), at_most)
 
     def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
-        """The result of a request for an object that must be there; `promise` says why: "its receipt exists".
+        """The result of a request for an object that must exist; `promise` is the reason, such as "its receipt exists".
 
-        Where a network lies between, FileNotFoundError and CorruptCache are believed only when they come again. Raises
-        MissingObject ("missing, though its receipt exists") then, or the CorruptCache.
+        A remote store retries FileNotFoundError and CorruptCache before it accepts them. Raises MissingObject
+        ("missing, though its receipt exists") then, or the CorruptCache.
         """
         try:
             return request()
@@ -57,7 +56,7 @@ class Store(ABC):
         """Length in bytes, or None where there is no object."""
 
     def known_size(self, key: str, promise: str) -> int:
-        """Length in bytes of an object that must be there; see `insist`."""
+        """Length in bytes of an object that must exist; see `insist`."""
 
         def request() -> int:
             found = self.size(key)
@@ -72,10 +71,10 @@ class Store(ABC):
         """Names of the objects and folders directly under a folder (`""` is the root), sorted."""
 
     def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
-        """Names directly under a folder, each with the time at which it was written there, in any order.
+        """Names directly under a folder, each with its time of modification, in any order.
 
-        As they come, so that nothing is held of a folder of a million names. Times are in seconds since 1970, None
-        where the place does not say. Raises InputError where a place cannot list.
+        Yields them as they arrive, so that a folder of a million names needs no memory. Times are in seconds since
+        1970, None where the store reports none. Raises InputError where a store cannot list.
         """
         for name in self.names(folder):
             yield name, None
@@ -84,40 +83,40 @@ class Store(ABC):
     def walk(self, prefix: str = "") -> dict[str, int]:
         """Keys of all objects under a folder, sorted, and their lengths in bytes.
 
-        Raises InputError where a place cannot list, as a plain web server.
+        Raises InputError where a store cannot list, such as a plain web server.
         """
 
     @abstractmethod
     def remove(self, key: str) -> None:
-        """Delete an object. Only for what no receipt lists, or a receipt that is to be made anew."""
+        """Delete an object: only one that no receipt lists, or a receipt that will be written anew."""
 
     @abstractmethod
     def publish(self, key: str, data: bytes) -> bool:
-        """Write an object that is not there yet, whole or not at all; False if the key is taken."""
+        """Write a new object atomically; False if the key is taken."""
 
     def publish_new(self, key: str, data: bytes) -> bool:
-        """`publish` for what is most likely not there: without a look beforehand where the place can do without."""
+        """`publish` for an object that most likely does not exist: without a check first where `create` works."""
         return self.publish(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Like `publish`, by the place's own atomic operation and without a look beforehand.
+        """Like `publish`, by the store's own atomic create-if-absent and without a check first.
 
-        Raises NotImplementedError where the place has none. A place may have one that it does not keep to.
+        Raises NotImplementedError where the store has none. Some stores accept the condition and ignore it.
         """
         raise NotImplementedError
 
     @abstractmethod
     def replace(self, key: str, data: bytes) -> None:
-        """Write an object in place of one that no receipt covers, whole or not at all."""
+        """Write an object atomically, replacing one that no receipt covers."""
 
     @property
     def local_path(self) -> Path | None:
-        """The folder, where the store is one on this machine."""
+        """The folder of a store on this machine, None for any other."""
         return None
 
     @contextlib.contextmanager
     def exclusive(self, folder: str) -> Iterator[None]:
-        """Keep other writers out of a folder while the body runs, where the store has locks at all."""
+        """Hold an exclusive lock on a folder while the body runs; without effect where the store has no locks."""
         yield
 
     def where(self, key: str) -> str:

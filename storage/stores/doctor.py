@@ -1,8 +1,8 @@
-"""What a place really guarantees, measured where a cache is going to lie.
+"""Probes of the guarantees of a store, run at the location that a cache is meant for.
 
 `examine(url)` writes, overwrites, races and deletes small objects in a folder of its own below the URL and removes them
-afterwards, also when it fails. Each probe answers one question, and says what the answer means for a cache there. What
-a place promises is not asked: servers that ignore a condition or a checksum say nothing about it.
+afterwards, also when it fails. Each probe measures one guarantee and states the consequence for a cache there. Nothing
+is taken from the store's own documentation: servers that ignore a condition or a checksum do not report it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ READ_ONLY = ("http", "https", "hf")
 _RACERS, _ROUNDS = 8, 5
 _OVERWRITES, _READERS = 8, 4
 _LEAST_FREE_BYTES = 1 << 30
-# Another process tries the lock that this one holds: status 0 if it gets it.
+# Run in another process, on the lock that this one holds: exits with status 0 if it acquires it.
 _TRY_LOCK = """
 import fcntl, os, sys
 try:
@@ -45,12 +45,12 @@ except OSError:
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer.
+    """The result of one probe.
 
-    name      what was probed
-    state     whether the place guarantees it
+    name      the guarantee
+    state     whether the store has it
     needed    whether a cache cannot be written safely without it
-    meaning   what this means for a cache there, beginning with what was seen where it is not as it should be
+    meaning   the consequence for a cache there, preceded by the observation where the guarantee is broken
     """
 
     name: str
@@ -61,7 +61,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Probe:
-    """A question: `measure` gives None when the place guarantees it, and otherwise what was seen."""
+    """One guarantee: `measure` returns None when it holds, and otherwise the observation that breaks it."""
 
     name: str
     needed: bool
@@ -72,32 +72,32 @@ class _Probe:
 
 
 def examine(url: str) -> list[Finding]:
-    """Probe the place of a URL; needs no cache there. Takes seconds.
+    """Probe the store of a URL; needs no cache there. Takes seconds.
 
-    Raises LogitCacheError when the place cannot be reached at all, or when the probes' objects cannot be removed.
+    Raises LogitCacheError when the store cannot be reached at all, or when the probes' objects cannot be removed.
     """
     store = open_store(url)
     if url.partition("://")[0] in READ_ONLY:
         return _examine_reading(store)
-    store.size("zarr.json")  # reachable, and not refused
+    store.size("zarr.json")  # raises if the store is unreachable or refuses access
     with _scratch(store) as folder:
         found = []
         for probe in _PROBES:
             found.append(_finding(probe, store, folder))
-            if found[0].state == "not":  # nothing else can be measured
+            if found[0].state == "not":  # without writes, no other probe can run
                 return found + (_examine_reading(store)[1:] if store.size("zarr.json") is not None else [])
         return found
 
 
 def safe_to_write(findings: list[Finding]) -> bool:
-    """Whether a cache can be written at the place: nothing that is needed is missing."""
+    """Whether a cache can be written at the store: no needed guarantee is broken."""
     return all(finding.state != "not" for finding in findings if finding.needed)
 
 
 def _finding(probe: _Probe, store: Store, folder: str) -> Finding:
     if _kind(store) not in probe.kinds:
-        where = " and ".join(sorted(probe.kinds))
-        return Finding(probe.name, "not applicable", probe.needed, f"a question for {where} places only")
+        kinds = " and ".join(sorted(probe.kinds))
+        return Finding(probe.name, "not applicable", probe.needed, f"a question for {kinds} places only")
     try:
         seen = probe.measure(store, f"{folder}/{probe.name.replace(' ', '-')}")
     except (LogitCacheError, OSError) as error:
@@ -115,7 +115,7 @@ def _kind(store: Store) -> str:
 
 @contextlib.contextmanager
 def _scratch(store: Store) -> Iterator[str]:
-    """A folder for the probes, gone afterwards with everything in it, and with the folders made for it."""
+    """A temporary folder for the probes, removed afterwards together with the parents created for it."""
     folder = f"doctor-{secrets.token_hex(6)}"
     root = store.local_path
     made = [path for path in (root, *root.parents) if not path.exists()] if root is not None else []
@@ -126,7 +126,7 @@ def _scratch(store: Store) -> Iterator[str]:
             if (root / folder).exists():
                 shutil.rmtree(root / folder)
             for path in made:
-                with contextlib.suppress(OSError):  # not made after all, or in use by somebody else by now
+                with contextlib.suppress(OSError):  # never created, or in use by another process by now
                     path.rmdir()
         else:
             for key in store.walk(folder):
@@ -134,7 +134,7 @@ def _scratch(store: Store) -> Iterator[str]:
 
 
 def _examine_reading(store: Store) -> list[Finding]:
-    """What can be asked of a place that is for reading only: it needs a cache to read."""
+    """The probes of a read-only store: they need a cache to read."""
     read_only = Finding(
         "write and read back", "not", True, "this place is for reading only; a cache there is put there by other means"
     )
@@ -143,7 +143,7 @@ def _examine_reading(store: Store) -> list[Finding]:
         whole = store.read(key)
     except FileNotFoundError:
         raise InputError(
-            f"{store.where(key)}: not there; a place for reading only can be examined where a cache lies"
+            f"{store.where(key)}: not there; a read-only store can be examined only at the URL of a cache"
         ) from None
     middle = len(whole) // 2
     ranges = [(0, 1), (middle, middle + 7), (len(whole) - 5, len(whole))]
@@ -188,7 +188,7 @@ def _ranges(store: Store, folder: str) -> str | None:
 
 
 def _replaces_whole(store: Store, folder: str) -> str | None:
-    """Readers while an object is overwritten see one of its versions, whole."""
+    """Readers see one whole version of an object while it is overwritten."""
     key = f"{folder}/data"
     versions = [bytes([number]) * size for number, size in enumerate((1_000_000, 700_000, 1_300_000))]
     store.replace(key, versions[0])
@@ -215,11 +215,11 @@ def _replaces_whole(store: Store, folder: str) -> str | None:
         writer = pool.submit(write)
         seen = [future.result() for future in [pool.submit(read) for _ in range(_READERS)]]
         writer.result()
-    return next((what for what in seen if what is not None), None)
+    return next((observed for observed in seen if observed is not None), None)
 
 
 def _creates(store: Store, folder: str) -> str | None:
-    """Writing an object only if it is not there is refused when it is, and has one winner in a race."""
+    """Create-if-absent is refused for an existing object, and has exactly one winner in a race."""
     key = f"{folder}/taken"
     try:
         if not store.create(key, b"first"):
@@ -264,7 +264,7 @@ def _checks_uploads(store: Store, folder: str) -> str | None:
         try:
             filesystem.pipe_file(f"{root}/{folder}/{name}", data, ContentMD5=md5)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what the refusal of a digest becomes; anything else is no answer
+            if error.errno != errno.EINVAL:  # a refused digest arrives as EINVAL; any other error is no answer
                 raise
         return store.size(f"{folder}/{name}") is not None
 
@@ -293,11 +293,11 @@ def _root(store: Store) -> Path:
 
 
 def _links(store: Store, folder: str) -> str | None:
-    place = _root(store) / folder
-    place.mkdir(parents=True)
-    (place / "one").write_bytes(b"data")
-    (place / "two").hardlink_to(place / "one")
-    return None if (place / "two").read_bytes() == b"data" else "a hard link did not lead to its file"
+    path = _root(store) / folder
+    path.mkdir(parents=True)
+    (path / "one").write_bytes(b"data")
+    (path / "two").hardlink_to(path / "one")
+    return None if (path / "two").read_bytes() == b"data" else "a hard link did not lead to its file"
 
 
 def _locks(store: Store, folder: str) -> str | None:
@@ -307,12 +307,12 @@ def _locks(store: Store, folder: str) -> str | None:
 
 
 def _syncs(store: Store, folder: str) -> str | None:
-    # `replace` syncs the file and its folder, and raises what the system says.
+    # `replace` syncs the file and its folder, and raises the system's errors.
     store.replace(f"{folder}/data", b"data")
     return None
 
 
-def _tells_cases(store: Store, folder: str) -> str | None:
+def _distinguishes_case(store: Store, folder: str) -> str | None:
     store.replace(f"{folder}/name", b"small")
     store.replace(f"{folder}/NAME", b"large")
     return None if store.read(f"{folder}/name") == b"small" else "two names that differ in case are one file"
@@ -376,7 +376,7 @@ _PROBES = (
         "a power cut can lose what was committed",
     ),
     _Probe(
-        "upper and lower case", False, _LOCAL, _tells_cases,
+        "upper and lower case", False, _LOCAL, _distinguishes_case,
         "names are kept apart",
         "a cache has lower-case names only and is not affected; tokenizer files that differ in case would be",
     ),

@@ -1,8 +1,8 @@
-"""A folder on this machine: synced, hard-linked into place, locked while a shard is committed.
+"""A folder on this machine: objects are fsynced and hard-linked to their names; commits hold a lock.
 
-An object is written to a temporary file beside its place, synced, hard-linked to its name (which fails if the name is
-taken), and the folder is synced; a killed writer leaves at most a `*.partial` file, which nobody reads. Symbolic links
-are not followed: what they point to is not part of the cache.
+An object is written to a temporary file in the same folder, fsynced and hard-linked to its name (which fails if the
+name is taken), and the folder is fsynced; a killed writer leaves at most a `*.partial` file, which is never read.
+Symbolic links are not followed: their targets are not part of the cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_PATHS = 4_096
 
 
 class LocalStore(Store):
-    """A folder on this machine."""
+    """The store of a folder on this machine."""
 
     def __init__(self, path: Path) -> None:
         self._root = path
@@ -38,7 +38,7 @@ class LocalStore(Store):
         return self._root
 
     def _path(self, key: str) -> Path:
-        # Once for each: a reader of chunks asks for the same few hundred paths all the time, and pathlib is slow.
+        # Cached: a reader of chunks uses the same few hundred paths all the time, and pathlib is slow.
         found = self._paths.get(key)
         if found is None:
             if len(self._paths) >= _MOST_PATHS:
@@ -69,12 +69,12 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def opened(self, key: str) -> Iterator[int]:
-        """A descriptor to read an object from, while the body runs. Raises what `read` raises."""
+        """An open file descriptor of an object, closed after the body. Raises FileNotFoundError and CorruptCache."""
         path = self._path(key)
         found = path.lstat()
         self._refuse_links(path, found)
         if not stat.S_ISREG(found.st_mode):
-            raise CorruptCache(f"{path}: not a file, where a cache has one; a pipe there would be waited for forever")
+            raise CorruptCache(f"{path}: not a file, where a cache has one; a read from a pipe would block forever")
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             yield descriptor
@@ -84,7 +84,7 @@ class LocalStore(Store):
     def _refuse_links(self, path: Path, found: os.stat_result) -> None:
         if stat.S_ISLNK(found.st_mode):
             raise CorruptCache(
-                f"{path}: a symbolic link, and a cache has none: what it points to could be changed from outside; "
+                f"{path}: a symbolic link, and a cache has none: its target could be changed from outside; "
                 f"copy the cache with cp -rL if you trust its links"
             )
         if path.parent in self._plain_folders:
@@ -150,8 +150,8 @@ class LocalStore(Store):
             self._make_folders(path)
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            # The kernel lets go of the lock when its holder is killed. Some network mounts have none; there the
-            # receipt is what exposes two workers with different bytes.
+            # The kernel releases the lock when its holder is killed. Some network mounts have none; there the receipt
+            # exposes two workers with different bytes.
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -181,14 +181,14 @@ class LocalStore(Store):
         return True
 
     def _sync_name(self, path: Path) -> None:
-        """Make sure of the name of an object that another writer put there: it may have been killed before it had
-        synced the folder, and a receipt is going to rely on the object."""
+        """Sync the folder of an object that another writer published: it may have been killed before it had synced the
+        folder, and a receipt is going to rely on the object."""
         self._make_folders(path.parent)
         _sync_folder(path.parent)
 
     def _make_folders(self, folder: Path) -> None:
         """Create missing folders and sync each into its parent, so that a power cut cannot lose the folder of a synced
-        file. Those that are there are synced once, too: whoever made them may have been killed before."""
+        file. Existing folders are synced once, too: their creator may have been killed before it had."""
         unsure = []
         for path in (folder, *folder.parents):
             if path.exists() and (path in self._synced_folders or self._root not in path.parents):
@@ -204,17 +204,17 @@ class LocalStore(Store):
 
 @contextlib.contextmanager
 def _plain_errors(path: Path, size: int) -> Iterator[None]:
-    """What the operating system refuses, as an error that says what to do."""
+    """Turn errors of the operating system into errors that state the remedy."""
     try:
         yield
     except OSError as error:
         if is_out_of_space(error):
             raise StorageFull(
                 f"no space left for {path} ({size} bytes): free some room and run the command again, "
-                f"it goes on where it stopped"
+                f"it resumes where it stopped"
             ) from error
         if isinstance(error, (PermissionError, NotADirectoryError)) or error.errno == errno.EROFS:
-            raise InputError(f"cannot write {path}: {error.strerror}; choose a place that is writable") from error
+            raise InputError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
         raise
 
 
@@ -224,8 +224,8 @@ def _link_new(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:
-        # Some file systems (exFAT, a few network mounts) have no hard links; there the check and the rename
-        # are two steps, and the receipt is what exposes a race between them.
+        # Some file systems (exFAT, a few network mounts) have no hard links; there the check and the rename are two
+        # steps, and the receipt exposes a race between them.
         if path.exists():
             raise FileExistsError(str(path)) from None
         os.rename(temporary, path)

@@ -1,12 +1,12 @@
-"""Local copies of a remote cache's shard objects: fetched whole, checked, renamed, bounded, shared.
+"""Local copies of a remote cache's shard objects: fetched whole, checked, renamed, bounded, shared by all processes.
 
     $LOGIT_CACHE_LOCAL_DIR (default ~/.cache/logit-cache)
-      objects/<sha256 of the URL>/<key>      as in the cache
-      locks/<0..63>                          so that processes that want one object at once fetch it once
+      objects/<sha256 of the URL, 32 digits>/<key>   as in the cache
+      locks/<0..63>                                  locks, so that processes that need one object at once fetch it once
 
-A copy is only ever a copy: whoever reads one checks it against the receipt first, as it would an object of a local
-cache, and one that does not pass is fetched again. What was not opened for longest goes first when the copies exceed
-`LOGIT_CACHE_LOCAL_BYTES` (default: 64 GiB, at most half of what the disk has free); readers notice that theirs is gone.
+A copy is not trusted: every reader checks it against the receipt first, as it would an object of a local cache, and
+fetches it again if it does not pass. The least recently used copies are evicted when all of them exceed
+`LOGIT_CACHE_LOCAL_BYTES` (default: 64 GiB, at most half of the disk's free space); readers notice an evicted copy.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from storage.stores.local import LocalStore
 
 _DEFAULT_BYTES = 64 << 30
 _LOCKS = 64
-# A copy is read within milliseconds of its check; what was opened just now is not removed under its reader.
+# A copy is read within milliseconds of its check; one that was opened just now is not evicted under its reader.
 _IN_USE_S = 5.0
 _ABANDONED_S = 3600.0
 
@@ -48,23 +48,23 @@ class Mirror:
         self._until_sweep = 0
 
     def path(self, key: str) -> Path:
-        """Where the copy of an object lies, or would."""
+        """Path of the copy of an object, whether it exists or not."""
         return self._folder / key
 
     def opened(self, key: str) -> None:
-        """Note that a copy is in use: it is the last to go."""
+        """Mark a copy as the most recently used."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            # The time of access only: the time of modification tells readers that the bytes are the ones they checked.
+            # The time of access only: by the time of modification, readers recognise the bytes that they have checked.
             os.utime(self.path(key), ns=(time.time_ns(), self.path(key).stat().st_mtime_ns))
 
     def drop(self, key: str) -> None:
-        """Remove a copy that turned out to be damaged."""
+        """Remove a damaged copy."""
         self.path(key).unlink(missing_ok=True)
 
     def fetch(self, key: str, expected: ObjectDigest) -> None:
-        """Make sure that the copy is there, of the receipt's length and sha256.
+        """Fetch an object unless its copy has the receipt's length and sha256.
 
-        Raises CorruptCache when the store keeps giving other bytes, or none; StoreUnavailable when it does not answer.
+        Raises CorruptCache if the store keeps returning other bytes, or none; StoreUnavailable if it does not answer.
         """
         with self._locked(key):
             if self._is_there(key, expected):
@@ -128,7 +128,7 @@ class Mirror:
                 f"that can be written"
             ) from error
         try:
-            with contextlib.suppress(OSError):  # a mount without locks: the object is fetched twice, no more
+            with contextlib.suppress(OSError):  # a mount without locks: at worst the object is fetched twice
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
@@ -139,7 +139,7 @@ _sweeping = threading.Lock()
 
 
 def _sweep(folder: Path, most: int) -> None:
-    """Remove the copies opened longest ago until the rest fits, and what killed processes left."""
+    """Evict the least recently used copies until the rest fits, and remove the leftovers of killed processes."""
     if not _sweeping.acquire(blocking=False):
         return
     try:

@@ -1,14 +1,14 @@
-"""Anything that fsspec reaches and is not a local folder: object stores, hubs, web servers, memory.
+"""Stores that fsspec reaches and that are not a local folder: object stores, hubs, web servers, memory.
 
-Every request is bounded and repeated by one rule. A request that makes no progress for `LOGIT_CACHE_TIMEOUT_S` (15)
-seconds fails; whatever fails in a way that may pass (503, a reset, a truncated body, silence) is tried again with
-growing pauses until `LOGIT_CACHE_PATIENCE_S` (40) seconds have gone by; what will not pass (403, a missing bucket) is
-said at once. The libraries' own retries are switched off, or the two would multiply. A 404, or a body that cannot be
-right, is an answer like any other, except for an object that must be there: `insist` asks for that three times.
+One retry rule covers every request. A request that makes no progress for `LOGIT_CACHE_TIMEOUT_S` (15) seconds fails.
+Transient failures (503, a reset, a truncated body, silence) are retried with exponential back-off and jitter until
+`LOGIT_CACHE_PATIENCE_S` (40) seconds have passed; permanent ones (403, a missing bucket) are raised at once. The
+libraries' own retries are switched off, or the two would multiply. A 404, or a body that cannot be right, is an answer
+like any other, except for an object that must exist: `insist` requests it three times.
 
 `publish` is a conditional PUT where the store has one: S3's `If-None-Match`, which not every server honours
-(`logit-cache doctor` tells). Without it, two writers of one object at the same instant can both succeed; the receipt
-then exposes the one that lost. There are no locks. Credentials come from the standard chains only.
+(`logit-cache doctor` measures it). Without it, two writers of one object at the same instant can both succeed; the
+receipt then exposes the one that lost. There are no locks. Credentials come from the standard chains only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _WEB = ("http", "https")
 CONNECT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
-# Errors that say the same however often one asks: no permission, no such thing, a mistake in the request.
+# Permanent errors, which no retry changes: no permission, no such object, a mistake in the request.
 _FINAL = (
     FileNotFoundError,
     FileExistsError,
@@ -38,26 +38,26 @@ _FINAL = (
     ValueError,
     LogitCacheError,
 )
-# The body had not the checksum that the store sent with it. Asked again so often, it is the object and not the way.
+# The body does not match the checksum that the store sent. After so many attempts, the object itself is damaged.
 _DAMAGED_NAME, _DAMAGED_ATTEMPTS = "FlexibleChecksumError", 3
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
-# So often an object that must be there is asked for before a 404, a short or a flipped body is believed.
+# Attempts for an object that must exist, before a 404, a short or a flipped body is accepted as its state.
 _INSIST_ATTEMPTS, _INSIST_PAUSE_S = 3, 0.5
 
 
 class _Damaged(CorruptCache):
-    """Asked for often enough already."""
+    """Raised after the last attempt: `insist` does not retry it."""
 
 
 class RemoteStore(Store):
-    """Objects under a URL of fsspec."""
+    """The store of any URL that fsspec opens."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._protocol = url.partition("://")[0]
         self._timeout_s = _seconds("LOGIT_CACHE_TIMEOUT_S", 15.0)
         self._patience_s = _seconds("LOGIT_CACHE_PATIENCE_S", 40.0)
-        self._creates = True  # until the store says that it has no conditional PUT
+        self._creates = True  # until the store reports that it has no conditional PUT
         self._process = -1
         self._connect()
 
@@ -79,7 +79,7 @@ class RemoteStore(Store):
         self._process = os.getpid()
 
     def _options(self) -> dict[str, Any]:
-        """What our rule of time-outs needs, under what the user's fsspec configuration says."""
+        """The filesystem's options for the retry rule; on S3, the user's fsspec configuration overrides them."""
         if self._protocol in ("gs", "gcs"):
             return {"use_listings_cache": False}
         if self._protocol in _WEB:
@@ -99,8 +99,8 @@ class RemoteStore(Store):
         return f"{self._root}/{key}" if key else self._root
 
     def _ask(self, key: str, request: Callable[[], Result]) -> Result:
-        """Do a request until it succeeds, fails for good, or the patience is over."""
-        give_up = time.monotonic() + self._patience_s
+        """Retry a request until it succeeds, fails permanently, or `LOGIT_CACHE_PATIENCE_S` is over."""
+        deadline = time.monotonic() + self._patience_s
         pause = _FIRST_PAUSE_S
         damaged = 0
         while True:
@@ -108,26 +108,26 @@ class RemoteStore(Store):
                 return request()
             except PermissionError as error:
                 raise StoreUnavailable(
-                    f"{self.where(key)}: access refused ({said(error)}); check the credentials that the standard "
-                    f"chain finds (environment, profile, instance role) and what they allow"
+                    f"{self.where(key)}: access refused ({error_text(error)}); check the credentials that the standard "
+                    f"chain finds (environment, profile, instance role) and their permissions"
                 ) from None
             except _FINAL:
                 raise
             except Exception as error:
                 if type(error).__name__ in _FINAL_NAMES:
-                    raise StoreUnavailable(f"{self.where(key)}: {said(error)}") from None
+                    raise StoreUnavailable(f"{self.where(key)}: {error_text(error)}") from None
                 damaged += type(error).__name__ == _DAMAGED_NAME
                 if damaged == _DAMAGED_ATTEMPTS:
                     raise _Damaged(
-                        f"{self.where(key)}: not what the store's own checksum of it says ({said(error)}; "
+                        f"{self.where(key)}: does not match the store's own checksum of it ({error_text(error)}; "
                         f"asked {damaged} times)"
                     ) from error
-                if time.monotonic() + pause > give_up:
+                if time.monotonic() + pause > deadline:
                     raise StoreUnavailable(
                         f"{self.where(key)}: no usable answer within {self._patience_s:.0f} s "
-                        f"({type(error).__name__}: {said(error)}); nothing was lost: run the command again"
+                        f"({type(error).__name__}: {error_text(error)}); nothing was lost: run the command again"
                     ) from error
-            # Workers that failed together must not come back together.
+            # Jitter: workers that failed together must not retry together.
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -153,7 +153,7 @@ class RemoteStore(Store):
                 with self._fs.open(path, "rb", block_size=0) as stream:
                     return b"".join(_pieces(stream, at_most + 1))
             try:
-                # One request, and one byte more than allowed to notice a longer object.
+                # One request, for one byte more than allowed, to detect a longer object.
                 return bytes(self._fs.cat_file(path, start=0, end=at_most + 1))
             except OSError as error:
                 if _code(error) in ("InvalidRange", "416"):  # the answer for an empty object
@@ -178,8 +178,8 @@ class RemoteStore(Store):
 
     def size(self, key: str) -> int | None:
         def request() -> int | None:
-            if self._protocol != "hf":  # what a hub holds changes by whole commits, and each question lists a folder
-                # A listing kept from before would hide what another worker has written since.
+            if self._protocol != "hf":  # a hub changes by whole commits, and each request lists a folder
+                # A cached listing would hide objects that another worker has written since.
                 self._fs.invalidate_cache()
             try:
                 found = self._fs.info(self._path(key))
@@ -215,7 +215,7 @@ class RemoteStore(Store):
 
     def _cannot_list(self) -> InputError:
         return InputError(
-            f"{self.url}: this server cannot list what it holds; name the teacher entry, "
+            f"{self.url}: this server cannot list its objects; name the teacher entry, "
             f"and read caches there that are complete"
         )
 
@@ -223,7 +223,7 @@ class RemoteStore(Store):
         self._ask(key, lambda: self._fs.rm_file(self._path(key)))
 
     def publish(self, key: str, data: bytes) -> bool:
-        # Asking first spares the upload of what is there; where puts are conditional it is no more than that.
+        # The check first spares the upload of an existing object; where puts are conditional it has no other purpose.
         if self.size(key) is not None:
             return False
         created = self._create(key, data)
@@ -236,7 +236,7 @@ class RemoteStore(Store):
         return self.publish(key, data) if created is None else created
 
     def _create(self, key: str, data: bytes) -> bool | None:
-        """`create`; None where the store has no conditional PUT, once it has said so."""
+        """`create`; None where the store has no conditional PUT, once it has reported so."""
         if self._creates:
             try:
                 return self.create(key, data)
@@ -259,7 +259,7 @@ class RemoteStore(Store):
             try:
                 self._fs.pipe_file(self._path(key), data, **mode)
             except FileNotFoundError as error:
-                raise InputError(f"cannot write {self.where(key)}: {said(error)}") from None
+                raise InputError(f"cannot write {self.where(key)}: {error_text(error)}") from None
             except OSError as error:
                 if mode and _code(error) in ("PreconditionFailed", "412"):
                     raise FileExistsError(key) from None
@@ -293,7 +293,7 @@ def _code(error: BaseException) -> str | None:
     return None if found is None else str(found)
 
 
-def said(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__
 

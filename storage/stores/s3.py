@@ -1,6 +1,6 @@
-"""S3 and what speaks its protocol: listings asked for page by page, and the client configured by our rule of time-outs.
+"""S3 and stores with its protocol: listings page by page, and a client configured for the retry rule of `RemoteStore`.
 
-Not through fsspec's listings, which take an empty answer for an empty folder, or for the last page.
+fsspec's listings are not used: they take an empty answer for an empty folder, or for the last page.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from storage.errors import CacheNotFound
-from storage.stores.remote import CONNECT_S, RemoteStore, said
+from storage.stores.remote import CONNECT_S, RemoteStore, error_text
 
 
 class S3Store(RemoteStore):
-    """Objects under `s3://bucket/prefix`."""
+    """The store of `s3://bucket/prefix`."""
 
     @property
     def s3(self) -> tuple[Any, str]:
-        """The filesystem of s3fs and the root in it, for what only S3 has."""
+        """The filesystem of s3fs and the root in it, for features that only S3 has."""
         return self._fs, self._root
 
     def _options(self) -> dict[str, Any]:
@@ -60,24 +60,23 @@ class S3Store(RemoteStore):
         return found
 
     def _pages(self, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
-        """A listing, page by page."""
         bucket = self._fs.split_path(self._path(prefix))[0]
         wanted = {"Bucket": bucket, "Prefix": self._below_bucket(prefix), "Delimiter": delimiter}
 
         def request() -> dict[str, Any]:
             try:
                 page: dict[str, Any] = self._fs.call_s3("list_objects_v2", **wanted)
-            except ValueError as error:  # a date or a number in the answer that is none
-                raise OSError(f"a listing that cannot be read: {said(error)}") from error
+            except ValueError as error:  # a malformed date or number in the answer
+                raise OSError(f"a listing that cannot be read: {error_text(error)}") from error
             if "IsTruncated" not in page:
-                raise OSError("an empty answer in place of a listing")
+                raise OSError("an empty answer instead of a listing")
             return page
 
         while True:
             try:
                 page = self._ask(prefix, request)
             except FileNotFoundError as error:
-                raise CacheNotFound(f"{self.url}: there is no bucket {bucket} ({said(error)})") from None
+                raise CacheNotFound(f"{self.url}: there is no bucket {bucket} ({error_text(error)})") from None
             yield page
             if not page["IsTruncated"]:
                 return

@@ -1,5 +1,4 @@
-"""Two caches: a checked copy from one to the other, resumed after any interruption.
+"""Copying: a checked copy of a cache to another location, which resumes after any interruption.
 
-What a cache holds and how it is checked belongs to `storage.cache`; pushing and pulling as users know it to
-`logit_cache.sharing`.
+The content of a cache and its checks belong to `storage.cache`; the push and pull commands to `logit_cache.sharing`.
 """

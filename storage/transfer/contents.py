@@ -1,9 +1,9 @@
-"""What a copy of a cache will hold, known and checked before any of its data moves.
+"""The contents of a copy of a cache, known and checked before any of its data moves.
 
 Records and receipts are small and bind everything else, so they come first: each is fetched once, kept in a folder, and
 from then on read from there. Sizes are then known, a signature is checked over the very bytes that are used, and data
-is compared with what was checked rather than with what the source says by then. Nothing is listed to find out what to
-copy: what no receipt accounts for stays where it is.
+is compared with the checked receipts, whatever the source returns later. The receipts decide what is copied, not a
+listing: objects that no receipt lists are not copied.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from storage.stores.base import Result, Store
 from storage.transfer.redaction import receipt_without_label, report_without_label, without_label, without_tokens
 from storage.transfer.snapshot import Snapshot
 
-# Their codecs are named in JSON and may run code when they are read; in a Zarr v3 cache they have no business.
+# Zarr v2 metadata names codecs in JSON, and these may run code when they are read; a Zarr v3 cache has none of it.
 V2_NAMES = (".zarray", ".zgroup", ".zattrs", ".zmetadata")
 
 Item = TypeVar("Item")
@@ -44,11 +44,11 @@ Item = TypeVar("Item")
 
 @dataclass
 class Part:
-    """Arrays with receipts in common, on their way: one of the token stream's, or a teacher entry.
+    """Arrays to copy that share their receipts: one array of the token stream, or a teacher entry.
 
     source   the group at the source, its receipts read through a snapshot
-    origin   where the objects are
-    specs    the arrays that go: all of them, or all but `label_logprob`
+    origin   the store of the objects
+    specs    the arrays to copy: all of them, or all but `label_logprob`
     record   the entry's zarr.json as the target will have it, and `entry` the record in it; None for the token stream
     report   the entry's fidelity report as the target will have it, where there is one
     shards   those that the source has committed
@@ -98,7 +98,7 @@ class Part:
         if self.record_sha256 != receipts.record_sha256:
             receipt = receipt_without_label(receipt, self.record_sha256)
             return receipt, sealed_bytes(receipt)
-        # As they are, white space and all: a signature is of these bytes.
+        # The stored bytes, white space included: a signature is of these bytes.
         return receipt, receipts.store.read(receipts.key(shard))
 
     def at(self, target: Store) -> Group:
@@ -107,18 +107,18 @@ class Part:
         return Group(self.name, self.source.folder, receipts)
 
     def missing(self) -> list[tuple[int, int]]:
-        """Ranges of positions that the source has not."""
+        """Ranges of positions that the source lacks."""
         return [] if self.index is not None else self.source.receipts.missing_ranges()
 
 
 @dataclass(frozen=True)
-class Shipment:
-    """All that a target gets.
+class Contents:
+    """The contents of a copy: everything that a target receives.
 
     record     its root record, and `root` the bytes of its root zarr.json
-    corpus     where root, tokenizer and token stream come from
+    corpus     the source of root, tokenizer and token stream
     tokenizer  keys of the tokenizer's files
-    with_root  whether the target gets them too, or only entries
+    with_root  whether the target receives root, tokenizer and token stream too, or only entries
     """
 
     record: CacheRecord
@@ -154,7 +154,7 @@ class Shipment:
                 yield part.record_key, part.record
 
     def keys(self) -> set[str]:
-        """Keys of everything that the target gets."""
+        """Keys of everything that the target receives."""
         keys = {ROOT_KEY, TEACHERS_KEY, TOKENIZER_RECEIPT_KEY, *self.tokenizer}
         for part in self.parts:
             group = part.at(self.corpus)
@@ -166,14 +166,14 @@ class Shipment:
 
 
 def open_source(source: Store, folder: Path) -> tuple[Snapshot, LogitCache]:
-    """A source and its root record, checked to be that and nothing else. Raises CacheNotFound, FormatError, …"""
+    """Open a source whose root zarr.json is the record and nothing else. Raises CacheNotFound, FormatError, …"""
     snapshot = Snapshot(source, folder)
     record = read_record(snapshot, ROOT_KEY, CacheRecord)
     _nothing_else(snapshot, ROOT_KEY)
     try:
         listed: Iterable[str] = source.walk()
     except InputError:
-        listed = ()  # what cannot be listed cannot be looked for, and is not copied either
+        listed = ()  # a store without listings cannot be searched; such files are not copied either
     for key in listed:
         if key.rpartition("/")[2] in V2_NAMES:
             raise FormatError(
@@ -191,11 +191,11 @@ def gather(
     *,
     redact: bool,
     with_root: bool,
-) -> Shipment:
+) -> Contents:
     """Fetch and check all records and receipts of a token stream and of the named entries of the same stream.
 
-    redact     leave the token stream and `label_logprob` behind
-    with_root  whether root, tokenizer and token stream go, or only entries
+    redact     leave out the token stream and `label_logprob`
+    with_root  whether root, tokenizer and token stream are copied, or only entries
     """
     snapshot, cache = corpus
     record = without_tokens(cache.record) if redact else cache.record
@@ -212,11 +212,11 @@ def gather(
     if not _same(snapshot, TEACHERS_KEY, TEACHERS_METADATA):
         raise FormatError(f"{snapshot.where(TEACHERS_KEY)}: expected a Zarr v3 group without attributes")
     tokenizer = [tokenizer_key(name) for name in cache.tokenizer_files()]
-    return Shipment(record, root, snapshot, tokenizer, parts, with_root)
+    return Contents(record, root, snapshot, tokenizer, parts, with_root)
 
 
 def fetch_rest(source: Snapshot, cache: LogitCache, pool: ThreadPoolExecutor) -> None:
-    """Fetch what else there is of records and receipts besides those of entries: a signature lists all of them."""
+    """Fetch the records and receipts besides those of entries: a signature lists all of them."""
     cache.tokenizer_files()
     source.read(TEACHERS_KEY)
     for group in corpus_groups(source, cache):
@@ -224,7 +224,7 @@ def fetch_rest(source: Snapshot, cache: LogitCache, pool: ThreadPoolExecutor) ->
 
 
 def fetch_whole(store: Store, folder: Path, workers: int) -> list[str]:
-    """Fetch and check all records and receipts of a cache into a folder; their keys."""
+    """Fetch all records and receipts of a cache into a folder, check them, and return their keys."""
     snapshot, cache = open_source(store, folder)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         gather((snapshot, cache), (snapshot, cache), cache.teachers, pool, redact=False, with_root=True)
@@ -232,7 +232,7 @@ def fetch_whole(store: Store, folder: Path, workers: int) -> list[str]:
 
 
 def each(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`function` of every item, in order; the first failure stops what has not begun."""
+    """`function` of every item, in order; the first failure cancels the calls that have not started."""
     futures = [pool.submit(function, item) for item in items]
     try:
         for future in as_completed(futures):
@@ -280,7 +280,7 @@ def _gather_receipts(part: Part, pool: ThreadPoolExecutor) -> None:
 
 
 def _checked_bytes(part: Part, shard: int) -> int:
-    """Bytes of a shard's objects, each of a length that such an object can have."""
+    """Bytes of a shard's objects. Raises CorruptCache for a length that such an object cannot have."""
     receipt, _ = part.receipt(shard)
     receipts = part.source.receipts
     for name, spec in part.specs.items():
@@ -303,13 +303,12 @@ def _check_metadata(part: Part) -> None:
 
 
 def _same(store: Store, key: str, expected: bytes) -> bool:
-    """Whether a small file holds the same JSON."""
     found = store.insist(key, "this cache's record implies it", lambda: store.read_json(key))
     return bool(found == parse_json(expected, key))
 
 
 def _nothing_else(source: Snapshot, key: str) -> None:
-    """Refuse a group whose zarr.json has more than the record: other readers of Zarr would act on it."""
+    """Refuse a group whose zarr.json has more than the record: other Zarr readers would act on it."""
     found = source.read_json(key)
     if found != group_metadata({ATTRIBUTE: found["attributes"][ATTRIBUTE]}):
         raise FormatError(f"{source.where(key)}: holds more than the record of logit-cache, which nothing accounts for")

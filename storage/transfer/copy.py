@@ -1,14 +1,13 @@
-"""Copying a cache between two places: one engine for push and pull.
+"""Copying a cache between two stores: one engine for push and pull.
 
     with prepare(source, target) as transfer:   # records and receipts, checked against each other and the target
         transfer.deliver(advance)               # the data follows, and becomes a cache last
 
-A local target gets everything in a quarantine first (`storage.transfer.staging`): a new cache appears by one rename, a
-new entry in an existing cache likewise; shards that complete an entry are moved in while the lock is held that a commit
-holds, objects first. An object store has no rename: there a shard's objects come first, then its receipt, as when they
-were made, and the root record of a new cache is last, so that nobody opens what is not whole. Killed at any instant,
-the same call goes on: what the target has a receipt for is not copied again, unless its object is gone or has another
-length.
+A local target receives everything in a staging folder first (`storage.transfer.staging`). One atomic rename publishes a
+new cache, or a new entry of an existing cache; shards that complete an entry are moved in under the lock that a commit
+holds, objects first. An object store has no rename: there a shard's objects are written first, then its receipt, as in
+a caching job, and the root record of a new cache is last, so that nobody opens a partial one. Killed at any instant,
+the same call resumes: objects with a receipt at the target are copied again only if missing or of another length.
 
 Every object is compared with its receipt on the way, its sha256 included. Nothing committed is replaced.
 """
@@ -37,11 +36,11 @@ from storage.format.sealing import differences, digest
 from storage.progress import Advance
 from storage.stores import open_store
 from storage.stores.base import Store
-from storage.transfer.contents import Part, Shipment, each, fetch_rest, gather, open_source
-from storage.transfer.destinations import FolderSink, Sink, StoreSink, other_bytes
+from storage.transfer.contents import Contents, Part, each, fetch_rest, gather, open_source
+from storage.transfer.destinations import Destination, FolderDestination, StoreDestination, other_bytes
 from storage.transfer.redaction import without_tokens as redacted
 from storage.transfer.snapshot import Snapshot
-from storage.transfer.staging import Quarantine
+from storage.transfer.staging import StagingFolder
 
 _TOP_LEVEL = {
     ROOT_KEY,
@@ -53,10 +52,10 @@ _TOP_LEVEL = {
 
 @dataclass
 class Delivery:
-    """What a copy did.
+    """The outcome of a copy.
 
     copied, kept   objects that were copied, and that the target had; `copied_bytes` the bytes of the former
-    missing        by group of arrays, ranges of positions that the source has not
+    missing        by group of arrays, ranges of positions that the source lacks
     """
 
     url: str
@@ -75,53 +74,53 @@ class Transfer:
         self,
         source: Snapshot,
         cache: LogitCache,
-        shipment: Shipment,
+        contents: Contents,
         target: Store,
         existing: CacheRecord | None,
-        sink: Sink,
+        destination: Destination,
         pool: ThreadPoolExecutor,
     ) -> None:
         self.source = source
-        self.shipment = shipment
+        self.contents = contents
         self.existing = existing
         self._cache = cache
         self._target = target
-        self._sink = sink
+        self._destination = destination
         self._pool = pool
         self._listing: dict[str, int] = {}
 
     def manifest(self) -> tuple[Path, list[str]]:
-        """The source's records and receipts, as a folder and the keys of the files in it: what a signature is of."""
+        """The source's records and receipts, which a signature covers: a folder and the keys of the files in it."""
         fetch_rest(self.source, self._cache, self._pool)
         return self.source.folder, self.source.kept
 
     def write_manifest(self, folder: Path) -> list[str]:
-        """Write the records and receipts that a new target will have into a folder; their keys."""
+        """Write the records and receipts that a new target will have into a folder, and return their keys."""
         keys = []
-        for key, data in self.shipment.manifest():
+        for key, data in self.contents.manifest():
             (folder / key).parent.mkdir(parents=True, exist_ok=True)
             (folder / key).write_bytes(data)
             keys.append(key)
         return keys
 
-    def check_fits(self, place: Store) -> None:
-        """Refuse a place where this shipment, records and all, would be written over something else."""
-        existing = _existing(place)
+    def check_fits(self, store: Store) -> None:
+        """Refuse a store where the copy, records included, would overwrite another cache, entry or file."""
+        existing = _existing(store)
         if existing is None:
             return
-        if digest(existing) != digest(self.shipment.record):
+        if digest(existing) != digest(self.contents.record):
             raise IdentityMismatch(
-                place.url,
-                differences(existing, self.shipment.record, ignore=(), names=("that cache", "this one")),
+                store.url,
+                differences(existing, self.contents.record, ignore=(), names=("that cache", "this one")),
                 "A data set is one cache: give another one",
             )
-        for part in self.shipment.parts:
-            _check_entry(place, part)
+        for part in self.contents.parts:
+            _check_entry(store, part)
 
     @property
     def kept_at(self) -> Path | None:
-        """Where a local target's objects wait, if there are any."""
-        return self._sink.kept_at
+        """The staging folder of a local target, if it holds objects that another run can use."""
+        return self._destination.kept_at
 
     def deliver(
         self,
@@ -130,20 +129,20 @@ class Transfer:
         *,
         check_stream: bool = False,
     ) -> Delivery:
-        """Copy what the target has not, and make a cache of it.
+        """Copy the objects that the target lacks, and publish the cache.
 
-        `advance` is given the bytes dealt with since the last call, `shipment.size` in all; `card_files` are files
-        without receipts (`inventory.CARD_FILES`) for a target that is new. `check_stream`: before a new local cache
-        appears, compute the digest of its tokens, which is what targets are bound to.
+        `advance` receives the bytes copied or found since its last call, `contents.size` in all; `card_files` are files
+        without receipts (`inventory.CARD_FILES`) for a new target. `check_stream`: before a new local cache is
+        published, compute the digest of its tokens, to which the targets are bound.
         """
-        if not self._sink.new or isinstance(self._sink, StoreSink):
+        if not self._destination.new or isinstance(self._destination, StoreDestination):
             self._listing = self._target.walk()
-        record = self.existing or self.shipment.record
-        names = [part.name.partition("/")[2] for part in self.shipment.parts if part.record is not None]
+        record = self.existing or self.contents.record
+        names = [part.name.partition("/")[2] for part in self.contents.parts if part.record is not None]
         done = Delivery(self._target.url, names, record.corpus.tokens_included)
-        for part in self.shipment.parts:
-            self._sink.begin(part)
-            copy = _PartCopy(part, self._target, self._listing, self._sink, advance or (lambda count: None))
+        for part in self.contents.parts:
+            self._destination.begin(part)
+            copy = _PartCopy(part, self._target, self._listing, self._destination, advance or (lambda count: None))
             for copied, copied_bytes, kept in each(self._pool, copy.shard, part.shards):
                 done.copied += copied
                 done.copied_bytes += copied_bytes
@@ -151,16 +150,16 @@ class Transfer:
             missing = part.missing()
             if missing:
                 done.missing[part.name] = missing
-        streams = [part.name for part in self.shipment.parts if part.record is None]
+        streams = [part.name for part in self.contents.parts if part.record is None]
         check = check_stream and streams and not done.missing.keys() & set(streams)
-        self._sink.finish(self.shipment, card_files or {}, self._check_stream if check else None)
+        self._destination.finish(self.contents, card_files or {}, self._check_stream if check else None)
         return done
 
     def _check_stream(self, copy: LogitCache) -> None:
         found, expected = computed_stream_sha256(copy), copy.record.corpus.stream_sha256
         if found != expected:
             raise CorruptCache(
-                f"{self.shipment.corpus.where('tokens')}: these tokens have the digest {found}, the record says "
+                f"{self.contents.corpus.where('tokens')}: these tokens have the digest {found}, the record states "
                 f"{expected}: the targets were made from other text"
             )
 
@@ -168,12 +167,14 @@ class Transfer:
 class _PartCopy:
     """The copying of one part's shards, each in a thread of the pool."""
 
-    def __init__(self, part: Part, target: Store, listing: dict[str, int], sink: Sink, advance: Advance) -> None:
+    def __init__(
+        self, part: Part, target: Store, listing: dict[str, int], destination: Destination, advance: Advance
+    ) -> None:
         self._part = part
         self._there = part.at(target)
         self._target = target
         self._listing = listing
-        self._sink = sink
+        self._destination = destination
         self._advance = advance
         # Where the indexes are the same bytes, so are all receipts.
         self._same = (
@@ -183,10 +184,10 @@ class _PartCopy:
         )
 
     def shard(self, shard: int) -> tuple[int, int, int]:
-        """Copy what the target has not of one shard; objects copied, their bytes, and objects that were there."""
+        """Copy the objects of a shard that the target lacks. Returns copied objects, their bytes, and kept objects."""
         receipt, data = self._part.receipt(shard)
         committed = self._committed(shard, receipt, data)
-        # What was committed since the target was listed is in no listing.
+        # Shards that were committed since the target was listed are in no listing.
         length = self._listing.get if self._there.receipts.key(shard) in self._listing else self._target.size
         copied = copied_bytes = kept = 0
         for key, spec in self._there.objects(receipt):
@@ -195,17 +196,17 @@ class _PartCopy:
                 kept += 1
                 self._advance(size)
                 continue
-            self._sink.put_object(self._part, shard, key, spec, receipt, committed, self._advance)
+            self._destination.put_object(self._part, shard, key, spec, receipt, committed, self._advance)
             copied += 1
             copied_bytes += size
         if not committed:
-            self._sink.put_receipt(self._part, shard, receipt, data)
+            self._destination.put_receipt(self._part, shard, receipt, data)
         return copied, copied_bytes, kept
 
     def _committed(self, shard: int, receipt: ShardReceipt, data: bytes) -> bool:
         """Whether the target has the shard's receipt; CorruptCache when it is damaged or commits other bytes."""
         key = self._there.receipts.key(shard)
-        # Listed may be hours ago, and not every store keeps to a put that must not replace.
+        # The listing may be hours old, and not every store honours a put that must not replace.
         if key not in self._listing and self._target.size(key) is None:
             return False
         if self._same and self._listing.get(key) == len(data):
@@ -216,7 +217,7 @@ class _PartCopy:
         if found.objects != receipt.objects:
             raise other_bytes(self._part, self._target, shard)
         if found != receipt:
-            self._sink.mixed.add(self._part.name)
+            self._destination.mixed.add(self._part.name)
         return True
 
 
@@ -231,32 +232,32 @@ def prepare(
     workers: int = 8,
     link: bool = False,
 ) -> Iterator[Transfer]:
-    """Fetch a cache's records and receipts, and check them, and that they fit what the target holds.
+    """Fetch a cache's records and receipts, and check them against each other and against the target.
 
     teachers        the entries to copy; none: all
-    corpus          a cache of the same text, whose token stream goes instead of the source's
-    without_tokens  leave the token stream and `label_logprob` behind
-    workers         objects that are copied at once
-    link            into a new local folder: give local objects a second name instead of copying them
+    corpus          a cache of the same text, whose token stream is copied instead of the source's
+    without_tokens  leave out the token stream and `label_logprob`
+    workers         objects that are copied in parallel
+    link            into a new local folder: hard-link local objects instead of copying them
 
     Raises CacheNotFound, InputError, FormatError, CorruptCache, and IdentityMismatch for a target of other text, with
-    another tokenizer, or with another entry of the same name. Nothing was written at the target then.
+    another tokenizer, or with another entry of the same name. Nothing has been written at the target then.
     """
-    origin, place = open_store(source), open_store(target)
-    _check_apart(origin, place)
+    origin, store = open_store(source), open_store(target)
+    _check_apart(origin, store)
     if corpus is not None and without_tokens:
         raise InputError("without tokens, and with a corpus, cannot both be")
-    read_record(origin, ROOT_KEY, CacheRecord)  # before anything is made for it
-    existing = _existing(place)
+    read_record(origin, ROOT_KEY, CacheRecord)  # before any folder is created for it
+    existing = _existing(store)
     with contextlib.ExitStack() as stack:
-        sink: Sink
-        if place.local_path is not None:
-            quarantine = stack.enter_context(Quarantine.beside(Path(os.path.realpath(place.local_path))))
-            folder = quarantine.manifest
-            sink = FolderSink(place, existing is None, quarantine, link)
+        destination: Destination
+        if store.local_path is not None:
+            staging = stack.enter_context(StagingFolder.beside(Path(os.path.realpath(store.local_path))))
+            folder = staging.manifest
+            destination = FolderDestination(store, existing is None, staging, link)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="logit-cache-")))
-            sink = StoreSink(place, existing is None)
+            destination = StoreDestination(store, existing is None)
         pool = stack.enter_context(ThreadPoolExecutor(max(1, workers)))
         snapshot, cache = open_source(origin, folder / "source")
         text = (snapshot, cache)
@@ -265,24 +266,24 @@ def prepare(
             _check_corpus(LogitCache.open(corpus), cache)
         record = redacted(text[1].record) if without_tokens else text[1].record
         if existing is not None:
-            _check_target(place, existing, record, with_corpus=corpus is not None, without_tokens=without_tokens)
+            _check_target(store, existing, record, with_corpus=corpus is not None, without_tokens=without_tokens)
         same_root = existing is None or digest(existing) == digest(record)
         names = _names(teachers, cache)
-        shipment = gather(text, (snapshot, cache), names, pool, redact=without_tokens, with_root=same_root)
+        contents = gather(text, (snapshot, cache), names, pool, redact=without_tokens, with_root=same_root)
         if existing is not None:
-            for part in shipment.parts:
-                _check_entry(place, part)
-        yield Transfer(snapshot, cache, shipment, place, existing, sink, pool)
+            for part in contents.parts:
+                _check_entry(store, part)
+        yield Transfer(snapshot, cache, contents, store, existing, destination, pool)
 
 
 def _check_apart(source: Store, target: Store) -> None:
-    places = [
+    locations = [
         store.url.rstrip("/") if store.local_path is None else os.path.realpath(store.local_path)
         for store in (source, target)
     ]
-    a, b = (f"{place}/" for place in places)
+    a, b = (f"{location}/" for location in locations)
     if a.startswith(b) or b.startswith(a):
-        raise InputError(f"{source.url} and {target.url}: one lies in the other, or they are the same place")
+        raise InputError(f"{source.url} and {target.url}: one lies in the other, or they are the same location")
 
 
 def _existing(target: Store) -> CacheRecord | None:
@@ -290,12 +291,12 @@ def _existing(target: Store) -> CacheRecord | None:
     names = [name for name in target.names("") if not name.endswith(PARTIAL)]
     if ROOT_KEY in names:
         return read_record(target, ROOT_KEY, CacheRecord)
-    # A local cache appears whole; in a store, this is what an interrupted push leaves.
+    # A local cache appears whole; in an object store, an interrupted push leaves these.
     strangers = [name for name in names if target.local_path is not None or name not in _TOP_LEVEL]
     if strangers:
         raise InputError(
             f"{target.url} holds {', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''} and is not a cache: "
-            f"give an empty or new place"
+            f"give an empty or new location"
         )
     return None
 
@@ -314,7 +315,7 @@ def _names(teachers: Sequence[str], cache: LogitCache) -> list[str]:
 def _check_target(
     target: Store, existing: CacheRecord, record: CacheRecord, *, with_corpus: bool, without_tokens: bool
 ) -> None:
-    """Refuse a target of other text or another tokenizer, and one that cannot become what was asked for."""
+    """Refuse a target of other text or another tokenizer, or with tokens where the copy has none, or the reverse."""
     pairs = {
         "corpus.stream_sha256": (existing.corpus.stream_sha256, record.corpus.stream_sha256),
         "corpus.positions": (existing.corpus.positions, record.corpus.positions),
@@ -325,19 +326,19 @@ def _check_target(
     fields = [f"{name}: {a} there, {b} here" for name, (a, b) in pairs.items() if a != b]
     if fields:
         raise IdentityMismatch(
-            target.url, fields, "A cache holds one token stream of one tokenizer: give another place, or an empty one"
+            target.url, fields, "A cache holds one token stream of one tokenizer: give another target, or an empty one"
         )
     if without_tokens and existing.corpus.tokens_included:
-        raise InputError(f"{target.url}: it has the tokens; to share without them, give another place")
+        raise InputError(f"{target.url}: it has the tokens; to share without them, give another target")
     if with_corpus and not existing.corpus.tokens_included:
         raise InputError(
-            f"{target.url}: it was made without its tokens and stays so; give a new place, or pull into the cache that "
-            f"has the text"
+            f"{target.url}: it was made without its tokens and stays so; give a new target, or pull into the cache "
+            f"that has the text"
         )
 
 
 def _check_entry(target: Store, part: Part) -> None:
-    """Refuse an entry of which the target has another of the same name."""
+    """Raise IdentityMismatch if the target has another entry of the same name."""
     if part.entry is None or target.size(part.record_key) is None:
         return
     there = read_record(target, part.record_key, TeacherEntry)
@@ -345,7 +346,7 @@ def _check_entry(target: Store, part: Part) -> None:
         raise IdentityMismatch(
             target.where(part.name),
             differences(there, part.entry, ignore=(), names=("that one", "this one")),
-            "An entry is one teacher's targets made in one way: give another place, or remove the entry that is there",
+            "An entry is one teacher's targets made in one way: give another target, or remove the entry that is there",
         )
 
 
@@ -377,14 +378,14 @@ def _check_corpus(corpus: LogitCache, source: LogitCache) -> None:
 
 
 def computed_stream_sha256(cache: LogitCache) -> str:
-    """The identity of a cache's token stream, from its tokens and not from its record."""
+    """`stream_sha256` of a cache, computed from its tokens instead of read from its record."""
     mask: Any = None if cache.loss_mask is None else _Rows(cache.loss_mask)
     tokens: Any = _Rows(cache.tokens)
     return stream_sha256(tokens, cache.document_starts, mask)
 
 
 class _Rows:
-    """A stream that is sliced like an array."""
+    """A stream with the slicing of an array."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream

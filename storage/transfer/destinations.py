@@ -1,7 +1,7 @@
-"""The two ends of a copy: a local folder behind a quarantine, and an object store.
+"""The two destinations of a copy: a local folder, filled through a staging folder, and an object store.
 
-Both take checked objects in any order and make a cache of them at the end. What they promise to whoever reads at the
-same time, and to the next run after a kill, is in `storage.transfer.copy`.
+Both take checked objects in any order and publish a cache of them at the end. `storage.transfer.copy` states the
+guarantees for concurrent readers, and for the next run after a kill.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from storage.format.manifest import ShardReceipt
 from storage.progress import Advance
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
-from storage.transfer.contents import Part, Shipment
-from storage.transfer.staging import Quarantine, rename_folder, sync
+from storage.transfer.contents import Contents, Part
+from storage.transfer.staging import StagingFolder, rename_folder, sync
 
 Check = Callable[[LogitCache], None]
 
-# Whole objects in memory at once, over all workers; one is at most about as large.
+# Bytes of whole objects in memory at once, over all workers; one object is at most about as large.
 _HELD_BYTES = 64 << 20
 
 
-class Sink(ABC):
-    """Takes the objects and receipts of a shipment, then makes a cache of them."""
+class Destination(ABC):
+    """Takes the objects and receipts of a copy, then publishes a cache of them."""
 
     def __init__(self, target: Store, new: bool) -> None:
         self.target = target
         self.new = new
-        # Parts of which the target has shards with the same objects and other receipts: another run's times.
+        # Parts of which the target has shards with the same objects under receipts of another run (other times).
         self.mixed: set[str] = set()
         self._held = _Budget(_HELD_BYTES)
 
     @property
     def kept_at(self) -> Path | None:
-        """Where objects wait that another run can use, if there are any."""
+        """The staging folder, if it holds objects that another run can use."""
         return None
 
     def begin(self, part: Part) -> None:
@@ -66,11 +66,11 @@ class Sink(ABC):
 
     @abstractmethod
     def put_receipt(self, part: Part, shard: int, receipt: ShardReceipt, data: bytes) -> None:
-        """Take a shard's receipt, once all its objects were put."""
+        """Take a shard's receipt, after all its objects."""
 
     @abstractmethod
-    def finish(self, shipment: Shipment, card_files: Mapping[str, bytes], check: Check | None) -> None:
-        """Make a cache of what was put. `card_files` go into a new cache only; `check` looks at a new local one."""
+    def finish(self, contents: Contents, card_files: Mapping[str, bytes], check: Check | None) -> None:
+        """Publish the copy. `card_files` are for a new cache only; `check` runs on a new local one first."""
 
     def _publish_record(self, part: Part) -> None:
         for key, data in part.at(self.target).metadata().items():
@@ -87,13 +87,13 @@ class Sink(ABC):
             at.write_index()
 
     def _publish_report(self, part: Part) -> None:
-        # One that is there was measured too; which of two is kept makes no difference.
+        # An existing report was measured too; either may be kept.
         if part.report is not None:
             self.target.publish(part.report_key, part.report)
 
 
-class StoreSink(Sink):
-    """An object store: each object is one PUT, and what makes the cache visible is last."""
+class StoreDestination(Destination):
+    """An object store: each object is one PUT, and the record that makes the cache visible is last."""
 
     def put_object(
         self,
@@ -111,14 +111,14 @@ class StoreSink(Sink):
             if committed:
                 self.target.replace(key, data)
             elif not self.target.publish_new(key, data) and not self._holds(key, data):
-                # What a killed run left, unless somebody has committed it since the target was listed.
+                # A killed run's leftover, unless another worker has committed it since the target was listed.
                 _same_shard(part, self.target, shard, receipt)
                 self.target.replace(key, data)
         advance(size)
 
     def begin(self, part: Part) -> None:
-        # In a cache that is there, this makes an entry that is not complete, for every reader and for verify; after the
-        # data, it would be a record that is missing. A new cache has no root record yet, so nobody sees it.
+        # First, so that in an existing cache every reader, and verify, sees an incomplete entry and not one without a
+        # record. A new cache has no root record yet, so nobody sees it.
         self._publish_record(part)
 
     def put_receipt(self, part: Part, shard: int, receipt: ShardReceipt, data: bytes) -> None:
@@ -127,17 +127,17 @@ class StoreSink(Sink):
             _same_shard(part, self.target, shard, receipt)
             self.mixed.add(part.name)
 
-    def finish(self, shipment: Shipment, card_files: Mapping[str, bytes], check: Check | None) -> None:
-        for part in shipment.parts:
+    def finish(self, contents: Contents, card_files: Mapping[str, bytes], check: Check | None) -> None:
+        for part in contents.parts:
             self._publish_index(part)
             self._publish_report(part)
-        if shipment.with_root:
-            for key, data in shipment.small_files():
+        if contents.with_root:
+            for key, data in contents.small_files():
                 publish_same(self.target, key, data)
         if self.new:
             for key, data in card_files.items():
                 self.target.replace(key, data)
-            publish_same(self.target, ROOT_KEY, shipment.root)
+            publish_same(self.target, ROOT_KEY, contents.root)
 
     def _holds(self, key: str, data: bytes) -> bool:
         with contextlib.suppress(CorruptCache, FileNotFoundError):  # a longer one
@@ -145,15 +145,15 @@ class StoreSink(Sink):
         return False
 
 
-class FolderSink(Sink):
-    """A local folder, new or not, filled through its quarantine.
+class FolderDestination(Destination):
+    """A local folder, new or existing, filled through its staging folder.
 
-    `link`: give objects a second name instead of copying them, where that is possible; for a folder that is only read.
+    `link`: hard-link objects instead of copying them, where that is possible; for a folder that is only read.
     """
 
-    def __init__(self, target: Store, new: bool, quarantine: Quarantine, link: bool = False) -> None:
+    def __init__(self, target: Store, new: bool, staging: StagingFolder, link: bool = False) -> None:
         super().__init__(target, new)
-        self._quarantine = quarantine
+        self._staging = staging
         self._link = link
         self._objects: dict[str, list[tuple[int, str]]] = {}
         self._receipts: dict[str, list[tuple[int, ShardReceipt]]] = {}
@@ -169,56 +169,56 @@ class FolderSink(Sink):
         advance: Advance,
     ) -> None:
         self._objects.setdefault(part.name, []).append((shard, key))
-        source, expected, cache = part.origin, receipt.objects[spec.name], self._quarantine.cache
+        source, expected, cache = part.origin, receipt.objects[spec.name], self._staging.cache
         with contextlib.suppress(CorruptCache):
-            if self._quarantine.has(key, expected):
+            if self._staging.has(key, expected):
                 check_object(cache, key, spec, receipt)
                 advance(expected.bytes)
                 return
         if not isinstance(source, LocalStore):
             with self._held.of(expected.bytes):
-                self._quarantine.write(key, fetch_object(source, key, spec, receipt))
+                self._staging.write(key, fetch_object(source, key, spec, receipt))
             advance(expected.bytes)
             return
         try:
             check_object(source, key, spec, receipt)
-            linked = self._link and self._quarantine.link(source.local_path / key, key)
-            if linked and self._quarantine.has(key, expected):
+            linked = self._link and self._staging.link(source.local_path / key, key)
+            if linked and self._staging.has(key, expected):
                 advance(expected.bytes)
-            elif linked or not self._quarantine.copy(source, key, expected, advance):
+            elif linked or not self._staging.copy(source, key, expected, advance):
                 raise CorruptCache(f"{source.where(key)}: not the bytes whose sha256 is in its receipt")
         except FileNotFoundError:
             raise CorruptCache(f"{source.where(key)}: missing, though its receipt exists") from None
 
     def put_receipt(self, part: Part, shard: int, receipt: ShardReceipt, data: bytes) -> None:
-        self._quarantine.write(part.source.receipts.key(shard), data)
+        self._staging.write(part.source.receipts.key(shard), data)
         self._receipts.setdefault(part.name, []).append((shard, receipt))
 
-    def finish(self, shipment: Shipment, card_files: Mapping[str, bytes], check: Check | None) -> None:
-        for part in shipment.parts:
+    def finish(self, contents: Contents, card_files: Mapping[str, bytes], check: Check | None) -> None:
+        for part in contents.parts:
             self._write_small(part)
         if self.new:
-            for key, data in shipment.small_files():
-                self._quarantine.write(key, data)
-            for key, data in (*card_files.items(), (ROOT_KEY, shipment.root)):
-                self._quarantine.write(key, data)
-        self._quarantine.keep_only(shipment.keys() | card_files.keys())
+            for key, data in contents.small_files():
+                self._staging.write(key, data)
+            for key, data in (*card_files.items(), (ROOT_KEY, contents.root)):
+                self._staging.write(key, data)
+        self._staging.keep_only(contents.keys() | card_files.keys())
         if self.new:
             if check is not None:
-                check(LogitCache.open(self._quarantine.cache.url))
-            self._quarantine.become(self._folder)
+                check(LogitCache.open(self._staging.cache.url))
+            self._staging.become(self._folder)
         else:
-            self._quarantine.sync()
-            for part in shipment.parts:
+            self._staging.sync()
+            for part in contents.parts:
                 self._merge(part)
-            if shipment.with_root:
-                for key, data in shipment.small_files():
+            if contents.with_root:
+                for key, data in contents.small_files():
                     publish_same(self.target, key, data)
-        self._quarantine.discard()
+        self._staging.discard()
 
     @property
     def kept_at(self) -> Path | None:
-        return self._quarantine.folder if self._quarantine.holds_objects() else None
+        return self._staging.folder if self._staging.holds_objects() else None
 
     @property
     def _folder(self) -> Path:
@@ -228,19 +228,19 @@ class FolderSink(Sink):
 
     def _write_small(self, part: Part) -> None:
         for key, data in part.at(self.target).metadata().items():
-            self._quarantine.write(key, data)
+            self._staging.write(key, data)
         if part.index is not None:
-            self._quarantine.write(part.index_key, part.index)
+            self._staging.write(part.index_key, part.index)
         if part.report is not None:
-            self._quarantine.write(part.report_key, part.report)
+            self._staging.write(part.report_key, part.report)
         if part.record is not None:
-            self._quarantine.write(part.record_key, part.record)
+            self._staging.write(part.record_key, part.record)
 
     def _merge(self, part: Part) -> None:
-        """Move a part into a cache that others may be reading, or completing, at this moment."""
+        """Move a part into a cache that other processes may be reading or completing."""
         if part.record is not None and not self.target.names(part.name):
             (self._folder / "teachers").mkdir(exist_ok=True)
-            rename_folder(self._quarantine.path(part.name), self._folder / part.name)
+            rename_folder(self._staging.path(part.name), self._folder / part.name)
             return
         receipts = self._receipts.get(part.name, [])
         with self.target.exclusive(part.source.receipts.folder):
@@ -258,13 +258,13 @@ class FolderSink(Sink):
         for key in keys:
             path = self._folder / key
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self._quarantine.path(key), path)
+            os.replace(self._staging.path(key), path)
             folders.update(path.parents[: len(Path(key).parts)])
         sync(folders)
 
 
 def _same_shard(part: Part, target: Store, shard: int, receipt: ShardReceipt) -> bool:
-    """Whether the target has a receipt of the shard; CorruptCache when that commits other bytes."""
+    """Whether the target has a receipt of the shard. Raises CorruptCache if it commits other bytes."""
     there = part.at(target).receipts.read(shard)
     if there is not None and there.objects != receipt.objects:
         raise other_bytes(part, target, shard)
@@ -272,16 +272,16 @@ def _same_shard(part: Part, target: Store, shard: int, receipt: ShardReceipt) ->
 
 
 def other_bytes(part: Part, target: Store, shard: int) -> CorruptCache:
-    """The error for a shard that the target has, made by another run or changed."""
+    """The error for a shard that the target has with other bytes, made by another run or changed."""
     key = part.source.receipts.key(shard)
     return CorruptCache(
-        f"{target.where(key)}: this shard is there with other bytes than {part.origin.where(key)} commits, and what "
-        f"is committed is never replaced; logit-cache verify tells whether one of them is damaged"
+        f"{target.where(key)}: this shard is there with other bytes than {part.origin.where(key)} commits, and "
+        f"committed shards are never replaced; logit-cache verify shows whether one of them is damaged"
     )
 
 
 class _Budget:
-    """Bytes that may be in memory at once. One object alone is always let in."""
+    """A limit on the bytes in memory at once. One object alone is always admitted."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -290,7 +290,7 @@ class _Budget:
 
     @contextlib.contextmanager
     def of(self, size: int) -> Iterator[None]:
-        """Wait until there is room for `size` bytes, and hold them while the body runs."""
+        """Wait until `size` bytes fit into the limit, and count them while the body runs."""
         with self._changed:
             self._changed.wait_for(lambda: self._used == 0 or self._used + size <= self._most)
             self._used += size

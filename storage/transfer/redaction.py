@@ -1,8 +1,8 @@
-"""A cache without its text: which records and receipts change when the tokens stay behind.
+"""A cache without its text: the records and receipts that change when the tokens are left out.
 
-The token stream goes, and with it `label_logprob`, which is the one array that was made from the *next* token: a
-stored id whose log-prob equals it is that token. What is left still reveals text, because a teacher that knows it
-expects its words; this is a smaller leak, not none. All other objects keep their bytes.
+The token stream is left out, and with it `label_logprob`, the one array that was made from the *next* token: a stored
+id whose log-prob equals it is that token. The other targets still reveal text, because a teacher that knows it expects
+its words; this is a smaller leak, not none. All other objects keep their bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LABEL = "label_logprob"
 
 
 def without_tokens(record: CacheRecord) -> CacheRecord:
-    """The record of the same cache without the arrays of the token stream; its digest of them stays."""
+    """The record of the same cache without the arrays of the token stream; it keeps the digest of them."""
     return record.model_copy(update={"corpus": record.corpus.model_copy(update={"tokens_included": False})})
 
 
@@ -28,10 +28,10 @@ def without_label(entry: TeacherEntry) -> TeacherEntry:
 
 
 def receipt_without_label(receipt: ShardReceipt, record_sha256: str) -> ShardReceipt:
-    """What commits the same shard of the entry without `label_logprob`; the same at every call, so copying resumes."""
+    """The receipt of the same shard of the entry without `label_logprob`; deterministic, so that a copy resumes."""
     objects = {name: item for name, item in receipt.objects.items() if name != LABEL}
-    # Sums over label_logprob go with it: they are the teacher's loss on the text, shard by shard, and a summary made
-    # of them would speak of an array that is not there.
+    # Sums over label_logprob are removed too: they are the teacher's loss on the text, shard by shard, and a summary of
+    # them would be of an array that is not there.
     statistics = receipt.statistics and receipt.statistics.model_copy(update={"labelled": 0, "label_nats": 0.0})
     return receipt.model_copy(update={"record_sha256": record_sha256, "objects": objects, "statistics": statistics})
 

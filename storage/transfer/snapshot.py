@@ -1,4 +1,4 @@
-"""What a source held when a copy began: every later read must find the same."""
+"""The small files of a source as they were when a copy started: every later read returns the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from storage.stores.base import MOST_BYTES, Result, Store
 
 
 class Snapshot(Store):
-    """A source whose small files are fetched once: whoever reads one again gets the bytes of the first time."""
+    """A source whose small files are fetched once into `folder`: later reads return the bytes of the first."""
 
     def __init__(self, source: Store, folder: Path) -> None:
         self.source = source
@@ -23,7 +23,7 @@ class Snapshot(Store):
 
     @property
     def kept(self) -> list[str]:
-        """Keys of what was fetched, sorted; each lies in the folder under its key."""
+        """Keys of the fetched files, sorted; each is in the folder under its key."""
         return sorted(self._kept)
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:

@@ -1,10 +1,10 @@
-"""Where a copy waits until all of it has been checked: `<target>.incoming`, beside a local target.
+"""The staging folder of a copy until all of it has been checked: `<target>.incoming`, beside a local target.
 
     cache/      the copy as it will be
     manifest/   the records and receipts as the source has them; fetched anew by every run
 
-One process at a time has it. What a killed run left in `cache/` is used again where its sha256 is right. It is on the
-target's file system, so that leaving it is a rename.
+One process at a time holds its lock. A later run reuses the objects that a killed run left in `cache/` if their sha256
+is right. The folder is on the target's file system, so that a rename publishes the copy.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _BLOCK = 256 << 10  # stays in a processor cache between being read, hashed and 
 _SYNCS_AT_ONCE = 16
 
 
-class Quarantine:
-    """The folder of one copy on its way to one local target."""
+class StagingFolder:
+    """The staging folder of one copy to one local target."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,42 +40,42 @@ class Quarantine:
 
     @classmethod
     @contextlib.contextmanager
-    def beside(cls, target: Path) -> Iterator[Quarantine]:
-        """The quarantine of a target, kept afterwards only if it holds what another run can use.
+    def beside(cls, target: Path) -> Iterator[StagingFolder]:
+        """The locked staging folder of a target, kept afterwards only if it holds objects that another run can use.
 
-        Raises InputError when another process has it.
+        Raises InputError when another process holds the lock.
         """
         folder = target.with_name(target.name + SUFFIX)
-        descriptor = _claimed(folder)
+        descriptor = _locked(folder)
         try:
-            quarantine = cls(folder)
+            staging = cls(folder)
             _remove_links(folder)
-            shutil.rmtree(quarantine.manifest, ignore_errors=True)
-            quarantine.manifest.mkdir()
+            shutil.rmtree(staging.manifest, ignore_errors=True)
+            staging.manifest.mkdir()
             try:
-                yield quarantine
+                yield staging
             finally:
-                shutil.rmtree(quarantine.manifest, ignore_errors=True)
-                if not quarantine.holds_objects():
+                shutil.rmtree(staging.manifest, ignore_errors=True)
+                if not staging.holds_objects():
                     shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
 
     def path(self, key: str) -> Path:
-        """Where an object of the copy lies."""
+        """Path of an object of the copy."""
         return self.cache.local_path / key
 
     def holds_objects(self) -> bool:
-        """Whether a later run could use any of it."""
+        """Whether it holds files that a later run can use."""
         return any(names for _, _, names in os.walk(self.cache.local_path))
 
     def write(self, key: str, data: bytes) -> None:
-        """Put a small file there. It is synced with all others, in the end."""
+        """Write a small file; `sync` makes it durable together with all others."""
         with self._renamed(key) as temporary:
             temporary.write_bytes(data)
 
     def has(self, key: str, expected: ObjectDigest) -> bool:
-        """Whether an object is there with all its bytes: a run before this one has copied it."""
+        """Whether an earlier run has copied an object with all its bytes; compares length and sha256."""
         if self.cache.size(key) != expected.bytes:
             return False
         sha256 = hashlib.sha256()
@@ -84,7 +84,7 @@ class Quarantine:
         return sha256.hexdigest() == expected.sha256
 
     def copy(self, source: LocalStore, key: str, expected: ObjectDigest, advance: Callable[[int], None]) -> bool:
-        """Copy an object from a local source, block by block; False, and nothing there, if its bytes are others."""
+        """Copy an object from a local source, block by block; False, and no copy, if length or sha256 differ."""
         size, sha256 = 0, hashlib.sha256()
         with contextlib.suppress(_OtherBytes), self._renamed(key) as temporary:
             with temporary.open("wb", buffering=0) as file:
@@ -101,7 +101,7 @@ class Quarantine:
         return False
 
     def link(self, source: Path, key: str) -> bool:
-        """Make an object a second name of a file; False where the file system cannot."""
+        """Make an object a hard link to a file; False where the file system cannot."""
         try:
             with self._renamed(key) as temporary:
                 temporary.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ class Quarantine:
 
     @contextlib.contextmanager
     def _renamed(self, key: str) -> Iterator[Path]:
-        """A temporary name that becomes the key's when the body has written a file there."""
+        """A temporary file, renamed to the key's path after the body has written it."""
         path = self.path(key)
         if path.parent not in self._folders:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class Quarantine:
             raise
 
     def keep_only(self, keys: set[str]) -> None:
-        """Remove what does not belong to the copy: another source's, or a killed run's temporary files."""
+        """Remove all files that are not of the copy: those of another source, or temporary files of a killed run."""
         for key in self.cache.walk():
             if key not in keys:
                 self.path(key).unlink()
@@ -138,31 +138,31 @@ class Quarantine:
                     os.rmdir(os.path.join(parent, name))
 
     def become(self, target: Path) -> None:
-        """Sync everything, then give the copy the target's name. Raises InputError if that was taken meanwhile."""
+        """Sync everything, then rename the copy to the target. Raises InputError if that exists by now."""
         self.sync()
         rename_folder(self.cache.local_path, target)
 
     def sync(self) -> None:
-        """Make all files and folders of the copy durable."""
+        """fsync all files and folders of the copy."""
         folders = [parent for parent, _, _ in os.walk(self.cache.local_path)]
         files = [os.path.join(parent, name) for parent, _, names in os.walk(self.cache.local_path) for name in names]
-        # In one pass at the end, when the system has written most of it already, and many at once.
+        # In one pass at the end, when the system has written most of it already, and in parallel.
         sync(files)
         sync(folders)
 
     def discard(self) -> None:
-        """Remove all of it."""
+        """Remove the staging folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def sync(paths: Iterable[str | Path]) -> None:
-    """fsync of files or folders."""
+    """fsync files or folders, in parallel."""
     with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
         list(pool.map(_sync_one, paths))
 
 
 def rename_folder(folder: Path, target: Path) -> None:
-    """Give a folder a name that nothing has, durably; an empty folder there is replaced."""
+    """Rename a folder durably, replacing at most an empty folder. Raises InputError if the target exists."""
     try:
         os.rename(folder, target)
     except OSError as error:
@@ -182,8 +182,8 @@ def _sync_one(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _claimed(folder: Path) -> int:
-    """A descriptor of the folder with a lock on it; the kernel lets go of it when its holder is killed."""
+def _locked(folder: Path) -> int:
+    """A descriptor of the folder that holds a lock on it; the kernel releases it when its holder is killed."""
     while True:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -193,7 +193,7 @@ def _claimed(folder: Path) -> int:
         except FileNotFoundError:
             continue  # its last holder has just removed it
         except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}; it is where a copy is checked: move it away") from None
+            raise InputError(f"{folder}: {error.strerror}; a copy is staged there: move it away") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), folder.lstat()):
@@ -204,12 +204,12 @@ def _claimed(folder: Path) -> int:
         except FileNotFoundError:
             pass
         except OSError:
-            return descriptor  # a mount without locks: two runs would do the same work and check it all the same
+            return descriptor  # a mount without locks: two runs do the same work, and both check it
         os.close(descriptor)
 
 
 def _remove_links(folder: Path) -> None:
-    """Nothing of ours is a link; through one that somebody left here, a copy would write elsewhere."""
+    """Remove symbolic links: a copy has none, and would write elsewhere through one."""
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = os.path.join(parent, name)
@@ -218,11 +218,11 @@ def _remove_links(folder: Path) -> None:
 
 
 class _OtherBytes(Exception):
-    """What is being copied is not what was expected."""
+    """The bytes being copied are not the expected ones."""
 
 
 def _blocks(source: LocalStore, key: str) -> Iterator[memoryview]:
-    """An object from its beginning to its end; each block is overwritten by the next."""
+    """The blocks of an object in order; each is overwritten by the next."""
     buffer = memoryview(bytearray(_BLOCK))
     with source.opened(key) as descriptor:
         while count := os.readv(descriptor, [buffer]):

@@ -1,4 +1,4 @@
-"""A cache → batches: windows of tokens with their targets, in an order that one seed fixes.
+"""A cache as training batches: windows of tokens with their targets, in an order fixed by one seed.
 
-What is computed from a batch belongs to `student.loss`.
+Computations on a batch belong to `student.loss`.
 """

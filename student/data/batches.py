@@ -1,4 +1,4 @@
-"""Windows put together as batches of tensors, and their targets as rows of trained positions."""
+"""Collating windows into batches of tensors, and flattening their targets to rows of positions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from student.data.windows import Window
 def collate(windows: Sequence[Window]) -> dict[str, Any]:
     """A batch of windows as tensors.
 
-    input_ids, labels     int64 [B, T]; -100 where there is no next token or it is not trained on
-    shift_labels          the same tensor as labels. They are aligned already; transformers counts the tokens of an
-                          optimizer step over this name as given, and over `labels` as if it still had to shift them
+    input_ids, labels     int64 [B, T]; label -100 where there is no next token or it is not trained on
+    shift_labels          the same tensor as labels, which are aligned already: transformers counts the tokens of an
+                          optimizer step over this name as it is, and over `labels` as if it still had to shift them
     targets[name]         token_ids int32|int64 [B, T, K]; codes uint16 or logprobs float32 [B, T, K]; kept, certain
                           int32 [B, T]; top_logprob, log_tail, log_tail_half, entropy float32 [B, T]
     """
@@ -34,7 +34,7 @@ def collate(windows: Sequence[Window]) -> dict[str, Any]:
 
 
 def flat_targets(targets: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-    """Targets of a batch with the leading axes [B, T] made one [P], as the loss takes them."""
+    """Targets of a batch with the leading axes [B, T] flattened to [P], as the loss takes them."""
     return {name: {key: value.flatten(0, 1) for key, value in fields.items()} for name, fields in targets.items()}
 
 

@@ -1,9 +1,8 @@
-"""Where training windows lie in the token stream: integer arithmetic, and one random number per window and epoch.
+"""Position ranges of training windows in the token stream: integers, and one random number per window and epoch.
 
 Legend: `N` tokens of the stream, `D` documents, `T` positions of a window. Position `p` is *labelled* when the
-token `p + 1` follows it in the same document (or in the stream, when documents are not isolated); only labelled
-positions are trained on, and a window of length `n <= T` reads the positions `start .. start + n` and one more
-token.
+token `p + 1` follows it in the same document (or in the stream, when documents are not isolated). Only labelled
+positions are trained on; a window of length `n <= T` reads the positions `start .. start + n` and one more token.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Blocks:
 
     fixed: window i of a document reads ``[i * T, min((i + 1) * T, labelled))``: every labelled position once, the
     last window of a document shorter.
-    random: window i reads T positions from ``i * T + o`` on, with o drawn anew for every epoch and window from
+    random: window i reads T positions from ``i * T + o`` on, with the offset o sampled for every epoch and window from
     ``0 .. T - 1``, as far as the window stays inside its document. A document shorter than T gives one short
     window. So an epoch reads about as much as with fixed windows, not each position exactly once.
     """
@@ -64,23 +63,23 @@ class Blocks:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def place(self, window: int, epoch: int = 0) -> tuple[int, int]:
+    def span(self, window: int, epoch: int = 0) -> tuple[int, int]:
         """(first absolute position, number of positions) of a window in an epoch."""
-        return self.places([window + epoch * len(self)])[0]
+        return self.spans([window + epoch * len(self)])[0]
 
-    def places(self, indices: Sequence[int]) -> list[tuple[int, int]]:
-        """The same of some indices, ``epoch * len(self) + window``."""
+    def spans(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """(first absolute position, number of positions) by index, ``epoch * len(self) + window``."""
         epochs, windows = np.divmod(np.asarray(indices, dtype=np.int64), len(self))
         documents, blocks, lengths = self._locate(windows)
         inside = blocks * self.window_tokens
         if self.offset == "random":
             rooms = np.minimum(self.window_tokens, self.labelled[documents] - lengths - inside + 1)
-            drawn = zip(windows.tolist(), epochs.tolist(), rooms.tolist(), strict=True)
-            inside += np.array([self._draw(*each) for each in drawn], dtype=np.int64)
+            keys = zip(windows.tolist(), epochs.tolist(), rooms.tolist(), strict=True)
+            inside += np.array([self._random_offset(*key) for key in keys], dtype=np.int64)
         return list(zip((self.starts[documents] + inside).tolist(), lengths.tolist(), strict=True))
 
     def lengths(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many positions each of some windows reads (the same in every epoch)."""
+        """Number of positions of each of some windows, int64, the same in every epoch."""
         return self._locate(windows)[2]
 
     def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
@@ -88,9 +87,9 @@ class Blocks:
         block = windows - self._first[document]
         return document, block, np.minimum(self.window_tokens, self.labelled[document] - block * self.window_tokens)
 
-    def _draw(self, window: int, epoch: int, room: int) -> int:
-        # Keyed by what it is for, not drawn in sequence: any worker can compute any window of any epoch, and a
-        # resumed run draws what the first would have. The window stands in the counter's second word, so that
-        # neighbouring windows do not share blocks of the generator's output.
+    def _random_offset(self, window: int, epoch: int, room: int) -> int:
+        # Keyed by seed, epoch and window, not sampled in sequence: any worker can compute any window of any epoch, and
+        # a resumed run gets the same offsets. The window is the counter's second word, so that neighbouring windows do
+        # not share blocks of the generator's output.
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, window, 0, 0]))
         return int(generator.integers(room))

@@ -3,14 +3,14 @@
 Legend: `g` windows of a group (neighbours in the stream), `G` windows of an optimizer step over all processes,
 `L` lanes, `B` groups held at a time over all lanes.
 
-Groups are shuffled and dealt to the lanes. Each lane shuffles its windows within a buffer of B / L groups, and every
-step takes G / L windows from each lane, one lane after the other::
+Groups are shuffled and dealt to the lanes. Each lane shuffles its windows within a shuffle buffer of B / L groups, and
+every step takes G / L windows from each lane, one lane after the other::
 
     step 0 |lane 0 ........|lane 1 ........| ... |lane L-1 ......|
     step 1 |lane 0 ........|lane 1 ........| ... |lane L-1 ......|
 
-Whoever cuts a step into equal runs, over ranks and over micro-batches, cuts it between lanes: with W ranks and A
-micro-batches, W * A a divisor of L, a rank meets the same L / W lanes in every step, and decodes their chunks alone.
+A step cut into equal runs, over ranks and over micro-batches, is cut between lanes: with W ranks and A micro-batches,
+W * A a divisor of L, a rank reads the same L / W lanes in every step, and no other rank decodes their chunks.
 With other numbers of ranks the order is the same, and neighbouring ranks share some chunks.
 """
 
@@ -28,8 +28,8 @@ GROUP_TOKENS = 8_192
 for students of different teachers, and for a control that has none."""
 
 LANES = 8
-"""The most lanes that there are: as many processes decode no chunk twice. Their number is a matter of the step alone,
-never of the processes, or another number of these would read another order."""
+"""The largest number of lanes: up to as many processes decode no chunk twice. The number of lanes depends on the step
+alone, never on the processes, so that the order is the same for any number of them."""
 
 BUFFER_GROUPS = 16
 
@@ -43,17 +43,17 @@ class ReadingOrder(Sampler[int]):
     group_windows      g
     windows_per_step   G; the lanes are its greatest divisor of the form 2**n up to `LANES`
     buffer_groups      B
-    whole_steps        whether an epoch ends with its last whole step, and leaves out the rest: other windows in each
-                       epoch. Cut here, and not by batches or ranks, an epoch has the same steps however these are
+    whole_steps        whether an epoch ends with its last whole step and drops the rest, other windows in each epoch.
+                       Cut here, and not by batches or ranks, an epoch has the same steps for any number of these
 
-    Two windows of one group, which share chunks of the cache, are less than ``B * g + G`` places apart while all lanes
+    Two windows of one group, which share chunks of the cache, are less than ``B * g + G`` indices apart while all lanes
     have groups, and a reader that holds B decoded chunks decodes each about once per epoch. (With 16 groups of 8,192
-    positions that is 131,072 positions and a step.) Lanes end within two groups of each other; from where the first one
-    ends, what is left of the others is shuffled together and is the end of the epoch: there they can be farther apart.
+    positions that is 131,072 positions and a step.) Lanes end within two groups of each other; when the first one
+    ends, the rest of the others is shuffled together and ends the epoch: there they can be farther apart.
 
-    The order knows nothing of batches, processes or workers: they cut it up. It yields ``epoch * windows + window``,
-    so that whoever loads a window knows the epoch without being told; `set_epoch` chooses the epoch. An epoch's order
-    is made as it is read: memory is B groups, and one number per group of the corpus.
+    The order is independent of batches, processes and workers, which cut it up. It yields ``epoch * windows + window``,
+    so that a worker process gets the epoch from the index; `set_epoch` chooses the epoch. An epoch's order is computed
+    as it is read: memory is B groups, and one number per group of the corpus.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ReadingOrder(Sampler[int]):
         return np.concatenate(list(self._pieces(epoch)) or [np.zeros(0, dtype=np.int64)])
 
     def _pieces(self, epoch: int) -> Iterator[NDArray[np.int64]]:
-        """The order of an epoch, a step at a time, then what is left of the lanes."""
+        """The order of an epoch, a step at a time, then the rest of the lanes."""
         groups = self._generator(epoch, _GROUPS, 0).permutation(-(-self.windows // self.group_windows))
         lanes = [_Lane(self, epoch, number, groups[number :: self.lanes]) for number in range(self.lanes)]
         share = self.windows_per_step // self.lanes
@@ -107,7 +107,7 @@ class ReadingOrder(Sampler[int]):
 
 
 class _Lane:
-    """The windows of a lane's groups, shuffled buffer by buffer; `len` is what has not been taken yet."""
+    """The windows of a lane's groups, shuffled buffer by buffer; `len` is the number not taken yet."""
 
     def __init__(self, order: ReadingOrder, epoch: int, number: int, groups: NDArray[np.int64]) -> None:
         self._order, self._epoch, self._number, self._groups = order, epoch, number, groups

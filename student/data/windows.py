@@ -3,10 +3,10 @@
 Legend: `N` tokens of the stream, `T` positions of a window, `B` windows of a batch, `K` stored ids, `V` vocabulary.
 
 A window of T positions reads T + 1 tokens and T targets from one absolute range, so inputs, labels and targets
-cannot drift apart: ``input_ids[t] = tokens[s + t]``, ``labels[t] = tokens[s + t + 1]``, targets ``s + t``. All T
+cannot get misaligned: ``input_ids[t] = tokens[s + t]``, ``labels[t] = tokens[s + t + 1]``, targets ``s + t``. All T
 positions are trained on (labels that a model shifts itself would lose one of them).
 
-Log-probs travel as they are stored and are decoded on the training device (`student.loss.teacher_targets`).
+Log-probs stay encoded as stored and are decoded on the training device (`student.loss.teacher_targets`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Window = dict[str, Any]
 _COUNTS = ("kept", "certain")
 _FLOATS = ("top_logprob", "log_tail", "log_tail_half", "entropy")
 
-# Targets of the positions that fill up a short window. The loss ignores them, as their label says; they are a
-# distribution all the same (half on id 0, half on the tail), so that no NaN can come of them on the way.
+# Fill values for the padding of a short window. The loss ignores it, as its label is NOT_TRAINED; it is a valid
+# distribution all the same (half on id 0, half on the tail), so that it cannot cause a NaN.
 _FILL = {
     "token_ids": 0,
     "codes": 0,
@@ -55,12 +55,12 @@ class DistillationWindows(Dataset[Window]):
 
     cache_url            path or URL of a cache
     teachers             names of complete teacher entries that agree on the isolation of documents
-    window_tokens        T; need not be what the teachers read at once
+    window_tokens        T; may differ from the teachers' context length
     offset               "fixed" or "random", see `student.data.blocks`; take "fixed" for evaluation
     isolate_documents    whether windows stay inside documents; None follows the teachers (False without any)
 
     An index is ``epoch * len(self) + window``, as `student.data.order.ReadingOrder` yields them: a loader's workers
-    need no state, and going on in the middle of an epoch is a matter of the index alone.
+    need no state, and resuming in the middle of an epoch depends on the index alone.
 
     Items are dictionaries of numpy arrays; `collate` makes a batch of them. Holds the URL and opens the cache in
     each process on first use (handles of remote stores do not survive a fork).
@@ -95,7 +95,7 @@ class DistillationWindows(Dataset[Window]):
         self.blocks = self._blocks(offset)
 
     def cut(self, window_tokens: int, offset: Offset) -> DistillationWindows:
-        """Other windows over the same tokens and targets; nothing is opened or checked again but the length."""
+        """Other windows over the same tokens and targets; only the length is checked again, nothing is reopened."""
         if (window_tokens, offset) == (self.window_tokens, self.blocks.offset):
             return self
         other = copy.copy(self)
@@ -135,19 +135,19 @@ class DistillationWindows(Dataset[Window]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Window]:
-        """The windows of a batch, in the order asked for; neighbouring ranges are read in one piece."""
-        places = self.blocks.places(indices)
+        """The windows of a batch, in the order of the indices; adjacent or overlapping ranges share one read."""
+        spans = self.blocks.spans(indices)
         windows: list[Window] = [{} for _ in indices]
-        by_start = sorted(range(len(places)), key=lambda i: places[i])
+        by_start = sorted(range(len(spans)), key=lambda i: spans[i])
         first = 0
         while first < len(by_start):
-            start, stop, last = places[by_start[first]][0], sum(places[by_start[first]]), first + 1
-            while last < len(by_start) and places[by_start[last]][0] <= stop:
-                stop = max(stop, sum(places[by_start[last]]))
+            start, stop, last = spans[by_start[first]][0], sum(spans[by_start[first]]), first + 1
+            while last < len(by_start) and spans[by_start[last]][0] <= stop:
+                stop = max(stop, sum(spans[by_start[last]]))
                 last += 1
-            span = _Span(self._cache(), self.teachers, start, stop)
+            merged = _Span(self._cache(), self.teachers, start, stop)
             for i in by_start[first:last]:
-                windows[i] = span.window(*places[i], self.window_tokens)
+                windows[i] = merged.window(*spans[i], self.window_tokens)
             first = last
         return windows
 
@@ -180,13 +180,13 @@ class _Span:
                 name: {key: values[cut] for key, values in arrays.items()} for name, arrays in self._targets.items()
             },
         }
-        return window if length == window_tokens else _filled_up(window, window_tokens)
+        return window if length == window_tokens else _padded_window(window, window_tokens)
 
 
 def reading_order(
     windows: DistillationWindows, windows_per_step: int = LANES, whole_steps: bool = False
 ) -> ReadingOrder:
-    """The order in which windows are read for training: a sampler, the same for every student of their seed.
+    """The sampler of windows for training: the same order for every student with their seed.
 
     windows_per_step: of an optimizer step, over all processes and micro-batches. Where it is a multiple of 8, up to
     eight processes decode no chunk of the cache twice. whole_steps: an epoch ends with its last whole step.
@@ -201,7 +201,7 @@ def reading_order(
 
 
 def target_arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
-    """Targets [n] as they travel to the training device, by name; see `collate`."""
+    """Targets [n] as numpy arrays by name, in the dtypes that `collate` lists."""
     # uint32 ids need 64 bits: unused columns hold the type's maximum, and torch cannot index with unsigned types.
     wide = np.int64 if targets.token_ids.dtype == np.uint32 else np.int32
     arrays: dict[str, NDArray[Any]] = {"token_ids": targets.token_ids.astype(wide)}
@@ -214,28 +214,28 @@ def target_arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _filled_up(window: Window, length: int) -> Window:
-    """A window of fewer positions brought to `length`."""
+def _padded_window(window: Window, length: int) -> Window:
+    """A window of fewer positions padded to `length`."""
     return {
-        # With the last token and not with a padding id, which some models look for and warn of.
-        "input_ids": _filled(window["input_ids"], length, int(window["input_ids"][-1])),
-        "labels": _filled(window["labels"], length, NOT_TRAINED),
+        # With the last token and not with a padding id, which some models detect and warn about.
+        "input_ids": _padded(window["input_ids"], length, int(window["input_ids"][-1])),
+        "labels": _padded(window["labels"], length, NOT_TRAINED),
         "targets": {
-            name: {key: _filled(values, length, _FILL[key]) for key, values in arrays.items()}
+            name: {key: _padded(values, length, _FILL[key]) for key, values in arrays.items()}
             for name, arrays in window["targets"].items()
         },
     }
 
 
-def _filled(values: NDArray[Any], length: int, fill: float) -> NDArray[Any]:
-    """`values` [n, ...] brought to [length, ...]."""
+def _padded(values: NDArray[Any], length: int, fill: float) -> NDArray[Any]:
+    """`values` [n, ...] padded to [length, ...]."""
     full = np.full((length, *values.shape[1:]), fill, dtype=values.dtype)
     full[: len(values)] = values
     return full
 
 
 def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
-    """A complete entry of this cache's own stream and tokenizer, or an error that says what is wrong with it."""
+    """A complete entry of this cache's own stream and tokenizer; raises IdentityMismatch or IncompleteCache."""
     targets = cache.teacher(name)
     entry = targets.entry
     pairs = {
@@ -259,7 +259,7 @@ def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
 
 
 def _isolation(entries: dict[str, TeacherEntry], wanted: bool | None) -> bool:
-    """Whether windows stay inside documents: what the teachers saw, since the student must see no more."""
+    """Whether windows stay inside documents: as for the teachers, since the student must see no more context."""
     words = {True: "isolated documents", False: "the stream across documents"}
     found = {name: entry.windowing.isolate_documents for name, entry in entries.items()}
     if len(set(found.values())) > 1:

@@ -1,4 +1,4 @@
-"""How good a model is: held-out text, the KL to its teachers, minimal pairs.
+"""Evaluation of a model: held-out text, the KL to its teachers, minimal pairs.
 
 Nothing here trains.
 """

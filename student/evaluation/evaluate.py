@@ -1,6 +1,6 @@
-"""What a saved model scores: held-out text of a cache, minimal pairs, and the report of both.
+"""Evaluation of a saved model: on held-out text of a cache, on minimal pairs, and the report of both.
 
-Any causal language model that transformers saved will do; ours and others' are measured alike.
+Any causal language model that transformers saved can be evaluated; ours and others' are measured alike.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
-from storage.config import Frozen
 from storage.errors import IdentityMismatch, InputError
 from storage.files import replace_file
 from storage.format.identity import differing_entries, has_tokenizer, vocabulary_sha256
 from storage.progress import Track
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import HeldOut, held_out
+from student.evaluation.job import EvaluationJob, Reported
 from student.evaluation.lm_eval_tasks import check_folder, write_tasks
 from student.evaluation.minimal_pairs import (
     PairScores,
@@ -40,49 +40,12 @@ from student.evaluation.minimal_pairs import (
 from student.models import load_student
 from student.report import HeldOutKL
 
-# AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
 
-
-class _Frozen(Frozen):
-    # A model that is hopelessly wrong has an infinite perplexity, and its report must still be JSON.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-
-class EvaluationJob(_Frozen):
-    """What to measure of which model.
-
-    model              a model directory, with a tokenizer where pairs are scored
-    cache              path or URL of a held-out token stream of the model's tokenizer
-    teachers           entries of that cache to which the KL is measured
-    pairs              folder of JSONL files with minimal pairs
-    window_tokens      positions of a held-out window; a model that reads more context scores better
-    isolate_documents  whether windows stay inside documents; None: as the teachers saw them, across without any
-    batch_size         windows, or sentences, in one pass at most
-    limit              pairs per paradigm; all of them by default
-    leading_space      whether a space is put in front of each sentence, as lm-eval's `blimp` does
-    device, dtype      where and as what the model runs; CUDA where there is one, and float32
-    lm_eval_tasks      folder to write the pairs to as tasks for lm-eval
-    """
-
-    model: str
-    cache: str | None = None
-    teachers: tuple[str, ...] = ()
-    pairs: str | None = None
-    window_tokens: int = Field(128, ge=1)
-    isolate_documents: bool | None = None
-    batch_size: int = Field(64, ge=1)
-    limit: int | None = Field(None, ge=1)
-    leading_space: bool = True
-    device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    lm_eval_tasks: str | None = None
-
-
-class HeldOutScores(_Frozen):
+class HeldOutScores(Reported):
     """Held-out figures over every labelled position once.
 
     Cross-entropy in nats. Per byte: of the text's UTF-8 bytes, so that models of different tokenizers compare; None
-    where the bytes of what is scored are not known (a loss mask). ece (expected calibration error of the top-1
+    where the bytes of the scored positions are not known (a loss mask). ece (expected calibration error of the top-1
     prediction) and accuracy are fractions. kl: KL(teacher || model) by teacher.
     """
 
@@ -98,7 +61,7 @@ class HeldOutScores(_Frozen):
 
     @classmethod
     def of(cls, found: HeldOut) -> HeldOutScores:
-        """The same figures, with those per byte spelt out."""
+        """The scores of `found`, with the figures per byte derived from its bits per byte."""
         bits = found.bits_per_byte
         nats = None if bits is None else bits * math.log(2)
         return cls(
@@ -117,8 +80,8 @@ class HeldOutScores(_Frozen):
         )
 
 
-class EvaluationReport(_Frozen):
-    """The figures of one model. `prefix_token` is the one that sentences were given, None without pairs."""
+class EvaluationReport(Reported):
+    """The figures of one model. `prefix_token` starts every sentence; None without pairs."""
 
     kind: Literal["evaluation report"] = "evaluation report"
     job: EvaluationJob
@@ -132,20 +95,13 @@ class EvaluationReport(_Frozen):
 
 
 def evaluate(job: EvaluationJob, track: Track | None = None) -> EvaluationReport:
-    """Measure what a job asks for; everything that can be wrong with it is looked at before the model runs.
+    """Make the measurements of a job; everything that can be wrong with it is checked before the model runs.
 
-    `track(name, total, unit)` opens a progress display and gives the function that advances it.
-    Raises InputError, IdentityMismatch (the cache has another tokenizer) and what opening a cache raises.
+    `track(name, total, unit)` opens a progress display and returns the function that advances it.
+    Raises InputError, IdentityMismatch (the cache has another tokenizer) and the errors of `DistillationWindows`.
     """
     show = track or _silent
-    if job.cache is None and job.pairs is None:
-        raise InputError(f"{job.model}: nothing to measure: give a held-out --cache, a folder of --pairs, or both")
-    if job.teachers and job.cache is None:
-        raise InputError(f"{job.model}: --teacher names entries of the held-out cache: give --cache too")
-    if job.lm_eval_tasks is not None and job.pairs is None:
-        raise InputError("--lm-eval-tasks writes the pairs of --pairs as tasks: give that folder too")
-    if not Path(job.model).expanduser().is_dir():
-        raise InputError(f"{job.model}: expected the directory of a saved model, found no directory there")
+    job.check()
     device = _device(job.device)
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
     if job.lm_eval_tasks is not None:
@@ -205,6 +161,7 @@ def _device(name: str | None) -> torch.device:
 def _tokenizer(model: str) -> Any:
     """The tokenizer beside a model, None where there is none."""
     folder = Path(model).expanduser()
+    # AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
     if not has_tokenizer(folder):
         return None
     try:
@@ -218,7 +175,7 @@ def _tokenizer(model: str) -> Any:
 
 
 def _check_vocabulary(job: EvaluationJob, cache: LogitCache, tokenizer: Any) -> None:
-    """Refuse a stream of other ids than the model's; a model without a tokenizer is taken at its word."""
+    """Raise IdentityMismatch for a stream of another vocabulary; a model without a tokenizer is not checked."""
     if tokenizer is None:
         return
     theirs = dict(tokenizer.get_vocab())
@@ -247,7 +204,7 @@ def _load(
     needed = 1 + max((max(sentence) for sentence in sentences), default=0)
     if windows is not None:
         needed = max(needed, windows.vocabulary_size)
-    # One bar for each measurement says enough.
+    # Each measurement has a progress bar of its own.
     disable_progress_bar()  # type: ignore[no-untyped-call]
     names = ("bos", "eos", "pad")
     model: Any = load_student(
@@ -263,8 +220,8 @@ def _load(
             f"{job.pairs}: its longest sentence has {longest} tokens, and {job.model} reads at most {positions}: "
             "leave out longer sentences, or take a model of more positions"
         )
-    placed: PreTrainedModel = model.to(device=device, dtype=getattr(torch, job.dtype)).eval()
-    return placed
+    loaded: PreTrainedModel = model.to(device=device, dtype=getattr(torch, job.dtype)).eval()
+    return loaded
 
 
 def table(report: EvaluationReport) -> str:
@@ -317,5 +274,5 @@ def table(report: EvaluationReport) -> str:
 
 
 def write_report(report: EvaluationReport, file: str) -> None:
-    """The report as JSON, in place at once."""
+    """Write the report as JSON, by an atomic rename."""
     replace_file(Path(file).expanduser(), (report.model_dump_json(indent=1) + "\n").encode())

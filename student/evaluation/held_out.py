@@ -3,7 +3,7 @@
 Legend: `P` positions of a batch (flattened), `V` vocabulary, `W` columns of the model's head (W >= V), `B` bins.
 
 Every figure is a ratio of sums over positions. The sums are kept in float64 and divided once, so that neither the
-batch size nor the number of processes changes a result; a process hands its sums to the others as one flat tensor.
+batch size nor the number of processes changes a result; processes exchange their sums as one flat tensor.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ BINS = 15
 
 # Evaluation needs no backward pass, so a few megabytes of float32 at a time are enough, whatever the batch.
 _CHUNK_LOGITS = 1 << 24
-# What one pass of a model may return where the batch is ours to choose.
+# Logits that one forward pass may return, at most, where the batch size is ours to choose.
 BATCH_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a model scores on held-out text.
+    """Figures of a model on held-out text.
 
     tokens           positions scored
     cross_entropy    nats per token, normalised over all W columns
@@ -44,8 +44,8 @@ class HeldOut:
     accuracy         share of positions where that token is the one that follows
     kl               by teacher: KL(teacher || model) at temperature 1, nats per token
     kl_is_lower_bound   by teacher: True when any position's tail was one bucket; False where K = V throughout, and
-                     where drawn ids (VarOpt, temperature 1) estimate the dense KL without bias
-    distillation_loss   what a run trains on, per token; None where it was not asked for
+                     where sampled ids (VarOpt, temperature 1) estimate the dense KL without bias
+    distillation_loss   the run's training loss, per token; None where it was not asked for
     """
 
     tokens: int
@@ -65,7 +65,7 @@ class HeldOutSums:
     ECE is ``sum_b n_b / N * |correct_b / n_b - confidence_b / n_b|`` over 15 bins of equal width (lower end
     excluded) of the confidence q(top-1) (Guo et al. 2017). Top-1 is taken among the columns below V, its
     probability from the same softmax over all W columns as the cross-entropy. `members` are the teachers whose
-    targets come with the batches; their weights play no part.
+    targets come with the batches; their weights are not used.
     """
 
     def __init__(self, vocabulary_size: int, members: Sequence[Member] = ()) -> None:
@@ -96,7 +96,7 @@ class HeldOutSums:
         lse = torch.logsumexp(z, 1)
         nats = lse - z.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         top, guess = z[:, : self.vocabulary_size].max(1)
-        # Vectors of [P] go to the CPU and are summed there in float64: some devices have no such type.
+        # Vectors of [P] are copied to the CPU and summed there in float64, which some devices lack.
         keep = scored.cpu()
         confidence = _kept((top - lse).exp(), keep)
         correct = _kept(guess == labels, keep)
@@ -118,7 +118,7 @@ class HeldOutSums:
         return torch.cat([self._tokens[None], self._nats[None], self._bins.flatten(), self._kl.flatten()])
 
     def load(self, sums: Tensor) -> None:
-        """Replace the sums by those of a tensor that `tensor` gave, or of several added together."""
+        """Replace the sums by those of a tensor that `tensor` returned, or of several added together."""
         found = sums.detach().to("cpu", torch.float64)
         expected = 2 + self._bins.numel() + self._kl.numel()
         if found.shape != (expected,):
@@ -165,8 +165,8 @@ def held_out(
     """Figures of a model over every labelled position of a cache once, as training reports them; no trainer needed.
 
     windows: those of the cache, at a fixed offset; the KL is measured to the teachers whose targets they read.
-    batch_windows at most go through the model at once, fewer where B·T·W is large. `advance` is given the number of
-    windows done. Raises InputError where `HeldOutSums` does.
+    batch_windows at most go through the model at once, fewer where B·T·W is large. `advance` is called with the number
+    of windows done. Raises InputError where `HeldOutSums` does.
     """
     device = next(model.parameters()).device
     rows = max(1, min(batch_windows, BATCH_LOGITS // (windows.window_tokens * head_columns(model))))
@@ -185,7 +185,7 @@ def held_out(
 
 
 def bytes_per_token(windows: DistillationWindows) -> float | None:
-    """Bytes of UTF-8 text per token of a stream; None where the bytes of what is scored are not known."""
+    """Bytes of UTF-8 text per token of a stream; None where the bytes of the scored positions are not known."""
     corpus = windows.record.corpus
     known = corpus.text_bytes > 0 and not corpus.has_loss_mask
     return corpus.text_bytes / corpus.positions if known else None
@@ -211,7 +211,7 @@ def next_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def head_columns(model: nn.Module) -> int:
     """W: the columns of a model's logits, found by running one token."""
-    # Any id but the padding id, which some models look for and warn of.
+    # Any id but the padding id, of which some models warn.
     token = 1 if getattr(getattr(model, "config", None), "pad_token_id", None) == 0 else 0
     ids = torch.full((1, 1), token, device=next(model.parameters()).device)
     return int(model(input_ids=ids, use_cache=False).logits.shape[-1])

@@ -37,8 +37,8 @@ def check_folder(folder: str | Path) -> None:
 def write_tasks(pairs: Sequence[Pair], folder: str | Path, leading_space: bool = True) -> dict[str, str]:
     """Write the tasks and groups of these pairs; returns the task's name by paradigm.
 
-    ``lm_eval --tasks pairs --include_path FOLDER`` runs them all. Accuracies of a group are over its pairs together,
-    that of `pairs` too. The folder may be moved only with its paths rewritten: lm-eval wants absolute ones.
+    ``lm_eval --tasks pairs --include_path FOLDER`` runs them all. The accuracy of a group is over all its pairs
+    together, that of `pairs` too. A moved folder needs its paths rewritten: lm-eval requires absolute ones.
     """
     check_folder(folder)
     path = Path(folder).expanduser().resolve()
@@ -86,7 +86,7 @@ def _group(name: str, shown: str, tasks: list[str]) -> dict[str, Any]:
 
 
 def _name(wanted: str, taken: Sequence[str] | Any) -> str:
-    """A name that is also a file's, and no other's; lm-eval reads commas and stars as lists and patterns."""
+    """A unique name that is also a file name; lm-eval reads commas and stars as lists and patterns."""
     plain = re.sub(r"[^A-Za-z0-9_.-]", "_", wanted)
     used, number, name = {other.lower() for other in taken}, 1, plain
     while name.lower() in used:

@@ -5,11 +5,11 @@ Legend: `N` pairs, `S` sentences, `B` sentences of a batch, `T` tokens of the lo
 
 ``log p(x) = sum_t log softmax(logits(prefix, x_1 … x_{t-1}))[x_t]`` in nats, over all tokens of the sentence and all W
 columns, given one prefix token: the tokenizer's BOS, or EOS where it has none. A pair is right when the good sentence
-is strictly the more probable. This is what lm-eval's `multiple_choice` tasks do with an empty context, but for ties:
-lm-eval counts them right. Like lm-eval's own `blimp`, a sentence is scored with a space in front unless it is asked
-for as written; tokenizers that put the space there themselves (all that this project trains) make no difference.
+is strictly the more probable. lm-eval's `multiple_choice` tasks score alike with an empty context, but for ties, which
+they count right. Like lm-eval's own `blimp`, a sentence is scored with a space in front unless it is to be scored as
+written; tokenizers that put the space there themselves (all that this project trains) make no difference.
 
-The pairs come as BLiMP does (Warstadt et al. 2020): a folder of JSONL files.
+The pairs have BLiMP's format (Warstadt et al. 2020): a folder of JSONL files.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ class Pair:
 
 
 class GroupScore(Frozen):
-    """`accuracy` is the share of right pairs."""
+    """Number of pairs, and `accuracy`: the share of right ones."""
 
     pairs: int
     accuracy: float
 
 
 class ParadigmScore(GroupScore):
-    """One paradigm, and the group that it counts to."""
+    """The score of one paradigm, and the group it belongs to."""
 
     group: str
 
 
 class PairScores(Frozen):
-    """What a model makes of a folder of minimal pairs; accuracies are fractions.
+    """Scores of a model on a folder of minimal pairs; accuracies are fractions.
 
     mean_over_groups     of the groups' accuracies, unweighted; over BLiMP's 12 it is the BLiMP score of the BabyLM
                          papers, Baby Llama and BabyLlama-2 among them
@@ -124,7 +124,7 @@ def read_pairs(folder: str | Path, limit: int | None = None) -> list[Pair]:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where each line is, and what is in it."""
+    """Location and object of each line that is not blank."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -166,7 +166,7 @@ def sentences_of(pairs: Sequence[Pair]) -> list[str]:
 
 
 def prefix_id(tokenizer: Any) -> int:
-    """The token that every sentence is given: BOS, or EOS where there is no BOS. Raises InputError without either."""
+    """The token that starts every sentence: BOS, or EOS where there is no BOS. Raises InputError without either."""
     for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if found is not None:
             return int(found)
@@ -177,7 +177,7 @@ def prefix_id(tokenizer: Any) -> int:
 
 
 def encode(tokenizer: Any, texts: Sequence[str], leading_space: bool = True) -> list[Sentence]:
-    """Prefix and tokens of each text, with no other special tokens; a text that begins with the prefix has it once.
+    """Prefix and tokens of each text, with no other special tokens; a text that starts with the prefix has it once.
 
     leading_space: tokenize a space and then the text, as lm-eval's `blimp` does.
     """
@@ -197,17 +197,17 @@ def sentence_logprobs(
 ) -> Tensor:
     """``log p(x_1 … x_n | x_0)`` of each sentence of ids: float64 [S], nats, on the CPU.
 
-    The longest come first, sentences of similar length together and each distinct one once. Batches are filled up on
-    the right with tokens that nothing looks at, have at most `batch_sentences` rows, and shrink where B·T·W is large.
-    Log-probs are float32, whatever the model's dtype, and added up in float64. `advance` is given the number of
+    Sentences are sorted by length, the longest first, and each distinct one is scored once. Batches are padded on the
+    right, where no scored position attends, have at most `batch_sentences` rows, and shrink where B·T·W is large.
+    Log-probs are float32, whatever the model's dtype, and summed in float64. `advance` is called with the number of
     sentences done. Raises InputError when a log-prob is NaN.
     """
     device = next(model.parameters()).device
     columns = head_columns(model)
-    places: dict[Sentence, list[int]] = defaultdict(list)
+    indices: dict[Sentence, list[int]] = defaultdict(list)
     for index, sentence in enumerate(sentences):
-        places[sentence].append(index)
-    todo = sorted(places, key=lambda sentence: (-len(sentence), sentence))
+        indices[sentence].append(index)
+    todo = sorted(indices, key=lambda sentence: (-len(sentence), sentence))
     result = torch.zeros(len(sentences), dtype=torch.float64)
     was_training = model.training
     model.eval()
@@ -227,9 +227,9 @@ def sentence_logprobs(
                 "weights are broken, or overflow in its dtype (then take bfloat16 or float32)"
             )
         for sentence, value in zip(batch, sums, strict=True):
-            result[places[sentence]] = value
+            result[indices[sentence]] = value
         if advance is not None:
-            advance(sum(len(places[sentence]) for sentence in batch))
+            advance(sum(len(indices[sentence]) for sentence in batch))
     model.train(was_training)
     return result
 
@@ -252,7 +252,7 @@ def score_pairs(
 
 
 def tally(pairs: Sequence[Pair], logprobs: Tensor) -> PairScores:
-    """Accuracies of pairs and their log-probabilities [N, 2], good first; ties are wrong."""
+    """Accuracies from the log-probabilities [N, 2] of pairs, good first; ties are wrong."""
     margin = logprobs[:, 0] - logprobs[:, 1]
     right = (margin > 0).tolist()
     by_group: dict[str, list[bool]] = defaultdict(list)

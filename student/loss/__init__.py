@@ -1,4 +1,4 @@
-"""Targets and logits → one number and its gradient: divergences, tails, mixtures, the fused output layer.
+"""The distillation loss and its gradient: divergences, treatments of the tail, mixtures, the fused LM head.
 
-Nothing here knows of caches, files or the trainer.
+Nothing here depends on caches, files or the trainer.
 """

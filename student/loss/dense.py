@@ -1,11 +1,11 @@
-"""The distillation loss with the teachers' whole distributions at hand: teachers that run beside the student.
+"""``alpha * CE + (1 - alpha) * tau**2 * D(p, q)`` with live teachers, which run beside the student: every id counts.
 
 Legend: `B` windows, `T` positions of a window, `P` = B·T positions, `r` rows of one chunk, `V` vocabulary, `W` columns
-of the student's head (W >= V), `tau` the temperature. Everything is in nats.
+of the student's LM head (W >= V), `tau` the temperature. Everything is in nats.
 
-What a cache saves is measured against this, and what it stores is compared with it: the same loss, with every id of
-every position. The teachers' logits come in chunks of rows, each of which is turned at once into its part of the loss
-and of the gradient, so that a batch's logits are held once, the student's, and never the teachers'.
+The savings of a cache and the error of its stored targets are measured against this loss, in which every id of every
+position counts. The teachers' logits come in chunks of rows, each of which is turned at once into its part of the loss
+and of the gradient, so that only the student's logits of a batch are held whole, never the teachers'.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from student.loss.student_logprobs import check_batch
 from student.loss.teacher_targets import Member
 
 LIVE = "live"
-"""The name under which live teachers stand in logs and reports, whatever they are."""
+"""The name of the live teachers in logs and reports, whichever models they are."""
 
 
 class LogitSource(Protocol):
-    """Teachers in memory, as one.
+    """Teachers in memory, combined into one.
 
-    provenance   what tells these teachers from others, by name
+    provenance   the identity of the teachers as named strings: combination, weights, configurations, dtypes
     columns      of their logits, at least V
     """
 
@@ -49,12 +49,12 @@ class LogitSource(Protocol):
 class DenseLoss(DistillationLoss):
     """``alpha * CE + (1 - alpha) * tau**2 * D(softmax(z_teacher / tau), softmax(z_student / tau))``, every id counted.
 
-    The other fields of the objective mean what they mean for stored targets
-    (`student.loss.distillation.DistillationLoss`); there is no tail to treat. Called with the student's logits [P, W],
-    labels int64 [P], the windows int64 [B, T] that both read, and position weights [P] or None; returns `LossSums`,
-    whose one divergence is called `live`. `loss_sum` is differentiable in the logits, once.
+    The other fields of the objective have the same meaning as for stored targets (`DistillationLoss`); there is no
+    tail to treat. Called with the student's logits [P, W], labels int64 [P], the windows int64 [B, T] that both read,
+    and position weights [P] or None; returns `LossSums`, whose one divergence is called `live`. `loss_sum` is
+    differentiable in the logits, once.
 
-    Raises InputError for teachers that cannot score every id, and what DistillationLoss raises.
+    Raises InputError for teachers that cannot score every id, and wherever `DistillationLoss` does.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class DenseLoss(DistillationLoss):
         self._divergence = Divergence(self.objective.loss, self.objective.mixing)
 
     def meaning(self, name: str) -> str:
-        """What the reported divergence is, in a few words."""
+        """The reported divergence in a few words."""
         del name
         return "of the teachers' whole distributions"
 
     def of_windows(
         self, logits: Tensor, labels: Tensor, windows: Tensor, position_weights: Tensor | None = None
     ) -> LossSums:
-        """The sums of one batch; see the class."""
+        """The sums of one batch; the class states shapes and errors."""
         check_batch(logits, labels, self.vocabulary_size)
         trained = labels != NOT_TRAINED
         of_label, of_teacher, in_window = self._scale(labels)
@@ -89,7 +89,7 @@ class DenseLoss(DistillationLoss):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         gradient = None
         if logits.requires_grad and torch.is_grad_enabled():
-            # Of a 16-bit head in float32: what is small here is multiplied by the scaler only afterwards.
+            # float32 also for a 16-bit head: small values are multiplied by the loss scaler only afterwards.
             gradient = torch.empty_like(logits, dtype=dtype)
         total, cross_entropy, divergence = (logits.new_zeros((), dtype=dtype) for _ in range(3))
         start = 0
@@ -118,7 +118,7 @@ class DenseLoss(DistillationLoss):
         ce = z.logsumexp(1) - z.gather(1, labels.clamp(min=0)[:, None])[:, 0]
         if not self.members:
             return ce, torch.zeros_like(ce), 1.0
-        # From their largest logit, normalisers are small numbers, which round finely.
+        # Relative to the largest logit, normalisers are small numbers, which round finely.
         z_teacher = z_teacher[:, :v].to(z.dtype)
         log_p = torch.log_softmax(z_teacher / tau, 1)
         log_q = torch.log_softmax(z / tau, 1)[:, :v]
@@ -132,12 +132,12 @@ class DenseLoss(DistillationLoss):
 
 
 def _nothing(logits: Tensor) -> Iterator[Tensor]:
-    """A chunk for all rows where no step asks the teachers."""
+    """One chunk of all rows without columns, where no step needs the teachers."""
     yield logits.new_empty((len(logits), 0))
 
 
 class _WithGradient(torch.autograd.Function):
-    """A number whose gradient by the logits has been worked out already."""
+    """A scalar with a precomputed gradient by the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
-"""The distillation loss on stored targets, as sums and counts.
+"""``alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D(p_m, q)`` on stored targets, as sums and counts.
 
-Legend: `P` positions of a batch (flattened), `R` rows of a piece of it, `K` stored ids per position, `V` vocabulary of
-the cache, `W` columns of the student's head (W >= V), `tau` the temperature. Everything is in nats.
+Legend: `P` positions of a batch (flattened), `R` rows of a chunk of it, `K` stored ids per position, `V` vocabulary of
+the cache, `W` columns of the student's LM head (W >= V), `tau` the temperature. Everything is in nats.
 
-Three steps, so that logits may come in one piece or in many::
+Three steps, so that the logits may come whole or in chunks of rows::
 
-    prepared = loss.prepare(labels, targets)                           what the teachers say, on [P, K]; no logits
+    prepared = loss.prepare(labels, targets)                           the teachers' side, [P, K]; no logits
     cross_entropy, buckets = student_buckets(logits, labels, prepared.supports, V, tau)         the student's side
-    sums = prepared.sums(slice(None), cross_entropy, buckets)          the loss; sums of pieces add up
+    sums = prepared.sums(slice(None), cross_entropy, buckets)          the loss; sums of chunks add up
 
-`loss(logits, labels, targets)` does them in one go; `student.loss.fused` does the last two without ever holding [P, W].
+`loss(logits, labels, targets)` runs all three; `student.loss.fused` runs the last two without ever holding [P, W].
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class LossSums:
 
     cross_entropy   sum of -log q(label), nats, temperature 1; carries no gradient
     divergence      by member: sum of the divergence at the loss's temperature, nats, neither weighted nor times
-                    tau**2; carries no gradient. Empty when no step has a share for it
+                    tau**2; carries no gradient. Empty when alpha is 1 at every step
     loss_sum        sum of alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D_m; differentiable
     count           number of trained positions, int64
 
-    Only `loss_sum` knows of position weights, of the selection by entropy and of the loss's scale: the others are
-    for the log, and mean the same whatever these are.
+    Position weights, the entropy threshold and the loss scale change `loss_sum` alone: the other sums are for the log
+    and keep their meaning under all settings.
     """
 
     cross_entropy: Tensor
@@ -85,10 +85,10 @@ class LossSums:
 
 @dataclass(frozen=True)
 class PreparedLoss:
-    """All of a batch's loss that needs no logits.
+    """The part of a batch's loss that needs no logits.
 
     labels       int64 [P], and trained bool [P]: False where the label is `NOT_TRAINED`
-    supports     by member: int32 [P, K_m], the ids whose log-probs `sums` wants; -1 where there is none
+    supports     by member: int32 [P, K_m], the ids whose log-probs `sums` expects; -1 where there is none
     """
 
     labels: Tensor
@@ -96,19 +96,19 @@ class PreparedLoss:
     trained: Tensor
     vocabulary_size: int
     temperature: float
-    _label_share: float  # alpha, and (1 - alpha) * tau**2 in the next, times what the loss's scale makes of them
+    _label_share: float  # alpha, and below (1 - alpha) * tau**2, each times its factor from the loss scale
     _teacher_share: float
     _members: tuple[Member, ...]
     _terms: tuple[_Term, ...]
-    _label_weights: Tensor | None  # [P], what multiplies a position's cross-entropy; None: 1
-    _teacher_weights: Tensor | None  # [P], and its divergence
+    _label_weights: Tensor | None  # [P], factors of the positions' cross-entropy; None: 1
+    _teacher_weights: Tensor | None  # [P], and of their divergence
 
     def sums(self, rows: slice, cross_entropy: Tensor | None, buckets: Sequence[tuple[Tensor, Tensor]]) -> LossSums:
-        """The sums of some rows; those of all rows together are the batch's.
+        """The sums of some rows; the sums of all rows add up to the batch's.
 
-        cross_entropy [R] is 0 where a position is not trained; None takes it for 0 throughout, where alpha is 0 and
-        nobody asks for it. buckets: by member (ell [R, K_m], theta [R]), as `student_buckets` gives them for
-        `supports`. Differentiable in all of them.
+        cross_entropy [R] is 0 where a position is not trained; None stands for 0 everywhere and is valid only where
+        alpha is 0. buckets: by member (ell [R, K_m], theta [R]), as returned by `student_buckets` for `supports`.
+        Differentiable in all of them.
         """
         trained = self.trained[rows]
         if cross_entropy is None:
@@ -131,21 +131,23 @@ class PreparedLoss:
 class DistillationLoss:
     """``alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D(p_m, q)``, per trained token.
 
-    Called with logits [P, W], labels int64 [P] (`NOT_TRAINED` = -100 where a position counts for neither term) and
-    the targets by member name; returns `LossSums`. CE is at temperature 1 over all W columns. The members' weights
-    are normalised to sum 1. tau**2 keeps the size of the gradient when the temperature changes. `options` are the
-    other fields of `student.loss.objective.Objective`: loss, mix, tail, blend, alpha_end, interpolate_tail, loss_scale,
-    min_entropy. Needs no targets when alpha is 1 throughout, and ignores any that are given.
+    logits             float [P, W], W >= V; CE is at temperature 1 over all W columns
+    labels             int64 [P]; `NOT_TRAINED` = -100 excludes a position from both terms
+    targets            by member name, see `student.loss.teacher_targets`; not needed, and ignored, if alpha stays 1
+    position_weights   float [P] or None: factors of both terms; the count stays that of trained positions
+
+    Returns `LossSums`. The members' weights are normalised to sum 1. tau**2 keeps the scale of the gradient when the
+    temperature changes (Hinton et al. 2015). `options` are the other fields of `student.loss.objective.Objective`:
+    loss, mix, tail, blend, alpha_end, interpolate_tail, loss_scale, min_entropy.
 
     Mixtures: forward KL is linear in p, so the weighted sum is the KL of the mixture ``p = sum_m w_m p_m`` (each
     member tempered, then mixed) up to a constant in the student: same gradient at K = V, and at K < V that of the
-    members' own buckets. The other divergences are not linear, so they take one member with a weight above 0; a
-    mixture there is an ensemble entry, made when the teachers are cached.
+    members' own tail buckets. The other divergences are not linear, so they take one member with a weight above 0;
+    for a mixture, cache the teachers as one ensemble entry.
 
-    position_weights [P] multiply a position's share in both terms; the count stays that of trained positions.
-    min_entropy leaves the divergence out where the teachers' entropy (of a mixture: the weighted mean of its members',
-    which is at most its own) is lower; it is a number of nats and no rank within a batch, which would depend on how a
-    step is cut into batches. Both terms are divided by all trained positions.
+    min_entropy (nats) drops the divergence where the teachers' entropy (of a mixture: the weighted mean of its
+    members', at most its own) is lower. It is no rank within a batch, which would depend on how a step is cut into
+    micro-batches. Both terms are divided by all trained positions.
 
     loss_scale babyllama, for windows of T = `window_tokens` positions: divergence summed over the window, CE as a mean
     over the T - 1 positions whose label lies in the window. After the division by the count it is exactly
@@ -153,8 +155,8 @@ class DistillationLoss:
     elsewhere the same multiples of means over trained positions.
 
     Raises InputError for fields that do not fit together, members whose weights are negative, not finite or all
-    zero, no or repeated members, members of another vocabulary, VarOpt entries at another temperature than they were
-    drawn for, sampled tails of entries without drawn ids, and W < V.
+    zero, no or repeated members, members of another vocabulary, VarOpt entries at a temperature other than the one
+    they were sampled for, sampled tails of entries without sampled ids, and W < V.
     """
 
     def __init__(
@@ -182,14 +184,14 @@ class DistillationLoss:
         _check_linear(self.members, self.objective)
 
     def set_progress(self, progress: float) -> None:
-        """Tell a scheduled alpha where the run is: 0 at its first optimizer step, 1 at its last.
+        """Set a scheduled alpha for a point of the run: 0 at its first optimizer step, 1 at its last.
 
-        To be called before a step and not within it: all micro-batches and processes of a step share one alpha.
+        Call it between optimizer steps only: all micro-batches and processes of a step share one alpha.
         """
         self.alpha = self.objective.alpha_at(progress)
 
     def meaning(self, name: str) -> str:
-        """What the reported divergence of a member is, against the dense one, in a few words."""
+        """A member's reported divergence in a few words: how it relates to the dense one, such as a lower bound."""
         tail = self.tails[name]
         if tail == "bucket":
             return "a lower bound: the tail counts as one bucket"
@@ -204,7 +206,7 @@ class DistillationLoss:
         targets: Mapping[str, Targets] | None = None,
         position_weights: Tensor | None = None,
     ) -> LossSums:
-        """The sums of one batch; see the class."""
+        """The sums of one batch; the class states shapes and errors."""
         check_batch(logits, labels, self.vocabulary_size)
         prepared = self.prepare(labels, targets, position_weights)
         cross_entropy, buckets = student_buckets(
@@ -215,7 +217,7 @@ class DistillationLoss:
     def prepare(
         self, labels: Tensor, targets: Mapping[str, Targets] | None = None, position_weights: Tensor | None = None
     ) -> PreparedLoss:
-        """Everything about a batch that needs no logits: labels int64 [P], targets by member, weights float [P]."""
+        """The part of a batch's loss that needs no logits: labels int64 [P], targets by member, weights float [P]."""
         if position_weights is not None and position_weights.shape != labels.shape:
             raise InputError(
                 f"position_weights must be {list(labels.shape)}, one for each label; got {list(position_weights.shape)}"
@@ -245,7 +247,7 @@ class DistillationLoss:
         )
 
     def _scale(self, labels: Tensor) -> tuple[float, float, Tensor | None]:
-        """What the loss's scale multiplies cross-entropy and divergence by, and where the former counts (bool [P])."""
+        """The loss scale's factors of cross-entropy and divergence, and where the former counts (bool [P])."""
         if self.objective.loss_scale == "token":
             return 1.0, 1.0, None
         size = self.window_tokens
@@ -255,11 +257,11 @@ class DistillationLoss:
                 f"loss_scale babyllama sums over windows of {size} positions, and {len(labels)} labels are no whole "
                 "number of them"
             )
-        place = torch.arange(len(labels), device=labels.device) % size
-        return size / (size - 1), float(size), place < size - 1
+        index = torch.arange(len(labels), device=labels.device) % size
+        return size / (size - 1), float(size), index < size - 1
 
     def _selected(self, tempered: Sequence[Tempered]) -> Tensor | None:
-        """bool [P]: where the mean of the members' entropies reaches the objective's least; None: everywhere."""
+        """bool [P]: where the weighted mean of the members' entropies reaches `min_entropy`; None: everywhere."""
         if self.objective.min_entropy is None or not tempered:
             return None
         pairs = zip(self.members, tempered, strict=True)
@@ -279,12 +281,13 @@ def forward_kl(
     """``KL(p || q)`` of one teacher, per position, with a treatment of the tail (see `student.loss.teacher_targets`).
 
     ``q = softmax(logits / tau)`` over all W columns; `theta` sums the columns j < V outside the kept ids, reduced over
-    them and never as 1 - sum. A student's columns from V on get no teacher mass and are not part of it. With a bucket
-    between 0 and the dense KL, growing with K, equal to it at K = V. Not multiplied by tau**2.
+    them and never as 1 - sum. The student's columns from V on get no teacher mass and are not part of theta. With a
+    tail bucket it is between 0 and the dense KL, grows with K, and equals it at K = V. Not multiplied by tau**2.
 
     logits [P, W], any float type, computed in float32; trained bool [P], False gives 0 whatever the targets hold
-    there. Returns [P] in nats. The gradient is the rule of Hinton et al. 2015 with a bucket: ``(q - p) / tau`` on the
-    kept ids, and outside them the student's own shape scaled to the teacher's mass.
+    there. Returns [P] in nats. The gradient is that of Hinton et al. 2015 with a tail bucket: ``(q - p) / tau`` on the
+    kept ids, and outside them the student's own shape scaled to the teacher's tail mass. Raises InputError for W < V
+    and a temperature without a stored tail.
     """
     check_batch(logits, None, member.vocabulary_size)
     tempered = temper(targets, member, temperature, trained)
@@ -301,18 +304,18 @@ def _term(tempered: Tempered, tail: Tail, objective: Objective) -> _Term:
 
 
 def tail_of(member: Member, objective: Objective) -> Tail:
-    """The treatment of a member's tail; InputError where its entry does not allow it."""
+    """A member's treatment of the tail, with auto resolved. Raises InputError where its entry does not allow it."""
     if member.sampled_at is not None and member.sampled_at != objective.temperature:
         raise InputError(
-            f"teacher {member.name}: its ids were drawn for temperature {member.sampled_at:g} and are biased at "
+            f"teacher {member.name}: its ids were sampled for temperature {member.sampled_at:g} and are biased at "
             f"{objective.temperature:g}: take that temperature, or cache the teacher again for the other"
         )
     if objective.tail == "auto":
         return "sampled" if member.sampled_at is not None and objective.loss == "forward-kl" else "bucket"
     if objective.tail in ("sampled", "blend") and member.sampled_at is None:
         raise InputError(
-            f"teacher {member.name} stores its most probable ids and none that were drawn, so tail {objective.tail} "
-            "has no sample of its tail: take tail bucket, or an entry made with --targets varopt"
+            f"teacher {member.name} stores its top-k ids and no sampled ids, so tail {objective.tail} has no sample of "
+            "its tail: take tail bucket, or an entry made with --targets varopt"
         )
     return objective.tail
 
@@ -322,8 +325,8 @@ def _check_linear(members: Sequence[Member], objective: Objective) -> None:
     if objective.loss != "forward-kl" and len(mixed) > 1:
         raise InputError(
             f"loss {objective.loss} of several teachers ({', '.join(mixed)}): only forward-kl is linear in the "
-            "teacher, so that a mixture can be put together from separate entries; take forward-kl, one teacher, or "
-            "an ensemble entry (cache-logits with several --teacher)"
+            "teacher, so that a mixture can be made of separate entries; take forward-kl, one teacher, or an ensemble "
+            "entry (cache-logits with several --teacher)"
         )
 
 

@@ -1,6 +1,6 @@
-"""Divergences between a teacher and a student of which some ids are known, and everything else as one outcome.
+"""Divergences D(p, q) of teacher and student over K known ids and one tail bucket.
 
-Legend: `P` positions, `K` ids per position; a side is a pair (log-probs [P, K], log-mass of everything else [P]), here
+Legend: `P` positions, `K` ids per position; a side is a pair (log-probs [P, K], log-mass of the tail bucket [P]), here
 joined to K + 1 outcomes with probabilities p (teacher) and q (student). Everything is in nats.
 
 With m as given, and g_i the derivative by log q_i:
@@ -14,13 +14,13 @@ skew_forward_kl         sum p log(p / m)        m = lambda p + (1 - lambda) q   
 skew_reverse_kl         sum q log(q / m)        m = (1 - lambda) p + lambda q    q (log q/m + 1 - lambda q / m)
 ======================  =======================================================  =================================
 
-Joining outcomes into one never increases any of them (data processing), so each is a lower bound of its dense value,
-growing with K. Sources: generalised JSD as in Agarwal et al. 2023 (GKD), skewed divergences as in Ko et al. 2024
-(DistiLLM).
+Merging outcomes into a bucket never increases any of them (data processing inequality), so each is a lower bound of
+its dense value, growing with K. Sources: generalised JSD as in Agarwal et al. 2023 (GKD), skewed divergences as in
+Ko et al. 2024 (DistiLLM).
 
-A student's padded ids have no outcome here, so its side may sum to less than 1. `Divergence` adds what the mass p_0
-on them costs: where the divergence over all columns is finite, exactly that; reverse KL is infinite there, and is
-taken in its generalised form ``sum q log(q / p) - sum q + sum p``, which is 0 only at q = p. Without this, a student
+A student's padded ids have no outcome here, so its side may sum to less than 1. `Divergence` adds the cost of its mass
+on them: where the divergence over all columns is finite, exactly their terms of it; reverse KL is infinite there and
+takes its generalised form ``sum q log(q / p) - sum q + sum p``, which is 0 only at q = p. Without this, a student
 would lower its reverse KL below 0 by moving mass to ids that do not exist.
 """
 
@@ -42,16 +42,16 @@ Side = tuple[Tensor, Tensor]
 class Divergence:
     """A divergence by name, with its beta or lambda (`mix`, ignored by the plain ones), student's padding included.
 
-    Called with the teacher's and the student's side; returns [P]. Outcomes that the teacher's side gives a log-prob
-    of -inf do not exist (columns beyond `kept`; the tail where every id is stored): the student's value there is
-    looked at by nothing, and no gradient flows to it.
+    Called with the teacher's and the student's side; returns [P] in nats. Outcomes with a teacher log-prob of -inf do
+    not exist (columns beyond `kept`; the tail bucket where every id is stored): the student's value there is ignored,
+    and no gradient flows to it.
     """
 
     name: LossName
     mix: float = 0.0
 
     def __call__(self, teacher: Side, student: Side) -> Tensor:
-        """[P]; differentiable in the student's side."""
+        """The divergence [P] of two sides, in nats; differentiable in the student's."""
         outcomes = _Outcomes.of(teacher, student)
         return _FUNCTIONS[self.name](outcomes, self.mix) + self.padding_cost * (1 - outcomes.q.sum(1))
 
@@ -69,7 +69,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class _Outcomes:
-    """Log-probs and probs of the K + 1 outcomes of both sides, all [P, K + 1]; p and q are 0 where there is none."""
+    """Log-probs and probs of both sides' K + 1 outcomes, all [P, K + 1]; p and q are 0 where no outcome exists."""
 
     log_p: Tensor
     log_q: Tensor
@@ -80,7 +80,7 @@ class _Outcomes:
     def of(cls, teacher: Side, student: Side) -> _Outcomes:
         log_p, log_q = (torch.cat([heads, tail[:, None]], dim=1) for heads, tail in (teacher, student))
         exists = log_p > -math.inf
-        # Finite before any arithmetic, and not after it: both sides may be -inf where every id is stored, and the
+        # Made finite before any arithmetic, not after it: both sides may be -inf where every id is stored, and the
         # derivative of the log of their mixture is NaN there, however its value is masked.
         log_p = torch.where(exists, log_p, 0.0)
         return cls(log_p, log_q, log_p.exp() * exists, log_q.exp() * exists)

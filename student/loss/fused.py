@@ -1,4 +1,4 @@
-"""The student's output layer and the loss in one walk over the positions, never holding all their logits.
+"""The student's LM head fused with the loss: one pass over the positions in chunks, never holding all their logits.
 
 Legend: `P` positions (flattened), `R` rows of one chunk, `H` hidden size, `V` vocabulary of the cache, `W` columns of
 the head (W >= V), `K` stored ids of a position.
@@ -8,18 +8,17 @@ The naive form, with `loss` a `student.loss.distillation.DistillationLoss`::
     z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)    # [P, W]
     loss(z, labels, targets)
 
-Here the rows come in chunks through one buffer [R, W], which holds the logits and then the gradient by them
+Here the rows go in chunks through one buffer [R, W], which holds the logits and then the gradient by them
 (`student.loss.logit_chunk`; on CUDA its passes over the buffer are Triton kernels, `student.loss.triton_chunk`). The
-loss itself sees numbers [R, K] and is differentiated by autograd, so every loss of the family works, and any that
-comes.
+loss itself is a function of tensors [R, K], differentiated by autograd, so any divergence works.
 
-A chunk's gradient can only be had while its logits are there. So the gradients by the hidden states and the
-weights are made in the forward pass, for one product more than the logits each, and the backward pass multiplies them
-by a number. They reach autograd as the gradients of `hidden`, `weight` and `bias`: a tied embedding adds its own, a
-frozen head costs nothing, and DDP sees each parameter once.
+A chunk's gradient can only be computed while its logits exist. So the gradients by the hidden states and the weights
+are computed in the forward pass, at one matrix product each beside that of the logits, and the backward pass
+multiplies them by the upstream gradient. They reach autograd as the gradients of `hidden`, `weight` and `bias`: a tied
+embedding adds its own, a frozen head costs nothing, and DDP sees each parameter once.
 
-Precision: the product has float32 output where the device can widen it (float64 for float64), and everything on the
-buffer, the sums, and the gradients that add up over chunks are float32.
+Precision: the product has float32 output where the device can widen it (float64 for float64); all work on the buffer,
+the sums, and the gradients accumulated over chunks are float32.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ from student.loss.logit_chunk import LogitChunk, Pair
 if TYPE_CHECKING:
     from student.loss.distillation import LossSums, PreparedLoss
 
-# Types of device on which a float32 buffer is passed over by Triton kernels, where triton is there and does run.
+# Device types on which Triton kernels process a float32 buffer, where triton is installed and runs.
 _TRITON_DEVICES = {"cuda"}
-# Logits of the buffer: 64 MiB of float32 on a CPU, 256 MiB elsewhere.
+# Logits in the buffer: 64 MiB of float32 on a CPU, 256 MiB elsewhere.
 _BUFFER_LOGITS = {"cpu": 1 << 24}
 _BUFFER_LOGITS_ELSEWHERE = 1 << 26
-# Rows of the weights whose gradient is one product, where it has to be widened by hand.
+# Rows of the weight gradient per product, where that has to be widened by hand.
 _WEIGHT_ROWS = 1 << 13
 
 
@@ -58,15 +57,15 @@ def fused_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> LossSums:
-    """The loss of ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; None caps nothing.
+    """The loss of ``softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)``; no tanh without a softcap.
 
     hidden     [P, H]: the last hidden states
-    weight     [W, H], W >= V, and bias [W] or None: the output layer's; they may have other uses in the model
-    prepared   what `DistillationLoss.prepare` made of the same P positions
+    weight     [W, H], W >= V, and bias [W] or None: the LM head's; the model may use them elsewhere too (tied)
+    prepared   `DistillationLoss.prepare` of the same P positions
 
-    Any float types; under autocast the product takes its dtype. The sums are float32 (float64 where all is), and
-    `loss_sum` is differentiable once by those of hidden, weight and bias that ask for it. Memory beside the arguments:
-    a chunk of logits, and the gradients.
+    Any float types; under autocast the product takes its dtype. The sums are float32 (float64 for float64), and
+    `loss_sum` is differentiable once by those of hidden, weight and bias that require a gradient. Memory beside the
+    arguments: one chunk of logits, and the gradients.
 
     Raises InputError for shapes that do not fit, W < V, sharded weights, and a logit_scale or softcap that is not a
     positive number.
@@ -74,7 +73,7 @@ def fused_loss(
     _check(hidden, weight, bias, prepared)
     head = _Head(logit_scale, softcap, _product_dtype(hidden, weight))
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))):
-        return _walk(hidden, weight, bias, prepared, head, (False, False, False))[0]
+        return _in_chunks(hidden, weight, bias, prepared, head, (False, False, False))[0]
     sums: list[LossSums] = []
     loss_sum = _FusedLoss.apply(hidden, weight, bias, prepared, head, sums)  # type: ignore[no-untyped-call]
     return replace(sums[0], loss_sum=loss_sum)
@@ -82,7 +81,7 @@ def fused_loss(
 
 @dataclass(frozen=True)
 class _Head:
-    """What the output layer does beside the product, and the dtype of the product's operands."""
+    """The LM head's scale and softcap, and the dtype of the operands of its product."""
 
     scale: float
     softcap: float | None
@@ -95,7 +94,7 @@ class _Head:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """`_walk` in forward; its gradients times the upstream number in backward."""
+    """`_in_chunks` in forward; its gradients times the upstream gradient in backward."""
 
     @staticmethod
     def forward(
@@ -107,7 +106,7 @@ class _FusedLoss(torch.autograd.Function):
         head: _Head,
         sums: list[LossSums],
     ) -> Tensor:
-        found, ctx.gradients = _walk(hidden, weight, bias, prepared, head, ctx.needs_input_grad[:3])
+        found, ctx.gradients = _in_chunks(hidden, weight, bias, prepared, head, ctx.needs_input_grad[:3])
         ctx.prepared, ctx.head = prepared, head
         ctx.save_for_backward(hidden, weight, bias)
         sums.append(found)
@@ -119,8 +118,8 @@ class _FusedLoss(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            # Handed over already, scaled in place: a graph that was retained for another pass pays for another walk.
-            gradients = _walk(hidden, weight, bias, ctx.prepared, ctx.head, ctx.needs_input_grad[:3])[1]
+            # Returned already, and scaled in-place: another backward pass of a retained graph computes them again.
+            gradients = _in_chunks(hidden, weight, bias, ctx.prepared, ctx.head, ctx.needs_input_grad[:3])[1]
         scaled = (
             None if gradient is None else gradient.mul_(upstream).to(like.dtype)
             for gradient, like in zip(gradients, (hidden, weight, bias), strict=True)
@@ -128,7 +127,7 @@ class _FusedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _walk(
+def _in_chunks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -136,7 +135,7 @@ def _walk(
     head: _Head,
     wanted: tuple[bool, ...],
 ) -> tuple[LossSums, tuple[Tensor | None, ...]]:
-    """The sums, without gradient; and of loss_sum, the wanted gradients by hidden, weight and bias."""
+    """The sums, without gradient; and the wanted gradients of loss_sum by hidden, weight and bias."""
     wide = torch.promote_types(head.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         weight = weight.to(head.dtype)
@@ -176,7 +175,7 @@ def _walk(
                     _add_product(grad_weight, operand.t(), h)
                 del operand
             total = sums if total is None else total + sums
-            # Without a buffer to use again, the next chunk must not be made beside this one.
+            # Without a buffer to reuse, the next chunk must not be allocated beside this one.
             del z, chunk
         assert total is not None
         return total, (grad_hidden, grad_weight, grad_bias)
@@ -185,7 +184,7 @@ def _walk(
 def _chunk_kind(
     device: torch.device, dtype: torch.dtype, temperature: float, softcap: float | None
 ) -> type[LogitChunk]:
-    """Whose passes over the buffer: Triton's where they run, torch's elsewhere. The numbers are the same."""
+    """The kind of passes over the buffer: Triton's where they run, torch's elsewhere. Their results are the same."""
     if device.type in _TRITON_DEVICES and dtype == torch.float32 and _triton_runs(device, temperature, softcap):
         from student.loss.triton_chunk import TritonChunk
 
@@ -195,14 +194,14 @@ def _chunk_kind(
 
 @functools.cache
 def _triton_runs(device: torch.device, temperature: float, softcap: float | None) -> bool:
-    """Whether triton is there, compiles for this device, and gives what torch does: tried once."""
+    """Whether triton is installed, compiles for this device and agrees with torch; tried once per combination."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
         from student.loss.triton_chunk import check
 
         check(device, temperature, softcap)
-    except Exception as error:  # whatever stops a compiler; the loss does not depend on it
+    except Exception as error:  # compilers fail in many ways; the loss does not depend on them
         logging.getLogger(__name__).warning(
             "the fused loss runs without its Triton kernels on %s, slower: %s: %s", device, type(error).__name__, error
         )
@@ -213,7 +212,7 @@ def _triton_runs(device: torch.device, temperature: float, softcap: float | None
 def _differentiated(
     prepared: PreparedLoss, rows: slice, chunk: LogitChunk
 ) -> tuple[LossSums, Tensor | None, list[Pair]]:
-    """The sums of some rows, without gradient, and the gradients of their loss_sum by what the chunk says of them."""
+    """The sums of some rows, without gradient, and the gradients of their loss_sum by the chunk's log-probs."""
     leaves = [chunk.cross_entropy, *(tensor for pair in chunk.buckets for tensor in pair)]
     with torch.enable_grad():
         cross_entropy, *rest = leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -243,14 +242,14 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, buffer:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, without rounding to half precision where the device has such a product."""
+    """a @ b, without rounding to half precision where the device supports float32 output."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype."""
+    """``total += a @ b`` in total's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
@@ -266,7 +265,7 @@ def _rows_at_once(hidden: Tensor, weight: Tensor) -> int:
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the operands of the product are cast to: autocast's dtype inside it, their common one outside."""
+    """The dtype of the product's operands: autocast's where it is enabled, their common one elsewhere."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -277,7 +276,7 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepar
     if hasattr(weight, "full_tensor"):
         raise InputError(
             "the output layer's weights are sharded where the loss is computed: wrap the model so that they belong to "
-            "its outermost unit, or turn the fused head off"
+            "its outermost FSDP unit, or turn the fused head off"
         )
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise InputError(

@@ -1,22 +1,22 @@
-"""One chunk of the student's logits, read for its sums and then turned in place into the gradient by them.
+"""One chunk of the student's logits, reduced to its log-probs and then overwritten by the gradient, in one buffer.
 
 Legend: `R` rows, `V` vocabulary of the cache, `W` columns of the head (W >= V), `K` stored ids of a teacher, `U` slots
 for the ids that any teacher of a row stored, `tau` the temperature, ``u = z / tau``, ``q = softmax(u)``.
 
-A loss of one teacher sees ``ell_i = log q_i`` of its ids, and of its tail, the other columns below V, ``theta = log
-q_t``. With g = dL/d ell, h = dL/d theta, G = sum(g) + h, and c the gradient by the cross-entropy::
+The loss of one teacher depends on ``ell_i = log q_i`` of its ids and on ``theta = log q_t`` of its tail, the other
+columns below V. With g = dL/d ell, h = dL/d theta, G = sum(g) + h, and c the gradient by the cross-entropy::
 
     dL/du_j = g_j - q_j G                              j among its ids
               exp(u_j - log_tail) (h - q_t G)          j in its tail, log_tail = logsumexp of u over it
               -q_j G                                   j >= V
     dL/dz_j = sum over teachers of dL/du_j / tau, + c (softmax(z)_j - [j is the label])
 
-Outside all teachers' ids that is, row by row, the exponential of u times a number (at tau != 1 plus its power tau
+Outside all teachers' ids that is, row by row, the exponential of u times a factor (at tau != 1 plus its power tau
 times another); inside there are few enough ids to write one by one. So the columns are in three parts: the ids of all
-teachers, taken out of the buffer; the others below V; and those from V on, which no teacher knows. Each of the last
-two is summed relative to its own largest logit: no sum is a difference, and none underflows beside another.
+teachers, taken out of the buffer; the others below V; and the padded ones from V on, which no teacher has. Each of the
+last two is summed relative to its own largest logit: no sum is a difference, and none underflows beside another.
 
-Everything on [R, U] is here. The passes over a `Part` of the buffer come in two kinds: torch operations, here, and
+All work on [R, U] is here. The passes over a `Part` of the buffer come in two kinds: torch operations, here, and
 Triton kernels (`student.loss.triton_chunk`).
 """
 
@@ -30,19 +30,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Passes over the buffer are made in pieces of this many logits: on a CPU 4 MiB, which stay in the cache from pass to
-# pass. Smaller ones are no faster, and have threads wait for each other more often.
+# Logits per tile of a pass over the buffer: on a CPU 4 MiB of float32, which stay in the processor's cache from pass to
+# pass. Smaller tiles are no faster, and threads wait for each other more often.
 _TILE_LOGITS = {"cpu": 1 << 20}
 
 Pair = tuple[Tensor, Tensor]
 
 
 class LogitChunk:
-    """Takes over z [R, W], float32 or float64: it holds dL/dz after `to_gradient`, and is not to be read before.
+    """Takes over the buffer z [R, W], float32 or float64: do not read it until `to_gradient` has written dL/dz.
 
-    labels      int64 [R], anything where `trained` bool [R] is False; such rows get the gradient 0
+    labels      int64 [R], ignored where `trained` bool [R] is False; such rows get the gradient 0
     supports    by teacher: int [R, K], the ids, none of them twice in a row, -1 where there is none
-    softcap     the cap that z has been through; the gradient is by what went into it
+    softcap     the cap already applied to z; the gradient is by the logits before it
 
     cross_entropy [R] in nats at temperature 1, 0 where not trained; buckets, by teacher, (ell [R, K], 0 where there is
     no id; theta [R], -inf when nothing is outside). They carry no gradient.
@@ -87,9 +87,9 @@ class LogitChunk:
         ]
 
     def to_gradient(self, by_label: Tensor | None, by_bucket: Sequence[Pair]) -> None:
-        """Writes dL/dz into the buffer, once, given the gradients of L by `cross_entropy` and by `buckets`.
+        """Write dL/dz into the buffer, once, from the gradients of L by `cross_entropy` and by `buckets`.
 
-        None in place of the first stands for zeros. Entries without an id or not trained are taken for zeros.
+        `by_label` None stands for zeros. Entries without an id or not trained count as zeros.
         """
         tau, trained = self._tau, self._trained[:, None]
         u, lse = self._u_ids(), self._lse
@@ -101,7 +101,7 @@ class LogitChunk:
             g = g.masked_fill(~(stored & trained), 0.0)
             h = h[:, None].masked_fill(~trained, 0.0)
             total = g.sum(1, keepdim=True) + h
-            # With nothing outside the ids both are -inf; any finite number here makes their exponential the 0 it is.
+            # With nothing outside the ids both are -inf; any finite number here makes their exponential 0, as it is.
             tail = log_tail.masked_fill(log_tail.isneginf(), 0.0)
             on_rest += h * (rest - tail).exp() - total * (rest - lse).exp()
             outside = (u - tail).exp() * (h - total * (log_tail - lse).exp())
@@ -117,22 +117,22 @@ class LogitChunk:
         by_tau = [on_rest, *(-all_g * (part.above(self._peak, tau) - lse).exp() for part in self._parts[1:])]
         for part, a, b in zip(self._parts, by_tau, by_one, strict=True):
             part.to_gradient(a / tau, b, self._softcap)
-        # What is there at the ids is 0. A slot without an id adds 0 to column 0.
+        # The buffer is 0 at the ids. A slot without an id adds 0 to column 0.
         self._z.scatter_add_(1, self._ids, (at_ids * self._slope(self._z_ids)).masked_fill(~self._held, 0.0))
         if by_label is not None:
             self._z.scatter_add_(1, self._labels, -c * self._slope(self._z_label))
 
     @staticmethod
     def _part(z: Tensor, temperature: float) -> Part:
-        """Makes the first pass over some columns of the buffer; the kind of the part decides how."""
+        """The first pass over some columns of the buffer, by the implementation of this class."""
         return _Exponentials.of(z, temperature)
 
     def _u_ids(self) -> Tensor:
-        """u of the ids [R, U], relative to the peak; -inf in a slot without one."""
+        """u of the ids [R, U], relative to the peak; -inf in an empty slot."""
         return (self._z_ids - self._peak) / self._tau
 
     def _own(self) -> Iterator[Tensor]:
-        """By teacher: bool [R, U], which slots hold one of its ids."""
+        """By teacher: bool [R, U], the slots that hold one of its ids."""
         for slots, stored in zip(self._slots, self._stored, strict=True):
             yield torch.zeros_like(self._z_ids).scatter_add_(1, slots, stored.to(self._z_ids.dtype)) > 0
 
@@ -142,7 +142,7 @@ class LogitChunk:
 
 @dataclass
 class Part(ABC):
-    """Some columns of the buffer [R, C], and per row what ``e = exp((z - largest) / tau)`` sums to.
+    """Some columns of the buffer [R, C], and per row the sums of ``e = exp((z - largest) / tau)``.
 
     largest [R] is -inf in a row whose columns all are, and e is 0 there. total [R] sums e, total_one e**tau.
     """
@@ -164,11 +164,11 @@ class Part(ABC):
 
     @abstractmethod
     def to_gradient(self, a: Tensor, b: Tensor | None, softcap: float | None) -> None:
-        """Writes ``a * e + b * e**tau`` times the slope of the softcap into the buffer, once; a, b [R, 1]."""
+        """Write ``a * e + b * e**tau`` times the slope of the softcap into the buffer, once; a, b [R, 1]."""
 
 
 class _Exponentials(Part):
-    """A part whose buffer holds e until the gradient does; any float type."""
+    """A part whose buffer holds e until the gradient replaces it; any float type."""
 
     @classmethod
     def of(cls, z: Tensor, temperature: float) -> _Exponentials:
@@ -194,7 +194,7 @@ class _Exponentials(Part):
             if b is not None:
                 factor = tile.pow(tau - 1.0).mul_(b[rows]).add_(factor)
             if softcap is not None:
-                # z once more, from its exponential. Where that is 0, the product is too, whatever finite number z is.
+                # z again, from its exponential. Where that is 0, the product is too, whatever finite number z is.
                 largest = self.largest[rows, None]
                 z = tile.clamp(min=torch.finfo(tile.dtype).tiny).log_().mul_(tau)
                 z.add_(largest.masked_fill(largest.isneginf(), 0.0))
@@ -203,9 +203,9 @@ class _Exponentials(Part):
 
 
 def _union(supports: Sequence[Tensor], rows: int, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(ids int64 [R, U], 0 in a slot that holds none; which slots do; by teacher, the slots of its columns [R, K]).
+    """(ids int64 [R, U], 0 in an empty slot; bool [R, U], slots with an id; by teacher, its columns' slots [R, K]).
 
-    Every id has one slot, whoever stored it. A column without an id has a slot that holds none.
+    Every id has one slot, however many teachers stored it. A column without an id has an empty slot.
     """
     sizes = [support.shape[1] for support in supports]
     if len(supports) < 2:
@@ -215,14 +215,14 @@ def _union(supports: Sequence[Tensor], rows: int, device: torch.device) -> tuple
     ids, order = torch.cat([support.to(torch.int64) for support in supports], 1).sort(1)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    place = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    slots = torch.empty_like(order).scatter_(1, order, place.masked_fill(~first, 0).cummax(1).values)
+    index = torch.arange(ids.shape[1], device=device).expand_as(ids)
+    slots = torch.empty_like(order).scatter_(1, order, index.masked_fill(~first, 0).cummax(1).values)
     held = first & (ids >= 0)
     return ids.masked_fill(~held, 0), held, list(torch.split(slots, sizes, 1))
 
 
 def row_slices(buffer: Tensor, logits_at_once: dict[str, int]) -> list[slice]:
-    """Row ranges of about that many logits, by device type; all rows where it is not said."""
+    """Row ranges of about `logits_at_once` logits by device type; one range of all rows for other types."""
     rows, columns = buffer.shape
     step = max(1, logits_at_once.get(buffer.device.type, buffer.numel()) // max(1, columns))
     return [slice(start, start + step) for start in range(0, rows, step)]

@@ -1,4 +1,4 @@
-"""What a student is trained towards: the choices of the loss as frozen data, checked, no torch.
+"""The training objective of a student: the options of the loss as frozen, validated data; imports no torch.
 
 The equations are in `student.loss.distillation`, `student.loss.teacher_targets` and `student.loss.divergences`.
 """
@@ -18,12 +18,12 @@ EXACT_TEMPERATURES = (1.0, 2.0)
 DEFAULT_MIX = {"jsd": 0.5, "skew-forward-kl": 0.1, "skew-reverse-kl": 0.1}
 DEFAULT_BLEND = 0.75
 
-# Why a tail serves forward KL alone.
+# The reason why a tail works with forward KL alone.
 _LINEAR_ONLY = {
     "sampled": "sampled targets are unbiased only where the loss is linear in the teacher's probabilities",
     "blend": "sampled targets are unbiased only where the loss is linear in the teacher's probabilities",
-    "renormalise": "a student renormalised to the stored ids is compared with nothing outside them",
-    "none": "a head without its tail is no distribution to diverge from",
+    "renormalise": "a student renormalised to the stored ids is not compared outside them",
+    "none": "the stored ids without their tail are no distribution to diverge from",
 }
 
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -32,20 +32,22 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 class Objective(BaseModel):
     """``alpha * CE + (1 - alpha) * tau**2 * loss(teacher, student)``.
 
-    loss               which divergence between teacher and student
+    loss               the divergence between teacher and student
     mix                beta of jsd [0.5], lambda of the skewed divergences [0.1]; between 0 and 1
-    tail               what stands for the ids that are not stored. bucket: one outcome, a lower bound of the dense
-                       loss. sampled: the drawn ids of a VarOpt entry, unbiased. blend: both. renormalise, none:
-                       the stored ids alone, biased. auto: sampled where ids were drawn and the loss is forward-kl,
-                       bucket elsewhere
+    tail               treatment of the ids that are not stored. bucket: one outcome, a lower bound of the dense loss.
+                       sampled: the sampled ids of a VarOpt entry, unbiased. blend: both. renormalise, none: the stored
+                       ids alone, biased. auto: sampled for entries with sampled ids and loss forward-kl, bucket
+                       elsewhere
     blend              share of `sampled` in tail = blend [0.75]
     alpha, alpha_end   share of the cross-entropy; with `alpha_end`, linear from `alpha` at the first step to it at
                        the last
     temperature        tau; 1 and 2 are exact, others above 1 need `interpolate_tail`
-    interpolate_tail   take the mass of the tail at other temperatures from an interpolation, within stated bounds
+    interpolate_tail   interpolate the mass of the tail at other temperatures, within reported bounds
     loss_scale         token: both terms are means over the trained positions. babyllama: the divergence is summed
                        over a window's positions, the cross-entropy is a mean over all of them but the last
-    min_entropy        nats; the divergence is taken only where the teacher's entropy is at least this
+    min_entropy        nats; the divergence counts only where the teacher's entropy is at least this
+
+    Raises pydantic's ValidationError for fields that do not fit together; `objective_of` turns it into InputError.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -77,33 +79,33 @@ class Objective(BaseModel):
 
     @property
     def mixing(self) -> float:
-        """beta or lambda of the divergence, its default filled in; 0 for the plain ones."""
+        """beta or lambda of the divergence, with its default; 0 for the plain ones."""
         return DEFAULT_MIX.get(self.loss, 0.0) if self.mix is None else self.mix
 
     @property
     def blending(self) -> float:
-        """The share of sampled targets under tail = blend, its default filled in."""
+        """The share of sampled targets under tail = blend, with its default."""
         return DEFAULT_BLEND if self.blend is None else self.blend
 
     @property
     def uses_teachers(self) -> bool:
-        """Whether the divergence has a share in any step."""
+        """Whether alpha is below 1 at any step, so that the divergence counts."""
         return self.alpha < 1 or (self.alpha_end is not None and self.alpha_end < 1)
 
     @property
     def log_name(self) -> str:
-        """What the divergence is called in logs, before a teacher's name."""
+        """The divergence's prefix to a teacher's name in metric names, such as ``kl`` in ``kl_<teacher>``."""
         return "kl" if self.loss == "forward-kl" else self.loss.replace("-", "_")
 
     def alpha_at(self, progress: float) -> float:
-        """alpha at a point of the run: 0 at its first step, 1 at its last."""
+        """alpha at a point of the run: progress 0 is its first step, 1 its last."""
         if self.alpha_end is None:
             return self.alpha
         return (1.0 - progress) * self.alpha + progress * self.alpha_end
 
 
 def objective_of(**fields: Any) -> Objective:
-    """An Objective; what is wrong with its fields comes as an InputError of one line."""
+    """An Objective. Raises InputError, in one line, for invalid fields."""
     try:
         return Objective(**fields)
     except ValidationError as error:
@@ -114,7 +116,7 @@ def objective_of(**fields: Any) -> Objective:
 
 
 def check_temperature(temperature: float, interpolate_tail: bool) -> None:
-    """Raise InputError for a temperature that the stored tails cannot serve."""
+    """Raise InputError for a temperature without a stored tail (1 and 2), or without one to interpolate (above 1)."""
     if temperature in EXACT_TEMPERATURES or (temperature > 1 and interpolate_tail):
         return
     if temperature > 1:

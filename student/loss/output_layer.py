@@ -1,12 +1,12 @@
-"""Whether a model's logits are its output layer on its last hidden states, and what it does to them beside that.
+"""Whether a model's logits are its LM head (output layer) on its last hidden states, and with which scale and softcap.
 
 Legend: `B` windows, `T` positions, `W` columns of the head, `H` hidden size.
 
-The fused loss (`student.loss.fused`) leaves the model's own forward out from the output layer on, so it has to know all
-that happens there. What a family does is guessed from its configuration, and not believed: on a few tokens the guess
-must give the model's own logits, also with the hidden states scaled up until the logits reach hundreds, where a soft
-cap or a factor shows in any model, trained or not. All in training mode and with the same random numbers, so that a
-dropout in front of the output layer shows too.
+The fused loss (`student.loss.fused`) replaces the model's own forward from the output layer on, so it has to know all
+that happens there. The configuration of a family gives a guess, which is then tested: on a few tokens it must give the
+model's own logits, also with the hidden states scaled up until the logits reach hundreds, where a softcap or a factor
+shows in any model, trained or not. All in training mode and with the same random numbers, so that a dropout in front
+of the output layer shows too.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from student.loss.fused import fused_loss
 if TYPE_CHECKING:
     from student.loss.distillation import LossSums, PreparedLoss
 
-# What families call a factor on their logits, and the powers it may stand in: Granite divides, HyperCLOVA X multiplies.
+# Configuration names of a factor on the logits, and its possible powers: Granite divides, HyperCLOVA X multiplies.
 _SCALES = {"logit_scale": (1,), "logits_scaling": (-1, 1), "lm_head_multiplier": (1,)}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-# What one rounding of the logits to the dtype, and another order of summation, may change, relative to the largest.
+# Error of one rounding of the logits to the dtype and of another order of summation, relative to the largest logit.
 _TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9}
 _TOLERANCE_OF_FLOAT32 = 2e-5
-# Large enough for any soft cap in use (30, 50) to show, small enough for hidden states in float16.
+# Large enough for any softcap in use (30, 50) to show, small enough for hidden states in float16.
 _TEST_LOGIT = 256.0
 _TEST_TOKENS = (2, 6)
 
 
 @dataclass(frozen=True)
 class PlainHead:
-    """``softcap * tanh(logit_scale * linear(hidden) / softcap)`` are the model's logits; without a softcap, no tanh."""
+    """An LM head whose logits are ``softcap * tanh(logit_scale * linear(hidden) / softcap)``; no tanh without a cap."""
 
     linear: nn.Linear
     backbone: nn.Module
@@ -55,10 +55,10 @@ class PlainHead:
         return hidden
 
     def loss_sums(self, hidden: Tensor, prepared: PreparedLoss) -> LossSums:
-        """The prepared loss of the logits of these hidden states, which are never held together.
+        """The prepared loss of the logits of these hidden states [B, T, H]; the logits are never held whole.
 
-        It is computed in the output layer's own call. There FSDP2 puts sharded weights together for as long as they are
-        needed, whichever of its units they belong to.
+        It is computed inside the output layer's own call: FSDP2 all-gathers sharded weights there for as long as they
+        are needed, whichever of its units they belong to.
         """
         linear = self.linear
         found: list[LossSums] = []
@@ -79,16 +79,16 @@ class PlainHead:
         return replace(found[0], loss_sum=loss_sum)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits [B, T, W] of these hidden states, without any gradient."""
+        """The logits [B, T, W] of these hidden states, float32, without gradient."""
         bias = None if self.linear.bias is None else self.linear.bias.detach()
         logits = self.logit_scale * F.linear(hidden.detach(), self.linear.weight.detach(), bias).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def choose_head(model: nn.Module, fused: Literal["auto", "on", "off"]) -> PlainHead | str:
-    """The head to fuse with the loss, or why it is not: it was turned off, or is no `plain_head`.
+    """The head to fuse with the loss, or the reason not to: it was turned off, or is no `plain_head`.
 
-    Raises InputError, naming the model's class, where that is so and it was turned on.
+    Raises InputError, naming the model's class, if fusing was turned on and the head is no `plain_head`.
     """
     head = "it was turned off" if fused == "off" else plain_head(model)
     if fused == "on" and isinstance(head, str):
@@ -97,15 +97,15 @@ def choose_head(model: nn.Module, fused: Literal["auto", "on", "off"]) -> PlainH
 
 
 def plain_head(model: nn.Module) -> PlainHead | str:
-    """The head of a causal language model of transformers, or why its loss cannot be computed apart from its forward.
+    """The LM head of a transformers causal language model, or the reason its loss needs the model's own forward.
 
-    Runs the model on a few tokens, on the device where it is. Leaves its modes and the random numbers as they were.
+    Runs the model on a few tokens, on its own device. Restores its training modes and the random state.
     """
     try:
         with torch.no_grad(), _training(model):
             return _tested_head(model)
     except Exception as error:  # architectures and remote code fail in ways of their own; their forward remains
-        return f"its head cannot be tried by itself ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"its head cannot be tested by itself ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
 def _tested_head(model: Any) -> PlainHead | str:
@@ -125,7 +125,7 @@ def _tested_head(model: Any) -> PlainHead | str:
         hidden = PlainHead(linear, backbone).hidden(tokens)
     largest = float(linear(hidden).abs().max())
     if not 0 < largest < math.inf:
-        return f"its logits on a few tokens are of size {largest:g}, which tells nothing"
+        return f"its logits on a few tokens are of size {largest:g}, so they cannot be compared"
     # A power of two scales exactly in any dtype.
     factor = 2.0 ** round(math.log2(_TEST_LOGIT / largest))
     scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor,))
@@ -147,7 +147,7 @@ def _tested_head(model: Any) -> PlainHead | str:
 
 
 def _guesses(config: Any) -> Iterator[tuple[float, float | None]]:
-    """(logit_scale, softcap) that a configuration may mean; what it says before what it may not mean at all."""
+    """(logit_scale, softcap) that a configuration may mean: its own values first, then without them."""
     scales = [value**power for name, powers in _SCALES.items() if (value := _number(config, name)) for power in powers]
     softcaps: list[float | None] = [value for name in _SOFTCAPS if (value := _number(config, name))]
     yield from itertools.product([*scales, 1.0], [*softcaps, None])
@@ -174,7 +174,7 @@ def _difference(a: Tensor, b: Tensor) -> str:
 
 @contextlib.contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode, and then every module's own mode again."""
+    """Training mode inside; restores every module's own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
@@ -185,7 +185,7 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def _same_random_numbers(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Whatever is drawn inside is drawn again by whoever comes next."""
+    """Restores the random state at the end, so that the next call uses the same random numbers."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -1,10 +1,10 @@
-"""The student's log-probs of some ids, and of everything outside them, with their gradient written out.
+"""The student's log-probs of some ids and log-mass of the tail bucket outside them, with an explicit gradient.
 
 Legend: `P` positions of a batch (flattened), `K` ids per position, `V` vocabulary of the cache, `W` columns of the
-student's head (W >= V), `tau` the temperature. Everything is in nats.
+student's LM head (W >= V), `tau` the temperature. Everything is in nats.
 
-One autograd function knows the gradient of any loss of the log-probs of some ids and of the mass outside them.
-Against plain autograd it keeps only the logits and a few numbers per position: no float32 copy, no softmax and no
+One autograd function implements the gradient of any loss of the log-probs of some ids and of the mass outside them.
+Unlike plain autograd it keeps only the logits and a few numbers per position: no float32 copy, no softmax and no
 masked copy of [P, W] lives until the backward pass.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from storage.errors import InputError
 
-# Rows are worked on in pieces of this many logits, which bounds the temporaries: 1 MiB of float32 on a CPU, where
-# staying in the cache saves a tenth of the time, and 256 MiB elsewhere, where fewer launches count for more.
+# Logits per chunk of rows, which bounds the temporaries: 1 MiB of float32 on a CPU, where staying in the processor's
+# cache saves a tenth of the time, and 256 MiB elsewhere, where fewer kernel launches matter more.
 _CHUNK_LOGITS = {"cpu": 1 << 18}
 _CHUNK_LOGITS_ELSEWHERE = 1 << 26
 
@@ -32,14 +32,14 @@ def student_buckets(
     vocabulary_size: int,
     temperature: float,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """The student's log-probs of some ids, and of everything outside them, for one batch and several teachers.
+    """``ell = log q[ids]`` and ``theta = log sum of q outside the ids``, q = softmax(logits / tau), for each teacher.
 
     With ``u = logits / tau`` and ``lse = logsumexp(u)`` over all W columns, for each support int [P, K] (-1 where
     a column holds no id): ``ell = u[ids] - lse`` [P, K], 0 where there is no id, and ``theta = logsumexp of u[j]
     over j < V outside the ids - lse`` [P], -inf when nothing is outside. Besides, when `labels` are given, the
-    cross-entropy [P] at temperature 1, 0 where the label is `NOT_TRAINED`.
+    cross-entropy [P] at temperature 1, 0 where the label is `NOT_TRAINED`. Returns (cross-entropy or None, pairs).
 
-    logits [P, W] of any float type; results are float32 (float64 for float64 logits), differentiable once.
+    logits [P, W] of any float type; results are float32 (float64 for float64 logits), in nats, differentiable once.
     """
     outputs = _StudentBuckets.apply(  # type: ignore[no-untyped-call]
         logits, labels, vocabulary_size, temperature, *supports
@@ -68,7 +68,7 @@ class _StudentBuckets(torch.autograd.Function):
         ells = [logits.new_empty(support.shape, dtype=dtype) for support in supports]
         tails = [torch.empty_like(per_position) for _ in supports]
         for rows in _chunks(logits):
-            # Nothing below changes when a row is shifted. With its maximum at 0, normalisers are small numbers that
+            # Nothing below depends on a shift of the row. With its maximum at 0, normalisers are small numbers that
             # round finely (a logit of 20 has a float32 spacing of 2e-6) and exp cannot overflow.
             peak[rows] = logits[rows].amax(1)
             z = logits[rows].to(dtype) - peak[rows, None]
@@ -135,7 +135,7 @@ def _bucket_gradient(
     g = g.masked_fill(~valid, 0.0)
     total = g.sum(1) + h
     padding = (u[:, vocabulary_size:] - lse[:, None]).exp_().mul_(-total[:, None])
-    # With nothing outside the ids, lse_tail is -inf; any finite number in its place makes exp(-inf - it) the 0 it is.
+    # With nothing outside the ids, lse_tail is -inf; any finite number instead makes exp(-inf - it) 0, as it is.
     tail = _without(u[:, :vocabulary_size], ids, valid).sub_(lse_tail.masked_fill(lse_tail.isneginf(), 0.0)[:, None])
     tail.exp_().mul_((h - total * (lse_tail - lse).exp())[:, None])
     tail.scatter_add_(1, ids, (g - ell.exp() * total[:, None]).masked_fill(~valid, 0.0))
@@ -145,18 +145,18 @@ def _bucket_gradient(
 def _without(u: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
     """A copy of u [rows, V] with -inf at the valid ids.
 
-    Columns that are not valid add 0 to id 0, so they need no place of their own and may hold anything.
+    Columns that are not valid add 0 to id 0, so they need no slot of their own and may hold anything.
     """
     return u.scatter_add(1, ids, torch.zeros_like(valid, dtype=u.dtype).masked_fill(valid, -math.inf))
 
 
 def _safe(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(which entries are ids: not negative; int64 indices that are 0 where they are not)."""
+    """(bool, the entries that are ids, i.e. not negative; int64 indices, 0 at the other entries)."""
     return ids >= 0, ids.clamp(min=0).to(torch.int64)
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    """Row ranges to work on, one after the other."""
+    """Consecutive row ranges of about the chunk size of this device."""
     rows = max(1, _CHUNK_LOGITS.get(logits.device.type, _CHUNK_LOGITS_ELSEWHERE) // logits.shape[1])
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 

@@ -1,12 +1,12 @@
-"""What a teacher says at a position, decoded and tempered, and what stands for the ids that are not stored.
+"""A teacher's stored targets: decoding, temperature, and the treatments of the tail (the ids that are not stored).
 
 Legend: `P` positions of a batch (flattened), `K` stored ids per position, `V` vocabulary of the cache, `S` the kept
-ids of a position, of which the first `certain` are there with certainty and the others were drawn, `tau` the
-temperature, `F(b) = log sum of p**b outside the certain ids`. Everything is in nats.
+ids of a position, the first `certain` of which are certain ids and the others sampled ids (VarOpt, Cohen et al. 2011),
+`tau` the temperature, `F(b) = log sum of p**b outside the certain ids`. Everything is in nats.
 
 A teacher's targets are the plain tensors of a DataLoader batch::
 
-    token_ids                      int32|int64 [P, K]   columns from `kept` on hold poison, possibly >= W
+    token_ids                      int32|int64 [P, K]   columns from `kept` on hold a fill value, possibly >= W
     codes | logprobs               uint16 | float32 [P, K]
     kept, certain                  int [P]
     top_logprob, log_tail, log_tail_half, entropy    float32 [P]
@@ -18,8 +18,8 @@ Forward KL is linear in the teacher, so every treatment of the tail is a set of 
 
     loss = -sum_S w_i ell_i - w_t theta + constant        ell_i = log q_i, theta = log q(outside S)
 
-    bucket        w = p on S, w_t = the mass outside S
-    sampled       w = p on the certain ids, the mass outside them in equal parts on the drawn ones; w_t = 0
+    bucket        w = p on S, w_t = the mass outside S: one tail bucket
+    sampled       w = p on the certain ids, the mass outside them in equal parts on the sampled ids; w_t = 0
     blend         share * sampled + (1 - share) * bucket
     renormalise   w = p / P(S); w_t = 0
     none          w = p on S; w_t = 0
@@ -41,7 +41,7 @@ from student.loss.objective import Tail, check_temperature
 
 Targets = Mapping[str, Tensor]
 
-# Sums of float32 log-probs differ from what was added up by this much; see `Tempered.log_rest`.
+# Error of a sum of float32 log-probs; see `Tempered.log_rest`.
 _ROUNDING = 1e-6
 
 
@@ -49,9 +49,9 @@ _ROUNDING = 1e-6
 class Member:
     """One teacher entry in a mixture.
 
-    `weight` is relative to the other members'. `step_nats` belongs to the entry's codes; None when it stores
-    float32 log-probs. `vocabulary_size` is V. `sampled_at` is the temperature for which ids were drawn; None for an
-    entry of top-k targets, in which every id is certain.
+    `weight` is relative to the other members'. `step_nats` is the quantisation step of the entry's codes; None when it
+    stores float32 log-probs. `vocabulary_size` is V. `sampled_at` is the temperature for which ids were sampled; None
+    for an entry of top-k targets, in which every id is certain.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Member:
 
     @classmethod
     def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0) -> Member:
-        """The member that a teacher entry is."""
+        """The member for a teacher entry of a cache."""
         sampled_at = entry.targets.temperature if entry.targets.method == "varopt" else None
         return cls(name, weight, entry.encoding.step_nats, entry.vocabulary_size, sampled_at)
 
@@ -73,10 +73,10 @@ class Tempered:
 
     support    int32 [P, K]   the kept ids; -1 beyond them, and at positions that are not trained
     scores     float [P, K]   log-prob / tau of these; -inf elsewhere
-    certain    bool [P, K]    there with certainty
+    certain    bool [P, K]    the columns of certain ids
     log_tail   float [P]      F(1 / tau), outside the certain ids; 0 at positions that are not trained
     entropy    float [P]      of the whole distribution at temperature 1; 0 at positions that are not trained
-    rounding   nats by which a sum of scores may be off
+    rounding   error of a sum of scores, in nats
     """
 
     support: Tensor
@@ -90,29 +90,29 @@ class Tempered:
     rounding: float
 
     @property
-    def drawn(self) -> Tensor:
-        """bool [P, K]: kept, but only by the draw."""
+    def sampled(self) -> Tensor:
+        """bool [P, K]: the columns of sampled ids, those kept but not certain."""
         return (self.support >= 0) & ~self.certain
 
     @cached_property
     def log_rest(self) -> Tensor:
-        """Log of sum p**(1/tau) outside the kept ids [P]: the stored tail without the drawn ids; -inf if all are kept.
+        """Log of sum p**(1/tau) outside the kept ids [P]: the stored tail less the sampled ids; -inf if all are kept.
 
-        ``F + log(1 - exp(d - F))`` with d the drawn ids' own sum. Drawn ids and tail were rounded apart, so d may
-        come out above F; what is left is then not known, only that it is less than the rounding, and that is what
-        stands for it (a log, however small, that a divergence can be taken of).
+        ``F + log(1 - exp(d - F))`` with d the log-sum of the sampled ids. Sampled ids and tail were rounded separately,
+        so d may exceed F. The rest is then unknown but less than the rounding, and the rounding replaces it: a finite
+        log, for a divergence to be defined.
         """
         gap = torch.logsumexp(self.scores.masked_fill(self.certain, -math.inf), 1) - self.log_tail
         rest = self.log_tail + torch.log(-torch.expm1(gap.clamp(max=-self.rounding)))
-        rest = torch.where(self.drawn.any(1), rest, self.log_tail)
+        rest = torch.where(self.sampled.any(1), rest, self.log_tail)
         return rest.masked_fill((self.support >= 0).sum(1) == self.vocabulary_size, -math.inf)
 
     @cached_property
     def bucketed(self) -> tuple[Tensor, Tensor]:
-        """(log-probs of the kept ids [P, K], log-mass of everything else [P]), normalised to sum 1.
+        """(log-probs of the kept ids [P, K], log-mass of the tail bucket [P]), normalised to sum 1.
 
         -inf where there is no id, and both -inf at positions that are not trained. The normaliser is taken over the
-        values as decoded and the tail, so that quantisation moves mass but never makes or loses any.
+        decoded values and the tail, so that quantisation moves mass but never adds or loses any.
         """
         log_z = _logsumexp(self.scores, self.log_rest)
         tail = (self.log_rest - log_z).masked_fill(~self.trained, -math.inf)
@@ -133,7 +133,7 @@ class Weights:
     def __call__(self, ell: Tensor, theta: Tensor, rows: slice = slice(None)) -> Tensor:
         """The loss [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows."""
         heads, tail = self.heads[rows], self.tail[rows]
-        # 0 * log 0 is 0: with every id stored both tails are empty, and a student may rule out what has no mass.
+        # 0 * log 0 is 0: with every id stored both tails are empty, and a student may rule out ids without mass.
         on_heads = (heads * torch.where(heads > 0, ell, 0.0)).sum(1)
         return self.constant[rows] - on_heads - tail * torch.where(tail > 0, theta, 0.0)
 
@@ -162,11 +162,11 @@ def temper(
     trained: Tensor | None = None,
     interpolate_tail: bool = False,
 ) -> Tempered:
-    """A teacher's targets at a temperature.
+    """A teacher's targets at a temperature: scores ``log p_i / tau`` and tail ``F(1 / tau)``.
 
-    Head ratios ``p_i**(1/tau)`` are exact at any; the sum outside the heads is stored for 1 and 2, and interpolated
-    above 1 when asked for. `trained` bool [P]: what the targets hold at other positions is looked at by nothing.
-    Raises InputError for a temperature that the tails do not serve.
+    The scores are exact at any temperature; the tail is stored for 1 and 2, and interpolated at others above 1 with
+    `interpolate_tail`. `trained` bool [P]: targets at other positions are ignored, whatever they hold. Raises
+    InputError for a temperature without a tail.
     """
     check_temperature(temperature, interpolate_tail)
     decoded = decode_logprobs(targets, member.step_nats)
@@ -190,11 +190,11 @@ def temper(
 
 
 def weights(tempered: Tempered, tail: Tail, blend: float = 0.0) -> Weights:
-    """The weights of forward KL under a treatment of the tail (any but auto); see the module.
+    """The weights of forward KL under a treatment of the tail (any but auto); the module has the equations.
 
     The constant makes the loss a KL: with bucket ``KL(p || q)`` of the bucketed distributions, a lower bound of the
     dense one; with sampled an unbiased estimate of the dense one (at temperature 1 by the entropy of the whole
-    distribution, at others by the drawn ids); with renormalise the KL of the renormalised heads; with none the terms
+    distribution, at others by the sampled ids); with renormalise the KL of the renormalised heads; with none the terms
     of the heads alone.
     """
     if tail == "sampled":
@@ -229,19 +229,19 @@ def _heads_alone(logp: Tensor) -> Weights:
 
 
 def _sampled(tempered: Tempered) -> Weights:
-    """Certain ids at their own probability; the mass outside them shared by the drawn ids.
+    """Certain ids at their own probability; the mass outside them in equal parts on the sampled ids.
 
-    Where nothing was drawn (the teacher's support fits in the certain ids) what little is outside stays one bucket, so
-    that the weights sum to 1 at every position.
+    Where no id was sampled (the teacher's support fits in the certain ids) the small mass outside stays one tail
+    bucket, so that the weights sum to 1 at every position.
     """
     heads = tempered.scores.masked_fill(~tempered.certain, -math.inf)
     log_z = _logsumexp(heads, tempered.log_tail)
     log_tail = (tempered.log_tail - log_z).masked_fill(~tempered.trained, -math.inf)
-    drawn = tempered.drawn
-    number = drawn.sum(1)
+    sampled = tempered.sampled
+    number = sampled.sum(1)
     any_sampled = number > 0
     share = log_tail.exp() / number.clamp(min=1)
-    w = torch.where(drawn, share[:, None], (heads - log_z[:, None]).exp())
+    w = torch.where(sampled, share[:, None], (heads - log_z[:, None]).exp())
     w_tail = log_tail.exp().masked_fill(any_sampled, 0.0)
     logp = tempered.scores - log_z[:, None]
     constant = _negative_entropy(w, logp) + w_tail * torch.where(w_tail > 0, log_tail, 0.0)
@@ -266,14 +266,14 @@ def _log_tail(targets: Targets, vocabulary_size: int, temperature: float) -> Ten
         return targets["log_tail_half"]
     zero, half, one = _known_tails(targets, vocabulary_size)
     b = 1 / temperature
-    # -inf where nothing is outside: all three are, and their differences must not be formed.
+    # All three are -inf where nothing is outside, and their differences are NaN.
     empty = one.isneginf()
     parabola = (1 - b) * (1 - 2 * b) * zero + 4 * b * (1 - b) * half + b * (2 * b - 1) * one
     return parabola.masked_fill(empty, -math.inf)
 
 
 def tail_bounds(targets: Targets, vocabulary_size: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """(least, greatest) value [P] that F(1 / temperature) can have, for a temperature above 1.
+    """(least, greatest) possible value [P] of F(1 / temperature), for a temperature above 1.
 
     F is convex with F(0) = log(V - certain), F(1/2) and F(1) known: it lies below the chord between the neighbouring
     two, and above the other chord extended.
@@ -289,7 +289,7 @@ def tail_bounds(targets: Targets, vocabulary_size: int, temperature: float) -> t
 
 
 def interpolation_bound(targets: Targets, member: Member, temperature: float) -> Tensor:
-    """How far the teacher's mass outside the certain ids can be from what interpolation gives it, [P], in 0..1."""
+    """Bound on the error of the interpolated tail: of the teacher's mass outside the certain ids, [P], in 0..1."""
     tempered = temper(targets, member, temperature, interpolate_tail=True)
     heads = torch.logsumexp(tempered.scores.masked_fill(~tempered.certain, -math.inf), 1)
     least, greatest = (
@@ -300,7 +300,7 @@ def interpolation_bound(targets: Targets, member: Member, temperature: float) ->
 
 
 def quantisation_bound(step_nats: float) -> float:
-    """``exp(step) - 1``: how far codes can move a bucketed target distribution, in L1, at temperature 1 or 2.
+    """``exp(step) - 1``: the largest L1 error of a bucketed target distribution from codes, at temperature 1 or 2.
 
     A decoded log-prob is within step/2 of the teacher's, and so is the normaliser, whose log is a mean of these
     errors; so each probability stays within a factor exp(+-step), and ``sum |p' - p| <= exp(step) - 1``. The floats
@@ -310,13 +310,13 @@ def quantisation_bound(step_nats: float) -> float:
 
     The gradient of a position's KL by the logits is ``(q - p) / tau``, so its L1 norm moves by at most the bound over
     tau (times tau in the loss, which multiplies by tau**2). At the default step of 1/32 nat the bound is 0.032; the
-    rounding errors are of both signs, and what is seen is nearer to a quarter of it.
+    rounding errors are of both signs, and the measured error is nearer to a quarter of it.
     """
     return math.expm1(step_nats)
 
 
 def targets_of(member: Member, targets: Mapping[str, Targets] | None) -> Targets:
-    """A member's targets in a batch; InputError naming what there is when they are missing."""
+    """A member's targets in a batch. Raises InputError, naming the teachers present, when they are missing."""
     if targets is None or member.name not in targets:
         found = ", ".join(targets) if targets else "none"
         raise InputError(f"the batch holds no targets of teacher {member.name} (found: {found}): add it to the dataset")

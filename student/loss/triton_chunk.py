@@ -1,17 +1,16 @@
-"""`student.loss.logit_chunk` with its passes over the buffer as Triton kernels: logits are read once for sums, once for
-gradients.
+"""Triton kernels for the passes of `student.loss.logit_chunk`: logits are read once for sums, once for gradients.
 
 Legend: `R` rows, `C` columns of a part of the buffer, `tau` the temperature.
 
 In torch operations a row goes to memory and back for its maximum, its exponentials, their sums, and once or more for
-the gradient. Here one program has one row. It finds the largest logit and the sums together: where a block of columns
-has a larger logit than all before, the sums so far are brought down to it (Milakov and Gimelshein 2018, "Online
-normalizer calculation for softmax"). Nothing is written then; the gradient takes the exponentials again from z, and
-writes over it.
+the gradient. Here one program processes one row. It finds the largest logit and the sums together: where a block of
+columns has a larger logit than all before, the sums so far are rescaled to it (online softmax: Milakov and Gimelshein
+2018, "Online normalizer calculation for softmax"). Nothing is written then; the gradient computes the exponentials
+again from z and overwrites it.
 
-Precision: float32 throughout. The powers are of two, so that the base and the temperature are one factor: an exponent
-has three roundings, of the difference of logits, of the factor, and of their product. Sums of a block go pairwise, and
-those of blocks one after the other, for V = 128k 32 of them.
+Precision: float32 throughout. Exponentials are powers of two, so that base and temperature are one factor: an exponent
+has three roundings, of the difference of logits, of the factor, and of their product. Sums within a block are
+pairwise, and those of blocks sequential, 32 of them for V = 128k.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from student.loss.logit_chunk import LogitChunk, Part
 
-# The most columns that a program has before it at once; with 8 warps, 16 for each thread.
+# The most columns that a program holds at once; with 8 warps, 16 for each thread.
 _BLOCK = 4096
 
 
@@ -39,7 +38,7 @@ class TritonChunk(LogitChunk):
 
 
 class _Logits(Part):
-    """A part whose buffer holds z until the gradient does."""
+    """A part whose buffer holds z until the gradient replaces it."""
 
     @classmethod
     def of(cls, z: Tensor, temperature: float) -> _Logits:
@@ -66,17 +65,17 @@ class _Logits(Part):
 
 
 def check(device: torch.device, temperature: float, softcap: float | None) -> None:
-    """Compile the kernels that such chunks take, and compare their results with those of torch's passes.
+    """Compile the kernels for such chunks, and compare their results with those of torch's passes.
 
-    Raises RuntimeError where they differ, and whatever triton does where it cannot compile or run here: without a C
-    compiler, say, or for a device older than it knows.
+    Raises RuntimeError where they differ, and triton's own errors where it cannot compile or run here: without a C
+    compiler, for example, or for a device older than it supports.
     """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    # Two blocks and a bit, and columns that no teacher knows.
+    # Two blocks and a partial one, and padded columns.
     rows, columns, vocabulary_size = 3, 2 * _BLOCK + 50, 2 * _BLOCK + 10
     z, labels = normal(rows, columns), torch.arange(rows, device=device)
     trained, support = labels >= 0, torch.arange(5, device=device).repeat(rows, 1)
@@ -95,7 +94,7 @@ def check(device: torch.device, temperature: float, softcap: float | None) -> No
 
 
 def _run(kernel: Any, z: Tensor, temperature: float, *arguments: Tensor | float, **choices: bool) -> None:
-    """One program for each row of z [R, C]."""
+    """Launch a kernel with one program for each row of z [R, C]."""
     rows, columns = z.shape
     block = min(_BLOCK, triton.next_power_of_2(columns))
     scales = (math.log2(math.e) / temperature, math.log2(math.e))
@@ -128,7 +127,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
         at = start + tl.arange(0, BLOCK)
         x = tl.load(z + at, mask=at < columns, other=-float("inf"))
         new_top = tl.maximum(top, tl.max(x, 0))
-        # While all columns are -inf, any finite number here makes their exponentials the 0 they are.
+        # While all columns are -inf, any finite number here makes their exponentials 0, as they are.
         level = tl.where(new_top == -float("inf"), 0.0, new_top)
         sum_tau = sum_tau * tl.exp2((top - level) * scale) + tl.sum(tl.exp2((x - level) * scale), 0)
         if TEMPERED:

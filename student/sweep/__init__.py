@@ -1,4 +1,4 @@
-"""Many runs from one file: what is searched, the trials, and their record.
+"""A sweep of many runs from one file: the search space, the trials, and their records.
 
-One run belongs to `student.training`.
+A single run is in `student.training`.
 """

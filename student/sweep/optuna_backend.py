@@ -15,25 +15,25 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from student.sweep.record import INTERRUPTED, SweepFolder, TrialRecord, seed_of
-from student.sweep.search_space import Draw, Pruner
+from student.sweep.search_space import Domain, Pruner
 
 _STUDY = "sweep"
 
 
-def suggest(trial: Trial, name: str, draw: Draw) -> Any:
-    """Draw a parameter of a trial; asked again, Optuna gives the same."""
-    if draw.kind == "choice":
-        return trial.suggest_categorical(name, list(draw.choices))
-    if draw.kind == "int":
-        return trial.suggest_int(name, int(draw.low), int(draw.high), step=draw.step, log=draw.log)
-    return trial.suggest_float(name, draw.low, draw.high, log=draw.log)
+def suggest(trial: Trial, name: str, domain: Domain) -> Any:
+    """Sample a parameter of a trial; a repeated call returns the same value."""
+    if domain.kind == "choice":
+        return trial.suggest_categorical(name, list(domain.choices))
+    if domain.kind == "int":
+        return trial.suggest_int(name, int(domain.low), int(domain.high), step=domain.step, log=domain.log)
+    return trial.suggest_float(name, domain.low, domain.high, log=domain.log)
 
 
 class NumberedSampler(BaseSampler):
-    """Any sampler, made anew for every trial with a seed that follows from how many trials are done.
+    """Any sampler, created anew for every trial with a seed that follows from the number of finished trials.
 
     So the proposals follow from the seed and the trials before, whatever process they ran in. One sampler with one
-    seed would begin its sequence again in a sweep that goes on, and propose what it had proposed.
+    seed would restart its sequence in a resumed sweep, and repeat its proposals.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], done: Callable[[], int]) -> None:
@@ -59,7 +59,7 @@ class NumberedSampler(BaseSampler):
 
 
 def sampler(name: str, seed: int, done: Callable[[], int]) -> BaseSampler:
-    """The sampler of a search; `done` counts the trials that are over."""
+    """The sampler of a search; `done` counts the finished trials."""
 
     def make(number: int) -> BaseSampler:
         each = seed_of(seed, number)
@@ -82,7 +82,7 @@ def pruner(asked: Pruner) -> BasePruner:
 
 
 def study_options(folder: SweepFolder) -> dict[str, Any]:
-    """What `hyperparameter_search` hands to `optuna.create_study`: the study, made to agree with the records."""
+    """Arguments that `hyperparameter_search` passes to `optuna.create_study`; reconciles the study with the records."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     search = folder.search
     options: dict[str, Any] = {
@@ -97,18 +97,18 @@ def study_options(folder: SweepFolder) -> dict[str, Any]:
 
 
 def _reconcile(study: optuna.Study, folder: SweepFolder) -> None:
-    """Tell the study how the trials ended that a killed process left open, and put what did not end in line again."""
+    """Report the outcomes of trials that a killed process left open, and enqueue again those that did not end."""
     records = {trial.number: trial for trial in folder.trials()}
     for trial in study.trials:
         record = records.get(trial.number, TrialRecord(number=trial.number, state="running"))
         if trial.state == TrialState.RUNNING:
-            _tell(study, record)
+            _report_outcome(study, record)
         if trial.state in (TrialState.RUNNING, TrialState.FAIL) and record.state == "running":
             folder.write(record.model_copy(update={"state": "failed", "value": None, "error": INTERRUPTED}))
             study.enqueue_trial(trial.params)
 
 
-def _tell(study: optuna.Study, record: TrialRecord) -> None:
+def _report_outcome(study: optuna.Study, record: TrialRecord) -> None:
     if record.state == "complete":
         study.tell(record.number, record.value)
     else:

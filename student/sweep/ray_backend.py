@@ -16,28 +16,28 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from student.sweep.record import INTERRUPTED, SweepFolder, seed_of
-from student.sweep.search_space import Draw, Parameter, Pruner
+from student.sweep.search_space import Domain, Parameter, Pruner
 
-# ASHA stops a trial at its most evaluations, where the others let it end.
+# ASHA stops a trial at `max_t` evaluations, where the others let it end.
 _NO_LIMIT = 1 << 30
 
 
 def domains(parameters: dict[str, Parameter]) -> dict[str, Any]:
-    """The search space as Ray Tune has it."""
-    return {name: _domain(parameter.draw()) for name, parameter in parameters.items()}
+    """The search space as Ray Tune's domains, by parameter."""
+    return {name: _domain(parameter.domain()) for name, parameter in parameters.items()}
 
 
-def _domain(draw: Draw) -> Any:
-    if draw.kind == "choice":
-        return tune.choice(list(draw.choices))
-    if draw.kind == "float":
-        return tune.loguniform(draw.low, draw.high) if draw.log else tune.uniform(draw.low, draw.high)
-    if draw.log:
-        return tune.lograndint(int(draw.low), int(draw.high) + 1)
-    if draw.step > 1:
+def _domain(domain: Domain) -> Any:
+    if domain.kind == "choice":
+        return tune.choice(list(domain.choices))
+    if domain.kind == "float":
+        return tune.loguniform(domain.low, domain.high) if domain.log else tune.uniform(domain.low, domain.high)
+    if domain.log:
+        return tune.lograndint(int(domain.low), int(domain.high) + 1)
+    if domain.step > 1:
         # Ray rounds to multiples of a step, and not to steps from the lowest value.
-        return tune.choice(list(range(int(draw.low), int(draw.high) + 1, draw.step)))
-    return tune.randint(int(draw.low), int(draw.high) + 1)
+        return tune.choice(list(range(int(domain.low), int(domain.high) + 1, domain.step)))
+    return tune.randint(int(domain.low), int(domain.high) + 1)
 
 
 def _scheduler(asked: Pruner, mode: str) -> TrialScheduler | None:
@@ -60,14 +60,14 @@ def _scheduler(asked: Pruner, mode: str) -> TrialScheduler | None:
 
 
 def run_options(folder: SweepFolder, done: int, gpus: int) -> dict[str, Any]:
-    """What `hyperparameter_search` hands to `ray.tune.run`; starts Ray on this machine where it is not running.
+    """Arguments that `hyperparameter_search` passes to `ray.tune.run`; starts Ray on this machine if it does not run.
 
-    A trial's files are looked for from where the sweep was started. A sweep that goes on draws with another seed:
-    unlike Optuna's study, what Ray has drawn is not kept.
+    Trials keep the sweep's working directory, against which their paths resolve. A resumed sweep samples with another
+    seed: unlike Optuna's study, Ray's earlier samples are not kept.
     """
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     if not ray.is_initialized():
-        # Not whatever cluster this machine may be a node of: trials read paths of this machine.
+        # Never an existing cluster that this machine is a node of: trials read paths of this machine.
         ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     search = folder.search
     mode = search.aim[:3]
@@ -91,7 +91,7 @@ def run_options(folder: SweepFolder, done: int, gpus: int) -> dict[str, Any]:
 
 
 def close(folder: SweepFolder, out_of_time: bool) -> None:
-    """Name the end of trials that Ray stopped: it ends their process, so they cannot say it themselves."""
+    """Record the outcomes of trials that Ray stopped: it ends their process before they can."""
     for trial in folder.trials():
         if trial.state != "running":
             continue

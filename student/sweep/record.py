@@ -2,14 +2,14 @@
 
 ::
 
-    run.json            whose folder it is (`student.training.run_folder`)
+    run.json            the sweep's identity (`student.training.run_folder`)
     trials/<n>.json     the record of a trial, from its first step on
     models/<sha>.json   configurations of models, where a trial has one of its own
     sweep.json          all records, rewritten after every trial
     best.yaml           the best trial's job, as `train-student --config` takes it
-    optuna.db           what the sampler knows (backend optuna); ray/ is Ray Tune's own
+    optuna.db           Optuna's study (backend optuna); ray/ is Ray Tune's own
 
-The records are the truth about what is done; whatever the search library keeps is made to agree with them.
+The records are authoritative about the trials; the state of the search library is reconciled with them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Record(BaseModel):
 
 
 class TrialRecord(_Record):
-    """What became of a trial.
+    """State and outcome of a trial.
 
     value              the metric on held-out text at its end, or when it was pruned; None where it failed
     parameters         as the run had them: read from its arguments, loss, windows and model
@@ -71,7 +71,7 @@ class TrialRecord(_Record):
 
 
 class SweepReport(_Record):
-    """`sweep.json`. `seconds` counts all the processes that worked on it, `best` is a number of a trial."""
+    """`sweep.json`. `seconds` counts all the processes that ran the sweep, `best` is the number of a trial."""
 
     kind: Literal["sweep"] = "sweep"
     format: Literal[1] = 1
@@ -89,20 +89,20 @@ class SweepReport(_Record):
     def ranked(self) -> list[TrialRecord]:
         """Best first: complete trials, then pruned ones, then the others."""
         sign = -1.0 if self.direction == "maximize" else 1.0
-        place = {"complete": 0, "pruned": 1, "running": 2, "failed": 3}
+        order = {"complete": 0, "pruned": 1, "running": 2, "failed": 3}
         return sorted(
             self.trials,
-            key=lambda t: (place[t.state], math.inf if t.value is None else sign * t.value, t.number),
+            key=lambda t: (order[t.state], math.inf if t.value is None else sign * t.value, t.number),
         )
 
 
 def seed_of(seed: int, done: int) -> int:
-    """A sampler's seed after so many trials: unrelated ones for neighbours, below 2**32."""
+    """A sampler's seed after `done` trials, below 2**32; neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence([seed, done]).generate_state(1)[0])
 
 
 class SweepFolder:
-    """Reads and writes the records of one sweep; several processes of it may write at once."""
+    """Reads and writes the records of one sweep; several of its processes may write at once."""
 
     def __init__(self, path: str, search: Search, job: dict[str, Any], cache: str) -> None:
         self.path = Path(path)
@@ -110,8 +110,8 @@ class SweepFolder:
         self._before, self._started = self._earlier_seconds(), time.monotonic()
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other sweeps out of the folder. Raises InputError while one is in it."""
+    def locked(self) -> Iterator[None]:
+        """Hold the folder's lock (flock). Raises InputError where another process holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as lock:
             try:
@@ -127,12 +127,12 @@ class SweepFolder:
             try:
                 found.append(TrialRecord.model_validate_json(path.read_bytes()))
             except ValidationError:
-                # The number is taken before the first record is written (`claim`).
+                # `reserve` creates the file before the first record is written.
                 found.append(TrialRecord(number=int(path.stem), state="running"))
         return sorted(found, key=lambda trial: trial.number)
 
-    def claim(self) -> int:
-        """The next number, taken by nobody else."""
+    def reserve(self) -> int:
+        """Reserve the next free trial number, by an exclusive create of its file."""
         folder = self.path / "trials"
         folder.mkdir(parents=True, exist_ok=True)
         number = max((trial.number for trial in self.trials()), default=-1) + 1
@@ -144,12 +144,12 @@ class SweepFolder:
                 number += 1
 
     def write(self, trial: TrialRecord) -> None:
-        """Replace a trial's record."""
+        """Write a trial's record, by an atomic rename."""
         (self.path / "trials").mkdir(parents=True, exist_ok=True)
         _write(self.path / "trials" / f"{trial.number}.json", trial.model_dump_json(indent=1) + "\n")
 
     def _earlier_seconds(self) -> float:
-        """What earlier processes spent on the sweep."""
+        """Seconds that earlier processes spent on the sweep."""
         try:
             return float(json.loads((self.path / "sweep.json").read_bytes())["seconds"])
         except (OSError, ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """A sweep: many students from one cache, by the search backends of transformers' own Trainer.
 
-The caches are opened and checked once; what is impossible in the search space is said before anything runs. The folder
-of a sweep is described in `student.sweep.record`.
+The caches are opened and checked once; impossible values in the search space are reported before anything runs. The
+folder of a sweep is described in `student.sweep.record`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import InputError
-from storage.progress import Say
+from storage.progress import Log
 from student.job import StudentJob
 from student.sweep.record import INTERRUPTED, SweepFolder, SweepReport
 from student.sweep.search_space import Search
@@ -31,15 +31,15 @@ from student.training.run_folder import OutputDirectory, full_disk_is_reported
 _NEEDS = {"optuna": ("optuna",), "ray": ("ray.tune", "optuna")}
 
 
-def sweep(job: StudentJob, search: Search, say: Say | None = None) -> SweepReport:
+def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepReport:
     """Run a sweep to its end and return its report, which is also `sweep.json` in the job's output directory.
 
-    A sweep that was killed goes on: trials that are done are not repeated, those that were running are run again.
-    More trials of the same search may be asked for later; another search in the same folder is refused. `say` is given
-    lines about the sweep (stderr by default); its trials speak on stderr. Raises the errors of `storage.errors`:
-    InputError and IdentityMismatch before anything is written.
+    A killed sweep resumes: trials that are done are not repeated, those that were running are run again. More trials of
+    the same search may be asked for later; another search in the same folder is refused. `log` is called with lines
+    about the sweep (stderr by default); its trials log to stderr. Raises the errors of `storage.errors`: InputError and
+    IdentityMismatch before anything is written.
     """
-    tell = say or _to_stderr
+    log = log or _to_stderr
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a sweep runs in one process, its trials one after the other: start it without torchrun")
     for module in _NEEDS[search.backend]:
@@ -60,26 +60,26 @@ def sweep(job: StudentJob, search: Search, say: Say | None = None) -> SweepRepor
     caches = open_caches(job.model_copy(update={"window_tokens": _least(windows.probes())}) if windows else job)
     _check_metric(job, search, caches)
     inputs = SweepInputs(job, search, caches, special_ids(job.cache))
-    possible = check_space(job, search, caches, inputs.special_ids, tell)
+    possible = check_space(job, search, caches, inputs.special_ids, log)
     gpus = training_arguments(job, values).n_gpu
     if gpus > 1 and search.backend == "optuna":
-        tell(f"a sweep of backend optuna runs one trial at a time, on one of the {gpus} GPUs; ray uses them all")
+        log(f"a sweep of backend optuna runs one trial at a time, on one of the {gpus} GPUs; ray uses them all")
 
     output = OutputDirectory(job.output_dir)
     identity = _identity(job, search, caches)
     output.check(identity)
-    output.claim(identity)
+    output.reserve(identity)
     asked = job.model_dump(mode="json", include=job.model_fields_set)
     folder = SweepFolder(job.output_dir, search, asked, job.cache)
-    with folder.held(), full_disk_is_reported(job.output_dir):
+    with folder.locked(), full_disk_is_reported(job.output_dir):
         disable_progress_bar()  # type: ignore[no-untyped-call]
-        # The trial libraries print as they like, and a report may be expected on stdout.
+        # The search libraries print to stdout, where the command writes its report.
         with contextlib.redirect_stdout(sys.stderr):
-            _run(inputs, folder, lambda: SweepTrainer(inputs, possible, folder), gpus, tell)
+            _run(inputs, folder, lambda: SweepTrainer(inputs, possible, folder), gpus, log)
         return folder.publish()
 
 
-def _run(inputs: SweepInputs, folder: SweepFolder, make: Callable[[], SweepTrainer], gpus: int, tell: Say) -> None:
+def _run(inputs: SweepInputs, folder: SweepFolder, make: Callable[[], SweepTrainer], gpus: int, log: Log) -> None:
     search = inputs.search
     if search.backend == "optuna":
         from student.sweep.optuna_backend import study_options
@@ -89,10 +89,10 @@ def _run(inputs: SweepInputs, folder: SweepFolder, make: Callable[[], SweepTrain
         _close_interrupted(folder)
     done = sum(trial.counts for trial in folder.trials())
     if done >= search.trials:
-        tell(f"{folder.path}: all {done} trials are done; ask for more trials, or give another --output-dir")
+        log(f"{folder.path}: all {done} trials are done; ask for more trials, or give another --output-dir")
         return
     if done:
-        tell(f"{folder.path}: going on after {done} trials")
+        log(f"{folder.path}: resuming after {done} trials")
     trainer, started = make(), time.monotonic()
     common: dict[str, Any] = {
         "n_trials": search.trials - done,
@@ -108,7 +108,7 @@ def _run(inputs: SweepInputs, folder: SweepFolder, make: Callable[[], SweepTrain
         return
     from student.sweep.ray_backend import close, domains, run_options
 
-    # The trainer goes to other processes: without the model, which is made there.
+    # The trainer is pickled to other processes, without the model, which is created there.
     trainer.drop_model()
     space = domains(dict(search.parameters))
     with _without_a_best(folder, AttributeError):
@@ -117,16 +117,16 @@ def _run(inputs: SweepInputs, folder: SweepFolder, make: Callable[[], SweepTrain
 
 
 def _no_space(trial: Any) -> dict[str, Any]:
-    """Nothing is left to be set on the arguments: `SweepTrainer` has put the trial's job in place."""
+    """An empty space: `SweepTrainer` sets the arguments of a trial itself."""
     del trial
     return {}
 
 
 @contextlib.contextmanager
 def _without_a_best(folder: SweepFolder, error: type[Exception]) -> Iterator[None]:
-    """The backends look for the best trial where none was completed, and end with an error of this type.
+    """Ignore the error with which a backend looks for the best trial where none was completed.
 
-    An error that a trial ended with is another matter, and leaves that trial open.
+    An error of this type that a trial ended with leaves that trial running, and is raised.
     """
     try:
         yield
@@ -168,7 +168,7 @@ def _check_metric(job: StudentJob, search: Search, caches: Caches) -> None:
 
 
 def _identity(job: StudentJob, search: Search, caches: Caches) -> dict[str, Any]:
-    """What makes two sweeps the same, flat. More trials, and another time limit, do not make another sweep."""
+    """The sweep's identity, as a flat mapping. Number of trials, time limit and title are no part of it."""
     given = job.model_dump(mode="json", include=job.model_fields_set - {"cache", "eval_cache", "output_dir"})
     training = given.pop("training", {})
     asked = search.model_dump(mode="json", exclude={"trials", "timeout_seconds", "title"})

@@ -1,8 +1,8 @@
-"""What a sweep is asked to do: which parameters vary, between what, and who proposes their values. Data, no torch.
+"""The configuration of a sweep: the parameters with their distributions, sampler and pruner. Data, no torch.
 
-A search library draws one raw number or choice per parameter (`Draw`), and `value` makes the parameter's value of it.
-The two differ where a distribution is none that the libraries know: a log-normal one is drawn as a quantile, and
-`one_minus` searches 1 − x where that is the scale that matters (Adam's betas).
+A search library samples one raw number or choice per parameter from its `Domain`, and `value` maps it to the
+parameter's value. The two differ for distributions that the libraries lack: a log-normal one is sampled as a quantile,
+and `one_minus` searches 1 − x where that is the scale that matters (Adam's betas).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from storage.errors import InputError
 
 Scalar = bool | int | float | str
 
-# How far a log-normal distribution reaches where no bounds are given, in standard deviations.
+# Bounds of a log-normal distribution where none are given, in standard deviations.
 _REACH = 3.0
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What the search library draws: one of `choices`, or a number in `low .. high`, both ends included."""
+class Domain:
+    """The set that a search library samples: one of `choices`, or a number in `low .. high`, both ends included."""
 
     kind: Literal["choice", "float", "int"]
     low: float = 0
@@ -42,7 +42,7 @@ class _Frozen(Frozen):
 
 
 class Choices(_Frozen):
-    """One of some values, without an order."""
+    """A categorical parameter: one of some values, without an order."""
 
     choices: Annotated[tuple[Scalar, ...], Field(min_length=1)]
 
@@ -52,22 +52,22 @@ class Choices(_Frozen):
             raise ValueError(f"each choice is given once, found {list(self.choices)}")
         return self
 
-    def draw(self) -> Draw:
-        return Draw("choice", choices=self.choices)
+    def domain(self) -> Domain:
+        return Domain("choice", choices=self.choices)
 
     def value(self, raw: Any) -> Scalar:
         found: Scalar = raw
         return found
 
     def probes(self) -> tuple[Scalar, ...]:
-        """Values to try before a sweep begins: all of them, or the ends of a range."""
+        """Values to check before a sweep starts: all of them, or the ends of a range."""
         return self.choices
 
 
 class Real(_Frozen):
-    """A number between `low` and `high`, even on its own scale or on that of its logarithm.
+    """A number between `low` and `high`, uniform on its own scale or on that of its logarithm.
 
-    one_minus: what is drawn is 1 − value, so `low` and `high` bound that.
+    one_minus: 1 − value is sampled, so `low` and `high` bound 1 − value.
     """
 
     distribution: Literal["uniform", "log_uniform"]
@@ -80,8 +80,8 @@ class Real(_Frozen):
         _check_bounds(self.distribution, self.low, self.high, self.distribution == "log_uniform")
         return self
 
-    def draw(self) -> Draw:
-        return Draw("float", self.low, self.high, log=self.distribution == "log_uniform")
+    def domain(self) -> Domain:
+        return Domain("float", self.low, self.high, log=self.distribution == "log_uniform")
 
     def value(self, raw: Any) -> Scalar:
         return 1.0 - float(raw) if self.one_minus else float(raw)
@@ -91,7 +91,7 @@ class Real(_Frozen):
 
 
 class Whole(_Frozen):
-    """A whole number between `low` and `high`, both included, in steps; or even on the scale of its logarithm."""
+    """An integer between `low` and `high`, both included: uniform in steps, or on the scale of its logarithm."""
 
     distribution: Literal["int", "log_int"]
     low: int
@@ -107,8 +107,8 @@ class Whole(_Frozen):
             raise ValueError(f"steps of {self.step} from {self.low} do not reach {self.high}")
         return self
 
-    def draw(self) -> Draw:
-        return Draw("int", self.low, self.high, self.step, self.distribution == "log_int")
+    def domain(self) -> Domain:
+        return Domain("int", self.low, self.high, self.step, self.distribution == "log_int")
 
     def value(self, raw: Any) -> Scalar:
         return int(raw)
@@ -133,7 +133,7 @@ class LogNormal(_Frozen):
     def _ordered(self) -> LogNormal:
         low, high = self._bounds()
         _check_bounds(self.distribution, low, high, True)
-        if not self.draw().low < self.draw().high:
+        if not self.domain().low < self.domain().high:
             raise ValueError(f"nothing of this distribution lies between {low:g} and {high:g}")
         return self
 
@@ -142,10 +142,10 @@ class LogNormal(_Frozen):
         high = math.exp(self.mu + _REACH * self.sigma) if self.high is None else self.high
         return low, high
 
-    def draw(self) -> Draw:
+    def domain(self) -> Domain:
         normal = NormalDist(self.mu, self.sigma)
         low, high = (normal.cdf(math.log(bound)) for bound in self._bounds())
-        return Draw("float", low, high)
+        return Domain("float", low, high)
 
     def value(self, raw: Any) -> Scalar:
         low, high = self._bounds()
@@ -155,8 +155,8 @@ class LogNormal(_Frozen):
         return max(1, round(found)) if self.distribution == "log_normal_int" else found
 
     def probes(self) -> tuple[Scalar, ...]:
-        drawn = self.draw()
-        return self.value(drawn.low), self.value(drawn.high)
+        domain = self.domain()
+        return self.value(domain.low), self.value(domain.high)
 
 
 Parameter = Choices | Real | Whole | LogNormal
@@ -172,13 +172,13 @@ _DISTRIBUTIONS: dict[str, type[Real] | type[Whole] | type[LogNormal]] = {
 
 
 class Pruner(_Frozen):
-    """Who ends trials early, by their evaluations during training.
+    """The pruner, which ends poor trials early by their evaluations during training.
 
     name               none; hyperband (successive halving in brackets); median (worse than the median at that point)
-    min_evaluations    that a trial is given in any case
+    min_evaluations    that a trial makes in any case
     reduction_factor   hyperband: one in so many trials is kept at each rung
-    max_evaluations    hyperband: the most that a trial makes; by default, what the trials that ended show
-    startup_trials     median: trials that end before anyone is judged by them
+    max_evaluations    hyperband: the most that a trial makes; by default taken from the trials that ended
+    startup_trials     median: trials that end before any is pruned
     """
 
     name: Literal["none", "hyperband", "median"] = "none"
@@ -198,8 +198,8 @@ class Search(_Frozen):
     seed              of the proposals; the runs themselves have the job's
     sampler           tpe (Bayesian: it learns from the trials before) or random
     pruner            by name, or with its settings
-    timeout_seconds   no trial begins after that
-    parameters        what varies, by name
+    timeout_seconds   no trial starts after that
+    parameters        the searched parameters, by name
     """
 
     title: str | None = None
@@ -227,7 +227,7 @@ class Search(_Frozen):
 
     @property
     def figure(self) -> str:
-        """The metric as evaluations name it."""
+        """The metric under the name that evaluations log: with the prefix `eval_`."""
         return "eval_" + self.metric.removeprefix("eval_")
 
     @property
@@ -279,7 +279,7 @@ def _check_bounds(distribution: str, low: float, high: float, logarithmic: bool)
 
 
 def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> str:
-    """The first thing wrong, in one line."""
+    """The first error, in one line."""
     item = error.errors()[0]
     name = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")

@@ -1,9 +1,9 @@
-"""The trainer that a search library runs again and again: each trial with its own job, all from the same caches.
+"""The trainer of all trials of a sweep: each trial has its own job, all read the same caches.
 
 transformers' `hyperparameter_search` calls `train(trial=…)` on one trainer and sets fields of its arguments. A trial of
-ours is more than that (its loss, windows and model differ too), so `train` first puts the whole of its job in place:
-what the base class would change field by field is then there already. A run is the one that `train-student` makes of
-the same job, to the last bit: same seeds at the same points, same order, same evaluations.
+ours is more than that (its loss, windows and model differ too), so `train` first installs the whole job: the fields
+that the base class would set one by one are then set already. A trial is bit-identical to the `train-student` run of
+the same job: same seeds at the same points, same order, same evaluations.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from student.training.trainer import DistillationTrainer, FollowAlpha
 
 
 class TrialFailed(Exception):
-    """A trial that gave no figure; the sweep goes on."""
+    """A trial ended without a figure; the sweep continues."""
 
 
 class _Diverged(Exception):
-    """The loss, or the metric, is no number any more."""
+    """The loss is NaN, or the metric is not finite."""
 
 
 @dataclass(frozen=True)
 class SweepInputs:
-    """What all trials share: the sweep's job, the search, the opened caches and the ids of their tokenizer."""
+    """The inputs of all trials: the sweep's job, the search, the opened caches and their special token ids."""
 
     job: StudentJob
     search: Search
@@ -53,8 +53,8 @@ class SweepInputs:
 class SweepTrainer(DistillationTrainer):
     """One trainer for all trials of a sweep in this process.
 
-    `possible` are the values of a trial that can be, as far as they decide its windows, loss and model; what it is made
-    with is replaced before the first step.
+    `possible` are valid values of the parameters that decide windows, loss and model. The trainer is constructed with
+    them, and they are replaced before the first step.
     """
 
     def __init__(self, inputs: SweepInputs, possible: Mapping[str, Any], folder: SweepFolder) -> None:
@@ -89,22 +89,22 @@ class SweepTrainer(DistillationTrainer):
         }
 
     def _values(self, job: StudentJob) -> dict[str, Any]:
-        """Training fields of a trial: no checkpoints, unless the sweep's job says otherwise."""
+        """Training fields of a trial: no checkpoints, unless the sweep's job sets save_strategy."""
         return {**training_values(job), **({} if "save_strategy" in job.training else {"save_strategy": "no"})}
 
     def compute(self, metrics: dict[str, float]) -> float:
-        """The figure that the search is after, of an evaluation."""
+        """The metric of the search, from those of an evaluation."""
         return float(metrics[self.search.figure])
 
     def train(
         self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
     ) -> Any:
-        """Run a trial and write its record. Raises TrialFailed where it gave no figure."""
-        number, values = self._drawn(trial)
+        """Run a trial and write its record. Raises TrialFailed where it ended without a figure."""
+        number, values = self._sample(trial)
         self._begin(number, values)
         try:
             job = trial_job(self.inputs.job, values, self._output_dir, self._configuration(values))
-            self._take(job, values)
+            self._install(job)
             result = super().train(trial=trial)
             # Training mostly ends with an evaluation, of the same weights unless the best ones were put back.
             step, metrics = self._last
@@ -113,7 +113,7 @@ class SweepTrainer(DistillationTrainer):
             value = self._finite(self.compute(self._final))
         except Exception as error:
             self._end_badly(error)
-            # The backends let go of a model after a trial that ends well only; two of them need not fit at once.
+            # The backends free the model of a successful trial only; the memory may not hold two.
             self.drop_model()
             if self._record.state == "failed":
                 raise TrialFailed(self._record.error) from error
@@ -128,16 +128,16 @@ class SweepTrainer(DistillationTrainer):
             parameters={name: self._applied(name) for name in values},
         )
         self.folder.publish()
-        self._say(f"{self.search.figure} {value:.4f}")
-        # The library asks for an evaluation where it has no figure yet: it gets the one that was just made, and not
-        # the last one of training, which may lie some steps back.
+        self._print(f"{self.search.figure} {value:.4f}")
+        # Without an objective the library asks for an evaluation: it gets the one that was just made, and not the
+        # last one of training, which may lie some steps back.
         self.objective: float | None = None
         return result
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out figures; those of the finished trial are not computed twice."""
+        """Held-out figures; those of a finished trial are not computed again."""
         if self._final is not None and eval_dataset is None:
             return dict(self._final)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -148,15 +148,15 @@ class SweepTrainer(DistillationTrainer):
             raise _Diverged(f"the training loss is no number at step {self.state.global_step}")
         super().log(logs, start_time)
 
-    def _drawn(self, trial: Any) -> tuple[int, dict[str, Any]]:
+    def _sample(self, trial: Any) -> tuple[int, dict[str, Any]]:
         """The number of a trial, and its values by name."""
         parameters = self.search.parameters
         if self.search.backend == "optuna":
             from student.sweep.optuna_backend import suggest
 
-            number, raw = trial.number, {name: suggest(trial, name, item.draw()) for name, item in parameters.items()}
+            number, raw = trial.number, {name: suggest(trial, name, item.domain()) for name, item in parameters.items()}
         else:
-            number, raw = self.folder.claim(), trial
+            number, raw = self.folder.reserve(), trial
         return number, {name: item.value(raw[name]) for name, item in parameters.items()}
 
     def _begin(self, number: int, values: dict[str, Any]) -> None:
@@ -167,10 +167,10 @@ class SweepTrainer(DistillationTrainer):
         self._record = TrialRecord(number=number, state="running", parameters=values)
         self._write()
         self.folder.publish()
-        self._say(shown(values))
+        self._print(shown(values))
 
     def drop_model(self) -> None:
-        """Let go of the model and optimizer."""
+        """Free the model, the optimizer and the scheduler."""
         owner: Any
         for owner in (self, self.callback_handler):
             owner.model = owner.optimizer = owner.lr_scheduler = None
@@ -181,8 +181,8 @@ class SweepTrainer(DistillationTrainer):
         settings = trial_settings(self.inputs.job, values)
         return None if settings is None else write_settings(settings, self.inputs.job.output_dir)
 
-    def _take(self, job: StudentJob, values: dict[str, Any]) -> None:
-        """Put a job's arguments, windows and loss in the place of the last one's."""
+    def _install(self, job: StudentJob) -> None:
+        """Replace the last trial's arguments, windows and loss by those of a job."""
         data = job_inputs(self.inputs.caches, job)
         in_the_sweeps_folder = job.model_copy(update={"output_dir": self.inputs.job.output_dir})
         args = training_arguments(in_the_sweeps_folder, self._values(job))
@@ -203,10 +203,10 @@ class SweepTrainer(DistillationTrainer):
             self.add_callback(self._progress)
 
     def _make_model(self, trial: Any) -> PreTrainedModel:
-        """The model of the job in place, its loss bound.
+        """The model of the installed job, with its loss bound.
 
-        The base class has seeded everything just before, and nothing here draws from its random state, so dropout
-        begins as in a run by itself.
+        The base class has seeded everything just before, and nothing here uses its random state, so dropout starts as
+        in a run by itself.
         """
         job = self._data.job
         model = load_student(job.model, **self._fitting, seed=job.seed)
@@ -215,14 +215,14 @@ class SweepTrainer(DistillationTrainer):
         return model
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """The arguments are those of the trial already; only what is made of them is made again."""
+        """Recreate only the objects that depend on the arguments, which are the trial's already."""
         self._trial = trial
         if trial is not None and self.hp_search_backend is not None:
             self._train_batch_size = self.args.train_batch_size
             self.create_accelerator_and_postprocess()
 
     def _report_to_hp_search(self, trial: Any, step: int, metrics: dict[str, float]) -> None:
-        """Tell the search of an evaluation. Pruners count evaluations: a step is not the same for all trials."""
+        """Report an evaluation to the search. Pruners count evaluations: a step is not the same for all trials."""
         if trial is None or self.hp_search_backend is None:
             return
         value = self._finite(self.compute(metrics))
@@ -232,11 +232,11 @@ class SweepTrainer(DistillationTrainer):
         if step < self.state.max_steps:
             super()._report_to_hp_search(trial, self._evaluations, metrics)
         elif self.search.backend == "optuna":
-            # A run that is through is not pruned: there is nothing left to save.
+            # A finished run is not pruned: there is nothing left to save.
             trial.report(value, self._evaluations)
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: Ray Tune's backend would keep the model and optimizer of every trial."""
+        """Save nothing: Ray Tune's backend would keep the model and optimizer of every trial."""
 
     def _applied(self, name: str) -> Any:
         """A parameter as the run had it, from the object that used it."""
@@ -262,14 +262,14 @@ class SweepTrainer(DistillationTrainer):
         if _is_pruned(error, self.search.backend):
             self._write(state="pruned")
             self.folder.publish()
-            self._say(f"pruned at {self.search.figure} {self._record.value:.4f}")
+            self._print(f"pruned at {self.search.figure} {self._record.value:.4f}")
             return
         reason = _reason(error)
         if reason is None:
             return
         self._write(state="failed", value=None, error=reason)
         self.folder.publish()
-        self._say(f"failed: {reason}")
+        self._print(f"failed: {reason}")
 
     def _write(self, **changes: Any) -> None:
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
@@ -283,7 +283,7 @@ class SweepTrainer(DistillationTrainer):
         self._record = self._record.model_copy(update=known | changes)
         self.folder.write(self._record)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         print(f"trial {self._record.number}: {line}", file=sys.stderr, flush=True)
 
 
@@ -296,7 +296,7 @@ def _is_pruned(error: Exception, backend: str) -> bool:
 
 
 def _reason(error: Exception) -> str | None:
-    """Why a trial failed, in one line, where the fault lies in its values; None where the sweep has to stop."""
+    """Why a trial failed, in one line, where its values are at fault; None where the sweep has to stop."""
     text = " ".join(str(error).split())[:500]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
         return f"out of memory: {text}"

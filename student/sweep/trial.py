@@ -1,4 +1,4 @@
-"""From a sweep's job and a trial's values to the trial's own job; and what of it is impossible, before anything runs.
+"""The job of a trial, from the sweep's job and the trial's values; and checks of the search space beforehand.
 
 Every trial is a `StudentJob` that `train-student` would run by itself. Parameters of the model become a JSON
 configuration: the preset or configuration of the sweep's job with other fields.
@@ -21,6 +21,7 @@ from transformers import AutoConfig, TrainingArguments
 
 from storage.config import build_config
 from storage.errors import InputError
+from storage.progress import Log
 from student.job import StudentJob
 from student.loss.objective import Objective
 from student.models import PRESETS, check_settings, preset_settings, read_settings
@@ -34,22 +35,23 @@ STEP = "windows_per_step"
 OBJECTIVE = frozenset(Objective.model_fields) - {"interpolate_tail"}
 WINDOWS = frozenset({"window_tokens", "offset"})
 
-# What decides how a run computes or is watched, and not what it learns, is the same for all trials of a process.
+# Prefixes of fields that decide how a run computes or is watched, and not what it learns: the same for all trials of a
+# process.
 _COMPUTING = (
     *("eval_", "save_", "logging_", "log_", "hub_", "push_", "fsdp", "deepspeed", "bf16", "fp16", "tf32", "debug"),
     *("dataloader_", "ddp_", "torch_compile", "accelerator_", "use_cpu", "full_determinism", "load_best", "include_"),
     *("metric_for", "greater_is", "auto_find", "jit_mode", "torch_empty"),
 )
-# What the cache decides about a model.
+# Fields of a model's configuration that follow from the cache, or do not describe the architecture.
 _MODEL_RESERVED = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type", "dtype", "architectures"}
 _MODEL_RESERVED |= {"transformers_version", "use_cache", "torch_dtype", "auto_map"}
 
-# Combinations that are looked at before a sweep begins; where there are more, the others are found when drawn.
+# Combinations that are checked before a sweep starts; where there are more, the others fail when sampled.
 _COMBINATIONS = 256
 
 
 def check_names(job: StudentJob, search: Search) -> None:
-    """Raise InputError for a parameter that nothing has, that is not for a sweep, or that is fixed elsewhere."""
+    """Raise InputError for a parameter that does not exist, cannot be swept, or is also fixed elsewhere."""
     given = job.model_fields_set
     training = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in search.parameters:
@@ -88,7 +90,7 @@ def _check_model_name(job: StudentJob, name: str, where: str) -> None:
     default = AutoConfig.for_model(base_settings(job)["model_type"])
     known = {*default.to_dict(), *default.attribute_map} - _MODEL_RESERVED
     if name in _MODEL_RESERVED:
-        raise InputError(f"{where} cannot be swept: it follows from the cache or says nothing of the architecture")
+        raise InputError(f"{where} cannot be swept: it follows from the cache or is no part of the architecture")
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         raise InputError(
@@ -151,7 +153,7 @@ def _micro_batches(job: StudentJob, windows: int) -> dict[str, int]:
 
 
 def write_settings(settings: Mapping[str, Any], output_dir: str) -> str:
-    """Keep a configuration in the sweep's folder, under a name that follows from it; the path."""
+    """Write a configuration into the sweep's folder, named by its sha256; returns the path."""
     text = json.dumps(dict(settings), indent=1, sort_keys=True) + "\n"
     path = Path(output_dir) / "models" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     if not path.exists():
@@ -168,19 +170,19 @@ def shown(values: Mapping[str, Any]) -> str:
 
 
 def check_space(
-    job: StudentJob, search: Search, caches: Caches, special_ids: Mapping[str, int | None], say: Callable[[str], None]
+    job: StudentJob, search: Search, caches: Caches, special_ids: Mapping[str, int | None], log: Log
 ) -> dict[str, Any]:
-    """Try the choices and the ends of the ranges, as far as that is cheap; values of windows, loss and model that fit.
+    """Check the choices and the ends of the ranges; returns valid values for windows, loss and model.
 
-    Parameters that decide together are tried together: those of the loss and the windows, those of the model. Raises
-    InputError for a value that is impossible with every value of the others; combinations that are impossible
-    only together are told to `say`, and their trials will fail.
+    Parameters that depend on each other are checked together, in at most 256 combinations: those of the loss and the
+    windows, those of the model. Raises InputError for a value that is impossible with every value of the others;
+    combinations that are impossible only together are logged, and their trials will fail.
     """
     first: dict[str, Any] = {}
 
     def objective(values: Mapping[str, Any]) -> None:
         temperature = search.parameters.get("temperature")
-        if temperature is not None and temperature.draw().kind != "choice" and not job.interpolate_tail:
+        if temperature is not None and temperature.domain().kind != "choice" and not job.interpolate_tail:
             raise InputError("temperatures between 1 and 2 are not exact; give choices: [1, 2], or interpolate_tail")
         job_inputs(caches, trial_job(job, values, job.output_dir))
         if not first:
@@ -207,18 +209,16 @@ def check_space(
     names = list(search.parameters)
     of_loss = [name for name in names if name in OBJECTIVE | WINDOWS]
     of_model = [name for name in names if name.startswith(MODEL)]
-    _try_out(search, of_loss, objective, say)
+    _try_out(search, of_loss, objective, log)
     if of_model:
-        _try_out(search, [*of_model, *(name for name in of_loss if name == "window_tokens")], model, say)
+        _try_out(search, [*of_model, *(name for name in of_loss if name == "window_tokens")], model, log)
     for name in names:
         if name not in of_loss + of_model:
-            _try_out(search, [name], training, say)
+            _try_out(search, [name], training, log)
     return first
 
 
-def _try_out(
-    search: Search, names: Sequence[str], check: Callable[[Mapping[str, Any]], None], say: Callable[[str], None]
-) -> None:
+def _try_out(search: Search, names: Sequence[str], check: Callable[[Mapping[str, Any]], None], log: Log) -> None:
     probes = [search.parameters[name].probes() for name in names]
     combinations = list(itertools.islice(itertools.product(*probes), _COMBINATIONS))
     whole = len(combinations) == math.prod(map(len, probes))
@@ -237,7 +237,7 @@ def _try_out(
             having = [i for i, combination in enumerate(combinations) if combination[column] == value]
             if having and all(i in wrong for i in having) and (whole or len(wrong) == len(combinations)):
                 raise InputError(f"sweep.parameters.{name}: {value!r} is impossible: {wrong[having[0]]}")
-    say(
+    log(
         f"{len(wrong)} of {len(combinations)} combinations of {', '.join(names)} are impossible, and will fail when "
-        f"they are drawn; the first: {wrong[min(wrong)]}"
+        f"they are sampled; the first: {wrong[min(wrong)]}"
     )

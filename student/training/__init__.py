@@ -1,4 +1,4 @@
 """One run of `train-student`: checked, trained or resumed, evaluated, saved.
 
-Many runs belong to `student.sweep.run`; the loss to `student.loss`.
+Sweeps of many runs are in `student.sweep`, the loss in `student.loss`.
 """

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
     "logging_steps": 10,
-    # A loss that is not a number is to be seen; the filter would show the mean of the others, and wait for each step.
+    # A NaN loss must be visible; the filter would log the mean of the others, and synchronise at each step.
     "logging_nan_inf_filter": False,
     "save_strategy": "steps",
     "save_steps": 500,
@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
 }
 
-# Fields that would contradict the run itself, and what to do instead.
+# Fields that would contradict the run itself, with the reason or the remedy.
 RESERVED: dict[str, str] = {
     "output_dir": "give --output-dir",
     "seed": "give --seed",
@@ -50,12 +50,12 @@ RESERVED: dict[str, str] = {
     "label_smoothing_factor": "it would replace the distillation loss",
     "use_liger_kernel": "it would replace the forward that holds the distillation loss",
     "average_tokens_across_devices": "the loss is divided by the trained tokens of all processes together",
-    "resume_from_checkpoint": "a run with the same --output-dir goes on by itself",
+    "resume_from_checkpoint": "a run with the same --output-dir resumes by itself",
     "ignore_data_skip": "a resumed run would read other windows than an uninterrupted one",
-    "save_only_model": "an interrupted run could not go on without its optimizer",
+    "save_only_model": "an interrupted run could not resume without its optimizer",
     "disable_tqdm": "a bar is shown on a terminal, plain lines elsewhere",
     "auto_find_batch_size": "a step has a fixed number of windows: give --windows-per-step, and as "
-    "per_device_train_batch_size what fits at once",
+    "per_device_train_batch_size the most that fit in memory",
     "parallelism_config": "launch with accelerate or torchrun instead",
     "do_train": "the command trains",
     "do_eval": "give --eval-cache",
@@ -63,27 +63,27 @@ RESERVED: dict[str, str] = {
     "local_rank": "torchrun sets it",
 }
 
-# What a run looks like from outside, and who reads for it, not what it learns: these may change between interruption
-# and resumption.
+# Fields of logging, checkpoint retention and data loading, which do not change what a run learns: they may differ
+# when it resumes.
 PRESENTATION = frozenset(
     {"report_to", "run_name", "project", "log_level", "log_level_replica", "logging_steps", "save_total_limit"}
     | {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 )
 
-# Where transformers takes more than it declares.
+# Types of fields for which transformers accepts more than it declares.
 _HINTS: dict[str, Any] = {"fsdp": bool | str}
 
-# Loggers that transformers has and does not list among those that are there.
+# Loggers that transformers supports and never lists as installed.
 _NOT_LISTED = {"azure_ml", "flyte"}
 
-# What launchers, torchrun and those of MPI, set for processes that belong together.
+# Variables that launchers, torchrun and those of MPI, set for the processes of one group.
 _LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _METRICS = ("loss", "perplexity", "ece", "accuracy", "distillation_loss")
 
 
 def training_values(job: StudentJob) -> dict[str, Any]:
-    """The job's training fields over the defaults, checked. Raises InputError naming the field and what to do."""
+    """The job's training fields over the defaults, checked. Raises InputError naming the field and the remedy."""
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     values = dict(DEFAULTS)
     for name, given in job.training.items():
@@ -104,7 +104,7 @@ def training_values(job: StudentJob) -> dict[str, Any]:
     if values.get("use_cpu"):
         values.setdefault("dataloader_pin_memory", False)
     elif "dataloader_num_workers" not in values:
-        # One process that reads ahead of a GPU. More would each decode every chunk: a batch has windows of all lanes.
+        # One worker that prefetches for a GPU. More would each decode every chunk: a batch has windows of all lanes.
         values["dataloader_num_workers"] = 1
         values.setdefault("dataloader_prefetch_factor", 4)
         values.setdefault("dataloader_persistent_workers", True)
@@ -114,9 +114,9 @@ def training_values(job: StudentJob) -> dict[str, Any]:
 
 
 def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingArguments:
-    """The arguments themselves; from here on the process belongs to its process group, if there is one."""
+    """Build the TrainingArguments, which joins the process group, if there is one. Raises InputError."""
     if not any(os.environ.get(name) for name in _LAUNCHED):
-        # A single process, which may go on with what several began, has no group to choose a backend for.
+        # A single process, which may resume a run of several, has no process group to choose a backend for.
         values = {name: value for name, value in values.items() if name != "ddp_backend"}
     try:
         return TrainingArguments(

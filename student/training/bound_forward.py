@@ -1,4 +1,4 @@
-"""The distillation loss inside a model's own `forward`, where DDP and FSDP see it; and the model as it was."""
+"""Binds the distillation loss into a model's own `forward`, the call that DDP and FSDP hook; and unbinds it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BOUND = ("forward", "_original_forward", "accepts_loss_kwargs", "distillation_l
 
 @dataclass
 class DistillationOutput(ModelOutput):
-    """What a bound model returns when it was given labels.
+    """The output of a bound model that was given labels.
 
     loss      scalar: the sum over trained positions, divided once
     logits    [B, T, W], only outside training: nothing needs them there, and they are the largest tensor
@@ -41,19 +41,19 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
     `DistillationLoss`; without `num_items_in_batch` the batch's own count divides. Labels are aligned with the logits
     already (`student.data.batches.collate`), unlike those that transformers' models shift themselves. `targets[name]`
     holds tensors [B, T, ...], `position_weights` [B, T] those of the loss, if a data set gives any. Without labels
-    the original forward answers, so `generate` works as ever.
+    the original forward runs, so `generate` works unchanged.
 
-    In training mode the output layer and the loss are one (`student.loss.fused`: [P, W] is never held) if the model's
-    output layer allows it, which is tried on a few tokens (`student.loss.output_layer`). fused_head: auto, on (raises
-    InputError where it does not) or off. Returns why they are not fused, None where they are. A `DenseLoss` takes no
-    targets: its teachers read the batch's own windows, and it is never fused.
+    In training mode the output layer is fused with the loss (`student.loss.fused`: the logits [P, W] are never held)
+    if the model's output layer allows it, which is tried on a few tokens (`student.loss.output_layer`). fused_head:
+    auto, on (raises InputError where it does not) or off. Returns the reason why they are not fused, None where they
+    are. A `DenseLoss` takes no targets: its teachers read the batch's own windows, and it is never fused.
 
-    Nothing is added to the weights or the configuration: `save_pretrained` writes what it would have written.
+    Nothing is added to the weights or the configuration: `save_pretrained` writes the files of an unbound model.
     """
     dense = loss if isinstance(loss, DenseLoss) else None
     head = choose_head(model, fused_head) if dense is None else _not_fused(fused_head)
     original = model.forward
-    # Loops over chunks and teachers on small tensors: nothing that torch.compile, which stumbles there, could improve.
+    # Loops over chunks and teachers on small tensors, which torch.compile handles badly and could not speed up.
     not_compiled: Any = torch.compiler.disable
     of_logits = not_compiled(lambda logits, *batch: loss(logits, *batch))
     of_windows = None if dense is None else not_compiled(dense.of_windows)
@@ -90,7 +90,7 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
         )
 
     model.forward = forward
-    # Tells the Trainer to count the trained tokens of a whole optimizer step and to pass their number in.
+    # Makes the Trainer count the trained tokens of a whole optimizer step and pass their number in.
     model.accepts_loss_kwargs = True  # type: ignore[assignment]
     model.distillation_loss = loss  # type: ignore[assignment]
     return head if isinstance(head, str) else None
@@ -103,7 +103,7 @@ def _not_fused(asked: FusedHead) -> str:
 
 
 def unbind_loss(model: nn.Module) -> None:
-    """Give the model its class's own forward back; harmless on a model that has no loss bound."""
+    """Restore the forward of the model's class; does nothing to a model without a bound loss."""
     for name in _BOUND:
         model.__dict__.pop(name, None)
 

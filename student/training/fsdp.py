@@ -1,7 +1,7 @@
-"""FSDP2 through accelerate: that it is really on where it was asked for, and that it leaves the loss its precision.
+"""FSDP2 through accelerate: checks that it is on where it was asked for, and keeps the loss out of mixed precision.
 
-accelerate passes over FSDP in silence where it does not apply, as on CPUs, and trains with DDP or alone. A run that was
-to be sharded must not turn out, hours later, to have been something else.
+accelerate silently ignores FSDP where it does not apply, as on CPUs, and trains with DDP or in one process. A run that
+was to be sharded must not turn out, hours later, to have been something else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from storage.errors import InputError
 
-# accelerate's whole or sharded copy of a model in a checkpoint, which only a sharded model can be made of.
+# accelerate's full or sharded state dict in a checkpoint, which only a sharded model can load.
 _SHARDED_CHECKPOINT = "pytorch_model_fsdp*"
 
 
@@ -28,7 +28,7 @@ def fsdp_is_asked_for(args: TrainingArguments) -> bool:
 
 
 def check_fsdp(args: TrainingArguments) -> None:
-    """Raise InputError where FSDP2 was asked for and cannot be, as far as that shows before there is a model."""
+    """Raise InputError where FSDP was asked for and cannot be applied, as far as known before there is a model."""
     if not fsdp_is_asked_for(args):
         return
     config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
@@ -44,16 +44,16 @@ def check_fsdp(args: TrainingArguments) -> None:
         )
     if args.world_size == 1:
         raise InputError(
-            "fsdp was asked for in a single process, which has nobody to share the model with: start several with "
+            "fsdp was asked for in a single process, which has no other to shard the model with: start several with "
             "torchrun or accelerate launch, or leave it out"
         )
 
 
 def keep_precision(accelerator: Accelerator) -> None:
-    """Let FSDP2's mixed precision cast the weights, and neither targets on their way in nor the loss on its way out.
+    """Restrict FSDP2's mixed precision to the weights: it casts neither the inputs of forward nor its outputs.
 
-    accelerate's policy casts every floating number that the model is called with, log-probs and token counts too, to
-    the dtype of the weights, and all that it returns: bfloat16 has 8 bits.
+    accelerate's policy casts every floating-point input, log-probs and token counts too, and every output, the loss
+    among them, to the dtype of the weights: bfloat16 has 8 bits of precision.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
@@ -62,7 +62,7 @@ def keep_precision(accelerator: Accelerator) -> None:
 
 
 def check_checkpoint(folder: Path, is_sharded: bool) -> None:
-    """Raise InputError where a checkpoint of a sharded run is to go on without FSDP, or the other way round."""
+    """Raise InputError where the checkpoint of a sharded run is to be resumed without FSDP, or the reverse."""
     was_sharded = any(folder.glob(_SHARDED_CHECKPOINT))
     if was_sharded != is_sharded:
         raise InputError(

@@ -1,6 +1,6 @@
-"""What a training run reads: its caches opened and checked once, and the windows and losses of a job over them.
+"""The inputs of a training run: its caches, opened and checked once, and the windows and losses of a job over them.
 
-Opening is apart from fitting, so that the jobs of a sweep share what was opened.
+Opening is a step of its own, so that the jobs of a sweep share the opened caches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from student.training.step import windows_per_step
 
 @dataclass(frozen=True)
 class Caches:
-    """What a job reads, opened and checked once; the jobs of a sweep share it."""
+    """The caches of a job, opened and checked once; the jobs of a sweep share them."""
 
     windows: DistillationWindows
     eval_windows: DistillationWindows | None
@@ -37,7 +37,7 @@ class Caches:
 
 @dataclass(frozen=True)
 class Data:
-    """The checked inputs of a job, and the job with what was left open.
+    """The checked inputs of a job, and the job with its open alpha filled in.
 
     eval_loss is a string where the run's loss cannot be measured on the held-out text: the reason.
     """
@@ -54,7 +54,7 @@ class Data:
 
     @property
     def measured_loss(self) -> DistillationLoss | None:
-        """The loss to average over the held-out text, if it can be."""
+        """The loss to average over the held-out text; None where it cannot be measured."""
         return None if isinstance(self.eval_loss, str) else self.eval_loss
 
 
@@ -76,7 +76,7 @@ def open_caches(job: StudentJob) -> Caches:
 
 
 def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None) -> Data:
-    """The losses and the windows of a job over caches that were opened for it, or for one of other windows and loss.
+    """The losses and the windows of a job over caches opened for it, or for a job of other windows and loss.
 
     live: the job's live teachers, if it has any.
     """
@@ -86,11 +86,11 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
     entries = windows.entries
     members = [Member.of(teacher.name, entries[teacher.name], teacher.weight) for teacher in job.teachers]
     if job.leaves_alpha_open and all(_is_unbiased(member, entries[member.name], job) for member in members):
-        # The cross-entropy would only add the noise of a single label; with a bucket it mends some of the bias
+        # The cross-entropy would only add the noise of a single label; with a bucket it reduces the bias
         # (docs/decisions/0012-sampled-targets-by-default.md).
         job = job.model_copy(update={"alpha": 0.0})
     objective = {name: getattr(job, name) for name in Objective.model_fields} | {"window_tokens": job.window_tokens}
-    # At the end of a schedule, so that all evaluations of a run measure the same.
+    # Alpha as at the end of its schedule, so that all evaluations of a run measure the same loss.
     at_its_end = objective if job.alpha_end is None else objective | {"alpha": job.alpha_end, "alpha_end": None}
     provenance, record = caches.provenance, None
     if live is not None:
@@ -103,7 +103,7 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
     else:
         loss = DistillationLoss(windows.vocabulary_size, members=members, **objective)
         eval_loss = _eval_loss(caches, job, at_its_end)
-    # Targets that no term of the loss looks at are not read; the windows are the same.
+    # Targets that no term of the loss uses are not read; the windows are the same.
     read = windows if job.uses_teachers else windows.without_targets()
     return Data(
         job=job,
@@ -119,7 +119,7 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
 
 
 def _eval_loss(caches: Caches, job: StudentJob, objective: dict[str, Any]) -> DistillationLoss | str:
-    """The run's loss on the held-out targets, or why there is none."""
+    """The run's loss on the held-out targets, or the reason why there is none."""
     if job.eval_cache is None:
         return "there is no held-out cache: give --eval-cache"
     if not job.teachers:
@@ -135,13 +135,13 @@ def _eval_loss(caches: Caches, job: StudentJob, objective: dict[str, Any]) -> Di
 
 
 def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
-    """Whether the loss on these targets has, on average over draws, the dense one's gradient; or a weight of 0."""
+    """Whether the gradient on these targets is an unbiased estimate of the dense one; or the weight is 0."""
     holds_all = entry.targets.k == entry.vocabulary_size and entry.targets.top_p is None
     return not member.weight or holds_all or tail_of(member, job) == "sampled"
 
 
 def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[DistillationWindows, dict[str, str]]:
-    """The held-out windows, with the teachers that can be compared there, and why the others cannot."""
+    """The held-out windows, with the teachers that can be compared there, and the reasons why others cannot."""
     assert job.eval_cache is not None
     cache = LogitCache.open(job.eval_cache)
     ours, theirs = windows.record.tokenizer, cache.record.tokenizer

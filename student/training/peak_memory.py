@@ -1,4 +1,4 @@
-"""The most memory that this process has held, by the operating system's count and by the device's."""
+"""Peak memory of this process: resident, by the operating system, and on the device, by torch's allocator."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 def peak_process_bytes() -> int:
-    """The largest resident size of this process since it started.
+    """Peak resident size of this process, in bytes.
 
-    On Linux VmHWM, which begins anew with a program; the count of getrusage is inherited from the process that
-    started it, and is taken elsewhere.
+    On Linux VmHWM, which starts anew with each program; elsewhere the count of getrusage, which is inherited from
+    the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -26,5 +26,5 @@ def peak_process_bytes() -> int:
 
 
 def peak_device_bytes(device: torch.device) -> int | None:
-    """The most bytes that torch's allocator has held on a CUDA device; None on other devices."""
+    """Peak bytes reserved by torch's allocator on a CUDA device; None on other devices."""
     return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else None

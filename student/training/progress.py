@@ -1,4 +1,4 @@
-"""How a training run shows itself: a bar on a terminal, plain lines elsewhere; always on stderr."""
+"""Progress of a training run: a bar on a terminal, plain lines elsewhere; always on stderr."""
 
 from __future__ import annotations
 

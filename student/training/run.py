@@ -1,6 +1,6 @@
-"""One training run from a job to a report: check, train or go on, evaluate, publish.
+"""One training run from a job to a report: check, train or resume, evaluate, publish.
 
-Everything that can be wrong with a job is looked at before its folder is touched.
+Everything that can be wrong with a job is checked before its folder is touched.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -22,10 +23,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
 from storage.errors import InputError
-from storage.progress import Say
+from storage.progress import Log
 from student.data.batches import collate, flat_targets
 from student.data.windows import DistillationWindows, reading_order
-from student.evaluation.held_out import HeldOut
 from student.job import StudentJob
 from student.labels import NOT_TRAINED
 from student.loss.dense import LogitSource
@@ -40,29 +40,70 @@ from student.training.inputs import Data, check_step, job_inputs, open_caches
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
-from student.training.step import CUTTING, divide_step, windows_per_step
+from student.training.step import COMPUTE_ONLY, divide_step, windows_per_step
 from student.training.trainer import DistillationTrainer
 
-# Live teachers of a job, on a device; `teachers.live` has it, and nothing here may import that.
+# Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
 LoadLive = Callable[[StudentJob, torch.device], LogitSource]
 
-# Fields of a job that go by their digests, or that change how a run computes and not what.
+# Fields of a job that are identified by digests, or that change how a run computes and not what.
 _NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head", "live_teachers", "combine"}
 
-# Windows that an interpolated tail is judged by.
+# Windows over which the error of an interpolated tail is measured.
 _BOUND_WINDOWS = 32
 
 
-def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = None) -> TrainingReport:
+@dataclass(frozen=True)
+class _Run:
+    """A checked job, and all that training and reporting need of it."""
+
+    job: StudentJob
+    values: dict[str, Any]
+    data: Data
+    args: TrainingArguments
+    step_windows: int
+    output: OutputDirectory
+    identity: dict[str, Any]
+    adapted: str | None  # how a recorded step is computed here, for the log
+    log: Log
+
+
+def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = None) -> TrainingReport:
     """Run a job to its end and return its report, which is also `report.json` in the output directory.
 
-    A finished run of the same job is not repeated: its report is returned. An interrupted one goes on from its last
-    checkpoint and ends as it would have. `say` is given lines of progress (stderr by default); under torchrun every
-    process calls this function, and only the first writes and speaks. `load_live` is what makes teachers of the job's
-    `live_teachers`.
+    A finished run of the same job is not repeated: its report is returned. An interrupted one resumes from its last
+    checkpoint and ends as it would have. `log` is called with lines of progress (stderr by default); under torchrun
+    every process calls this function, and only the first writes and logs. `load_live` loads the job's `live_teachers`.
 
     Raises the errors of `storage.errors`: InputError and IdentityMismatch before anything is written.
     """
+    run = _check(job, log, load_live)
+    finished = run.output.report()
+    if finished is not None:
+        run.log(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
+        return finished
+    model = _load_model(run.job, run.data.windows)
+    # No process may look at the folder while the first one starts to write there.
+    PartialState().wait_for_everyone()
+    run.output.reserve(run.identity, processes=run.args.world_size)
+    use_cache = bool(getattr(model.config, "use_cache", True))
+    parameters = sum(p.numel() for p in model.parameters())
+    tail_bounds = _announce(run, parameters)
+    trainer = _trainer(run, model)
+    started = time.monotonic()
+    with full_disk_is_reported(job.output_dir):
+        resumed_from = _train_or_resume(trainer, run.output, run.log)
+    seconds = time.monotonic() - started
+    held_out = _evaluate(run, trainer)
+    report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
+    with full_disk_is_reported(job.output_dir):
+        _publish(trainer, run.output, report, use_cache)
+    run.log(f"{job.output_dir}: the model, its tokenizer and report.json")
+    return report
+
+
+def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run:
+    """Open the inputs of a job and check all that can be wrong with it; writes nothing."""
     values = training_values(job)
     caches = open_caches(job)
     live = None
@@ -71,7 +112,7 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
             raise InputError(
                 "train-student loads no teacher: train-teacher --live-teacher runs them beside the student"
             )
-        # After everything that is cheap to find wrong.
+        # After every check that is cheaper.
         live = load_live(job, _device(values))
     data = job_inputs(caches, job, live)
     best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")
@@ -81,7 +122,6 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     args = training_arguments(job, values)
     check_fsdp(args)
     first = args.process_index == 0
-    tell = (say or _to_stderr) if first else _silent
     output = OutputDirectory(job.output_dir, writes=first)
     recorded = output.recorded()
     adapted = divide_step(job, args, recorded.get("identity", {}) | recorded.get("launch", {}))
@@ -89,62 +129,72 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
     step_windows = windows_per_step(args)
     identity = _identity(job, values, data, step_windows)
     output.check(identity)
-    finished = output.report()
-    if finished is not None:
-        tell(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
-        return finished
-    model = _load_model(job, data.windows)
-    # Nobody may look at the folder while the first process begins to write there.
-    PartialState().wait_for_everyone()
-    output.claim(identity, processes=args.world_size)
-    use_cache = bool(getattr(model.config, "use_cache", True))
-    parameters = sum(p.numel() for p in model.parameters())
-    tell(
-        f"{job.model}: {parameters:,} parameters; {len(data.windows):,} windows of {job.window_tokens} tokens, "
-        f"{step_windows} to a step: {args.world_size} process(es), {args.gradient_accumulation_steps} micro-batch(es) "
-        f"of {args.train_batch_size}"
-    )
-    if adapted is not None:
-        tell(adapted)
+    log = (log or _to_stderr) if first else _silent
+    return _Run(job, values, data, args, step_windows, output, identity, adapted, log)
 
-    tail_bounds = _tail_bounds(data)
+
+def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
+    """Log the size of the run and how it is computed; returns the tail bounds, which it logs too."""
+    job, args, windows = run.job, run.args, run.data.windows
+    run.log(
+        f"{job.model}: {parameters:,} parameters; {len(windows):,} windows of {job.window_tokens} tokens, "
+        f"{run.step_windows} to a step: {args.world_size} process(es), {args.gradient_accumulation_steps} "
+        f"micro-batch(es) of {args.train_batch_size}"
+    )
+    if run.adapted is not None:
+        run.log(run.adapted)
+    tail_bounds = _tail_bounds(run.data)
     for name, bound in tail_bounds.items():
-        tell(
+        run.log(
             f"teacher {name} at temperature {job.temperature:g}: the mass outside its stored ids is interpolated, "
             f"within {bound.mean:.4f} of the true one on average and {bound.greatest:.4f} at worst over "
             f"{bound.positions:,} positions"
         )
+    return tail_bounds
 
-    # One bar for the run says enough; transformers shows another for every file that it writes.
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    trainer = _trainer(model, args, data, job.fused_head, TrainingProgress(step_windows * job.window_tokens))
-    if trainer.not_fused is not None:
-        tell(
-            f"{job.model}: the logits of a batch are held, as the output layer is not fused with the loss: "
-            f"{trainer.not_fused}"
-        )
-    started = time.monotonic()
-    with full_disk_is_reported(job.output_dir):
-        resumed_from = _train_or_resume(trainer, output, tell)
-    seconds = time.monotonic() - started
-    held_out = None
-    if data.eval_windows is not None:
-        tell(f"evaluating on {len(data.eval_windows):,} windows of {job.eval_cache}")
-        result = trainer.held_out(data.eval_windows)
-        # To the loggers of report_to; on the terminal the report follows.
-        trainer.remove_callback(TrainingProgress)
-        trainer.show_held_out(result)
-        held_out = _held_out(result, data)
 
-    report = TrainingReport(
-        job=job.model_copy(update={"training": values}),
+def _evaluate(run: _Run, trainer: DistillationTrainer) -> HeldOutReport | None:
+    data = run.data
+    if data.eval_windows is None:
+        return None
+    run.log(f"evaluating on {len(data.eval_windows):,} windows of {run.job.eval_cache}")
+    result = trainer.held_out(data.eval_windows)
+    # To the loggers of report_to; on the terminal the report follows.
+    trainer.remove_callback(TrainingProgress)
+    trainer.show_held_out(result)
+    kl = {name: HeldOutKL(nats=nats, lower_bound=result.kl_is_lower_bound[name]) for name, nats in result.kl.items()}
+    return HeldOutReport(
+        tokens=result.tokens,
+        cross_entropy=result.cross_entropy,
+        perplexity=result.perplexity,
+        bits_per_byte=result.bits_per_byte,
+        ece=result.ece,
+        accuracy=result.accuracy,
+        kl=kl,
+        kl_not_measured=data.not_measured,
+        distillation_loss=result.distillation_loss,
+    )
+
+
+def _report(
+    run: _Run,
+    trainer: DistillationTrainer,
+    parameters: int,
+    tail_bounds: dict[str, TailBound],
+    seconds: float,
+    resumed_from: int,
+    held_out: HeldOutReport | None,
+) -> TrainingReport:
+    data, args, state = run.data, run.args, trainer.state
+    return TrainingReport(
+        job=run.job.model_copy(update={"training": run.values}),
         provenance=data.provenance,
         isolated_documents=data.windows.isolate_documents,
         parameters=parameters,
-        steps=trainer.state.global_step,
-        windows_per_step=step_windows,
+        steps=state.global_step,
+        windows_per_step=run.step_windows,
         windows_at_once=args.train_batch_size,
-        tokens_seen=_positions_seen(data.windows, args, trainer.state.global_step),
+        tokens_seen=_positions_seen(data.windows, args, state.global_step),
         seconds=round(seconds, 3),
         resumed_from_step=resumed_from,
         device=str(args.device),
@@ -153,20 +203,16 @@ def train(job: StudentJob, say: Say | None = None, load_live: LoadLive | None = 
         libraries={name: version(name) for name in ("torch", "transformers", "accelerate")},
         divergence={member.name: data.loss.meaning(member.name) for member in data.loss.members},
         tail_bounds=tail_bounds,
-        train_log=[entry for entry in trainer.state.log_history if "loss" in entry],
-        eval_log=[entry for entry in trainer.state.log_history if "eval_loss" in entry],
+        train_log=[entry for entry in state.log_history if "loss" in entry],
+        eval_log=[entry for entry in state.log_history if "eval_loss" in entry],
         held_out=held_out,
         live=data.live,
         peak_memory=PeakMemory(process_bytes=peak_process_bytes(), device_bytes=peak_device_bytes(args.device)),
     )
-    with full_disk_is_reported(job.output_dir):
-        _publish(trainer, output, report, use_cache)
-    tell(f"{job.output_dir}: the model, its tokenizer and report.json")
-    return report
 
 
 def _device(values: Mapping[str, Any]) -> torch.device:
-    """Where this process will train."""
+    """The device that this process will train on."""
     if values.get("use_cpu") or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -184,26 +230,26 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
     found = {}
     for member in loss.members:
         off = interpolation_bound(targets[member.name], member, loss.temperature)
-        # What fills up a short window says nothing; where nothing at all is trained, something has to be said.
+        # The padding of a short window is left out, unless no position is trained at all.
         off = off[trained] if trained.any() else off
         found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))
     return found
 
 
 def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windows: int) -> dict[str, Any]:
-    """What makes two runs the same, flat. Caches go by their digests, so that one may have moved."""
+    """The run's identity, as a flat mapping. Caches are identified by digests, so that they may move."""
     asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
     asked["isolate_documents"] = data.windows.isolate_documents
     asked["windows_per_step"] = step_windows
     asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
-    training = {name: value for name, value in values.items() if name not in PRESENTATION | CUTTING}
+    training = {name: value for name, value in values.items() if name not in PRESENTATION | COMPUTE_ONLY}
     asked |= {f"training.{name}": value for name, value in training.items()}
     return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
 
 
 def model_digest(model: str) -> str | None:
-    """sha256 of a model's files where they are files here: their contents may change under one name."""
+    """sha256 of a model's local files, which may change under one name; None for presets and hub ids."""
     path = Path(model).expanduser()
     if model in PRESETS or not path.exists():
         return None
@@ -217,7 +263,7 @@ def model_digest(model: str) -> str | None:
 
 
 def special_ids(cache: str) -> dict[str, int | None]:
-    """The ids of a cache's tokenizer that a model's configuration names."""
+    """Ids of BOS, EOS and padding in a cache's tokenizer, None where it has none."""
     with tempfile.TemporaryDirectory() as folder:
         LogitCache.open(cache).save_tokenizer(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -236,33 +282,35 @@ def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedMode
     return model
 
 
-def _trainer(
-    model: PreTrainedModel,
-    args: TrainingArguments,
-    data: Data,
-    fused_head: Literal["auto", "on", "off"],
-    progress: TrainingProgress,
-) -> DistillationTrainer:
+def _trainer(run: _Run, model: PreTrainedModel) -> DistillationTrainer:
+    data, job = run.data, run.job
+    # One progress bar for the run; transformers shows another for every file that it writes.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         trainer = DistillationTrainer(
             model,
-            args,
+            run.args,
             train_dataset=data.windows,
             eval_dataset=data.eval_windows,
             loss=data.loss,
             eval_members=data.eval_members,
             eval_loss=data.measured_loss,
-            fused_head=fused_head,
-            callbacks=[progress],
+            fused_head=job.fused_head,
+            callbacks=[TrainingProgress(run.step_windows * job.window_tokens)],
         )
     except (ValueError, ImportError) as error:
         raise InputError(f"transformers refuses these training fields: {error}") from None
     trainer.remove_callback(PrinterCallback)
+    if trainer.not_fused is not None:
+        run.log(
+            f"{job.model}: the logits of a batch are held, as the output layer is not fused with the loss: "
+            f"{trainer.not_fused}"
+        )
     return trainer
 
 
-def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, tell: Say) -> int:
-    """Train from the last checkpoint or from the start; the step at which it began."""
+def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log: Log) -> int:
+    """Train from the last checkpoint or from the start; returns the step at which it started."""
     checkpoint = output.last_checkpoint()
     trainer.accelerator.wait_for_everyone()
     if checkpoint is None:
@@ -273,17 +321,17 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, tell
     step = int(state["global_step"])
     if step >= int(state["max_steps"]):
         # Trained, but killed before the model was published. The base class would take one step too many.
-        tell(f"{folder}: all {step} steps are done")
+        log(f"{folder}: all {step} steps are done")
         trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         if trainer.is_fsdp_enabled:
-            # Only a model that is sharded already can be filled from such a checkpoint.
+            # Only a model that is sharded already can load such a checkpoint.
             loader = trainer.get_train_dataloader()
             trainer._prepare_for_training(step, loader, best or str(folder))  # type: ignore[no-untyped-call]
         else:
             trainer._load_from_checkpoint(best or str(folder))
     else:
-        tell(f"going on from {folder}")
+        log(f"resuming from {folder}")
         trainer.train(resume_from_checkpoint=str(folder))
     return step
 
@@ -293,11 +341,11 @@ def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: Trai
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = use_cache
     if trainer.is_fsdp_enabled:
-        # Checkpoints may be sharded; what is published is one model, put together by all processes.
+        # Checkpoints may be sharded; the published model is whole, gathered by all processes.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output.stage))
     if trainer.args.process_index == 0:
-        # A pickle, and nothing that the report does not say.
+        # A pickle, and nothing in it that the report lacks.
         (output.stage / "training_args.bin").unlink(missing_ok=True)
         LogitCache.open(report.job.cache).save_tokenizer(output.stage)
         output.publish(report)
@@ -315,21 +363,6 @@ def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps
         read = min(done * step, len(order))
         total += int(windows.blocks.lengths(order.permutation(epoch)[:read]).sum())
     return total
-
-
-def _held_out(result: HeldOut, data: Data) -> HeldOutReport:
-    kl = {name: HeldOutKL(nats=nats, lower_bound=result.kl_is_lower_bound[name]) for name, nats in result.kl.items()}
-    return HeldOutReport(
-        tokens=result.tokens,
-        cross_entropy=result.cross_entropy,
-        perplexity=result.perplexity,
-        bits_per_byte=result.bits_per_byte,
-        ece=result.ece,
-        accuracy=result.accuracy,
-        kl=kl,
-        kl_not_measured=data.not_measured,
-        distillation_loss=result.distillation_loss,
-    )
 
 
 def _to_stderr(line: str) -> None:

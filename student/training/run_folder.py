@@ -1,11 +1,11 @@
-"""The folder of a training run: whose it is, where it stopped, and how the finished model appears in it.
+"""The folder of a training run: its identity, its checkpoints, and the publication of the finished model.
 
 ::
 
-    run.json          what the run is; written before the first step
+    run.json          the run's identity; written before the first step
     checkpoint-<n>/   transformers' checkpoints, while it runs
     report.json       written last: the run is finished
-    config.json, model.safetensors, tokenizer.json, …    the model, moved in whole, config.json after the others
+    config.json, model.safetensors, tokenizer.json, …    the model, renamed into the folder, config.json last
 
 A folder without config.json is no model to any library, so a run that stops early never looks like a finished one.
 """
@@ -36,7 +36,7 @@ _STATE_FILE = "trainer_state.json"
 
 
 class OutputDirectory:
-    """One run's folder. Only the process with `writes` changes anything; all of them come to the same answers."""
+    """The folder of one run. Only the process with `writes` changes it; all processes get the same results."""
 
     def __init__(self, path: str, writes: bool = True) -> None:
         self.path = Path(path)
@@ -44,7 +44,7 @@ class OutputDirectory:
         self._writes = writes
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Whether the folder is this run's, or can become it; writes nothing.
+        """Check that the folder is this run's, or can become so; writes nothing.
 
         Raises InputError when it holds something else, IdentityMismatch (listing the fields) for another run.
         """
@@ -62,16 +62,16 @@ class OutputDirectory:
                 )
 
     def recorded(self) -> dict[str, Any]:
-        """What `claim` wrote down: the run's identity, and beside it what it was launched with; empty in a new folder.
+        """The record of `reserve`: the run's `identity` and its first `launch`; empty for a new folder.
 
         Raises InputError when the folder holds something else.
         """
         return self._record() or {}
 
-    def claim(self, identity: Mapping[str, Any], **launch: Any) -> None:
-        """Make the folder this run's, after `check`. Raises InputError where nothing can be written.
+    def reserve(self, identity: Mapping[str, Any], **launch: Any) -> None:
+        """Create the folder and record the run in it, after `check`. Raises InputError where it cannot be written.
 
-        launch: what is remembered of the first launch, and no part of what the run is.
+        launch: facts of the first launch, recorded beside the identity and no part of it.
         """
         if not self._writes:
             return
@@ -100,10 +100,10 @@ class OutputDirectory:
             ) from None
 
     def last_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest complete checkpoint and its trainer state.
+        """The newest complete checkpoint and its trainer state, None without one.
 
-        The state is what a checkpoint's writer writes last; one without it was being written when the run was
-        killed, and is removed, since transformers would take the highest number for the newest.
+        The state is written last: a checkpoint without it was being written when the run was killed, and is removed,
+        since transformers would take the highest number for the newest.
         """
         found: list[tuple[int, Path, dict[str, Any]]] = []
         for folder in self.path.iterdir() if self.path.is_dir() else ():
@@ -123,7 +123,7 @@ class OutputDirectory:
         return folder, state
 
     def publish(self, report: TrainingReport) -> None:
-        """Move the staged model to its place and write the report, in an order that is safe to interrupt."""
+        """Rename the staged model into the folder and write the report, in an order that is safe to interrupt."""
         names = sorted(os.listdir(self.stage), key=lambda name: (name == "config.json", name))
         for name in names:
             os.replace(self.stage / name, self.path / name)
@@ -158,13 +158,13 @@ class OutputDirectory:
 
 @contextlib.contextmanager
 def full_disk_is_reported(path: str) -> Iterator[None]:
-    """Turn what the libraries below raise when the disk is full into `StorageFull`."""
+    """Turn the errors that libraries raise on a full disk into `StorageFull`."""
     try:
         yield
     except Exception as error:
         if _is_full_disk(error):
             raise StorageFull(
-                f"no space left while writing under {path}: free some room and run the command again, it goes on "
+                f"no space left while writing under {path}: free some room and run the command again, it resumes "
                 f"from the last complete checkpoint"
             ) from error
         raise
@@ -173,8 +173,8 @@ def full_disk_is_reported(path: str) -> Iterator[None]:
 def _is_full_disk(error: Exception) -> bool:
     if isinstance(error, OSError):
         return is_out_of_space(error)
-    # safetensors and torch's zip writer raise classes of their own; one has the system's error number in its words,
-    # the other nothing but that a write failed.
+    # safetensors and torch's zip writer raise classes of their own: one has the errno in its message, the other only
+    # that a write failed.
     number = re.search(r"os error (\d+)", str(error))
     if number is not None:
         return is_out_of_space(OSError(int(number[1]), ""))

@@ -1,10 +1,10 @@
-"""How many windows an optimizer step has, and how a step is cut up over processes and micro-batches.
+"""The optimizer step: how many windows it has, and how processes and micro-batches share them.
 
-Legend: `G` windows of a step over all processes, `W` processes, `B` windows that a process has at once, `A`
-micro-batches: ``G = B * W * A``.
+Legend: `G` windows of a step over all processes, `W` processes, `B` windows of a micro-batch, `A` micro-batches
+(gradient accumulation): ``G = B * W * A``.
 
-G is part of what a run learns; B, W and A are how it is computed, and follow from G where that is given. So a run can
-go on with another number of processes, and reads what it would have read.
+G decides what a run learns; B, W and A only how it is computed, and follow from G where that is given. So a run can
+resume with another number of processes, and reads the same windows.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from transformers import TrainingArguments
 from storage.errors import InputError
 from student.job import StudentJob
 
-# What changes how a step is computed and not what is learned from it: no part of a run's identity.
-CUTTING = frozenset(
+# Fields that change how a step is computed and not what it learns: no part of a run's identity.
+COMPUTE_ONLY = frozenset(
     {"per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"}
     | {f"ddp_{name}" for name in ("backend", "timeout", "bucket_cap_mb", "broadcast_buffers", "static_graph")}
     | {"ddp_find_unused_parameters"}
 )
 
-# Processes that a refusal names as those that would do.
-_NAMED = 8
+# Process counts that the error message suggests, at most.
+_SUGGESTED = 8
 
 
 def windows_per_step(args: TrainingArguments) -> int:
@@ -34,22 +34,23 @@ def windows_per_step(args: TrainingArguments) -> int:
 
 
 def take_one_device(args: TrainingArguments) -> None:
-    """Have a process use one of several GPUs, so that its batch is not multiplied.
+    """Make a process use one of several visible GPUs, so that nn.DataParallel does not multiply its batch.
 
-    nn.DataParallel copies modules with the bound forward still pointing at the first; torchrun does not.
+    DataParallel's replicas keep the bound forward of the first module; torchrun starts a process per GPU instead.
     """
     if args.n_gpu > 1:
         args._n_gpu = 1
 
 
 def cut_step(windows: int, processes: int, most: int) -> tuple[int, int]:
-    """(windows at once, micro-batches) of a process, the first at most `most` and as large as divides its share.
+    """Split a step: (windows of a micro-batch, micro-batches) per process.
 
-    Raises InputError where the processes cannot have equal shares of the windows.
+    The micro-batch is the largest divisor of the process's share that is at most `most`. Raises InputError where
+    `windows` is no multiple of `processes`.
     """
     share, rest = divmod(windows, processes)
     if rest:
-        fitting = [n for n in range(1, min(windows, 2 * processes) + 1) if windows % n == 0][-_NAMED:]
+        fitting = [n for n in range(1, min(windows, 2 * processes) + 1) if windows % n == 0][-_SUGGESTED:]
         steps = " or ".join(f"{n * processes:,}" for n in (share, share + 1) if n)
         raise InputError(
             f"a step of {windows:,} windows cannot be shared equally by {processes} processes: "
@@ -60,19 +61,19 @@ def cut_step(windows: int, processes: int, most: int) -> tuple[int, int]:
 
 
 def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str, Any] | None = None) -> str | None:
-    """Cut the step of a job for the processes that there are, in `args`; a line to say where a recorded step decides.
+    """Set micro-batch and gradient accumulation in `args`; returns a line to log where a recorded step decides.
 
     recorded: `windows_per_step` and `processes` of the run that the output directory holds, if any. A job that names
     no step asks for that of its first launch: with another number of processes the recorded step is kept, with the
     same number the job's own is taken, and is another run where it differs.
 
-    Raises InputError where the step cannot be cut.
+    Raises InputError where the step cannot be split.
     """
     take_one_device(args)
     if getattr(args.accelerator_config, "split_batches", False):
         raise InputError(
-            "accelerator_config split_batches would make a batch that of all processes together: leave it out, and "
-            "give --windows-per-step"
+            "accelerator_config split_batches would divide each batch over the processes: leave it out, and give "
+            "--windows-per-step"
         )
     asked = job.windows_per_step
     own, most, processes = windows_per_step(args), args.train_batch_size, args.world_size
@@ -86,7 +87,7 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
     if (at_once, micro_batches) != (most, args.gradient_accumulation_steps) and args.deepspeed:
         raise InputError(
             f"a step of {asked:,} windows over {processes} process(es) has {micro_batches} micro-batch(es) of "
-            f"{at_once}, and deepspeed has been told otherwise: set per_device_train_batch_size {at_once} and "
+            f"{at_once}, and deepspeed is configured otherwise: set per_device_train_batch_size {at_once} and "
             f"gradient_accumulation_steps {micro_batches}, and leave --windows-per-step out"
         )
     args.per_device_train_batch_size, args.gradient_accumulation_steps = at_once, micro_batches

@@ -1,4 +1,4 @@
-"""Training from a cache with transformers' Trainer: the loss inside the model's forward, the order, the evaluation.
+"""Training from a cache with transformers' Trainer: loss inside the forward, reading order, held-out evaluation.
 
 Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `W` columns of the student's head,
 `M` members of the mixture.
@@ -35,10 +35,10 @@ from student.training.step import take_one_device, windows_per_step
 class DistillationTrainer(Trainer):
     """transformers' Trainer over `DistillationWindows` with a `DistillationLoss`.
 
-    Takes what Trainer takes (model, args, train_dataset, eval_dataset, callbacks, …) and `loss`, besides
+    Takes Trainer's arguments (model, args, train_dataset, eval_dataset, callbacks, …) and `loss`, besides
     `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured, `eval_loss`: the loss that is
     averaged over `eval_dataset` as `distillation_loss`, and `fused_head`. The loss is bound to the model; `not_fused`
-    says why its output layer is not part of it, None where it is (`bind_loss`).
+    is the reason why the output layer is not fused with it, None where it is (`bind_loss`).
 
     The reading order depends on the windows, their seed and the windows of a step, so a student and its control, or one
     process and several with the same step, see the same windows in the same order. `evaluate` counts every labelled
@@ -64,7 +64,7 @@ class DistillationTrainer(Trainer):
         self.eval_loss = eval_loss
         self._reading_order: ReadingOrder | None = None
         self._parts: Tensor | None = None
-        # The names of a batch are not those of the model's own forward, which the base class would look at.
+        # The base class would drop the fields of a batch that are no arguments of the model's own forward.
         args.remove_unused_columns = False
         take_one_device(args)
         super().__init__(
@@ -80,7 +80,7 @@ class DistillationTrainer(Trainer):
         self.add_callback(FSDPIsOn())
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The base class's, with FSDP2's mixed precision kept away from targets and loss."""
+        """Create the accelerator, with FSDP2's mixed precision kept away from targets and loss."""
         super().create_accelerator_and_postprocess()
         keep_precision(self.accelerator)
 
@@ -97,7 +97,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The base class's loss; the parts of it are summed on the device, without waiting for it."""
+        """The base class's loss; its parts are summed on the device, without a synchronisation."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             parts = outputs["parts"]
@@ -105,7 +105,7 @@ class DistillationTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add cross-entropy and divergences (nats per trained token since the last line) to the training loss."""
+        """Add cross-entropy and divergences (nats per trained token since the last entry) to the training loss."""
         if "loss" in logs and self._parts is not None:
             count, *sums = self.accelerator.reduce(self._parts, reduction="sum").tolist()
             loss = self.distillation_loss
@@ -130,7 +130,7 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def show_held_out(self, result: HeldOut) -> None:
-        """Give figures to the callbacks that log, under the names of an evaluation, and to no log of the run's own."""
+        """Pass figures to the logging callbacks under the names of an evaluation, and not to the run's own log."""
         named = {f"eval_{name}": value for name, value in metrics_of(result).items()}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, named)
 
@@ -138,9 +138,9 @@ class DistillationTrainer(Trainer):
     def held_out(self, windows: DistillationWindows) -> HeldOut:
         """Cross-entropy, calibration, KL to `eval_members` and `eval_loss` over all windows, each exactly once.
 
-        Rank r takes the windows r, r + world, …; sums are added up over the ranks and divided once. Every rank runs
-        the same number of batches, since FSDP would wait for a missing one: windows beyond the last are read again
-        and count for nothing.
+        Rank r takes the windows r, r + world, …; sums are reduced over the ranks and divided once. Every rank runs
+        the same number of batches, since FSDP would wait for a missing one: a shorter rank is padded with window 0,
+        which is not counted.
         """
         model: nn.Module = self.model_wrapped if self.is_deepspeed_enabled else self.model  # type: ignore[assignment]
         sums = HeldOutSums(windows.vocabulary_size, self.eval_members)
@@ -216,7 +216,7 @@ def _chunk_lengths(total: int, loader: DataLoader[Any]) -> Iterator[int]:
 class FollowAlpha(TrainerCallback):
     """Sets a scheduled alpha before each optimizer step, from the step's number alone.
 
-    So it is the same for all micro-batches and processes of the step, and in a run that goes on from a checkpoint.
+    So it is the same for all micro-batches and processes of the step, and in a run resumed from a checkpoint.
     """
 
     def __init__(self, loss: DistillationLoss) -> None:
@@ -229,7 +229,7 @@ class FollowAlpha(TrainerCallback):
 
 
 class _FollowEpochs(TrainerCallback):
-    """Tells the reading order its epoch.
+    """Sets the epoch of the reading order.
 
     accelerate passes epochs down through a fixed number of wrappers, and resuming in the middle of an epoch with
     several processes has one more: the order would start again at epoch 0.

@@ -1,4 +1,4 @@
-"""A transformers model → float32 logits: its files, how its layers lie on devices, the fast way past its head.
+"""A transformers model → float32 logits: its files, the placement of its layers, and the fast path to its logits.
 
-What is kept of the logits belongs to `teachers.reduction`; neither imports the other.
+The reduction of logits to sparse targets belongs to `teachers.reduction`; neither imports the other.
 """

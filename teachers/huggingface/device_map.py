@@ -1,9 +1,9 @@
 """A model whose layers are spread over the devices of one process, by accelerate's device maps.
 
-Which layer goes where is worked out by transformers and accelerate from the memory of the devices; hooks on the layers
-move what they read. Windows go to the device of the input embeddings, logits appear where the output layer computes
-(`teachers.huggingface.scoring`). Layers that fit on no device are refused unless main memory or the disk was asked for:
-then their weights travel to a device for every batch, which is slow by nature.
+transformers and accelerate assign layers to devices by the devices' memory; hooks on the layers move their inputs.
+Windows go to the device of the input embeddings, logits appear where the output layer computes
+(`teachers.huggingface.scoring`). Layers that fit on no device are refused unless offloading to main memory or disk was
+requested: then their weights are moved to a device for every batch, which is inherently slow.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 
 from storage.errors import InputError
 
-_NO_DEVICE = ("cpu", "disk")  # where there are accelerators, layers there are stored and not computed
+_NO_DEVICE = ("cpu", "disk")  # where there are accelerators, layers there are stored, not computed
 
 
 @dataclass(frozen=True)
 class DeviceMap:
-    """How layers are spread.
+    """How layers are spread over devices.
 
     strategy    accelerate's: auto and balanced share them equally, sequential fills one device after the other
-    max_memory  limits as DEVICE=SIZE, such as 0=20GiB or cpu=64GiB; all that is free for the others
-    offload     where layers may lie that fit on no accelerator: cpu (main memory), disk (also the model's own files),
-                None for nowhere
+    max_memory  limits as DEVICE=SIZE, such as 0=20GiB or cpu=64GiB; other devices use all their free memory
+    offload     where layers that fit on no accelerator are stored: cpu (main memory), disk (also the model's own
+                files); None refuses them
     """
 
     strategy: Literal["auto", "balanced", "sequential"]
@@ -33,7 +33,7 @@ class DeviceMap:
     offload: Literal["cpu", "disk"] | None = None
 
     def options(self) -> dict[str, Any]:
-        """What `from_pretrained` is told. Raises InputError for limits that cannot be read."""
+        """Keyword arguments of `from_pretrained`. Raises InputError for limits that are malformed or name no device."""
         from accelerate.utils import get_max_memory
 
         memory: dict[int | str, Any] = get_max_memory()
@@ -51,37 +51,37 @@ class DeviceMap:
         return {"device_map": self.strategy, "max_memory": memory}
 
     def check(self, model: Any, source: str) -> None:
-        """Raise InputError for a model that does not fit, or that accelerate would cut where it cannot be cut."""
-        places = set(getattr(model, "hf_device_map", {}).values())
-        if "disk" in places and self.offload != "disk":
+        """Raise InputError for a model that does not fit, or that accelerate would split where it cannot be split."""
+        used = set(getattr(model, "hf_device_map", {}).values())
+        if "disk" in used and self.offload != "disk":
             raise InputError(
                 f"{source}: does not fit on the devices here together, within their free memory and --max-memory: take "
-                f"a smaller dtype or more devices, or say where the other layers may lie: --offload cpu or disk (slow)"
+                f"a smaller dtype or more devices, or offload the other layers with --offload cpu or disk (slow)"
             )
-        if len(places) > 1 and not model._no_split_modules:
+        if len(used) > 1 and not model._no_split_modules:
             raise InputError(
-                f"{source}: {type(model).__name__} does not say which of its layers must stay whole, so accelerate "
+                f"{source}: {type(model).__name__} does not state which of its layers must stay whole, so accelerate "
                 f"cannot spread it over devices: leave --device-map out, or use --tensor-parallel"
             )
 
 
 def input_device(model: Any) -> torch.device:
-    """Where windows are expected: where the input embeddings compute."""
-    places: dict[str, Any] = getattr(model, "hf_device_map", {})
-    real = [place for place in places.values() if place not in _NO_DEVICE]
-    if not places or not real:
-        return torch.device("cpu") if places else next(model.parameters()).device
+    """The device on which windows are expected: where the input embeddings compute."""
+    placement: dict[str, Any] = getattr(model, "hf_device_map", {})
+    computing = [device for device in placement.values() if device not in _NO_DEVICE]
+    if not placement or not computing:
+        return torch.device("cpu") if placement else next(model.parameters()).device
     embeddings = model.get_input_embeddings()
     (name,) = [name for name, module in model.named_modules() if module is embeddings][:1]
     parts = name.split(".")
     prefixes = [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
-    place = next((places[prefix] for prefix in prefixes if prefix in places), real[0])
-    place = real[0] if place in _NO_DEVICE else place
-    if not isinstance(place, int):
-        return torch.device(place)
+    device = next((placement[prefix] for prefix in prefixes if prefix in placement), computing[0])
+    device = computing[0] if device in _NO_DEVICE else device
+    if not isinstance(device, int):
+        return torch.device(device)
     # accelerate names an accelerator by its number alone.
     accelerator = torch.accelerator.current_accelerator()
-    return torch.device("cuda" if accelerator is None else accelerator.type, place)
+    return torch.device("cuda" if accelerator is None else accelerator.type, device)
 
 
 def _limit(text: str) -> tuple[int | str, int]:

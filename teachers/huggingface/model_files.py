@@ -1,11 +1,11 @@
-"""Which files are a model, where they come from, and the digests that bind a cache to them.
+"""The files of a model, their source, and the digests that bind a cache to them.
 
 Only safetensors are read: a pickle can run code. The digest of the weights is taken over tensors, not files::
 
     tensor  = sha256(name, dtype, shape, raw bytes)
     weights = sha256(of all tensor digests, ordered by name)
 
-so that the same weights cut into other files, or stored in another order, are the same teacher. Files are
+so that the same weights split into other files, or stored in another order, are the same teacher. Files are
 streamed in blocks and never loaded whole.
 """
 
@@ -30,7 +30,7 @@ from storage.format.sealing import canonical_json
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# What the safetensors format allows at most; a longer "header" is not one.
+# The limit of the safetensors format; a longer "header" is not one.
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_JSON_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
@@ -38,9 +38,9 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.msgpack", "*.h5")
 _TOKENIZER_PATTERNS = ["*.txt", "*.model", "*.tiktoken", "*.jinja"]
 
-# Keys of config.json that say how the model was saved, or how it is to be run, and not what it computes. dtype
-# and attention are recorded as they ran; `architectures` names the class that saved the files, and the class
-# that was loaded is recorded.
+# Keys of config.json that describe how the model was saved or is to be run, and not its computation. dtype and
+# attention are recorded as they ran; `architectures` names the class that saved the files, while the loaded class is
+# recorded.
 _VOLATILE_KEYS = {
     "_attn_implementation",
     "_commit_hash",
@@ -58,9 +58,9 @@ _VOLATILE_KEYS = {
 class ModelFiles:
     """A model's files on this machine.
 
-    asked is what the user named, for messages; source what a cache records of it: the hub id, or the last part
-    of the directory's path. revision: the hub's commit. weights: the safetensors files that transformers loads,
-    and no others.
+    asked: the source as the user named it, for messages. source: as a cache records it, the hub id or the last part of
+    the directory's path. revision: the hub's commit. weights: the safetensors files that transformers loads, and no
+    others.
     """
 
     asked: str
@@ -91,7 +91,7 @@ def find_model(source: str, revision: str | None = None, trust_remote_code: bool
             f"check the path"
         )
     directory = _download(source, revision, ["*.json", WEIGHTS_FILE, *_TOKENIZER_PATTERNS], trust_remote_code)
-    # The folder of a snapshot is named after its commit; asking for that one again cannot bring another.
+    # The folder of a snapshot is named after its commit; requesting that commit again cannot return another.
     commit = directory.name
     config = _config(directory, source)
     listed = _listed_files(directory, config, source)
@@ -118,7 +118,7 @@ def weights_sha256(files: Iterable[Path]) -> str:
 
 
 def config_sha256(config: dict[str, Any]) -> str:
-    """The digest of what in a config.json decides the computation: canonical JSON without volatile keys."""
+    """The digest of the part of a config.json that decides the computation: canonical JSON without volatile keys."""
     return hashlib.sha256(canonical_json(_without_volatile(config))).hexdigest()
 
 
@@ -141,7 +141,7 @@ class _Tensor(NamedTuple):
 
 
 def _read_header(file: Path) -> list[_Tensor]:
-    """Every tensor of a safetensors file, after a check that the file is exactly as long as they say."""
+    """Every tensor of a safetensors file, after a check that the file has exactly the length that they imply."""
 
     def broken(found: str) -> InputError:
         return InputError(f"{file}: not a whole safetensors file: {found}; copy or download it again")
@@ -191,7 +191,7 @@ def _tensor_digest(tensor: _Tensor) -> bytes:
 def _config(directory: Path, source: str) -> dict[str, Any]:
     if (directory / "adapter_config.json").is_file():
         raise InputError(
-            f"{source}: holds an adapter, whose base model no digest here would bind: merge the adapter into "
+            f"{source}: holds an adapter, and no recorded digest would cover its base model: merge the adapter into "
             f"the base model (merge_and_unload in peft), save that, and use it"
         )
     path = directory / "config.json"
@@ -249,7 +249,7 @@ def _weight_files(directory: Path, config: dict[str, Any], source: str) -> tuple
     if missing:
         raise InputError(f"{source}: its weights are listed as {missing[0]}, and there is no such file: copy it again")
     files = tuple(directory / name for name in names)
-    for file in files:  # a truncated file should be named before the model is half built
+    for file in files:  # a truncated file should be reported before the model is half built
         _read_header(file)
     return files
 
@@ -268,6 +268,6 @@ def _download(hub_id: str, revision: str | None, names: list[str], code: bool) -
         problem = "the hub has no such model, or it is private (then `hf auth login`)"
     except RevisionNotFoundError:
         problem = "the model has no such revision"
-    except Exception as error:  # whatever the HTTP client of the day raises
+    except Exception as error:  # any exception of the HTTP client
         problem = f"the hub cannot be reached, and it is not in the local cache ({type(error).__name__})"
     raise InputError(f"{hub_id}{at}: no such directory here, and as a hub id: {problem}")

@@ -1,4 +1,4 @@
-"""The last layer of a teacher, with float32 logits, wherever its weights lie; and when two sets of logits agree."""
+"""The output layer (LM head) of a teacher with float32 logits, in memory or offloaded; and the agreement of logits."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from storage.errors import InputError
 
 # Large enough for any soft cap in use (30, 50) to show, small enough for hidden states in float16.
 _TEST_LOGIT = 256.0
-# Some models mask ids with the lowest number of their dtype in place of -inf.
+# Some models mask ids with the lowest number of their dtype instead of -inf.
 MASKED = -1e30
 
 
 class Head(Protocol):
-    """An output layer whose logits are float32. `device`: where they appear; hidden states may be elsewhere."""
+    """An output layer whose logits are float32. `device`: theirs; hidden states may be on another one."""
 
     @property
     def device(self) -> torch.device: ...
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """float32 [..., columns] of hidden states [..., H]."""
+        """The logits, float32 [..., columns], of hidden states [..., H]."""
         ...
 
 
 class Float32Head:
-    """`Head` of weights [columns, H] and a bias [columns], which are here."""
+    """`Head` of weights [columns, H] and a bias [columns] that are loaded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         weight = weight.detach()
@@ -55,12 +55,12 @@ class Float32Head:
 
 
 def amplification(largest: float) -> float:
-    """By how much hidden states are scaled up so that logits of at most `largest` reach hundreds."""
+    """The power of two that scales hidden states so that logits of at most `largest` reach hundreds."""
     return 2.0 ** round(math.log2(_TEST_LOGIT / max(largest, 1e-30)))
 
 
 def head_of(linear: nn.Linear) -> Head:
-    """The output layer as it lies in memory, or one that is fetched for each use where accelerate offloaded it."""
+    """The `Head` of an output layer in memory, or one that loads the weights for each use if they are offloaded."""
     if linear.weight.device.type == "meta":
         return OffloadedHead(linear)
     return Float32Head(linear.weight, linear.bias)
@@ -68,14 +68,14 @@ def head_of(linear: nn.Linear) -> Head:
 
 @dataclass
 class Replacement:
-    """A forward in the place of another; it stays where `stays` is set before the block ends."""
+    """A replacement forward; it stays if `stays` is set before the block ends."""
 
     stays: bool = False
 
 
 @contextlib.contextmanager
 def replaced_forward(linear: nn.Linear, head: Head) -> Iterator[Replacement]:
-    """`linear` with another forward, which is the one of its class or one that was put there before."""
+    """Replace the forward of `linear` by `head`, and restore the one before (its class's or its own) on exit."""
     before = linear.__dict__.get("forward")
     linear.forward = head  # type: ignore[method-assign,assignment]
     replacement = Replacement()
@@ -101,30 +101,29 @@ def agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def difference(a: Tensor, b: Tensor) -> str:
-    """How logits that do not agree differ, in words."""
+    """A description of how logits that do not agree differ."""
     if a.shape != b.shape:
         return f"shape, {tuple(a.shape)} against {tuple(b.shape)}"
     return f"up to {float((a - b).abs().max()):.3g} from logits of up to {float(b.abs().max()):.3g}"
 
 
 class OffloadedHead:
-    """`Head` of an output layer whose weights lie elsewhere, and come for each chunk of rows."""
+    """`Head` of an offloaded output layer, whose weights are loaded for each chunk of rows."""
 
     def __init__(self, linear: nn.Linear) -> None:
         hook: Any = getattr(linear, "_hf_hook", None)
-        place = getattr(hook, "execution_device", None)
-        if place is None:
+        if getattr(hook, "execution_device", None) is None:
             raise InputError("its output layer has no weights")
-        with self._here(linear):
+        with self._loaded(linear):
             self.device = linear.weight.device
         self._linear = linear
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        with self._here(self._linear):
+        with self._loaded(self._linear):
             return Float32Head(self._linear.weight, self._linear.bias)(hidden)
 
     @staticmethod
-    def _here(linear: nn.Linear) -> Any:
+    def _loaded(linear: nn.Linear) -> Any:
         from accelerate.utils import align_module_device
 
         return align_module_device(linear)

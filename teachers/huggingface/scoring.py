@@ -1,17 +1,17 @@
-"""From a causal language model to float32 logits of chosen rows: the fast path, the general one, and which.
+"""Float32 logits of chosen rows from a causal language model: the fast path, the general path, and their choice.
 
 Legend: `B` windows, `C` tokens per window, `R` scored rows, `r` rows of one chunk, `H` hidden size.
 
 fast     ``hidden = backbone(windows)[rows]``, then ``hidden @ weight.T + bias`` for as many rows at a time as
-         the byte budget allows. The rows that nobody asked for never get logits.
-general  ``model(windows).logits[rows]``, for models that do more after the head (scale the logits, or cap
-         them), or whose parts cannot be called by themselves.
+         the byte budget allows. Rows that are not requested never get logits.
+general  ``model(windows).logits[rows]``, for models that scale or soft-cap the logits after the head, or whose parts
+         cannot be called separately.
 
-Either way the head's product has float32 output, whatever the backbone's dtype, wherever the output layer is a
+On both paths the head's product has float32 output, whatever the backbone's dtype, wherever the output layer is a
 plain Linear. Rounded to bfloat16, a logit of 20 is off by up to 0.06 nats, and logits tie at the border of the
 top-k in most rows; the product costs the same.
 
-A self-test decides: on a few random windows both ways must agree, also with the hidden states scaled up until
+A self-test decides: on a few random windows both paths must agree, also with the hidden states scaled up until
 the logits reach hundreds, where a soft cap or a factor shows in any model, trained or not.
 """
 
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from teachers.huggingface.output_layer import Head, agree, amplification, difference, head_of, replaced_forward
 
-# What one rounding of the logits to the dtype, and another order of summation, may change, relative to the
-# largest logit.
+# The change, relative to the largest logit, that one rounding of the logits to the dtype and another order of
+# summation may cause.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-9}
 
 
 class ScoringPath(Protocol):
-    """One way to the logits. `float32`: whether they are free of the dtype's rounding."""
+    """One way to compute logits. `float32`: whether they are free of the dtype's rounding."""
 
     kind: Literal["fast", "general"]
     float32: bool
@@ -43,7 +43,7 @@ class ScoringPath(Protocol):
 
 
 class FastPath:
-    """Backbone, then the head on the wanted rows."""
+    """The backbone, then the head on the requested rows."""
 
     kind: Literal["fast", "general"] = "fast"
     float32 = True
@@ -60,11 +60,11 @@ class FastPath:
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
         with torch.inference_mode():
             hidden = self.hidden(windows)
-            # Where layers are on several devices, the last one has them.
+            # With layers on several devices, the hidden states are on the last one.
             hidden = hidden.index_select(0, rows.to(hidden.device)).to(self.head.device)  # [R, H]
         step = rows_per_chunk(columns, budget_bytes)
         for start in range(0, len(rows), step):
-            # Entered per chunk: a mode held across a yield would reach into the caller's code.
+            # Entered per chunk: a mode held across a yield would leak into the caller's code.
             with torch.inference_mode():
                 logits = self.head(hidden[start : start + step])
             yield logits
@@ -90,7 +90,7 @@ class GeneralPath:
             if not len(wanted):
                 continue
             position = wanted % context
-            # Windows that overlap score their last positions only; the others' logits need not exist.
+            # Overlapping windows score their last positions only; the other logits need not be computed.
             last = context - int(position.min())
             with torch.inference_mode():
                 logits = forward(self._model, windows[first : first + at_once], last if self._keeps_last else None)
@@ -104,7 +104,7 @@ class GeneralPath:
 
 
 def forward(model: Any, windows: Tensor, last: int | None = None) -> Tensor:
-    """The model's own logits [B, C, columns], or of the last positions only, in the dtype that it gives them.
+    """The model's own logits [B, C, columns], or of the `last` positions only, in the dtype of its output.
 
     No attention mask is passed: windows are full, and a causal model needs none.
     """
@@ -114,7 +114,7 @@ def forward(model: Any, windows: Tensor, last: int | None = None) -> Tensor:
 
 
 def is_causal(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> bool:
-    """Whether logits stay as they are when later tokens change. BERT's do not, under a causal model's class too.
+    """Whether logits stay the same when later tokens change. BERT's do not, even in a causal model class.
 
     logits: the model's own for the windows, float32 [B, C, columns].
     """
@@ -124,15 +124,15 @@ def is_causal(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> bool:
     changed = torch.cat([windows[:, :half], windows[:, half:].flip(0).roll(1, 1)], dim=1)
     with torch.inference_mode():
         now = forward(model, changed).float()
-    # Most models do not move by a bit; the margin is for those that group the tokens of a batch (experts).
+    # Most models' logits do not change by a bit; the margin is for mixtures of experts, which group a batch's tokens.
     return agree(now[:, :half], logits[:, :half], 4 * TOLERANCE[dtype])
 
 
 def choose_path(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> tuple[ScoringPath, str | None]:
-    """The fast path if it gives the model's logits, else the general one and why.
+    """The fast path and None if it reproduces the model's logits, else the general path and the reason.
 
-    logits: the model's own for the windows, float32 [B, C, columns]. dtype: the model's, by name. Where the
-    general path is taken, the output layer is made to give float32, if what follows it goes along.
+    logits: the model's own for the windows, float32 [B, C, columns]. dtype: the model's, by name. For the general
+    path the output layer is made to return float32, if the rest of the model accepts that.
     """
     tolerance = TOLERANCE[dtype]
     linear = None
@@ -176,7 +176,7 @@ def _disagreement(
 
 
 def amplified_logits(model: Any, linear: nn.Linear, windows: Tensor, factor: float) -> Tensor:
-    """The model's own logits, float32 [B, C, columns], with what its output layer reads times `factor`."""
+    """The model's own logits, float32 [B, C, columns], with the input of its output layer times `factor`."""
     scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
     try:
         return forward(model, windows).float()
@@ -185,19 +185,19 @@ def amplified_logits(model: Any, linear: nn.Linear, windows: Tensor, factor: flo
 
 
 def _make_float32(model: Any, linear: nn.Linear, windows: Tensor, logits: Tensor, tolerance: float) -> bool:
-    """Let the output layer give float32, and take that back if the rest of the model does not go along."""
+    """Make the output layer return float32; undone, and False, if the rest of the model does not accept that."""
     with replaced_forward(linear, head_of(linear)) as replacement:
         try:
             with torch.inference_mode():
                 now = forward(model, windows)
             replacement.stays = now.dtype == torch.float32 and agree(now, logits, tolerance)
-        except Exception:  # what follows the head may insist on the model's dtype
+        except Exception:  # layers after the head may require the model's dtype
             replacement.stays = False
     return replacement.stays
 
 
 def rows_per_chunk(columns: int, budget_bytes: int) -> int:
-    """How many rows of `columns` float32 logits fit the budget: at least 1, a multiple of 64 where 64 fit.
+    """The number of rows of `columns` float32 logits that fit the budget: at least 1, a multiple of 64 where 64 fit.
 
     The multiple keeps the matrix product of a full chunk on its fastest shapes.
 

@@ -1,17 +1,17 @@
-"""The logits of a tensor-parallel model, each rank those of its own columns, so that they are never gathered.
+"""The logits of a tensor-parallel model: each rank computes its own columns, so that logits are never gathered.
 
 Legend: `B` windows, `C` tokens per window, `H` hidden size, `n` columns of this rank.
 
-transformers cuts the output layer's weights by rows, one run of columns for each rank, and gathers the logits after its
-product. Here each rank multiplies the hidden states, which all of them have whole, with its own rows alone. An output
-layer that is whole on every rank is cut in the same way, and only its own part is multiplied.
+transformers shards the output layer's weights by rows, one run of columns for each rank, and gathers the logits after
+its product. Here each rank multiplies the hidden states, which are replicated, with its own rows alone. An output layer
+that is replicated is sliced in the same way, and each rank multiplies only its slice.
 
 fast     the backbone, then the product; where the model does nothing else
-general  the model's own forward with an output layer that gives this rank's columns: a factor or a soft cap after it
+general  the model's own forward with an output layer that returns this rank's columns: a factor or a soft cap after it
          works on some columns as on all of them
 
-Which of them serves is tested as in `teachers.huggingface.scoring`, against the model's own gathered logits of a few
-short windows; the ranks decide together. A model that needs whole rows after its head is refused.
+The choice is tested as in `teachers.huggingface.scoring`, against the model's own gathered logits of a few short
+windows; the ranks decide together. A model that needs whole rows after its head is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from teachers.ranks import ColumnShard, Ranks, all_true, equal_runs
 
 
 def tensor_parallel_options(ranks: Ranks) -> dict[str, Any]:
-    """What `from_pretrained` is told to spread layers by the model's own plan."""
+    """Keyword arguments of `from_pretrained` that shard layers by the model's own tensor-parallel plan."""
     try:
         distributed: Any = importlib.import_module("transformers.distributed")
         return {"distributed_config": distributed.DistributedConfig(tp_size=ranks.size)}
@@ -45,10 +45,10 @@ def tensor_parallel_options(ranks: Ranks) -> dict[str, Any]:
 def choose_sharded_path(
     model: Any, windows: Tensor, logits: Tensor, dtype: str, ranks: Ranks, source: str
 ) -> tuple[ScoringPath, ColumnShard, str | None]:
-    """A path to this rank's columns, which they are, and why it is not the fast one, where it is not.
+    """The path to this rank's columns, the columns, and why the path is not the fast one (None where it is).
 
     logits: the model's own for the windows, float32 [B, C, columns]. All ranks call this, and get the same kind of
-    path. Raises InputError for a model whose columns cannot be had apart.
+    path. Raises InputError for a model whose columns cannot be computed separately.
     """
     linear, backbone = model.get_output_embeddings(), getattr(model, "base_model", model)
     if type(linear) is not nn.Linear:
@@ -76,8 +76,8 @@ def choose_sharded_path(
         replacement.stays = all_true(ranks, fits)
     if not replacement.stays:
         raise InputError(
-            f"{source}: what {type(model).__name__} does after its output layer needs all columns at once, or their "
-            f"dtype, so that it cannot be computed on several ranks: use --device-map in place of --tensor-parallel"
+            f"{source}: after its output layer {type(model).__name__} needs all columns at once, or their dtype, so "
+            f"that it cannot be computed on several ranks: use --device-map instead of --tensor-parallel"
         )
     return GeneralPath(model, float32=True), shard, problem
 
@@ -106,7 +106,7 @@ def _agree(own: Tensor, logits: Tensor, tolerance: float, shard: ColumnShard) ->
 
 def _shard(linear: nn.Linear, ranks: Ranks, source: str) -> ColumnShard:
     weight: Any = linear.weight
-    if not _is_cut(weight, source):
+    if not _is_sharded(weight, source):
         return ColumnShard(ranks, equal_runs(int(weight.shape[0]), ranks.size))
     counts = ranks.objects(len(weight.to_local()))
     stops = [sum(counts[: rank + 1]) for rank in range(ranks.size)]
@@ -114,12 +114,12 @@ def _shard(linear: nn.Linear, ranks: Ranks, source: str) -> ColumnShard:
 
 
 def _own_rows(tensor: Tensor, shard: ColumnShard) -> Tensor:
-    """Of the output layer's weights [C, H] or bias [C], those of this rank's columns."""
+    """The part of the output layer's weights [C, H] or bias [C] for this rank's columns."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local if _is_cut(tensor, "") else local[shard.own]
+    return local if _is_sharded(tensor, "") else local[shard.own]
 
 
-def _is_cut(tensor: Tensor, source: str) -> bool:
+def _is_sharded(tensor: Tensor, source: str) -> bool:
     """Whether a rank has only its rows of a parameter."""
     if not isinstance(tensor, DTensor) or tensor.placements == (Replicate(),):
         return False

@@ -1,6 +1,6 @@
 """Any causal language model of transformers as a teacher: loaded whole, tested, and identified by digests.
 
-The backbone runs in the dtype that is asked for; logits are float32 (`teachers.huggingface.scoring` says how, and why).
+The backbone runs in the requested dtype; logits are float32 (`teachers.huggingface.scoring` has the method and reason).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _TEST_WINDOWS, _TEST_TOKENS = 2, 16
 
 
 class HuggingFaceTeacher:
-    """A causal language model that scores windows; see `teachers.base.Teacher` for the members.
+    """A causal language model that scores windows; see `teachers.base.Teacher` for the attributes.
 
-    Made by `load`. `max_positions` is the longest window that the model was made for, None where it has no
-    limit or does not state one.
+    Created by `load`. `max_positions`: the longest window that the model supports, None where it has no limit or states
+    none.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class HuggingFaceTeacher:
     ) -> HuggingFaceTeacher:
         """A teacher from a model directory or a hub id.
 
-        dtype: of the backbone; the head's output and all that follows are float32. attention: one of
+        dtype: of the backbone; the head's output and everything after it are float32. attention: one of
         transformers' implementations, None for its own choice. logit_budget_bytes: the most that one chunk of
-        float32 logits takes. on_message: gets each remark about how the model runs; the log otherwise. device_map: how
-        the layers are spread over devices, in the place of `device`. ranks: the processes that each take a part of all
-        layers, each on a device of its own, in the place of both; all of them call this.
-        Raises `InputError`, with one line that says what to do, for anything that cannot be loaded whole.
+        float32 logits takes. on_message: receives each remark about how the model runs; by default it is logged.
+        device_map: how the layers are spread over devices, instead of `device`. ranks: the processes that each hold a
+        part of every layer, each on a device of its own, instead of both; all of them call this.
+        Raises `InputError`, one line with the remedy, for anything that cannot be loaded whole.
         """
-        tell = on_message or logging.getLogger(__name__).warning
+        on_message = on_message or logging.getLogger(__name__).warning
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
         if logit_budget_bytes < 1:
@@ -131,13 +131,13 @@ class HuggingFaceTeacher:
             options |= device_map.options()
         elif ranks is not None:
             options |= tensor_parallel_options(ranks)
-        model = _load(files, dtype, target, options, trust_remote_code, tell)
+        model = _load(files, dtype, target, options, trust_remote_code, on_message)
         if device_map is not None:
             device_map.check(model, files.asked)
-        return cls(model, files, dtype, trust_remote_code, logit_budget_bytes, tell, ranks)
+        return cls(model, files, dtype, trust_remote_code, logit_budget_bytes, on_message, ranks)
 
     def check_context(self, context_tokens: int) -> None:
-        """Raise `InputError` if windows of `context_tokens` are longer than the model was made for."""
+        """Raise `InputError` if windows of `context_tokens` are longer than the model supports."""
         if self.max_positions is not None and context_tokens > self.max_positions:
             raise InputError(
                 f"{self._files.asked} reads at most {self.max_positions} tokens at once, the context is "
@@ -145,9 +145,9 @@ class HuggingFaceTeacher:
             )
 
     def vocabulary(self) -> dict[str, int] | None:
-        """The token strings and ids of the tokenizer that lies beside the model; None if none does.
+        """The token strings and ids of the tokenizer in the model's directory; None if there is none.
 
-        Raises `InputError` when there is one and it cannot be read.
+        Raises `InputError` for one that cannot be read.
         """
         directory = self._files.directory
         if not has_tokenizer(directory):
@@ -176,7 +176,7 @@ def _test_windows(model: Any, max_positions: int | None) -> Tensor:
 
 
 def _parameters(model: Any) -> int:
-    """How many there are, tied ones once: also where accelerate offloaded them, which unties them."""
+    """The number of parameters, tied ones counted once: also where accelerate offloaded them, which unties them."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if not getattr(model, "hf_device_map", None) or not isinstance(tied, dict):
         return sum(parameter.numel() for parameter in model.parameters())
@@ -185,7 +185,7 @@ def _parameters(model: Any) -> int:
 
 
 def _weights_sha256(files: ModelFiles, ranks: Ranks | None) -> str:
-    """The digest; of several ranks, one on each machine reads the files, and all must have the same."""
+    """The weights' digest; of several ranks, one on each machine reads the files, and all digests must be equal."""
     if ranks is None:
         return weights_sha256(files.weights)
     reads = ranks.rank == 0 or os.environ.get("LOCAL_RANK") == "0"
@@ -218,9 +218,9 @@ def _load(
     device: torch.device | None,
     options: dict[str, Any],
     trust_remote_code: bool,
-    tell: Callable[[str], None],
+    on_message: Callable[[str], None],
 ) -> Any:
-    """The model on its device (None: where `options` put it), in eval mode, with every parameter from the files."""
+    """The model on its device (None: as `options` place it), in eval mode, with every parameter from the files."""
     auto: Any = transformers.AutoModelForCausalLM
     try:
         with _quiet_transformers():
@@ -245,7 +245,7 @@ def _load(
         if "distributed_config" in options and "tp_plan" in str(error):
             raise InputError(
                 f"{files.asked}: transformers {transformers.__version__} has no plan for spreading its layers over "
-                f"ranks ({_first_line(error)}): use --device-map in place of --tensor-parallel"
+                f"ranks ({_first_line(error)}): use --device-map instead of --tensor-parallel"
             ) from error
         code = "auto_map" in files.config and not trust_remote_code
         raise InputError(
@@ -253,7 +253,7 @@ def _load(
             + _first_line(error)
             + (". It brings code of its own, which runs only with trust_remote_code" if code else "")
         ) from error
-    # from_pretrained fills what is missing or misshapen with random numbers and a warning.
+    # from_pretrained fills missing and misshapen parameters with random numbers and warns.
     misshapen = {str(key): f"{tuple(found)}, not {tuple(needed)}" for key, found, needed in info["mismatched_keys"]}
     absent = dict.fromkeys(info["missing_keys"], "missing") | misshapen
     if absent:
@@ -265,8 +265,8 @@ def _load(
         )
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
-        tell(f"{files.asked}: {len(unused)} tensors in the files are not used, such as {unused[0]}")
-    # Windows are whole and unmasked; otherwise transformers warns of each one that holds the padding id.
+        on_message(f"{files.asked}: {len(unused)} tensors in the files are not used, such as {unused[0]}")
+    # Windows are whole and unmasked; otherwise transformers warns of each one that contains the padding id.
     model.config.pad_token_id = None
     return model.eval().requires_grad_(False)
 
@@ -286,7 +286,7 @@ def _device(name: str) -> torch.device:
 
 
 def _max_positions(config: Any) -> int | None:
-    """The longest input that a configuration states, stretched as its rotary scaling says."""
+    """The longest input that a configuration states, extended by its rotary scaling."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limit = getattr(text, name, None)
@@ -303,7 +303,7 @@ def _max_positions(config: Any) -> int | None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without the load report, whose tables repeat what becomes one line here, and without bars in log files."""
+    """Suppress the load report, whose tables repeat what is one line here, and progress bars in log files."""
     log: Any = transformers.logging
     before, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

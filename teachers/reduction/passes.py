@@ -1,9 +1,9 @@
-"""What is done to all V columns of rows: the passes of the reducer, as Triton's kernels or torch's operators.
+"""The reducer's passes over all V columns of rows, as Triton kernels or torch operators.
 
 Legend: `T` rows of one tile, `V` columns, `K` kept ids.
 
 On a GPU they are Triton kernels (`teachers.reduction.triton_passes`) that read the logits and write nothing of their
-size; elsewhere, or without triton, torch's operators over a tile of rows.
+size; elsewhere, or without triton, torch operators over a tile of rows.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class Tail(Protocol):
 
 
 class Passes(Protocol):
-    """What is done to all V columns of rows: of logits float32 [T, V], in rows of any stride, with T <= tile_rows."""
+    """The work over all V columns of logits float32 [T, V], in rows of any stride, with T <= tile_rows."""
 
     tile_rows: int
 
     def block_maxima(self, logits: Tensor, width: int) -> Tensor:
-        """[T, V // width]: the maxima of runs of `width` columns, NaN where one has a NaN; a shorter last run is
+        """The maxima of blocks of `width` columns, [T, V // width], NaN where one has a NaN; a shorter last block is
         left out."""
         ...
 
     def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
-        """What lies outside the K first columns: `top` [T, K] are their logits, `ids` int64 [T, K], in order."""
+        """The columns outside the K first ones, whose logits are `top` [T, K] and ids `ids` int64 [T, K], in order."""
         ...
 
     def row_sums(self, values: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Passes(Protocol):
 
 
 def make_passes(rows: int, tile_rows: int, width: int, device: torch.device) -> Passes:
-    """The passes of a device: kernels over all rows, or torch's operators over `tile_rows` of `width` columns."""
+    """The passes of a device: kernels over all rows, or torch operators over `tile_rows` of `width` columns."""
     if has_kernels(device):
         from teachers.reduction.triton_passes import TritonPasses
 
@@ -65,19 +65,19 @@ def make_passes(rows: int, tile_rows: int, width: int, device: torch.device) -> 
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the passes are Triton's, which are tried once. `LOGIT_CACHE_KERNELS=torch` does without them."""
+    """Whether the passes are Triton kernels; compiled once as a test. `LOGIT_CACHE_KERNELS=torch` disables them."""
     wanted = os.environ.get("LOGIT_CACHE_KERNELS") != "torch"
     return wanted and device.type == "cuda" and importlib.util.find_spec("triton") is not None and _compile(device)
 
 
 @functools.cache
 def _compile(device: torch.device) -> bool:
-    """True; InputError where kernels do not compile. Torch's passes would round differently, on one worker of many."""
+    """True; InputError where kernels do not compile: torch's passes would round differently, on one worker of many."""
     from teachers.reduction.triton_passes import TritonPasses
 
     try:
         TritonPasses(1).block_maxima(torch.zeros(1, 32, device=device), 32)
-    except Exception as error:  # whatever stops a compiler
+    except Exception as error:  # any failure of the compiler
         raise InputError(
             f"Triton kernels cannot be compiled for {device} ({type(error).__name__}: {str(error).strip()[:200]}): "
             f"install a C compiler, or set LOGIT_CACHE_KERNELS=torch for every worker of the entry"
@@ -86,7 +86,7 @@ def _compile(device: torch.device) -> bool:
 
 
 class TorchPasses:
-    """`Passes` of torch's operators. `width`: of its buffers, V or more; an id of V, where they have more, is of no
+    """`Passes` of torch operators. `width`: the columns of its buffers, V or more; with more, the id V is of no
     column."""
 
     def __init__(self, tile_rows: int, width: int, device: torch.device) -> None:

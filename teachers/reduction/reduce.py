@@ -1,4 +1,4 @@
-"""Logits to what is stored of them: ids, tails, the label's log-prob and the entropy; exact, in float32.
+"""Logits to stored sparse targets: ids, tails, the label's log-prob and the entropy; exact, in float32.
 
 Legend: `R` rows, `T` rows of one tile, `V` vocabulary size, `K` kept ids, `W` width of a block.
 
@@ -8,13 +8,13 @@ The naive form, with z = logits[:, :V], p = softmax(z) and S the K ids that come
     logprobs = log p[S]    label_logprob = log p[label]    entropy = -sum p log p
     log_tail = log sum_{j not in S} p_j    log_tail_half = log sum_{j not in S} sqrt(p_j)
 
-VarOpt targets start from the same S: its first ids stay, the others give way to sampled ones
-(`teachers.reduction.varopt`), and the tails take in what left: they are of the ids that are not certain.
+VarOpt targets start from the same S: its first ids are certain and stay, the others are replaced by sampled ids
+(`teachers.reduction.varopt`), and the tails then cover all ids that are not certain.
 
-S is found by `teachers.reduction.top_k`. All that is done to V columns of every row are `teachers.reduction.passes`;
-the formulas of `_reduce_tile` see numbers per row, per block and per kept id. Between passes and formulas stand `Rows`:
-of whole rows, or of rows whose columns are spread over the ranks of a tensor-parallel teacher
-(`teachers.reduction.sharded`), for which the same formulas hold.
+`teachers.reduction.top_k` finds S. `teachers.reduction.passes` are the only work over all V columns; the formulas of
+`_reduce_tile` use numbers per row, per block and per kept id. `Rows` connects the two: for whole rows, or for rows
+whose columns are sharded over the ranks of a tensor-parallel teacher (`teachers.reduction.sharded`), with the same
+formulas.
 
 Precision: everything is float32. The K chosen entries are left out of the sums, so that a tail is the
 sum of its own terms, never one minus something; the normaliser is `log1p` of everything but the maximum, so
@@ -36,7 +36,7 @@ from storage.errors import InputError
 from teachers.ranks import ColumnShard
 from teachers.reduction.passes import Tail, make_passes
 from teachers.reduction.top_k import best, first_columns
-from teachers.reduction.varopt import Sampling, draw
+from teachers.reduction.varopt import Sampling, sample
 
 # The two buffers of a tile (2 MiB each) should stay in cache between torch's passes; on a GPU only memory matters.
 _CPU_TILE_LOGITS_PER_THREAD = 1 << 19
@@ -48,17 +48,17 @@ _TAIL_UNDERFLOW = math.exp(-60.0)
 
 @dataclass(frozen=True)
 class ReducedRows:
-    """What is kept of R rows of logits; all tensors on the logits' device.
+    """The stored fields of R rows of logits; all tensors on the logits' device.
 
     token_ids      int64 [R, K]    most probable first, equal logits by ascending id
     logprobs       float32 [R, K]  of these ids, normalised over all V
-    certain        int64 [R]       how many of them are there with certainty, the first ones; K for top-k
+    certain        int64 [R]       the number of certain ids, which are the first ones; K for top-k
     log_tail       float32 [R]     log of the mass of the V - certain other ids; -inf exactly when there are none
     log_tail_half  float32 [R]     log of their sum of p**0.5; -inf exactly when there are none
     label_logprob  float32 [R]     log-prob of the label; NaN exactly where the label is -1
     entropy        float32 [R]     of the distribution over all V
 
-    Nats. No log-prob or tail lies under the floor that the reducer was given.
+    In nats. No log-prob or tail is below the reducer's floor.
     """
 
     token_ids: Tensor
@@ -70,19 +70,19 @@ class ReducedRows:
     entropy: Tensor
 
     def to(self, device: torch.device) -> ReducedRows:
-        """The same on another device."""
+        """The rows on another device."""
         return ReducedRows(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 class InvalidLogits(InputError):
-    """A row of logits without a softmax. `row` counts from the first row that was handed in."""
+    """A row of logits without a softmax. `row`: its index in the logits of the call."""
 
     def __init__(self, row: int, found: str) -> None:
         self.row = row
         self.found = found
         super().__init__(
             f"row {row}: expected finite logits (or -inf for masked ids), found {found}; the model diverged or "
-            f"overflowed in its dtype: try bfloat16 or float32 in place of float16, or check its weights"
+            f"overflowed in its dtype: try bfloat16 or float32 instead of float16, or check its weights"
         )
 
 
@@ -92,11 +92,11 @@ def reduce_topk(
     """Top-k, tails, label log-prob and entropy of softmax(logits[:, :vocabulary_size]); see the module.
 
     logits: float32 [R, columns >= V]; -inf masks an id. labels: int64 [R], each under V, or -1 where there is
-    no next token. floor: finite, nats; what lies lower is stored as it. Memory beyond the result: on a CPU a few MiB
-    per thread; on a GPU what `V // W` block maxima and K * W candidates per row take, which is little unless K comes
-    near V; there without triton about four times a tile of at most 2**26 logits.
-    shard: which columns `logits` are, where they are this rank's only; then all ranks call this at once, with the same
-    arguments, and get the same result.
+    no next token. floor: finite, nats; lower values are stored as the floor. Memory beyond the result: on a CPU a few
+    MiB per thread; on a GPU `V // W` block maxima and K * W candidates per row, which is little unless K is near V; on
+    a GPU without triton about four times a tile of at most 2**26 logits.
+    shard: the columns that `logits` cover, if they are only this rank's; then all ranks call this together, with the
+    same arguments, and get the same result.
     Raises `InputError` when the logits have fewer than V columns or k is not in 1..V, `InvalidLogits` for a
     row with NaN, +inf, or nothing but -inf.
     """
@@ -112,10 +112,10 @@ def reduce_varopt(
     sampling: Sampling,
     shard: ColumnShard | None = None,
 ) -> ReducedRows:
-    """VarOpt targets of softmax(logits[:, :vocabulary_size]): like `reduce_topk`, with ids as
-    `teachers.reduction.varopt` says.
+    """VarOpt targets of softmax(logits[:, :vocabulary_size]): like `reduce_topk`, with the ids that
+    `teachers.reduction.varopt` samples.
 
-    All ids have their exact log-probs; what the drawn ones weigh follows from the tail and their number.
+    All ids have their exact log-probs; the weight of the sampled ones follows from the tail and their number.
     """
     assert sampling.random.shape == labels.shape
     assert 0 <= sampling.head_ids < k
@@ -172,10 +172,10 @@ def _reduce(
 
 
 class Rows(Protocol):
-    """Rows of logits over a vocabulary as the formulas see them, at most `tile_rows` at a time.
+    """The operations of the formulas on rows of logits over a vocabulary, at most `tile_rows` at a time.
 
     columns   V. Ids are columns of the vocabulary throughout.
-    far_rows  how many rows `far_sums` takes at most
+    far_rows  the largest number of rows that `far_sums` takes
     """
 
     columns: int
@@ -183,7 +183,7 @@ class Rows(Protocol):
     far_rows: int
 
     def columns_of(self, logits: Tensor) -> Tensor:
-        """What the other members take: the columns of the vocabulary of rows as the teacher gives them."""
+        """The vocabulary's columns of the teacher's logits, which are the `logits` of the other methods."""
         ...
 
     def first(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,12 +203,12 @@ class Rows(Protocol):
         ...
 
     def far_sums(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Outside the ids [T, K]: the largest logit m, -inf where there is none, and the sums [T] of e^(logit - m) and
-        of e^((logit - m) / 2)."""
+        """Over the columns outside the ids [T, K]: the largest logit m, -inf where there is none, and the sums [T] of
+        e^(logit - m) and of e^((logit - m) / 2)."""
         ...
 
     def describe(self, logits: Tensor, row: int) -> str:
-        """Why a row has no softmax."""
+        """The reason why a row has no softmax."""
         ...
 
 
@@ -221,7 +221,7 @@ def _rows(rows: int, vocabulary_size: int, device: torch.device, shard: ColumnSh
 
 
 class _WholeRows:
-    """`Rows` whose columns are all here."""
+    """`Rows` with all columns in one tensor."""
 
     def __init__(self, rows: int, vocabulary_size: int, device: torch.device) -> None:
         self.columns = vocabulary_size
@@ -282,9 +282,9 @@ def _reduce_tile(
     label_logprob = (label_z - log_sum).clamp_min_(floor)
     into.label_logprob.copy_(label_logprob.masked_fill_(labels < 0, math.nan))
 
-    invalid = ~torch.isfinite(row_max)  # amax hands on NaN; +inf and all -inf show as themselves
+    invalid = ~torch.isfinite(row_max)  # amax propagates NaN; +inf and all -inf show as themselves
     underflown = (tail.mass < _TAIL_UNDERFLOW) & ~invalid
-    # One transfer for both questions: on a GPU each one waits for everything above.
+    # One transfer for both flags: on a GPU each one waits for everything above.
     has_invalid, has_underflown = torch.stack([invalid.any(), underflown.any()]).tolist()
     if has_invalid:
         row = int(invalid.nonzero()[0])
@@ -314,9 +314,9 @@ def _sample_tile(
     into: ReducedRows,
     sampling: Sampling,
 ) -> None:
-    """Put VarOpt samples in the place of the top-k in `into`; z [T, K] and log_sum [T] are those of `_reduce_tile`."""
+    """Replace the top-k in `into` by VarOpt samples; z [T, K] and log_sum [T] are those of `_reduce_tile`."""
     beta = 1.0 / sampling.temperature
-    ids, certain = draw(tail.masses(beta), (beta * z).exp(), into.token_ids, sampling)
+    ids, certain = sample(tail.masses(beta), (beta * z).exp(), into.token_ids, sampling)
     left = torch.arange(z.shape[1], device=z.device) >= certain[:, None]
     into.log_tail.copy_(_joined(view, into.log_tail, into.logprobs, left).masked_fill_(certain == 0, 0.0))
     into.log_tail_half.copy_(_joined(view, into.log_tail_half, 0.5 * into.logprobs, left))
@@ -327,7 +327,7 @@ def _sample_tile(
 
 
 def _joined(view: Rows, log_tail: Tensor, logs: Tensor, left: Tensor) -> Tensor:
-    """log of exp(log_tail) [T] and those of exp(logs) [T, K] that left the head; in log space nothing underflows."""
+    """log of exp(log_tail) [T] plus the exp(logs) [T, K] that left the head; in log space nothing underflows."""
     terms = torch.cat([log_tail[:, None], logs.masked_fill(~left, -math.inf)], dim=1)
     most = terms.amax(1)
     most.masked_fill_(most == -math.inf, 0.0)
@@ -335,7 +335,7 @@ def _joined(view: Rows, log_tail: Tensor, logs: Tensor, left: Tensor) -> Tensor:
 
 
 def _far_tail(view: Rows, logits: Tensor, ids: Tensor, row_max: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """log_tail and log_tail_half of rows whose tail lies below what exp(logit - max) can hold."""
+    """log_tail and log_tail_half of rows whose tail underflows in exp(logit - max)."""
     tail_max, mass, half = view.far_sums(logits, ids)
     gap = tail_max - row_max
     return gap + mass.log() - log_sum, 0.5 * gap + half.log() - 0.5 * log_sum

@@ -1,25 +1,25 @@
-"""The reducer over rows whose columns are spread over ranks: each rank reads its own, and the results are merged.
+"""The reducer over rows whose columns are sharded over ranks: each rank reads its own, and the results are merged.
 
 Legend: `W` ranks, `T` rows of one tile, `V` vocabulary size, `K` kept ids, `n` columns of this rank below V.
 
-The formulas are those of `teachers.reduction.reduce` and `teachers.reduction.varopt`; here is what they ask of all V
-columns. Per row, a rank tells the others::
+The formulas are those of `teachers.reduction.reduce` and `teachers.reduction.varopt`; this module has their operations
+over all V columns. Per row, each rank sends the others::
 
     first     its min(K, n) first columns, as keys that order (logit, id), and its maximum     8 (K + 1) bytes
-    at        the logits of the wanted ids that it has, -inf for the others                    4 bytes an id
+    at        the logits of the requested ids that it has, -inf for the others                 4 bytes an id
     tail      its three sums                                                                   12 bytes
-    masses    for VarOpt: its mass, its length, the ids that it has under the comb             12 + 8 K bytes
+    masses    for VarOpt: its mass, its length, the sampled ids that it has                    12 + 8 K bytes
 
 so that with K = 64 a VarOpt row takes about 1.3 kB of each rank, whatever V is, and its logits 4 V bytes.
 
-What comes out is the same on every rank, bit for bit: it is made of what was gathered, in the order of the ranks. From
-the unsharded reducer on the same logits it differs by the order of additions alone. Ids and their logits are compared
-and never computed, so the K first ids are equal. Lengths of VarOpt are whole numbers, and under one unit equal ids are
-drawn on any number of ranks; but float sums choose the unit and, between equals, how many ids are certain. Another
-last bit of the unit moves the borders of ids by about one part in 2**30 of a tooth's distance each, so another id is
-drawn where a tooth falls that near to one: in 1 of 89,200 rows of a trial with V from 1,000 to 131,072 and K = 64.
+The result is the same on every rank, bit for bit: it is computed from the gathered values, in rank order. From the
+unsharded reducer on the same logits it differs by the order of additions alone. Ids and their logits are compared and
+never computed, so the K first ids are equal. Lengths of VarOpt are whole numbers, and under one unit equal ids are
+sampled on any number of ranks; but float sums choose the unit and, between equals, the number of certain ids. Another
+last bit of the unit moves the borders of ids by about one part in 2**30 of the sampling interval each, so another id is
+sampled where a point falls that near to one: in 1 of 89,200 rows of a trial with V from 1,000 to 131,072 and K = 64.
 
-A rank without a column of the vocabulary takes part with one that is masked, and is never chosen.
+A rank without a column of the vocabulary takes part with a masked one, which is never chosen.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from torch import Tensor
 from teachers.ranks import ColumnShard, Ranks, summed
 from teachers.reduction.passes import Tail, has_kernels, make_passes
 from teachers.reduction.top_k import best_of_keys, first_columns, ordered_keys
-from teachers.reduction.varopt import BlockMasses, Masses, TensorMasses, with_given
+from teachers.reduction.varopt import BlockMasses, Masses, TensorMasses, with_top_lengths
 
-# Of the widest rank. Every rank must cut its rows alike, so this depends on nothing that could differ between two
+# Of the widest rank. Every rank must tile its rows alike, so this depends on nothing that could differ between two
 # machines, such as their number of threads; and the fewer tiles there are, the fewer messages are sent.
 _CPU_TILE_LOGITS = 1 << 21
 _GPU_TILE_LOGITS = 1 << 26
-_NO_KEY = -(1 << 63)  # comes after that of any column
+_NO_KEY = -(1 << 63)  # sorts after the key of any column
 
 
 class ShardedRows:
-    """`teachers.reduction.reduce.Rows`. Every call is made by all ranks."""
+    """`teachers.reduction.reduce.Rows` of all ranks, which make every call together."""
 
     def __init__(self, rows: int, vocabulary_size: int, device: torch.device, shard: ColumnShard) -> None:
         self.columns = vocabulary_size
@@ -66,8 +66,8 @@ class ShardedRows:
         row_max, ids, values = first_columns(logits, min(k, self._own), self._passes.block_maxima)
         keys = ordered_keys(values, ids + self._first_id)
         keys = torch.nn.functional.pad(keys, (0, k - keys.shape[1]), value=_NO_KEY)
-        told = torch.cat([keys, row_max.view(torch.int32).to(torch.int64)[:, None]], dim=1)
-        gathered = self._ranks.gather(told)  # [W, T, K + 1]
+        message = torch.cat([keys, row_max.view(torch.int32).to(torch.int64)[:, None]], dim=1)
+        gathered = self._ranks.gather(message)  # [W, T, K + 1]
         maxima = gathered[:, :, k].to(torch.int32).view(torch.float32)
         return maxima.amax(0), *best_of_keys(gathered[:, :, :k].transpose(0, 1).flatten(1), k)
 
@@ -79,7 +79,7 @@ class ShardedRows:
 
     def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
         ids = ids - self._first_id
-        # Kernels ask whether a column comes after the last of `top`, and so need no list of those that do not.
+        # Kernels test whether a column comes after the last of `top`, and need no list of those that do not.
         own = self._passes.tail(logits, row_max, top, _or_beyond(ids, self._own) if self._in_tensors else ids)
         return _ShardedTail(own, self._ranks, self.columns, self._first_id, self._own)
 
@@ -111,12 +111,12 @@ class _ShardedTail:
     def __init__(self, own: Tail, ranks: Ranks, columns: int, first_id: int, own_columns: int) -> None:
         self.mass, self.half, self.weighted = summed(ranks.gather(torch.stack([own.mass, own.half, own.weighted])))
         self._own, self._ranks = own, ranks
-        self._place = columns, first_id, own_columns
+        self._extent = columns, first_id, own_columns
 
     def masses(self, beta: float) -> Masses:
         own = self._own.masses(beta)
         assert isinstance(own, BlockMasses)
-        return ShardedMasses(_GivenByValue(own) if isinstance(own, TensorMasses) else own, self._ranks, *self._place)
+        return ShardedMasses(_LocalMasses(own) if isinstance(own, TensorMasses) else own, self._ranks, *self._extent)
 
 
 class ShardedMasses:
@@ -132,21 +132,21 @@ class ShardedMasses:
         self._lengths = self._ranks.gather(self._own.length(unit, k))  # int64 [W, T]
         return self._lengths.sum(0)
 
-    def under(self, teeth: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+    def ids_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
         local = top_ids - self._first_id
         here = (local >= 0) & (local < self._own_columns)
         own_lengths = top_lengths.masked_fill(~here, 0)
-        # Ids of this rank lie behind all of the ranks before it, certain and other ones.
+        # The ids of this rank follow all ids of lower ranks on the line, the K first and the others.
         before = self._lengths[: self._ranks.rank].sum(0) + top_lengths.masked_fill(local >= 0, 0).sum(1)
         length = self._lengths[self._ranks.rank] + own_lengths.sum(1)
-        inside = teeth - before[:, None]
-        found = self._own.under(inside.clamp_min(0), local, own_lengths) + self._first_id
+        inside = points - before[:, None]
+        found = self._own.ids_at(inside.clamp_min(0), local, own_lengths) + self._first_id
         mine = (inside >= 0) & (inside < length[:, None])
         return self._ranks.maximum(found.masked_fill(~mine, -1))
 
 
-class _GivenByValue(BlockMasses):
-    """`TensorMasses` among whose K first ids some are of other ranks, which `TensorMasses.lengths` does not take."""
+class _LocalMasses(BlockMasses):
+    """`TensorMasses` with K first ids of which some are other ranks', which `TensorMasses.lengths` does not take."""
 
     def __init__(self, masses: TensorMasses) -> None:
         self._masses = masses
@@ -159,10 +159,9 @@ class _GivenByValue(BlockMasses):
     def lengths(self, blocks: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
         lengths = self._masses.lengths(blocks, top_ids[:, :0], top_lengths[:, :0])  # [T, n, W]
         ids = blocks[:, :, None] * self._width + torch.arange(self._width, device=blocks.device)
-        given = with_given(lengths.flatten(1), ids.flatten(1), top_ids, top_lengths)
-        return given.view_as(lengths)
+        return with_top_lengths(lengths.flatten(1), ids.flatten(1), top_ids, top_lengths).view_as(lengths)
 
 
 def _or_beyond(ids: Tensor, columns: int) -> Tensor:
-    """The ids, or `columns` where they are not below it."""
+    """The ids, with `columns` in place of those outside 0 .. columns - 1."""
     return torch.where((ids >= 0) & (ids < columns), ids, columns)

@@ -29,7 +29,7 @@ BlockMaxima = Callable[[Tensor, int], Tensor]
 def first_columns(logits: Tensor, k: int, maxima: BlockMaxima) -> tuple[Tensor, Tensor, Tensor]:
     """Row maxima [T] (NaN where a row has one); ids and logits [T, K] of the K first columns, in order.
 
-    logits: float32 [T, V], in rows of any stride. maxima: what takes the maxima of its blocks.
+    logits: float32 [T, V], in rows of any stride. maxima: the function that computes block maxima.
     """
     width = _block_width(logits.shape[1], k)
     if width == 1:
@@ -45,10 +45,10 @@ def first_columns(logits: Tensor, k: int, maxima: BlockMaxima) -> tuple[Tensor, 
 def _candidates(
     values: Tensor, ids: Tensor | None, k: int, width: int, maxima_of: BlockMaxima
 ) -> tuple[Tensor, Tensor]:
-    """The positions [T, <= n] among n columns in which the K best must lie, and the row maxima [T].
+    """The positions [T, <= n] among n columns that must contain the K best, and the row maxima [T].
 
-    ids: int64 [T, n], or None where columns are ids. Each run of `width` columns has ascending ids, so of two
-    runs with equal maxima the one with the smaller first id holds the better column.
+    ids: int64 [T, n], or None where columns are ids. Each block of `width` columns has ascending ids, so of two
+    blocks with equal maxima the one with the smaller first id holds the better column.
     """
     rows, columns = values.shape
     whole = columns // width * width
@@ -58,7 +58,7 @@ def _candidates(
     chosen = ordered_keys(maxima, first_ids).topk(k, sorted=False).indices  # [T, K]
     positions = torch.arange(width, device=values.device)
     positions = (chosen[:, :, None] * width + positions).flatten(1)  # [T, K * W]
-    if whole < columns:  # a last, shorter run is always among the candidates
+    if whole < columns:  # a last, shorter block is always among the candidates
         remainder = torch.arange(whole, columns, device=values.device)
         positions = torch.cat([positions, remainder.expand(rows, -1)], dim=1)
         row_max = torch.maximum(row_max, values[:, whole:].amax(1))
@@ -66,7 +66,7 @@ def _candidates(
 
 
 def block_maxima(values: Tensor, width: int) -> Tensor:
-    """[T, n // width]: the maxima of runs of `width` columns; a shorter last run is left out."""
+    """The maxima of blocks of `width` columns, [T, n // width]; a shorter last block is left out."""
     blocks = values.shape[1] // width
     return values[:, : blocks * width].reshape(len(values), blocks, width).amax(2)
 
@@ -82,7 +82,7 @@ def best_of_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _block_width(columns: int, k: int) -> int:
-    """A power of two near sqrt(columns / k), which balances blocks against candidates; 1: no blocks."""
+    """A power of two near sqrt(columns / k), which balances the blocks against the candidates; 1: no blocks."""
     least = _LEAST_BLOCK if columns <= _SHORT_ROW else _LEAST_FAST_BLOCK
     width = max(least, 1 << round(math.log2(columns / k) / 2))
     return width if 2 * k * width < columns else 1

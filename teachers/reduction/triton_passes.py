@@ -13,14 +13,14 @@ Top-k targets read the logits twice, VarOpt targets three times (once more at a 
 A column is in the head if it comes no later than the K-th best in the order (logit descending, id ascending). So a
 kernel needs that one's logit and id only, and a tail is the sum of its own terms.
 
-A program has one segment of one row, and writes one number for each sum; another kernel adds those of a row. Nothing is
-added atomically, and nothing depends on how many rows there are: equal rows give equal bits, wherever they stand. In
-which order a program adds follows from the number of columns and the distance of rows, and from how they are aligned,
-so logits that do not begin at 16 bytes are copied first (whole tensors do).
+A program reduces one segment of one row, and writes one number for each sum; another kernel adds those of a row. There
+are no atomic additions, and nothing depends on the number of rows: equal rows give equal bits at any index. A program's
+order of additions follows from the number of columns, the stride of rows and their alignment, so logits that are not
+aligned to 16 bytes are copied first (whole tensors are aligned).
 
 Precision: float32, with sums of sums. Triton's own exponential is one of the base two, of an argument that was rounded:
-it is off by 6e-8 |x| of its size. `_exp` is off by less than 1e-7, whatever x is. It takes nothing but additions and
-products, which are fused only where it says so: an id's length is the same number in each kernel.
+it is off by 6e-8 |x| of its size. `_exp` is off by less than 1e-7, whatever x is. It has only additions and products,
+which are fused only where it writes fma: an id's length is the same number in each kernel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from teachers.reduction.varopt import BlockMasses, Masses, with_given
+from teachers.reduction.varopt import BlockMasses, Masses, with_top_lengths
 
 # Columns of one program; with 8 warps, 16 for each thread, which are 4 loads of 16 bytes.
 _SEGMENT = 4096
@@ -42,8 +42,8 @@ _ALIGNMENT = 16
 
 
 class TritonPasses:
-    """`teachers.reduction.passes.Passes` on a device that triton compiles for; all rows at once, with nothing large
-    written."""
+    """`teachers.reduction.passes.Passes` on a device that triton compiles for; all rows at once, and no large
+    buffers."""
 
     def __init__(self, rows: int) -> None:
         self.tile_rows = max(1, rows)
@@ -68,7 +68,7 @@ class TritonPasses:
 
 
 class _Rows(NamedTuple):
-    """Rows, and where their heads end."""
+    """Rows of logits, and the last entry of each one's head."""
 
     logits: Tensor  # float32 [R, V]
     row_max: Tensor  # float32 [R]
@@ -101,7 +101,7 @@ class _Tail:
 
 
 class _Masses(BlockMasses):
-    """Masses e^(beta z): lengths are computed from the logits again wherever they are asked for."""
+    """Masses e^(beta z); every call computes lengths from the logits again."""
 
     def __init__(self, rows: _Rows, beta: float, total: Tensor) -> None:
         self._rows = rows
@@ -134,8 +134,8 @@ class _Masses(BlockMasses):
             *self._rows, self._rows.logits.stride(0), self.columns, self._beta, self._unit, blocks.contiguous(), count,
             lengths, WIDTH=padded, BLOCKS=at_once,
         )  # fmt: skip
-        given = with_given(lengths.flatten(1), ids.flatten(1), top_ids, top_lengths)
-        return given.view(rows, count, padded)
+        replaced = with_top_lengths(lengths.flatten(1), ids.flatten(1), top_ids, top_lengths)
+        return replaced.view(rows, count, padded)
 
 
 def _aligned(logits: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _blocks_at_once(columns: int, width: int) -> int:
 
 
 def _row_sums(values: Tensor) -> Tensor:
-    """[N] of [N, n]. Torch's own sums go in another order when there are more rows."""
+    """The sums [N] of [N, n]. The order of torch's own sums changes with the number of rows."""
     values = values.contiguous()
     count, columns = values.shape
     sums = values.new_empty(count)
@@ -165,7 +165,7 @@ def _row_sums(values: Tensor) -> Tensor:
 
 
 def _run(kernel: Any, grid: tuple[int, ...], columns: int, logits: Tensor, *arguments: Any, **sizes: int) -> None:
-    """columns: how many one program has before it."""
+    """columns: the number that one program reads."""
     warps = max(1, min(8, columns // _COLUMNS_PER_WARP))
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         kernel[grid](logits, *arguments, num_warps=warps, enable_fp_fusion=False, **sizes)
@@ -202,7 +202,7 @@ def _tail_mass(logit, ids, row_max, last, last_id, beta):  # type: ignore[no-unt
 def _tail_lengths(  # type: ignore[no-untyped-def]
     row, ids, logits, row_max, last, last_id, stride, columns, beta, unit
 ):
-    """Of the ids in a row, as int64."""
+    """The lengths of ids of a row, int64."""
     logit = tl.load(logits + row * stride + ids, mask=ids < columns, other=-float("inf"))
     _, mass = _tail_mass(logit, ids, tl.load(row_max + row), tl.load(last + row), tl.load(last_id + row), beta)
     return (mass * tl.load(unit + row)).to(tl.int32).to(tl.int64)
@@ -222,10 +222,10 @@ def _maxima_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     ids = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     x = tl.load(logits + row * stride + ids, mask=(block < blocks)[:, None], other=-float("inf"))
-    # A GPU's maximum passes over NaN, unlike torch's.
-    poisoned = tl.max((x != x).to(tl.int32), 1)
+    # A GPU's maximum ignores NaN, unlike torch's.
+    has_nan = tl.max((x != x).to(tl.int32), 1)
     largest = tl.max(tl.where(x != x, -float("inf"), x), 1)
-    tl.store(maxima + row * blocks + block, tl.where(poisoned > 0, float("nan"), largest), mask=block < blocks)
+    tl.store(maxima + row * blocks + block, tl.where(has_nan > 0, float("nan"), largest), mask=block < blocks)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -2,24 +2,26 @@
 
 Legend: `T` rows of one tile, `V` vocabulary size, `K` kept ids, `W` width of a block of ids, `M` blocks.
 
-The naive form, for a row of masses ``a = p ** (1 / temperature)``, the largest first, with R_j = sum_{i > j} a_i::
+The naive form, for a row of masses ``a = p ** (1 / temperature)``, the largest first, with the suffix sums
+R_j = sum_{i > j} a_i::
 
     j = the least with j >= head_ids and a_{j+1} (K - j) < R_j; K where there is none
     the first j ids are certain: they weigh a_i
-    of the others K - j different ids are drawn, id i with probability (K - j) a_i / R_j: they weigh R_j / (K - j) each
+    of the others K - j distinct ids are sampled, id i with the inclusion probability (K - j) a_i / R_j: each weighs
+    the threshold R_j / (K - j)
 
-so that E[w] = a and sum w = sum a, with the least variance that K ids allow (Cohen et al. 2011; Chao 1982). Drawing
-is systematic: the others lie in a row in the order of their ids, each as long as its mass, under a comb of K - j teeth
-R_j / (K - j) apart, which one uniform number shifts; the ids under a tooth are drawn. No id is longer than the comb's
-step, so none is drawn twice. Where at most K ids have any mass, all are certain.
+so that E[w] = a and sum w = sum a, with the least variance that K ids allow (Cohen et al. 2011; Chao 1982). The method
+is systematic sampling: the others are laid end to end in the order of their ids, each as long as its mass; K - j points
+one threshold apart, shifted by one uniform number, sample the ids that they fall in. No id is longer than that
+interval, so none is sampled twice. Where at most K ids have any mass, all are certain.
 
-What is random is a pure function of the seed and the absolute position, whatever the shard, the batch or the device.
+The random number is a pure function of the seed and the absolute position, whatever the shard, batch or device.
 
-Precision: lengths are whole numbers, 2**30 to a step of the comb, so their sums are exact in any order, on any
-device; float sums only choose the unit. The rule for j holds exactly for the whole numbers, where it makes ids
-distinct. Rounding lengths down moves an inclusion probability by less than 2**-30, and by V / (K - j) * 2**-30 of its
-size. Nothing is drawn from a rest under 2**-53 of a row's mass, which is less than float64 can add to it: then the K
-largest ids are certain.
+Precision: lengths are whole numbers, 2**30 to an interval, so their sums are exact in any order, on any device; float
+sums only choose the unit. The rule for j holds exactly for the whole numbers, where it makes ids distinct. Rounding
+lengths down changes an inclusion probability by less than 2**-30, and by V / (K - j) * 2**-30 of its size. Nothing is
+sampled from a rest under 2**-53 of a row's mass, which is less than float64 can add to it: then the K largest ids are
+certain.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _RANDOM_BITS = 32
-_STEP_BITS = 30  # times K <= 2**16 ids, or times the random bits, a step fits int64; alone it fits int32
+_INTERVAL_BITS = 30  # times K <= 2**16 ids, or times the random bits, an interval fits int64; alone it fits int32
 _LEAST_REST = 2.0**-53
 _LEAST_BLOCK = 8
 
@@ -44,8 +46,8 @@ _LEAST_BLOCK = 8
 class Sampling:
     """How R rows are sampled.
 
-    temperature  the one at which the weights are unbiased: ids are drawn by p ** (1 / temperature)
-    head_ids     how many ids are certain at least, under K
+    temperature  the one at which the weights are unbiased: ids are sampled by p ** (1 / temperature)
+    head_ids     the least number of certain ids, under K
     random       int64 [R], from `random_bits` at the rows' positions, on the logits' device
     """
 
@@ -54,7 +56,7 @@ class Sampling:
     random: Tensor
 
     def rows(self, start: int, stop: int) -> Sampling:
-        """The same for the rows `start .. stop`."""
+        """The sampling of the rows `start .. stop`."""
         return Sampling(self.temperature, self.head_ids, self.random[start:stop])
 
 
@@ -70,31 +72,32 @@ def random_bits(seed: int, start: int, stop: int) -> NDArray[np.int64]:
 
 
 class Masses(Protocol):
-    """The masses of T rows, not negative, in any unit of their row, of all ids but the K that come first.
+    """The masses of T rows, not negative, in any unit of their row, of all ids but the K first.
 
     columns  V
     total    float32 [T], their sums
 
-    Lengths are masses in another unit, rounded down. The ids lie in a row in their order, each as long as its length.
+    Lengths are masses in another unit, rounded down. Ids laid end to end in their order, each as long as its length,
+    form the line that is sampled.
     """
 
     columns: int
     total: Tensor
 
     def length(self, unit: Tensor, k: int) -> Tensor:
-        """int64 [T]: the sums of all lengths, which are mass times `unit` [T] from here on."""
+        """The sums of all lengths, int64 [T]; from this call on a length is mass times `unit` [T]."""
         ...
 
-    def under(self, teeth: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
-        """int64 [T, K]: the ids in which the points `teeth` [T, K] lie, once the K first ids are in the row as well,
-        with the lengths that are given here, int64 [T, K]. What lies beyond the row is of any id."""
+    def ids_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+        """The ids int64 [T, K] at the points [T, K] of the line, with the K first ids `top_ids` on it as well, of the
+        lengths `top_lengths`, int64 [T, K]. Beyond the end of the line the id is arbitrary."""
         ...
 
 
 class BlockMasses(ABC):
-    """`Masses` whose lengths can be had summed by runs of ids, and singly inside a few of them.
+    """`Masses` with lengths that are summed by block of ids, and computed one by one inside a few blocks.
 
-    Whatever asks for an id's length is told the same number.
+    Both must give an id the same length.
     """
 
     columns: int
@@ -102,13 +105,13 @@ class BlockMasses(ABC):
 
     @abstractmethod
     def block_lengths(self, unit: Tensor, width: int) -> Tensor:
-        """int64 [T, M]: lengths, mass times `unit` [T], summed over runs of `width` ids; the last may be shorter."""
+        """Lengths, mass times `unit` [T], summed over blocks of `width` ids, int64 [T, M]; the last may be shorter."""
 
     @abstractmethod
     def lengths(self, blocks: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
-        """int64 [T, n, W]: the lengths of the ids in n of each row's runs that `block_lengths` last summed.
+        """The lengths int64 [T, n, W] of the ids in `blocks` [T, n], n of each row's that `block_lengths` last summed.
 
-        The K first ids have the lengths that are given here, int64 [T, K]; what lies beyond the last id has none.
+        The K first ids have the lengths `top_lengths`, int64 [T, K]; columns beyond the last id have length 0.
         """
 
     def length(self, unit: Tensor, k: int) -> Tensor:
@@ -116,12 +119,12 @@ class BlockMasses(ABC):
         self._sums_of_blocks = self.block_lengths(unit, self._width_of_blocks)  # int64 [T, M]
         return self._sums_of_blocks.sum(1)
 
-    def under(self, teeth: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+    def ids_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
         width, last = self._width_of_blocks, self.columns - 1
         blocks = self._sums_of_blocks.scatter_add(1, top_ids.clamp(0, last) // width, top_lengths)
         ends = blocks.cumsum(1)
-        block = torch.searchsorted(ends, teeth, right=True).clamp_max_(blocks.shape[1] - 1)
-        inside = teeth - (ends - blocks).gather(1, block)
+        block = torch.searchsorted(ends, points, right=True).clamp_max_(blocks.shape[1] - 1)
+        inside = points - (ends - blocks).gather(1, block)
         passed = self.lengths(block, top_ids, top_lengths).cumsum(2) <= inside[:, :, None]  # [T, K, W]
         return block * width + passed.sum(2)
 
@@ -153,20 +156,20 @@ class TensorMasses(BlockMasses):
         return lengths.masked_fill_(ids > last, 0)
 
 
-def with_given(lengths: Tensor, ids: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
-    """`lengths` of `ids`, both int64 [T, n], but for those among `top_ids` [T, K], which have `top_lengths` [T, K]."""
-    # Those that lie where they would be put among them.
+def with_top_lengths(lengths: Tensor, ids: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+    """`lengths` of `ids`, both int64 [T, n], but for ids among `top_ids` [T, K], which have `top_lengths` [T, K]."""
+    # An id is among them if it equals the entry at its insertion index.
     sorted_ids, order = top_ids.sort(1)
     at = torch.searchsorted(sorted_ids, ids).clamp_max_(top_ids.shape[1] - 1)
-    given = top_lengths.gather(1, order).gather(1, at)
-    return torch.where(sorted_ids.gather(1, at) == ids, given, lengths)
+    replaced = top_lengths.gather(1, order).gather(1, at)
+    return torch.where(sorted_ids.gather(1, at) == ids, replaced, lengths)
 
 
-def draw(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """VarOpt samples of T rows: ids int64 [T, K] and how many of them are certain, int64 [T].
+def sample(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """VarOpt samples of T rows: ids int64 [T, K] and the number of certain ones, int64 [T].
 
-    top: float32 [T, K], the masses of the K ids that come first, in order, in the unit of the others' `masses`;
-    top_ids: int64 [T, K]. The certain ids come first, in the order of `top_ids`; the drawn ones follow by ascending id.
+    top: float32 [T, K], the masses of the K first ids, in order, in the unit of the others' `masses`; top_ids: int64
+    [T, K]. The certain ids come first, in the order of `top_ids`; the sampled ones follow by ascending id.
     """
     k = top.shape[1]
     columns = torch.arange(k, device=top.device)
@@ -176,24 +179,25 @@ def draw(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> tu
     certain.masked_fill_(left < _LEAST_REST * rest[:, 0], k)
 
     # The unit: from here on all sums are exact.
-    unit = ((k - certain) * 2**_STEP_BITS / left).masked_fill_(certain == k, 0.0)
+    unit = ((k - certain) * 2**_INTERVAL_BITS / left).masked_fill_(certain == k, 0.0)
     top_lengths = (top * unit[:, None]).to(torch.int64).masked_fill_(columns < certain[:, None], 0)
     others = masses.length(unit, k)[:, None]
     rest = torch.cat([top_lengths, others], dim=1).flip(1).cumsum(1).flip(1)
     certain = _certain(top_lengths, rest, certain)
     top_lengths.masked_fill_(columns < certain[:, None], 0)
 
-    step = rest.gather(1, certain[:, None]) // (k - certain).clamp_min(1)[:, None]  # [T, 1]
-    teeth = columns * step + (sampling.random[:, None] * step >> _RANDOM_BITS)  # [T, K]; the first K - certain count
-    drawn = masses.under(teeth, top_ids, top_lengths)
-    drawn = drawn.gather(1, (columns - certain[:, None]).clamp_min(0))
-    return torch.where(columns < certain[:, None], top_ids, drawn), certain
+    interval = rest.gather(1, certain[:, None]) // (k - certain).clamp_min(1)[:, None]  # [T, 1], the threshold
+    # [T, K]; the first K - certain of them are used
+    points = columns * interval + (sampling.random[:, None] * interval >> _RANDOM_BITS)
+    sampled = masses.ids_at(points, top_ids, top_lengths)
+    sampled = sampled.gather(1, (columns - certain[:, None]).clamp_min(0))
+    return torch.where(columns < certain[:, None], top_ids, sampled), certain
 
 
 def _certain(values: Tensor, rest: Tensor, least: Tensor) -> Tensor:
     """The least j >= `least` [T] with a_{j+1} (K - j) < R_j, or K; values [T, K] descend, rest [T, K + 1] is R.
 
-    Once the rule holds it goes on holding: taking an id of at most the mean away leaves no smaller mean.
+    Once the rule holds, it holds for every larger j: removing an id of at most the mean leaves no smaller mean.
     """
     k = values.shape[1]
     columns = torch.arange(k, device=values.device)
@@ -202,7 +206,7 @@ def _certain(values: Tensor, rest: Tensor, least: Tensor) -> Tensor:
 
 
 def _suffix_sums(values: Tensor) -> Tensor:
-    """The sum of each column [T, n] and those after it; pairwise, since a float cumsum on a GPU has no fixed order."""
+    """The sums of each column [T, n] and those after it; pairwise, as a float cumsum on a GPU has no fixed order."""
     shift = 1
     while shift < values.shape[1]:
         values = values + torch.nn.functional.pad(values[:, shift:], (0, shift))
@@ -211,15 +215,15 @@ def _suffix_sums(values: Tensor) -> Tensor:
 
 
 def _block_width(columns: int, k: int) -> int:
-    """Near sqrt(columns / k), which balances the blocks against the ids inside those that are looked into."""
+    """A width near sqrt(columns / k), which balances the blocks against the ids inside the searched ones."""
     return min(columns, max(_LEAST_BLOCK, 1 << max(0, round(math.log2(columns / k) / 2))))
 
 
 def row_sums(values: Tensor) -> Tensor:
-    """The sums [T] of [T, n]."""
+    """The sums [T] of [T, n]; torch splits a single row over its threads, so their number would change its bits."""
     return values.sum(1) if len(values) != 1 else values.expand(2, -1).sum(1)[:1]
 
 
 def row_nansums(values: Tensor) -> Tensor:
-    """The sums [T] of [T, n], NaN taken for 0."""
+    """`row_sums` with NaN as 0."""
     return values.nansum(1) if len(values) != 1 else values.expand(2, -1).nansum(1)[:1]

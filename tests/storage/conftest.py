@@ -1,4 +1,4 @@
-"""A cache with one stream and two entries of it, as codes and exact, which several files read."""
+"""A cache with one stream and two teacher entries, as codes and exact, which several test files read."""
 
 from __future__ import annotations
 

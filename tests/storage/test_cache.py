@@ -140,7 +140,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_nothing_there_says_so(tmp_path: Path, original: Path) -> None:
+def test_a_missing_cache_or_entry_is_an_error(tmp_path: Path, original: Path) -> None:
     with pytest.raises(CacheNotFound, match="no cache there"):
         LogitCache.open(str(tmp_path / "nowhere"))
     with pytest.raises(CacheNotFound, match="codes, exact"):
@@ -323,7 +323,7 @@ def test_out_of_range_reads_raise(original: Path) -> None:
 
 def test_no_temporary_files_remain(original: Path) -> None:
     assert not list(original.rglob("*.partial"))
-    # A record can be rebuilt from what is stored, which is what makes it a format and not a dump.
+    # A record can be rebuilt from the stored JSON, which makes it a format and not a dump.
     stored = json.loads((original / "zarr.json").read_text())["attributes"]["logit_cache"]
     stored.pop("sha256")
     assert CacheRecord.model_validate(stored) == LogitCache.open(str(original)).record
@@ -383,7 +383,7 @@ def test_labels_are_missing_exactly_where_no_token_follows(tmp_path: Path, isola
         label = targets.label_logprob.copy()
         label[position] = value
         name = f"bad{position}"
-        # A writer without the documents cannot tell; the reader, who has them, does.
+        # A writer without the documents cannot detect it; the reader, which has them, does.
         wrong = dataclasses.replace(targets, label_logprob=label)
         if not isolated or position == 99:
             with pytest.raises(FormatError, match="label_logprob"):

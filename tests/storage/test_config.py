@@ -62,7 +62,7 @@ def test_flags_override_the_file_and_dashes_are_underscores(tmp_path: Path) -> N
         ("name: !!python/object/apply:os.getcwd []\n", ["not valid YAML"]),
     ],
 )
-def test_wrong_files_say_where(tmp_path: Path, content: str, words: list[str]) -> None:
+def test_errors_name_the_field(tmp_path: Path, content: str, words: list[str]) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(content)
     with pytest.raises(InputError) as error:

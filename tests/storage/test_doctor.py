@@ -1,6 +1,6 @@
-"""`logit-cache doctor` finds what a place does not guarantee, and leaves nothing behind.
+"""`logit-cache doctor` finds the guarantees that a store lacks, and leaves nothing behind.
 
-Each place of the tests breaks one guarantee; the doctor must find that one and no other.
+Each store of the tests breaks one guarantee; the doctor must find that one and no other.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Deleting(LocalStore):
 
 
 class Careless(LocalStore):
-    """Says that a name is refused when taken, after a look that is not part of the write."""
+    """Refuses a taken name, but by a check that is not part of the write."""
 
     def create(self, key: str, data: bytes) -> bool:
         if self._path(key).exists():
@@ -77,7 +77,7 @@ class NoCondition(LocalStore):
 
 
 class Late(LocalStore):
-    """Lists what is older than a moment."""
+    """Lists only objects older than 0.2 s."""
 
     def walk(self, prefix: str = "") -> dict[str, int]:
         found = super().walk(prefix)
@@ -93,11 +93,11 @@ class WholeOnly(LocalStore):
 
 class Undeletable(LocalStore):
     def remove(self, key: str) -> None:
-        """Says nothing, does nothing."""
+        """Returns without removing the object."""
 
 
 class Stale(LocalStore):
-    """Serves the first version of an object that it was asked for."""
+    """Always serves the first version of an object that was read."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -112,7 +112,7 @@ class ReadOnly(LocalStore):
         raise StoreUnavailable("access refused")
 
 
-PLACES = [
+STORES = [
     (Torn, "atomic overwrite", False),
     (Deleting, "atomic overwrite", False),
     (Late, "listing after a write", False),
@@ -126,19 +126,19 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("place", "name", "safe"), PLACES)
+@pytest.mark.parametrize(("store", "name", "safe"), STORES)
 def test_each_broken_guarantee_is_found(
-    place: Callable[[Path], LocalStore], name: str, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Callable[[Path], LocalStore], name: str, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.stores.doctor, "open_store", lambda url: place(Path(url)))
-    found = examine(str(tmp_path / "place"))
+    monkeypatch.setattr(storage.stores.doctor, "open_store", lambda url: store(Path(url)))
+    found = examine(str(tmp_path / "folder"))
     assert broken(found) == [name]
     assert safe_to_write(found) == safe
     assert os.listdir(tmp_path) == []
 
 
 def test_a_sound_folder_and_nothing_left(tmp_path: Path) -> None:
-    found = examine(str(tmp_path / "new" / "place"))
+    found = examine(str(tmp_path / "new" / "folder"))
     assert broken(found) == []
     assert {finding.name for finding in found if finding.state == "not applicable"} == {"damaged uploads refused"}
     assert os.listdir(tmp_path) == []
@@ -162,7 +162,7 @@ def refuse_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refuse_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where the sync itself is asked about: a place that cannot sync cannot be written at all."""
+    """A folder that cannot sync cannot be written at all."""
 
     def refuse(*_: object) -> None:
         raise OSError(22, "Invalid argument")
@@ -183,7 +183,7 @@ def leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
         (leave_no_room, ["free space"], True),
     ],
 )
-def test_what_a_file_system_may_lack(
+def test_guarantees_that_a_file_system_may_lack(
     damage: Callable[[pytest.MonkeyPatch], None],
     names: list[str],
     safe: bool,
@@ -201,7 +201,7 @@ def test_what_a_file_system_may_lack(
 
 
 def test_on_moto(moto_bucket: Bucket, run: Run) -> None:
-    """moto accepts an upload with a wrong checksum, and the doctor says so."""
+    """moto accepts an upload with a wrong checksum, and the doctor reports it."""
     done = run("logit-cache", "doctor", f"{moto_bucket.url}/runs", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
@@ -228,7 +228,7 @@ def test_a_server_that_ignores_the_condition(moto_bucket: Bucket, monkeypatch: p
 
 
 def test_no_answer_is_no_finding(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What could not be measured is not called good, and the scratch folder goes all the same."""
+    """A failed measurement does not pass, and the scratch folder is removed all the same."""
     monkeypatch.setenv("LOGIT_CACHE_PATIENCE_S", "0.5")
     with FaultProxy(moto_bucket.server.url) as proxy:
         use(monkeypatch, moto_bucket.server, proxy.url)

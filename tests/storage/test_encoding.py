@@ -93,7 +93,7 @@ def test_mantissa_rounding_keeps_nan_infinity_and_all_bits_when_asked() -> None:
     assert np.array_equal(round_mantissa(x, 23), x, equal_nan=True)
 
 
-def test_ids_leave_the_maximum_free_for_poison() -> None:
+def test_ids_leave_the_maximum_free_for_the_fill_value() -> None:
     assert token_id_dtype(65_535) == "uint16"
     assert token_id_dtype(65_536) == "uint32"
     assert token_id_dtype(200_000) == "uint32"

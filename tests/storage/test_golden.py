@@ -1,6 +1,6 @@
 """Golden bytes of format v1: a cache that was written once and must stay readable, to the same numbers.
 
-`tests/golden/v1` is never regenerated. It holds what a later version fills in too: sampled ids, pruned rows, an
+`tests/golden/v1` is never regenerated. It also holds features that later versions write: sampled ids, pruned rows, an
 ensemble, isolated documents, a loss mask, an entry that is not complete.
 """
 

@@ -1,4 +1,4 @@
-"""Which id is which string: digests, sizes, differences."""
+"""Identity of vocabularies, tokenizers and streams: digests, sizes, differences."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_fingerprint_of_a_broken_file_is_refused(content: bytes) -> None:
         tokenizer_fingerprint({"tokenizer.json": content}, VOCABULARY)
 
 
-def test_stream_digest_is_what_its_equation_says() -> None:
+def test_stream_digest_follows_its_equation() -> None:
     tokens = np.arange(2_500_011, dtype=np.uint32) % 50_021
     starts = np.array([0, 17, 1_048_577], dtype=np.uint64)
     mask = tokens % 3 == 0

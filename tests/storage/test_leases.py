@@ -1,4 +1,4 @@
-"""Claims on shards: one holder at a time, free again when it is gone, and never in anybody's way."""
+"""Leases on shards: one holder at a time, free when the holder is gone, and never an obstacle to a worker."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from storage.cache.verify import verify
 from storage.stores import open_store
 
 FOLDER = "teachers/a/receipts"
-Place = Callable[[], Leases]
+MakeLeases = Callable[[], Leases]
 
 
 @pytest.fixture(params=["disk", "s3", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """Makes the leases of another worker of the same place."""
+def make_leases(request: pytest.FixtureRequest, tmp_path: Path) -> MakeLeases:
+    """Makes the leases of one more worker on the same store."""
     if request.param == "disk":
         return lambda: leases_in(open_store(str(tmp_path / "cache")), FOLDER)
     if request.param == "memory":
@@ -36,16 +36,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return lambda: leases_in(open_store(f"{bucket.url}/cache"), FOLDER)
 
 
-def test_one_holder_at_a_time(place: Place) -> None:
-    one, other = place(), place()
+def test_one_holder_at_a_time(make_leases: MakeLeases) -> None:
+    one, other = make_leases(), make_leases()
     assert one.exclusive
     assert one.take(3)
     assert other.is_held(3)
     assert not other.take(3)
-    assert other.take(4), "another shard is another claim"
+    assert other.take(4), "another shard is another lease"
     one.keep()
     other.release(3)
-    assert other.is_held(3), "only its holder lets go of it"
+    assert other.is_held(3), "only its holder releases it"
     one.release(3)
     assert not other.is_held(3)
     assert other.take(3)
@@ -76,14 +76,14 @@ def test_a_killed_holder_holds_nothing(store: bool, tmp_path: Path, request: pyt
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
-    assert not leases.is_held(3), "though its parent has not heard of it yet"
+    assert not leases.is_held(3), "though its parent has not reaped it yet"
     holder.join()
     assert open_store(url).read(f"{FOLDER}/{lease_name(3)}", 4096) is not None, "its file is still there"
     assert not leases.is_held(3)
     assert leases.take(3)
 
 
-def test_a_claim_in_a_store_runs_out_and_is_put_off(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_in_a_store_expires_and_is_renewed(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{moto_bucket.url}/cache"
     one, other = leases_in(open_store(url), FOLDER), leases_in(open_store(url), FOLDER)
     now = time.time()
@@ -94,18 +94,18 @@ def test_a_claim_in_a_store_runs_out_and_is_put_off(moto_bucket: Bucket, monkeyp
     monkeypatch.setattr(storage.cache.leases.time, "monotonic", lambda: later)
     one.keep()
     monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS + 1)
-    assert not other.take(3), "it was put off"
+    assert not other.take(3), "it was renewed"
     monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + 2 * storage.cache.leases.LEASE_SECONDS + 1)
     assert other.take(3)
 
 
-def test_a_claim_that_was_made_though_the_answer_was_lost_is_ones_own(moto_bucket: Bucket) -> None:
+def test_a_lease_whose_response_was_lost_is_its_makers(moto_bucket: Bucket) -> None:
     leases = leases_in(open_store(f"{moto_bucket.url}/cache"), FOLDER)
     assert leases.take(3)
-    assert leases.take(3), "the store says that it is there, and it is this worker's"
+    assert leases.take(3), "the store already has it, and it is this worker's"
 
 
-def test_a_claim_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{moto_bucket.url}/cache"
     one, other = leases_in(open_store(url), FOLDER), leases_in(open_store(url), FOLDER)
     assert one.take(3)
@@ -119,24 +119,24 @@ def test_a_claim_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monke
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b"{}", b'{"until": "x"}', b'{"until": 1e300}', b'{"holder": 1, "until": 1e300}', b"[" * 4000]
 )
-def test_a_claim_that_is_none_stops_nobody(moto_bucket: Bucket, text: bytes) -> None:
+def test_a_malformed_lease_stops_nobody(moto_bucket: Bucket, text: bytes) -> None:
     store = open_store(f"{moto_bucket.url}/cache")
     store.replace(f"{FOLDER}/{lease_name(3)}", text)
     assert leases_in(store, FOLDER).take(3)
 
 
-@pytest.mark.parametrize(("as_written", "counts"), [(float, True), (str, False)])
-def test_the_end_of_a_claim_is_a_number(
-    moto_bucket: Bucket, as_written: Callable[[float], object], counts: bool
+@pytest.mark.parametrize(("as_written", "valid"), [(float, True), (str, False)])
+def test_the_expiry_of_a_lease_is_a_number(
+    moto_bucket: Bucket, as_written: Callable[[float], object], valid: bool
 ) -> None:
     store = open_store(f"{moto_bucket.url}/cache")
-    claim = {"holder": "another", "process": None, "until": as_written(time.time() + 60)}
-    store.replace(f"{FOLDER}/{lease_name(3)}", json.dumps(claim).encode())
-    assert leases_in(store, FOLDER).is_held(3) == counts
+    lease = {"holder": "another", "process": None, "until": as_written(time.time() + 60)}
+    store.replace(f"{FOLDER}/{lease_name(3)}", json.dumps(lease).encode())
+    assert leases_in(store, FOLDER).is_held(3) == valid
 
 
-def test_claims_and_notes_are_leftovers_that_nobody_reads(source: Path) -> None:
-    """Beside a whole entry: it is read as ever, `verify` names them, and `--repair` removes them."""
+def test_leases_and_notes_are_leftovers_that_nobody_reads(source: Path) -> None:
+    """Beside a complete entry: it reads the same, `verify` names them, and `--repair` removes those not held."""
     store = open_store(str(source))
     leases, failures = leases_in(store, FOLDER), Failures(store, FOLDER)
     assert leases.take(1)
@@ -150,7 +150,7 @@ def test_claims_and_notes_are_leftovers_that_nobody_reads(source: Path) -> None:
     assert sorted(found.leftovers) == sorted(str(source / FOLDER / name) for name in names)
     verify(str(source), repair=True)
     assert failures.read(2) is None
-    assert leases.is_held(1), "a claim that somebody holds is left alone"
+    assert leases.is_held(1), "a lease that a worker holds is left alone"
     leases.release(1)
 
 

@@ -1,4 +1,4 @@
-"""Publishing on a local disk: whole or not at all, never over another object, synced in the right order."""
+"""Publishing on a local disk: atomic, never over another object, fsynced in the right order."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_taken_name_is_never_replaced(tmp_path: Path) -> None:
 def test_a_name_taken_at_the_last_moment_is_not_replaced_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another worker publishes between the look and the link."""
+    """Another worker publishes between the check and the link."""
     store = LocalStore(tmp_path)
     monkeypatch.setattr(Path, "exists", lambda self: self == tmp_path)
     (tmp_path / "key").write_bytes(b"theirs")
@@ -91,7 +91,7 @@ def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("failing", ["fsync", "link"])
-def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -103,7 +103,7 @@ def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("place", ["folder", "memory"])
+@pytest.mark.parametrize("kind", ["folder", "memory"])
 @pytest.mark.parametrize(
     ("failure", "expected", "message"),
     [
@@ -111,17 +111,17 @@ def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         (CorruptCache("key: other bytes"), CorruptCache, r"^key: other bytes"),
     ],
 )
-def test_what_must_be_there_is_asked_for_again_across_a_network_only(
+def test_an_object_that_must_exist_is_retried_across_a_network_only(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    place: str,
+    kind: str,
     failure: Exception,
     expected: type[CorruptCache],
     message: str,
 ) -> None:
     monkeypatch.setattr(storage.stores.remote, "_INSIST_PAUSE_S", 0.0)
-    store = open_store(str(tmp_path) if place == "folder" else f"memory://{tmp_path.name}")
-    most = 1 if place == "folder" else 3
+    store = open_store(str(tmp_path) if kind == "folder" else f"memory://{tmp_path.name}")
+    most = 1 if kind == "folder" else 3
     for failures in range(most + 1):
         answers = [failure] * failures
         asked: list[int] = []
@@ -142,7 +142,7 @@ def test_what_must_be_there_is_asked_for_again_across_a_network_only(
 
 
 @pytest.mark.parametrize("conditional", [True, False])
-def test_publishing_what_is_new_looks_only_where_puts_have_no_condition(
+def test_publishing_a_new_object_checks_first_only_where_puts_have_no_condition(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conditional: bool
 ) -> None:
     store = open_store(f"memory://{tmp_path.name}")
@@ -179,6 +179,6 @@ def test_keys_that_could_leave_the_cache(key: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["", "memory://a::memory://b", "nonsense://x"])
-def test_places_that_are_none(url: str) -> None:
+def test_urls_that_name_no_store(url: str) -> None:
     with pytest.raises(LogitCacheError):
         open_store(url)

@@ -112,14 +112,14 @@ def test_a_copy_that_is_evicted_under_its_reader_is_fetched_again(
         if path.is_file():
             path.unlink()
     copy_of(copies, OBJECT).unlink()
-    # Another chunk of the shard that was checked before: zarr alone would hand out fill values.
+    # Another chunk of the shard that was checked before: zarr alone would return fill values.
     assert np.array_equal(cache.teacher("a").read(160, 256).token_ids, truth[1].token_ids[160:256])
 
 
 @pytest.mark.parametrize(
     "make", [lambda data: b"", lambda data: data[:-1], lambda data: data + b"x", lambda data: None]
 )
-def test_what_the_store_gives_wrong_is_an_error_that_names_it(url: str, make: Callable[[bytes], bytes | None]) -> None:
+def test_a_wrong_object_of_the_store_is_an_error_that_names_it(url: str, make: Callable[[bytes], bytes | None]) -> None:
     memory = fsspec.filesystem("memory")
     path = f"{url.removeprefix('memory:/')}/{OBJECT}"
     data = make(memory.cat_file(path))
@@ -131,7 +131,7 @@ def test_what_the_store_gives_wrong_is_an_error_that_names_it(url: str, make: Ca
     assert np.array_equal(LogitCache.open(url).teacher("a").read(0, 128).start, 0)
 
 
-def test_a_spurious_answer_is_asked_again(
+def test_a_spurious_answer_is_retried(
     url: str, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets]
 ) -> None:
     read = RemoteStore.read
@@ -155,11 +155,11 @@ def test_copies_are_bounded(url: str, copies: Path, monkeypatch: pytest.MonkeyPa
         cache.teacher("a").read(start, start + 128)
         time.sleep(0.25)
         held = sum(path.stat().st_size for path in copies.rglob("*") if path.is_file() and path.name != "zarr.json")
-        assert held < 3000 + 9 * 1400, "the bound, and what was in use at the last look"
+        assert held < 3000 + 9 * 1400, "the bound, and the copies in use at the last sweep"
 
 
 def test_processes_fetch_one_object_once(tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]) -> None:
-    # memory:// is one process's own, so a web server stands in for the store.
+    # memory:// belongs to one process, so a web server serves as the store.
     import http.server
     import threading
 

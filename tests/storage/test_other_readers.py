@@ -77,7 +77,7 @@ def test_independent_readers_get_the_same_numbers(
     assert np.abs(mass - 1).max() <= np.expm1(1 / 64)
 
 
-def test_metadata_is_what_zarr_itself_makes_of_it(original: Path) -> None:
+def test_metadata_is_that_of_zarr_itself(original: Path) -> None:
     for array in ("tokens", "document_starts", "teachers/codes/token_ids", "teachers/exact/logprobs"):
         opened = zarr.open_array(str(original / array), mode="r")
         ours = json.loads((original / array / "zarr.json").read_text())

@@ -1,4 +1,4 @@
-"""Names of processes: whether one has ended is known of this machine's alone, and never guessed."""
+"""Names of processes: whether one has ended is known on its own machine only, and never guessed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import storage.cache.processes
 from storage.cache.processes import has_ended, this_process
 
-TELL = "from storage.cache.processes import this_process; print(this_process(), flush=True); input()"
+CHILD = "from storage.cache.processes import this_process; print(this_process(), flush=True); input()"
 
 
 def named_child() -> tuple[subprocess.Popen[str], str]:
     """A process that runs until it gets a line, and its name."""
-    child = subprocess.Popen([sys.executable, "-c", TELL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     name = child.stdout.readline().strip()
     return child, name
@@ -29,7 +29,7 @@ def test_a_process_has_ended_when_it_is_gone() -> None:
     assert has_ended(name)
 
 
-def test_a_pid_that_is_used_again_is_another_process() -> None:
+def test_a_reused_pid_is_another_process() -> None:
     name = this_process()
     assert name is not None
     assert not has_ended(name)
@@ -38,7 +38,7 @@ def test_a_pid_that_is_used_again_is_another_process() -> None:
 
 
 def test_a_hidden_process_is_not_taken_for_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where another user's are not to be seen in /proc: a signal is refused, or goes through."""
+    """As where /proc hides the processes of other users: a signal is refused, or goes through."""
     child, name = named_child()
     with monkeypatch.context() as hidden:
         machine = storage.cache.processes._machine()
@@ -61,7 +61,7 @@ def test_nothing_is_known_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     "rest", ["", "/", "/1", "/-1/1", "/1/x", "/../1", "/self/1", "/²/1", f"/{'9' * 40}/1", f"/{'9' * 5000}/1"]
 )
-def test_what_is_no_name_has_not_ended(rest: str) -> None:
+def test_a_malformed_name_has_not_ended(rest: str) -> None:
     name = this_process()
     assert name is not None
     assert not has_ended(name.split("/")[0] + rest)

@@ -1,4 +1,4 @@
-"""Copying a cache between places: the same bytes, only what is missing, never a state that lies, whenever it stops."""
+"""Copying a cache between stores: the same bytes, only missing objects, never a false state, whenever it is killed."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def copy(source: Path | str, target: Path | str, **options: Any) -> Delivery:
 
 def at(url: str) -> dict[str, bytes]:
     """Every object below a URL, by key."""
-    place = open_store(url)
-    return {key: place.read(key) for key in place.walk()}
+    store = open_store(url)
+    return {key: store.read(key) for key in store.walk()}
 
 
 def sound(url: str, missing: Any = None) -> None:
@@ -58,13 +58,13 @@ def sound(url: str, missing: Any = None) -> None:
     assert (found.problems, found.leftovers, found.missing) == ([], [], missing or {})
 
 
-# --- what is copied --------------------------------------------------------------------------------------------------
+# --- copied objects --------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_is_the_same_bytes_and_a_second_one_copies_nothing(source: Path, target: str) -> None:
     seen: list[int] = []
     with prepare(str(source), target) as transfer:
-        size = transfer.shipment.size
+        size = transfer.contents.size
         done = transfer.deliver(seen.append)
         assert not [key for key in transfer.source.kept if "/c/" in key], "data is not kept twice"
     assert at(target) == known.contents(source)
@@ -77,7 +77,7 @@ def test_a_copy_is_the_same_bytes_and_a_second_one_copies_nothing(source: Path, 
     assert at(target) == known.contents(source)
 
 
-def test_what_no_receipt_accounts_for_stays_where_it_is(source: Path, target: str) -> None:
+def test_objects_without_a_receipt_are_not_copied(source: Path, target: str) -> None:
     wanted = known.contents(source)
     for key in ("notes.txt", "teachers/a/kept/c/99", "teachers/a/kept/c/0.77-x.partial", "teachers/a/receipts/x.json"):
         (source / key).write_bytes(b"x")
@@ -168,15 +168,15 @@ def test_the_same_shards_made_by_two_machines_are_one_entry(source: Path, target
 
 def test_an_object_that_the_target_lost_is_brought_back(source: Path, target: str) -> None:
     copy(source, target)
-    place = open_store(target)
-    place.remove("teachers/a/kept/c/1")
-    place.replace("teachers/b/entropy/c/0", b"short")
+    store = open_store(target)
+    store.remove("teachers/a/kept/c/1")
+    store.replace("teachers/b/entropy/c/0", b"short")
     done = copy(source, target)
     assert done.copied == 2
     assert at(target) == known.contents(source)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- refused copies -------------------------------------------------------------------------------------------------
 
 
 def test_another_text_or_tokenizer_is_refused(source: Path, target: str, tmp_path: Path) -> None:
@@ -215,10 +215,10 @@ def test_another_run_s_shard_is_refused_and_not_replaced(source: Path, target: s
 
 
 @pytest.mark.parametrize("variant", [0, 1])
-def test_what_is_committed_meanwhile_is_not_replaced(
+def test_shards_committed_meanwhile_are_not_replaced(
     source: Path, tmp_path: Path, variant: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in a store that takes a put that must not replace for any other put."""
+    """Also in a store that ignores the condition of a put."""
     target = f"memory://{tmp_path.name}/target"
     entry = known.entries(known.write_stream(target))["a"]
     walk, put, written = RemoteStore.walk, RemoteStore._put, []
@@ -242,7 +242,7 @@ def test_what_is_committed_meanwhile_is_not_replaced(
     assert not [key for key in written if key.startswith("teachers/a/") and key.endswith(("c/1", "c/1/0", "1.json"))]
 
 
-def test_a_place_that_holds_something_else_is_refused(source: Path, target: str, tmp_path: Path) -> None:
+def test_a_target_that_holds_something_else_is_refused(source: Path, target: str, tmp_path: Path) -> None:
     open_store(target).publish("photo.jpg", b"x")
     with pytest.raises(InputError, match=r"photo\.jpg and is not a cache"):
         copy(source, target)
@@ -281,7 +281,7 @@ def test_a_damaged_source_is_named_and_nothing_of_it_arrives(
     assert done.copied + done.kept == sum("/c/" in key for key in at(target))
 
 
-def test_what_a_remote_source_damages_on_the_way_is_asked_for_again(
+def test_objects_damaged_in_transfer_from_a_remote_source_are_retried(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"memory://{tmp_path.name}/far"
@@ -297,11 +297,11 @@ def test_what_a_remote_source_damages_on_the_way_is_asked_for_again(
     assert known.contents(tmp_path / "near") == known.contents(source)
 
 
-# --- the quarantine --------------------------------------------------------------------------------------------------
+# --- the staging folder ---------------------------------------------------------------------------------------------
 
 
-def test_what_another_copy_left_does_not_come_along(source: Path, tmp_path: Path) -> None:
-    """Strangers, other bytes under our keys, and links through which a copy would write elsewhere."""
+def test_leftovers_of_another_copy_are_not_published(source: Path, tmp_path: Path) -> None:
+    """Foreign files, other bytes under our keys, and links through which a copy would write elsewhere."""
     target, left = tmp_path / "target", tmp_path / "target.incoming" / "cache"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -343,7 +343,7 @@ def test_an_empty_folder_and_a_link_to_one_can_be_targets(source: Path, tmp_path
     assert known.contents(tmp_path / "disk") == known.contents(source)
 
 
-def test_a_full_disk_leaves_no_target_and_the_next_run_goes_on(
+def test_a_full_disk_leaves_no_target_and_the_next_run_resumes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace, left = os.replace, [20]
@@ -361,15 +361,15 @@ def test_a_full_disk_leaves_no_target_and_the_next_run_goes_on(
     assert not (tmp_path / "target").exists()
     assert not list((tmp_path / "target.incoming").rglob("*.partial"))
     copied: list[str] = []
-    whole = storage.transfer.staging.Quarantine.copy
+    whole = storage.transfer.staging.StagingFolder.copy
     monkeypatch.setattr(
-        storage.transfer.staging.Quarantine,
+        storage.transfer.staging.StagingFolder,
         "copy",
-        lambda self, place, key, *others: copied.append(key) or whole(self, place, key, *others),
+        lambda self, source, key, *others: copied.append(key) or whole(self, source, key, *others),
     )
     copy(source, tmp_path / "target")
     objects = [key for key in known.contents(source) if "/c/" in key]
-    assert 0 < len(copied) < len(objects), "what had arrived was used"
+    assert 0 < len(copied) < len(objects), "the objects of the first run were reused"
     assert known.contents(tmp_path / "target") == known.contents(source)
 
 
@@ -377,7 +377,7 @@ def test_a_full_disk_leaves_no_target_and_the_next_run_goes_on(
 
 
 def honest(url: str, record: CacheRecord) -> str:
-    """What a reader finds: nothing, or a cache every part of which is true or said to be missing."""
+    """The state that a reader finds: nothing, or a cache whose every part is right or reported as missing."""
     try:
         cache = LogitCache.open(url)
     except CacheNotFound:
@@ -430,7 +430,7 @@ def test_killed_at_any_step_on_a_disk_that_may_lose_power(
         return root / "target", disk
 
     _, undisturbed = copied("undisturbed", None)
-    # What changes the target itself is where the moments lie that matter, and there are few of them.
+    # The critical moments are the few steps that change the target itself.
     near = [number for number, step in enumerate(undisturbed.steps) if "target.incoming" not in step]
     for number in sorted({*range(0, len(undisturbed.steps), every), *near[:: max(1, every // 4)]}):
         target, disk = copied(str(number), number)
@@ -449,7 +449,7 @@ def test_killed_at_any_step_on_a_disk_that_may_lose_power(
 
 
 def data_of(files: dict[str, bytes]) -> dict[str, bytes]:
-    """What is the same whoever made it: receipts have times."""
+    """The files that are equal whichever run wrote them: receipts have times."""
     return {key: data for key, data in files.items() if "receipts/" not in key}
 
 
@@ -504,7 +504,7 @@ def test_a_reader_at_any_step_sees_nothing_false(
     def looking(function: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
             result = function(*arguments, **named)
-            # Every fifth step, to save time; a rename is what the moment hangs on.
+            # Every fifth step, to save time, and every rename, which publishes.
             steps.append(function)
             if len(steps) % 5 == 0 or function is rename:
                 seen.append(honest(target, record))

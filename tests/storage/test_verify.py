@@ -1,4 +1,4 @@
-"""`verify` names every damaged object, reports what nothing commits, and `--repair` makes a cache whole again."""
+"""`verify` names every damaged object and every leftover, and `--repair` makes a cache whole again."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_leftovers_are_reported_and_never_touched_without_repair(cache: Path) ->
     assert verify(str(cache)).leftovers == []
 
 
-def test_repair_leaves_alone_what_a_worker_commits_meanwhile(
+def test_repair_leaves_alone_a_shard_that_a_worker_commits_meanwhile(
     made: tuple[Path, TeacherEntry, SparseTargets], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Objects without a receipt when they are listed and checked, with one when they would be removed."""

@@ -1,4 +1,4 @@
-"""Models by name, by configuration and from weights: what is made, and what is refused in one line."""
+"""Models by name, by configuration and from weights: their construction, and refusals in one line."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_weights_are_loaded_as_float32(directory: Path) -> None:
     assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.pad_token_id) == (2, 2, 0)
 
 
-def test_a_name_that_is_nothing_lists_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_lists_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     message = refused("lama-58m")
     assert "did you mean 'llama-58m'" in message

@@ -1,4 +1,4 @@
-"""Jobs of `cache-logits` inside the test's process: what the command does, without three seconds of imports."""
+"""Jobs of `cache-logits`, in the test's process, which saves three seconds of imports, or as a command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from storage.format.targets import SparseTargets
 
 
 def cache_logits(cache: Path, name: str, *teachers: Path, **fields: Any) -> tuple[TeacherTargets, SparseTargets]:
-    """Run a job to its end; the entry and all its targets."""
+    """Run a job to its end; returns the entry and all its targets."""
     sources = [str(teacher) for teacher in teachers]
     given = {"cache": str(cache), "name": name, "teacher": sources, "context_tokens": 64, **fields}
     opened = open_job(build_config(CacheJob, given, {}, "cache-logits"))
@@ -42,7 +42,7 @@ def whole(cache: Path, name: str) -> tuple[TeacherTargets, SparseTargets]:
 
 
 def refusal(cache: Path, name: str, *teachers: Path, **fields: Any) -> str:
-    """The one line that a user gets for a job that is refused."""
+    """The error line of a job that is refused."""
     with pytest.raises(LogitCacheError) as caught:
         cache_logits(cache, name, *teachers, **fields)
     return str(caught.value)
@@ -53,37 +53,37 @@ SMALL = ("-k", 16, "--context-tokens", 64, "--shard-tokens", 512, "--chunk-token
 
 
 def contents(cache: Path, name: str = "a") -> dict[str, bytes]:
-    """What must be the same whoever made an entry: all but its receipts, which hold times and hosts."""
+    """The files that are equal whichever workers made an entry: all but its receipts, which hold times and hosts."""
     folder = cache / "teachers" / name
     found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     return {key: data for key, data in found.items() if not key.startswith("receipts/")}
 
 
 def committed(cache: Path, name: str = "a") -> int:
-    """How many shards have a receipt now."""
+    """Number of shards that have a receipt now."""
     return len(list((cache / "teachers" / name / "receipts").glob("????????.json")))
 
 
 def shards_of(cache: Path) -> int:
-    """How many shards an entry of such jobs has."""
+    """Number of shards in an entry of such jobs."""
     return -(-len(LogitCache.open(str(cache)).tokens) // 512)
 
 
 @dataclass
 class Job:
-    """A running `cache-logits --log-format json`, and the lines that it has said so far."""
+    """A running `cache-logits --log-format json`; `logged`: its events read so far, `other`: its other lines."""
 
     process: subprocess.Popen[str]
-    said: list[dict[str, Any]] = field(default_factory=list)
+    logged: list[dict[str, Any]] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Its events, as they come."""
+        """The job's events, as they come."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if line.startswith("{"):
-                self.said.append(json.loads(line))
-                yield self.said[-1]
+                self.logged.append(json.loads(line))
+                yield self.logged[-1]
             else:
                 self.other.append(line)
 
@@ -93,10 +93,10 @@ class Job:
             times -= line["event"] == event
             if not times:
                 return line
-        raise AssertionError(f"it ended before: {self.said[-3:]} {self.other[-20:]}")
+        raise AssertionError(f"it ended before: {self.logged[-3:]} {self.other[-20:]}")
 
     def end(self, timeout: float = 120) -> int:
-        """Read to the end; the exit status."""
+        """Read to the end; returns the exit status."""
         for _ in self.lines():
             pass
         assert self.process.stderr is not None
@@ -104,18 +104,18 @@ class Job:
         return self.process.wait(timeout)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """What was said under a name."""
-        return [line for line in self.said if line["event"] == name]
+        """The events of a name that were read so far."""
+        return [line for line in self.logged if line["event"] == name]
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """A signal for the process that was started, and for it alone."""
+        """Send a signal to the process that was started, and to it alone."""
         os.kill(self.process.pid, number)
 
 
 def start(
     cache: Path, teacher: Path, *options: object, cwd: Path | None = None, own_group: bool = False, **variables: str
 ) -> Job:
-    """Begin a job on a cache; in a process group of its own, so that all of it can be killed at once."""
+    """Start a job on a cache; `own_group`: in a process group of its own, so that all of it can be killed at once."""
     base = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL, "--log-format", "json")
     process = subprocess.Popen(
         command("cache-logits", *base, *options),
@@ -126,5 +126,5 @@ def start(
 
 
 def copy_of(cache: Path, path: Path) -> Path:
-    """A cache of one's own."""
+    """Copy a cache, so that a test may change it."""
     return Path(shutil.copytree(cache, path))

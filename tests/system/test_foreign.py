@@ -103,17 +103,17 @@ class Place:
         return {**environment(), "HOME": str(self.top / "home"), "TMPDIR": str(self.top / "temporary")}
 
     def rest(self) -> dict[str, bytes | str]:
-        """All files but the source's and the quarantine's."""
+        """All files but the source's and the staging folder's."""
         found: dict[str, bytes | str] = {}
         for parent, folders, names in os.walk(self.top):
-            folders[:] = [name for name in folders if Path(parent, name) not in (self.source, self.quarantine)]
+            folders[:] = [name for name in folders if Path(parent, name) not in (self.source, self.staging)]
             for name in (*folders, *names):
                 path = Path(parent, name)
                 found[str(path)] = path.read_bytes() if path.is_file() else "folder"
         return found
 
     @property
-    def quarantine(self) -> Path:
+    def staging(self) -> Path:
         return self.target.with_name(self.target.name + ".incoming")
 
 

@@ -7,6 +7,7 @@ and any earlier package; rooms of one level do not know each other. A folder may
 from __future__ import annotations
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from support.commands import ROOT
 
 PACKAGES = ("storage", "student", "teachers", "logit_cache")
 ROOMS = {
-    "storage": (("errors",), ("files", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",)),
+    "storage": (
+        ("errors",), ("files", "config", "progress", "cli"), ("format",), ("stores",), ("cache",), ("transfer",),
+    ),
     "student": (
         ("labels", "models"), ("data", "loss"), ("job",), ("report",), ("evaluation",), ("training",), ("sweep",),
         ("cli",),
@@ -170,6 +173,12 @@ def test_importing_the_packages_does_nothing() -> None:
     assert not loaded & {"zarr", "torch", "transformers", "numpy", "rich", "pydantic"}
 
 
+@pytest.mark.parametrize("package", ["storage", "student", "teachers"])
+def test_public_names_are_there(package: str) -> None:
+    module = importlib.import_module(package)
+    assert {getattr(module, name).__name__ for name in module.__all__ if name != "NOT_TRAINED"} <= set(module.__all__)
+
+
 @pytest.mark.parametrize("module", ["logit_cache.cli.main", "student.cli", "teachers.cli"])
 def test_command_modules_import_nothing_heavy(module: str) -> None:
     assert not modules_after(f"import {module}") & {"torch", "transformers", "zarr", "datasets", "numpy", "rich"}
@@ -179,3 +188,30 @@ def test_the_student_never_loads_a_teacher() -> None:
     names = [name for name, path in files(ROOT) if name.startswith("student.")]
     loaded = modules_after(f"import {', '.join(names)}")
     assert not {name for name in loaded if name.split(".")[0] in ("teachers", "logit_cache")}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cache-logits --cache c --teacher t --name n -k 0",
+        "cache-logits --cache c --teacher t --name N",
+        "cache-logits --cache no-cache-here --teacher t --name n",
+        "cache-logits --cache c --teacher t --name n --engine none",
+        "cache-logits --teacher t --name n --tokenizer t",
+        "train-student --cache c --teacher t --model llama-tiny --output-dir o --alpha 2",
+        "train-teacher --cache c --output-dir o",
+        "logit-cache plan --cache c --teacher t --targets none",
+        "logit-cache evaluate model",
+        "logit-cache recompress c --name n --to N",
+        "logit-cache tokenize --text t --out o --train-tokenizer -5",
+    ],
+)
+def test_wrong_flags_are_refused_before_torch_is_imported(line: str) -> None:
+    name, *words = line.split()
+    module = {"train-student": "student.cli", "train-teacher": "teachers.cli"}.get(name, "logit_cache.cli.main")
+    command = {"logit-cache": "main"}.get(name, name.replace("-", "_"))
+    loaded = modules_after(
+        f"from click.testing import CliRunner\nfrom {module} import {command}\n"
+        f"done = CliRunner().invoke({command}, {words!r})\nassert done.exit_code == 2, done.output"
+    )
+    assert not loaded & {"torch", "transformers"}

@@ -1,4 +1,4 @@
-"""The batch of an entry: chosen once, recorded, and taken by whoever goes on."""
+"""The batch size of an entry: chosen once, recorded, and reused on resume."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_on_a_cpu_it_is_a_constant() -> None:
     assert [choose_batch_windows(teacher, length) for length in (64, 4_096, 10_000)] == [64, 1, 1]
 
 
-def test_what_is_recorded_is_taken_and_another_wish_is_refused(
+def test_the_recorded_size_is_reused_and_another_one_is_refused(
     small_cache: Path, teacher: Path, tmp_path: Path
 ) -> None:
     cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))

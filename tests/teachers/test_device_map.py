@@ -1,6 +1,6 @@
 """Teachers whose layers are spread by a device map: the numbers of one device, where tensors go, and refusals.
 
-There is one device here, the CPU, so what is really spread lies on it and on the disk, behind accelerate's hooks.
+There is one device here, the CPU, so the layers are really spread over it and the disk, behind accelerate's hooks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **COMMON, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=10.0
     ),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=HEAD, initializer_range=0.3, **GPT2),
-    # Does not say which of its layers must stay whole.
+    # Does not state which of its layers must stay whole.
     "biogpt": lambda: transformers.BioGptConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
 }
 SPREAD = DeviceMap("sequential", ("cpu=60KB",), "disk")
@@ -71,8 +71,8 @@ def test_offloaded_layers_give_the_numbers_of_one_device(family: str, dtype: str
     one = load(save(family), dtype)
     for device_map in (SPREAD, DeviceMap("sequential", ("cpu=30KB",), "disk"), DeviceMap("auto")):
         spread = load(save(family), dtype, device_map)
-        places = set(getattr(spread._model, "hf_device_map", {}).values())
-        assert "disk" in places or device_map.offload is None, "nothing was offloaded, so nothing was tested"
+        used = set(getattr(spread._model, "hf_device_map", {}).values())
+        assert "disk" in used or device_map.offload is None, "nothing was offloaded, so nothing was tested"
         assert torch.equal(logits(spread), logits(one))
         assert spread.identity == one.identity
         assert (spread.head, spread.device, spread.shard) == (one.head, torch.device("cpu"), None)
@@ -89,7 +89,7 @@ def test_a_head_on_the_disk_is_fetched_for_each_chunk(save: Callable[[str], Path
 
 
 def test_hidden_states_go_to_the_device_of_the_head() -> None:
-    """The other device is the one that has no numbers: what was not moved there would fail."""
+    """The other device is the one that has no numbers: a tensor that was not moved there would fail."""
 
     class Backbone(nn.Module):
         def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
@@ -103,16 +103,16 @@ def test_hidden_states_go_to_the_device_of_the_head() -> None:
 def test_windows_go_where_the_embeddings_compute(save: Callable[[str], Path]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(save("llama"))
     assert input_device(model) == torch.device("cpu")
-    for places, expected in [
+    for placement, expected in [
         ({"model.embed_tokens": 1, "model.layers": 0, "lm_head": 0}, ("cuda", 1)),
         ({"model": 2, "lm_head": 3}, ("cuda", 2)),
         ({"": "cpu"}, ("cpu", None)),
         ({"model.embed_tokens": "cpu", "model.layers": "disk", "lm_head": "disk"}, ("cpu", None)),
-        # An accelerator computes for layers that only lie in main memory.
+        # An accelerator computes for layers that are only stored in main memory.
         ({"model.embed_tokens": "cpu", "model.layers": 1, "lm_head": 0}, ("cuda", 1)),
         ({"model.embed_tokens": "mps", "model.layers": "cpu"}, ("mps", None)),
     ]:
-        model.hf_device_map = places
+        model.hf_device_map = placement
         found = input_device(model)
         assert (found.type, found.index) == expected
 
@@ -132,8 +132,8 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_cache_is_the_same_and_may_be_gone_on_with(stream: Path, save: Callable[[str], Path]) -> None:
-    """Where layers lie is no part of an entry's identity: it changes no number."""
+def test_a_cache_is_the_same_and_can_be_resumed(stream: Path, save: Callable[[str], Path]) -> None:
+    """The placement of layers is no part of an entry's identity: it changes no number."""
     entry, whole = cache_logits(stream, "one", save("llama"), k=8)
     spread, same = cache_logits(
         stream, "spread", save("llama"), k=8, device_map="sequential", offload="disk", max_memory=["cpu=60KB"]
@@ -166,7 +166,7 @@ def test_refusals(fields: dict[str, Any], words: str, stream: Path, save: Callab
 
 
 def test_a_model_that_cannot_be_cut_is_refused(save: Callable[[str], Path]) -> None:
-    with pytest.raises(InputError, match=r"BioGptForCausalLM does not say which of its layers must stay whole"):
+    with pytest.raises(InputError, match=r"BioGptForCausalLM does not state which of its layers must stay whole"):
         load(save("biogpt"), device_map=DeviceMap("sequential", ("cpu=100KB",), "disk"))
     load(save("biogpt"), device_map=DeviceMap("auto"))  # it need not be cut
 

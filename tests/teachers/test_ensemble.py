@@ -30,7 +30,7 @@ V = 400
 
 
 class Table:
-    """A teacher whose logits are a table [rows, columns]; it notes how many rows it has given."""
+    """A teacher whose logits are a table [rows, columns]; it counts the rows that it has yielded."""
 
     def __init__(self, logits: Tensor, chunk: int, head: Literal["fast", "general"] = "fast") -> None:
         self.logits, self.chunk, self.given = logits, chunk, 0
@@ -69,7 +69,7 @@ def score(teacher: EnsembleTeacher, rows: int = 50) -> list[Tensor]:
 @pytest.fixture(scope="session")
 def models(make_teacher: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three models of one tokenizer: heads of exactly V columns, padded to 416, and a softcapped one on the general
-    path, padded to 448. The padding is what softmax must not see."""
+    path, padded to 448. Softmax must not see the padding."""
     softcapped = transformers.Gemma2Config(
         vocab_size=448, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
         intermediate_size=64, max_position_embeddings=128, initializer_range=0.5, query_pre_attn_scalar=8,
@@ -132,7 +132,7 @@ def test_members_with_other_chunks_stay_aligned(combine: Literal["logit-mean", "
 
 
 def test_members_run_side_by_side() -> None:
-    """Nobody is a chunk ahead, so the logits of more than one chunk of each never exist."""
+    """No member is a chunk ahead, so the logits of more than one chunk of each never exist."""
     members = [Table(table(10, seed), chunk) for seed, chunk in enumerate((8, 4))]
     done = 0
     for chunk in EnsembleTeacher(members, "mixture", 10).score(torch.zeros(1, 50), torch.arange(50)):
@@ -155,7 +155,7 @@ def test_masked_and_broken_members() -> None:
             reduce_topk(logits, 30, 4, torch.zeros(50, dtype=torch.int64), logprob_floor(1 / 32))
 
 
-def test_what_an_ensemble_says_of_itself() -> None:
+def test_the_attributes_of_an_ensemble() -> None:
     members = [Table(table(12, 0), 3), Table(table(10, 1), 4, head="general")]
     found = EnsembleTeacher(members, "mixture", 10, [1, 3])
     assert found.identity.combine == "mixture"
@@ -243,7 +243,7 @@ def test_members_of_other_vocabularies_are_refused(cache: Path, models: list[Pat
     both = {"k": 20, "combine": "logit-mean"}
     line = refusal(cache, "a", same, other, **both)
     assert all(word in line for word in (str(other), str(same), "id 300", "id 301"))
-    # Without tokenizer files beside the first member, the cache's own is what the second is compared with.
+    # Without tokenizer files beside the first member, the second is compared with the cache's own.
     line = refusal(cache, "a", models[0], other, **both)
     assert all(word in line for word in (str(other), str(cache), "id 300"))
     assert not (cache / "teachers" / "a").exists()

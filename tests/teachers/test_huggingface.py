@@ -157,7 +157,7 @@ def test_every_family_gives_its_own_logits_by_the_path_that_it_allows(
         ("cohere", {"logit_scale": 1.0}),
     ],
 )
-def test_what_follows_the_head_decides_not_the_name_of_the_family(family: str, neutral: Any, save: Save) -> None:
+def test_the_layers_after_the_head_decide_not_the_name_of_the_family(family: str, neutral: Any, save: Save) -> None:
     teacher, messages = load(save(family, **neutral))
     assert (teacher.head, messages) == ("fast", [])
 
@@ -217,7 +217,7 @@ def test_half_precision_models_give_logits_without_its_rounding(family: str, dty
     assert logits.dtype == torch.float32
     assert float((logits == logits.to(half).float()).float().mean()) < 0.1, "they are rounded"
 
-    # The reference: the hidden states of the same backbone, and what follows them in float32.
+    # The reference: the hidden states of the same backbone, and everything after them in float32.
     model = transformers.AutoModelForCausalLM.from_pretrained(save(family), dtype=half).eval()
     model.requires_grad_(False)  # torch picks other CPU kernels for matrices that need gradients
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_attention_is_chosen_and_reported(save: Save) -> None:
 # ---- identity
 
 
-def test_identity_says_which_model(save: Save) -> None:
+def test_identity_names_the_model(save: Save) -> None:
     teacher, _ = load(save("llama"))
     (member,) = teacher.identity.members
     assert teacher.identity.combine == "single"
@@ -320,7 +320,7 @@ def test_the_weights_digest_is_that_of_the_tensors(save: Save, tmp_path: Path) -
         assert digest(changed) != digest(whole), name
 
 
-def test_the_config_digest_covers_what_decides_the_computation() -> None:
+def test_the_config_digest_covers_the_keys_that_decide_the_computation() -> None:
     config = {
         "model_type": "x",
         "rope_theta": 1e4,

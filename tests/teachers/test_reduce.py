@@ -100,7 +100,7 @@ def test_very_sharp_rows_keep_their_tails(vocabulary_size: int, k: int) -> None:
     logits[:, 7] = (gaps + logits.double().logsumexp(1)).float()
     found = check(logits, vocabulary_size, k, torch.full((len(gaps),), 7))
     expected = reference(logits, vocabulary_size, k, torch.full((len(gaps),), 7))
-    # The absolute bound says nothing of a log-prob of -1e-6: column 0 has to keep its digits too.
+    # The absolute bound does not cover a log-prob of -1e-6: column 0 has to keep its digits too.
     np.testing.assert_allclose(found.logprobs[:3, 0].double(), expected["logprobs"][:3, 0], rtol=1e-5)
     assert bool((found.logprobs[:, 0] <= 0).all() and (found.log_tail < 0).all())
 
@@ -156,13 +156,13 @@ def test_padded_columns_do_not_exist(vocabulary_size: int, columns: int) -> None
 
 @pytest.mark.parametrize("vocabulary_size", [100, 16_003])
 @pytest.mark.parametrize(
-    ("poison", "found"),
+    ("invalid", "found"),
     [(math.nan, "NaN"), (-math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "-inf everywhere")],
 )
 @pytest.mark.parametrize("column", [0, -1])
-def test_rows_without_a_softmax_are_named(vocabulary_size: int, poison: float, found: str, column: int) -> None:
+def test_rows_without_a_softmax_are_named(vocabulary_size: int, invalid: float, found: str, column: int) -> None:
     logits = spread_logits(70, vocabulary_size)
-    logits[66, slice(None) if poison == -math.inf else column] = poison
+    logits[66, slice(None) if invalid == -math.inf else column] = invalid
     with pytest.raises(InvalidLogits, match=f"row 66.*{found}") as caught:
         reduce_topk(logits, vocabulary_size, 4, torch.zeros(70, dtype=torch.int64), FLOOR)
     assert caught.value.row == 66
@@ -191,8 +191,8 @@ def test_the_number_of_threads_changes_no_bit(rows: int) -> None:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             topk = reduce_topk(logits, 120_000, 9, labels, FLOOR)
-            drawn = reduce_varopt(logits, 120_000, 9, labels, FLOOR, Sampling(2.0, 2, random))
-            found.append((topk, drawn))
+            varopt = reduce_varopt(logits, 120_000, 9, labels, FLOOR, Sampling(2.0, 2, random))
+            found.append((topk, varopt))
     finally:
         torch.set_num_threads(before)
     for one, other in itertools.product(found[:1], found[1:]):

@@ -26,7 +26,7 @@ from storage.errors import InputError
 from teachers.ranks import ColumnShard, DistributedRanks, Ranks, equal_runs
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
 from teachers.reduction.sharded import ShardedMasses
-from teachers.reduction.varopt import Sampling, TensorMasses, draw, random_bits
+from teachers.reduction.varopt import Sampling, TensorMasses, random_bits, sample
 
 Runs = tuple[tuple[int, int], ...]
 SHAPES = [
@@ -35,7 +35,7 @@ SHAPES = [
     (5, 403, 416, 64, 3),  # V is no multiple of the ranks
     (3, 5, 5, 5, 2),  # K = V
     (5, 1, 1, 1, 2),  # one id; the second rank has no column
-    (4, 9, 40, 4, 4),  # V ends inside the first run, the other ranks lie behind it
+    (4, 9, 40, 4, 4),  # V ends inside the first run, the other ranks come after it
     (6, 30, 40, 30, 4),  # V ends where a run does, and K is more than a rank's columns
     (9, 333, 333, 1, 4),
     (17, 16_003, 16_128, 64, 2),
@@ -52,7 +52,7 @@ def sampling_of(rows: int, seed: int, temperature: float = 1.0, head_ids: int = 
 def sharded(
     logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, runs: Runs, sampling: Sampling | None = None
 ) -> ReducedRows:
-    """What every rank ends with; they are alike, bit for bit."""
+    """The result of every rank; they are equal, bit for bit."""
 
     def work(ranks: Ranks) -> ReducedRows:
         shard = ColumnShard(ranks, runs)
@@ -90,7 +90,7 @@ def check(logits: Tensor, vocabulary_size: int, k: int, runs: Runs, labels: Tens
 
 
 def check_sample(found: ReducedRows, logits: Tensor, k: int, head_ids: int = 0, temperature: float = 1.0) -> None:
-    """What a draw has to keep. Entropy and label, which are of all columns, may differ by the order of additions."""
+    """The rule of a sample. Entropy and label, which are of all columns, may differ by the order of additions."""
     labels = torch.arange(len(logits)) % logits.shape[1]
     top = reduce_topk(logits, logits.shape[1], k, labels, FLOOR)
     torch.testing.assert_close(found.entropy, top.entropy, rtol=2e-6, atol=0)
@@ -104,7 +104,7 @@ def test_top_k_of_random_rows(rows: int, vocabulary_size: int, columns: int, k: 
     labels = torch.randint(-1, vocabulary_size, (rows,), generator=torch.Generator().manual_seed(1))
     labels[0] = -1
     logits = spread_logits(rows, columns)
-    logits[:, vocabulary_size:] = 1e4  # what softmax must not see
+    logits[:, vocabulary_size:] = 1e4  # softmax must not see them
     check(logits, vocabulary_size, k, equal_runs(columns, size), labels)
 
 
@@ -122,7 +122,7 @@ def test_varopt_of_random_rows(
             found = sharded(logits, vocabulary_size, k, labels, equal_runs(columns, size), sampling)
             check_sample(found, logits[:, :vocabulary_size], k, head_ids, temperature)
             whole = reduce_varopt(logits, vocabulary_size, k, labels, FLOOR, sampling)
-            # Another last bit of the unit may draw another id, about once in 10**5 rows.
+            # Another last bit of the unit may sample another id, about once in 10**5 rows.
             same = (found.token_ids == whole.token_ids).all(1)
             assert int((~same).sum()) <= 1
             assert torch.equal(found.certain[same], whole.certain[same])
@@ -209,25 +209,25 @@ def test_a_tile_of_rows_changes_no_bit_and_tails_are_summed_again_alike(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("poison", "found"),
+    ("invalid", "found"),
     [(math.nan, "NaN, the first at id"), (math.inf, r"\+inf at id"), (-math.inf, "-inf everywhere")],
 )
 @pytest.mark.parametrize("column", [0, 299])
-def test_rows_without_a_softmax_are_named_on_every_rank(poison: float, found: str, column: int) -> None:
+def test_rows_without_a_softmax_are_named_on_every_rank(invalid: float, found: str, column: int) -> None:
     logits = spread_logits(70, 320)
-    logits[66, slice(None) if poison == -math.inf else column] = poison
-    said: list[str] = []
+    logits[66, slice(None) if invalid == -math.inf else column] = invalid
+    messages: list[str] = []
 
     def work(ranks: ThreadRanks) -> None:
         shard = ColumnShard(ranks, equal_runs(320, 4))
         with pytest.raises(InvalidLogits, match=f"row 66.*{found}") as caught:
             reduce_topk(logits[:, shard.own], 300, 4, torch.zeros(70, dtype=torch.int64), FLOOR, shard)
         assert caught.value.row == 66
-        said.append(caught.value.found)
+        messages.append(caught.value.found)
 
     on_ranks(4, work)
-    assert len(set(said)) == 1
-    assert poison == -math.inf or said[0].endswith(f" {column}")
+    assert len(set(messages)) == 1
+    assert invalid == -math.inf or messages[0].endswith(f" {column}")
 
 
 def test_a_head_smaller_than_the_vocabulary_is_refused_on_every_rank() -> None:
@@ -241,7 +241,7 @@ def test_a_head_smaller_than_the_vocabulary_is_refused_on_every_rank() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(("columns", "k"), [(40, 7), (1_000, 16), (9_001, 64), (50, 49)])
-def test_under_one_unit_the_same_ids_are_drawn(columns: int, k: int, size: int) -> None:
+def test_under_one_unit_the_same_ids_are_sampled(columns: int, k: int, size: int) -> None:
     """Masses that are whole numbers have sums without rounding, so the unit is equal, and with it everything."""
     rows = 200
     mass = torch.randint(0, 30, (rows, columns), generator=torch.Generator().manual_seed(columns + k)).float()
@@ -249,22 +249,22 @@ def test_under_one_unit_the_same_ids_are_drawn(columns: int, k: int, size: int) 
     top, top_ids = order.values[:, :k], order.indices[:, :k]
     rest = mass.scatter(1, top_ids, 0.0)
     sampling = sampling_of(rows, 11)
-    expected = draw(TensorMasses(rest.clone(), torch.empty(rows, columns)), top, top_ids, sampling)
+    expected = sample(TensorMasses(rest.clone(), torch.empty(rows, columns)), top, top_ids, sampling)
 
     def work(ranks: ThreadRanks) -> tuple[Tensor, Tensor]:
         start, stop = equal_runs(columns, size)[ranks.rank]
         own = TensorMasses(rest[:, start:stop].clone(), torch.empty(rows, stop - start))
-        given = teachers.reduction.sharded._GivenByValue(own)
-        return draw(ShardedMasses(given, ranks, columns, start, stop - start), top, top_ids, sampling)
+        local = teachers.reduction.sharded._LocalMasses(own)
+        return sample(ShardedMasses(local, ranks, columns, start, stop - start), top, top_ids, sampling)
 
     for ids, certain in on_ranks(size, work):
         assert torch.equal(ids, expected[0])
         assert torch.equal(certain, expected[1])
 
 
-def test_what_a_row_tells_does_not_grow_with_the_vocabulary() -> None:
+def test_the_bytes_sent_per_row_do_not_grow_with_the_vocabulary() -> None:
     k, rows = 64, 10
-    told: dict[int, int] = {}
+    sent: dict[int, int] = {}
     for vocabulary_size in (1_000, 64_000):
         logits = spread_logits(rows, vocabulary_size, 1.0)
 
@@ -274,12 +274,12 @@ def test_what_a_row_tells_does_not_grow_with_the_vocabulary() -> None:
                 logits[:, shard.own], logits.shape[1], k, torch.zeros(rows, dtype=torch.int64), FLOOR,
                 sampling_of(rows, 0), shard,
             )  # fmt: skip
-            return ranks.told
+            return ranks.sent
 
-        told[vocabulary_size] = on_ranks(2, work)[0]
-    assert told[1_000] == told[64_000]
-    # Keys and a maximum, the label, three sums; mass, length, drawn ids and their logits.
-    assert told[1_000] == rows * (8 * (k + 1) + 4 + 12 + 4 + 8 + 8 * k + 4 * k)
+        sent[vocabulary_size] = on_ranks(2, work)[0]
+    assert sent[1_000] == sent[64_000]
+    # Keys and a maximum, the label, three sums; mass, length, sampled ids and their logits.
+    assert sent[1_000] == rows * (8 * (k + 1) + 4 + 12 + 4 + 8 + 8 * k + 4 * k)
 
 
 def test_whole_rows_are_put_together_in_order() -> None:

@@ -80,7 +80,7 @@ def sampled(logits: Tensor, k: int, random: Tensor, temperature: float = 1.0) ->
     return reduce_varopt(logits, columns, k, torch.arange(rows) % columns, FLOOR, Sampling(temperature, 0, random))
 
 
-# NumPy, which runs the kernels then, warns of what a GPU does in silence and what the reducer asks for afterwards.
+# NumPy, which runs the kernels then, warns of operations that a GPU does in silence and that the reducer checks later.
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 class TestInterpreted:
     __test__ = os.environ.get(CLASS) == "TestInterpreted"
@@ -155,15 +155,15 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("vocabulary_size", [100, 9_003])
     @pytest.mark.parametrize(
-        ("poison", "found"),
+        ("invalid", "found"),
         [(math.nan, "NaN"), (-math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "-inf everywhere")],
     )
     @pytest.mark.parametrize("column", [0, -1])
     def test_rows_without_a_softmax_are_named(
-        self, vocabulary_size: int, poison: float, found: str, column: int
+        self, vocabulary_size: int, invalid: float, found: str, column: int
     ) -> None:
         logits = spread_logits(3, vocabulary_size)
-        logits[2, slice(None) if poison == -math.inf else column] = poison
+        logits[2, slice(None) if invalid == -math.inf else column] = invalid
         with pytest.raises(InvalidLogits, match=f"row 2.*{found}") as caught:
             reduce_topk(logits, vocabulary_size, 4, torch.zeros(3, dtype=torch.int64), FLOOR)
         assert caught.value.row == 2
@@ -228,7 +228,7 @@ class TestInterpreted:
         ours_sampled = [sampled(logits, k, random, temperature) for temperature in (1.0, 2.0, 3.0)]
         by_torch(monkeypatch)
         assert_close(ours, reduce_topk(logits, vocabulary_size, k, labels, FLOOR))
-        # The ids may differ where a tooth lies at an id's end within rounding; in these rows none does.
+        # The ids may differ where a point is at an id's end within rounding; in these rows none is.
         for found, temperature in zip(ours_sampled, (1.0, 2.0, 3.0), strict=True):
             assert_close(found, sampled(logits, k, random, temperature))
 
@@ -264,7 +264,7 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("temperature", [1.0, 2.0])
     def test_the_mean_of_the_weights_is_the_distribution(self, temperature: float) -> None:
-        """Over n random numbers at equal distances an id is drawn n times its probability, to within one draw."""
+        """Over n random numbers at equal distances an id is sampled n times its probability, to within one."""
         vocabulary_size, k, n = 150, 12, 100
         row = spread_logits(1, vocabulary_size, scale=2.0, seed=5)
         row[0, 40:60] = row[0, 40]  # ties
@@ -287,11 +287,11 @@ class TestInterpreted:
         weight = math.exp(float((found.log_tail if temperature == 1.0 else found.log_tail_half)[0])) / (k - j)
         if temperature == 1.0:
             assert weight == pytest.approx(rest / (k - j), rel=1e-5)
-            # E[w] = p, to within one draw for each id and so to within V draws' worth of nothing in all.
+            # E[w] = p, to within the weight of one sample for each id.
             assert np.abs(counts * weight / n - np.where(expected > 0, p, 0.0)).max() <= 1.001 * weight / n
 
-    def test_ids_are_those_under_a_comb_in_id_order(self) -> None:
-        """The stated draw, in float64 from the same random number, where no tooth is within rounding of an id's end."""
+    def test_ids_are_a_systematic_sample_in_id_order(self) -> None:
+        """The stated ids, in float64 from the same random number, where no point is within rounding of an id's end."""
         vocabulary_size, k, rows = 2_000, 24, 20
         logits = spread_logits(rows, vocabulary_size)
         found = sample(logits, k, seed=9)
@@ -301,11 +301,11 @@ class TestInterpreted:
             mass = np.exp(logp)
             mass[found.token_ids[row, :j].numpy()] = 0.0
             ends = np.cumsum(mass)
-            teeth = (random_bits(9, row, row + 1)[0] / 2**32 + np.arange(k - j)) * ends[-1] / (k - j)
-            if np.abs(ends[:, None] - teeth).min() > 1e-6 * ends[-1]:
+            points = (random_bits(9, row, row + 1)[0] / 2**32 + np.arange(k - j)) * ends[-1] / (k - j)
+            if np.abs(ends[:, None] - points).min() > 1e-6 * ends[-1]:
                 clear += 1
-                drawn = np.searchsorted(ends, teeth, side="right")
-                assert sorted(found.token_ids[row, j:].tolist()) == drawn.tolist()
+                expected = np.searchsorted(ends, points, side="right")
+                assert sorted(found.token_ids[row, j:].tolist()) == expected.tolist()
         assert clear > rows / 2
 
     @pytest.mark.parametrize("beta", [1.0, 0.5, 0.3])
@@ -353,7 +353,7 @@ class TestInterpreted:
 
 
 class TestCompiled:
-    """What the kernels become for a GPU, whether there is one or not."""
+    """The compiled kernels for a GPU, whether there is one or not."""
 
     __test__ = os.environ.get(CLASS) == "TestCompiled"
 
@@ -388,7 +388,7 @@ class TestCompiled:
                 assert re.search(r"ld\.global\S*\.v4\.", ptx), f"{name}: 16 bytes at once"
 
     def ptx(self, arch: int, kernel: Any, arguments: tuple[Any, ...], sizes: dict[str, int]) -> str:
-        """With what a launch with these arguments would find out about them."""
+        """Compiled with the specialisation of a launch with these arguments."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -413,7 +413,7 @@ class TestCompiled:
         return str(binary.asm["ptx"])
 
 
-# Who chooses.
+# The choice of the passes.
 def test_a_cpu_takes_torchs_passes_and_so_does_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     with monkeypatch.context() as patch:
@@ -428,7 +428,7 @@ def test_a_cpu_takes_torchs_passes_and_so_does_a_gpu_without_triton(monkeypatch:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels do compile where there is a GPU")
-def test_kernels_that_do_not_compile_are_one_error_that_says_what_to_do() -> None:
+def test_kernels_that_do_not_compile_are_one_error_with_a_remedy() -> None:
     with pytest.raises(InputError, match=r"cannot be compiled for cuda:0 .*LOGIT_CACHE_KERNELS=torch"):
         teachers.reduction.passes.has_kernels(torch.device("cuda", 0))
 

@@ -34,7 +34,7 @@ def test_rows_keep_the_rule(rows: int, vocabulary_size: int, k: int, head_ids: i
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(("k", "head_ids"), [(12, 0), (12, 6), (1, 0), (2, 1), (60, 0)])
 def test_the_mean_of_the_weights_is_the_distribution(k: int, head_ids: int, temperature: float) -> None:
-    """E[w] = p at the temperature, for every id with 20 expected draws or more, over seeds and positions."""
+    """E[w] = p at the temperature, for every id with 20 expected samples or more, over seeds and positions."""
     vocabulary_size, seeds, positions = 300, 20, 1_000
     row = spread_logits(1, vocabulary_size, scale=2.5, seed=5)
     logits = row.expand(positions, -1)
@@ -50,25 +50,25 @@ def test_the_mean_of_the_weights_is_the_distribution(k: int, head_ids: int, temp
         weights /= np.exp(logs[0, :j].numpy()).sum() + math.exp(tail)  # 1 at temperature 1
         assert np.abs(weights.sum(1) - 1).max() < 1e-12
         np.add.at(total, found.token_ids.numpy(), weights)
-    draws = seeds * positions
+    samples = seeds * positions
     p = torch.softmax(row[0].double() / temperature, 0).numpy()
     order = np.argsort(-p)
     rest = p[order[j:]].sum()
     probability = np.minimum((k - j) * p / rest, 1.0)
     probability[order[:j]] = 1.0
-    often = probability * draws >= 20
+    often = probability * samples >= 20
     assert often.sum() > vocabulary_size / 5
-    deviation = rest / (k - j) * np.sqrt(probability * (1 - probability) / draws)
-    assert (np.abs(total / draws - p)[often] <= 5 * deviation[often] + 1e-6 * p[often]).all()
-    # What falls below 20 expected draws is not lost either.
-    assert np.abs(total[~often].sum() / draws - p[~often].sum()) <= 5 * rest / (k - j) * math.sqrt(
-        max(probability[~often].sum(), 20) / draws
+    deviation = rest / (k - j) * np.sqrt(probability * (1 - probability) / samples)
+    assert (np.abs(total / samples - p)[often] <= 5 * deviation[often] + 1e-6 * p[often]).all()
+    # The mass of ids below 20 expected samples is not lost either.
+    assert np.abs(total[~often].sum() / samples - p[~often].sum()) <= 5 * rest / (k - j) * math.sqrt(
+        max(probability[~often].sum(), 20) / samples
     )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_ids_are_those_under_a_comb_in_id_order(temperature: float) -> None:
-    """The stated draw, in float64 from the same random number, wherever no tooth is within rounding of an id's end."""
+def test_ids_are_a_systematic_sample_in_id_order(temperature: float) -> None:
+    """The stated sample, in float64 from the same random number, where no point is within rounding of an id's end."""
     vocabulary_size, k, rows = 2_000, 24, 100
     logits = spread_logits(rows, vocabulary_size)
     found = sample(logits, k, seed=9, temperature=temperature)
@@ -78,16 +78,16 @@ def test_ids_are_those_under_a_comb_in_id_order(temperature: float) -> None:
         mass = np.exp(logp / temperature)
         mass[found.token_ids[row, :j].numpy()] = 0.0
         ends = np.cumsum(mass)
-        teeth = (random_bits(9, row, row + 1)[0] / 2**32 + np.arange(k - j)) * ends[-1] / (k - j)
-        if np.abs(ends[:, None] - teeth).min() > 1e-6 * ends[-1]:
+        points = (random_bits(9, row, row + 1)[0] / 2**32 + np.arange(k - j)) * ends[-1] / (k - j)
+        if np.abs(ends[:, None] - points).min() > 1e-6 * ends[-1]:
             clear += 1
-            drawn = np.searchsorted(ends, teeth, side="right")
-            assert sorted(found.token_ids[row, j:].tolist()) == drawn.tolist()
+            expected = np.searchsorted(ends, points, side="right")
+            assert sorted(found.token_ids[row, j:].tolist()) == expected.tolist()
     assert clear > rows / 2
 
 
 def test_weights_have_the_least_variance_at_the_top() -> None:
-    """Plain sampling with replacement draws the head again and again; here no weight exceeds what certain ids have."""
+    """Plain sampling with replacement repeats the head; here no weight exceeds those of the certain ids."""
     logits = spread_logits(200, 2_000)
     found = sample(logits, 16)
     for row in range(200):
@@ -137,8 +137,8 @@ def test_extreme_rows() -> None:
     assert [int(found.certain[4]) < 8, int(found.certain[6]) < 8] == [True, True]
 
 
-def test_equal_logits_are_drawn_alike() -> None:
-    """Ties at the border of the head: which of them are certain follows the order, all others share the draws."""
+def test_equal_logits_are_sampled_alike() -> None:
+    """Ties at the border of the head: which of them are certain follows the order, all others share the samples."""
     logits = torch.full((4_000, 64), -4.0)
     logits[:, 3] = 3.0
     logits[:, 20:40] = 0.0
@@ -163,7 +163,7 @@ def test_all_ids_are_certain_at_k_equal_v(vocabulary_size: int) -> None:
     assert bool((found.certain == vocabulary_size).all() and (found.log_tail == -math.inf).all())
 
 
-def test_padded_columns_are_never_drawn() -> None:
+def test_padded_columns_are_never_sampled() -> None:
     logits = spread_logits(30, 640)
     logits[:, 507:] = 1e4
     padded = sample(logits, 20, vocabulary_size=507)
@@ -193,7 +193,7 @@ def test_random_bits_are_keyed_by_seed_and_position() -> None:
     far = 3 << 40
     assert np.array_equal(random_bits(7, far + 5, far + 9), random_bits(7, far, far + 9)[5:])
     assert not np.array_equal(random_bits(8, 0, 1_000), whole)
-    # Recorded once: another NumPy, or another machine, has to draw the same ids.
+    # Recorded once: another NumPy, or another machine, has to sample the same ids.
     assert random_bits(0, 0, 4).tolist() == [49592932, 1037445899, 478570405, 2424142341]
     values = np.sort(random_bits(1, 0, 100_000) / 2**32)
     assert np.abs(values - (np.arange(100_000) + 0.5) / 100_000).max() < 2 / math.sqrt(100_000)
@@ -201,7 +201,7 @@ def test_random_bits_are_keyed_by_seed_and_position() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("vocabulary_size", "k"), [(507, 123), (16_003, 64), (131_073, 64)])
-def test_a_gpu_draws_the_same_ids(vocabulary_size: int, k: int) -> None:
+def test_a_gpu_samples_the_same_ids(vocabulary_size: int, k: int) -> None:
     logits = spread_logits(200, vocabulary_size)
     labels = torch.arange(200)
     random = torch.from_numpy(random_bits(0, 0, 200))
@@ -212,6 +212,6 @@ def test_a_gpu_draws_the_same_ids(vocabulary_size: int, k: int) -> None:
     ]
     for name, value in vars(there[0]).items():
         assert torch.equal(value, getattr(there[1], name)), name
-    # exp differs in its last bit between the two, and a tooth may lie that close to an id's end.
+    # exp differs in its last bit between the two, and a point may be that close to an id's end.
     assert float((there[0].token_ids.cpu() == here.token_ids).all(1).double().mean()) > 0.95
     torch.testing.assert_close(there[0].log_tail.cpu(), here.log_tail, atol=2e-6, rtol=1e-6)

@@ -1,11 +1,11 @@
-"""Workers as actors of a Ray cluster: one for each GPU, wherever it is (extra `ray`).
+"""Workers as actors of a Ray cluster: one for each GPU, on any node (extra `ray`).
 
-Ray places the actors, and tells when one is lost; which shard comes next and what is tried again is for
-`logit_cache.engines.driver`. An actor holds its teacher as long as it lives. It is never restarted by Ray: one whose
-process or node is gone, or whose device is broken, is replaced by a new one, which Ray may place elsewhere.
+Ray schedules the actors and reports when one is lost; the order of the shards and retries are up to
+`logit_cache.engines.driver`. An actor keeps its teacher loaded until it ends. It is never restarted by Ray: one whose
+process or node is gone, or whose device is broken, is replaced by a new one, which Ray may put on another node.
 
-Payloads are the job's fields, numbers of shards and what became of them: no credentials, which every node has to have
-by the usual ways. With RAY_AUTH_MODE=token only who holds the cluster's token can make it run code.
+Payloads are the job's fields, shard numbers and outcomes, without credentials, which every node must get in the usual
+ways. With RAY_AUTH_MODE=token only holders of the cluster's token can make it run code.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from typing import Any
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.status import Survey
-from logit_cache.engines.driver import Event, Gone, Ready, Reported, WorkersLost
+from logit_cache.engines.driver import Event, Gone, Ready, Reported
 from logit_cache.engines.options import EngineOptions
+from logit_cache.engines.outcome import WorkersLost
 from storage.errors import InputError, LogitCacheError
 
-# After how long a wait for room it is told, and how often again. A process needs some of it to begin.
+# A wait for room is logged after so many seconds, some of which a process needs to start, then at this interval.
 _ROOM_SECONDS = 30.0
 _ROOM_AGAIN_SECONDS = 300.0
-# The part of the grace that the actors have: the rest is for the way of their answers, and for leaving the cluster.
-_OF_THE_ACTORS = 0.8
-# How long an actor that did not come to open the job holds up the next one, at first and at most: of a node on which
-# none can, there would be hundreds.
-_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 60.0
-# What an actor is asked when it is new.
-_MAKING = ("begin", "open")
+# The actors' part of the grace period: the rest is for returning their outcomes and for leaving the cluster.
+_GRACE_SHARE = 0.8
+# Back-off after an actor that was lost before it had opened the job, at first and at most: on a node where none can,
+# hundreds would be started.
+_BACKOFF_SECONDS = 1.0
+_LONGEST_BACKOFF_SECONDS = 60.0
+# The first calls to a new actor.
+_STARTUP = ("begin", "open")
 
 
 class RayPool:
     """Actors that build shards of a job; a context manager, which ends them.
 
-    As many as `options.workers`, else one for each GPU of the cluster, or for each node where there is none; but no
-    more than have something to do. alone: the cluster is this machine. Raises InputError where that can never have
-    an actor.
+    As many as `options.workers`, else one for each GPU of the cluster, or for each node where it has no GPU; but no
+    more than there are shards to build. alone: the cluster is this machine. Raises InputError where that can never
+    run an actor.
     """
 
     def __init__(self, job: CacheJob, options: EngineOptions, log: JobLog, found: Survey, alone: bool = False) -> None:
@@ -54,7 +55,7 @@ class RayPool:
         gpus = sum(int(node.get("GPU", 0)) for node in nodes)
         self._on_gpu = job.device.startswith("cuda") or (job.device == "auto" and gpus > 0)
         if self._on_gpu:
-            # Of the GPUs, an actor sees the one that Ray gave it, whatever its number.
+            # An actor sees only the GPU that Ray assigned to it, whatever its number.
             self._job = job.model_copy(update={"device": "cuda"})
         elif job.device == "auto":
             self._job = job.model_copy(update={"device": "cpu"})
@@ -66,17 +67,17 @@ class RayPool:
                 f"other --worker-cpus or --device, or with --ray-address a cluster that has them"
             )
         self.workers = found.workers(options.workers or (gpus if self._on_gpu else roomy) or 1)
-        # So that an actor hears that it has to stop while it builds. All else is done one after the other.
+        # A group of its own, so that `stop` reaches an actor that builds. All other calls run one after the other.
         self._actor_class = self._ray.remote(concurrency_groups={"control": 1})(_Actor)
         self._actors: dict[str, Any] = {}
-        self._nodes: dict[str, str] = {}  # of actors that are there
+        self._nodes: dict[str, str] = {}  # of actors that have started
         self._calls: dict[Any, tuple[str, str]] = {}
         self._unreported: set[str] = set()
         self._made = 0
         self._surveyed = False
-        self._later: dict[str, float] = {}
-        self._pause = 0.0
-        self._tell_at = time.monotonic() + _ROOM_SECONDS
+        self._due: dict[str, float] = {}
+        self._backoff = 0.0
+        self._log_room_at = time.monotonic() + _ROOM_SECONDS
 
     def __enter__(self) -> RayPool:
         return self
@@ -89,61 +90,61 @@ class RayPool:
         self._calls.clear()
 
     def start(self) -> str:
-        """Ask for an actor; it is there when Ray has found room for it."""
+        """Request an actor, which starts when Ray has room for it."""
         name = str(self._made)
         self._made += 1
-        self._later[name] = time.monotonic() + self._pause
-        if not self._pause:
+        self._due[name] = time.monotonic() + self._backoff
+        if not self._backoff:
             self._make_due()
         return name
 
     def build(self, worker: str, shard: int) -> None:
-        """Put a shard into an actor's queue."""
+        """Add a shard to an actor's queue."""
         self._call(worker, "build", shard)
 
     def conclude(self, worker: str, fidelity_positions: int) -> None:
         """Have an actor write the index of receipts and the fidelity report of a complete entry.
 
-        Raises what goes wrong there, and WorkersLost where it is lost meanwhile.
+        Raises the actor's LogitCacheError, and WorkersLost where it is lost meanwhile.
         """
         try:
             answer = self._ray.get(self._actors[worker].conclude.remote(fidelity_positions))
         except self._ray.exceptions.RayError as error:
-            raise WorkersLost(f"worker {worker} was lost before the entry was concluded: {_reason(error)}") from None
+            raise WorkersLost(f"worker {worker} was lost before writing index and report: {_reason(error)}") from None
         if answer is not None:
             raise answer
 
     def stop(self) -> None:
-        """Tell every actor; what it says of its shards is still to be heard."""
-        self._later.clear()
+        """Ask every actor to stop; the outcomes of their shards still arrive as events."""
+        self._due.clear()
         for actor in self._actors.values():
             actor.stop.options(concurrency_group="control").remote()
 
     def events(self, timeout: float) -> Sequence[Event]:
-        """What the actors have answered."""
+        """The answers of the actors; waits up to `timeout` seconds for one."""
         self._make_due()
-        self._tell_of_room()
-        told: list[Event] = []
+        self._log_wait_for_room()
+        events: list[Event] = []
         calls = list(self._calls)
         if not calls:
             time.sleep(timeout)
-            return told
+            return events
         ready, _ = self._ray.wait(calls, num_returns=1, timeout=timeout)
         if ready:
             ready, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
         for call in ready:
-            if call in self._calls:  # those of an actor that was found to be gone are forgotten
+            if call in self._calls:  # calls of an actor that turned out to be gone are removed
                 worker, kind = self._calls.pop(call)
-                told += self._received(worker, kind, call)
+                events += self._received(worker, kind, call)
         for worker in [name for name in self._unreported if not self._has_work(name)]:
             self._unreported.discard(worker)
             self._call(worker, "finish")
-        return told
+        return events
 
     def _make_due(self) -> None:
         now = time.monotonic()
-        for name in [name for name, due in self._later.items() if due <= now]:
-            del self._later[name]
+        for name in [name for name, due in self._due.items() if due <= now]:
+            del self._due[name]
             self._make(name)
 
     def _make(self, name: str) -> None:
@@ -153,38 +154,38 @@ class RayPool:
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
-        ).remote(self._job.model_dump(mode="json"), self._options.grace_seconds * _OF_THE_ACTORS, os.getcwd())
+        ).remote(self._job.model_dump(mode="json"), self._options.grace_seconds * _GRACE_SHARE, os.getcwd())
         self._call(name, "begin")
         self._call(name, "open", not self._surveyed)
 
     def _received(self, worker: str, kind: str, call: Any) -> list[Event]:
         try:
             answer = self._ray.get(call)
-        except Exception as error:  # its process or its node is gone, or what it did is a fault of ours
-            return [self._lost(worker, error, unborn=kind in _MAKING)]
+        except Exception as error:  # its process or its node is gone, or its method has a bug
+            return [self._lost(worker, error, starting=kind in _STARTUP)]
         if kind == "begin":
             self._nodes[worker] = answer
             return []
         if kind == "open":
             if isinstance(answer, LogitCacheError):
                 return [self._gone(worker, str(answer), answer)]
-            self._pause = 0.0
-            pending, place = answer
+            self._backoff = 0.0
+            pending, location = answer
             self._surveyed = True
-            return [Ready(worker, tuple(pending), place)]
+            return [Ready(worker, tuple(pending), location)]
         if kind == "build":
             self._unreported.add(worker)
-        told: list[Event] = [Reported(worker, tuple(answer))]
+        events: list[Event] = [Reported(worker, tuple(answer))]
         ended = [item for item in answer if item.state == "ended"]
         if ended:
-            told.append(self._gone(worker, ended[0].error or "", ended[0].cause))
-        return told
+            events.append(self._gone(worker, ended[0].error or "", ended[0].cause))
+        return events
 
-    def _lost(self, worker: str, error: Exception, unborn: bool) -> Gone:
+    def _lost(self, worker: str, error: Exception, starting: bool) -> Gone:
         reason = _reason(error)
-        if unborn:
-            self._pause = min(max(_PAUSE_SECONDS, 2 * self._pause), _LONGEST_PAUSE_SECONDS)
-        # A process's end is told by its node, at once. When an actor is only "unavailable", the node says nothing.
+        if starting:
+            self._backoff = min(max(_BACKOFF_SECONDS, 2 * self._backoff), _LONGEST_BACKOFF_SECONDS)
+        # A node reports the end of a process at once. When an actor is only "unavailable", the node does not answer.
         node = self._nodes.get(worker)
         alive = {found["NodeID"] for found in self._ray.nodes() if found["Alive"]}
         silent = isinstance(error, self._ray.exceptions.ActorUnavailableError) or "node has died" in str(error)
@@ -208,21 +209,21 @@ class RayPool:
         return any(name == worker for name, _ in self._calls.values())
 
     def _fits(self, resources: dict[str, float]) -> bool:
-        """Whether an actor could be on a node with these."""
+        """Whether a node with these resources could run an actor."""
         gpus = 1 if self._on_gpu else 0
         return resources.get("CPU", 0) >= self._options.worker_cpus and resources.get("GPU", 0) >= gpus
 
     def _need(self) -> str:
         return f"{self._options.worker_cpus} CPU(s)" + (" and 1 GPU" if self._on_gpu else "")
 
-    def _tell_of_room(self) -> None:
-        """Say it when actors wait for room: the cluster may be busy, or grow; or it will never have what they need."""
+    def _log_wait_for_room(self) -> None:
+        """Log that actors wait for room: the cluster may be busy, or about to grow, or never have enough for one."""
         now, waiting = time.monotonic(), len(self._actors.keys() - self._nodes.keys())
         if not waiting:
-            self._tell_at = now + _ROOM_SECONDS
-        if now < self._tell_at:
+            self._log_room_at = now + _ROOM_SECONDS
+        if now < self._log_room_at:
             return
-        self._tell_at = now + _ROOM_AGAIN_SECONDS
+        self._log_room_at = now + _ROOM_AGAIN_SECONDS
         total, free = self._ray.cluster_resources(), self._ray.available_resources()
         has = ", ".join(f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s free" for kind in ("CPU", "GPU"))
         found = [self._fits(node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
@@ -233,27 +234,27 @@ class RayPool:
 
 
 class _Actor:
-    """A worker in a process of its own, somewhere in the cluster."""
+    """A worker in a process of its own, on any node of the cluster."""
 
     def __init__(self, job: dict[str, Any], grace_seconds: float, folder: str) -> None:
         from logit_cache.engines.shutdown import Stopping
 
         self._job = job
         self._stopping = Stopping(grace_seconds)
-        # Where there is such a folder here, on a shared disk, relative paths mean what they mean to who gave them.
+        # Where the folder exists here, on a shared disk, relative paths mean the same as for the command.
         with contextlib.suppress(OSError):
             os.chdir(folder)
 
     def begin(self) -> str:
-        """The node that this is on."""
+        """The ID of the node that this actor runs on."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
 
     def open(self, survey: bool) -> Any:
-        """Load the teacher and open the job: (shards that are missing, where this is), or the error to be raised.
+        """Load the teacher and open the job; returns (missing shards, location), or the error to raise.
 
-        survey: whether to look which shards are missing, which is done once for a job.
+        survey: whether to list the missing shards, which is done once for a job.
         """
         from logit_cache.caching.prepare import open_job
         from logit_cache.engines.worker import Worker
@@ -264,8 +265,8 @@ class _Actor:
             pending = self._worker.pending() if survey else []
         except LogitCacheError as error:
             return error
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
-        return pending, place | {"node": self.begin()}
+        location = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
+        return pending, location | {"node": self.begin()}
 
     def build(self, shard: int) -> Any:
         """See `Worker.build`."""
@@ -276,7 +277,7 @@ class _Actor:
         return self._worker.finish()
 
     def conclude(self, fidelity_positions: int) -> LogitCacheError | None:
-        """See `Worker.conclude`; the error to be raised, if there is one."""
+        """See `Worker.conclude`; returns the error to raise, if there is one."""
         try:
             self._worker.conclude(fidelity_positions)
         except LogitCacheError as error:
@@ -289,9 +290,9 @@ class _Actor:
 
 
 def _reason(error: Exception) -> str:
-    """One line of what Ray says in many: the error of a task, or how a process ended."""
+    """One line of Ray's message of many: the error of a task, or how a process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    told = [line for line in lines if line.startswith("The actor ") and line != lines[0]]
-    return (told[0] if told else lines[-1])[:400]
+    of_actor = [line for line in lines if line.startswith("The actor ") and line != lines[0]]
+    return (of_actor[0] if of_actor else lines[-1])[:400]

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster that is there, or starting one on this machine (extra `ray`)."""
+"""Joining a running Ray cluster, or starting one on this machine (extra `ray`)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from storage.errors import InputError
 
 _CONNECT_SECONDS = 10.0
-# How often Ray asks to be let into a cluster, a second apart, each time with a warning; by default 20 times.
-_TRIES = "5"
+# Ray's attempts to connect to a cluster, a second apart, each with a warning; 20 by default.
+_ATTEMPTS = "5"
 
 
 @contextlib.contextmanager
 def connect(address: str | None) -> Iterator[bool]:
     """Join the cluster at an address, or at RAY_ADDRESS; else start one on this machine for as long as the body runs.
 
-    Yields whether it was started here, which is to say that it is all there will be.
+    Yields whether it was started here, so that this machine is the whole cluster.
 
     Raises InputError where that fails.
     """
@@ -27,9 +27,9 @@ def connect(address: str | None) -> Iterator[bool]:
     if address == "local":
         address = None
     if address is not None:
-        # Ray reads it when it is imported.
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _TRIES)
-        _knock(address)
+        # Ray reads the variable when it is imported.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", _ATTEMPTS)
+        _check_reachable(address)
     try:
         import ray
     except ImportError:
@@ -37,7 +37,7 @@ def connect(address: str | None) -> Iterator[bool]:
     if ray.is_initialized():
         raise InputError("this process is connected to Ray already")
     try:
-        # A cluster that is there has its own dashboard.
+        # A running cluster has its own dashboard.
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
@@ -52,8 +52,8 @@ def connect(address: str | None) -> Iterator[bool]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """Raise InputError where nobody listens, for which Ray itself takes minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise InputError where no server accepts connections, for which Ray itself takes minutes."""
     if address.startswith("ray://"):
         raise InputError(
             f"{address}: Ray Client is not supported: give host:port of the head node, on a node of the cluster, or "
@@ -76,7 +76,7 @@ def _refusal(address: str | None, error: Exception) -> str:
     if address is None:
         return f"Ray cannot be started on this machine: {reason}"
     hint = ""
-    if reason.startswith("Failed to connect"):  # no word of the token, of which Ray has warned
+    if reason.startswith("Failed to connect"):  # does not mention the token, of which Ray has warned
         mode = os.environ.get("RAY_AUTH_MODE", "")
         has = "another token" if mode == "token" else "a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH"
         hint = f"; if it runs, it may want {has}"

@@ -1,15 +1,15 @@
 """The workers of a job as the tasks of a Slurm job array, submitted and requeued by submitit (extra `slurm`).
 
-A task is `cache-logits` in a process of its own: worker i of n, by SLURM_ARRAY_TASK_ID. Nothing but its arguments lies
-in submitit's folder; what is done is in the cache. So a task may be requeued at any moment, and its next life goes on.
+A task is `cache-logits` in a process of its own: worker i of n, by SLURM_ARRAY_TASK_ID. submitit's folder holds only
+the task's arguments; its progress is in the cache. So a task may be requeued at any moment, and its next run resumes.
 
-time limit      Slurm sends SIGUSR2 90 seconds before, submitit has the task requeued, as often as it takes
+time limit      Slurm sends SIGUSR2 90 seconds before, submitit requeues the task, as often as needed
 preemption      SIGTERM; the task finishes or drops its shard, and Slurm requeues it
 a lost node     Slurm requeues its tasks
-an error        the task ends; its shards are left to the others, or to the next run
+an error        the task ends; its shards are left to the other tasks, or to the next run of the command
 
-Whether the array is there is asked of squeue, and what it has done of the cache: Slurm's accounting, which submitit
-asks, is not there on every cluster.
+squeue is polled for the state of the array, and the cache for its progress: Slurm's accounting, which submitit asks,
+is not available on every cluster.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import check_stream
 from logit_cache.caching.status import survey
-from logit_cache.engines.driver import NotDone, Outcome
 from logit_cache.engines.options import EngineOptions
+from logit_cache.engines.outcome import NotDone, Outcome
 from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.slurm.parameters import array_parameters
 from logit_cache.engines.slurm.task import ArrayTask, TaskError
@@ -39,28 +39,28 @@ from storage.cache.failures import FailedShard, failures_of
 from storage.cache.reader import LogitCache
 from storage.errors import InputError, LogitCacheError
 
-# Looks become rarer while a job grows old: a controller has others to answer, too.
-_MOST_SECONDS_BETWEEN_LOOKS = 15.0
-# Whatever time a task has had before, it may be requeued: each life leaves shards behind.
+# Polls become rarer as a job ages, to spare the controller.
+_MOST_SECONDS_BETWEEN_POLLS = 15.0
+# A task may be requeued however long it has run: each run commits shards.
 _MOST_REQUEUES = 10_000
-# Of squeue's answers in a row that lack the job: one alone may come before the controller knows it.
+# Answers of squeue in a row without the job that mean its end: one alone may precede its registration.
 _GONE_TIMES = 2
 _MOST_LOG_BYTES = 8_192
 _ERROR = re.compile(r"((srun|slurmstepd)\S*: )?error: ")
 
 
 def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping) -> Outcome:
-    """Submit an array of `options.workers` tasks, and wait for it unless told not to.
+    """Submit an array of `options.workers` tasks, and wait for its end if `options.wait`.
 
-    Raises InputError where there is no Slurm, for parameters that it refuses, and with what a task refused; NotDone
-    where the array has ended before its work, or goes on while this process was asked to end.
+    Raises InputError where there is no Slurm, for parameters that it refuses, and for a refusal of a task; NotDone
+    where the array has ended before its work was done, or continues after this process was asked to stop.
     """
     check_stream(job)
     found, notes = survey(job), failures_of(job.cache, job.name).all()
-    # Of a complete entry, one looks whether it is this job's, and concludes it.
+    # For a complete entry one task checks that it is this job's, and writes a missing index or report.
     workers = found.workers(options.workers or 1)
     ended = False
-    # A signal that comes while the array is being submitted waits until its number is known.
+    # A signal during the submission takes effect once the job number of the array is known.
     with stopping.on_sigterm():
         array, folder = _submit(job, options, workers)
         hint = f"logit-cache status {job.cache} follows it, scancel {array} ends it"
@@ -82,12 +82,12 @@ def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stop
         ):
             ended = _wait(job, array, log, stopping, advance, done)
     if not ended:
-        raise NotDone(f"job {array} goes on without this command: {hint}")
+        raise NotDone(f"job {array} continues without this command: {hint}")
     return _outcome(job, array, workers, folder, notes)
 
 
 def _submit(job: CacheJob, options: EngineOptions, workers: int) -> tuple[str, Path]:
-    """Submit the array; its number, and the folder of its logs."""
+    """Submit the array; returns its job number and the folder of its logs."""
     try:
         import submitit
     except ImportError:
@@ -105,7 +105,7 @@ def _submit(job: CacheJob, options: EngineOptions, workers: int) -> tuple[str, P
             with executor.batch():
                 tasks = [executor.submit(task) for _ in range(workers)]
         return str(tasks[0].job_id).partition("_")[0], folder
-    # Commands that are missing, what sbatch refuses, a folder that cannot be made.
+    # Missing commands, parameters that sbatch refuses, a folder that cannot be created.
     except (OSError, RuntimeError, ValueError) as error:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -117,7 +117,7 @@ def _submit(job: CacheJob, options: EngineOptions, workers: int) -> tuple[str, P
 
 
 def _new_folder(parent: Path, name: str) -> Path:
-    """A folder for one array. Slurm makes none for its logs, so it must be there before the first task begins."""
+    """Create a folder for one array. Slurm creates none for its logs, so it must exist before the first task starts."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
@@ -128,7 +128,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Without the variables of a job that this process may be part of: its tasks would take them for their own."""
+    """Hide the variables of a job that this process may be part of: the tasks would take them for their own."""
 
     def is_foreign(name: str) -> bool:
         of_a_job = name.startswith(("SLURM_", "SLURMD_")) and name not in ("SLURM_CONF", "SLURM_CLUSTERS")
@@ -144,53 +144,53 @@ def _outside_of_jobs() -> Iterator[None]:
 def _wait(
     job: CacheJob, array: str, log: JobLog, stopping: Stopping, advance: Callable[[int], None], done: int
 ) -> bool:
-    """Wait until the array has ended; False if this process was asked to end before."""
-    began, gone, told = time.monotonic(), 0, ""
+    """Wait until the array has ended; False if this process was asked to stop before."""
+    began, gone, logged = time.monotonic(), 0, ""
     while gone < _GONE_TIMES:
         now = time.monotonic()
-        until = now + (1.0 if gone else min(_MOST_SECONDS_BETWEEN_LOOKS, 1.0 + (now - began) / 20))
+        until = now + (1.0 if gone else min(_MOST_SECONDS_BETWEEN_POLLS, 1.0 + (now - began) / 20))
         while time.monotonic() < until:
             if stopping.wanted:
                 return False
             time.sleep(0.1)
-        with contextlib.suppress(LogitCacheError, OSError):  # a store that does not answer now; it will be asked again
+        with contextlib.suppress(LogitCacheError, OSError):  # the store does not answer now; the next poll retries
             found = survey(job)
             advance(found.positions - found.missing - done)
             done = found.positions - found.missing
         states = _states(array)
         gone = gone + 1 if states == "" else 0
-        if states and states != told:
-            told = states
+        if states and states != logged:
+            logged = states
             log.event("queue", f"job {array}: {states}", job=array, states=states)
     return True
 
 
 def _states(array: str) -> str | None:
-    """What the tasks of an array do, such as `running, pending (Resources)`; empty where none waits or runs.
+    """The states of an array's tasks, such as `running, pending (Resources)`; empty where none waits or runs.
 
-    None from a controller that does not answer, which is no sign of an end.
+    None where the controller does not answer, which is no sign of an end.
     """
-    asked = ["squeue", "--noheader", "--format=%T|%r", "--jobs", array]
+    command = ["squeue", "--noheader", "--format=%T|%r", "--jobs", array]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if said.returncode:
-        # A job that has left the controller's memory.
-        return "" if "Invalid job id" in said.stderr else None
+    if answer.returncode:
+        # The controller no longer has the job in memory.
+        return "" if "Invalid job id" in answer.stderr else None
     states = set()
-    for line in said.stdout.splitlines():
+    for line in answer.stdout.splitlines():
         state, _, reason = line.strip().partition("|")
         states.add(state.lower() + (f" ({reason})" if reason not in ("", "None") else ""))
     return ", ".join(sorted(states, reverse=True))
 
 
 def _outcome(job: CacheJob, array: str, workers: int, folder: Path, before: dict[int, FailedShard]) -> Outcome:
-    """How a job stands whose array has ended. `before`: the notes on shards that were there already."""
-    left, told = survey(job), _told(folder)
+    """The outcome of a job whose array has ended. `before`: the notes on failed shards from before the array."""
+    left, errors = survey(job), _task_errors(folder)
     done = left.complete and _is_concluded(job)
-    refusals = [text for kind, text in told if kind == "refused"]
-    # What every task refuses is not this job's, though it be complete; what one refuses may be its machine's fault.
+    refusals = [text for kind, text in errors if kind == "refused"]
+    # An entry that every task refuses is not this job's, even if complete; one refusal may be its machine's fault.
     if refusals and (not done or len(refusals) >= workers):
         raise InputError(f"a task of job {array} refused: {refusals[0]}")
     if done:
@@ -199,11 +199,11 @@ def _outcome(job: CacheJob, array: str, workers: int, folder: Path, before: dict
     failed = {shard: note.error for shard, note in notes.items() if before.get(shard) != note}
     if failed:
         return Outcome(failed=failed)
-    what = "without the report that belongs to a complete entry" if left.complete else f"with {left}"
-    reason = told[0][1] if told else _last_words(folder)
+    state = "without the report that belongs to a complete entry" if left.complete else f"with {left}"
+    reason = errors[0][1] if errors else _last_error(folder)
     raise NotDone(
-        f"{job.cache}: {job.name}: job {array} has ended {what}{f' ({reason})' if reason else ''}; its logs are in "
-        f"{folder}; run the same command again to go on"
+        f"{job.cache}: {job.name}: job {array} has ended {state}{f' ({reason})' if reason else ''}; its logs are in "
+        f"{folder}; run the same command again to resume"
     )
 
 
@@ -212,20 +212,20 @@ def _is_concluded(job: CacheJob) -> bool:
     return entry.receipts.index is not None and (not job.fidelity_positions or entry.fidelity() is not None)
 
 
-def _told(folder: Path) -> list[TaskError]:
-    """What the tasks had to say, by the results that submitit has written for them."""
-    told: list[TaskError] = []
+def _task_errors(folder: Path) -> list[TaskError]:
+    """The errors of the tasks, from the results that submitit has written for them."""
+    errors: list[TaskError] = []
     for path in sorted(folder.glob("*_result.pkl")):
-        outcome, said = pickle.loads(path.read_bytes())
-        if outcome == "success" and said is not None:
-            told.append(said)
+        outcome, result = pickle.loads(path.read_bytes())
+        if outcome == "success" and result is not None:
+            errors.append(result)
         elif outcome != "success":
-            told.append(("failed", str(said).strip().splitlines()[-1]))
-    return told
+            errors.append(("failed", str(result).strip().splitlines()[-1]))
+    return errors
 
 
-def _last_words(folder: Path) -> str:
-    """The last error that the logs of an array have a line for, Slurm's own included."""
+def _last_error(folder: Path) -> str:
+    """The last error line in the logs of an array, Slurm's own included; empty where there is none."""
     for path in sorted(folder.glob("*_log.err"), key=lambda path: path.stat().st_mtime, reverse=True):
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _MOST_LOG_BYTES))

@@ -1,4 +1,4 @@
-"""What sbatch is told of an array: `--slurm NAME=VALUE` as submitit takes it, and what follows from the job."""
+"""The sbatch parameters of an array: `--slurm NAME=VALUE` as submitit takes it, and those that follow from the job."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _DEFAULT_MINUTES = 60
 _SIGNAL_SECONDS = 90
 
 _OF_THE_ENGINE = {
-    "array": "--workers says how many tasks there are",
+    "array": "--workers sets the number of tasks",
     "chdir": "run the command in that folder",
-    "output": "--slurm-folder says where logs go",
-    "error": "--slurm-folder says where logs go",
-    "signal": "signal-delay-s says how long before the time limit it comes",
-    "wait": "--wait and --no-wait say so",
+    "output": "--slurm-folder sets the folder of the logs",
+    "error": "--slurm-folder sets the folder of the logs",
+    "signal": "signal-delay-s sets how long before the time limit it is sent",
+    "wait": "--wait and --no-wait set it",
     **dict.fromkeys(("use_srun", "stderr_to_stdout", "additional_parameters", "wrap"), "it cannot be changed"),
 }
 _NUMBERS = {"nodes", "ntasks_per_node", "signal_delay_s", "array_parallelism"}
@@ -36,7 +36,7 @@ _SETUP = [
 def array_parameters(job: CacheJob, options: EngineOptions, workers: int, known: set[str]) -> dict[str, Any]:
     """The parameters of an array for submitit, which knows some by name; the others go to sbatch as they are.
 
-    Raises InputError for what cannot be one of them.
+    Raises InputError for an invalid value, and for a parameter that the engine sets itself.
     """
     asked: dict[str, str] = dict(options.slurm)
     for name in asked.keys() & _OF_THE_ENGINE.keys():
@@ -46,7 +46,7 @@ def array_parameters(job: CacheJob, options: EngineOptions, workers: int, known:
         "job_name": f"cache-{job.name}",
         "time": limit,
         "cpus_per_task": options.worker_cpus,
-        # A short job would hear it as soon as it begins, as Slurm may be a minute early.
+        # A short job would receive it as soon as it starts, as Slurm may be a minute early.
         "signal_delay_s": min(_SIGNAL_SECONDS, 15 * limit),
         "array_parallelism": workers,
         "setup": list(_SETUP),
@@ -74,7 +74,7 @@ def array_parameters(job: CacheJob, options: EngineOptions, workers: int, known:
 
 
 def minutes(text: str) -> int:
-    """A time limit as sbatch has them, in whole minutes: m, m:s, h:m:s, d-h, d-h:m, d-h:m:s. Raises InputError."""
+    """A time limit in sbatch's notation, in whole minutes: m, m:s, h:m:s, d-h, d-h:m, d-h:m:s. Raises InputError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         raise InputError(f"--slurm time={text}: expected minutes, or hours:minutes:seconds, or days-hours")

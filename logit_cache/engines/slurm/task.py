@@ -1,7 +1,7 @@
-"""What a task of a Slurm array does: its share of the job, as often as Slurm has it run.
+"""A task of a Slurm array, which builds its share of the job in each run that Slurm gives it.
 
 submitit calls the task in a process of its own, and takes it for done once it has returned, or raised an `Exception`;
-`SystemExit` alone leaves no result, so that is how a task ends that is to be called again.
+`SystemExit` alone leaves no result, so a task that is to be called again ends with it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.status import survey
 from logit_cache.engines.options import EngineOptions
+from logit_cache.engines.outcome import NotDone
 from storage.errors import LogitCacheError
 
-# Lives in a row that the time limit ended and that did nothing: the next would be no better.
+# Runs in a row that the time limit ended without progress: the next would be no better.
 _MOST_FRUITLESS = 3
 
 TaskError = tuple[Literal["refused", "failed"], str]
-"""What a task has to say: the message of a user's error, or why it went wrong."""
+"""How a task failed: the message of a user's error ("refused"), or the reason ("failed")."""
 
 
 @dataclass
 class ArrayTask:
-    """The job and how it is run, as plain data.
+    """The job and its engine options, as plain data.
 
-    missing: positions that this life, or the one before, found missing when it began; fruitless: lives in a row, each
+    missing: positions that were missing when this run, or the one before, started; fruitless: runs in a row, each
     ended by the time limit, after which no fewer were missing.
     """
 
@@ -38,27 +39,26 @@ class ArrayTask:
     fruitless: int = 0
 
     def __call__(self) -> TaskError | None:
-        # submitit has SIGTERM ignored. While no shard is under way there is nothing to be ended in good order.
+        # submitit ignores SIGTERM. Until a shard is under way there is nothing to drain.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        from logit_cache.engines.driver import NotDone  # takes seconds
         from logit_cache.engines.this_machine import run_job_here  # takes seconds
 
         job = CacheJob.model_validate(self.job)
         how = EngineOptions(**self.options)
         try:
             if self._is_hopeless(job):
-                return _tell("failed", f"no shard was done in {self.fruitless} times the time limit: give a longer "
+                return _report("failed", f"no shard was done in {self.fruitless} times the time limit: give a longer "
                              f"--slurm time, or a new entry with a smaller --shard-tokens")  # fmt: skip
             run_job_here(job, how, JobLog(how.log_format, cache=job.cache, entry=job.name))
         except LogitCacheError as error:
-            return _tell("refused", str(error))
+            return _report("refused", str(error))
         except NotDone as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
         return None
 
     def checkpoint(self) -> Any:
-        """What submitit is to call in the next life; it asks when the signal before the time limit has come."""
+        """The task that submitit calls in the next run; it asks once the signal before the time limit has arrived."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(ArrayTask(self.job, self.options, self.missing, self.fruitless))
@@ -70,6 +70,6 @@ class ArrayTask:
         return self.fruitless >= _MOST_FRUITLESS
 
 
-def _tell(kind: Literal["refused", "failed"], text: str) -> TaskError:
+def _report(kind: Literal["refused", "failed"], text: str) -> TaskError:
     print(f"error: {text}", file=sys.stderr)
     return kind, text

@@ -349,7 +349,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
                 if teacher is not None:
                     value = dense_loss(logits, labels, batch["input_ids"], teacher, arm.alpha)
                 else:
-                    places = [some.blocks.place(index % len(some), epoch) for index in chosen]
+                    places = [some.blocks.span(index % len(some), epoch) for index in chosen]
                     value = rskd_loss(logits, labels, places, rskd, arm.alpha)
             value.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""`cache-logits` as it is installed: what it stores, how it resumes, and what it refuses."""
+"""`cache-logits` as it is installed: the stored targets, resumption, and refusals."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_a_wrong_teacher_leaves_no_stream_behind(cache: Path, text_file: Path, r
 
 
 def test_a_full_disk(cache: Path, teacher: Path, tmp_path: Path) -> None:
-    """No file may grow beyond 16 kB: the kernel's answer to a full quota. The run ends cleanly, and can go on."""
+    """No file may grow beyond 16 kB: the kernel's answer to a full quota. The run ends cleanly, and can be resumed."""
     import resource
 
     arguments = command("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)

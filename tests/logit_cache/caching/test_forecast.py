@@ -1,4 +1,4 @@
-"""`logit-cache plan` against the real `cache-logits`: bytes, numbers of files, refusals; and it writes nothing.
+"""`logit-cache plan` against the real `cache-logits`: bytes, file counts, refusals; and it writes nothing.
 
 No test looks at how long anything takes: docs/planning.md has the figures of processor time that were measured by hand.
 """
@@ -27,7 +27,7 @@ from storage.progress import progress
 # A hundred and some thousand tokens in documents, of which a probe scores a quarter or less.
 MODULES = ("argparse", "ast", "configparser", "csv", "datetime", "difflib", "enum", "inspect", "locale", "shutil")
 JOBS: dict[str, dict[str, Any]] = {
-    "drawn": {"k": 24},
+    "sampled": {"k": 24},
     "cut": {"targets": "topk", "k": 32, "top_p": 0.9, "profile": "fast", "chunk_tokens": 1024, "shard_tokens": 8192},
     "isolated": {"k": 8, "encoding": "float32", "isolate_documents": True, "stride_tokens": 32, "batch_windows": 48},
 }
@@ -157,7 +157,7 @@ def test_fewer_windows_than_a_chunk_has(corpus: Path, teacher: Path) -> None:
     assert predicted(corpus, teacher, k=16, question=Question(probe_windows=1))["probe"]["positions"] == 64
 
 
-def test_it_refuses_what_the_job_would_refuse(
+def test_it_refuses_the_jobs_that_cache_logits_would_refuse(
     corpus: Path, teacher: Path, make_teacher: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(corpus, tmp_path / "cache"))
@@ -174,19 +174,19 @@ def test_it_refuses_what_the_job_would_refuse(
         ((teacher,), {"device": "abacus"}),
     ]
     for teachers, fields in jobs:
-        said = refusal(path, "x", *teachers, **fields)
+        reason = refusal(path, "x", *teachers, **fields)
         with pytest.raises(LogitCacheError) as caught:
             predicted(path, *teachers, **fields)
-        assert str(caught.value) == said
+        assert str(caught.value) == reason
     assert not (path / "teachers/x").exists()
     cache_logits(path, "x", teacher, k=4, shard_tokens=65_536)
     for fields in {"k": 5}, {"step_nats": 0.25}:
-        said = refusal(path, "x", teacher, **{"k": 4, "shard_tokens": 65_536, **fields})
+        reason = refusal(path, "x", teacher, **{"k": 4, "shard_tokens": 65_536, **fields})
         with pytest.raises(LogitCacheError) as caught:
             predicted(path, teacher, question=Question(named=True), **{"k": 4, "shard_tokens": 65_536, **fields})
-        assert str(caught.value) == said
-    said = refusal(path, "x", other, k=4, shard_tokens=65_536)
-    assert "weights_sha256" in said
+        assert str(caught.value) == reason
+    reason = refusal(path, "x", other, k=4, shard_tokens=65_536)
+    assert "weights_sha256" in reason
 
 
 def test_refusals_of_the_command(corpus: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_refusals_of_the_command(corpus: Path, teacher: Path, run: Run, tmp_path
     refused(student, "llama-tyny", "did you mean 'llama-tiny'")
 
 
-def test_what_a_batch_that_is_not_full_costs(corpus: Path, teacher: Path) -> None:
+def test_the_cost_of_a_batch_that_is_not_full(corpus: Path, teacher: Path) -> None:
     """Shards of 10 windows in batches of 8: every shard has a second pass with two windows in it."""
     found = predicted(corpus, teacher, k=4, shard_tokens=640, chunk_tokens=640, batch_windows=8)
     assert found["probe"]["positions"] == 4 * 640

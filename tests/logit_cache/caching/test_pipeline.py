@@ -1,4 +1,4 @@
-"""What goes on beside the computation of a job: order, bounds, and errors that reach the caller."""
+"""Work that overlaps the computation of a job: order, bounds, and errors that reach the caller."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Recorder:
     """A writer whose commits wait to be let through, one by one."""
 
     def __init__(self) -> None:
-        self.begun: list[int] = []
+        self.started: list[int] = []
         self.done: list[int] = []
         self.let = threading.Semaphore(0)
         self.fails: int | None = None
@@ -39,7 +39,7 @@ class Recorder:
         self.kept += 1
 
     def commit(self, shard: int, targets: Any, began: float) -> None:
-        self.begun.append(shard)
+        self.started.append(shard)
         assert self.let.acquire(timeout=WAIT_S)
         if shard == self.fails:
             raise InputError(f"shard {shard}: the disk is full")
@@ -57,21 +57,21 @@ def test_one_shard_is_committed_while_the_next_is_computed_and_no_more() -> None
     writer: Any = Recorder()
     with Committer(writer) as committer:
         committer.put(0, None, 0.0)  # type: ignore[arg-type]
-        until(lambda: writer.begun == [0])
+        until(lambda: writer.started == [0])
         assert writer.done == []  # `put` came back before the shard had its receipt
         second = threading.Thread(target=committer.put, args=(1, None, 0.0))
         second.start()
         second.join(0.1)
         assert second.is_alive()  # a second one has to wait for the first
-        assert writer.begun == [0]
+        assert writer.started == [0]
         writer.let.release(2)
         second.join(WAIT_S)
         assert not second.is_alive()
     assert writer.done == [0, 1]
 
 
-def test_claims_are_put_off_while_a_commit_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_cache.caching.pipeline, "_SECONDS_BETWEEN_KEEPS", 0.01)
+def test_leases_are_renewed_while_a_commit_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_cache.caching.pipeline, "_SECONDS_BETWEEN_RENEWALS", 0.01)
     writer: Any = Recorder()
     with Committer(writer) as committer:
         committer.put(0, None, 0.0)  # type: ignore[arg-type]
@@ -98,10 +98,10 @@ def test_a_commit_that_fails_is_raised_at_the_next_shard_or_at_the_end(shards: i
     writer.let.release(9)
     with pytest.raises(InputError, match="disk is full"):
         commit_all(writer, shards)
-    assert writer.begun == [0, 1]
+    assert writer.started == [0, 1]
 
 
-def test_the_shard_on_its_way_is_finished_when_the_next_one_fails() -> None:
+def test_the_commit_in_flight_is_finished_when_the_next_shard_fails() -> None:
     def fail() -> None:
         writer.let.release()
         raise ZeroDivisionError

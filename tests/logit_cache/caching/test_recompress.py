@@ -1,4 +1,4 @@
-"""`recompress` against a float64 dense reference: what stays, what joins the tail, what is refused, and kills."""
+"""`recompress` against a float64 dense reference: kept ids, the tail, refusals, and kills."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_fewer_ids_are_what_caching_fewer_would_have_given(
         assert np.array_equal(getattr(found, name), getattr(direct, name)), name
     assert np.array_equal(found.label_logprob, direct.label_logprob, equal_nan=True)
     assert np.array_equal(found.entropy, direct.entropy)
-    # What joined the tails was off by half a step at most; and the mantissas are rounded.
+    # Ids that joined the tails were off by half a step at most; and the mantissas are rounded.
     allowed, rounding = (STEP / 2, 2.0**-12) if encoding == "codes" else (0.0, 2.0**-22)
     for name, share in (("log_tail", 1.0), ("log_tail_half", 0.5)):
         # Row 10 has ids at the floor only; nothing and 48 times nothing are both no mass.
@@ -115,7 +115,7 @@ def test_fewer_ids_are_what_caching_fewer_would_have_given(
         assert (np.abs(a - b) <= allowed * share + rounding * np.abs(b) + 1e-6).all(), name
 
 
-def test_tails_are_the_exact_sums_of_what_left(cache: Path, dense: np.ndarray) -> None:
+def test_tails_are_the_exact_sums_of_the_dropped_ids(cache: Path, dense: np.ndarray) -> None:
     found = rewrite(cache, "exact", k=9)
     p = np.sort(np.exp(dense), axis=1)[:, ::-1]
     usable = np.arange(N) != 10  # row 10 is all floor outside five ids
@@ -193,7 +193,7 @@ def test_a_step_that_doubles_again_and_again_stays_within_one_of_itself(
     assert step == 1
 
 
-def test_the_record_says_where_it_came_from_and_keeps_the_rest(cache: Path) -> None:
+def test_the_record_names_its_source_and_keeps_the_rest(cache: Path) -> None:
     source = LogitCache.open(str(cache)).teacher("codes")
     found = recompress(RecompressJob(cache=str(cache), name="codes", to="new", k=8, top_p=0.9))
     made = LogitCache.open(str(cache)).teacher("new")
@@ -212,7 +212,7 @@ def test_the_record_says_where_it_came_from_and_keeps_the_rest(cache: Path) -> N
 
 
 def sampled_entry(record: CacheRecord, targets: SparseTargets) -> tuple[TeacherEntry, SparseTargets]:
-    """Eight certain ids, and the others as if they had been drawn."""
+    """Eight certain ids, and the others as if they had been sampled."""
     entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
     rest = targets.logprobs[:, 8:].astype(np.float64)
     changed = replace(
@@ -240,8 +240,8 @@ def test_a_sample_is_kept_whole(
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "more ids": ("codes", {"k": 65}, "holds 64 ids"),
-    "float32 of codes": ("codes", {"encoding": "float32"}, "say no more than they do"),
+    "more ids": ("codes", {"k": 65}, "holds 64 ids per position: give at most 64"),
+    "float32 of codes": ("codes", {"encoding": "float32"}, "be no more exact"),
     "a finer step": ("codes", {"step_nats": 1 / 64}, "at least 0.0625"),
     "a step between": ("codes", {"step_nats": 3 / 64}, "at least 0.0625"),
     "more mass": ("pruned", {"top_p": 0.95}, "already cut at a mass of 0.8"),
@@ -328,7 +328,7 @@ recompress(RecompressJob(cache=sys.argv[1], name="codes", to="new", k=16, top_p=
 """
 
 
-def test_killed_at_any_write_it_goes_on_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
+def test_killed_at_any_write_it_resumes_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
     """After the record, within the metadata, between the objects of a shard, before a receipt, before the index."""
     changes: dict[str, Any] = {"k": 16, "top_p": 0.95, "step_nats": 0.0625}
     whole = Path(shutil.copytree(cache, tmp_path / "whole"))
@@ -402,7 +402,7 @@ def test_the_command(cache: Path, run: Run) -> None:
     assert shown["teachers"]["new"]["kept"] <= 16
 
 
-def test_the_finest_step_floors_what_it_cannot_reach(cache: Path) -> None:
+def test_the_finest_step_floors_log_probs_that_it_cannot_reach(cache: Path) -> None:
     found = rewrite(cache, "exact", step_nats=MIN_STEP_NATS)
     assert found.logprobs[10].min() >= logprob_floor(MIN_STEP_NATS) - MIN_STEP_NATS
     assert found.log_tail[10] >= logprob_floor(MIN_STEP_NATS)

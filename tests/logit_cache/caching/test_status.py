@@ -1,4 +1,4 @@
-"""`logit-cache status`: what receipts say of a job, on every kind of store, without reading more than it must."""
+"""`logit-cache status`: progress and speed from receipts, on every kind of store, without reading more than it must."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def one(url: str, now: float = NOW) -> EntryStatus:
     return found
 
 
-def test_nothing_begun(cache: str) -> None:
+def test_nothing_started(cache: str) -> None:
     found = one(cache)
     assert (found.state, found.shards_done, found.positions_done, found.shards_begun) == ("not begun", 0, 0, 0)
     assert found.positions_per_second is found.seconds_left is found.last_commit is None
@@ -100,7 +100,7 @@ def test_figures_of_a_running_job(cache: str) -> None:
     assert "8 of 16 shards" in status_line(found)
 
 
-def test_a_job_that_stands_still_is_asked_about(cache: str) -> None:
+def test_a_stalled_job_is_marked(cache: str) -> None:
     for shard in range(4):
         receipt(cache, "a", shard, NOW - 400 + 30 * shard, 30.0)
     # The last one came 310 seconds ago: more than ten shard times, five are allowed.
@@ -127,12 +127,12 @@ def commits(times: list[float], seconds: float = 10.0) -> list[Commit]:
     return [Commit(time, 100, seconds, "here") for time in times]
 
 
-def test_the_rate_of_workers_that_began_together() -> None:
+def test_the_rate_of_workers_that_started_together() -> None:
     # Eight of them, a shard each ten seconds: 80 positions a second, where 39 commits in 40 seconds would be 97.5.
     assert joint_rate(commits([10.0 * (i // 8) for i in range(40)])) == pytest.approx(80.0)
     # The same workers one after the other, every 1.25 seconds.
     assert joint_rate(commits([float(int(1.25 * i)) for i in range(64)])) == pytest.approx(80.0, rel=0.03)
-    # All that is known of them is one round.
+    # Only one round is known of them.
     assert joint_rate(commits([0.0] * 8)) == pytest.approx(80.0)
     assert joint_rate(commits([0.0])) == pytest.approx(10.0)
     assert joint_rate(commits([0.0, 0.0], seconds=0.0)) is None
@@ -153,7 +153,7 @@ def test_more_receipts_are_read_where_many_workers_commit(tmp_path: Path) -> Non
     assert "and 122 more" in status_text(url, [found])
 
 
-def test_shards_that_were_begun(cache: str) -> None:
+def test_started_shards(cache: str) -> None:
     receipt(cache, "a", 0, NOW - 5)
     folder = Path(cache, "teachers/a/token_ids/c")
     for name in ("0/0", "3/0", "7/0.123-abcd.partial"):
@@ -161,10 +161,10 @@ def test_shards_that_were_begun(cache: str) -> None:
         (folder / name).touch()
     found = one(cache)
     assert (found.shards_done, found.shards_begun) == (1, 2)
-    assert "begun without a receipt: 2" in status_text(cache, [found])
+    assert "started without a receipt: 2" in status_text(cache, [found])
 
 
-def test_a_damaged_receipt_is_said(cache: str, run: Run) -> None:
+def test_a_damaged_receipt_is_reported(cache: str, run: Run) -> None:
     receipt(cache, "a", 2, NOW)
     path = Path(cache, "teachers/a/receipts/00000002.json")
     path.write_bytes(path.read_bytes().replace(b'"here"', b'"hare"'))
@@ -315,7 +315,7 @@ def test_on_a_terminal_the_text_is_rewritten(cache: str) -> None:
     while True:
         try:
             piece = os.read(ours, 65_536)
-        except OSError:  # Linux's way to say that nobody writes there any more
+        except OSError:  # on Linux: the other end is closed
             break
         if not piece:
             break

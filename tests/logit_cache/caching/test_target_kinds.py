@@ -1,4 +1,4 @@
-"""`cache-logits --targets varopt` and `--top-p` as they are installed: what is stored, and that it is drawn once."""
+"""`cache-logits --targets varopt` and `--top-p` as they are installed: stored targets, sampled once."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_stored_samples_are_the_model_s(cache: Path, teacher: Path, temperature:
     left = 1 - np.where(is_certain, at_ids, 0.0).sum(1)
     weights = np.where(is_certain, at_ids, (left / np.maximum(K - stored.certain.astype(int), 1))[:, None])
     for ids in (np.arange(200), np.arange(1, 400, 2), np.arange(50, 90)):
-        drawn = (weights * np.isin(stored.token_ids, ids)).sum(1)
-        difference = drawn - share[:, ids].sum(1)
+        sampled = (weights * np.isin(stored.token_ids, ids)).sum(1)
+        difference = sampled - share[:, ids].sum(1)
         assert abs(difference.mean()) < 5 * difference.std() / np.sqrt(len(difference)) + 1e-5
 
 
@@ -92,8 +92,8 @@ def test_a_sample_depends_on_seed_and_position_alone(cache: Path, teacher: Path)
     assert "targets.head_ids" in refusal(cache, "a", teacher, **VAROPT, head_ids=1)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(cache: Path, slow_teacher: Path, run: Run, tmp_path: Path) -> None:
-    """Killed after its first shard and started again: what one undisturbed run gives."""
+def test_a_killed_run_resumes_to_the_same_bytes(cache: Path, slow_teacher: Path, run: Run, tmp_path: Path) -> None:
+    """Killed after its first shard and started again: the bytes of one undisturbed run."""
     undisturbed = Path(shutil.copytree(cache, tmp_path / "undisturbed"))
     fields = {"head_ids": 2, "seed": 5, "target_temperature": 2, "shard_tokens": 1024, "batch_windows": 16}
     cache_logits(undisturbed, "a", slow_teacher, **VAROPT, **fields)

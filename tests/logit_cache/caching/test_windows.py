@@ -45,7 +45,7 @@ def test_every_position_is_scored_by_the_window_that_the_format_names(
 
 @settings(max_examples=100, deadline=None)
 @given(plans(), st.integers(1, 97))
-def test_what_a_position_saw_does_not_depend_on_the_shard_size(
+def test_the_context_of_a_position_does_not_depend_on_the_shard_size(
     plan: tuple[int, Windowing, np.ndarray], shard: int
 ) -> None:
     positions, windowing, starts = plan

@@ -1,4 +1,4 @@
-"""Conversations: the loss mask marks exactly what the assistant wrote, at the position before each of its tokens."""
+"""Conversations: the loss mask marks exactly the assistant's text, at the position before each of its tokens."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def _refused(folder: Path, tokenizer: Any, messages: Any) -> str:
     return str(caught.value)
 
 
-def test_what_cannot_be_rendered_is_refused_with_its_row(folder: Path) -> None:
+def test_messages_that_cannot_be_rendered_are_refused_with_their_row(folder: Path) -> None:
     good = messages_of(CONVERSATIONS[1])
     where = f"{folder / 'chat.jsonl'} line 2"
     message = _refused(folder, chat_tokenizer(None), good)
@@ -254,5 +254,5 @@ def test_what_cannot_be_rendered_is_refused_with_its_row(folder: Path) -> None:
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
-    with pytest.raises(InputError, match=r"row 7: .*ByT5Tokenizer.*tokenizer\.json"):
+    with pytest.raises(InputError, match=r"row 7: .*character offsets.*ByT5Tokenizer.*tokenizer\.json"):
         render(tiny_tokenizer("bytes"), messages_of(CONVERSATIONS[0]), "row 7")

@@ -29,7 +29,7 @@ PAGE = (ROOT / "docs" / "cleaning.md").read_text(encoding="utf-8")
 # --- the rules -------------------------------------------------------------------------------------------------------
 
 
-def test_the_examples_of_the_page_are_what_happens() -> None:
+def test_the_examples_of_the_page_are_real() -> None:
     shown = set()
     for heading, body in re.findall(r"^### (.*?)\n(.*?)(?=^##)", PAGE, flags=re.MULTILINE | re.DOTALL):
         blocks = re.findall(r"^```(before|after)\n(.*?)^```", body, flags=re.MULTILINE | re.DOTALL)
@@ -67,7 +67,7 @@ def test_the_examples_of_the_page_are_what_happens() -> None:
         ("plain", "\n\n\ta\tb \n \n\n\nc\n\n", "\ta b\n\nc\n"),
     ],
 )
-def test_what_becomes_of_lines(family: str, before: str, after: str) -> None:
+def test_lines_are_cleaned(family: str, before: str, after: str) -> None:
     assert clean_text(before, family) == after
 
 
@@ -244,7 +244,7 @@ def test_a_limit_never_cuts_a_character(tmp_path: Path) -> None:
     assert not outcome.entry.cut
 
 
-def test_the_record_says_what_came_from_what(tmp_path: Path, corpus: Path) -> None:
+def test_the_record_lists_inputs_and_outputs(tmp_path: Path, corpus: Path) -> None:
     clean(tmp_path, corpus)
     record = Cleaning.model_validate_json((tmp_path / "out" / RECORD).read_bytes())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -312,13 +312,13 @@ def test_another_file_of_that_name_is_refused(
 
 
 def test_a_file_that_is_not_ours_is_not_overwritten(tmp_path: Path, corpus: Path) -> None:
-    with pytest.raises(InputError, match="does not know"):
+    with pytest.raises(InputError, match=f"that {RECORD} does not list"):
         clean(tmp_path, corpus, out=str(corpus))
     assert (corpus / "notes.txt").read_text(encoding="utf-8") == "one  \n\n\n two\n"
     assert not (corpus / RECORD).exists()
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the record and the rename, and with a partial file left behind."""
     replace = Path.replace
 
@@ -361,7 +361,7 @@ def test_the_command(tmp_path: Path, corpus: Path, run: Run) -> None:
     assert found["files"][0]["entry"]["bytes_out"] == 17
 
 
-def test_what_the_command_refuses(tmp_path: Path, corpus: Path, run: Run) -> None:
+def test_refusals_of_the_command(tmp_path: Path, corpus: Path, run: Run) -> None:
     out = tmp_path / "out"
 
     def clean(*arguments: object, text: object = f"{corpus}/*.train") -> object:

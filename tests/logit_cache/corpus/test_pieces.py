@@ -24,7 +24,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder(Encoder):
-    """An encoder that keeps what it was given."""
+    """An encoder that keeps the texts it received."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(tiny_tokenizer(kind))
@@ -100,14 +100,14 @@ def test_seams_are_made_where_neighbours_disagree() -> None:
     assert ids == expected
 
 
-def test_a_tokenizer_without_offsets_is_cut_at_the_same_places() -> None:
+def test_a_tokenizer_without_offsets_is_cut_at_the_same_positions() -> None:
     text = sample_text()[:5_000]
     encoder = Recorder("bytes")
     assert ids_of([text, "short"], encoder) == [whole_ids("bytes", text), whole_ids("bytes", "short")]
 
 
 @pytest.mark.parametrize("kind", ["seeds", "bytes"])
-def test_what_a_tokenizer_is_given_at_once_is_bounded(kind: str) -> None:
+def test_the_batches_of_a_tokenizer_are_bounded(kind: str) -> None:
     encoder = Recorder(kind)
     most = 0
     read = 0
@@ -191,7 +191,7 @@ def test_trained_tokens_know_trimmed_and_empty_offsets() -> None:
     assert trained_tokens(np.zeros((0, 2), dtype=np.int64), [(0, 1)]).tolist() == []
 
 
-def test_what_a_tokenizer_remembers_of_earlier_calls_does_not_act() -> None:
+def test_truncation_and_padding_set_on_a_tokenizer_do_not_act() -> None:
     tokenizer = make_tokenizer("gpt2")
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=500)

@@ -1,4 +1,4 @@
-"""Text of every kind → token stream: what is stored, and what is refused."""
+"""Text of every kind → token stream: the stored stream, and refusals."""
 
 from __future__ import annotations
 
@@ -287,9 +287,9 @@ def test_training_again_gives_the_same_cache(tmp_path: Path) -> None:
 def test_a_validation_cache_takes_the_tokenizer_of_the_first(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", sample_text()[:20_000])
     first = tokenize(CorpusConfig(text=(path,), out=str(tmp_path / "first"), train_tokenizer=400))
-    for index, place in enumerate((tmp_path / "first", tmp_path / "first" / "tokenizer", f"file://{tmp_path}/first")):
+    for index, source in enumerate((tmp_path / "first", tmp_path / "first" / "tokenizer", f"file://{tmp_path}/first")):
         out = str(tmp_path / f"second-{index}")
-        second = tokenize(CorpusConfig(text=(path,), out=out, tokenizer=str(place)))
+        second = tokenize(CorpusConfig(text=(path,), out=out, tokenizer=str(source)))
         assert second.tokenizer == first.tokenizer
         assert second.corpus == first.corpus
         assert LogitCache.open(out).tokenizer_files() == LogitCache.open(str(tmp_path / "first")).tokenizer_files()
@@ -394,6 +394,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, gpt2: str) -> None
     small, large = (int(line) / 1024 for line in done.stdout.split())
     more = len(line) * 28 / (1 << 20)
     assert more > 3
-    # One document of one line. Tokenised at once it takes 190 bytes of memory per byte of text; what grows here is the
-    # stream itself, mapped into memory while it is written, and what loading a tokenizer again leaves behind.
+    # One document of one line. Tokenised at once it takes 190 bytes of memory per byte of text; the growth here
+    # is the stream itself, mapped into memory while it is written, and the leftovers of loading a tokenizer again.
     assert large - small < 20 * more, f"{small:.0f} and {large:.0f} MiB at the peak, for {more:.1f} MiB more of text"

@@ -1,4 +1,4 @@
-"""`logit-cache tokenize` as it is installed: what it makes, and what it refuses."""
+"""`logit-cache tokenize` as it is installed: its token streams, and refusals."""
 
 from __future__ import annotations
 

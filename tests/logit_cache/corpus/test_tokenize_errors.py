@@ -1,4 +1,4 @@
-"""Text and options that cannot be tokenised: one clear message with the place, and nothing written."""
+"""Text and options that cannot be tokenised: one clear message with the position, and nothing written."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_an_empty_corpus_is_refused(tmp_path: Path, gpt2: str, options: dict[str
     assert "there is no text in it" in refused(tmp_path, gpt2, *text, **options)
 
 
-def test_what_is_no_utf8_text_is_refused_with_its_place(
+def test_text_that_is_no_utf8_is_refused_with_its_position(
     tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "BLOCK_BYTES", 10)
@@ -182,14 +182,14 @@ def test_messages_need_a_template_before_a_tokenizer_is_trained(tmp_path: Path, 
     assert message.startswith(f"{path} line 2: the row holds messages, and a new tokenizer has no chat template")
 
 
-def test_a_place_that_holds_something_else_is_left_alone(
+def test_a_folder_that_holds_something_else_is_left_alone(
     tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = write(tmp_path / "a.txt", "text")
     out = tmp_path / "full"
     out.mkdir()
     write(out / "thesis.tex", "text")
-    monkeypatch.setattr(corpus, "encode", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(corpus, "encode", lambda *_: pytest.fail("the work was started"))
     with pytest.raises(InputError, match=r"full holds thesis\.tex and is not a cache"):
         tokenize(CorpusConfig(text=(text,), out=str(out), tokenizer=gpt2))
     with pytest.raises(InputError, match="is a file"):

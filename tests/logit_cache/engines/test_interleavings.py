@@ -1,4 +1,4 @@
-"""One job, handed from engine to engine: numbers of workers, ways to start them and ways to end them, all at random."""
+"""One job, resumed by engine after engine: numbers of workers, ways to start and to end them, all at random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.jobs import SMALL, Job, committed, contents, copy_of, shards_of, st
 
 from storage.cache.verify import verify
 
-LIVES = 7
+ATTEMPTS = 7
 SEEDS = (0, 1)
 
 
@@ -26,10 +26,10 @@ class World:
 
     def __init__(self, cache: Path, teacher: Path, seed: int) -> None:
         self.cache, self.teacher, self.random = cache, teacher, random.Random(seed)
-        self.story: list[str] = []
+        self.log: list[str] = []
 
-    def live(self) -> None:
-        """One life of the job: some workers are started, and something happens to them."""
+    def attempt(self) -> None:
+        """One run of the job: some workers are started, then killed, stopped or left alone."""
         begin = self.random.choice([self._one, self._several, self._several, self._ranks, self._ranks, self._ray])
         jobs = begin()
         self._wait_for_shards(jobs, self.random.randrange(0, 4))
@@ -44,23 +44,23 @@ class World:
         return start(self.cache, self.teacher, *options, own_group=True)
 
     def _one(self) -> list[Job]:
-        self.story.append("one process")
+        self.log.append("one process")
         return [self._start()]
 
     def _several(self) -> list[Job]:
         workers = self.random.choice([2, 3])
-        self.story.append(f"{workers} workers")
+        self.log.append(f"{workers} workers")
         return [self._start("--workers", workers)]
 
     def _ranks(self) -> list[Job]:
-        """Some of the processes of a job that is split by hand; the others never come."""
+        """Some of the processes of a job that is split by hand; the others are never started."""
         count = self.random.choice([2, 3, 7])
         chosen = self.random.sample(range(count), self.random.choice([1, 2]))
-        self.story.append(f"ranks {chosen} of {count}")
+        self.log.append(f"ranks {chosen} of {count}")
         return [self._start("--worker", f"{index}/{count}") for index in chosen]
 
     def _ray(self) -> list[Job]:
-        self.story.append("ray with 2 workers")
+        self.log.append("ray with 2 workers")
         return [self._start("--engine", "ray", "--workers", 2)]
 
     def _wait_for_shards(self, jobs: list[Job], more: int) -> None:
@@ -72,7 +72,7 @@ class World:
     def _harm(self, jobs: list[Job]) -> None:
         job = self.random.choice(jobs)
         how: Any = self.random.choice(["killed whole", "killed whole", "stopped", "its parent killed", "left alone"])
-        self.story.append(how)
+        self.log.append(how)
         with contextlib.suppress(ProcessLookupError):
             if how == "killed whole":
                 os.killpg(job.process.pid, signal.SIGKILL)
@@ -91,17 +91,17 @@ def test_engines_and_kills_in_any_order_give_the_same_bytes(
     alone = copy_of(small_cache, tmp_path / "alone")
     assert start(alone, slow_teacher).end() == 0
     world = World(copy_of(small_cache, tmp_path / "cache"), slow_teacher, seed)
-    for _ in range(LIVES):
-        world.live()
+    for _ in range(ATTEMPTS):
+        world.attempt()
         if committed(world.cache) == shards_of(world.cache):
             break
-    print(f"\n{committed(world.cache)} of {shards_of(world.cache)} shards after: {', '.join(world.story)}")
-    # Whatever is left, and the index and the report where the last life ended before them.
+    print(f"\n{committed(world.cache)} of {shards_of(world.cache)} shards after: {', '.join(world.log)}")
+    # The remaining shards, and the index and the report where the last run ended before them.
     done = subprocess.run(
         command("cache-logits", "--cache", world.cache, "--teacher", slow_teacher, "--name", "a", *SMALL),
         capture_output=True, text=True, env=environment(), timeout=600, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, (done.stderr, world.story)
-    assert verify(str(world.cache), deep=True).problems == [], world.story
+    assert done.returncode == 0, (done.stderr, world.log)
+    assert verify(str(world.cache), deep=True).problems == [], world.log
     ours = {key: data for key, data in contents(world.cache).items() if not key.endswith(".partial")}
-    assert ours == contents(alone), world.story
+    assert ours == contents(alone), world.log

@@ -34,7 +34,7 @@ from storage.stores import open_store
 
 @pytest.fixture(scope="module")
 def alone(small_cache: Path, slow_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one undisturbed process makes."""
+    """The entry that one undisturbed process makes."""
     cache = copy_of(small_cache, tmp_path_factory.mktemp("alone") / "cache")
     job = start(cache, slow_teacher)
     assert job.end() == 0, job.other
@@ -47,7 +47,7 @@ def cache(small_cache: Path, tmp_path: Path) -> Path:
 
 
 def check(cache: Path, alone: dict[str, bytes]) -> None:
-    """Complete, sound, and what one process alone makes."""
+    """Complete, sound, and equal to the entry of one process alone."""
     assert LogitCache.open(str(cache)).teacher("a").missing() == []
     found = verify(str(cache), deep=True)
     assert found.problems == []
@@ -57,21 +57,21 @@ def check(cache: Path, alone: dict[str, bytes]) -> None:
 
 def test_two_workers_and_one_of_them_killed(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
     job = start(cache, slow_teacher, "--workers", 2)
-    places = [job.until("worker"), job.until("worker")]
-    assert places[0]["pid"] != places[1]["pid"]
+    workers = [job.until("worker"), job.until("worker")]
+    assert workers[0]["pid"] != workers[1]["pid"]
     job.until("shard", 5)
-    os.kill(places[0]["pid"], signal.SIGKILL)
+    os.kill(workers[0]["pid"], signal.SIGKILL)
     assert job.end() == 0, job.other
     (lost,) = job.events("worker lost")
-    assert (lost["worker"], "SIGKILL" in lost["error"]) == (places[0]["worker"], True)
-    assert len(job.events("worker")) == 3, "another one took its place"
-    assert {line["worker"] for line in job.events("shard")} >= {places[1]["worker"]}
+    assert (lost["worker"], "SIGKILL" in lost["error"]) == (workers[0]["worker"], True)
+    assert len(job.events("worker")) == 3, "a replacement was started"
+    assert {line["worker"] for line in job.events("shard")} >= {workers[1]["worker"]}
     assert job.events("end")[0]["given_up"] == []
     check(cache, alone)
 
 
 @pytest.mark.slow
-def test_a_stopped_job_ends_in_time_and_another_engine_goes_on(
+def test_a_stopped_job_ends_in_time_and_another_engine_resumes_it(
     cache: Path, slow_teacher: Path, alone: dict[str, bytes]
 ) -> None:
     job = start(cache, slow_teacher, "--workers", 2, "--grace-seconds", 20)
@@ -85,7 +85,7 @@ def test_a_stopped_job_ends_in_time_and_another_engine_goes_on(
     (error,) = [line for line in job.other if line.startswith("error: ")]
     assert f"{shards - done} of {shards} shards missing" in error
     assert job.events("end")[0]["stopped"]
-    # Alone, then as one of seven, which helps with the shares of the six that do not come.
+    # Alone, then as one of seven, which helps with the shares of the six that are not started.
     job = start(cache, slow_teacher)
     job.until("shard", 3)
     job.kill(signal.SIGTERM)
@@ -134,7 +134,7 @@ def test_a_job_beside_another_one_takes_other_shards(cache: Path, slow_teacher: 
 
 
 @pytest.mark.slow
-def test_a_shard_that_somebody_else_has_is_waited_for(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
+def test_a_job_waits_for_a_shard_leased_by_another(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
     leases = leases_in(open_store(str(cache)), "teachers/a/receipts")
     assert leases.take(7)
     job = start(cache, slow_teacher)
@@ -142,7 +142,7 @@ def test_a_shard_that_somebody_else_has_is_waited_for(cache: Path, slow_teacher:
         assert job.process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
-    assert job.process.poll() is None, "somebody may still be at it"
+    assert job.process.poll() is None, "the holder of the lease may still build it"
     leases.release(7)
     assert job.end() == 0
     check(cache, alone)
@@ -168,7 +168,7 @@ def invoke(cache: Path, teacher: Path, *options: object) -> Any:
     return CliRunner().invoke(cache_logits, list(map(str, words)))
 
 
-def test_a_shard_that_fails_every_time_is_named_and_the_rest_is_done(
+def test_a_shard_that_fails_every_attempt_is_named_and_the_rest_is_done(
     cache: Path, teacher: Path, failing: dict[int, list[BaseException]], run: Run
 ) -> None:
     failing[3] = [RuntimeError("out of memory")] * 3
@@ -176,17 +176,17 @@ def test_a_shard_that_fails_every_time_is_named_and_the_rest_is_done(
     done = invoke(cache, teacher)
     assert done.exit_code == 1, done.output
     assert "shard 5 failed, attempt 1 of 3" in done.stderr
-    assert "shard 3 failed 3 times and is given up: RuntimeError: out of memory" in done.stderr
+    assert "shard 3 failed permanently, after 3 attempts: RuntimeError: out of memory" in done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "1 shard(s) failed every time and were given up: 3 (" in error
+    assert "1 shard(s) failed permanently, in every attempt: 3 (" in error
     assert "Traceback" not in done.stderr
     assert committed(cache) == shards_of(cache) - 1
-    said = run("logit-cache", "status", cache)
-    assert "given up    1 shards" in said.stdout
-    assert "shard 3 after 3 attempts" in said.stdout
+    status = run("logit-cache", "status", cache)
+    assert "failed      1 shards, permanently" in status.stdout
+    assert "shard 3 after 3 attempts" in status.stdout
     note = json.loads((cache / "teachers/a/receipts/00000003.failed.json").read_text())
     assert "Traceback" in note["error"]
-    # What was wrong is over.
+    # The fault is over.
     assert invoke(cache, teacher).exit_code == 0
     assert not list((cache / "teachers/a/receipts").glob("*.failed.json"))
     assert json.loads(run("logit-cache", "status", cache, "--json").stdout)["complete"]
@@ -206,10 +206,10 @@ def test_a_broken_device_ends_the_process(cache: Path, teacher: Path, failing: d
     assert committed(cache) == 4
 
 
-def test_what_is_done_in_time_is_finished_and_the_rest_let_go() -> None:
+def test_a_shard_that_can_be_done_in_time_is_finished_and_others_are_dropped() -> None:
     stopping = Stopping(100.0)
     stopping.begin()
-    stopping.check(0.01)  # nobody asked
+    stopping.check(0.01)  # no stop was requested
     stopping.wanted, stopping.asked_at = True, time.monotonic()
     stopping._began = time.monotonic() - 10.0
     stopping.check(0.5)  # ten seconds to go
@@ -254,7 +254,7 @@ def test_options_that_make_no_sense(cache: Path, teacher: Path, run: Run, option
     assert not (cache / "teachers/a").exists()
 
 
-def test_what_every_worker_refuses_is_said_once(cache: Path, make_teacher: Callable[..., Path], run: Run) -> None:
+def test_a_refusal_of_every_worker_is_printed_once(cache: Path, make_teacher: Callable[..., Path], run: Run) -> None:
     narrow = make_teacher(1, vocabulary_size=100)
     done = run("cache-logits", "--cache", cache, "--teacher", narrow, "--name", "a", *SMALL, "--workers", 2)
     refused(done, "its head has 100 columns")
@@ -271,10 +271,10 @@ def test_the_result_is_alone_on_stdout(cache: Path, teacher: Path, run: Run) -> 
     assert all(line["entry"] == "a" and line["time"] for line in events)
 
 
-def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_claims(
+def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_leases(
     cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On a store a claim outlives its holder: the same worker, started again, waits for its end and does the shard."""
+    """On a store a lease outlives its holder: the same worker, started again, waits for its end, then builds."""
     monkeypatch.setattr(storage.cache.leases, "LEASE_SECONDS", 4.0)
     url = f"memory://{tmp_path.name}/cache"
     fsspec.filesystem("memory").put(f"{cache}/", f"/{tmp_path.name}/cache/", recursive=True)
@@ -298,7 +298,7 @@ def test_a_worker_that_helps_nobody_does_its_share(cache: Path, teacher: Path) -
 
 
 @pytest.mark.slow
-def test_torchrun_tells_each_process_its_share(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
+def test_torchrun_gives_each_process_its_share(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
     words = command("cache-logits", "--cache", cache, "--teacher", slow_teacher, "--name", "a", *SMALL)
     launcher = ["torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run(

@@ -36,7 +36,7 @@ def teacher(make_teacher: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(small_cache: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory, run: Run) -> dict[str, bytes]:
-    """What one process stores."""
+    """The objects that one process stores."""
     path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("expected") / "cache"))
     done = run("cache-logits", "--cache", path, "--teacher", teacher, *JOB)
     assert done.returncode == 0, done.stderr
@@ -59,8 +59,8 @@ def cache(small_cache: Path, tmp_path: Path) -> Path:
 
 
 def objects(cache: Path) -> dict[str, bytes]:
-    """All that an entry has, without what a killed worker leaves. Of the receipts, which hold times, that they are
-    there."""
+    """All objects of an entry, without the leftovers of a killed worker. Of the receipts, which hold times, only the
+    names."""
     folder = cache / "teachers" / NAME
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".claim", ".partial")]
     return {str(p.relative_to(folder)): b"" if p.parent.name == "receipts" else p.read_bytes() for p in paths}
@@ -72,36 +72,36 @@ class Job:
     def __init__(
         self, nodes: RayNodes, cache: Path, teacher: Path, *more: object, script: tuple[str, ...] = ()
     ) -> None:
-        self._log = cache.parent / "log"
+        self._path = cache.parent / "log"
         arguments = ("--cache", cache, "--teacher", teacher, *JOB)
         ray = ("--engine", "ray", "--ray-address", nodes.address, "--workers", 2)
         words = command("cache-logits", *arguments, *ray, *more)
         if script:
             words = [sys.executable, str(TESTS / "support/clusters/ray_faulty.py"), *script, *words[1:]]
         self._cache = cache
-        with self._log.open("wb") as log:
+        with self._path.open("wb") as log:
             self.process = subprocess.Popen(
                 words, stdout=subprocess.DEVNULL, stderr=log, env=environment() | nodes.access
             )
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """What it has told so far of one kind; the last line may be half of one."""
-        lines = [line for line in self.told.splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
+        """The events of one kind so far; the last line may be incomplete."""
+        lines = [line for line in self.log.splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
         return [event for event in map(json.loads, lines) if event["event"] == kind]
 
     @property
-    def told(self) -> str:
-        return self._log.read_text(encoding="utf-8")
+    def log(self) -> str:
+        return self._path.read_text(encoding="utf-8")
 
     def built(self) -> int:
-        """How many shards are there."""
+        """Number of committed shards."""
         return len(list((self._cache / "teachers" / NAME / "receipts").glob("????????.json")))
 
     def in_the_middle(self, workers: int = 1) -> list[dict[str, Any]]:
-        """Wait until so many workers are there and some shards are built; the workers."""
+        """Wait until so many workers have started and some shards are built; returns the events of the workers."""
 
         def some() -> bool:
-            assert self.process.poll() is None, self.told
+            assert self.process.poll() is None, self.log
             return len(self.events("worker")) >= workers and self.built() > 10
 
         until(some, f"{workers} workers build")
@@ -115,13 +115,13 @@ class Job:
 
 def whole(job: Job, cache: Path, expected: dict[str, bytes], run: Run) -> None:
     """The job is done, with the bytes of one process, and all of it can be verified."""
-    assert job.end() == 0, job.told
+    assert job.end() == 0, job.log
     assert objects(cache) == expected
     verified = run("logit-cache", "verify", cache, "--deep")
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-# What is refused
+# Refusals
 
 
 def test_without_ray(cache: Path, teacher: Path) -> None:
@@ -134,7 +134,7 @@ def test_without_ray(cache: Path, teacher: Path) -> None:
     refused(done, "pip install 'logit-cache[ray]'")
 
 
-def test_where_no_cluster_is(cache: Path, teacher: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cluster(cache: Path, teacher: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
     refused(run(*job, "--ray-address", "127.0.0.1:9"), "127.0.0.1:9", "Connection refused")
     refused(run(*job, "--ray-address", "ray://127.0.0.1:10001"), "ray://127.0.0.1:10001", "head node")
@@ -171,7 +171,7 @@ def test_jobs_that_do_not_fit(
     refused(job(teacher, "-k", 401), "--k 401", "400 ids")
     done = job(make_teacher(vocabulary_size=300))
     refused(done, "300 columns", "400 ids")
-    assert "is lost" not in done.stderr, "the user's error is told once"
+    assert "is lost" not in done.stderr, "the user's error is reported once"
     assert not (cache / "teachers" / NAME).exists()
     assert run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--shard-tokens", 8192).returncode == 0
     before = objects(cache)
@@ -180,17 +180,17 @@ def test_jobs_that_do_not_fit(
 
 
 @pytest.mark.slow
-def test_a_wait_for_what_the_cluster_does_not_have_is_told(nodes: RayNodes, cache: Path, teacher: Path) -> None:
+def test_a_wait_for_room_is_logged(nodes: RayNodes, cache: Path, teacher: Path) -> None:
     job = Job(nodes, cache, teacher, "--worker-cpus", 2, "--log-format", "text")
-    until(lambda: "wait for room" in job.told, "the wait is told", 60)
-    assert "2 of 2 workers wait for room: each needs 2 CPU(s) of a node" in job.told
-    assert "none of its nodes is large enough" in job.told
+    until(lambda: "wait for room" in job.log, "the wait is logged", 60)
+    assert "2 of 2 workers wait for room: each needs 2 CPU(s) of a node" in job.log
+    assert "none of its nodes is large enough" in job.log
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 1
     assert not (cache / "teachers" / NAME).exists()
 
 
-# Whatever is killed
+# Kills
 
 
 @pytest.mark.slow
@@ -206,8 +206,8 @@ def test_a_cluster_of_its_own(cache: Path, teacher: Path, expected: dict[str, by
 def test_undisturbed(nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run) -> None:
     job = Job(nodes, cache, teacher)
     whole(job, cache, expected, run)
-    places = job.events("worker")
-    assert len({place["node"] for place in places}) == 2
+    workers = job.events("worker")
+    assert len({worker["node"] for worker in workers}) == 2
     assert {event["worker"] for event in job.events("shard")} == {"0", "1"}
     assert not job.events("worker lost")
     until(lambda: not nodes.actors(), "no actor is left", 30)
@@ -235,9 +235,9 @@ def test_a_driver_that_is_asked_to_stop(
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 1
     assert time.monotonic() - asked < 11
-    assert "was stopped with" in job.told
+    assert "was stopped with" in job.log
     assert 10 < job.built() < SHARDS
-    # Elsewhere, by another engine.
+    # By another engine, on this machine alone.
     done = run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB)
     assert done.returncode == 0, done.stderr
     assert objects(cache) == expected
@@ -265,7 +265,7 @@ def test_a_shard_that_always_fails(
 ) -> None:
     faulty = Job(nodes, cache, teacher, script=("7", "this one is odd", ""))
     assert faulty.end() == 1
-    assert "1 shard(s) failed every time and were given up: 7 (RuntimeError: this one is odd)" in faulty.told
+    assert "1 shard(s) failed permanently, in every attempt: 7 (RuntimeError: this one is odd)" in faulty.log
     receipts = cache / "teachers" / NAME / "receipts"
     assert {int(path.stem) for path in receipts.glob("????????.json")} == set(range(SHARDS)) - {7}
     note = json.loads((receipts / "00000007.failed.json").read_bytes())
@@ -287,12 +287,12 @@ def test_a_device_that_is_broken(
     assert once.exists()
     (lost,) = job.events("worker lost")
     assert "CUDA error: an illegal memory access" in lost["error"]
-    broken = next(place for place in job.events("worker") if place["worker"] == lost["worker"])
+    broken = next(worker for worker in job.events("worker") if worker["worker"] == lost["worker"])
     after = [event["worker"] for event in job.events("shard") if event["shard"] == 20]
     assert after != [lost["worker"]]
     assert broken["pid"] not in nodes.actors()
     (retry,) = job.events("retry")
-    assert retry["shard"] == 20, "what it had besides is not to blame"
+    assert retry["shard"] == 20, "its other shards are not to blame"
 
 
 @pytest.mark.slow
@@ -300,14 +300,14 @@ def test_a_node_that_is_killed(
     nodes: RayNodes, cache: Path, teacher: Path, expected: dict[str, bytes], run: Run
 ) -> None:
     job = Job(nodes, cache, teacher)
-    places = {nodes.node_of(place["pid"]): place["worker"] for place in job.in_the_middle(workers=2)}
+    workers = {nodes.node_of(worker["pid"]): worker["worker"] for worker in job.in_the_middle(workers=2)}
     nodes.kill(1)
     # In time for the end of the job, or not: the other node can do it alone.
     nodes.add()
     whole(job, cache, expected, run)
     first, *others = job.events("worker lost")
-    assert first["worker"] == places[1]
+    assert first["worker"] == workers[1]
     assert "its node is gone, or cannot be reached" in first["error"]
-    # Ray may make the next one where it does not know yet that the node is gone.
+    # Ray may start the replacement on that node while it does not know yet that it is gone.
     assert len(others) <= 1
     assert not job.events("retry"), "no shard is to blame for it"

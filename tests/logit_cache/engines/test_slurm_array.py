@@ -1,6 +1,6 @@
 """`cache-logits --engine slurm`, and plain Slurm tasks, on a real cluster whose tasks are disturbed: the same bytes.
 
-The tests marked `slurm` need the cluster (`make test-slurm`); the others are about what is made of results and logs.
+The tests marked `slurm` need the cluster (`make test-slurm`); the others are about results and logs of tasks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from support.clusters.slurm import Cluster, until
 from support.commands import Run, command, environment, refused
 
 from logit_cache.caching.job import CacheJob
-from logit_cache.engines import run as engines
-from logit_cache.engines.driver import NotDone
+from logit_cache.engines import this_machine
+from logit_cache.engines.outcome import NotDone
 from logit_cache.engines.slurm import array as engine
 from logit_cache.engines.slurm.task import ArrayTask
 from storage.cache.failures import Failures
@@ -41,7 +41,7 @@ def cache(small_cache: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(small_cache: Path, teacher: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process of this machine makes, undisturbed."""
+    """A cache whose entry one undisturbed process of this machine made."""
     path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("whole") / "cache"))
     done = run("cache-logits", "--cache", path, "--teacher", teacher, *JOB)
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def whole(small_cache: Path, teacher: Path, run: Run, tmp_path_factory: pytest.T
 
 
 def contents(cache: Path) -> dict[str, object]:
-    """Every file of the entry but a killed task's leftovers; of receipts what is neither a time nor a host."""
+    """Every file of the entry but a killed task's leftovers; receipts without times, host and their own digest."""
     folder = cache / "teachers/a"
     found: dict[str, object] = {}
     for path in folder.rglob("*"):
@@ -68,7 +68,7 @@ _OF_A_RUN = {"seconds", "written_at", "host", "sha256"}
 
 
 def receipts(cache: Path, task: int | None = None) -> int:
-    """How many shards are committed, of one of two tasks if so asked."""
+    """Number of committed shards, of one of two tasks if `task` is given."""
     names = [path.stem for path in (cache / "teachers/a/receipts").glob("*.json") if path.stem.isdecimal()]
     return sum(task is None or int(name) % 2 == task for name in names)
 
@@ -79,33 +79,33 @@ class Waiting:
     def __init__(self, cluster: Cluster, folder: Path, *arguments: object) -> None:
         self.folder = folder
         self.cluster = cluster
-        with (folder / "said").open("wb") as said:
+        with (folder / "stderr").open("wb") as stderr:
             self.process = subprocess.Popen(
                 command("cache-logits", *arguments),
                 cwd=folder,
                 env={**environment(), **cluster.environment},
                 stdout=subprocess.PIPE,
-                stderr=said,
+                stderr=stderr,
                 text=True,
             )
 
-    def said(self) -> str:
-        return (self.folder / "said").read_text(encoding="utf-8")
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text(encoding="utf-8")
 
     def number(self) -> int:
-        """The number of the array, when it is submitted."""
-        until(lambda: "submitted job" in self.said() or self.process.poll() is not None, self.cluster, "a job")
-        match = re.search(r"submitted job (\d+) ", self.said())
-        assert match, self.said()
+        """The job number of the array, once it is submitted."""
+        until(lambda: "submitted job" in self.stderr() or self.process.poll() is not None, self.cluster, "a job")
+        match = re.search(r"submitted job (\d+) ", self.stderr())
+        assert match, self.stderr()
         return int(match[1])
 
     def ended(self) -> subprocess.CompletedProcess[str]:
-        """Wait for the end."""
+        """Wait until the command has ended; returns its result."""
         out, _ = self.process.communicate(timeout=180)
-        return subprocess.CompletedProcess([], self.process.returncode, out, self.said())
+        return subprocess.CompletedProcess([], self.process.returncode, out, self.stderr())
 
     def logs(self) -> str:
-        """What the tasks have written."""
+        """The logs of all tasks."""
         return "".join(path.read_text(encoding="utf-8") for path in sorted(self.folder.glob("slurm-logs/*/*_log.*")))
 
 
@@ -143,7 +143,7 @@ def clean(run: Run, cache: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_an_array_makes_what_one_process_makes(
+def test_an_array_makes_the_entry_of_one_process(
     start: Callable[..., Waiting], cache: Path, whole: Path, run: Run
 ) -> None:
     done = start("--json", "--worker-cpus", 1, "--slurm-folder", "slurm-logs").ended()
@@ -152,7 +152,7 @@ def test_an_array_makes_what_one_process_makes(
     assert contents(cache) == contents(whole)
     clean(run, cache)
     clean(run, cache)
-    # The task finds that this job is not the entry's, and the command says so, complete as the entry is.
+    # The task finds that this job is not the entry's, and the command reports it, although the entry is complete.
     refused(start("-k", 20).ended(), "a task of job", "targets.k")
     assert contents(cache) == contents(whole)
 
@@ -165,7 +165,7 @@ def test_a_task_that_is_requeued_and_one_at_its_time_limit(
     array = waiting.number()
     until(lambda: min(receipts(cache, 0), receipts(cache, 1)) >= 2, slurm, "both tasks have built shards")
     slurm.call("scontrol", "requeue", f"{array}_0")
-    # What Slurm sends before the time limit.
+    # The signal that Slurm sends before the time limit.
     slurm.call("scancel", "--signal", "USR2", f"{array}_1")
     done = waiting.ended()
     assert done.returncode == 0, done.stderr + waiting.logs()
@@ -204,7 +204,7 @@ def test_a_command_that_does_not_wait_and_one_that_is_ended(
     waiting.process.send_signal(signal.SIGTERM)
     ended = waiting.ended()
     assert ended.returncode == 1
-    assert f"job {array} goes on" in ended.stderr.splitlines()[-1]
+    assert f"job {array} continues" in ended.stderr.splitlines()[-1]
     assert f"scancel {array}" in ended.stderr.splitlines()[-1]
     assert str(array) in slurm.queue()
     slurm.call("scancel", array)
@@ -228,12 +228,12 @@ def test_plain_tasks_of_slurm_take_their_share(
     again = Path(shutil.copytree(small_cache, tmp_path / "again"))
     words = command("cache-logits", "--teacher", teacher, *JOB)
     everyone = Cluster({**environment(), **slurm.environment})
-    said = everyone.call(
+    answer = everyone.call(
         "sbatch", "--parsable", "--array=3-4", "--requeue", "--open-mode=append", f"--output={tmp_path}/array-%a",
         "--wrap", " ".join(map(str, [*words, "--cache", cache])),
     )  # fmt: skip
     until(lambda: receipts(cache, 0) >= 2, slurm, "the first task has built shards")
-    slurm.call("scontrol", "requeue", f"{said.strip()}_3")
+    slurm.call("scontrol", "requeue", f"{answer.strip()}_3")
     until(lambda: not slurm.queue(), slurm, "the array ends", 120)
     texts = [(tmp_path / f"array-{task}").read_text(encoding="utf-8") for task in (3, 4)]
     assert "was stopped with" in texts[0], texts[0]
@@ -251,7 +251,7 @@ def test_plain_tasks_of_slurm_take_their_share(
 
 
 @pytest.mark.slurm
-def test_what_sbatch_refuses(start: Callable[..., Waiting], slurm: Cluster, tmp_path: Path) -> None:
+def test_refusals_of_sbatch(start: Callable[..., Waiting], slurm: Cluster, tmp_path: Path) -> None:
     refused(start("--slurm", "partition=nowhere").ended(), "Slurm does not take the job", "nowhere")
     refused(start("--slurm", "no-such-thing=1").ended(), "Slurm does not take the job", "no-such-thing")
     assert not (tmp_path / "slurm-logs").exists()
@@ -281,7 +281,7 @@ def test_the_variables_of_a_job_around_it_are_not_handed_on(monkeypatch: pytest.
 
 @pytest.fixture
 def ended(cache: Path, teacher: Path, tmp_path: Path) -> tuple[CacheJob, Path]:
-    """An array that has ended with an entry of which nothing is done, and its folder."""
+    """An array that has ended without a shard of its entry, and its folder."""
     from logit_cache.caching.prepare import open_job
 
     job = CacheJob(cache=str(cache), teacher=(str(teacher),), name="a", context_tokens=64, shard_tokens=1024)
@@ -291,7 +291,7 @@ def ended(cache: Path, teacher: Path, tmp_path: Path) -> tuple[CacheJob, Path]:
     return job, folder
 
 
-def test_an_array_that_ended_says_why(ended: tuple[CacheJob, Path]) -> None:
+def test_an_array_that_ended_is_reported_with_its_error(ended: tuple[CacheJob, Path]) -> None:
     job, folder = ended
     with pytest.raises(NotDone, match=r"job 7 has ended with .* shards missing; its logs are in"):
         engine._outcome(job, "7", 3, folder, {})
@@ -307,7 +307,7 @@ def test_an_array_that_ended_says_why(ended: tuple[CacheJob, Path]) -> None:
         engine._outcome(job, "7", 3, folder, {})
 
 
-def test_shards_that_were_given_up_are_named(ended: tuple[CacheJob, Path]) -> None:
+def test_shards_that_failed_permanently_are_named(ended: tuple[CacheJob, Path]) -> None:
     job, folder = ended
     notes = Failures(open_store(job.cache), "teachers/a/receipts")
     notes.record(1, 3, "of the run before")
@@ -327,7 +327,7 @@ def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path], r
         engine._outcome(job, "7", 3, folder, {})
     without = job.model_copy(update={"fidelity_positions": 0})
     engine._outcome(without, "7", 2, folder, {})
-    # One of two tasks met a full disk; then both have another job in mind.
+    # One of two tasks met a full disk; then both refuse, as for another job's entry.
     for task in (0, 1):
         (folder / f"7_{task}_0_result.pkl").write_bytes(pickle.dumps(("success", ("refused", "not this one"))))
         if task == 0:
@@ -336,20 +336,20 @@ def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path], r
         engine._outcome(without, "7", 2, folder, {})
 
 
-def test_lives_that_do_nothing_end(ended: tuple[CacheJob, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    lives: list[int] = []
-    monkeypatch.setattr(engines, "run_job", lambda *arguments: lives.append(1))
+def test_runs_without_progress_end(ended: tuple[CacheJob, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    monkeypatch.setattr(this_machine, "run_job_here", lambda *arguments: runs.append(1))
     before = signal.getsignal(signal.SIGTERM)
     try:
         task = ArrayTask(ended[0].model_dump(mode="json"), {})
         for _ in range(3):
             assert task() is None
             task = task.checkpoint().function
-        told = task()
-        assert told is not None
-        assert (told[0], len(lives)) == ("failed", 3)
-        assert "3 times the time limit" in told[1]
-        # Somebody has done something meanwhile.
+        error = task()
+        assert error is not None
+        assert (error[0], len(runs)) == ("failed", 3)
+        assert "3 times the time limit" in error[1]
+        # Another task has made progress meanwhile.
         task.missing = (task.missing or 0) + 1
         assert task() is None
         assert task.checkpoint().function.fruitless == 0

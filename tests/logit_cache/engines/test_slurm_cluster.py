@@ -1,4 +1,4 @@
-"""On a real Slurm cluster: what the cluster itself does, which other tests rely on. `make test-slurm` runs these.
+"""Behaviour of a real Slurm cluster that other tests rely on. `make test-slurm` runs these.
 
 Array tasks, a requeued task, signals.
 """
@@ -12,16 +12,16 @@ from support.clusters.slurm import Cluster, until
 
 pytestmark = pytest.mark.slurm
 
-# A job that says what it hears and ends when it hears it. Bash acts on a signal only between commands: hence `wait`.
+# A job that records starts and SIGTERM, which ends it. Bash acts on a signal only between commands: hence `wait`.
 PATIENT = """
-trap 'echo heard TERM >>heard; exit 0' TERM
-echo "restart ${SLURM_RESTART_COUNT:-0}" >>heard
+trap 'echo received TERM >>received; exit 0' TERM
+echo "restart ${SLURM_RESTART_COUNT:-0}" >>received
 sleep 300 & wait
 """
 
 
 def lines(path: Path) -> list[str]:
-    """What a job has written so far."""
+    """The lines that a job has written so far."""
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
@@ -42,20 +42,20 @@ def test_the_tasks_of_an_array_know_which_they_are_and_run_at_once(slurm: Cluste
     assert (tmp_path / "met-1").exists()
 
 
-def test_a_requeued_task_hears_the_signal_and_runs_again(slurm: Cluster, tmp_path: Path) -> None:
+def test_a_requeued_task_receives_the_signal_and_runs_again(slurm: Cluster, tmp_path: Path) -> None:
     job = slurm.submit(PATIENT, tmp_path, "--array=0-1", "--requeue", "--exclude=node2")
-    heard = tmp_path / "heard"
-    until(lambda: lines(heard) == ["restart 0"], slurm, "the first task runs")
+    received = tmp_path / "received"
+    until(lambda: lines(received) == ["restart 0"], slurm, "the first task runs")
     slurm.call("scontrol", "requeue", f"{job}_0")
     slurm.call("scancel", f"{job}_1")
-    until(lambda: len(lines(heard)) == 3, slurm, "the task runs again")
-    assert lines(heard) == ["restart 0", "heard TERM", "restart 1"]
+    until(lambda: len(lines(received)) == 3, slurm, "the task runs again")
+    assert lines(received) == ["restart 0", "received TERM", "restart 1"]
 
 
 def test_a_signal_arrives_at_the_script(slurm: Cluster, tmp_path: Path) -> None:
     job = slurm.submit(PATIENT, tmp_path)
-    heard = tmp_path / "heard"
-    until(lambda: lines(heard) == ["restart 0"], slurm, "the job runs")
+    received = tmp_path / "received"
+    until(lambda: lines(received) == ["restart 0"], slurm, "the job runs")
     slurm.call("scancel", "--signal=TERM", "--batch", job)
     until(lambda: not slurm.queue(), slurm, "the job ends")
-    assert lines(heard) == ["restart 0", "heard TERM"]
+    assert lines(received) == ["restart 0", "received TERM"]

@@ -1,4 +1,4 @@
-"""What sbatch is told of an array of `cache-logits --engine slurm`; no cluster is needed."""
+"""The sbatch parameters of an array of `cache-logits --engine slurm`; no cluster is needed."""
 
 from __future__ import annotations
 

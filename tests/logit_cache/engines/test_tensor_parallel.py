@@ -35,8 +35,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**COMMON),
     "qwen2": lambda: transformers.Qwen2Config(**{**COMMON, "vocab_size": V}),
     "tied": lambda: transformers.LlamaConfig(**COMMON, tie_word_embeddings=True),
-    "phi": lambda: transformers.PhiConfig(**COMMON),  # a head with a bias
-    "gemma2": lambda: transformers.Gemma2Config(  # a soft cap after the head
+    "phi": lambda: transformers.PhiConfig(**COMMON),  # an LM head with a bias
+    "gemma2": lambda: transformers.Gemma2Config(  # a soft cap after the LM head
         **COMMON, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=10.0
     ),
     # More padding than the last of four ranks has columns.
@@ -79,8 +79,8 @@ def ranks_run(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-def said(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One line of ours, whatever torchrun adds, and no traceback of ours."""
+def one_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Check for one error line of ours, whatever torchrun adds, and no traceback of ours."""
     assert done.returncode == 1, "torchrun has one status for all failures"
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
@@ -90,15 +90,15 @@ def said(done: subprocess.CompletedProcess[str], *words: str) -> None:
         assert word in errors[0], errors[0]
 
 
-def check_alike(found: SparseTargets, expected: SparseTargets, drawn: bool) -> None:
-    """Log-probs within 1e-5, ids equal but for ties, which include the border of two ids under a tooth."""
+def check_alike(found: SparseTargets, expected: SparseTargets, sampled: bool) -> None:
+    """Check log-probs within 1e-5, ids equal but for ties, which include the border of two ids under a tooth."""
     for name in ("log_tail", "log_tail_half", "label_logprob", "entropy"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         if name.startswith("log_tail"):
             ours, theirs = ours[found.certain == expected.certain], theirs[found.certain == expected.certain]
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5, equal_nan=True)
     assert (found.certain == expected.certain).mean() > 0.999
-    if not drawn:
+    if not sampled:
         swapped = found.token_ids != expected.token_ids
         assert swapped.any(axis=1).mean() < 0.03
         np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
@@ -110,13 +110,13 @@ def check_alike(found: SparseTargets, expected: SparseTargets, drawn: bool) -> N
 
 
 def by_id(targets: SparseTargets) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and their log-probs in the order of the ids, in which equal log-probs are no matter."""
+    """Ids and their log-probs in the order of the ids, in which ties of log-probs do not matter."""
     order = targets.token_ids.argsort(axis=1)
     return np.take_along_axis(targets.token_ids, order, 1), np.take_along_axis(targets.logprobs, order, 1)
 
 
 def cached(run: Run, ranks: int, stream: Path, teacher: Path, *options: object) -> None:
-    """The same entry by one process and by several ranks, complete, sound, and alike."""
+    """Build an entry by one process and by several ranks; check that they are complete, sound, and alike."""
     one = run("cache-logits", "--cache", stream, "--teacher", teacher, "--name", "one", *OPTIONS, *options)
     assert one.returncode == 0, one.stderr
     done = ranks_run(ranks, "--cache", stream, "--teacher", teacher, "--name", "ranks", *OPTIONS, *options)
@@ -175,9 +175,9 @@ def test_half_precision_is_as_far_from_one_process_as_its_rounding(run: Run, str
 # ---- how ranks end
 
 
-def test_a_user_error_is_said_once(stream: Path, save: Save) -> None:
+def test_a_user_error_is_printed_once(stream: Path, save: Save) -> None:
     done = ranks_run(2, "--cache", stream, "--teacher", save("gpt2"), "--name", "x", *OPTIONS)
-    said(done, "has no plan for spreading its layers over ranks", "use --device-map")
+    one_error(done, "has no plan for spreading its layers over ranks", "use --device-map")
     assert not (stream / "teachers" / "x").exists()
 
 
@@ -188,7 +188,7 @@ def test_an_error_of_one_rank_alone_ends_the_others(run: Run, stream: Path, save
     job = ("--teacher", llama, "--name", "one", *OPTIONS)
     assert run("cache-logits", "--cache", stream, *job).returncode == 0
     began = time.monotonic()
-    said(ranks_run(2, "--cache", stream, *job), "execution.tensor_parallel: the cache has None, this job has 2")
+    one_error(ranks_run(2, "--cache", stream, *job), "execution.tensor_parallel: the cache has None, this job has 2")
     other = make_stream(tmp_path / "other", 5_000)
     script = f'exec cache-logits "$@" --cache $([ $RANK = 1 ] && echo {other} || echo {stream})'
     done = subprocess.run(
@@ -197,7 +197,7 @@ def test_an_error_of_one_rank_alone_ends_the_others(run: Run, stream: Path, save
         env={**environment(), "PATH": f"{Path(command('cache-logits')[0]).parent}:{os.environ['PATH']}"},
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    said(done, "rank 1 sees another cache or teacher than rank 0", "positions: rank 0 has 6000")
+    one_error(done, "rank 1 sees another cache or teacher than rank 0", "positions: rank 0 has 6000")
     assert time.monotonic() - began < 120
     assert LogitCache.open(str(other)).teachers == ()
 
@@ -213,11 +213,11 @@ def test_an_error_of_one_rank_alone_ends_the_others(run: Run, stream: Path, save
         (1, (), "needs two processes or more"),
     ],
 )
-def test_what_ranks_refuse(ranks: int, arguments: tuple[str, ...], words: str, stream: Path, save: Save) -> None:
+def test_refusals_of_ranks(ranks: int, arguments: tuple[str, ...], words: str, stream: Path, save: Save) -> None:
     done = ranks_run(ranks, "--cache", stream, "--teacher", save("llama"), "--name", "x", *OPTIONS, *arguments)
     assert words in done.stderr
     if ranks > 1 and "--kk" not in arguments:
-        said(done, words)
+        one_error(done, words)
 
 
 def test_without_torchrun_and_in_other_commands_it_is_refused(run: Run, stream: Path, save: Save) -> None:
@@ -246,7 +246,7 @@ def wait_for_receipts(folder: Path, count: int, running: subprocess.Popen[bytes]
 
 
 def receipts(folder: Path) -> dict[str, Any]:
-    """What the receipts of an entry say of its objects."""
+    """The objects that the receipts of an entry list."""
     return {
         path.name: json.loads(path.read_text()).get("objects")
         for path in sorted(folder.glob("receipts/*.json"))
@@ -299,7 +299,7 @@ def test_two_groups_share_an_entry(run: Run, stream: Path, save: Save) -> None:
     assert entry.fidelity() is not None
 
 
-# ---- what is recorded
+# ---- records
 
 
 def test_records_from_before_keep_their_digests() -> None:

@@ -1,4 +1,4 @@
-"""Which worker a process is, by what started it."""
+"""The rank of a process, by its flag or the variables of its launcher."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_ranks(worker: str | None, environment: dict[str, str], expected: tuple[
 
 
 @pytest.mark.parametrize(
-    ("worker", "environment", "said"),
+    ("worker", "environment", "message"),
     [
         ("4/4", {}, "0 <= i < n"),
         ("a/4", {}, "0 <= i < n"),
@@ -43,6 +43,6 @@ def test_ranks(worker: str | None, environment: dict[str, str], expected: tuple[
         (None, {**ARRAY, "SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "2"}, "consecutive"),
     ],
 )
-def test_ranks_that_make_no_sense(worker: str | None, environment: dict[str, str], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_ranks_that_make_no_sense(worker: str | None, environment: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         rank_of(worker, environment)

@@ -1,7 +1,7 @@
 """`audit` against real teachers: honest entries pass in every encoding and arithmetic, and every kind of lie is found.
 
-A lie here is an entry whose record, receipts and checksums are all in order, and whose values are another thing than
-the record says.
+A lie here is an entry whose record, receipts and checksums are all in order, and whose values are not those that the
+record states.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import open_job
 from logit_cache.caching.recompress import RecompressJob, recompress
 from logit_cache.caching.score_shard import score_shard
-from logit_cache.caching.windows import windows
+from logit_cache.caching.windows import Window, windows
 from logit_cache.engines.this_machine import run_local
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
-from logit_cache.fidelity.rescore import draw
+from logit_cache.fidelity.rescore import sample_windows
 from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
 from storage.errors import InputError, LogitCacheError
@@ -47,7 +47,7 @@ def made(cache: Path, teacher: Path, name: str, **changes: Any) -> TeacherEntry:
 
 
 def scored(cache: Path, teacher: Path, folder: Path, **changes: Any) -> SparseTargets:
-    """What a teacher says of a whole stream, with exact log-probs; the cache itself stays as it is."""
+    """A teacher's targets of a whole stream, with exact log-probs; the cache itself is unchanged."""
     copy = Path(shutil.copytree(cache, folder, dirs_exist_ok=True))
     opened = open_job(CacheJob(cache=str(copy), teacher=str(teacher), name="scratch", **(BASE | changes)))
     return concatenate([score_shard(opened, shard) for shard in range(opened.writer.shards)])
@@ -95,7 +95,7 @@ def test_honest_entries_pass(cache: Path, teacher: Path, name: str) -> None:
     assert found.identity == []
     assert found.positions == sum(
         window.last - window.first
-        for window in draw(
+        for window in sample_windows(
             entry,
             np.ones(-(-entry.positions // SHARD), dtype=bool),
             LogitCache.open(str(cache)).document_starts if entry.windowing.isolate_documents else None,
@@ -113,7 +113,7 @@ def test_an_honest_entry_of_other_kernels_and_a_half_precision(
     cache: Path, teacher: Path, make_teacher: Callable[..., Path], dtype: Any
 ) -> None:
     """Another attention in bfloat16 rounds differently at every layer, as another device does; the rounding itself,
-    measured against float32, is what explains it. The same tolerance does not let another teacher through."""
+    measured against float32, explains it. The same tolerance does not let another teacher through."""
     made(cache, teacher, "half", dtype="bfloat16", attention="eager", batch_windows=5)
     found = check(cache, teacher, "half", dtype=dtype, windows=24)
     assert found.consistent, found.fields
@@ -126,7 +126,7 @@ def test_an_honest_entry_of_other_kernels_and_a_half_precision(
     assert len(other.differing) == other.windows
 
 
-def test_where_the_second_model_does_not_fit_the_report_says_so(
+def test_where_the_second_model_does_not_fit_the_report_states_it(
     cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(cache, teacher, "half", dtype="bfloat16", attention="eager", batch_windows=5)
@@ -149,7 +149,7 @@ def test_an_entry_that_was_made_smaller_passes_against_the_same_teacher(cache: P
     for name in ("small", "smaller"):
         found = check(cache, teacher, name)
         assert found.consistent, found.fields
-    # A whole step is allowed, as its record says that it came from another; nothing of it is added to what is exact.
+    # A whole step is allowed, as its record states that it came from another; none of it is added to exact values.
     assert found.fields["logprobs"].encoding_error == 0.125
     assert found.fields["entropy"].encoding_error < 0.01
 
@@ -157,7 +157,7 @@ def test_an_entry_that_was_made_smaller_passes_against_the_same_teacher(cache: P
 def test_the_likeliest_ids_are_no_sample(
     cache: Path, teacher: Path, world: tuple[Path, TeacherEntry, SparseTargets]
 ) -> None:
-    """Every value is right, and the ids that are called drawn were not: losses would be biased."""
+    """Every value is right, and the ids that are called sampled were not: losses would be biased."""
     _, entry, exact = world
     rest = exact.logprobs[:, 8:]
     chosen = replace(
@@ -207,7 +207,7 @@ def lies(
     make_teacher: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, SparseTargets]:
-    """Targets that are not what the record of `codes` says."""
+    """Targets other than the record of `codes` states."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -278,7 +278,7 @@ def lies(
 
 EVERYWHERE = FIELDS - {"token_ids"}
 LIES: dict[str, tuple[int, set[str]]] = {
-    # windows to draw, and fields that must show it
+    # windows to sample, and fields that must show it
     "another teacher": (8, FIELDS),
     "one shard of another teacher": (10, FIELDS),
     "shifted by one position": (8, FIELDS),
@@ -303,16 +303,16 @@ def test_every_lie_is_found(
     lies: dict[str, SparseTargets],
     lie: str,
 ) -> None:
-    drawn, fields = LIES[lie]
+    count, fields = LIES[lie]
     write_entry(cache, "lie", world[1], lies[lie])
-    found = check(cache, teacher, "lie", windows=drawn)
+    found = check(cache, teacher, "lie", windows=count)
     assert not found.consistent
     assert (found.problems, found.identity) == ([], [])
     assert {name for name, item in found.fields.items() if item.windows_differing} == fields
     if lie == "one shard of another teacher":
         assert all(SHARD <= first < last <= 2 * SHARD for first, last in found.differing)
     elif lie == "longer context":
-        # The first half of a window of twice the length is what the shorter one saw.
+        # The first half of a window of twice the length is the shorter one's.
         assert all(first % (2 * CONTEXT) == CONTEXT for first, _ in found.differing)
     else:
         assert len(found.differing) == found.windows
@@ -324,7 +324,7 @@ def test_lies_in_a_half_precision_s_record(
     world: tuple[Path, TeacherEntry, SparseTargets],
     lies: dict[str, SparseTargets],
 ) -> None:
-    """A record that says bfloat16 buys the tolerance that bfloat16 has, and no more."""
+    """A record of bfloat16 gets the tolerance of bfloat16, and no more."""
     _, entry, exact = world
     member = entry.teacher.members[0].model_copy(update={"dtype": "bfloat16"})
     half = entry.model_copy(update={"teacher": entry.teacher.model_copy(update={"members": (member,)})})
@@ -358,7 +358,7 @@ def test_damage_that_a_window_meets_is_a_finding(cache: Path, teacher: Path) -> 
 
 
 def test_the_same_weights_saved_in_another_way(cache: Path, teacher: Path, tmp_path: Path) -> None:
-    """Values decide; that the digests differ is said."""
+    """Values decide; that the digests differ is reported."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -389,9 +389,7 @@ def entry_of(positions: int, windowing: Windowing, entry: TeacherEntry, shard: i
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_windows_are_drawn_as_the_plan_has_them(
-    world: tuple[Path, TeacherEntry, SparseTargets], isolated: bool
-) -> None:
+def test_sampled_windows_are_those_of_the_plan(world: tuple[Path, TeacherEntry, SparseTargets], isolated: bool) -> None:
     rng = np.random.default_rng(3)
     for _ in range(30):
         stride = int(rng.integers(1, 9))
@@ -410,10 +408,10 @@ def test_windows_are_drawn_as_the_plan_has_them(
             for number in np.flatnonzero(committed).tolist()
             for window in windows(number * shard, min((number + 1) * shard, positions), positions, windowing, starts)
         }
-        drawn = draw(entry, committed, starts, int(rng.integers(1, 40)), np.random.default_rng(0))
-        assert set(drawn) <= planned
-        assert len(set(drawn)) == len(drawn)
-        assert set(draw(entry, committed, starts, positions, np.random.default_rng(0))) == planned
+        sampled = sample_windows(entry, committed, starts, int(rng.integers(1, 40)), np.random.default_rng(0))
+        assert set(sampled) <= planned
+        assert len(set(sampled)) == len(sampled)
+        assert set(sample_windows(entry, committed, starts, positions, np.random.default_rng(0))) == planned
 
 
 def test_the_chance_to_escape(world: tuple[Path, TeacherEntry, SparseTargets]) -> None:
@@ -422,23 +420,22 @@ def test_the_chance_to_escape(world: tuple[Path, TeacherEntry, SparseTargets]) -
     committed = np.ones(40, dtype=bool)
     rng = np.random.default_rng(5)
     corrupt = set((16 * rng.permutation(400)[:20]).tolist())  # a twentieth of the windows, anywhere
-    tries, drawn = 1500, 24
-    escaped = sum(
-        not any(window.first in corrupt for window in draw(entry, committed, None, drawn, np.random.default_rng(seed)))
-        for seed in range(tries)
-    )
-    bound = Audit("", "", "", 0, drawn=drawn).escape(0.05)
+    tries, count = 1500, 24
+
+    def sampled(seed: int) -> list[Window]:
+        return sample_windows(entry, committed, None, count, np.random.default_rng(seed))
+
+    escaped = sum(not any(window.first in corrupt for window in sampled(seed)) for seed in range(tries))
+    bound = Audit("", "", "", 0, drawn=count).escape(0.05)
     assert bound == pytest.approx(0.95**24)
     assert 0.5 * bound < escaped / tries < bound + 3 * np.sqrt(bound * (1 - bound) / tries)
-    # One stretch longer than two parts is always met.
+    # One stretch longer than two parts is always hit.
     for seed in range(200):
         first = 16 * int(rng.integers(0, 400 - 34))
-        assert any(
-            first <= w.first < first + 16 * 34 for w in draw(entry, committed, None, drawn, np.random.default_rng(seed))
-        )
+        assert any(first <= window.first < first + 16 * 34 for window in sampled(seed))
 
 
-def test_what_cannot_be_audited(
+def test_entries_that_cannot_be_audited(
     cache: Path,
     teacher: Path,
     make_teacher: Callable[..., Path],
@@ -479,7 +476,7 @@ def test_the_command(cache: Path, teacher: Path, make_teacher: Callable[..., Pat
     assert found["consistent"]
     assert found["positions"] == 16 * CONTEXT == found["fields"]["entropy"]["values"]
     assert found["escape"]["0.1"] == pytest.approx(0.9**16)
-    # The seed that was drawn draws the same windows again; without it they are others.
+    # The reported seed samples the same windows again; without it they are others.
     again = check(cache, teacher, "codes", seed=found["seed"])
     assert again.fields["entropy"].position == found["fields"]["entropy"]["position"]
     assert check(cache, teacher, "codes").seed != check(cache, teacher, "codes").seed

@@ -1,4 +1,4 @@
-"""The fidelity report: every figure against plain dense arithmetic, and its life beside the entry.
+"""The fidelity report: every figure against plain dense arithmetic, and its lifecycle beside the entry.
 
 Legend: `N` positions of the stream, `V` vocabulary, `K` stored ids. The samples here are the whole stream, so that a
 figure has one true value.
@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import open_job
 from logit_cache.caching.windows import windows
+from logit_cache.fidelity import measure as fidelity
 from logit_cache.fidelity.measure import is_wanted, measure
-from logit_cache.fidelity.measure import measure as fidelity
 from logit_cache.fidelity.metrics import FORWARDS, RESIDUALS, Measures, StoredRows
 from logit_cache.sharing.push_pull import pull, push
 from storage import LogitCache, SparseTargets
@@ -72,7 +72,7 @@ def report_of(world: tuple[Path, Path], name: str, positions: int = 20 * N) -> F
 
 
 def dense(world: tuple[Path, Path], name: str) -> tuple[Tensor, SparseTargets, Tensor]:
-    """The model's own logits [N, V] in float64, what is stored, and the labels [N] (-100: none)."""
+    """The model's own logits [N, V] in float64, the stored targets, and the labels [N] (-100: none)."""
     cache, teacher = world
     opened = LogitCache.open(str(cache))
     entry = opened.teacher(name).entry
@@ -96,9 +96,9 @@ def distributions(stored: SparseTargets, step: float, counts: np.ndarray) -> dic
         ids = stored.token_ids[t, :kept].astype(int)
         p = np.exp(stored.logprobs[t, :kept].astype(np.float64))
         tail = math.exp(stored.log_tail[t])
-        rest, drawn = tail, float(p[certain:].sum())
-        if drawn:
-            rest = tail * -math.expm1(min(math.log(drawn / tail), -max(step / 2, 1e-6)))
+        rest, sampled = tail, float(p[certain:].sum())
+        if sampled:
+            rest = tail * -math.expm1(min(math.log(sampled / tail), -max(step / 2, 1e-6)))
         outside = np.setdiff1d(np.arange(V), ids)
         total = p.sum() + rest
         for name, shape in (("bucket", np.ones(V)), ("bucket-unigram", counts)):
@@ -220,7 +220,7 @@ def test_calibration(world: tuple[Path, Path], name: str) -> None:
         (report.calibration.full, p),
         *((value, readings[tail]) for tail, value in report.calibration.stored.items()),
     ):
-        # Equal drawn ids alone at the top: the first column's.
+        # Equal sampled ids alone at the top: the first column's.
         guess = s.argmax(1) if s is p else stored.token_ids[:, 0]
         confidence, correct = s.max(1)[known], (guess == labels.numpy())[known]
         error = 0.0
@@ -284,8 +284,8 @@ def test_size(world: tuple[Path, Path]) -> None:
 
 
 def test_noise_averages_out_and_bias_does_not() -> None:
-    """Heavy tails, the same p at every position: the sampled mean gradient comes nearer to the dense one, as does its
-    KL, by what was foretold; the bucket's stays where it is."""
+    """Heavy tails, the same p at every position: the sampled mean gradient approaches the dense one, as does its KL, by
+    the predicted noise; the bucket's stays the same."""
     from teachers.reduction.reduce import reduce_varopt
     from teachers.reduction.varopt import Sampling, random_bits
 
@@ -328,7 +328,7 @@ def test_ensembles_and_half_precision(
     fields = {"context_tokens": CONTEXT, "k": V, "combine": "mixture", "dtype": "bfloat16", "encoding": "float32"}
     cache_logits(cache, "both", *map(Path, teachers), **fields)
     report = measure(open_job(CacheJob(cache=str(cache), teacher=teachers, name="both", **fields)), 64)
-    # In the recorded batch shape, a half precision says what it said.
+    # In the recorded batch shape, a half precision repeats its values.
     assert report.quantisation < 1e-9
     assert report.positions <= 64
 
@@ -363,7 +363,7 @@ def test_tiles_change_nothing(world: tuple[Path, Path], monkeypatch: pytest.Monk
     assert numbers(report_of(world, "varopt-codes").model_dump()) == pytest.approx(whole, rel=1e-7, abs=1e-12)
 
 
-# --- its life beside the entry ---------------------------------------------------------------------------------------
+# --- its lifecycle beside the entry ----------------------------------------------------------------------------------
 
 ARGUMENTS = ("--name", "a", "-k", 8, "--context-tokens", CONTEXT, "--shard-tokens", SHARD)
 

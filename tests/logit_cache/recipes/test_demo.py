@@ -1,4 +1,4 @@
-"""The demo from end to end on a little text: every stage, the table, the page, and a second run that finds it done."""
+"""The demo end to end on a little text: every stage, the table, the page, and a second run with nothing to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.commands import LIBRARY, Run
 
 
 @pytest.mark.slow
-def test_the_demo_runs_to_its_table_and_continues(run: Run, tmp_path: Path) -> None:
+def test_the_demo_runs_to_its_table_and_resumes(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     names = sorted(LIBRARY.glob("[a-d]*.py"))[:12]
     text.write_text("".join(path.read_text(encoding="utf-8") for path in names)[:240_000], encoding="utf-8")
@@ -37,14 +37,14 @@ def test_the_demo_runs_to_its_table_and_continues(run: Run, tmp_path: Path) -> N
     assert "of other text" in other.stderr
 
 
-def test_a_folder_that_is_no_demo_is_left_alone(run: Run, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_demo_is_not_touched(run: Run, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("three years of work")
     done = run("logit-cache", "demo", "--out", tmp_path)
     assert done.returncode == 2
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_missing_text_is_said_before_anything_is_written(run: Run, tmp_path: Path) -> None:
+def test_missing_text_is_reported_before_anything_is_written(run: Run, tmp_path: Path) -> None:
     done = run("logit-cache", "demo", "--out", tmp_path / "run", "--text", tmp_path / "none.txt")
     assert done.returncode == 2
     assert "none.txt" in done.stderr
@@ -62,4 +62,4 @@ def test_text_that_cannot_be_used_does_not_lock_the_folder(run: Run, tmp_path: P
     assert not out.exists()
     done = run("logit-cache", "demo", "--out", good)
     assert done.returncode == 2
-    assert "no demo" in done.stderr
+    assert "expected a folder of the demo, found other files" in done.stderr

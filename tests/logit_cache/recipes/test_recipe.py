@@ -1,4 +1,4 @@
-"""Recipes: the papers' sizes, what is refused beforehand, the commands, and a whole run."""
+"""Recipes: the papers' sizes, refusals before the start, the commands, and a whole run."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_papers_networks_and_schedules() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_acts_on_a_weight_in_a_step_is_kept(name: str) -> None:
+def test_the_weight_decay_per_step_is_kept(name: str) -> None:
     """Learning rate times weight decay, at every scale."""
 
     def pull(recipe: Recipe) -> list[float]:
@@ -108,7 +108,7 @@ def test_what_acts_on_a_weight_in_a_step_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "scale"), ALL)
-def test_every_command_is_one_that_there_is(text: Path, tmp_path: Path, name: str, scale: Any) -> None:
+def test_every_command_exists(text: Path, tmp_path: Path, name: str, scale: Any) -> None:
     """Each option exists and its value parses; training fields are checked as a run would."""
     from student.training.arguments import training_values
 
@@ -120,7 +120,7 @@ def test_every_command_is_one_that_there_is(text: Path, tmp_path: Path, name: st
     changes = {"recipe": name, "scale": scale, "text": (str(many),), **more}
     stages = RecipeRun(job_of(text, tmp_path / "out", **changes), LARGE).stages
     assert [stage.command[1] for stage in stages[:4]] == ["clean", "clean", "tokenize", "tokenize"]
-    # Two teachers, their cache of two streams, student, control, live, five models' scores; twice.
+    # Per seed: two teachers, their cache of two streams, student, control, live, five models' scores.
     assert len(stages) == 4 + 2 * (2 + 2 + 3 + 5) + 1
     for stage in stages:
         key = stage.command[0] if stage.command[0] in COMMANDS else " ".join(stage.command[:2])
@@ -147,7 +147,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(text: Path, tmp_path: Pa
     assert "FLOP" in done.stdout
 
 
-def test_the_machine_is_asked() -> None:
+def test_the_machine_is_probed() -> None:
     machine = probe()
     assert machine.device in ("cpu", "cuda")
     assert 1e8 < machine.products_per_second < 1e17
@@ -177,12 +177,12 @@ def refusal(folder: Path, out: Path, machine: Machine = LARGE, **changes: Any) -
     return str(caught.value)
 
 
-def test_what_cannot_be_done_is_refused_beforehand(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_jobs_are_refused_beforehand(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     train = f"{text}/train/*.txt"
     assert "found none" in refusal(text, out, text=(train, f"{text}/missing/*.txt"))
     assert "missing" in refusal(text, out, eval_text=(f"{text}/missing.txt",))
-    assert "must not be trained on" in refusal(text, out, eval_text=(f"{text}/train/0.txt",))
+    assert "held-out text must not be trained on" in refusal(text, out, eval_text=(f"{text}/train/0.txt",))
     assert "no recipe 'baby-lama'" in refusal(text, out, recipe="baby-lama")
     assert "given once" in refusal(text, out, seeds=(1, 2, 1))
     assert "JSONL" in refusal(text, out, pairs=str(text))
@@ -218,11 +218,11 @@ def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypa
     RecipeRun(job_of(text, out), LARGE).run()
     first = json.loads((out / "recipe.json").read_text())
     assert [model["role"] for model in first["models"]] == ["teacher", "teacher", "student", "control"]
-    with pytest.raises(IdentityMismatch, match="recipe: 'baby-llama' there, 'babyllama-2' asked for"):
+    with pytest.raises(IdentityMismatch, match="recipe: 'baby-llama' there, 'babyllama-2' requested"):
         RecipeRun(job_of(text, out, recipe="babyllama-2"), LARGE).run()
     with pytest.raises(IdentityMismatch, match="stride_tokens"):
         RecipeRun(job_of(text, out, stride_tokens=64), LARGE).run()
-    # On a smaller machine the run that was begun keeps its micro-batches; more seeds may come later.
+    # On a smaller machine a started run keeps its micro-batches; seeds may be added later.
     RecipeRun(job_of(text, out, seeds=(1,)), LARGE.model_copy(update={"memory_bytes": 2 * GIB})).run()
     second = json.loads((out / "recipe.json").read_text())
     assert second["micro_batches"] == first["micro_batches"]
@@ -230,15 +230,15 @@ def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypa
     assert len(second["models"]) == 8
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thing").touch()
-    with pytest.raises(InputError, match="no recipe's run"):
+    with pytest.raises(InputError, match="expected a recipe's run, found other files"):
         RecipeRun(job_of(text, tmp_path / "other"), LARGE).run()
     (out / "recipe.json").write_text("{")
-    with pytest.raises(InputError, match="no record"):
+    with pytest.raises(InputError, match="expected a recipe record of this version"):
         RecipeRun(job_of(text, out), LARGE)
 
 
 @pytest.mark.slow
-def test_a_whole_recipe_killed_and_gone_on_with(text: Path, tmp_path: Path, run: Run) -> None:
+def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, run: Run) -> None:
     """From text to report by the installed command; killed after its first teacher, then run to the end, and again."""
     out = tmp_path / "out"
     pairs = tmp_path / "pairs"
@@ -255,21 +255,21 @@ def test_a_whole_recipe_killed_and_gone_on_with(text: Path, tmp_path: Path, run:
     while not first.exists() and victim.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(victim.pid, signal.SIGKILL)
-    said, _ = victim.communicate()
-    assert first.exists(), said.decode()
+    output, _ = victim.communicate()
+    assert first.exists(), output.decode()
     written = first.stat().st_mtime_ns
     assert not (out / "report.html").exists()
 
     done = run(*line)
     assert done.returncode == 0, done.stderr
-    assert first.stat().st_mtime_ns == written, "what was done is not done again"
+    assert first.stat().st_mtime_ns == written, "finished stages are not run again"
     reports = {
         name: json.loads((out / "seed-0" / name / "report.json").read_text())
         for name in ("llama", "gpt2", "student", "control", "live")
     }
     assert reports["student"]["job"]["temperature"] == 2.0
     assert reports["student"]["job"]["alpha"] == reports["live"]["job"]["alpha"] == 0.5
-    # After a few steps, on a few thousand held-out positions: the one from drawn ids, the other from all of them.
+    # After a few steps, on a few thousand held-out positions: one estimated from sampled ids, the other from all ids.
     assert reports["student"]["held_out"]["distillation_loss"] == pytest.approx(
         reports["live"]["held_out"]["distillation_loss"], rel=0.1
     )

@@ -1,5 +1,4 @@
-"""`logit-cache report`: the statistics by hand, and pages of folders that are whole, that lack things, or are not to be
-trusted."""
+"""`logit-cache report`: the statistics by hand, and pages of complete, incomplete and hostile folders."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ EVIL = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe with everything. Copy it before writing to it."""
+    """A complete recipe. Copy it before writing to it."""
     return invented.recipe_folder(tmp_path_factory.mktemp("recipe") / "baby-llama")
 
 
@@ -52,7 +51,7 @@ def findings(folder: Path) -> RecipeFindings:
 
 
 def edit(file: Path, **changes: Any) -> None:
-    """Change fields of a JSON file; names with dots lead inside."""
+    """Change fields of a JSON file; `a__b` is the field b of a."""
     data = json.loads(file.read_text(encoding="utf-8"))
     for name, value in changes.items():
         *path, last = name.split("__")
@@ -69,7 +68,7 @@ def page_of(*folders: Path, out: Path) -> str:
 
 
 class Words(HTMLParser):
-    """The page's words, its tags and its attributes."""
+    """The page's text, its tags and its attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -122,14 +121,14 @@ def test_differences_are_paired_by_seed(whole: Path) -> None:
     assert live.by_seed == pytest.approx({0: -0.001, 1: 0.002, 2: 0.001})
 
 
-def test_the_verdict_says_what_the_seeds_show(whole: Path) -> None:
+def test_the_verdict_states_the_result_of_the_seeds(whole: Path) -> None:
     (sentence,) = verdicts(findings(whole))
     # -0.20, -0.23, -0.20: deviation sqrt(0.0003), interval half 4.302653 * 0.0173205 / sqrt(3) = 0.0430.
     assert "lowers the student's held-out loss by 0.2100 ± 0.0173 nats per token" in sentence
     assert "(3 seeds, 95 % interval 0.1670 to 0.2530)" in sentence
     # 0.12, 0.08, 0.13: mean 0.11, deviation sqrt(0.0007).
     assert "beats its best teacher (llama) in each of 3 seeds, on average by 0.1100 ± 0.0265 nats" in sentence
-    # -0.001, 0.002, 0.001: half of the interval is 0.0038, so it reaches from -0.0031 to 0.0045.
+    # -0.001, 0.002, 0.001: half of the interval is 0.0038, so it is -0.0031 to 0.0045.
     assert "95 % interval −0.0031 to 0.0045), which is equal within 0.01" in sentence
     # 6 points above the control in every seed.
     assert "6.0 ± 0.0 percentage points above the control" in " ".join(pairs_sentences(findings(whole)))
@@ -189,7 +188,7 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
 def test_a_diverged_run_has_no_verdict(recipe: Path) -> None:
     edit(recipe / "seed-1/student-student/report.json", held_out__cross_entropy="NaN", held_out__perplexity="Infinity")
     (sentence,) = verdicts(findings(recipe))
-    assert "cannot be said: a run ended without a finite loss" in sentence
+    assert "is not known: a run ended without a finite loss" in sentence
     words = Words(page_of(recipe, out=recipe / "page.html")).joined
     assert "not finite" in words
     assert "nan" not in words.lower().split()
@@ -217,12 +216,12 @@ def test_costs_of_the_folder(recipe: Path) -> None:
     edit(recipe / "seed-1/student-student/report.json", resumed_from_step=50)
     found = findings(recipe).break_even
     assert found is not None
-    assert found.cached == pytest.approx(101.0), "of the seeds 0 and 2: the resumed run does not know its time"
+    assert found.cached == pytest.approx(101.0), "of the seeds 0 and 2: the resumed run did not record its total time"
     rows = {row[0].text: row for row in cost_table(findings(recipe)).rows}
     assert rows["student"][2].text == "2"
 
 
-def test_what_the_tables_hold(whole: Path) -> None:
+def test_the_contents_of_the_tables(whole: Path) -> None:
     rows = {row[0].text: [cell.text for cell in row] for row in models_table(findings(whole)).rows}
     assert list(rows) == ["teacher llama", "teacher gpt2", "student", "control", "live teachers"]
     assert rows["student"][1:6] == ["3 of 3", "2.30 M", "3.28 M", "3.4100", f"{_mean_perplexity():.2f}"]
@@ -274,8 +273,8 @@ def test_the_page_of_a_whole_recipe(whole: Path, run: Run, tmp_path: Path) -> No
     found = Words(page)
     sections = re.findall(r"<h2>(.*?)</h2>", page)
     assert sections == [
-        "What was gained",
-        "What was distilled from what",
+        "Gain from distillation",
+        "Setup",
         "Teachers, student, control",
         "During training",
         "BLiMP by phenomenon",
@@ -318,7 +317,7 @@ def test_the_page_lies_in_the_first_folder(recipe: Path, run: Run, tmp_path: Pat
     assert "Lowest eval_loss: 3.3466" in done.stdout
 
 
-def test_what_is_missing_is_said_to_be_missing(recipe: Path, tmp_path: Path) -> None:
+def test_missing_parts_are_named_as_missing(recipe: Path, tmp_path: Path) -> None:
     shutil.rmtree(recipe / "train")
     shutil.rmtree(recipe / "valid")
     for seed in invented.SEEDS:
@@ -333,8 +332,8 @@ def test_what_is_missing_is_said_to_be_missing(recipe: Path, tmp_path: Path) -> 
     assert found.break_even is None
     words = Words(page_of(recipe, out=tmp_path / "page.html")).joined
     assert "Break-even of cached against live: not measured" in words
-    assert "Not finished, and missing from every figure: teacher llama, seed 0" in words
-    assert "ensemble-0 (not there yet)" in words
+    assert "Not finished, and missing from all numbers: teacher llama, seed 0" in words
+    assert "ensemble-0 (not cached yet)" in words
 
 
 def test_scores_stand_in_for_runs_without_figures(recipe: Path) -> None:
@@ -361,7 +360,7 @@ def test_the_kl_of_a_model_without_teachers_is_that_of_its_scores(recipe: Path) 
     assert table is not None
     (row,) = (row for row in table.rows if row[0].text == "control")
     assert row[2].text.startswith("0.6000")
-    assert row[3].text == "a lower bound"
+    assert row[3].text == "lower bound"
     (model,) = (row for row in models_table(found).rows if row[0].text == "control")
     assert any(cell.text.startswith("≥ 0.6000") for cell in model)
 
@@ -427,7 +426,7 @@ def test_a_teacher_that_diverged_is_not_the_best(recipe: Path) -> None:
         ({"sweep.json": '{"kind": "sweep", "format": 2}'}, ["expected a sweep", "format"]),
     ],
 )
-def test_folders_that_hold_something_else(
+def test_folders_with_something_else_are_refused(
     run: Run, tmp_path: Path, content: dict[str, str] | None, words: list[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -458,11 +457,11 @@ def test_refusals(run: Run, recipe: Path, tmp_path: Path) -> None:
     assert "RUN_DIR" in done.stderr
 
 
-def test_a_model_that_is_there_twice(run: Run, recipe: Path) -> None:
+def test_a_model_that_is_listed_twice(run: Run, recipe: Path) -> None:
     data = json.loads((recipe / "recipe.json").read_text())
     data["models"].append(data["models"][0])
     (recipe / "recipe.json").write_text(json.dumps(data))
-    refused(run("logit-cache", "report", recipe), "teacher 'llama' of seed 0 is there twice")
+    refused(run("logit-cache", "report", recipe), "teacher 'llama' of seed 0 is listed twice")
 
 
 def test_a_damaged_cache_is_not_reported_on(run: Run, recipe: Path) -> None:
@@ -472,7 +471,7 @@ def test_a_damaged_cache_is_not_reported_on(run: Run, recipe: Path) -> None:
 
 
 def test_the_template_is_part_of_the_package(tmp_path: Path) -> None:
-    assert importlib.resources.files("logit_cache").joinpath("templates/report.html").is_file()
+    assert importlib.resources.files("logit_cache").joinpath("report/templates/report.html").is_file()
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
     source.mkdir()

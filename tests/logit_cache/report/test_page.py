@@ -30,7 +30,7 @@ FLAGS = [
 ]
 SIZES = {"narrow": (390, 844), "wide": (1440, 900)}
 
-# What is wrong with the page that is open, each as a sentence.
+# Returns the defects of the open page, a sentence each.
 CHECKS = """() => {
   const wrong = [];
   for (const folded of document.querySelectorAll('details')) folded.open = true;
@@ -96,7 +96,7 @@ CHECKS = """() => {
 
 @dataclass
 class Seen:
-    """A page in one window, and what happened there."""
+    """A page in one window, with its console messages and requests."""
 
     page: Any
     messages: list[str] = field(default_factory=list)
@@ -117,7 +117,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A whole recipe; and one of one seed with sweeps and runs, some with names that fit nowhere."""
+    """A complete recipe; and one of one seed with sweeps and runs, some with names too long for any column."""
     folder = tmp_path_factory.mktemp("pages")
     recipe = invented.recipe_folder(folder / "recipe")
     make_report([recipe], folder / "recipe.html")
@@ -177,7 +177,7 @@ def test_wide_tables_scroll_in_their_own_box(browser: Any, pages: dict[str, Path
     seen.page.context.close()
 
 
-def test_marks_say_what_they_are(browser: Any, pages: dict[str, Path]) -> None:
+def test_marks_have_tooltips(browser: Any, pages: dict[str, Path]) -> None:
     seen = show(browser, pages["recipe"], "wide", "light")
     titles = seen.page.evaluate("[...document.querySelectorAll('svg.chart title')].map((t) => t.textContent)")
     assert "student, mean of 3 seeds, step 400: 3.41" in titles
@@ -194,7 +194,7 @@ def test_marks_say_what_they_are(browser: Any, pages: dict[str, Path]) -> None:
         ((".chart text {", ".chart text { letter-spacing: 1em;"), "overlaps"),
     ],
 )
-def test_the_checks_find_what_is_wrong(
+def test_the_checks_find_defects(
     browser: Any, pages: dict[str, Path], tmp_path: Path, change: tuple[str, str], found: str
 ) -> None:
     page = pages["recipe"].read_text(encoding="utf-8")

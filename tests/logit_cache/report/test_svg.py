@@ -1,4 +1,4 @@
-"""Charts: round ticks, and no number that they cannot stand."""
+"""Charts: round ticks, and any number as input."""
 
 from __future__ import annotations
 

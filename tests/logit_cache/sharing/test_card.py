@@ -1,4 +1,4 @@
-"""The card of a shared cache: true, readable by the hub's own parser, and unmoved by what is written in records."""
+"""The card of a shared cache: correct, readable by the hub's own parser, and safe from text in records."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_hubs_own_parser_reads_the_front_matter() -> None:
         "task_categories": ["text-generation"],
         "size_categories": ["n<1K"],
     }
-    assert DatasetCard(text).content == text, "its own writer leaves it as it is"
+    assert DatasetCard(text).content == text, "the hub's own writer leaves it as it is"
 
 
 @pytest.mark.parametrize(
@@ -125,51 +125,51 @@ def test_a_licence_is_an_identifier(license: str) -> None:
         card_of(record(), license=license)
 
 
-def test_without_a_licence_it_says_so() -> None:
+def test_a_card_without_a_licence_states_that() -> None:
     card = DatasetCard(card_of(record()))
     assert card.data.to_dict()["license"] == "unknown"
-    assert "named none" in card.text
+    assert "Not specified by" in card.text
 
 
-def test_what_it_says_of_the_golden_cache() -> None:
+def test_the_card_of_the_golden_cache() -> None:
     cache = LogitCache.open(str(GOLDEN))
     text = card_text(cache)
     for name in cache.teachers:
         assert f"### {name}\n" in text
-    said = text[text.index("### codes") : text.index("### exact")]
+    section = text[text.index("### codes") : text.index("### exact")]
     targets = cache.teacher("codes").read(0, 44)
     head = float(np.exp(targets.logprobs[:, :4].astype(np.float64)).sum(axis=1).mean())
-    mean, residual = re.findall(r"head mass: ([\d.]+) on average, so ([\d.]+) lies outside", said)[0]
+    mean, residual = re.findall(r"head mass: ([\d.]+) on average, so ([\d.]+) is outside", section)[0]
     assert float(mean) == pytest.approx(head, abs=1e-2)
     assert float(mean) + float(residual) == pytest.approx(1, abs=2e-4)
     # Sums of receipts are of exact log-probs, these are of codes: no position here is near a half.
     below = (np.exp(targets.logprobs.astype(np.float64)).sum(axis=1) < 0.5).mean()
-    assert f"below 0.5 at {below:.2%} of the positions" in said
+    assert f"below 0.5 at {below:.2%} of the positions" in section
     stored = sum(item.stat().st_size for item in (GOLDEN / "teachers/codes").glob("*/c/**/*") if item.is_file())
-    assert f"- size: {stored:,} bytes, {stored / 44:.1f} per token" in said
+    assert f"- size: {stored:,} bytes, {stored / 44:.1f} per token" in section
     assert "- coverage: 16 of 44 positions (36.36%)" in text
     weights = cache.teacher("sampled").entry.teacher.weights
     assert [f"{weight:g}" for weight in weights] == re.findall(r"^  - weight ([\d.]+): `", text, flags=re.MULTILINE)
     assert "varopt, k = 4, rows cut at a cumulative mass of 0.95, seed 7" in text
     for digest in (cache.record.corpus.stream_sha256, cache.teacher("exact").record_sha256):
         assert f"`{digest}`" in text
-    assert "**The text is in here**" in text
+    assert "**The text is included**" in text
 
 
 def test_a_derived_entry_names_what_it_came_from(make: Any) -> None:
     text = card_text(LogitCache.open(str(make(derived_from="a" * 64))))
-    assert f"made from another entry, not by its teacher; sha256 of that one's record: `{'a' * 64}`" in text
+    assert f"derived, not computed by its teacher; sha256 of the source entry's record: `{'a' * 64}`" in text
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_without_tokens_it_says_what_still_shows(make: Any, labelled: bool) -> None:
+def test_without_tokens_the_card_warns_of_leaks(make: Any, labelled: bool) -> None:
     cache = LogitCache.open(str(make(targets=Targets(k=K, has_label_logprob=labelled))))
     corpus = cache.record.corpus.model_copy(update={"tokens_included": False})
     cache.record = cache.record.model_copy(update={"corpus": corpus})
     text = card_text(cache)
-    assert "**The text is not in here, and still shows through.**" in text
+    assert "**The text is not included, and still leaks.**" in text
     assert "attaches it by its digest" in text
-    assert ("`label_logprob` points at it" in text) == labelled
+    assert ("`label_logprob` identifies it" in text) == labelled
 
 
 @pytest.mark.parametrize("encoding", ["codes", "float32"])
@@ -284,7 +284,7 @@ def test_many_sources_are_counted_not_listed() -> None:
     assert "and 5 more" in text
 
 
-def test_targets_without_label_logprob_are_said_to_have_none(make: Any) -> None:
+def test_the_card_names_targets_without_label_logprob(make: Any) -> None:
     text = card_text(LogitCache.open(str(make(targets=Targets(k=K, has_label_logprob=False)))))
     assert "top-k, k = 6; without `label_logprob`" in text
     assert "loss on this text" not in text

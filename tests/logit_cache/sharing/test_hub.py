@@ -80,7 +80,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def on_hub(hub: FakeHub, tmp_path: Path) -> Any:
-    """Runs a Python program that takes that hub for the real one."""
+    """Runs a Python program with that hub in place of the real one."""
 
     def call(program: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
         settings = {
@@ -124,7 +124,7 @@ def test_a_pushed_cache_is_the_cache(hub: FakeHub, on_hub: Any, cache: Path, xet
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_what_was_pushed_reads_and_verifies(hub: FakeHub, on_hub: Any, cache: Path) -> None:
+def test_a_pushed_cache_reads_and_verifies(hub: FakeHub, on_hub: Any, cache: Path) -> None:
     assert on_hub(PUSH, cache, URL).returncode == 0
     there, here = on_hub(READ, URL), on_hub(READ, cache)
     assert there.returncode == 0, there.stderr
@@ -161,7 +161,7 @@ def stage(keys: list[str]) -> set[int]:
     return {2 if key in ("zarr.json", "model.sig") else 1 if "receipts/" in key else 0 for key in keys}
 
 
-def test_an_interrupted_push_shows_no_cache_and_goes_on(hub: FakeHub, on_hub: Any, cache: Path) -> None:
+def test_an_interrupted_push_shows_no_cache_and_resumes(hub: FakeHub, on_hub: Any, cache: Path) -> None:
     """Refused at the second commit, the one of the receipts."""
     hub.refuse = lambda method, path: 403 if "/commit/" in path and len(hub.commits) == 1 else None
     done = on_hub(PUSH, cache, URL)
@@ -174,7 +174,7 @@ def test_an_interrupted_push_shows_no_cache_and_goes_on(hub: FakeHub, on_hub: An
     assert on_hub(PUSH, cache, URL).returncode == 0
     assert pushed(hub) == contents(cache)
     again = [key for _, _, keys in hub.commits[sent:] for key in keys]
-    assert stage(again) == {1, 2}, "what was committed before is not committed again"
+    assert stage(again) == {1, 2}, "files that were committed are not committed again"
 
 
 def test_a_second_entry_follows_and_nothing_else_is_sent_again(hub: FakeHub, on_hub: Any, cache: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_second_entry_follows_and_nothing_else_is_sent_again(hub: FakeHub, on_
     assert len(hub.commits) == sent
 
 
-def test_a_revision_is_a_branch_that_is_made_if_need_be(hub: FakeHub, on_hub: Any, cache: Path) -> None:
+def test_a_revision_is_a_branch_that_is_created_if_needed(hub: FakeHub, on_hub: Any, cache: Path) -> None:
     for _ in range(2):
         assert on_hub(PUSH, cache, f"{URL}@k-64").returncode == 0
     assert pushed(hub, "k-64") == contents(cache)

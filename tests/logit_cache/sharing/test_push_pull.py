@@ -1,4 +1,4 @@
-"""The commands push and pull: what a lab does on each side, with cards, signatures, and text that stays at home."""
+"""The commands push and pull: both sides of a transfer between labs, with cards, signatures, and text left out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def labelled(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def arrays(path: Path) -> dict[str, bytes]:
-    """All that receipts account for, and what implies it."""
+    """All files that receipts cover, and the metadata that implies them."""
     return {key: data for key, data in known.contents(path).items() if key not in ("README.md", "model.sig")}
 
 
@@ -74,7 +74,7 @@ def test_push_and_pull(source: Path, run: Run, tmp_path: Path) -> None:
     assert (done.returncode, json.loads(done.stdout)["leftovers"]) == (0, [])
 
 
-def test_what_is_not_complete_is_said(tmp_path: Path, run: Run) -> None:
+def test_an_incomplete_entry_is_reported(tmp_path: Path, run: Run) -> None:
     source = tmp_path / "source"
     record = known.write_stream(source)
     writer = known.EntryWriter.open(str(source), "a", known.entries(record)["a"])
@@ -87,27 +87,27 @@ def test_what_is_not_complete_is_said(tmp_path: Path, run: Run) -> None:
 @pytest.mark.parametrize("name", ["push", "pull"])
 def test_errors_are_one_line(source: Path, name: str, run: Run, tmp_path: Path) -> None:
     refused(run("logit-cache", name, tmp_path / "nothing", tmp_path / "target"), "no cache there")
-    refused(run("logit-cache", name, source, source), "same place")
+    refused(run("logit-cache", name, source, source), "same location")
     refused(run("logit-cache", name, source, tmp_path / "target", "--teacher", "c"), "there is: a, b")
     assert not (tmp_path / "target").exists()
     assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
-def test_after_a_failure_it_says_where_it_goes_on(source: Path, run: Run, tmp_path: Path) -> None:
+def test_after_a_failure_it_reports_where_it_resumes(source: Path, run: Run, tmp_path: Path) -> None:
     path = source / "teachers/b/entropy/c/0"
     original = path.read_bytes()
     path.write_bytes(original[:-1])
     done = run("logit-cache", "pull", source, tmp_path / "target")
     refused(done, "teachers/b/entropy/c/0")
-    assert f"{tmp_path}/target.incoming; the same command goes on" in done.stderr
+    assert f"{tmp_path}/target.incoming; run the same command to resume" in done.stderr
     path.write_bytes(original)
     assert run("logit-cache", "pull", source, tmp_path / "target").returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["source", "target"]
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_commands_go_on(kills: int, tmp_path: Path) -> None:
-    """Of a cache with objects large enough to be killed within one, at random moments of push and pull."""
+def test_killed_commands_resume(kills: int, tmp_path: Path) -> None:
+    """Kills push and pull at random moments, of a cache with objects large enough to be killed within one."""
     source, target = tmp_path / "source", tmp_path / "target"
     large_cache(source)
     chance = random.Random(kills)
@@ -121,9 +121,9 @@ def test_killed_commands_go_on(kills: int, tmp_path: Path) -> None:
             env=environment(),
         )
         # The command spends most of its first moments on imports.
-        begun = time.monotonic()
+        started = time.monotonic()
         while process.poll() is None and not (tmp_path / "target.incoming/cache").exists():
-            assert time.monotonic() < begun + 60
+            assert time.monotonic() < started + 60
         time.sleep(chance.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         killed += process.wait() != 0
@@ -187,19 +187,19 @@ def test_the_card_follows_the_cache_and_keeps_its_licence(source: Path, tmp_path
     assert "### a" in card
     assert "### b" in card
     assert card.startswith("---\nlicense: odc-by\n")
-    said: list[str] = []
+    logged: list[str] = []
     (shared / "README.md").write_text("our own words")
-    push(str(source), str(shared), license="mit", say=said.append)
+    push(str(source), str(shared), license="mit", log=logged.append)
     assert (shared / "README.md").read_text() == "our own words"
-    assert "README.md was not written by push" in said[0]
+    assert "README.md was not written by push" in logged[0]
 
 
 def test_a_page_too_long_to_be_a_card_is_not_copied(source: Path, tmp_path: Path) -> None:
     (source / "README.md").write_bytes(b"x" * (2 << 20))
-    said: list[str] = []
-    pull(str(source), str(tmp_path / "target"), say=said.append)
+    logged: list[str] = []
+    pull(str(source), str(tmp_path / "target"), log=logged.append)
     assert not (tmp_path / "target/README.md").exists()
-    assert "README.md" in said[0]
+    assert "README.md" in logged[0]
 
 
 # --- signatures ------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_signed_and_verified(source: Path, keys: Keys, run: Run, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     done = run("logit-cache", "pull", shared, tmp_path / "all", "--verify-key", public)
     assert done.returncode == 0, done.stderr
-    # What was pulled still carries the signature: it can be passed on.
+    # The pulled cache still carries the signature: it can be pulled from again.
     pull(str(tmp_path / "all"), str(tmp_path / "one"), teachers=["b"], verify_key=str(public))
     pull(str(tmp_path / "one"), str(tmp_path / "again"), verify_key=str(public))
     assert LogitCache.open(str(tmp_path / "again")).teachers == ("b",)
@@ -225,11 +225,11 @@ def test_signed_and_verified(source: Path, keys: Keys, run: Run, tmp_path: Path)
 
 def test_a_grown_cache_is_signed_again(source: Path, keys: Keys, tmp_path: Path) -> None:
     private, public = map(str, keys)
-    shared, said = tmp_path / "shared", []
+    shared, logged = tmp_path / "shared", []
     push(str(source), str(shared), teachers=["a"], sign=private)
-    push(str(source), str(shared), say=said.append)
-    assert "model.sig is of what was there before" in said[0]
-    with pytest.raises(CorruptCache, match=r"teachers/b/.* not in what was signed"):
+    push(str(source), str(shared), log=logged.append)
+    assert "model.sig signs the cache before this push" in logged[0]
+    with pytest.raises(CorruptCache, match=r"teachers/b/.* not among the signed files"):
         pull(str(shared), str(tmp_path / "target"), verify_key=public)
     push(str(source), str(shared), sign=private)
     pull(str(shared), str(tmp_path / "target"), verify_key=public)
@@ -239,10 +239,10 @@ def test_a_grown_cache_is_signed_again(source: Path, keys: Keys, tmp_path: Path)
 @pytest.mark.parametrize(
     "key", ["zarr.json", "teachers/a/zarr.json", "teachers/a/receipts/00000001.json", "receipts/tokens/index.json"]
 )
-def test_what_is_copied_is_what_was_verified(
+def test_the_copied_bytes_are_the_verified_ones(
     source: Path, keys: Keys, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A source that shows signed records first and others at the second look."""
+    """A source that serves signed records at the first read and others later."""
     private, public = map(str, keys)
     shared, target = tmp_path / "shared", tmp_path / "target"
     push(str(source), str(shared), sign=private)
@@ -253,7 +253,7 @@ def test_what_is_copied_is_what_was_verified(
         data = read(self, name, *limit)
         if name == key and str(shared) in self.url and str(target) not in self.url:
             looks.append(name)
-            # The root record is looked at once before anything is fetched.
+            # The root record is read once before anything is fetched.
             if len(looks) > 2:
                 return data.replace(b" ", b"  ")
         return data
@@ -283,11 +283,11 @@ def test_the_pulled_entry_alone_is_verified_against_its_signature_with_another_c
 
 
 def test_targets_without_their_text(source: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    logged: list[str] = []
     shared = tmp_path / "shared"
-    done = push(str(source), str(shared), without_tokens=True, say=said.append)
+    done = push(str(source), str(shared), without_tokens=True, log=logged.append)
     assert not done.tokens_included
-    assert "54 %" in said[0]
+    assert "54 %" in logged[0]
     files = known.contents(shared)
     assert not [key for key in files if key.startswith(("tokens", "document_starts", "loss_mask", "receipts/t/"))]
     assert not [key for key in files if "label_logprob" in key]
@@ -354,7 +354,7 @@ def test_the_text_is_attached_again_on_the_other_side(
     assert np.array_equal(
         cache.teacher("made-up").read(0, size).token_ids, original.teacher("made-up").read(0, size).token_ids
     )
-    # Into the cache that has the text is the same thing.
+    # Pulling into the cache that has the text gives the same.
     done = run("logit-cache", "pull", shared, text)
     assert done.returncode == 0, done.stderr
     assert arrays(text) == arrays(target)
@@ -374,7 +374,7 @@ def test_another_text_is_not_attached(source: Path, run: Run, tmp_path: Path) ->
 
 
 def test_a_corpus_that_lies_about_its_tokens_is_not_attached(source: Path, tmp_path: Path) -> None:
-    """The digest is computed from the tokens, whatever the record says."""
+    """The digest is computed from the tokens, whatever the record states."""
     shared, text = tmp_path / "shared", tmp_path / "text"
     push(str(source), str(shared), without_tokens=True)
     known.write_stream(text)
@@ -427,7 +427,7 @@ def test_through_an_object_store(moto_bucket: Bucket, source: Path, keys: Keys, 
     assert moto_bucket.objects("copy/") == there
 
 
-def test_a_killed_push_to_an_object_store_goes_on(moto_bucket: Bucket, run: Run, tmp_path: Path) -> None:
+def test_a_killed_push_to_an_object_store_resumes(moto_bucket: Bucket, run: Run, tmp_path: Path) -> None:
     source = tmp_path / "source"
     large_cache(source, shards=6)
     url, client = f"{moto_bucket.url}/shared", moto_bucket.server.client()
@@ -448,7 +448,7 @@ def test_a_killed_push_to_an_object_store_goes_on(moto_bucket: Bucket, run: Run,
     refused(run("logit-cache", "inspect", url), "no cache there")
     done = run("logit-cache", "push", source, url, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kept"] >= 9, "what had a receipt was not sent again"
+    assert json.loads(done.stdout)["kept"] >= 9, "objects with a receipt are not sent again"
     there = moto_bucket.objects("shared/")
     assert {key: data for key, data in there.items() if key != "README.md"} == arrays(source)
 

@@ -1,4 +1,4 @@
-"""A signature covers every byte of a cache: what was signed is found out to be changed, or `verify` finds it."""
+"""A signature covers every byte of a cache: each change is detected by the signature or by `verify`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def found_out(path: Path, keys: Keys) -> bool:
     return not verify(str(path), deep=True).sound
 
 
-def test_the_manifest_is_what_binds_the_rest(signed: Path) -> None:
+def test_the_manifest_determines_the_rest(signed: Path) -> None:
     assert manifest_keys(files(signed)) == [
         "receipts/document_starts/00000000.json",
         "receipts/document_starts/index.json",
@@ -99,7 +99,7 @@ def test_the_manifest_is_what_binds_the_rest(signed: Path) -> None:
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1, ec.SECP384R1, ec.SECP521R1])
-def test_what_was_signed_passes(cache: Path, tmp_path: Path, curve: Callable[[], ec.EllipticCurve]) -> None:
+def test_a_signed_cache_passes(cache: Path, tmp_path: Path, curve: Callable[[], ec.EllipticCurve]) -> None:
     keys = write_key(tmp_path / "keys", ec.generate_private_key(curve()))
     (cache / "model.sig").write_bytes(sign(cache, files(cache), keys[0]))
     check(cache, keys)
@@ -107,7 +107,7 @@ def test_what_was_signed_passes(cache: Path, tmp_path: Path, curve: Callable[[],
 
 
 def test_every_flipped_byte_is_found_out(cache: Path, keys: Keys) -> None:
-    """In every file but the card and the signature, at random places: by the signature, or by `verify` on its word."""
+    """One bit at a random position of each file but the card and the signature; detected by either check."""
     rng = np.random.default_rng(3)
     silent = []
     for key in files(cache):
@@ -120,7 +120,7 @@ def test_every_flipped_byte_is_found_out(cache: Path, keys: Keys) -> None:
         if not found_out(cache, keys):
             silent.append((key, bytes(data), original))
         (cache / key).write_bytes(original)
-    # White space of an array's zarr.json, which is compared by value, is all that may pass.
+    # Only white space of an array's zarr.json may pass, as that file is compared by value.
     for key, changed, original in silent:
         assert re.fullmatch(r"(teachers/\w+/)?\w+/zarr\.json", key), key
         assert json.loads(changed) == json.loads(original), key
@@ -136,7 +136,7 @@ def test_white_space_in_a_signed_file_is_found_out(cache: Path, keys: Keys, key:
 
 
 def test_a_sound_cache_of_somebody_else_is_found_out(cache: Path, keys: Keys, tmp_path: Path) -> None:
-    """Other targets with receipts and an index that fit them: nothing but the signature can tell."""
+    """Other targets with receipts and an index that fit them: only the signature detects them."""
     other = make_cache(tmp_path / "other", 99, ("a",))
     shutil.rmtree(cache / "teachers/a")
     shutil.copytree(other / "teachers/a", cache / "teachers/a")
@@ -168,7 +168,7 @@ def test_a_removed_file_of_the_manifest_is_found_out(cache: Path, keys: Keys, ke
 def test_an_added_receipt_or_entry_is_found_out(cache: Path, keys: Keys, tmp_path: Path) -> None:
     added = cache / "teachers/b/receipts/00000004.json"
     added.write_bytes((cache / "teachers/a/receipts/00000004.json").read_bytes())
-    with pytest.raises(CorruptCache, match=r"teachers/b/receipts/00000004\.json: in the cache, and not in what was"):
+    with pytest.raises(CorruptCache, match=r"teachers/b/receipts/00000004\.json: in the cache, and not among the"):
         check(cache, keys, whole=False)
     added.unlink()
     check(cache, keys)
@@ -192,7 +192,7 @@ def test_objects_need_not_be_there_to_check_the_signature(cache: Path, keys: Key
     check(cache, keys)
 
 
-def test_errors_give_the_address_that_they_are_told(cache: Path, keys: Keys) -> None:
+def test_errors_give_the_address_of_where(cache: Path, keys: Keys) -> None:
     signature = (cache / "model.sig").read_bytes()
     (cache / "zarr.json").unlink()
     for data, named in ((signature, "zarr.json: signed, and missing"), (b"{}", "model.sig: no signature by")):
@@ -247,7 +247,7 @@ def test_a_changed_statement_does_not_pass(cache: Path, keys: Keys) -> None:
     ],
     ids=range(9),
 )
-def test_what_is_no_signature_is_one_clear_error(cache: Path, keys: Keys, signature: bytes) -> None:
+def test_a_malformed_signature_is_one_clear_error(cache: Path, keys: Keys, signature: bytes) -> None:
     (cache / "model.sig").write_bytes(signature)
     with pytest.raises(CorruptCache, match=r"^model\.sig: no signature by the key") as caught:
         check(cache, keys)
@@ -294,7 +294,7 @@ def test_keys_that_cannot_be_used_are_refused(cache: Path, keys: Keys, tmp_path:
             verify_signature(cache, files(cache), signature, public)
 
 
-def test_without_the_package_it_says_what_to_install(cache: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_names_it(cache: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     signature = (cache / "model.sig").read_bytes()
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(InputError, match=r"pip install 'logit-cache\[sign\]'"):
@@ -334,14 +334,14 @@ def test_a_signature_that_the_standard_tool_made_of_all_files_passes(cache: Path
 
 
 def test_a_file_that_a_signer_left_out_does_not_pass(cache: Path, keys: Keys) -> None:
-    """A signature may name paths that it ignores; what lies there was not signed."""
+    """A signature may name paths that it ignores; files there are not signed."""
     (cache / "model.sig").unlink()
     done = standard(
         "sign", "key", cache, "--signature", cache / "model.sig", "--private_key", keys[0],
         "--ignore-paths", cache / "teachers/b",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    with pytest.raises(CorruptCache, match=r"teachers/b/receipts/00000000\.json: in the cache, and not in what was"):
+    with pytest.raises(CorruptCache, match=r"teachers/b/receipts/00000000\.json: in the cache, and not among the"):
         check(cache, keys, whole=False)
     shutil.rmtree(cache / "teachers/b")
     check(cache, keys)

@@ -29,7 +29,7 @@ ISOLATED = Windowing(context_tokens=16, stride_tokens=16, isolate_documents=True
 
 
 def marked_targets(tokens: np.ndarray, k: int, starts: list[int] | None = None) -> SparseTargets:
-    """Targets whose every row says which position it is of: the entropy is the position."""
+    """Targets whose entropy is the row's position, which identifies it."""
     rng = np.random.default_rng(0)
     labels = np.append(tokens[1:], -1).astype(np.int64)
     if starts is not None:
@@ -68,7 +68,7 @@ def test_fixed_blocks_are_the_brute_force_cover_of_labelled_positions(size: int)
         (int(starts[d]) + start, length)
         for d, start, length in brute_force_ranges([b - int(a) - 1 for a, b in zip(starts, stops, strict=True)], size)
     ]
-    assert [blocks.place(i, epoch=3) for i in range(len(blocks))] == expected
+    assert [blocks.span(i, epoch=3) for i in range(len(blocks))] == expected
     assert blocks.lengths(np.arange(len(blocks))).tolist() == [length for _, length in expected]
     covered = [p for start, length in expected for p in range(start, start + length)]
     assert covered == [p for p in range(64) if p + 1 not in stops]
@@ -82,7 +82,7 @@ def test_random_blocks_stay_inside_documents_and_reach_every_offset(size: int) -
     seen: list[set[int]] = [set() for _ in range(len(blocks))]
     for epoch in range(150):
         for window in range(len(blocks)):
-            start, length = blocks.place(window, epoch)
+            start, length = blocks.span(window, epoch)
             document = int(np.searchsorted(starts, start, side="right")) - 1
             assert starts[document] <= start
             assert start + length < stops[document], "the last position read has a next token in its document"
@@ -90,18 +90,18 @@ def test_random_blocks_stay_inside_documents_and_reach_every_offset(size: int) -
             assert length == size or length == stops[document] - int(starts[document]) - 1
             seen[window].add(start)
     # A document long enough for several windows: all but its last window can start at each of T offsets.
-    first_of_long = next(i for i in range(len(blocks)) if blocks.place(i)[0] >= 8)
+    first_of_long = next(i for i in range(len(blocks)) if blocks.span(i)[0] >= 8)
     assert len(seen[first_of_long]) == size
 
 
 def test_random_offsets_depend_on_seed_epoch_and_window_only() -> None:
-    def draw(seed: int, epoch: int) -> list[tuple[int, int]]:
+    def offsets(seed: int, epoch: int) -> list[tuple[int, int]]:
         blocks = Blocks.of(1000, None, 16, "random", seed)
-        return [blocks.place(i, epoch) for i in reversed(range(len(blocks)))]
+        return [blocks.span(i, epoch) for i in reversed(range(len(blocks)))]
 
-    assert draw(1, 2) == draw(1, 2)
-    assert draw(1, 2) != draw(1, 3)
-    assert draw(1, 2) != draw(2, 2)
+    assert offsets(1, 2) == offsets(1, 2)
+    assert offsets(1, 2) != offsets(1, 3)
+    assert offsets(1, 2) != offsets(2, 2)
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def test_reading_order_is_a_permutation_that_keeps_groups_together(
         found = np.array(list(order)) - epoch * windows
         assert sorted(found) == list(range(windows))
         assert (found == order.permutation(epoch)).all()
-        place = np.argsort(found)
+        index = np.argsort(found)
         # The end of an epoch, where lanes run out, is shuffled together.
         rest = windows - 2 * order.lanes * group - step
         for first in range(0, windows, group):
-            places = place[first : first + group]
-            if places.max() < rest:
-                assert places.max() - places.min() < max(buffer, order.lanes) * group + step
+            indices = index[first : first + group]
+            if indices.max() < rest:
+                assert indices.max() - indices.min() < max(buffer, order.lanes) * group + step
     if windows > 20:
         assert (order.permutation(0) != order.permutation(1)).any()
         for changed in ({"seed": 4}, {"windows_per_step": step + 8}):
@@ -153,12 +153,12 @@ def test_each_process_reads_groups_of_its_own(processes: int, micro_batches: int
     groups = [set((some[:whole] // group).tolist()) for some in mine]
     assert sum(len(some) for some in groups) == len(set().union(*groups)), "no group is read by two processes"
     assert min(len(some) for some in groups) > 250 // processes
-    # And at any time a process holds its share of the buffer: the groups that it has begun and not finished.
+    # And at any time a process holds its share of the buffer: the groups started and not finished.
     for some in mine:
         first, last = {}, {}
-        for place, number in enumerate((some[:whole] // group).tolist()):
-            first.setdefault(number, place)
-            last[number] = place
+        for index, number in enumerate((some[:whole] // group).tolist()):
+            first.setdefault(number, index)
+            last[number] = index
         held = np.zeros(whole, dtype=int)
         for number in first:
             held[first[number] : last[number] + 1] += 1
@@ -186,7 +186,7 @@ def test_windows_equal_slices_of_the_stream(
     reference = {name: storage.cache.reader.LogitCache.open(url).teacher(name).read(0, 203) for name in ("a", "b")}
     indices = [int(i) for i in np.random.default_rng(2).permutation(2 * len(windows))]
     for index, window in zip(indices, windows.__getitems__(indices), strict=True):
-        start, length = windows.blocks.place(index % len(windows), index // len(windows))
+        start, length = windows.blocks.span(index % len(windows), index // len(windows))
         assert (window["input_ids"][:length] == tokens[start : start + length]).all()
         assert (window["labels"][:length] == tokens[start + 1 : start + length + 1]).all()
         assert (window["labels"][length:] == -100).all()
@@ -330,7 +330,7 @@ def test_a_pickled_or_forked_dataset_opens_the_cache_for_itself(
     again = pickle.loads(pickle.dumps(windows))
     assert again._handle is None
     assert (again[3]["input_ids"] == windows[3]["input_ids"]).all()
-    windows._handle = (os.getpid() + 1, windows._handle[1])  # what a forked child finds
+    windows._handle = (os.getpid() + 1, windows._handle[1])  # the state in a forked child
     windows[0]
     assert windows._handle is not None
     assert windows._handle[0] == os.getpid()

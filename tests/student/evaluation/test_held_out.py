@@ -74,9 +74,9 @@ def test_figures_equal_brute_force(batch: tuple[Tensor, Tensor, dict[str, dict[s
         guess = max(range(V), key=lambda j: logits[j])
         confidence = math.exp(logits[guess] - total)
         correct += guess == label
-        place = next(b for b in range(BINS) if confidence <= (b + 1) / BINS)
+        index = next(b for b in range(BINS) if confidence <= (b + 1) / BINS)
         for i, value in enumerate((1, confidence, guess == label)):
-            bins[place][i] += value
+            bins[index][i] += value
         p = sorted(((math.exp(float(teacher[row, j])), j) for j in range(V)), reverse=True)
         kl += sum(x * (math.log(x) - logits[j] + total) for x, j in p)
         tail_p, tail_q = sum(x for x, _ in p[5:]), sum(math.exp(logits[j] - total) for _, j in p[5:])

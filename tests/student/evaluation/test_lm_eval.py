@@ -93,13 +93,13 @@ def write_pairs(folder: Path) -> Path:
         for _ in range(80):
             good = [rng.choice(WORDS) for _ in range(rng.randint(3, 14))]
             bad = list(good)
-            place = rng.randrange(len(good))
+            position = rng.randrange(len(good))
             if number == 0:
                 rng.shuffle(bad)
             elif number == 1:
-                bad[place] = rng.choice(WORDS)
+                bad[position] = rng.choice(WORDS)
             else:
-                bad.insert(place, rng.choice(WORDS))
+                bad.insert(position, rng.choice(WORDS))
             lines.append(json.dumps({"sentence_good": " ".join(good) + ".", "sentence_bad": " ".join(bad) + "."}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -178,7 +178,7 @@ def test_log_likelihoods_and_accuracies_are_those_of_lm_eval(
 
 
 def test_the_default_is_what_its_own_blimp_task_scores(tmp_path: Path) -> None:
-    """lm-eval's template for BLiMP, with the pairs in place of the hub's data set."""
+    """lm-eval's template for BLiMP, with the pairs instead of the hub's data set."""
     model = save_model(tmp_path / "model", "gpt2", "gpt2")
     folder = write_pairs(tmp_path / "pairs")
     pairs = [pair for pair in read_pairs(folder) if pair.paradigm == "wh_island"]

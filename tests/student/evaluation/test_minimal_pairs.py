@@ -27,8 +27,8 @@ from storage.errors import IdentityMismatch, InputError
 from student.evaluation import held_out as evaluate
 from student.evaluation import minimal_pairs
 from student.evaluation.blimp import PHENOMENA
-from student.evaluation.evaluate import EvaluationJob
 from student.evaluation.evaluate import evaluate as measure
+from student.evaluation.job import EvaluationJob
 from student.evaluation.minimal_pairs import Pair, encode, read_pairs, score_pairs, sentence_logprobs, tally
 from student.job import StudentJob
 from student.training.run import train
@@ -278,7 +278,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, small_cache: Path) -> Path:
         "output_dir": str(folder / "model"),
         "training": {"max_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no"},
     }
-    train(StudentJob.model_validate(job), say=lambda line: None)
+    train(StudentJob.model_validate(job), log=lambda line: None)
     write(folder / "pairs", "wh_island", row(sentence_good="return the width", sentence_bad="the return width"), row(1))
     write(folder / "pairs", "mine", *(row(i) for i in range(4)))
     return folder
@@ -342,9 +342,9 @@ def test_json_and_the_space_in_front(world: Path) -> None:
 
 def test_the_kl_to_cached_teachers_is_that_of_the_training_report(tmp_path: Path, run: Run) -> None:
     make_world(tmp_path)
-    trained = train(job_in(tmp_path, tmp_path / "model", eval_cache=str(tmp_path / "held")), say=lambda line: None)
+    trained = train(job_in(tmp_path, tmp_path / "model", eval_cache=str(tmp_path / "held")), log=lambda line: None)
     assert trained.held_out is not None
-    # The world's corpus is made without its tokenizer; a model without one is taken at its word.
+    # The world's corpus is made without its tokenizer; a model without one is not checked.
     for file in (tmp_path / "model").glob("tokenizer*"):
         file.unlink()
     options = ["--cache", tmp_path / "held", "--window-tokens", 16, "--out", tmp_path / "scores.json"]

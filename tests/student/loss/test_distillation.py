@@ -10,7 +10,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.references.dense_targets import POISON, P, V, dense, dense_kl, gradient, labels_for, member, normal, stored
+from support.references.dense_targets import (
+    FILL_VALUE,
+    P,
+    V,
+    dense,
+    dense_kl,
+    gradient,
+    labels_for,
+    member,
+    normal,
+    stored,
+)
 from torch import Tensor
 
 from storage.errors import InputError
@@ -38,7 +49,7 @@ def tempered_bucket(targets: dict[str, Tensor], step: float | None, tau: float) 
 
 
 def naive_bucket_kl(z: Tensor, logp: Tensor, k: int, tau: float) -> Tensor:
-    """The same with everything outside the k most probable ids summed up, by plain autograd in float64."""
+    """KL with everything outside the top-k ids as one tail bucket, by plain autograd in float64."""
     target, log_q = torch.log_softmax(logp / tau, 1), torch.log_softmax(z / tau, 1)
     ids = logp.argsort(dim=1, descending=True, stable=True)
     head, tail = ids[:, :k], ids[:, k:]
@@ -135,7 +146,7 @@ def test_the_gradient_is_the_written_rule(tau: float) -> None:
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("tau", TEMPERATURES)
 def test_any_loss_of_the_buckets_has_its_gradient(tau: float) -> None:
-    """The rule serves every divergence, so it is tried on a loss that is none."""
+    """The rule holds for every loss, so it is tested on one that is no divergence."""
     width, k = V + 3, 7
     z, labels = normal(7, P, width), labels_for(8)
     ids = normal(9, P, V).argsort(1)[:, :k]
@@ -176,7 +187,7 @@ def test_the_bucketed_kl_is_between_zero_and_the_dense_one_and_grows_with_k(scal
         assert (value >= before - 1e-12).all()
         assert (value <= whole + 1e-12).all()
         before = value
-    # The bucket is strict somewhere, else the inequalities above say nothing.
+    # The bound is strict at some positions, else the inequalities above prove nothing.
     assert forward_kl(z, stored(logp, 2, dtype=torch.float64), member(), tau).mean() < 0.99 * whole.mean()
 
 
@@ -229,7 +240,7 @@ def test_columns_beyond_kept_are_never_used(step: float | None, tau: float) -> N
     z, logp = normal(20, P, V + 2).float(), dense(21)
     kept = torch.randint(1, 12, (P,), generator=torch.Generator().manual_seed(1))
     targets = stored(logp, 31, kept, step=step)
-    assert (targets["token_ids"] == POISON).any()
+    assert (targets["token_ids"] == FILL_VALUE).any()
     value, by_z = gradient(lambda z: forward_kl(z, targets, member(step=step), tau), z)
     for row in range(P):
         one = stored(logp[row : row + 1], int(kept[row]), step=step)
@@ -239,8 +250,8 @@ def test_columns_beyond_kept_are_never_used(step: float | None, tau: float) -> N
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
-def test_ids_that_were_drawn_are_no_part_of_the_bucket(tau: float) -> None:
-    """The stored tail is that of the certain ids; what the drawn ones hold of it is taken out."""
+def test_sampled_ids_are_not_part_of_the_tail_bucket(tau: float) -> None:
+    """The stored tail is that of the certain ids; the mass of the sampled ids is subtracted from it."""
     z, logp = normal(22, P, V), dense(23)
     eight, twenty = stored(logp, 8, dtype=torch.float64), stored(logp, 20, dtype=torch.float64)
     mixed = {**twenty, **{name: eight[name] for name in ("certain", "log_tail", "log_tail_half")}}
@@ -248,13 +259,13 @@ def test_ids_that_were_drawn_are_no_part_of_the_bucket(tau: float) -> None:
     torch.testing.assert_close(found, naive_bucket_kl(z, logp, 20, tau), rtol=1e-11, atol=1e-13)
 
 
-def test_positions_that_are_not_trained_count_for_nothing_whatever_their_targets_hold() -> None:
+def test_positions_that_are_not_trained_are_ignored_for_any_targets() -> None:
     z, logp, labels = normal(24, P, V + 4).float(), dense(25), labels_for(26)
     trained = labels != NOT_TRAINED
     targets = stored(logp, 9)
     broken = {name: value.clone() for name, value in targets.items()}
     for name, value in broken.items():
-        value[~trained] = math.nan if value.is_floating_point() else POISON if name == "token_ids" else 9
+        value[~trained] = math.nan if value.is_floating_point() else FILL_VALUE if name == "token_ids" else 9
     loss = DistillationLoss(V, 0.5, 2.0, [member()])
     value, by_z = gradient(lambda z: loss(z, labels, {"t": broken}).loss_sum, z)
     assert not by_z[~trained].any()
@@ -433,7 +444,7 @@ def test_codes_move_targets_and_gradients_by_no_more_than_the_bound(
     _, by_codes = gradient(lambda z: forward_kl(z, coded, member(step=step), tau), z)
     assert (by_exact - by_codes).abs().sum(1).max() <= bound / tau + 1e-6
     if scale == 2.0 and k == V:
-        # Codes do move the targets by about the step: a bound far above what happens would say nothing.
+        # Codes do move the targets by about the step: a bound far above the actual error would prove nothing.
         assert moved.max() > 0.1 * step / tau
 
 

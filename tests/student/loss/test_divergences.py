@@ -33,7 +33,7 @@ every_case = pytest.mark.parametrize(("name", "mix"), CASES, ids=lambda value: s
 def loss_of(name: LossName, mix: float, tau: float, **others: Any) -> DistillationLoss:
     given = {"mix": mix} if name in DEFAULT_MIX else {}
     return DistillationLoss(
-        V, 0.0, tau, [member(sampled_at=others.pop("drawn_at", None))], loss=name, **given, **others
+        V, 0.0, tau, [member(sampled_at=others.pop("sampled_at", None))], loss=name, **given, **others
     )
 
 
@@ -50,7 +50,7 @@ def test_derivatives_are_the_written_ones(name: LossName, mix: float) -> None:
         ell, theta = log_q[:, :11].clone().requires_grad_(), log_q[:, 11].clone().requires_grad_()
         divergence = Divergence(name, mix)
         value = divergence((p[:, :11].log(), p[:, 11].log()), (ell, theta))
-        # What the padded ids cost is no part of the table: minus its cost per unit of everything else's mass.
+        # The cost of the padded ids is not in the table: take away its part that depends on the other ids' mass.
         inside = value + divergence.padding_cost * (ell.exp().sum(1) + theta.exp())
         g, h = torch.autograd.grad(inside.sum(), (ell, theta))
         found, student = torch.cat([g, h[:, None]], 1), mass * q
@@ -124,7 +124,7 @@ def test_at_k_equal_v_value_and_gradient_are_the_dense_ones(
 def test_below_v_it_is_the_divergence_of_joined_outcomes(
     name: LossName, mix: float, tau: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for ids that were drawn: any ids with their own probabilities will do."""
+    """Also for sampled ids: any ids with their own probabilities will do."""
     monkeypatch.setitem(buckets._CHUNK_LOGITS, "cpu", rows)
     z, logp, labels = normal(8, P, V), dense(9), labels_for(10)
     trained = labels != NOT_TRAINED
@@ -157,7 +157,7 @@ def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: LossName, mix
         assert (value >= before - 1e-12).all()
         assert (value <= whole + 1e-12).all()
         if k == 2:
-            assert value.mean() < 0.99 * whole.mean(), "strict somewhere, else the inequalities say nothing"
+            assert value.mean() < 0.99 * whole.mean(), "strict at some positions, else the inequalities prove nothing"
         before = value
 
 

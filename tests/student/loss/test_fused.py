@@ -125,10 +125,10 @@ OBJECTIVES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OBJECTIVES, ids=str)
 def test_every_loss_of_the_family_goes_through(options: dict[str, Any]) -> None:
     tensors, logp, labels = inputs(V + 2), dense(10, P), labels_for(11, P)
-    drawn = options.get("tail") in ("sampled", "blend")
-    targets = {"t": varopt(logp, 16, 12, dtype=torch.float64) if drawn else stored(logp, 16, dtype=torch.float64)}
-    arguments = {"alpha": 0.2, "temperature": 1.0 if drawn else 2.0, **options}
-    loss = DistillationLoss(V, members=[member(sampled_at=1.0 if drawn else None)], **arguments)
+    sampled = options.get("tail") in ("sampled", "blend")
+    targets = {"t": varopt(logp, 16, 12, dtype=torch.float64) if sampled else stored(logp, 16, dtype=torch.float64)}
+    arguments = {"alpha": 0.2, "temperature": 1.0 if sampled else 2.0, **options}
+    loss = DistillationLoss(V, members=[member(sampled_at=1.0 if sampled else None)], **arguments)
     weights = torch.rand(P, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
     ours = fused_loss(*tensors, loss.prepare(labels, targets, weights), softcap=8.0)
     assert_same(ours, loss(naive_logits(*tensors, softcap=8.0), labels, targets, weights), tensors)
@@ -163,7 +163,7 @@ def test_gradcheck(tau: float, softcap: float | None, monkeypatch: pytest.Monkey
     )
 
 
-# Positions, columns, hidden size: nothing that a kernel likes.
+# Positions, columns, hidden size: no multiples of a kernel's block sizes.
 HOSTILE = (252, 507, 123)
 
 
@@ -190,7 +190,7 @@ def test_our_error_is_at_most_the_naive_one(
 
     targets = {"t": stored(logp, 30, dtype=torch.float64)}
     truth = results(exact, lambda: loss(exact[0] @ exact[1].T, labels, targets).loss_sum)
-    # The targets are as stored in all three ways; what differs is the student's arithmetic.
+    # The targets are as stored in all three ways; the difference is the student's arithmetic.
     naive = results(leaves, lambda: loss(leaves[0] @ leaves[1].T, labels, targets).loss_sum)
     ours = results(leaves, lambda: fused_loss(*leaves, None, loss.prepare(labels, targets)).loss_sum)
     for a, b, true in zip(ours, naive, truth, strict=True):
@@ -199,7 +199,7 @@ def test_our_error_is_at_most_the_naive_one(
 
 
 def test_where_the_product_is_widened_half_precision_rounds_its_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU's product gives, made here by hand: sums as exact as those of float32 weights of these values."""
+    """A GPU's product with float32 output, emulated: sums as exact as those of float32 weights of these values."""
     monkeypatch.setattr(fused, "_product", lambda a, b: a.float() @ b.float())
     monkeypatch.setattr(fused, "_WEIGHT_ROWS", 100)
     loss, prepared, labels, targets = simple()
@@ -216,7 +216,7 @@ def test_where_the_product_is_widened_half_precision_rounds_its_inputs_alone(mon
 
 
 class _Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
+    """Records the largest tensor that any operation allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ def test_the_logits_of_all_positions_are_never_there(
     assert largest.elements == max(V, positions) * H
     with _Largest() as largest:
         loss(hidden @ weight.T, labels_for(28, positions), {"t": stored(dense(29, positions), 10)})
-    assert largest.elements >= positions * V, "the control sees what there is to see"
+    assert largest.elements >= positions * V, "the control detects the logits"
 
 
 @pytest.mark.slow
@@ -279,7 +279,7 @@ def test_a_tied_weight_gets_both_of_its_gradients() -> None:
 
 
 @pytest.mark.parametrize("asks", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
-def test_what_is_frozen_costs_nothing(asks: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_tensors_cost_nothing(asks: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     loss, prepared, labels, targets = simple()
     tensors = [tensor.detach().requires_grad_(asked) for tensor, asked in zip(inputs(), asks, strict=True)]
     asked = [tensor for tensor in tensors if tensor.requires_grad]
@@ -385,7 +385,7 @@ def test_under_autocast_the_product_takes_its_dtype() -> None:
         ({"softcap": -3.0}, "softcap is a positive number"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     _, prepared, _, _ = simple()
     arguments = {"hidden": torch.zeros(P, H), "weight": torch.zeros(V, H), "bias": None, "prepared": prepared}
     with pytest.raises(InputError, match=message):

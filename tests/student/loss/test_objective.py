@@ -1,4 +1,4 @@
-"""What the loss is made of beside the divergence: scale, weights, selection, schedule, pieces, masks, refusals.
+"""The other parts of the loss: scale, weights, selection, schedule, chunks, masks, refusals.
 
 Legend: `P` positions, `K` stored ids, `V` vocabulary, `B` windows of `T` positions.
 """
@@ -133,7 +133,7 @@ def test_the_divergence_is_taken_only_where_the_teachers_are_not_sure() -> None:
     assert int(loss(z, labels, targets).count) == int(trained.sum())
 
 
-def test_a_scheduled_alpha_is_linear_and_its_ends_need_what_they_use() -> None:
+def test_a_scheduled_alpha_is_linear_and_its_ends_need_their_targets() -> None:
     z, labels, targets = normal(10, P, V), labels_for(11), {"t": stored(dense(12), 9, dtype=DOUBLE)}
     loss = DistillationLoss(V, 1.0, 2.0, [member()], alpha_end=0.25)
     for progress, alpha in ((0.0, 1.0), (0.5, 0.625), (1.0, 0.25)):
@@ -200,7 +200,7 @@ def test_without_cross_entropy_alpha_must_be_zero() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_poison_where_nothing_is_trained_reaches_no_gradient(options: dict[str, Any]) -> None:
+def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[str, Any]) -> None:
     rows = 36
     z, labels = normal(19, rows, V + 4).float(), labels_for(20, rows)
     trained = labels != NOT_TRAINED
@@ -235,8 +235,11 @@ def test_poison_where_nothing_is_trained_reaches_no_gradient(options: dict[str, 
         ({"min_entropy": math.nan}, "min_entropy: .*finite"),
         ({"loss_scale": "sum"}, "loss_scale: "),
         ({"epsilon": 1.0}, "epsilon: "),
-        ({"tail": "sampled"}, "teacher t stores its most probable ids and none that were drawn"),
-        ({"tail": "blend"}, "teacher t stores its most probable ids"),
+        (
+            {"tail": "sampled"},
+            "teacher t stores its top-k ids and no sampled ids, so tail sampled has no sample of its tail",
+        ),
+        ({"tail": "blend"}, "teacher t stores its top-k ids and no sampled ids, so tail blend"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
@@ -245,27 +248,29 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: 
     assert "\n" not in str(caught.value)
 
 
-def test_drawn_ids_serve_the_temperature_that_they_were_drawn_for() -> None:
+def test_sampled_ids_serve_only_the_temperature_they_were_sampled_for() -> None:
     for loss in ("forward-kl", "jsd"):
         for tail in ("auto", "bucket"):
-            with pytest.raises(InputError, match="teacher v: its ids were drawn for temperature 2 and are biased at 1"):
+            with pytest.raises(
+                InputError, match="teacher v: its ids were sampled for temperature 2 and are biased at 1"
+            ):
                 DistillationLoss(V, 0.5, 1.0, [member("v", sampled_at=2.0)], loss=loss, tail=tail)
-    with pytest.raises(InputError, match="drawn for temperature 1"):
+    with pytest.raises(InputError, match="sampled for temperature 1"):
         DistillationLoss(V, 0.5, 1.5, [member("v", sampled_at=1.0)], interpolate_tail=True)
 
 
-def test_auto_samples_where_ids_were_drawn_and_the_loss_is_linear() -> None:
-    members = [member("top", 1.0), member("drawn", 1.0, sampled_at=1.0)]
-    assert DistillationLoss(V, 0.5, 1.0, members).tails == {"top": "bucket", "drawn": "sampled"}
-    assert DistillationLoss(V, 0.5, 1.0, members, tail="bucket").tails == {"top": "bucket", "drawn": "bucket"}
+def test_auto_is_sampled_for_sampled_ids_under_a_linear_loss() -> None:
+    members = [member("top", 1.0), member("sampled", 1.0, sampled_at=1.0)]
+    assert DistillationLoss(V, 0.5, 1.0, members).tails == {"top": "bucket", "sampled": "sampled"}
+    assert DistillationLoss(V, 0.5, 1.0, members, tail="bucket").tails == {"top": "bucket", "sampled": "bucket"}
     alone = DistillationLoss(V, 0.5, 1.0, members[1:], loss="jsd")
-    assert alone.tails == {"drawn": "bucket"}
-    assert "lower bound" in alone.meaning("drawn")
-    assert "estimate" in DistillationLoss(V, 0.5, 1.0, members).meaning("drawn")
+    assert alone.tails == {"sampled": "bucket"}
+    assert "lower bound" in alone.meaning("sampled")
+    assert "estimate" in DistillationLoss(V, 0.5, 1.0, members).meaning("sampled")
     assert "alone" in DistillationLoss(V, 0.5, 1.0, members, tail="none").meaning("top")
 
 
-def test_mixtures_are_put_together_for_forward_kl_alone() -> None:
+def test_mixtures_of_entries_are_for_forward_kl_alone() -> None:
     z, labels = normal(22, P, V), labels_for(23)
     a, b = dense(24), dense(25)
     targets = {"a": stored(a, V, dtype=DOUBLE), "b": varopt(b, 30, seed=8, dtype=DOUBLE)}
@@ -283,7 +288,7 @@ def test_mixtures_are_put_together_for_forward_kl_alone() -> None:
 
 
 def test_every_masked_position_and_no_other_is_left_out(tmp_path: Path) -> None:
-    """`loss_mask[p]` says whether token p + 1 is learnt, from row p of the targets: the definition, by position."""
+    """`loss_mask[p]` states whether token p + 1 is learnt, from row p of the targets: the definition, by position."""
     n, v, t = 60, 23, 7
     rng = np.random.default_rng(0)
     tokens, mask = rng.integers(0, v, n).astype(np.uint16), rng.random(n) < 0.5
@@ -298,7 +303,7 @@ def test_every_masked_position_and_no_other_is_left_out(tmp_path: Path) -> None:
     loss = DistillationLoss(v, 0.3, 1.0, [Member.of("a", windows.entries["a"])])
     total, count = 0.0, 0
     for index in range(len(windows)):
-        start, length = windows.blocks.place(index)
+        start, length = windows.blocks.span(index)
         batch = collate([windows[index]])
         z = torch.cat([table[start : start + length], torch.zeros(t - length, v, dtype=DOUBLE)])
         sums = loss(z, batch["labels"].flatten(), flat_targets(batch["targets"]))
@@ -311,11 +316,11 @@ def test_every_masked_position_and_no_other_is_left_out(tmp_path: Path) -> None:
     assert total == pytest.approx(0.3 * nats + 0.7 * kl, rel=1e-6)
 
 
-def test_a_varopt_entry_on_disk_is_learnt_from_as_drawn(tmp_path: Path) -> None:
+def test_a_varopt_entry_on_disk_is_learnt_from_as_sampled(tmp_path: Path) -> None:
     n, v, k = 40, 61, 12
     url = str(tmp_path / "c")
     make_corpus(url, np.random.default_rng(1).integers(0, v, n).astype(np.uint16), v)
-    drawn = write_varopt(url, "a", dense(26, n, vocabulary_size=v), k, tau=2.0)
+    sampled = write_varopt(url, "a", dense(26, n, vocabulary_size=v), k, tau=2.0)
     windows = DistillationWindows(url, ["a"], n - 1)
     teacher = Member.of("a", windows.entries["a"], weight=2.0)
     assert teacher == Member("a", 2.0, None, v, 2.0)
@@ -323,10 +328,10 @@ def test_a_varopt_entry_on_disk_is_learnt_from_as_drawn(tmp_path: Path) -> None:
     loss = DistillationLoss(v, 0.0, 2.0, [teacher])
     z = normal(27, n - 1, v)
     found = loss(z, batch["labels"].flatten(), flat_targets(batch["targets"])).loss_sum
-    truth = {name: value[: n - 1] for name, value in drawn.items()}
+    truth = {name: value[: n - 1] for name, value in sampled.items()}
     expected = loss(z, batch["labels"].flatten(), {"a": truth}).loss_sum
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    with pytest.raises(InputError, match="drawn for temperature 2"):
+    with pytest.raises(InputError, match="sampled for temperature 2"):
         DistillationLoss(v, 0.5, 1.0, [teacher])
 
 

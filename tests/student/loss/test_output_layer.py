@@ -99,8 +99,8 @@ def other_model(kind: str) -> PreTrainedModel:
         ("bert", "does not give its logits"),
         ("quantised", "is a Quantised, not a plain Linear"),
         ("hooked", "hooks"),
-        ("zero", "of size 0, which tells nothing"),
-        ("bare", r"cannot be tried by itself \(AttributeError"),
+        ("zero", "of size 0, so they cannot be compared"),
+        ("bare", r"cannot be tested by itself \(AttributeError"),
     ],
 )
 def test_other_heads_keep_their_own_forward_or_are_refused_by_name(kind: str, reason: str) -> None:
@@ -141,7 +141,7 @@ def test_trying_a_head_leaves_no_trace() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# The compiler looks at the gradients of what it resumes with, and warns of itself.
+# The compiler looks at the gradients of what it resumes with, and warns about itself.
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("fused_head", ["on", "off"])
 def test_a_compiled_model_has_the_same_loss(fused_head: str) -> None:

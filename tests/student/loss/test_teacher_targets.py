@@ -1,4 +1,4 @@
-"""Treatments of the tail against dense references in float64: what each says, and which of them is unbiased.
+"""Treatments of the tail against dense references in float64: the value of each, and which of them is unbiased.
 
 Legend: `P` positions, `K` stored ids, `V` vocabulary, `W` columns of the student's head.
 """
@@ -78,8 +78,8 @@ def test_a_sampled_tail_shares_the_mass_outside_the_certain_ids(tau: float) -> N
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
-def test_the_mean_over_all_draws_is_the_dense_kl_and_its_gradient(tau: float) -> None:
-    """With one drawn id, its choices and their chances can be listed: id i with p_i over the mass outside the heads."""
+def test_the_mean_over_all_samples_is_the_dense_kl_and_its_gradient(tau: float) -> None:
+    """With one sampled id, all samples can be listed with their probability: p_i over the mass outside the heads."""
     rows, v, k = 3, 29, 6
     z, logp = normal(5, rows, v + 2), dense(6, rows, vocabulary_size=v)
     order = logp.argsort(dim=1, descending=True, stable=True)
@@ -105,7 +105,7 @@ def test_the_mean_over_all_draws_is_the_dense_kl_and_its_gradient(tau: float) ->
     expected, expected_gradient = gradient(lambda z: dense_kl(z, logp, tau), z)
     torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(total_gradient, expected_gradient, rtol=1e-9, atol=1e-14)
-    assert (bucketed < 0.95 * expected).all(), "the bucket is biased here, so being unbiased says something"
+    assert (bucketed < 0.95 * expected).all(), "the bucket is biased here, so unbiasedness is not trivial"
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
@@ -170,8 +170,8 @@ def test_with_codes_buckets_sum_to_one_and_weights_too(step: float, k: int, tau:
     torch.testing.assert_close(found.heads.sum(1) + found.tail, torch.ones(P), rtol=0, atol=2e-6)
 
 
-def test_what_is_left_of_the_tail_is_known_or_less_than_the_rounding() -> None:
-    """All ids but two are stored, most of them drawn: their rounded sum lies above the stored tail in some rows."""
+def test_the_rest_of_the_tail_is_known_or_less_than_the_rounding() -> None:
+    """All ids but two are stored, most of them sampled: their rounded sum lies above the stored tail in some rows."""
     step = 1 / 8
     logp = dense(14, scale=0.5)
     # The two ids that are left out have next to nothing.
@@ -182,8 +182,8 @@ def test_what_is_left_of_the_tail_is_known_or_less_than_the_rounding() -> None:
     coded = stored(logp, V - 2, step=step)
     targets = {**coded, **{name: heads[name] for name in ("certain", "log_tail", "log_tail_half")}}
     tempered = temper(targets, member(step=step), 1.0)
-    drawn = torch.logsumexp(tempered.scores.masked_fill(tempered.certain, -math.inf), 1)
-    assert (drawn > tempered.log_tail).any(), "else this shows nothing"
+    sampled = torch.logsumexp(tempered.scores.masked_fill(tempered.certain, -math.inf), 1)
+    assert (sampled > tempered.log_tail).any(), "else this proves nothing"
     truth = joined(logp, order[:, : V - 2])[1]
     least = math.log(-math.expm1(-step / 2)) + tempered.log_tail
     assert (tempered.log_rest >= least - 1e-5).all()
@@ -194,7 +194,7 @@ def test_what_is_left_of_the_tail_is_known_or_less_than_the_rounding() -> None:
     assert by_z.isfinite().all()
 
 
-def test_with_every_id_stored_nothing_is_left_whatever_rounding_says() -> None:
+def test_with_every_id_stored_the_tail_is_empty_despite_rounding() -> None:
     logp = dense(16)
     heads, whole = stored(logp, 3, step=1 / 32), stored(logp, V, step=1 / 32)
     targets = {**whole, **{name: heads[name] for name in ("certain", "log_tail", "log_tail_half")}}
@@ -202,7 +202,7 @@ def test_with_every_id_stored_nothing_is_left_whatever_rounding_says() -> None:
     assert tempered.log_rest.isneginf().all()
 
 
-def test_a_row_in_which_nothing_was_drawn_keeps_its_small_tail() -> None:
+def test_a_row_without_sampled_ids_keeps_its_small_tail_bucket() -> None:
     logp = dense(17)
     targets = stored(logp, 30, dtype=DOUBLE)
     found = weights(temper(targets, member(sampled_at=1.0), 1.0), "sampled")
@@ -213,14 +213,14 @@ def test_a_row_in_which_nothing_was_drawn_keeps_its_small_tail() -> None:
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
 @pytest.mark.parametrize("tail", TAILS)
-def test_positions_that_are_not_trained_are_looked_at_by_no_tail(tail: Tail, tau: float) -> None:
+def test_positions_that_are_not_trained_are_ignored_by_every_tail(tail: Tail, tau: float) -> None:
     z, logp, labels = normal(18, P, V + 1).float(), dense(19), labels_for(20)
     trained = labels != NOT_TRAINED
     targets = varopt(logp, 12, seed=2, tau=tau)
     broken = {name: value.clone() for name, value in targets.items()}
     for value in broken.values():
-        poison = torch.tensor([math.nan, math.inf, -math.inf])[torch.arange(int((~trained).sum())) % 3]
-        value[~trained] = (poison[:, None] if value.ndim == 2 else poison) if value.is_floating_point() else 2**31 - 1
+        fill = torch.tensor([math.nan, math.inf, -math.inf])[torch.arange(int((~trained).sum())) % 3]
+        value[~trained] = (fill[:, None] if value.ndim == 2 else fill) if value.is_floating_point() else 2**31 - 1
     teacher = member(sampled_at=tau)
     value, by_z = gradient(lambda z: forward_kl(z, broken, teacher, tau, trained, tail, 0.5), z)
     assert not value[~trained].any()

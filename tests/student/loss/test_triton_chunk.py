@@ -3,8 +3,8 @@
 Legend: `R` rows, `K` stored ids, `V` vocabulary, `W` columns of the head (W >= V), `P` positions, `H` hidden size.
 
 Whether kernels are compiled or interpreted is decided when triton is imported, which other tests may have done before.
-So what runs kernels is a function of this file that runs in a process of its own, and returns numbers. That all of it
-compiles for a GPU is tested too, which takes none; where there is one, the kernels run on it as well.
+So kernels run in functions of this file, in a process of their own, which return numbers. That all of them compile for
+a GPU is tested too, which needs none; where there is one, the kernels run on it as well.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run(request: pytest.FixtureRequest, processes: dict[str, ProcessPoolExecutor
 
 @dataclass(frozen=True)
 class Case:
-    """A chunk and what the gradient of its loss is by its numbers, all from a seed."""
+    """A chunk and the gradient of its loss by its log-probs, all from a seed."""
 
     vocabulary_size: int
     width: int
@@ -130,7 +130,7 @@ class Case:
         for number, k in enumerate(self.stored_ids):
             g = torch.randn(self.rows, k, generator=self._generator(21 + number))
             h = torch.randn(self.rows, generator=self._generator(31 + number))
-            # Nobody's loss changes with the logarithm of nothing.
+            # No loss depends on the log of an empty tail.
             empty = k == self.vocabulary_size or self.hidden == "tail"
             by_bucket.append((g, torch.zeros_like(h) if empty else h))
         return by_label, by_bucket
@@ -319,9 +319,9 @@ def whole(device: str, head: tuple[int, float, float | None], tau: float, alpha:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused, "_TRITON_DEVICES", {device})
             patch.setitem(fused._BUFFER_LOGITS, "cpu", 10 * width)
-            # Tried here, and not below, where the passes that the kernels are compared with are gone.
+            # Tested here, and not below, where the passes that the kernels are compared with are removed.
             assert fused._chunk_kind(tensors[0].device, dtype, loss.temperature, softcap).__name__ == "TritonChunk"
-            # The kernels, and nothing in their place.
+            # The kernels, with no fallback.
             patch.setattr("student.loss.logit_chunk._Exponentials.of", None)
             loss_sum = fused_loss(*tensors, loss.prepare(labels, targets), logit_scale=scale, softcap=softcap).loss_sum
     gradients = torch.autograd.grad(3 * loss_sum, tensors)
@@ -391,9 +391,9 @@ def test_without_triton_a_gpu_takes_torchs_passes(
 def broken(device: str, how: str) -> tuple[str, list[str]]:
     from student.loss import triton_chunk
 
-    said: list[str] = []
+    logged: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     fused._triton_runs.cache_clear()
     original = triton_chunk._Logits.to_gradient
     logger = logging.getLogger("student.loss.fused")
@@ -412,16 +412,16 @@ def broken(device: str, how: str) -> tuple[str, list[str]]:
     logger.removeHandler(handler)
     fused._triton_runs.cache_clear()
     assert kinds[0] is kinds[1]
-    return kinds[0].__name__, said
+    return kinds[0].__name__, logged
 
 
 @pytest.mark.parametrize(("how", "reason"), [("fails", "no C compiler"), ("differs", "its results differ by")])
-def test_kernels_that_fail_or_differ_are_not_used_and_it_says_so_once(run: Run, how: str, reason: str) -> None:
-    kind, said = run(broken, how)
+def test_kernels_that_fail_or_differ_are_not_used_and_log_one_warning(run: Run, how: str, reason: str) -> None:
+    kind, logged = run(broken, how)
     assert kind == "LogitChunk"
-    assert len(said) == 1
-    assert "without its Triton kernels" in said[0]
-    assert reason in said[0]
+    assert len(logged) == 1
+    assert "without its Triton kernels" in logged[0]
+    assert reason in logged[0]
 
 
 def test_nothing_imports_triton_where_it_is_not_used() -> None:

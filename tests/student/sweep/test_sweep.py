@@ -180,7 +180,7 @@ def test_weights_held_out_text_and_processes(world: Path, tmp_path: Path, monkey
     with pytest.raises(InputError, match="no teacher is named"):
         swept(tmp_path / "sweep.yaml", {**data, "teachers": []})
     with pytest.raises(InputError, match="a sweep trains from cached teachers"):
-        swept(tmp_path / "sweep.yaml", {**data, "teachers": [], "live_teachers": ["somewhere"]})
+        swept(tmp_path / "sweep.yaml", {**data, "teachers": [], "live_teachers": ["teacher"]})
     with pytest.raises(InputError, match="weights are loaded"):
         swept(tmp_path / "sweep.yaml", {**data, "model": str(tmp_path)})
     with monkeypatch.context() as patch:
@@ -268,7 +268,7 @@ def test_the_table_is_best_first_and_a_finished_sweep_is_not_run_again(done: Pat
     assert before == {path: path.stat().st_mtime_ns for path in (done / "trials").iterdir()}
 
 
-# Sweeps that go on, and trials that do not end well
+# Sweeps that resume, and trials that do not end well
 
 
 def test_another_search_in_the_folder_is_refused_and_more_trials_are_not(world: Path, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_another_search_in_the_folder_is_refused_and_more_trials_are_not(world: 
     assert [(t.parameters, t.value) for t in at_once.trials] == [(t.parameters, t.value) for t in more.trials]
 
 
-def test_a_killed_sweep_goes_on_and_ends_as_an_uninterrupted_one(world: Path, done: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(world: Path, done: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = written(tmp_path / "sweep.yaml", fields(world, out))
     line = command("train-student", "--sweep", file)
@@ -365,9 +365,9 @@ def test_a_combination_that_is_impossible_fails_with_its_reason(world: Path, tmp
     parameters = {"model.hidden_size": {"choices": [16, 24]}, "model.num_attention_heads": {"choices": [2, 3]}}
     data = fields(world, tmp_path / "out", parameters, trials=6, seed=2, sampler="random")
     data |= {"model": str(world / "llama.json"), "training": {**data["training"], "max_steps": 1}}
-    said: list[str] = []
-    report = sweep(*loaded(written(tmp_path / "sweep.yaml", data)), said.append)
-    assert any("1 of 4 combinations" in line for line in said)
+    lines: list[str] = []
+    report = sweep(*loaded(written(tmp_path / "sweep.yaml", data)), lines.append)
+    assert any("1 of 4 combinations" in line for line in lines)
     states = {tuple(trial.parameters.values()): trial.state for trial in report.trials}
     assert states == {(16, 2): "complete", (24, 2): "complete", (24, 3): "complete", (16, 3): "failed"}
     failed = next(trial for trial in report.trials if trial.state == "failed")

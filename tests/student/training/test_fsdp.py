@@ -1,4 +1,4 @@
-"""FSDP2 on CPUs, by torch's own sharding and through the Trainer; and that a run is never something else in silence."""
+"""FSDP2 on CPUs, by torch's own sharding and through the Trainer; and that a run is never silently something else."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def sharded_job(world: Path, output: Path, **training: Any) -> StudentJob:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_a_sharded_run_is_killed_goes_on_and_publishes_one_model(world: Path, tmp_path: Path, kind: str) -> None:
+def test_a_sharded_run_is_killed_resumes_and_publishes_one_model(world: Path, tmp_path: Path, kind: str) -> None:
     """All of it through the Trainer and accelerate, but for the one condition that keeps FSDP from CPUs."""
     alone = train(sharded_job(world, tmp_path / "alone"))
     line = [*arguments(sharded_job(world, tmp_path / "run")), "--set", "fsdp=true"]
@@ -121,7 +121,7 @@ def test_a_model_that_turns_out_whole_is_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize("name", ["pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"])
-def test_a_checkpoint_goes_on_as_it_was_written(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_resumes_as_it_was_written(tmp_path: Path, name: str) -> None:
     check_checkpoint(tmp_path, False)
     with pytest.raises(InputError, match="was written without fsdp, and this run is sharded"):
         check_checkpoint(tmp_path, True)

@@ -46,7 +46,7 @@ def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def expected_windows(world: Path) -> dict[int, list[int]]:
-    """What each step is to read, from the reading order alone."""
+    """The windows that each step is to read, from the reading order alone."""
     windows = DistillationWindows(str(world / "train"), ["a", "b"], 16, "random", seed=5)
     order = reading_order(windows, G)
     epochs = [(order.permutation(epoch) + epoch * len(windows)).tolist() for epoch in range(2)]
@@ -76,7 +76,7 @@ def test_two_processes_train_as_one_and_may_become_one(
 ) -> None:
     two = job_of(world, tmp_path / "two", G // 2, eval_cache=str(world / "held"))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    # Killed in the second epoch, so that what goes on is a resumed run of two processes.
+    # Killed in the second epoch, so that a run of two processes is resumed.
     (tmp_path / "killed.py").write_text(KILLED.format(step=18))
     killed = python(*launcher, str(tmp_path / "killed.py"), *arguments(two), PYTHONPATH=str(ROOT))
     assert killed.returncode != 0
@@ -90,10 +90,12 @@ def test_two_processes_train_as_one_and_may_become_one(
     same_run(tmp_path / "two", alone[0])
 
     # The same job in one process: a step has as many windows as it had, in two micro-batches.
-    said: list[str] = []
-    fewer = train(two.model_copy(update={"output_dir": str(tmp_path / "one")}), said.append)
+    lines: list[str] = []
+    fewer = train(two.model_copy(update={"output_dir": str(tmp_path / "one")}), lines.append)
     assert (fewer.processes, fewer.resumed_from_step, fewer.windows_at_once) == (1, 16, G // 2)
-    assert [line for line in said if "steps of 8 windows, which 1 process(es) now compute in 2 micro-batch(es)" in line]
+    assert [
+        line for line in lines if "steps of 8 windows, which 1 process(es) now compute in 2 micro-batch(es)" in line
+    ]
     same_run(tmp_path / "one", alone[0])
 
 
@@ -131,7 +133,7 @@ def test_every_step_reads_the_same_windows_whoever_computes_it(
 def test_accumulation_becomes_processes_and_reads_the_same_windows(
     world: Path, alone: tuple[Path, TrainingReport], tmp_path: Path
 ) -> None:
-    """One process with two micro-batches is stopped; two processes with one go on, without the fused head."""
+    """One process with two micro-batches is stopped; two processes with one resume, without the fused head."""
     job = job_of(world, tmp_path / "run", 4, windows_per_step=G, fused_head="off", eval_cache=str(world / "held"))
     done = processes(1, NOTED, *arguments(job), NOTES=str(tmp_path / "first"), STOP="5")
     assert done[0].returncode == 9, done[0].stderr

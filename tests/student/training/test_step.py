@@ -1,4 +1,4 @@
-"""The windows of a step: how processes and micro-batches share them, and what of that makes another run."""
+"""The windows of a step: how processes and micro-batches share them, and which changes make another run."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def test_a_recorded_step_is_kept_by_other_processes(
     args = arguments(
         processes, monkeypatch, per_device_train_batch_size=at_once, gradient_accumulation_steps=accumulation
     )
-    said = divide_step(job_in(tmp_path, tmp_path / "run"), args, recorded)
+    adapted = divide_step(job_in(tmp_path, tmp_path / "run"), args, recorded)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
-    assert (said is not None) == (expected != (at_once, accumulation))
-    assert windows_per_step(args) == recorded.get("windows_per_step", 48) or said is None
+    assert (adapted is not None) == (expected != (at_once, accumulation))
+    assert windows_per_step(args) == recorded.get("windows_per_step", 48) or adapted is None
 
 
 def test_what_is_asked_for_wins_over_what_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_the_windows_left_out_are_others_in_each_epoch() -> None:
 
 
 def test_how_a_step_is_computed_is_no_part_of_the_run(world: Path, tmp_path: Path) -> None:
-    """Begun with two micro-batches, finished with four at most two windows each."""
+    """Started with two micro-batches, finished with four at most two windows each."""
     limit = {"max_steps": 9, "save_steps": 3, "save_total_limit": 3}
     whole = train(job_in(world, tmp_path / "whole", training=limit))
     job = job_in(world, tmp_path / "run", windows_per_step=8, training={**limit, "per_device_train_batch_size": 4})
@@ -137,11 +137,11 @@ def test_how_a_step_is_computed_is_no_part_of_the_run(world: Path, tmp_path: Pat
     (tmp_path / "run" / "config.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoint-9")
     again = {**limit, "per_device_train_batch_size": 3, "ddp_timeout": 60, "per_device_eval_batch_size": 1}
-    said: list[str] = []
-    report = train(job_in(world, tmp_path / "run", windows_per_step=8, training=again), said.append)
+    lines: list[str] = []
+    report = train(job_in(world, tmp_path / "run", windows_per_step=8, training=again), lines.append)
     assert (report.windows_per_step, report.windows_at_once, report.steps) == (8, 2, whole.steps)
     assert report.resumed_from_step == 6
-    assert any("8 to a step: 1 process(es), 4 micro-batch(es) of 2" in line for line in said)
+    assert any("8 to a step: 1 process(es), 4 micro-batch(es) of 2" in line for line in lines)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
     with pytest.raises(IdentityMismatch) as caught:

@@ -38,8 +38,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_path: Path) -> None:
     job = job_in(world, tmp_path / "out", eval_cache=str(world / "held"))
-    said: list[str] = []
-    report = train(job, said.append)
+    lines: list[str] = []
+    report = train(job, lines.append)
     assert report.steps == 93 // 8
     assert report.tokens_seen == report.steps * 8 * 16
     assert report.windows_per_step == 8
@@ -65,8 +65,8 @@ def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_p
     assert not [name for name in os.listdir(out) if name.endswith((".partial", ".bin", ".pt")) or name == "publishing"]
 
     before = {name: (out / name).stat().st_mtime_ns for name in os.listdir(out)}
-    assert train(job, said.append) == report
-    assert "finished" in said[-1]
+    assert train(job, lines.append) == report
+    assert "finished" in lines[-1]
     assert before == {name: (out / name).stat().st_mtime_ns for name in os.listdir(out)}
 
 
@@ -81,7 +81,7 @@ def test_distillation_reduces_the_divergence_and_seeds_repeat(world: Path, tmp_p
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_run_that_diverges_says_so_in_a_report_that_can_be_read(world: Path, tmp_path: Path) -> None:
+def test_a_run_that_diverges_has_a_report_that_can_be_read(world: Path, tmp_path: Path) -> None:
     job = job_in(
         world,
         tmp_path / "out",
@@ -105,7 +105,7 @@ def test_alpha_one_is_the_control_of_its_teachers(world: Path, tmp_path: Path) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
     """GPT-2 has dropout, so the random state matters; the kill is in the second epoch, between two checkpoints."""
     training = {
         "num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 4
@@ -273,7 +273,7 @@ def test_an_output_that_holds_something_else_is_refused(world: Path, tmp_path: P
         train(job_in(world, tmp_path))
 
 
-def test_a_place_where_nothing_can_be_written_is_said(
+def test_a_folder_that_cannot_be_written_is_reported(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.mkdir
@@ -309,7 +309,7 @@ def test_a_changed_configuration_under_the_same_name_is_another_job(world: Path,
 def test_held_out_caches_must_share_the_tokenizer_and_teachers_may_be_missing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KL is measured to entries of the same teacher only; for the others the report says why it is not."""
+    """KL is measured to entries of the same teacher only; for the others the report has the reason."""
     held = str(tmp_path / "held")
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, V, 100).astype(np.uint16)
@@ -372,7 +372,7 @@ def test_evaluation_during_training_and_the_best_model(world: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("limit", [9_000, 30_000], ids=["weights", "optimizer"])
-def test_a_full_disk_is_said_and_the_run_goes_on_afterwards(world: Path, tmp_path: Path, limit: int) -> None:
+def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(world: Path, tmp_path: Path, limit: int) -> None:
     job = job_in(world, tmp_path / "out", training={"max_steps": 4, "save_steps": 2})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

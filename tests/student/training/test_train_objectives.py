@@ -19,7 +19,7 @@ from student.training.run import train
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The caches of `runs`, and in both a VarOpt entry `drawn` (temperature 1) and `drawn2` of one teacher."""
+    """The caches of `runs`, and in both a VarOpt entry `sampled` (temperature 1) and `sampled2` of one teacher."""
     folder = tmp_path_factory.mktemp("objectives")
     make_world(folder)
     table = torch.from_numpy(2 * np.random.default_rng(99).normal(size=(V, V)))
@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         url = str(folder / name)
         cache = LogitCache.open(url)
         tokens = torch.from_numpy(cache.tokens.read(0, cache.record.corpus.positions).astype(np.int64))
-        for entry, tau in (("drawn", 1.0), ("drawn2", 2.0)):
+        for entry, tau in (("sampled", 1.0), ("sampled2", 2.0)):
             write_varopt(url, entry, torch.log_softmax(table[tokens], 1), 12, tau)
     return folder
 
@@ -39,14 +39,14 @@ def invoke(world: Path, out: Path, *more: str, **changes: Any) -> Result:
 
 RUNS: dict[str, tuple[dict[str, Any], str, str]] = {
     "reverse KL": ({"teachers": ["a"], "loss": "reverse-kl", "temperature": 2}, "reverse_kl_a", "a lower bound"),
-    "JSD": ({"teachers": ["drawn"], "loss": "jsd", "mix": 0.2}, "jsd_drawn", "a lower bound"),
+    "JSD": ({"teachers": ["sampled"], "loss": "jsd", "mix": 0.2}, "jsd_sampled", "a lower bound"),
     "skewed": ({"teachers": ["b"], "loss": "skew-forward-kl"}, "skew_forward_kl_b", "a lower bound"),
     "skewed reverse": ({"teachers": ["b"], "loss": "skew-reverse-kl"}, "skew_reverse_kl_b", "a lower bound"),
-    "drawn ids": ({"teachers": ["drawn"]}, "kl_drawn", "an estimate from drawn ids"),
-    "drawn for 2": ({"teachers": ["drawn2"], "temperature": 2}, "kl_drawn2", "an estimate from drawn ids"),
-    "drawn and not": ({"teachers": ["drawn:3", "a"]}, "kl_a", "a lower bound"),
-    "blend": ({"teachers": ["drawn"], "tail": "blend", "blend": 0.5}, "kl_drawn", "blended"),
-    "bucket of drawn ids": ({"teachers": ["drawn"], "tail": "bucket"}, "kl_drawn", "a lower bound"),
+    "sampled ids": ({"teachers": ["sampled"]}, "kl_sampled", "an estimate from drawn ids"),
+    "sampled for 2": ({"teachers": ["sampled2"], "temperature": 2}, "kl_sampled2", "an estimate from drawn ids"),
+    "sampled and not": ({"teachers": ["sampled:3", "a"]}, "kl_a", "a lower bound"),
+    "blend": ({"teachers": ["sampled"], "tail": "blend", "blend": 0.5}, "kl_sampled", "blended"),
+    "bucket of sampled ids": ({"teachers": ["sampled"], "tail": "bucket"}, "kl_sampled", "a lower bound"),
     "renormalised": ({"teachers": ["a"], "tail": "renormalise"}, "kl_a", "of the stored ids alone"),
     "heads alone": ({"teachers": ["a"], "tail": "none"}, "kl_a", "of the stored ids alone"),
     "BabyLlama's": ({"loss_scale": "babyllama"}, "kl_b", "a lower bound"),
@@ -71,14 +71,14 @@ def test_runs_name_their_divergence_and_what_it_is(world: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("changes", "alpha"),
     [
-        ({"teachers": ["drawn"]}, 0.0),
+        ({"teachers": ["sampled"]}, 0.0),
         ({"teachers": ["b"]}, 0.0),  # all its ids are stored
-        ({"teachers": ["drawn", "a:0"]}, 0.0),
+        ({"teachers": ["sampled", "a:0"]}, 0.0),
         ({"teachers": ["a"]}, 0.5),
-        ({"teachers": ["drawn", "a"]}, 0.5),
-        ({"teachers": ["drawn"], "tail": "bucket"}, 0.5),
-        ({"teachers": ["drawn"], "loss": "jsd"}, 0.5),
-        ({"teachers": ["drawn"], "alpha": 0.5}, 0.5),
+        ({"teachers": ["sampled", "a"]}, 0.5),
+        ({"teachers": ["sampled"], "tail": "bucket"}, 0.5),
+        ({"teachers": ["sampled"], "loss": "jsd"}, 0.5),
+        ({"teachers": ["sampled"], "alpha": 0.5}, 0.5),
         ({"teachers": []}, 1.0),
     ],
 )
@@ -88,29 +88,29 @@ def test_alpha_follows_the_targets_where_it_is_left_open(
     report = train(job_in(world, tmp_path / "out", temperature=1, training={"max_steps": 2}, **changes))
     assert report.job.alpha == alpha
     entry = report.train_log[0]
-    parts = [value for name, value in entry.items() if name.startswith(("kl_drawn", "kl_b", "jsd"))]
+    parts = [value for name, value in entry.items() if name.startswith(("kl_sampled", "kl_b", "jsd"))]
     if alpha in (0.0, 1.0):
         assert entry["loss"] == pytest.approx(parts[0] if parts else entry["cross_entropy"], rel=1e-5)
 
 
-def test_held_out_divergence_from_drawn_ids_is_no_bound(world: Path, tmp_path: Path) -> None:
-    job = job_in(world, tmp_path / "out", teachers=["drawn", "a"], temperature=1, eval_cache=str(world / "held"),
+def test_held_out_divergence_from_sampled_ids_is_no_bound(world: Path, tmp_path: Path) -> None:
+    job = job_in(world, tmp_path / "out", teachers=["sampled", "a"], temperature=1, eval_cache=str(world / "held"),
                  training={"max_steps": 1})  # fmt: skip
     held = train(job).held_out
     assert held is not None
-    assert (held.kl["drawn"].lower_bound, held.kl["a"].lower_bound) == (False, True)
-    assert held.kl["drawn"].nats > 0
+    assert (held.kl["sampled"].lower_bound, held.kl["a"].lower_bound) == (False, True)
+    assert held.kl["sampled"].nats > 0
 
 
-def test_an_interpolated_temperature_says_how_far_it_may_be_off(world: Path, tmp_path: Path) -> None:
+def test_an_interpolated_temperature_reports_its_error_bound(world: Path, tmp_path: Path) -> None:
     job = job_in(world, tmp_path / "out", temperature=1.5, interpolate_tail=True, training={"max_steps": 1})
-    said: list[str] = []
-    report = train(job, said.append)
+    lines: list[str] = []
+    report = train(job, lines.append)
     bound = report.tail_bounds["a"]
     assert 0 < bound.mean < bound.greatest < 0.5
     assert bound.positions == 32 * 16
     assert report.tail_bounds["b"].greatest == 0, "all its ids are stored"
-    (line,) = [line for line in said if line.startswith("teacher a at temperature 1.5")]
+    (line,) = [line for line in lines if line.startswith("teacher a at temperature 1.5")]
     assert f"{bound.mean:.4f} of the true one on average and {bound.greatest:.4f} at worst over 512 positions" in line
 
 
@@ -140,11 +140,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "mix without a mixture": (["--mix", "0.5"], "mix belongs to jsd"),
     "mix too large": (["--loss", "jsd", "--mix", "2"], "--mix"),
     "sampled JSD": (["--loss", "jsd", "--tail", "sampled"], "sampled goes with forward-kl only"),
-    "nothing drawn": (["--tail", "sampled"], "teacher a stores its most probable ids"),
+    "nothing sampled": (["--tail", "sampled"], "teacher a stores its top-k ids"),
     "blend of nothing": (["--blend", "0.5"], "needs tail blend"),
     "negative entropy": (["--min-entropy", "-1"], "--min-entropy"),
     "alpha beyond 1": (["--alpha-end", "1.5"], "--alpha-end"),
-    "drawn for another": (["--teacher", "drawn2"], "drawn for temperature 2 and are biased at 1"),
+    "sampled for another": (["--teacher", "sampled2"], "sampled for temperature 2 and are biased at 1"),
     "windows of one": (["--loss-scale", "babyllama", "--window-tokens", "1"], "window_tokens of 2 or more"),
 }
 

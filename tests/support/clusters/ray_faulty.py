@@ -1,8 +1,8 @@
-"""`cache-logits` on Ray with workers that fail at one shard, always or once; what `test_ray` starts as a process.
+"""`cache-logits` on Ray with workers that fail at one shard, always or once; `test_ray` starts it as a process.
 
     python tests/support/clusters/ray_faulty.py SHARD ERROR ONCE ARGUMENTS…
 
-ONCE is a file that the fault makes when it happens, and that keeps it from happening again; or "" for always.
+ONCE is a file that the fault creates and that keeps it from happening again; "" for a fault every time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from logit_cache.cli.main import cache_logits
 
 
 def hook(shard: int, error: str, once: str) -> Any:
-    """A function that Ray calls in each worker process before all else. It is sent there by value, being of this
-    script."""
+    """A function that Ray calls in each worker process before all else, pickled by value as part of this script."""
 
     def install() -> None:
         import logit_cache.engines.worker

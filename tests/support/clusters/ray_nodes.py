@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, for the tests: started, told apart, killed."""
+"""A Ray cluster of several nodes on this machine, for the tests, which start, identify and kill them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _LEAN = (
     "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
     "--num-cpus=1", "--num-gpus=0",
 )  # fmt: skip
-# A node that is gone is missed within a few seconds, and not within half a minute.
-_WATCHFUL = {
+# A lost node is noticed within a few seconds instead of half a minute.
+_FAST_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "4",
@@ -38,21 +38,21 @@ class RayNodes:
         self.token = self.folder / "token"
         self.token.write_text(secrets.token_hex(32), encoding="utf-8")
         self.access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
-        self._environment = {**environment, **_WATCHFUL, **self.access}
+        self._environment = {**environment, **_FAST_HEALTH_CHECKS, **self.access}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"127.0.0.1:{port}"
         self._roots: list[subprocess.Popen[bytes]] = []
         self._start("--head", f"--port={port}", "--include-dashboard=False", f"--temp-dir={self.folder}/r")
-        until(self._listens, "the head listens")
+        until(self._is_reachable, "the head accepts connections")
 
     def add(self) -> None:
         """Have one more node join; its workers have two threads, and the head's one."""
         self._start(f"--address={self.address}", threads=2)
 
     def kill(self, number: int) -> None:
-        """End all processes of a node at once, as a loss of power does; 0 is the head."""
+        """Kill all processes of a node at once, as a power cut does; 0 is the head."""
         root = self._roots[number]
         for process in (root.pid, *descendants(root.pid)):
             kill(process)
@@ -63,12 +63,12 @@ class RayNodes:
         return next(n for n, root in enumerate(self._roots) if process in descendants(root.pid))
 
     def actors(self) -> list[int]:
-        """Processes of actors, on any node."""
+        """Process IDs of the actors on all nodes."""
         found = [process for root in self._roots for process in descendants(root.pid)]
         return [process for process in found if _title(process).startswith("ray::_Actor")]
 
     def stop(self) -> None:
-        """End all of it."""
+        """Kill every node and remove the cluster's folder."""
         for number in reversed(range(len(self._roots))):
             self.kill(number)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -80,14 +80,14 @@ class RayNodes:
             root = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
         self._roots.append(root)
 
-    def _listens(self) -> bool:
+    def _is_reachable(self) -> bool:
         host, port = self.address.split(":")
         with socket.socket() as one:
             return one.connect_ex((host, int(port))) == 0
 
 
 def kill(process: int) -> None:
-    """kill -9; nothing happens to one that is gone."""
+    """kill -9; no error for a process that is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
 
@@ -113,9 +113,9 @@ def descendants(process: int) -> list[int]:
     return found[1:]
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 120.0) -> None:
-    """Wait for a condition."""
+def until(condition: Callable[[], object], description: str, seconds: float = 120.0) -> None:
+    """Wait for a condition; fails after so many seconds, with its description."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds:g} seconds: {what}"
+        assert time.monotonic() < end, f"not within {seconds:g} seconds: {description}"
         time.sleep(0.1)

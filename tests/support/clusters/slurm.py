@@ -1,7 +1,7 @@
-"""A real Slurm cluster for tests (`tests/support/scripts/slurm.sh`), and what a test does to it.
+"""A real Slurm cluster for tests (`tests/support/scripts/slurm.sh`), and the commands that tests send it.
 
-Two nodes of one processor each. The environment that leads to it is given to the commands that a test starts, and not
-set in the test's own process, whose libraries it could change.
+Two nodes of one processor each. Its environment is given to the commands that a test starts, and not set in the
+test's own process, whose libraries it could change.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SCRIPT = TESTS / "support/scripts/slurm.sh"
 
 @dataclass(frozen=True)
 class Cluster:
-    """The running cluster; `environment` is what its clients need, by itself enough for a job too."""
+    """The running cluster; `environment` has all variables that its clients need, and suffices for a job, too."""
 
     environment: dict[str, str]
 
     def call(self, *arguments: object) -> str:
-        """What a command such as `scontrol` prints; the test fails when the command does."""
+        """The output of a command such as `scontrol`; the test fails when the command does."""
         done = subprocess.run(
             [str(argument) for argument in arguments],
             env=self.environment,
@@ -40,23 +40,23 @@ class Cluster:
         return done.stdout
 
     def submit(self, script: str, folder: Path, *options: object) -> int:
-        """Submit a shell script that works in `folder`; the number of the job, of the whole array where it is one."""
+        """Submit a shell script that runs in `folder`; returns the number of the job, or of the whole array."""
         path = folder / "job.sh"
         path.write_text(f"#!/bin/bash\n{script}", encoding="utf-8")
-        said = self.call("sbatch", "--parsable", "--chdir", folder, "--open-mode", "append", *options, path)
-        return int(said.split(";")[0])
+        answer = self.call("sbatch", "--parsable", "--chdir", folder, "--open-mode", "append", *options, path)
+        return int(answer.split(";")[0])
 
     def queue(self) -> str:
         """The jobs that have not ended, one a line."""
         return self.call("squeue", "--noheader", "--array")
 
 
-def until(condition: Callable[[], bool], cluster: Cluster, what: str, seconds: float = 60) -> None:
-    """Wait until something has become true; fails with the queue as it then is."""
+def until(condition: Callable[[], bool], cluster: Cluster, description: str, seconds: float = 60) -> None:
+    """Wait for a condition; fails after so many seconds, with its description and the queue."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds:g} s: {what}; in the queue:\n{cluster.queue()}")
+            pytest.fail(f"not within {seconds:g} s: {description}; in the queue:\n{cluster.queue()}")
         time.sleep(0.1)
 
 
@@ -77,7 +77,7 @@ def running_slurm() -> Cluster:
 
 @pytest.fixture
 def slurm(running_slurm: Cluster) -> Iterator[Cluster]:
-    """The cluster; what a test leaves in its queue is ended after it."""
+    """The cluster; the jobs that a test leaves in its queue are cancelled after it."""
     yield running_slurm
     running_slurm.call("scancel", "--user", os.getuid())
     running_slurm.call("scancel", "--user", os.getuid(), "--signal", "KILL", "--full")

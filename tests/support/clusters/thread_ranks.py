@@ -1,4 +1,4 @@
-"""Ranks that are threads of this process: what a sharded teacher does, without processes."""
+"""Ranks that are threads of this process, for tests of sharded teachers without processes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Result = TypeVar("Result")
 
 
 class ThreadRanks:
-    """`teachers.ranks.Ranks` of one of `size` threads that share a board."""
+    """`teachers.ranks.Ranks` of one of `size` threads that exchange objects through a shared list, the board."""
 
     def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size = rank, size
         self._board, self._barrier = board, barrier
-        self.told = 0  # bytes that this rank handed to the others
+        self.sent = 0  # bytes that this rank gave to collective operations
 
     def objects(self, value: Any) -> list[Any]:
         self._board[self.rank] = value
@@ -29,7 +29,7 @@ class ThreadRanks:
         return found
 
     def gather(self, value: Tensor) -> Tensor:
-        self.told += value.numel() * value.element_size()
+        self.sent += value.numel() * value.element_size()
         values = self.objects(value.clone())
         assert len({(each.shape, each.dtype) for each in values}) == 1, "ranks gather one shape and dtype"
         return torch.stack(values)
@@ -39,7 +39,7 @@ class ThreadRanks:
 
 
 def on_ranks(size: int, work: Callable[[ThreadRanks], Result]) -> list[Result]:
-    """What each rank makes; a rank that fails ends the others. The first error that is no broken barrier is raised."""
+    """The result of each rank; a rank that fails ends the others. Raises the first error that is no broken barrier."""
     board: list[Any] = [None] * size
     barrier = threading.Barrier(size, timeout=60)
 

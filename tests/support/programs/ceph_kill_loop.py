@@ -1,9 +1,9 @@
-"""Kills `cache-logits` at work on an S3 server, over and over; what `test_ceph` starts as a process.
+"""Kills `cache-logits` at work on an S3 server, over and over; `test_ceph` starts it as a process.
 
     python tests/support/programs/ceph_kill_loop.py s3://BUCKET CACHE TEACHER FOLDER KILLS
 
 As in `kill_loop`, children are forked from a parent that has imported everything and has one thread; the parent looks
-into the bucket with a client that has none either. Prints what it saw as JSON; any fault ends it with an error.
+into the bucket with a client that has none either. Prints its counts as JSON; any fault ends it with an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from storage.cache.verify import verify
 
 
 def run(cache: str, teacher: Path) -> object:
-    # A small report: most of the time is to be spent on what a kill can interrupt.
+    # A small report: most of the time is to be spent on shards, which a kill can interrupt.
     more = ("--shard-tokens", "1024", "--fidelity-positions", "64")
     return cache_logits(["--cache", cache, "--teacher", str(teacher), *ARGUMENTS, *more])
 
@@ -51,12 +51,12 @@ def names(whole: Path) -> list[str]:
 
 
 def digests(receipt: bytes) -> object:
-    """What a receipt says of its objects; its time and host differ from run to run."""
+    """The objects that a receipt lists; its time and host differ from run to run."""
     return json.loads(receipt)["objects"]
 
 
 def check(cache: str) -> None:
-    """Every byte that a receipt commits is what the receipt says."""
+    """Check that every object matches the digest in its receipt."""
     found = verify(cache, deep=True, workers=4)
     assert found.sound, found.problems
 
@@ -86,13 +86,13 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
         # Every third time two workers do the same shards at once.
         workers = 2 if rounds % 3 == 0 else 1
         counts["two_at_once"] += workers == 2
-        # No claim keeps two from each other's shards; one alone finds that those of the dead count no more.
+        # With two workers no lease holds; a single one finds that the leases of killed workers have ended.
         storage.cache.leases.LEASE_SECONDS = 0.0 if workers == 2 else lease
         most_threads = max(most_threads, kill_loop.threads())
         work = partial(run, url, teacher)
         children = [fork(work, folder / f"log{n}") for n in range(workers)]
         if counts["kills"] < kills:
-            # Every other time the clock starts at a commit: a job on a store spends its first moments on other things.
+            # Every other time the clock starts at a commit: a job on a store spends its first moments without commits.
             if rounds % 2:
                 wait_for_commit(commits, before, children)
                 time.sleep(chance.uniform(0.0, 0.15) * seconds * workers)
@@ -121,13 +121,13 @@ def loop(bucket: Bucket, cache: Path, teacher: Path, folder: Path, kills: int) -
             done = True
         else:
             stored = bucket.keys(f"{prefix}/teachers/{NAME}/")
-            begun = {int(key.split("/c/")[1].split("/")[0]) for key in stored if "/c/" in key}
-            counts["kills_with_leftovers"] += killed if len(begun) > len(found) else 0
+            started = {int(key.split("/c/")[1].split("/")[0]) for key in stored if "/c/" in key}
+            counts["kills_with_leftovers"] += killed if len(started) > len(found) else 0
         call(partial(check, url), log)
     return {**counts, "most_threads": most_threads, "seconds_undisturbed": round(seconds, 3)}
 
 
 if __name__ == "__main__":
     server = Server(*(os.environ[f"AWS_{name}"] for name in ("ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY")))
-    place = Bucket(server, sys.argv[1].removeprefix("s3://"))
-    print(json.dumps(loop(place, *map(Path, sys.argv[2:5]), int(sys.argv[5]))))
+    bucket = Bucket(server, sys.argv[1].removeprefix("s3://"))
+    print(json.dumps(loop(bucket, *map(Path, sys.argv[2:5]), int(sys.argv[5]))))

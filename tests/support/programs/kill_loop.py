@@ -1,10 +1,10 @@
-"""Runs `cache-logits` in forked children and kills them, over and over; what `test_kills` starts as a process.
+"""Runs `cache-logits` in forked children and kills them, over and over; `test_kills` starts it as a process.
 
     python tests/support/programs/kill_loop.py CACHE TEACHER FOLDER KILLS
 
-The parent has imported all that the command needs and has no thread but its own, so a child begins with the command's
+The parent has imported all that the command needs and has no thread but its own, so a child starts with the command's
 own work at once, and a kill costs milliseconds. Everything that looks into a cache also happens in a child: Zarr starts
-a thread when it is first used. Prints what it saw as JSON; any fault ends it with an error.
+a thread when it is first used. Prints its counts as JSON; any fault ends it with an error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fork(work: Callable[[], object], log: Path) -> int:
         return child
     status = 1
     try:
-        # Of its own session, so that nothing meant for the parent reaches it.
+        # In its own session, so that no signal meant for the parent reaches it.
         os.setsid()
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
@@ -81,7 +81,7 @@ def run(cache: Path, teacher: Path) -> Callable[[], object]:
 
 
 def receipts(cache: Path) -> dict[str, bytes]:
-    """The receipts that are there now; a file that a child removes meanwhile is none."""
+    """The receipts that exist now; a file that a child removes meanwhile is not one."""
     folder = cache / "teachers" / NAME / "receipts"
     found = {}
     for path in folder.glob("????????.json"):
@@ -98,14 +98,14 @@ def wait_for_commit(commits: Callable[[], int], before: int, children: list[int]
 
 
 def objects(cache: Path) -> dict[str, bytes]:
-    """All that must be the same in every run: receipts hold times, and what a killed writer left is no part of it."""
+    """The files that are equal in every run: without receipts, which hold times, and leftovers of a killed writer."""
     folder = cache / "teachers" / NAME
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"]
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.parent.name != "receipts"}
 
 
 def check(cache: Path, whole: Path) -> None:
-    """Nothing is damaged, and what can be read is what an undisturbed run stored."""
+    """Check that no object is damaged, and that readable shards equal those of an undisturbed run."""
     found = verify(str(cache), deep=True, workers=1)
     committed = receipts(cache)
     assert found.sound, found.problems
@@ -147,7 +147,7 @@ def loop(cache: Path, teacher: Path, folder: Path, kills: int) -> dict[str, obje
         most_threads = max(most_threads, threads())
         children = [fork(run(victim, teacher), folder / f"log{n}") for n in range(workers)]
         if counts["kills"] < kills:
-            # Every other time the clock starts at a commit: how far a run gets in a given time is the machine's affair.
+            # Every other time the clock starts at a commit: how far a run gets in a given time depends on the machine.
             if counts["rounds"] % 2:
                 wait_for_commit(lambda: len(receipts(victim)), before, children)
                 time.sleep(chance.uniform(0.0, 0.3) * seconds * workers)

@@ -1,4 +1,4 @@
-"""Stored targets of dense distributions, in float64 unless told otherwise, for tests of the loss.
+"""Stored targets of dense distributions, in float64 by default, for tests of the loss.
 
 Legend: `P` positions, `K` stored ids, `V` vocabulary.
 """
@@ -20,7 +20,7 @@ from storage.format.manifest import Targets as StoredTargets
 from student.loss.distillation import NOT_TRAINED, Member
 
 P, V = 37, 251
-POISON = 2**31 - 1
+FILL_VALUE = 2**31 - 1
 
 
 def normal(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
@@ -41,7 +41,7 @@ def dense(seed: int, positions: int = P, scale: float = 2.0, vocabulary_size: in
 def stored(
     logp: Tensor, k: int, kept: Tensor | None = None, step: float | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Top-k targets of dense log-probs [P, V], as a DataLoader hands them over; poison beyond `kept`."""
+    """Top-k targets of dense log-probs [P, V], as a DataLoader yields them; fill values beyond `kept`."""
     kept = torch.full((len(logp),), k) if kept is None else kept
     ids = logp.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return _targets(logp, ids, kept, kept, step, dtype)
@@ -50,7 +50,7 @@ def stored(
 def varopt(
     logp: Tensor, k: int, seed: int, tau: float = 1.0, step: float | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """VarOpt targets of dense log-probs [P, V] for a temperature, one row after the other, by the definition."""
+    """VarOpt targets of dense log-probs [P, V] for a temperature, row by row, from the definition."""
     uniforms = torch.rand(len(logp), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     columns, certain = [], []
     for row, uniform in zip(torch.softmax(logp / tau, 1), uniforms, strict=True):
@@ -60,10 +60,10 @@ def varopt(
         light = order[j:].sort().values
         total = row[light].cumsum(0)
         points = (uniform + torch.arange(k - j)) * total[-1] / (k - j)
-        drawn = light[torch.searchsorted(total, points).clamp(max=len(light) - 1)]
-        assert len(drawn.unique()) == k - j
-        drawn = drawn[logp[len(columns)][drawn].sort(descending=True, stable=True).indices]
-        columns.append(torch.cat([order[:j], drawn]))
+        sampled = light[torch.searchsorted(total, points).clamp(max=len(light) - 1)]
+        assert len(sampled.unique()) == k - j
+        sampled = sampled[logp[len(columns)][sampled].sort(descending=True, stable=True).indices]
+        columns.append(torch.cat([order[:j], sampled]))
         certain.append(j)
     return _targets(logp, torch.stack(columns), torch.full((len(logp),), k), torch.tensor(certain), step, dtype)
 
@@ -84,7 +84,7 @@ def _targets(
         "entropy": -(logp.exp() * logp).sum(1),
     }
     targets = {name: value.to(dtype) if value.is_floating_point() else value for name, value in targets.items()}
-    targets["token_ids"] = ids.masked_fill(unused, POISON).to(torch.int32)
+    targets["token_ids"] = ids.masked_fill(unused, FILL_VALUE).to(torch.int32)
     if step is None:
         targets["logprobs"] = values.masked_fill(unused, math.nan).to(dtype)
         return targets
@@ -98,22 +98,22 @@ def _targets(
 
 
 def write_varopt(url: str, name: str, logp: Tensor, k: int, tau: float = 1.0, seed: int = 0) -> dict[str, Tensor]:
-    """Give a cache a VarOpt entry of dense log-probs [N, V]; returns the targets that it holds."""
+    """Write a VarOpt entry of dense log-probs [N, V] into a cache; returns its targets."""
     cache = LogitCache.open(url)
     tokens = cache.tokens.read(0, len(logp)).astype(np.int64)
-    drawn = varopt(logp, k, seed, tau)
+    sampled = varopt(logp, k, seed, tau)
     base = dense_targets(logp.numpy(), k, np.append(tokens[1:], -1))
     names = ("kept", "certain", "log_tail", "log_tail_half", "top_logprob")
     targets = replace(
         base,
-        token_ids=drawn["token_ids"].numpy().astype(base.token_ids.dtype),
-        exact_logprobs=drawn["logprobs"].numpy(),
-        **{name: drawn[name].numpy().astype(getattr(base, name).dtype) for name in names},
+        token_ids=sampled["token_ids"].numpy().astype(base.token_ids.dtype),
+        exact_logprobs=sampled["logprobs"].numpy(),
+        **{name: sampled[name].numpy().astype(getattr(base, name).dtype) for name in names},
     )
     method = StoredTargets(method="varopt", k=k, seed=seed, temperature=tau)
     entry = make_entry(cache.record, k, encoding="float32").model_copy(update={"targets": method})
     write_entry(url, name, entry, targets)
-    return drawn
+    return sampled
 
 
 def member(

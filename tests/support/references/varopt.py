@@ -37,7 +37,7 @@ def dense(logits: Tensor) -> np.ndarray:
 def certain_ids(logp: np.ndarray, k: int, head_ids: int, temperature: float) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Of one row: the ids in order, their tempered masses, and between which bounds the least j of the rule lies.
 
-    Where a_{j+1} (K - j) and R_j are equal within float32's rounding either answer is right: an id that is drawn with
+    Where a_{j+1} (K - j) and R_j are equal within float32's rounding either answer is right: an id that is sampled with
     probability one is certain.
     """
     order = np.argsort(-logp, kind="stable")
@@ -53,7 +53,7 @@ def certain_ids(logp: np.ndarray, k: int, head_ids: int, temperature: float) -> 
 
 
 def check(found: ReducedRows, logits: Tensor, k: int, head_ids: int = 0, temperature: float = 1.0) -> None:
-    """Everything that one draw has to keep, whatever was drawn."""
+    """The rule of every sample, whichever ids it has."""
     logp = dense(logits)
     vocabulary_size = logp.shape[1]
     ids, certain = found.token_ids.numpy(), found.certain.numpy()
@@ -84,4 +84,4 @@ def check(found: ReducedRows, logits: Tensor, k: int, head_ids: int = 0, tempera
             # Σw = 1: the certain ids' own mass, and the rest's in equal parts.
             rest = mass[j:].sum()
             assert mass[:j].sum() + (k - j) * (rest / (k - j)) == pytest.approx(mass.sum(), rel=1e-12)
-            assert (mass[ranks[j:]] <= rest / (k - j) * (1 + 4e-6)).all(), "no drawn id is worth more than its weight"
+            assert (mass[ranks[j:]] <= rest / (k - j) * (1 + 4e-6)).all(), "no sampled id is worth more than its weight"

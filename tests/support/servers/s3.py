@@ -27,6 +27,8 @@ from typing import Any
 
 import pytest
 
+from storage.cache.leases import leased_shard
+
 REGION = "us-east-1"
 # Of `cache-logits`, on the cache `small_cache`.
 SMALL = ("--context-tokens", 64, "--shard-tokens", 2048, "-k", 24)
@@ -178,7 +180,9 @@ def local_objects(path: Path) -> dict[str, bytes]:
 
 def assert_same_cache(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
     """The same keys; the same bytes but for the times and hosts in receipts, whose digests of objects are the same."""
-    assert sorted(found) == sorted(expected)
+    # A worker that is killed between a commit and what follows leaves its lease, which is no part of the cache.
+    found = {key: data for key, data in found.items() if leased_shard(key.rsplit("/", 1)[-1]) is None}
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     for key, data in expected.items():
         if "receipts/" in key:
             if not key.endswith("index.json"):
