@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` runs the whole road, `make test` checks everything.
+# Two commands on a fresh machine: `make demo` runs the whole pipeline, `make test` lint, types and all tests but the slow.
 # Both set up .venv by themselves; constraints.txt pins every package for development and CI.
 PYTHON ?= python3
 BIN := .venv/bin

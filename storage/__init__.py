@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     )
     from storage.format.targets import SparseTargets
 
-_HOMES = {"LogitCache": "storage.cache.reader", "TeacherTargets": "storage.cache.reader"}
-_HOMES |= {"SparseTargets": "storage.format.targets"}
+_HOMES = {
+    "LogitCache": "storage.cache.reader",
+    "SparseTargets": "storage.format.targets",
+    "TeacherTargets": "storage.cache.reader",
+}
 __all__ = [
     "CacheNotFound",
     "CorruptCache",
@@ -44,6 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    # Lazy, so that a command that imports one file of this package (for its `--help`) imports nothing else.
     if name in __all__:
         return getattr(importlib.import_module(_HOMES.get(name, "storage.errors")), name)
     raise AttributeError(f"module 'storage' has no attribute {name!r}")

@@ -14,14 +14,13 @@ from storage.errors import InputError
 
 Config = TypeVar("Config", bound=BaseModel)
 
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
 
 class Frozen(BaseModel):
-    """Base model of records and jobs: immutable, and unknown fields are refused."""
+    """Base model of jobs, recipes and reports: immutable, and unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 
 
 def parse_yaml(text: str) -> Any:
@@ -72,7 +71,8 @@ def build_config(
 ) -> Config:
     """A `kind` made of the fields in a YAML file (or already read from one), overridden by the `given` flags.
 
-    Raises InputError naming the field and `where`, the command."""
+    Raises InputError naming the field and `where`, the command.
+    """
     data = read_yaml(config) if isinstance(config, str) else dict(config or {})
     try:
         return kind.model_validate(data | given(flags))

@@ -50,7 +50,7 @@ class CorruptCache(LogitCacheError, OSError):
 
 
 class MissingObject(CorruptCache):
-    """An object is missing, though a receipt, an index or a listing that was read before has it."""
+    """An object is missing, though a receipt, an index or a listing that was read before names it."""
 
 
 class IncompleteCache(LogitCacheError, LookupError):
@@ -82,7 +82,8 @@ def is_out_of_space(error: OSError) -> bool:
 def one_line_errors() -> Iterator[None]:
     """Turn a `LogitCacheError`, or an OSError about a file, into one line on stderr and exit status 2.
 
-    The outermost frame of a command."""
+    For the outermost frame of a command.
+    """
     try:
         yield
     except LogitCacheError as error:

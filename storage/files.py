@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-PARTIAL = ".partial"
+PARTIAL = ".partial"  # suffix of temporary files, which no reader looks at
 
 
 def replace_file(path: Path, data: bytes) -> None:

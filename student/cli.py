@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from storage.cli import Command, Decorator, applied, command, under
+from student.cli_command import Command, Decorator, applied, command, under, write_lines
 
 if TYPE_CHECKING:
     from student.job import StudentJob
@@ -155,20 +155,7 @@ def build_job(command: str, flags: dict[str, Any], trains_teacher: bool = False)
 
 @contextlib.contextmanager
 def our_errors(command: str) -> Iterator[None]:
-    """Print errors of this program as one line, on rank 0 alone, and exit with status 2.
-
-    The packages of this program have plain names: another distribution's `storage` may come first on the path, and
-    then nothing works, so that case has its own message.
-    """
-    import storage
-
-    if "LogitCache" not in getattr(storage, "__all__", ()):
-        click.echo(
-            f"error: {command} needs logit-cache's package 'storage', but Python found another one "
-            f"({', '.join(storage.__path__)}): install logit-cache in an environment of its own",
-            err=True,
-        )
-        raise SystemExit(2)
+    """Print errors of this program as one line, on rank 0 alone, and exit with status 2."""
     from storage.errors import LogitCacheError, one_line_errors
 
     if os.environ.get("RANK", "0") == "0":
@@ -229,9 +216,7 @@ class PresetCommand(Command):
         from student.models import describe_presets
 
         super().format_epilog(ctx, formatter)
-        with formatter.section("Presets"):
-            for line in describe_presets().splitlines():
-                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        write_lines(formatter, "Presets", describe_presets())
 
 
 @command(_EXAMPLE, cls=PresetCommand)

@@ -55,7 +55,8 @@ class PeakMemory(Frozen):
 
 
 class TailBound(Frozen):
-    """Bound on the error of an interpolated tail: of a teacher's mass outside its certain ids, as a share of 1."""
+    """Bound on the error of a teacher's mass outside its certain ids, in 0..1, when the tail is interpolated: its mean
+    and its greatest value over `positions`."""
 
     mean: float
     greatest: float

@@ -1,6 +1,7 @@
 """Dense models that predict the next token: scoring windows of tokens, and reducing logits to sparse targets.
 
-`from teachers import HuggingFaceTeacher` loads a model that scores windows; its contract is `teachers.base.Teacher`.
+The names in `__all__` are the public interface: `from teachers import HuggingFaceTeacher`, whose `load` returns a model
+that scores windows, by the contract of `teachers.base.Teacher`. Importing the package imports nothing else.
 """
 
 from __future__ import annotations

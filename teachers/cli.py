@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from storage.cli import applied, command, under
 from student.cli import JSON_OPTION, OBJECTIVE_OPTIONS, RUN_OPTIONS, PresetCommand, run_command
+from student.cli_command import applied, command, under
 
 if TYPE_CHECKING:
     import torch

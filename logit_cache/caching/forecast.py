@@ -1,9 +1,9 @@
 """The cost of a caching job, forecast from a short probe of the real teacher on the real text. Nothing is written.
 
 The probe processes a few pieces of the token stream, spread evenly over it, as `cache-logits` processes a shard: score,
-reduce, encode, compress, checksum, by the same functions. The rest is arithmetic on the format::
+reduce, encode, compress, hash, by the same functions. The rest is arithmetic on the format::
 
-    bytes      chunks at the compressed size of the probe's, and exactly: shard indices, receipts, their index, metadata
+    bytes      chunks, at the probe's compressed bytes per position; exactly: shard indices, receipts, index, metadata
     objects    one for each array and shard, a receipt for each shard, one zarr.json for each array and the entry
     time       of a batch of windows, times the batches of a shard, and of encoding; on a CPU the two share the cores
                and are added, on an accelerator they overlap and the longer one counts

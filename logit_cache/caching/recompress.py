@@ -113,7 +113,7 @@ def recompress(job: RecompressJob, progress: Callable[[int], None] | None = None
 
 
 def derived_entry(source: TeacherEntry, job: RecompressJob) -> TeacherEntry:
-    """The record of the new entry. Raises InputError for a change that the source does not allow, and for none."""
+    """The record of the new entry. Raises InputError for a change that the source does not allow, and for no change."""
     if source.targets.method != "top-k":
         kinds = {"-k": job.k, "--top-p": job.top_p, "--encoding": job.encoding, "--step-nats": job.step_nats}
         for option, value in kinds.items():

@@ -129,7 +129,7 @@ def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> En
         newest = list(range(shards - 1, max(-1, shards - 1 - _RECEIPTS), -1))
     else:
         try:
-            committed, newest, notes = _survey(receipts)
+            committed, newest, notes = _scan_receipts(receipts)
         except InputError:  # a plain web server
             return EntryStatus(name, "not known", False, positions, None, None, shards, None, None, None, None, None)
         done = int(committed.sum())
@@ -194,7 +194,7 @@ class _Notes:
     failed: list[int] = field(default_factory=list)
 
 
-def _survey(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
+def _scan_receipts(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
     """Which shards have a receipt; the newest of them first; and the notes on shards without a receipt.
 
     Newest by the store's modification times, or by the highest numbers where it has none.
@@ -248,7 +248,7 @@ def _started(receipts: Receipts, committed: NDArray[np.bool_]) -> int | None:
 def _recent_commits(receipts: Receipts, newest: Sequence[int], known: Known) -> tuple[list[Commit], int]:
     """The latest commits without a long pause between them, oldest first, and the number of receipts read.
 
-    With few workers 64 receipts span many shard times; with more than 64 workers less than one: more are read.
+    With few workers 64 receipts span many shard times; with more than 64 workers, less than one, so more are read.
     """
     count = _RECEIPTS
     while True:
@@ -398,7 +398,10 @@ class Survey:
 
 
 def survey(job: CacheJob) -> Survey:
-    """Positions and shards of a job, and how many are missing in the store. Raises CacheNotFound without a cache."""
+    """Positions and shards of a job, and how many are missing in the store, before any teacher is loaded.
+
+    Raises CacheNotFound without a cache.
+    """
     cache = LogitCache.open(job.cache)
     positions = cache.record.corpus.positions
     try:

@@ -1,7 +1,7 @@
 """Which windows score which positions: integer arithmetic, and nothing else.
 
-Legend: windows do not leave their *segment*: a document when documents are isolated, else the whole stream. The rule
-is in `storage.format` ("Windows"): position r of a segment is scored by the window that starts at
+Legend: a *segment* is a document when documents are isolated, else the whole stream; no window leaves its segment. The
+rule is in `storage.format` ("Windows"): position r of a segment is scored by the window that starts at
 ``max(0, (r // stride + 1) * stride - context)``.
 """
 

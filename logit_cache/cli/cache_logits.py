@@ -10,8 +10,8 @@ import click
 
 from logit_cache.cli.options import JOB_OPTIONS, json_option
 from logit_cache.cli.tokenize import CORPUS_OPTIONS
-from storage.cli import Decorator, applied, command, under
 from storage.errors import one_line_errors
+from student.cli_command import Decorator, applied, command, under
 
 if TYPE_CHECKING:
     from logit_cache.engines.command import FinishedEntry

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from logit_cache.cli.options import json_option
-from storage.cli import command
 from storage.errors import one_line_errors
+from student.cli_command import command
 
 if TYPE_CHECKING:
     from logit_cache.fidelity.audit import Audit

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from storage.cli import command
 from storage.errors import one_line_errors
+from student.cli_command import command
 
 if TYPE_CHECKING:
     from logit_cache.corpus.cleaning import Outcome

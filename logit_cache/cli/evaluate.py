@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from storage.cli import command
 from storage.errors import one_line_errors
+from student.cli_command import command
 
 
 @command("logit-cache evaluate run/student --cache run/valid --pairs blimp --out run/student.json")

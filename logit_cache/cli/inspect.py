@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from logit_cache.cli.options import json_option
-from storage.cli import command
 from storage.errors import one_line_errors
+from student.cli_command import command
 
 
 @command("logit-cache inspect run/train --at 1234")

@@ -6,17 +6,6 @@ import sys
 
 import click
 
-import storage
-
-# The name is generic: one clear line if Python found another distribution's package.
-if "LogitCache" not in getattr(storage, "__all__", ()):
-    print(
-        f"error: logit-cache needs its own package 'storage', but Python found another one "
-        f"({', '.join(getattr(storage, '__path__', ['?']))}): install logit-cache in an environment of its own",
-        file=sys.stderr,
-    )
-    raise SystemExit(2)
-
 from logit_cache.cli.cache_logits import cache_logits
 from logit_cache.cli.check import audit, doctor, verify
 from logit_cache.cli.clean import clean
@@ -27,7 +16,7 @@ from logit_cache.cli.recipe import demo, recipe
 from logit_cache.cli.report import report
 from logit_cache.cli.share import pull, push, recompress
 from logit_cache.cli.tokenize import tokenize
-from storage.cli import HELP_NAMES
+from student.cli_command import HELP_NAMES
 
 __all__ = ["cache_logits", "main"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from storage.cli import Decorator, under
+from student.cli_command import Decorator, under
 
 _job, _targets, _windows = under("Job"), under("Targets"), under("Windows")
 _teacher, _device, _output = under("Teacher"), under("Device"), under("Output")

@@ -12,18 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from logit_cache.cli.options import JOB_OPTIONS, json_option
-from storage.cli import applied, command, under
 from storage.errors import one_line_errors
 from storage.progress import duration
-
-if TYPE_CHECKING:
-    from logit_cache.caching.status import EntryStatus
-
+from student.cli_command import applied, command, under
 
 if TYPE_CHECKING:
     from logit_cache.caching.status import EntryStatus
 
 _INTERRUPTED = 130
+_plan = under("Plan")
 
 
 @command("logit-cache status run/train --watch")
@@ -94,9 +91,6 @@ def _watch(url: str, teachers: tuple[str, ...], seconds: float, as_json: bool) -
         time.sleep(seconds)
 
 
-_plan = under("Plan")
-
-
 @command("logit-cache plan --cache run/train --teacher run/llama -k 32 --student llama-tiny")
 @applied(JOB_OPTIONS)
 @_plan("--tokens", type=click.IntRange(min=2), metavar="N", help="Plan for so many tokens of such text.")
@@ -150,7 +144,7 @@ def plan(
 
 
 def status_text(url: str, entries: Sequence[EntryStatus]) -> str:
-    """How far each entry of a cache is."""
+    """The status of each entry of a cache."""
     if not entries:
         return f"{url}: no teacher entry yet"
     return "\n\n".join("\n".join(_status_lines(entry)) for entry in entries)
@@ -211,7 +205,7 @@ def _status_lines(entry: EntryStatus) -> list[str]:
 
 
 def status_line(entry: EntryStatus) -> str:
-    """The same in one line."""
+    """The status of an entry in one line."""
     text = f"{entry.name}: {_how_far(entry)}"
     if entry.shards_done is not None:
         text += f", {entry.shards_done:,} of {entry.shards:,} shards"

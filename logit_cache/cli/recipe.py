@@ -1,4 +1,4 @@
-"""`logit-cache recipe`: Baby Llama or BabyLlama-2 from text to report."""
+"""`logit-cache recipe` and `logit-cache demo`: Baby Llama or BabyLlama-2 from text to report, or a small example."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from storage.cli import command
 from storage.errors import one_line_errors
+from student.cli_command import command
 
 _EXAMPLE = """\
 logit-cache recipe baby-llama --scale tiny --text 'corpus/train/*.txt' --eval-text 'corpus/valid/*.txt' \\
@@ -31,7 +31,7 @@ logit-cache recipe baby-llama --scale tiny --text 'corpus/train/*.txt' --eval-te
 @click.option(
     "--seed", "seeds", type=click.IntRange(0, 1 << 20), multiple=True, help="Repeatable: all of it once for each [0]."
 )
-@click.option("--live", is_flag=True, help="Also train the student beside its teachers, to compare result and cost.")
+@click.option("--live", is_flag=True, help="Also train the student with live teachers, to compare result and cost.")
 @click.option(
     "--stride-tokens", type=click.IntRange(1, 128), help="Of the teachers' windows when cached [the recipe's]."
 )

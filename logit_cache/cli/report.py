@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from storage.cli import command
 from storage.errors import one_line_errors
+from student.cli_command import command
 
 
 @command("logit-cache report run/baby-llama run/sweep -o report.html")

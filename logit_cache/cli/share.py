@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from logit_cache.cli.options import json_option
-from storage.cli import applied, command
 from storage.errors import one_line_errors
+from student.cli_command import applied, command
 
 _TRANSFER_OPTIONS = (
     click.argument("source"),

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from logit_cache.cli.options import json_option
-from storage.cli import Decorator, applied, command, under
 from storage.errors import one_line_errors
+from student.cli_command import Decorator, applied, command, under
 
 _text = under("Text")
 CORPUS_OPTIONS: tuple[Decorator, ...] = (

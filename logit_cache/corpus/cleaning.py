@@ -76,7 +76,7 @@ class Outcome(Frozen):
 
 
 def clean(job: CleaningJob, track: Track) -> list[Outcome]:
-    """Clean the files that are not clean yet. `track(name, total, unit)` opens a progress bar; yields its `advance`.
+    """Clean the files that are not clean yet. `track(name, total, unit)` opens a progress bar and yields `advance`.
 
     Raises InputError for input that is no UTF-8 text, and IdentityMismatch if the folder holds a file of the same name
     that came from another input, family or version of the rules; that is checked before anything is written.

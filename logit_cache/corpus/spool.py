@@ -1,4 +1,7 @@
-"""Token ids on disk while a stream is made: bounded memory, whatever the corpus."""
+"""Token stream on disk while it is made: bounded memory, whatever the corpus.
+
+Legend: `N` tokens, `D` documents, `n` tokens of a piece.
+"""
 
 from __future__ import annotations
 

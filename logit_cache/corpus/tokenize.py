@@ -4,8 +4,6 @@ Sources are read as a stream of documents (`logit_cache.corpus.sources`), tokeni
 (`logit_cache.corpus.pieces`) and spooled to raw temporary files, so that memory does not grow with the corpus; the
 temporary folder (TMPDIR) needs 3 to 5 bytes per token. Nothing is written at the destination before all of that has
 succeeded.
-
-Legend: `N` tokens, `D` documents, `n` tokens of a piece.
 """
 
 from __future__ import annotations

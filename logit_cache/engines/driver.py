@@ -78,6 +78,14 @@ class Pool(Protocol):
         ...
 
 
+class ManyWorkers(Pool, Protocol):
+    """A pool whose workers are other processes."""
+
+    def conclude(self, worker: str, fidelity_positions: int) -> None:
+        """Have a worker write the index and the report of a complete entry; raises its error, or WorkersLost."""
+        ...
+
+
 class Driver:
     """Runs a job on a pool.
 
@@ -264,11 +272,3 @@ class Driver:
                     "waiting for others", f"waiting for {count} shard(s) that another job has leased", shards=count
                 )
             queue.look_again()
-
-
-class ManyWorkers(Pool, Protocol):
-    """A pool whose workers are other processes."""
-
-    def conclude(self, worker: str, fidelity_positions: int) -> None:
-        """Have a worker write the index and the report of a complete entry; raises its error, or WorkersLost."""
-        ...

@@ -1,4 +1,4 @@
-"""SIGTERM: a worker drains: it finishes its current shard if the grace period allows, and drops it otherwise.
+"""SIGTERM drains a worker: it finishes its current shard if the grace period allows, and drops it otherwise.
 
 Batch systems and clouds send SIGTERM some time before SIGKILL: Slurm and Kubernetes 30 seconds, most spot markets 30
 to 120. The process ends within `grace_seconds` of the signal, whatever it is doing: a shard whose commit is under way

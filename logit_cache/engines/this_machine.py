@@ -61,7 +61,7 @@ class ThisProcess:
         self._todo.append(shard)
 
     def events(self, timeout: float) -> Sequence[Event]:
-        """Build one shard, and return the events since the last call."""
+        """Build one queued shard and return the events since the last call; sleep `timeout` seconds without either."""
         if not self._events and not self._todo:
             time.sleep(timeout)
         if self._todo:
@@ -136,7 +136,7 @@ def _rank(options: EngineOptions) -> Rank:
 
 
 def run_job_here(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob | None = None) -> Outcome:
-    """`run_job` on this machine, in this process or in several."""
+    """`run_job` for the engine "local": in this process or in several."""
     return run_to_end(job, options, log, lambda stopping: _run_on_this_machine(job, options, log, stopping, opened))
 
 

@@ -91,7 +91,7 @@ class Worker:
             leased = writer.leases.take(shard)
             if not leased:
                 return [ShardOutcome(shard, "leased")]
-            # The holder of the lease until now may have committed it.
+            # The previous holder of the lease may have committed the shard.
             if writer.is_committed(shard):
                 writer.leases.release(shard)
                 return [self._there(shard)]

@@ -101,7 +101,7 @@ class AuditJob:
 
 
 def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit:
-    """Run the teacher on random windows of an entry and compare; `progress` receives the windows since its last call.
+    """Rescore random windows of an entry and compare; `progress` receives the number of windows since its last call.
 
     Raises InputError for a teacher that cannot be run on this entry, CacheNotFound (no such entry, or a cache that was
     shared without its tokens), IncompleteCache (nothing cached yet) and CorruptCache (no sampled window can be read);

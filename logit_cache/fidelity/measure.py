@@ -1,7 +1,7 @@
 """How faithful are an entry's stored targets? The teacher rescores a sample, compared over the full vocabulary.
 
-The losses of a cache cannot be computed from it, so they are measured while the teacher is loaded: once an entry is
-complete, `cache-logits` rescores some `--fidelity-positions` and stores a report beside the entry
+The error of a cache cannot be computed from the cache alone, so it is measured while the teacher is loaded: once an
+entry is complete, `cache-logits` rescores some `--fidelity-positions` and stores a report beside the entry
 (`storage.format.fidelity`), with figures that `logit_cache.fidelity.metrics` defines. Stored values are read through
 `LogitCache`, so the quantisation is in them.
 
@@ -12,7 +12,7 @@ over-represented. The report holds no time and no host, so a second run, or a se
 sums are added in the same order; else the first report is kept.
 
 Cost: N positions at the entry's own cost, but at least `_LEAST_WINDOWS` windows, because one window is one document's
-page, and at most `_SPREAD_WINDOWS` where a batch has room for them; batches have the entry's recorded shape, in which a
+page, and at most `_SPREAD_WINDOWS` where a batch has room for them; batches have the entry's recorded shape, in which
 half precision repeats its values. Memory: a few tiles of `_TILE_LOGITS` float64, and the decoded chunks of a batch.
 """
 

@@ -361,7 +361,7 @@ def tidy(value: float) -> float:
 
 
 def _kl(a: Tensor, b: Tensor) -> float:
-    """KL(a || b) of distributions [V]; infinite where only b has no mass."""
+    """KL(a || b) of distributions [V]; infinite if a has mass where b has none."""
     if bool(((a > 0) & (b <= 0)).any()):
         return math.inf
     there = a > 0

@@ -71,7 +71,7 @@ def scoring_memory(networks: Sequence[Network], vocabulary_size: int) -> int:
 
 
 def micro_batch(title: str, batch: int, machine: Machine, memory: Sequence[int], remedy: str) -> int:
-    """The largest micro-batch in windows, a power of two, that fits; `memory[p]` is the bytes that 2^p windows need.
+    """The largest power of two dividing `batch` that fits, in windows; `memory[p]` is the bytes that 2^p windows need.
 
     Raises InputError where a single window does not fit.
     """

@@ -206,7 +206,7 @@ class RecipeRun:
         return found
 
     def _stored_batches(self) -> dict[str, int] | None:
-        """The micro-batches of a started run: free memory may differ today, and others would make it another run."""
+        """The micro-batches of a started run: others, chosen for the memory free now, would make it another run."""
         stored = self._stored()
         batches = stored.get("micro_batches") if stored else None
         wanted = {*self.recipe.models, *(["live"] if self.job.live else [])}

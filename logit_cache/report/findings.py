@@ -109,7 +109,7 @@ class RecipeFindings:
 
     @cached_property
     def scored_by_evaluate(self) -> bool:
-        """Whether held-out metrics come from `logit-cache evaluate`, if it scored more models than the runs themselves.
+        """Whether held-out metrics come from `logit-cache evaluate`: if it scored more models than the runs did.
 
         All models use one source, as the two may read the text in different windows.
         """

@@ -60,7 +60,7 @@ def sorted_trials(sweep: Sweep) -> list[Trial]:
 
 
 def trial_value(value: Scalar) -> str:
-    """A parameter of a trial as text; floats, which a search samples with all digits, with four."""
+    """A parameter of a trial as text; floats, which a search samples with all digits, with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else scalar(value)
 
 

@@ -204,7 +204,7 @@ def _path(line: Line, x: Axis, y: Axis) -> str:
 
 
 def _dots(line: Line, x: Axis, y: Axis, x_name: str) -> str:
-    """Points with tooltips: all of a line, or about 40 of a longer one."""
+    """Points with tooltips: all of a line, or at most 40 of a longer one."""
     every = max(1, math.ceil(len(line.points) / _MOST_DOTS))
     marks = []
     for a, b in line.points[::every]:

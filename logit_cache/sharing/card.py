@@ -128,7 +128,7 @@ def _disclosure(found: dict[str, Any]) -> str:
     labelled = any(entry["targets"]["has_label_logprob"] for entry in found["teachers"].values())
     return (
         "**The text is not included, and still leaks.** The tokens were left out; whoever has the same text attaches "
-        "it by its digest. But a teacher that has memorised a text predicts its words: the most probable id alone is "
+        "it by its digest. But a teacher that knows a text predicts its words: the most probable id alone is "
         "often the next token"
         + (", and `label_logprob` identifies it wherever its id is stored. " if labelled else ". ")
         + "Do not share targets of a text that must stay secret."

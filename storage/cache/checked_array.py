@@ -186,7 +186,10 @@ def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
 
 
 def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> ShardIndex:
-    """The shard index of an object that exists with its receipt's length, seal and chunk sizes; else CorruptCache."""
+    """The shard index of an object, after checks of its existence, length, seal and chunk sizes against its receipt.
+
+    Raises CorruptCache, which names the object.
+    """
     where = store.where(key)
     size = store.size(key)
     if size is None:
@@ -195,7 +198,7 @@ def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt)
 
 
 def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt) -> None:
-    """`check_object` for an object in memory, and its sha256 too. `where` is its address, for the message."""
+    """`check_object` for an object in memory, which checks its sha256 too. `where` is its address, for messages."""
     _check_index(where, len(data), reads_of(data), spec, receipt)
     found = hashlib.sha256(data).hexdigest()
     if found != receipt.objects[spec.name].sha256:

@@ -41,7 +41,7 @@ _MOST_LEASE_BYTES = 4_096
 class Leases(ABC):
     """Leases, or on a local disk locks, on the shards of one receipts folder.
 
-    exclusive  whether a shard that one worker holds is refused to the others; found by one trial when it is read
+    exclusive  whether a shard that one worker holds is refused to the others; determined by a trial when this is read
     """
 
     @property
@@ -86,7 +86,7 @@ class _LocalLocks(Leases):
     def __init__(self, store: Store, folder: str, path: Path) -> None:
         self._store, self._folder, self._path = store, folder, path
         self._held: dict[int, int] = {}
-        self._has_locks = True  # until the disk refuses a lock
+        self._has_locks = True  # until the disk turns out to have none
 
     @property
     def exclusive(self) -> bool:

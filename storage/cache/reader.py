@@ -45,7 +45,10 @@ class Stream:
         return self._array.spec.shape[0]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """The entries `start .. stop` (exclusive). Raises IndexError outside the stream, else like `CheckedArray`."""
+        """The entries `start .. stop` (exclusive).
+
+        Raises IndexError outside the stream, and what `CheckedArray.read_chunk` raises.
+        """
         _check_range(start, stop, len(self))
         size = self._array.spec.layout.chunk
         parts = []

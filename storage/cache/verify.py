@@ -134,7 +134,7 @@ def _is_held(store: Store, group: Group, key: str) -> bool:
 def _remove(store: Store, key: str, found: Verification) -> None:
     try:
         store.remove(key)
-    except FileNotFoundError:  # its worker has removed it since, as it does a lease
+    except FileNotFoundError:  # its worker has removed it meanwhile, such as a lease
         return
     found.repaired.append(store.where(key))
 
@@ -232,7 +232,7 @@ def _check_fidelity(store: Store, group: Group, known: set[str], found: Verifica
 
 
 def _check_metadata(store: Store, group: Group, found: Verification, started: bool = True) -> None:
-    """Check the arrays' zarr.json; until a shard is committed (`started`), a worker may not have written them yet."""
+    """Check the arrays' zarr.json; before a shard is committed (not `started`), a worker may not have written them."""
     for key, data in group.metadata().items():
         if started or store.size(key) is not None:
             _check_bytes(store, key, data, found)

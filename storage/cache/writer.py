@@ -210,4 +210,4 @@ def publish_same(store: Store, key: str, data: bytes) -> None:
         and parse_json(found, where) == parse_json(data, where)
     ):
         return
-    raise CorruptCache(f"{where}: not as this cache's record implies; it was changed or belongs to another cache")
+    raise CorruptCache(f"{where}: not what this cache's record implies; it was changed or belongs to another cache")

@@ -32,6 +32,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+_BLOCK = 1 << 20  # entries of a token stream that are hashed at a time
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -96,9 +97,6 @@ def _strings(vocabulary: Mapping[str, int]) -> dict[int, str]:
     for string, index in sorted(vocabulary.items()):
         strings[index] = f"{strings[index]} and {string!r}" if index in strings else repr(string)
     return strings
-
-
-_BLOCK = 1 << 20
 
 
 def stream_sha256(tokens: NDArray[Any], document_starts: NDArray[Any], loss_mask: NDArray[Any] | None) -> str:

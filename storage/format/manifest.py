@@ -156,9 +156,9 @@ class Teacher(Record):
 
 
 class Targets(Record):
-    """The stored fields of a position. `head_ids`: ids kept with certainty before sampling starts; `top_p`: the
-    mass at which a row is pruned; `seed` keys the sampling by absolute position; `temperature`: the one that
-    ids were sampled for."""
+    """Which ids are stored for a position. `head_ids`: number of ids kept with certainty before sampling starts;
+    `top_p`: the mass at which a row is pruned; `seed` keys the sampling by absolute position; `temperature`: the one
+    that ids were sampled for."""
 
     method: Literal["top-k", "varopt"] = "top-k"
     k: Annotated[int, Field(ge=1, le=MAX_UINT16)]

@@ -1,6 +1,6 @@
 """Stores: whole objects under a URL, on a local disk, in an object store or behind a web server.
 
-Nothing here depends on the content of a cache, nor on its format except for the keys.
+Nothing here depends on the content of a cache; of its format, only on keys, strict JSON, digests and size limits.
 """
 
 from __future__ import annotations

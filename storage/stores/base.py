@@ -1,7 +1,8 @@
 """The interface of every store, and the check of object keys.
 
 A `Store` reads, lists and publishes whole objects under one URL. `publish` never replaces: this is how objects become
-committed. `storage.stores.local` is a folder on this machine, `storage.stores.remote` anything else that fsspec opens.
+committed. `storage.stores.local` is a folder on this machine, `storage.stores.s3` a store with the protocol of S3,
+`storage.stores.remote` anything else that fsspec opens.
 """
 
 from __future__ import annotations

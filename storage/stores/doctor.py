@@ -97,7 +97,7 @@ def safe_to_write(findings: list[Finding]) -> bool:
 def _finding(probe: _Probe, store: Store, folder: str) -> Finding:
     if _kind(store) not in probe.kinds:
         kinds = " and ".join(sorted(probe.kinds))
-        return Finding(probe.name, "not applicable", probe.needed, f"a question for {kinds} places only")
+        return Finding(probe.name, "not applicable", probe.needed, f"applies to {kinds} stores only")
     try:
         seen = probe.measure(store, f"{folder}/{probe.name.replace(' ', '-')}")
     except (LogitCacheError, OSError) as error:
@@ -136,7 +136,7 @@ def _scratch(store: Store) -> Iterator[str]:
 def _examine_reading(store: Store) -> list[Finding]:
     """The probes of a read-only store: they need a cache to read."""
     read_only = Finding(
-        "write and read back", "not", True, "this place is for reading only; a cache there is put there by other means"
+        "write and read back", "not", True, "this store is read-only; a cache is put there by other means"
     )
     key = "zarr.json"
     try:
@@ -362,7 +362,7 @@ _PROBES = (
     _Probe(
         "hard links", False, _LOCAL, _links,
         "a committed object is never replaced, whoever writes at the same instant",
-        "an object is renamed into place after a look: give two workers different shards, with --worker",
+        "an object is renamed to its name after a check: give two workers different shards, with --worker",
     ),
     _Probe(
         "locks between processes", False, _LOCAL, _locks,

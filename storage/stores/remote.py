@@ -79,7 +79,7 @@ class RemoteStore(Store):
         self._process = os.getpid()
 
     def _options(self) -> dict[str, Any]:
-        """The filesystem's options for the retry rule; on S3, the user's fsspec configuration overrides them."""
+        """The filesystem's options: time-outs for the retry rule, and no cached listings."""
         if self._protocol in ("gs", "gcs"):
             return {"use_listings_cache": False}
         if self._protocol in _WEB:
@@ -294,6 +294,7 @@ def _code(error: BaseException) -> str | None:
 
 
 def error_text(error: BaseException) -> str:
+    """The message of an error on one line, at most 200 characters; its type's name where it has none."""
     text = " ".join(str(error).split())
     return text[:200] if text else type(error).__name__
 

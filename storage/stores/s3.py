@@ -21,6 +21,7 @@ class S3Store(RemoteStore):
         return self._fs, self._root
 
     def _options(self) -> dict[str, Any]:
+        """Time-outs, no retries and no cached listings; `config_kwargs` of the user's fsspec configuration prevail."""
         import fsspec
 
         config = {

@@ -315,7 +315,8 @@ def _names(teachers: Sequence[str], cache: LogitCache) -> list[str]:
 def _check_target(
     target: Store, existing: CacheRecord, record: CacheRecord, *, with_corpus: bool, without_tokens: bool
 ) -> None:
-    """Refuse a target of other text or another tokenizer, or with tokens where the copy has none, or the reverse."""
+    """Refuse a target of other text or another tokenizer, one with tokens for a copy without them, and one without
+    tokens for a copy with a corpus."""
     pairs = {
         "corpus.stream_sha256": (existing.corpus.stream_sha256, record.corpus.stream_sha256),
         "corpus.positions": (existing.corpus.positions, record.corpus.positions),

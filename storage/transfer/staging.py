@@ -162,7 +162,7 @@ def sync(paths: Iterable[str | Path]) -> None:
 
 
 def rename_folder(folder: Path, target: Path) -> None:
-    """Rename a folder durably, replacing at most an empty folder. Raises InputError if the target exists."""
+    """Rename a folder durably, replacing at most an empty folder. Raises InputError for any other existing target."""
     try:
         os.rename(folder, target)
     except OSError as error:

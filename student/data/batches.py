@@ -1,4 +1,7 @@
-"""Collating windows into batches of tensors, and flattening their targets to rows of positions."""
+"""Collating windows into batches of tensors, and flattening their targets to rows of positions.
+
+Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `K` stored ids.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A cache as a map-style dataset: windows of tokens with the targets of the same positions.
 
-Legend: `N` tokens of the stream, `T` positions of a window, `B` windows of a batch, `K` stored ids, `V` vocabulary.
+Legend: `T` positions of a window.
 
 A window of T positions reads T + 1 tokens and T targets from one absolute range, so inputs, labels and targets
 cannot get misaligned: ``input_ids[t] = tokens[s + t]``, ``labels[t] = tokens[s + t + 1]``, targets ``s + t``. All T

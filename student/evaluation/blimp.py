@@ -87,6 +87,7 @@ PHENOMENA: dict[str, tuple[str, ...]] = {
     ),
 }
 """BLiMP's 12 phenomena and the 67 paradigms that they consist of."""
+
 # BLiMP's files name a thirteenth term, which its paper counts as argument structure.
 GROUP_OF_TERM = {"s-selection": "argument_structure"}
 GROUP_OF = {paradigm: group for group, paradigms in PHENOMENA.items() for paradigm in paradigms}

@@ -48,7 +48,7 @@ class EvaluationJob(Reported):
     lm_eval_tasks: str | None = None
 
     def check(self) -> None:
-        """Raise InputError for what can be wrong with a job before anything is imported to run it."""
+        """Raise InputError for fields that do not fit together or a missing model directory; needs no torch."""
         if self.cache is None and self.pairs is None:
             raise InputError(f"{self.model}: nothing to measure: give a held-out --cache, a folder of --pairs, or both")
         if self.teachers and self.cache is None:

@@ -34,7 +34,6 @@ from student.labels import NOT_TRAINED
 CLOSE_NATS = 1e-4
 """Pairs closer than this are decided by the order of float32 sums: two programs may disagree about them."""
 
-
 Sentence = tuple[int, ...]
 
 

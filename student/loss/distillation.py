@@ -31,25 +31,10 @@ from student.loss.teacher_targets import (
     Member,
     Targets,
     Tempered,
-    decode_logprobs,
-    quantisation_bound,
     targets_of,
     temper,
     weights,
 )
-
-__all__ = [
-    "NOT_TRAINED",
-    "DistillationLoss",
-    "LossSums",
-    "Member",
-    "PreparedLoss",
-    "Targets",
-    "decode_logprobs",
-    "forward_kl",
-    "quantisation_bound",
-    "tail_of",
-]
 
 # (ell [R, K], theta [R], rows) -> [R]: the divergence of one member at some rows of a batch.
 _Term = Callable[[Tensor, Tensor, slice], Tensor]
@@ -146,8 +131,8 @@ class DistillationLoss:
     for a mixture, cache the teachers as one ensemble entry.
 
     min_entropy (nats) drops the divergence where the teachers' entropy (of a mixture: the weighted mean of its
-    members', at most its own) is lower. It is no rank within a batch, which would depend on how a step is cut into
-    micro-batches. Both terms are divided by all trained positions.
+    members', at most its own) is lower. It is an absolute threshold, not a rank within a batch, which would depend on
+    how a step is cut into micro-batches. Both terms are divided by all trained positions.
 
     loss_scale babyllama, for windows of T = `window_tokens` positions: divergence summed over the window, CE as a mean
     over the T - 1 positions whose label lies in the window. After the division by the count it is exactly

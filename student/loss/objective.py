@@ -18,7 +18,7 @@ EXACT_TEMPERATURES = (1.0, 2.0)
 DEFAULT_MIX = {"jsd": 0.5, "skew-forward-kl": 0.1, "skew-reverse-kl": 0.1}
 DEFAULT_BLEND = 0.75
 
-# The reason why a tail works with forward KL alone.
+# The reasons why these tails work with forward KL alone.
 _LINEAR_ONLY = {
     "sampled": "sampled targets are unbiased only where the loss is linear in the teacher's probabilities",
     "blend": "sampled targets are unbiased only where the loss is linear in the teacher's probabilities",
@@ -116,7 +116,7 @@ def objective_of(**fields: Any) -> Objective:
 
 
 def check_temperature(temperature: float, interpolate_tail: bool) -> None:
-    """Raise InputError for a temperature without a stored tail (1 and 2), or without one to interpolate (above 1)."""
+    """Raise InputError unless the temperature is 1 or 2 (stored tails), or above 1 with `interpolate_tail`."""
     if temperature in EXACT_TEMPERATURES or (temperature > 1 and interpolate_tail):
         return
     if temperature > 1:

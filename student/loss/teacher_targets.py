@@ -99,8 +99,8 @@ class Tempered:
         """Log of sum p**(1/tau) outside the kept ids [P]: the stored tail less the sampled ids; -inf if all are kept.
 
         ``F + log(1 - exp(d - F))`` with d the log-sum of the sampled ids. Sampled ids and tail were rounded separately,
-        so d may exceed F. The rest is then unknown but less than the rounding, and the rounding replaces it: a finite
-        log, for a divergence to be defined.
+        so d may exceed F. The rest is then unknown, but less than the rounding, which is taken instead: a finite log,
+        so that the divergences are defined.
         """
         gap = torch.logsumexp(self.scores.masked_fill(self.certain, -math.inf), 1) - self.log_tail
         rest = self.log_tail + torch.log(-torch.expm1(gap.clamp(max=-self.rounding)))
@@ -289,7 +289,7 @@ def tail_bounds(targets: Targets, vocabulary_size: int, temperature: float) -> t
 
 
 def interpolation_bound(targets: Targets, member: Member, temperature: float) -> Tensor:
-    """Bound on the error of the interpolated tail: of the teacher's mass outside the certain ids, [P], in 0..1."""
+    """Bound [P], in 0..1, on the error of the teacher's mass outside the certain ids when the tail is interpolated."""
     tempered = temper(targets, member, temperature, interpolate_tail=True)
     heads = torch.logsumexp(tempered.scores.masked_fill(~tempered.certain, -math.inf), 1)
     least, greatest = (
@@ -300,7 +300,7 @@ def interpolation_bound(targets: Targets, member: Member, temperature: float) ->
 
 
 def quantisation_bound(step_nats: float) -> float:
-    """``exp(step) - 1``: the largest L1 error of a bucketed target distribution from codes, at temperature 1 or 2.
+    """``exp(step) - 1``: bound on the L1 error of a bucketed target distribution from codes, at temperature 1 or 2.
 
     A decoded log-prob is within step/2 of the teacher's, and so is the normaliser, whose log is a mean of these
     errors; so each probability stays within a factor exp(+-step), and ``sum |p' - p| <= exp(step) - 1``. The floats

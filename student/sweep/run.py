@@ -117,14 +117,14 @@ def _run(inputs: SweepInputs, folder: SweepFolder, make: Callable[[], SweepTrain
 
 
 def _no_space(trial: Any) -> dict[str, Any]:
-    """An empty space: `SweepTrainer` sets the arguments of a trial itself."""
+    """An empty search space: `SweepTrainer` sets the arguments of a trial itself."""
     del trial
     return {}
 
 
 @contextlib.contextmanager
 def _without_a_best(folder: SweepFolder, error: type[Exception]) -> Iterator[None]:
-    """Ignore the error with which a backend looks for the best trial where none was completed.
+    """Ignore the error that a backend raises when it looks for the best trial and none was completed.
 
     An error of this type that a trial ended with leaves that trial running, and is raised.
     """

@@ -153,7 +153,7 @@ def _micro_batches(job: StudentJob, windows: int) -> dict[str, int]:
 
 
 def write_settings(settings: Mapping[str, Any], output_dir: str) -> str:
-    """Write a configuration into the sweep's folder, named by its sha256; returns the path."""
+    """Write a configuration into the sweep's folder, named by 12 digits of its sha256; returns the path."""
     text = json.dumps(dict(settings), indent=1, sort_keys=True) + "\n"
     path = Path(output_dir) / "models" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     if not path.exists():

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
     "logging_steps": 10,
-    # A NaN loss must be visible; the filter would log the mean of the others, and synchronise at each step.
+    # A NaN or infinite loss must be visible; the filter would log the mean of the others, and synchronise at each step.
     "logging_nan_inf_filter": False,
     "save_strategy": "steps",
     "save_steps": 500,

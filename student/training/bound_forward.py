@@ -1,4 +1,8 @@
-"""Binds the distillation loss into a model's own `forward`, the call that DDP and FSDP hook; and unbinds it."""
+"""Binds the distillation loss into a model's own `forward`, the call that DDP and FSDP hook; and unbinds it.
+
+Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `W` columns of the student's head,
+`M` members of the mixture.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from student.loss.distillation import DistillationLoss, LossSums
 from student.loss.output_layer import PlainHead, choose_head
 
 FusedHead = Literal["auto", "on", "off"]
+
 _BOUND = ("forward", "_original_forward", "accepts_loss_kwargs", "distillation_loss")
 
 

@@ -103,7 +103,7 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
 
 
 def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run:
-    """Open the inputs of a job and check all that can be wrong with it; writes nothing."""
+    """Open the inputs of a job and check all of it but the student's model; writes nothing."""
     values = training_values(job)
     caches = open_caches(job)
     live = None
@@ -112,7 +112,7 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
             raise InputError(
                 "train-student loads no teacher: train-teacher --live-teacher runs them beside the student"
             )
-        # After every check that is cheaper.
+        # After the cheap checks of fields and caches, since loading takes long.
         live = load_live(job, _device(values))
     data = job_inputs(caches, job, live)
     best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")

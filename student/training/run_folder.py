@@ -44,7 +44,7 @@ class OutputDirectory:
         self._writes = writes
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Check that the folder is this run's, or can become so; writes nothing.
+        """Check that the folder is this run's, or free for it; writes nothing.
 
         Raises InputError when it holds something else, IdentityMismatch (listing the fields) for another run.
         """

@@ -1,12 +1,9 @@
 """Training from a cache with transformers' Trainer: loss inside the forward, reading order, held-out evaluation.
 
-Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `W` columns of the student's head,
-`M` members of the mixture.
-
-The loss is computed inside the student's own `forward`, because that is the call which DDP and FSDP hook: a head
-applied outside it would leave gradients unsynchronised. Everything else (precision, accumulation, checkpoints,
-resuming, logging) is the base class's; its `compute_loss` only has to rescale a loss that was divided once, by the
-number of trained tokens of the whole optimizer step over all processes.
+The loss is computed inside the student's own `forward` (`student.training.bound_forward`), because that is the call
+which DDP and FSDP hook: a head applied outside it would leave gradients unsynchronised. Everything else (precision,
+accumulation, checkpoints, resuming, logging) is the base class's; its `compute_loss` only has to rescale a loss that
+was divided once, by the number of trained tokens of the whole optimizer step over all processes.
 """
 
 from __future__ import annotations
@@ -25,8 +22,10 @@ from student.data.batches import collate, flat_targets
 from student.data.order import ReadingOrder
 from student.data.windows import DistillationWindows, reading_order
 from student.evaluation.held_out import HeldOut, HeldOutSums, bytes_per_token
+from student.labels import NOT_TRAINED
 from student.loss.dense import DenseLoss
-from student.loss.distillation import NOT_TRAINED, DistillationLoss, LossSums, Member
+from student.loss.distillation import DistillationLoss, LossSums
+from student.loss.teacher_targets import Member
 from student.training.bound_forward import FusedHead, bind_loss
 from student.training.fsdp import FSDPIsOn, keep_precision
 from student.training.step import take_one_device, windows_per_step

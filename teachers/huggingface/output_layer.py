@@ -1,4 +1,7 @@
-"""The output layer (LM head) of a teacher with float32 logits, in memory or offloaded; and the agreement of logits."""
+"""The output layer (LM head) of a teacher with float32 logits, in memory or offloaded; and the agreement of logits.
+
+Legend: `H` hidden size.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,8 @@ class Replacement:
 
 @contextlib.contextmanager
 def replaced_forward(linear: nn.Linear, head: Head) -> Iterator[Replacement]:
-    """Replace the forward of `linear` by `head`, and restore the one before (its class's or its own) on exit."""
+    """Replace the forward of `linear` by `head`; the one before (its class's or its own) is restored on exit, unless
+    `stays` is set."""
     before = linear.__dict__.get("forward")
     linear.forward = head  # type: ignore[method-assign,assignment]
     replacement = Replacement()

@@ -1,6 +1,6 @@
 """Any causal language model of transformers as a teacher: loaded whole, tested, and identified by digests.
 
-The backbone runs in the requested dtype; logits are float32 (`teachers.huggingface.scoring` has the method and reason).
+The backbone runs in the requested dtype; logits are float32 (how and why: `teachers.huggingface.scoring`).
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ The naive form, with z = logits[:, :V], p = softmax(z) and S the K ids that come
 VarOpt targets start from the same S: its first ids are certain and stay, the others are replaced by sampled ids
 (`teachers.reduction.varopt`), and the tails then cover all ids that are not certain.
 
-`teachers.reduction.top_k` finds S. `teachers.reduction.passes` are the only work over all V columns; the formulas of
-`_reduce_tile` use numbers per row, per block and per kept id. `Rows` connects the two: for whole rows, or for rows
-whose columns are sharded over the ranks of a tensor-parallel teacher (`teachers.reduction.sharded`), with the same
-formulas.
+`teachers.reduction.top_k` finds S. All work over the V columns of every row is in `teachers.reduction.passes`; the
+formulas of `_reduce_tile` use numbers per row, per block and per kept id. `Rows` connects the two: for whole rows, or
+for rows whose columns are sharded over the ranks of a tensor-parallel teacher (`teachers.reduction.sharded`), with the
+same formulas.
 
 Precision: everything is float32. The K chosen entries are left out of the sums, so that a tail is the
 sum of its own terms, never one minus something; the normaliser is `log1p` of everything but the maximum, so
@@ -172,7 +172,7 @@ def _reduce(
 
 
 class Rows(Protocol):
-    """The operations of the formulas on rows of logits over a vocabulary, at most `tile_rows` at a time.
+    """The operations that the formulas need on rows of logits over a vocabulary, at most `tile_rows` at a time.
 
     columns   V. Ids are columns of the vocabulary throughout.
     far_rows  the largest number of rows that `far_sums` takes

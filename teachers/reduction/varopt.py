@@ -220,7 +220,11 @@ def _block_width(columns: int, k: int) -> int:
 
 
 def row_sums(values: Tensor) -> Tensor:
-    """The sums [T] of [T, n]; torch splits a single row over its threads, so their number would change its bits."""
+    """The sums [T] of [T, n], whose bits depend on the row alone, not on the number of threads or on the other rows.
+
+    Torch sums each of several rows on one thread, but splits a single row over all threads: workers with other numbers
+    of threads would store other bits of the same position.
+    """
     return values.sum(1) if len(values) != 1 else values.expand(2, -1).sum(1)[:1]
 
 

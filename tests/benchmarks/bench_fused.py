@@ -238,7 +238,8 @@ def _sum_of_logits(
 
 
 def _loss(way: str, columns: int, temperature: float) -> DistillationLoss:
-    from student.loss.distillation import DistillationLoss, Member
+    from student.loss.distillation import DistillationLoss
+    from student.loss.teacher_targets import Member
 
     return DistillationLoss(
         columns, 1.0 if way.startswith("cross") else 0.5, temperature, [Member("t", 1.0, None, columns)]

@@ -141,7 +141,8 @@ def _trained(folder: str, windows: Any) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 
     from logit_cache.recipes.demo import _MODELS, VOCABULARY
-    from student.loss.distillation import DistillationLoss, Member
+    from student.loss.distillation import DistillationLoss
+    from student.loss.teacher_targets import Member
     from student.training.trainer import DistillationTrainer
 
     torch.manual_seed(0)
@@ -250,7 +251,8 @@ def _step(folder: str, way: str) -> Callable[[], None]:
 
     from student.data.batches import collate
     from student.data.windows import DistillationWindows, reading_order
-    from student.loss.distillation import DistillationLoss, Member
+    from student.loss.distillation import DistillationLoss
+    from student.loss.teacher_targets import Member
     from student.training.bound_forward import bind_loss
 
     cached = way.startswith("from the cache")

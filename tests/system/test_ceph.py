@@ -1,6 +1,6 @@
 """Against a real S3 server, Ceph's gateway: what moto waves through is refused here. `make test-ceph` runs these.
 
-The whole road, races, kills, credentials that are wrong, and uploads that are damaged on their way.
+The whole pipeline, races, kills, wrong credentials, and uploads that are damaged on their way.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.references.live_runs import STEPS, cached_losses, live_losses, world
 
-from student.loss.distillation import quantisation_bound
+from student.loss.teacher_targets import quantisation_bound
 
 __all__ = ["world"]  # a fixture, found by its name
 

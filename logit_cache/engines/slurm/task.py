@@ -39,7 +39,7 @@ class ArrayTask:
     fruitless: int = 0
 
     def __call__(self) -> TaskError | None:
-        # submitit ignores SIGTERM. Until a shard is under way there is nothing to drain.
+        # submitit has SIGTERM ignored; its default is restored, as nothing needs to drain until a shard is under way.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         from logit_cache.engines.this_machine import run_job_here  # takes seconds
 
@@ -48,7 +48,7 @@ class ArrayTask:
         try:
             if self._is_hopeless(job):
                 return _report("failed", f"no shard was done in {self.fruitless} times the time limit: give a longer "
-                             f"--slurm time, or a new entry with a smaller --shard-tokens")  # fmt: skip
+                               f"--slurm time, or a new entry with a smaller --shard-tokens")  # fmt: skip
             run_job_here(job, how, JobLog(how.log_format, cache=job.cache, entry=job.name))
         except LogitCacheError as error:
             return _report("refused", str(error))

@@ -283,7 +283,8 @@ def ways(size: Size, arguments: argparse.Namespace) -> dict[str, Way | str]:
 
 
 def _held(alpha: float, temperature: float, size: Size, labels: Tensor, targets: dict[str, Tensor]) -> Way:
-    from student.loss.distillation import DistillationLoss, Member
+    from student.loss.distillation import DistillationLoss
+    from student.loss.teacher_targets import Member
 
     loss = DistillationLoss(size.columns, alpha, temperature, [Member("t", 1.0, None, size.columns)])
     return lambda hidden, weight: loss(hidden @ weight.t(), labels, {"t": targets}).loss_sum / size.positions
@@ -299,7 +300,8 @@ def _fused(
     targets: dict[str, Tensor],
 ) -> Way:
     from student.loss import fused
-    from student.loss.distillation import DistillationLoss, Member
+    from student.loss.distillation import DistillationLoss
+    from student.loss.teacher_targets import Member
 
     loss = DistillationLoss(size.columns, alpha, temperature, [Member("t", 1.0, None, size.columns)])
 

@@ -286,7 +286,8 @@ def train(run: Path, job: Job) -> dict[str, Any]:
 
     from student.data.batches import collate
     from student.data.windows import DistillationWindows, reading_order
-    from student.loss.distillation import DistillationLoss, Member
+    from student.loss.distillation import DistillationLoss
+    from student.loss.teacher_targets import Member
     from student.models import load_student
     from student.training.bound_forward import bind_loss, unbind_loss
 
@@ -409,7 +410,7 @@ def evaluate(run: Path, student: Any) -> dict[str, float]:
     from student.data.batches import collate, flat_targets
     from student.data.windows import DistillationWindows
     from student.evaluation.held_out import HeldOutSums
-    from student.loss.distillation import Member
+    from student.loss.teacher_targets import Member
 
     windows = DistillationWindows(str(run / "valid"), ["teacher"], WINDOW)
     sums = HeldOutSums(VOCABULARY, [Member.of("teacher", windows.entries["teacher"])])

@@ -28,7 +28,8 @@ from storage.format.pruning import prune
 from storage.format.sealing import digest
 from student.data.batches import collate
 from student.data.windows import DistillationWindows
-from student.loss.distillation import Member, forward_kl
+from student.loss.distillation import forward_kl
+from student.loss.teacher_targets import Member
 
 V, N, K = 211, 700, 64
 STEP = 1 / 32

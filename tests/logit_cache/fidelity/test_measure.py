@@ -36,7 +36,8 @@ from storage.cache.verify import verify
 from storage.errors import CorruptCache, FormatError
 from storage.format.fidelity import FidelityReport
 from storage.format.sealing import sealed_bytes
-from student.loss.distillation import DistillationLoss, Member
+from student.loss.distillation import DistillationLoss
+from student.loss.teacher_targets import Member
 
 V, N, CONTEXT, SHARD = 97, 300, 32, 96
 KINDS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,8 @@ from torch import Tensor
 from storage.errors import InputError
 from student.evaluation import held_out as evaluate
 from student.evaluation.held_out import BINS, HeldOut, HeldOutSums
-from student.loss.distillation import NOT_TRAINED, Member
+from student.labels import NOT_TRAINED
+from student.loss.teacher_targets import Member
 
 P, V, W = 203, 53, 61
 MEMBERS = [Member("whole", 1.0, None, V), Member("top", 0.0, None, V)]

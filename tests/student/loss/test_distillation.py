@@ -26,17 +26,11 @@ from torch import Tensor
 
 from storage.errors import InputError
 from storage.format import encoding
+from student.labels import NOT_TRAINED
 from student.loss import student_logprobs as buckets
-from student.loss.distillation import (
-    NOT_TRAINED,
-    DistillationLoss,
-    Member,
-    decode_logprobs,
-    forward_kl,
-    quantisation_bound,
-)
+from student.loss.distillation import DistillationLoss, forward_kl
 from student.loss.student_logprobs import student_buckets
-from student.loss.teacher_targets import temper
+from student.loss.teacher_targets import Member, decode_logprobs, quantisation_bound, temper
 
 WIDTHS = [V, V + 13]
 TEMPERATURES = [1.0, 2.0]

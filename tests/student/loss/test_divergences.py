@@ -14,8 +14,9 @@ from support.references.dense_targets import P, V, dense, gradient, joined, labe
 from support.references.divergences import definition
 from torch import Tensor
 
+from student.labels import NOT_TRAINED
 from student.loss import student_logprobs as buckets
-from student.loss.distillation import NOT_TRAINED, DistillationLoss
+from student.loss.distillation import DistillationLoss
 from student.loss.divergences import Divergence
 from student.loss.objective import DEFAULT_MIX, LossName
 from student.loss.student_logprobs import student_buckets

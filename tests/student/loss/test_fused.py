@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from storage.errors import InputError
+from student.labels import NOT_TRAINED
 from student.loss import fused
 from student.loss import logit_chunk as chunk_module
-from student.loss.distillation import NOT_TRAINED, DistillationLoss, LossSums, PreparedLoss
+from student.loss.distillation import DistillationLoss, LossSums, PreparedLoss
 from student.loss.fused import fused_loss
 
 P, H = 36, 19

@@ -36,8 +36,10 @@ from storage.errors import FormatError, InputError
 from storage.format.rules import broken_rule
 from student.data.batches import collate, flat_targets
 from student.data.windows import DistillationWindows
-from student.loss.distillation import NOT_TRAINED, DistillationLoss, LossSums, Member
+from student.labels import NOT_TRAINED
+from student.loss.distillation import DistillationLoss, LossSums
 from student.loss.student_logprobs import student_buckets
+from student.loss.teacher_targets import Member
 
 DOUBLE = torch.float64
 OPTIONS: list[dict[str, Any]] = [

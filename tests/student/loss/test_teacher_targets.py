@@ -25,7 +25,8 @@ from support.references.dense_targets import (
 from torch import Tensor
 
 from storage.errors import InputError
-from student.loss.distillation import NOT_TRAINED, DistillationLoss, forward_kl
+from student.labels import NOT_TRAINED
+from student.loss.distillation import DistillationLoss, forward_kl
 from student.loss.objective import Tail
 from student.loss.teacher_targets import interpolation_bound, tail_bounds, temper, weights
 

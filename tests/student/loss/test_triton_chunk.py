@@ -29,8 +29,9 @@ from support.commands import ROOT
 from support.references.dense_targets import dense, labels_for, member, normal, stored
 from torch import Tensor
 
+from student.labels import NOT_TRAINED
 from student.loss import fused
-from student.loss.distillation import NOT_TRAINED, DistillationLoss
+from student.loss.distillation import DistillationLoss
 from student.loss.fused import fused_loss
 from student.loss.logit_chunk import LogitChunk
 

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from storage.errors import InputError
 from student.data.batches import collate, flat_targets
 from student.data.windows import DistillationWindows, reading_order
-from student.loss.distillation import DistillationLoss, Member
+from student.loss.distillation import DistillationLoss
+from student.loss.teacher_targets import Member
 from student.training.bound_forward import bind_loss, unbind_loss
 from student.training.trainer import DistillationTrainer
 

@@ -60,7 +60,7 @@ def targets(variant: int = 0) -> SparseTargets:
 
 
 def write_stream(url: str | Path) -> CacheRecord:
-    """Tokens, documents, mask, tokenizer; goes on where an interrupted call stopped."""
+    """Tokens, documents, mask, tokenizer; resumes where an interrupted call stopped."""
     tokens, mask = stream()
     layout = ArrayLayout(shard=SHARD, chunk=CHUNK, compression="zstd")
     return make_corpus(str(url), tokens, V, STARTS, mask, TOKENIZER_FILES, layout)

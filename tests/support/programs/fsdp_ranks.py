@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from student.data.batches import collate
 from student.data.windows import DistillationWindows
-from student.loss.distillation import DistillationLoss, Member
+from student.loss.distillation import DistillationLoss
+from student.loss.teacher_targets import Member
 from student.training.bound_forward import bind_loss
 from student.training.fsdp import keep_precision
 

@@ -1,6 +1,6 @@
 """Asks for the status of a simulated entry of 10^11 positions, and prints what that cost beyond the imports.
 
-python tests/support/programs/hundred_billion.py incomplete|complete
+    python tests/support/programs/hundred_billion.py incomplete|complete
 
 A process of `test_status`. Names and receipts are made when they are asked for, so what is held is held by the command.
 """

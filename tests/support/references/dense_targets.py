@@ -17,7 +17,8 @@ from torch import Tensor
 from storage import LogitCache
 from storage.format import encoding
 from storage.format.manifest import Targets as StoredTargets
-from student.loss.distillation import NOT_TRAINED, Member
+from student.labels import NOT_TRAINED
+from student.loss.teacher_targets import Member
 
 P, V = 37, 251
 FILL_VALUE = 2**31 - 1

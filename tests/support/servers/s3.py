@@ -194,7 +194,7 @@ def assert_same_cache(found: dict[str, bytes], expected: dict[str, bytes]) -> No
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """A console script at work; nobody hears what it says."""
+    """Start a console script; its output is discarded."""
     from support.commands import command, environment  # which takes its fixtures from here
 
     return subprocess.Popen(

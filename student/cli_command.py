@@ -1,14 +1,31 @@
-"""How every command presents itself: options under titles, an example, `-h` and `--version`."""
+"""How every command presents itself: options under titles, an example, `-h` and `--version`.
+
+The packages of this program have generic names. Every command imports this file first, and ends with one clear line
+where Python finds another distribution's `storage`, since nothing works then.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import click
 
+import storage
+
+if "LogitCache" not in getattr(storage, "__all__", ()):
+    print(
+        f"error: logit-cache needs its own package 'storage', but Python found another one "
+        f"({', '.join(getattr(storage, '__path__', ['?']))}): install logit-cache in an environment of its own",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
 Decorator = Callable[[Any], Any]
+
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
 class Option(click.Option):
@@ -20,7 +37,10 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose help lists options by title, in the order in which titles first occur, untitled ones last."""
+    """A command whose help lists options by title, in the order in which titles first occur, untitled ones last.
+
+    Its epilog, lines of a shell, is listed under "Example", unchanged.
+    """
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -33,6 +53,17 @@ class Command(click.Command):
             with formatter.section(title):
                 formatter.write_dl(sections[title])
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.epilog:
+            write_lines(formatter, "Example", self.epilog)
+
+
+def write_lines(formatter: click.HelpFormatter, title: str, text: str) -> None:
+    """A section of a help whose lines are not filled."""
+    with formatter.section(title):
+        for line in text.splitlines():
+            formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
 
 def under(title: str) -> Callable[..., Decorator]:
     """`click.option` for options under a title: ``targets = under("Targets"); @targets("--top-p", type=float)``."""
@@ -40,11 +71,10 @@ def under(title: str) -> Callable[..., Decorator]:
 
 
 def command(example: str, cls: type[Command] = Command, **settings: Any) -> Decorator:
-    """`click.command` with `-h`, `--version`, and at the end of the help an example: lines of a shell."""
+    """`click.command` with `-h` and `--version`, whose help ends with `example`, one or more lines of a shell."""
 
     def decorate(function: Any) -> Any:
-        epilog = "\b\nExample:\n" + "\n".join(f"  {line}" for line in example.splitlines())
-        made = click.command(cls=cls, epilog=epilog, context_settings=HELP_NAMES, **settings)(function)
+        made = click.command(cls=cls, epilog=example, context_settings=HELP_NAMES, **settings)(function)
         return click.version_option(package_name="logit-cache")(made)
 
     return decorate
@@ -59,6 +89,3 @@ def applied(options: tuple[Decorator, ...]) -> Decorator:
         return function
 
     return decorate
-
-
-HELP_NAMES = {"help_option_names": ["-h", "--help"]}
