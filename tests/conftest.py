@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,14 @@ from pathlib import Path
 import pytest
 from support.caches import known as known_cache
 from support.clusters.slurm import running_slurm, slurm  # noqa: F401
-from support.commands import LIBRARY, Run, command, environment
+from support.commands import LIBRARY, Run, command, environment, in_process
 
 # Fixtures that several files use; pytest finds them by name.
 from support.servers.s3 import cached_here, ceph, ceph_bucket, moto, moto_bucket  # noqa: F401
+
+# A parent such as nohup or cron ignores SIGINT, and every process of a test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,7 +31,13 @@ def _local_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """Runs a console script; the result has stdout, stderr and returncode."""
+    """Runs a command in this process; the result has stdout, stderr and returncode."""
+    return in_process
+
+
+@pytest.fixture(scope="session")
+def installed() -> Run:
+    """Runs an installed console script as a process of its own; the result has stdout, stderr and returncode."""
 
     def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sysconfig
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import click
+import click.testing
 
 import logit_cache.cli.main
 import student.cli
@@ -37,6 +41,24 @@ def command(*arguments: object) -> list[str]:
 def environment() -> dict[str, str]:
     """One thread each, no hub: what a test process runs under."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def in_process(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A console script's command, run here: what it printed and its exit status, without a process and its imports.
+
+    Warnings are filtered as the interpreter does by default, not as pytest does for the tests' own code.
+    """
+    name, *words = map(str, arguments)
+    with contextlib.chdir(cwd or Path.cwd()), warnings.catch_warnings():
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        runner = click.testing.CliRunner()
+        done = runner.invoke(COMMANDS[name], words, prog_name=name, env={**environment()})
+    status, error = done.exit_code, done.stderr
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        error += "".join(traceback.format_exception(done.exception))
+    return subprocess.CompletedProcess([name, *words], status, done.stdout, error)
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

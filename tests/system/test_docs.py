@@ -75,7 +75,6 @@ def test_the_readme_shows_the_whole_pipeline_and_every_command() -> None:
         assert f"`{name}`" in README
 
 
-@pytest.mark.slow
 def test_the_pipeline_of_the_readme_runs(tmp_path: Path) -> None:
     """Every command of it in order, as printed but for sizes: a vocabulary of 400 ids, two steps of training."""
     for part, name in (("train", "textwrap.py"), ("valid", "bisect.py")):

@@ -17,6 +17,13 @@ from support.jobs import SMALL, Job, committed, contents, copy_of, shards_of, st
 
 from storage.cache.verify import verify
 
+
+@pytest.fixture(scope="session")
+def run(installed: Run) -> Run:
+    """Commands as processes: each attempt is one, killed or not."""
+    return installed
+
+
 ATTEMPTS = 7
 SEEDS = (0, 1)
 

@@ -19,6 +19,13 @@ import pytest
 from support.clusters.ray_nodes import RayNodes, kill, until
 from support.commands import TESTS, Run, command, environment, refused
 
+
+@pytest.fixture(scope="session")
+def run(installed: Run) -> Run:
+    """Commands as processes: a driver of Ray keeps its connection for as long as its process lives."""
+    return installed
+
+
 NAME = "a"
 SHARDS = 65
 # As fast as it can be, and still some seconds of work for two.

@@ -28,6 +28,13 @@ from storage.cache.failures import Failures
 from storage.errors import InputError
 from storage.stores import open_store
 
+
+@pytest.fixture(scope="session")
+def run(installed: Run) -> Run:
+    """Commands as processes: the signals of Slurm and of the tests go to processes."""
+    return installed
+
+
 # Overlapping windows make it long enough to be disturbed: some 35 shards.
 JOB = ("--name", "a", "-k", 40, "--context-tokens", 64, "--stride-tokens", 2, "--shard-tokens", 512,
        "--fidelity-positions", 256)  # fmt: skip

@@ -9,6 +9,12 @@ import pytest
 from support.commands import LIBRARY, Run
 
 
+@pytest.fixture(scope="session")
+def run(installed: Run) -> Run:
+    """Commands as processes: its stages are processes that write to its own streams."""
+    return installed
+
+
 @pytest.mark.slow
 def test_the_demo_runs_to_its_table_and_resumes(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

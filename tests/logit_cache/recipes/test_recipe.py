@@ -238,7 +238,7 @@ def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, run: Run) -> None:
+def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, installed: Run) -> None:
     """From text to report by the installed command; killed after its first teacher, then run to the end, and again."""
     out = tmp_path / "out"
     pairs = tmp_path / "pairs"
@@ -260,7 +260,7 @@ def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, run: Run)
     written = first.stat().st_mtime_ns
     assert not (out / "report.html").exists()
 
-    done = run(*line)
+    done = installed(*line)
     assert done.returncode == 0, done.stderr
     assert first.stat().st_mtime_ns == written, "finished stages are not run again"
     reports = {
@@ -284,7 +284,7 @@ def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, run: Run)
         assert scores["held_out"]["cross_entropy_per_token"] == pytest.approx(measured, rel=1e-5)
     assert (out / "report.html").stat().st_size > 10_000
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.suffix == ".json"}
-    again = run(*line)
+    again = installed(*line)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in before} | {out / "recipe.json": 0} == {
         **before, out / "recipe.json": 0

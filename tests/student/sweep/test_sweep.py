@@ -397,10 +397,10 @@ def test_the_example_has_the_eleven_parameters_and_is_a_job(world: Path) -> None
 
 
 @pytest.mark.slow
-def test_ray_tune_runs_the_same_trials(world: Path, tmp_path: Path, run: Run) -> None:
+def test_ray_tune_runs_the_same_trials(world: Path, tmp_path: Path, installed: Run) -> None:
     data = fields(world, tmp_path / "out", backend="ray", trials=3)
     file = written(tmp_path / "sweep.yaml", data)
-    result = run("train-student", "--sweep", file, "--json")
+    result = installed("train-student", "--sweep", file, "--json")
     assert result.returncode == 0, result.stderr
     report = SweepReport.model_validate_json(result.stdout)
     assert [trial.state for trial in report.trials] == ["complete"] * 3
@@ -412,13 +412,13 @@ def test_ray_tune_runs_the_same_trials(world: Path, tmp_path: Path, run: Run) ->
     assert best.held_out.cross_entropy == report.trials[report.best or 0].value
     data["sweep"]["trials"] = 4
     written(tmp_path / "sweep.yaml", data)
-    again = run("train-student", "--sweep", file, "--json")
+    again = installed("train-student", "--sweep", file, "--json")
     assert again.returncode == 0, again.stderr
     assert SweepReport.model_validate_json(again.stdout).trials[:3] == report.trials
 
 
 @pytest.mark.slow
-def test_ray_tune_prunes_and_records_failures(world: Path, tmp_path: Path, run: Run) -> None:
+def test_ray_tune_prunes_and_records_failures(world: Path, tmp_path: Path, installed: Run) -> None:
     parameters: dict[str, Any] = {
         "learning_rate": {"distribution": "log_uniform", "low": 1e-7, "high": 1e-1},
         "model.n_embd": {"choices": [16, 24]},
@@ -427,7 +427,7 @@ def test_ray_tune_prunes_and_records_failures(world: Path, tmp_path: Path, run: 
     data = fields(world, tmp_path / "out", parameters, backend="ray", sampler="random", trials=10)
     data["training"] |= {"max_steps": 4, "eval_steps": 1}
     data["sweep"]["pruner"] = {"name": "hyperband", "reduction_factor": 2}
-    result = run("train-student", "--sweep", written(tmp_path / "sweep.yaml", data), "--json")
+    result = installed("train-student", "--sweep", written(tmp_path / "sweep.yaml", data), "--json")
     assert result.returncode == 0, result.stderr
     trials = SweepReport.model_validate_json(result.stdout).trials
     failed = [trial for trial in trials if trial.state == "failed"]
