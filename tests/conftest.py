@@ -41,7 +41,7 @@ def installed() -> Run:
 
     def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(*arguments), capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300, check=False
+            command(*arguments), capture_output=True, text=True, cwd=cwd, env=environment(), timeout=900, check=False
         )
 
     return call
