@@ -54,7 +54,7 @@ def in_process(*arguments: object, cwd: Path | None = None) -> subprocess.Comple
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)
         runner = click.testing.CliRunner()
-        done = runner.invoke(COMMANDS[name], words, prog_name=name, env={**environment()})
+        done = runner.invoke(COMMANDS[name], words, prog_name=name, env=environment())
     status, error = done.exit_code, done.stderr
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         error += "".join(traceback.format_exception(done.exception))

@@ -88,6 +88,8 @@ def breaches(root: Path) -> list[str]:
             found.append(f"{module} imports click")
         if "triton" in heavy and "triton" not in path.stem:
             found.append(f"{module} imports triton")
+        if module.startswith("logit_cache") and "transformers" in heavy and path.stem not in ("tokenize", "tokenizer"):
+            found.append(f"{module} imports transformers")
         if module.startswith("storage") and heavy & {"torch", "transformers"}:
             found.append(f"{module} imports torch or transformers")
         graph[module] = {name for name in ours if name in modules and name != module}
@@ -128,6 +130,7 @@ PLANTED = {
     "student/loss/planted.py": ("from student import load_student", "student.loss.planted imports student"),
     "logit_cache/corpus/planted.py": ("import click", "logit_cache.corpus.planted imports click"),
     "student/data/plantedtoo.py": ("import triton.language", "student.data.plantedtoo imports triton"),
+    "logit_cache/fidelity/planted.py": ("import transformers", "logit_cache.fidelity.planted imports transformers"),
     "storage/cache/planted.py": ("def f():\n    import torch", "storage.cache.planted imports torch"),
     "storage/format/sealing.py": ("import storage.format.manifest", "a circle: "),
 }
