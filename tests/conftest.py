@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,10 @@ from support.servers.s3 import cached_here, ceph, ceph_bucket, moto, moto_bucket
 # A parent such as nohup or cron ignores SIGINT, and every process of a test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The servers of the tests are on this machine: a proxy is not to be asked for them.
+for _name in ("no_proxy", "NO_PROXY"):
+    os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "127.0.0.1,localhost")))
 
 
 @pytest.fixture(scope="session", autouse=True)

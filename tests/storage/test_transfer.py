@@ -408,7 +408,7 @@ def a_part(target: str) -> None:
 BEFORE = [nothing_yet, the_stream, a_part]
 
 
-@pytest.mark.parametrize("every", [79, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [79, pytest.param(5, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("before", BEFORE)
 def test_killed_at_any_step_on_a_disk_that_may_lose_power(
     tmp_path: Path, before: Callable[[str], None], every: int

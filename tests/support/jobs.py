@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import command, environment
+from support import processes
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import open_job
@@ -73,14 +72,16 @@ def shards_of(cache: Path) -> int:
 class Job:
     """A running `cache-logits --log-format json`; `logged`: its events read so far, `other`: its other lines."""
 
-    process: subprocess.Popen[str]
+    process: processes.Process
     logged: list[dict[str, Any]] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._lines = self.process.error_lines()
+
     def lines(self) -> Iterator[dict[str, Any]]:
         """The job's events, as they come."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        for line in self._lines:
             if line.startswith("{"):
                 self.logged.append(json.loads(line))
                 yield self.logged[-1]
@@ -99,8 +100,6 @@ class Job:
         """Read to the end; returns the exit status."""
         for _ in self.lines():
             pass
-        assert self.process.stderr is not None
-        self.process.stderr.close()
         return self.process.wait(timeout)
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -112,17 +111,10 @@ class Job:
         os.kill(self.process.pid, number)
 
 
-def start(
-    cache: Path, teacher: Path, *options: object, cwd: Path | None = None, own_group: bool = False, **variables: str
-) -> Job:
-    """Start a job on a cache; `own_group`: in a process group of its own, so that all of it can be killed at once."""
+def start(cache: Path, teacher: Path, *options: object, cwd: Path | None = None, **variables: str) -> Job:
+    """Start a job on a cache, in a process group of its own."""
     base = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL, "--log-format", "json")
-    process = subprocess.Popen(
-        command("cache-logits", *base, *options),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd,
-        start_new_session=own_group, env=environment() | variables,
-    )  # fmt: skip
-    return Job(process)
+    return Job(processes.start("cache-logits", *base, *options, cwd=cwd, **variables))
 
 
 def copy_of(cache: Path, path: Path) -> Path:

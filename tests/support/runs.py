@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import ROOT
+from support.processes import start, start_code
 from transformers import AutoModelForCausalLM
 
 from student.job import StudentJob
@@ -142,27 +143,21 @@ train_student(sys.argv[1:])
 """
 
 
-def processes(number: int, code: str, *words: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
-    """Several Python processes of one group, as torchrun starts them; where one fails, the others are ended."""
+def ranks(number: int, code: str | None, *words: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Several processes of one group, as torchrun starts them; where one fails, the others are ended.
+
+    Each runs `code` with these words as arguments or, without one, the console script that the words begin with.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
     if number > 1:
         common |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
     started = []
     for rank in range(number):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code, *words],
-                cwd=ROOT,
-                env={**os.environ, **common, **environment, **ranks},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else common
+        started.append(start(*words, **variables) if code is None else start_code(code, *words, **variables))
     deadline = time.monotonic() + 300
     while any(one.poll() is None for one in started):
         if any(one.poll() for one in started) or time.monotonic() > deadline:
@@ -170,7 +165,7 @@ def processes(number: int, code: str, *words: str, **environment: str) -> list[s
             for one in started:
                 one.kill()
         time.sleep(0.1)
-    return [subprocess.CompletedProcess(one.args, one.returncode, *one.communicate()) for one in started]
+    return [one.end() for one in started]
 
 
 def windows_read(notes: Path, number: int) -> dict[int, list[int]]:

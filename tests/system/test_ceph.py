@@ -17,7 +17,7 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from support.commands import PYTHONPATH, ROOT, Run, command, environment, refused
 from support.runs import LLAMA, weights
 from support.servers.fault_proxy import Fault, FaultProxy
-from support.servers.s3 import SMALL, Bucket, Server, assert_same_cache, kill_after_a_receipt, local_objects, start, use
+from support.servers.s3 import SMALL, Bucket, Server, assert_same_cache, kill_after_a_receipt, local_objects, use
 
 from storage import LogitCache
 from storage.cache.verify import verify
@@ -25,7 +25,6 @@ from storage.stores.doctor import examine, safe_to_write
 
 pytestmark = pytest.mark.ceph
 
-KILLS = 30
 RACERS, ROUNDS = 8, 20
 # One process of a race: for every line that it reads, it creates an object that seven others create too.
 RACE = """
@@ -92,7 +91,7 @@ def test_two_workers_at_once(
 ) -> None:
     url = ceph_bucket.upload(small_cache, "cache")
     arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
-    workers = [start(*arguments, "--worker", f"{i}/2") for i in range(2)]
+    workers = [subprocess.Popen(command(*arguments, "--worker", f"{i}/2"), env=environment()) for i in range(2)]
     # A credential in an argument could be read by every user of the machine.
     for worker in workers:
         assert ceph_bucket.server.secret.encode() not in Path(f"/proc/{worker.pid}/cmdline").read_bytes()
@@ -133,19 +132,20 @@ def answer(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def test_kill_minus_nine(ceph_bucket: Bucket, small_cache: Path, teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [8, pytest.param(30, marks=pytest.mark.soak)])
+def test_kill_minus_nine(ceph_bucket: Bucket, small_cache: Path, teacher: Path, tmp_path: Path, kills: int) -> None:
     """Killed while it works, by one worker or two on the same shards, then finished: nothing lost, the same bytes."""
     done = subprocess.run(
         [sys.executable, "tests/support/programs/ceph_kill_loop.py", ceph_bucket.url, small_cache, teacher, tmp_path,
-         str(KILLS)],
+         str(kills)],
         capture_output=True, text=True, cwd=ROOT, timeout=1800, check=False,
         env={**environment(), "PYTHONPATH": PYTHONPATH},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
-    assert found["kills"] >= KILLS
-    assert found["kills_after_a_commit"] >= KILLS // 3
+    assert found["kills"] >= kills
+    assert found["kills_after_a_commit"] >= kills // 3
     assert found["kills_with_leftovers"] > 0
     assert found["most_threads"] == 1
 

@@ -6,12 +6,11 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import click
 import pytest
-from support.commands import COMMANDS, LIBRARY, ROOT, command, environment
+from support.commands import COMMANDS, LIBRARY, ROOT, Run
 from support.programs import format_page
 
 import storage.format
@@ -85,8 +84,10 @@ def test_the_readme_shows_the_whole_pipeline_and_every_command() -> None:
         assert f"`{name}`" in README
 
 
-def test_the_pipeline_of_the_readme_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["run", pytest.param("installed", marks=pytest.mark.slow)])
+def test_the_pipeline_of_the_readme_runs(how: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Every command of it in order, as printed but for sizes: a vocabulary of 400 ids, two steps of training."""
+    do: Run = request.getfixturevalue(how)
     for part, name in (("train", "textwrap.py"), ("valid", "bisect.py")):
         (tmp_path / "corpus" / part).mkdir(parents=True)
         shutil.copy(LIBRARY / name, tmp_path / "corpus" / part / "library.txt")
@@ -95,10 +96,7 @@ def test_the_pipeline_of_the_readme_runs(tmp_path: Path) -> None:
     for line in lines:
         name, *arguments = shlex.split(line.replace(" 16000 ", " 400 "), comments=True)
         small = ["--set", "max_steps=2"] if name in ("train-teacher", "train-student") else []
-        done = subprocess.run(
-            command(name, *arguments, *small),
-            cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = do(name, *arguments, *small, cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (tmp_path / "run" / "student" / "config.json").exists()
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from support.commands import ROOT
-from support.runs import LLAMA, V, job_in, make_world, python
+from support.processes import start_code
+from support.runs import LLAMA, V, job_in, make_world
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from student.training.run import train
@@ -52,9 +53,8 @@ def test_a_plain_loop_trains_as_the_trainer_does(world: Path, tmp_path: Path, mi
 
 def test_the_plain_loop_is_a_command(world: Path, tmp_path: Path) -> None:
     arguments = ["--teacher", "a", "--teacher", "b", "--steps", "2", "--batch-windows", "4", "--out", tmp_path / "out"]
-    done = python(
-        *map(str, [EXAMPLES / "plain_torch.py", world / "train", *arguments]), PYTHONPATH=str(EXAMPLES.parent)
-    )
+    code = f"import runpy; runpy.run_path({str(EXAMPLES / 'plain_torch.py')!r}, run_name='__main__')"
+    done = start_code(code, world / "train", *arguments).end()
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("step 2: loss ")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == V

@@ -172,6 +172,6 @@ def test_no_flip_is_silent(victim: Victim) -> None:
     assert check_flips(victim, 16, 8, verified_every=20).total() >= 900
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_no_flip_of_ten_thousand_is_silent(victim: Victim) -> None:
     assert check_flips(victim, 180, 80, verified_every=10).total() >= 10_000

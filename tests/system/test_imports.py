@@ -187,6 +187,20 @@ def test_command_modules_import_nothing_heavy(module: str) -> None:
     assert not modules_after(f"import {module}") & {"torch", "transformers", "zarr", "datasets", "numpy", "rich"}
 
 
+def test_losses_and_reducers_on_a_cpu_load_no_triton() -> None:
+    code = """
+import torch
+from student.loss.distillation import DistillationLoss
+from student.loss.fused import fused_loss
+from teachers.reduction.reduce import reduce_topk
+reduce_topk(torch.zeros(2, 9), 9, 2, torch.zeros(2, dtype=torch.int64), -99.0)
+loss = DistillationLoss(9, 1.0, 1.0, [])
+hidden = torch.ones(4, 3, requires_grad=True)
+fused_loss(hidden, torch.ones(9, 3), None, loss.prepare(torch.arange(4))).loss_sum.backward()
+"""
+    assert "triton" not in modules_after(code)
+
+
 def test_the_student_never_loads_a_teacher() -> None:
     names = [name for name, path in files(ROOT) if name.startswith("student.")]
     loaded = modules_after(f"import {', '.join(names)}")

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run, refused
+from support.processes import start
 from support.runs import LLAMA, python, weights
 from support.servers.fault_proxy import FaultProxy
-from support.servers.s3 import SMALL, Bucket, assert_same_cache, kill_after_a_receipt, local_objects, start, use
+from support.servers.s3 import SMALL, Bucket, assert_same_cache, kill_after_a_receipt, local_objects, use
 
 from storage import LogitCache, SparseTargets
 from storage.cache.verify import verify

@@ -32,7 +32,7 @@ V, N, K = 101, 2304, 12
 SHARD = N // 2
 # (time-out, patience) in seconds. Where a fault stays, one answer is enough; where it passes, a busy machine must not
 # make it look as if it stayed.
-PATIENCE = {"always": ("1.5", "0.6"), "once": ("1.5", "30")}
+PATIENCE = {"always": ("1.0", "0.3"), "once": ("0.8", "30")}
 
 
 @dataclass

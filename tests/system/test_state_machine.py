@@ -368,6 +368,6 @@ def test_every_read_is_the_truth_or_an_error() -> None:
     run_machine(examples=30, steps=15)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_read_is_the_truth_or_an_error_at_length() -> None:
     run_machine(examples=300, steps=25)

@@ -16,6 +16,7 @@ import torch
 from support.commands import Run, command, environment, refused
 from support.jobs import contents
 from support.models import dense_logprobs
+from support.processes import start, start_code
 
 from storage import LogitCache
 
@@ -87,21 +88,14 @@ def test_two_workers_share_an_entry(cache: Path, teacher: Path, run: Run, tmp_pa
     alone = Path(shutil.copytree(cache, tmp_path / "alone"))
     arguments = ("--teacher", teacher, "--name", "a", *SMALL)
     assert run("cache-logits", "--cache", alone, *arguments).returncode == 0
-    workers = [
-        subprocess.Popen(
-            command("cache-logits", "--cache", cache, *arguments, "--worker", f"{i}/2"),
-            stdout=subprocess.DEVNULL,
-            env=environment(),
-        )
-        for i in range(2)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    workers = [start("cache-logits", "--cache", cache, *arguments, "--worker", f"{i}/2") for i in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
     assert LogitCache.open(str(cache)).teacher("a").missing() == []
     assert contents(cache, "a") == contents(alone, "a")
 
 
-@pytest.mark.slow
-def test_kill_minus_nine_at_many_moments(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_the_installed_command_killed_at_many_moments(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
     """Killed at moments spread over the run and once right after a file appeared, then finished: the same bytes."""
     whole = Path(shutil.copytree(cache, tmp_path / "whole"))
     arguments = ("--teacher", teacher, "--name", "a", *SMALL, "--stride-tokens", 2)
@@ -116,10 +110,8 @@ def test_kill_minus_nine_at_many_moments(cache: Path, teacher: Path, run: Run, t
         for part in range(4):
             process = subprocess.Popen(
                 command("cache-logits", "--cache", victim, *arguments),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=environment(),
-            )
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
+            )  # fmt: skip
             folder = victim / "teachers/a"
             deadline = time.monotonic() + seconds
             before = len(list(folder.rglob("*"))) if folder.exists() else 0
@@ -261,23 +253,23 @@ def test_a_wrong_teacher_leaves_no_stream_behind(cache: Path, text_file: Path, r
     refused(run("cache-logits", "--tokenizer", cache, "--cache", cache, "--teacher", cache, "--name", "a"), "--text")
 
 
-def test_a_full_disk(cache: Path, teacher: Path, tmp_path: Path) -> None:
-    """No file may grow beyond 16 kB: the kernel's answer to a full quota. The run ends cleanly, and can be resumed."""
-    import resource
+# No file may grow beyond 16 kB: the kernel's answer to a full quota.
+IN_LITTLE_SPACE = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
+from logit_cache.cli.main import cache_logits
+cache_logits()
+"""
 
-    arguments = command("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
 
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
-
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, env=environment(), preexec_fn=limit, timeout=300, check=False
-    )
-    refused(done, "no space left")
+def test_a_full_disk(cache: Path, teacher: Path, run: Run) -> None:
+    """The run ends cleanly, and can be resumed."""
+    arguments = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
+    refused(start_code(IN_LITTLE_SPACE, *arguments).end(), "no space left")
     assert not list(cache.rglob("*.partial"))
     assert not list((cache / "teachers/a/receipts").glob("*")) if (cache / "teachers/a/receipts").exists() else True
-    again = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    again = run("cache-logits", *arguments)
     assert again.returncode == 0, again.stderr
     assert LogitCache.open(str(cache)).teacher("a").missing() == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.commands import Run, command, environment
+from support.commands import Run
 from support.jobs import cache_logits, contents, refusal, whole
 from support.models import dense_logprobs
+from support.processes import start
 from transformers import AutoModelForCausalLM
 
 from logit_cache.caching.recompress import RecompressJob, recompress
@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(cache: Path, slow_teacher: Path,
     flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
     arguments = ("cache-logits", "--cache", cache, "--teacher", slow_teacher, "--name", "a", *FLAGS, *flags)
     arguments = (*arguments, "--fidelity-positions", 0)  # which the undisturbed run, below the command, does not make
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL, env=environment())
+    process = start(*arguments)
     receipts = cache / "teachers" / "a" / "receipts"
     while process.poll() is None and not list(receipts.glob("[0-9]*.json")):
         time.sleep(0.002)

@@ -142,7 +142,7 @@ def in_pieces(text: str, family: str, sizes: list[int]) -> str:
 
 
 @EVERY_FAMILY
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 5), max_size=60))
 @example("a\r\n\n\nb\r", [2, 1, 1, 1, 1])
 def test_pieces_do_not_show(family: str, text: str, sizes: list[int]) -> None:
@@ -150,7 +150,7 @@ def test_pieces_do_not_show(family: str, text: str, sizes: list[int]) -> None:
 
 
 @EVERY_FAMILY
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TEXTS)
 @example("L. L. LL")
 @example("= = = \t= = = X = = =\t = = =")
@@ -210,15 +210,16 @@ def test_files_do_not_depend_on_the_pieces_read(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("family", ["plain", "qed", "cbt", "wikipedia"])
-def test_memory_does_not_grow_with_the_file(tmp_path: Path, family: str) -> None:
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    monkeypatch.setattr(cleaned_files, "PIECE_BYTES", 1 << 15)
     source = tmp_path / "big.txt"
-    source.write_bytes(b"It 's a line  of TEXT , and is n't it (all) the same ? \n\n" * 200_000)
+    source.write_bytes(b"It 's a line  of TEXT , and is n't it (all) the same ? \n\n" * 30_000)
     tracemalloc.start()
     clean(tmp_path, source, family=(f"{family}=*",))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert source.stat().st_size > 11e6
-    assert peak < 6e6
+    assert source.stat().st_size > 1.6e6
+    assert peak < 8e5
 
 
 @pytest.mark.parametrize("piece", [1, 3, 1 << 18])

@@ -6,26 +6,14 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import Run, command, environment
-from support.jobs import SMALL, Job, committed, contents, copy_of, shards_of, start
+from support.jobs import Job, committed, contents, copy_of, shards_of, start
 
 from storage.cache.verify import verify
-
-
-@pytest.fixture(scope="session")
-def run(installed: Run) -> Run:
-    """Commands as processes: each attempt is one, killed or not."""
-    return installed
-
-
-ATTEMPTS = 7
-SEEDS = (0, 1)
 
 
 class World:
@@ -48,7 +36,7 @@ class World:
                 os.killpg(job.process.pid, signal.SIGKILL)
 
     def _start(self, *options: object) -> Job:
-        return start(self.cache, self.teacher, *options, own_group=True)
+        return start(self.cache, self.teacher, *options)
 
     def _one(self) -> list[Job]:
         self.log.append("one process")
@@ -89,26 +77,25 @@ class World:
                 job.kill()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
+SOAK = [pytest.param(seed, 7, marks=pytest.mark.soak) for seed in range(6)]
+
+
+@pytest.mark.parametrize(("seed", "attempts"), [pytest.param(6, 4, marks=pytest.mark.slow), *SOAK])
 def test_engines_and_kills_in_any_order_give_the_same_bytes(
-    seed: int, small_cache: Path, slow_teacher: Path, run: Run, tmp_path: Path
+    seed: int, attempts: int, small_cache: Path, slow_teacher: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
     alone = copy_of(small_cache, tmp_path / "alone")
     assert start(alone, slow_teacher).end() == 0
     world = World(copy_of(small_cache, tmp_path / "cache"), slow_teacher, seed)
-    for _ in range(ATTEMPTS):
+    for _ in range(attempts):
         world.attempt()
         if committed(world.cache) == shards_of(world.cache):
             break
     print(f"\n{committed(world.cache)} of {shards_of(world.cache)} shards after: {', '.join(world.log)}")
     # The remaining shards, and the index and the report where the last run ended before them.
-    done = subprocess.run(
-        command("cache-logits", "--cache", world.cache, "--teacher", slow_teacher, "--name", "a", *SMALL),
-        capture_output=True, text=True, env=environment(), timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stderr, world.log)
+    last = start(world.cache, slow_teacher)
+    assert last.end() == 0, (last.other, world.log)
     assert verify(str(world.cache), deep=True).problems == [], world.log
     ours = {key: data for key, data in contents(world.cache).items() if not key.endswith(".partial")}
     assert ours == contents(alone), world.log

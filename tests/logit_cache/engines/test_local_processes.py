@@ -36,8 +36,8 @@ from storage.stores import open_store
 def alone(small_cache: Path, slow_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The entry that one undisturbed process makes."""
     cache = copy_of(small_cache, tmp_path_factory.mktemp("alone") / "cache")
-    job = start(cache, slow_teacher)
-    assert job.end() == 0, job.other
+    done = invoke(cache, slow_teacher)
+    assert done.exit_code == 0, done.output
     return contents(cache)
 
 
@@ -56,7 +56,7 @@ def check(cache: Path, alone: dict[str, bytes]) -> None:
 
 
 def test_two_workers_and_one_of_them_killed(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
-    job = start(cache, slow_teacher, "--workers", 2)
+    job = start(cache, slow_teacher, "--workers", 2, "--json")
     workers = [job.until("worker"), job.until("worker")]
     assert workers[0]["pid"] != workers[1]["pid"]
     job.until("shard", 5)
@@ -67,6 +67,12 @@ def test_two_workers_and_one_of_them_killed(cache: Path, slow_teacher: Path, alo
     assert len(job.events("worker")) == 3, "a replacement was started"
     assert {line["worker"] for line in job.events("shard")} >= {workers[1]["worker"]}
     assert job.events("end")[0]["given_up"] == []
+    # Every line on stderr is an event of the entry, and the result is alone on stdout.
+    assert job.other == []
+    assert {"start", "worker", "shard", "progress", "end"} <= {line["event"] for line in job.logged}
+    assert all(line["entry"] == "a" and line["time"] for line in job.logged)
+    result = json.loads(job.process.output()[0])
+    assert result["positions_cached"] == result["positions"]
     check(cache, alone)
 
 
@@ -254,21 +260,12 @@ def test_options_that_make_no_sense(cache: Path, teacher: Path, run: Run, option
     assert not (cache / "teachers/a").exists()
 
 
+@pytest.mark.slow
 def test_a_refusal_of_every_worker_is_printed_once(cache: Path, make_teacher: Callable[..., Path], run: Run) -> None:
     narrow = make_teacher(1, vocabulary_size=100)
     done = run("cache-logits", "--cache", cache, "--teacher", narrow, "--name", "a", *SMALL, "--workers", 2)
     refused(done, "its head has 100 columns")
     assert not (cache / "teachers/a").exists()
-
-
-def test_the_result_is_alone_on_stdout(cache: Path, teacher: Path, run: Run) -> None:
-    base = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
-    done = run("cache-logits", *base, "--workers", 2, "--log-format", "json", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["positions_cached"] == json.loads(done.stdout)["positions"]
-    events = [json.loads(line) for line in done.stderr.splitlines()]
-    assert {"start", "worker", "shard", "progress", "end"} <= {line["event"] for line in events}
-    assert all(line["entry"] == "a" and line["time"] for line in events)
 
 
 def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_leases(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import processes
 from support.caches.small import make_corpus
-from support.commands import Run, command, environment
+from support.commands import Run
 from support.crash_disk import Crash, Disk
 from support.jobs import cache_logits
 from torch import Tensor
@@ -537,14 +537,8 @@ def test_a_damaged_one_is_not_copied(reported: Path, tmp_path: Path, without_tok
 
 
 def test_two_workers_at_once(cache: Path, world: tuple[Path, Path]) -> None:
-    workers = [
-        subprocess.Popen(
-            command("cache-logits", "--cache", cache, "--teacher", world[1], *ARGUMENTS, "--worker", f"{i}/2"),
-            stdout=subprocess.DEVNULL,
-            env=environment(),
-        )
-        for i in range(2)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    job = ("cache-logits", "--cache", cache, "--teacher", world[1], *ARGUMENTS)
+    workers = [processes.start(*job, "--worker", f"{i}/2") for i in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
     assert LogitCache.open(str(cache)).teacher("a").fidelity() is not None
     assert verify(str(cache), deep=True).sound

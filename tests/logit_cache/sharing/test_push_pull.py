@@ -105,7 +105,7 @@ def test_after_a_failure_it_reports_where_it_resumes(source: Path, run: Run, tmp
     assert sorted(os.listdir(tmp_path)) == ["source", "target"]
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.soak)])
 def test_killed_commands_resume(kills: int, tmp_path: Path) -> None:
     """Kills push and pull at random moments, of a cache with objects large enough to be killed within one."""
     source, target = tmp_path / "source", tmp_path / "target"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -39,16 +40,23 @@ def marked_targets(tokens: np.ndarray, k: int, starts: list[int] | None = None) 
     return targets
 
 
-@pytest.fixture
-def stream(tmp_path: Path) -> tuple[str, np.ndarray, CacheRecord]:
-    """A cache of 203 tokens with two complete teachers, in chunks of 16 positions."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, np.ndarray, CacheRecord]:
+    """A cache of 203 tokens with two complete teachers, in chunks of 16 positions. To be read only."""
     tokens = np.random.default_rng(1).integers(0, V, 203).astype(np.uint16)
-    url = str(tmp_path / "cache")
+    url = str(tmp_path_factory.mktemp("made") / "cache")
     record = make_corpus(url, tokens, V)
     for name, k, encoding in (("a", 7, "codes"), ("b", V, "float32")):
         entry = make_entry(record, k, encoding=encoding, shard_tokens=64, chunk_tokens=16)
         write_entry(url, name, entry, marked_targets(tokens, k))
     return url, tokens, record
+
+
+@pytest.fixture
+def stream(made: tuple[str, np.ndarray, CacheRecord], tmp_path: Path) -> tuple[str, np.ndarray, CacheRecord]:
+    """A copy of it in the test's own folder."""
+    url, tokens, record = made
+    return str(shutil.copytree(url, tmp_path / "cache")), tokens, record
 
 
 def brute_force_ranges(labelled: list[int], size: int) -> list[tuple[int, int, int]]:

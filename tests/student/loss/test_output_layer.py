@@ -10,9 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from support.commands import PYTHONPATH
 from support.references.dense_targets import member
-from support.runs import arguments, job_in, make_world, python
+from support.runs import arguments, job_in, make_world, ranks
 from support.small_students import FAMILIES, IDS, SMALL, V, batch_of, loss_of, small_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -240,11 +239,9 @@ dist.destroy_process_group()
 
 
 def test_two_processes_and_accumulation_add_up_to_one_gradient(tmp_path: Path) -> None:
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
     families = ["llama", "llama, tied"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "two.py")]
-    done = python(*launcher, str(tmp_path / "found"), *families, PYTHONPATH=PYTHONPATH)
-    assert done.returncode == 0, done.stderr
+    done = ranks(2, TWO_PROCESSES, str(tmp_path / "found"), *families)
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
     for family, found in zip(families, torch.load(tmp_path / "found"), strict=True):
         _, expected = gradients(small_model(family), "off", seeds=(1, 2, 3, 4))
         for a, b in zip(found, expected, strict=True):

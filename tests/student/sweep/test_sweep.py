@@ -7,7 +7,6 @@ import gc
 import json
 import math
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from support.commands import ROOT, Run, command, environment, refused
+from support.commands import ROOT, Run, refused
+from support.processes import start
 from support.runs import LLAMA, make_world
 from transformers import AutoModelForCausalLM
 
@@ -291,8 +291,7 @@ def test_another_search_in_the_folder_is_refused_and_more_trials_are_not(world: 
 def test_a_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(world: Path, done: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = written(tmp_path / "sweep.yaml", fields(world, out))
-    line = command("train-student", "--sweep", file)
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start("train-student", "--sweep", file)
     deadline = time.monotonic() + 120
     while not (out / "trials" / "1.json").exists():
         assert process.poll() is None

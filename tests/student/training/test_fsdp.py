@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.commands import PYTHONPATH
 from support.programs import fsdp_ranks
-from support.runs import NOTED, arguments, job_in, make_world, processes, weights
+from support.runs import NOTED, arguments, job_in, make_world, ranks, weights
 from torch import nn
 
 from storage.errors import InputError
@@ -20,7 +19,6 @@ from student.report import TrainingReport
 from student.training.fsdp import FSDPIsOn, check_checkpoint
 from student.training.run import train
 
-PATHS = {"PYTHONPATH": PYTHONPATH}
 SHARDED = "from support.programs import fsdp_ranks; fsdp_ranks.on_cpus()\n" + NOTED
 G = 8
 
@@ -36,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cases(world: Path, **environment: str) -> dict[tuple[Any, ...], dict[str, float]]:
     code = "import sys; from support.programs import fsdp_ranks; fsdp_ranks.gradients(sys.argv[1])"
-    done = processes(2, code, str(world / "train"), **PATHS, **environment)
+    done = ranks(2, code, str(world / "train"), **environment)
     assert [one.returncode for one in done] == [0, 0], done[0].stderr
     return {tuple(case): figures for *case, figures in map(json.loads, done[0].stdout.splitlines())}
 
@@ -71,10 +69,10 @@ def test_a_sharded_run_is_killed_resumes_and_publishes_one_model(world: Path, tm
     alone = train(sharded_job(world, tmp_path / "alone"))
     line = [*arguments(sharded_job(world, tmp_path / "run")), "--set", "fsdp=true"]
     line += ["--set", f"fsdp_config={{state_dict_type: {kind}}}", "--json"]
-    killed = processes(2, SHARDED, *line, NOTES=str(tmp_path / "first"), STOP="17", **PATHS)
+    killed = ranks(2, SHARDED, *line, NOTES=str(tmp_path / "first"), STOP="17")
     assert 9 in [one.returncode for one in killed], killed[0].stderr
     for resumed in (16, 22):  # then once more, with nothing left to do but publish
-        done = processes(2, SHARDED, *line, NOTES=str(tmp_path / "then"), **PATHS)
+        done = ranks(2, SHARDED, *line, NOTES=str(tmp_path / "then"))
         assert [one.returncode for one in done] == [0, 0], done[0].stderr
         report = TrainingReport.model_validate_json(done[0].stdout)
         assert (report.resumed_from_step, report.steps, report.processes) == (resumed, alone.steps, 2)

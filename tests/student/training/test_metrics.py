@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.runs import NOTED, arguments, job_in, make_world, processes
+from support.runs import NOTED, arguments, job_in, make_world, ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import student.training.arguments
@@ -61,7 +61,7 @@ def test_tensorboard_has_the_figures_of_the_report(world: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_of_two_processes_one_writes(world: Path, tmp_path: Path) -> None:
     job = job_with(world, tmp_path / "run", "tensorboard")
-    done = processes(2, NOTED, *arguments(job), "--json", NOTES=str(tmp_path / "notes"))
+    done = ranks(2, NOTED, *arguments(job), "--json", NOTES=str(tmp_path / "notes"))
     assert [one.returncode for one in done] == [0, 0], done[0].stderr
     # The figures of the finished model come in a file of their own, as training has closed its own.
     files = [name for _, _, names in os.walk(tmp_path / "run" / "runs") for name in names]

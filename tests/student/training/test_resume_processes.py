@@ -6,6 +6,7 @@ Legend: `G` windows of a step over all processes.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.commands import ROOT
-from support.runs import KILLED, NOTED, arguments, job_in, make_world, processes, python, weights, windows_read
+from support.runs import KILLED, NOTED, arguments, job_in, make_world, python, ranks, weights, windows_read
 
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
@@ -75,17 +76,15 @@ def test_two_processes_train_as_one_and_may_become_one(
     world: Path, alone: tuple[Path, TrainingReport], tmp_path: Path
 ) -> None:
     two = job_of(world, tmp_path / "two", G // 2, eval_cache=str(world / "held"))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # Killed in the second epoch, so that a run of two processes is resumed.
-    (tmp_path / "killed.py").write_text(KILLED.format(step=18))
-    killed = python(*launcher, str(tmp_path / "killed.py"), *arguments(two), PYTHONPATH=str(ROOT))
-    assert killed.returncode != 0
-    assert (tmp_path / "two" / "checkpoint-16").is_dir(), killed.stderr
+    killed = ranks(2, KILLED.format(step=18), *arguments(two))
+    assert 9 in [one.returncode for one in killed]
+    assert (tmp_path / "two" / "checkpoint-16").is_dir(), killed[0].stderr
     shutil.copytree(tmp_path / "two", tmp_path / "one")
 
-    done = python(*launcher, "-m", "student.cli", *arguments(two), "--json", PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    done = ranks(2, None, "train-student", *arguments(two), "--json")
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    report = json.loads(done[0].stdout)
     assert (report["processes"], report["resumed_from_step"], report["windows_at_once"]) == (2, 16, G // 2)
     same_run(tmp_path / "two", alone[0])
 
@@ -116,7 +115,7 @@ def test_every_step_reads_the_same_windows_whoever_computes_it(
         job = job_of(
             world, tmp_path / "run", at_once, windows_per_step=G, fused_head=fused, eval_cache=str(world / "held")
         )
-        done = processes(number, NOTED, *arguments(job), "--json", NOTES=str(tmp_path / name), STOP=stop)
+        done = ranks(number, NOTED, *arguments(job), "--json", NOTES=str(tmp_path / name), STOP=stop)
         assert (9 if stop else 0) in [one.returncode for one in done], done[0].stderr
         read.append(windows_read(tmp_path / name, number))
     report = TrainingReport.model_validate_json(done[0].stdout)
@@ -135,11 +134,14 @@ def test_accumulation_becomes_processes_and_reads_the_same_windows(
 ) -> None:
     """One process with two micro-batches is stopped; two processes with one resume, without the fused head."""
     job = job_of(world, tmp_path / "run", 4, windows_per_step=G, fused_head="off", eval_cache=str(world / "held"))
-    done = processes(1, NOTED, *arguments(job), NOTES=str(tmp_path / "first"), STOP="5")
+    done = ranks(1, NOTED, *arguments(job), NOTES=str(tmp_path / "first"), STOP="5")
     assert done[0].returncode == 9, done[0].stderr
-    done = processes(2, NOTED, *arguments(job), NOTES=str(tmp_path / "then"))
-    assert [one.returncode for one in done] == [0, 0], done[0].stderr
-    assert done[1].stderr.count("step ") == 0, "one process speaks"
+    (tmp_path / "noted.py").write_text(NOTED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "noted.py")]
+    done = python(*launcher, *arguments(job), NOTES=str(tmp_path / "then"), PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"^step \d+", done.stderr, flags=re.MULTILINE)
+    assert len(shown) == len(set(shown)) > 0, "one process speaks"
     expected = expected_windows(world)
     assert windows_read(tmp_path / "first", 1) == {step: expected[step] for step in range(5)}
     assert windows_read(tmp_path / "then", 2) == {step: expected[step] for step in range(4, STEPS)}
@@ -149,7 +151,7 @@ def test_accumulation_becomes_processes_and_reads_the_same_windows(
 @pytest.mark.slow
 def test_processes_that_cannot_share_a_step_are_refused(world: Path, tmp_path: Path) -> None:
     job = job_of(world, tmp_path / "run", 4, windows_per_step=9)
-    done = processes(2, NOTED, *arguments(job), NOTES=str(tmp_path / "notes"))
+    done = ranks(2, NOTED, *arguments(job), NOTES=str(tmp_path / "notes"))
     assert [one.returncode for one in done] == [2, 2]
     assert done[1].stderr == ""
     assert done[0].stderr.startswith("error: a step of 9 windows cannot be shared equally by 2 processes: 1, 3 process")

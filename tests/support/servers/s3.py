@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import start
 
 from storage.cache.leases import leased_shard
 
@@ -191,15 +192,6 @@ def assert_same_cache(found: dict[str, bytes], expected: dict[str, bytes]) -> No
                 assert one.get("files") == other.get("files"), key
         else:
             assert found[key] == data, key
-
-
-def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """Start a console script; its output is discarded."""
-    from support.commands import command, environment  # which takes its fixtures from here
-
-    return subprocess.Popen(
-        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
-    )
 
 
 def kill_after_a_receipt(bucket: Bucket, *arguments: object) -> None:
