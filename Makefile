@@ -7,13 +7,17 @@ OUT ?= demo-run
 TEXT ?=
 WORKERS ?= 2
 
-.PHONY: demo test coverage test-slow test-ceph test-slurm test-browser soak bench docs lint clean
+.PHONY: demo test coverage test-slow test-ceph test-slurm test-browser soak planted-bugs bench docs lint clean
 
 demo: $(READY)
 	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+# Plants bugs one by one in a copy: each is found by the test that stands beside it in the list.
+planted-bugs: $(READY)
+	$(BIN)/python tests/support/programs/planted_bugs.py
 
 # Lines and branches that the default tests run, by package.
 coverage: $(READY)

@@ -77,22 +77,6 @@ def test_every_file_that_is_missing_is_named(cache: Path) -> None:
         (cache / key).write_bytes(data)
 
 
-def test_every_flipped_byte_is_found_by_a_deep_look(cache: Path) -> None:
-    rng = np.random.default_rng(2)
-    keys = sorted(contents(cache))
-    for key in keys:
-        original = (cache / key).read_bytes()
-        for _ in range(2):
-            data = bytearray(original)
-            data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
-            (cache / key).write_bytes(bytes(data))
-            found = verify(str(cache), deep=True)
-            # White space in JSON that is compared by value is the one thing that may change unnoticed.
-            if found.sound:
-                assert json.loads(bytes(data)) == json.loads(original), key
-        (cache / key).write_bytes(original)
-
-
 def test_swapped_objects_are_found_by_a_quick_look(cache: Path) -> None:
     a, b = cache / "teachers/a/token_ids/c/0/0", cache / "teachers/a/token_ids/c/1/0"
     a_bytes, b_bytes = a.read_bytes(), b.read_bytes()

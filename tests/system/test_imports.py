@@ -7,6 +7,7 @@ and any earlier package; rooms of one level do not know each other. A folder may
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import shutil
 import subprocess
@@ -35,13 +36,18 @@ LEAVES = ("sharing", "recipes", "report")
 MOST_ENTRIES = 14
 
 
+@functools.cache
+def import_statements(text: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports_of(path: Path, modules: Collection[str]) -> set[str]:
     """Dotted names of what a file imports, wherever it does; `from a import b` is a.b where that is a module."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in import_statements(path.read_text(encoding="utf-8")):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
             inner = {f"{node.module}.{alias.name}" for alias in node.names} & set(modules)
             found |= inner | ({node.module or ""} if len(inner) < len(node.names) else set())

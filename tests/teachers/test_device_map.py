@@ -16,7 +16,7 @@ import torch
 import transformers
 from support.caches import small as fakes
 from support.jobs import cache_logits, refusal
-from support.models import saver
+from support.models.saved import saver
 from torch import Tensor, nn
 
 from storage.errors import InputError

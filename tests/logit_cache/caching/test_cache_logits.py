@@ -15,10 +15,11 @@ import pytest
 import torch
 from support.commands import Run, command, environment, refused
 from support.jobs import contents
-from support.models import dense_logprobs
+from support.models.saved import dense_logprobs
 from support.processes import start, start_code
 
 from storage import LogitCache
+from storage.cache.verify import verify
 
 K = 40
 SMALL = ("--targets", "topk", "--context-tokens", 64, "--shard-tokens", 1024, "-k", K)
@@ -90,7 +91,10 @@ def test_two_workers_share_an_entry(cache: Path, teacher: Path, run: Run, tmp_pa
     assert run("cache-logits", "--cache", alone, *arguments).returncode == 0
     workers = [start("cache-logits", "--cache", cache, *arguments, "--worker", f"{i}/2") for i in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
-    assert LogitCache.open(str(cache)).teacher("a").missing() == []
+    targets = LogitCache.open(str(cache)).teacher("a")
+    assert targets.missing() == []
+    assert targets.fidelity() is not None
+    assert verify(str(cache), deep=True).sound
     assert contents(cache, "a") == contents(alone, "a")
 
 

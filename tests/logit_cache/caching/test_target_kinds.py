@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.commands import Run
 from support.jobs import cache_logits, contents, refusal, whole
-from support.models import dense_logprobs
+from support.models.saved import dense_logprobs
 from support.processes import start
 from transformers import AutoModelForCausalLM
 

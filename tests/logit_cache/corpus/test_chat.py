@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.models import make_tokenizer, sample_text, tiny_tokenizer
+from support.models.saved import make_tokenizer, sample_text, tiny_tokenizer
 
 from logit_cache.corpus import pieces
 from logit_cache.corpus.chat import message_texts, render

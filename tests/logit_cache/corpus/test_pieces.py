@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import FAST, make_tokenizer, sample_text, tiny_tokenizer
+from support.models.saved import FAST, make_tokenizer, sample_text, tiny_tokenizer
 
 from logit_cache.corpus import pieces
 from logit_cache.corpus.pieces import Encoded, Encoder, Piece, cut, encode, trained_tokens

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 from support.commands import ROOT
-from support.models import sample_text, tiny_tokenizer
+from support.models.saved import sample_text, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from logit_cache.corpus import sources

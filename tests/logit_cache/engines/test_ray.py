@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from support.clusters.ray_nodes import RayNodes, kill, until
 from support.commands import TESTS, Run, command, environment, refused
+from support.processes import start
 
 
 @pytest.fixture(scope="session")
-def run(installed: Run) -> Run:
+def run() -> Run:
     """Commands as processes: a driver of Ray keeps its connection for as long as its process lives."""
-    return installed
+    return lambda *arguments: start(*arguments).end()
 
 
 NAME = "a"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support.clusters.slurm import Cluster, until
-from support.commands import Run, command, environment, refused
+from support.commands import Run, command, environment, in_process, refused
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.engines import this_machine
@@ -325,11 +325,11 @@ def test_shards_that_failed_permanently_are_named(ended: tuple[CacheJob, Path]) 
     assert outcome.failed[4].splitlines()[-1] == "RuntimeError: it broke"
 
 
-def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path], run: Run) -> None:
+def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path]) -> None:
     job, folder = ended
     words = ("--context-tokens", 64, "--shard-tokens", 1024, "--fidelity-positions")
     arguments = ("cache-logits", "--cache", job.cache, "--teacher", job.teacher[0], "--name", "a", *words)
-    assert run(*arguments, 0).returncode == 0
+    assert in_process(*arguments, 0).returncode == 0
     with pytest.raises(NotDone, match="without the report"):
         engine._outcome(job, "7", 3, folder, {})
     without = job.model_copy(update={"fidelity_positions": 0})

@@ -17,7 +17,7 @@ import transformers
 from support.caches import small as fakes
 from support.commands import Run, command, environment, refused
 from support.jobs import refusal, whole
-from support.models import saver
+from support.models.saved import saver
 from support.runs import ranks
 
 from storage import LogitCache

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import processes
 from support.caches.small import make_corpus
 from support.commands import Run
 from support.crash_disk import Crash, Disk
@@ -534,11 +533,3 @@ def test_a_damaged_one_is_not_copied(reported: Path, tmp_path: Path, without_tok
     with pytest.raises(CorruptCache, match="fidelity"):
         push(str(reported), str(tmp_path / "target"), without_tokens=without_tokens)
     assert not (tmp_path / "target").exists()
-
-
-def test_two_workers_at_once(cache: Path, world: tuple[Path, Path]) -> None:
-    job = ("cache-logits", "--cache", cache, "--teacher", world[1], *ARGUMENTS)
-    workers = [processes.start(*job, "--worker", f"{i}/2") for i in range(2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
-    assert LogitCache.open(str(cache)).teacher("a").fidelity() is not None
-    assert verify(str(cache), deep=True).sound

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.commands import ROOT
-from support.models import make_tokenizer
+from support.models.saved import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from storage.config import read_yaml

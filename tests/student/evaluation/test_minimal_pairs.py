@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from support.caches.small import make_corpus
 from support.commands import ROOT, Run, refused
-from support.models import make_tokenizer, tiny_tokenizer
+from support.models.saved import make_tokenizer, tiny_tokenizer
 from support.runs import job_in, make_world
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

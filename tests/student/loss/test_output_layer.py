@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from support.models.students import FAMILIES, IDS, SMALL, V, batch_of, loss_of, small_model
 from support.references.dense_targets import member
 from support.runs import arguments, job_in, make_world, ranks
-from support.small_students import FAMILIES, IDS, SMALL, V, batch_of, loss_of, small_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -214,7 +214,7 @@ TWO_PROCESSES = """
 import contextlib, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from support.small_students import batch_of, loss_of, small_model
+from support.models.students import batch_of, loss_of, small_model
 from student.training.bound_forward import bind_loss
 dist.init_process_group("gloo")
 gradients = []
