@@ -54,6 +54,24 @@ def test_one_holder_at_a_time(make_leases: MakeLeases) -> None:
     one.release(5)
 
 
+def test_a_lock_on_a_file_that_its_holder_removed_is_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between open and lock of one worker the holder releases, and a third takes the lease in a new file."""
+    one, other, third = (leases_in(open_store(str(tmp_path / "cache")), FOLDER) for _ in range(3))
+    assert one.take(3)
+    lock, meanwhile = storage.cache.leases._LocalLocks._lock, [True]
+
+    def late(self: Leases, descriptor: int) -> bool:
+        if self is other and meanwhile and meanwhile.pop():
+            one.release(3)
+            assert third.take(3)
+        return lock(self, descriptor)
+
+    monkeypatch.setattr(storage.cache.leases._LocalLocks, "_lock", late)
+    assert not other.take(3)
+    assert not meanwhile
+    third.release(3)
+
+
 def _hold(url: str, ready: object) -> None:
     assert leases_in(open_store(url), FOLDER).take(3)
     ready.set()  # type: ignore[attr-defined]

@@ -176,6 +176,14 @@ def test_an_object_that_the_target_lost_is_brought_back(source: Path, target: st
     assert at(target) == known.contents(source)
 
 
+def test_an_object_without_a_receipt_is_not_trusted_for_its_length(source: Path, target: str) -> None:
+    copy(source, target, teachers=["b"])
+    key = "teachers/a/kept/c/0"
+    open_store(target).replace(key, bytes(len(known.contents(source)[key])))
+    copy(source, target)
+    assert at(target) == known.contents(source)
+
+
 # --- refused copies -------------------------------------------------------------------------------------------------
 
 

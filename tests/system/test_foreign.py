@@ -423,6 +423,17 @@ def test_json_that_is_none_of_ours(place: Place, name: str, key: str) -> None:
     refused_here(place, key)
 
 
+@pytest.mark.parametrize(
+    "key", ["zarr.json", f"{ENTRY}/zarr.json", f"{ENTRY}/receipts/00000001.json", "tokenizer.json"]
+)
+def test_a_record_without_its_digest(place: Place, key: str) -> None:
+    path = place.source / (f"receipts/{key}" if key == "tokenizer.json" else key)
+    data = json.loads(path.read_text())
+    del (data["attributes"][ATTRIBUTE] if path.name == "zarr.json" else data)["sha256"]
+    path.write_text(json.dumps(data))
+    refused_here(place, path.name, "sha256")
+
+
 @pytest.mark.parametrize("name", ["deep", "wide"])
 def test_json_bombs_take_little_memory(place: Place, imports: int, name: str) -> None:
     (place.source / f"{ENTRY}/receipts/00000001.json").write_bytes(JSON_BOMBS[name])
