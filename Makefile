@@ -5,7 +5,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 OUT ?= demo-run
 TEXT ?=
-WORKERS ?= 2
+# Tests wait for servers and other processes: a worker more than two cores have.
+WORKERS ?= 3
 
 .PHONY: demo test coverage test-slow test-ceph test-slurm test-browser soak planted-bugs bench docs lint clean
 
