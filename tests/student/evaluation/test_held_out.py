@@ -6,6 +6,8 @@ Legend: `P` positions, `K` stored ids, `V` vocabulary, `W` columns of the model'
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from storage.errors import InputError
 from student.evaluation import held_out as evaluate
-from student.evaluation.held_out import BINS, HeldOut, HeldOutSums
+from student.evaluation.held_out import BINS, HeldOut, HeldOutSums, bytes_per_token
 from student.labels import NOT_TRAINED
 from student.loss.teacher_targets import Member
 
@@ -57,6 +59,19 @@ def whole(batch: tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor]) ->
     sums = HeldOutSums(V, MEMBERS)
     sums.add(*batch[:3])
     return sums
+
+
+@pytest.mark.parametrize(
+    ("corpus", "expected"),
+    [
+        ({"text_bytes": 30, "positions": 12, "has_loss_mask": False}, 2.5),
+        ({"text_bytes": 0, "positions": 12, "has_loss_mask": False}, None),
+        ({"text_bytes": 30, "positions": 12, "has_loss_mask": True}, None),
+    ],
+)
+def test_bytes_per_token_where_all_bytes_are_scored(corpus: dict[str, Any], expected: float | None) -> None:
+    windows: Any = SimpleNamespace(record=SimpleNamespace(corpus=SimpleNamespace(**corpus)))
+    assert bytes_per_token(windows) == expected
 
 
 def test_figures_equal_brute_force(batch: tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor]) -> None:

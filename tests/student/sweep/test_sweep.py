@@ -313,6 +313,19 @@ def test_a_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(world: Path, do
     assert [(t.parameters, t.value) for t in ended] == [(t.parameters, t.value) for t in whole.trials]
 
 
+def test_a_trial_whose_best_weights_were_put_back_has_their_value(world: Path, tmp_path: Path) -> None:
+    training = {
+        "load_best_model_at_end": True, "metric_for_best_model": "loss", "save_strategy": "steps",
+        "save_steps": 2, "learning_rate": 0.05, "max_steps": 8,
+    }  # fmt: skip
+    parameters = {"weight_decay": {"choices": [0.0]}}
+    report = swept(tmp_path / "sweep.yaml", fields(world, tmp_path / "out", parameters, trials=1, training=training))
+    (trial,) = report.trials
+    values = [value for _, value in trial.evaluations]
+    assert values[-1] > min(values), "its last weights are not its best"
+    assert trial.value == pytest.approx(min(values), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "pruner",
     [

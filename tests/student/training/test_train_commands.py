@@ -27,7 +27,7 @@ from storage.format.manifest import Windowing
 from student.cli import build_job, train_student
 from student.training.arguments import training_values
 from student.training.run import train
-from student.training.run_folder import full_disk_is_reported
+from student.training.run_folder import OutputDirectory, full_disk_is_reported
 from teachers.cli import train_teacher
 
 
@@ -366,6 +366,17 @@ def test_evaluation_during_training_and_the_best_model(world: Path, tmp_path: Pa
     assert report.held_out.kl["b"].nats == pytest.approx(best, abs=1e-6)
 
 
+def test_the_loss_on_held_out_text_is_a_mean_over_tokens(world: Path, tmp_path: Path) -> None:
+    """With alpha 1 it is the cross-entropy, though the last batch has fewer tokens than the others."""
+    training: dict[str, Any] = {
+        "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "per_device_eval_batch_size": 5,
+        "load_best_model_at_end": True, "metric_for_best_model": "distillation_loss",
+    }  # fmt: skip
+    held = train(job_in(world, tmp_path / "out", alpha=1, eval_cache=str(world / "held"), training=training)).held_out
+    assert held is not None
+    assert held.distillation_loss == pytest.approx(held.cross_entropy, rel=1e-6)
+
+
 @pytest.mark.parametrize("limit", [9_000, 30_000], ids=["weights", "optimizer"])
 def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(world: Path, tmp_path: Path, limit: int) -> None:
     job = job_in(world, tmp_path / "out", training={"max_steps": 4, "save_steps": 2})
@@ -379,6 +390,14 @@ def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(world: Path, tmp
     assert not (tmp_path / "out" / "config.json").exists()
     report = train(job)
     assert (report.steps, report.resumed_from_step) == (4, 0)
+
+
+@pytest.mark.parametrize("identity", [{"cache": "c", "alpha": 0.5, "mix": 0.1}, {"cache": "c"}], ids=["more", "less"])
+def test_a_field_that_only_one_of_two_runs_has_makes_them_two(tmp_path: Path, identity: dict[str, Any]) -> None:
+    folder = OutputDirectory(str(tmp_path / "out"))
+    folder.reserve({"cache": "c", "alpha": 0.5})
+    with pytest.raises(IdentityMismatch, match="mix" if "mix" in identity else "alpha"):
+        OutputDirectory(str(tmp_path / "out")).check(identity)
 
 
 def test_other_errors_are_not_taken_for_a_full_disk() -> None:
