@@ -9,7 +9,6 @@ scripts: the fixture `installed`.
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import signal
@@ -145,10 +144,7 @@ def _run(words: list[str], code: str | None, folder: str, variables: dict[str, s
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = words
-    try:
-        if code is None:
-            COMMANDS[words[0]].main(words[1:], prog_name=words[0])
-        else:
-            exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
-    finally:
-        atexit._run_exitfuncs()
+    if code is None:
+        COMMANDS[words[0]].main(words[1:], prog_name=words[0])
+    else:
+        exec(compile(code, "-c", "exec"), {"__name__": "__main__"})

@@ -37,7 +37,7 @@ PATIENCE = {"always": ("1.0", "0.3"), "once": ("0.8", "30")}
 
 @dataclass
 class World:
-    """A cache behind a proxy: entry `a` is complete, `b` is being written."""
+    """A cache behind a proxy, whose entry `a` is complete and `b` has one shard; and one that is written to."""
 
     bucket: Bucket
     proxy: FaultProxy
@@ -59,6 +59,7 @@ def stored(moto: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
     EntryWriter.open(str(path), "b", make_entry(record, K, shard_tokens=64, chunk_tokens=64, encoding="float32"))
     bucket = new_bucket(moto)
     bucket.upload(path, "cache")
+    bucket.upload(path, "written")
     with FaultProxy(moto.url) as proxy, pytest.MonkeyPatch.context() as patch:
         use(patch, moto, proxy.url)
         yield World(bucket, proxy, targets)
@@ -244,8 +245,8 @@ def test_what_need_not_be_there_is_believed_at_once(world: World) -> None:
 @pytest.mark.parametrize("kind", COMMIT_FAULTS)
 @pytest.mark.parametrize("access", COMMITS)
 def test_committing_under_faults(world: World, table: list[Any], access: str, kind: Kind, how: str) -> None:
-    cache = LogitCache.open(world.url)
-    writer = EntryWriter.open(world.url, "b", cache.teacher("b").entry)
+    url = f"{world.bucket.url}/written"
+    writer = EntryWriter.open(url, "b", LogitCache.open(url).teacher("b").entry)
     # Each case has a shard of its own.
     shard = list(COMMITS).index(access) * 2 * len(COMMIT_FAULTS) + COMMIT_FAULTS.index(kind) * 2 + (how == "once")
     assert not writer.is_committed(shard)
@@ -257,7 +258,7 @@ def test_committing_under_faults(world: World, table: list[Any], access: str, ki
         return writer.commit(shard, rows).shard == shard
 
     def read() -> bool:
-        found = LogitCache.open(world.url).teacher("b").read(rows.start, rows.stop)
+        found = LogitCache.open(url).teacher("b").read(rows.start, rows.stop)
         return np.array_equal(found.logprobs, rows.logprobs)
 
     result, seconds = outcome(commit)
