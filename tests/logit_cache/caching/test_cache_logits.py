@@ -85,6 +85,15 @@ def test_a_finished_entry_is_left_as_it_is(cache: Path, teacher: Path, run: Run)
     assert files(cache) == before
 
 
+def test_the_batch_size_of_an_entry_is_kept(cache: Path, teacher: Path, run: Run) -> None:
+    arguments = ("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
+    assert run(*arguments, "--batch-windows", 3, "--worker", "0/2", "--no-help-others").returncode == 0
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    targets = LogitCache.open(str(cache)).teacher("a")
+    assert (targets.missing(), targets.entry.execution.batch_windows) == ([], 3)
+
+
 def test_two_workers_share_an_entry(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(cache, tmp_path / "alone"))
     arguments = ("--teacher", teacher, "--name", "a", *SMALL)

@@ -127,10 +127,12 @@ def test_separation_is_that_of_split_for_any_block(separator: str) -> None:
 
 
 def test_a_token_can_end_each_document(tmp_path: Path, gpt2: str) -> None:
-    path = write(tmp_path / "a.txt", "one\n\ntwo\n\n\n\nthree")
+    # The third is tokenised in several pieces.
+    documents = ["one", "two", "three " * 60_000, "four"]
+    path = write(tmp_path / "a.txt", "\n\n".join([*documents[:2], "", *documents[2:]]))
     cache = made(tmp_path, gpt2, path, document_separator="\n\n", append_token="</s>")
-    assert documents_of(cache) == ["one</s>", "two</s>", "three</s>"]
-    assert cache.record.corpus.text_bytes == len("onetwothree")
+    assert documents_of(cache) == [f"{text}</s>" for text in documents]
+    assert cache.record.corpus.text_bytes == sum(map(len, documents))
 
 
 def test_order_folders_patterns_and_repeats(tmp_path: Path, gpt2: str) -> None:

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from support.commands import Run, command, environment, refused
 from support.jobs import SMALL, committed, contents, copy_of, shards_of, start
 
+import logit_cache.engines.this_machine
 import logit_cache.engines.worker
 import storage.cache.leases
 from logit_cache.caching.job import CacheJob
@@ -56,7 +57,8 @@ def check(cache: Path, alone: dict[str, bytes]) -> None:
 
 
 def test_two_workers_and_one_of_them_killed(cache: Path, slow_teacher: Path, alone: dict[str, bytes]) -> None:
-    job = start(cache, slow_teacher, "--workers", 2, "--json")
+    secrets = {"HF_TOKEN": "hf_a_secret", "AWS_SECRET_ACCESS_KEY": "another_secret"}
+    job = start(cache, slow_teacher, "--workers", 2, "--json", **secrets)
     workers = [job.until("worker"), job.until("worker")]
     assert workers[0]["pid"] != workers[1]["pid"]
     job.until("shard", 5)
@@ -73,6 +75,10 @@ def test_two_workers_and_one_of_them_killed(cache: Path, slow_teacher: Path, alo
     assert all(line["entry"] == "a" and line["time"] for line in job.logged)
     result = json.loads(job.process.output()[0])
     assert result["positions_cached"] == result["positions"]
+    stored = b"".join(path.read_bytes() for path in cache.rglob("*") if path.is_file())
+    for secret in secrets.values():
+        assert secret not in "".join(job.process.output())
+        assert secret.encode() not in stored
     check(cache, alone)
 
 
@@ -210,6 +216,20 @@ def test_a_broken_device_ends_the_process(cache: Path, teacher: Path, failing: d
     assert "CUDA error" in done.stderr
     assert "device of this process is broken" in done.stderr
     assert committed(cache) == 4
+
+
+def test_a_process_without_workers_has_the_grace_that_was_given(
+    cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def noted(seconds: float) -> Stopping:
+        given.append(seconds)
+        return Stopping(seconds)
+
+    monkeypatch.setattr(logit_cache.engines.this_machine, "Stopping", noted)
+    assert invoke(cache, teacher, "--grace-seconds", 7).exit_code == 0
+    assert given == [7.0]
 
 
 def test_a_shard_that_can_be_done_in_time_is_finished_and_others_are_dropped() -> None:

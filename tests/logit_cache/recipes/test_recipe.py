@@ -19,11 +19,13 @@ import torch
 from support.commands import LIBRARY, Run, command, environment, refused
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import logit_cache.recipes.stages
 from logit_cache.cli.main import cache_logits, main
 from logit_cache.recipes import run as recipe_module
 from logit_cache.recipes.machine import Machine, free_memory, probe
 from logit_cache.recipes.published import RECIPES, SCALES, Recipe, find_recipe
 from logit_cache.recipes.run import RecipeJob, RecipeRun
+from logit_cache.recipes.stages import Stage, run_stages
 from storage.errors import IdentityMismatch, InputError
 from student.cli import train_student
 from student.job import StudentJob
@@ -290,3 +292,11 @@ def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, installed
         **before, out / "recipe.json": 0
     }  # fmt: skip
     shutil.rmtree(out)
+
+
+def test_a_stage_that_a_signal_ends_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "victim").write_text("#!/bin/sh\nkill -9 $$\n", encoding="utf-8")
+    (tmp_path / "victim").chmod(0o755)
+    monkeypatch.setattr(logit_cache.recipes.stages.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(InputError, match="victim ended with status -9: see above, then once more"):
+        run_stages([Stage("a victim", ("victim",))], "once more")

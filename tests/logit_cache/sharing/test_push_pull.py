@@ -236,6 +236,17 @@ def test_a_grown_cache_is_signed_again(source: Path, keys: Keys, tmp_path: Path)
     assert arrays(tmp_path / "target") == arrays(source)
 
 
+def test_a_cache_that_is_there_takes_nothing_unsigned(source: Path, keys: Keys, tmp_path: Path) -> None:
+    private, public = map(str, keys)
+    shared, target = tmp_path / "shared", tmp_path / "target"
+    push(str(source), str(shared), teachers=["a"], sign=private)
+    pull(str(shared), str(target), verify_key=public)
+    push(str(source), str(shared))
+    with pytest.raises(CorruptCache, match=r"teachers/b/.* not among the signed files"):
+        pull(str(shared), str(target), verify_key=public)
+    assert LogitCache.open(str(target)).teachers == ("a",)
+
+
 @pytest.mark.parametrize(
     "key", ["zarr.json", "teachers/a/zarr.json", "teachers/a/receipts/00000001.json", "receipts/tokens/index.json"]
 )
