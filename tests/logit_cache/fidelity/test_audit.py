@@ -481,10 +481,13 @@ def test_the_command(cache: Path, teacher: Path, make_teacher: Callable[..., Pat
     assert again.fields["entropy"].position == found["fields"]["entropy"]["position"]
     assert check(cache, teacher, "codes").seed != check(cache, teacher, "codes").seed
 
-    other = run("logit-cache", "audit", cache, "--teacher", make_teacher(1), "--windows", 5)
+    stranger = make_teacher(1)
+    other = run("logit-cache", "audit", cache, "--teacher", stranger, "--windows", 5)
     assert other.returncode == 1
     assert "weights_sha256" in other.stdout
     assert "NOT CONSISTENT" in other.stdout
+    as_data = run("logit-cache", "audit", cache, "--teacher", stranger, "--windows", 5, "--json")
+    assert (as_data.returncode, json.loads(as_data.stdout)["consistent"]) == (1, False)
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
 
