@@ -1,4 +1,4 @@
-"""A cache on an object store does what one on a local disk does: the whole pipeline by installed commands, on moto.
+"""A cache on an object store does what one on a local disk does: the whole pipeline by commands, on moto.
 
 moto accepts any credentials and checksums, so nothing here is evidence about those: the tests on Ceph are. Other stores
 that fsspec reaches come last: memory, and a plain web server.

@@ -1,4 +1,4 @@
-"""Workers of one machine through the installed command: killed, stopped, failing, helping; always the same bytes."""
+"""Workers of one machine: killed, stopped, failing, helping; always the same bytes."""
 
 from __future__ import annotations
 
