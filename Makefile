@@ -27,7 +27,7 @@ coverage: $(READY)
 	for package in storage teachers student logit_cache; do echo "$$package"; $(BIN)/coverage report --include "$$package/*" | tail -1; done
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m slow
 
 # Kills, flipped bits and interleavings of engines, in the numbers that docs/reliability.md states: before a release. The
 # other targets have the same tests with as few as still find each kind of fault.

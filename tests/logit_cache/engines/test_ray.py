@@ -20,6 +20,9 @@ from support.clusters.ray_nodes import RayNodes, kill, until
 from support.commands import TESTS, Run, command, environment, refused
 from support.processes import start
 
+# Where two workers share the tests, one of them has the nodes.
+pytestmark = pytest.mark.xdist_group("ray nodes")
+
 
 @pytest.fixture(scope="session")
 def run() -> Run:
