@@ -1,7 +1,8 @@
-"""Names of processes: whether one has ended is known on its own machine only, and never guessed."""
+"""Processes: their names, under which others see whether they still run, and errors on their way between them."""
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import storage.cache.processes
 from storage.cache.processes import has_ended, this_process
+from storage.errors import CorruptCache, IdentityMismatch, InputError, LogitCacheError, StorageFull
 
 CHILD = "from storage.cache.processes import this_process; print(this_process(), flush=True); input()"
 
@@ -74,3 +76,19 @@ def test_without_proc_there_are_no_names(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(storage.cache.processes, "_PROC", tmp_path)
     assert this_process() is None
     assert not has_ended(name)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("job.yaml: k is missing"),
+        CorruptCache("kept/c/1: its checksum differs"),
+        StorageFull("no space left"),
+        IdentityMismatch("teachers/a", ["k: 8 and 9", "seed: 1 and 2"], "Give another --name"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_arrives_as_it_was_raised(error: LogitCacheError) -> None:
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is type(error)
+    assert (str(arrived), vars(arrived)) == (str(error), vars(error))
