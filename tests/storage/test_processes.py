@@ -1,4 +1,4 @@
-"""Processes: their names, under which others see whether they still run, and errors on their way between them."""
+"""Names of processes: whether one has ended is known on its own machine only, never guessed. Errors between processes."""
 
 from __future__ import annotations
 
