@@ -1,4 +1,4 @@
-"""Names of processes: whether one has ended is known on its own machine only, never guessed. Errors between processes."""
+"""Names of processes: whether one has ended is known on its own machine only, never guessed; and their errors."""
 
 from __future__ import annotations
 
