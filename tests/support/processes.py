@@ -29,6 +29,7 @@ _IMPORTED = (
     "support.processes", "torch", "torch.distributed", "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama", "transformers.trainer", "accelerate", "zarr", "s3fs", "tokenizers",
     "logit_cache.engines.this_machine", "logit_cache.engines.tensor_parallel", "logit_cache.fidelity.measure",
+    "logit_cache.sharing.push_pull",
     "student.training.run", "student.sweep.run", "teachers.live", "teachers.huggingface.teacher",
 )  # fmt: skip
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from support.caches import known
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run, command, environment, refused
+from support.processes import start
 from support.servers.s3 import Bucket
 from support.signing_keys import Keys, write_key
 
@@ -112,27 +113,20 @@ def test_killed_commands_resume(kills: int, tmp_path: Path) -> None:
     large_cache(source)
     chance = random.Random(kills)
     expected = arrays(source)
-    killed = 0
+    killed, staged = 0, set[str]()
     for attempt in range(10 * kills):
-        process = subprocess.Popen(
-            command("logit-cache", "push" if attempt % 2 else "pull", source, target),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment(),
-        )
-        # The command spends most of its first moments on imports.
-        started = time.monotonic()
-        while process.poll() is None and not (tmp_path / "target.incoming/cache").exists():
-            assert time.monotonic() < started + 60
-        time.sleep(chance.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
+        process = start("logit-cache", "push" if attempt % 2 else "pull", source, target)
+        time.sleep(chance.uniform(0, 0.2))
+        process.kill()
         killed += process.wait() != 0
+        staged |= {path.name for path in (tmp_path / "target.incoming").rglob("*") if path.is_file()}
         if target.exists():
             assert arrays(target) == expected, "it has its name, so it is whole"
             shutil.rmtree(target)
         if killed == kills:
             break
     assert killed == kills
+    assert len(staged) > 1, "some were killed in the middle"
     assert pull(str(source), str(target)).missing == {}
     assert arrays(target) == expected
     assert sorted(os.listdir(tmp_path)) == ["source", "target"]
