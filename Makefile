@@ -8,12 +8,16 @@ TEXT ?=
 # Tests wait for servers and other processes: a worker more than two cores have.
 WORKERS ?= 3
 
-.PHONY: demo test coverage test-slow test-ceph test-slurm test-browser soak planted-bugs bench docs lint clean
+.PHONY: demo test tests coverage test-slow test-ceph test-slurm test-browser soak planted-bugs bench docs lint clean
 
 demo: $(READY)
 	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
 
-test: $(READY) lint
+# Lint and types beside the tests: of two cores, some of one is idle.
+test: $(READY)
+	$(MAKE) --no-print-directory -j2 lint tests
+
+tests: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 # Plants bugs one by one in a copy: each is found by the test that stands beside it in the list.

@@ -56,7 +56,7 @@ def stored(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", ["sampled", "cut", pytest.param("isolated", marks=pytest.mark.slow)])
 def test_bytes_and_files_are_those_of_the_real_job(name: str, corpus: Path, teacher: Path, tmp_path: Path) -> None:
     found = predicted(corpus, teacher, **JOBS[name])
     assert found["probe"]["positions"] < 0.4 * found["tokens"]
