@@ -9,6 +9,7 @@ scripts: the fixture `installed`.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -29,8 +30,8 @@ _IMPORTED = (
     "support.processes", "torch", "torch.distributed", "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama", "transformers.trainer", "accelerate", "zarr", "s3fs", "tokenizers",
     "logit_cache.engines.this_machine", "logit_cache.engines.tensor_parallel", "logit_cache.fidelity.measure",
-    "logit_cache.sharing.push_pull",
-    "student.training.run", "student.sweep.run", "teachers.live", "teachers.huggingface.teacher",
+    "logit_cache.sharing.push_pull", "student.training.run", "student.sweep.run", "teachers.live",
+    "teachers.huggingface.teacher",
 )  # fmt: skip
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(list(_IMPORTED))
@@ -51,6 +52,7 @@ class Process:
                 args=(words, code, str(cwd or Path.cwd()), {**environment(), **variables}, _Outputs(self._printed)),
             )
             self._process.start()
+        _STARTED.add(self)
         self.pid = int(self._process.pid or 0)
         # Its first act is a group of its own, so that all that it starts can be killed with it.
         while self.poll() is None and os.getpgid(self.pid) != self.pid:
@@ -108,6 +110,16 @@ class Process:
         # The file's position is the writer's.
         descriptor = self._printed[number]
         return os.pread(descriptor, os.fstat(descriptor).st_size - at, at)
+
+
+_STARTED: weakref.WeakSet[Process] = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_what_is_left() -> None:
+    """multiprocessing waits for its children at the end: for ever, for one that a failed test has left running."""
+    for process in _STARTED:
+        process.kill()
 
 
 def start(*arguments: object, cwd: Path | None = None, **variables: str) -> Process:
