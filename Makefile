@@ -7,6 +7,8 @@ OUT ?= demo-run
 TEXT ?=
 # Tests wait for servers and other processes: a worker more than two cores have.
 WORKERS ?= 3
+# Compiled modules are kept: else every process of a test compiles the packages again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test tests coverage test-slow test-ceph test-slurm test-browser soak planted-bugs bench docs lint clean
 
