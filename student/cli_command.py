@@ -6,7 +6,10 @@ where Python finds another distribution's `storage`, since nothing works then.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,6 +30,9 @@ Decorator = Callable[[Any], Any]
 
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
+ENDS_WITH = "LOGIT_CACHE_ENDS_WITH"
+"""Variable for a command that another one starts: the descriptor of a pipe whose other end the starter holds open."""
+
 
 class Option(click.Option):
     """An option that the help lists under a title."""
@@ -42,6 +48,10 @@ class Command(click.Command):
     Its epilog, lines of a shell, is listed under "Example", unchanged.
     """
 
+    def invoke(self, ctx: click.Context) -> Any:
+        _end_with_the_starter()
+        return super().invoke(ctx)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
@@ -56,6 +66,19 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.epilog:
             write_lines(formatter, "Example", self.epilog)
+
+
+def _end_with_the_starter() -> None:
+    """Kill this process when the one that started it ends, however that ends: the kernel closes its end of the pipe."""
+    # Not for the processes that this one starts: those end with it by means of their own.
+    descriptor = os.environ.pop(ENDS_WITH, None)
+    if descriptor is not None:
+
+        def wait() -> None:
+            os.read(int(descriptor), 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=wait, name="ends with the starter", daemon=True).start()
 
 
 def write_lines(formatter: click.HelpFormatter, title: str, text: str) -> None:

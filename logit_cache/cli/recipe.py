@@ -1,4 +1,4 @@
-"""`logit-cache recipe` and `logit-cache demo`: Baby Llama or BabyLlama-2 from text to report, or a small example."""
+"""`logit-cache recipe` and `logit-cache demo`: Baby Llama, BabyLlama-2 or a small example, from text to report."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def recipe(name: str, dry_run: bool, **flags: Any) -> None:
 @click.option("--out", default="demo-run", show_default=True, help="Folder of the run; an interrupted one resumes.")
 @click.option("--text", multiple=True, help="Text to use instead of the Python standard library's source. Repeatable.")
 def demo(out: str, text: tuple[str, ...]) -> None:
-    """The whole pipeline in minutes on a laptop: two teachers, their caches, a student and its control, compared."""
+    """Two teachers, their cache, a student that learns from it and its control, compared: minutes on a laptop."""
     with one_line_errors():
         from logit_cache.recipes.demo import run_demo
 
-        click.echo(run_demo(out, text))
+        click.echo(f"report: {run_demo(out, text)}")

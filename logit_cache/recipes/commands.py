@@ -42,8 +42,11 @@ class RecipeCommands:
 
     def _text_stages(self, train: str, valid: str) -> Iterator[Stage]:
         cleaned = {}
-        limit = self.recipe.text_bytes
-        for part, files, share in (("train", self.text, limit), ("valid", self.eval_text, limit and limit // 10)):
+        recipe = self.recipe
+        for part, files, share in (
+            ("train", self.text, recipe.text_bytes),
+            ("valid", self.eval_text, recipe.eval_text_bytes),
+        ):
             out = self.folder / "text" / part
             cut = [] if share is None else ["--limit-bytes", str(max(1, share // len(files)))]
             yield Stage(
@@ -51,7 +54,7 @@ class RecipeCommands:
                 ("logit-cache", "clean", *_repeated("--text", map(str, files)), "--out", str(out), *cut),
             )
             cleaned[part] = _repeated("--text", (str(out / file.name) for file in files))
-        size = str(self.recipe.vocabulary_size)
+        size = str(recipe.vocabulary_size)
         yield Stage(
             f"token stream, with a new tokenizer of {size} ids",
             ("logit-cache", "tokenize", *cleaned["train"], "--train-tokenizer", size, "--out", train),
@@ -81,6 +84,7 @@ class RecipeCommands:
             yield Stage(
                 f"teacher {teacher.name}: training from scratch{of_seed}",
                 ("train-teacher", *data, *self._training(teacher, "loss"), *own),
+                beside=f"teachers {seed}",
             )
         members = (*_repeated("--teacher", teachers), "--combine", "logit-mean")
         for text, cache in (("training", train), ("held-out", valid)):
@@ -108,10 +112,12 @@ class RecipeCommands:
                 "--output-dir",
                 str(home / "student"),
             ),
+            beside=f"students {seed}",
         )
         yield Stage(
             f"the same student without distillation{of_seed}",
             ("train-student", *student, *self._training(recipe.student, "loss"), "--output-dir", str(home / "control")),
+            beside=f"students {seed}",
         )
         if self.live:
             live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
@@ -119,7 +125,10 @@ class RecipeCommands:
             yield Stage(
                 f"the same student with live teachers{of_seed}",
                 ("train-teacher", *student, *settings, *live, "--output-dir", str(home / "live")),
+                beside=f"students {seed}",
             )
+        if not recipe.scored:
+            return
         measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
         if self.pairs is not None:
             measured += ("--pairs", self.pairs)
@@ -130,6 +139,7 @@ class RecipeCommands:
                 f"scores of {name}{of_seed}",
                 ("logit-cache", "evaluate", str(home / name), *measured, "--out", str(scores)),
                 makes=scores,
+                beside=f"scores {seed}",
             )
 
     @property

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 _SECONDS = 0.3
 _SIZE = {"cpu": 1024, "cuda": 4096}
@@ -23,7 +23,7 @@ _SIZE = {"cpu": 1024, "cuda": 4096}
 class Machine(BaseModel):
     """The probed device: `memory_bytes` are free now, on the GPU where there is one, else in main memory.
 
-    products_per_second: multiply-adds of float32 matrices on a CPU, of float16 matrices on a GPU.
+    products_per_second: multiply-adds of float32 matrices on a CPU, of float16 matrices on a GPU. cores: usable ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +32,12 @@ class Machine(BaseModel):
     name: str
     memory_bytes: int
     products_per_second: float
+    cores: int = Field(1, ge=1)
+
+    @property
+    def at_once(self) -> int:
+        """Models to train side by side: two where each has a core of its own, which is faster than one on two cores."""
+        return min(2, self.cores) if self.device == "cpu" else 1
 
 
 def probe() -> Machine:
@@ -71,7 +77,9 @@ def _measure() -> Machine:
         memory, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
     else:
         memory, name = free_memory(), f"{torch.get_num_threads()} threads"
-    return Machine(device=kind, name=name, memory_bytes=memory, products_per_second=times * size**3 / took)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    speed = times * size**3 / took
+    return Machine(device=kind, name=name, memory_bytes=memory, products_per_second=speed, cores=cores)
 
 
 def free_memory() -> int:

@@ -96,7 +96,9 @@ class Recipe(Frozen):
     temperature, alpha      of the loss; loss_scale as in `student.loss.objective`
     kept_ids                ids stored per position: enough for a student from the cache to equal one with live teachers
                             up to noise (docs/recipes.md); the paper's code kept every logit
-    text_bytes              the most training text to use, all files together; None: all of it
+    text_bytes              the most training text to use, all files together; None: all of it. eval_text_bytes: the
+                            same of the held-out text
+    scored                  whether `logit-cache evaluate` scores every model at the end
     """
 
     name: str
@@ -112,6 +114,8 @@ class Recipe(Frozen):
     stride_tokens: int = WINDOW_TOKENS
     kept_ids: int
     text_bytes: int | None = None
+    eval_text_bytes: int | None = None
+    scored: bool = True
 
     @property
     def models(self) -> dict[str, Network]:

@@ -1,6 +1,7 @@
 """A whole recipe in one folder: text → tokens → teachers → cache → student and control → scores → report.
 
     DIR/recipe.json          the requested run; another recipe in the same folder is refused
+    DIR/lock                 held while the recipe runs
     DIR/text/…               the cleaned text
     DIR/train, DIR/valid     token streams with the teachers' targets, one entry for each seed
     DIR/models/…             model configurations
@@ -24,12 +25,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from logit_cache.recipes import estimate
 from logit_cache.recipes.commands import RecipeCommands, entry_name
 from logit_cache.recipes.machine import Machine, probe
-from logit_cache.recipes.published import WINDOW_TOKENS, Scale, find_recipe
-from logit_cache.recipes.stages import Stage, run_stages
+from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, Scale, find_recipe
+from logit_cache.recipes.stages import Pipeline, Stage
 from storage.errors import IdentityMismatch, InputError
-from storage.files import replace_file
+from storage.files import LOCK, locked, replace_file
 
 AGAIN = "run the same command again to resume"
+RECORD = "recipe.json"
+SOURCE = "source"
+"""Folder in that of a run, for text that is not the user's own file."""
 
 
 class RecipeJob(BaseModel):
@@ -63,8 +67,9 @@ class RecipeRun:
     IdentityMismatch for a folder with another recipe's run.
     """
 
-    def __init__(self, job: RecipeJob, machine: Machine | None = None) -> None:
-        recipe = find_recipe(job.recipe, job.scale)
+    def __init__(self, job: RecipeJob, machine: Machine | None = None, recipe: Recipe | None = None) -> None:
+        """`recipe`: one that is not published; else the job names it."""
+        recipe = recipe or find_recipe(job.recipe, job.scale)
         if job.stride_tokens is not None:
             recipe = recipe.model_copy(update={"stride_tokens": job.stride_tokens})
         if len(set(job.seeds)) < len(job.seeds):
@@ -76,7 +81,7 @@ class RecipeRun:
             raise InputError(f"--pairs {job.pairs}: expected a folder of JSONL files, found none there")
         self.machine = machine or probe()
         self.half = self.machine.device == "cuda"
-        self.batches = self._stored_batches() or estimate.choose_batches(recipe, self.machine, job.live)
+        self.batches = self._stored_batches() or self._choose_batches()
         self.commands = RecipeCommands(
             recipe=recipe,
             folder=self.folder,
@@ -103,7 +108,7 @@ class RecipeRun:
     def tokens(self) -> tuple[int, int]:
         """Estimated numbers of training and held-out tokens."""
         v = self.recipe.vocabulary_size
-        limits = (self.recipe.text_bytes, self.recipe.text_bytes and self.recipe.text_bytes // 10)
+        limits = (self.recipe.text_bytes, self.recipe.eval_text_bytes)
         taken = []
         for files, limit in zip((self.text, self.eval_text), limits, strict=True):
             sizes = [file.stat().st_size for file in files]
@@ -116,20 +121,31 @@ class RecipeRun:
         return list(self.commands.stages())
 
     def run(self) -> Path:
-        """Run the remaining stages; returns the path of the report."""
+        """Run the remaining stages; returns the path of the report.
+
+        Raises InputError where another process runs the recipe in this folder.
+        """
+        check_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_record()
-        for name, network in self.recipe.models.items():
-            path = self.folder / "models" / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            config = json.dumps(network.config, indent=1).encode()
-            # An equal file is not rewritten: a finished recipe that is run again changes nothing.
-            if not path.exists() or path.read_bytes() != config:
-                replace_file(path, config)
-        for seed in self.job.seeds:
-            (self.folder / f"seed-{seed}").mkdir(exist_ok=True)
-        run_stages(self.stages, AGAIN)
+        with locked(self.folder, "another run of a recipe") as held:
+            self._write_record()
+            for name, network in self.recipe.models.items():
+                path = self.folder / "models" / f"{name}.json"
+                path.parent.mkdir(exist_ok=True)
+                config = json.dumps(network.config, indent=1).encode()
+                # An equal file is not rewritten: a finished recipe that is run again changes nothing.
+                if not path.exists() or path.read_bytes() != config:
+                    replace_file(path, config)
+            for seed in self.job.seeds:
+                (self.folder / f"seed-{seed}").mkdir(exist_ok=True)
+            at_once = self.machine.at_once
+            Pipeline(self.stages, AGAIN, at_once, self.machine.cores // at_once, (held,)).run()
         return self.folder / "report.html"
+
+    def _choose_batches(self) -> dict[str, int]:
+        # Models that train side by side share the memory.
+        share = self.machine.model_copy(update={"memory_bytes": self.machine.memory_bytes // self.machine.at_once})
+        return estimate.choose_batches(self.recipe, share, self.job.live)
 
     def _record(self) -> dict[str, Any]:
         recipe, job = self.recipe, self.job
@@ -176,10 +192,8 @@ class RecipeRun:
 
     def _write_record(self) -> None:
         """Write recipe.json; a folder of another recipe is refused. Seeds and a live run may be added later."""
-        path, record = self.folder / "recipe.json", self._record()
+        path, record = self.folder / RECORD, self._record()
         stored = self._stored()
-        if stored is None and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder}: expected a recipe's run, found other files: give another --out")
         growing = {"entries", "models", "micro_batches"}
         if stored is not None:
             differing = [
@@ -194,7 +208,7 @@ class RecipeRun:
         replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
 
     def _stored(self) -> dict[str, Any] | None:
-        path = self.folder / "recipe.json"
+        path = self.folder / RECORD
         if not path.exists():
             return None
         try:
@@ -241,6 +255,18 @@ class RecipeRun:
                 f"{self.folder}: the run will take about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
                 "free there: give another --out, fewer seeds, or a smaller --scale"
             )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError where a folder holds something else than a recipe's run."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; expected a folder of a recipe: give another --out") from None
+    if RECORD not in names and names - {LOCK, SOURCE}:
+        raise InputError(f"{folder}: expected a recipe's run, found other files: give another --out")
 
 
 def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:

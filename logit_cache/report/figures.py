@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from logit_cache.report.findings import Difference, RecipeFindings, Series
+from logit_cache.report.findings import Difference, RecipeFindings, Series, logged
 from logit_cache.report.folders import Model, RunFolder, Sweep, TrainingRun
 from logit_cache.report.recipe_tables import group_accuracy, group_names, readable
 from logit_cache.report.statistics import Spread
@@ -38,24 +38,17 @@ def training_points(run: TrainingRun) -> Points:
 
 
 def held_out_points(run: TrainingRun) -> Points:
-    """Held-out loss, nats per token, by step: of the evaluations during training and of the finished model."""
-    points = dict(_points(run.eval_log, "eval_loss"))
-    if run.held_out is not None and math.isfinite(run.held_out.cross_entropy):
-        points[float(run.steps)] = run.held_out.cross_entropy
-    return tuple(sorted(points.items()))
+    """Held-out loss, nats per token, by epoch: of the evaluations during training."""
+    return _points(run.eval_log, "eval_loss", by="epoch")
 
 
-def _points(log: Sequence[dict[str, Any]], name: str) -> Points:
+def _points(log: Sequence[dict[str, Any]], name: str, by: str = "step") -> Points:
     found = {}
     for entry in log:
-        step, value = _float(entry.get("step")), _float(entry.get(name))
-        if step is not None and value is not None:
-            found[step] = value
+        x, y = logged(entry, by), logged(entry, name)
+        if x is not None and y is not None:
+            found[x] = y
     return tuple(sorted(found.items()))
-
-
-def _float(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def thinned(points: Points, most: int = _MOST_POINTS) -> Points:
@@ -76,38 +69,44 @@ def mean_points(curves: Sequence[Points]) -> Points:
     return tuple((x, sum(table[x] for table in tables) / len(tables)) for x in sorted(common))
 
 
-def curve_figures(findings: RecipeFindings) -> list[Figure]:
-    """Training and held-out loss against steps: a line for each series, and thin lines for its seeds."""
-    return _curves([(series.label, series.style, series.runs) for series in findings.series])
+_Groups = Sequence[tuple[str, str, Sequence[tuple[int, TrainingRun]]]]
 
 
-def run_curves(runs: Sequence[tuple[str, RunFolder]]) -> list[Figure]:
-    """Training and held-out loss against steps, a line for each single run."""
-    return _curves([(folder.name, style, [(folder.run.job.seed, folder.run)]) for style, folder in runs])
+def curve_groups(findings: RecipeFindings) -> _Groups:
+    """Label, style and runs by seed of each series, for `training_figure` and `held_out_figure`."""
+    return [(series.label, series.style, series.runs) for series in findings.series]
 
 
-def _curves(groups: Sequence[tuple[str, str, Sequence[tuple[int, TrainingRun]]]]) -> list[Figure]:
-    found = []
-    for title, of, dots in (
-        ("Training loss (cross-entropy), nats per token", training_points, False),
-        ("Held-out loss, nats per token", held_out_points, True),
-    ):
-        lines: list[Line] = []
-        for label, style, runs in groups:
-            by_seed = [(seed, of(run)) for seed, run in runs]
-            by_seed = [(seed, points) for seed, points in by_seed if points]
-            if not by_seed:
-                continue
-            if len(by_seed) > 1:
-                lines += [Line(f"{label}, seed {seed}", style, thinned(points), thin=True) for seed, points in by_seed]
-                label = f"{label}, mean of {len(by_seed)} seeds"
-            lines.append(Line(label, style, thinned(mean_points([points for _, points in by_seed])), dots=dots))
-        y_range, note = _without_the_first(lines)
-        chart = line_chart(lines, title + ", against optimizer steps", "optimizer steps", y_range=y_range)
-        if any(line.thin for line in lines):
-            note = f"Thin lines are single seeds. {note}".rstrip()
-        found.append(Figure(title, chart, note))
-    return found
+def run_groups(runs: Sequence[tuple[str, RunFolder]]) -> _Groups:
+    """The same of single runs."""
+    return [(folder.name, style, [(folder.run.job.seed, folder.run)]) for style, folder in runs]
+
+
+def training_figure(groups: _Groups) -> Figure:
+    """Training loss against optimizer steps: a line for each group, and thin lines for its seeds."""
+    return _curves(groups, "Training loss (cross-entropy), nats per token", training_points, "optimizer steps")
+
+
+def held_out_figure(groups: _Groups) -> Figure:
+    """Held-out loss against epochs, in which runs of other batches and schedules can be compared."""
+    return _curves(groups, "Held-out loss, nats per token", held_out_points, "epochs", dots=True)
+
+
+def _curves(groups: _Groups, title: str, of: Callable[[TrainingRun], Points], unit: str, dots: bool = False) -> Figure:
+    lines: list[Line] = []
+    for label, style, runs in groups:
+        by_seed = [(seed, points) for seed, run in runs if (points := of(run))]
+        if not by_seed:
+            continue
+        if len(by_seed) > 1:
+            lines += [Line(f"{label}, seed {seed}", style, thinned(points), thin=True) for seed, points in by_seed]
+            label = f"{label}, mean of {len(by_seed)} seeds"
+        lines.append(Line(label, style, thinned(mean_points([points for _, points in by_seed])), dots=dots))
+    y_range, note = _without_the_first(lines)
+    chart = line_chart(lines, f"{title}, against {unit}", unit, y_range=y_range)
+    if any(line.thin for line in lines):
+        note = f"Thin lines are single seeds. {note}".rstrip()
+    return Figure(title, chart, note)
 
 
 def _without_the_first(lines: Sequence[Line]) -> tuple[tuple[float, float] | None, str]:

@@ -248,6 +248,28 @@ def run_seconds(model: Model) -> float | None:
     return None if model.run is None or model.run.resumed_from_step else model.run.seconds
 
 
+def logged(entry: dict[str, Any], name: str) -> float | None:
+    """A finite number of an entry of a run's log, else None."""
+    value = entry.get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def best_epoch(model: Model) -> float | None:
+    """The epoch whose weights were published: that of the least selecting loss, or the last; None without a log."""
+    if model.run is None:
+        return None
+    training = model.run.job.training
+    name = f"eval_{str(training.get('metric_for_best_model') or 'loss').removeprefix('eval_')}"
+    found = [
+        (value, epoch)
+        for entry in model.run.eval_log
+        if (value := logged(entry, name)) is not None and (epoch := logged(entry, "epoch")) is not None
+    ]
+    if not found:
+        return None
+    return min(found)[1] if training.get("load_best_model_at_end") else max(epoch for _, epoch in found)
+
+
 def kl_of(model: Model) -> dict[str, KL]:
     """Held-out KL by teacher entry: from the scores, which every model may have; else from the run."""
     scored = None if model.scores is None else model.scores.held_out

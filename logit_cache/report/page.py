@@ -51,7 +51,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Article:
-    """The part of the page about one folder: `verdict` first, then its context, warnings, and sections."""
+    """The part of the page about one folder: `verdict` first, then its context, warnings, and sections.
+
+    summary: lines of a table, for a terminal.
+    """
 
     kind: str
     title: str
@@ -59,10 +62,11 @@ class Article:
     context: tuple[str, ...]
     warnings: tuple[str, ...]
     sections: tuple[Section, ...]
+    summary: tuple[str, ...] = ()
 
 
 def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]:
-    """Write the page about some folders to `out`; returns the verdicts, one sentence each.
+    """Write the page about some folders to `out`; returns its summary for a terminal: tables of models and verdicts.
 
     Raises InputError for a folder without a recipe, sweep or run, and where none of them has a finished run or trial.
     """
@@ -78,7 +82,7 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
     if runs:
         articles.append(_runs(runs))
     replace_file(Path(out).expanduser(), render(articles).encode())
-    return [sentence for article in articles for sentence in article.verdict]
+    return [line for article in articles for line in (*article.summary, *article.verdict)]
 
 
 def render(articles: Sequence[Article]) -> str:
@@ -132,6 +136,7 @@ def _recipe(findings: RecipeFindings) -> Article:
     legend = [(series.style, series.label) for series in findings.series if series.runs]
     pairs_name = "BLiMP by phenomenon" if tables.is_blimp(findings.models) else "Minimal pairs by group"
     kl = tables.kl_table(findings)
+    curves = figures.curve_groups(findings)
     return Article(
         kind=f"recipe {findings.recipe.recipe}, scale {findings.recipe.scale}",
         title=findings.recipe.title,
@@ -142,10 +147,15 @@ def _recipe(findings: RecipeFindings) -> Article:
         ),
         warnings=findings.warnings,
         sections=(
-            _section("Gain from distillation", *figures.difference_figures(findings)),
+            _section(
+                "Gain from distillation",
+                figures.held_out_figure(curves),
+                *figures.difference_figures(findings),
+                legend=legend,
+            ),
             _section("Setup", *tables.settings_tables(findings)),
             _section("Teachers, student, control", tables.models_table(findings)),
-            _section("During training", *figures.curve_figures(findings), legend=legend),
+            _section("During training", figures.training_figure(curves), legend=legend),
             _section(pairs_name, *figures.pairs_figures(findings), tables.pairs_table(findings), legend=legend),
             _section(
                 "Fidelity of the cache",
@@ -176,6 +186,7 @@ def _recipe(findings: RecipeFindings) -> Article:
             ),
             _section("Provenance", *tables.provenance_tables(findings)),
         ),
+        summary=tables.summary(findings),
     )
 
 
@@ -232,6 +243,7 @@ def _sweep(folder: SweepFolder) -> Article:
 def _runs(runs: Sequence[RunFolder]) -> Article:
     styled = [(_RUN_STYLES[number % len(_RUN_STYLES)], run) for number, run in enumerate(runs)]
     legend = [(style, run.name) for style, run in styled]
+    curves = figures.run_groups(styled)
     return Article(
         kind="training runs",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} training runs",
@@ -240,7 +252,9 @@ def _runs(runs: Sequence[RunFolder]) -> Article:
         warnings=(),
         sections=(
             _section("Runs", runs_table(styled)),
-            _section("During training", *figures.run_curves(styled), legend=legend),
+            _section(
+                "During training", figures.training_figure(curves), figures.held_out_figure(curves), legend=legend
+            ),
             _section("Provenance", *run_provenance(runs)),
         ),
     )

@@ -6,9 +6,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from logit_cache.report.cells import NOT_MEASURED, Cell, Table, distinct, number, over_seeds, scalar, software, words
-from logit_cache.report.findings import Entry, Metric, RecipeFindings, kl_mean, kl_of, pairs_mean, run_seconds
+from logit_cache.report.findings import (
+    Entry,
+    Metric,
+    RecipeFindings,
+    best_epoch,
+    kl_mean,
+    kl_of,
+    pairs_mean,
+    run_seconds,
+)
 from logit_cache.report.folders import Model, TrainingRun
 from logit_cache.report.statistics import Spread, spread
+from logit_cache.text import columns
 from storage.progress import duration
 
 _BLIMP = (12, 67)
@@ -40,6 +50,7 @@ def models_table(findings: RecipeFindings) -> Table:
                     series.spread(lambda m: None if m.run is None else m.run.tokens_seen), 2, " M", 1e-6, exact=True
                 ),
                 over_seeds(series.spread(findings.loss), 4),
+                over_seeds(series.spread(best_epoch), 1),
                 over_seeds(series.spread(held_out("perplexity")), 2),
                 over_seeds(series.spread(held_out("bits_per_byte")), 4),
                 over_seeds(series.spread(held_out("ece")), 2, " %", 100),
@@ -54,8 +65,24 @@ def models_table(findings: RecipeFindings) -> Table:
         f"{source}. KL is that from a student's teachers, ≥ where all ids beyond the stored ones count as one outcome. "
         f"{pairs[0].upper()}{pairs[1:]}: unweighted mean over groups."
     )
-    head = ("model", "seeds", "parameters", "tokens seen", "held-out loss", "perplexity", "bits per byte", "ECE")
-    return Table("Models", (*head, "KL to teachers", pairs), tuple(rows), note=note, wide=True)
+    head = ("model", "seeds", "parameters", "tokens seen", "held-out loss", "best epoch")
+    metrics = ("perplexity", "bits per byte", "ECE", "KL to teachers", pairs)
+    return Table("Models", (*head, *metrics), tuple(rows), note=note, wide=True)
+
+
+def summary(findings: RecipeFindings) -> tuple[str, ...]:
+    """The models in lines for a terminal: size, held-out loss, best epoch, time."""
+    rows: list[tuple[str, ...]] = [("", "parameters", "held-out loss, nats", "best epoch", "seconds")]
+    for series in findings.series:
+        sizes = {run.parameters for _, run in series.runs}
+        cells = (
+            number(max(sizes), 2, " M", 1e-6) if sizes else NOT_MEASURED,
+            over_seeds(series.spread(findings.loss), 4),
+            over_seeds(series.spread(best_epoch), 1),
+            over_seeds(series.spread(run_seconds), 0),
+        )
+        rows.append((series.label, *(f"{cell.text} {cell.below}".rstrip() for cell in cells)))
+    return (*columns(rows), "")
 
 
 def settings_tables(findings: RecipeFindings) -> list[Table]:

@@ -14,13 +14,10 @@ The records are authoritative about the trials; the state of the search library 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +25,6 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from storage.errors import InputError
 from student.sweep.search_space import Search
 
 INTERRUPTED = "interrupted: the process ended while it ran"
@@ -108,17 +104,6 @@ class SweepFolder:
         self.path = Path(path)
         self.search, self.job, self.cache = search, job, cache
         self._before, self._started = self._earlier_seconds(), time.monotonic()
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder's lock (flock). Raises InputError where another process holds it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.path}: another process runs this sweep; wait for it, or stop it") from None
-            yield
 
     def trials(self) -> list[TrialRecord]:
         """All records, by number."""

@@ -68,10 +68,9 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
     output = OutputDirectory(job.output_dir)
     identity = _identity(job, search, caches)
     output.check(identity)
-    output.reserve(identity)
     asked = job.model_dump(mode="json", include=job.model_fields_set)
     folder = SweepFolder(job.output_dir, search, asked, job.cache)
-    with folder.locked(), full_disk_is_reported(job.output_dir):
+    with output.reserved(identity), full_disk_is_reported(job.output_dir):
         disable_progress_bar()  # type: ignore[no-untyped-call]
         # The search libraries print to stdout, where the command writes its report.
         with contextlib.redirect_stdout(sys.stderr):

@@ -85,19 +85,19 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
     model = _load_model(run.job, run.data.windows)
     # No process may look at the folder while the first one starts to write there.
     PartialState().wait_for_everyone()
-    run.output.reserve(run.identity, processes=run.args.world_size)
-    use_cache = bool(getattr(model.config, "use_cache", True))
-    parameters = sum(p.numel() for p in model.parameters())
-    tail_bounds = _announce(run, parameters)
-    trainer = _trainer(run, model)
-    started = time.monotonic()
-    with full_disk_is_reported(job.output_dir):
-        resumed_from = _train_or_resume(trainer, run.output, run.log)
-    seconds = time.monotonic() - started
-    held_out = _evaluate(run, trainer)
-    report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
-    with full_disk_is_reported(job.output_dir):
-        _publish(trainer, run.output, report, use_cache)
+    with run.output.reserved(run.identity, processes=run.args.world_size):
+        use_cache = bool(getattr(model.config, "use_cache", True))
+        parameters = sum(p.numel() for p in model.parameters())
+        tail_bounds = _announce(run, parameters)
+        trainer = _trainer(run, model)
+        started = time.monotonic()
+        with full_disk_is_reported(job.output_dir):
+            resumed_from = _train_or_resume(trainer, run.output, run.log)
+        seconds = time.monotonic() - started
+        held_out = _evaluate(run, trainer)
+        report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
+        with full_disk_is_reported(job.output_dir):
+            _publish(trainer, run.output, report, use_cache)
     run.log(f"{job.output_dir}: the model, its tokenizer and report.json")
     return report
 

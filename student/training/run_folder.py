@@ -3,6 +3,7 @@
 ::
 
     run.json          the run's identity; written before the first step
+    lock              held by the process that trains
     checkpoint-<n>/   transformers' checkpoints, while it runs
     report.json       written last: the run is finished
     config.json, model.safetensors, tokenizer.json, …    the model, renamed into the folder, config.json last
@@ -24,7 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
-from storage.files import replace_file
+from storage.files import LOCK, locked, replace_file
 from student.report import TrainingReport
 
 RUN_FILE = "run.json"
@@ -68,24 +69,33 @@ class OutputDirectory:
         """
         return self._record() or {}
 
-    def reserve(self, identity: Mapping[str, Any], **launch: Any) -> None:
-        """Create the folder and record the run in it, after `check`. Raises InputError where it cannot be written.
+    @contextlib.contextmanager
+    def reserved(self, identity: Mapping[str, Any], **launch: Any) -> Iterator[None]:
+        """Create the folder, after `check`, record the run in it, and hold its lock while the body runs.
 
         launch: facts of the first launch, recorded beside the identity and no part of it.
+        Raises InputError where the folder cannot be written, or another process works there.
         """
-        if not self._writes:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / RUN_FILE).exists():
-                record = {"kind": _KIND, "identity": dict(identity), "launch": launch}
-                text = json.dumps(record, indent=1, sort_keys=True)
-                _write(self.path / RUN_FILE, text)
-            shutil.rmtree(self.stage, ignore_errors=True)
-        except OSError as error:
-            if is_out_of_space(error):
-                raise
-            raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --output-dir") from None
+        with contextlib.ExitStack() as held:
+            if self._writes:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked(self.path, "another training run"))
+                    if (self.path / REPORT_FILE).exists():
+                        raise InputError(
+                            f"{self.path}: another process has just finished this run; its report is there"
+                        )
+                    if not (self.path / RUN_FILE).exists():
+                        record = {"kind": _KIND, "identity": dict(identity), "launch": launch}
+                        _write(self.path / RUN_FILE, json.dumps(record, indent=1, sort_keys=True))
+                    shutil.rmtree(self.stage, ignore_errors=True)
+                except OSError as error:
+                    if is_out_of_space(error):
+                        raise
+                    raise InputError(
+                        f"cannot write to {self.path}: {error.strerror}; give another --output-dir"
+                    ) from None
+            yield
 
     def report(self) -> TrainingReport | None:
         """The report of the finished run, or None while it is not finished."""
@@ -132,7 +142,7 @@ class OutputDirectory:
 
     def _record(self) -> dict[str, Any] | None:
         try:
-            names = os.listdir(self.path)
+            names = set(os.listdir(self.path)) - {LOCK}
         except FileNotFoundError:
             return None
         except NotADirectoryError:

@@ -77,7 +77,7 @@ def training_report(
         train_log=[
             {"step": s, "loss": at(s), "cross_entropy": at(s), "epoch": s / 200} for s in range(4, steps + 1, 4)
         ],
-        eval_log=[{"step": s, "eval_loss": at(s), "eval_ece": 0.02} for s in range(50, steps, 50)],
+        eval_log=[{"step": s, "epoch": s / 200, "eval_loss": at(s), "eval_ece": 0.02} for s in range(50, steps, 50)],
         held_out=HeldOutReport(
             tokens=50_000,
             cross_entropy=loss,

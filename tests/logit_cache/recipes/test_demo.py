@@ -68,4 +68,4 @@ def test_text_that_cannot_be_used_does_not_lock_the_folder(run: Run, tmp_path: P
     assert not out.exists()
     done = run("logit-cache", "demo", "--out", good)
     assert done.returncode == 2
-    assert "expected a folder of the demo, found other files" in done.stderr
+    assert "expected a folder of a recipe" in done.stderr

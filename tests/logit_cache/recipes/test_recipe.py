@@ -10,12 +10,14 @@ import signal
 import subprocess
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import torch
+from support import processes
 from support.commands import LIBRARY, Run, command, environment, refused
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,8 +27,9 @@ from logit_cache.recipes import run as recipe_module
 from logit_cache.recipes.machine import Machine, free_memory, probe
 from logit_cache.recipes.published import RECIPES, SCALES, Recipe, find_recipe
 from logit_cache.recipes.run import RecipeJob, RecipeRun
-from logit_cache.recipes.stages import Stage, run_stages
+from logit_cache.recipes.stages import Pipeline, Stage
 from storage.errors import IdentityMismatch, InputError
+from storage.files import locked
 from student.cli import train_student
 from student.job import StudentJob
 from student.models import PRESETS
@@ -124,6 +127,8 @@ def test_every_command_exists(text: Path, tmp_path: Path, name: str, scale: Any)
     assert [stage.command[1] for stage in stages[:4]] == ["clean", "clean", "tokenize", "tokenize"]
     # Per seed: two teachers, their cache of two streams, student, control, live, five models' scores.
     assert len(stages) == 4 + 2 * (2 + 2 + 3 + 5) + 1
+    beside = [stage.title.split()[0] for stage in stages if stage.beside == "teachers 0"]
+    assert beside == ["teacher", "teacher"]
     for stage in stages:
         key = stage.command[0] if stage.command[0] in COMMANDS else " ".join(stage.command[:2])
         found = COMMANDS[key]
@@ -215,7 +220,7 @@ def test_refusals_of_the_command(text: Path, tmp_path: Path, run: Run) -> None:
 
 
 def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe_module, "run_stages", lambda stages, again: {})
+    monkeypatch.setattr(recipe_module.Pipeline, "run", lambda pipeline: None)
     out = tmp_path / "out"
     RecipeRun(job_of(text, out), LARGE).run()
     first = json.loads((out / "recipe.json").read_text())
@@ -294,9 +299,77 @@ def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, installed
     shutil.rmtree(out)
 
 
-def test_a_stage_that_a_signal_ends_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "victim").write_text("#!/bin/sh\nkill -9 $$\n", encoding="utf-8")
-    (tmp_path / "victim").chmod(0o755)
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Stage]:
+    """Makes a stage of a shell script."""
     monkeypatch.setattr(logit_cache.recipes.stages.sysconfig, "get_path", lambda name: str(tmp_path))
+
+    def make(name: str, lines: str, **settings: Any) -> Stage:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+        return Stage(name, (name,), **settings)
+
+    return make
+
+
+def test_a_stage_that_a_signal_ends_is_not_done(script: Callable[..., Stage]) -> None:
     with pytest.raises(InputError, match="victim ended with status -9: see above, then once more"):
-        run_stages([Stage("a victim", ("victim",))], "once more")
+        Pipeline([script("victim", "kill -9 $$")], "once more").run()
+
+
+def test_stages_side_by_side(script: Callable[..., Stage], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two of three at once, which wait for each other; the lines of each are marked; the last stage has stdout."""
+    meet = "touch {0}; while [ ! -e {1} ]; do sleep 0.01; done; echo $OMP_NUM_THREADS threads"
+    one, other = (meet.format(tmp_path / a, tmp_path / b) for a, b in (("x", "y"), ("y", "x")))
+    stages = [
+        script("one", one, beside="all"), script("other", other, beside="all"), script("third", "", beside="all"),
+        script("last", "echo the result"),
+    ]  # fmt: skip
+    Pipeline(stages, "", at_once=2, threads=3).run()
+    out, error = capfd.readouterr()
+    assert out == "the result\n"
+    assert {"[1] 3 threads", "[2] 3 threads", "[4/4] last"} <= set(error.splitlines())
+
+
+def test_a_failing_stage_ends_its_neighbour(script: Callable[..., Stage]) -> None:
+    stages = [script("sleeper", "exec sleep 600", beside="both"), script("failing", "exit 3", beside="both")]
+    began = time.monotonic()
+    with pytest.raises(InputError, match="failing ended with status 3"):
+        Pipeline(stages, "", at_once=2).run()
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP], ids=lambda n: n.name)
+def test_no_stage_outlives_a_recipe(text: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Ended while a stage runs; then the folder is free, and the same command runs again."""
+    out = tmp_path / "out"
+    line = ["logit-cache", "recipe", "baby-llama", "--scale", "tiny", "--text", f"{text}/train/*.txt"]
+    line += ["--eval-text", f"{text}/valid/*.txt", "--out", out]
+    job = processes.start(*line)
+    stream = next(found for found in job.error_lines() if found.startswith("[3/"))
+    assert "token stream" in stream
+    stages = descendants(job.pid)
+    assert stages
+    with pytest.raises(InputError, match=rf"another run of a recipe is at work there \(process {job.pid}\)"):
+        RecipeRun(job_of(text, out), LARGE).run()
+    job.send_signal(number)
+    assert job.wait() == (-number if number == signal.SIGKILL else 1)
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in stages if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert left == []
+    with locked(out, "nobody"):
+        assert sorted(path.name for path in (out / "text" / "train").glob("*.txt")) == ["0.txt", "1.txt"], "kept"
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes that a process has started, and theirs."""
+    children = {int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    return children.union(*(descendants(child) for child in children))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

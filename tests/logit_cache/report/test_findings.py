@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 import math
@@ -19,7 +20,7 @@ from support import report_folders as invented
 from support.commands import ROOT, Run, refused
 
 from logit_cache.report.figures import held_out_points, mean_points, thinned
-from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe, pairs_mean
+from logit_cache.report.findings import BreakEven, RecipeFindings, best_epoch, gather_recipe, pairs_mean
 from logit_cache.report.folders import HeldOut, Job, RecipeFolder, Scores, Sweep, TrainingRun, read_folder
 from logit_cache.report.page import make_report
 from logit_cache.report.recipe_tables import cost_table, fidelity_table, kl_table, models_table
@@ -224,11 +225,11 @@ def test_costs_of_the_folder(recipe: Path) -> None:
 def test_the_contents_of_the_tables(whole: Path) -> None:
     rows = {row[0].text: [cell.text for cell in row] for row in models_table(findings(whole)).rows}
     assert list(rows) == ["teacher llama", "teacher gpt2", "student", "control", "live teachers"]
-    assert rows["student"][1:6] == ["3 of 3", "2.30 M", "3.28 M", "3.4100", f"{_mean_perplexity():.2f}"]
-    assert rows["student"][8] == "0.3100"
-    assert rows["control"][8] == "not measured"
+    assert rows["student"][1:7] == ["3 of 3", "2.30 M", "3.28 M", "3.4100", "1.8", f"{_mean_perplexity():.2f}"]
+    assert rows["student"][9] == "0.3100"
+    assert rows["control"][9] == "not measured"
     means = [pairs_mean(model) for model in findings(whole).models if model.role == "control"]
-    assert rows["control"][9] == f"{100 * sum(m for m in means if m is not None) / 3:.1f} %"
+    assert rows["control"][10] == f"{100 * sum(m for m in means if m is not None) / 3:.1f} %"
     table = fidelity_table(findings(whole).entries)
     assert table is not None
     assert [cell.text for cell in table.rows[0]][1:6] == ["600", "8.10 %", "24.00 %", "0.0310", "0.00210"]
@@ -242,8 +243,28 @@ def test_curves() -> None:
     assert mean_points([((1.0, 2.0), (2.0, 4.0)), ((2.0, 6.0), (3.0, 1.0))]) == ((2.0, 5.0),)
     assert thinned(tuple((float(i), float(i)) for i in range(6)), 3) == ((0.5, 0.5), (2.5, 2.5), (4.5, 4.5))
     data = invented.training_report(Path("run"), loss=3.0)
-    data["eval_log"] = [{"step": 50, "eval_loss": 4.0}, {"step": 100, "eval_loss": "NaN"}, {"eval_loss": 1.0}]
-    assert held_out_points(TrainingRun.model_validate(data)) == ((50.0, 4.0), (400.0, 3.0))
+    data["eval_log"] = [{"epoch": 1, "eval_loss": 4.0}, {"epoch": 2, "eval_loss": "NaN"}, {"eval_loss": 1.0}]
+    assert held_out_points(TrainingRun.model_validate(data)) == ((1.0, 4.0),)
+
+
+def test_the_best_epoch_is_that_of_the_published_weights(whole: Path) -> None:
+    (model,) = [m for m in findings(whole).models if (m.role, m.name, m.seed) == ("student", "student", 0)]
+    log = [
+        {"epoch": 1.0, "eval_loss": 4.0, "eval_distillation_loss": 2.0},
+        {"epoch": 2.0, "eval_loss": 3.0, "eval_distillation_loss": 1.0},
+        {"epoch": 3.0, "eval_loss": 2.5, "eval_distillation_loss": 1.5},
+    ]
+    expected = (
+        ({"load_best_model_at_end": True, "metric_for_best_model": "eval_distillation_loss"}, 2.0),
+        ({"load_best_model_at_end": True}, 3.0),
+        ({"metric_for_best_model": "distillation_loss"}, 3.0),
+    )
+    for training, epoch in expected:
+        assert model.run is not None
+        job = model.run.job.model_copy(update={"training": training})
+        run = model.run.model_copy(update={"job": job, "eval_log": log})
+        assert best_epoch(dataclasses.replace(model, run=run)) == epoch
+    assert best_epoch(dataclasses.replace(model, run=None)) is None
 
 
 def test_trials_are_sorted_by_value(tmp_path: Path) -> None:
@@ -343,7 +364,8 @@ def test_scores_stand_in_for_runs_without_figures(recipe: Path) -> None:
         edit(report.parent.with_suffix(".scores.json"), held_out=figures)
     found = findings(recipe)
     assert found.scored_by_evaluate
-    assert [cell.text for cell in models_table(found).rows[0]][4:8] == ["2.5000", "12.00", "not measured", "50.00 %"]
+    texts = [cell.text for cell in models_table(found).rows[0]]
+    assert (texts[4], *texts[6:9]) == ("2.5000", "12.00", "not measured", "50.00 %")
 
 
 def test_the_kl_of_a_model_without_teachers_is_that_of_its_scores(recipe: Path) -> None:

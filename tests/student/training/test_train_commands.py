@@ -392,10 +392,26 @@ def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(world: Path, tmp
     assert (report.steps, report.resumed_from_step) == (4, 0)
 
 
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    folder, other = (OutputDirectory(str(tmp_path / "out")) for _ in range(2))
+    with (
+        folder.reserved({"cache": "c"}),
+        pytest.raises(InputError, match="another training run is at work there"),
+        other.reserved({"cache": "c"}),
+    ):
+        pass
+    with other.reserved({"cache": "c"}):
+        (tmp_path / "out" / "report.json").touch()
+    with pytest.raises(InputError, match="has just finished this run"), folder.reserved({"cache": "c"}):
+        pass
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "run.json"]
+
+
 @pytest.mark.parametrize("identity", [{"cache": "c", "alpha": 0.5, "mix": 0.1}, {"cache": "c"}], ids=["more", "less"])
 def test_a_field_that_only_one_of_two_runs_has_makes_them_two(tmp_path: Path, identity: dict[str, Any]) -> None:
     folder = OutputDirectory(str(tmp_path / "out"))
-    folder.reserve({"cache": "c", "alpha": 0.5})
+    with folder.reserved({"cache": "c", "alpha": 0.5}):
+        pass
     with pytest.raises(IdentityMismatch, match="mix" if "mix" in identity else "alpha"):
         OutputDirectory(str(tmp_path / "out")).check(identity)
 
