@@ -10,6 +10,8 @@ from typing import Any
 from logit_cache.recipes.published import WINDOW_TOKENS, Model, Recipe
 from logit_cache.recipes.stages import Stage
 
+_LOGGING_STEPS = 50
+
 
 @dataclass(frozen=True)
 class RecipeCommands:
@@ -84,6 +86,7 @@ class RecipeCommands:
             yield Stage(
                 f"teacher {teacher.name}: training from scratch{of_seed}",
                 ("train-teacher", *data, *self._training(teacher, "loss"), *own),
+                makes=home / teacher.name / "report.json",
                 beside=f"teachers {seed}",
             )
         members = (*_repeated("--teacher", teachers), "--combine", "logit-mean")
@@ -100,6 +103,16 @@ class RecipeCommands:
         )
         student = (*data, "--seed", str(seed))
         distilled = self._training(recipe.student, "distillation_loss")
+        if self.live:
+            # The longest first, so that the others run beside it.
+            live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
+            settings = self._training(recipe.student, "distillation_loss", "live")
+            yield Stage(
+                f"the same student with live teachers{of_seed}",
+                ("train-teacher", *student, *settings, *live, "--output-dir", str(home / "live")),
+                makes=home / "live" / "report.json",
+                beside=f"students {seed}",
+            )
         yield Stage(
             f"student from the cache, no teacher loaded{of_seed}",
             (
@@ -112,21 +125,15 @@ class RecipeCommands:
                 "--output-dir",
                 str(home / "student"),
             ),
+            makes=home / "student" / "report.json",
             beside=f"students {seed}",
         )
         yield Stage(
             f"the same student without distillation{of_seed}",
             ("train-student", *student, *self._training(recipe.student, "loss"), "--output-dir", str(home / "control")),
+            makes=home / "control" / "report.json",
             beside=f"students {seed}",
         )
-        if self.live:
-            live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
-            settings = self._training(recipe.student, "distillation_loss", "live")
-            yield Stage(
-                f"the same student with live teachers{of_seed}",
-                ("train-teacher", *student, *settings, *live, "--output-dir", str(home / "live")),
-                beside=f"students {seed}",
-            )
         if not recipe.scored:
             return
         measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
@@ -163,6 +170,7 @@ class RecipeCommands:
             "save_strategy": "epoch",
             "load_best_model_at_end": "true",
             "metric_for_best_model": best_by,
+            "logging_steps": _LOGGING_STEPS,
         } | ({"fp16": "true"} if self.half else {})
         settings = _repeated("--set", (f"{name}={value}" for name, value in fields.items()))
         return ("--model", str(self.folder / "models" / f"{model.name}.json"), *settings)

@@ -10,7 +10,7 @@ micro-batch.
     with live teachers  to train + 4 N of each teacher + the student's logits and their gradient, 8 P V
     work                6 N' FLOPs per token to train, 2 N' to score; N' counts the weights that are multiplied
 
-Text is taken at four bytes per token (3.4 with a vocabulary of 4,096); the exact number is known once it is tokenised.
+Text is taken at four bytes per token (3.1 with a vocabulary of 2,048); the exact number is known once it is tokenised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from storage.errors import InputError
 _PROGRAM_BYTES = 1 << 30
 _SCORING_LOGITS = 256 << 20
 # Measured on English text of books, dialogues and encyclopaedia.
-_BYTES_PER_TOKEN = {4_096: 3.4}
+_BYTES_PER_TOKEN = {2_048: 3.1}
 _BYTES_PER_TOKEN_ELSEWHERE = 4.0
 # Of an entry: bytes per sampled id over all its arrays, and of the arrays with one number per position.
 _BYTES_PER_KEPT_ID, _BYTES_PER_POSITION = 2.0, 18.0

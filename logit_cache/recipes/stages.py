@@ -156,7 +156,8 @@ class _Running:
 def _copy_lines(lines: IO[bytes], mark: str) -> None:
     with lines:
         for line in lines:
-            print(mark + line.decode(errors="replace").rstrip("\n"), file=sys.stderr, flush=True)
+            # One write, as the neighbours write to the same stream.
+            sys.stderr.write(f"{mark}{line.decode(errors='replace').rstrip()}\n")
 
 
 @contextlib.contextmanager

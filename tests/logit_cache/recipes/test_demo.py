@@ -1,12 +1,21 @@
-"""The demo end to end on a little text: every stage, the table, the page, and a second run with nothing to do."""
+"""The demo on a little text: its table and page, nothing to do when run again, and ended at each of its stages."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.commands import LIBRARY, Run
+from support.commands import LIBRARY, Run, command, environment
+
+MODELS = ("one", "two", "student", "control")
 
 
 @pytest.fixture(scope="session")
@@ -15,32 +24,104 @@ def run(installed: Run) -> Run:
     return installed
 
 
-@pytest.mark.slow
-def test_the_demo_runs_to_its_table_and_resumes(run: Run, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    names = sorted(LIBRARY.glob("[a-d]*.py"))[:12]
-    text.write_text("".join(path.read_text(encoding="utf-8") for path in names)[:240_000], encoding="utf-8")
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((LIBRARY / "argparse.py").read_text(encoding="utf-8")[:48_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory, run: Run) -> tuple[Path, str]:
+    """A demo that nothing disturbed, and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "run"
     done = run("logit-cache", "demo", "--out", out, "--text", text)
     assert done.returncode == 0, done.stderr
-    for words in ("bytes/token", "positions/s", "teacher llama", "teacher gpt2", "student, distilled", "held-out loss"):
-        assert words in done.stdout
-    assert re.search(r"distillation (is better|made no difference here)", done.stdout, flags=re.IGNORECASE)
-    page = (out / "demo.html").read_text(encoding="utf-8")
-    assert "<svg" in page
-    assert not re.search(r"(?:src|href)=.(?:https?:)?//", page), "the page needs no network"
-    held_out = re.findall(r"^(student, \S+(?: \S+)?) .*?(\d\.\d{4})", done.stdout, flags=re.MULTILINE)
-    assert len(held_out) == 2
+    return out, done.stdout
 
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("c/**/*") if p.is_file()}
+
+def results(out: Path) -> dict[str, Any]:
+    """Everything that a demo found, to all digits, and its weights."""
+    found: dict[str, Any] = {}
+    for name in MODELS:
+        report = json.loads((out / "seed-0" / name / "report.json").read_text())
+        found[name] = {key: report[key] for key in ("steps", "tokens_seen", "held_out", "eval_log")}
+        for log in found[name]["eval_log"]:
+            for timing in [key for key in log if key.endswith(("runtime", "per_second"))]:
+                del log[timing]
+        found[name]["weights"] = (out / "seed-0" / name / "model.safetensors").read_bytes()
+    found["targets"] = {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.glob("*/teachers/*/*/c/**/*")) if p.is_file()
+    }
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("demo")
+def test_its_table_and_its_page_and_nothing_to_do_again(whole: tuple[Path, str], run: Run, text: Path) -> None:
+    out, printed = whole
+    for name in ("teacher one", "teacher two", "student", "control"):
+        assert re.search(rf"^{name} +1\.97 M +\d\.\d{{4}} +\d\.\d +\d+$", printed, flags=re.MULTILINE), printed
+    assert re.search(r"Distillation (lowers|raises) the student's held-out loss by", printed)
+    assert re.search(r"the student (beats|does not beat) its best teacher", printed)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.index("Held-out loss, nats per token, against epochs") < page.index("Difference of held-out loss")
+    assert not re.search(r"(?:src|href)=.(?:https?:)?//", page), "the page needs no network"
+
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.suffix not in (".html", ".json")}
     again = run("logit-cache", "demo", "--out", out, "--text", text)
     assert again.returncode == 0, again.stderr
-    assert again.stdout == done.stdout
-    assert {p: p.stat().st_mtime_ns for p in out.rglob("c/**/*") if p.is_file()} == before
-
+    assert again.stdout == printed
+    assert {p: p.stat().st_mtime_ns for p in before} == before
     other = run("logit-cache", "demo", "--out", out)
     assert other.returncode == 2
     assert "of other text" in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("demo")
+@pytest.mark.parametrize("even", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
+def test_ended_at_each_stage(whole: tuple[Path, str], text: Path, tmp_path: Path, even: signal.Signals) -> None:
+    """No process is left, and the same command resumes to the same result."""
+    odd = signal.SIGKILL if even == signal.SIGTERM else signal.SIGTERM
+    out, chance = tmp_path / "run", random.Random(even)
+    ended: set[int] = set()
+    while True:
+        job = subprocess.Popen(
+            command("logit-cache", "demo", "--out", out, "--text", text),
+            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert job.stderr is not None
+        for line in job.stderr:
+            stage = re.match(r"\[(\d+)/11\]", line)
+            if stage is not None and int(stage[1]) not in ended:
+                time.sleep(chance.uniform(0, 5))
+                job.send_signal(odd if int(stage[1]) % 2 else even)
+                ended.add(int(stage[1]))
+                break
+        job.stderr.close()
+        status = job.wait()
+        deadline = time.monotonic() + 60
+        while (left := working_in(out)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert left == []
+        if status == 0:
+            break
+    assert len(ended) > 8, ended
+    assert results(out) == results(whole[0])
+
+
+def working_in(folder: Path) -> list[str]:
+    """Command lines of the running processes that name a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if str(folder) in words and int(path.parent.name) != os.getpid():
+            found.append(words)
+    return found
 
 
 def test_a_folder_that_is_no_demo_is_not_touched(run: Run, tmp_path: Path) -> None:
