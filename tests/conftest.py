@@ -18,9 +18,10 @@ from support.commands import LIBRARY, Run, command, environment, in_process
 # Fixtures that several files use; pytest finds them by name.
 from support.servers.s3 import cached_here, ceph, ceph_bucket, moto, moto_bucket  # noqa: F401
 
-# A parent such as nohup or cron ignores SIGINT, and every process of a test would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A parent such as nohup or cron ignores these signals, and every process of a test would inherit that.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 # Runs of several processes are compared to the last bit, which depends on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -137,7 +137,7 @@ def _schedule(lr: float, batch: int, epochs: int, warmup: int, decay: float) -> 
 
 
 # Some 95,000 tokens to train on, and 19,000 held out.
-_TINY = {"vocabulary_size": 2_048, "text_bytes": 300_000, "eval_text_bytes": 60_000}
+_TINY: dict[str, Any] = {"vocabulary_size": 2_048, "text_bytes": 300_000, "eval_text_bytes": 60_000}
 
 
 def _baby_llama(scale: Scale) -> Recipe:
@@ -197,7 +197,7 @@ def _baby_llama_2(scale: Scale) -> Recipe:
         # Students' windows start at any token: with at least half a window of context, targets are closest to those of
         # live teachers (docs/recipes.md).
         stride_tokens=WINDOW_TOKENS // 2,
-        **(_TINY if scale == "tiny" else {"vocabulary_size": 16_000}),
+        **({"vocabulary_size": 16_000} if scale != "tiny" else _TINY),
     )
 
 

@@ -37,7 +37,7 @@ def tables() -> Iterator[Table]:
                 (way, spread([1e3 * value for value in taken], 1), spread(ratios(taken, base)))
                 for way, taken in found.items()
             ],
-            f"{DEMO_BATCH} windows of {WINDOW}, two teachers, 32 sampled ids, alpha 0, two threads; each round trains "
+            f"{DEMO_BATCH} windows of {WINDOW}, the mean of two teachers, 64 sampled ids, alpha 0, two threads; each round trains "
             f"{DEMO_STEPS} steps and times all but the first {DEMO_WARM}. Plain cross-entropy reads no targets and has "
             "another loss to compute. To reach: from the cache at most 1.05 of targets in memory.",
         )
@@ -102,21 +102,25 @@ def _demo_cache(folder: str) -> Any:
     from logit_cache.caching.job import CacheJob
     from logit_cache.caching.prepare import open_job
     from logit_cache.engines.this_machine import run_local
-    from logit_cache.recipes.demo import _MODELS, KEPT_IDS, TEACHERS, VOCABULARY
+    from logit_cache.recipes.demo import demo_recipe
     from student.data.windows import DistillationWindows
 
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     positions = DEMO_STEPS * DEMO_BATCH * WINDOW + 1
-    url = f"{folder}/cache"
-    make_corpus(url, np.random.default_rng(0).integers(0, VOCABULARY, positions).astype(np.uint16), VOCABULARY)
-    for name in TEACHERS:
-        kind = dict(_MODELS[name])
-        config = AutoConfig.for_model(kind.pop("model_type"), vocab_size=VOCABULARY, **kind)
-        AutoModelForCausalLM.from_config(config).save_pretrained(f"{folder}/{name}")
-        opened = open_job(CacheJob(cache=url, teacher=(f"{folder}/{name}",), name=name, k=KEPT_IDS, device="cpu"))
-        run_local(opened, opened.writer.pending())
-    return DistillationWindows(url, TEACHERS, WINDOW)
+    url, recipe = f"{folder}/cache", demo_recipe()
+    vocabulary = recipe.vocabulary_size
+    make_corpus(url, np.random.default_rng(0).integers(0, vocabulary, positions).astype(np.uint16), vocabulary)
+    teachers = [f"{folder}/{teacher.name}" for teacher in recipe.teachers]
+    for teacher, path in zip(recipe.teachers, teachers, strict=True):
+        config = AutoConfig.for_model(**teacher.network.config, vocab_size=vocabulary)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    job = CacheJob(
+        cache=url, teacher=tuple(teachers), combine="logit-mean", name="ensemble", k=recipe.kept_ids, device="cpu"
+    )
+    opened = open_job(job)
+    run_local(opened, opened.writer.pending())
+    return DistillationWindows(url, ("ensemble",), WINDOW)
 
 
 def _in_memory(windows: Any) -> Any:
@@ -140,18 +144,19 @@ def _trained(folder: str, windows: Any) -> float:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 
-    from logit_cache.recipes.demo import _MODELS, VOCABULARY
+    from logit_cache.recipes.demo import demo_recipe
     from student.loss.distillation import DistillationLoss
     from student.loss.teacher_targets import Member
     from student.training.trainer import DistillationTrainer
 
     torch.manual_seed(0)
-    kind = dict(_MODELS["student"])
+    recipe = demo_recipe()
+    vocabulary = recipe.vocabulary_size
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind.pop("model_type"), vocab_size=VOCABULARY, **kind)
+        AutoConfig.for_model(**recipe.student.network.config, vocab_size=vocabulary)
     )
     members = [Member.of(name, entry) for name, entry in windows.entries.items()]
-    loss = DistillationLoss(VOCABULARY, 0.0 if members else 1.0, 1.0, members)
+    loss = DistillationLoss(vocabulary, 0.0 if members else 1.0, 1.0, members)
     ends: list[float] = []
 
     class Clock(TrainerCallback):

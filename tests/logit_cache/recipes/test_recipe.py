@@ -317,8 +317,11 @@ def test_a_stage_that_a_signal_ends_is_not_done(script: Callable[..., Stage]) ->
         Pipeline([script("victim", "kill -9 $$")], "once more").run()
 
 
-def test_stages_side_by_side(script: Callable[..., Stage], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stages_side_by_side(
+    script: Callable[..., Stage], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two of three at once, which wait for each other; the lines of each are marked; the last stage has stdout."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     meet = "touch {0}; while [ ! -e {1} ]; do sleep 0.01; done; echo $OMP_NUM_THREADS threads"
     one, other = (meet.format(tmp_path / a, tmp_path / b) for a, b in (("x", "y"), ("y", "x")))
     stages = [
