@@ -32,7 +32,7 @@ def demo_recipe() -> Recipe:
 
     return Recipe(
         name="demo",
-        title="Demo",
+        title="A student of two teachers",
         scale="tiny",
         vocabulary_size=2_048,
         teachers=(model("one", 6), model("two", 6)),

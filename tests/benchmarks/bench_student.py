@@ -37,9 +37,9 @@ def tables() -> Iterator[Table]:
                 (way, spread([1e3 * value for value in taken], 1), spread(ratios(taken, base)))
                 for way, taken in found.items()
             ],
-            f"{DEMO_BATCH} windows of {WINDOW}, the mean of two teachers, 64 sampled ids, alpha 0, two threads; each round trains "
-            f"{DEMO_STEPS} steps and times all but the first {DEMO_WARM}. Plain cross-entropy reads no targets and has "
-            "another loss to compute. To reach: from the cache at most 1.05 of targets in memory.",
+            f"{DEMO_BATCH} windows of {WINDOW}, the mean of two teachers, 64 sampled ids, alpha 0, two threads; each "
+            f"round trains {DEMO_STEPS} steps and times all but the first {DEMO_WARM}. Plain cross-entropy reads no "
+            "targets and has another loss to compute. To reach: from the cache at most 1.05 of targets in memory.",
         )
     with tempfile.TemporaryDirectory() as folder:
         in_child("bench_student", "prepare", folder=folder)
