@@ -136,8 +136,8 @@ def _schedule(lr: float, batch: int, epochs: int, warmup: int, decay: float) -> 
     return Training(learning_rate=lr, batch=batch, epochs=epochs, warmup_steps=warmup, weight_decay=decay)
 
 
-# Some 95,000 tokens to train on, and 19,000 held out.
-_TINY: dict[str, Any] = {"vocabulary_size": 2_048, "text_bytes": 300_000, "eval_text_bytes": 60_000}
+# Some 64,000 tokens to train on, and 19,000 held out.
+_TINY: dict[str, Any] = {"vocabulary_size": 2_048, "text_bytes": 200_000, "eval_text_bytes": 60_000}
 
 
 def _baby_llama(scale: Scale) -> Recipe:
@@ -169,7 +169,7 @@ def _baby_llama(scale: Scale) -> Recipe:
                 Model(name="gpt2", network=_gpt2(3, 192, 4), training=_schedule(2e-3, 8, 6, 100, 0.0)),
             ),
             "student": Model(
-                name="student", network=_llama(2, 144, 4, 384), training=_schedule(2e-3, 8, 8, 100, 0.0125)
+                name="student", network=_llama(2, 144, 4, 384), training=_schedule(2e-3, 8, 12, 100, 0.0125)
             ),
         },
     }
@@ -182,7 +182,7 @@ def _baby_llama_2(scale: Scale) -> Recipe:
     network, training = {
         "paper": (_llama(32, 960, 15, 2560, kv_heads=5), _schedule(7e-4, 128, 8, 600, 5.0)),
         "small": (_llama(12, 480, 15, 1280, kv_heads=5), _schedule(1e-3, 64, 4, 200, 3.5)),
-        "tiny": (_llama(3, 192, 6, 512, kv_heads=2), _schedule(2e-3, 8, 8, 100, 1.75)),
+        "tiny": (_llama(3, 192, 6, 512, kv_heads=2), _schedule(2e-3, 8, 12, 100, 1.75)),
     }[scale]
     one, two, student = (Model(name=name, network=network, training=training) for name in ("one", "two", "student"))
     return Recipe(
