@@ -56,7 +56,7 @@ class Pipeline:
 
     again    the remedy that the error of a failed stage ends with
     at_once  how many stages may run side by side
-    threads  of each stage that has a neighbour, unless OMP_NUM_THREADS is set
+    threads  of each stage that may run beside others, unless OMP_NUM_THREADS is set
     held     descriptors that the stages inherit: locks that are released when the last of them has ended
     """
 
@@ -88,10 +88,10 @@ class Pipeline:
             os.close(ours)
 
     def _run_group(self, waiting: list[tuple[int, Stage]], lifeline: int) -> None:
-        side_by_side = min(self._at_once, len(waiting))
+        shared = min(self._at_once, len(waiting)) > 1
         while waiting or self._running:
-            while waiting and len(self._running) < side_by_side:
-                self._start(*waiting.pop(0), lifeline, side_by_side)
+            while waiting and len(self._running) < self._at_once:
+                self._start(*waiting.pop(0), lifeline, shared)
             for one in list(self._running):
                 if (status := one.process.poll()) is not None:
                     self._running.remove(one)
@@ -100,16 +100,18 @@ class Pipeline:
                         raise InputError(f"{one.stage.line} ended with status {status}: see above, then {self.again}")
             time.sleep(0.02)
 
-    def _start(self, number: int, stage: Stage, lifeline: int, side_by_side: int) -> None:
+    def _start(self, number: int, stage: Stage, lifeline: int, shared: bool) -> None:
         name, *arguments = stage.command
         program = Path(sysconfig.get_path("scripts")) / name
         if not program.exists():
             raise InputError(f"{program} is not installed: install logit-cache in this environment")
         print(f"[{number}/{len(self.stages)}] {stage.title}", file=sys.stderr, flush=True)
         variables = {**os.environ, ENDS_WITH: str(lifeline)}
-        output: dict[str, Any] = {} if number == len(self.stages) else {"stdout": sys.stderr}
-        if side_by_side > 1:
+        if stage.beside is not None and self._at_once > 1:
+            # Also where it is the last one left: the number of threads changes the last digits of a result.
             variables.setdefault("OMP_NUM_THREADS", str(self._threads))
+        output: dict[str, Any] = {} if number == len(self.stages) else {"stdout": sys.stderr}
+        if shared:
             output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(
             [str(program), *arguments], env=variables, pass_fds=(lifeline, *self._held), **output
