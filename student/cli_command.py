@@ -6,10 +6,7 @@ where Python finds another distribution's `storage`, since nothing works then.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +14,7 @@ from typing import Any
 import click
 
 import storage
+from student.lifeline import end_with_the_starter
 
 if "LogitCache" not in getattr(storage, "__all__", ()):
     print(
@@ -29,9 +27,6 @@ if "LogitCache" not in getattr(storage, "__all__", ()):
 Decorator = Callable[[Any], Any]
 
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
-
-ENDS_WITH = "LOGIT_CACHE_ENDS_WITH"
-"""Variable for a command that another one starts: the descriptor of a pipe whose other end the starter holds open."""
 
 
 class Option(click.Option):
@@ -49,7 +44,7 @@ class Command(click.Command):
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        _end_with_the_starter()
+        end_with_the_starter()
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,19 +61,6 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.epilog:
             write_lines(formatter, "Example", self.epilog)
-
-
-def _end_with_the_starter() -> None:
-    """Kill this process when the one that started it ends, however that ends: the kernel closes its end of the pipe."""
-    # Not for the processes that this one starts: those end with it by means of their own.
-    descriptor = os.environ.pop(ENDS_WITH, None)
-    if descriptor is not None:
-
-        def wait() -> None:
-            os.read(int(descriptor), 1)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        threading.Thread(target=wait, name="ends with the starter", daemon=True).start()
 
 
 def write_lines(formatter: click.HelpFormatter, title: str, text: str) -> None:

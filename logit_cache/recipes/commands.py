@@ -10,7 +10,8 @@ from typing import Any
 from logit_cache.recipes.published import WINDOW_TOKENS, Model, Recipe
 from logit_cache.recipes.stages import Stage
 
-_LOGGING_STEPS = 50
+# A line every few seconds of a small model, and still a curve of 15 points for the shortest schedule.
+_LOGGING_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class RecipeCommands:
             yield Stage(
                 f"teachers: run once over the {text} stream{of_seed}",
                 ("cache-logits", "--cache", cache, *members, "--name", entry, *targets, *windows),
+                beside=f"entries {seed}",
             )
         objective = (
             *("--temperature", f"{recipe.temperature:g}", "--alpha", f"{recipe.alpha:g}"),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from logit_cache.recipes.published import Model, Network, Recipe, Training
-from logit_cache.recipes.run import SOURCE, RecipeJob, RecipeRun, check_folder
+from logit_cache.recipes.run import RECORD, SOURCE, RecipeJob, RecipeRun, check_folder
 from storage.errors import InputError
 from storage.files import replace_file
 
@@ -57,8 +57,8 @@ def run_demo(out: str, text: Sequence[str]) -> Path:
     check_folder(folder)
     sources = {folder / SOURCE / "train.txt": train, folder / SOURCE / "held-out.txt": held_out}
     for path, content in sources.items():
-        _write_same(path, content)
-    own, other = (str(path) for path in sources)
+        _write_same(path, content, (folder / RECORD).exists())
+    own, other = (glob.escape(str(path)) for path in sources)
     fields = {"recipe": "demo", "scale": "tiny", "text": (own,), "eval_text": (other,), "out": str(folder)}
     return RecipeRun(RecipeJob.model_validate(fields), recipe=demo_recipe()).run()
 
@@ -112,11 +112,12 @@ def _split_lines(patterns: Sequence[str]) -> tuple[str, str]:
     return "".join(parts[0]), "".join(parts[1])
 
 
-def _write_same(path: Path, content: str) -> None:
-    """Write a file of the run. Raises InputError for an existing one with other content: a run of other text."""
+def _write_same(path: Path, content: str, started: bool) -> None:
+    """Write a text of the run. Raises InputError where a started run has another one."""
     data = content.encode()
-    if path.exists() and path.read_bytes() != data:
+    if path.exists() and path.read_bytes() == data:
+        return
+    if started:
         raise InputError(f"{path} is of other text: give another --out, or remove the old run to start again")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, data)

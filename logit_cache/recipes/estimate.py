@@ -85,12 +85,14 @@ def micro_batch(title: str, batch: int, machine: Machine, memory: Sequence[int],
     return min(batch, 1 << fitting[-1])
 
 
-def choose_batches(recipe: Recipe, machine: Machine, live: bool) -> dict[str, int]:
+def choose_batches(recipe: Recipe, machine: Machine, live: bool, at_once: int) -> dict[str, int]:
     """Micro-batch in windows by model name, and under "live" that of the student with live teachers.
 
-    Raises InputError where a model does not fit into this machine's memory, naming the model and the estimate.
+    at_once: processes that share the memory. Raises InputError where a model does not fit into its share, naming the
+    model and the estimate.
     """
     half, v = machine.device == "cuda", recipe.vocabulary_size
+    machine = machine.model_copy(update={"memory_bytes": machine.memory_bytes // at_once})
     smaller = {"paper": "--scale small", "small": "--scale tiny", "tiny": "a larger machine"}[recipe.scale]
     remedy = f"take {smaller}" + (", or leave --live out" if live else "")
 

@@ -23,7 +23,8 @@ _SIZE = {"cpu": 1024, "cuda": 4096}
 class Machine(BaseModel):
     """The probed device: `memory_bytes` are free now, on the GPU where there is one, else in main memory.
 
-    products_per_second: multiply-adds of float32 matrices on a CPU, of float16 matrices on a GPU. cores: usable ones.
+    products_per_second: multiply-adds of float32 matrices on a CPU, of float16 matrices on a GPU. cores: the usable
+    ones, 1 where an accelerator trains.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +38,7 @@ class Machine(BaseModel):
     @property
     def at_once(self) -> int:
         """Models to train side by side: two where each has a core of its own, which is faster than one on two cores."""
-        return min(2, self.cores) if self.device == "cpu" else 1
+        return min(2, self.cores)
 
 
 def probe() -> Machine:
@@ -78,6 +79,7 @@ def _measure() -> Machine:
     else:
         memory, name = free_memory(), f"{torch.get_num_threads()} threads"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = 1 if torch.accelerator.is_available() else cores
     speed = times * size**3 / took
     return Machine(device=kind, name=name, memory_bytes=memory, products_per_second=speed, cores=cores)
 

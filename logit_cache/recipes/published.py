@@ -175,7 +175,7 @@ def _baby_llama(scale: Scale) -> Recipe:
     }
     # At temperature 2 more of the mass is in the tail, and the sample of it is noisier.
     others: dict[str, Any] = {"offset": "fixed", "temperature": 2.0, "kept_ids": 512}
-    return Recipe(name="baby-llama", title="Baby Llama", scale=scale, **others, **sizes[scale])
+    return Recipe(name="baby-llama", title=f"Baby Llama, scale {scale}", scale=scale, **others, **sizes[scale])
 
 
 def _baby_llama_2(scale: Scale) -> Recipe:
@@ -187,7 +187,7 @@ def _baby_llama_2(scale: Scale) -> Recipe:
     one, two, student = (Model(name=name, network=network, training=training) for name in ("one", "two", "student"))
     return Recipe(
         name="babyllama-2",
-        title="BabyLlama-2",
+        title=f"BabyLlama-2, scale {scale}",
         scale=scale,
         teachers=(one, two),
         student=student,
@@ -197,7 +197,7 @@ def _baby_llama_2(scale: Scale) -> Recipe:
         # Students' windows start at any token: with at least half a window of context, targets are closest to those of
         # live teachers (docs/recipes.md).
         stride_tokens=WINDOW_TOKENS // 2,
-        **({"vocabulary_size": 16_000} if scale != "tiny" else _TINY),
+        **(_TINY if scale == "tiny" else {"vocabulary_size": 16_000}),
     )
 
 

@@ -1,7 +1,8 @@
 """A whole recipe in one folder: text → tokens → teachers → cache → student and control → scores → report.
 
     DIR/recipe.json          the requested run; another recipe in the same folder is refused
-    DIR/lock                 held while the recipe runs
+    DIR/logit-cache.lock     held while the recipe runs
+    DIR/source/…             the demo's own copy of its text
     DIR/text/…               the cleaned text
     DIR/train, DIR/valid     token streams with the teachers' targets, one entry for each seed
     DIR/models/…             model configurations
@@ -13,6 +14,7 @@ Every stage is a public command in a process of its own and resumes where it sto
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import shutil
@@ -28,12 +30,13 @@ from logit_cache.recipes.machine import Machine, probe
 from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, Scale, find_recipe
 from logit_cache.recipes.stages import Pipeline, Stage
 from storage.errors import IdentityMismatch, InputError
-from storage.files import LOCK, locked, replace_file
+from storage.files import PARTIAL, replace_file
+from storage.locks import LOCK, locked
 
 AGAIN = "run the same command again to resume"
 RECORD = "recipe.json"
 SOURCE = "source"
-"""Folder in that of a run, for text that is not the user's own file."""
+"""Folder of a run's own copy of its text; the demo has one."""
 
 
 class RecipeJob(BaseModel):
@@ -81,7 +84,7 @@ class RecipeRun:
             raise InputError(f"--pairs {job.pairs}: expected a folder of JSONL files, found none there")
         self.machine = machine or probe()
         self.half = self.machine.device == "cuda"
-        self.batches = self._stored_batches() or self._choose_batches()
+        self.at_once, self.threads, self.batches = self._stored_division() or self._divide()
         self.commands = RecipeCommands(
             recipe=recipe,
             folder=self.folder,
@@ -100,7 +103,7 @@ class RecipeRun:
     @property
     def forecast(self) -> str:
         """The estimate as text; see `estimate`."""
-        about = f"{self.recipe.title}, scale {self.recipe.scale}: about {self.tokens[0]:,} tokens of training text"
+        about = f"{self.recipe.title}: about {self.tokens[0]:,} tokens of training text"
         table = estimate.table(self._costs, self.machine, len(self.job.seeds))
         return f"{about}, {self.tokens[1]:,} held out\n{table}"
 
@@ -138,14 +141,17 @@ class RecipeRun:
                     replace_file(path, config)
             for seed in self.job.seeds:
                 (self.folder / f"seed-{seed}").mkdir(exist_ok=True)
-            at_once = self.machine.at_once
-            Pipeline(self.stages, AGAIN, at_once, self.machine.cores // at_once, (held,)).run()
+            Pipeline(self.stages, AGAIN, self.at_once, self.threads, (held,)).run()
         return self.folder / "report.html"
 
-    def _choose_batches(self) -> dict[str, int]:
-        # Models that train side by side share the memory.
-        share = self.machine.model_copy(update={"memory_bytes": self.machine.memory_bytes // self.machine.at_once})
-        return estimate.choose_batches(self.recipe, share, self.job.live)
+    def _divide(self) -> tuple[int, int, dict[str, int]]:
+        """How many stages run at once, the threads of each, and micro-batches that fit into its share of the memory."""
+        at_once, cores = self.machine.at_once, self.machine.cores
+        if at_once > 1:
+            with contextlib.suppress(InputError):
+                batches = estimate.choose_batches(self.recipe, self.machine, self.job.live, at_once)
+                return at_once, cores // at_once, batches
+        return 1, cores, estimate.choose_batches(self.recipe, self.machine, self.job.live, 1)
 
     def _record(self) -> dict[str, Any]:
         recipe, job = self.recipe, self.job
@@ -168,13 +174,15 @@ class RecipeRun:
             "format": 1,
             "recipe": recipe.name,
             "scale": recipe.scale,
-            "title": f"{recipe.title}, scale {recipe.scale}",
+            "title": recipe.title,
             "settings": settings,
-            "text": [str(file) for file in self.text],
-            "eval_text": [str(file) for file in self.eval_text],
+            "text": [self._recorded_path(file) for file in self.text],
+            "eval_text": [self._recorded_path(file) for file in self.eval_text],
             "pairs": job.pairs,
             "pairs_limit": job.limit,
             "micro_batches": self.batches,
+            "at_once": self.at_once,
+            "threads": self.threads,
             "caches": {"train": "train", "held_out": "valid"},
             "entries": [entry_name(seed) for seed in job.seeds],
             "models": [
@@ -190,11 +198,15 @@ class RecipeRun:
             ],
         }
 
+    def _recorded_path(self, file: Path) -> str:
+        """Of a file in the run's own folder, which may be moved, the path in it."""
+        return str(file.relative_to(self.folder) if file.is_relative_to(self.folder) else file)
+
     def _write_record(self) -> None:
         """Write recipe.json; a folder of another recipe is refused. Seeds and a live run may be added later."""
         path, record = self.folder / RECORD, self._record()
         stored = self._stored()
-        growing = {"entries", "models", "micro_batches"}
+        growing = {"entries", "models", "micro_batches", "at_once", "threads"}
         if stored is not None:
             differing = [
                 f"{name}: {stored.get(name)!r} there, {record[name]!r} requested"
@@ -219,12 +231,15 @@ class RecipeRun:
             raise InputError(f"{path}: expected a recipe record of this version, found another: give another --out")
         return found
 
-    def _stored_batches(self) -> dict[str, int] | None:
-        """The micro-batches of a started run: others, chosen for the memory free now, would make it another run."""
-        stored = self._stored()
-        batches = stored.get("micro_batches") if stored else None
+    def _stored_division(self) -> tuple[int, int, dict[str, int]] | None:
+        """That of a started run: another one, chosen for the memory free now, would make it another run."""
+        stored = self._stored() or {}
+        batches = stored.get("micro_batches")
         wanted = {*self.recipe.models, *(["live"] if self.job.live else [])}
-        return batches if isinstance(batches, dict) and wanted <= batches.keys() else None
+        if not isinstance(batches, dict) or not wanted <= batches.keys():
+            return None
+        # Earlier versions ran one stage at a time.
+        return int(stored.get("at_once", 1)), int(stored.get("threads", 1)), batches
 
     @property
     def _costs(self) -> list[estimate.Cost]:
@@ -236,7 +251,7 @@ class RecipeRun:
         if self.tokens[0] < needed:
             raise InputError(
                 f"the training text is about {self.tokens[0]:,} tokens, fewer than two steps of {batch} windows "
-                f"({needed:,}): give more text, or a smaller --scale"
+                f"({needed:,}): give more text{'' if self.recipe.scale == 'tiny' else ', or a smaller --scale'}"
             )
         if self.tokens[1] < 2 * WINDOW_TOKENS:
             raise InputError(
@@ -253,14 +268,14 @@ class RecipeRun:
         if needed - done > free:
             raise InputError(
                 f"{self.folder}: the run will take about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
-                "free there: give another --out, fewer seeds, or a smaller --scale"
+                f"free there: give another --out{'' if self.recipe.scale == 'tiny' else ', or a smaller --scale'}"
             )
 
 
 def check_folder(folder: Path) -> None:
     """Raise InputError where a folder holds something else than a recipe's run."""
     try:
-        names = {path.name for path in folder.iterdir()}
+        names = {path.name for path in folder.iterdir() if path.suffix != PARTIAL}
     except FileNotFoundError:
         return
     except OSError as error:

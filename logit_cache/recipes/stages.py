@@ -1,8 +1,7 @@
 """Stages of a pipeline: each a public command in a process of its own, so that its memory is freed at its end.
 
 No stage outlives the pipeline. Ctrl-C, SIGTERM or a closed terminal ends the stages first, which keep what they have
-done; where the pipeline itself is killed, the kernel closes its end of a pipe, and the stages end themselves
-(`student.cli_command`).
+done; where the pipeline itself is killed, they end themselves (`student.lifeline`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from types import FrameType
 from typing import IO, Any
 
 from storage.errors import InputError
-from student.cli_command import ENDS_WITH
+from student.lifeline import Lifeline
 
 # `cache-logits` finishes the shard that it is at.
 _GRACE_SECONDS = 30.0
@@ -65,6 +64,7 @@ class Pipeline:
     ) -> None:
         self.stages, self.again, self._at_once, self._threads, self._held = stages, again, at_once, threads, held
         self._running: list[_Running] = []
+        self._asked_to_stop = False
 
     def run(self) -> None:
         """Run the stages. The output of the last goes to stdout; that of the others is progress, and goes to stderr.
@@ -77,36 +77,35 @@ class Pipeline:
             [(n, stage) for n, stage in enumerate(self.stages, 1) if stage.makes is None or not stage.makes.exists()],
             lambda item: item[1].beside or item[0],
         )
-        # Nothing is written to the pipe: the stages wait for its end.
-        lifeline, ours = os.pipe()
-        try:
-            with _signals_raise(), self._none_left_running():
-                for _, group in groups:
-                    self._run_group(list(group), lifeline)
-        finally:
-            os.close(lifeline)
-            os.close(ours)
+        with contextlib.closing(Lifeline()) as lifeline, self._signals(), contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(self._end_all)
+            for _, group in groups:
+                self._run_group(list(group), lifeline)
 
-    def _run_group(self, waiting: list[tuple[int, Stage]], lifeline: int) -> None:
+    def _run_group(self, waiting: list[tuple[int, Stage]], lifeline: Lifeline) -> None:
         shared = min(self._at_once, len(waiting)) > 1
         while waiting or self._running:
             while waiting and len(self._running) < self._at_once:
                 self._start(*waiting.pop(0), lifeline, shared)
+            time.sleep(0.02)
+            # Before the stages, which Ctrl-C reaches as well, are found to have failed.
+            if self._asked_to_stop:
+                self._say(f"asked to stop: what is done is kept; {self.again}")
+                raise SystemExit(_STOPPED)
             for one in list(self._running):
                 if (status := one.process.poll()) is not None:
                     self._running.remove(one)
                     one.finish()
                     if status:
                         raise InputError(f"{one.stage.line} ended with status {status}: see above, then {self.again}")
-            time.sleep(0.02)
 
-    def _start(self, number: int, stage: Stage, lifeline: int, shared: bool) -> None:
+    def _start(self, number: int, stage: Stage, lifeline: Lifeline, shared: bool) -> None:
         name, *arguments = stage.command
         program = Path(sysconfig.get_path("scripts")) / name
         if not program.exists():
             raise InputError(f"{program} is not installed: install logit-cache in this environment")
-        print(f"[{number}/{len(self.stages)}] {stage.title}", file=sys.stderr, flush=True)
-        variables = {**os.environ, ENDS_WITH: str(lifeline)}
+        self._say(f"[{number}/{len(self.stages)}] {stage.title}")
+        variables = {**os.environ, **lifeline.variables()}
         if stage.beside is not None and self._at_once > 1:
             # Also where it is the last one left: the number of threads changes the last digits of a result.
             variables.setdefault("OMP_NUM_THREADS", str(self._threads))
@@ -114,29 +113,49 @@ class Pipeline:
         if shared:
             output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(
-            [str(program), *arguments], env=variables, pass_fds=(lifeline, *self._held), **output
+            [str(program), *arguments], env=variables, pass_fds=(lifeline.descriptor, *self._held), **output
         )
         self._running.append(_Running(stage, process, f"[{number}] "))
 
+    def _say(self, line: str) -> None:
+        # One write, as the neighbours write to the same stream; a closed terminal takes none.
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
     @contextlib.contextmanager
-    def _none_left_running(self) -> Iterator[None]:
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C, SIGTERM and SIGHUP (a closed terminal) ask to stop, unless they are ignored (nohup)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._asked_to_stop:
+                for one in self._running:
+                    one.process.kill()
+            self._asked_to_stop = True
+
+        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {one: signal.signal(one, stop) for one in wanted if signal.getsignal(one) is not signal.SIG_IGN}
         try:
             yield
-        except SystemExit:
-            print(f"asked to stop: what is done is kept; {self.again}", file=sys.stderr, flush=True)
-            raise
         finally:
-            for one in self._running:
-                one.process.terminate()
-            latest = time.monotonic() + _GRACE_SECONDS
-            for one in self._running:
-                try:
-                    one.process.wait(max(0.0, latest - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    one.process.kill()
-                    one.process.wait()
-                one.finish()
-            self._running.clear()
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    def _end_all(self) -> None:
+        for running in self._running:
+            running.process.terminate()
+        latest = time.monotonic() + _GRACE_SECONDS
+        for running in self._running:
+            try:
+                running.process.wait(max(0.0, latest - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+                running.process.wait()
+            running.finish()
+        self._running.clear()
 
 
 class _Running:
@@ -156,28 +175,7 @@ class _Running:
 
 
 def _copy_lines(lines: IO[bytes], mark: str) -> None:
-    with lines:
+    with lines, contextlib.suppress(OSError):
         for line in lines:
-            # One write, as the neighbours write to the same stream.
             sys.stderr.write(f"{mark}{line.decode(errors='replace').rstrip()}\n")
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """The first SIGTERM or SIGHUP (a closed terminal) raises SystemExit; not where it is ignored (nohup)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    wanted = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for one in wanted:
-            signal.signal(one, signal.SIG_IGN)
-        raise SystemExit(_STOPPED)
-
-    before = {number: signal.signal(number, stop) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            sys.stderr.flush()

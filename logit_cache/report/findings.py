@@ -267,7 +267,9 @@ def best_epoch(model: Model) -> float | None:
     ]
     if not found:
         return None
-    return min(found)[1] if training.get("load_best_model_at_end") else max(epoch for _, epoch in found)
+    if not training.get("load_best_model_at_end"):
+        return max(epoch for _, epoch in found)
+    return (max if training.get("greater_is_better") else min)(found)[1]
 
 
 def kl_of(model: Model) -> dict[str, KL]:

@@ -3,7 +3,7 @@
 ::
 
     run.json          the run's identity; written before the first step
-    lock              held by the process that trains
+    logit-cache.lock  held by the process that trains
     checkpoint-<n>/   transformers' checkpoints, while it runs
     report.json       written last: the run is finished
     config.json, model.safetensors, tokenizer.json, …    the model, renamed into the folder, config.json last
@@ -25,7 +25,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
-from storage.files import LOCK, locked, replace_file
+from storage.files import replace_file
+from storage.locks import LOCK, locked
 from student.report import TrainingReport
 
 RUN_FILE = "run.json"
@@ -63,7 +64,7 @@ class OutputDirectory:
                 )
 
     def recorded(self) -> dict[str, Any]:
-        """The record of `reserve`: the run's `identity` and its first `launch`; empty for a new folder.
+        """The record of `reserved`: the run's `identity` and its first `launch`; empty for a new folder.
 
         Raises InputError when the folder holds something else.
         """
@@ -81,9 +82,11 @@ class OutputDirectory:
                 try:
                     self.path.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(self.path, "another training run"))
+                    # Another process may have been here since the caller's check.
+                    self.check(identity)
                     if (self.path / REPORT_FILE).exists():
                         raise InputError(
-                            f"{self.path}: another process has just finished this run; its report is there"
+                            f"{self.path}: another process has just finished this run: run the command again"
                         )
                     if not (self.path / RUN_FILE).exists():
                         record = {"kind": _KIND, "identity": dict(identity), "launch": launch}

@@ -22,11 +22,11 @@ from support.commands import ROOT
 PACKAGES = ("storage", "student", "teachers", "logit_cache")
 ROOMS = {
     "storage": (
-        ("errors",), ("files", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",),
+        ("errors",), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",),
     ),
     "student": (
-        ("labels", "models", "cli_command"), ("data", "loss"), ("job",), ("report",), ("evaluation",), ("training",),
-        ("sweep",), ("cli",),
+        ("labels", "models", "lifeline"), ("cli_command",), ("data", "loss"), ("job",), ("report",), ("evaluation",),
+        ("training",), ("sweep",), ("cli",),
     ),
     "teachers": (("ranks",), ("base",), ("huggingface", "reduction"), ("batch_size", "ensemble"), ("live",), ("cli",)),
     "logit_cache": (("text", "describe"), ("corpus",), ("caching",), ("fidelity",), ("engines",), ("cli",)),

@@ -53,6 +53,7 @@ def results(out: Path) -> dict[str, Any]:
     found["targets"] = {
         str(p.relative_to(out)): p.read_bytes() for p in sorted(out.glob("*/teachers/*/*/c/**/*")) if p.is_file()
     }
+    assert found["targets"]
     return found
 
 
@@ -84,30 +85,34 @@ def test_its_table_and_its_page_and_nothing_to_do_again(whole: tuple[Path, str],
 def test_ended_at_each_stage(whole: tuple[Path, str], text: Path, tmp_path: Path, even: signal.Signals) -> None:
     """No process is left, and the same command resumes to the same result."""
     odd = signal.SIGKILL if even == signal.SIGTERM else signal.SIGTERM
-    out, chance = tmp_path / "run", random.Random(even)
+    out, log, chance = tmp_path / "run", tmp_path / "log", random.Random(even)
     ended: set[int] = set()
     while True:
-        job = subprocess.Popen(
-            command("logit-cache", "demo", "--out", out, "--text", text),
-            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert job.stderr is not None
-        for line in job.stderr:
-            stage = re.match(r"\[(\d+)/11\]", line)
-            if stage is not None and int(stage[1]) not in ended:
+        with log.open("w") as file:
+            job = subprocess.Popen(
+                command("logit-cache", "demo", "--out", out, "--text", text),
+                env=environment(), stdout=subprocess.DEVNULL, stderr=file,
+            )  # fmt: skip
+        asked: int | None = None
+        while job.poll() is None and asked is None:
+            time.sleep(0.02)
+            begun = {int(number) for number in re.findall(r"^\[(\d+)/11\]", log.read_text(), flags=re.MULTILINE)}
+            if begun - ended:
+                stage = min(begun - ended)
                 time.sleep(chance.uniform(0, 5))
-                job.send_signal(odd if int(stage[1]) % 2 else even)
-                ended.add(int(stage[1]))
-                break
-        job.stderr.close()
+                asked = odd if stage % 2 else even
+                job.send_signal(asked)
+                ended.add(stage)
         status = job.wait()
-        deadline = time.monotonic() + 60
+        # Killed, it has nobody to wait for its stages.
+        deadline = time.monotonic() + (10 if asked == signal.SIGKILL else 0)
         while (left := working_in(out)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.01)
         assert left == []
-        if status == 0:
+        if asked is None:
+            assert status == 0, log.read_text()
             break
-    assert len(ended) > 8, ended
+    assert ended == set(range(1, 12))
     assert results(out) == results(whole[0])
 
 
@@ -147,6 +152,13 @@ def test_text_that_cannot_be_used_does_not_lock_the_folder(run: Run, tmp_path: P
     assert done.returncode == 2
     assert "bad.txt" in done.stderr
     assert not out.exists()
+    # Of too little text it is the same; and what was given may be given anew.
+    done = run("logit-cache", "demo", "--out", out, "--text", good)
+    assert done.returncode == 2
+    assert "fewer than two steps of 8 windows (2,048): give more text\n" in done.stderr
+    good.write_text("four\n" * 9)
+    done = run("logit-cache", "demo", "--out", out, "--text", good)
+    assert "fewer than two steps" in done.stderr
     done = run("logit-cache", "demo", "--out", good)
     assert done.returncode == 2
     assert "expected a folder of a recipe" in done.stderr

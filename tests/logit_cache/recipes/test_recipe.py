@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import pytest
 import torch
 from support import processes
@@ -28,7 +31,7 @@ from logit_cache.recipes.published import RECIPES, SCALES, Recipe, find_recipe
 from logit_cache.recipes.run import RecipeJob, RecipeRun
 from logit_cache.recipes.stages import Pipeline, Stage
 from storage.errors import IdentityMismatch, InputError
-from storage.files import locked
+from storage.locks import LOCK
 from student.cli import train_student
 from student.job import StudentJob
 from student.models import PRESETS
@@ -319,57 +322,117 @@ def test_stages_side_by_side(
 ) -> None:
     """Two of three at once, which wait for each other; the lines of each are marked; the last stage has stdout."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    meet = "touch {0}; while [ ! -e {1} ]; do sleep 0.01; done; echo $OMP_NUM_THREADS threads"
-    one, other = (meet.format(tmp_path / a, tmp_path / b) for a, b in (("x", "y"), ("y", "x")))
+    one, other = tmp_path / "x", tmp_path / "y"
     stages = [
-        script("one", one, beside="all"), script("other", other, beside="all"), script("third", "", beside="all"),
+        script("one", f"touch {one}; {_wait_for(other)}; echo $OMP_NUM_THREADS threads", beside="all"),
+        script("other", f"touch {other}; {_wait_for(one)}; echo $OMP_NUM_THREADS threads", beside="all"),
+        script("third", "", beside="all"),
         script("last", "echo the result"),
-    ]  # fmt: skip
+    ]
     Pipeline(stages, "", at_once=2, threads=3).run()
     out, error = capfd.readouterr()
     assert out == "the result\n"
     assert {"[1] 3 threads", "[2] 3 threads", "[4/4] last"} <= set(error.splitlines())
+    # Alone, as its neighbour is done: with the same threads.
+    Pipeline([script("one", "echo $OMP_NUM_THREADS threads >&2", beside="all"), stages[3]], "", 2, 3).run()
+    assert "3 threads" in capfd.readouterr().err
 
 
-def test_a_failing_stage_ends_its_neighbour(script: Callable[..., Stage]) -> None:
-    stages = [script("sleeper", "exec sleep 600", beside="both"), script("failing", "exit 3", beside="both")]
-    began = time.monotonic()
+def _wait_for(path: Path) -> str:
+    return f"for i in $(seq 3000); do [ -e {path} ] && break; sleep 0.01; done; [ -e {path} ] || exit 9"
+
+
+def test_a_failing_stage_ends_its_neighbour(script: Callable[..., Stage], tmp_path: Path) -> None:
+    number = tmp_path / "number"
+    stages = [
+        script("sleeper", f"echo $$ > {number}.new; mv {number}.new {number}; exec sleep 600", beside="both"),
+        script("failing", f"{_wait_for(number)}; exit 3", beside="both"),
+    ]
     with pytest.raises(InputError, match="failing ended with status 3"):
         Pipeline(stages, "", at_once=2).run()
-    assert time.monotonic() - began < 60
+    assert not is_running(int(number.read_text()))
 
 
-# SIGTERM, which is handled as SIGHUP is: test_demo.py.
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name)
-def test_no_stage_outlives_a_recipe(text: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """Ended while a stage runs; then the folder is free, and the same command runs again."""
-    out = tmp_path / "out"
-    line = ["logit-cache", "recipe", "baby-llama", "--scale", "tiny", "--text", f"{text}/train/*.txt"]
-    line += ["--eval-text", f"{text}/valid/*.txt", "--out", out]
-    job = processes.start(*line)
-    next(line for line in job.error_lines() if line.startswith("[3/"))
-    with pytest.raises(InputError, match=rf"another run of a recipe is at work there \(process {job.pid}\)"):
-        RecipeRun(job_of(text, out), LARGE).run()
-    while not (stages := descendants(job.pid)):
-        time.sleep(0.001)
+_PIPELINE = """
+import sys, sysconfig
+from logit_cache.recipes.stages import Pipeline, Stage
+sysconfig.get_path = lambda name: sys.argv[1]
+Pipeline([Stage("sleeper", ("sleeper",))], "once more").run()
+"""
+_SLEEPER = """#!{python}
+import os, sys, time
+sys.path[:] = {path!r}
+from student.lifeline import end_with_the_starter
+end_with_the_starter()
+with open({number!r} + ".new", "w") as file:
+    file.write(str(os.getpid()))
+os.rename({number!r} + ".new", {number!r})
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name
+)
+def test_no_stage_outlives_a_pipeline(tmp_path: Path, number: signal.Signals) -> None:
+    """However it is ended, and with no chance to say so."""
+    written, script = tmp_path / "number", tmp_path / "sleeper"
+    script.write_text(_SLEEPER.format(python=sys.executable, path=sys.path, number=str(written)))
+    script.chmod(0o755)
+    job = processes.start_code(_PIPELINE, tmp_path)
+    deadline = time.monotonic() + 60
+    while not written.exists():
+        assert job.poll() is None, job.output()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    stage = int(written.read_text())
     job.send_signal(number)
     assert job.wait() == (-number if number == signal.SIGKILL else 1)
-    deadline = time.monotonic() + 30
-    while (left := [pid for pid in stages if is_running(pid)]) and time.monotonic() < deadline:
+    assert ("once more" in job.output()[1]) == (number != signal.SIGKILL)
+    while is_running(stage):
+        assert number == signal.SIGKILL
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert left == []
-    with locked(out, "nobody"):
-        assert sorted(path.name for path in (out / "text" / "train").glob("*.txt")) == ["0.txt", "1.txt"], "kept"
 
 
-def descendants(pid: int) -> set[int]:
-    """Processes that a process has started, and theirs."""
-    children = {int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-    return children.union(*(descendants(child) for child in children))
+def test_a_folder_runs_one_recipe_at_a_time(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe's stages hold its lock, too."""
+    held = []
+
+    def run(pipeline: Pipeline) -> None:
+        held.append(pipeline._held)
+        with pytest.raises(InputError, match=rf"another run of a recipe is at work there \(process {os.getpid()}\)"):
+            RecipeRun(job_of(text, tmp_path / "out"), LARGE).run()
+
+    monkeypatch.setattr(recipe_module.Pipeline, "run", run)
+    RecipeRun(job_of(text, tmp_path / "out"), LARGE).run()
+    assert len(held) == len(held[0]) == 1
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_models_that_do_not_fit_side_by_side_run_alone(text: Path, tmp_path: Path) -> None:
+    """A started run keeps its choice; one that an earlier version started ran one stage at a time."""
+    many = tmp_path / "many.txt"
+    many.write_text("word " * 400_000)
+    found = []
+    for memory in (64, 16):
+        machine = LARGE.model_copy(update={"memory_bytes": memory * GIB, "cores": 6})
+        run = RecipeRun(job_of(text, tmp_path / "out", scale="paper", text=(str(many),)), machine)
+        found.append((run.at_once, run.threads))
+    assert found == [(2, 3), (1, 6)]
+    out = tmp_path / "started"
+    machine = LARGE.model_copy(update={"cores": 6})
+    record = RecipeRun(job_of(text, out), machine)._record()
+    out.mkdir()
+    (out / "recipe.json").write_text(json.dumps(record))
+    assert RecipeRun(job_of(text, out), LARGE).at_once == 2
+    (out / "recipe.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("at_once", "threads")}))
+    assert RecipeRun(job_of(text, out), machine).at_once == 1
 
 
 def is_running(pid: int) -> bool:
+    """Whether a process exists; one that nobody has waited for yet is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
