@@ -17,8 +17,8 @@ from typing import Any
 from harness import Table, in_child, in_turn, peak_above, ratios, spread
 
 WINDOW = 128
-# The demo's: two teachers of 32 sampled ids, batches of 16 windows.
-DEMO_STEPS, DEMO_WARM, DEMO_BATCH, DEMO_ROUNDS = 40, 8, 16, 4
+# The demo's: 64 sampled ids of the mean of two teachers, batches of 8 windows.
+DEMO_STEPS, DEMO_WARM, DEMO_BATCH, DEMO_ROUNDS = 40, 8, 8, 4
 # V = 16,000 as in the seeds' recipes; one teacher of 64 ids.
 V, BATCH, STEPS, ROUNDS = 16_000, 8, 3, 4
 STUDENT = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}

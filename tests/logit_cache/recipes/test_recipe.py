@@ -380,7 +380,7 @@ def test_no_stage_outlives_a_pipeline(tmp_path: Path, number: signal.Signals) ->
     script.write_text(_SLEEPER.format(python=sys.executable, path=sys.path, number=str(written)))
     script.chmod(0o755)
     job = processes.start_code(_PIPELINE, tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not written.exists():
         assert job.poll() is None, job.output()
         assert time.monotonic() < deadline
