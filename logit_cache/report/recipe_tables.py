@@ -61,9 +61,9 @@ def models_table(findings: RecipeFindings) -> Table:
     pairs = "BLiMP" if is_blimp(findings.models) else "minimal pairs"
     source = "logit-cache evaluate" if findings.scored_by_evaluate else "the runs' own reports"
     note = (
-        f"Mean over seeds; ± is their standard deviation. Loss and KL in nats per token; held-out metrics from {source}. "
-        "The best epoch is the one whose weights were kept. KL is that from a student's teachers, ≥ where all ids beyond "
-        f"the stored ones count as one outcome. {pairs[0].upper()}{pairs[1:]}: unweighted mean over groups."
+        f"Mean over seeds; ± is their standard deviation. Loss and KL in nats per token; metrics from {source}. "
+        "The best epoch is that of the kept weights. KL is that from a student's teachers, ≥ where all ids beyond the "
+        f"stored ones count as one outcome. {pairs[0].upper()}{pairs[1:]}: unweighted mean over groups."
     )
     head = ("model", "seeds", "parameters", "tokens seen", "held-out loss", "best epoch")
     metrics = ("perplexity", "bits per byte", "ECE", "KL to teachers", pairs)
