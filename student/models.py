@@ -13,12 +13,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from storage.errors import InputError
+from storage.progress import Log
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -107,6 +109,7 @@ def load_student(
     special_ids: Mapping[str, int | None],
     window_tokens: int,
     seed: int,
+    log: Log | None = None,
 ) -> PreTrainedModel:
     """A causal language model in float32 on the CPU, in training mode.
 
@@ -117,9 +120,11 @@ def load_student(
     repository is ever run.
 
     vocabulary_size: V; the model may have more columns, which no target falls on, but not fewer.
-    special_ids: the tokenizer's, by "bos", "eos" and "pad", None where it has none; written into the configuration.
-    A pad id that is also the bos or eos id is left out: transformers would freeze that token's embedding at zero.
+    special_ids: the tokenizer's, by "bos", "eos" and "pad", None where it has none; written into the configuration of
+    a new model. One that has weights keeps its own, which may be several, and gets those that it lacks. A pad id that
+    is also a bos or eos id is left out: transformers would freeze that token's embedding at zero.
     window_tokens: positions that a training window reads.
+    log: receives a line for each thing about a model with weights that differs from what its files say.
 
     Raises InputError for an unknown name, a broken file or directory, a model type that transformers does not know
     as a causal language model, missing weights, too few columns or positions, and a model whose output at a position
@@ -139,7 +144,9 @@ def load_student(
     else:
         if not path.is_dir():
             _refuse_missing(spec)
-        model = _from_weights(spec, path, vocabulary_size, special_ids, window_tokens)
+        model = _from_weights(spec, path, vocabulary_size, window_tokens)
+        _add_missing_ids(model, spec, special_ids, log)
+        _make_generation_valid(model, spec, log)
     _probe(model, spec, vocabulary_size, window_tokens)
     model.train()
     return model
@@ -245,9 +252,7 @@ def _from_scratch(config: PretrainedConfig, spec: str, seed: int) -> PreTrainedM
     return model
 
 
-def _from_weights(
-    spec: str, path: Path, vocabulary_size: int, special_ids: Mapping[str, int | None], window_tokens: int
-) -> PreTrainedModel:
+def _from_weights(spec: str, path: Path, vocabulary_size: int, window_tokens: int) -> PreTrainedModel:
     """A model directory's or hub repository's weights, as float32: mixed precision is the trainer's choice."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -275,10 +280,52 @@ def _from_weights(
             f"{spec}: {len(missing)} weights of a {type(model).__name__} are missing ({', '.join(missing[:3])}, …) and "
             "would start at random: take a complete causal language model"
         )
-    for name, value in _token_ids(special_ids).items():
-        setattr(model.config, name, value)
-        setattr(model.generation_config, name, value)
     return model
+
+
+def _add_missing_ids(model: PreTrainedModel, spec: str, special_ids: Mapping[str, int | None], log: Log | None) -> None:
+    """Give a model the tokenizer's special ids where neither its configuration nor its generation config has any."""
+    records = [one for one in (model.config, model.generation_config) if one is not None]
+
+    def own(name: str) -> set[int]:
+        found = [getattr(record, name, None) for record in records]
+        return {id for ids in found if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
+
+    added = []
+    for name, value in _token_ids(special_ids).items():
+        frozen = name == "pad_token_id" and value in own("bos_token_id") | own("eos_token_id")
+        if value is None or frozen or own(name):
+            continue
+        for record in records:
+            setattr(record, name, value)
+        added.append(f"{name} {value}")
+    if added and log is not None:
+        log(f"{spec}: its configuration does not have {' and '.join(added)}, which the tokenizer has: added")
+
+
+def _make_generation_valid(model: PreTrainedModel, spec: str, log: Log | None) -> None:
+    """Put options that transformers would refuse to save back to their defaults; generation ignored them.
+
+    Base models ship them, such as a temperature beside `do_sample: false`, and are loaded without an error.
+    """
+    from transformers import GenerationConfig
+
+    generation = model.generation_config
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+        return
+    except ValueError as error:
+        names = re.findall(r"^- `(\w+)`:", str(error), flags=re.MULTILINE)
+    ignored = ", ".join(f"{name} {getattr(generation, name)}" for name in names)
+    default = GenerationConfig()
+    for name in names:
+        setattr(generation, name, getattr(default, name))
+    with _explained(f"{spec}: its generation_config.json is not valid: correct it, or remove it"):
+        generation.validate(strict=True)
+    if log is not None:
+        log(f"{spec}: its generation_config.json has {ignored}, which its other options make void: saved without")
 
 
 def _check_config(config: PretrainedConfig, spec: str, vocabulary_size: int, window_tokens: int) -> None:

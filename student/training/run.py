@@ -82,7 +82,7 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
     if finished is not None:
         run.log(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
         return finished
-    model = _load_model(run.job, run.data.windows)
+    model = _load_model(run.job, run.data.windows, run.log)
     # No process may look at the folder while the first one starts to write there.
     PartialState().wait_for_everyone()
     with run.output.reserved(run.identity, processes=run.args.world_size):
@@ -270,13 +270,14 @@ def special_ids(cache: str) -> dict[str, int | None]:
     return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def _load_model(job: StudentJob, windows: DistillationWindows) -> PreTrainedModel:
+def _load_model(job: StudentJob, windows: DistillationWindows, log: Log) -> PreTrainedModel:
     model = load_student(
         job.model,
         vocabulary_size=windows.vocabulary_size,
         special_ids=special_ids(job.cache),
         window_tokens=job.window_tokens,
         seed=job.seed,
+        log=log,
     )
     choose_head(model, job.fused_head)
     return model

@@ -29,10 +29,8 @@ LLAMA = {
 
 
 def load(spec: str | Path, vocabulary_size: int = V, window_tokens: int = 32, seed: int = 0, **more: Any) -> Any:
-    special_ids = more.pop("special_ids", SPECIAL)
-    return load_student(
-        str(spec), vocabulary_size=vocabulary_size, special_ids=special_ids, window_tokens=window_tokens, seed=seed
-    )
+    more = {"special_ids": SPECIAL, **more}
+    return load_student(str(spec), vocabulary_size=vocabulary_size, window_tokens=window_tokens, seed=seed, **more)
 
 
 def refused(spec: str | Path, **more: Any) -> str:
@@ -164,6 +162,53 @@ def test_weights_are_loaded_as_float32(directory: Path) -> None:
     assert model.dtype == torch.float32
     assert torch.equal(model.lm_head.weight, saved.lm_head.weight.float())
     assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.pad_token_id) == (2, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("own", "saved"),
+    [
+        # Several ids that end a reply; a tokenizer that has one of them, or none.
+        ({"eos_token_id": [7, 9], "bos_token_id": 5}, {"eos_token_id": [7, 9], "bos_token_id": 5, "pad_token_id": 0}),
+        ({"eos_token_id": 0, "bos_token_id": 5}, {"eos_token_id": 0, "bos_token_id": 5, "pad_token_id": None}),
+        ({"eos_token_id": None, "bos_token_id": None}, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}),
+        ({"eos_token_id": 7, "pad_token_id": 8}, {"eos_token_id": 7, "bos_token_id": 1, "pad_token_id": 8}),
+    ],
+)
+def test_a_model_with_weights_keeps_its_special_ids(
+    directory: Path, own: dict[str, Any], saved: dict[str, Any], tmp_path: Path
+) -> None:
+    """What it lacks is added, and said; whether its ids are in config.json or in generation_config.json."""
+    for file in ("config.json", "generation_config.json"):
+        path = directory / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    said: list[str] = []
+    load(directory, log=said.append).save_pretrained(tmp_path / "again")
+    for file in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "again" / file).read_text())
+        assert {name: found.get(name) for name in saved} == saved
+    added = [f"{name} {value}" for name, value in saved.items() if value is not None and own.get(name) is None]
+    added = [one for one in added if one != "bos_token_id 1" or "bos_token_id" in own]
+    assert (added == []) == (said == [])
+    assert all(one in said[0] for one in added)
+
+    said.clear()
+    load(directory, special_ids={}, log=said.append).save_pretrained(tmp_path / "none")
+    found = json.loads((tmp_path / "none" / "generation_config.json").read_text())
+    assert {name: found.get(name) for name in own} == own
+    assert said == []
+
+
+def test_a_generation_config_that_cannot_be_saved_is_put_right_and_said(directory: Path, tmp_path: Path) -> None:
+    path = directory / "generation_config.json"
+    shipped = json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_length": 99}
+    path.write_text(json.dumps(shipped))
+    said: list[str] = []
+    load(directory, log=said.append).save_pretrained(tmp_path / "again")
+    (line,) = [one for one in said if "generation_config.json" in one]
+    assert "temperature 0.6, top_p 0.9" in line
+    found = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert found["max_length"] == 99
+    assert not found.keys() & {"temperature", "top_p"}
 
 
 def test_an_unknown_name_lists_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
