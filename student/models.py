@@ -319,7 +319,8 @@ def _make_generation_valid(model: PreTrainedModel, spec: str, log: Log | None) -
     except ValueError as error:
         names = re.findall(r"^- `(\w+)`:", str(error), flags=re.MULTILINE)
     ignored = ", ".join(f"{name} {getattr(generation, name)}" for name in names)
-    default = GenerationConfig()
+    make: Any = GenerationConfig
+    default = make()
     for name in names:
         setattr(generation, name, getattr(default, name))
     with _explained(f"{spec}: its generation_config.json is not valid: correct it, or remove it"):
