@@ -81,7 +81,9 @@ def test_its_table_and_its_page_and_nothing_to_do_again(whole: tuple[Path, str],
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("demo")
-@pytest.mark.parametrize("even", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "even", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)], ids=lambda number: number.name
+)
 def test_ended_at_each_stage(whole: tuple[Path, str], text: Path, tmp_path: Path, even: signal.Signals) -> None:
     """No process is left, and the same command resumes to the same result."""
     odd = signal.SIGKILL if even == signal.SIGTERM else signal.SIGTERM
