@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from storage import LogitCache
-from storage.errors import IdentityMismatch
-from storage.format.identity import vocabulary_sha256
 from student.job import StudentJob
+from student.vocabulary import check_vocabulary
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
@@ -61,7 +60,7 @@ def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
     Raises InputError for a model that cannot be loaded or whose context is shorter than the job's windows, and
     IdentityMismatch for a teacher of another tokenizer.
     """
-    record = LogitCache.open(job.cache).record
+    cache = LogitCache.open(job.cache)
     teachers = []
     for source in job.live_teachers:
         teacher = HuggingFaceTeacher.load(
@@ -71,15 +70,9 @@ def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
             logit_budget_bytes=chunk_bytes(device, len(job.live_teachers)),
         )
         teacher.check_context(job.window_tokens)
-        vocabulary = teacher.vocabulary()
-        if vocabulary is not None and vocabulary_sha256(vocabulary) != record.tokenizer.vocabulary_sha256:
-            raise IdentityMismatch(
-                f"{source}: its tokenizer is not the one of {job.cache}",
-                [f"vocabulary_sha256: {vocabulary_sha256(vocabulary)} and {record.tokenizer.vocabulary_sha256}"],
-                "A teacher must have the ids of the text that it reads",
-            )
+        check_vocabulary(cache, teacher.vocabulary(), source, "A teacher must have the ids of the text that it reads")
         teachers.append(teacher)
     if len(teachers) == 1:
         return LiveTeacher(teachers[0])
     assert job.combine is not None
-    return LiveTeacher(EnsembleTeacher(teachers, job.combine, record.tokenizer.vocabulary_size))
+    return LiveTeacher(EnsembleTeacher(teachers, job.combine, cache.vocabulary_size))

@@ -78,9 +78,12 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
     named = [(source, teacher.vocabulary()) for source, teacher in zip(job.teacher, teachers, strict=True)]
     known = [(source, vocabulary) for source, vocabulary in named if vocabulary is not None]
     for source, vocabulary in known[1:]:
-        _check_vocabulary(
-            known[0][1], vocabulary, source, known[0][0], "Members of an ensemble must share their tokenizer's ids."
-        )
+        if vocabulary != known[0][1]:
+            raise IdentityMismatch(
+                f"{source}: its tokenizer is not the one of {known[0][0]}",
+                differing_entries(known[0][1], vocabulary),
+                "Members of an ensemble must share their tokenizer's ids.",
+            )
     return teachers
 
 
@@ -214,10 +217,10 @@ def _one_teacher(job: CacheJob, cache: LogitCache, teachers: Sequence[HuggingFac
 
     A model without tokenizer files can only be checked by its head.
     """
-    from logit_cache.corpus.tokenizer import cache_vocabulary
+    from student.vocabulary import check_vocabulary
     from teachers.ensemble import EnsembleTeacher
 
-    vocabulary_size, ours = cache.vocabulary_size, None
+    vocabulary_size = cache.vocabulary_size
     for source, teacher in zip(job.teacher, teachers, strict=True):
         if teacher.head_columns < vocabulary_size:
             raise InputError(
@@ -225,18 +228,8 @@ def _one_teacher(job: CacheJob, cache: LogitCache, teachers: Sequence[HuggingFac
                 f"{vocabulary_size} ids; a teacher must be able to score every id: use the teacher that this "
                 f"tokenizer belongs to, or make a cache with the teacher's tokenizer"
             )
-        theirs = teacher.vocabulary()
-        if theirs is not None:
-            ours = ours or cache_vocabulary(cache)
-            remedy = f"Make a cache with this teacher's tokenizer: logit-cache tokenize --tokenizer {source}"
-            _check_vocabulary(ours, theirs, source, job.cache, remedy)
+        remedy = f"Make a cache with this teacher's tokenizer: logit-cache tokenize --tokenizer {source}"
+        check_vocabulary(cache, teacher.vocabulary(), source, remedy)
     if job.combine is None:
         return teachers[0]
     return EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)
-
-
-def _check_vocabulary(ours: dict[str, int], theirs: dict[str, int], source: str, other: str, remedy: str) -> None:
-    if ours != theirs:
-        raise IdentityMismatch(
-            f"{source}: its tokenizer is not the one of {other}", differing_entries(ours, theirs), remedy
-        )

@@ -54,14 +54,6 @@ def open_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return _load(name, name, trust_remote_code, revision)
 
 
-def cache_vocabulary(cache: LogitCache) -> dict[str, int]:
-    """Token string → id in a cache's tokenizer, added tokens included."""
-    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-        cache.save_tokenizer(Path(folder))
-        vocabulary: dict[str, int] = _load(Path(folder), cache.url, False).get_vocab()
-    return vocabulary
-
-
 def train_tokenizer(lines: Iterable[str], vocabulary_size: int, special_tokens: Iterable[str] = ()) -> Any:
     """A byte-level BPE of `vocabulary_size` ids, or fewer where the text has no more pairs to merge.
 

@@ -27,13 +27,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from logit_cache.corpus.tokenizer import cache_vocabulary
 from logit_cache.fidelity.rescore import Sample, live_values, sample_windows, stored_values, take_sample
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IncompleteCache, InputError
 from storage.format.identity import differing_entries
 from storage.format.manifest import TeacherEntry, Versions
+from student.vocabulary import cache_vocabulary
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher

@@ -23,7 +23,7 @@ from storage.format.sealing import canonical_json
 # A tokenizer.json stores the options of its last call. They do not change which ids a text gets here.
 _VOLATILE = ("padding", "truncation")
 # AutoTokenizer can read a folder that has any of these.
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -37,7 +37,7 @@ _BLOCK = 1 << 20  # entries of a token stream that are hashed at a time
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder contains the files of a tokenizer."""
-    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def vocabulary_sha256(vocabulary: Mapping[str, int]) -> str:
@@ -53,17 +53,17 @@ def vocabulary_size(vocabulary: Mapping[str, int]) -> int:
 
 
 def differing_entries(a: Mapping[str, int], b: Mapping[str, int], most: int = 5) -> list[str]:
-    """The ids with different strings in two vocabularies, ascending; `a` is the one here, `b` the teacher's.
+    """The ids with different strings in two vocabularies, ascending; `a` is the one here, `b` the model's.
 
     At most `most` of them, and then the number of further ones; [] if the vocabularies are equal.
 
     >>> differing_entries({"a": 0, "cat": 1}, {"a": 0, "dog": 1, "e": 2})
-    ["id 1: 'cat' here, 'dog' in the teacher's", "id 2: nothing here, 'e' in the teacher's"]
+    ["id 1: 'cat' here, 'dog' in the model's", "id 2: nothing here, 'e' in the model's"]
     """
     here, theirs = _strings(a), _strings(b)
     differing = sorted(index for index in here.keys() | theirs.keys() if here.get(index) != theirs.get(index))
     listed = [
-        f"id {index}: {here.get(index, 'nothing')} here, {theirs.get(index, 'nothing')} in the teacher's"
+        f"id {index}: {here.get(index, 'nothing')} here, {theirs.get(index, 'nothing')} in the model's"
         for index in differing[:most]
     ]
     more = len(differing) - len(listed)

@@ -6,7 +6,6 @@ Any causal language model that transformers saved can be evaluated; ours and oth
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -15,13 +14,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
-from storage.errors import IdentityMismatch, InputError
+from storage.errors import InputError
 from storage.files import replace_file
-from storage.format.identity import differing_entries, has_tokenizer, vocabulary_sha256
 from storage.progress import Track
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import HeldOut, held_out
@@ -39,6 +37,7 @@ from student.evaluation.minimal_pairs import (
 )
 from student.models import load_student
 from student.report import HeldOutKL
+from student.vocabulary import check_vocabulary, read_tokenizer
 
 
 class HeldOutScores(Reported):
@@ -106,7 +105,7 @@ def evaluate(job: EvaluationJob, track: Track | None = None) -> EvaluationReport
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
     if job.lm_eval_tasks is not None:
         check_folder(job.lm_eval_tasks)
-    tokenizer = _tokenizer(job.model)
+    tokenizer = read_tokenizer(Path(job.model).expanduser(), job.model)
     if pairs and tokenizer is None:
         raise InputError(
             f"{job.model}: expected a tokenizer beside the model, to read sentences with, found none: "
@@ -117,7 +116,12 @@ def evaluate(job: EvaluationJob, track: Track | None = None) -> EvaluationReport
         windows = DistillationWindows(
             job.cache, job.teachers, job.window_tokens, isolate_documents=job.isolate_documents
         )
-        _check_vocabulary(job, LogitCache.open(job.cache), tokenizer)
+        check_vocabulary(
+            LogitCache.open(job.cache),
+            None if tokenizer is None else tokenizer.get_vocab(),
+            job.model,
+            f"Make the held-out cache with this model's: logit-cache tokenize --tokenizer {job.model}",
+        )
     sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
     model = _load(job, sentences, tokenizer, windows, device)
 
@@ -156,40 +160,6 @@ def _device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"device {asked!r} cannot be used: {reason}: try --device cpu") from None
     return device
-
-
-def _tokenizer(model: str) -> Any:
-    """The tokenizer beside a model, None where there is none."""
-    folder = Path(model).expanduser()
-    # AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
-    if not has_tokenizer(folder):
-        return None
-    try:
-        auto: Any = AutoTokenizer
-        return auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers' exceptions have no common class
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(
-            f"{model}: the tokenizer beside the model cannot be read ({reason}): save it again with save_pretrained"
-        ) from error
-
-
-def _check_vocabulary(job: EvaluationJob, cache: LogitCache, tokenizer: Any) -> None:
-    """Raise IdentityMismatch for a stream of another vocabulary; a model without a tokenizer is not checked."""
-    if tokenizer is None:
-        return
-    theirs = dict(tokenizer.get_vocab())
-    if vocabulary_sha256(theirs) == cache.record.tokenizer.vocabulary_sha256:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        cache.save_tokenizer(Path(folder))
-        auto: Any = AutoTokenizer
-        ours = dict(auto.from_pretrained(folder, local_files_only=True).get_vocab())
-    raise IdentityMismatch(
-        f"{job.model}: its tokenizer is not the one of {job.cache}",
-        differing_entries(ours, theirs),
-        f"Make the held-out cache with this model's: logit-cache tokenize --tokenizer {job.model}",
-    )
 
 
 def _load(

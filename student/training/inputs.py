@@ -20,8 +20,10 @@ from student.loss.dense import DenseLoss, LogitSource
 from student.loss.distillation import DistillationLoss, tail_of
 from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
+from student.models import PRESETS
 from student.report import LiveTeachers
 from student.training.step import windows_per_step
+from student.vocabulary import check_vocabulary, model_folder, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Data:
 def open_caches(job: StudentJob) -> Caches:
     """Open the caches of a job and check that they, their entries and its windows fit together."""
     names = [teacher.name for teacher in job.teachers]
+    _check_tokenizer(job)
     windows = DistillationWindows(job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents)
     provenance = {"cache": digest(windows.record)}
     provenance |= {f"cache/{name}": digest(entry) for name, entry in windows.entries.items()}
@@ -73,6 +76,15 @@ def open_caches(job: StudentJob) -> Caches:
         provenance["eval_cache"] = digest(eval_windows.record)
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
     return Caches(windows, eval_windows, eval_members, not_measured, provenance)
+
+
+def _check_tokenizer(job: StudentJob) -> None:
+    """Refuse a student of another tokenizer than the text's: it would be saved with the wrong one."""
+    folder = None if job.model in PRESETS else model_folder(job.model)
+    tokenizer = None if folder is None else read_tokenizer(folder, job.model)
+    if tokenizer is not None:
+        remedy = f"Make a cache with this student's tokenizer: logit-cache tokenize --tokenizer {job.model}"
+        check_vocabulary(LogitCache.open(job.cache), tokenizer.get_vocab(), job.model, remedy)
 
 
 def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None) -> Data:

@@ -17,9 +17,9 @@ import transformers
 from torch import Tensor
 
 from storage.errors import InputError
-from storage.format.identity import has_tokenizer
 from storage.format.manifest import Teacher as TeacherRecord
 from storage.format.manifest import TeacherIdentity
+from student.vocabulary import read_tokenizer
 from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.model_files import ModelFiles, config_sha256, find_model, weights_sha256
 from teachers.huggingface.scoring import choose_path, forward, is_causal
@@ -149,20 +149,9 @@ class HuggingFaceTeacher:
 
         Raises `InputError` for one that cannot be read.
         """
-        directory = self._files.directory
-        if not has_tokenizer(directory):
-            return None
-        try:
-            with _quiet_transformers():
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    directory, local_files_only=True, trust_remote_code=self._trust_remote_code
-                )
-            return dict(tokenizer.get_vocab())
-        except Exception as error:
-            raise InputError(
-                f"{self._files.asked}: the tokenizer beside the model cannot be read ({_first_line(error)}): "
-                f"save it again, or remove its files"
-            ) from error
+        with _quiet_transformers():
+            tokenizer = read_tokenizer(self._files.directory, self._files.asked, self._trust_remote_code)
+        return None if tokenizer is None else dict(tokenizer.get_vocab())
 
     def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
         """Logits float32 [r, columns] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""

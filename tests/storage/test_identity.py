@@ -37,19 +37,19 @@ def test_size_is_the_largest_id_and_one() -> None:
 def test_differing_entries_name_id_and_both_strings() -> None:
     theirs = {"<pad>": 0, "über": 1, "dog": 2, "more": 9}
     assert differing_entries(VOCABULARY, theirs) == [
-        "id 2: 'cat' here, 'dog' in the teacher's",
-        "id 7: 'dog' here, nothing in the teacher's",
-        "id 9: nothing here, 'more' in the teacher's",
+        "id 2: 'cat' here, 'dog' in the model's",
+        "id 7: 'dog' here, nothing in the model's",
+        "id 9: nothing here, 'more' in the model's",
     ]
     assert differing_entries(VOCABULARY, dict(VOCABULARY)) == []
-    assert differing_entries({"a": 0, "b": 0}, {"a": 0}) == ["id 0: 'a' and 'b' here, 'a' in the teacher's"]
+    assert differing_entries({"a": 0, "b": 0}, {"a": 0}) == ["id 0: 'a' and 'b' here, 'a' in the model's"]
 
 
 def test_differing_entries_are_counted_beyond_the_most() -> None:
     ours, theirs = {f"a{i}": i for i in range(12)}, {f"b{i}": i for i in range(12)}
     listed = differing_entries(ours, theirs, most=3)
     assert len(listed) == 4
-    assert listed[2:] == ["id 2: 'a2' here, 'b2' in the teacher's", "and 9 more ids"]
+    assert listed[2:] == ["id 2: 'a2' here, 'b2' in the model's", "and 9 more ids"]
     assert len(differing_entries(ours, theirs, most=12)) == 12
 
 

@@ -25,8 +25,8 @@ ROOMS = {
         ("errors",), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",),
     ),
     "student": (
-        ("labels", "models", "lifeline"), ("cli_command",), ("data", "loss"), ("job",), ("report",), ("evaluation",),
-        ("training",), ("sweep",), ("cli",),
+        ("labels", "models", "lifeline", "vocabulary"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
+        ("evaluation",), ("training",), ("sweep",), ("cli",),
     ),
     "teachers": (("ranks",), ("base",), ("huggingface", "reduction"), ("batch_size", "ensemble"), ("live",), ("cli",)),
     "logit_cache": (("text", "describe"), ("corpus",), ("caching",), ("fidelity",), ("engines",), ("cli",)),

@@ -27,9 +27,9 @@ from logit_cache.corpus import pieces, sources
 from logit_cache.corpus import tokenize as corpus
 from logit_cache.corpus.sources import Meter, Reading, find_sources, read_sources
 from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
-from logit_cache.corpus.tokenizer import cache_vocabulary
 from storage import LogitCache
 from storage.errors import InputError
+from student.vocabulary import cache_vocabulary
 
 
 @pytest.fixture(scope="session")

@@ -392,6 +392,27 @@ def test_a_full_disk_is_reported_and_the_run_resumes_afterwards(world: Path, tmp
     assert (report.steps, report.resumed_from_step) == (4, 0)
 
 
+def test_a_student_of_another_tokenizer_is_refused(world: Path, tmp_path: Path) -> None:
+    """With the ids that differ; its own cache's tokenizer, or none, is accepted."""
+    model = tmp_path / "model"
+    train(job_in(world, model))
+    for name in ("run.json", "report.json"):
+        (model / name).unlink()
+    train(job_in(world, tmp_path / "again", model=str(model)))
+    other = json.loads((model / "tokenizer.json").read_text())
+    words = other["model"]["vocab"]
+    words["t3"], words["t60"] = words["t60"], words["t3"]
+    (model / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(IdentityMismatch, match="its tokenizer is not the one of") as caught:
+        train(job_in(world, tmp_path / "out", model=str(model)))
+    assert "id 3: 't3' here, 't60' in the model's" in str(caught.value)
+    assert f"logit-cache tokenize --tokenizer {model}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    train(job_in(world, tmp_path / "out", model=str(model)))
+
+
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     folder, other = (OutputDirectory(str(tmp_path / "out")) for _ in range(2))
     with (

@@ -1,0 +1,63 @@
+"""The tokenizer beside a model, and whether a model and a cache agree on which id is which string."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage import LogitCache
+from storage.errors import IdentityMismatch, InputError
+from storage.format.identity import TOKENIZER_FILES, differing_entries, has_tokenizer, vocabulary_sha256
+
+
+def read_tokenizer(folder: Path, asked: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model's folder, or None where there is none; `asked` is the model as the user named it.
+
+    Raises InputError for one that cannot be read.
+    """
+    # AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
+    if not has_tokenizer(folder):
+        return None
+    from transformers import AutoTokenizer
+
+    auto: Any = AutoTokenizer
+    try:
+        return auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers' exceptions have no common class
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        raise InputError(
+            f"{asked}: the tokenizer beside the model cannot be read ({reason}): save it again, or remove its files"
+        ) from error
+
+
+def model_folder(model: str) -> Path | None:
+    """The folder with the tokenizer files of a model directory or of a hub id; None for anything else."""
+    path = Path(model).expanduser()
+    if path.exists() or "/" not in model:
+        return path if path.is_dir() else None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(TOKENIZER_FILES)))
+    except Exception:  # whoever loads the model says what is wrong with its id or the network
+        return None
+
+
+def cache_vocabulary(cache: LogitCache) -> dict[str, int]:
+    """Token string → id in a cache's tokenizer, added tokens included."""
+    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
+        cache.save_tokenizer(Path(folder))
+        return dict(read_tokenizer(Path(folder), cache.url).get_vocab())
+
+
+def check_vocabulary(cache: LogitCache, theirs: Mapping[str, int] | None, source: str, remedy: str) -> None:
+    """Raise IdentityMismatch, with the ids that differ, for a model of another vocabulary; None is not checked."""
+    if theirs is None or vocabulary_sha256(theirs) == cache.record.tokenizer.vocabulary_sha256:
+        return
+    ours = cache_vocabulary(cache)
+    if ours != theirs:
+        raise IdentityMismatch(
+            f"{source}: its tokenizer is not the one of {cache.url}", differing_entries(ours, theirs), remedy
+        )
