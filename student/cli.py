@@ -27,6 +27,12 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     _run("--cache", metavar="URL", help="Cache whose token stream is trained on."),
     _run("--model", metavar="PRESET|JSON|DIR", help="Preset, config.json, or model directory or hub id."),
     _run("--output-dir", metavar="DIR", help="Directory of this run alone; the model is saved there."),
+    _run("--attention", metavar="NAME", help="Implementation of attention, as sdpa or eager [transformers' choice]."),
+    _run(
+        "--save-dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Of the saved weights [as the student's own weights are; float32 for a new one].",
+    ),
     _run("--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."),
     _run("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of TrainingArguments; repeatable."),
     _run("--config", metavar="YAML", help="File with these fields; `training:` holds TrainingArguments."),

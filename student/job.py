@@ -25,6 +25,9 @@ class StudentJob(Objective):
     cache               path or URL of the cache to train on
     teachers            entries of the cache to learn from; "NAME" and "NAME:WEIGHT" are understood
     model               preset, JSON configuration, model directory or hub id
+    attention           implementation of attention for transformers to use; by default its own choice
+    save_dtype          of the saved weights; by default that of a student's own weights on disk, float32 for a new one.
+                        Training computes in float32, or as the training fields say
     window_tokens       positions of a training window
     offset              fixed blocks, or a random offset for every block and epoch
     isolate_documents   whether windows stay inside documents; by default as for the teachers
@@ -49,6 +52,8 @@ class StudentJob(Objective):
     cache: str
     teachers: tuple[TeacherWeight, ...] = ()
     model: str
+    attention: str | None = None
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     window_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 128
     offset: Literal["fixed", "random"] = "fixed"
     isolate_documents: bool | None = None

@@ -109,6 +109,7 @@ def load_student(
     special_ids: Mapping[str, int | None],
     window_tokens: int,
     seed: int,
+    attention: str | None = None,
     log: Log | None = None,
 ) -> PreTrainedModel:
     """A causal language model in float32 on the CPU, in training mode.
@@ -124,6 +125,7 @@ def load_student(
     a new model. One that has weights keeps its own, which may be several, and gets those that it lacks. A pad id that
     is also a bos or eos id is left out: transformers would freeze that token's embedding at zero.
     window_tokens: positions that a training window reads.
+    attention: one of transformers' implementations, None for its own choice.
     log: receives a line for each thing about a model with weights that differs from what its files say.
 
     Raises InputError for an unknown name, a broken file or directory, a model type that transformers does not know
@@ -135,21 +137,35 @@ def load_student(
     if spec in PRESETS:
         config = preset_config(spec, vocabulary_size, special_ids)
         _check_config(config, spec, vocabulary_size, window_tokens)
-        return _from_scratch(config, spec, seed)
+        return _from_scratch(config, spec, seed, attention)
     path = Path(spec).expanduser()
     if path.is_file():
         config = config_of(read_settings(path), str(path), vocabulary_size, special_ids)
         _check_config(config, spec, vocabulary_size, window_tokens)
-        model = _from_scratch(config, spec, seed)
+        model = _from_scratch(config, spec, seed, attention)
     else:
         if not path.is_dir():
             _refuse_missing(spec)
-        model = _from_weights(spec, path, vocabulary_size, window_tokens)
+        model = _from_weights(spec, path, vocabulary_size, window_tokens, attention)
         _add_missing_ids(model, spec, special_ids, log)
         _make_generation_valid(model, spec, log)
     _probe(model, spec, vocabulary_size, window_tokens)
     model.train()
     return model
+
+
+def stored_dtype(spec: str) -> str:
+    """The dtype of a model's weights on disk, by its configuration; float32 for a new model, or where none is named."""
+    from transformers import AutoConfig
+
+    path = Path(spec).expanduser()
+    if spec in PRESETS or path.is_file():
+        return "float32"
+    with _explained(f"{spec}: its configuration cannot be read"):
+        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    name = str(found).removeprefix("torch.")
+    return name if name in ("bfloat16", "float16") else "float32"
 
 
 def check_settings(
@@ -234,7 +250,7 @@ def _refuse_misspelt(where: str, data: Mapping[str, Any], default: PretrainedCon
             )
 
 
-def _from_scratch(config: PretrainedConfig, spec: str, seed: int) -> PreTrainedModel:
+def _from_scratch(config: PretrainedConfig, spec: str, seed: int, attention: str | None) -> PreTrainedModel:
     """Random weights, a function of the configuration and the seed."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -247,12 +263,14 @@ def _from_scratch(config: PretrainedConfig, spec: str, seed: int) -> PreTrainedM
     ):
         torch.default_generator.manual_seed(seed)
         auto: Any = AutoModelForCausalLM
-        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
     model.train()
     return model
 
 
-def _from_weights(spec: str, path: Path, vocabulary_size: int, window_tokens: int) -> PreTrainedModel:
+def _from_weights(
+    spec: str, path: Path, vocabulary_size: int, window_tokens: int, attention: str | None
+) -> PreTrainedModel:
     """A model directory's or hub repository's weights, as float32: mixed precision is the trainer's choice."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -272,6 +290,7 @@ def _from_weights(spec: str, path: Path, vocabulary_size: int, window_tokens: in
             dtype=torch.float32,
             local_files_only=local,
             trust_remote_code=False,
+            attn_implementation=attention,
             output_loading_info=True,
         )
     missing = sorted(report["missing_keys"])

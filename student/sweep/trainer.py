@@ -65,7 +65,7 @@ class SweepTrainer(DistillationTrainer):
         first = job_inputs(inputs.caches, job)
         self._loaded_for(first)
         super().__init__(
-            load_student(first.job.model, **self._fitting, seed=first.job.seed),
+            load_student(first.job.model, **self._fitting, seed=first.job.seed, attention=first.job.attention),
             args,
             train_dataset=first.windows,
             eval_dataset=first.eval_windows,
@@ -209,7 +209,7 @@ class SweepTrainer(DistillationTrainer):
         in a run by itself.
         """
         job = self._data.job
-        model = load_student(job.model, **self._fitting, seed=job.seed)
+        model = load_student(job.model, **self._fitting, seed=job.seed, attention=job.attention)
         self.not_fused = bind_loss(model, self.distillation_loss, job.fused_head)
         model.config.use_cache = self.args.use_cache
         return model

@@ -32,9 +32,10 @@ from student.loss.dense import LogitSource
 from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound
-from student.models import PRESETS, load_student
+from student.models import PRESETS, load_student, stored_dtype
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import PRESENTATION, training_arguments, training_values
+from student.training.cast_weights import cast_weights
 from student.training.fsdp import check_checkpoint, check_fsdp
 from student.training.inputs import Data, check_step, job_inputs, open_caches
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
@@ -83,6 +84,7 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
         run.log(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
         return finished
     model = _load_model(run.job, run.data.windows, run.log)
+    dtype = run.job.save_dtype or stored_dtype(run.job.model)
     # No process may look at the folder while the first one starts to write there.
     PartialState().wait_for_everyone()
     with run.output.reserved(run.identity, processes=run.args.world_size):
@@ -97,8 +99,8 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
         held_out = _evaluate(run, trainer)
         report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
         with full_disk_is_reported(job.output_dir):
-            _publish(trainer, run.output, report, use_cache)
-    run.log(f"{job.output_dir}: the model, its tokenizer and report.json")
+            _publish(trainer, run.output, report, use_cache, dtype)
+    run.log(f"{job.output_dir}: the model in {dtype}, its tokenizer and report.json")
     return report
 
 
@@ -277,6 +279,7 @@ def _load_model(job: StudentJob, windows: DistillationWindows, log: Log) -> PreT
         special_ids=special_ids(job.cache),
         window_tokens=job.window_tokens,
         seed=job.seed,
+        attention=job.attention,
         log=log,
     )
     choose_head(model, job.fused_head)
@@ -337,7 +340,9 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
     return step
 
 
-def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: TrainingReport, use_cache: bool) -> None:
+def _publish(
+    trainer: DistillationTrainer, output: OutputDirectory, report: TrainingReport, use_cache: bool, dtype: str
+) -> None:
     # The base class switches the key-value cache off for training; a saved model would generate slowly.
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = use_cache
@@ -348,6 +353,7 @@ def _publish(trainer: DistillationTrainer, output: OutputDirectory, report: Trai
     if trainer.args.process_index == 0:
         # A pickle, and nothing in it that the report lacks.
         (output.stage / "training_args.bin").unlink(missing_ok=True)
+        cast_weights(output.stage, dtype)
         LogitCache.open(report.job.cache).save_tokenizer(output.stage)
         output.publish(report)
     trainer.accelerator.wait_for_everyone()

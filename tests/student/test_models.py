@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.errors import InputError
-from student.models import PRESET_VOCABULARY, PRESETS, describe_presets, load_student, preset_config
+from student.models import PRESET_VOCABULARY, PRESETS, describe_presets, load_student, preset_config, stored_dtype
 
 V = 101
 SPECIAL = {"bos": 1, "eos": 2, "pad": 0}
@@ -209,6 +209,22 @@ def test_a_generation_config_that_cannot_be_saved_is_put_right_and_said(director
     found = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     assert found["max_length"] == 99
     assert not found.keys() & {"temperature", "top_p"}
+
+
+def test_attention_is_chosen(directory: Path, tmp_path: Path) -> None:
+    for spec in (directory, config_file(tmp_path), "llama-tiny"):
+        assert load(spec, attention="eager").config._attn_implementation == "eager"
+        assert load(spec).config._attn_implementation == "sdpa"
+        assert "eage" in refused(spec, attention="eage")
+
+
+def test_the_dtype_of_stored_weights(directory: Path, tmp_path: Path) -> None:
+    assert stored_dtype(str(directory)) == "bfloat16"
+    assert stored_dtype("llama-tiny") == stored_dtype(str(config_file(tmp_path, dtype="bfloat16"))) == "float32"
+    config = json.loads((directory / "config.json").read_text())
+    del config["dtype"]
+    (directory / "config.json").write_text(json.dumps(config))
+    assert stored_dtype(str(directory)) == "float32"
 
 
 def test_an_unknown_name_lists_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

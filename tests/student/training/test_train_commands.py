@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from support.caches import small as fakes
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run
 from support.processes import start_code
 from support.runs import KILLED, LLAMA, V, arguments, job_in, make_world, python, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import student.training.arguments
 from storage.cache.writer import EntryWriter
@@ -26,6 +27,7 @@ from storage.errors import IdentityMismatch, InputError, StorageFull
 from storage.format.manifest import Windowing
 from student.cli import build_job, train_student
 from student.training.arguments import training_values
+from student.training.cast_weights import cast_weights
 from student.training.run import train
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
 from teachers.cli import train_teacher
@@ -411,6 +413,40 @@ def test_a_student_of_another_tokenizer_is_refused(world: Path, tmp_path: Path) 
     for path in model.glob("tokenizer*"):
         path.unlink()
     train(job_in(world, tmp_path / "out", model=str(model)))
+
+
+def test_a_model_is_saved_in_the_dtype_that_it_came_in(world: Path, tmp_path: Path) -> None:
+    """Or in the one that was asked for; training itself keeps float32."""
+    train(job_in(world, tmp_path / "new"))
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.bfloat16).save_pretrained(half)
+    found = {}
+    for name, asked in (("kept", None), ("asked", "float32"), ("new-half", "float16")):
+        model = {} if name == "new-half" else {"model": str(half)}
+        train(job_in(world, tmp_path / name, save_dtype=asked, **model))
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+        (dtype,) = {tensor.dtype for tensor in found[name].values()}
+        assert AutoConfig.from_pretrained(tmp_path / name).dtype == dtype
+    assert {str(tensor.dtype) for tensor in found["new-half"].values()} == {"torch.float16"}
+    for name, tensor in found["asked"].items():
+        assert torch.equal(tensor.bfloat16(), found["kept"][name])
+        assert not torch.equal(tensor, found["kept"][name].float()), "it was trained in float32"
+
+
+def test_a_model_of_several_files_is_cast_whole(world: Path, tmp_path: Path) -> None:
+    train(job_in(world, tmp_path / "new"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    model.save_pretrained(tmp_path / "parts", max_shard_size="8KB")
+    cast_weights(tmp_path / "parts", "bfloat16")
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "parts", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).bfloat16())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for path in (tmp_path / "parts").glob("*.safetensors") for tensor in load_file(path).values()
+    )
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
