@@ -84,15 +84,17 @@ def run_groups(runs: Sequence[tuple[str, RunFolder]]) -> _Groups:
 
 def training_figure(groups: _Groups) -> Figure:
     """Training loss against optimizer steps: a line for each group, and thin lines for its seeds."""
-    return _curves(groups, "Training loss (cross-entropy), nats per token", training_points, "optimizer steps")
+    return _curves(groups, "Training loss (cross-entropy), nats per token", training_points, "optimizer steps", "step")
 
 
 def held_out_figure(groups: _Groups) -> Figure:
     """Held-out loss against epochs, in which runs of other batches and schedules can be compared."""
-    return _curves(groups, "Held-out loss, nats per token", held_out_points, "epochs", dots=True)
+    return _curves(groups, "Held-out loss, nats per token", held_out_points, "epochs", "epoch", dots=True)
 
 
-def _curves(groups: _Groups, title: str, of: Callable[[TrainingRun], Points], unit: str, dots: bool = False) -> Figure:
+def _curves(
+    groups: _Groups, title: str, of: Callable[[TrainingRun], Points], unit: str, x_name: str, dots: bool = False
+) -> Figure:
     lines: list[Line] = []
     for label, style, runs in groups:
         by_seed = [(seed, points) for seed, run in runs if (points := of(run))]
@@ -103,7 +105,7 @@ def _curves(groups: _Groups, title: str, of: Callable[[TrainingRun], Points], un
             label = f"{label}, mean of {len(by_seed)} seeds"
         lines.append(Line(label, style, thinned(mean_points([points for _, points in by_seed])), dots=dots))
     y_range, note = _without_the_first(lines)
-    chart = line_chart(lines, f"{title}, against {unit}", unit, y_range=y_range)
+    chart = line_chart(lines, f"{title}, against {unit}", unit, y_range=y_range, x_name=x_name)
     if any(line.thin for line in lines):
         note = f"Thin lines are single seeds. {note}".rstrip()
     return Figure(title, chart, note)
