@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from student.labels import NOT_TRAINED
     from student.loss.distillation import DistillationLoss
     from student.loss.teacher_targets import Member
-    from student.models import load_student
+    from student.models.loading import load_student
     from student.report import TrainingReport
     from student.training.bound_forward import bind_loss, unbind_loss
     from student.training.run import train
@@ -33,7 +33,7 @@ _HOMES = {
     "bind_loss": "student.training.bound_forward",
     "collate": "student.data.batches",
     "flat_targets": "student.data.batches",
-    "load_student": "student.models",
+    "load_student": "student.models.loading",
     "reading_order": "student.data.windows",
     "train": "student.training.run",
     "unbind_loss": "student.training.bound_forward",

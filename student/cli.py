@@ -219,7 +219,7 @@ class PresetCommand(Command):
     """A command whose help ends with the presets, which are looked up only when help is printed."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from student.models import describe_presets
+        from student.models.presets import describe_presets
 
         super().format_epilog(ctx, formatter)
         write_lines(formatter, "Presets", describe_presets())

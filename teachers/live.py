@@ -13,7 +13,7 @@ from torch import Tensor
 
 from storage import LogitCache
 from student.job import StudentJob
-from student.vocabulary import check_vocabulary
+from student.models.vocabulary import check_vocabulary
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher

@@ -217,7 +217,7 @@ def _one_teacher(job: CacheJob, cache: LogitCache, teachers: Sequence[HuggingFac
 
     A model without tokenizer files can only be checked by its head.
     """
-    from student.vocabulary import check_vocabulary
+    from student.models.vocabulary import check_vocabulary
     from teachers.ensemble import EnsembleTeacher
 
     vocabulary_size = cache.vocabulary_size

@@ -29,7 +29,7 @@ from student.data.windows import target_arrays
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
-from student.models import load_student
+from student.models.loading import load_student
 from student.training.bound_forward import bind_loss, unbind_loss
 from teachers.base import Teacher
 from teachers.live import LiveTeacher, chunk_bytes

@@ -33,7 +33,7 @@ from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IncompleteCache, InputError
 from storage.format.identity import differing_entries
 from storage.format.manifest import TeacherEntry, Versions
-from student.vocabulary import cache_vocabulary
+from student.models.vocabulary import cache_vocabulary
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher

@@ -35,9 +35,10 @@ from student.evaluation.minimal_pairs import (
     sentences_of,
     tally,
 )
-from student.models import load_student
+from student.models.loading import load_student
+from student.models.tokenizer import read_tokenizer
+from student.models.vocabulary import check_vocabulary
 from student.report import HeldOutKL
-from student.vocabulary import check_vocabulary, read_tokenizer
 
 
 class HeldOutScores(Reported):

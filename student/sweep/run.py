@@ -19,13 +19,14 @@ from transformers.utils.logging import disable_progress_bar
 from storage.errors import InputError
 from storage.progress import Log
 from student.job import StudentJob
+from student.models.tokenizer import special_ids
 from student.sweep.record import INTERRUPTED, SweepFolder, SweepReport
 from student.sweep.search_space import Search
 from student.sweep.trainer import SweepInputs, SweepTrainer, TrialFailed
 from student.sweep.trial import OBJECTIVE, check_names, check_space
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.inputs import Caches, open_caches
-from student.training.run import model_digest, special_ids
+from student.training.run import model_digest
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
 
 _NEEDS = {"optuna": ("optuna",), "ray": ("ray.tune", "optuna")}

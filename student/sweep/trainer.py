@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from storage.errors import InputError, LogitCacheError
 from student.job import StudentJob
-from student.models import load_student
+from student.models.loading import load_student
 from student.sweep.record import SweepFolder, TrialRecord
 from student.sweep.search_space import Search
 from student.sweep.trial import MODEL, OBJECTIVE, STEP, WINDOWS, shown, trial_job, trial_settings, write_settings

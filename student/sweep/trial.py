@@ -24,7 +24,8 @@ from storage.errors import InputError
 from storage.progress import Log
 from student.job import StudentJob
 from student.loss.objective import Objective
-from student.models import PRESETS, check_settings, preset_settings, read_settings
+from student.models.configuration import check_settings, read_settings
+from student.models.presets import PRESETS, preset_settings
 from student.sweep.search_space import Search
 from student.training.arguments import PRESENTATION, RESERVED, training_arguments, training_values
 from student.training.inputs import Caches, check_step, job_inputs

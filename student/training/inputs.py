@@ -20,10 +20,11 @@ from student.loss.dense import DenseLoss, LogitSource
 from student.loss.distillation import DistillationLoss, tail_of
 from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
-from student.models import PRESETS
+from student.models.presets import PRESETS
+from student.models.tokenizer import model_folder, read_tokenizer
+from student.models.vocabulary import check_vocabulary
 from student.report import LiveTeachers
 from student.training.step import windows_per_step
-from student.vocabulary import check_vocabulary, model_folder, read_tokenizer
 
 
 @dataclass(frozen=True)

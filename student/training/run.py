@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
@@ -32,7 +31,10 @@ from student.loss.dense import LogitSource
 from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound
-from student.models import PRESETS, load_student, stored_dtype
+from student.models.configuration import stored_dtype
+from student.models.loading import load_student
+from student.models.presets import PRESETS
+from student.models.tokenizer import special_ids
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.cast_weights import cast_weights
@@ -262,14 +264,6 @@ def model_digest(model: str) -> str | None:
             with file.open("rb") as opened:
                 total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
-
-
-def special_ids(cache: str) -> dict[str, int | None]:
-    """Ids of BOS, EOS and padding in a cache's tokenizer, None where it has none."""
-    with tempfile.TemporaryDirectory() as folder:
-        LogitCache.open(cache).save_tokenizer(Path(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
 def _load_model(job: StudentJob, windows: DistillationWindows, log: Log) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from torch import Tensor
 from storage.errors import InputError
 from storage.format.manifest import Teacher as TeacherRecord
 from storage.format.manifest import TeacherIdentity
-from student.vocabulary import read_tokenizer
+from student.models.tokenizer import read_tokenizer
 from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.model_files import ModelFiles, config_sha256, find_model, weights_sha256
 from teachers.huggingface.scoring import choose_path, forward, is_causal

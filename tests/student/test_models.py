@@ -14,7 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.errors import InputError
-from student.models import PRESET_VOCABULARY, PRESETS, describe_presets, load_student, preset_config, stored_dtype
+from student.models.configuration import preset_config, stored_dtype
+from student.models.loading import load_student
+from student.models.presets import PRESET_VOCABULARY, PRESETS, describe_presets
 
 V = 101
 SPECIAL = {"bos": 1, "eos": 2, "pad": 0}
@@ -77,7 +79,7 @@ def test_the_published_recipes_are_as_published() -> None:
 
 def test_presets_are_described_without_torch() -> None:
     code = (
-        "import sys; from student.models import describe_presets; print(describe_presets()); "
+        "import sys; from student.models.presets import describe_presets; print(describe_presets()); "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

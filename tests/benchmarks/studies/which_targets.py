@@ -288,7 +288,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
     from student.data.windows import DistillationWindows, reading_order
     from student.loss.distillation import DistillationLoss
     from student.loss.teacher_targets import Member
-    from student.models import load_student
+    from student.models.loading import load_student
     from student.training.bound_forward import bind_loss, unbind_loss
 
     arm = ARMS[job.arm]

@@ -29,7 +29,7 @@ from logit_cache.corpus.sources import Meter, Reading, find_sources, read_source
 from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
 from storage import LogitCache
 from storage.errors import InputError
-from student.vocabulary import cache_vocabulary
+from student.models.vocabulary import cache_vocabulary
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from storage.errors import IdentityMismatch, InputError
 from storage.locks import LOCK
 from student.cli import train_student
 from student.job import StudentJob
-from student.models import PRESETS
+from student.models.presets import PRESETS
 from teachers.cli import train_teacher
 
 GIB = 1 << 30

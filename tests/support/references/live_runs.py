@@ -19,7 +19,7 @@ from logit_cache.engines.this_machine import run_local
 from storage import LogitCache
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
-from student.models import load_student
+from student.models.loading import load_student
 from student.training.run import train
 
 V, T, STEPS, BATCH = 67, 24, 20, 6

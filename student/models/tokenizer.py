@@ -1,15 +1,14 @@
-"""The tokenizer beside a model, and whether a model and a cache agree on which id is which string."""
+"""The tokenizer beside a model or in a cache."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from storage import LogitCache
-from storage.errors import IdentityMismatch, InputError
-from storage.format.identity import TOKENIZER_FILES, differing_entries, has_tokenizer, vocabulary_sha256
+from storage.errors import InputError
+from storage.format.identity import TOKENIZER_FILES, has_tokenizer
 
 
 def read_tokenizer(folder: Path, asked: str, trust_remote_code: bool = False) -> Any:
@@ -45,19 +44,9 @@ def model_folder(model: str) -> Path | None:
         return None
 
 
-def cache_vocabulary(cache: LogitCache) -> dict[str, int]:
-    """Token string → id in a cache's tokenizer, added tokens included."""
-    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-        cache.save_tokenizer(Path(folder))
-        return dict(read_tokenizer(Path(folder), cache.url).get_vocab())
-
-
-def check_vocabulary(cache: LogitCache, theirs: Mapping[str, int] | None, source: str, remedy: str) -> None:
-    """Raise IdentityMismatch, with the ids that differ, for a model of another vocabulary; None is not checked."""
-    if theirs is None or vocabulary_sha256(theirs) == cache.record.tokenizer.vocabulary_sha256:
-        return
-    ours = cache_vocabulary(cache)
-    if ours != theirs:
-        raise IdentityMismatch(
-            f"{source}: its tokenizer is not the one of {cache.url}", differing_entries(ours, theirs), remedy
-        )
+def special_ids(cache: str) -> dict[str, int | None]:
+    """Ids of BOS, EOS and padding in a cache's tokenizer, None where it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        LogitCache.open(cache).save_tokenizer(Path(folder))
+        tokenizer = read_tokenizer(Path(folder), cache)
+    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

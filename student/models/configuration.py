@@ -1,0 +1,140 @@
+"""Configurations of models: from presets, JSON files and model directories, checked before any weights are made."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import InputError
+from student.models.foreign_errors import closest, explained
+from student.models.presets import PRESETS, preset_settings
+from student.models.special_ids import token_ids
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int | None]) -> PretrainedConfig:
+    """The transformers configuration of a preset for a vocabulary; see `load_student` for `special_ids`."""
+    from transformers import AutoConfig
+
+    settings = preset_settings(name)
+    return AutoConfig.for_model(
+        settings.pop("model_type"), vocab_size=vocabulary_size, **settings, **token_ids(special_ids)
+    )
+
+
+def stored_dtype(spec: str) -> str:
+    """The dtype of a model's weights on disk, by its configuration; float32 for a new model, or where none is named."""
+    from transformers import AutoConfig
+
+    path = Path(spec).expanduser()
+    if spec in PRESETS or path.is_file():
+        return "float32"
+    with explained(f"{spec}: its configuration cannot be read"):
+        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    name = str(found).removeprefix("torch.")
+    return name if name in ("bfloat16", "float16") else "float32"
+
+
+def check_settings(
+    settings: Mapping[str, Any],
+    where: str,
+    *,
+    vocabulary_size: int,
+    special_ids: Mapping[str, int | None],
+    window_tokens: int,
+) -> None:
+    """Raise InputError where a configuration cannot be a student; its modules are made without weights, one layer deep.
+
+    The other checks of `load_student` need weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(settings, where, vocabulary_size, special_ids)
+    check_config(config, where, vocabulary_size, window_tokens)
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise InputError(f"{where}: {heads} attention heads are not a multiple of {shared} key-value heads")
+    if isinstance(getattr(config, "num_hidden_layers", None), int) and not getattr(config, "layer_types", None):
+        if config.num_hidden_layers < 1:
+            raise InputError(f"{where}: a model has at least one layer, found {config.num_hidden_layers}")
+        config.num_hidden_layers = 1
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"), explained(f"{where}: transformers cannot build this model"):
+        auto.from_config(config)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON configuration. Raises InputError for any other file."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: this is not a JSON configuration of a model: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise InputError(f'{path}: a model configuration is a JSON object with a "model_type", like "llama" or "gpt2"')
+    model_type = data["model_type"]
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{path}: model_type {model_type!r} is no causal language model of the installed transformers"
+            + closest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        )
+    return data
+
+
+def config_of(
+    settings: Mapping[str, Any], where: str, vocabulary_size: int, special_ids: Mapping[str, int | None]
+) -> PretrainedConfig:
+    """The configuration that a mapping describes, with a cache's vocabulary and special ids; `where` is for errors."""
+    from transformers import AutoConfig
+
+    data = dict(settings)
+    model_type = data.pop("model_type")
+    _refuse_misspelt(where, data, AutoConfig.for_model(model_type))
+    if "text_config" not in data:
+        data.setdefault("vocab_size", vocabulary_size)
+    # Fields about the stored weights and their writer: they do not apply to a new model.
+    for name in ("architectures", "dtype", "torch_dtype", "transformers_version", "auto_map"):
+        data.pop(name, None)
+    with explained(f"{where}: transformers refuses this configuration of a {model_type} model"):
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **{**data, **token_ids(special_ids)})
+    return config
+
+
+def check_config(config: PretrainedConfig, spec: str, vocabulary_size: int, window_tokens: int) -> None:
+    """Refuse a model that cannot fit before its weights are made or fetched."""
+    text = config.get_text_config(decoder=True)
+    columns = getattr(text, "vocab_size", None)
+    if isinstance(columns, int) and columns < vocabulary_size:
+        raise InputError(
+            f"{spec}: the model has {columns} ids, fewer than the {vocabulary_size} of the cache's tokenizer: "
+            "set vocab_size to that, or take a model of this tokenizer"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < window_tokens:
+        raise InputError(
+            f"{spec}: the model has {positions} positions, fewer than the {window_tokens} tokens of a window: "
+            "take shorter windows or a model with more positions"
+        )
+
+
+def _refuse_misspelt(where: str, data: Mapping[str, Any], default: PretrainedConfig) -> None:
+    """transformers takes any key and ignores those it does not know: `hiden_size` would give the default width.
+
+    Only a key that nearly is another one is refused; saved configurations carry others that mean nothing today.
+    """
+    known = {*default.to_dict(), *default.attribute_map}
+    for key in data:
+        match = difflib.get_close_matches(key, known - set(data), n=1, cutoff=0.8)
+        if not hasattr(default, key) and match:
+            raise InputError(
+                f"{where}: a {default.model_type} configuration has no {key!r} and would ignore it; "
+                f"did you mean {match[0]!r}?"
+            )

@@ -1,0 +1,162 @@
+"""A student by name, by configuration or from weights, checked against a cache's vocabulary and windows.
+
+Every check that a model must pass before training starts is here or in `configuration`: enough columns for the
+vocabulary, enough positions for the window, and causality (no sight of the token to predict).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import InputError
+from storage.progress import Log
+from student.models.configuration import check_config, config_of, preset_config, read_settings
+from student.models.foreign_errors import closest, explained
+from student.models.presets import PRESETS
+from student.models.special_ids import add_missing_ids, make_generation_valid
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def load_student(
+    spec: str,
+    *,
+    vocabulary_size: int,
+    special_ids: Mapping[str, int | None],
+    window_tokens: int,
+    seed: int,
+    attention: str | None = None,
+    log: Log | None = None,
+) -> PreTrainedModel:
+    """A causal language model in float32 on the CPU, in training mode.
+
+    `spec` is, in this order: a preset's name (write ./name for a folder of that name); a file, read as a
+    transformers config.json with `model_type`, whose `vocab_size` is V unless it sets another; a model directory;
+    or a hub id written owner/name. The first two start from random weights that depend on `seed` alone; torch's own
+    random state is left as it was. The last two load weights, and `seed` plays no part. No code of a model's
+    repository is ever run.
+
+    vocabulary_size: V; the model may have more columns, which no target falls on, but not fewer.
+    special_ids: the tokenizer's, by "bos", "eos" and "pad", None where it has none; written into the configuration of
+    a new model. One that has weights keeps its own, which may be several, and gets those that it lacks. A pad id that
+    is also a bos or eos id is left out: transformers would freeze that token's embedding at zero.
+    window_tokens: positions that a training window reads.
+    attention: one of transformers' implementations, None for its own choice.
+    log: receives a line for each thing about a model with weights that differs from what its files say.
+
+    Raises InputError for an unknown name, a broken file or directory, a model type that transformers does not know
+    as a causal language model, missing weights, too few columns or positions, and a model whose output at a position
+    depends on later tokens (an encoder would learn to copy the answer).
+    """
+    if not spec.strip():
+        raise InputError(f"no model was named: give a preset ({', '.join(PRESETS)}), a config JSON or a directory")
+    if spec in PRESETS:
+        config = preset_config(spec, vocabulary_size, special_ids)
+        check_config(config, spec, vocabulary_size, window_tokens)
+        return _from_scratch(config, spec, seed, attention)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        config = config_of(read_settings(path), str(path), vocabulary_size, special_ids)
+        check_config(config, spec, vocabulary_size, window_tokens)
+        model = _from_scratch(config, spec, seed, attention)
+    else:
+        if not path.is_dir():
+            _refuse_missing(spec)
+        model = _from_weights(spec, path, vocabulary_size, window_tokens, attention)
+        add_missing_ids(model, spec, special_ids, log)
+        make_generation_valid(model, spec, log)
+    _probe(model, spec, vocabulary_size, window_tokens)
+    model.train()
+    return model
+
+
+def _from_scratch(config: PretrainedConfig, spec: str, seed: int, attention: str | None) -> PreTrainedModel:
+    """Random weights, a function of the configuration and the seed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Only the CPU's generator is used, so only it is seeded and put back; torch.manual_seed would also seed the GPUs'.
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        explained(f"{spec}: transformers cannot build this model"),
+    ):
+        torch.default_generator.manual_seed(seed)
+        auto: Any = AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    model.train()
+    return model
+
+
+def _from_weights(
+    spec: str, path: Path, vocabulary_size: int, window_tokens: int, attention: str | None
+) -> PreTrainedModel:
+    """A model directory's or hub repository's weights, as float32: mixed precision is the trainer's choice."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    local = path.is_dir()
+    where = str(path) if local else spec
+    what = "no model directory" if local else "not a directory here, and no model of the hub could be loaded by that id"
+    with explained(f"{spec}: {what}", closest(path.name, PRESETS)):
+        config = AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    check_config(config, spec, vocabulary_size, window_tokens)
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel
+    with explained(f"{spec}: the weights cannot be loaded"):
+        model, report = auto.from_pretrained(
+            where,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=local,
+            trust_remote_code=False,
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{spec}: {len(missing)} weights of a {type(model).__name__} are missing ({', '.join(missing[:3])}, …) and "
+            "would start at random: take a complete causal language model"
+        )
+    return model
+
+
+def _probe(model: PreTrainedModel, spec: str, vocabulary_size: int, window_tokens: int) -> None:
+    """Run a few tokens twice, the last one changed: the logits must cover V and be causal."""
+    import torch
+
+    tokens = min(8, max(2, window_tokens))
+    ids = (torch.arange(tokens) * vocabulary_size // tokens).expand(2, tokens).clone()
+    ids[1, -1] = 0
+    with torch.no_grad(), explained(f"{spec}: the model does not run on plain token ids"):
+        logits = model.train(False)(input_ids=ids).logits
+    if logits.shape[-1] < vocabulary_size:
+        raise InputError(
+            f"{spec}: the model's head has {logits.shape[-1]} columns, fewer than the {vocabulary_size} ids of the "
+            "cache's tokenizer"
+        )
+    before = logits[:, :-1]
+    # Equal rows give equal numbers but for the order of sums; the effect of a later token is orders above that.
+    if not (before[0] - before[1]).abs().max() <= 1e-4 * before.abs().max():
+        raise InputError(
+            f"{spec}: the logits at a position change with a later token (or are not finite), so this is no causal "
+            "language model: take a decoder (an encoder's configuration may need is_decoder)"
+        )
+
+
+def _refuse_missing(spec: str) -> None:
+    """Raise InputError unless `spec`, no preset, file or directory here, can be a hub id."""
+    as_path = spec.startswith((".", "/", "~")) or spec.endswith(".json")
+    if as_path or spec.count("/") > 1:
+        stem = Path(spec).stem
+        hint = f"; the preset is written {stem!r} alone" if stem in PRESETS else ""
+        raise InputError(f"{spec}: there is no such file or directory{hint}")
+    if "/" not in spec:
+        raise InputError(
+            f"{spec!r} is no preset, file or directory here{closest(spec, PRESETS)}; presets: {', '.join(PRESETS)}; "
+            "a model of the hub is written owner/name"
+        )

@@ -1,0 +1,65 @@
+"""The special ids and the generation config of a student: a model with weights keeps its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from storage.progress import Log
+from student.models.foreign_errors import explained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def token_ids(special_ids: Mapping[str, int | None]) -> dict[str, int | None]:
+    """The three ids by their names in configurations."""
+    bos, eos, pad = (special_ids.get(name) for name in ("bos", "eos", "pad"))
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None if pad in (bos, eos) else pad}
+
+
+def add_missing_ids(model: PreTrainedModel, spec: str, special_ids: Mapping[str, int | None], log: Log | None) -> None:
+    """Give a model the tokenizer's special ids where neither its configuration nor its generation config has any."""
+    records = [one for one in (model.config, model.generation_config) if one is not None]
+
+    def own(name: str) -> set[int]:
+        found = [getattr(record, name, None) for record in records]
+        return {id for ids in found if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
+
+    added = []
+    for name, value in token_ids(special_ids).items():
+        frozen = name == "pad_token_id" and value in own("bos_token_id") | own("eos_token_id")
+        if value is None or frozen or own(name):
+            continue
+        for record in records:
+            setattr(record, name, value)
+        added.append(f"{name} {value}")
+    if added and log is not None:
+        log(f"{spec}: its configuration does not have {' and '.join(added)}, which the tokenizer has: added")
+
+
+def make_generation_valid(model: PreTrainedModel, spec: str, log: Log | None) -> None:
+    """Put options that transformers would refuse to save back to their defaults; generation ignored them.
+
+    Base models ship them, such as a temperature beside `do_sample: false`, and are loaded without an error.
+    """
+    from transformers import GenerationConfig
+
+    generation = model.generation_config
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+        return
+    except ValueError as error:
+        names = re.findall(r"^- `(\w+)`:", str(error), flags=re.MULTILINE)
+    ignored = ", ".join(f"{name} {getattr(generation, name)}" for name in names)
+    make: Any = GenerationConfig
+    default = make()
+    for name in names:
+        setattr(generation, name, getattr(default, name))
+    with explained(f"{spec}: its generation_config.json is not valid: correct it, or remove it"):
+        generation.validate(strict=True)
+    if log is not None:
+        log(f"{spec}: its generation_config.json has {ignored}, which its other options make void: saved without")
