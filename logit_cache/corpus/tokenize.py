@@ -8,7 +8,9 @@ succeeded.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,18 +31,20 @@ from logit_cache.corpus.sources import (
     read_sources,
 )
 from logit_cache.corpus.spool import Spool
-from logit_cache.corpus.tokenizer import BYTES, SPECIAL_TOKENS, open_tokenizer, stored_tokenizer, train_tokenizer
+from logit_cache.corpus.tokenizer import BYTES, SPECIAL_TOKENS, stored_tokenizer, train_tokenizer
 from storage import LogitCache
 from storage.cache.corpus_writer import write_corpus
+from storage.cache.records import read_record
 from storage.config import build_config
-from storage.errors import InputError
+from storage.errors import CacheNotFound, InputError
 from storage.files import PARTIAL
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
 from storage.format.manifest import CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
-from storage.progress import progress
+from storage.progress import Log, progress
 from storage.stores import open_store
+from student.models.tokenizer import open_tokenizer
 
 # Documents, tokens, and bytes of input so far.
 Progress = Callable[[int, int, int], None]
@@ -102,12 +106,13 @@ def total_bytes(config: CorpusConfig) -> int | None:
     return passes * sum(known) if len(known) == len(sizes) else None
 
 
-def tokenize(config: CorpusConfig, progress: Progress | None = None) -> CacheRecord:
+def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | None = None) -> CacheRecord:
     """Make a cache's token stream from text; returns its record.
 
     `progress` receives documents, tokens and bytes of input so far, at least once per piece of text. A new tokenizer
     is trained in a first pass over the text, which adds to the bytes but not to documents and tokens. A destination
-    that holds the same stream is left as it is, an interrupted one is finished.
+    that holds the same stream is left as it is, an interrupted one is finished. `log` receives a line for each thing
+    of the tokenizer that is used otherwise than its files or transformers say.
 
     Raises InputError for input that cannot be read, IdentityMismatch when `out` holds another cache, StorageFull when
     the temporary folder is full. Nothing has been written at `out` then.
@@ -115,7 +120,7 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None) -> CacheRec
     sources = find_sources(config.text)
     _check_destination(config.out)
     meter = Meter()
-    tokenizer, files = _tokenizer(config, sources, meter, progress)
+    tokenizer, files = _tokenizer(config, sources, meter, progress, log)
     vocabulary = tokenizer.get_vocab()
     size = vocabulary_size(vocabulary)
     append = _append_id(config, vocabulary)
@@ -169,7 +174,7 @@ def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
             advance(text_bytes - seen)
             seen = text_bytes
 
-        tokenize(settings, report)
+        tokenize(settings, report, lambda line: print(line, file=sys.stderr, flush=True))
     return LogitCache.open(settings.out)
 
 
@@ -185,21 +190,48 @@ def _check_destination(out: str) -> None:
 
 
 def _tokenizer(
-    config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None
+    config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None, log: Log | None
 ) -> tuple[Any, dict[str, bytes]]:
     template = _chat_template(config)
     if config.tokenizer is not None:
-        tokenizer = open_tokenizer(config.tokenizer, config.tokenizer_revision, config.trust_remote_code)
-    else:
-        assert config.train_tokenizer is not None
-        lines = _lines(config, sources, meter, progress)
-        first = next(lines, None)
-        if first is None:
-            raise _empty(config)
-        tokenizer = train_tokenizer(_with_first(first, lines), config.train_tokenizer, config.special_tokens)
+        return _given_tokenizer(config, config.tokenizer, template, log)
+    assert config.train_tokenizer is not None
+    lines = _lines(config, sources, meter, progress)
+    first = next(lines, None)
+    if first is None:
+        raise _empty(config)
+    tokenizer = train_tokenizer(_with_first(first, lines), config.train_tokenizer, config.special_tokens)
     if template is not None:
         tokenizer.chat_template = template
-    return stored_tokenizer(tokenizer, config.trust_remote_code)
+    return stored_tokenizer(tokenizer)
+
+
+def _given_tokenizer(
+    config: CorpusConfig, name: str, template: str | None, log: Log | None
+) -> tuple[Any, dict[str, bytes]]:
+    def stored(own_rules: bool) -> tuple[Any, dict[str, bytes]]:
+        tokenizer = open_tokenizer(name, config.tokenizer_revision, config.trust_remote_code, log, own_rules)
+        if template is not None:
+            tokenizer.chat_template = template
+        return stored_tokenizer(tokenizer, config.trust_remote_code)
+
+    def fingerprint(made: tuple[Any, dict[str, bytes]]) -> str:
+        return tokenizer_fingerprint(made[1], made[0].get_vocab())
+
+    made = stored(own_rules=True)
+    try:
+        recorded = read_record(open_store(config.out), "zarr.json", CacheRecord).tokenizer.fingerprint
+    except CacheNotFound:
+        return made
+    if fingerprint(made) != recorded:
+        # Streams were made with the rules that transformers' class put in place of the tokenizer's own.
+        with contextlib.suppress(InputError):
+            before = stored(own_rules=False)
+            if fingerprint(before) == recorded:
+                if log is not None:
+                    log(f"{name}: {config.out} was made with the rules of its transformers class, which are kept")
+                return before
+    return made
 
 
 def _chat_template(config: CorpusConfig) -> str | None:

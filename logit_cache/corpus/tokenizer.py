@@ -1,4 +1,4 @@
-"""The tokenizer of a cache: taken as it is, or trained on the text; and its stored files.
+"""The tokenizer of a new cache: trained on the text, or taken as it is; and its stored files.
 
 Text is tokenised with the tokenizer as it is read back from those files, so that the stored tokenizer is the one that
 made the tokens. No code is stored, and nothing that names a folder of this machine.
@@ -6,15 +6,17 @@ made the tokens. No code is stored, and nothing that names a folder of this mach
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from storage.cache.reader import LogitCache
-from storage.errors import InputError, LogitCacheError
+from storage.errors import InputError
+from storage.format.identity import differing_entries
+from student.models.tokenizer import read_tokenizer, text_prefix, text_suffix
+from student.models.tokenizer_file import differing_text
+from student.models.tokenizer_settings import portable_files
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -24,34 +26,6 @@ MIN_FREQUENCY = 2
 
 _STORED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"}
 _FILE_NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-# How and from where it was loaded: not part of its behaviour, and private.
-_LOADING = {
-    "name_or_path",
-    "is_local",
-    "local_files_only",
-    "_commit_hash",
-    "tokenizer_file",
-    "vocab_file",
-    "merges_file",
-}
-_PROBE = "  The quick\tbrown fox's 1,234.5 jumps\r\n\n\nüber ﬁne e\u0301 日本語 😀 — no  end "
-
-
-def open_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder, in a cache (its URL), or on the hub. Raises InputError when there is none."""
-    path = Path(name).expanduser()
-    if "://" in name or (path / "zarr.json").is_file():
-        with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-            LogitCache.open(name).save_tokenizer(Path(folder))
-            return _load(Path(folder), name, trust_remote_code)
-    if path.is_dir():
-        return _load(path, name, trust_remote_code)
-    if path.exists():
-        raise InputError(f"{name}: expected a folder with tokenizer.json or the like, found a file; give its folder")
-    if not _HUB_ID.match(name):
-        raise InputError(f"{name}: no such folder; give a tokenizer's folder, a cache, or a hub id such as org/name")
-    return _load(name, name, trust_remote_code, revision)
 
 
 def train_tokenizer(lines: Iterable[str], vocabulary_size: int, special_tokens: Iterable[str] = ()) -> Any:
@@ -88,32 +62,50 @@ def train_tokenizer(lines: Iterable[str], vocabulary_size: int, special_tokens: 
 def stored_tokenizer(tokenizer: Any, trust_remote_code: bool = False) -> tuple[Any, dict[str, bytes]]:
     """The tokenizer as its stored files give it back, and those files by name.
 
-    Raises InputError when saving loses something: another vocabulary, or other ids for a text of many scripts.
+    Raises InputError that says what differs when saving loses something: of its vocabulary, its chat templates or its
+    special tokens, or the ids of a text of many scripts.
     """
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-        tokenizer.save_pretrained(folder)
+        # Several templates would lie in a folder of their own, and stored files have none.
+        tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
         files = {
-            path.name: _scrubbed(path)
+            path.name: path.read_bytes()
             for path in sorted(Path(folder).iterdir())
             if path.is_file() and path.suffix in _STORED and _FILE_NAME.match(path.name)
         }
+    files = portable_files(files)
     if trust_remote_code and "tokenizer.json" not in files:
         # Its code is not stored, so its files alone cannot give it back.
         return tokenizer, files
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
-        again = _load(Path(folder), "the tokenizer as saved", trust_remote_code)
-    probes = [
-        (each.get_vocab(), each(_PROBE, add_special_tokens=False, verbose=False)["input_ids"], each.chat_template)
-        for each in (tokenizer, again)
-    ]
-    if probes[0] != probes[1]:
+        again = read_tokenizer(Path(folder), "the tokenizer as saved", trust_remote_code)
+    lost = "nothing can be read back" if again is None else _lost(tokenizer, again)
+    if lost is not None:
         raise InputError(
-            f"the tokenizer ({type(tokenizer).__name__}) does not survive saving: read back ({type(again).__name__}) "
-            f"it has another vocabulary or gives other ids; save it with this transformers and give that folder"
+            f"the tokenizer ({type(tokenizer).__name__}) does not survive saving: {lost}; save it with this "
+            f"transformers and give that folder"
         )
     return again, files
+
+
+def _lost(tokenizer: Any, again: Any) -> str | None:
+    """What saving changed, or None."""
+    if tokenizer.get_vocab() != again.get_vocab():
+        return "; ".join(differing_entries(again.get_vocab(), tokenizer.get_vocab())).replace("model's", "original")
+    if tokenizer.chat_template != again.chat_template:
+        return "its chat template is another when read back"
+    if tokenizer.special_tokens_map != again.special_tokens_map:
+        return f"special tokens {again.special_tokens_map} in place of {tokenizer.special_tokens_map}"
+    for name, ends in (("before", text_prefix), ("after", text_suffix)):
+        if ends(tokenizer) != ends(again):
+            return f"ids {name} a text: {ends(again)} in place of {ends(tokenizer)}"
+    differing = differing_text(tokenizer, again)
+    if differing is not None:
+        text, ours, theirs = differing
+        return f"{theirs} other ids in place of {ours} for {text[:40]!r}"
+    return None
 
 
 def render_marked(tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> tuple[str, Ranges]:
@@ -131,29 +123,3 @@ def render_marked(tokenizer: Any, template: str, messages: list[dict[str, Any]])
     )
     texts, ranges = rendered
     return texts[0], tuple((start, stop) for start, stop in ranges[0] if start < stop)
-
-
-def _load(location: str | Path, name: str, trust_remote_code: bool, revision: str | None = None) -> Any:
-    from transformers import AutoTokenizer
-
-    local = isinstance(location, Path)
-    pinned = {} if revision is None else {"revision": revision}
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(location), local_files_only=local, trust_remote_code=trust_remote_code, **pinned
-        )
-    except LogitCacheError:
-        raise
-    except Exception as error:
-        # Damaged files raise an exception of whichever library reads them first.
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        remedy = "give a folder in which a tokenizer was saved" if local else "check the id and the network"
-        raise InputError(f"{name}: cannot be read as a tokenizer ({reason}); {remedy}") from None
-
-
-def _scrubbed(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.name != "tokenizer_config.json":
-        return data
-    config = {key: value for key, value in json.loads(data).items() if key not in _LOADING}
-    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

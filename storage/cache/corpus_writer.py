@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.cache.records import read_record, tokenizer_key
+from storage.cache.records import read_record, read_tokenizer_file, read_tokenizer_receipt, tokenizer_key
 from storage.cache.writer import ShardWriter, publish_same
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL
@@ -38,10 +38,7 @@ def write_corpus(
     store = open_store(url)
     # Receipts hold the stored record's digest; that record may name other library versions than this process.
     record = _create_root(store, record)
-    for name, data in tokenizer_files.items():
-        publish_same(store, tokenizer_key(name), data)
-    files = {n: FileDigest(bytes=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in tokenizer_files.items()}
-    publish_same(store, "receipts/tokenizer.json", sealed_bytes(FilesReceipt(files=files)))
+    _publish_tokenizer(store, tokenizer_files)
     publish_same(store, "teachers/zarr.json", metadata_bytes(group_metadata({})))
 
     arrays = {"tokens": tokens, "document_starts": document_starts, "loss_mask": loss_mask}
@@ -59,6 +56,25 @@ def write_corpus(
             if progress is not None and name == "tokens":
                 progress(stop)
         writer.receipts.write_index()
+
+
+def _publish_tokenizer(store: Store, files: Mapping[str, bytes]) -> None:
+    """Write the tokenizer's files and their receipt, unless the cache has them; CorruptCache if it has damaged ones.
+
+    The root's fingerprint says that they are the same tokenizer; the settings beside it may be written otherwise by
+    other versions.
+    """
+    key = "receipts/tokenizer.json"
+    if store.size(key) is not None:
+        for name, expected in read_tokenizer_receipt(store).files.items():
+            read_tokenizer_file(store, name, expected)
+        return
+    for name, data in files.items():
+        # Without a receipt, they are leftovers.
+        if not store.publish(tokenizer_key(name), data):
+            store.replace(tokenizer_key(name), data)
+    digests = {n: FileDigest(bytes=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in files.items()}
+    publish_same(store, key, sealed_bytes(FilesReceipt(files=digests)))
 
 
 def _create_root(store: Store, record: CacheRecord) -> CacheRecord:

@@ -6,7 +6,6 @@ values against the rules of the format. A range that no receipt covers raises `I
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,11 +18,17 @@ from numpy.typing import NDArray
 
 from storage.cache.checked_array import CheckedArray, check_shards
 from storage.cache.receipts import Receipts
-from storage.cache.records import read_fidelity, read_record, read_tokenizer_receipt, teacher_folder, tokenizer_key
+from storage.cache.records import (
+    read_fidelity,
+    read_record,
+    read_tokenizer_file,
+    read_tokenizer_receipt,
+    teacher_folder,
+)
 from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
 from storage.format.fidelity import FidelityReport
 from storage.format.layout import PER_POSITION_FLOATS, corpus_arrays, teacher_arrays
-from storage.format.manifest import TEACHER_NAME, CacheRecord, FileDigest, ShardStatistics, TeacherEntry
+from storage.format.manifest import TEACHER_NAME, CacheRecord, ShardStatistics, TeacherEntry
 from storage.format.rules import broken_rule
 from storage.format.sealing import digest
 from storage.format.targets import SparseTargets, concatenate
@@ -272,19 +277,7 @@ class LogitCache:
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files by name, each checked against its receipt."""
         receipt = read_tokenizer_receipt(self._store)
-        return {name: self._tokenizer_file(name, expected) for name, expected in receipt.files.items()}
-
-    def _tokenizer_file(self, name: str, expected: FileDigest) -> bytes:
-        key = tokenizer_key(name)
-
-        def request() -> bytes:
-            data = self._store.read(key, expected.bytes)
-            found = hashlib.sha256(data).hexdigest()
-            if (len(data), found) != (expected.bytes, expected.sha256):
-                raise CorruptCache(f"{self._store.where(key)}: expected sha256 {expected.sha256}, found {found}")
-            return data
-
-        return self._store.insist(key, "its receipt exists", request)
+        return {name: read_tokenizer_file(self._store, name, expected) for name, expected in receipt.files.items()}
 
 
 def _check_range(start: int, stop: int, length: int) -> None:

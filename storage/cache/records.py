@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 from storage.errors import CacheNotFound, CorruptCache, FormatError
 from storage.format.fidelity import FIDELITY_FILE, MAX_FIDELITY_BYTES, FidelityReport
-from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, FilesReceipt
+from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, FileDigest, FilesReceipt
 from storage.format.sealing import AnyRecord, unseal
 from storage.stores.base import Store, check_key
 
@@ -42,6 +43,20 @@ def read_tokenizer_receipt(store: Store) -> FilesReceipt:
     promise = "every cache has one: its tokenizer cannot be trusted"
     data = store.insist(key, promise, lambda: store.read_json(key))
     return unseal(FilesReceipt, data, store.where(key))
+
+
+def read_tokenizer_file(store: Store, name: str, expected: FileDigest) -> bytes:
+    """One of the tokenizer's files; raises CorruptCache where it is not as the receipt states, MissingObject."""
+    key = tokenizer_key(name)
+
+    def request() -> bytes:
+        data = store.read(key, expected.bytes)
+        found = hashlib.sha256(data).hexdigest()
+        if (len(data), found) != (expected.bytes, expected.sha256):
+            raise CorruptCache(f"{store.where(key)}: expected sha256 {expected.sha256}, found {found}")
+        return data
+
+    return store.insist(key, "its receipt exists", request)
 
 
 def teacher_folder(name: str) -> str:

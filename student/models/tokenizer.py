@@ -1,17 +1,40 @@
-"""The tokenizer beside a model or in a cache."""
+"""The one loader of tokenizers: beside a model, in a cache, in a folder, on the hub.
+
+What a tokenizer.json says is what is used (`student.models.tokenizer_file`); a SentencePiece model without one is
+converted to it (`student.models.sentencepiece_model`); other files are left to transformers. Whatever the source, the
+ids of a text are those of the whole text and the same every time: truncation, padding, dropout and sampling are off.
+"""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from storage import LogitCache
-from storage.errors import InputError
+from storage.errors import InputError, LogitCacheError
 from storage.format.identity import TOKENIZER_FILES, has_tokenizer
+from storage.progress import Log
+from student.models.sentencepiece_model import is_tiktoken, read_sentencepiece, sentencepiece_file
+from student.models.text_ends import text_prefix, text_suffix
+from student.models.tokenizer_file import FILE, as_transformers_does, read_file, same_every_time
+from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
+
+__all__ = ["model_folder", "open_tokenizer", "read_tokenizer", "special_ids", "text_prefix", "text_suffix"]
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+# All that a tokenizer may consist of; config.json names its class where tokenizer_config.json does not.
+_HUB_FILES = [
+    *TOKENIZER_FILES,
+    *("config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tokenizer.*.json"),
+    *("*.jinja", "chat_template.json", "spm.model", "*.tiktoken", "tiktoken.model", "tekken.json"),
+]
+_REMEDY = "give a folder in which a tokenizer was saved"
+_TIKTOKEN = (".tiktoken", ".model")
 
 
-def read_tokenizer(folder: Path, asked: str, trust_remote_code: bool = False) -> Any:
+def read_tokenizer(folder: Path, asked: str, trust_remote_code: bool = False, log: Log | None = None) -> Any:
     """The tokenizer in a model's folder, or None where there is none; `asked` is the model as the user named it.
 
     Raises InputError for one that cannot be read.
@@ -19,16 +42,36 @@ def read_tokenizer(folder: Path, asked: str, trust_remote_code: bool = False) ->
     # AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
     if not has_tokenizer(folder):
         return None
-    from transformers import AutoTokenizer
+    what = "the tokenizer beside the model cannot be read"
+    return _read(folder, asked, what, "save it again, or remove its files", trust_remote_code, log)
 
-    auto: Any = AutoTokenizer
-    try:
-        return auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers' exceptions have no common class
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        raise InputError(
-            f"{asked}: the tokenizer beside the model cannot be read ({reason}): save it again, or remove its files"
-        ) from error
+
+def open_tokenizer(
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    log: Log | None = None,
+    own_rules: bool = True,
+) -> Any:
+    """The tokenizer in a folder, in a cache (its URL), or on the hub. Raises InputError when there is none.
+
+    own_rules: False for a tokenizer with the rules of its transformers class in place of those of its tokenizer.json,
+    with which streams were made before.
+    """
+    what = "cannot be read as a tokenizer"
+    path = Path(name).expanduser()
+    if "://" in name or (path / "zarr.json").is_file():
+        with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
+            LogitCache.open(name).save_tokenizer(Path(folder))
+            return _read(Path(folder), name, what, _REMEDY, trust_remote_code, log, own_rules)
+    if path.is_dir():
+        return _read(path, name, what, _REMEDY, trust_remote_code, log, own_rules)
+    if path.exists():
+        raise InputError(f"{name}: expected a folder with tokenizer.json or the like, found a file; give its folder")
+    if not _HUB_ID.match(name):
+        raise InputError(f"{name}: no such folder; give a tokenizer's folder, a cache, or a hub id such as org/name")
+    path = _hub_folder(name, revision, trust_remote_code)
+    return _read(path, name, what, "check the id", trust_remote_code, log, own_rules)
 
 
 def model_folder(model: str) -> Path | None:
@@ -36,17 +79,95 @@ def model_folder(model: str) -> Path | None:
     path = Path(model).expanduser()
     if path.exists() or "/" not in model:
         return path if path.is_dir() else None
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(model, allow_patterns=list(TOKENIZER_FILES)))
-    except Exception:  # whoever loads the model says what is wrong with its id or the network
+        return _hub_folder(model)
+    except InputError:  # whoever loads the model says what is wrong with its id or the network
         return None
 
 
 def special_ids(cache: str) -> dict[str, int | None]:
     """Ids of BOS, EOS and padding in a cache's tokenizer, None where it has none."""
-    with tempfile.TemporaryDirectory() as folder:
-        LogitCache.open(cache).save_tokenizer(Path(folder))
-        tokenizer = read_tokenizer(Path(folder), cache)
+    tokenizer = open_tokenizer(cache)
     return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def _hub_folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's, the network's and the file system's
+        raise InputError(
+            f"{name}: cannot be read as a tokenizer ({_reason(error)}); check the id and the network"
+        ) from None
+
+
+def _read(
+    folder: Path,
+    asked: str,
+    what: str,
+    remedy: str,
+    trust_remote_code: bool,
+    log: Log | None,
+    own_rules: bool = True,
+) -> Any:
+    try:
+        return _read_kind(folder, asked, trust_remote_code, log, own_rules)
+    except (LogitCacheError, MemoryError):
+        raise
+    except Exception as error:
+        # Damaged files raise an exception of whichever library reads them first.
+        raise InputError(f"{asked}: {what} ({_reason(error)}): {remedy}") from None
+
+
+def _read_kind(folder: Path, asked: str, trust_remote_code: bool, log: Log | None, own_rules: bool) -> Any:
+    if not own_rules:
+        return as_transformers_does(folder, trust_remote_code)
+    if trust_remote_code and "auto_map" in read_settings(folder):
+        return same_every_time(as_transformers_does(folder, True, asked, log), asked, log)
+    if (folder / FILE).is_file():
+        return read_file(folder, asked, log)
+    model = sentencepiece_file(folder)
+    if model is not None:
+        return read_sentencepiece(folder, model, asked, log)
+    incomplete = _incomplete(folder)
+    if incomplete is not None:
+        raise InputError(f"{asked}: {incomplete}")
+    return same_every_time(as_transformers_does(folder, trust_remote_code, asked, log), asked, log)
+
+
+def _incomplete(folder: Path) -> str | None:
+    """Why a folder's files do not say which ids a text has, though transformers may guess; None where they do."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    names = [path.name for path in files]
+    kinds = {path.name: "a tiktoken vocabulary" for path in files if path.suffix in _TIKTOKEN and is_tiktoken(path)}
+    if "tekken.json" in names:
+        kinds["tekken.json"] = "a tekken vocabulary of mistral-common"
+    for name, kind in kinds.items():
+        return f"{name} is {kind}, which is not read: give a folder of the same model with a {FILE}"
+    for name, other in (("vocab.json", "merges.txt"), ("merges.txt", "vocab.json")):
+        if name in names and other not in names and _is_bpe(folder):
+            return f"expected {other} beside {name}, found none: copy it there, or give a folder with a {FILE}"
+    if not has_tokenizer(folder):
+        return f"cannot be read as a tokenizer: expected {FILE} or the like, found {', '.join(names[:3]) or 'no files'}"
+    if class_name(folder) is None and {"vocab.json", "vocab.txt"} & set(names):
+        return (
+            f"its vocabulary does not say how text is cut into words: copy the model's config.json or {SETTINGS_FILE} "
+            f"there, which names the tokenizer's class"
+        )
+    return None
+
+
+def _is_bpe(folder: Path) -> bool:
+    """Whether the class that a folder names, if any, has merges."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    named: Any = tokenizer_class_from_name
+    name = class_name(folder)
+    kind = None if name is None else named(name)
+    return kind is None or "merges_file" in kind.vocab_files_names
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:240] or type(error).__name__

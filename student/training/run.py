@@ -35,6 +35,7 @@ from student.models.configuration import stored_dtype
 from student.models.loading import load_student
 from student.models.presets import PRESETS
 from student.models.tokenizer import special_ids
+from student.models.tokenizer_settings import portable_files
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.cast_weights import cast_weights
@@ -348,7 +349,8 @@ def _publish(
         # A pickle, and nothing in it that the report lacks.
         (output.stage / "training_args.bin").unlink(missing_ok=True)
         cast_weights(output.stage, dtype)
-        LogitCache.open(report.job.cache).save_tokenizer(output.stage)
+        for name, data in portable_files(LogitCache.open(report.job.cache).tokenizer_files()).items():
+            (output.stage / name).write_bytes(data)
         output.publish(report)
     trainer.accelerator.wait_for_everyone()
 

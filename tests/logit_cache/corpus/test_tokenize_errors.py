@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -136,7 +137,7 @@ def test_wrong_tokenizers_are_refused(tmp_path: Path, gpt2: str, monkeypatch: py
     def offline(*_: Any, **__: Any) -> Any:
         raise OSError("We couldn't connect\nto the hub")
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     message = refused(tmp_path, gpt2, text, tokenizer="org/name")
     assert message == (
         "org/name: cannot be read as a tokenizer (We couldn't connect to the hub); check the id and the network"

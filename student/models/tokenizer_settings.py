@@ -1,0 +1,79 @@
+"""tokenizer_config.json: read, and written so that transformers 4.57 and 5 load the same tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.errors import InputError
+
+SETTINGS_FILE = "tokenizer_config.json"
+# How and from where it was loaded: not part of its behaviour, and private.
+_LOADING = {
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+    "_commit_hash",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+}
+# The class in both that applies no rules of its own to a tokenizer.json.
+CLASS = "PreTrainedTokenizerFast"
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The fields of a folder's tokenizer_config.json; {} without one. Raises ValueError for one that is not JSON."""
+    path = folder / SETTINGS_FILE
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    return settings
+
+
+def class_name(folder: Path) -> str | None:
+    """The tokenizer's class that a folder names, by its settings or its model's type, without `Fast`; None if none."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    classes: Mapping[str, str | None] = TOKENIZER_MAPPING_NAMES
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    name = (
+        read_settings(folder).get("tokenizer_class")
+        or config.get("tokenizer_class")
+        or classes.get(str(config.get("model_type")))
+    )
+    return None if name is None or name == CLASS else str(name).removesuffix("Fast")
+
+
+def portable_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """A tokenizer's files by name, its settings written for transformers 4.57 and 5; the other files as they are.
+
+    Only of one with a tokenizer.json: both versions then take ids, special tokens and templates from these files.
+    """
+    if SETTINGS_FILE not in files:
+        return dict(files)
+    settings = {name: value for name, value in json.loads(files[SETTINGS_FILE]).items() if name not in _LOADING}
+    if "tokenizer.json" in files and "auto_map" not in settings:
+        settings = _portable(settings, json.loads(files["tokenizer.json"]))
+    data = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    return {**files, SETTINGS_FILE: data}
+
+
+def _portable(settings: dict[str, Any], backend: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {name: value for name, value in settings.items() if name != "backend"}
+    settings["tokenizer_class"] = CLASS
+    # 4.57 takes a list under this name only, and named tokens under the other; 5 reads both.
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    named = settings.pop("model_specific_special_tokens", None)
+    if named:
+        settings["extra_special_tokens"] = {**(settings.get("extra_special_tokens") or {}), **named}
+        settings = {name: value for name, value in settings.items() if name not in named}
+    # 4.57 changes the pre-tokenizer where this differs from it; absent means False.
+    prefix_space = (backend.get("pre_tokenizer") or {}).get("add_prefix_space")
+    if prefix_space is not None:
+        settings["add_prefix_space"] = prefix_space
+    return settings
