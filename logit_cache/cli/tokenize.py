@@ -14,7 +14,7 @@ from student.cli_command import Decorator, applied, command, under
 _text = under("Text")
 CORPUS_OPTIONS: tuple[Decorator, ...] = (
     _text("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
-    _text("--tokenizer", help="Directory or hub id of an existing tokenizer."),
+    _text("--tokenizer", help="Directory, cache or hub id of an existing tokenizer."),
     _text("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
     _text("--tokenizer-revision", help="Revision of a hub tokenizer."),
     _text("--special-token", "special_tokens", multiple=True, help="Further special token of a new tokenizer."),

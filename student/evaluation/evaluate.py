@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from storage import LogitCache
 from storage.errors import InputError
 from storage.files import replace_file
-from storage.progress import Track
+from storage.progress import Log, Track
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import HeldOut, held_out
 from student.evaluation.job import EvaluationJob, Reported
@@ -94,10 +94,11 @@ class EvaluationReport(Reported):
     minimal_pairs: PairScores | None
 
 
-def evaluate(job: EvaluationJob, track: Track | None = None) -> EvaluationReport:
+def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = None) -> EvaluationReport:
     """Make the measurements of a job; everything that can be wrong with it is checked before the model runs.
 
-    `track(name, total, unit)` opens a progress display and returns the function that advances it.
+    `track(name, total, unit)` opens a progress display and returns the function that advances it; `log` receives what
+    of the tokenizer is used otherwise than transformers does.
     Raises InputError, IdentityMismatch (the cache has another tokenizer) and the errors of `DistillationWindows`.
     """
     show = track or _silent
@@ -106,7 +107,7 @@ def evaluate(job: EvaluationJob, track: Track | None = None) -> EvaluationReport
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
     if job.lm_eval_tasks is not None:
         check_folder(job.lm_eval_tasks)
-    tokenizer = read_tokenizer(Path(job.model).expanduser(), job.model)
+    tokenizer = read_tokenizer(Path(job.model).expanduser(), job.model, log=log)
     if pairs and tokenizer is None:
         raise InputError(
             f"{job.model}: expected a tokenizer beside the model, to read sentences with, found none: "

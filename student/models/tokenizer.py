@@ -127,6 +127,8 @@ def _read_kind(folder: Path, asked: str, trust_remote_code: bool, log: Log | Non
     if trust_remote_code and "auto_map" in read_settings(folder):
         return same_every_time(as_transformers_does(folder, True, asked, log), asked, log)
     if (folder / FILE).is_file():
+        if log is not None and "auto_map" in read_settings(folder):
+            log(f"{asked}: the code that its {SETTINGS_FILE} names (auto_map) is not run: its {FILE} is used")
         return read_file(folder, asked, log)
     model = sentencepiece_file(folder)
     if model is not None:

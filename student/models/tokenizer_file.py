@@ -58,6 +58,8 @@ def read_file(folder: Path, asked: str, log: Log | None) -> Any:
     say = log or _silent
     make: Any = PreTrainedTokenizerFast
     tokenizer = make.from_pretrained(str(folder), local_files_only=True)
+    # The name of code that is not run, and that its files would ask for when they are loaded again.
+    tokenizer.init_kwargs.pop("auto_map", None)
     backend = _with_listed_tokens(Tokenizer.from_file(str(folder / FILE)), tokenizer, folder, asked, say)
     backend.encode_special_tokens = tokenizer.split_special_tokens
     tokenizer._tokenizer = backend

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from storage.errors import InputError
 from student.models.tokenizer import open_tokenizer, read_tokenizer, text_prefix, text_suffix
-from student.models.tokenizer_file import PROBES
+from student.models.tokenizer_file import FILE, PROBES
 from student.models.tokenizer_settings import portable_files
 
 
@@ -221,3 +221,13 @@ def test_settings_for_both_versions_keep_what_the_file_says() -> None:
     # A class of Python without a tokenizer.json is what it is.
     plain = {"tokenizer_config.json": b'{"tokenizer_class": "ByT5Tokenizer"}'}
     assert json.loads(portable_files(plain)["tokenizer_config.json"]) == {"tokenizer_class": "ByT5Tokenizer"}
+
+
+def test_code_that_is_not_run_is_not_asked_for_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = saved(tmp_path / "a", "gpt2", auto_map={"AutoTokenizer": [None, "code.Own"]})
+    tokenizer = open_tokenizer(str(folder), log=said.append)
+    [line] = said
+    assert line == f"{folder}: the code that its tokenizer_config.json names (auto_map) is not run: its {FILE} is used"
+    tokenizer.save_pretrained(tmp_path / "b")
+    assert "auto_map" not in json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
