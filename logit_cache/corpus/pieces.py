@@ -64,15 +64,11 @@ class Encoded:
 
 
 class Encoder:
-    """A transformers tokenizer as a function of texts, without special tokens, truncation or padding."""
+    """A tokenizer that `student.models.tokenizer` read as a function of texts, without special tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        if self._backend is not None:
-            # A tokenizer.json can enable both, whatever the arguments of a call.
-            self._backend.no_truncation()
-            self._backend.no_padding()
 
     def __call__(self, texts: Sequence[str], offsets: Sequence[bool]) -> list[Encoded]:
         """Ids of each text, and its offsets where requested and known."""

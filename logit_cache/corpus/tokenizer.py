@@ -16,7 +16,7 @@ from storage.errors import InputError
 from storage.format.identity import differing_entries
 from student.models.tokenizer import read_tokenizer, text_prefix, text_suffix
 from student.models.tokenizer_file import differing_text
-from student.models.tokenizer_settings import portable_files
+from student.models.tokenizer_settings import stored_files
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -73,7 +73,7 @@ def stored_tokenizer(tokenizer: Any, trust_remote_code: bool = False) -> tuple[A
             for path in sorted(Path(folder).iterdir())
             if path.is_file() and path.suffix in _STORED and _FILE_NAME.match(path.name)
         }
-    files = portable_files(files)
+    files = stored_files(files)
     if trust_remote_code and "tokenizer.json" not in files:
         # Its code is not stored, so its files alone cannot give it back.
         return tokenizer, files

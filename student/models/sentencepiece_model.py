@@ -18,6 +18,7 @@ from typing import Any
 
 from storage.errors import InputError
 from storage.progress import Log
+from student.models.text_ids import text_ids
 from student.models.tokenizer_file import (
     ADDING,
     FILE,
@@ -126,7 +127,7 @@ def _write_whole(whole: Path, folder: Path, proto: Any, other: Any) -> None:
 def _check(tokenizer: Any, processor: Any, path: Path, asked: str) -> None:
     """Refuse a tokenizer that gives a probe other pieces than sentencepiece."""
     for text in PROBES:
-        ours = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ours = tokenizer.convert_ids_to_tokens(text_ids(tokenizer, text))
         theirs = processor.encode(text, out_type=str)
         unknown = tokenizer.unk_token
         known = tokenizer.get_vocab()

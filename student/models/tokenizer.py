@@ -17,7 +17,7 @@ from storage.errors import InputError, LogitCacheError
 from storage.format.identity import TOKENIZER_FILES, has_tokenizer
 from storage.progress import Log
 from student.models.sentencepiece_model import is_tiktoken, read_sentencepiece, sentencepiece_file
-from student.models.text_ends import text_prefix, text_suffix
+from student.models.text_ids import text_prefix, text_suffix
 from student.models.tokenizer_file import FILE, as_transformers_does, read_file, same_every_time
 from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
 

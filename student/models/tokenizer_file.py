@@ -13,7 +13,7 @@ from typing import Any
 
 from storage.errors import InputError
 from storage.progress import Log
-from student.models.text_ends import text_prefix, text_suffix
+from student.models.text_ids import text_ids, text_prefix, text_suffix
 from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
 
 FILE = "tokenizer.json"
@@ -112,7 +112,7 @@ def same_every_time(tokenizer: Any, asked: str, log: Log | None) -> Any:
 def differing_text(a: Any, b: Any) -> tuple[str, int, int] | None:
     """The first probe that two tokenizers give different ids, and how many each; None where all are equal."""
     for text in (*PROBES, *_special_probes(a), *_special_probes(b)):
-        ids = [each(text, add_special_tokens=False, verbose=False)["input_ids"] for each in (a, b)]
+        ids = [text_ids(each, text) for each in (a, b)]
         if ids[0] != ids[1]:
             return text, len(ids[0]), len(ids[1])
     return None

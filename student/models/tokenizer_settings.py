@@ -51,29 +51,45 @@ def class_name(folder: Path) -> str | None:
 def portable_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """A tokenizer's files by name, its settings written for transformers 4.57 and 5; the other files as they are.
 
-    Only of one with a tokenizer.json: both versions then take ids, special tokens and templates from these files.
+    With a tokenizer.json, both versions then take ids, special tokens and templates from these files.
     """
+    return _with_settings(files, portable=True)
+
+
+def stored_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """A tokenizer's files by name as a cache stores them: portable, and nothing in them names a folder.
+
+    Without a tokenizer.json, the settings are part of the tokenizer's fingerprint, and stay as they are.
+    """
+    return _with_settings(files, portable="tokenizer.json" in files)
+
+
+def _with_settings(files: Mapping[str, bytes], portable: bool) -> dict[str, bytes]:
     if SETTINGS_FILE not in files:
         return dict(files)
     settings = {name: value for name, value in json.loads(files[SETTINGS_FILE]).items() if name not in _LOADING}
-    if "tokenizer.json" in files and "auto_map" not in settings:
-        settings = _portable(settings, json.loads(files["tokenizer.json"]))
+    if portable and "auto_map" not in settings:
+        settings = _portable(settings)
+        if "tokenizer.json" in files:
+            settings |= _of_file(json.loads(files["tokenizer.json"]))
     data = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     return {**files, SETTINGS_FILE: data}
 
 
-def _portable(settings: dict[str, Any], backend: Mapping[str, Any]) -> dict[str, Any]:
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """4.57 takes a list of tokens under one name only, and named ones under the other; 5 reads both."""
     settings = {name: value for name, value in settings.items() if name != "backend"}
-    settings["tokenizer_class"] = CLASS
-    # 4.57 takes a list under this name only, and named tokens under the other; 5 reads both.
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     named = settings.pop("model_specific_special_tokens", None)
     if named:
         settings["extra_special_tokens"] = {**(settings.get("extra_special_tokens") or {}), **named}
         settings = {name: value for name, value in settings.items() if name not in named}
-    # 4.57 changes the pre-tokenizer where this differs from it; absent means False.
-    prefix_space = (backend.get("pre_tokenizer") or {}).get("add_prefix_space")
-    if prefix_space is not None:
-        settings["add_prefix_space"] = prefix_space
     return settings
+
+
+def _of_file(backend: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under which both versions apply no rules but the file's."""
+    prefix_space = (backend.get("pre_tokenizer") or {}).get("add_prefix_space")
+    # 4.57 changes the pre-tokenizer where this differs from it; absent means False.
+    return {"tokenizer_class": CLASS} | ({} if prefix_space is None else {"add_prefix_space": prefix_space})

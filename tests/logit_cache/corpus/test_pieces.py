@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models.saved import FAST, make_tokenizer, sample_text, tiny_tokenizer
+from support.models.saved import FAST, sample_text, tiny_tokenizer
 
 from logit_cache.corpus import pieces
 from logit_cache.corpus.pieces import Encoded, Encoder, Piece, cut, encode, trained_tokens
@@ -189,12 +189,3 @@ def test_trained_tokens_know_trimmed_and_empty_offsets() -> None:
     assert trained_tokens(offsets, [(0, 1), (5, 6)]).tolist() == [True, False, False, True, True]
     assert trained_tokens(offsets, []).tolist() == [False] * 5
     assert trained_tokens(np.zeros((0, 2), dtype=np.int64), [(0, 1)]).tolist() == []
-
-
-def test_truncation_and_padding_set_on_a_tokenizer_do_not_act() -> None:
-    tokenizer = make_tokenizer("gpt2")
-    tokenizer.backend_tokenizer.enable_truncation(4)
-    tokenizer.backend_tokenizer.enable_padding(length=500)
-    text = sample_text()[:99]
-    [encoded] = Encoder(tokenizer)([text], [False])
-    assert encoded.ids.tolist() == whole_ids("gpt2", text)

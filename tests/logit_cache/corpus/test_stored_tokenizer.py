@@ -76,7 +76,7 @@ def test_a_stream_that_was_made_with_the_rules_of_a_class_keeps_them(
     config = CorpusConfig(text=(text,), out=str(tmp_path / "cache"), tokenizer=str(qwen))
     with monkeypatch.context() as before:
         before.setattr(corpus, "open_tokenizer", lambda name, *more: AutoTokenizer.from_pretrained(name))
-        before.setattr(stored, "portable_files", as_stored_before)
+        before.setattr(stored, "stored_files", as_stored_before)
         record = tokenize(config)
     made = files_in(tmp_path / "cache")
     said: list[str] = []
@@ -99,7 +99,7 @@ def test_a_cache_of_earlier_settings_is_finished_by_the_same_command(
     out = tmp_path / "cache"
     config = CorpusConfig(text=(text,), out=str(out), **options)
     with monkeypatch.context() as before:
-        before.setattr(stored, "portable_files", as_stored_before)
+        before.setattr(stored, "stored_files", as_stored_before)
         record = tokenize(config)
     made = files_in(out)
     assert b"TokenizersBackend" in made["tokenizer/tokenizer_config.json"]
@@ -236,7 +236,7 @@ def test_a_student_of_an_earlier_cache_is_saved_with_portable_settings(
     run: Run, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as before:
-        before.setattr(stored, "portable_files", as_stored_before)
+        before.setattr(stored, "stored_files", as_stored_before)
         tokenize(CorpusConfig(text=(text,), out=str(tmp_path / "old"), train_tokenizer=400))
     done = run(
         "train-student", "--cache", tmp_path / "old", "--model", "llama-tiny", "--set", "max_steps=1",

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from storage.errors import InputError
 from student.models.tokenizer import open_tokenizer, read_tokenizer, text_prefix, text_suffix
 from student.models.tokenizer_file import FILE, PROBES
-from student.models.tokenizer_settings import portable_files
+from student.models.tokenizer_settings import portable_files, stored_files
 
 
 def saved(folder: Path, kind: str, **settings: Any) -> Path:
@@ -218,9 +218,13 @@ def test_settings_for_both_versions_keep_what_the_file_says() -> None:
         "extra_special_tokens": {"image_token": "<image>"},
     }  # fmt: skip
     assert portable_files(portable) == portable
-    # A class of Python without a tokenizer.json is what it is.
-    plain = {"tokenizer_config.json": b'{"tokenizer_class": "ByT5Tokenizer"}'}
-    assert json.loads(portable_files(plain)["tokenizer_config.json"]) == {"tokenizer_class": "ByT5Tokenizer"}
+    # A class of Python without a tokenizer.json is what it is, and its settings are part of its fingerprint.
+    python = json.dumps({"tokenizer_class": "ByT5Tokenizer", "extra_special_tokens": ["<x>"]}).encode()
+    plain = {"tokenizer_config.json": python}
+    assert json.loads(portable_files(plain)["tokenizer_config.json"]) == {
+        "tokenizer_class": "ByT5Tokenizer", "additional_special_tokens": ["<x>"],
+    }  # fmt: skip
+    assert json.loads(stored_files(plain)["tokenizer_config.json"]) == json.loads(python)
 
 
 def test_code_that_is_not_run_is_not_asked_for_again(tmp_path: Path) -> None:
