@@ -209,29 +209,43 @@ def _tokenizer(
 def _given_tokenizer(
     config: CorpusConfig, name: str, template: str | None, log: Log | None
 ) -> tuple[Any, dict[str, bytes]]:
+    said: list[str] = []
+
     def stored(own_rules: bool) -> tuple[Any, dict[str, bytes]]:
-        tokenizer = open_tokenizer(name, config.tokenizer_revision, config.trust_remote_code, log, own_rules)
+        tokenizer = open_tokenizer(name, config.tokenizer_revision, config.trust_remote_code, said.append, own_rules)
         if template is not None:
             tokenizer.chat_template = template
         return stored_tokenizer(tokenizer, config.trust_remote_code)
 
-    def fingerprint(made: tuple[Any, dict[str, bytes]]) -> str:
-        return tokenizer_fingerprint(made[1], made[0].get_vocab())
-
     made = stored(own_rules=True)
-    try:
-        recorded = read_record(open_store(config.out), "zarr.json", CacheRecord).tokenizer.fingerprint
-    except CacheNotFound:
-        return made
-    if fingerprint(made) != recorded:
+    recorded = _recorded_fingerprint(config.out)
+    if recorded is not None and _fingerprint(made) != recorded:
         # Streams were made with the rules that transformers' class put in place of the tokenizer's own.
         with contextlib.suppress(InputError):
             before = stored(own_rules=False)
-            if fingerprint(before) == recorded:
-                if log is not None:
-                    log(f"{name}: {config.out} was made with the rules of its transformers class, which are kept")
-                return before
+            if _fingerprint(before) == recorded:
+                said[:] = [f"{name}: {config.out} was made with the rules of its transformers class, which are kept"]
+                made = before
+    for line in said:
+        (log or _silent)(line)
     return made
+
+
+def _fingerprint(made: tuple[Any, dict[str, bytes]]) -> str:
+    tokenizer, files = made
+    return tokenizer_fingerprint(files, tokenizer.get_vocab())
+
+
+def _recorded_fingerprint(out: str) -> str | None:
+    """That of the tokenizer of the cache at `out`; None where there is none yet."""
+    try:
+        return read_record(open_store(out), "zarr.json", CacheRecord).tokenizer.fingerprint
+    except CacheNotFound:
+        return None
+
+
+def _silent(line: str) -> None:
+    del line
 
 
 def _chat_template(config: CorpusConfig) -> str | None:

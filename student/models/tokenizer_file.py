@@ -216,7 +216,7 @@ def _compare_class(tokenizer: Any, folder: Path, asked: str, say: Log) -> None:
         text, ours, theirs = differing
         say(
             f"{asked}: its {FILE} is used; {type(other).__name__} of transformers applies rules of its own, which "
-            f"give other ids ({theirs} in place of {ours} for {text[:40]!r})"
+            f"give other ids for {text[:40]!r} ({theirs} in place of {ours})"
         )
 
 

@@ -83,7 +83,7 @@ def test_a_stream_that_was_made_with_the_rules_of_a_class_keeps_them(
     # The record that is returned may be of other library versions.
     assert tokenize(config, log=said.append).corpus == record.corpus
     assert files_in(tmp_path / "cache") == made
-    assert any("was made with the rules of its transformers class, which are kept" in line for line in said)
+    assert said == [f"{qwen}: {config.out} was made with the rules of its transformers class, which are kept"]
     fresh = tokenize(config.model_copy(update={"out": str(tmp_path / "other")}))
     assert fresh.corpus.stream_sha256 != record.corpus.stream_sha256
 
