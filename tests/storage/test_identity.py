@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from storage.errors import InputError
 from storage.format.identity import (
@@ -16,6 +17,7 @@ from storage.format.identity import (
     vocabulary_sha256,
     vocabulary_size,
 )
+from storage.format.manifest import ArrayLayout, Encoding, Teacher, Windowing
 
 VOCABULARY = {"<pad>": 0, "über": 1, "cat": 2, "dog": 7}
 
@@ -90,3 +92,22 @@ def test_stream_digest_follows_its_equation() -> None:
     assert stream_sha256(tokens.astype(np.uint16), starts, None) == hashlib.sha256(parts).hexdigest()
     masked = hashlib.sha256(parts + b"loss_mask" + mask.astype("u1").tobytes()).hexdigest()
     assert stream_sha256(tokens, starts, mask) == masked
+
+
+def test_records_that_contradict_themselves_are_none() -> None:
+    with pytest.raises(ValidationError, match="shard 10 is not a multiple of chunk 4"):
+        ArrayLayout(shard=10, chunk=4, compression="zstd")
+    with pytest.raises(ValidationError, match="has more than 65536 chunks of 1"):
+        ArrayLayout(shard=65_537, chunk=1, compression="zstd")
+    with pytest.raises(ValidationError, match="stride 3 is larger than context 2"):
+        Windowing(context_tokens=2, stride_tokens=3)
+    for kind, step in (("codes", None), ("float32", 0.03125)):
+        with pytest.raises(ValidationError, match="step_nats goes with codes"):
+            Encoding.model_validate({"kind": kind, "step_nats": step, "mantissa_bits": 12})
+    member = {
+        "source": "m", "architecture": "M", "weights_sha256": "0" * 64, "config_sha256": "0" * 64, "dtype": "float32",
+        "head_columns": 1, "parameters": 1,
+    }  # fmt: skip
+    for combine, members in (("single", 2), ("mixture", 1)):
+        with pytest.raises(ValidationError, match="one weight per member"):
+            Teacher.model_validate({"combine": combine, "members": [member] * members, "weights": [1.0] * members})
