@@ -16,8 +16,6 @@ from typing import Any
 from storage.cache.reader import LogitCache
 from storage.errors import InputError, LogitCacheError
 
-Ranges = tuple[tuple[int, int], ...]
-
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 BYTES = 256
 MIN_FREQUENCY = 2
@@ -116,21 +114,12 @@ def stored_tokenizer(tokenizer: Any, trust_remote_code: bool = False) -> tuple[A
     return again, files
 
 
-def render_marked(tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> tuple[str, Ranges]:
-    """A conversation's text and the character ranges that its template marks with `{% generation %}`."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+def template_environment(source: str) -> Any:
+    """The Jinja environment in which transformers renders a chat template: its sandbox, filters and functions."""
+    # It has no public name.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    # The ranges themselves rather than apply_chat_template's token mask: that one stops at the first reply whose
-    # first character no token's offsets cover (a space, where offsets are trimmed), and runs to the conversation's
-    # end where the last one's is not covered.
-    rendered: Any = render_jinja_template(
-        conversations=[messages],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    texts, ranges = rendered
-    return texts[0], tuple((start, stop) for start, stop in ranges[0] if start < stop)
+    return _compile_jinja_template(source).environment
 
 
 def _load(location: str | Path, name: str, trust_remote_code: bool, revision: str | None = None) -> Any:

@@ -224,6 +224,17 @@ class LogitCache:
             raise CorruptCache(f"{self._store.where('document_starts')}: not ascending from 0 within the stream")
         return starts
 
+    @cached_property
+    def document_sources(self) -> NDArray[np.uint16] | None:
+        """uint16 [D]: the number of every document's source in the record; None in streams of version 1."""
+        if not self.record.corpus.document_sources:
+            return None
+        stream = self._stream("document_sources")
+        numbers = stream.read(0, len(stream))
+        if int(numbers.max()) >= len(self.record.corpus.sources):
+            raise CorruptCache(f"{self._store.where('document_sources')}: it names a source that the record lacks")
+        return numbers
+
     def _stream(self, name: str, check: Callable[[NDArray[Any], int], None] | None = None) -> Stream:
         receipts = self._receipts(name)
         return Stream(CheckedArray(self._store, "", self._specs[name], receipts), check)

@@ -50,3 +50,16 @@ def special_ids(cache: str) -> dict[str, int | None]:
         LogitCache.open(cache).save_tokenizer(Path(folder))
         tokenizer = read_tokenizer(Path(folder), cache)
     return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def text_prefix(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that a tokenizer puts before a text by itself."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return tuple(whole[:at])
+
+
+def text_suffix(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that a tokenizer puts after a text by itself."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return tuple(whole[len(text_prefix(tokenizer)) + len(plain) :])
