@@ -100,12 +100,13 @@ class Renderer:
                 f"--chat-template FILE, or take the tokenizer of an instruction model"
             )
         try:
-            return self._template(tokenizer.get_chat_template(tools=conversation.tools))
+            source = tokenizer.get_chat_template(tools=conversation.tools)
         except ValueError:
             raise InputError(
                 f"{where}: of the tokenizer's chat templates ({', '.join(sorted(tokenizer.chat_template))}) none is "
                 f"the default; name one with --chat-template"
             ) from None
+        return self._template(source)
 
     def _template(self, source: str) -> ChatTemplate:
         if source not in self._templates:
