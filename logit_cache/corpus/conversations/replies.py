@@ -41,13 +41,14 @@ def render(template: ChatTemplate, conversation: Conversation, version_1: bool =
     """The text of a conversation, and what of it is trained on.
 
     version_1: as streams of format version 1 were made: a template's text after the last message is part of the last
-    reply, also where the reply has an end marker.
+    reply, also where the reply has an end marker; and what a template leaves out is left out.
     Raises InputError naming the row where the template refuses the messages or leaves out something of them, and where
     the replies cannot be found in its text.
     """
     where, messages = conversation.where, conversation.messages
     inputs = Inputs(conversation.tools, conversation.documents, conversation.variables)
-    _check_inputs(template, conversation)
+    if not version_1:
+        _check_inputs(template, conversation)
     try:
         messages = _as_taken(template, messages)
         rendered = template.render(messages, inputs)
@@ -58,7 +59,8 @@ def render(template: ChatTemplate, conversation: Conversation, version_1: bool =
         # Templates are programs: they raise errors of any type, and fail in any way on fields that they did not expect.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: the chat template refuses these messages ({reason}); correct the row") from None
-    _check_shown(messages, rendered, where)
+    if not version_1:
+        _check_shown(messages, rendered, where)
     left_out = sum(_leaves_out_reasoning(message, rendered.text) for message in messages)
     return Written(rendered.text, _trained(replies, rendered, conversation), len(replies), found_by, left_out)
 
