@@ -51,13 +51,17 @@ def stated_columns(spec: str) -> int | None:
         return None
     with contextlib.suppress(Exception):  # transformers' exceptions have no common class
         if path.is_file():
-            settings = read_settings(path)
-            found = settings.get("text_config", settings).get("vocab_size")
-        else:
-            config = AutoConfig.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
-            found = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-        return found if isinstance(found, int) else None
+            return _stated(read_settings(path))
+        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
+        return _stated({"vocab_size": getattr(config.get_text_config(decoder=True), "vocab_size", None)})
     return None
+
+
+def _stated(settings: Mapping[str, Any]) -> int | None:
+    """The vocabulary's size in a configuration, or in that of its text model; None where it has none."""
+    text = settings.get("text_config")
+    found = (text if isinstance(text, dict) else settings).get("vocab_size")
+    return found if isinstance(found, int) else None
 
 
 def check_settings(
@@ -119,7 +123,7 @@ def config_of(
     _refuse_misspelt(where, data, AutoConfig.for_model(model_type))
     if "text_config" not in data:
         data.setdefault("vocab_size", vocabulary_size)
-    columns = data.get("text_config", data).get("vocab_size", vocabulary_size)
+    columns = _stated(data) or vocabulary_size
     # Fields about the stored weights and their writer: they do not apply to a new model.
     for name in ("architectures", "dtype", "torch_dtype", "transformers_version", "auto_map"):
         data.pop(name, None)

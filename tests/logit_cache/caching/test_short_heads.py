@@ -20,6 +20,8 @@ from support.models.short_heads import EXTRA, add_tokens, beside
 from transformers import AutoModelForCausalLM
 
 from storage import LogitCache
+from storage.cache.reader import Stream, TeacherTargets
+from student.data.windows import DistillationWindows
 
 V = 401
 WINDOWS = ("--context-tokens", 64, "--fidelity-positions", 128)
@@ -95,12 +97,33 @@ def test_everything_that_reads_an_entry_reads_one_of_a_short_head(world: World, 
         (("status", cache), "teacher short: complete"),
         (("audit", cache, "--name", "short", "--teacher", world.teacher, "--windows", 4), "consistent"),
         (("recompress", cache, "--name", "all", "--to", "less", "-k", 8), "less"),
+        (("push", cache, tmp_path / "pushed"), ""),
+        (("verify", tmp_path / "pushed", "--deep"), ""),
         (("plan", "--cache", cache, "--teacher", world.teacher, "--student", world.student, *WINDOWS[:2]), "objects"),
     ):
         done = run("logit-cache", *line)
         assert done.returncode == 0, done.stderr
         assert words in done.stdout
-    assert whole(cache, "less")[0].entry.vocabulary_size == 400
+    assert whole(tmp_path / "pushed", "less")[0].entry.vocabulary_size == 400
+
+
+def test_a_text_is_tokenized_and_cached_by_one_command(world: World, text_file: Path, run: Run, tmp_path: Path) -> None:
+    """With the teacher's own tokenizer, which is what the refusal of a short head once advised."""
+    line = ("cache-logits", "--text", text_file, "--out", tmp_path / "c", "--teacher", world.teacher, "--name", "a")
+    done = run(*line, "-k", 16, *WINDOWS)
+    assert done.returncode == 0, done.stderr
+    assert whole(tmp_path / "c", "a")[0].entry.vocabulary_size == 400
+    refused(run(*line[:-1], "b", "-k", V, *WINDOWS), f"--k {V}", "400 columns")
+
+
+def test_nothing_is_searched_where_nothing_differs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind, name in ((Stream, "first"), (TeacherTargets, "first_beyond")):
+        monkeypatch.delattr(kind, name)
+    cache = copy_of(world.cache, tmp_path / "cache")
+    cache_logits(cache, "again", world.padded, k=16)
+    DistillationWindows(str(cache), ["again", "short"]).within(416, "a student", print)
 
 
 def test_the_ids_left_out_are_named_once_and_the_job_resumes(
@@ -206,6 +229,20 @@ def test_targets_that_name_an_id_without_a_column_are_refused(world: World, run:
     refused(run("train-student", *line, "--model", world.student, *output), *words)
     refused(run("logit-cache", "evaluate", world.student, *line), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_lacks_an_id_that_no_target_names(world: World, run: Run, tmp_path: Path) -> None:
+    """The teacher has a column for it, with a logit below the ones that are stored."""
+    model = AutoModelForCausalLM.from_pretrained(world.padded)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[400:] = 0.0
+    model.save_pretrained(tmp_path / "teacher")
+    cache = copy_of(world.cache, tmp_path / "cache")
+    targets, _ = cache_logits(cache, "mute", tmp_path / "teacher", targets="topk", k=8)
+    assert targets.entry.vocabulary_size == V
+    line = ("--cache", cache, "--teacher", "mute", "--teacher", "short", "--model", world.student, *STUDENT)
+    done = run("train-student", *line, "--eval-cache", cache, "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_row_that_leaves_only_ids_without_a_column_names_them(world: World, tmp_path: Path) -> None:
