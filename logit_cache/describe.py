@@ -70,6 +70,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "combine": entry.teacher.combine,
         "weights": list(entry.teacher.weights),
         "architecture": member.architecture,
+        "vocabulary_size": entry.vocabulary_size,
         "targets": entry.targets.model_dump(),
         "windowing": entry.windowing.model_dump(),
         "encoding": entry.encoding.model_dump(),

@@ -58,7 +58,7 @@ def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
         from student.evaluation.evaluate import evaluate as measure
         from student.evaluation.evaluate import table, write_report
 
-        report = measure(job, progress)
+        report = measure(job, progress, lambda line: click.echo(line, err=True))
         if out is not None:
             write_report(report, out)
         click.echo(report.model_dump_json(indent=1) if as_json else table(report))

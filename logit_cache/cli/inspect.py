@@ -80,8 +80,9 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     lines = [
         f"teacher {name}: {made_of[0]}",
         f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}",
-        f"  targets     {targets['method']}, k = {targets['k']}, windows of {windowing['context_tokens']} tokens every "
-        f"{windowing['stride_tokens']}{', documents isolated' if windowing['isolate_documents'] else ''}",
+        f"  targets     {targets['method']}, k = {targets['k']} of {entry['vocabulary_size']:,} ids, windows of "
+        f"{windowing['context_tokens']} tokens every {windowing['stride_tokens']}"
+        f"{', documents isolated' if windowing['isolate_documents'] else ''}",
         f"  weights     sha256 {digests}",
     ]
     if entry["positions_cached"]:

@@ -59,6 +59,16 @@ class Stream:
             return np.empty(0, dtype=self._array.spec.dtype)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def first(self, wanted: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> tuple[int, int] | None:
+        """(position, value) of the first entry that `wanted` selects, read block by block; None where there is none."""
+        block = self._array.spec.layout.chunk
+        for start in range(0, len(self), block):
+            values = self.read(start, min(start + block, len(self)))
+            found = np.flatnonzero(wanted(values))
+            if len(found):
+                return start + int(found[0]), int(values[found[0]])
+        return None
+
     def _chunk(self, chunk: int) -> NDArray[Any]:
         if chunk not in self._chunks:
             values = self._array.read_chunk(chunk)
@@ -145,6 +155,24 @@ class TeacherTargets:
             targets = self._chunk(chunk)
             parts.append(targets.rows(max(start, targets.start), min(stop, targets.stop)))
         return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def first_beyond(self, columns: int) -> tuple[int, int] | None:
+        """(position, id) of the first row that names an id from `columns` on, read chunk by chunk; None if none does.
+
+        A row that keeps every id below `columns`, and not all of its vocabulary, names the others: its tail is theirs.
+        """
+        if self.entry.vocabulary_size <= columns:
+            return None
+        ids, kept = self._arrays["token_ids"], self._arrays["kept"]
+        for start in range(0, len(self), self.entry.layout.chunk):
+            chunk = start // self.entry.layout.chunk
+            count = kept.read_chunk(chunk)
+            named = np.where(np.arange(self.entry.targets.k) < count[:, None], ids.read_chunk(chunk), 0).max(axis=1)
+            named = np.where(count >= columns, np.maximum(named, columns), named)
+            found = np.flatnonzero(named >= columns)
+            if len(found):
+                return start + int(found[0]), int(named[found[0]])
+        return None
 
     def _chunk(self, chunk: int) -> SparseTargets:
         if chunk not in self._chunks:
@@ -268,7 +296,7 @@ class LogitCache:
                     raise
                 there = ", ".join(self.teachers) or "none"
                 raise CacheNotFound(f"{self.url}: no teacher entry {name!r}; there is: {there}") from None
-            if (entry.positions, entry.vocabulary_size) != (self.record.corpus.positions, self.vocabulary_size):
+            if entry.positions != self.record.corpus.positions or entry.vocabulary_size > self.vocabulary_size:
                 raise FormatError(f"{self._store.where(key)}: its positions or vocabulary are not this cache's")
             documents = (lambda: self.document_starts) if self.record.corpus.tokens_included else None
             self._entries[name] = TeacherTargets(self._store, name, entry, documents)

@@ -247,7 +247,11 @@ class Execution(Extended):
 
 
 class TeacherEntry(Record):
-    """attributes["logit_cache"] of teachers/<name>; written once, never rewritten."""
+    """attributes["logit_cache"] of teachers/<name>; written once, never rewritten.
+
+    `vocabulary_size` is the V of its targets: the tokenizer's, or fewer ids where the teacher has no column for the
+    last ones. No token of the stream is one of those.
+    """
 
     format_version: Literal[1] = 1
     kind: Literal["teacher"] = "teacher"

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 
 from storage.errors import InputError
 from storage.format.identity import (
-    differing_entries,
+    contradicting_ids,
+    differing_ids,
+    few,
     stream_sha256,
     tokenizer_fingerprint,
     vocabulary_sha256,
@@ -36,23 +38,23 @@ def test_size_is_the_largest_id_and_one() -> None:
         vocabulary_size({})
 
 
-def test_differing_entries_name_id_and_both_strings() -> None:
+def test_differing_ids_are_named_with_both_strings() -> None:
     theirs = {"<pad>": 0, "über": 1, "dog": 2, "more": 9}
-    assert differing_entries(VOCABULARY, theirs) == [
-        "id 2: 'cat' here, 'dog' in the model's",
-        "id 7: 'dog' here, nothing in the model's",
-        "id 9: nothing here, 'more' in the model's",
-    ]
-    assert differing_entries(VOCABULARY, dict(VOCABULARY)) == []
-    assert differing_entries({"a": 0, "b": 0}, {"a": 0}) == ["id 0: 'a' and 'b' here, 'a' in the model's"]
+    assert differing_ids(VOCABULARY, theirs) == {
+        2: "id 2: 'cat' here, 'dog' in the model's",
+        7: "id 7: 'dog' here, nothing in the model's",
+        9: "id 9: nothing here, 'more' in the model's",
+    }
+    assert differing_ids(VOCABULARY, dict(VOCABULARY)) == {}
+    assert differing_ids({"a": 0, "b": 0}, {"a": 0}) == {0: "id 0: 'a' and 'b' here, 'a' in the model's"}
+    assert list(contradicting_ids(VOCABULARY, theirs, below=3)) == [2]
+    assert contradicting_ids(VOCABULARY, theirs, below=2) == {}
 
 
-def test_differing_entries_are_counted_beyond_the_most() -> None:
-    ours, theirs = {f"a{i}": i for i in range(12)}, {f"b{i}": i for i in range(12)}
-    listed = differing_entries(ours, theirs, most=3)
-    assert len(listed) == 4
-    assert listed[2:] == ["id 2: 'a2' here, 'b2' in the model's", "and 9 more ids"]
-    assert len(differing_entries(ours, theirs, most=12)) == 12
+def test_lines_beyond_the_most_are_counted() -> None:
+    lines = [f"line {i}" for i in range(12)]
+    assert few(lines, most=3) == ["line 0", "line 1", "line 2", "and 9 more ids"]
+    assert few(lines, most=12) == lines
 
 
 def _files(**changes: object) -> dict[str, bytes]:
