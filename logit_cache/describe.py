@@ -9,7 +9,9 @@ import numpy as np
 
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
-from storage.format.manifest import ShardStatistics
+from storage.format.manifest import Corpus, ShardStatistics
+
+_BLOCK = 1 << 22  # positions of a loss mask that are counted at a time
 
 
 def describe_cache(cache: LogitCache) -> dict[str, Any]:
@@ -30,10 +32,27 @@ def describe_cache(cache: LogitCache) -> dict[str, Any]:
             "tokens_included": corpus.tokens_included,
             "complete": not missing,
             "sources": [source.model_dump() for source in corpus.sources],
+            **{name: value for name, value in corpus.model_dump().items() if name in Corpus.added},
+            **(describe_stream(cache) if corpus.tokens_included and not missing else {}),
         },
         "tokenizer": record.tokenizer.model_dump(),
         "created_with": record.created_with.libraries,
         "teachers": {name: describe_entry(cache.teacher(name)) for name in cache.teachers},
+    }
+
+
+def describe_stream(cache: LogitCache) -> dict[str, Any]:
+    """Lengths of documents in tokens, and the number of tokens that are trained on, of a complete stream."""
+    positions, starts = cache.record.corpus.positions, cache.document_starts.astype(np.int64)
+    lengths = np.diff(starts, append=positions)
+    median, most = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.95))
+    mask = cache.loss_mask
+    blocks = range(0, positions, _BLOCK)
+    return {
+        "document_tokens": {"median": median, "percentile_95": most, "longest": int(lengths.max())},
+        "trained_tokens": None
+        if mask is None
+        else sum(int(mask.read(start, min(start + _BLOCK, positions)).sum()) for start in blocks),
     }
 
 
@@ -51,6 +70,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "combine": entry.teacher.combine,
         "weights": list(entry.teacher.weights),
         "architecture": member.architecture,
+        "vocabulary_size": entry.vocabulary_size,
         "targets": entry.targets.model_dump(),
         "windowing": entry.windowing.model_dump(),
         "encoding": entry.encoding.model_dump(),

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from storage import LogitCache
 from student.job import StudentJob
-from student.models.vocabulary import check_vocabulary
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
+from teachers.vocabulary import common_vocabulary
 
 # Of one chunk of the teachers' logits: on a CPU small enough to be in the CPU's cache when the loss reads them.
 _CHUNK_BYTES = {"cpu": 16 << 20}
@@ -70,9 +70,11 @@ def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
             logit_budget_bytes=chunk_bytes(device, len(job.live_teachers)),
         )
         teacher.check_context(job.window_tokens)
-        check_vocabulary(cache, teacher.vocabulary(), source, "A teacher must have the ids of the text that it reads")
         teachers.append(teacher)
+    size = common_vocabulary(cache, job.live_teachers, teachers)
+    if job.eval_cache is not None:  # they read the held-out text, too
+        common_vocabulary(LogitCache.open(job.eval_cache), job.live_teachers, teachers, quiet=True)
     if len(teachers) == 1:
         return LiveTeacher(teachers[0])
     assert job.combine is not None
-    return LiveTeacher(EnsembleTeacher(teachers, job.combine, cache.vocabulary_size))
+    return LiveTeacher(EnsembleTeacher(teachers, job.combine, size))

@@ -15,6 +15,7 @@ A piece is as many whole chunks as a batch of windows fills, so that no pass is 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import tracemalloc
@@ -29,7 +30,15 @@ from numpy.typing import NDArray
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import PreparedJob, check_entry, prepare_job
 from logit_cache.caching.score_shard import score_range
-from logit_cache.caching.step_cost import Meter, StepCost, forward_cost, new_student, reading_cost, student_cost
+from logit_cache.caching.step_cost import (
+    Meter,
+    StepCost,
+    forward_cost,
+    ids_of_student,
+    new_student,
+    reading_cost,
+    student_cost,
+)
 from logit_cache.caching.windows import windows
 from storage.errors import FormatError, InputError
 from storage.format.layout import COMPRESSION, entry_layout, group_metadata, metadata_bytes, teacher_arrays
@@ -38,6 +47,7 @@ from storage.format.rules import broken_rule
 from storage.format.sealing import parse_json, sealed, sealed_bytes, unseal
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets
+from student.models.vocabulary import ids_in_common
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 
 Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
@@ -96,7 +106,13 @@ def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str,
         check_entry(job, prepared.entry)
     entry = _wanted_entry(job, prepared.entry, question.tokens)
     if question.student is not None:
-        new_student(question.student, prepared.entry)  # fails here rather than after the probe, which takes long
+        # Fails here rather than after the probe, which takes long.
+        columns = ids_of_student(question.student, prepared.entry)
+        if columns < entry.vocabulary_size:
+            log = logging.getLogger(__name__).warning
+            advice = "take a student with a column for it"
+            ids_in_common(prepared.cache, columns, f"--student {question.student}", advice, log)
+        new_student(question.student, prepared.entry)
     probe = _probe(prepared, question.probe_windows, progress)
     process_bytes, device_bytes = peak_process_bytes(), peak_device_bytes(prepared.teacher.device)
     speed = _speed(probe, entry)

@@ -12,7 +12,6 @@ from storage.cache.reader import LogitCache
 from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
-from storage.format.identity import differing_entries
 from storage.format.layout import COMPRESSION, entry_layout
 from storage.format.manifest import Encoding, Execution, TeacherEntry, Versions, Windowing
 from storage.stores import open_store
@@ -45,7 +44,7 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
     """The job's teachers on their devices, checked as far as possible without a token stream.
 
     ranks: the processes of a tensor-parallel job, all of which call this.
-    Raises InputError, and IdentityMismatch for members of an ensemble whose tokenizers differ.
+    Raises InputError.
     """
     from teachers.huggingface.device_map import DeviceMap
     from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
@@ -75,15 +74,6 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
         teacher.check_context(job.context_tokens)
         if job.k > teacher.head_columns:
             raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
-    named = [(source, teacher.vocabulary()) for source, teacher in zip(job.teacher, teachers, strict=True)]
-    known = [(source, vocabulary) for source, vocabulary in named if vocabulary is not None]
-    for source, vocabulary in known[1:]:
-        if vocabulary != known[0][1]:
-            raise IdentityMismatch(
-                f"{source}: its tokenizer is not the one of {known[0][0]}",
-                differing_entries(known[0][1], vocabulary),
-                "Members of an ensemble must share their tokenizer's ids.",
-            )
     return teachers
 
 
@@ -131,9 +121,10 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
     Writes nothing. Raises InputError, IdentityMismatch, CacheNotFound.
     """
     from teachers.batch_size import choose_batch_windows
+    from teachers.ensemble import EnsembleTeacher
+    from teachers.vocabulary import common_vocabulary
 
     cache = check_stream(job)
-    vocabulary_size = cache.vocabulary_size
     try:
         layout = entry_layout(
             cache.record.corpus.positions,
@@ -145,7 +136,11 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    teacher = _one_teacher(job, cache, teachers or load_teachers(job))
+    teachers = teachers or load_teachers(job)
+    vocabulary_size = common_vocabulary(cache, job.teacher, teachers)
+    teacher: Teacher = teachers[0]
+    if job.combine is not None:
+        teacher = EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)
     entry = TeacherEntry(
         positions=cache.record.corpus.positions,
         vocabulary_size=vocabulary_size,
@@ -210,26 +205,3 @@ def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16"
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # float32 on a CPU, where bfloat16 is often emulated; bfloat16 on CUDA devices, which are built for it.
     return device, job.dtype if job.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
-
-
-def _one_teacher(job: CacheJob, cache: LogitCache, teachers: Sequence[HuggingFaceTeacher]) -> Teacher:
-    """The teacher, or the ensemble of them, after a check that each can score every id of the cache.
-
-    A model without tokenizer files can only be checked by its head.
-    """
-    from student.models.vocabulary import check_vocabulary
-    from teachers.ensemble import EnsembleTeacher
-
-    vocabulary_size = cache.vocabulary_size
-    for source, teacher in zip(job.teacher, teachers, strict=True):
-        if teacher.head_columns < vocabulary_size:
-            raise InputError(
-                f"{source}: its head has {teacher.head_columns} columns, the tokenizer of {job.cache} has "
-                f"{vocabulary_size} ids; a teacher must be able to score every id: use the teacher that this "
-                f"tokenizer belongs to, or make a cache with the teacher's tokenizer"
-            )
-        remedy = f"Make a cache with this teacher's tokenizer: logit-cache tokenize --tokenizer {source}"
-        check_vocabulary(cache, teacher.vocabulary(), source, remedy)
-    if job.combine is None:
-        return teachers[0]
-    return EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)

@@ -29,6 +29,7 @@ from student.data.windows import target_arrays
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
+from student.models.configuration import stated_columns
 from student.models.loading import load_student
 from student.training.bound_forward import bind_loss, unbind_loss
 from teachers.base import Teacher
@@ -117,11 +118,16 @@ def reading_cost(specs: Mapping[str, ArraySpec], objects: Mapping[str, bytes], p
     return meter.cpu_seconds / positions
 
 
+def ids_of_student(spec: str, entry: TeacherEntry) -> int:
+    """V of a student and an entry: the smaller number of ids."""
+    return min(entry.vocabulary_size, stated_columns(spec) or entry.vocabulary_size)
+
+
 def new_student(spec: str, entry: TeacherEntry) -> Any:
     """A student with an entry's vocabulary and context length. Raises InputError as train-student does."""
     return load_student(
         spec,
-        vocabulary_size=entry.vocabulary_size,
+        vocabulary_size=ids_of_student(spec, entry),
         special_ids={},
         window_tokens=entry.windowing.context_tokens,
         seed=0,
@@ -150,12 +156,20 @@ def student_cost(
 
     rows = target_arrays(_stored(entry, targets.rows(targets.start, targets.start + b * t)))
     batch: dict[str, Any] = {"input_ids": windows(tokens[:-1]), "labels": windows(tokens[1:])}
+    size = ids_of_student(spec, entry)
+    valid = np.arange(rows["token_ids"].shape[1]) < rows["kept"][:, None]
+    most = int(rows["token_ids"].max(where=valid, initial=0))
+    if most >= size:
+        raise InputError(
+            f"--student {spec}: its head has {size} columns, and the teacher's targets name id {most}: give the model "
+            "a column for it (resize_token_embeddings), or take another student"
+        )
     member, tau = Member.of(_NAME, entry), entry.targets.temperature
     costs = {}
     for kind, loss, given in (
-        ("cached", DistillationLoss(entry.vocabulary_size, 0.0, tau, [member], window_tokens=t),
+        ("cached", DistillationLoss(size, 0.0, tau, [member], window_tokens=t),
          {"targets": {_NAME: {name: windows(value) for name, value in rows.items()}}}),
-        ("live", DenseLoss(_Pieces(teacher), entry.vocabulary_size, 0.0, tau, window_tokens=t), {}),
+        ("live", DenseLoss(_Pieces(teacher), size, 0.0, tau, window_tokens=t), {}),
     ):  # fmt: skip
         bind_loss(model, loss)
 

@@ -46,13 +46,23 @@ def cache_text(found: dict[str, Any]) -> str:
         f"  sources     {sources}{f' and {more} more' if more > 0 else ''}",
         f"  tokenizer   {tokenizer['vocabulary_size']:,} ids, fingerprint {tokenizer['fingerprint'][:16]}…",
     ]
-    if corpus["has_loss_mask"]:
-        lines.append("  loss mask   yes")
+    if "document_tokens" in corpus:
+        lines += [f"  {line}" for line in stream_lines(corpus)]
     for name, entry in found["teachers"].items():
         lines += ["", *_entry_lines(name, entry)]
     if not found["teachers"]:
         lines += ["", "  no teacher yet: run cache-logits"]
     return "\n".join(lines)
+
+
+def stream_lines(found: dict[str, Any]) -> list[str]:
+    """Lengths of documents, and what is trained on, by `describe_stream`."""
+    lengths, trained = found["document_tokens"], found["trained_tokens"]
+    return [
+        f"documents   {lengths['median']:,} tokens in the median, 95 % at most {lengths['percentile_95']:,}, the "
+        f"longest {lengths['longest']:,}",
+        "trained on  all tokens" if trained is None else f"trained on  {trained:,} tokens, by the loss mask",
+    ]
 
 
 def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
@@ -70,8 +80,9 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     lines = [
         f"teacher {name}: {made_of[0]}",
         f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}",
-        f"  targets     {targets['method']}, k = {targets['k']}, windows of {windowing['context_tokens']} tokens every "
-        f"{windowing['stride_tokens']}{', documents isolated' if windowing['isolate_documents'] else ''}",
+        f"  targets     {targets['method']}, k = {targets['k']} of {entry['vocabulary_size']:,} ids, windows of "
+        f"{windowing['context_tokens']} tokens every {windowing['stride_tokens']}"
+        f"{', documents isolated' if windowing['isolate_documents'] else ''}",
         f"  weights     sha256 {digests}",
     ]
     if entry["positions_cached"]:

@@ -13,16 +13,25 @@ from student.cli_command import Decorator, applied, command, under
 
 _text = under("Text")
 CORPUS_OPTIONS: tuple[Decorator, ...] = (
-    _text("--text", multiple=True, help="Text file, glob, .jsonl, .parquet or hub data set. Repeatable."),
+    _text("--text", multiple=True, help="Text file, folder, glob, .jsonl, .parquet or hub data set. Repeatable."),
     _text("--tokenizer", help="Directory, cache or hub id of an existing tokenizer."),
     _text("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
     _text("--tokenizer-revision", help="Revision of a hub tokenizer."),
     _text("--special-token", "special_tokens", multiple=True, help="Further special token of a new tokenizer."),
-    _text("--chat-template", metavar="FILE", help="Jinja template for conversations."),
+    _text("--chat-template", metavar="FILE", help="Jinja template for conversations, or the name of the tokenizer's."),
+    _text(
+        "--template-variable",
+        "template_variables",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Variable of the chat template, such as enable_thinking=false. Repeatable.",
+    ),
+    _text("--date", metavar="YYYY-MM-DD", help="Date that a chat template prints.  [default: today; recorded]"),
+    _text("--bos/--no-bos", default=None, help="Begin documents as the tokenizer begins a text.  [default: --bos]"),
     _text("--document-separator", help=r"Split text files into documents at this string, such as '\n\n'."),
     _text("--append-token", help="Token to put after every document, such as '</s>'."),
     _text("--text-field", help="Field of a row that holds its text.  [default: text]"),
-    _text("--messages-field", help="Field of a row that holds a conversation.  [default: messages]"),
+    _text("--messages-field", help="Field of a row that holds a conversation.  [default: messages, conversations]"),
     _text("--split", help="Split of a hub data set.  [default: train]"),
 )
 
@@ -39,7 +48,9 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
     A validation cache is the same command with the first cache's tokenizer: --tokenizer CACHE/tokenizer.
     """
     with one_line_errors():
+        from logit_cache.cli.inspect import stream_lines
         from logit_cache.corpus.tokenize import tokenize_text
+        from logit_cache.describe import describe_stream
 
         cache = tokenize_text(config, flags)
         if as_json:
@@ -51,3 +62,5 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
             f"{corpus.text_bytes / corpus.positions:.2f} bytes of text per token, "
             f"vocabulary {cache.vocabulary_size:,}"
         )
+        for line in stream_lines(describe_stream(cache)):
+            click.echo(f"  {line}")

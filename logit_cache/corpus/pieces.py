@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_cache.corpus.sources import Chunk
+from logit_cache.corpus.documents import Chunk, Ids, Ranges, Tokens
 
 PIECE_CHARACTERS = 1 << 17
 MARGIN_CHARACTERS = 1 << 11
@@ -28,13 +28,12 @@ MARGIN_CHARACTERS = 1 << 11
 BATCH_CHARACTERS = 1 << 21
 _BATCH_TEXTS = 8_192
 
-Ids = NDArray[np.uint32]
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`text[start:stop]` is the piece, the rest of `text` its margins. `opens` and `closes` a document;
-    `trained` are the ranges of `text` that an assistant wrote, or None where all of it is trained on."""
+    """`text[start:stop]` is the piece, the rest of `text` its margins. `opens` and `closes` a document; `trained` are
+    the ranges of `text` that are trained on, or None for all of it. A piece with `tokens` is a document
+    of those, with their text. begins, appended_trained: as of `Chunk`."""
 
     source: int
     text: str
@@ -42,7 +41,10 @@ class Piece:
     stop: int
     opens: bool
     closes: bool
-    trained: tuple[tuple[int, int], ...] | None = None
+    trained: Ranges | None = None
+    begins: bool = True
+    appended_trained: bool = True
+    tokens: Tokens | None = None
 
     @property
     def own(self) -> str:
@@ -86,10 +88,14 @@ class Encoder:
         ]
 
 
-def cut(chunks: Iterable[Chunk]) -> Iterator[Piece]:
+def cut(chunks: Iterable[Chunk | Tokens]) -> Iterator[Piece]:
     """Documents as pieces. Those without any text are left out."""
     buffer, own, opens = "", 0, True
     for chunk in chunks:
+        if isinstance(chunk, Tokens):
+            last = chunk.trained is None or bool(chunk.trained[-1:].any())
+            yield Piece(chunk.source, chunk.text, 0, len(chunk.text), True, True, None, False, last, chunk)
+            continue
         buffer += chunk.text
         # The rest must be longer than the margin, so that the last piece is too.
         while len(buffer) - own > PIECE_CHARACTERS + MARGIN_CHARACTERS:
@@ -118,18 +124,22 @@ def encode(pieces: Iterable[Piece], encoder: Encoder) -> Iterator[tuple[Piece, I
         yield _finish(*held, False, encoder)
 
 
-def trained_tokens(offsets: NDArray[np.int64], ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Which tokens cover any character of the ranges; offsets int64 [n, 2] to bool [n].
+def trained_tokens(offsets: NDArray[np.int64], ranges: Ranges) -> NDArray[np.bool_]:
+    """Which tokens cover any character of the ranges (ascending, apart); offsets int64 [n, 2] to bool [n].
 
     A token reaches from the end of the one before it: offsets may leave out white space that belongs to the
     token, and a token of white space alone then has no width.
     """
     starts, stops = offsets[:, 0], offsets[:, 1]
     reach = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(stops)[:-1]])) if len(stops) else starts
-    trained = np.zeros(len(offsets), dtype=bool)
-    for start, stop in ranges:
-        trained |= (stops > start) & (reach < stop)
-    return trained
+    if not ranges:
+        return np.zeros(len(offsets), dtype=bool)
+    begins, ends = np.asarray(ranges, dtype=np.int64).T
+    # The first range that ends after a token's start is the only one that it can be the first to reach into.
+    first = np.searchsorted(ends, reach, side="right")
+    inside = first < len(ends)
+    inside[inside] = stops[inside] > begins[first[inside]]
+    return inside
 
 
 def _cut_at(buffer: str, own: int) -> int:
@@ -150,7 +160,8 @@ def _piece(chunk: Chunk, buffer: str, start: int, stop: int, opens: bool, closes
     if trained is not None:
         # Such a document is one chunk, so that the buffer's positions are the document's.
         trained = tuple((a - left, b - left) for a, b in trained if b > left and a < left + len(text))
-    return Piece(chunk.source, text, start - left, stop - left, opens, closes, trained)
+    own = start - left, stop - left
+    return Piece(chunk.source, text, *own, opens, closes, trained, chunk.begins, chunk.appended_trained)
 
 
 def _encode_batches(pieces: Iterable[Piece], encoder: Encoder) -> Iterator[tuple[Piece, Encoded]]:
@@ -167,7 +178,9 @@ def _encode_batches(pieces: Iterable[Piece], encoder: Encoder) -> Iterator[tuple
 
 
 def _encode_batch(batch: Sequence[Piece], encoder: Encoder) -> list[Encoded]:
-    return encoder([p.text for p in batch], [not p.whole or p.trained is not None for p in batch])
+    texts = [p for p in batch if p.tokens is None]
+    encoded = iter(encoder([p.text for p in texts], [not p.whole or p.trained is not None for p in texts]))
+    return [next(encoded) if p.tokens is None else Encoded(p.tokens.ids, None) for p in batch]
 
 
 def _same_around_cut(left: Piece, left_encoded: Encoded, right: Piece, right_encoded: Encoded) -> bool:
@@ -190,6 +203,8 @@ def _finish(
     piece: Piece, encoded: Encoded, hard_left: bool, hard_right: bool, encoder: Encoder
 ) -> tuple[Piece, Ids, NDArray[np.bool_] | None]:
     """The piece's own tokens. A hard side is tokenised again without its margin."""
+    if piece.tokens is not None:
+        return piece, piece.tokens.ids, piece.tokens.trained
     start, stop, length = piece.start, piece.stop, len(piece.text)
     ranges = piece.trained
     if hard_left or hard_right:

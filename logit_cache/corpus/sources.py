@@ -1,8 +1,9 @@
 """Sources of text: plain text, JSON lines, Parquet, and data sets of the Hugging Face hub.
 
-Everything is read as a stream of `Chunk`s of text and of `Conversation`s, in the order in which the sources were
-given; no file is ever held whole. Text is kept as it is, carriage returns included; only a byte-order mark at the
-start of a file is left out. Files that end in .gz, .bz2 or .xz are decompressed on the way.
+Everything is read as a stream of documents (`logit_cache.corpus.documents`), in the order in which the sources were
+given; no file is ever held whole. What a row means is in `logit_cache.corpus.rows`. Text is kept as it is, carriage
+returns included; only a byte-order mark at the start of a file is left out. Files that end in .gz,
+.bz2 or .xz are decompressed on the way.
 
 =============================  =======================================================================
 `hub:NAME[:CONFIG][@REVISION]` a data set of the hub, streamed; its split is an option
@@ -32,6 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from logit_cache.corpus.documents import Chunk, Document
+from logit_cache.corpus.rows import RowReader
 from storage.errors import InputError
 
 BLOCK_BYTES = 1 << 20
@@ -54,10 +57,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How sources are read: fields of rows, the split of hub data sets, and where plain text is cut."""
+    """How sources are read: the rows of data sets, the split of those of the hub, and where plain text is cut."""
 
-    text_field: str
-    messages_field: str
+    rows: RowReader
     split: str
     document_separator: str | None
 
@@ -69,32 +71,12 @@ class Meter:
     read_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A part of a document's text; `ends` with the last one. `trained` holds the character ranges of the whole
-    document that an assistant wrote, or None where all of it is trained on; such a document is one chunk."""
-
-    source: int
-    text: str
-    ends: bool
-    trained: tuple[tuple[int, int], ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A row with messages. `where` names it in errors."""
-
-    source: int
-    messages: list[dict[str, Any]]
-    where: str
-
-
 def find_sources(text: Iterable[str]) -> list[Source]:
     """The sources that paths, patterns, folders and hub names stand for; raises InputError for any that names none."""
     return [source for item in text for source in _find(item)]
 
 
-def read_sources(sources: Iterable[Source], reading: Reading, meter: Meter) -> Iterator[Chunk | Conversation]:
+def read_sources(sources: Iterable[Source], reading: Reading, meter: Meter) -> Iterator[Document]:
     """All documents of all sources. Raises InputError naming the file and the byte, line or row that is wrong."""
     for index, source in enumerate(sources):
         if source.kind == "text":
@@ -102,19 +84,7 @@ def read_sources(sources: Iterable[Source], reading: Reading, meter: Meter) -> I
         else:
             rows = {"jsonl": _json_rows, "parquet": _parquet_rows, "hub": _hub_rows}[source.kind]
             for row in rows(source, reading, meter):
-                yield _from_row(index, row, reading)
-
-
-def checked_text(text: str, where: str) -> str:
-    """The text itself; raises InputError if it is not Unicode text (JSON can spell half a surrogate pair)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: character {error.start} is {text[error.start]!r}, half of a surrogate pair, which is no text; "
-            f"correct or remove the row"
-        ) from None
-    return text
+                yield reading.rows.document(index, *row, from_arrow=source.kind != "jsonl")
 
 
 def _find(item: str) -> list[Source]:
@@ -262,29 +232,6 @@ def _split(blocks: Iterable[str], separator: str) -> Iterator[tuple[str, bool]]:
     yield parts[-1], True
 
 
-def _from_row(index: int, row: tuple[dict[str, Any], str], reading: Reading) -> Chunk | Conversation:
-    values, where = row
-    messages, text = values.get(reading.messages_field), values.get(reading.text_field)
-    if messages is not None:
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-            raise InputError(
-                f"{where}: {reading.messages_field!r} is not a list of {{role, content}} objects; "
-                f"name the right field with --messages-field"
-            )
-        if not messages:
-            raise InputError(f"{where}: {reading.messages_field!r} is an empty list; remove the row")
-        return Conversation(index, _without_nulls(messages), where)
-    if text is None and (reading.text_field in values or reading.messages_field in values):
-        text = ""
-    if isinstance(text, str):
-        return Chunk(index, checked_text(text, where), True)
-    found = ", ".join(f"{name} ({type(value).__name__})" for name, value in sorted(values.items())[:8]) or "nothing"
-    raise InputError(
-        f"{where}: expected a string in {reading.text_field!r} or messages in {reading.messages_field!r}, found "
-        f"{found}; name the right one with --text-field or --messages-field"
-    )
-
-
 def _json_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tuple[dict[str, Any], str]]:
     # Line by line rather than through Arrow, which would give every message the fields of all others (as nulls, and
     # templates test for fields), refuse a file whose rows differ in kind, and name no line in its errors.
@@ -318,12 +265,7 @@ def _parquet_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tu
     try:
         with parquet.ParquetFile(where) as file:
             names = file.schema_arrow.names
-            columns = [name for name in (reading.text_field, reading.messages_field) if name in names]
-            if not columns:
-                raise InputError(
-                    f"{where}: expected a column {reading.text_field!r} or {reading.messages_field!r}, found "
-                    f"{', '.join(names[:12])}; name the right one with --text-field or --messages-field"
-                )
+            columns = reading.rows.columns_of(names, where)
             done, counted, rows = 0, 0, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
                 for row in batch.to_pylist():
@@ -346,11 +288,11 @@ def _hub_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tuple[
         rows = datasets.load_dataset(
             parts["name"], parts["config"], split=reading.split, revision=parts["revision"], streaming=True
         )
-        columns = [name for name in (reading.text_field, reading.messages_field) if name in (rows.column_names or ())]
+        columns = [name for name in rows.column_names or () if name in reading.rows.columns]
         for row in rows.select_columns(columns) if columns else rows:
             yield row, f"{source.name} row {done}"
             done += 1
-            text = row.get(reading.text_field)
+            text = row.get(reading.rows.text_field)
             meter.read_bytes += len(text) if isinstance(text, str) else 0
     except InputError:
         raise
@@ -362,15 +304,6 @@ def _hub_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tuple[
             f"{source.name}, split {reading.split!r}: cannot be read{at} ({_one_line(error)}); "
             f"check name, config, split and network"
         ) from None
-
-
-def _without_nulls(value: Any) -> Any:
-    """Messages without the nulls by which Arrow fills up structs: templates ask whether a field is there."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def _one_line(error: Exception) -> str:

@@ -6,14 +6,17 @@ Legend: `N` tokens, `D` documents, `n` tokens of a piece.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_cache.corpus.pieces import Ids, Piece
+from logit_cache.corpus.documents import Ids
+from logit_cache.corpus.pieces import Piece
 from storage.errors import StorageFull, is_out_of_space
+from storage.format.manifest import MAX_SOURCES
 
 
 class Spool:
@@ -22,17 +25,25 @@ class Spool:
     The loss mask of a document is that of its tokens moved one to the left: position p is trained on if token p + 1
     is, and the last position never is. So for each document it is written from its second token on, and closed
     with a zero.
+
+    prefix: the ids with which the tokenizer begins a text, put before documents of text that do not begin with them.
+    append: the ids put after every document.
     """
 
-    def __init__(self, folder: Path, token_dtype: str, sources: int, append_id: int | None) -> None:
+    def __init__(
+        self, folder: Path, token_dtype: str, sources: int, prefix: Sequence[int] = (), append: Sequence[int] = ()
+    ) -> None:
         self.positions = 0
         self.documents = 0
+        self.trained = 0  # positions whose next token is trained on
         self.source_documents = [0] * sources
         self.source_bytes = [0] * sources
         self._folder = folder
-        self._dtypes = {"tokens": token_dtype, "document_starts": "uint64", "loss_mask": "bool"}
-        self._append = None if append_id is None else np.array([append_id], dtype=np.uint32)
-        self._has_mask = False
+        self._dtypes = {
+            "tokens": token_dtype, "document_starts": "uint64", "document_sources": "uint16", "loss_mask": "bool"
+        }  # fmt: skip
+        self._prefix, self._append = (np.array(ids, dtype=np.uint32) for ids in (prefix, append))
+        self.has_mask = False
         self._document_tokens = 0
         self._document_bytes = 0
         self._files: dict[str, IO[bytes]] = {}
@@ -51,28 +62,30 @@ class Spool:
     def add(self, piece: Piece, ids: Ids, trained: NDArray[np.bool_] | None) -> None:
         """Append a piece: ids uint32 [n]; trained bool [n], None for all. A document without tokens is left out."""
         self._document_bytes += len(piece.own.encode())
-        self._has_mask |= trained is not None
+        self.has_mask |= trained is not None
+        prefix = self._prefix
+        if piece.begins and len(ids) and not self._document_tokens and ids[: len(prefix)].tolist() != prefix.tolist():
+            self._append_tokens(prefix, np.full(len(prefix), trained is None))
         self._append_tokens(ids, np.ones(len(ids), dtype=bool) if trained is None else trained)
         if not piece.closes:
             return
         if self._document_tokens:
-            if self._append is not None:
-                # It ends a document of plain text like any other token; no assistant wrote it after a conversation.
-                self._append_tokens(self._append, np.array([trained is None]))
+            self._append_tokens(self._append, np.full(len(self._append), piece.appended_trained))
             self._write("loss_mask", np.zeros(1, dtype=bool))
+            self._write("document_sources", np.array([min(piece.source, MAX_SOURCES - 1)]))
             self.documents += 1
             self.source_documents[piece.source] += 1
             self.source_bytes[piece.source] += self._document_bytes
         self._document_tokens = self._document_bytes = 0
 
-    def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Memory maps: tokens [N], document_starts uint64 [D], loss_mask bool [N] if any conversation was added."""
-        maps = {
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Memory maps: tokens [N]; document_starts uint64 [D]; document_sources uint16 [D], the number of a document's
+        source; loss_mask bool [N], where not all is trained on."""
+        return {
             name: np.memmap(self._folder / name, dtype=dtype, mode="r")
             for name, dtype in self._dtypes.items()
-            if name != "loss_mask" or self._has_mask
+            if name != "loss_mask" or self.has_mask
         }
-        return maps["tokens"], maps["document_starts"], maps.get("loss_mask")
 
     def _append_tokens(self, ids: Ids, trained: NDArray[np.bool_]) -> None:
         if not len(ids):
@@ -80,7 +93,9 @@ class Spool:
         if not self._document_tokens:
             self._write("document_starts", np.array([self.positions]))
         self._write("tokens", ids)
-        self._write("loss_mask", trained if self._document_tokens else trained[1:])
+        shifted = trained if self._document_tokens else trained[1:]
+        self._write("loss_mask", shifted)
+        self.trained += int(np.count_nonzero(shifted))
         self._document_tokens += len(ids)
         self.positions += len(ids)
 

@@ -9,27 +9,25 @@ succeeded.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from logit_cache.corpus.chat import message_texts, render
+from logit_cache.corpus.conventions import Conventions
+from logit_cache.corpus.conversations.renderer import Renderer
+from logit_cache.corpus.conversations.replies import message_texts
+from logit_cache.corpus.conversations.template import RESERVED
+from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, checked_text
 from logit_cache.corpus.pieces import Encoder, cut, encode
-from logit_cache.corpus.sources import (
-    Chunk,
-    Conversation,
-    Meter,
-    Reading,
-    Source,
-    checked_text,
-    find_sources,
-    read_sources,
-)
+from logit_cache.corpus.rows import RowReader
+from logit_cache.corpus.sources import Meter, Reading, Source, find_sources, read_sources
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import BYTES, SPECIAL_TOKENS, stored_tokenizer, train_tokenizer
 from storage import LogitCache
@@ -41,15 +39,15 @@ from storage.files import PARTIAL
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
-from storage.format.manifest import CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
-from storage.progress import Log, progress
+from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
+from storage.progress import Log
+from storage.progress import progress as progress_bar
 from storage.stores import open_store
-from student.models.tokenizer import open_tokenizer
+from student.job import scalar
+from student.models.tokenizer import open_tokenizer, text_suffix
 
 # Documents, tokens, and bytes of input so far.
 Progress = Callable[[int, int, int], None]
-
-_MAX_SOURCES = 4_096
 
 
 class CorpusConfig(BaseModel):
@@ -59,9 +57,11 @@ class CorpusConfig(BaseModel):
     out: path or URL of the cache.
     tokenizer: a folder, a cache or a hub id; or train_tokenizer: the vocabulary size of a new one.
     special_tokens: further special tokens of a new one.
-    chat_template: a file with a Jinja template, in place of the tokenizer's own.
+    chat_template: a file with a Jinja template, in place of the tokenizer's own, or the name of one of its own.
+    template_variables: values for the template, a mapping or NAME=VALUE texts. date: that it may print.
     document_separator: plain text is cut into documents at this string, which is not tokenised; None: one document
-    per file. append_token: a token of the vocabulary, appended to each document.
+    per file. append_token: a token of the vocabulary, appended to each document. bos: whether documents of text begin
+    as the tokenizer begins a text; None: as the tokenizer does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,10 +75,27 @@ class CorpusConfig(BaseModel):
     chat_template: str | None = None
     document_separator: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     append_token: str | None = None
+    bos: bool | None = None
+    template_variables: dict[str, Any] = Field(default_factory=dict)
+    date: datetime.date | None = None
     text_field: str = "text"
     messages_field: str = "messages"
     split: str = "train"
     trust_remote_code: bool = False
+
+    @field_validator("template_variables", mode="before")
+    @classmethod
+    def _parse_variables(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            pairs = [str(item).partition("=") for item in value]
+            wrong = [name for name, equals, _ in pairs if not (name and equals)]
+            if wrong:
+                raise ValueError(f"{wrong[0]!r}: expected NAME=VALUE, such as enable_thinking=false")
+            value = {name: scalar(text) for name, _, text in pairs}
+        clash = sorted(RESERVED & value.keys()) if isinstance(value, dict) else []
+        if clash:
+            raise ValueError(f"{clash[0]!r} is an input of every template, and no variable of yours")
+        return value
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> CorpusConfig:
@@ -112,40 +129,47 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
     `progress` receives documents, tokens and bytes of input so far, at least once per piece of text. A new tokenizer
     is trained in a first pass over the text, which adds to the bytes but not to documents and tokens. A destination
     that holds the same stream is left as it is, an interrupted one is finished. `log` receives a line for each thing
-    of the tokenizer that is used otherwise than its files or transformers say.
+    about conversations and the tokenizer that a user should know.
 
     Raises InputError for input that cannot be read, IdentityMismatch when `out` holds another cache, StorageFull when
     the temporary folder is full. Nothing has been written at `out` then.
     """
     sources = find_sources(config.text)
     _check_destination(config.out)
+    conventions = Conventions.of(config.out, config.tokenizer, config.bos, config.template_variables, config.date)
     meter = Meter()
     tokenizer, files = _tokenizer(config, sources, meter, progress, log)
     vocabulary = tokenizer.get_vocab()
-    size = vocabulary_size(vocabulary)
-    append = _append_id(config, vocabulary)
+    append = _append_ids(config, vocabulary)
+    prefix = conventions.prefix(tokenizer)
+    old = conventions.version == 1
+    renderer = Renderer(tokenizer, conventions.variables, conventions.date, config.date is not None, version_1=old)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-        with Spool(Path(folder), token_id_dtype(size), len(sources), append) as spool:
-            chunks = _chunks(read_sources(sources, _reading(config), meter), tokenizer)
+        with Spool(Path(folder), token_id_dtype(vocabulary_size(vocabulary)), len(sources), prefix, append) as spool:
+            chunks = _chunks(read_sources(sources, _reading(config), meter), tokenizer, renderer)
             for piece, ids, trained in encode(cut(chunks), Encoder(tokenizer)):
                 spool.add(piece, ids, trained)
                 if progress is not None:
                     progress(spool.documents, spool.positions, meter.read_bytes)
-        if not spool.positions:
-            raise _empty(config)
-        tokens, starts, mask = spool.arrays()
+        _check_trained(config, spool)
+        arrays = spool.arrays()
+        if old:
+            del arrays["document_sources"]
+        added = {"begins_with_bos": bool(prefix), "document_sources": True, **renderer.record}
         record = CacheRecord(
+            format_version=1 if old else 2,
             corpus=Corpus(
                 positions=spool.positions,
                 documents=spool.documents,
                 text_bytes=sum(spool.source_bytes),
-                stream_sha256=stream_sha256(tokens, starts, mask),
-                has_loss_mask=mask is not None,
+                stream_sha256=stream_sha256(arrays["tokens"], arrays["document_starts"], arrays.get("loss_mask")),
+                has_loss_mask="loss_mask" in arrays,
                 document_separator=config.document_separator,
                 sources=_source_records(sources, spool),
+                **({} if old else added),
             ),
             tokenizer=Tokenizer(
-                vocabulary_size=size,
+                vocabulary_size=vocabulary_size(vocabulary),
                 vocabulary_sha256=vocabulary_sha256(vocabulary),
                 fingerprint=tokenizer_fingerprint(files, vocabulary),
             ),
@@ -153,7 +177,10 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
             documents_layout=stream_layout(spool.documents),
             created_with=Versions.of_this_process(),
         )
-        write_corpus(config.out, record, files, tokens, starts, mask)
+        write_corpus(config.out, record, files, arrays)
+    if log is not None:
+        for line in (*renderer.notes(), *_notes(config, tokenizer)):
+            log(line)
     return record
 
 
@@ -166,7 +193,7 @@ def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
         except ValueError as error:
             raise InputError(f"--document-separator {separator!r}: {error}; a backslash is written \\\\") from None
     settings = build_config(CorpusConfig, config, flags, "logit-cache tokenize")
-    with progress("tokenize", total_bytes(settings), "bytes") as advance:
+    with progress_bar("tokenize", total_bytes(settings), "bytes") as advance:
         seen = 0
 
         def report(documents: int, tokens: int, text_bytes: int) -> None:
@@ -174,7 +201,10 @@ def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
             advance(text_bytes - seen)
             seen = text_bytes
 
-        tokenize(settings, report, lambda line: print(line, file=sys.stderr, flush=True))
+        notes: list[str] = []
+        tokenize(settings, report, notes.append)
+    for line in notes:
+        print(f"{settings.out}: {line}", file=sys.stderr)
     return LogitCache.open(settings.out)
 
 
@@ -192,29 +222,26 @@ def _check_destination(out: str) -> None:
 def _tokenizer(
     config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None, log: Log | None
 ) -> tuple[Any, dict[str, bytes]]:
-    template = _chat_template(config)
     if config.tokenizer is not None:
-        return _given_tokenizer(config, config.tokenizer, template, log)
+        return _given_tokenizer(config, config.tokenizer, log)
     assert config.train_tokenizer is not None
     lines = _lines(config, sources, meter, progress)
     first = next(lines, None)
     if first is None:
         raise _empty(config)
     tokenizer = train_tokenizer(_with_first(first, lines), config.train_tokenizer, config.special_tokens)
-    if template is not None:
-        tokenizer.chat_template = template
+    if config.chat_template is not None:
+        tokenizer.chat_template = _chat_template(config.chat_template, None)
     return stored_tokenizer(tokenizer)
 
 
-def _given_tokenizer(
-    config: CorpusConfig, name: str, template: str | None, log: Log | None
-) -> tuple[Any, dict[str, bytes]]:
+def _given_tokenizer(config: CorpusConfig, name: str, log: Log | None) -> tuple[Any, dict[str, bytes]]:
     said: list[str] = []
 
     def stored(own_rules: bool) -> tuple[Any, dict[str, bytes]]:
         tokenizer = open_tokenizer(name, config.tokenizer_revision, config.trust_remote_code, said.append, own_rules)
-        if template is not None:
-            tokenizer.chat_template = template
+        if config.chat_template is not None:
+            tokenizer.chat_template = _chat_template(config.chat_template, tokenizer.chat_template)
         return stored_tokenizer(tokenizer, config.trust_remote_code)
 
     made = stored(own_rules=True)
@@ -248,37 +275,65 @@ def _silent(line: str) -> None:
     del line
 
 
-def _chat_template(config: CorpusConfig) -> str | None:
-    if config.chat_template is None:
-        return None
+def _chat_template(given: str, own: Any) -> str:
+    """The template in a file, or the tokenizer's own of that name."""
+    if isinstance(own, dict) and given in own:
+        return str(own[given])
     try:
-        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+        return Path(given).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{config.chat_template}: cannot be read as a chat template ({error})") from None
+        named = f"; the tokenizer has templates of the names {', '.join(sorted(own))}" if isinstance(own, dict) else ""
+        raise InputError(f"{given}: cannot be read as a chat template ({error}){named}") from None
 
 
-def _append_id(config: CorpusConfig, vocabulary: dict[str, int]) -> int | None:
+def _append_ids(config: CorpusConfig, vocabulary: dict[str, int]) -> tuple[int, ...]:
     if config.append_token is None:
-        return None
+        return ()
     if config.append_token not in vocabulary:
         raise InputError(
             f"--append-token {config.append_token!r} is not a token of this vocabulary; "
             f"give one that is, such as its end-of-text token"
         )
-    return vocabulary[config.append_token]
+    return (vocabulary[config.append_token],)
 
 
 def _reading(config: CorpusConfig) -> Reading:
-    return Reading(config.text_field, config.messages_field, config.split, config.document_separator)
+    named = [name for name in ("text", "messages") if f"{name}_field" in config.model_fields_set]
+    rows = RowReader(config.text_field, config.messages_field, named[0] if len(named) == 1 else None)
+    return Reading(rows, config.split, config.document_separator)
 
 
-def _chunks(items: Iterable[Chunk | Conversation], tokenizer: Any) -> Iterator[Chunk]:
+def _chunks(items: Iterable[Document], tokenizer: Any, renderer: Renderer) -> Iterator[Chunk | Tokens]:
+    size = vocabulary_size(tokenizer.get_vocab())
     for item in items:
         if isinstance(item, Conversation):
-            text, ranges = render(tokenizer, item.messages, item.where)
-            yield Chunk(item.source, checked_text(text, item.where), True, ranges)
+            yield renderer.chunk(item)
+        elif isinstance(item, Tokens):
+            if len(item.ids) and item.ids.max() >= size:
+                raise InputError(
+                    f"{item.where}: it holds the id {item.ids.max()}, and the tokenizer has {size} ids; give the "
+                    f"tokenizer that made the rows"
+                )
+            yield replace(item, text=tokenizer.decode(item.ids.tolist()))
         else:
             yield item
+
+
+def _check_trained(config: CorpusConfig, spool: Spool) -> None:
+    if not spool.positions:
+        raise _empty(config)
+    if spool.has_mask and not spool.trained:
+        raise InputError(
+            f"{', '.join(config.text[:3])}: no token of it is trained on, so a student would learn nothing: there is "
+            f"no reply of an assistant, or a mask that leaves out everything; check the roles of the messages"
+        )
+
+
+def _notes(config: CorpusConfig, tokenizer: Any) -> Iterator[str]:
+    suffix = text_suffix(tokenizer)
+    if suffix and config.append_token is None:
+        token = tokenizer.convert_ids_to_tokens(suffix[-1])
+        yield f"the tokenizer ends a text with {token!r}; documents here end so with --append-token {token!r}"
 
 
 def _lines(config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None) -> Iterator[str]:
@@ -289,6 +344,11 @@ def _lines(config: CorpusConfig, sources: list[Source], meter: Meter, progress: 
             if isinstance(item, Chunk):
                 yield item
                 continue
+            if isinstance(item, Tokens):
+                raise InputError(
+                    f"{item.where}: the row holds tokens, which no tokenizer can be trained on; give the --tokenizer "
+                    f"that made them"
+                )
             if config.chat_template is None:
                 raise InputError(
                     f"{item.where}: the row holds messages, and a new tokenizer has no chat template; give one with "
@@ -314,9 +374,9 @@ def _source_records(sources: list[Source], spool: Spool) -> tuple[CorpusSource, 
         CorpusSource(name=source.name, documents=documents, text_bytes=text_bytes)
         for source, documents, text_bytes in zip(sources, spool.source_documents, spool.source_bytes, strict=True)
     ]
-    if len(records) <= _MAX_SOURCES:
+    if len(records) <= MAX_SOURCES:
         return tuple(records)
-    kept, rest = records[: _MAX_SOURCES - 1], records[_MAX_SOURCES - 1 :]
+    kept, rest = records[: MAX_SOURCES - 1], records[MAX_SOURCES - 1 :]
     others = CorpusSource(
         name=f"{len(rest)} more files",
         documents=sum(record.documents for record in rest),

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import InputError
-from storage.format.identity import differing_entries
+from storage.format.identity import differing_ids, few
 from student.models.tokenizer import read_tokenizer, text_prefix, text_suffix
 from student.models.tokenizer_file import differing_text
 from student.models.tokenizer_settings import stored_files
-
-Ranges = tuple[tuple[int, int], ...]
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 BYTES = 256
@@ -93,7 +91,7 @@ def stored_tokenizer(tokenizer: Any, trust_remote_code: bool = False) -> tuple[A
 def _lost(tokenizer: Any, again: Any) -> str | None:
     """What saving changed, or None."""
     if tokenizer.get_vocab() != again.get_vocab():
-        return "; ".join(differing_entries(again.get_vocab(), tokenizer.get_vocab())).replace("model's", "original")
+        return "; ".join(few(list(differing_ids(again.get_vocab(), tokenizer.get_vocab()).values())))
     if tokenizer.chat_template != again.chat_template:
         return "its chat template is another when read back"
     if tokenizer.special_tokens_map != again.special_tokens_map:
@@ -108,18 +106,9 @@ def _lost(tokenizer: Any, again: Any) -> str | None:
     return None
 
 
-def render_marked(tokenizer: Any, template: str, messages: list[dict[str, Any]]) -> tuple[str, Ranges]:
-    """A conversation's text and the character ranges that its template marks with `{% generation %}`."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+def template_environment(source: str) -> Any:
+    """The Jinja environment in which transformers renders a chat template: its sandbox, filters and functions."""
+    # It has no public name.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    # The ranges themselves rather than apply_chat_template's token mask: that one stops at the first reply whose
-    # first character no token's offsets cover (a space, where offsets are trimmed), and runs to the conversation's
-    # end where the last one's is not covered.
-    rendered: Any = render_jinja_template(
-        conversations=[messages],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    texts, ranges = rendered
-    return texts[0], tuple((start, stop) for start, stop in ranges[0] if start < stop)
+    return _compile_jinja_template(source).environment

@@ -74,9 +74,11 @@ def _job_of_text(
             "(logit-cache tokenize), and give it with --cache"
         )
     from logit_cache.engines.this_machine import local_workers
+    from teachers.vocabulary import check_members
 
     # Teachers are loaded before the text, so that a wrong one costs no minutes and leaves no stream behind.
     teachers = load_teachers(job)
+    check_members([(source, each.vocabulary()) for source, each in zip(job.teacher, teachers, strict=True)])
     text_fields.setdefault("trust_remote_code", job.trust_remote_code)
     if not {"tokenizer", "train_tokenizer"} & text_fields.keys():
         text_fields.update({"tokenizer": job.teacher[0], "tokenizer_revision": (*job.revision, None)[0] or None})

@@ -30,10 +30,9 @@ import torch
 from logit_cache.fidelity.rescore import Sample, live_values, sample_windows, stored_values, take_sample
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
-from storage.errors import CorruptCache, IncompleteCache, InputError
-from storage.format.identity import differing_entries
+from storage.errors import CorruptCache, IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import TeacherEntry, Versions
-from student.models.vocabulary import cache_vocabulary
+from student.models.vocabulary import check_vocabulary
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
@@ -120,7 +119,7 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     dtype: Dtype = job.dtype or recorded
 
     members = _load(job, entry, dtype)
-    found.problems += _other_tokenizers(job, cache, members)
+    _other_tokenizers(job, cache, members, found)
     teacher = _together(entry, members)
     _describe(entry, teacher, found)
     at_once = _batch_windows(entry, teacher, len(samples))
@@ -266,17 +265,12 @@ def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
     ]
 
 
-def _other_tokenizers(job: AuditJob, cache: LogitCache, members: list[HuggingFaceTeacher]) -> list[str]:
-    """One line for each teacher whose tokenizer is not the cache's; one without tokenizer files cannot be checked."""
-    ours: dict[str, int] | None = None
-    problems = []
+def _other_tokenizers(job: AuditJob, cache: LogitCache, members: list[HuggingFaceTeacher], found: Audit) -> None:
+    """A problem for each teacher whose tokenizer is not the cache's; one without tokenizer files cannot be checked."""
     for source, teacher in zip(job.teacher, members, strict=True):
-        theirs = teacher.vocabulary()
-        if theirs is None:
-            continue
-        ours = ours or cache_vocabulary(cache)
-        if ours != theirs:
-            problems.append(
-                f"the tokenizer of {source} is not the cache's: {'; '.join(differing_entries(ours, theirs))}"
-            )
-    return problems
+        remedy = "Give the teacher that the entry names"
+        named = cache.teacher(found.name).entry.vocabulary_size
+        try:
+            check_vocabulary(cache, teacher.vocabulary(), source, remedy, named, found.execution.append)
+        except IdentityMismatch as error:
+            found.problems.append(str(error))

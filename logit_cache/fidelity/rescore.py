@@ -27,7 +27,7 @@ from torch import Tensor
 
 from logit_cache.caching.windows import Window, windows
 from storage.cache.reader import LogitCache
-from storage.errors import InputError
+from storage.errors import CorruptCache, InputError
 from storage.format.encoding import MIN_STEP_NATS, logprob_floor
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets
@@ -92,9 +92,18 @@ def _window_of(
 
 
 def take_sample(cache: LogitCache, name: str, window: Window) -> Sample:
-    """The tokens and targets of a window. Raises CorruptCache for damage, IncompleteCache for a missing shard."""
+    """The tokens and targets of a window.
+
+    Raises CorruptCache for damage and for tokens outside the entry's vocabulary, IncompleteCache for a missing shard.
+    """
     high = min(max(window.stop, window.last + 1), cache.record.corpus.positions)
     tokens = cache.tokens.read(window.start, high).astype(np.int64)
+    size = cache.teacher(name).entry.vocabulary_size
+    if tokens.max() >= size:
+        raise CorruptCache(
+            f"{cache.url}: the positions {window.start}..{high} have id {tokens.max()}, which teacher {name} with its "
+            f"vocabulary of {size} ids cannot have scored"
+        )
     following = np.arange(window.first, window.last) + 1
     labels = np.full(len(following), -1)
     inside = following < window.end

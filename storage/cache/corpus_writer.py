@@ -24,16 +24,14 @@ def write_corpus(
     url: str,
     record: CacheRecord,
     tokenizer_files: Mapping[str, bytes],
-    tokens: NDArray[Any],
-    document_starts: NDArray[Any],
-    loss_mask: NDArray[Any] | None,
+    arrays: Mapping[str, NDArray[Any]],
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Create a cache from a token stream, or resume an interrupted one.
 
-    tokens [N], document_starts [D] and loss_mask [N] may be memory maps: one shard is held in memory at a time.
-    `progress` receives the number of tokens written so far. Raises IdentityMismatch when `url` holds a cache of other
-    text or another tokenizer, InputError when it holds something else; nothing is written then.
+    arrays: those of the record by name (tokens [N], document_starts [D], …). They may be memory maps: one shard is held
+    in memory at a time. `progress` receives the number of tokens written so far. Raises IdentityMismatch when `url`
+    holds a cache of other text or another tokenizer, InputError when it holds something else; nothing is written then.
     """
     store = open_store(url)
     # Receipts hold the stored record's digest; that record may name other library versions than this process.
@@ -41,11 +39,9 @@ def write_corpus(
     _publish_tokenizer(store, tokenizer_files)
     publish_same(store, "teachers/zarr.json", metadata_bytes(group_metadata({})))
 
-    arrays = {"tokens": tokens, "document_starts": document_starts, "loss_mask": loss_mask}
     # Tokens are written last: a cache whose tokens are complete is complete.
     for name, spec in sorted(corpus_arrays(record).items(), key=lambda item: item[0] == "tokens"):
         values = arrays[name]
-        assert values is not None, f"the record has {name}"
         assert len(values) == spec.shape[0], f"{name} is as long as the record states"
         writer = ShardWriter(store, "", f"receipts/{name}", {name: spec}, record)
         writer.prepare()

@@ -64,6 +64,16 @@ class Stream:
             return np.empty(0, dtype=self._array.spec.dtype)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def first(self, wanted: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> tuple[int, int] | None:
+        """(position, value) of the first entry that `wanted` selects, read block by block; None where there is none."""
+        block = self._array.spec.layout.chunk
+        for start in range(0, len(self), block):
+            values = self.read(start, min(start + block, len(self)))
+            found = np.flatnonzero(wanted(values))
+            if len(found):
+                return start + int(found[0]), int(values[found[0]])
+        return None
+
     def _chunk(self, chunk: int) -> NDArray[Any]:
         if chunk not in self._chunks:
             values = self._array.read_chunk(chunk)
@@ -151,6 +161,24 @@ class TeacherTargets:
             parts.append(targets.rows(max(start, targets.start), min(stop, targets.stop)))
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
+    def first_beyond(self, columns: int) -> tuple[int, int] | None:
+        """(position, id) of the first row that names an id from `columns` on, read chunk by chunk; None if none does.
+
+        A row that keeps every id below `columns`, and not all of its vocabulary, names the others: its tail is theirs.
+        """
+        if self.entry.vocabulary_size <= columns:
+            return None
+        ids, kept = self._arrays["token_ids"], self._arrays["kept"]
+        for start in range(0, len(self), self.entry.layout.chunk):
+            chunk = start // self.entry.layout.chunk
+            count = kept.read_chunk(chunk)
+            named = np.where(np.arange(self.entry.targets.k) < count[:, None], ids.read_chunk(chunk), 0).max(axis=1)
+            named = np.where(count >= columns, np.maximum(named, columns), named)
+            found = np.flatnonzero(named >= columns)
+            if len(found):
+                return start + int(found[0]), int(named[found[0]])
+        return None
+
     def _chunk(self, chunk: int) -> SparseTargets:
         if chunk not in self._chunks:
             start = chunk * self.entry.layout.chunk
@@ -229,6 +257,17 @@ class LogitCache:
             raise CorruptCache(f"{self._store.where('document_starts')}: not ascending from 0 within the stream")
         return starts
 
+    @cached_property
+    def document_sources(self) -> NDArray[np.uint16] | None:
+        """uint16 [D]: the number of every document's source in the record; None in streams of version 1."""
+        if not self.record.corpus.document_sources:
+            return None
+        stream = self._stream("document_sources")
+        numbers = stream.read(0, len(stream))
+        if int(numbers.max()) >= len(self.record.corpus.sources):
+            raise CorruptCache(f"{self._store.where('document_sources')}: it names a source that the record lacks")
+        return numbers
+
     def _stream(self, name: str, check: Callable[[NDArray[Any], int], None] | None = None) -> Stream:
         receipts = self._receipts(name)
         return Stream(CheckedArray(self._store, "", self._specs[name], receipts), check)
@@ -262,7 +301,7 @@ class LogitCache:
                     raise
                 there = ", ".join(self.teachers) or "none"
                 raise CacheNotFound(f"{self.url}: no teacher entry {name!r}; there is: {there}") from None
-            if (entry.positions, entry.vocabulary_size) != (self.record.corpus.positions, self.vocabulary_size):
+            if entry.positions != self.record.corpus.positions or entry.vocabulary_size > self.vocabulary_size:
                 raise FormatError(f"{self._store.where(key)}: its positions or vocabulary are not this cache's")
             documents = (lambda: self.document_starts) if self.record.corpus.tokens_included else None
             self._entries[name] = TeacherTargets(self._store, name, entry, documents)

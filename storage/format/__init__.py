@@ -1,7 +1,9 @@
 """Format v1 of a cache: the specification.
 
 A cache is a Zarr v3 group. Any Zarr v3 reader opens it; nothing in it is code. `N` is the number of tokens, `D` of
-documents, `V` the vocabulary size (the largest token id + 1), `K` the number of stored ids per position.
+documents, `V` the vocabulary size (the largest token id + 1), `K` the number of stored ids per position. The V of a
+teacher entry may be smaller than the tokenizer's, where the teacher's output layer has fewer columns than the tokenizer
+has ids: the entry's targets are about the ids below its own V, and every token of the stream is one of them.
 
 **Files.** ``<shard>`` is the number of a shard, from 0; receipts write it with at least 8 digits::
 
@@ -22,8 +24,9 @@ A folder of receipts also holds `index.json` (ReceiptIndex) once every shard is 
 text has no token stream arrays (`tokens_included` false) and no `label_logprob` (`has_label_logprob` false).
 
 **Targets.** Row `t` of every array is about the teacher's distribution of token `t + 1`, given the tokens of its window
-up to `t`, normalised over the V columns of the vocabulary. All logs are natural. A column is *valid* in a row if its
-number is below `kept`. No NaN or infinity occurs, except those named here::
+up to `t`, normalised over the V columns of the vocabulary (`V` is the entry's, also for the type of `token_ids`). All
+logs are natural. A column is *valid* in a row if its number is below `kept`. No NaN or infinity occurs, except those
+named here::
 
     token_ids      as tokens [N, K] ids by descending log-prob, equal ones by ascending id; not valid: type's maximum
     logprob_codes  uint16   [N, K]  log-probs, encoding "codes"; column 0 and columns that are not valid: 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +52,30 @@ def vocabulary_size(vocabulary: Mapping[str, int]) -> int:
     return max(vocabulary.values()) + 1
 
 
-def differing_entries(a: Mapping[str, int], b: Mapping[str, int], most: int = 5) -> list[str]:
-    """The ids with different strings in two vocabularies, ascending; `a` is the one here, `b` the model's.
+def differing_ids(a: Mapping[str, int], b: Mapping[str, int]) -> dict[int, str]:
+    """The ids with different strings in two vocabularies, ascending, and how; `a` is the one here, `b` the model's.
 
-    At most `most` of them, and then the number of further ones; [] if the vocabularies are equal.
-
-    >>> differing_entries({"a": 0, "cat": 1}, {"a": 0, "dog": 1, "e": 2})
-    ["id 1: 'cat' here, 'dog' in the model's", "id 2: nothing here, 'e' in the model's"]
+    >>> differing_ids({"a": 0, "cat": 1}, {"a": 0, "dog": 1, "e": 2})
+    {1: "id 1: 'cat' here, 'dog' in the model's", 2: "id 2: nothing here, 'e' in the model's"}
     """
-    here, theirs = _strings(a), _strings(b)
+    here, theirs = id_strings(a), id_strings(b)
     differing = sorted(index for index in here.keys() | theirs.keys() if here.get(index) != theirs.get(index))
-    listed = [
-        f"id {index}: {here.get(index, 'nothing')} here, {theirs.get(index, 'nothing')} in the model's"
-        for index in differing[:most]
-    ]
-    more = len(differing) - len(listed)
-    return [*listed, f"and {more} more ids"] if more else listed
+    return {
+        index: f"id {index}: {here.get(index, 'nothing')} here, {theirs.get(index, 'nothing')} in the model's"
+        for index in differing
+    }
+
+
+def contradicting_ids(a: Mapping[str, int], b: Mapping[str, int], below: int) -> dict[int, str]:
+    """Those of `differing_ids` below a number for which both vocabularies have a string."""
+    both = set(a.values()) & set(b.values())
+    return {index: line for index, line in differing_ids(a, b).items() if index in both and index < below}
+
+
+def few(lines: Collection[str], most: int = 5) -> list[str]:
+    """The first lines, and then the number of further ones, each of which is about an id."""
+    more = len(lines) - most
+    return [*list(lines)[:most], f"and {more} more ids"] if more > 0 else list(lines)
 
 
 def tokenizer_fingerprint(files: Mapping[str, bytes], vocabulary: Mapping[str, int]) -> str:
@@ -91,7 +99,7 @@ def tokenizer_fingerprint(files: Mapping[str, bytes], vocabulary: Mapping[str, i
     return hashlib.sha256(canonical_json(whole)).hexdigest()
 
 
-def _strings(vocabulary: Mapping[str, int]) -> dict[int, str]:
+def id_strings(vocabulary: Mapping[str, int]) -> dict[int, str]:
     """The quoted string of each id; two strings with the same id are both named."""
     strings: dict[int, str] = {}
     for string, index in sorted(vocabulary.items()):

@@ -16,6 +16,7 @@ from storage.format.manifest import MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, 
 KEY = re.compile(r"^[a-z0-9_./-]+$")
 PER_POSITION_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
 PER_POSITION_COUNTS = ("kept", "certain")
+PER_DOCUMENT = ("document_starts", "document_sources")
 
 _TARGET_CHUNK_TOKENS = 8_192
 _TARGET_CHUNK_BYTES = 4 << 20
@@ -92,7 +93,7 @@ class ArraySpec:
     def metadata(self) -> dict[str, Any]:
         """The content of the array's zarr.json. A reader refuses any other."""
         rest = list(self.shape[1:])
-        dimensions = {"document_starts": ["document"]}.get(self.name, ["position", "rank"][: len(self.shape)])
+        dimensions = ["document"] if self.name in PER_DOCUMENT else ["position", "rank"][: len(self.shape)]
         serializer: dict[str, Any] = {"name": "bytes"}
         if self.itemsize > 1:
             serializer["configuration"] = {"endian": "little"}
@@ -156,6 +157,8 @@ def corpus_arrays(record: CacheRecord) -> dict[str, ArraySpec]:
         ArraySpec("tokens", tokens, (corpus.positions,), record.tokens_layout),  # type: ignore[arg-type]
         ArraySpec("document_starts", "uint64", (corpus.documents,), record.documents_layout),
     ]
+    if corpus.document_sources:
+        specs.append(ArraySpec("document_sources", "uint16", (corpus.documents,), record.documents_layout))
     if corpus.has_loss_mask:
         specs.append(ArraySpec("loss_mask", "bool", (corpus.positions,), record.tokens_layout))
     return {spec.name: spec for spec in specs}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from storage.format.encoding import MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
 from storage.format.sealing import Record
@@ -21,6 +21,7 @@ MAX_OBJECT_BYTES = 64 << 20
 MAX_INDEX_BYTES = 1 << 28
 MAX_SHARDS = 1 << 21  # limit of an index of receipts: 137 billion positions at 65,536 to a shard
 MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
+MAX_SOURCES = 4_096
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 _LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
@@ -31,6 +32,18 @@ Count = Annotated[int, Field(ge=0, le=1 << 48)]
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 
 
+class Extended(Record):
+    """A record that gained fields: its JSON leaves out those of `added` that are None, so that records from before they
+    existed keep their digests. A version that does not know such a field refuses the record that has it."""
+
+    added: ClassVar[frozenset[str]]
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return {name: value for name, value in fields.items() if value is not None or name not in self.added}
+
+
 class CorpusSource(Record):
     """One file or data set that the text came from: its name only, never a path on somebody's machine."""
 
@@ -39,8 +52,18 @@ class CorpusSource(Record):
     text_bytes: Count
 
 
-class Corpus(Record):
-    """The token stream. `stream_sha256` covers tokens (as uint32), document starts (uint64) and loss mask."""
+class Corpus(Extended):
+    """The token stream. `stream_sha256` covers tokens (as uint32), document starts (uint64) and loss mask.
+
+    Since version 2 of the CacheRecord, and None before: `begins_with_bos`: whether documents of text begin with the ids
+    that the tokenizer puts before a text; `template_sha256`: of the chat templates that rendered conversations, joined
+    by NUL characters; `template_variables` and `date`: what they were given; `skipped_rows`: rows left out because they
+    cannot be read; `document_sources`: whether there is an array of that name.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"begins_with_bos", "template_sha256", "template_variables", "date", "skipped_rows", "document_sources"}
+    )
 
     positions: Positive
     documents: Positive
@@ -49,7 +72,13 @@ class Corpus(Record):
     has_loss_mask: bool
     tokens_included: bool = True
     document_separator: Text | None
-    sources: Annotated[tuple[CorpusSource, ...], Field(max_length=4096)]
+    sources: Annotated[tuple[CorpusSource, ...], Field(max_length=MAX_SOURCES)]
+    begins_with_bos: bool | None = None
+    template_sha256: Sha256 | None = None
+    template_variables: Annotated[dict[Text, JsonValue], Field(max_length=256)] | None = None
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    skipped_rows: Count | None = None
+    document_sources: bool | None = None
 
 
 class Tokenizer(Record):
@@ -108,9 +137,9 @@ class Versions(Record):
 
 
 class CacheRecord(Record):
-    """attributes["logit_cache"] of the root group."""
+    """attributes["logit_cache"] of the root group. Version 2 may have the fields that `Corpus` gained, 1 has none."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     kind: Literal["cache"] = "cache"
     corpus: Corpus
     tokenizer: Tokenizer
@@ -122,6 +151,9 @@ class CacheRecord(Record):
     def _bounded(self) -> CacheRecord:
         if self.corpus.documents > self.corpus.positions:
             raise ValueError(f"{self.corpus.documents} documents in {self.corpus.positions} tokens")
+        later = [name for name in sorted(Corpus.added) if getattr(self.corpus, name) is not None]
+        if self.format_version == 1 and later:
+            raise ValueError(f"a record of version 1 has no {later[0]}")
         self.tokens_layout.check_length(self.corpus.positions)
         self.documents_layout.check_length(self.corpus.documents)
         return self
@@ -198,12 +230,13 @@ class Encoding(Record):
         return self
 
 
-class Execution(Record):
+class Execution(Extended):
     """The settings that can change the last bits of a result: all workers of an entry must agree on them.
 
-    `tensor_parallel`: the number of ranks that the teacher was sharded over. The JSON omits it where it is None, so
-    that records from before it existed keep their digests; a version that does not know it refuses an entry with it.
+    `tensor_parallel`: the number of ranks that the teacher was sharded over.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"tensor_parallel"})
 
     device_type: Text
     batch_windows: Positive
@@ -212,16 +245,13 @@ class Execution(Record):
     head: Literal["fast", "general"]
     tensor_parallel: Positive | None = None
 
-    @model_serializer(mode="wrap")
-    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        if fields.get("tensor_parallel", 0) is None:
-            del fields["tensor_parallel"]
-        return fields
-
 
 class TeacherEntry(Record):
-    """attributes["logit_cache"] of teachers/<name>; written once, never rewritten."""
+    """attributes["logit_cache"] of teachers/<name>; written once, never rewritten.
+
+    `vocabulary_size` is the V of its targets: the tokenizer's, or fewer ids where the teacher has no column for the
+    last ones. No token of the stream is one of those.
+    """
 
     format_version: Literal[1] = 1
     kind: Literal["teacher"] = "teacher"

@@ -31,6 +31,7 @@ from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, IdentityMismatch, InputError
 from storage.files import PARTIAL
 from storage.format.identity import stream_sha256
+from storage.format.layout import PER_DOCUMENT
 from storage.format.manifest import CacheRecord, ShardReceipt, TeacherEntry
 from storage.format.sealing import differences, digest
 from storage.progress import Advance
@@ -46,7 +47,7 @@ _TOP_LEVEL = {
     ROOT_KEY,
     *CARD_FILES,
     *(key.split("/")[0] for key in (TEACHERS_KEY, TOKENIZER_RECEIPT_KEY)),
-    *("tokens", "document_starts", "loss_mask", "tokenizer"),
+    *("tokens", *PER_DOCUMENT, "loss_mask", "tokenizer"),
 }
 
 

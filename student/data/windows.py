@@ -26,9 +26,11 @@ from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import TeacherEntry
 from storage.format.sealing import digest
 from storage.format.targets import SparseTargets
+from storage.progress import Log
 from student.data.blocks import Blocks, Offset
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.labels import NOT_TRAINED
+from student.models.vocabulary import ids_in_common
 
 Window = dict[str, Any]
 
@@ -83,6 +85,7 @@ class DistillationWindows(Dataset[Window]):
         if offset not in ("fixed", "random"):
             raise InputError(f"offset is 'fixed' or 'random'; got {offset!r}")
         cache = LogitCache.open(cache_url)
+        _ = cache.tokens  # raises now if the cache was shared without them
         self.cache_url = cache_url
         self.record = cache.record
         self.vocabulary_size = cache.vocabulary_size
@@ -101,6 +104,28 @@ class DistillationWindows(Dataset[Window]):
         other = copy.copy(self)
         other._handle, other.window_tokens = self._handle, window_tokens
         other.blocks = other._blocks(offset)
+        return other
+
+    def within(self, columns: int | None, model: str, log: Log) -> DistillationWindows:
+        """The same windows for a model of so many output columns (None: not known), V being what both have.
+
+        Where that is less than the tokenizer's V, the text is read, and the ids of teachers with more ids than columns;
+        the ids left out are logged. Raises InputError, with the first position, where the text or a teacher's targets
+        name an id without a column.
+        """
+        if columns is None or columns >= self.vocabulary_size:
+            return self
+        other, cache = copy.copy(self), self._cache()
+        other._handle = self._handle
+        column = "give the model a column for it (vocab_size of a new one, resize_token_embeddings of another)"
+        other.vocabulary_size = ids_in_common(cache, columns, model, f"{column}, or take it out of the text", log)
+        for name in self.teachers:
+            found = cache.teacher(name).first_beyond(columns)
+            if found is not None:
+                raise InputError(
+                    f"{model}: its head has {columns} columns, and the targets of teacher {name} in {self.cache_url} "
+                    f"name id {found[1]}, first at position {found[0]}: {column}, or cache a teacher without it"
+                )
         return other
 
     def _blocks(self, offset: Offset) -> Blocks:

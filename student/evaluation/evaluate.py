@@ -35,6 +35,7 @@ from student.evaluation.minimal_pairs import (
     sentences_of,
     tally,
 )
+from student.models.configuration import stated_columns
 from student.models.loading import load_student
 from student.models.tokenizer import read_tokenizer
 from student.models.vocabulary import check_vocabulary
@@ -97,8 +98,9 @@ class EvaluationReport(Reported):
 def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = None) -> EvaluationReport:
     """Make the measurements of a job; everything that can be wrong with it is checked before the model runs.
 
-    `track(name, total, unit)` opens a progress display and returns the function that advances it; `log` receives what
-    of the tokenizer is used otherwise than transformers does.
+    `track(name, total, unit)` opens a progress display and returns the function that advances it; `log` receives a line
+    where ids are left out that only the model or only the cache has, or where the tokenizer has other rules than
+    transformers applies.
     Raises InputError, IdentityMismatch (the cache has another tokenizer) and the errors of `DistillationWindows`.
     """
     show = track or _silent
@@ -118,12 +120,17 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         windows = DistillationWindows(
             job.cache, job.teachers, job.window_tokens, isolate_documents=job.isolate_documents
         )
+        note, columns = log or (lambda line: None), stated_columns(job.model)
+        named = max((entry.vocabulary_size for entry in windows.entries.values()), default=0)
         check_vocabulary(
             LogitCache.open(job.cache),
             None if tokenizer is None else tokenizer.get_vocab(),
             job.model,
             f"Make the held-out cache with this model's: logit-cache tokenize --tokenizer {job.model}",
+            named if columns is None else min(named, columns),
+            note,
         )
+        windows = windows.within(columns, job.model, note)
     sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
     model = _load(job, sentences, tokenizer, windows, device)
 

@@ -1,13 +1,15 @@
 """``alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D(p_m, q)`` on stored targets, as sums and counts.
 
-Legend: `P` positions of a batch (flattened), `R` rows of a chunk of it, `K` stored ids per position, `V` vocabulary of
-the cache, `W` columns of the student's LM head (W >= V), `tau` the temperature. Everything is in nats.
+Legend: `P` positions of a batch (flattened), `R` rows of a chunk of it, `K` stored ids per position, `V` the ids that
+labels and targets can name, `V_m` a teacher's vocabulary, `W` columns of the student's LM head (W >= V), `tau` the
+temperature. Everything is in nats.
 
 Three steps, so that the logits may come whole or in chunks of rows::
 
-    prepared = loss.prepare(labels, targets)                           the teachers' side, [P, K]; no logits
-    cross_entropy, buckets = student_buckets(logits, labels, prepared.supports, V, tau)         the student's side
-    sums = prepared.sums(slice(None), cross_entropy, buckets)          the loss; sums of chunks add up
+    prepared = loss.prepare(labels, targets)                    the teachers' side, [P, K]; no logits
+    cross_entropy, buckets = student_buckets(                   the student's side
+        logits, labels, prepared.supports, prepared.sizes, tau)
+    sums = prepared.sums(slice(None), cross_entropy, buckets)   the loss; sums of chunks add up
 
 `loss(logits, labels, targets)` runs all three; `student.loss.fused` runs the last two without ever holding [P, W].
 """
@@ -74,10 +76,12 @@ class PreparedLoss:
 
     labels       int64 [P], and trained bool [P]: False where the label is `NOT_TRAINED`
     supports     by member: int32 [P, K_m], the ids whose log-probs `sums` expects; -1 where there is none
+    sizes        by member: V_m, the ids of which the others are its tail
     """
 
     labels: Tensor
     supports: list[Tensor]
+    sizes: list[int]
     trained: Tensor
     vocabulary_size: int
     temperature: float
@@ -139,9 +143,13 @@ class DistillationLoss:
     ``alpha * CE.mean() + (1 - alpha) * KLDivLoss(batchmean)`` of [windows, T, V] where all positions are trained;
     elsewhere the same multiples of means over trained positions.
 
+    A member with fewer ids (V_m < V) gives the others no mass, and they are not part of its tail. One with more
+    (V_m > V) is for a student of as few columns, where its targets name no id from V on: a tail is then compared over
+    the ids that the student has (`DistillationWindows.within` checks the targets).
+
     Raises InputError for fields that do not fit together, members whose weights are negative, not finite or all
-    zero, no or repeated members, members of another vocabulary, VarOpt entries at a temperature other than the one
-    they were sampled for, sampled tails of entries without sampled ids, and W < V.
+    zero, no or repeated members, VarOpt entries at a temperature other than the one they were sampled for, sampled
+    tails of entries without sampled ids, and W < V.
     """
 
     def __init__(
@@ -162,7 +170,7 @@ class DistillationLoss:
         self.window_tokens = window_tokens
         self.members: tuple[Member, ...] = ()
         if self.objective.uses_teachers:
-            self.members = _normalised(members, vocabulary_size)
+            self.members = _normalised(members)
         self.tails: dict[str, Tail] = {member.name: tail_of(member, self.objective) for member in self.members}
         if self.objective.loss_scale == "babyllama" and (window_tokens is None or window_tokens < 2):
             raise InputError(f"loss_scale babyllama needs window_tokens of 2 or more; got {window_tokens}")
@@ -194,9 +202,7 @@ class DistillationLoss:
         """The sums of one batch; the class states shapes and errors."""
         check_batch(logits, labels, self.vocabulary_size)
         prepared = self.prepare(labels, targets, position_weights)
-        cross_entropy, buckets = student_buckets(
-            logits, labels, prepared.supports, self.vocabulary_size, self.temperature
-        )
+        cross_entropy, buckets = student_buckets(logits, labels, prepared.supports, prepared.sizes, self.temperature)
         return prepared.sums(slice(None), cross_entropy, buckets)
 
     def prepare(
@@ -218,6 +224,7 @@ class DistillationLoss:
             labels=labels,
             trained=trained,
             supports=[each.support for each in tempered],
+            sizes=[member.vocabulary_size for member in self.members],
             vocabulary_size=self.vocabulary_size,
             temperature=self.temperature,
             _label_share=self.alpha * of_label,
@@ -265,18 +272,18 @@ def forward_kl(
 ) -> Tensor:
     """``KL(p || q)`` of one teacher, per position, with a treatment of the tail (see `student.loss.teacher_targets`).
 
-    ``q = softmax(logits / tau)`` over all W columns; `theta` sums the columns j < V outside the kept ids, reduced over
-    them and never as 1 - sum. The student's columns from V on get no teacher mass and are not part of theta. With a
-    tail bucket it is between 0 and the dense KL, grows with K, and equals it at K = V. Not multiplied by tau**2.
+    ``q = softmax(logits / tau)`` over all W columns; `theta` sums the columns j < V_m outside the kept ids, reduced
+    over them and never as 1 - sum. The student's columns from V_m on get no teacher mass and are not part of theta.
+    With a tail bucket it is between 0 and the dense KL, grows with K, and equals it at K = V_m. Not multiplied by
+    tau**2.
 
     logits [P, W], any float type, computed in float32; trained bool [P], False gives 0 whatever the targets hold
     there. Returns [P] in nats. The gradient is that of Hinton et al. 2015 with a tail bucket: ``(q - p) / tau`` on the
-    kept ids, and outside them the student's own shape scaled to the teacher's tail mass. Raises InputError for W < V
-    and a temperature without a stored tail.
+    kept ids, and outside them the student's own shape scaled to the teacher's tail mass. Raises InputError for a
+    temperature without a stored tail.
     """
-    check_batch(logits, None, member.vocabulary_size)
     tempered = temper(targets, member, temperature, trained)
-    _, ((ell, theta),) = student_buckets(logits, None, [tempered.support], member.vocabulary_size, temperature)
+    _, ((ell, theta),) = student_buckets(logits, None, [tempered.support], [member.vocabulary_size], temperature)
     return weights(tempered, tail, blend)(ell, theta)
 
 
@@ -323,7 +330,7 @@ def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one * other if one is not None and other is not None else one if other is None else other
 
 
-def _normalised(members: Sequence[Member], vocabulary_size: int) -> tuple[Member, ...]:
+def _normalised(members: Sequence[Member]) -> tuple[Member, ...]:
     names = [member.name for member in members]
     if not names:
         raise InputError("alpha below 1 needs at least one teacher to learn from; name one, or set alpha to 1")
@@ -332,11 +339,6 @@ def _normalised(members: Sequence[Member], vocabulary_size: int) -> tuple[Member
     for member in members:
         if not (math.isfinite(member.weight) and member.weight >= 0):
             raise InputError(f"teacher {member.name}: a weight is a finite number >= 0; got {member.weight}")
-        if member.vocabulary_size != vocabulary_size:
-            raise InputError(
-                f"teacher {member.name} has a vocabulary of {member.vocabulary_size}, the cache one of "
-                f"{vocabulary_size}: take a teacher entry of the same tokenizer"
-            )
     total = sum(member.weight for member in members)
     if not 0 < total < math.inf:
         raise InputError(f"the weights of {', '.join(names)} sum to {total:g}: give at least one a weight above 0")

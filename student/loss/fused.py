@@ -155,7 +155,7 @@ def _in_chunks(
                 prepared.labels[rows],
                 prepared.trained[rows],
                 [support[rows] for support in prepared.supports],
-                prepared.vocabulary_size,
+                prepared.sizes,
                 prepared.temperature,
                 head.softcap,
             )

@@ -1,20 +1,20 @@
 """One chunk of the student's logits, reduced to its log-probs and then overwritten by the gradient, in one buffer.
 
-Legend: `R` rows, `V` vocabulary of the cache, `W` columns of the head (W >= V), `K` stored ids of a teacher, `U` slots
-for the ids that any teacher of a row stored, `tau` the temperature, ``u = z / tau``, ``q = softmax(u)``.
+Legend: `R` rows, `V` vocabulary of a teacher, `W` columns of the head, `K` stored ids of a teacher, `U` slots for the
+ids that any teacher of a row stored, `tau` the temperature, ``u = z / tau``, ``q = softmax(u)``.
 
 The loss of one teacher depends on ``ell_i = log q_i`` of its ids and on ``theta = log q_t`` of its tail, the other
 columns below V. With g = dL/d ell, h = dL/d theta, G = sum(g) + h, and c the gradient by the cross-entropy::
 
     dL/du_j = g_j - q_j G                              j among its ids
               exp(u_j - log_tail) (h - q_t G)          j in its tail, log_tail = logsumexp of u over it
-              -q_j G                                   j >= V
+              -q_j G                                   j >= V, that teacher's
     dL/dz_j = sum over teachers of dL/du_j / tau, + c (softmax(z)_j - [j is the label])
 
 Outside all teachers' ids that is, row by row, the exponential of u times a factor (at tau != 1 plus its power tau
-times another); inside there are few enough ids to write one by one. So the columns are in three parts: the ids of all
-teachers, taken out of the buffer; the others below V; and the padded ones from V on, which no teacher has. Each of the
-last two is summed relative to its own largest logit: no sum is a difference, and none underflows beside another.
+times another); inside there are few enough ids to write one by one. So the ids of all teachers are taken out of the
+buffer, and its columns are cut at every teacher's V: mostly into those below V and the padded ones, which no teacher
+has. Each part is summed relative to its own largest logit: no sum is a difference, and none underflows beside another.
 
 All work on [R, U] is here. The passes over a `Part` of the buffer come in two kinds: torch operations, here, and
 Triton kernels (`student.loss.triton_chunk`).
@@ -26,6 +26,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class LogitChunk:
 
     labels      int64 [R], ignored where `trained` bool [R] is False; such rows get the gradient 0
     supports    by teacher: int [R, K], the ids, none of them twice in a row, -1 where there is none
+    sizes       by teacher: V, which may exceed W
     softcap     the cap already applied to z; the gradient is by the logits before it
 
     cross_entropy [R] in nats at temperature 1, 0 where not trained; buckets, by teacher, (ell [R, K], 0 where there is
@@ -54,7 +56,7 @@ class LogitChunk:
         labels: Tensor,
         trained: Tensor,
         supports: Sequence[Tensor],
-        vocabulary_size: int,
+        sizes: Sequence[int],
         temperature: float,
         softcap: float | None = None,
     ) -> None:
@@ -65,8 +67,9 @@ class LogitChunk:
         self._z_label = z.gather(1, self._labels)
         self._z_ids = z.gather(1, self._ids).masked_fill(~self._held, -math.inf)
         z.scatter_add_(1, self._ids, torch.zeros_like(self._z_ids).masked_fill(self._held, -math.inf))
-        parts = [z[:, :vocabulary_size], z[:, vocabulary_size:]]
-        self._parts = [self._part(part, temperature) for part in parts if part.shape[1]]
+        ends = sorted({*(min(size, z.shape[1]) for size in sizes), z.shape[1]})
+        self._parts = [self._part(z[:, a:b], temperature) for a, b in pairwise([0, *ends])]
+        self._sizes, self._below = sizes, [ends.index(min(size, z.shape[1])) + 1 for size in sizes]
 
         # Relative to the row's largest logit, normalisers are small numbers, which round finely.
         largest = [part.largest[:, None] for part in self._parts]
@@ -76,9 +79,9 @@ class LogitChunk:
         self._lse = torch.cat([*sums, u], 1).logsumexp(1, keepdim=True)
         self._lse_one = torch.cat([*(part.log_sum(self._peak, 1.0) for part in self._parts), z_ids], 1).logsumexp(1)
         self._log_tails = []
-        for own in self._own():
-            others = u.masked_fill(own, -math.inf)
-            self._log_tails.append(torch.cat([sums[0], others], 1).logsumexp(1, keepdim=True))
+        for apart, below in zip(self._apart(), self._below, strict=True):
+            others = u.masked_fill(apart, -math.inf)
+            self._log_tails.append(torch.cat([*sums[:below], others], 1).logsumexp(1, keepdim=True))
 
         self.cross_entropy = (self._lse_one - (self._z_label - self._peak)[:, 0]).masked_fill(~trained, 0.0)
         self.buckets: list[Pair] = [
@@ -94,19 +97,21 @@ class LogitChunk:
         tau, trained = self._tau, self._trained[:, None]
         u, lse = self._u_ids(), self._lse
         q = (u - lse).exp()
-        rest = self._parts[0].above(self._peak, tau)
-        at_ids, on_rest, all_g = torch.zeros_like(u), torch.zeros_like(lse), torch.zeros_like(lse)
-        teachers = zip(by_bucket, self._slots, self._stored, self._own(), self._log_tails, strict=True)
-        for (g, h), slots, stored, own, log_tail in teachers:
+        rests = [part.above(self._peak, tau) for part in self._parts]
+        at_ids, by_tau = torch.zeros_like(u), [torch.zeros_like(lse) for _ in rests]
+        teachers = zip(by_bucket, self._slots, self._stored, self._apart(), self._below, self._log_tails, strict=True)
+        for (g, h), slots, stored, apart, below, log_tail in teachers:
             g = g.masked_fill(~(stored & trained), 0.0)
             h = h[:, None].masked_fill(~trained, 0.0)
             total = g.sum(1, keepdim=True) + h
             # With nothing outside the ids both are -inf; any finite number here makes their exponential 0, as it is.
             tail = log_tail.masked_fill(log_tail.isneginf(), 0.0)
-            on_rest += h * (rest - tail).exp() - total * (rest - lse).exp()
+            for number, rest in enumerate(rests):
+                by_tau[number] -= total * (rest - lse).exp()
+                if number < below:
+                    by_tau[number] += h * (rest - tail).exp()
             outside = (u - tail).exp() * (h - total * (log_tail - lse).exp())
-            at_ids += torch.where(own, -q * total, outside).scatter_add_(1, slots, g)
-            all_g += total
+            at_ids += torch.where(apart, -q * total, outside).scatter_add_(1, slots, g)
         by_one: list[Tensor | None] = [None for _ in self._parts]
         at_ids /= tau
         if by_label is not None:
@@ -114,7 +119,6 @@ class LogitChunk:
             lse_one = self._lse_one[:, None]
             at_ids += c * (self._z_ids - self._peak - lse_one).exp()
             by_one = [c * (part.above(self._peak, 1.0) - lse_one).exp() for part in self._parts]
-        by_tau = [on_rest, *(-all_g * (part.above(self._peak, tau) - lse).exp() for part in self._parts[1:])]
         for part, a, b in zip(self._parts, by_tau, by_one, strict=True):
             part.to_gradient(a / tau, b, self._softcap)
         # The buffer is 0 at the ids. A slot without an id adds 0 to column 0.
@@ -131,10 +135,11 @@ class LogitChunk:
         """u of the ids [R, U], relative to the peak; -inf in an empty slot."""
         return (self._z_ids - self._peak) / self._tau
 
-    def _own(self) -> Iterator[Tensor]:
-        """By teacher: bool [R, U], the slots that hold one of its ids."""
-        for slots, stored in zip(self._slots, self._stored, strict=True):
-            yield torch.zeros_like(self._z_ids).scatter_add_(1, slots, stored.to(self._z_ids.dtype)) > 0
+    def _apart(self) -> Iterator[Tensor]:
+        """By teacher: bool [R, U], the slots of ids outside its tail: its own, and those that it does not have."""
+        for slots, stored, size in zip(self._slots, self._stored, self._sizes, strict=True):
+            own = torch.zeros_like(self._z_ids).scatter_add_(1, slots, stored.to(self._z_ids.dtype)) > 0
+            yield own | (self._ids >= size)
 
     def _slope(self, z: Tensor) -> Tensor | float:
         return 1.0 if self._softcap is None else 1.0 - (z / self._softcap) ** 2

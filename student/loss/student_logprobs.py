@@ -1,7 +1,7 @@
 """The student's log-probs of some ids and log-mass of the tail bucket outside them, with an explicit gradient.
 
-Legend: `P` positions of a batch (flattened), `K` ids per position, `V` vocabulary of the cache, `W` columns of the
-student's LM head (W >= V), `tau` the temperature. Everything is in nats.
+Legend: `P` positions of a batch (flattened), `K` ids per position, `V` vocabulary of a teacher, `W` columns of the
+student's LM head, `tau` the temperature. Everything is in nats.
 
 One autograd function implements the gradient of any loss of the log-probs of some ids and of the mass outside them.
 Unlike plain autograd it keeps only the logits and a few numbers per position: no float32 copy, no softmax and no
@@ -29,20 +29,21 @@ def student_buckets(
     logits: Tensor,
     labels: Tensor | None,
     supports: Sequence[Tensor],
-    vocabulary_size: int,
+    sizes: Sequence[int],
     temperature: float,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
     """``ell = log q[ids]`` and ``theta = log sum of q outside the ids``, q = softmax(logits / tau), for each teacher.
 
     With ``u = logits / tau`` and ``lse = logsumexp(u)`` over all W columns, for each support int [P, K] (-1 where
     a column holds no id): ``ell = u[ids] - lse`` [P, K], 0 where there is no id, and ``theta = logsumexp of u[j]
-    over j < V outside the ids - lse`` [P], -inf when nothing is outside. Besides, when `labels` are given, the
+    over j < V outside the ids - lse`` [P], -inf when nothing is outside. `sizes` are the teachers' V, which may differ
+    and exceed W (a student of fewer columns than a teacher has ids has them all). Besides, when `labels` are given, the
     cross-entropy [P] at temperature 1, 0 where the label is `NOT_TRAINED`. Returns (cross-entropy or None, pairs).
 
     logits [P, W] of any float type; results are float32 (float64 for float64 logits), in nats, differentiable once.
     """
     outputs = _StudentBuckets.apply(  # type: ignore[no-untyped-call]
-        logits, labels, vocabulary_size, temperature, *supports
+        logits, labels, sizes, temperature, *supports
     )
     rest = outputs[1:] if labels is not None else outputs
     return (outputs[0] if labels is not None else None), list(zip(rest[::2], rest[1::2], strict=True))
@@ -59,7 +60,7 @@ class _StudentBuckets(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor | None, vocabulary_size: int, temperature: float, *supports: Tensor
+        ctx: Any, logits: Tensor, labels: Tensor | None, sizes: Sequence[int], temperature: float, *supports: Tensor
     ) -> tuple[Tensor, ...]:
         # float32 from here on: exp and its sum over the vocabulary lose digits in half precision.
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -82,12 +83,12 @@ class _StudentBuckets(torch.autograd.Function):
                 continue
             u = z if temperature == 1.0 else z / temperature
             lse[rows] = lse_one[rows] if temperature == 1.0 else u.exp().sum(1).log()
-            for support, ell, tail in zip(supports, ells, tails, strict=True):
+            for support, size, ell, tail in zip(supports, sizes, ells, tails, strict=True):
                 valid, ids = _safe(support[rows])
                 ell[rows] = (u.gather(1, ids) - lse[rows, None]).masked_fill(~valid, 0.0)
-                tail[rows] = torch.logsumexp(_without(u[:, :vocabulary_size], ids, valid), 1)
+                tail[rows] = torch.logsumexp(_without(u[:, :size], ids, valid), 1)
         ctx.save_for_backward(logits, labels, peak, lse_one, lse, *supports, *ells, *tails)
-        ctx.members, ctx.vocabulary_size, ctx.temperature = len(supports), vocabulary_size, temperature
+        ctx.members, ctx.sizes, ctx.temperature = len(supports), sizes, temperature
         ctx.set_materialize_grads(False)
         outputs = [] if labels is None else [cross_entropy]
         for ell, tail in zip(ells, tails, strict=True):
@@ -117,7 +118,7 @@ class _StudentBuckets(torch.autograd.Function):
                 h = torch.zeros_like(lse[rows]) if h is None else h[rows]
                 # Dividing the small [rows, K] and [rows] gradients by tau is dividing their image by it.
                 student = (ells[i][rows], lse[rows], tails[i][rows])
-                parts.append(_bucket_gradient(u, supports[i][rows], *student, g / tau, h / tau, ctx.vocabulary_size))
+                parts.append(_bucket_gradient(u, supports[i][rows], *student, g / tau, h / tau, ctx.sizes[i]))
             if by_label is not None:
                 trained, ids = _safe(labels[rows, None])
                 weight = by_label[rows, None].masked_fill(~trained, 0.0)
@@ -128,15 +129,15 @@ class _StudentBuckets(torch.autograd.Function):
 
 
 def _bucket_gradient(
-    u: Tensor, support: Tensor, ell: Tensor, lse: Tensor, lse_tail: Tensor, g: Tensor, h: Tensor, vocabulary_size: int
+    u: Tensor, support: Tensor, ell: Tensor, lse: Tensor, lse_tail: Tensor, g: Tensor, h: Tensor, size: int
 ) -> Tensor:
     """The gradient [rows, W] by u of one member's loss: the three lines of `_StudentBuckets`."""
     valid, ids = _safe(support)
     g = g.masked_fill(~valid, 0.0)
     total = g.sum(1) + h
-    padding = (u[:, vocabulary_size:] - lse[:, None]).exp_().mul_(-total[:, None])
+    padding = (u[:, size:] - lse[:, None]).exp_().mul_(-total[:, None])
     # With nothing outside the ids, lse_tail is -inf; any finite number instead makes exp(-inf - it) 0, as it is.
-    tail = _without(u[:, :vocabulary_size], ids, valid).sub_(lse_tail.masked_fill(lse_tail.isneginf(), 0.0)[:, None])
+    tail = _without(u[:, :size], ids, valid).sub_(lse_tail.masked_fill(lse_tail.isneginf(), 0.0)[:, None])
     tail.exp_().mul_((h - total * (lse_tail - lse).exp())[:, None])
     tail.scatter_add_(1, ids, (g - ell.exp() * total[:, None]).masked_fill(~valid, 0.0))
     return torch.cat([tail, padding], dim=1) if padding.shape[1] else tail

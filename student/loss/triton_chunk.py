@@ -84,7 +84,7 @@ def check(device: torch.device, temperature: float, softcap: float | None) -> No
     found = []
     for kind in (LogitChunk, TritonChunk):
         buffer = z.clone()
-        chunk = kind(buffer, labels, trained, [support], vocabulary_size, temperature, softcap)
+        chunk = kind(buffer, labels, trained, [support], [vocabulary_size], temperature, softcap)
         chunk.to_gradient(by_label, by_bucket)
         found.append((chunk.cross_entropy, *chunk.buckets[0], buffer))
     for ours, theirs in zip(found[1], found[0], strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int
 
     settings = preset_settings(name)
     return AutoConfig.for_model(
-        settings.pop("model_type"), vocab_size=vocabulary_size, **settings, **token_ids(special_ids)
+        settings.pop("model_type"), vocab_size=vocabulary_size, **settings, **token_ids(special_ids, vocabulary_size)
     )
 
 
@@ -39,6 +40,28 @@ def stored_dtype(spec: str) -> str:
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     name = str(found).removeprefix("torch.")
     return name if name in ("bfloat16", "float16") else "float32"
+
+
+def stated_columns(spec: str) -> int | None:
+    """The ids that a model's own configuration states; None for a preset, and where `load_student` has to explain."""
+    from transformers import AutoConfig
+
+    path = Path(spec).expanduser()
+    if spec in PRESETS or not (path.exists() or "/" in spec):
+        return None
+    with contextlib.suppress(Exception):  # transformers' exceptions have no common class
+        if path.is_file():
+            return _stated(read_settings(path))
+        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
+        return _stated({"vocab_size": getattr(config.get_text_config(decoder=True), "vocab_size", None)})
+    return None
+
+
+def _stated(settings: Mapping[str, Any]) -> int | None:
+    """The vocabulary's size in a configuration, or in that of its text model; None where it has none."""
+    text = settings.get("text_config")
+    found = (text if isinstance(text, dict) else settings).get("vocab_size")
+    return found if isinstance(found, int) else None
 
 
 def check_settings(
@@ -100,11 +123,12 @@ def config_of(
     _refuse_misspelt(where, data, AutoConfig.for_model(model_type))
     if "text_config" not in data:
         data.setdefault("vocab_size", vocabulary_size)
+    columns = _stated(data) or vocabulary_size
     # Fields about the stored weights and their writer: they do not apply to a new model.
     for name in ("architectures", "dtype", "torch_dtype", "transformers_version", "auto_map"):
         data.pop(name, None)
     with explained(f"{where}: transformers refuses this configuration of a {model_type} model"):
-        config: PretrainedConfig = AutoConfig.for_model(model_type, **{**data, **token_ids(special_ids)})
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **{**data, **token_ids(special_ids, columns)})
     return config
 
 
@@ -114,7 +138,7 @@ def check_config(config: PretrainedConfig, spec: str, vocabulary_size: int, wind
     columns = getattr(text, "vocab_size", None)
     if isinstance(columns, int) and columns < vocabulary_size:
         raise InputError(
-            f"{spec}: the model has {columns} ids, fewer than the {vocabulary_size} of the cache's tokenizer: "
+            f"{spec}: the model has {columns} ids, fewer than the {vocabulary_size} that text and targets can name: "
             "set vocab_size to that, or take a model of this tokenizer"
         )
     positions = getattr(text, "max_position_embeddings", None)

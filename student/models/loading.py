@@ -39,10 +39,12 @@ def load_student(
     random state is left as it was. The last two load weights, and `seed` plays no part. No code of a model's
     repository is ever run.
 
-    vocabulary_size: V; the model may have more columns, which no target falls on, but not fewer.
+    vocabulary_size: V, the ids that text and targets can name (`DistillationWindows.within` finds those of a model with
+    fewer columns than the tokenizer has ids); the model may have more columns, which no target falls on, but not fewer.
     special_ids: the tokenizer's, by "bos", "eos" and "pad", None where it has none; written into the configuration of
-    a new model. One that has weights keeps its own, which may be several, and gets those that it lacks. A pad id that
-    is also a bos or eos id is left out: transformers would freeze that token's embedding at zero.
+    a new model. One that has weights keeps its own, which may be several, and gets those that it lacks. Ids that the
+    model does not have are left out, and a pad id that is also a bos or eos id: transformers would freeze that token's
+    embedding at zero.
     window_tokens: positions that a training window reads.
     attention: one of transformers' implementations, None for its own choice.
     log: receives a line for each thing about a model with weights that differs from what its files say.
@@ -136,8 +138,8 @@ def _probe(model: PreTrainedModel, spec: str, vocabulary_size: int, window_token
         logits = model.train(False)(input_ids=ids).logits
     if logits.shape[-1] < vocabulary_size:
         raise InputError(
-            f"{spec}: the model's head has {logits.shape[-1]} columns, fewer than the {vocabulary_size} ids of the "
-            "cache's tokenizer"
+            f"{spec}: the model's head has {logits.shape[-1]} columns, fewer than the {vocabulary_size} ids that text "
+            "and targets can name: take another model"
         )
     before = logits[:, :-1]
     # Equal rows give equal numbers but for the order of sums; the effect of a later token is orders above that.

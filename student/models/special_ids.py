@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def token_ids(special_ids: Mapping[str, int | None]) -> dict[str, int | None]:
-    """The three ids by their names in configurations."""
-    bos, eos, pad = (special_ids.get(name) for name in ("bos", "eos", "pad"))
+def token_ids(special_ids: Mapping[str, int | None], columns: int) -> dict[str, int | None]:
+    """The three ids by their names in configurations; None for those that a model of so many ids does not have."""
+    found = (special_ids.get(name) for name in ("bos", "eos", "pad"))
+    # A model whose configuration names such a padding id does not even load.
+    bos, eos, pad = (None if id is None or id >= columns else id for id in found)
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None if pad in (bos, eos) else pad}
 
 
@@ -28,7 +30,8 @@ def add_missing_ids(model: PreTrainedModel, spec: str, special_ids: Mapping[str,
         return {id for ids in found if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
 
     added = []
-    for name, value in token_ids(special_ids).items():
+    embeddings: Any = model.get_input_embeddings()
+    for name, value in token_ids(special_ids, len(embeddings.weight)).items():
         frozen = name == "pad_token_id" and value in own("bos_token_id") | own("eos_token_id")
         if value is None or frozen or own(name):
             continue

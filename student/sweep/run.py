@@ -59,6 +59,8 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
         raise InputError("a sweep runs in one process, without deepspeed and fsdp: leave them out of training:")
     windows = search.parameters.get("window_tokens")
     caches = open_caches(job.model_copy(update={"window_tokens": _least(windows.probes())}) if windows else job)
+    for remark in caches.remarks:
+        log(remark)
     _check_metric(job, search, caches)
     inputs = SweepInputs(job, search, caches, special_ids(job.cache))
     possible = check_space(job, search, caches, inputs.special_ids, log)

@@ -14,12 +14,14 @@ from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest import TeacherEntry
 from storage.format.sealing import digest
+from storage.progress import Log
 from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
 from student.loss.distillation import DistillationLoss, tail_of
 from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
+from student.models.configuration import stated_columns
 from student.models.presets import PRESETS
 from student.models.tokenizer import model_folder, read_tokenizer
 from student.models.vocabulary import check_vocabulary
@@ -29,13 +31,17 @@ from student.training.step import windows_per_step
 
 @dataclass(frozen=True)
 class Caches:
-    """The caches of a job, opened and checked once; the jobs of a sweep share them."""
+    """The caches of a job, opened and checked once; the jobs of a sweep share them.
+
+    The windows' V is the ids that the student has too. remarks: lines for the log about ids that are left out.
+    """
 
     windows: DistillationWindows
     eval_windows: DistillationWindows | None
     eval_members: tuple[Member, ...]
     not_measured: dict[str, str]
     provenance: dict[str, str]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,9 @@ class Data:
 def open_caches(job: StudentJob) -> Caches:
     """Open the caches of a job and check that they, their entries and its windows fit together."""
     names = [teacher.name for teacher in job.teachers]
-    _check_tokenizer(job)
     windows = DistillationWindows(job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents)
+    remarks: list[str] = []
+    windows = _for_student(job, windows, remarks.append)
     provenance = {"cache": digest(windows.record)}
     provenance |= {f"cache/{name}": digest(entry) for name, entry in windows.entries.items()}
     eval_windows: DistillationWindows | None = None
@@ -73,19 +80,27 @@ def open_caches(job: StudentJob) -> Caches:
     not_measured: dict[str, str] = {}
     if job.eval_cache is not None:
         eval_windows, not_measured = _check_eval(job, windows)
+        eval_windows = _for_student(job, eval_windows, lambda line: None)  # the same ids differ
         eval_members = tuple(Member.of(name, entry) for name, entry in eval_windows.entries.items())
         provenance["eval_cache"] = digest(eval_windows.record)
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
-    return Caches(windows, eval_windows, eval_members, not_measured, provenance)
+    return Caches(windows, eval_windows, eval_members, not_measured, provenance, tuple(remarks))
 
 
-def _check_tokenizer(job: StudentJob) -> None:
-    """Refuse a student of another tokenizer than the text's: it would be saved with the wrong one."""
+def _for_student(job: StudentJob, windows: DistillationWindows, log: Log) -> DistillationWindows:
+    """The windows over the ids that the student has too.
+
+    A student of another tokenizer than the text's is refused: it would be saved with the wrong one.
+    """
     folder = None if job.model in PRESETS else model_folder(job.model)
     tokenizer = None if folder is None else read_tokenizer(folder, job.model)
+    columns = stated_columns(job.model)
     if tokenizer is not None:
+        cache, saved = LogitCache.open(windows.cache_url), "; the student is saved with the cache's tokenizer"
         remedy = f"Make a cache with this student's tokenizer: logit-cache tokenize --tokenizer {job.model}"
-        check_vocabulary(LogitCache.open(job.cache), tokenizer.get_vocab(), job.model, remedy)
+        named = min(cache.vocabulary_size, columns or cache.vocabulary_size)
+        check_vocabulary(cache, tokenizer.get_vocab(), job.model, remedy, named, lambda line: log(line + saved))
+    return windows.within(columns, job.model, log)
 
 
 def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None) -> Data:
@@ -111,8 +126,9 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
         record = LiveTeachers(
             sources=job.live_teachers, combine=job.combine or "single", provenance=dict(live.provenance)
         )
-        loss: DistillationLoss = DenseLoss(live, windows.vocabulary_size, **objective)
-        eval_loss: DistillationLoss | str = DenseLoss(live, windows.vocabulary_size, **at_its_end)
+        size = min(windows.vocabulary_size, live.columns)
+        loss: DistillationLoss = DenseLoss(live, size, **objective)
+        eval_loss: DistillationLoss | str = DenseLoss(live, size, **at_its_end)
     else:
         loss = DistillationLoss(windows.vocabulary_size, members=members, **objective)
         eval_loss = _eval_loss(caches, job, at_its_end)

@@ -135,6 +135,8 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     identity = _identity(job, values, data, step_windows)
     output.check(identity)
     log = (log or _to_stderr) if first else _silent
+    for remark in caches.remarks:
+        log(remark)
     return _Run(job, values, data, args, step_windows, output, identity, adapted, log)
 
 

@@ -18,6 +18,7 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from support.caches.two_entries import K, N, V
 
 from storage import LogitCache, SparseTargets
+from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter, ShardWriter
 from storage.errors import (
     CacheNotFound,
@@ -138,6 +139,24 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     with pytest.raises((InputError, FormatError), match=r"not a cache|not one of logit-cache"):
         make_corpus(str(tmp_path), stream[0], V)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_entry_may_have_fewer_ids_than_the_tokenizer(tmp_path: Path) -> None:
+    """Its own number decides the type of its ids; more than the tokenizer's are refused."""
+    url, rng = str(tmp_path / "c"), np.random.default_rng(0)
+    tokens = np.array([5, 65_534, 7, 1], dtype=np.uint32)
+    record = make_corpus(url, tokens, 65_536, tokenizer_files={"tokenizer.json": b"{}"})
+    for name, size in (("fewer", 65_535), ("more", 65_537)):
+        entry = make_entry(record, 3).model_copy(update={"vocabulary_size": size})
+        write_entry(url, name, entry, dense_targets(rng.normal(size=(4, size)), 3, np.array([65_534, 7, 1, -1])))
+    cache = LogitCache.open(url)
+    assert cache.tokens.read(0, 4).dtype == np.uint32
+    found = cache.teacher("fewer").read(0, 4)
+    assert found.token_ids.dtype == np.uint16
+    refused = "its positions or vocabulary are not this cache's"
+    assert verify(url, deep=True).problems == [f"{url}/teachers/more/zarr.json: {refused}"]
+    with pytest.raises(FormatError, match=refused):
+        cache.teacher("more")
 
 
 def test_a_missing_cache_or_entry_is_an_error(tmp_path: Path, original: Path) -> None:

@@ -7,15 +7,19 @@ import json
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from storage.errors import InputError
 from storage.format.identity import (
-    differing_entries,
+    contradicting_ids,
+    differing_ids,
+    few,
     stream_sha256,
     tokenizer_fingerprint,
     vocabulary_sha256,
     vocabulary_size,
 )
+from storage.format.manifest import ArrayLayout, Encoding, Teacher, Windowing
 
 VOCABULARY = {"<pad>": 0, "über": 1, "cat": 2, "dog": 7}
 
@@ -34,23 +38,23 @@ def test_size_is_the_largest_id_and_one() -> None:
         vocabulary_size({})
 
 
-def test_differing_entries_name_id_and_both_strings() -> None:
+def test_differing_ids_are_named_with_both_strings() -> None:
     theirs = {"<pad>": 0, "über": 1, "dog": 2, "more": 9}
-    assert differing_entries(VOCABULARY, theirs) == [
-        "id 2: 'cat' here, 'dog' in the model's",
-        "id 7: 'dog' here, nothing in the model's",
-        "id 9: nothing here, 'more' in the model's",
-    ]
-    assert differing_entries(VOCABULARY, dict(VOCABULARY)) == []
-    assert differing_entries({"a": 0, "b": 0}, {"a": 0}) == ["id 0: 'a' and 'b' here, 'a' in the model's"]
+    assert differing_ids(VOCABULARY, theirs) == {
+        2: "id 2: 'cat' here, 'dog' in the model's",
+        7: "id 7: 'dog' here, nothing in the model's",
+        9: "id 9: nothing here, 'more' in the model's",
+    }
+    assert differing_ids(VOCABULARY, dict(VOCABULARY)) == {}
+    assert differing_ids({"a": 0, "b": 0}, {"a": 0}) == {0: "id 0: 'a' and 'b' here, 'a' in the model's"}
+    assert list(contradicting_ids(VOCABULARY, theirs, below=3)) == [2]
+    assert contradicting_ids(VOCABULARY, theirs, below=2) == {}
 
 
-def test_differing_entries_are_counted_beyond_the_most() -> None:
-    ours, theirs = {f"a{i}": i for i in range(12)}, {f"b{i}": i for i in range(12)}
-    listed = differing_entries(ours, theirs, most=3)
-    assert len(listed) == 4
-    assert listed[2:] == ["id 2: 'a2' here, 'b2' in the model's", "and 9 more ids"]
-    assert len(differing_entries(ours, theirs, most=12)) == 12
+def test_lines_beyond_the_most_are_counted() -> None:
+    lines = [f"line {i}" for i in range(12)]
+    assert few(lines, most=3) == ["line 0", "line 1", "line 2", "and 9 more ids"]
+    assert few(lines, most=12) == lines
 
 
 def _files(**changes: object) -> dict[str, bytes]:
@@ -90,3 +94,22 @@ def test_stream_digest_follows_its_equation() -> None:
     assert stream_sha256(tokens.astype(np.uint16), starts, None) == hashlib.sha256(parts).hexdigest()
     masked = hashlib.sha256(parts + b"loss_mask" + mask.astype("u1").tobytes()).hexdigest()
     assert stream_sha256(tokens, starts, mask) == masked
+
+
+def test_records_that_contradict_themselves_are_none() -> None:
+    with pytest.raises(ValidationError, match="shard 10 is not a multiple of chunk 4"):
+        ArrayLayout(shard=10, chunk=4, compression="zstd")
+    with pytest.raises(ValidationError, match="has more than 65536 chunks of 1"):
+        ArrayLayout(shard=65_537, chunk=1, compression="zstd")
+    with pytest.raises(ValidationError, match="stride 3 is larger than context 2"):
+        Windowing(context_tokens=2, stride_tokens=3)
+    for kind, step in (("codes", None), ("float32", 0.03125)):
+        with pytest.raises(ValidationError, match="step_nats goes with codes"):
+            Encoding.model_validate({"kind": kind, "step_nats": step, "mantissa_bits": 12})
+    member = {
+        "source": "m", "architecture": "M", "weights_sha256": "0" * 64, "config_sha256": "0" * 64, "dtype": "float32",
+        "head_columns": 1, "parameters": 1,
+    }  # fmt: skip
+    for combine, members in (("single", 2), ("mixture", 1)):
+        with pytest.raises(ValidationError, match="one weight per member"):
+            Teacher.model_validate({"combine": combine, "members": [member] * members, "weights": [1.0] * members})

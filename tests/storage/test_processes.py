@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import pickle
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pytest
 import storage.cache.processes
 from storage.cache.processes import has_ended, this_process
 from storage.errors import CorruptCache, IdentityMismatch, InputError, LogitCacheError, StorageFull
+from storage.locks import LOCK, locked
 
 CHILD = "from storage.cache.processes import this_process; print(this_process(), flush=True); input()"
 
@@ -92,3 +95,18 @@ def test_an_error_arrives_as_it_was_raised(error: LogitCacheError) -> None:
     arrived = pickle.loads(pickle.dumps(error))
     assert type(arrived) is type(error)
     assert (str(arrived), vars(arrived)) == (str(error), vars(error))
+
+
+def test_a_file_system_without_locks_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with locked(tmp_path, "a job"):
+        assert (tmp_path / LOCK).exists()
+        with pytest.raises(InputError, match="a job is at work there"), locked(tmp_path, "a job"):
+            pass
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with locked(tmp_path, "a job"), locked(tmp_path, "a job"):
+        pass
+    assert not (tmp_path / LOCK).exists()

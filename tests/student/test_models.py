@@ -200,6 +200,18 @@ def test_a_model_with_weights_keeps_its_special_ids(
     assert said == []
 
 
+@pytest.mark.parametrize("kind", ["a preset", "a configuration", "weights"])
+def test_a_special_id_that_the_model_does_not_have_is_left_out(kind: str, directory: Path, tmp_path: Path) -> None:
+    """With such a padding id the saved model would not load again."""
+    spec = {"a preset": "llama-tiny", "a configuration": config_file(tmp_path, vocab_size=V), "weights": directory}[
+        kind
+    ]
+    load(spec, special_ids={"bos": 1, "eos": 2, "pad": V + 6}).save_pretrained(tmp_path / "again")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "again").config
+    assert config.pad_token_id is None
+    assert config.eos_token_id == 2
+
+
 def test_a_generation_config_that_cannot_be_saved_is_put_right_and_said(directory: Path, tmp_path: Path) -> None:
     path = directory / "generation_config.json"
     shipped = json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_length": 99}

@@ -28,7 +28,10 @@ ROOMS = {
         ("labels", "models", "lifeline"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
         ("evaluation",), ("training",), ("sweep",), ("cli",),
     ),
-    "teachers": (("ranks",), ("base",), ("huggingface", "reduction"), ("batch_size", "ensemble"), ("live",), ("cli",)),
+    "teachers": (
+        ("ranks",), ("base",), ("huggingface", "reduction"), ("batch_size", "ensemble", "vocabulary"), ("live",),
+        ("cli",),
+    ),
     "logit_cache": (("text", "describe"), ("corpus",), ("caching",), ("fidelity",), ("engines",), ("cli",)),
 }  # fmt: skip
 # Leaves of logit_cache: they know the first level, and only the commands know them.

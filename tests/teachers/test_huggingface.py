@@ -7,12 +7,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
@@ -395,6 +397,27 @@ def test_an_unknown_hub_id_without_a_network_is_one_line(monkeypatch: pytest.Mon
     assert "the hub cannot be reached" in message
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (GatedRepoError, "accept conditions first"),
+        (RepositoryNotFoundError, "no such model, or it is private"),
+        (RevisionNotFoundError, "no such revision"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(
+    error: type[HfHubHTTPError], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise error("refused", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(teachers.huggingface.model_files, "snapshot_download", refuse)
+    message = refusal("somebody/a-model")
+    assert message.startswith("somebody/a-model: ")
+    assert advice in message
+    assert "\n" not in message
+
+
 # ---- context and vocabulary
 
 
@@ -443,6 +466,11 @@ def test_a_revision_goes_with_the_hub(save: Save) -> None:
 def test_broken_configs(text: str, broken: Path) -> None:
     (broken / "config.json").write_text(text, encoding="latin-1")
     assert str(broken) in refusal(broken)
+
+
+def test_a_config_that_is_no_size_for_one(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teachers.huggingface.model_files, "_MAX_JSON_BYTES", 10)
+    assert "at most 10 are read as JSON" in refusal(broken)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 3_000, -1])

@@ -259,23 +259,18 @@ def test_train_student_runs_no_live_teacher(world: Path, tmp_path: Path, run: Ru
     refused(done, "loads no teacher", "train-teacher --live-teacher")
 
 
-@pytest.mark.parametrize("same_size", [False, True])
 def test_a_teacher_of_another_tokenizer_is_refused(
-    small_cache: Path, make_teacher: Callable[..., Path], tmp_path: Path, same_size: bool
+    small_cache: Path, make_teacher: Callable[..., Path], tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
     teacher = make_teacher(5)
-    other = AutoTokenizer.from_pretrained(small_cache / "tokenizer")
-    if not same_size:
-        other.add_tokens(["something else"])
-    other.save_pretrained(teacher)
-    if same_size:
-        data = json.loads((teacher / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = data["model"]["vocab"]
-        one, two = list(vocabulary)[300:302]
-        vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
-        (teacher / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    AutoTokenizer.from_pretrained(small_cache / "tokenizer").save_pretrained(teacher)
+    data = json.loads((teacher / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = data["model"]["vocab"]
+    one, two = list(vocabulary)[300:302]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (teacher / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     job = StudentJob(
         cache=str(small_cache), live_teachers=(str(teacher),), model="llama-tiny", output_dir=str(tmp_path / "o")
     )

@@ -145,7 +145,7 @@ def passes(columns: int, temperature: float, limits: Limits, arguments: argparse
         kind._part(z, temperature).to_gradient(a, b, None)
 
     def whole(kind: type[LogitChunk]) -> None:
-        chunk = kind(z, labels, trained, [targets["token_ids"]], columns, temperature)
+        chunk = kind(z, labels, trained, [targets["token_ids"]], [columns], temperature)
         chunk.to_gradient(b[:, 0], [(g, h[:, 0])])
 
     steps: dict[str, Callable[[], float]] = {}

@@ -300,7 +300,7 @@ def test_into_another_cache_of_the_same_tokens_only(
     make_corpus(str(other), tokens[::-1].copy(), V)
     opened = LogitCache.open(str(cache))
     without = made[1].model_copy(update={"corpus": made[1].corpus.model_copy(update={"tokens_included": False})})
-    write_corpus(str(bare), without, opened.tokenizer_files(), tokens, opened.document_starts, None)
+    write_corpus(str(bare), without, opened.tokenizer_files(), {})
     found = rewrite(cache, k=16, out=str(same))
     assert np.array_equal(found.token_ids, rewrite(cache, k=16).token_ids)
     with pytest.raises(IdentityMismatch, match="stream_sha256"):

@@ -23,8 +23,10 @@ from support.models.saved import sample_text, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from logit_cache.corpus import pieces, sources
+from logit_cache.corpus import pieces, sources, spool
 from logit_cache.corpus import tokenize as corpus
+from logit_cache.corpus.documents import Chunk, Conversation
+from logit_cache.corpus.rows import RowReader
 from logit_cache.corpus.sources import Meter, Reading, find_sources, read_sources
 from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
 from storage import LogitCache
@@ -96,8 +98,9 @@ def test_a_byte_order_mark_is_left_out(tmp_path: Path, gpt2: str, monkeypatch: p
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfmarked \xef\xbb\xbf once")
     assert documents_of(made(tmp_path, gpt2, str(tmp_path / "bom.txt"))) == ["marked \ufeff once"]
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1)
-    [*chunks] = read_sources(find_sources([str(tmp_path / "bom.txt")]), Reading("t", "m", "train", None), Meter())
-    assert "".join(chunk.text for chunk in chunks if isinstance(chunk, sources.Chunk)) == "marked \ufeff once"
+    reading = Reading(RowReader("t", "m"), "train", None)
+    [*chunks] = read_sources(find_sources([str(tmp_path / "bom.txt")]), reading, Meter())
+    assert "".join(chunk.text for chunk in chunks if isinstance(chunk, Chunk)) == "marked \ufeff once"
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -160,11 +163,14 @@ def test_compressed_files(tmp_path: Path, gpt2: str, ending: str, compress: Any)
 
 
 def test_many_files_are_folded_into_one_source(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_MAX_SOURCES", 3)
+    for module in (corpus, spool):
+        monkeypatch.setattr(module, "MAX_SOURCES", 3)
     for index in range(6):
         write(tmp_path / f"{index}.txt", "x" * (index + 1))
     cache = made(tmp_path, gpt2, f"{tmp_path}/*.txt")
     assert source_counts(cache) == [("0.txt", 1, 1), ("1.txt", 1, 2), ("4 more files", 4, 3 + 4 + 5 + 6)]
+    assert cache.document_sources is not None
+    assert cache.document_sources.tolist() == [0, 1, 2, 2, 2, 2]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -190,14 +196,14 @@ def test_parquet(tmp_path: Path, gpt2: str) -> None:
 def test_parquet_messages_have_no_nulls_of_other_rows(tmp_path: Path) -> None:
     messages = [
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "calls": [{"name": "f", "x": None}]}],
-        [{"role": "user", "content": "b", "calls": None}],
+        [{"role": "user", "content": "b", "calls": None}, {"role": "assistant", "content": "c"}],
     ]
     pq.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
-    reading = Reading("text", "messages", "train", None)
+    reading = Reading(RowReader("text", "messages"), "train", None)
     found = list(read_sources(find_sources([str(tmp_path / "a.parquet")]), reading, Meter()))
-    assert [row.messages for row in found if isinstance(row, sources.Conversation)] == [
+    assert [row.messages for row in found if isinstance(row, Conversation)] == [
         [{"role": "user", "content": "a"}, {"role": "assistant", "calls": [{"name": "f"}]}],
-        [{"role": "user", "content": "b"}],
+        [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
     ]
 
 

@@ -90,8 +90,14 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, gpt2: str) -> None:
         ('{"text": "a"', "line 2: expected one JSON object per line"),
         ("[1]", "line 2: expected a JSON object, found list"),
         ("null", "line 2: expected a JSON object, found NoneType"),
-        ('{"body": "x"}', "line 2: expected a string in 'text' or messages in 'messages', found body (str)"),
-        ('{"text": 3}', "line 2: expected a string in 'text' or messages in 'messages', found text (int)"),
+        (
+            '{"body": "x"}',
+            "line 2: expected a string in 'text' or messages in 'messages' (or ",
+        ),
+        (
+            '{"text": 3}',
+            "line 2: expected a string in 'text' or messages in 'messages' (or ",
+        ),
         ('{"text": "ab\\ud800"}', "line 2: character 2 is '\\ud800', half of a surrogate pair"),
         ('{"text": ' + "[" * 100_000, "line 2: expected one JSON object per line"),
     ],
@@ -111,7 +117,7 @@ def test_wrong_parquet_is_refused(tmp_path: Path, gpt2: str) -> None:
     path.write_bytes(b"PAR1 and no more")
     assert "a.parquet: cannot be read as Parquet" in refused(tmp_path, gpt2, str(path))
     pq.write_table(pa.table({"body": ["x"], "id": [1]}), path)
-    assert "expected a column 'text' or 'messages', found body, id" in refused(tmp_path, gpt2, str(path))
+    assert "expected a string in 'text' or messages in 'messages'" in refused(tmp_path, gpt2, str(path))
     pq.write_table(pa.table({"text": [1, 2]}), path)
     assert "a.parquet row 0: expected a string in 'text'" in refused(tmp_path, gpt2, str(path))
     pq.write_table(pa.table({"text": ["x" * 1_000] * 1_000}), path, compression=None, use_dictionary=False)

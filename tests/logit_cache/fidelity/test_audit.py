@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.caches.small import make_corpus, write_entry
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run, refused
 
 import logit_cache.fidelity.audit
@@ -26,10 +26,10 @@ from logit_cache.caching.score_shard import score_shard
 from logit_cache.caching.windows import Window, windows
 from logit_cache.engines.this_machine import run_local
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
-from logit_cache.fidelity.rescore import sample_windows
+from logit_cache.fidelity.rescore import sample_windows, take_sample
 from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
-from storage.errors import InputError, LogitCacheError
+from storage.errors import CorruptCache, InputError, LogitCacheError
 from storage.format.manifest import ArrayLayout, Encoding, Targets, TeacherEntry, Windowing
 from storage.format.sealing import digest
 from storage.format.targets import concatenate
@@ -357,6 +357,18 @@ def test_damage_that_a_window_meets_is_a_finding(cache: Path, teacher: Path) -> 
     assert found.differing == []
 
 
+def test_a_text_with_an_id_that_the_entry_lacks_is_damage(tmp_path: Path) -> None:
+    url, tokens = str(tmp_path / "c"), np.arange(61, dtype=np.uint16)
+    record = make_corpus(url, tokens, 61)
+    entry = make_entry(record, 3).model_copy(update={"vocabulary_size": 60})
+    labels = np.append(tokens[1:].clip(max=59), -1).astype(np.int64)
+    write_entry(url, "a", entry, dense_targets(np.random.default_rng(0).normal(size=(61, 60)), 3, labels))
+    first, *_, last = windows(0, 61, 61, entry.windowing, None)
+    take_sample(LogitCache.open(url), "a", first)
+    with pytest.raises(CorruptCache, match="id 60, which teacher a with its vocabulary of 60 ids cannot have scored"):
+        take_sample(LogitCache.open(url), "a", last)
+
+
 def test_the_same_weights_saved_in_another_way(cache: Path, teacher: Path, tmp_path: Path) -> None:
     """Values decide; that the digests differ is reported."""
     import torch
@@ -447,9 +459,8 @@ def test_entries_that_cannot_be_audited(
     opened = LogitCache.open(str(cache))
     corpus = opened.record.corpus.model_copy(update={"tokens_included": False})
     bare = tmp_path / "bare"
-    tokens = opened.tokens.read(0, len(exact))
     record = opened.record.model_copy(update={"corpus": corpus})
-    write_corpus(str(bare), record, opened.tokenizer_files(), tokens, opened.document_starts, None)
+    write_corpus(str(bare), record, opened.tokenizer_files(), {})
     without = entry.model_copy(update={"targets": entry.targets.model_copy(update={"has_label_logprob": False})})
     write_entry(bare, "codes", without, exact)
     write_entry(cache, "other", entry, exact)

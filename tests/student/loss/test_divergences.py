@@ -81,7 +81,7 @@ def test_the_gradient_by_the_logits_is_the_one_rule(name: LossName, mix: float, 
     _, found = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
 
     q = torch.softmax(z / tau, 1)
-    _, ((ell, theta),) = student_buckets(z, None, [targets["token_ids"]], V, tau)
+    _, ((ell, theta),) = student_buckets(z, None, [targets["token_ids"]], [V], tau)
     ell, theta = ell.requires_grad_(), theta.requires_grad_()
     teacher = joined(torch.log_softmax(logp / tau, 1), ids)
     g, h = torch.autograd.grad(Divergence(name, mix)(teacher, (ell, theta)).sum(), (ell, theta))
@@ -152,7 +152,7 @@ def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: LossName, mix
     before = torch.zeros(P, dtype=DOUBLE)
     for k in (1, 2, 5, 17, 64, 200, V):
         targets = stored(logp, k, dtype=DOUBLE)
-        _, (side,) = student_buckets(z, None, [targets["token_ids"]], V, tau)
+        _, (side,) = student_buckets(z, None, [targets["token_ids"]], [V], tau)
         teacher = joined(torch.log_softmax(logp / tau, 1), targets["token_ids"].long())
         value = Divergence(name, mix)(teacher, side)
         assert (value >= before - 1e-12).all()

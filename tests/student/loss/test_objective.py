@@ -170,7 +170,7 @@ def test_pieces_add_up_through_prepared_sums(options: dict[str, Any]) -> None:
         for start, stop in pairwise(cuts):
             cut = slice(start, stop)
             supports = [support[cut] for support in prepared.supports]
-            sums = prepared.sums(cut, *student_buckets(z[cut], labels[cut], supports, V, 2.0))
+            sums = prepared.sums(cut, *student_buckets(z[cut], labels[cut], supports, prepared.sizes, 2.0))
             total = sums if total is None else total + sums
         assert total is not None
         return total
@@ -190,7 +190,7 @@ def test_without_cross_entropy_alpha_must_be_zero() -> None:
     z, labels, targets = normal(16, P, V), labels_for(17), {"t": stored(dense(18), 9, dtype=DOUBLE)}
     for alpha in (0.0, 0.5):
         prepared = DistillationLoss(V, alpha, 1.0, [member()]).prepare(labels, targets)
-        _, buckets = student_buckets(z, None, prepared.supports, V, 1.0)
+        _, buckets = student_buckets(z, None, prepared.supports, prepared.sizes, 1.0)
         if alpha:
             with pytest.raises(AssertionError):
                 prepared.sums(slice(None), None, buckets)

@@ -83,6 +83,10 @@ class Case:
     )
     rows: int = 7
     seed: int = 0
+    sizes: tuple[int, ...] = ()  # the teachers' own, where they differ
+
+    def size_of(self, teacher: int) -> int:
+        return self.sizes[teacher] if self.sizes else self.vocabulary_size
 
     def z(self) -> Tensor:
         """Logits [R, W], float32."""
@@ -116,7 +120,8 @@ class Case:
         found = []
         for number, k in enumerate(self.stored_ids):
             generator = self._generator(number + 1)
-            ids = [torch.randperm(self.vocabulary_size, generator=generator)[:k] for _ in range(self.rows)]
+            size = min(self.size_of(number), self.width)
+            ids = [torch.randperm(size, generator=generator)[:k] for _ in range(self.rows)]
             found.append(torch.stack(ids).to(torch.int32))
         if found and 1 < self.stored_ids[0] < self.vocabulary_size:
             found[0][2::3, self.stored_ids[0] // 2 :] = -1
@@ -142,7 +147,8 @@ def through(case: Case, kind: type[LogitChunk], device: str = "cpu") -> list[np.
     """Cross-entropy, each teacher's ell and theta, and the gradient [R, W], of one kind of chunk."""
     z, labels = case.z().to(device), case.labels().to(device)
     supports = [support.to(device) for support in case.supports()]
-    chunk = kind(z, labels, labels != NOT_TRAINED, supports, case.vocabulary_size, case.tau, case.softcap)
+    sizes = [case.size_of(number) for number in range(len(supports))]
+    chunk = kind(z, labels, labels != NOT_TRAINED, supports, sizes, case.tau, case.softcap)
     numbers = [chunk.cross_entropy, *(tensor for pair in chunk.buckets for tensor in pair)]
     by_label, by_bucket = case.gradients()
     pairs = [(g.to(device), h.to(device)) for g, h in by_bucket]
@@ -161,7 +167,7 @@ def kernels(device: str, case: Case, block: int | None = BLOCK) -> list[np.ndarr
 
 def truth(case: Case) -> list[Tensor]:
     """The same of the same logits in float64, by plain autograd."""
-    z, labels, size = case.z().double().requires_grad_(), case.labels(), case.vocabulary_size
+    z, labels = case.z().double().requires_grad_(), case.labels()
     trained = labels != NOT_TRAINED
     log_q = torch.log_softmax(z / case.tau, 1)
     picked = torch.log_softmax(z, 1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
@@ -170,7 +176,8 @@ def truth(case: Case) -> list[Tensor]:
     numbers, loss = [cross_entropy], torch.zeros((), dtype=torch.float64)
     if by_label is not None:
         loss = loss + (by_label * cross_entropy).sum()
-    for support, (g, h) in zip(case.supports(), by_bucket, strict=True):
+    for number, (support, (g, h)) in enumerate(zip(case.supports(), by_bucket, strict=True)):
+        size = min(case.size_of(number), case.width)
         valid, ids = support >= 0, support.clamp(min=0).long()
         ell = torch.where(valid, log_q.gather(1, ids), 0.0)
         inside = torch.zeros(case.rows, size).scatter_add_(1, ids, valid.float()) > 0
@@ -232,6 +239,8 @@ OTHERS = {
     "a tail of -inf": Case(251, 264, (60,), tau=2.0, hidden="tail", seed=10),
     "blocks of -inf before all others": Case(251, 251, (3,), tau=2.0, hidden="first", seed=11),
     "one column of padding": Case(251, 252, tau=2.0, seed=12),
+    "teachers of other sizes": Case(251, 264, (9, 4, 40), tau=2.0, softcap=5.0, seed=16, sizes=(251, 250, 200)),
+    "a teacher with more ids than columns": Case(251, 251, (9, 4), tau=2.0, seed=17, sizes=(255, 250)),
 }
 
 
@@ -255,7 +264,7 @@ def rising(device: str, step: float) -> list[np.ndarray[Any, Any]]:
         z = (step * torch.arange(300.0) / 16).repeat(2, 1)
         z[1] = z[1].flip(0)
         labels, trained = torch.tensor([299, 0]), torch.ones(2, dtype=torch.bool)
-        chunk = triton_chunk.TritonChunk(*(t.to(device) for t in (z, labels, trained)), [], 300, 2.0)
+        chunk = triton_chunk.TritonChunk(*(t.to(device) for t in (z, labels, trained)), [], [], 2.0)
         return [chunk.cross_entropy.cpu().numpy()]
 
 
@@ -272,7 +281,7 @@ def spoiled(device: str) -> list[np.ndarray[Any, Any]]:
     z = torch.zeros(3, 40, device=device)
     z[1, 7], z[2, 7] = math.nan, math.inf
     labels, trained = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)
-    chunk = TritonChunk(z, labels.to(device), trained.to(device), [], 40, 2.0)
+    chunk = TritonChunk(z, labels.to(device), trained.to(device), [], [], 2.0)
     return [chunk.cross_entropy.cpu().numpy()]
 
 
@@ -287,7 +296,7 @@ def no_rows(device: str) -> tuple[tuple[int, ...], ...]:
 
     z, nothing = torch.empty(0, 40, device=device), torch.empty(0, dtype=torch.int64, device=device)
     support = nothing.reshape(0, 4)
-    chunk = TritonChunk(z, nothing, nothing > 0, [support], 30, 2.0)
+    chunk = TritonChunk(z, nothing, nothing > 0, [support], [30], 2.0)
     chunk.to_gradient(chunk.cross_entropy, chunk.buckets)
     return tuple(tuple(each.shape) for each in (chunk.cross_entropy, *chunk.buckets[0]))
 

@@ -103,7 +103,8 @@ def make_corpus(
         documents_layout=stream_layout(len(starts)),
         created_with=Versions(libraries={}),
     )
-    write_corpus(url, record, tokenizer_files, tokens, starts, loss_mask)
+    arrays = {"tokens": tokens, "document_starts": starts, "loss_mask": loss_mask}
+    write_corpus(url, record, tokenizer_files, {name: a for name, a in arrays.items() if a is not None})
     return record
 
 

@@ -1,0 +1,83 @@
+"""How a stream's documents begin and its conversations are rendered: as given, else as recorded, else by default.
+
+What is recorded in the destination holds where a flag is not given, so that the same command makes the same stream
+again; and a tokenizer that is taken from a cache comes with the conventions of that cache's stream.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from storage import LogitCache
+from storage.errors import CacheNotFound, InputError
+from storage.format.manifest import CacheRecord
+from student.models.tokenizer import text_prefix
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """version: of the stream's record. bos: whether documents begin as the tokenizer begins a text, None for its own
+    choice. variables, date: for chat templates; a date of None is today's."""
+
+    version: int = 2
+    bos: bool | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime.date | None = None
+
+    @classmethod
+    def of(
+        cls, out: str, tokenizer: str | None, bos: bool | None, variables: Mapping[str, Any], date: datetime.date | None
+    ) -> Conventions:
+        """Those of a new or resumed stream at `out`, with what was given."""
+        there = _record(out)
+        found = there or _record_of_tokenizer(tokenizer)
+        recorded = _recorded(found) if found is not None else cls()
+        return cls(
+            version=2 if there is None else there.format_version,
+            bos=recorded.bos if bos is None else bos,
+            variables={**recorded.variables, **variables},
+            date=date or recorded.date,
+        )
+
+    def prefix(self, tokenizer: Any) -> tuple[int, ...]:
+        """The ids put before a document of text. Raises InputError where they are asked for and there are none."""
+        own = text_prefix(tokenizer)
+        if self.bos is None or (own and self.bos):
+            return own
+        if not self.bos:
+            return ()
+        if tokenizer.bos_token_id is None:
+            raise InputError("--bos: the tokenizer has no token that begins a text; leave the flag out")
+        return (int(tokenizer.bos_token_id),)
+
+
+def _recorded(record: CacheRecord) -> Conventions:
+    corpus = record.corpus
+    return Conventions(
+        # Streams of version 1 were made without.
+        bos=bool(corpus.begins_with_bos),
+        variables=corpus.template_variables or {},
+        date=None if corpus.date is None else datetime.date.fromisoformat(corpus.date),
+    )
+
+
+def _record(url: str) -> CacheRecord | None:
+    try:
+        return LogitCache.open(url).record
+    except CacheNotFound:
+        return None
+
+
+def _record_of_tokenizer(tokenizer: str | None) -> CacheRecord | None:
+    """The record of the cache that a tokenizer is taken from, by the cache's URL or its folder `tokenizer`."""
+    if tokenizer is None:
+        return None
+    path = Path(tokenizer).expanduser()
+    for folder in (path, path.parent if path.name == "tokenizer" else path):
+        if (folder / "zarr.json").is_file():
+            return _record(str(folder))
+    return _record(tokenizer) if "://" in tokenizer else None

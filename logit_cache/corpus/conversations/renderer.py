@@ -1,0 +1,134 @@
+"""The conversations of a stream as chunks of text, by the tokenizer's chat templates."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from logit_cache.corpus.conversations.replies import render
+from logit_cache.corpus.conversations.template import RESERVED, ChatTemplate
+from logit_cache.corpus.documents import Chunk, Conversation, checked_text
+from storage.errors import InputError
+
+
+class Renderer:
+    """Renders conversations, and keeps count of what a reader of the log should know about them.
+
+    variables: for the templates. date: that they may print, None for today's; given_date: whether a user asks for it.
+    version_1: see `replies.render`.
+    Raises InputError for variables, or a date, that no template of the tokenizer reads.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        variables: Mapping[str, Any],
+        date: datetime.date | None,
+        given_date: bool,
+        version_1: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._variables, self._date, self._version_1 = variables, date or datetime.date.today(), version_1
+        self._templates: dict[str, ChatTemplate] = {}
+        self._conversations = self._without_reply = self._reasoning_left_out = 0
+        self._found_by: set[str] = set()
+        if variables or given_date:
+            self._check(given_date)
+
+    def chunk(self, conversation: Conversation) -> Chunk:
+        """The text of a conversation, with the ranges that are trained on."""
+        template = self._template_for(conversation)
+        variables = {**self._variables, **conversation.variables}
+        clash = sorted(RESERVED & conversation.variables.keys())
+        if clash:
+            raise InputError(
+                f"{conversation.where}: chat_template_kwargs has {clash[0]!r}, which the row or the tokenizer has"
+            )
+        used = {
+            name: value
+            for name, value in variables.items()
+            if name in template.variables | conversation.variables.keys()
+        }
+        written = render(template, replace(conversation, variables=used), self._version_1)
+        self._conversations += 1
+        self._without_reply += not written.replies
+        self._reasoning_left_out += written.reasoning_left_out
+        self._found_by.add(written.found_by)
+        text = checked_text(written.text, conversation.where)
+        # A template begins the text itself, and ends the turns.
+        return Chunk(conversation.source, text, True, written.trained, begins=False, appended_trained=False)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields of a stream's record: what rendered its conversations."""
+        if not self._templates:
+            return {}
+        sources = "\0".join(sorted(self._templates))
+        prints_date = any(template.prints_date for template in self._templates.values())
+        return {
+            "template_sha256": hashlib.sha256(sources.encode()).hexdigest(),
+            "template_variables": dict(self._variables) or None,
+            "date": self._date.isoformat() if prints_date else None,
+        }
+
+    def notes(self) -> list[str]:
+        """Lines for the log."""
+        if not self._conversations:
+            return []
+        lines = [
+            f"{self._conversations:,} conversations; their replies are found by {' and '.join(sorted(self._found_by))}"
+        ]
+        if self._without_reply:
+            lines.append(f"{self._without_reply:,} conversations have no reply: nothing of them is trained on")
+        if self._reasoning_left_out:
+            lines.append(f"{self._reasoning_left_out:,} replies: the chat template leaves out their reasoning")
+        return lines
+
+    def _template_for(self, conversation: Conversation) -> ChatTemplate:
+        tokenizer, where = self._tokenizer, conversation.where
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"{where}: the loss mask of a conversation needs the character offsets of its tokens, and this "
+                f"tokenizer ({type(tokenizer).__name__}) has none; take one with a tokenizer.json"
+            )
+        if not tokenizer.chat_template:
+            raise InputError(
+                f"{where}: the row holds messages and the tokenizer has no chat template; give one with "
+                f"--chat-template FILE, or take the tokenizer of an instruction model"
+            )
+        try:
+            source = tokenizer.get_chat_template(tools=conversation.tools)
+        except ValueError:
+            raise InputError(
+                f"{where}: of the tokenizer's chat templates ({', '.join(sorted(tokenizer.chat_template))}) none is "
+                f"the default; name one with --chat-template"
+            ) from None
+        return self._template(source)
+
+    def _template(self, source: str) -> ChatTemplate:
+        if source not in self._templates:
+            try:
+                self._templates[source] = ChatTemplate(self._tokenizer, source, self._date)
+            except Exception as error:
+                # Jinja has errors of its own for what is no template.
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise InputError(
+                    f"the chat template is not valid ({reason}); correct it, or give --chat-template FILE"
+                ) from None
+        return self._templates[source]
+
+    def _check(self, given_date: bool) -> None:
+        own = self._tokenizer.chat_template or {}
+        templates = [self._template(source) for source in (own.values() if isinstance(own, dict) else [own])]
+        self._templates = {}  # of those that are used
+        read = frozenset[str]().union(*(template.variables for template in templates)) - RESERVED
+        for name in sorted(self._variables.keys() - read):
+            raise InputError(
+                f"--template-variable {name}: the chat template reads no such variable; it reads "
+                f"{', '.join(sorted(read)) or 'none'}"
+            )
+        if given_date and not any(template.prints_date for template in templates):
+            raise InputError("--date: no chat template of this tokenizer prints a date; leave the flag out")

@@ -1,0 +1,238 @@
+"""A chat template that also says which characters of its text come from which message.
+
+The text is what transformers renders. A copy of the template's syntax tree is rendered beside it, in which every loop
+says at the start of each turn whether it stands at a message; from that mark to the next, text belongs to the message.
+`{% generation %}` blocks are marked in the same way. Without its marks the copy's text must be the template's own, or
+the marks are not used.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import meta, nodes
+
+from logit_cache.corpus.documents import Ranges
+from logit_cache.corpus.tokenizer import template_environment
+
+Messages = list[dict[str, Any]]
+
+# A template's own inputs, which no variable of a user may replace.
+RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "strftime_now"}
+)
+# Names under which a message's reasoning is given; transformers fills in the one that a template reads.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+PROBE = "logit cache probe"
+# Private-use characters, which text hardly has; where it does, the marks are not used.
+_MARK = re.compile("\ue0f0([^\ue0f1]*)\ue0f1")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a template is rendered with, besides messages."""
+
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """messages: the range of text of each message by its index, where it has one; replies: those that
+    `{% generation %}` marks. Both None where the marks could not be used."""
+
+    text: str
+    messages: dict[int, tuple[int, int]] | None
+    replies: Ranges | None
+
+
+class ChatTemplate:
+    """One template of a tokenizer, for a date that it may print (None: today's)."""
+
+    def __init__(self, tokenizer: Any, source: str, date: datetime.date | None = None) -> None:
+        self.source = source
+        self._tokenizer = tokenizer
+        environment = template_environment(source)
+        tree = environment.parse(source)
+        day = datetime.datetime.combine(date or datetime.date.today(), datetime.time())
+        functions = {"strftime_now": day.strftime}
+        self._plain = environment.from_string(source, functions)
+        self._marked = environment.from_string(_marked_tree(environment.parse(source)), functions)
+        self.variables = frozenset(meta.find_undeclared_variables(tree))
+        self.words = frozenset(_words(tree))
+        self.marks_replies = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
+        self.prints_date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
+
+    def text(self, messages: Messages, inputs: Inputs, prompt: bool = False) -> str:
+        """The text of messages, as transformers renders it; prompt: with what asks for a reply after them."""
+        if self.prints_date:  # transformers would print today's
+            return str(self._plain.render(**self._values(messages, inputs, prompt)))
+        text: str = self._tokenizer.apply_chat_template(
+            messages,
+            tools=inputs.tools,
+            documents=inputs.documents,
+            chat_template=self.source,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **inputs.variables,
+        )
+        return text
+
+    def render(self, messages: Messages, inputs: Inputs, prompt: bool = False) -> Rendered:
+        """The text, and whose it is."""
+        text = self.text(messages, inputs, prompt)
+        values = self._values(messages, inputs, prompt)
+        marks = _Marks(values["messages"])
+        marked = self._marked.render(_logit_cache_at=marks.at, _logit_cache_after=marks.after, **values)
+        return _read_marks(text, marked)
+
+    @functools.cached_property
+    def takes_texts(self) -> bool:
+        """Whether it prints content that is a text."""
+        return PROBE in self._probe(PROBE)
+
+    @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Whether it prints the text of content that is a list of parts, and not the list."""
+        text = self._probe([{"type": "text", "text": PROBE}])
+        return PROBE in text and "'type'" not in text and '"type"' not in text
+
+    def _probe(self, content: Any) -> str:
+        try:
+            return self.text([{"role": "user", "content": content}], Inputs())
+        except Exception:  # whatever a template raises: it does not take this
+            return ""
+
+    def _values(self, messages: Messages, inputs: Inputs, prompt: bool) -> dict[str, Any]:
+        """What transformers gives to a template."""
+        return {
+            **self._tokenizer.special_tokens_map,
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": inputs.tools,
+            "documents": inputs.documents,
+            "add_generation_prompt": prompt,
+            **inputs.variables,
+        }
+
+
+class _Marks:
+    """The functions that a marked template calls. The message at which a loop stands ends with the loop."""
+
+    def __init__(self, messages: Messages) -> None:
+        self._index = {id(message): index for index, message in enumerate(messages)}
+        self._at: list[tuple[int, int]] = []  # loops that stand at a message, the inner ones last: (loop, message)
+
+    def at(self, loop: int, *values: Any) -> str:
+        """A loop begins a turn with these values."""
+        found = [self._index[id(value)] for value in values if id(value) in self._index]
+        if not found:
+            return ""
+        self._leave(loop)
+        self._at.append((loop, found[0]))
+        return self._mark()
+
+    def after(self, loop: int) -> str:
+        """A loop has ended."""
+        return self._mark() if self._leave(loop) else ""
+
+    def _leave(self, loop: int) -> bool:
+        depth = next((depth for depth, (number, _) in enumerate(self._at) if number == loop), len(self._at))
+        left = len(self._at) > depth
+        del self._at[depth:]
+        return left
+
+    def _mark(self) -> str:
+        return f"\ue0f0{self._at[-1][1] if self._at else ''}\ue0f1"
+
+
+def _read_marks(text: str, marked: str) -> Rendered:
+    """The ranges that the marks in a text stand for; `text` is the one without them."""
+    if _MARK.sub("", marked) != text:
+        return Rendered(text, None, None)
+    found: dict[int, tuple[int, int]] = {}
+    replies: list[tuple[int, int]] = []
+    message, position, opened = "", 0, 0
+    twice = set()
+    for index, part in enumerate(_MARK.split(marked)):
+        if not index % 2:
+            if message and part:
+                start, stop = found.get(int(message), (position, position))
+                twice |= {int(message)} if stop != position else set()
+                found[int(message)] = (start, position + len(part))
+            position += len(part)
+        elif part == "(":
+            opened = position
+        elif part == ")":
+            replies.append((opened, position))
+        else:
+            message = part
+    # A message whose text stands in two places has no range.
+    return Rendered(
+        text,
+        {index: where for index, where in found.items() if index not in twice},
+        tuple(where for where in replies if where[0] < where[1]),
+    )
+
+
+def _marked_tree(tree: nodes.Template) -> nodes.Template:
+    """The syntax tree of a template, with marks."""
+    environment = tree.environment
+    assert environment is not None
+    tree.body = _with_marks(tree.body, itertools.count())
+    tree.set_environment(environment)
+    return tree
+
+
+def _with_marks(body: list[nodes.Node], numbers: Iterator[int]) -> list[nodes.Node]:
+    """Statements with a mark at the start of each turn of a loop, after each loop, and around each generation block."""
+    marked: list[nodes.Node] = []
+    for node in body:
+        for name in ("body", "else_", "elif_"):
+            inner = getattr(node, name, None)
+            if isinstance(inner, list):
+                setattr(node, name, _with_marks(inner, numbers))
+        marked.append(node)
+        if isinstance(node, nodes.For):
+            loop = nodes.Const(next(numbers))
+            targets = [nodes.Name(name.name, "load") for name in _names(node.target)]
+            node.body.insert(0, _call("_logit_cache_at", [loop, *targets]))
+            marked.append(_call("_logit_cache_after", [loop]))
+        elif isinstance(node, nodes.CallBlock) and isinstance(node.call.node, nodes.ExtensionAttribute):
+            node.body = [_constant("\ue0f0(\ue0f1"), *node.body, _constant("\ue0f0)\ue0f1")]
+    return marked
+
+
+def _names(target: nodes.Node) -> list[nodes.Name]:
+    return [target] if isinstance(target, nodes.Name) else list(target.find_all(nodes.Name))
+
+
+def _call(name: str, arguments: Sequence[nodes.Expr]) -> nodes.Output:
+    return nodes.Output([nodes.Call(nodes.Name(name, "load"), list(arguments), [], None, None)], lineno=1)
+
+
+def _constant(text: str) -> nodes.Output:
+    return nodes.Output([nodes.TemplateData(text)], lineno=1)
+
+
+def _words(tree: nodes.Template) -> Iterator[str]:
+    """Every attribute and every string that a template names."""
+    for attribute in tree.find_all(nodes.Getattr):
+        yield attribute.attr
+    for constant in tree.find_all(nodes.Const):
+        if isinstance(constant.value, str):
+            yield constant.value
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its reasoning under the names that transformers gives it; always another object."""
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if reasoning is None:
+        return dict(message)
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}

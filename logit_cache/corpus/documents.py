@@ -1,0 +1,79 @@
+"""What sources hold: text in chunks, conversations, and rows that are tokens already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import InputError
+
+Ids = NDArray[np.uint32]
+# Ranges of characters, ascending and apart.
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a document's text; `ends` with the last one.
+
+    trained: the character ranges of the whole document that are trained on, or None for all of it; such a document is
+    one chunk. begins: whether the document begins as the tokenizer begins a text. appended_trained: whether a token
+    that is appended to it is trained on.
+    """
+
+    source: int
+    text: str
+    ends: bool
+    trained: Ranges | None = None
+    begins: bool = True
+    appended_trained: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row with messages. `where` names it in errors.
+
+    untrained: the indices of replies that are not trained on. tools, documents: for the template. variables: further
+    values for it, of this row alone.
+    """
+
+    source: int
+    messages: list[dict[str, Any]]
+    where: str
+    untrained: frozenset[int] = frozenset()
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A row that is tokens already: ids uint32 [n]; trained bool [n], which of them are trained on, None for all; and
+    their text, once it is known."""
+
+    source: int
+    ids: Ids
+    trained: NDArray[np.bool_] | None
+    where: str
+    text: str = ""
+
+
+Document = Chunk | Conversation | Tokens
+
+
+def checked_text(text: Any, where: str) -> str:
+    """The text itself; raises InputError if it is not Unicode text (JSON can spell half a surrogate pair)."""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected a text, found {type(text).__name__} ({str(text)[:40]}); correct the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start} is {text[error.start]!r}, half of a surrogate pair, which is no text; "
+            f"correct or remove the row"
+        ) from None
+    return text

@@ -1,0 +1,278 @@
+"""Rows of data sets as documents: which form a row has, and what each of its fields means.
+
+===========================================  ==========================================================================
+`text`                                       a document, all of it trained on
+`messages`, `conversations`                  a conversation: {role, content} or {from, value} objects; with `tools`,
+                                             `documents`, `system` and `chat_template_kwargs` where a row has them
+`prompt` + `completion` or `response`        texts, or lists of messages: only the completion is trained on
+`instruction` (+ `input`, `context`,         a conversation of a question and its answer, after those of `history`
+`system`, `history`) + `output`, `response`
+`input_ids` (+ `labels`, a mask)             tokens as they are
+===========================================  ==========================================================================
+
+A field that would change what is learnt and is not used by the row's form is refused, and so is a row of two forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from logit_cache.corpus.conversations.messages import (
+    MEDIA,
+    WEIGHTS,
+    check_roles,
+    is_trained,
+    message_list,
+    read_json,
+    read_message,
+    read_objects,
+)
+from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, checked_text
+from storage.errors import InputError
+from student.labels import NOT_TRAINED
+
+Row = Mapping[str, Any]
+
+_CONVERSATIONS = ("conversations", "conversation")
+_ANSWERS = ("completion", "response")
+_OUTPUTS = ("output", "response")
+_CONTEXTS = ("input", "context")
+_SYSTEMS = ("system", "system_prompt")
+_MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask", "mask")
+_SAMPLE_WEIGHTS = ("weight", "weights", "sample_weight")
+
+# What a form reads, besides the fields that make it.
+_USED: dict[str, frozenset[str]] = {
+    "text": frozenset(),
+    "messages": frozenset({"tools", "documents", "chat_template_kwargs", *_SYSTEMS}),
+    "completion": frozenset(),
+    "messages of a completion": frozenset({"tools", "documents", "chat_template_kwargs", *_SYSTEMS}),
+    "instruction": frozenset({"tools", "chat_template_kwargs", "history", *_CONTEXTS, *_SYSTEMS}),
+    "input_ids": frozenset({"labels", "attention_mask", *_MASKS}),
+}
+# What would change what is learnt, beside any form, or beside a conversation.
+_LEARNT_FROM = frozenset({*_SAMPLE_WEIGHTS, *_MASKS, *MEDIA})
+_OF_CONVERSATIONS = frozenset(
+    {"tools", "functions", "documents", "chat_template_kwargs", "history", "reasoning", "reasoning_content", "thinking"}
+) | frozenset(_SYSTEMS)
+_OF_TOKENS = frozenset({"position_ids", "segment_ids", "seq_lengths", "attention_mask"})
+_FORMS = frozenset({"prompt", "instruction", "input_ids", "chosen", *_CONVERSATIONS})
+FIELDS = (
+    _FORMS | frozenset({"labels", "rejected"})
+    | frozenset({*_ANSWERS, *_OUTPUTS, *_CONTEXTS, "history"})
+    | _LEARNT_FROM | _OF_CONVERSATIONS | _OF_TOKENS
+)  # fmt: skip
+"""Every field that is read, or looked for, besides those that a user names."""
+
+
+class RowReader:
+    """Rows as documents. text_field, messages_field: names of the fields; chosen: "text" or "messages" where a user has
+    named one of them, which decides for rows of several forms."""
+
+    def __init__(self, text_field: str, messages_field: str, chosen: str | None = None) -> None:
+        self.text_field, self.messages_field = text_field, messages_field
+        self._chosen = chosen
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The fields that are looked for."""
+        return FIELDS | {self.text_field, self.messages_field}
+
+    def columns_of(self, names: Sequence[str], where: str) -> list[str]:
+        """Those of a table's columns that are looked for. Raises InputError for a table without any document."""
+        if not (_FORMS | {self.text_field, self.messages_field}) & set(names):
+            raise self._unknown(where, f"columns {', '.join(names[:12])}")
+        return [name for name in names if name in self.columns]
+
+    def _unknown(self, where: str, found: str) -> InputError:
+        return InputError(
+            f"{where}: expected a string in {self.text_field!r} or messages in {self.messages_field!r} (or "
+            f"conversations, prompt and completion, instruction and output, input_ids), found {found}; name the right "
+            f"one with --text-field or --messages-field"
+        )
+
+    def document(self, source: int, row: Row, where: str, from_arrow: bool) -> Document:
+        """The document that a row holds; from_arrow: absent fields of its objects appear as nulls.
+
+        Raises InputError naming the row (`where`).
+        """
+        values = {name: value for name, value in row.items() if value is not None}
+        form = self._form(values, row, where)
+        if form is None:
+            return Chunk(source, "", True)
+        self._refuse_unused(values, form, where)
+        if form == "text":
+            return Chunk(source, checked_text(values[self.text_field], where), True)
+        if form == "input_ids":
+            return _tokens(source, values, where)
+        if form == "completion":
+            return _prompt_and_completion(source, values, where)
+        return self._conversation(source, values, form, where, from_arrow)
+
+    def _form(self, values: Row, row: Row, where: str) -> str | None:
+        """The form of a row; None for one with no text in it."""
+        answered = "prompt" in values and _first(values, _ANSWERS) is not None
+        texts = isinstance(values.get("prompt"), str) and isinstance(_first(values, _ANSWERS), str)
+        found = [
+            form
+            for form, there in (
+                ("text", isinstance(values.get(self.text_field), str)),
+                ("messages", self._messages(values) is not None),
+                ("completion", answered and texts),
+                ("messages of a completion", answered and not texts),
+                ("instruction", "instruction" in values and _first(values, _OUTPUTS) is not None),
+                ("input_ids", "input_ids" in values),
+            )
+            if there
+        ]
+        if self._chosen in found:
+            return self._chosen
+        if len(found) == 1:
+            return found[0]
+        fields = (
+            ", ".join(f"{name} ({type(value).__name__})" for name, value in sorted(values.items())[:8]) or "nothing"
+        )
+        if found:
+            raise InputError(
+                f"{where}: the row can be read as {' and as '.join(found)} (it has {fields}); say which with "
+                f"--text-field or --messages-field, or leave the other fields out"
+            )
+        empty = {self.text_field, self.messages_field} & row.keys() - values.keys()
+        if empty and not {"prompt", "instruction", "chosen", *_ANSWERS} & values.keys():
+            return None
+        if "chosen" in values:
+            raise InputError(
+                f"{where}: the row holds preferences (chosen, rejected), and distillation learns from one text: write "
+                f"the one that is meant as messages, or as prompt and completion"
+            )
+        raise self._unknown(where, fields)
+
+    def _messages(self, values: Row) -> Any:
+        return values.get(self.messages_field, _first(values, _CONVERSATIONS))
+
+    def _refuse_unused(self, values: Row, form: str, where: str) -> None:
+        looked_at = _LEARNT_FROM | (_OF_TOKENS if form == "input_ids" else frozenset())
+        if form not in ("text", "input_ids"):
+            looked_at |= _OF_CONVERSATIONS
+        own = {self.text_field, self.messages_field}
+        for name in sorted((looked_at - _USED[form] - own) & values.keys()):
+            value = values[name]
+            if value not in ("", [], {}) and not (name in _SAMPLE_WEIGHTS and value == 1):
+                raise InputError(
+                    f"{where}: {name!r} ({str(value)[:40]}) would change what is learnt, and rows of {form} are read "
+                    f"without it; take it into account in the data, or remove the field"
+                )
+
+    def _conversation(self, source: int, values: Row, form: str, where: str, from_arrow: bool) -> Conversation:
+        untrained_before = 0
+        if form == "messages":
+            listed = self._messages(values)
+            name = self.messages_field if self.messages_field in values else "conversations"
+            messages = message_list(listed, name, where)
+        elif form == "messages of a completion":
+            prompt = message_list(_as_messages(values["prompt"], "user"), "prompt", where)
+            answer = _as_messages(_first(values, _ANSWERS), "assistant")
+            messages = [*prompt, *message_list(answer, "completion", where)]
+            untrained_before = len(prompt)
+        else:
+            messages = _instruction(values, where)
+        messages = [read_message(message, index, where, from_arrow) for index, message in enumerate(messages)]
+        untrained = {i for i, message in enumerate(messages) if not is_trained(message, i, where)}
+        messages = [{k: v for k, v in message.items() if k not in WEIGHTS} for message in messages]
+        system = _first(values, _SYSTEMS)
+        if system:
+            if messages[0]["role"] == "system":
+                raise InputError(f"{where}: the row has a system prompt beside one in its messages; leave one of them")
+            messages = [{"role": "system", "content": checked_text(system, where)}, *messages]
+            untrained = {index + 1 for index in untrained}
+            untrained_before += 1
+        check_roles(messages, where)
+        before = {i for i in range(untrained_before) if messages[i]["role"] == "assistant"}
+        variables = read_json(values.get("chat_template_kwargs"), "chat_template_kwargs", dict, where)
+        return Conversation(
+            source,
+            messages,
+            where,
+            frozenset(untrained | before),
+            read_objects(values.get("tools"), "tools", where, from_arrow),
+            read_objects(values.get("documents"), "documents", where, from_arrow),
+            variables or {},
+        )
+
+
+def _first(values: Row, names: Sequence[str]) -> Any:
+    return next((values[name] for name in names if name in values), None)
+
+
+def _prompt_and_completion(source: int, values: Row, where: str) -> Chunk:
+    prompt, completion = (checked_text(value, where) for value in (values["prompt"], _first(values, _ANSWERS)))
+    if not completion:
+        raise InputError(f"{where}: the completion is empty, so there is nothing to learn from it; remove the row")
+    whole = prompt + completion
+    return Chunk(source, whole, True, ((len(prompt), len(whole)),))
+
+
+def _tokens(source: int, values: Row, where: str) -> Tokens:
+    """A row of ids: `labels` as transformers takes them (an id is its own label, or -100), or a mask of 0 and 1."""
+    ids = _numbers(values["input_ids"], "input_ids", where)
+    if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
+        raise InputError(f"{where}: input_ids are from {ids.min()} to {ids.max()}, which are no ids; correct the row")
+    masks = {name: _numbers(values[name], name, where) for name in _MASKS if name in values}
+    for name, mask in masks.items():
+        if not np.isin(mask, (0, 1)).all():
+            raise InputError(f"{where}: {name!r} holds other values than 0 and 1; correct the row")
+    if "labels" in values:
+        labels = _numbers(values["labels"], "labels", where)
+        masks["labels"] = labels != NOT_TRAINED
+        if len(labels) == len(ids) and (labels != ids)[masks["labels"]].any():
+            at = int(np.flatnonzero(masks["labels"] & (labels != ids))[0])
+            raise InputError(
+                f"{where}: label {at} is {labels[at]}, and id {at} is {ids[at]}: labels are the ids themselves, or "
+                f"{NOT_TRAINED} where nothing is trained on (they are not moved); correct the row"
+            )
+    real = masks.pop("attention_mask", None)
+    if "attention_mask" in values:
+        real = _numbers(values["attention_mask"], "attention_mask", where)
+    for name, mask in {**masks, **({} if real is None else {"attention_mask": real})}.items():
+        if len(mask) != len(ids):
+            raise InputError(f"{where}: {len(ids)} input_ids and {len(mask)} values of {name!r}; correct the row")
+    trained = None
+    for mask in masks.values():
+        if trained is not None and (trained != mask.astype(bool)).any():
+            raise InputError(f"{where}: {' and '.join(masks)} disagree on what is trained on; leave one of them")
+        trained = mask.astype(bool)
+    if real is not None:
+        there = np.flatnonzero(real == 1)
+        if not np.isin(real, (0, 1)).all() or (len(there) and len(there) != there[-1] + 1 - there[0]):
+            raise InputError(f"{where}: attention_mask is not one run of 1 among 0 of padding; give a row per document")
+        ids = ids[there]
+        trained = None if trained is None else trained[there]
+    return Tokens(source, ids.astype(np.uint32), trained, where)
+
+
+def _numbers(value: Any, name: str, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    # Checked one by one: NumPy would cut 1.5 to 1, and take a text for a number.
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, int) for item in value):
+        raise InputError(f"{where}: {name!r} is not a list of whole numbers; correct the row")
+    return np.asarray(value, dtype=np.int64).reshape(-1)
+
+
+def _as_messages(value: Any, role: str) -> Any:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _instruction(values: Row, where: str) -> list[dict[str, Any]]:
+    messages = []
+    for turn in values.get("history") or ():
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise InputError(f"{where}: 'history' is not a list of [question, answer] pairs; correct the row")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    question = checked_text(values["instruction"], where)
+    context = _first(values, _CONTEXTS)
+    if context:
+        question = f"{question}\n\n{checked_text(context, where)}"
+    answer = checked_text(_first(values, _OUTPUTS), where)
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,281 @@
+"""How documents begin and conversations are rendered: by the tokenizer, by flags, and as recorded."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.models.saved import make_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from logit_cache.corpus.conventions import Conventions
+from logit_cache.corpus.conversations.template import ChatTemplate
+from logit_cache.corpus.tokenize import CorpusConfig, tokenize
+from storage import LogitCache
+from storage.errors import IdentityMismatch, InputError
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DATED = "{{ bos_token }}Today is {{ strftime_now('%d %B %Y') }}.\n" + CHATML
+NAMED = CHATML + "{% if style is defined %}{{ style }}{% endif %}"
+
+
+def save(folder: Path, template: str | None = CHATML, begins: bool = True, ends: bool = False) -> str:
+    """A tokenizer that puts <s> before a text, or </s> after it, by itself."""
+    tokenizer = make_tokenizer("gpt2")
+    tokenizer.add_special_tokens(
+        {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    )
+    parts = ["<s>"] * begins + ["$A"] + ["</s>"] * ends
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=" ".join(parts), special_tokens=ids)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def make(out: Path, tokenizer: str, *text: str, **options: Any) -> LogitCache:
+    tokenize(CorpusConfig(text=text, out=str(out), tokenizer=tokenizer, **options))
+    return LogitCache.open(str(out))
+
+
+def texts(cache: LogitCache, tokenizer: str) -> list[str]:
+    from transformers import AutoTokenizer
+
+    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
+    return [decode(cache.tokens.read(a, b)) for a, b in zip(cache.document_starts.tolist(), ends, strict=True)]
+
+
+def trained(cache: LogitCache) -> list[bool]:
+    assert cache.loss_mask is not None
+    found: list[bool] = cache.loss_mask.read(0, len(cache.tokens)).tolist()
+    return found
+
+
+def digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(p).encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+@pytest.fixture
+def as_version_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conventions, "of", lambda *_: Conventions(version=1, bos=False))
+
+
+def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path / "tok")
+    rows = [{"text": "one"}, {"text": "<s>two"}, {"prompt": "1+", "completion": "1"}, {"messages": TURNS},
+            {"input_ids": [5, 6]}]  # fmt: skip
+    path = write(tmp_path / "rows.jsonl", *rows)
+    cache = make(tmp_path / "cache", tokenizer, path)
+    found = texts(cache, tokenizer)
+    assert found[:3] == ["<s>one", "<s>two", "<s>1+1"]
+    assert found[3].startswith("<|im_start|>user")
+    assert cache.tokens.read(len(cache.tokens) - 2, len(cache.tokens)).tolist() == [5, 6]
+    assert cache.record.format_version == 2
+    assert cache.record.corpus.begins_with_bos is True
+    without = make(tmp_path / "without", tokenizer, path, bos=False)
+    assert texts(without, tokenizer)[:3] == ["one", "<s>two", "1+1"]
+    assert without.record.corpus.begins_with_bos is False
+
+
+def test_a_tokenizer_without_a_beginning_adds_none_unless_asked(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path / "tok", begins=False)
+    path = write(tmp_path / "rows.jsonl", {"text": "one"})
+    assert texts(make(tmp_path / "a", tokenizer, path), tokenizer) == ["one"]
+    assert texts(make(tmp_path / "b", tokenizer, path, bos=True), tokenizer) == ["<s>one"]
+
+
+def test_an_appended_token_is_trained_on_after_a_completion(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path / "tok")
+    path = write(tmp_path / "rows.jsonl", {"prompt": "ab cd", "completion": " ef"})
+    cache = make(tmp_path / "cache", tokenizer, path, append_token="</s>")
+    assert texts(cache, tokenizer) == ["<s>ab cd ef</s>"]
+    mask = trained(cache)
+    assert mask[-3:] == [True, True, False]
+    assert sum(mask) == len(make_tokenizer("gpt2")(" ef")["input_ids"]) + 1
+
+
+def test_tokens_keep_their_mask(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path / "tok")
+    path = write(tmp_path / "rows.jsonl", {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8]})
+    cache = make(tmp_path / "cache", tokenizer, path)
+    assert cache.tokens.read(0, 4).tolist() == [5, 6, 7, 8]
+    assert trained(cache) == [False, True, False, False]
+    assert cache.record.corpus.text_bytes > 0
+    too_large = write(tmp_path / "large.jsonl", {"input_ids": [5, 1 << 20]})
+    with pytest.raises(InputError, match=r"large\.jsonl line 1: it holds the id 1048576, and the tokenizer has"):
+        make(tmp_path / "no", tokenizer, too_large)
+
+
+@pytest.mark.usefixtures("as_version_1")
+def test_a_stream_of_version_1_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = save(tmp_path / "tok")
+    path = write(tmp_path / "rows.jsonl", {"text": "one"}, {"messages": TURNS})
+    old = make(tmp_path / "old", tokenizer, path)
+    assert old.record.format_version == 1
+    assert old.document_sources is None
+    before = digest(tmp_path / "old")
+    monkeypatch.undo()
+    make(tmp_path / "old", tokenizer, path)
+    assert digest(tmp_path / "old") == before
+    with pytest.raises(IdentityMismatch, match="stream_sha256"):
+        make(tmp_path / "old", tokenizer, path, bos=True)
+    assert digest(tmp_path / "old") == before
+    # Held-out text is made as the first stream was.
+    held_out = make(tmp_path / "held-out", str(tmp_path / "old" / "tokenizer"), path)
+    assert texts(held_out, tokenizer)[0] == "one"
+    assert held_out.record.corpus.begins_with_bos is False
+
+
+@pytest.mark.usefixtures("as_version_1")
+def test_a_text_after_the_last_reply_was_trained_on_in_version_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = save(tmp_path / "tok", CHATML + "{% if not add_generation_prompt %}</s>{% endif %}")
+    path = write(tmp_path / "rows.jsonl", {"messages": TURNS})
+    old = trained(make(tmp_path / "old", tokenizer, path))
+    monkeypatch.undo()
+    assert trained(make(tmp_path / "old", tokenizer, path)) == old
+    new = trained(make(tmp_path / "new", tokenizer, path))
+    # "\n</s>" stands behind the marker that ends the reply.
+    assert sum(old) == sum(new) + 2
+
+
+def test_a_date_is_recorded_and_holds(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path / "tok", DATED)
+    path = write(tmp_path / "rows.jsonl", {"messages": TURNS})
+    day = datetime.date(2020, 2, 3)
+    cache = make(tmp_path / "cache", tokenizer, path, date=day)
+    assert texts(cache, tokenizer)[0].startswith("<s>Today is 03 February 2020.")
+    assert cache.record.corpus.date == "2020-02-03"
+    before = digest(tmp_path / "cache")
+    make(tmp_path / "cache", tokenizer, path)
+    assert digest(tmp_path / "cache") == before
+    of_cache = make(tmp_path / "held-out", str(tmp_path / "cache" / "tokenizer"), path)
+    assert of_cache.record.corpus.date == "2020-02-03"
+    today = make(tmp_path / "today", tokenizer, path).record.corpus.date
+    assert today is not None
+    assert abs(datetime.date.fromisoformat(today) - datetime.date.today()) <= datetime.timedelta(days=1)
+
+
+def test_variables_of_templates_are_recorded_and_hold(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path / "tok", NAMED)
+    path = write(
+        tmp_path / "rows.jsonl", {"messages": TURNS}, {"messages": TURNS, "chat_template_kwargs": {"style": 3}}
+    )
+    cache = make(tmp_path / "cache", tokenizer, path, template_variables=("style=dry",))
+    first, second = texts(cache, tokenizer)
+    assert (first[-3:], second[-1]) == ("dry", "3")
+    assert cache.record.corpus.template_variables == {"style": "dry"}
+    assert cache.record.corpus.template_sha256 == hashlib.sha256(NAMED.encode()).hexdigest()
+    before = digest(tmp_path / "cache")
+    make(tmp_path / "cache", tokenizer, path)
+    assert digest(tmp_path / "cache") == before
+    with pytest.raises(IdentityMismatch, match="template_variables"):
+        make(tmp_path / "cache", tokenizer, path, template_variables={"style": "wet"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template_variables": {"stile": 1}}, "--template-variable stile: .* it reads style"),
+        ({"date": datetime.date(2020, 1, 1)}, "--date: no chat template of this tokenizer prints a date"),
+        ({"chat_template": "rag"}, "rag: cannot be read as a chat template"),
+    ],
+)
+def test_what_no_template_reads_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make(tmp_path / "cache", save(tmp_path / "tok", NAMED), write(tmp_path / "a.jsonl", {"text": "a"}), **options)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        (CHATML, {"messages": TURNS, "tools": [{"name": "f"}]}, "the row has 'tools', and the chat template reads no"),
+        (CHATML, {"messages": TURNS, "documents": [{"text": "d"}]}, "the row has 'documents'"),
+        (CHATML, {"messages": TURNS, "chat_template_kwargs": {"think": True}}, "the row has 'think'"),
+        (CHATML, {"messages": TURNS, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs has 'tools'"),
+        (CHATML, {"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f"}]}]}, "message 1 has 'tool_calls'"),
+        (CHATML, {"messages": [TURNS[0], {**TURNS[1], "thinking": "hm"}]}, "message 1 has 'thinking'"),
+        ("{{ messages[0].content }}", {"messages": TURNS}, "the content of message 1 .*'yo'.* does not stand in"),
+        (CHATML, {"messages": TURNS[:1]}, "no token of it is trained on"),
+        (CHATML, {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "no token of it is trained on"),
+        ("{% for", {"messages": TURNS}, "the chat template is not valid"),
+    ],
+)
+def test_what_would_be_lost_is_refused(tmp_path: Path, template: str, row: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "rows.jsonl", row)
+    with pytest.raises(InputError, match=message):
+        make(tmp_path / "cache", save(tmp_path / "tok", template), path)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_content_is_given_as_the_template_takes_it(tmp_path: Path) -> None:
+    of_parts = CHATML.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part.text }}{% endfor %}")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, TURNS[1]]
+    expected = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+    for name, template, messages in (("a", CHATML, parts), ("b", of_parts, TURNS), ("c", of_parts, parts)):
+        tokenizer = save(tmp_path / f"tok-{name}", template)
+        cache = make(tmp_path / name, tokenizer, write(tmp_path / f"{name}.jsonl", {"messages": messages}))
+        assert texts(cache, tokenizer) == [expected]
+
+
+@pytest.mark.parametrize("arguments", ['{"b": 2, "a": null}', {"b": 2, "a": None}])
+def test_arguments_of_calls_are_not_quoted_twice(tmp_path: Path, arguments: Any) -> None:
+    template = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] or (m.tool_calls[0].function.arguments | tojson) }}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    row = {"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    tokenizer = save(tmp_path / "tok", template)
+    [text] = texts(make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", row)), tokenizer)
+    assert 'assistant\n{"b": 2, "a": null}<|im_end|>' in text
+
+
+def test_the_template_is_rendered_a_fixed_number_of_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    text = ChatTemplate.text
+    monkeypatch.setattr(
+        ChatTemplate, "text", lambda self, *rest, **named: calls.append(1) or text(self, *rest, **named)
+    )
+    tokenizer = save(tmp_path / "tok")
+    numbers = []
+    for turns in (2, 200):
+        calls.clear()
+        make(tmp_path / str(turns), tokenizer, write(tmp_path / "rows.jsonl", {"messages": TURNS * turns}))
+        numbers.append(len(calls))
+    assert numbers[0] == numbers[1]
+
+
+def test_the_log_says_what_a_user_should_know(tmp_path: Path) -> None:
+    drops = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    rows = [{"messages": TURNS}, {"messages": TURNS[:1]}]
+    rows.append({"messages": [TURNS[0], {"role": "assistant", "content": "<think>hm</think>yo"}]})
+    config = CorpusConfig(
+        text=(write(tmp_path / "rows.jsonl", *rows),),
+        out=str(tmp_path / "cache"),
+        tokenizer=save(tmp_path / "tok", drops, ends=True),
+    )
+    lines: list[str] = []
+    tokenize(config, log=lines.append)
+    assert lines == [
+        "3 conversations; their replies are found by its loop over the messages",
+        "1 conversations have no reply: nothing of them is trained on",
+        "1 replies: the chat template leaves out their reasoning",
+        "the tokenizer ends a text with '</s>'; documents here end so with --append-token '</s>'",
+    ]
