@@ -127,6 +127,20 @@ def test_a_cache_of_other_text_is_refused(cache: Path, stream: tuple[np.ndarray,
         make_corpus(str(cache), stream[0][::-1].copy(), V)
 
 
+def test_a_cache_keeps_its_tokenizer_files(tmp_path: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
+    first = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"written": "so"}'}
+    other = first | {"tokenizer_config.json": b'{"written": "otherwise"}'}
+    make_corpus(str(tmp_path), stream[0], V, tokenizer_files=first)
+    make_corpus(str(tmp_path), stream[0], V, tokenizer_files=other)
+    assert LogitCache.open(str(tmp_path)).tokenizer_files() == first
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_bytes(b'{"written": "no"}')
+    with pytest.raises(CorruptCache, match=r"tokenizer/tokenizer_config\.json: expected sha256"):
+        make_corpus(str(tmp_path), stream[0], V, tokenizer_files=first)
+    (tmp_path / "receipts" / "tokenizer.json").unlink()
+    make_corpus(str(tmp_path), stream[0], V, tokenizer_files=other)
+    assert LogitCache.open(str(tmp_path)).tokenizer_files() == other
+
+
 @pytest.mark.parametrize("content", ["a file", "another zarr group"])
 def test_a_folder_that_holds_something_else_is_left_alone(
     content: str, tmp_path: Path, stream: tuple[np.ndarray, SparseTargets]
