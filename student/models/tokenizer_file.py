@@ -67,7 +67,8 @@ def read_file(folder: Path, asked: str, log: Log | None) -> Any:
         tokenizer.update_post_processor()
     same_every_time(tokenizer, asked, log)
     name = class_name(folder)
-    if name not in (None, "TokenizersBackend"):
+    # For some types of models transformers takes another class than the settings name.
+    if name not in (None, "TokenizersBackend") or (folder / "config.json").is_file():
         _compare_class(tokenizer, folder, asked, say)
     if name in ADDING:
         _add_around(tokenizer, read_settings(folder), asked, say)

@@ -34,7 +34,7 @@ from student.loss.teacher_targets import interpolation_bound
 from student.models.configuration import stored_dtype
 from student.models.loading import load_student
 from student.models.presets import PRESETS
-from student.models.tokenizer import special_ids
+from student.models.tokenizer import read_tokenizer, special_ids
 from student.models.tokenizer_settings import portable_files
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import PRESENTATION, training_arguments, training_values
@@ -104,6 +104,8 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
         with full_disk_is_reported(job.output_dir):
             _publish(trainer, run.output, report, use_cache, dtype)
     run.log(f"{job.output_dir}: the model in {dtype}, its tokenizer and report.json")
+    # Says it where transformers opens the tokenizer with rules of the model's family.
+    read_tokenizer(Path(job.output_dir), job.output_dir, log=run.log)
     return report
 
 

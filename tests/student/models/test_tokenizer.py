@@ -73,6 +73,16 @@ def test_tokenizer_json_holds_whatever_class_is_named(tmp_path: Path, kind: str,
     assert all("its tokenizer.json is used" in line and "in place of" in line for line in said)
 
 
+def test_a_model_s_type_may_name_a_class_against_the_settings(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", "llama3", tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    said: list[str] = []
+    tokenizer = read_tokenizer(folder, "asked", log=said.append)
+    assert ids(tokenizer, PROBES[3]) == ids(tiny_tokenizer("llama3"), PROBES[3])
+    assert [line for line in said if line.startswith("asked: its tokenizer.json is used; Qwen2Tokenizer of")] == said
+    assert len(said) == 1
+
+
 def test_a_class_gives_its_names_to_tokens_that_the_file_has(tmp_path: Path) -> None:
     vocabulary = {"u": 0, "a": 1, "<|endoftext|>": 2}
     folder = words(tmp_path / "old", vocabulary, tokenizer_class="GPT2Tokenizer", model_max_length=1024)
