@@ -7,7 +7,6 @@ text may contain.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -55,12 +54,13 @@ def read_sentencepiece(folder: Path, path: Path, asked: str, log: Log | None) ->
 
     Raises InputError where sentencepiece is not installed, and where the tokenizer would give other ids than it.
     """
-    if importlib.util.find_spec("sentencepiece") is None or importlib.util.find_spec("google.protobuf") is None:
+    try:
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    except ImportError as error:
         raise InputError(
             f"{asked}: {path.name} is a SentencePiece model, which the extra sentencepiece reads: "
             f"pip install 'logit-cache[sentencepiece]'"
-        )
-    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+        ) from error
 
     formats: Any = sentencepiece_model_pb2
     data = path.read_bytes()

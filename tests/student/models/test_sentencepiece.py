@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,6 @@ def test_a_stream_of_a_model_alone(tmp_path: Path, run: Run, monkeypatch: pytest
     assert cache.tokens.read(0, len(cache.tokens)).tolist() == expected
     assert sorted(cache.tokenizer_files()) == ["tokenizer.json", "tokenizer_config.json"]
 
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "sentencepiece" else find(name)
-    )
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
     refused(run(*arguments, tmp_path / "other"), "tokenizer.model", "pip install 'logit-cache[sentencepiece]'")
     assert not (tmp_path / "other").exists()
