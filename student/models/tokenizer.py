@@ -52,6 +52,16 @@ def special_ids(cache: str) -> dict[str, int | None]:
     return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
+def begin_id(cache: str) -> int:
+    """The id that begins a text in a cache's tokenizer; raises InputError where it has none."""
+    found = special_ids(cache)["bos"]
+    if found is None:
+        raise InputError(
+            f"{cache}: --bos-each-window: its tokenizer has no token that begins a text; leave the flag out"
+        )
+    return found
+
+
 def text_prefix(tokenizer: Any) -> tuple[int, ...]:
     """The ids that a tokenizer puts before a text by itself."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
