@@ -34,10 +34,22 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         help="Of the saved weights [as the student's own weights are; float32 for a new one].",
     ),
     _run("--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."),
-    _run("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of TrainingArguments; repeatable."),
+    _run(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A field of TrainingArguments; repeatable "
+        "[learning_rate=1e-3 and weight_decay=0.1; 2e-5 and 0 for a model with weights].",
+    ),
     _run("--config", metavar="YAML", help="File with these fields; `training:` holds TrainingArguments."),
     _run("--seed", type=int, help="Seed of weights, order, offsets and dropout [0]."),
-    _windows("--window-tokens", type=int, metavar="T", help="Positions of a training window [128]."),
+    _windows(
+        "--window-tokens",
+        type=int,
+        metavar="T",
+        help="Positions of a training window [128; for a model with weights the teachers' context, 1,024 without].",
+    ),
     _windows(
         "--windows-per-step",
         type=int,

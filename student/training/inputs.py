@@ -20,7 +20,6 @@ from student.loss.dense import DenseLoss, LogitSource
 from student.loss.distillation import DistillationLoss, tail_of
 from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
-from student.models.presets import PRESETS
 from student.models.tokenizer import model_folder, read_tokenizer
 from student.models.vocabulary import check_vocabulary
 from student.report import LiveTeachers
@@ -81,7 +80,7 @@ def open_caches(job: StudentJob) -> Caches:
 
 def _check_tokenizer(job: StudentJob) -> None:
     """Refuse a student of another tokenizer than the text's: it would be saved with the wrong one."""
-    folder = None if job.model in PRESETS else model_folder(job.model)
+    folder = model_folder(job.model)
     tokenizer = None if folder is None else read_tokenizer(folder, job.model)
     if tokenizer is not None:
         remedy = f"Make a cache with this student's tokenizer: logit-cache tokenize --tokenizer {job.model}"
