@@ -96,10 +96,18 @@ def saved_tokenizer(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]
     found = {path for pattern in (*TOKENIZER_FILES, *_BESIDE) for path in folder.glob(pattern)}
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(found)}
     template = cached.chat_template
-    if not cache.record.corpus.has_loss_mask or template is None or template == own.chat_template:
+    if not _is_rendered(cache) or template is None or template == own.chat_template:
         return files
     log(f"{model}: its chat template is not that of the conversations of {cache.url}: saved with theirs")
     return _with_template(files, template)
+
+
+def _is_rendered(cache: LogitCache) -> bool:
+    """Whether a chat template wrote the text; where the record does not say, whether some of it is not trained on."""
+    corpus = cache.record.corpus
+    if corpus.begins_with_bos is None:  # a record of version 1
+        return corpus.has_loss_mask
+    return corpus.template_sha256 is not None
 
 
 def _with_template(files: Mapping[str, bytes], template: str | Mapping[str, str]) -> dict[str, bytes]:

@@ -43,18 +43,19 @@ def _rotary_fields(config: dict[str, Any]) -> dict[str, Any]:
     own = _OWN_NAMES.get(kind, {})
     fields: dict[str, Any] = {}
     if "full_attention" in rope:
-        if "sliding_theta" in own:
-            fields[own["sliding_theta"]] = rope["sliding_attention"]["rope_theta"]
-        rope = rope["full_attention"]
-    if "rope_theta" not in rope:
-        return {}
+        sliding = rope.get("sliding_attention") or {}
+        if "sliding_theta" in own and "rope_theta" in sliding:
+            fields[own["sliding_theta"]] = sliding["rope_theta"]
+        rope = rope["full_attention"] or {}
+    if not {"rope_theta", "rope_type"} <= rope.keys():
+        return fields
     scaling = dict(rope)
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             fields[own.get(name, name)] = scaling.pop(name)
     if scaling == {"rope_type": "default"}:
         return fields
-    if scaling["rope_type"] == "longrope":
+    if "original_max_position_embeddings" in scaling and scaling["rope_type"] == "longrope":
         fields["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     if kind in _OLDER_TYPE:
         scaling["type"] = scaling.pop("rope_type")

@@ -20,8 +20,10 @@ from transformers import (
     GenerationConfig,
 )
 
+from storage import LogitCache
 from storage.format.manifest import Windowing
 from student.job import StudentJob
+from student.models.tokenizer import saved_tokenizer, write_files
 from student.sweep.run import sweep
 from student.sweep.search_space import Search
 from student.training.run import train
@@ -150,6 +152,18 @@ def test_a_student_of_conversations_is_saved_with_their_template(world: Path, tm
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"to-{own}")
         assert (tokenizer.chat_template, tokenizer.model_max_length) == ("theirs {{ messages }}", 77)
         assert len([line for line in said if "chat template" in line]) == 1
+
+
+def test_a_template_that_wrote_no_text_is_not_saved(tmp_path: Path) -> None:
+    """As of replies that were given as they are, or of plain text."""
+    conversations(str(tmp_path / "chat"), "theirs")
+    original = with_tokenizer(pretrained(tmp_path / "original"), "its own")
+    for known, saved in ({"template_sha256": None}, "its own"), ({"template_sha256": "0" * 64}, "theirs"):
+        cache = LogitCache.open(str(tmp_path / "chat"))
+        corpus = cache.record.corpus.model_copy(update={"begins_with_bos": False, **known})
+        cache.record = cache.record.model_copy(update={"corpus": corpus})
+        write_files(saved_tokenizer(cache, str(original), print), tmp_path / saved)
+        assert AutoTokenizer.from_pretrained(tmp_path / saved).chat_template == saved
 
 
 def test_a_tokenizer_that_splits_otherwise_is_replaced_and_said(world: Path, tmp_path: Path) -> None:
