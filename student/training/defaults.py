@@ -52,7 +52,7 @@ def described(job: StudentJob, values: Mapping[str, Any], record: Mapping[str, A
         return []
     words = {
         "learning_rate": "learning rate {:g}",
-        "weight_decay": "weight decay {:g}",
+        "weight_decay": "weight decay {:g}" if values.get("weight_decay") else "no weight decay",
         _WINDOW: "windows of {:,} tokens",
     }
     shown = ", ".join(words[name].format(value) for name, value in values.items())

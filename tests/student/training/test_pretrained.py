@@ -26,6 +26,7 @@ from student.job import StudentJob
 from student.models.tokenizer import saved_tokenizer, write_files
 from student.sweep.run import sweep
 from student.sweep.search_space import Search
+from student.training.defaults import open_fields
 from student.training.run import train
 from student.training.run_folder import RUN_FILE
 
@@ -222,7 +223,13 @@ def test_the_defaults_from_weights_are_those_of_fine_tuning(world: Path, tmp_pat
         train(open_job(world, tmp_path / f"{number}", model, **changes), said.append)
         assert used(tmp_path / f"{number}") == DEFAULTS | {"window_tokens": window}
         (line,) = [one for one in said if "defaults of fine-tuning" in one]
-        assert f"learning rate 2e-05, weight decay 0, windows of {window:,} tokens" in line
+        assert f"learning rate 2e-05, no weight decay, windows of {window:,} tokens" in line
+
+
+def test_a_window_fits_the_live_teachers(world: Path, tmp_path: Path) -> None:
+    short, long = pretrained(tmp_path / "short"), pretrained(tmp_path / "long", max_position_embeddings=4096)
+    job = open_job(world, tmp_path / "out", long, teachers=[], temperature=1, live_teachers=[str(short)])
+    assert open_fields(job, {})["window_tokens"] == 32
 
 
 def test_only_what_is_not_given_has_a_default(world: Path, tmp_path: Path) -> None:
