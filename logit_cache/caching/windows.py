@@ -1,8 +1,8 @@
 """Which windows score which positions, and what a teacher reads of them: integer arithmetic, and nothing else.
 
-Legend: `B` windows of a batch, `C` context tokens, `R` scored rows of a batch. A *segment* is a document when documents are isolated, else the whole stream; no window leaves its segment. The
-rule is in `storage.format` ("Windows"): position r of a segment is scored by the window that starts at
-``max(0, (r // stride + 1) * stride - context)``.
+Legend: `C` context tokens, `R` scored rows of a batch of windows. A *segment* is a document when documents are
+isolated, else the whole stream; no window leaves its segment. The rule is in `storage.format` ("Windows"): position r
+of a segment is scored by the window that starts at ``max(0, (r // stride + 1) * stride - context)``.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def batch_inputs(
     rows = []
     for number, (tokens, offsets) in enumerate(batch):
         lead = int(begin is not None and tokens[0] != begin)
-        if lead:
+        if lead and begin is not None:
             inputs[number, 0] = begin
         inputs[number, lead : lead + len(tokens)] = tokens
         rows.append(number * width + lead + offsets)

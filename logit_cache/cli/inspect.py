@@ -27,7 +27,7 @@ def inspect(url: str, at: int | None, as_json: bool) -> None:
             found = inspection.describe_position(cache, at)
             text = position_text(found)
         else:
-            found = inspection.describe_cache(cache)
+            found = inspection.describe_cache(cache, lengths=True)
             text = cache_text(found)
         click.echo(json.dumps(found, indent=2) if as_json else text)
 

@@ -202,8 +202,7 @@ class Targets(Record):
 
 
 class Windowing(Extended):
-    """The windows that a teacher read: see `storage.format`, "Windows". `begin_id`: the id put before the tokens of every
-    window that does not begin with it."""
+    """The windows that a teacher read: see `storage.format`, "Windows"."""
 
     added: ClassVar[frozenset[str]] = frozenset({"begin_id"})
 

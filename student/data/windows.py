@@ -37,6 +37,8 @@ Window = dict[str, Any]
 _COUNTS = ("kept", "certain")
 _FLOATS = ("top_logprob", "log_tail", "log_tail_half", "entropy")
 
+_MASK_BLOCK = 1 << 22  # positions of a loss mask that are counted at a time
+
 # Fill values for the padding of a short window. The loss ignores it, as its label is NOT_TRAINED; it is a valid
 # distribution all the same (half on id 0, half on the tail), so that it cannot cause a NaN.
 _FILL = {
@@ -131,6 +133,11 @@ class DistillationWindows(Dataset[Window]):
                 )
         return other
 
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that a model reads of a window: its positions, and the id put before it."""
+        return self.window_tokens + (self.begin_id is not None)
+
     def _blocks(self, offset: Offset) -> Blocks:
         positions = self.record.corpus.positions
         if positions - 1 < self.window_tokens:
@@ -145,6 +152,23 @@ class DistillationWindows(Dataset[Window]):
                 f"{self.cache_url}: every document has a single token, so no position has a next one to learn"
             )
         return blocks
+
+    def trained_positions(self, indices: Sequence[int]) -> int:
+        """How many positions of some windows are trained on, by the loss mask, which is read once."""
+        mask = self._cache().loss_mask
+        if mask is None:
+            return int(self.blocks.lengths(np.asarray(indices, dtype=np.int64) % len(self)).sum())
+        spans = np.asarray(self.blocks.spans(indices), dtype=np.int64).reshape(-1, 2)
+        # At every edge of a window: how many positions before it are trained on.
+        edges, where = np.unique(np.stack([spans[:, 0], spans.sum(axis=1)]), return_inverse=True)
+        before, total = np.zeros(len(edges), dtype=np.int64), 0
+        for start in range(0, len(mask), _MASK_BLOCK):
+            counts = np.cumsum(mask.read(start, min(start + _MASK_BLOCK, len(mask))), dtype=np.int64)
+            inside = (edges > start) & (edges <= start + len(counts))
+            before[inside] = total + counts[edges[inside] - start - 1]
+            total += int(counts[-1])
+        first, last = before[where.reshape(2, -1)]
+        return int((last - first).sum())
 
     def without_targets(self) -> DistillationWindows:
         """The same windows of the same tokens, reading no targets."""
