@@ -10,7 +10,7 @@ WORKERS ?= 3
 # Compiled modules are kept: else every process of a test compiles the packages again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test tests coverage test-slow test-ceph test-slurm test-browser soak planted-bugs bench docs lint clean
+.PHONY: demo test tests coverage test-slow test-ceph test-slurm test-browser test-transformers-4 soak planted-bugs bench docs lint clean
 
 demo: $(READY)
 	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
@@ -61,6 +61,11 @@ test-slurm: $(READY)
 test-browser: $(READY)
 	tests/support/scripts/chromium.sh install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser
+
+# What we save, read by transformers 4.57 (TRANSFORMERS_4_DIR: see the script).
+test-transformers-4: $(READY)
+	tests/support/scripts/transformers_4.sh install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m transformers4
 
 # Rewrites docs/benchmarks.md; takes up to half an hour, and wants a machine that does nothing else.
 bench: $(READY)

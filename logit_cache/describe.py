@@ -14,8 +14,11 @@ from storage.format.manifest import Corpus, ShardStatistics
 _BLOCK = 1 << 22  # positions of a loss mask that are counted at a time
 
 
-def describe_cache(cache: LogitCache) -> dict[str, Any]:
-    """The whole cache as JSON data. Log-probs and losses in nats, sizes in bytes, masses as fractions."""
+def describe_cache(cache: LogitCache, lengths: bool = False) -> dict[str, Any]:
+    """The whole cache as JSON data. Log-probs and losses in nats, sizes in bytes, masses as fractions.
+
+    lengths: with those of `describe_stream`, for which arrays are read.
+    """
     record = cache.record
     corpus = record.corpus
     missing = cache.missing_tokens() if corpus.tokens_included else []
@@ -33,7 +36,7 @@ def describe_cache(cache: LogitCache) -> dict[str, Any]:
             "complete": not missing,
             "sources": [source.model_dump() for source in corpus.sources],
             **{name: value for name, value in corpus.model_dump().items() if name in Corpus.added},
-            **(describe_stream(cache) if corpus.tokens_included and not missing else {}),
+            **(describe_stream(cache) if lengths and corpus.tokens_included and not missing else {}),
         },
         "tokenizer": record.tokenizer.model_dump(),
         "created_with": record.created_with.libraries,

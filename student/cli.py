@@ -34,10 +34,22 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         help="Of the saved weights [as the student's own weights are; float32 for a new one].",
     ),
     _run("--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."),
-    _run("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of TrainingArguments; repeatable."),
+    _run(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A field of TrainingArguments; repeatable "
+        "[learning_rate=1e-3 and weight_decay=0.1; 2e-5 and 0 for a model with weights].",
+    ),
     _run("--config", metavar="YAML", help="File with these fields; `training:` holds TrainingArguments."),
     _run("--seed", type=int, help="Seed of weights, order, offsets and dropout [0]."),
-    _windows("--window-tokens", type=int, metavar="T", help="Positions of a training window [128]."),
+    _windows(
+        "--window-tokens",
+        type=int,
+        metavar="T",
+        help="Positions of a training window [128; for a model with weights the teachers' context, 1,024 without].",
+    ),
     _windows(
         "--windows-per-step",
         type=int,
@@ -54,6 +66,11 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         "--isolate-documents/--cross-documents",
         default=None,
         help="Whether windows stay inside documents [as the teachers did; else across].",
+    ),
+    _windows(
+        "--bos-each-window/--no-bos-each-window",
+        default=None,
+        help="Put BOS before windows that start elsewhere [as the teachers did; else not].",
     ),
     _windows(
         "--fused-head",
@@ -185,7 +202,7 @@ def table(report: TrainingReport) -> str:
     """The summary printed at the end of a run."""
     rows = [
         ("model", f"{report.job.model}, {report.parameters:,} parameters"),
-        ("trained on", f"{report.tokens_seen:,} tokens in {report.steps:,} steps, {report.seconds:,.1f} s"),
+        ("trained on", f"{_trained(report)} in {report.steps:,} steps, {report.seconds:,.1f} s"),
     ]
     if report.train_log:
         last, name = report.train_log[-1], report.job.log_name
@@ -213,6 +230,12 @@ def table(report: TrainingReport) -> str:
     rows.append(("saved in", report.job.output_dir))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _trained(report: TrainingReport) -> str:
+    if report.tokens_trained in (None, report.tokens_seen):
+        return f"{report.tokens_seen:,} tokens"
+    return f"{report.tokens_trained:,} tokens, of {report.tokens_seen:,} read,"
 
 
 class PresetCommand(Command):

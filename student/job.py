@@ -28,9 +28,11 @@ class StudentJob(Objective):
     attention           implementation of attention for transformers to use; by default its own choice
     save_dtype          of the saved weights; by default that of a student's own weights on disk, float32 for a new one.
                         Training computes in float32, or as the training fields say
-    window_tokens       positions of a training window
+    window_tokens       positions of a training window; by default 128, and for a model with weights as long as the
+                        cached teachers' longest context (1,024 without any), within what the model and the texts have
     offset              fixed blocks, or a random offset for every block and epoch
     isolate_documents   whether windows stay inside documents; by default as for the teachers
+    bos_each_window     whether BOS is put before windows that start elsewhere; by default as for the teachers
     fused_head          fuse LM head and loss, without ever holding the logits of a batch; auto: if the model's LM head
                         allows it. The same loss and gradients up to rounding
     windows_per_step    windows of an optimizer step over all processes and micro-batches; gradient accumulation follows
@@ -42,7 +44,8 @@ class StudentJob(Objective):
                         for comparison, and for `train-teacher` only
     combine             how several live teachers are combined: the mean of their logits, or a mixture
     seed                of weights, order, offsets and dropout
-    training            fields of transformers.TrainingArguments (`student.training.arguments` has the defaults)
+    training            fields of transformers.TrainingArguments (`student.training.arguments` has the defaults,
+                        `student.training.defaults` those of a model with weights)
 
     The other fields are those of `student.loss.objective.Objective`. alpha defaults to 1 without teachers (the only
     choice), to 0 where the targets are an unbiased sample or the teachers live, and to 0.5 elsewhere.
@@ -57,6 +60,7 @@ class StudentJob(Objective):
     window_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 128
     offset: Literal["fixed", "random"] = "fixed"
     isolate_documents: bool | None = None
+    bos_each_window: bool | None = None
     fused_head: Literal["auto", "on", "off"] = "auto"
     windows_per_step: Annotated[int, Field(ge=1)] | None = None
     output_dir: Annotated[str, Field(min_length=1)]

@@ -73,6 +73,7 @@ class TrainingReport(Frozen):
     steps               optimizer steps, of `windows_per_step` windows each over all processes
     windows_at_once     windows of a process in one of the step's micro-batches
     tokens_seen         positions read for training, all epochs together
+    tokens_trained      those of them that are trained on; None in reports from before there was a loss mask
     seconds             training time of the process that finished, since `resumed_from_step`
     fused_head          whether the LM head was fused with the loss
     divergence          by teacher: how the divergence in `train_log` relates to the dense one
@@ -95,6 +96,7 @@ class TrainingReport(Frozen):
     windows_per_step: int
     windows_at_once: int | None = None
     tokens_seen: int
+    tokens_trained: int | None = None
     seconds: float
     resumed_from_step: int = 0
     device: str

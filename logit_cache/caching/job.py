@@ -38,6 +38,7 @@ class CacheJob(BaseModel):
     context_tokens: Positive = 128
     stride_tokens: Positive | None = None
     isolate_documents: bool = False
+    bos_each_window: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     device_map: Literal["auto", "balanced", "sequential"] | None = None

@@ -71,7 +71,7 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
         for source, revision in zip(job.teacher, job.revision or ("",) * len(job.teacher), strict=True)
     )
     for source, teacher in zip(job.teacher, teachers, strict=True):
-        teacher.check_context(job.context_tokens)
+        teacher.check_context(job.context_tokens + job.bos_each_window)
         if job.k > teacher.head_columns:
             raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
     return teachers
@@ -120,6 +120,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
 
     Writes nothing. Raises InputError, IdentityMismatch, CacheNotFound.
     """
+    from student.models.tokenizer import begin_id
     from teachers.batch_size import choose_batch_windows
     from teachers.ensemble import EnsembleTeacher
     from teachers.vocabulary import common_vocabulary
@@ -149,7 +150,10 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         teacher=teacher.identity,
         targets=job.stored_targets(),
         windowing=Windowing(
-            context_tokens=job.context_tokens, stride_tokens=job.stride, isolate_documents=job.isolate_documents
+            context_tokens=job.context_tokens,
+            stride_tokens=job.stride,
+            isolate_documents=job.isolate_documents,
+            begin_id=begin_id(job.cache) if job.bos_each_window else None,
         ),
         encoding=Encoding(
             kind=job.encoding,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from logit_cache.caching.pipeline import HostCopies
 from logit_cache.caching.prepare import OpenJob
-from logit_cache.caching.windows import Window, windows
+from logit_cache.caching.windows import Window, batch_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
 from storage.format.encoding import logprob_floor, token_id_dtype
@@ -29,9 +29,6 @@ from storage.format.targets import SparseTargets
 from teachers.base import Teacher
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
 from teachers.reduction.varopt import Sampling, random_bits
-
-# Pads windows to their shape; a causal model never attends to it from a scored position.
-_FILL_TOKEN = 0
 
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
@@ -75,19 +72,17 @@ def _score_batch(
     copies: HostCopies,
 ) -> int:
     """Score one batch of windows; `tokens` are the stream from position `low` on. Returns the number of rows."""
-    context = entry.windowing.context_tokens
-    inputs = np.full((entry.execution.batch_windows, context), _FILL_TOKEN, dtype=np.int64)
-    indices, positions, labels = [], [], []
-    for number, window in enumerate(batch):
-        inputs[number, : window.stop - window.start] = tokens[window.start - low : window.stop - low]
+    read = [(tokens[window.start - low : window.stop - low], window.offsets) for window in batch]
+    inputs, indices = batch_inputs(read, entry.windowing, entry.execution.batch_windows)
+    positions, labels = [], []
+    for window in batch:
         scored = np.arange(window.first, window.last)
-        indices.append(number * context + scored - window.start)
         positions.append(scored)
         following = np.minimum(scored + 1, low + len(tokens) - 1)
         labels.append(np.where(scored + 1 < window.end, tokens[following - low], -1))
     position = np.concatenate(positions)
     label = torch.from_numpy(np.concatenate(labels)).to(teacher.device)
-    index = torch.from_numpy(np.concatenate(indices)).to(teacher.device)
+    index = torch.from_numpy(indices).to(teacher.device)
     done = 0
     for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
         chunk = slice(done, done + len(logits))

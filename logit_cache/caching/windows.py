@@ -1,19 +1,22 @@
-"""Which windows score which positions: integer arithmetic, and nothing else.
+"""Which windows score which positions, and what a teacher reads of them: integer arithmetic, and nothing else.
 
-Legend: a *segment* is a document when documents are isolated, else the whole stream; no window leaves its segment. The
-rule is in `storage.format` ("Windows"): position r of a segment is scored by the window that starts at
-``max(0, (r // stride + 1) * stride - context)``.
+Legend: `C` context tokens, `R` scored rows of a batch of windows. A *segment* is a document when documents are
+isolated, else the whole stream; no window leaves its segment. The rule is in `storage.format` ("Windows"): position r
+of a segment is scored by the window that starts at ``max(0, (r // stride + 1) * stride - context)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.format.manifest import Windowing
+
+# Pads windows to their shape; a causal model never attends to it from a scored position.
+_FILL_TOKEN = 0
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Window:
     first: int
     last: int
     end: int
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where in the window its scored positions are."""
+        return np.arange(self.first, self.last) - self.start
 
 
 def segments(
@@ -62,3 +70,25 @@ def windows(
             window = begin + offset
             yield Window(window, min(window + context, end), first, scored, end)
             first = scored
+
+
+def batch_inputs(
+    batch: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], windowing: Windowing, batch_windows: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What a teacher reads of some windows, and the rows of it that are scored.
+
+    batch: of each window its tokens int64 [<= C], and the ascending offsets in it of the positions that are scored.
+    Returns ids int64 [batch_windows, C], or [batch_windows, C + 1] where windows begin with an id of their own, padded;
+    and int64 [R], ascending indices into its flattened positions.
+    """
+    begin = windowing.begin_id
+    width = windowing.context_tokens + (begin is not None)
+    inputs = np.full((batch_windows, width), _FILL_TOKEN, dtype=np.int64)
+    rows = []
+    for number, (tokens, offsets) in enumerate(batch):
+        lead = int(begin is not None and tokens[0] != begin)
+        if lead and begin is not None:
+            inputs[number, 0] = begin
+        inputs[number, lead : lead + len(tokens)] = tokens
+        rows.append(number * width + lead + offsets)
+    return inputs, np.concatenate(rows)

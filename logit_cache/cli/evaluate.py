@@ -24,6 +24,12 @@ from student.cli_command import command
     default=None,
     help="Whether windows stay inside documents [as the teachers; else across].",
 )
+@click.option(
+    "--bos-each-window",
+    is_flag=True,
+    default=None,
+    help="Put BOS before windows that start elsewhere [as the teachers; else not].",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Windows, or sentences, in one pass at most [64].")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N pairs of each paradigm only.")
 @click.option(

@@ -27,7 +27,7 @@ def inspect(url: str, at: int | None, as_json: bool) -> None:
             found = inspection.describe_position(cache, at)
             text = position_text(found)
         else:
-            found = inspection.describe_cache(cache)
+            found = inspection.describe_cache(cache, lengths=True)
             text = cache_text(found)
         click.echo(json.dumps(found, indent=2) if as_json else text)
 
@@ -82,7 +82,8 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}",
         f"  targets     {targets['method']}, k = {targets['k']} of {entry['vocabulary_size']:,} ids, windows of "
         f"{windowing['context_tokens']} tokens every {windowing['stride_tokens']}"
-        f"{', documents isolated' if windowing['isolate_documents'] else ''}",
+        f"{', documents isolated' if windowing['isolate_documents'] else ''}"
+        f"{', BOS before each' if windowing.get('begin_id') is not None else ''}",
         f"  weights     sha256 {digests}",
     ]
     if entry["positions_cached"]:

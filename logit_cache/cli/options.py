@@ -23,6 +23,7 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
     _targets("--target-temperature", type=float, help="varopt: 1 or 2, where the sample is unbiased.  [default: 1]"),
     _windows("--stride-tokens", type=int, help="Tokens from one window to the next.  [default: the context]"),
     _windows("--isolate-documents/--no-isolate-documents", default=None, help="Windows do not cross documents."),
+    _windows("--bos-each-window", is_flag=True, default=None, help="Put BOS before windows that start elsewhere."),
     _windows("--batch-windows", type=int, help="Windows in one pass; recorded in the entry.  [default: measured]"),
     _teacher("--combine", help="Combine several teachers: logit-mean (of their logits) or mixture."),
     _teacher("--weight", type=float, multiple=True, help="Of each --teacher, in their order.  [default: equal]"),

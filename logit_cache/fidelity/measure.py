@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logit_cache.caching.prepare import OpenJob
-from logit_cache.caching.windows import Window
+from logit_cache.caching.windows import Window, batch_inputs
 from logit_cache.fidelity.metrics import Measures, StoredRows, tidy
 from logit_cache.fidelity.rescore import Sample, sample_windows, take_sample
 from storage.cache.reader import LogitCache, TeacherTargets
@@ -156,11 +156,8 @@ def _pick(sample: Sample, most: int, rng: np.random.Generator, device: torch.dev
 def _add_batch(
     found: Measures, teacher: Teacher, entry: TeacherEntry, batch: list[_Picked], device: torch.device
 ) -> None:
-    context = entry.windowing.context_tokens
-    inputs = np.zeros((entry.execution.batch_windows, context), dtype=np.int64)
-    for number, item in enumerate(batch):
-        inputs[number, : len(item.tokens)] = item.tokens
-    index = np.concatenate([number * context + item.offsets for number, item in enumerate(batch)])
+    read = [(item.tokens, item.offsets) for item in batch]
+    inputs, index = batch_inputs(read, entry.windowing, entry.execution.batch_windows)
     labels = np.concatenate([item.labels for item in batch])
     stored = StoredRows.together([item.stored for item in batch])
     step = max(1, _TILE_LOGITS // entry.vocabulary_size)

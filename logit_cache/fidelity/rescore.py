@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logit_cache.caching.windows import Window, windows
+from logit_cache.caching.windows import Window, batch_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import CorruptCache, InputError
 from storage.format.encoding import MIN_STEP_NATS, logprob_floor
@@ -144,14 +144,8 @@ def live_values(
 
 
 def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], batch_windows: int) -> list[Values]:
-    context = entry.windowing.context_tokens
-    inputs = np.zeros((batch_windows, context), dtype=np.int64)
-    for number, sample in enumerate(batch):
-        inputs[number, : len(sample.tokens)] = sample.tokens
-    rows = [
-        number * context + np.arange(sample.window.first, sample.window.last) - sample.window.start
-        for number, sample in enumerate(batch)
-    ]
+    read = [(sample.tokens, sample.window.offsets) for sample in batch]
+    inputs, rows = batch_inputs(read, entry.windowing, batch_windows)
     stored = [sample.stored for sample in batch]
     per_row = [
         np.concatenate([targets.token_ids for targets in stored]),
@@ -160,7 +154,7 @@ def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], bat
         np.concatenate([sample.labels for sample in batch]),
     ]
     on_device = [torch.from_numpy(array.astype(np.int64)).to(teacher.device) for array in per_row]
-    index = torch.from_numpy(np.concatenate(rows)).to(teacher.device)
+    index = torch.from_numpy(rows).to(teacher.device)
     step = max(1, _TILE_LOGITS // entry.vocabulary_size)
     parts: list[dict[str, Tensor]] = []
     done = 0

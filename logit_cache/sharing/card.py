@@ -152,7 +152,8 @@ def _entry(name: str, entry: dict[str, Any], record: TeacherEntry) -> str:
         + ("" if targets["has_label_logprob"] else "; without `label_logprob`"),
         f"- coverage: {entry['positions_cached']:,} of {entry['positions']:,} positions ({share:.2%})",
         f"- windows: {windowing['context_tokens']} tokens, every {windowing['stride_tokens']}"
-        + (", within documents" if windowing["isolate_documents"] else ", across documents"),
+        + (", within documents" if windowing["isolate_documents"] else ", across documents")
+        + (", each begun with BOS" if windowing.get("begin_id") is not None else ""),
         f"- encoding: {_encoding(entry['encoding'])}; {entry['layout']['compression']}, shards of "
         f"{entry['layout']['shard']:,} positions, chunks of {entry['layout']['chunk']:,}",
         f"- sha256 of this entry's record: `{entry['record_sha256']}`",

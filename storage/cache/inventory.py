@@ -31,7 +31,7 @@ TEACHERS_METADATA = metadata_bytes(group_metadata({}))
 class Group:
     """Arrays that share receipts: one of the token stream's, or all of a teacher entry.
 
-    name      `tokens`, `document_starts`, `loss_mask`, or `teachers/<name>`
+    name      an array of the token stream (`tokens`, …), or `teachers/<name>`
     folder    key prefix of its arrays: "" or `teachers/<name>/`
     """
 

@@ -10,9 +10,10 @@ has ids: the entry's targets are about the ids below its own V, and every token 
     zarr.json                      group; attributes["logit_cache"] = CacheRecord
     tokens/                        uint16 iff V <= 65,535, else uint32   [N]
     document_starts/               uint64   [D]   first position of each document, ascending; the first is 0
+    document_sources/              uint16   [D]   since version 2 of the CacheRecord: the number of its source in it
     loss_mask/                     bool     [N]   optional: True where the *next* token is trained on
     tokenizer/                     the tokenizer's own files
-    receipts/tokens/<shard>.json   and likewise for document_starts and loss_mask
+    receipts/tokens/<shard>.json   and likewise for document_starts, document_sources and loss_mask
     receipts/tokenizer.json        FilesReceipt
     teachers/zarr.json             group
     teachers/<name>/zarr.json      group; attributes["logit_cache"] = TeacherEntry; never rewritten
@@ -50,7 +51,13 @@ one `step_nats`.
 **Windows.** A teacher reads windows of `context_tokens`. Within a document (or the whole stream, when documents are not
 isolated) of `L` positions, position `r` is scored by the one window ``[s, min(s + context, L))`` with
 ``s = max(0, (r // stride + 1) * stride - context)``: the window whose last `stride` positions include `r`, so that
-every position but the first ones has at least `context - stride` tokens of left context.
+every position but the first ones has at least `context - stride` tokens of left context. Where the record has a
+`begin_id`, the teacher reads this id before the tokens of every window whose first token is another, and nothing is
+stored for it.
+
+**Versions.** Version 2 of the CacheRecord has the array `document_sources` and fields about how the stream was made:
+`begins_with_bos`, `template_sha256`, `template_variables`, `date`, `skipped_rows`. Fields that are absent, there and
+elsewhere, are left out of the JSON. Receipts and teacher entries have versions of their own.
 
 **Shards and chunks.** Every array is cut along its first axis into shards of `layout.shard` entries (`layout` of the
 TeacherEntry; `tokens_layout` and `documents_layout` of the CacheRecord). A shard is one object, `<array>/c/<shard>`, or

@@ -201,12 +201,15 @@ class Targets(Record):
     has_label_logprob: bool = True
 
 
-class Windowing(Record):
+class Windowing(Extended):
     """The windows that a teacher read: see `storage.format`, "Windows"."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"begin_id"})
 
     context_tokens: Positive
     stride_tokens: Positive
     isolate_documents: bool = False
+    begin_id: Count | None = None
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Windowing:
@@ -272,6 +275,8 @@ class TeacherEntry(Record):
     def _agrees(self) -> TeacherEntry:
         if self.targets.k > self.vocabulary_size:
             raise ValueError(f"k {self.targets.k} is larger than the vocabulary {self.vocabulary_size}")
+        if (self.windowing.begin_id or 0) >= self.vocabulary_size:
+            raise ValueError(f"begin_id {self.windowing.begin_id} is not in the vocabulary of {self.vocabulary_size}")
         # Sizes are bounded before anything is allocated from them.
         if 4 * self.targets.k * self.layout.shard > MAX_OBJECT_BYTES:
             raise ValueError(f"a shard of {self.layout.shard} positions with k {self.targets.k} exceeds one object")

@@ -37,6 +37,8 @@ Window = dict[str, Any]
 _COUNTS = ("kept", "certain")
 _FLOATS = ("top_logprob", "log_tail", "log_tail_half", "entropy")
 
+_MASK_BLOCK = 1 << 22  # positions of a loss mask that are counted at a time
+
 # Fill values for the padding of a short window. The loss ignores it, as its label is NOT_TRAINED; it is a valid
 # distribution all the same (half on id 0, half on the tail), so that it cannot cause a NaN.
 _FILL = {
@@ -60,6 +62,7 @@ class DistillationWindows(Dataset[Window]):
     window_tokens        T; may differ from the teachers' context length
     offset               "fixed" or "random", see `student.data.blocks`; take "fixed" for evaluation
     isolate_documents    whether windows stay inside documents; None follows the teachers (False without any)
+    begin_id             the id put before windows that do not begin with it; None follows the teachers
 
     An index is ``epoch * len(self) + window``, as `student.data.order.ReadingOrder` yields them: a loader's workers
     need no state, and resuming in the middle of an epoch depends on the index alone.
@@ -79,6 +82,7 @@ class DistillationWindows(Dataset[Window]):
         offset: Offset = "fixed",
         seed: int = 0,
         isolate_documents: bool | None = None,
+        begin_id: int | None = None,
     ) -> None:
         if window_tokens < 1:
             raise InputError(f"a window has at least one position; got {window_tokens}")
@@ -94,6 +98,7 @@ class DistillationWindows(Dataset[Window]):
         self.seed = seed
         self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
         self.isolate_documents = _isolation(self.entries, isolate_documents)
+        self.begin_id = _beginning(self.entries, begin_id)
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
         self.blocks = self._blocks(offset)
 
@@ -128,6 +133,11 @@ class DistillationWindows(Dataset[Window]):
                 )
         return other
 
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that a model reads of a window: its positions, and the id put before it."""
+        return self.window_tokens + (self.begin_id is not None)
+
     def _blocks(self, offset: Offset) -> Blocks:
         positions = self.record.corpus.positions
         if positions - 1 < self.window_tokens:
@@ -142,6 +152,23 @@ class DistillationWindows(Dataset[Window]):
                 f"{self.cache_url}: every document has a single token, so no position has a next one to learn"
             )
         return blocks
+
+    def trained_positions(self, indices: Sequence[int]) -> int:
+        """How many positions of some windows are trained on, by the loss mask, which is read once."""
+        mask = self._cache().loss_mask
+        if mask is None:
+            return int(self.blocks.lengths(np.asarray(indices, dtype=np.int64) % len(self)).sum())
+        spans = np.asarray(self.blocks.spans(indices), dtype=np.int64).reshape(-1, 2)
+        # At every edge of a window: how many positions before it are trained on.
+        edges, where = np.unique(np.stack([spans[:, 0], spans.sum(axis=1)]), return_inverse=True)
+        before, total = np.zeros(len(edges), dtype=np.int64), 0
+        for start in range(0, len(mask), _MASK_BLOCK):
+            counts = np.cumsum(mask.read(start, min(start + _MASK_BLOCK, len(mask))), dtype=np.int64)
+            inside = (edges > start) & (edges <= start + len(counts))
+            before[inside] = total + counts[edges[inside] - start - 1]
+            total += int(counts[-1])
+        first, last = before[where.reshape(2, -1)]
+        return int((last - first).sum())
 
     def without_targets(self) -> DistillationWindows:
         """The same windows of the same tokens, reading no targets."""
@@ -172,7 +199,7 @@ class DistillationWindows(Dataset[Window]):
                 last += 1
             merged = _Span(self._cache(), self.teachers, start, stop)
             for i in by_start[first:last]:
-                windows[i] = merged.window(*spans[i], self.window_tokens)
+                windows[i] = merged.window(*spans[i], self.window_tokens, self.begin_id)
             first = last
         return windows
 
@@ -196,7 +223,7 @@ class _Span:
         self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
         self._targets = {name: target_arrays(cache.teacher(name).read(start, stop)) for name in teachers}
 
-    def window(self, start: int, length: int, window_tokens: int) -> Window:
+    def window(self, start: int, length: int, window_tokens: int, begin_id: int | None) -> Window:
         cut = slice(start - self._start, start - self._start + length)
         window: Window = {
             "input_ids": self._inputs[cut],
@@ -205,7 +232,11 @@ class _Span:
                 name: {key: values[cut] for key, values in arrays.items()} for name, arrays in self._targets.items()
             },
         }
-        return window if length == window_tokens else _padded_window(window, window_tokens)
+        if begin_id is not None:
+            window_tokens += 1
+            if window["input_ids"][0] != begin_id:
+                window = _begun_window(window, begin_id)
+        return window if len(window["labels"]) == window_tokens else _padded_window(window, window_tokens)
 
 
 def reading_order(
@@ -247,6 +278,21 @@ def _padded_window(window: Window, length: int) -> Window:
         "labels": _padded(window["labels"], length, NOT_TRAINED),
         "targets": {
             name: {key: _padded(values, length, _FILL[key]) for key, values in arrays.items()}
+            for name, arrays in window["targets"].items()
+        },
+    }
+
+
+def _begun_window(window: Window, begin_id: int) -> Window:
+    """A window with an id before it, which nothing is learnt from at its position."""
+    return {
+        "input_ids": np.concatenate([[begin_id], window["input_ids"]]),
+        "labels": np.concatenate([[NOT_TRAINED], window["labels"]]),
+        "targets": {
+            name: {
+                key: np.concatenate([np.full((1, *values.shape[1:]), _FILL[key], dtype=values.dtype), values])
+                for key, values in arrays.items()
+            }
             for name, arrays in window["targets"].items()
         },
     }
@@ -298,3 +344,16 @@ def _isolation(entries: dict[str, TeacherEntry], wanted: bool | None) -> bool:
             )
         return isolated
     return bool(wanted)
+
+
+def _beginning(entries: dict[str, TeacherEntry], wanted: int | None) -> int | None:
+    """The id that windows begin with: as for the teachers, since the student must see what they saw."""
+    found = {name: entry.windowing.begin_id for name, entry in entries.items()}
+    if len(set(found.values())) > 1 or (wanted is not None and found and wanted not in found.values()):
+        listed = ", ".join(f"{name} {'none' if index is None else index}" for name, index in found.items())
+        asked = "" if wanted is None else f", and the student is to have {wanted}"
+        raise InputError(
+            f"windows begin with an id of their own, or none, for all alike: {listed}{asked}; leave the choice out and "
+            f"the student follows its teachers, or cache them alike (--bos-each-window)"
+        )
+    return next(iter(found.values()), wanted)

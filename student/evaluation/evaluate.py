@@ -37,7 +37,7 @@ from student.evaluation.minimal_pairs import (
 )
 from student.models.configuration import stated_columns
 from student.models.loading import load_student
-from student.models.tokenizer import read_tokenizer
+from student.models.tokenizer import begin_id, read_tokenizer
 from student.models.vocabulary import check_vocabulary
 from student.report import HeldOutKL
 
@@ -117,8 +117,9 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         )
     windows = None
     if job.cache is not None:
+        begin = begin_id(job.cache) if job.bos_each_window else None
         windows = DistillationWindows(
-            job.cache, job.teachers, job.window_tokens, isolate_documents=job.isolate_documents
+            job.cache, job.teachers, job.window_tokens, isolate_documents=job.isolate_documents, begin_id=begin
         )
         note, columns = log or (lambda line: None), stated_columns(job.model)
         named = max((entry.vocabulary_size for entry in windows.entries.values()), default=0)
@@ -190,7 +191,7 @@ def _load(
         str(Path(job.model).expanduser().resolve()),
         vocabulary_size=needed,
         special_ids={name: getattr(tokenizer, f"{name}_token_id", None) for name in names},
-        window_tokens=1 if windows is None else windows.window_tokens,
+        window_tokens=1 if windows is None else windows.input_tokens,
         seed=0,
     )
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -169,7 +169,7 @@ def held_out(
     of windows done. Raises InputError where `HeldOutSums` does.
     """
     device = next(model.parameters()).device
-    rows = max(1, min(batch_windows, BATCH_LOGITS // (windows.window_tokens * head_columns(model))))
+    rows = max(1, min(batch_windows, BATCH_LOGITS // (windows.input_tokens * head_columns(model))))
     sums = HeldOutSums(windows.vocabulary_size, [Member.of(name, windows.entries[name]) for name in windows.teachers])
     was_training = model.training
     model.eval()

@@ -27,6 +27,7 @@ class EvaluationJob(Reported):
     pairs              folder of JSONL files with minimal pairs
     window_tokens      positions of a held-out window; a model that reads more context scores better
     isolate_documents  whether windows stay inside documents; None: as the teachers saw them, across without any
+    bos_each_window    whether BOS is put before windows that start elsewhere; by default as for the teachers
     batch_size         windows, or sentences, in one pass at most
     limit              pairs per paradigm; all of them by default
     leading_space      whether a space is put in front of each sentence, as lm-eval's `blimp` does
@@ -40,6 +41,7 @@ class EvaluationJob(Reported):
     pairs: str | None = None
     window_tokens: int = Field(128, ge=1)
     isolate_documents: bool | None = None
+    bos_each_window: bool = False
     batch_size: int = Field(64, ge=1)
     limit: int | None = Field(None, ge=1)
     leading_space: bool = True

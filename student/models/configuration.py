@@ -28,15 +28,40 @@ def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int
     )
 
 
-def stored_dtype(spec: str) -> str:
-    """The dtype of a model's weights on disk, by its configuration; float32 for a new model, or where none is named."""
+def has_weights(spec: str) -> bool:
+    """Whether a model starts from weights: a directory or a hub id, and neither a preset nor a configuration."""
+    return spec not in PRESETS and not Path(spec).expanduser().is_file()
+
+
+def read_config(spec: str) -> PretrainedConfig:
+    """The configuration of a model directory or hub id. Raises InputError where there is none."""
     from transformers import AutoConfig
 
+    if not spec.strip():
+        raise InputError(f"no model was named: give a preset ({', '.join(PRESETS)}), a config JSON or a directory")
     path = Path(spec).expanduser()
-    if spec in PRESETS or path.is_file():
+    local = path.is_dir()
+    if not local:
+        _refuse_missing(spec)
+    what = "no model directory" if local else "not a directory here, and no model of the hub could be loaded by that id"
+    with explained(f"{spec}: {what}", closest(path.name, PRESETS)):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(path) if local else spec, local_files_only=local, trust_remote_code=False
+        )
+    return config
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model reads at once; None where its configuration names no limit."""
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def stored_dtype(spec: str) -> str:
+    """The dtype of a model's weights on disk, by its configuration; float32 for a new model, or where none is named."""
+    if not has_weights(spec):
         return "float32"
-    with explained(f"{spec}: its configuration cannot be read"):
-        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
+    config = read_config(spec)
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     name = str(found).removeprefix("torch.")
     return name if name in ("bfloat16", "float16") else "float32"
@@ -44,16 +69,12 @@ def stored_dtype(spec: str) -> str:
 
 def stated_columns(spec: str) -> int | None:
     """The ids that a model's own configuration states; None for a preset, and where `load_student` has to explain."""
-    from transformers import AutoConfig
-
-    path = Path(spec).expanduser()
-    if spec in PRESETS or not (path.exists() or "/" in spec):
+    if spec in PRESETS:
         return None
-    with contextlib.suppress(Exception):  # transformers' exceptions have no common class
-        if path.is_file():
-            return _stated(read_settings(path))
-        config = AutoConfig.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
-        return _stated({"vocab_size": getattr(config.get_text_config(decoder=True), "vocab_size", None)})
+    with contextlib.suppress(InputError):
+        if not has_weights(spec):
+            return _stated(read_settings(Path(spec).expanduser()))
+        return _stated({"vocab_size": getattr(read_config(spec).get_text_config(decoder=True), "vocab_size", None)})
     return None
 
 
@@ -141,11 +162,25 @@ def check_config(config: PretrainedConfig, spec: str, vocabulary_size: int, wind
             f"{spec}: the model has {columns} ids, fewer than the {vocabulary_size} that text and targets can name: "
             "set vocab_size to that, or take a model of this tokenizer"
         )
-    positions = getattr(text, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < window_tokens:
+    positions = positions_of(config)
+    if positions is not None and positions < window_tokens:
         raise InputError(
             f"{spec}: the model has {positions} positions, fewer than the {window_tokens} tokens of a window: "
             "take shorter windows or a model with more positions"
+        )
+
+
+def _refuse_missing(spec: str) -> None:
+    """Raise InputError unless `spec`, no preset, file or directory here, can be a hub id."""
+    as_path = spec.startswith((".", "/", "~")) or spec.endswith(".json")
+    if as_path or spec.count("/") > 1:
+        stem = Path(spec).stem
+        hint = f"; the preset is written {stem!r} alone" if stem in PRESETS else ""
+        raise InputError(f"{spec}: there is no such file or directory{hint}")
+    if "/" not in spec:
+        raise InputError(
+            f"{spec!r} is no preset, file or directory here{closest(spec, PRESETS)}; presets: {', '.join(PRESETS)}; "
+            "a model of the hub is written owner/name"
         )
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import InputError
 from storage.progress import Log
-from student.models.configuration import check_config, config_of, preset_config, read_settings
-from student.models.foreign_errors import closest, explained
+from student.models.configuration import check_config, config_of, preset_config, read_config, read_settings
+from student.models.foreign_errors import explained
 from student.models.presets import PRESETS
 from student.models.special_ids import add_missing_ids, make_generation_valid
 
@@ -53,8 +53,6 @@ def load_student(
     as a causal language model, missing weights, too few columns or positions, and a model whose output at a position
     depends on later tokens (an encoder would learn to copy the answer).
     """
-    if not spec.strip():
-        raise InputError(f"no model was named: give a preset ({', '.join(PRESETS)}), a config JSON or a directory")
     if spec in PRESETS:
         config = preset_config(spec, vocabulary_size, special_ids)
         check_config(config, spec, vocabulary_size, window_tokens)
@@ -65,9 +63,7 @@ def load_student(
         check_config(config, spec, vocabulary_size, window_tokens)
         model = _from_scratch(config, spec, seed, attention)
     else:
-        if not path.is_dir():
-            _refuse_missing(spec)
-        model = _from_weights(spec, path, vocabulary_size, window_tokens, attention)
+        model = _from_weights(spec, vocabulary_size, window_tokens, attention)
         add_missing_ids(model, spec, special_ids, log)
         make_generation_valid(model, spec, log)
     _probe(model, spec, vocabulary_size, window_tokens)
@@ -93,27 +89,22 @@ def _from_scratch(config: PretrainedConfig, spec: str, seed: int, attention: str
     return model
 
 
-def _from_weights(
-    spec: str, path: Path, vocabulary_size: int, window_tokens: int, attention: str | None
-) -> PreTrainedModel:
+def _from_weights(spec: str, vocabulary_size: int, window_tokens: int, attention: str | None) -> PreTrainedModel:
     """A model directory's or hub repository's weights, as float32: mixed precision is the trainer's choice."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    local = path.is_dir()
-    where = str(path) if local else spec
-    what = "no model directory" if local else "not a directory here, and no model of the hub could be loaded by that id"
-    with explained(f"{spec}: {what}", closest(path.name, PRESETS)):
-        config = AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    config = read_config(spec)
     check_config(config, spec, vocabulary_size, window_tokens)
     auto: Any = AutoModelForCausalLM
+    path = Path(spec).expanduser()
     model: PreTrainedModel
     with explained(f"{spec}: the weights cannot be loaded"):
         model, report = auto.from_pretrained(
-            where,
+            str(path) if path.is_dir() else spec,
             config=config,
             dtype=torch.float32,
-            local_files_only=local,
+            local_files_only=path.is_dir(),
             trust_remote_code=False,
             attn_implementation=attention,
             output_loading_info=True,
@@ -147,18 +138,4 @@ def _probe(model: PreTrainedModel, spec: str, vocabulary_size: int, window_token
         raise InputError(
             f"{spec}: the logits at a position change with a later token (or are not finite), so this is no causal "
             "language model: take a decoder (an encoder's configuration may need is_decoder)"
-        )
-
-
-def _refuse_missing(spec: str) -> None:
-    """Raise InputError unless `spec`, no preset, file or directory here, can be a hub id."""
-    as_path = spec.startswith((".", "/", "~")) or spec.endswith(".json")
-    if as_path or spec.count("/") > 1:
-        stem = Path(spec).stem
-        hint = f"; the preset is written {stem!r} alone" if stem in PRESETS else ""
-        raise InputError(f"{spec}: there is no such file or directory{hint}")
-    if "/" not in spec:
-        raise InputError(
-            f"{spec!r} is no preset, file or directory here{closest(spec, PRESETS)}; presets: {', '.join(PRESETS)}; "
-            "a model of the hub is written owner/name"
         )

@@ -22,8 +22,9 @@ def token_ids(special_ids: Mapping[str, int | None], columns: int) -> dict[str, 
 
 
 def add_missing_ids(model: PreTrainedModel, spec: str, special_ids: Mapping[str, int | None], log: Log | None) -> None:
-    """Give a model the tokenizer's special ids where neither its configuration nor its generation config has any."""
-    records = [one for one in (model.config, model.generation_config) if one is not None]
+    """Give a model the tokenizer's special ids where neither its configurations nor its generation config have any."""
+    text = model.config.get_text_config(decoder=True)
+    records = [one for one in (model.config, text, model.generation_config) if one is not None]
 
     def own(name: str) -> set[int]:
         found = [getattr(record, name, None) for record in records]

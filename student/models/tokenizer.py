@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,23 @@ from storage import LogitCache
 from storage.errors import InputError, LogitCacheError
 from storage.format.identity import TOKENIZER_FILES, has_tokenizer
 from storage.progress import Log
+from student.models.configuration import has_weights
 from student.models.sentencepiece_model import is_tiktoken, read_sentencepiece, sentencepiece_file
 from student.models.text_ids import text_prefix, text_suffix
 from student.models.tokenizer_file import FILE, as_transformers_does, read_file, same_every_time
 from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
 
-__all__ = ["model_folder", "open_tokenizer", "read_tokenizer", "special_ids", "text_prefix", "text_suffix"]
+__all__ = [
+    "begin_id",
+    "model_folder",
+    "open_tokenizer",
+    "read_tokenizer",
+    "special_ids",
+    "text_prefix",
+    "text_suffix",
+    "tokenizer_of",
+    "write_files",
+]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # All that a tokenizer may consist of; config.json names its class where tokenizer_config.json does not.
@@ -29,6 +41,7 @@ _HUB_FILES = [
     *TOKENIZER_FILES,
     *("config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tokenizer.*.json"),
     *("*.jinja", "chat_template.json", "spm.model", "*.tiktoken", "tiktoken.model", "tekken.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 ]
 _REMEDY = "give a folder in which a tokenizer was saved"
 _TIKTOKEN = (".tiktoken", ".model")
@@ -77,18 +90,41 @@ def open_tokenizer(
 def model_folder(model: str) -> Path | None:
     """The folder with the tokenizer files of a model directory or of a hub id; None for anything else."""
     path = Path(model).expanduser()
-    if path.exists() or "/" not in model:
-        return path if path.is_dir() else None
+    if not has_weights(model) or path.exists() or "/" not in model:
+        return path if has_weights(model) and path.is_dir() else None
     try:
         return _hub_folder(model)
     except InputError:  # whoever loads the model says what is wrong with its id or the network
         return None
 
 
-def special_ids(cache: str) -> dict[str, int | None]:
-    """Ids of BOS, EOS and padding in a cache's tokenizer, None where it has none."""
-    tokenizer = open_tokenizer(cache)
+def special_ids(files: Mapping[str, bytes], where: str) -> dict[str, int | None]:
+    """Ids of BOS, EOS and padding in the tokenizer of these files, None where it has none; `where` is for errors."""
+    tokenizer = tokenizer_of(files, where)
     return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def begin_id(cache: str) -> int:
+    """The id that begins a text in a cache's tokenizer; raises InputError where it has none."""
+    found = special_ids(LogitCache.open(cache).tokenizer_files(), cache)["bos"]
+    if found is None:
+        raise InputError(f"--bos-each-window: the tokenizer of {cache} has no token that begins a text; leave it out")
+    return found
+
+
+def tokenizer_of(files: Mapping[str, bytes], where: str) -> Any:
+    """The tokenizer of these files; `where` is for errors."""
+    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
+        write_files(files, Path(folder))
+        return read_tokenizer(Path(folder), where)
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write files by their paths below a folder."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def _hub_folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:

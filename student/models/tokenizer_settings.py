@@ -22,6 +22,8 @@ _LOADING = {
 }
 # The class in both that applies no rules of its own to a tokenizer.json.
 CLASS = "PreTrainedTokenizerFast"
+# The name of transformers 5 for it.
+_UNKNOWN = ("TokenizersBackend", CLASS)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -51,27 +53,31 @@ def class_name(folder: Path) -> str | None:
 def portable_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """A tokenizer's files by name, its settings written for transformers 4.57 and 5; the other files as they are.
 
-    With a tokenizer.json, both versions then take ids, special tokens and templates from these files.
+    A class that 4.57 knows stays: its rules there are those that the tokenizer came with.
     """
-    return _with_settings(files, portable=True)
+    return _with_settings(files, portable=True, own_class=True)
 
 
 def stored_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """A tokenizer's files by name as a cache stores them: portable, and nothing in them names a folder.
+    """A tokenizer's files by name as a cache stores them: nothing in them names a folder, and both versions of
+    transformers take ids, special tokens and templates from these files.
 
     Without a tokenizer.json, the settings are part of the tokenizer's fingerprint, and stay as they are.
     """
-    return _with_settings(files, portable="tokenizer.json" in files)
+    return _with_settings(files, portable="tokenizer.json" in files, own_class=False)
 
 
-def _with_settings(files: Mapping[str, bytes], portable: bool) -> dict[str, bytes]:
+def _with_settings(files: Mapping[str, bytes], portable: bool, own_class: bool) -> dict[str, bytes]:
     if SETTINGS_FILE not in files:
         return dict(files)
-    settings = {name: value for name, value in json.loads(files[SETTINGS_FILE]).items() if name not in _LOADING}
+    found = json.loads(files[SETTINGS_FILE])
+    settings = {name: value for name, value in found.items() if name not in _LOADING}
     if portable and "auto_map" not in settings:
         settings = _portable(settings)
-        if "tokenizer.json" in files:
+        if "tokenizer.json" in files and not (own_class and settings.get("tokenizer_class") not in _UNKNOWN):
             settings |= _of_file(json.loads(files["tokenizer.json"]))
+    if own_class and settings == found:
+        return dict(files)
     data = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     return {**files, SETTINGS_FILE: data}
 

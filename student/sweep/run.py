@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from storage import LogitCache
 from storage.errors import InputError
 from storage.progress import Log
 from student.job import StudentJob
@@ -25,6 +26,7 @@ from student.sweep.search_space import Search
 from student.sweep.trainer import SweepInputs, SweepTrainer, TrialFailed
 from student.sweep.trial import OBJECTIVE, check_names, check_space
 from student.training.arguments import PRESENTATION, training_arguments, training_values
+from student.training.defaults import described, filled, open_fields
 from student.training.inputs import Caches, open_caches
 from student.training.run import model_digest
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
@@ -53,6 +55,12 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
     if job.eval_cache is None:
         raise InputError("a sweep compares its trials on held-out text: give --eval-cache")
     check_names(job, search)
+    output = OutputDirectory(job.output_dir)
+    asked, record = job, output.recorded()
+    opened = open_fields(job, record, search.parameters)
+    job = filled(job, opened)
+    for note in described(job, opened, record):
+        log(note)
     values = training_values(job)
     _check_pruner(search, values)
     if values.get("deepspeed") or values.get("fsdp"):
@@ -62,18 +70,17 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
     for remark in caches.remarks:
         log(remark)
     _check_metric(job, search, caches)
-    inputs = SweepInputs(job, search, caches, special_ids(job.cache))
+    cache = LogitCache.open(job.cache)
+    inputs = SweepInputs(job, search, caches, special_ids(cache.tokenizer_files(), job.cache))
     possible = check_space(job, search, caches, inputs.special_ids, log)
     gpus = training_arguments(job, values).n_gpu
     if gpus > 1 and search.backend == "optuna":
         log(f"a sweep of backend optuna runs one trial at a time, on one of the {gpus} GPUs; ray uses them all")
 
-    output = OutputDirectory(job.output_dir)
-    identity = _identity(job, search, caches)
+    identity = _identity(asked, search, caches)
     output.check(identity)
-    asked = job.model_dump(mode="json", include=job.model_fields_set)
-    folder = SweepFolder(job.output_dir, search, asked, job.cache)
-    with output.reserved(identity), full_disk_is_reported(job.output_dir):
+    folder = SweepFolder(job.output_dir, search, job.model_dump(mode="json", include=job.model_fields_set), job.cache)
+    with output.reserved(identity, **opened), full_disk_is_reported(job.output_dir):
         disable_progress_bar()  # type: ignore[no-untyped-call]
         # The search libraries print to stdout, where the command writes its report.
         with contextlib.redirect_stdout(sys.stderr):

@@ -85,7 +85,7 @@ class SweepTrainer(DistillationTrainer):
         self._fitting: dict[str, Any] = {
             "vocabulary_size": data.windows.vocabulary_size,
             "special_ids": self.inputs.special_ids,
-            "window_tokens": data.job.window_tokens,
+            "window_tokens": data.windows.input_tokens,
         }
 
     def _values(self, job: StudentJob) -> dict[str, Any]:

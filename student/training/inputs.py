@@ -22,8 +22,7 @@ from student.loss.distillation import DistillationLoss, tail_of
 from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
 from student.models.configuration import stated_columns
-from student.models.presets import PRESETS
-from student.models.tokenizer import model_folder, read_tokenizer
+from student.models.tokenizer import begin_id, model_folder, read_tokenizer
 from student.models.vocabulary import check_vocabulary
 from student.report import LiveTeachers
 from student.training.step import windows_per_step
@@ -70,7 +69,15 @@ class Data:
 def open_caches(job: StudentJob) -> Caches:
     """Open the caches of a job and check that they, their entries and its windows fit together."""
     names = [teacher.name for teacher in job.teachers]
-    windows = DistillationWindows(job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents)
+    begin = begin_id(job.cache) if job.bos_each_window else None
+    windows = DistillationWindows(
+        job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, begin
+    )
+    if job.bos_each_window is False and windows.begin_id is not None:
+        raise InputError(
+            f"{job.cache}: the teachers' windows begin with BOS, and the student's were not to: leave the choice out "
+            f"and the student follows its teachers"
+        )
     remarks: list[str] = []
     windows = _for_student(job, windows, remarks.append)
     provenance = {"cache": digest(windows.record)}
@@ -90,16 +97,16 @@ def open_caches(job: StudentJob) -> Caches:
 def _for_student(job: StudentJob, windows: DistillationWindows, log: Log) -> DistillationWindows:
     """The windows over the ids that the student has too.
 
-    A student of another tokenizer than the text's is refused: it would be saved with the wrong one.
+    A student of another tokenizer than the text's is refused: what it learnt would be other words.
     """
-    folder = None if job.model in PRESETS else model_folder(job.model)
+    folder = model_folder(job.model)
     tokenizer = None if folder is None else read_tokenizer(folder, job.model)
     columns = stated_columns(job.model)
     if tokenizer is not None:
-        cache, saved = LogitCache.open(windows.cache_url), "; the student is saved with the cache's tokenizer"
+        cache = LogitCache.open(windows.cache_url)
         remedy = f"Make a cache with this student's tokenizer: logit-cache tokenize --tokenizer {job.model}"
         named = min(cache.vocabulary_size, columns or cache.vocabulary_size)
-        check_vocabulary(cache, tokenizer.get_vocab(), job.model, remedy, named, lambda line: log(line + saved))
+        check_vocabulary(cache, tokenizer.get_vocab(), job.model, remedy, named, log)
     return windows.within(columns, job.model, log)
 
 
@@ -188,7 +195,7 @@ def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[Distilla
         else:
             not_measured[name] = reason
     held_out = DistillationWindows(
-        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents
+        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents, windows.begin_id
     )
     return held_out, not_measured
 
@@ -201,6 +208,8 @@ def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | 
         return "another teacher has that name in the held-out cache"
     if there.entry.windowing.isolate_documents != entry.windowing.isolate_documents:
         return "the teacher saw isolated documents in one of the caches and not in the other"
+    if there.entry.windowing.begin_id != entry.windowing.begin_id:
+        return "the teacher's windows begin with BOS in one of the caches and not in the other"
     if there.missing():
         return "its entry in the held-out cache is incomplete"
     return None

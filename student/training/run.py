@@ -34,15 +34,17 @@ from student.loss.teacher_targets import interpolation_bound
 from student.models.configuration import stored_dtype
 from student.models.loading import load_student
 from student.models.presets import PRESETS
-from student.models.tokenizer import read_tokenizer, special_ids
-from student.models.tokenizer_settings import portable_files
+from student.models.saved_tokenizer import saved_tokenizer
+from student.models.tokenizer import read_tokenizer, special_ids, write_files
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.cast_weights import cast_weights
+from student.training.defaults import described, filled, open_fields
 from student.training.fsdp import check_checkpoint, check_fsdp
 from student.training.inputs import Data, check_step, job_inputs, open_caches
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
+from student.training.published_config import add_earlier_fields
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
 from student.training.step import COMPUTE_ONLY, divide_step, windows_per_step
 from student.training.trainer import DistillationTrainer
@@ -68,7 +70,7 @@ class _Run:
     step_windows: int
     output: OutputDirectory
     identity: dict[str, Any]
-    adapted: str | None  # how a recorded step is computed here, for the log
+    notes: list[str]  # lines for the log: what the job left open, how a recorded step is computed here
     log: Log
 
 
@@ -86,7 +88,8 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
     if finished is not None:
         run.log(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
         return finished
-    model = _load_model(run.job, run.data.windows, run.log)
+    tokenizer = saved_tokenizer(LogitCache.open(job.cache), job.model, run.log)
+    model = _load_model(run.job, run.data.windows, special_ids(tokenizer, job.model), run.log)
     dtype = run.job.save_dtype or stored_dtype(run.job.model)
     # No process may look at the folder while the first one starts to write there.
     PartialState().wait_for_everyone()
@@ -102,7 +105,7 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
         held_out = _evaluate(run, trainer)
         report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
         with full_disk_is_reported(job.output_dir):
-            _publish(trainer, run.output, report, use_cache, dtype)
+            _publish(trainer, run.output, report, use_cache, dtype, tokenizer)
     run.log(f"{job.output_dir}: the model in {dtype}, its tokenizer and report.json")
     # Says it where transformers opens the tokenizer with rules of the model's family.
     read_tokenizer(Path(job.output_dir), job.output_dir, log=run.log)
@@ -111,6 +114,9 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
 
 def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run:
     """Open the inputs of a job and check all of it but the student's model; writes nothing."""
+    record = OutputDirectory(job.output_dir, writes=False).recorded()
+    opened = open_fields(job, record)
+    job = filled(job, opened)
     values = training_values(job)
     caches = open_caches(job)
     live = None
@@ -130,16 +136,14 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     check_fsdp(args)
     first = args.process_index == 0
     output = OutputDirectory(job.output_dir, writes=first)
-    recorded = output.recorded()
-    adapted = divide_step(job, args, recorded.get("identity", {}) | recorded.get("launch", {}))
+    notes = [*caches.remarks, *described(job, opened, record)]
+    notes += filter(None, [divide_step(job, args, record.get("identity", {}) | record.get("launch", {}))])
     check_step(data.windows, args)
     step_windows = windows_per_step(args)
     identity = _identity(job, values, data, step_windows)
     output.check(identity)
     log = (log or _to_stderr) if first else _silent
-    for remark in caches.remarks:
-        log(remark)
-    return _Run(job, values, data, args, step_windows, output, identity, adapted, log)
+    return _Run(job, values, data, args, step_windows, output, identity, notes, log)
 
 
 def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
@@ -150,8 +154,8 @@ def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
         f"{run.step_windows} to a step: {args.world_size} process(es), {args.gradient_accumulation_steps} "
         f"micro-batch(es) of {args.train_batch_size}"
     )
-    if run.adapted is not None:
-        run.log(run.adapted)
+    for note in run.notes:
+        run.log(note)
     tail_bounds = _tail_bounds(run.data)
     for name, bound in tail_bounds.items():
         run.log(
@@ -195,6 +199,7 @@ def _report(
     held_out: HeldOutReport | None,
 ) -> TrainingReport:
     data, args, state = run.data, run.args, trainer.state
+    seen, trained = _positions_seen(data.windows, args, state.global_step)
     return TrainingReport(
         job=run.job.model_copy(update={"training": run.values}),
         provenance=data.provenance,
@@ -203,7 +208,8 @@ def _report(
         steps=state.global_step,
         windows_per_step=run.step_windows,
         windows_at_once=args.train_batch_size,
-        tokens_seen=_positions_seen(data.windows, args, state.global_step),
+        tokens_seen=seen,
+        tokens_trained=trained,
         seconds=round(seconds, 3),
         resumed_from_step=resumed_from,
         device=str(args.device),
@@ -249,6 +255,7 @@ def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windo
     """The run's identity, as a flat mapping. Caches are identified by digests, so that they may move."""
     asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
     asked["isolate_documents"] = data.windows.isolate_documents
+    asked["bos_each_window"] = data.windows.begin_id is not None or None  # absent in runs from before there was one
     asked["windows_per_step"] = step_windows
     asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
@@ -271,12 +278,14 @@ def model_digest(model: str) -> str | None:
     return total.hexdigest()
 
 
-def _load_model(job: StudentJob, windows: DistillationWindows, log: Log) -> PreTrainedModel:
+def _load_model(
+    job: StudentJob, windows: DistillationWindows, ids: Mapping[str, int | None], log: Log
+) -> PreTrainedModel:
     model = load_student(
         job.model,
         vocabulary_size=windows.vocabulary_size,
-        special_ids=special_ids(job.cache),
-        window_tokens=job.window_tokens,
+        special_ids=ids,
+        window_tokens=windows.input_tokens,
         seed=job.seed,
         attention=job.attention,
         log=log,
@@ -340,7 +349,12 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
 
 
 def _publish(
-    trainer: DistillationTrainer, output: OutputDirectory, report: TrainingReport, use_cache: bool, dtype: str
+    trainer: DistillationTrainer,
+    output: OutputDirectory,
+    report: TrainingReport,
+    use_cache: bool,
+    dtype: str,
+    tokenizer: Mapping[str, bytes],
 ) -> None:
     # The base class switches the key-value cache off for training; a saved model would generate slowly.
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -353,23 +367,26 @@ def _publish(
         # A pickle, and nothing in it that the report lacks.
         (output.stage / "training_args.bin").unlink(missing_ok=True)
         cast_weights(output.stage, dtype)
-        for name, data in portable_files(LogitCache.open(report.job.cache).tokenizer_files()).items():
-            (output.stage / name).write_bytes(data)
+        add_earlier_fields(output.stage)
+        write_files(tokenizer, output.stage)
         output.publish(report)
     trainer.accelerator.wait_for_everyone()
 
 
-def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> int:
-    """Positions read in the first `steps` steps: their number follows from the order, also for a resumed run."""
+def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> tuple[int, int]:
+    """Positions read in the first `steps` steps, and those of them that are trained on: their numbers follow from the
+    order, also for a resumed run."""
     step = windows_per_step(args)
     order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
     steps_per_epoch = -(-len(order) // step)
-    total = 0
+    total = trained = 0
     for epoch in range(-(-steps // steps_per_epoch)):
         done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
         read = min(done * step, len(order))
-        total += int(windows.blocks.lengths(order.permutation(epoch)[:read]).sum())
-    return total
+        numbers = order.permutation(epoch)[:read]
+        total += int(windows.blocks.lengths(numbers).sum())
+        trained += windows.trained_positions((numbers + epoch * len(windows)).tolist())
+    return total, trained
 
 
 def _to_stderr(line: str) -> None:

@@ -139,6 +139,8 @@ class OutputDirectory:
         """Rename the staged model into the folder and write the report, in an order that is safe to interrupt."""
         names = sorted(os.listdir(self.stage), key=lambda name: (name == "config.json", name))
         for name in names:
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
             os.replace(self.stage / name, self.path / name)
         self.stage.rmdir()
         _write(self.path / REPORT_FILE, report.model_dump_json(indent=1))

@@ -212,6 +212,28 @@ def test_a_special_id_that_the_model_does_not_have_is_left_out(kind: str, direct
     assert config.eos_token_id == 2
 
 
+def test_a_wrapped_text_model_has_its_own_ids(tmp_path: Path) -> None:
+    """In its part of the configuration: the wrapper's generation config may have none."""
+    text = {name: value for name, value in LLAMA.items() if name != "model_type"} | {
+        "vocab_size": V,
+        "num_key_value_heads": 1,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**text, "eos_token_id": [7, 9], "bos_token_id": 5, "pad_token_id": 0},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wrapped")
+    (tmp_path / "wrapped" / "generation_config.json").write_text('{"max_length": 40}')
+    said: list[str] = []
+    model = load(tmp_path / "wrapped", log=said.append)
+    assert said == []
+    assert model.config.text_config.eos_token_id == [7, 9]
+    assert model.generation_config.eos_token_id is None
+
+
 def test_a_generation_config_that_cannot_be_saved_is_put_right_and_said(directory: Path, tmp_path: Path) -> None:
     path = directory / "generation_config.json"
     shipped = json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_length": 99}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import Run
+from support.commands import ROOT, Run
 from support.models.saved import make_tokenizer, sample_text
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer
@@ -165,7 +165,7 @@ def test_what_saving_changes_is_named(
 
 # --- transformers 4.57 -----------------------------------------------------------------------------------------------
 
-TRANSFORMERS_4 = os.environ.get("TRANSFORMERS_4_DIR", "")
+TRANSFORMERS_4 = Path(os.environ.get("TRANSFORMERS_4_DIR", ROOT / "build" / "transformers-4"))
 _ASK = """
 import json, sys
 from transformers import AutoTokenizer, __version__
@@ -210,9 +210,7 @@ def rich_tokenizer(kind: str) -> Any:
 
 
 @pytest.mark.transformers4
-@pytest.mark.skipif(
-    not Path(TRANSFORMERS_4 or "/none").is_dir(), reason="TRANSFORMERS_4_DIR names no transformers 4.57"
-)
+@pytest.mark.skipif(not TRANSFORMERS_4.is_dir(), reason="no transformers 4.57: make test-transformers-4")
 @pytest.mark.parametrize("kind", ["seeds", "llama3", "unigram"])
 def test_stored_and_published_files_load_in_transformers_4(kind: str, tmp_path: Path) -> None:
     tokenizer, files = stored.stored_tokenizer(rich_tokenizer(kind))
@@ -221,7 +219,7 @@ def test_stored_and_published_files_load_in_transformers_4(kind: str, tmp_path: 
     for name, data in files.items():
         (folder / name).write_bytes(data)
     texts = [*PROBES, "<s>a</s> <x> b <y>c<z> d"]
-    found = ask(folder, texts, TRANSFORMERS_4)
+    found = ask(folder, texts, str(TRANSFORMERS_4))
     assert found.pop("version") == "4"
     expected = ask(folder, texts)
     assert expected.pop("version") == "5"

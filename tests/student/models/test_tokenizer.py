@@ -228,6 +228,10 @@ def test_settings_for_both_versions_keep_what_the_file_says() -> None:
         "extra_special_tokens": {"image_token": "<image>"},
     }  # fmt: skip
     assert portable_files(portable) == portable
+    # A model's own class, which 4.57 knows, is not put aside; settings that need no change keep their bytes.
+    own = files | {"tokenizer_config.json": b'{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}'}
+    assert portable_files(own) == own
+    assert json.loads(stored_files(own)["tokenizer_config.json"])["tokenizer_class"] == "PreTrainedTokenizerFast"
     # A class of Python without a tokenizer.json is what it is, and its settings are part of its fingerprint.
     python = json.dumps({"tokenizer_class": "ByT5Tokenizer", "extra_special_tokens": ["<x>"]}).encode()
     plain = {"tokenizer_config.json": python}

@@ -1,0 +1,69 @@
+"""The tokenizer that a student is saved with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from storage import LogitCache
+from storage.format.identity import TOKENIZER_FILES
+from storage.progress import Log
+from student.models.tokenizer import model_folder, read_tokenizer, tokenizer_of
+from student.models.tokenizer_settings import portable_files, stored_files
+
+# What belongs to a tokenizer or to a processor beside the files that can be read alone.
+_BESIDE = (
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
+# Tokens of a cache whose text two tokenizers are compared on.
+_PROBED = 4096
+
+
+def saved_tokenizer(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]:
+    """The files, by path, of the tokenizer that a student is saved with, for transformers 4.57 and 5: its own, or else
+    the cache's.
+
+    A student's own tokenizer has the cache's vocabulary (`student.models.vocabulary` has the check). Where it splits
+    the cache's text in another way, the student learns the cache's way, and is saved with that tokenizer; where the
+    text is conversations, it learns their chat template, and is saved with that. Both are said.
+    """
+    folder = model_folder(model)
+    own = None if folder is None else read_tokenizer(folder, model)
+    stored = stored_files(cache.tokenizer_files())
+    if folder is None or own is None:
+        return stored
+    cached = tokenizer_of(stored, cache.url)
+    text = cached.decode(cache.tokens.read(0, min(_PROBED, cache.record.corpus.positions)).tolist())
+    if own.encode(text, add_special_tokens=False) != cached.encode(text, add_special_tokens=False):
+        log(f"{model}: its tokenizer splits the text of {cache.url} in another way: saved with the cache's")
+        return stored
+    found = {path for pattern in (*TOKENIZER_FILES, *_BESIDE) for path in folder.glob(pattern)}
+    files = portable_files({path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(found)})
+    template = cached.chat_template
+    if not _is_rendered(cache) or template is None or template == own.chat_template:
+        return files
+    log(f"{model}: its chat template is not that of the conversations of {cache.url}: saved with theirs")
+    return _with_template(files, template)
+
+
+def _is_rendered(cache: LogitCache) -> bool:
+    """Whether a chat template wrote the text; where the record does not say, whether some of it is not trained on."""
+    corpus = cache.record.corpus
+    if corpus.begins_with_bos is None:  # a record of version 1
+        return corpus.has_loss_mask
+    return corpus.template_sha256 is not None
+
+
+def _with_template(files: Mapping[str, bytes], template: str | Mapping[str, str]) -> dict[str, bytes]:
+    """A tokenizer's files with another chat template, or several by name, in place of its own."""
+    kept = {name: data for name, data in files.items() if "chat_template" not in name}
+    config = json.loads(kept.get("tokenizer_config.json", b"{}"))
+    config.pop("chat_template", None)
+    kept["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    by_name = {"default": template} if isinstance(template, str) else template
+    for name, text in by_name.items():
+        path = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        kept[path] = text.encode()
+    return kept

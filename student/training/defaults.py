@@ -1,0 +1,79 @@
+"""Defaults of fine-tuning: what a job leaves open is chosen otherwise where its student starts from weights.
+
+Learning rates from scratch would undo what the weights hold, and short windows would hide the contexts that they know.
+Warm-up, schedule and number of epochs are those of a new student: 5 % and a cosine suit both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from storage import LogitCache
+from student.job import StudentJob
+from student.models.configuration import has_weights, positions_of, read_config
+from student.training.arguments import DEFAULTS
+
+_FINE_TUNING = {"learning_rate": 2e-5, "weight_decay": 0.0}
+_WINDOW = "window_tokens"
+# Tokens of a window where no cached teacher has a context.
+_WINDOW_TOKENS = 1024
+
+
+def open_fields(job: StudentJob, record: Mapping[str, Any], swept: Collection[str] = ()) -> dict[str, Any]:
+    """Values of the fields that a job from weights leaves open: learning rate, weight decay, positions of a window.
+
+    record: of the run or sweep that the output directory holds (empty: none); what it was started with holds, as what
+    earlier versions started has the defaults of a new student.
+    swept: parameters of a sweep, which are not open.
+    Raises the errors of opening the job's caches and of reading its model's configuration.
+    """
+    if not has_weights(job.model):
+        return {}
+    given = {*job.training, *job.model_fields_set, *swept}
+    names = [name for name in (*_FINE_TUNING, _WINDOW) if name not in given]
+    if record:
+        return {name: _recorded(record, name) for name in names}
+    return {name: _FINE_TUNING[name] if name in _FINE_TUNING else _window_tokens(job) for name in names}
+
+
+def filled(job: StudentJob, values: Mapping[str, Any]) -> StudentJob:
+    """The job with the values of `open_fields`."""
+    if not values:
+        return job
+    training = {name: value for name, value in values.items() if name != _WINDOW}
+    window = {_WINDOW: values[_WINDOW]} if _WINDOW in values else {}
+    return job.model_copy(update={**window, "training": {**job.training, **training}})
+
+
+def described(job: StudentJob, values: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """The line for the log about the values of `open_fields`; [] where none was open."""
+    if not values:
+        return []
+    words = {
+        "learning_rate": "learning rate {:g}",
+        "weight_decay": "weight decay {:g}" if values.get("weight_decay") else "no weight decay",
+        _WINDOW: "windows of {:,} tokens",
+    }
+    shown = ", ".join(words[name].format(value) for name, value in values.items())
+    source = "as this folder was started" if record else "defaults of fine-tuning"
+    return [f"{job.model} starts from weights: {shown} ({source})"]
+
+
+def _recorded(record: Mapping[str, Any], name: str) -> Any:
+    """A run's identity has every field; a sweep's launch has those that were open, if this version started it."""
+    found = record["identity"] | record.get("launch", {})
+    earlier = DEFAULTS.get(name, StudentJob.model_fields[_WINDOW].default)
+    return found.get(f"training.{name}", found.get(name, earlier))
+
+
+def _window_tokens(job: StudentJob) -> int:
+    """The longest context of the job's cached teachers, within what its models and its texts have."""
+    cache = LogitCache.open(job.cache)
+    seen = [cache.teacher(teacher.name).entry.windowing for teacher in job.teachers]
+    contexts = [windowing.context_tokens for windowing in seen]
+    begun = bool(job.bos_each_window) or any(windowing.begin_id is not None for windowing in seen)
+    limits = [positions_of(read_config(model)) for model in (job.model, *job.live_teachers)]
+    positions = [limit - begun for limit in limits if limit]
+    texts = [LogitCache.open(url).record.corpus.positions - 1 for url in (job.cache, job.eval_cache) if url]
+    return max(1, min([max(contexts, default=_WINDOW_TOKENS), *positions, *texts]))
