@@ -60,6 +60,28 @@ def test_stored_targets_are_the_model_s(cache: Path, teacher: Path, run: Run, co
     assert np.abs(stored.entropy - entropy).max() < 1e-4
 
 
+def test_bos_before_each_window(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+    windows = ("--context-tokens", 64, "--stride-tokens", 32, "--bos-each-window")
+    line = ("--cache", cache, "--teacher", teacher, "--name", "a", "-k", K, "--targets", "topk", *windows)
+    done = run("cache-logits", *line, "--shard-tokens", 1024, "--encoding", "float32")
+    assert done.returncode == 0, done.stderr
+    opened = LogitCache.open(str(cache))
+    stored = opened.teacher("a").read(0, len(opened.tokens))
+    dense = dense_logprobs(teacher, opened.tokens.read(0, len(opened.tokens)), 64, 32, begin=(1,))
+    gathered = dense.gather(1, torch.from_numpy(stored.token_ids.astype(np.int64))).numpy()
+    assert np.abs(stored.logprobs - gathered).max() < 1e-4
+    assert verify(str(cache), deep=True).problems == []
+    assert run("logit-cache", "audit", cache, "--name", "a", "--teacher", teacher).returncode == 0
+    assert "BOS before each" in run("logit-cache", "inspect", cache).stdout
+    student = ("train-student", "--cache", cache, "--teacher", "a", "--model", "llama-tiny", "--window-tokens", 64)
+    options = ("--set", "max_steps=2", "--output-dir", tmp_path / "out")
+    refused(run(*student, *options, "--no-bos-each-window"), "leave the choice out")
+    done = run(*student, *options)
+    assert done.returncode == 0, done.stderr
+    long = run("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "b", *windows, "--context-tokens", 128)
+    refused(long, "reads at most 128 tokens at once, the context is 129")
+
+
 def test_codes_keep_head_and_tail_within_the_stated_bound(cache: Path, teacher: Path, run: Run) -> None:
     for name, encoding in (("codes", "codes"), ("exact", "float32")):
         done = run(

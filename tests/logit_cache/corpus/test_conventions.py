@@ -5,10 +5,13 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from support.commands import COMMANDS, ROOT
 from support.models.saved import make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
@@ -51,10 +54,14 @@ def make(out: Path, tokenizer: str, *text: str, **options: Any) -> LogitCache:
     return LogitCache.open(str(out))
 
 
-def texts(cache: LogitCache, tokenizer: str) -> list[str]:
+def make_decoder(tokenizer: str) -> Any:
     from transformers import AutoTokenizer
 
-    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    return AutoTokenizer.from_pretrained(tokenizer).decode
+
+
+def texts(cache: LogitCache, tokenizer: str) -> list[str]:
+    decode = make_decoder(tokenizer)
     ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
     return [decode(cache.tokens.read(a, b)) for a, b in zip(cache.document_starts.tolist(), ends, strict=True)]
 
@@ -279,3 +286,31 @@ def test_the_log_says_what_a_user_should_know(tmp_path: Path) -> None:
         "1 replies: the chat template leaves out their reasoning",
         "the tokenizer ends a text with '</s>'; documents here end so with --append-token '</s>'",
     ]
+
+
+def test_the_page_s_example_is_true(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "conversations.md").read_text(encoding="utf-8")
+    [row] = (json.loads(block) for block in re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    [shown] = re.findall(r"^```\n(<\|im_start\|>.*?)^```", page, re.MULTILINE | re.DOTALL)
+    template = (
+        "<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls %}"
+        "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = save(tmp_path / "tok", template)
+    cache = make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", row))
+    schema = json.dumps(row["tools"][0])
+    [text] = texts(cache, tokenizer)
+    assert text.replace(schema, schema[: schema.index('"parameters"')] + "…}}") == re.sub("[‹›]", "", shown)
+    tokens, mask = cache.tokens.read(0, len(cache.tokens)), trained(cache)
+    learnt = make_decoder(tokenizer)([token for token, wanted in zip(tokens[1:], mask, strict=False) if wanted])
+    assert learnt == "".join(re.findall("‹(.*?)›", shown))
+
+
+def test_the_page_names_every_option_of_the_command() -> None:
+    page = (ROOT / "docs" / "conversations.md").read_text(encoding="utf-8")
+    group = COMMANDS["logit-cache"]
+    assert isinstance(group, click.Group)
+    options = {name for option in group.commands["tokenize"].params for name in option.opts} - {"--version"}
+    assert {name for name in options if name not in page} == set()

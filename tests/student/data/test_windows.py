@@ -8,6 +8,7 @@ import shutil
 import tracemalloc
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from torch.utils.data import DataLoader
 
 import storage.cache.reader
+import student.data.windows
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import CacheRecord, Windowing
@@ -261,6 +263,41 @@ def test_loss_mask_becomes_labels_that_are_not_trained(tmp_path: Path) -> None:
     expected = np.append(np.where(mask[:39], tokens[1:].astype(np.int64), -100), -100)
     assert batch["labels"].flatten().tolist() == expected.tolist()
     assert batch["targets"] == {}
+
+
+@pytest.mark.parametrize("offset", ["fixed", "random"])
+def test_trained_positions_are_those_with_a_label(
+    tmp_path: Path, offset: Literal["fixed", "random"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student.data.windows, "_MASK_BLOCK", 7)
+    mask = np.random.default_rng(4).random(40) < 0.5
+    make_corpus(str(tmp_path / "c"), np.arange(40, dtype=np.uint16), V, loss_mask=mask)
+    windows = DistillationWindows(str(tmp_path / "c"), (), 8, offset)
+    indices = [3, 0, 7, 1]
+    labels = collate(windows.__getitems__(indices))["labels"]
+    assert windows.trained_positions(indices) == int((labels != -100).sum())
+
+
+def test_windows_begin_with_an_id_of_their_own(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
+    url, tokens, _ = stream
+    plain = DistillationWindows(url, ["a"], 24)
+    begin = int(tokens[48])  # window 2 begins with it, as a document may
+    windows = DistillationWindows(url, ["a"], 24)
+    windows.begin_id = begin
+    assert windows.input_tokens == 25
+    numbers = range(len(plain))
+    for number, old, new in zip(numbers, plain.__getitems__(numbers), windows.__getitems__(numbers), strict=True):
+        length = plain.blocks.span(number)[1]
+        lead = int(old["input_ids"][0] != begin)
+        assert lead == (number != 2)
+        inside = slice(lead, lead + length)
+        assert new["input_ids"].tolist()[:lead] == [begin] * lead
+        assert (new["input_ids"][inside] == old["input_ids"][:length]).all()
+        assert (new["labels"][inside] == old["labels"][:length]).all()
+        assert set(new["labels"].tolist()[:lead] + new["labels"].tolist()[lead + length :]) <= {-100}
+        for key, values in old["targets"]["a"].items():
+            assert len(new["targets"]["a"][key]) == 25
+            assert (new["targets"]["a"][key][inside] == values[:length]).all()
 
 
 def test_isolated_documents_are_not_crossed(tmp_path: Path) -> None:

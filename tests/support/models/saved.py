@@ -35,15 +35,18 @@ def saver(folder: Path, configs: Mapping[str, Callable[[], Any]]) -> Callable[[s
     return save
 
 
-def dense_logprobs(teacher: Path, tokens: np.ndarray, context: int, stride: int) -> torch.Tensor:
-    """float32 log-softmax of the model's own logits, window by window, for every position."""
+def dense_logprobs(
+    teacher: Path, tokens: np.ndarray, context: int, stride: int, begin: tuple[int, ...] = ()
+) -> torch.Tensor:
+    """float32 log-softmax of the model's own logits, window by window after `begin`, for every position."""
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
     rows = torch.full((len(tokens), 400), torch.nan)
     ids = torch.from_numpy(tokens.astype(np.int64))
     with torch.no_grad():
         for block in range(0, len(tokens), stride):
             start = max(0, block + stride - context)
-            logits = model(ids[None, start : start + context]).logits[0].float()
+            read = torch.cat([torch.tensor(begin, dtype=torch.int64), ids[start : start + context]])
+            logits = model(read[None]).logits[0, len(begin) :].float()
             rows[block : block + stride] = torch.log_softmax(logits, -1)[block - start : block - start + stride]
     return rows
 
