@@ -1,4 +1,4 @@
-"""Format v1 of a cache: the specification.
+"""Format of a cache: the specification. Entries and receipts have version 1, token streams 1 or 2.
 
 A cache is a Zarr v3 group. Any Zarr v3 reader opens it; nothing in it is code. `N` is the number of tokens, `D` of
 documents, `V` the vocabulary size (the largest token id + 1), `K` the number of stored ids per position. The V of a
