@@ -30,7 +30,7 @@ DATED = "{{ bos_token }}Today is {{ strftime_now('%d %B %Y') }}.\n" + CHATML
 NAMED = CHATML + "{% if style is defined %}{{ style }}{% endif %}"
 
 
-def save(folder: Path, template: str | None = CHATML, begins: bool = True, ends: bool = False) -> str:
+def save(folder: Path, template: str | dict[str, str] | None = CHATML, begins: bool = True, ends: bool = False) -> str:
     """A tokenizer that puts <s> before a text, or </s> after it, by itself."""
     tokenizer = make_tokenizer("gpt2")
     tokenizer.add_special_tokens(
@@ -194,6 +194,28 @@ def test_variables_of_templates_are_recorded_and_hold(tmp_path: Path) -> None:
     assert digest(tmp_path / "cache") == before
     with pytest.raises(IdentityMismatch, match="template_variables"):
         make(tmp_path / "cache", tokenizer, path, template_variables={"style": "wet"})
+
+
+def test_a_tokenizer_with_several_templates(tmp_path: Path) -> None:
+    named = {"default": CHATML, "tool_use": "{% for tool in tools %}{{ tool.name }}{% endfor %}" + CHATML}
+    tokenizer = save(tmp_path / "tok", named)
+    path = write(tmp_path / "rows.jsonl", {"messages": TURNS}, {"messages": TURNS, "tools": [{"name": "f"}]})
+    cache = make(tmp_path / "cache", tokenizer, path)
+    plain, with_tools = texts(cache, tokenizer)
+    assert (plain[:12], with_tools[:13]) == ("<|im_start|>", "f<|im_start|>")
+    assert cache.record.corpus.template_sha256 is not None
+    before = digest(tmp_path / "cache")
+    make(tmp_path / "cache", tokenizer, path)
+    assert digest(tmp_path / "cache") == before
+    # Held-out text has both again; plain text needs none of them.
+    again = make(tmp_path / "held-out", str(tmp_path / "cache"), path)
+    assert texts(again, tokenizer) == [plain, with_tools]
+    only = write(tmp_path / "tools.jsonl", {"messages": TURNS, "tools": [{"name": "f"}]})
+    assert texts(make(tmp_path / "b", tokenizer, only, chat_template="tool_use"), tokenizer) == [with_tools]
+    without_default = save(tmp_path / "tok-2", {"rag": CHATML, "tool_use": CHATML})
+    with pytest.raises(InputError, match=r"line 1: of the tokenizer's chat templates \(rag, tool_use\) none is"):
+        make(tmp_path / "c", without_default, path)
+    assert texts(make(tmp_path / "d", without_default, write(tmp_path / "t.jsonl", {"text": "a"})), tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,18 @@ def test_conversations_get_a_loss_mask(small_cache: Path, run: Run, tmp_path: Pa
     assert len(cache.document_starts) == 3
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     assert tokenizer.decode(tokens[1:][trained[:-1]].tolist()).replace(" ", "") == "four</s>" * 3
+    length, learnt = len(tokens) // 3, int(trained.sum())
+    lines = [
+        f"documents   {length} tokens in the median, 95 % at most {length}, the longest {length}",
+        f"trained on  {learnt} tokens, by the loss mask",
+    ]
+    for printed in (done.stdout, run("logit-cache", "inspect", out).stdout):
+        assert [line.strip() for line in printed.splitlines() if line.strip() in lines] == lines
+    assert "3 conversations; their replies are found by its loop over the messages" in done.stderr
+    training = ("--set", "max_steps=1", "--windows-per-step", 1, "--output-dir", tmp_path / "student")
+    done = run("train-student", "--cache", out, "--model", "llama-tiny", "--window-tokens", len(tokens) - 1, *training)
+    assert done.returncode == 0, done.stderr
+    assert f"trained on  {learnt} tokens, of {len(tokens) - 1} read, in 1 steps" in done.stdout
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(
