@@ -20,10 +20,12 @@ from student.models.tokenizer import text_prefix
 
 @dataclass(frozen=True)
 class Conventions:
-    """version: of the stream's record. bos: whether documents begin as the tokenizer begins a text, None for its own
-    choice. variables, date: for chat templates; a date of None is today's."""
+    """version: of the stream's record. tokenizer: the fingerprint of that of the stream that is there already. bos:
+    whether documents begin as the tokenizer begins a text, None for its own choice. variables, date: for chat templates;
+    a date of None is today's."""
 
     version: int = 2
+    tokenizer: str | None = None
     bos: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     date: datetime.date | None = None
@@ -38,6 +40,7 @@ class Conventions:
         recorded = _recorded(found) if found is not None else cls()
         return cls(
             version=2 if there is None else there.format_version,
+            tokenizer=None if there is None else there.tokenizer.fingerprint,
             bos=recorded.bos if bos is None else bos,
             variables={**recorded.variables, **variables},
             date=date or recorded.date,

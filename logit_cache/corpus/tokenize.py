@@ -32,9 +32,8 @@ from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import BYTES, SPECIAL_TOKENS, stored_tokenizer, train_tokenizer
 from storage import LogitCache
 from storage.cache.corpus_writer import write_corpus
-from storage.cache.records import read_record
 from storage.config import build_config
-from storage.errors import CacheNotFound, InputError
+from storage.errors import InputError
 from storage.files import PARTIAL
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
@@ -138,7 +137,10 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
     _check_destination(config.out)
     conventions = Conventions.of(config.out, config.tokenizer, config.bos, config.template_variables, config.date)
     meter = Meter()
-    tokenizer, files = _tokenizer(config, sources, meter, progress, log)
+    if config.tokenizer is None:
+        tokenizer, files = _new_tokenizer(config, sources, meter, progress)
+    else:
+        tokenizer, files = _given_tokenizer(config, config.tokenizer, conventions.tokenizer, log)
     vocabulary = tokenizer.get_vocab()
     append = _append_ids(config, vocabulary)
     prefix = conventions.prefix(tokenizer)
@@ -219,11 +221,9 @@ def _check_destination(out: str) -> None:
         )
 
 
-def _tokenizer(
-    config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None, log: Log | None
+def _new_tokenizer(
+    config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None
 ) -> tuple[Any, dict[str, bytes]]:
-    if config.tokenizer is not None:
-        return _given_tokenizer(config, config.tokenizer, log)
     assert config.train_tokenizer is not None
     lines = _lines(config, sources, meter, progress)
     first = next(lines, None)
@@ -235,7 +235,10 @@ def _tokenizer(
     return stored_tokenizer(tokenizer)
 
 
-def _given_tokenizer(config: CorpusConfig, name: str, log: Log | None) -> tuple[Any, dict[str, bytes]]:
+def _given_tokenizer(
+    config: CorpusConfig, name: str, recorded: str | None, log: Log | None
+) -> tuple[Any, dict[str, bytes]]:
+    """The tokenizer of a name and its stored files; with the fingerprint that a stream records, where it can have it."""
     said: list[str] = []
 
     def stored(own_rules: bool) -> tuple[Any, dict[str, bytes]]:
@@ -245,7 +248,6 @@ def _given_tokenizer(config: CorpusConfig, name: str, log: Log | None) -> tuple[
         return stored_tokenizer(tokenizer, config.trust_remote_code)
 
     made = stored(own_rules=True)
-    recorded = _recorded_fingerprint(config.out)
     if recorded is not None and _fingerprint(made) != recorded:
         # Streams were made with the rules that transformers' class put in place of the tokenizer's own.
         with contextlib.suppress(InputError):
@@ -261,14 +263,6 @@ def _given_tokenizer(config: CorpusConfig, name: str, log: Log | None) -> tuple[
 def _fingerprint(made: tuple[Any, dict[str, bytes]]) -> str:
     tokenizer, files = made
     return tokenizer_fingerprint(files, tokenizer.get_vocab())
-
-
-def _recorded_fingerprint(out: str) -> str | None:
-    """That of the tokenizer of the cache at `out`; None where there is none yet."""
-    try:
-        return read_record(open_store(out), "zarr.json", CacheRecord).tokenizer.fingerprint
-    except CacheNotFound:
-        return None
 
 
 def _silent(line: str) -> None:
