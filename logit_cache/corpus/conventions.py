@@ -21,8 +21,8 @@ from student.models.tokenizer import text_prefix
 @dataclass(frozen=True)
 class Conventions:
     """version: of the stream's record. tokenizer: the fingerprint of that of the stream that is there already. bos:
-    whether documents begin as the tokenizer begins a text, None for its own choice. variables, date: for chat templates;
-    a date of None is today's."""
+    whether documents begin as the tokenizer begins a text, None for its own choice. variables, date: for chat
+    templates; a date of None is today's."""
 
     version: int = 2
     tokenizer: str | None = None

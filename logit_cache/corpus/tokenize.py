@@ -238,7 +238,7 @@ def _new_tokenizer(
 def _given_tokenizer(
     config: CorpusConfig, name: str, recorded: str | None, log: Log | None
 ) -> tuple[Any, dict[str, bytes]]:
-    """The tokenizer of a name and its stored files; with the fingerprint that a stream records, where it can have it."""
+    """The tokenizer of a name and its stored files; with the recorded fingerprint, where it can have that."""
     said: list[str] = []
 
     def stored(own_rules: bool) -> tuple[Any, dict[str, bytes]]:
