@@ -46,6 +46,15 @@ def cache_text(found: dict[str, Any]) -> str:
         f"  sources     {sources}{f' and {more} more' if more > 0 else ''}",
         f"  tokenizer   {tokenizer['vocabulary_size']:,} ids, fingerprint {tokenizer['fingerprint'][:16]}…",
     ]
+    made = {
+        "begins with the tokenizer's BOS": corpus.get("begins_with_bos"),
+        "chat template": corpus.get("template_sha256", "")[:16],
+        "variables": corpus.get("template_variables"),
+        "date": corpus.get("date"),
+    }
+    shown = [name if value is True else f"{name} {value}" for name, value in made.items() if value]
+    if shown:
+        lines.append(f"  text made   {', '.join(shown)}")
     if "document_tokens" in corpus:
         lines += [f"  {line}" for line in stream_lines(corpus)]
     for name, entry in found["teachers"].items():

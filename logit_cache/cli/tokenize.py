@@ -32,6 +32,7 @@ CORPUS_OPTIONS: tuple[Decorator, ...] = (
     _text("--append-token", help="Token to put after every document, such as '</s>'."),
     _text("--text-field", help="Field of a row that holds its text.  [default: text]"),
     _text("--messages-field", help="Field of a row that holds a conversation.  [default: messages, conversations]"),
+    _text("--row-form", help="Of rows: text, messages, completion, instruction or input_ids.  [default: by fields]"),
     _text("--split", help="Split of a hub data set.  [default: train]"),
 )
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from storage import LogitCache
 from storage.errors import CacheNotFound, InputError
 from storage.format.manifest import CacheRecord
-from student.models.tokenizer import text_prefix
+from student.models.tokenizer import cache_of_tokenizer, text_prefix
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,5 @@ def _record_of_tokenizer(tokenizer: str | None) -> CacheRecord | None:
     """The record of the cache that a tokenizer is taken from, by the cache's URL or its folder `tokenizer`."""
     if tokenizer is None:
         return None
-    path = Path(tokenizer).expanduser()
-    for folder in (path, path.parent if path.name == "tokenizer" else path):
-        if (folder / "zarr.json").is_file():
-            return _record(str(folder))
-    return _record(tokenizer) if "://" in tokenizer else None
+    found = cache_of_tokenizer(tokenizer)
+    return None if found is None else _record(found)

@@ -22,7 +22,7 @@ class Chunk:
 
     trained: the character ranges of the whole document that are trained on, or None for all of it; such a document is
     one chunk. begins: whether the document begins as the tokenizer begins a text. appended_trained: whether a token
-    that is appended to it is trained on.
+    that is appended to it is trained on. where: names a row whose text is not all trained on, in errors.
     """
 
     source: int
@@ -31,6 +31,7 @@ class Chunk:
     trained: Ranges | None = None
     begins: bool = True
     appended_trained: bool = True
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)

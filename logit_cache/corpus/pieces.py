@@ -74,6 +74,8 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str], offsets: Sequence[bool]) -> list[Encoded]:
         """Ids of each text, and its offsets where requested and known."""
+        if not texts:
+            return []
         if self._backend is None:
             lists = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
             return [Encoded(np.asarray(ids, dtype=np.uint32), None) for ids in lists]

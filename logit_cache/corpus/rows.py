@@ -16,7 +16,7 @@ A field that would change what is learnt and is not used by the row's form is re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from storage.errors import InputError
 from student.labels import NOT_TRAINED
 
 Row = Mapping[str, Any]
+Form = Literal["text", "messages", "completion", "instruction", "input_ids"]
 
 _CONVERSATIONS = ("conversations", "conversation")
 _ANSWERS = ("completion", "response")
@@ -42,7 +43,13 @@ _OUTPUTS = ("output", "response")
 _CONTEXTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
 _MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask", "mask")
-_SAMPLE_WEIGHTS = ("weight", "weights", "sample_weight")
+_SAMPLE_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
+# Values that change nothing.
+_NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys((*_SAMPLE_WEIGHTS, "train", "trainable"), 1),
+    "train_on_inputs": False,
+    "masked": False,
+}
 
 # What a form reads, besides the fields that make it.
 _USED: dict[str, frozenset[str]] = {
@@ -54,7 +61,7 @@ _USED: dict[str, frozenset[str]] = {
     "input_ids": frozenset({"labels", "attention_mask", *_MASKS}),
 }
 # What would change what is learnt, beside any form, or beside a conversation.
-_LEARNT_FROM = frozenset({*_SAMPLE_WEIGHTS, *_MASKS, *MEDIA})
+_LEARNT_FROM = frozenset({*_SAMPLE_WEIGHTS, *_MASKS, *MEDIA, "masked", "train", "trainable", "train_on_inputs"})
 _OF_CONVERSATIONS = frozenset(
     {"tools", "functions", "documents", "chat_template_kwargs", "history", "reasoning", "reasoning_content", "thinking"}
 ) | frozenset(_SYSTEMS)
@@ -69,10 +76,10 @@ FIELDS = (
 
 
 class RowReader:
-    """Rows as documents. text_field, messages_field: names of the fields; chosen: "text" or "messages" where a user has
-    named one of them, which decides for rows of several forms."""
+    """Rows as documents. text_field, messages_field: names of the fields; chosen: the form of rows that can be read in
+    several ways."""
 
-    def __init__(self, text_field: str, messages_field: str, chosen: str | None = None) -> None:
+    def __init__(self, text_field: str, messages_field: str, chosen: Form | None = None) -> None:
         self.text_field, self.messages_field = text_field, messages_field
         self._chosen = chosen
 
@@ -85,7 +92,10 @@ class RowReader:
         """Those of a table's columns that are looked for. Raises InputError for a table without any document."""
         if not (_FORMS | {self.text_field, self.messages_field}) & set(names):
             raise self._unknown(where, f"columns {', '.join(names[:12])}")
-        return [name for name in names if name in self.columns]
+        found = [name for name in names if name in self.columns]
+        if len(set(found)) < len(found):
+            raise InputError(f"{where}: two columns have the same name ({', '.join(found)}); rename one of them")
+        return found
 
     def _unknown(self, where: str, found: str) -> InputError:
         return InputError(
@@ -120,7 +130,7 @@ class RowReader:
             form
             for form, there in (
                 ("text", isinstance(values.get(self.text_field), str)),
-                ("messages", self._messages(values) is not None),
+                ("messages", self._messages(values, where) is not None),
                 ("completion", answered and texts),
                 ("messages of a completion", answered and not texts),
                 ("instruction", "instruction" in values and _first(values, _OUTPUTS) is not None),
@@ -128,8 +138,9 @@ class RowReader:
             )
             if there
         ]
-        if self._chosen in found:
-            return self._chosen
+        chosen = [form for form in found if self._chosen is not None and form.endswith(self._chosen)]
+        if chosen:
+            return chosen[0]
         if len(found) == 1:
             return found[0]
         fields = (
@@ -138,7 +149,7 @@ class RowReader:
         if found:
             raise InputError(
                 f"{where}: the row can be read as {' and as '.join(found)} (it has {fields}); say which with "
-                f"--text-field or --messages-field, or leave the other fields out"
+                f"--row-form, or leave the other fields out"
             )
         empty = {self.text_field, self.messages_field} & row.keys() - values.keys()
         if empty and not {"prompt", "instruction", "chosen", *_ANSWERS} & values.keys():
@@ -150,17 +161,19 @@ class RowReader:
             )
         raise self._unknown(where, fields)
 
-    def _messages(self, values: Row) -> Any:
-        return values.get(self.messages_field, _first(values, _CONVERSATIONS))
+    def _messages(self, values: Row, where: str) -> Any:
+        return _only(values, (self.messages_field, *_CONVERSATIONS), where)
 
     def _refuse_unused(self, values: Row, form: str, where: str) -> None:
         looked_at = _LEARNT_FROM | (_OF_TOKENS if form == "input_ids" else frozenset())
         if form not in ("text", "input_ids"):
             looked_at |= _OF_CONVERSATIONS
+        if form in ("completion", "messages of a completion"):
+            looked_at |= frozenset(_CONTEXTS)
         own = {self.text_field, self.messages_field}
         for name in sorted((looked_at - _USED[form] - own) & values.keys()):
             value = values[name]
-            if value not in ("", [], {}) and not (name in _SAMPLE_WEIGHTS and value == 1):
+            if value not in ("", [], {}) and not (name in _NEUTRAL and value == _NEUTRAL[name]):
                 raise InputError(
                     f"{where}: {name!r} ({str(value)[:40]}) would change what is learnt, and rows of {form} are read "
                     f"without it; take it into account in the data, or remove the field"
@@ -169,20 +182,22 @@ class RowReader:
     def _conversation(self, source: int, values: Row, form: str, where: str, from_arrow: bool) -> Conversation:
         untrained_before = 0
         if form == "messages":
-            listed = self._messages(values)
-            name = self.messages_field if self.messages_field in values else "conversations"
+            listed = self._messages(values, where)
+            name = next(name for name in (self.messages_field, *_CONVERSATIONS) if values.get(name) is listed)
             messages = message_list(listed, name, where)
         elif form == "messages of a completion":
             prompt = message_list(_as_messages(values["prompt"], "user"), "prompt", where)
-            answer = _as_messages(_first(values, _ANSWERS), "assistant")
+            answer = _as_messages(_only(values, _ANSWERS, where), "assistant")
             messages = [*prompt, *message_list(answer, "completion", where)]
             untrained_before = len(prompt)
         else:
             messages = _instruction(values, where)
         messages = [read_message(message, index, where, from_arrow) for index, message in enumerate(messages)]
-        untrained = {i for i, message in enumerate(messages) if not is_trained(message, i, where)}
+        if form == "messages":
+            _refuse_answers(values, messages, where)
+        untrained = {i for i, m in enumerate(messages) if not is_trained(m, i, where) and m["role"] == "assistant"}
         messages = [{k: v for k, v in message.items() if k not in WEIGHTS} for message in messages]
-        system = _first(values, _SYSTEMS)
+        system = _only(values, _SYSTEMS, where)
         if system:
             if messages[0]["role"] == "system":
                 raise InputError(f"{where}: the row has a system prompt beside one in its messages; leave one of them")
@@ -191,7 +206,9 @@ class RowReader:
             untrained_before += 1
         check_roles(messages, where)
         before = {i for i in range(untrained_before) if messages[i]["role"] == "assistant"}
-        variables = read_json(values.get("chat_template_kwargs"), "chat_template_kwargs", dict, where)
+        variables = read_json(values.get("chat_template_kwargs"), "chat_template_kwargs", dict, where) or {}
+        if from_arrow:  # absent fields of other rows
+            variables = {name: value for name, value in variables.items() if value is not None}
         return Conversation(
             source,
             messages,
@@ -199,7 +216,7 @@ class RowReader:
             frozenset(untrained | before),
             read_objects(values.get("tools"), "tools", where, from_arrow),
             read_objects(values.get("documents"), "documents", where, from_arrow),
-            variables or {},
+            variables,
         )
 
 
@@ -207,12 +224,32 @@ def _first(values: Row, names: Sequence[str]) -> Any:
     return next((values[name] for name in names if name in values), None)
 
 
+def _only(values: Row, names: Sequence[str], where: str) -> Any:
+    """The value of the only field of some that a row has; empty ones do not count, unless there is no other."""
+    there = [name for name in names if values.get(name) not in (None, "", [])]
+    if len(there) > 1:
+        raise InputError(
+            f"{where}: the row has {' and '.join(map(repr, there))}, of which one is read; leave one of them"
+        )
+    return values[there[0]] if there else _first(values, names)
+
+
+def _refuse_answers(values: Row, messages: Sequence[Row], where: str) -> None:
+    """Refuse an answer beside a conversation that does not have it."""
+    said = [message.get("content") for message in messages]
+    for name in dict.fromkeys((*_ANSWERS, *_OUTPUTS)):
+        if isinstance(values.get(name), (str, list)) and values[name] and values[name] not in said:
+            raise InputError(
+                f"{where}: the row has {name!r} beside messages that do not have its text; add it to them, or remove it"
+            )
+
+
 def _prompt_and_completion(source: int, values: Row, where: str) -> Chunk:
-    prompt, completion = (checked_text(value, where) for value in (values["prompt"], _first(values, _ANSWERS)))
+    prompt, completion = (checked_text(value, where) for value in (values["prompt"], _only(values, _ANSWERS, where)))
     if not completion:
         raise InputError(f"{where}: the completion is empty, so there is nothing to learn from it; remove the row")
     whole = prompt + completion
-    return Chunk(source, whole, True, ((len(prompt), len(whole)),))
+    return Chunk(source, whole, True, ((len(prompt), len(whole)),), where=where)
 
 
 def _tokens(source: int, values: Row, where: str) -> Tokens:
@@ -254,8 +291,9 @@ def _tokens(source: int, values: Row, where: str) -> Tokens:
 
 
 def _numbers(value: Any, name: str, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    # Checked one by one: NumPy would cut 1.5 to 1, and take a text for a number.
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, int) for item in value):
+    # Checked one by one: NumPy would cut 1.5 to 1, and take a text for a number. true and false are no ids.
+    kinds = (int,) if name in ("input_ids", "labels") else (int, bool)
+    if not isinstance(value, (list, tuple)) or not all(type(item) in kinds and abs(item) < 1 << 62 for item in value):
         raise InputError(f"{where}: {name!r} is not a list of whole numbers; correct the row")
     return np.asarray(value, dtype=np.int64).reshape(-1)
 
@@ -266,13 +304,15 @@ def _as_messages(value: Any, role: str) -> Any:
 
 def _instruction(values: Row, where: str) -> list[dict[str, Any]]:
     messages = []
-    for turn in values.get("history") or ():
+    history = values.get("history") or ()
+    for turn in history if isinstance(history, (list, tuple)) else [None]:
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
             raise InputError(f"{where}: 'history' is not a list of [question, answer] pairs; correct the row")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        question, answer = (checked_text(text, where) for text in turn)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     question = checked_text(values["instruction"], where)
-    context = _first(values, _CONTEXTS)
+    context = _only(values, _CONTEXTS, where)
     if context:
         question = f"{question}\n\n{checked_text(context, where)}"
-    answer = checked_text(_first(values, _OUTPUTS), where)
+    answer = checked_text(_only(values, _OUTPUTS, where), where)
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]

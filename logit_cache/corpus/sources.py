@@ -43,6 +43,7 @@ COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.op
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
 _HUB = re.compile(r"^hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))?$")
 _PARQUET_ROWS = 256
+_LINES = "write each row as one line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,11 +250,11 @@ def _json_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tuple
             except UnicodeDecodeError as error:
                 raise InputError(f"{where}: byte {error.start} of it is not valid UTF-8 ({error.reason})") from None
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: expected one JSON object per line ({error})") from None
+                raise InputError(f"{where}: expected one JSON object per line ({error}); {_LINES}") from None
             if row is None and not text.strip():
                 continue
             if not isinstance(row, dict):
-                raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+                raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}; {_LINES}")
             yield row, where
 
 
@@ -268,7 +269,7 @@ def _parquet_rows(source: Source, reading: Reading, meter: Meter) -> Iterator[tu
             columns = reading.rows.columns_of(names, where)
             done, counted, rows = 0, 0, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                for row in batch.to_pylist():
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
                     yield row, f"{where} row {done}"
                     done += 1
                 reached = (source.file_bytes or 0) * done // rows

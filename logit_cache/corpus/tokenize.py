@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import re
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.renderer import Renderer
@@ -26,7 +27,7 @@ from logit_cache.corpus.conversations.replies import message_texts
 from logit_cache.corpus.conversations.template import RESERVED
 from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, checked_text
 from logit_cache.corpus.pieces import Encoder, cut, encode
-from logit_cache.corpus.rows import RowReader
+from logit_cache.corpus.rows import Form, RowReader
 from logit_cache.corpus.sources import Meter, Reading, Source, find_sources, read_sources
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import BYTES, SPECIAL_TOKENS, stored_tokenizer, train_tokenizer
@@ -42,11 +43,28 @@ from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSour
 from storage.progress import Log
 from storage.progress import progress as progress_bar
 from storage.stores import open_store
-from student.job import scalar
 from student.models.tokenizer import open_tokenizer, text_suffix
 
 # Documents, tokens, and bytes of input so far.
 Progress = Callable[[int, int, int], None]
+
+# Forms of rows that are chosen by naming their field.
+_NAMED: tuple[Form, ...] = ("text", "messages")
+
+
+def _only_a_date(value: Any) -> Any:
+    """A date, or one that is written YYYY-MM-DD: pydantic takes numbers of seconds, too."""
+    if isinstance(value, datetime.date) or (isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value)):
+        return value
+    raise ValueError("expected a date as YYYY-MM-DD")
+
+
+def _json_value(text: str) -> Any:
+    """The JSON value that a text is, true and false also with a capital; any other text is itself."""
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text
 
 
 class CorpusConfig(BaseModel):
@@ -58,6 +76,7 @@ class CorpusConfig(BaseModel):
     special_tokens: further special tokens of a new one.
     chat_template: a file with a Jinja template, in place of the tokenizer's own, or the name of one of its own.
     template_variables: values for the template, a mapping or NAME=VALUE texts. date: that it may print.
+    row_form: how rows are read that have the fields of several forms (`logit_cache.corpus.rows`).
     document_separator: plain text is cut into documents at this string, which is not tokenised; None: one document
     per file. append_token: a token of the vocabulary, appended to each document. bos: whether documents of text begin
     as the tokenizer begins a text; None: as the tokenizer does.
@@ -76,7 +95,8 @@ class CorpusConfig(BaseModel):
     append_token: str | None = None
     bos: bool | None = None
     template_variables: dict[str, Any] = Field(default_factory=dict)
-    date: datetime.date | None = None
+    date: Annotated[datetime.date, BeforeValidator(_only_a_date)] | None = None
+    row_form: Form | None = None
     text_field: str = "text"
     messages_field: str = "messages"
     split: str = "train"
@@ -90,10 +110,14 @@ class CorpusConfig(BaseModel):
             wrong = [name for name, equals, _ in pairs if not (name and equals)]
             if wrong:
                 raise ValueError(f"{wrong[0]!r}: expected NAME=VALUE, such as enable_thinking=false")
-            value = {name: scalar(text) for name, _, text in pairs}
+            value = {name: _json_value(text) for name, _, text in pairs}
         clash = sorted(RESERVED & value.keys()) if isinstance(value, dict) else []
         if clash:
             raise ValueError(f"{clash[0]!r} is an input of every template, and no variable of yours")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a template's variables are JSON values ({error})") from None
         return value
 
     @model_validator(mode="after")
@@ -145,7 +169,7 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
     append = _append_ids(config, vocabulary)
     prefix = conventions.prefix(tokenizer)
     old = conventions.version == 1
-    renderer = Renderer(tokenizer, conventions.variables, conventions.date, config.date is not None, version_1=old)
+    renderer = Renderer(tokenizer, conventions, config.template_variables.keys(), config.date is not None)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         with Spool(Path(folder), token_id_dtype(vocabulary_size(vocabulary)), len(sources), prefix, append) as spool:
             chunks = _chunks(read_sources(sources, _reading(config), meter), tokenizer, renderer)
@@ -274,7 +298,10 @@ def _chat_template(given: str, own: Any) -> str:
     if isinstance(own, dict) and given in own:
         return str(own[given])
     try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
+        template = Path(given).expanduser().read_text(encoding="utf-8")
+        if not template.strip():
+            raise InputError(f"{given}: the chat template is empty; give another file")
+        return template
     except (OSError, UnicodeDecodeError) as error:
         named = f"; the tokenizer has templates of the names {', '.join(sorted(own))}" if isinstance(own, dict) else ""
         raise InputError(f"{given}: cannot be read as a chat template ({error}){named}") from None
@@ -292,9 +319,9 @@ def _append_ids(config: CorpusConfig, vocabulary: dict[str, int]) -> tuple[int, 
 
 
 def _reading(config: CorpusConfig) -> Reading:
-    named = [name for name in ("text", "messages") if f"{name}_field" in config.model_fields_set]
-    rows = RowReader(config.text_field, config.messages_field, named[0] if len(named) == 1 else None)
-    return Reading(rows, config.split, config.document_separator)
+    named: list[Form] = [name for name in _NAMED if f"{name}_field" in config.model_fields_set]
+    form = config.row_form or (named[0] if len(named) == 1 else None)
+    return Reading(RowReader(config.text_field, config.messages_field, form), config.split, config.document_separator)
 
 
 def _chunks(items: Iterable[Document], tokenizer: Any, renderer: Renderer) -> Iterator[Chunk | Tokens]:
@@ -310,6 +337,11 @@ def _chunks(items: Iterable[Document], tokenizer: Any, renderer: Renderer) -> It
                 )
             yield replace(item, text=tokenizer.decode(item.ids.tolist()))
         else:
+            if item.trained is not None and not tokenizer.is_fast:
+                raise InputError(
+                    f"{item.where}: what of a text is trained on is found by the character offsets of its tokens, and "
+                    f"this tokenizer ({type(tokenizer).__name__}) has none; take one with a tokenizer.json"
+                )
             yield item
 
 

@@ -75,7 +75,7 @@ def open_tokenizer(
     path = Path(name).expanduser()
     if "://" in name or (path / "zarr.json").is_file():
         with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-            LogitCache.open(name).save_tokenizer(Path(folder))
+            LogitCache.open(cache_of_tokenizer(name) or name).save_tokenizer(Path(folder))
             return _read(Path(folder), name, what, _REMEDY, trust_remote_code, log, own_rules)
     if path.is_dir():
         return _read(path, name, what, _REMEDY, trust_remote_code, log, own_rules)
@@ -85,6 +85,15 @@ def open_tokenizer(
         raise InputError(f"{name}: no such folder; give a tokenizer's folder, a cache, or a hub id such as org/name")
     path = _hub_folder(name, revision, trust_remote_code)
     return _read(path, name, what, "check the id", trust_remote_code, log, own_rules)
+
+
+def cache_of_tokenizer(name: str) -> str | None:
+    """The cache that a tokenizer is taken from, by its URL or that of its folder `tokenizer`; None for others."""
+    if "://" in name:
+        return name.rstrip("/").removesuffix("/tokenizer")
+    path = Path(name).expanduser().resolve()
+    folders = (path, path.parent) if path.name == "tokenizer" else (path,)
+    return next((str(folder) for folder in folders if (folder / "zarr.json").is_file()), None)
 
 
 def model_folder(model: str) -> Path | None:

@@ -14,18 +14,26 @@ _ROLES = {
     "human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
     "bing": "assistant", "bard": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+_TEXT_ROLES = {"system", "developer", "user", "assistant"}
 _KNOWN_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"}
 # Of a message: whether it is trained on.
-WEIGHTS = ("weight", "train", "training", "loss")
+WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # Inside of these a null is a value.
 _VERBATIM = {"arguments", "parameters", "input_schema"}
+# What a message says; one without any of it says nothing, and may have its text under another name.
+_SAYS = ("content", "tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
+# Fields that are not read, and would change what is learnt.
+_NOT_READ = ("refusal", "train_detail", "mask", "masked", "prefix", *MEDIA)
 
 
 def message_list(value: Any, name: str, where: str) -> list[dict[str, Any]]:
+    """A list of messages, or its JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = read_json(value, name, list, where)
     if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in value):
         raise InputError(
-            f"{where}: {name!r} is not a list of {{role, content}} or {{from, value}} objects; "
+            f"{where}: {name!r} is not a list of {{role, content}} or {{from, value}} objects; correct the row, or "
             f"name the right field with --messages-field"
         )
     if not value:
@@ -35,11 +43,14 @@ def message_list(value: Any, name: str, where: str) -> list[dict[str, Any]]:
 
 def read_message(message: Row, index: int, where: str, from_arrow: bool) -> dict[str, Any]:
     """A message as {role, content, …}, with the roles that templates know, and without the nulls of absent fields."""
-    found = {name: _without_absent(value, f"{where}: message {index}", from_arrow) for name, value in message.items()}
-    found = {name: value for name, value in found.items() if value is not None}
+    found: dict[str, Any] = _without_absent(dict(message), f"{where}: message {index}", from_arrow)
+    if isinstance(found.get("tool_calls"), str):
+        found["tool_calls"] = read_json(found["tool_calls"], f"tool_calls of message {index}", list, where)
+    if not found.get("tool_calls", True):
+        del found["tool_calls"]  # an empty list is how an absent call is exported
     for name, other in (("role", "from"), ("content", "value")):
-        if other in found and name not in found:
-            found[name] = found.pop(other)
+        if other in found and found.setdefault(name, found[other]) != found.pop(other):
+            raise InputError(f"{where}: message {index} has {name!r} and another {other!r}; leave one of them")
     role = found.get("role")
     if not isinstance(role, str):
         raise InputError(f"{where}: message {index} has the role {role!r}, which is no text; correct the row")
@@ -50,9 +61,18 @@ def read_message(message: Row, index: int, where: str, from_arrow: bool) -> dict
     content = found.get("content")
     if isinstance(content, list):
         found["content"] = [_text_part(part, index, where) for part in content]
-    elif content is not None and not isinstance(content, (str, dict)):
+    elif content is not None and not isinstance(content, (str, dict) if found["role"] not in _TEXT_ROLES else str):
         raise InputError(f"{where}: the content of message {index} is {content!r}, which is no text; correct the row")
-    for name in ("refusal", "train_detail", *MEDIA):
+    if not any(name in found for name in _SAYS):
+        raise InputError(
+            f"{where}: message {index} ({found['role']}) has no content, but {', '.join(sorted(found))}; correct it"
+        )
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if found.get(name) and (found["role"] != "assistant" or not isinstance(found[name], str)):
+            raise InputError(
+                f"{where}: message {index} ({found['role']}): {name!r} is the text of a reply; correct the row"
+            )
+    for name in _NOT_READ:
         if found.get(name):
             raise InputError(
                 f"{where}: message {index} has {name!r}, which is not read, and would change what is learnt; remove it"
@@ -76,8 +96,7 @@ def _function_call(message: dict[str, Any], index: int, where: str) -> dict[str,
     call = read_json(message.get("content"), f"the function_call of message {index}", dict, where)
     if not call or "name" not in call:
         raise InputError(f"{where}: the function_call of message {index} is no {{name, arguments}} object")
-    kept = {name: value for name, value in message.items() if name in WEIGHTS}
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}], **kept}
+    return message | {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
 
 
 def is_trained(message: Row, index: int, where: str) -> bool:
@@ -137,9 +156,10 @@ def _without_absent(value: Any, where: str, from_arrow: bool) -> Any:
         for name, item in value.items():
             if item is None:
                 continue
-            if name in _VERBATIM and from_arrow and _has_null(item):
+            verbatim = name in _VERBATIM or (name in ("content", "value") and isinstance(item, dict))
+            if verbatim and from_arrow and _has_null(item):
                 raise _unclear_null(f"{where}: {name!r}")
-            kept[name] = item if name in _VERBATIM else _without_absent(item, where, from_arrow)
+            kept[name] = item if verbatim else _without_absent(item, where, from_arrow)
         return kept
     if isinstance(value, list):
         return [_without_absent(item, where, from_arrow) for item in value]

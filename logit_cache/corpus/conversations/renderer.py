@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.replies import render
 from logit_cache.corpus.conversations.template import RESERVED, ChatTemplate
 from logit_cache.corpus.documents import Chunk, Conversation, checked_text
@@ -17,26 +18,20 @@ from storage.errors import InputError
 class Renderer:
     """Renders conversations, and keeps count of what a reader of the log should know about them.
 
-    variables: for the templates. date: that they may print, None for today's; given_date: whether a user asks for it.
-    version_1: see `replies.render`.
-    Raises InputError for variables, or a date, that no template of the tokenizer reads.
+    given: names of the variables that a user gives, which some template of the tokenizer must read, where recorded ones
+    need not be. given_date: whether a user gives the date, likewise. Raises InputError where none does.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        variables: Mapping[str, Any],
-        date: datetime.date | None,
-        given_date: bool,
-        version_1: bool,
-    ) -> None:
+    def __init__(self, tokenizer: Any, conventions: Conventions, given: Collection[str], given_date: bool) -> None:
         self._tokenizer = tokenizer
-        self._variables, self._date, self._version_1 = variables, date or datetime.date.today(), version_1
+        self._variables, self._version_1 = conventions.variables, conventions.version == 1
+        self._date = conventions.date or datetime.date.today()
         self._templates: dict[str, ChatTemplate] = {}
-        self._conversations = self._without_reply = self._reasoning_left_out = 0
+        self._conversations = self._without_reply = self._reasoning_left_out = self._endless = 0
         self._found_by: set[str] = set()
-        if variables or given_date:
-            self._check(given_date)
+        self._record = {"date": self._date.isoformat()} if given_date else {}
+        if given or given_date:
+            self._check(given, given_date)
 
     def chunk(self, conversation: Conversation) -> Chunk:
         """The text of a conversation, with the ranges that are trained on."""
@@ -56,6 +51,7 @@ class Renderer:
         self._conversations += 1
         self._without_reply += not written.replies
         self._reasoning_left_out += written.reasoning_left_out
+        self._endless += written.endless
         self._found_by.add(written.found_by)
         text = checked_text(written.text, conversation.where)
         # A template begins the text itself, and ends the turns.
@@ -63,16 +59,14 @@ class Renderer:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The fields of a stream's record: what rendered its conversations."""
-        if not self._templates:
-            return {}
-        sources = "\0".join(sorted(self._templates))
-        prints_date = any(template.prints_date for template in self._templates.values())
-        return {
-            "template_sha256": hashlib.sha256(sources.encode()).hexdigest(),
-            "template_variables": dict(self._variables) or None,
-            "date": self._date.isoformat() if prints_date else None,
-        }
+        """The fields of a stream's record: what rendered its conversations, and what was given for them."""
+        record: dict[str, Any] = {**self._record, "template_variables": dict(self._variables) or None}
+        if self._templates:
+            sources = "\0".join(sorted(self._templates))
+            record["template_sha256"] = hashlib.sha256(sources.encode()).hexdigest()
+        if any(template.prints_date for template in self._templates.values()):
+            record["date"] = self._date.isoformat()
+        return record
 
     def notes(self) -> list[str]:
         """Lines for the log."""
@@ -85,6 +79,11 @@ class Renderer:
             lines.append(f"{self._without_reply:,} conversations have no reply: nothing of them is trained on")
         if self._reasoning_left_out:
             lines.append(f"{self._reasoning_left_out:,} replies: the chat template leaves out their reasoning")
+        if self._endless:
+            lines.append(
+                f"{self._endless:,} replies: the chat template puts nothing after them, so that a student does not "
+                f"learn to end them"
+            )
         return lines
 
     def _template_for(self, conversation: Conversation) -> ChatTemplate:
@@ -120,12 +119,12 @@ class Renderer:
                 ) from None
         return self._templates[source]
 
-    def _check(self, given_date: bool) -> None:
+    def _check(self, given: Collection[str], given_date: bool) -> None:
         own = self._tokenizer.chat_template or {}
         templates = [self._template(source) for source in (own.values() if isinstance(own, dict) else [own])]
         self._templates = {}  # of those that are used
         read = frozenset[str]().union(*(template.variables for template in templates)) - RESERVED
-        for name in sorted(self._variables.keys() - read):
+        for name in sorted(set(given) - read):
             raise InputError(
                 f"--template-variable {name}: the chat template reads no such variable; it reads "
                 f"{', '.join(sorted(read)) or 'none'}"

@@ -11,30 +11,33 @@ that last case, the time is linear in the turns.
 from __future__ import annotations
 
 import functools
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from logit_cache.corpus.conversations.shown import forms, lost
 from logit_cache.corpus.conversations.template import PROBE, REASONING, ChatTemplate, Inputs, Messages, Rendered
 from logit_cache.corpus.documents import Conversation, Ranges
 from storage.errors import InputError
 
 _MARK_THE_REPLIES = "give a template that marks the replies with {% generation %}: --chat-template FILE"
+_PRINTS = "take a template that prints it (--chat-template FILE), or remove it from the row"
 # Fields of a message that the text has to show, where the row has them.
-_SHOWN = ("tool_calls", "function_call", *REASONING)
+_SHOWN = ("tool_calls", "function_call", "function_calls", "tools", "functions", "documents", *REASONING)
 
 
 @dataclass(frozen=True)
 class Written:
     """A conversation's text and the character ranges that are trained on. replies: how many it has; found_by: how;
-    reasoning_left_out: of how many the template does not print the reasoning."""
+    reasoning_left_out: of how many the template does not print the reasoning; endless: how many nothing ends."""
 
     text: str
     trained: Ranges
     replies: int
     found_by: str
     reasoning_left_out: int
+    endless: int
 
 
 def render(template: ChatTemplate, conversation: Conversation, version_1: bool = False) -> Written:
@@ -45,24 +48,25 @@ def render(template: ChatTemplate, conversation: Conversation, version_1: bool =
     Raises InputError naming the row where the template refuses the messages or leaves out something of them, and where
     the replies cannot be found in its text.
     """
-    where, messages = conversation.where, conversation.messages
+    where = conversation.where
     inputs = Inputs(conversation.tools, conversation.documents, conversation.variables)
-    if not version_1:
+    if version_1:
+        messages = conversation.messages
+        rendered = _rendered(template, messages, inputs, where)
+    else:
         _check_inputs(template, conversation)
-    try:
-        messages = _as_taken(template, messages)
-        rendered = template.render(messages, inputs)
-        found_by, replies = _replies(template, messages, inputs, rendered, where, version_1)
-    except InputError:
-        raise
-    except Exception as error:
-        # Templates are programs: they raise errors of any type, and fail in any way on fields that they did not expect.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: the chat template refuses these messages ({reason}); correct the row") from None
-    if not version_1:
-        _check_shown(messages, rendered, where)
-    left_out = sum(_leaves_out_reasoning(message, rendered.text) for message in messages)
-    return Written(rendered.text, _trained(replies, rendered, conversation), len(replies), found_by, left_out)
+        messages, rendered = _in_a_form(template, conversation.messages, inputs, where)
+    found_by, replies = _replies(template, messages, inputs, rendered, where, version_1)
+    return Written(
+        rendered.text,
+        _trained(replies, rendered, conversation),
+        sum(message.get("role") == "assistant" for message in messages),
+        found_by,
+        sum(_leaves_out_reasoning(message, rendered.text) for message in messages),
+        sum(
+            _is_endless(rendered.text[slice(*place)], messages[index]) for index, place in replies.items() if index >= 0
+        ),
+    )
 
 
 def message_texts(messages: Messages) -> Iterator[str]:
@@ -74,6 +78,32 @@ def message_texts(messages: Messages) -> Iterator[str]:
         elif isinstance(content, list):
             texts = (part.get("text") for part in content if isinstance(part, dict))
             yield from (text for text in texts if isinstance(text, str))
+
+
+def _rendered(template: ChatTemplate, messages: Messages, inputs: Inputs, where: str) -> Rendered:
+    try:
+        return template.render(messages, inputs)
+    except Exception as error:
+        # Templates are programs: they raise errors of any type, and fail in any way on fields that they did not expect.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{where}: the chat template refuses these messages ({reason}); correct the row") from None
+
+
+def _in_a_form(template: ChatTemplate, messages: Messages, inputs: Inputs, where: str) -> tuple[Messages, Rendered]:
+    """The messages in the first form in which the template prints all of them."""
+    failure: InputError | None = None
+    for form in forms(template, messages):
+        try:
+            rendered = _rendered(template, form, inputs, where)
+        except InputError as error:
+            failure = failure or error
+            continue
+        missing = lost(template, form, inputs)
+        if missing is None:
+            return form, rendered
+        failure = InputError(f"{where}: {missing} does not stand in the chat template's text; {_PRINTS}")
+    assert failure is not None
+    raise failure
 
 
 def _check_inputs(template: ChatTemplate, conversation: Conversation) -> None:
@@ -91,43 +121,8 @@ def _check_inputs(template: ChatTemplate, conversation: Conversation) -> None:
             read = REASONING if name in REASONING else (name,)
             if message.get(name) and template.words.isdisjoint(read):
                 raise InputError(
-                    f"{where}: message {index} has {name!r}, which the chat template does not print; take a template "
-                    f"that does (--chat-template FILE), or remove it from the row"
+                    f"{where}: message {index} has {name!r}, which the chat template does not print; {_PRINTS}"
                 )
-
-
-def _as_taken(template: ChatTemplate, messages: Messages) -> Messages:
-    """The messages as the template takes them: text parts joined, arguments of calls parsed, where it wants them so."""
-    parts, texts = template.takes_parts, template.takes_texts
-    taken = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list) and texts and not parts:
-            message = message | {"content": "".join(part["text"] for part in content)}
-        elif isinstance(content, str) and parts and not texts:
-            message = message | {"content": [{"type": "text", "text": content}]}
-        # A template that tests for text prints arguments as they stand; another one would quote them once more.
-        if message.get("tool_calls") and not {"is string", "is mapping"} & _tests(template):
-            message = message | {"tool_calls": [_parsed(call) for call in message["tool_calls"]]}
-        taken.append(message)
-    return taken
-
-
-def _parsed(call: Any) -> Any:
-    """A tool call whose arguments, where they are the text of a JSON object, are that object."""
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _parsed(call["function"])}
-    try:
-        arguments = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError):
-        return call
-    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
-
-
-def _tests(template: ChatTemplate) -> set[str]:
-    return {f"is {test}" for test in ("string", "mapping") if f"arguments is {test}" in template.source}
 
 
 def _replies(
@@ -142,33 +137,34 @@ def _replies(
     wanted = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
     if rendered.messages is None or any(index not in rendered.messages for index in wanted):
         return "rendering every prefix", _by_prefixes(template, messages, inputs, rendered.text, where)
-    prompts = _Prompts(template, messages, inputs)
+    turns = _Turns(template, messages, inputs)
     found = {}
     for index in wanted:
         start, stop = rendered.messages[index]
         own = rendered.text[start:stop]
-        header = prompts.header(index, own)
+        header = turns.header(index, own)
         if header is None:
             raise InputError(
                 f"{where}: message {index} cannot be found in the template's text, as its turn does not begin as the "
                 f"template's generation prompt does; {_MARK_THE_REPLIES}"
             )
-        content = messages[index].get("content")
-        length = header + _length_written(own[header:], content)
+        reply, content = own[header:], messages[index].get("content")
+        marked = _has_end_marker(reply, content) if version_1 else turns.has_end_marker(index, reply, content)
+        length = header + _length_written(reply, marked)
         rest = rendered.text[stop:]
-        if rest.strip() and index == len(messages) - 1 and (version_1 or not _has_end_marker(own, content)):
+        if rest.strip() and index == len(messages) - 1 and (version_1 or not marked):
             # What the template puts after its last message ends a reply that has no end of its own.
             length = len(own) + len(rest.rstrip())
         found[index] = (start + header, start + length)
     return "its loop over the messages", found
 
 
-class _Prompts:
-    """The text that asks for a reply, at each point of a conversation."""
+class _Turns:
+    """What a template puts around the content of replies, and what asks for one, at each point of a conversation."""
 
     def __init__(self, template: ChatTemplate, messages: Messages, inputs: Inputs) -> None:
         self._template, self._messages, self._inputs = template, messages, inputs
-        self._after: dict[str, str | None] = {}
+        self._prompts: dict[tuple[str, str | None], str | None] = {}
 
     def header(self, index: int, own: str) -> int | None:
         """The length of what stands before the reply in its message's text; None where that is not known."""
@@ -178,48 +174,61 @@ class _Prompts:
         # The prompt may begin the reply, too (with an opened or an empty reasoning), and this one does not begin so:
         # what it and the turn of some reply have in common is the header.
         prompts = [prompt] if prompt is not None else [self._prompt(other) for other in range(len(self._messages))]
-        common = {_common(before, asked) for before in self._before_replies for asked in prompts if asked}
+        befores = {before for before, _ in self._around.values()}
+        common = {_common(before, asked) for before in befores for asked in prompts if asked}
         return max((len(header) for header in common if header and own.startswith(header)), default=None)
 
+    def has_end_marker(self, index: int, reply: str, content: Any) -> bool:
+        """Whether something other than white space ends a reply in the text of its message."""
+        if index not in self._around:
+            return _has_end_marker(reply, content)
+        return bool(self._around[index][1].strip())
+
     def _prompt(self, index: int) -> str | None:
-        """The generation prompt after the message before; the same one after every message of its role."""
-        role = str(self._messages[index - 1].get("role")) if index else ""
-        if role not in self._after:
+        """The generation prompt after the message before. It is the same one after all messages of a role before turns
+        that begin alike, and found once for those."""
+        if not index:
+            return None
+        before = self._around.get(index, (None, ""))[0]
+        key = str(self._messages[index - 1].get("role")), before
+        if key not in self._prompts:
             try:
-                self._after[role] = self._rendered_prompt(index) if index else None
+                self._prompts[key] = self._rendered_prompt(index)
             except Exception:  # whatever a template raises on a part of a conversation
-                self._after[role] = None
-        return self._after[role]
+                self._prompts[key] = None
+        return self._prompts[key]
 
     def _rendered_prompt(self, index: int) -> str | None:
         part = self._messages[:index]
-        asked, told = (self._template.render(part, self._inputs, prompt) for prompt in (True, False))
-        if not asked.messages or not told.messages or index - 1 not in asked.messages or index - 1 not in told.messages:
-            return asked.text[len(told.text) :] if asked.text.startswith(told.text) else None
-        with_prompt, without = (_text_of(each, index - 1) for each in (asked, told))
+        asked, plain = (self._template.stand_in(part, self._inputs, prompt) for prompt in (True, False))
+        found = [each.messages or {} for each in (asked, plain)]
+        if any(index - 1 not in messages for messages in found):
+            return asked.text[len(plain.text) :] if asked.text.startswith(plain.text) else None
+        with_prompt, without = (_text_of(each, index - 1) for each in (asked, plain))
         if not with_prompt.startswith(without):
             return None
-        return with_prompt[len(without) :] + asked.text[asked.messages[index - 1][1] :]
+        return with_prompt[len(without) :] + asked.text[found[0][index - 1][1] :]
 
     @functools.cached_property
-    def _before_replies(self) -> set[str]:
-        """What the template puts before the content of a reply: of each one, and of one that others follow."""
+    def _around(self) -> dict[int, tuple[str, str]]:
+        """By reply: what the template puts before and after its content, where it prints that. There is one reply more,
+        so that others follow the last one."""
         last = [{"role": "user", "content": PROBE}, {"role": "assistant"}]
         messages = [*self._messages, *(last if self._messages[-1].get("role") == "assistant" else [])]
-        replies = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-        texts = {index: f"{PROBE} {index}." for index in replies}
+        texts = {i: f"{PROBE} {i}." for i, message in enumerate(messages) if message.get("role") == "assistant"}
+        parts = not self._template.takes_texts and self._template.takes_parts
+        stand_ins = [
+            {"role": "assistant", "content": [{"type": "text", "text": texts[i]}] if parts else texts[i]}
+            if i in texts
+            else message
+            for i, message in enumerate(messages)
+        ]
         try:
-            rendered = self._template.render(
-                [
-                    {"role": "assistant", "content": texts[index]} if index in texts else message
-                    for index, message in enumerate(messages)
-                ],
-                self._inputs,
-            )
+            rendered = self._template.stand_in(stand_ins, self._inputs)
         except Exception:  # whatever a template raises on replies of another kind
-            return set()
-        parts = [_text_of(rendered, index).partition(text) for index, text in texts.items()]
-        return {before for before, found, _ in parts if found}
+            return {}
+        found = {index: _text_of(rendered, index).partition(text) for index, text in texts.items()}
+        return {index: (before, after) for index, (before, text, after) in found.items() if text}
 
 
 def _text_of(rendered: Rendered, index: int) -> str:
@@ -228,8 +237,10 @@ def _text_of(rendered: Rendered, index: int) -> str:
 
 
 def _common(a: str, b: str) -> str:
+    """The beginning that two texts have in common, without a part of a word or of a tag."""
     length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:length]
+    common = a[:length]
+    return common if common in (a, b) else re.sub(r"(<[^<>\s]*|\w+)$", "", common)
 
 
 def _by_prefixes(
@@ -244,24 +255,31 @@ def _by_prefixes(
                 f"{where}: the conversation begins with the assistant, and nothing can be rendered before that; "
                 f"{_MARK_THE_REPLIES}"
             )
-        before = template.text(messages[:index], inputs, prompt=True)
-        after = template.text(messages[: index + 1], inputs)
+        try:
+            before = template.text(messages[:index], inputs, prompt=True)
+            after = template.text(messages[: index + 1], inputs)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"{where}: message {index} cannot be found in the template's text, and the template refuses the "
+                f"messages up to it ({reason}); {_MARK_THE_REPLIES}"
+            ) from None
         if not after.startswith(before) or not whole.startswith(after):
             raise InputError(
                 f"{where}: message {index} cannot be found in the template's text, which does not begin with the "
                 f"text of the messages before it; {_MARK_THE_REPLIES}"
             )
-        reply = after[len(before) :]
-        found[index] = (len(before), len(before) + _length_written(reply, message.get("content")))
+        reply, content = after[len(before) :], message.get("content")
+        found[index] = (len(before), len(before) + _length_written(reply, _has_end_marker(reply, content)))
     return found
 
 
-def _length_written(reply: str, content: Any) -> int:
+def _length_written(reply: str, marked: bool) -> int:
     """Length of the part of a rendered reply that the assistant writes: all but white space after an end marker.
 
     Without a marker the white space itself ends the turn, and has to be learnt.
     """
-    return len(reply.rstrip()) if _has_end_marker(reply, content) else len(reply)
+    return len(reply.rstrip()) if marked else len(reply)
 
 
 def _has_end_marker(reply: str, content: Any) -> bool:
@@ -269,20 +287,10 @@ def _has_end_marker(reply: str, content: Any) -> bool:
     return not (text and reply.rstrip().endswith(text))
 
 
-def _check_shown(messages: Messages, rendered: Rendered, where: str) -> None:
-    """Refuse a template that leaves out what a message says: it would be lost without a word."""
-    for index, message in enumerate(messages):
-        if message.get("role") == "tool":  # results are printed in many forms
-            continue
-        own, whole = _text_of(rendered, index), rendered.text
-        for text in message_texts([message]):
-            # Templates may drop the reasoning of earlier replies.
-            said = text.rpartition("</think>")[2].strip()
-            if said not in own and said not in whole and json.dumps(said, ensure_ascii=False)[1:-1] not in whole:
-                raise InputError(
-                    f"{where}: the content of message {index} ({message.get('role')}: {said[:40]!r}) does not stand in "
-                    f"the chat template's text; take a template that prints it (--chat-template FILE)"
-                )
+def _is_endless(written: str, message: dict[str, Any]) -> bool:
+    """Whether a reply ends with its content: nothing that a student could learn tells that it is over."""
+    text = "".join(message_texts([message]))
+    return bool(text) and written.endswith(text) and not text.isspace()
 
 
 def _leaves_out_reasoning(message: dict[str, Any], text: str) -> bool:
@@ -290,7 +298,7 @@ def _leaves_out_reasoning(message: dict[str, Any], text: str) -> bool:
         return False
     inside = "".join(message_texts([message])).rpartition("</think>")[0].rpartition("<think>")[2]
     reasoning = next((message[name] for name in REASONING if message.get(name)), inside)
-    return isinstance(reasoning, str) and reasoning.strip() not in text
+    return reasoning.strip() not in text
 
 
 def _trained(replies: dict[int, tuple[int, int]], rendered: Rendered, conversation: Conversation) -> Ranges:

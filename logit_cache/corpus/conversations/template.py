@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import functools
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +31,8 @@ RESERVED = frozenset(
 # Names under which a message's reasoning is given; transformers fills in the one that a template reads.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 PROBE = "logit cache probe"
-# Private-use characters, which text hardly has; where it does, the marks are not used.
-_MARK = re.compile("\ue0f0([^\ue0f1]*)\ue0f1")
+# Private-use characters: two that a text does not have stand around a mark in it.
+_PRIVATE = range(0xE000, 0xF900)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ChatTemplate:
         self._marked = environment.from_string(_marked_tree(environment.parse(source)), functions)
         self.variables = frozenset(meta.find_undeclared_variables(tree))
         self.words = frozenset(_words(tree))
-        self.marks_replies = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
+        self.marks_replies = any(map(_is_generation, tree.find_all(nodes.CallBlock)))
         self.prints_date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
 
     def text(self, messages: Messages, inputs: Inputs, prompt: bool = False) -> str:
@@ -85,13 +86,22 @@ class ChatTemplate:
         )
         return text
 
-    def render(self, messages: Messages, inputs: Inputs, prompt: bool = False) -> Rendered:
+    def render(self, messages: Messages, inputs: Inputs) -> Rendered:
         """The text, and whose it is."""
-        text = self.text(messages, inputs, prompt)
+        text, found = self.text(messages, inputs), self.stand_in(messages, inputs)
+        return found if found.text == text else Rendered(text, None, None)
+
+    def stand_in(self, messages: Messages, inputs: Inputs, prompt: bool = False) -> Rendered:
+        """As `render`, for messages that stand in for others or are a part of them: transformers is not asked."""
         values = self._values(messages, inputs, prompt)
-        marks = _Marks(values["messages"])
-        marked = self._marked.render(_logit_cache_at=marks.at, _logit_cache_after=marks.after, **values)
-        return _read_marks(text, marked)
+        given = json.dumps([messages, inputs.tools, inputs.documents], ensure_ascii=False, default=str)
+        free = (character for character in map(chr, _PRIVATE) if character not in given)
+        marks = _Marks(values["messages"], next(free), next(free))
+        return marks.read(
+            self._marked.render(
+                _logit_cache_at=marks.at, _logit_cache_after=marks.after, _logit_cache_mark=marks.mark, **values
+            )
+        )
 
     @functools.cached_property
     def takes_texts(self) -> bool:
@@ -125,7 +135,8 @@ class ChatTemplate:
 class _Marks:
     """The functions that a marked template calls. The message at which a loop stands ends with the loop."""
 
-    def __init__(self, messages: Messages) -> None:
+    def __init__(self, messages: Messages, opening: str, closing: str) -> None:
+        self._opening, self._closing = opening, closing
         self._index = {id(message): index for index, message in enumerate(messages)}
         self._at: list[tuple[int, int]] = []  # loops that stand at a message, the inner ones last: (loop, message)
 
@@ -136,11 +147,15 @@ class _Marks:
             return ""
         self._leave(loop)
         self._at.append((loop, found[0]))
-        return self._mark()
+        return self._here()
 
     def after(self, loop: int) -> str:
         """A loop has ended."""
-        return self._mark() if self._leave(loop) else ""
+        return self._here() if self._leave(loop) else ""
+
+    def mark(self, what: str) -> str:
+        """A mark in the text."""
+        return f"{self._opening}{what}{self._closing}"
 
     def _leave(self, loop: int) -> bool:
         depth = next((depth for depth, (number, _) in enumerate(self._at) if number == loop), len(self._at))
@@ -148,19 +163,21 @@ class _Marks:
         del self._at[depth:]
         return left
 
-    def _mark(self) -> str:
-        return f"\ue0f0{self._at[-1][1] if self._at else ''}\ue0f1"
+    def _here(self) -> str:
+        return self.mark(str(self._at[-1][1]) if self._at else "")
+
+    def read(self, marked: str) -> Rendered:
+        """A text without its marks, and the ranges that they stand for."""
+        return _ranges(re.split(f"{self._opening}([^{self._closing}]*){self._closing}", marked))
 
 
-def _read_marks(text: str, marked: str) -> Rendered:
-    """The ranges that the marks in a text stand for; `text` is the one without them."""
-    if _MARK.sub("", marked) != text:
-        return Rendered(text, None, None)
+def _ranges(parts: Sequence[str]) -> Rendered:
+    """The ranges of a text that is given in parts, with marks between them."""
     found: dict[int, tuple[int, int]] = {}
     replies: list[tuple[int, int]] = []
     message, position, opened = "", 0, 0
     twice = set()
-    for index, part in enumerate(_MARK.split(marked)):
+    for index, part in enumerate(parts):
         if not index % 2:
             if message and part:
                 start, stop = found.get(int(message), (position, position))
@@ -175,7 +192,7 @@ def _read_marks(text: str, marked: str) -> Rendered:
             message = part
     # A message whose text stands in two places has no range.
     return Rendered(
-        text,
+        "".join(parts[::2]),
         {index: where for index, where in found.items() if index not in twice},
         tuple(where for where in replies if where[0] < where[1]),
     )
@@ -204,8 +221,9 @@ def _with_marks(body: list[nodes.Node], numbers: Iterator[int]) -> list[nodes.No
             targets = [nodes.Name(name.name, "load") for name in _names(node.target)]
             node.body.insert(0, _call("_logit_cache_at", [loop, *targets]))
             marked.append(_call("_logit_cache_after", [loop]))
-        elif isinstance(node, nodes.CallBlock) and isinstance(node.call.node, nodes.ExtensionAttribute):
-            node.body = [_constant("\ue0f0(\ue0f1"), *node.body, _constant("\ue0f0)\ue0f1")]
+        elif isinstance(node, nodes.CallBlock) and _is_generation(node):
+            opened, closed = (_call("_logit_cache_mark", [nodes.Const(mark)]) for mark in "()")
+            node.body = [opened, *node.body, closed]
     return marked
 
 
@@ -217,8 +235,9 @@ def _call(name: str, arguments: Sequence[nodes.Expr]) -> nodes.Output:
     return nodes.Output([nodes.Call(nodes.Name(name, "load"), list(arguments), [], None, None)], lineno=1)
 
 
-def _constant(text: str) -> nodes.Output:
-    return nodes.Output([nodes.TemplateData(text)], lineno=1)
+def _is_generation(node: nodes.CallBlock) -> bool:
+    """Whether it is the block of transformers' extension, which is the only one of its environment that makes any."""
+    return isinstance(node.call.node, nodes.ExtensionAttribute)
 
 
 def _words(tree: nodes.Template) -> Iterator[str]:

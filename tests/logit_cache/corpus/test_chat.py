@@ -11,6 +11,7 @@ import pytest
 from support.models.saved import make_tokenizer, sample_text, tiny_tokenizer
 
 from logit_cache.corpus import pieces
+from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.renderer import Renderer
 from logit_cache.corpus.conversations.replies import message_texts
 from logit_cache.corpus.documents import Conversation
@@ -243,8 +244,7 @@ def test_messages_that_cannot_be_rendered_are_refused_with_their_row(folder: Pat
     assert "no chat template" in message
     # Earlier turns are rewritten once a later one follows, and no loop stands at the messages themselves.
     forgetful = (
-        "{% for i in range(messages|length) %}{{ messages[i]['content'] if loop.last else messages[i]['content'][:3] }}"
-        "{% endfor %}"
+        "{% for i in range(messages|length) %}{{ messages[i]['content'] }}{% if loop.last %}END{% endif %}{% endfor %}"
     )
     message = _refused(folder, chat_tokenizer(forgetful), good)
     assert message.startswith(f"{where}: message 2 cannot be found")
@@ -253,7 +253,7 @@ def test_messages_that_cannot_be_rendered_are_refused_with_their_row(folder: Pat
     assert message.startswith(f"{where}: message 0 cannot be found")
     cut = CHATML.replace("{{ m['content'] }}", "{{ m['content'][:3] }}")
     message = _refused(folder, chat_tokenizer(cut), good)
-    assert message.startswith(f"{where}: the content of message 0 (system: 'Be brief.') does not stand in")
+    assert message.startswith(f"{where}: the content of message 0 (system), 'Be brief.', does not stand in")
     message = _refused(folder, chat_tokenizer("{{ raise_exception('roles must\nalternate') }}"), good)
     assert message.startswith(f"{where}: the chat template refuses these messages (roles must alternate)")
     assert _refused(folder, chat_tokenizer(CHATML), []).startswith(f"{where}: 'messages' is an empty list")
@@ -262,6 +262,6 @@ def test_messages_that_cannot_be_rendered_are_refused_with_their_row(folder: Pat
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
-    renderer = Renderer(tiny_tokenizer("bytes"), {}, None, given_date=False, version_1=False)
+    renderer = Renderer(tiny_tokenizer("bytes"), Conventions(), (), given_date=False)
     with pytest.raises(InputError, match=r"row 7: .*character offsets.*ByT5Tokenizer.*tokenizer\.json"):
         renderer.chunk(Conversation(0, messages_of(CONVERSATIONS[0]), "row 7"))

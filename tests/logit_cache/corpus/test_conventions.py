@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from pydantic import ValidationError
 from support.commands import COMMANDS, ROOT
-from support.models.saved import make_tokenizer
+from support.models.saved import make_tokenizer, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from logit_cache.corpus.conventions import Conventions
@@ -27,6 +29,13 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 DATED = "{{ bos_token }}Today is {{ strftime_now('%d %B %Y') }}.\n" + CHATML
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}]}
+PRINTED = "{% for c in m.tool_calls %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+CALLS_WITHOUT_CONTENT = CHATML.replace(
+    "{{ m['content'] }}", "{% if m.content %}{{ m.content }}{% else %}" + PRINTED + "{% endif %}"
+)
+CHATML_OF_TEXTS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+TOOLS_BESIDE_SYSTEM = "{% if messages[0].role == 'system' %}{{ tools | tojson }}{% endif %}" + CHATML
 NAMED = CHATML + "{% if style is defined %}{{ style }}{% endif %}"
 
 
@@ -142,7 +151,10 @@ def test_a_stream_of_version_1_stays_as_it_is(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(IdentityMismatch, match="stream_sha256"):
         make(tmp_path / "old", tokenizer, path, bos=True)
     assert digest(tmp_path / "old") == before
-    # Held-out text is made as the first stream was.
+    # Held-out text is made as the first stream was, wherever its tokenizer is looked for.
+    (tmp_path / "link").symlink_to(tmp_path / "old" / "tokenizer")
+    again = make(tmp_path / "linked", str(tmp_path / "link"), path)
+    assert again.record.corpus.begins_with_bos is False
     held_out = make(tmp_path / "held-out", str(tmp_path / "old" / "tokenizer"), path)
     assert texts(held_out, tokenizer)[0] == "one"
     assert held_out.record.corpus.begins_with_bos is False
@@ -241,7 +253,18 @@ def test_what_no_template_reads_is_refused(tmp_path: Path, options: dict[str, An
         (CHATML, {"messages": TURNS, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs has 'tools'"),
         (CHATML, {"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f"}]}]}, "message 1 has 'tool_calls'"),
         (CHATML, {"messages": [TURNS[0], {**TURNS[1], "thinking": "hm"}]}, "message 1 has 'thinking'"),
-        ("{{ messages[0].content }}", {"messages": TURNS}, "the content of message 1 .*'yo'.* does not stand in"),
+        (
+            "{{ messages[0].content }}",
+            {"messages": TURNS},
+            "content of message 1 .assistant., 'yo', does not stand",
+        ),
+        (CALLS_WITHOUT_CONTENT, {"messages": [TURNS[0], {**TURNS[1], **CALL}]}, "tool_calls of message 1 .assistant."),
+        (
+            CHATML_OF_TEXTS,
+            {"messages": [TURNS[0], {"role": "tool", "content": "sunny"}, TURNS[1]]},
+            "message 2|message 1",
+        ),
+        (TOOLS_BESIDE_SYSTEM, {"messages": TURNS, "tools": [{"name": "f"}]}, "the tool 'f' does not stand"),
         (CHATML, {"messages": TURNS[:1]}, "no token of it is trained on"),
         (CHATML, {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "no token of it is trained on"),
         ("{% for", {"messages": TURNS}, "the chat template is not valid"),
@@ -267,13 +290,79 @@ def test_content_is_given_as_the_template_takes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", ['{"b": 2, "a": null}', {"b": 2, "a": None}])
 def test_arguments_of_calls_are_not_quoted_twice(tmp_path: Path, arguments: Any) -> None:
     template = CHATML.replace(
-        "{{ m['content'] }}", "{{ m['content'] or (m.tool_calls[0].function.arguments | tojson) }}"
+        "{{ m['content'] }}",
+        "{{ m['content'] or (m.tool_calls[0].function.name + (m.tool_calls[0].function.arguments | tojson)) }}",
     )
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     row = {"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
     tokenizer = save(tmp_path / "tok", template)
     [text] = texts(make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", row)), tokenizer)
-    assert 'assistant\n{"b": 2, "a": null}<|im_end|>' in text
+    assert 'assistant\nf{"b": 2, "a": null}<|im_end|>' in text
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_calls_are_given_in_the_form_that_the_template_prints(tmp_path: Path, content: str | None) -> None:
+    """Their arguments as text, with a content that is one."""
+    printed = "{{ '`' + m.tool_calls[0].function.name + m.tool_calls[0].function.arguments + '`' }}"
+    template = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] + '' }}{% if m.tool_calls %}" + printed + "{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    row = {"messages": [TURNS[0], {"role": "assistant", "content": content, "tool_calls": [call]}]}
+    tokenizer = save(tmp_path / "tok", template)
+    [text] = texts(make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", row)), tokenizer)
+    assert text.endswith('assistant\n`f{"a": 1}`<|im_end|>\n')
+
+
+def test_content_like_the_end_marker_and_private_characters(tmp_path: Path) -> None:
+    turns = [TURNS[0], {"role": "assistant", "content": "a >"}, {"role": "user", "content": "\ue0f0 \ue0f1"}, TURNS[1]]
+    tokenizer = save(tmp_path / "tok", CHATML)
+    cache = make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", {"messages": turns}))
+    tokens, mask = cache.tokens.read(0, len(cache.tokens)), trained(cache)
+    learnt = make_decoder(tokenizer)([token for token, wanted in zip(tokens[1:], mask, strict=False) if wanted])
+    assert learnt == "a ><|im_end|>yo<|im_end|>"
+
+
+def test_a_prompt_that_depends_on_the_question(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and 'brief' in messages[loop.index0 - 1].content %}BRIEF {% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if 'brief' in messages[-1].content %}BRIEF {% endif %}{% endif %}"
+    )
+    turns = [*TURNS, {"role": "user", "content": "be brief"}, TURNS[1], *TURNS]
+    tokenizer = save(tmp_path / "tok", template)
+    cache = make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", {"messages": turns}))
+    tokens, mask = cache.tokens.read(0, len(cache.tokens)), trained(cache)
+    learnt = make_decoder(tokenizer)([token for token, wanted in zip(tokens[1:], mask, strict=False) if wanted])
+    assert learnt.replace(" ", "") == "yo<|im_end|>" * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("style=", ""), ("style=007", "007"), ("style=12:30", "12:30"), ("style=2024-07-26", "2024-07-26"),
+     ("style=.nan", ".nan"), ("style=False", False), ("style=true", True), ("style=3", 3), ('style="3"', "3")],
+)  # fmt: skip
+def test_values_of_variables_are_json_or_text(given: str, value: Any) -> None:
+    config = CorpusConfig(text=("t",), out="o", tokenizer="x", template_variables=(given,))
+    assert config.template_variables == {"style": value}
+
+
+@pytest.mark.parametrize(
+    "field", [{"date": 0}, {"date": "20240726"}, {"date": "2024-07-26T01:00"}, {"template_variables": {"a": math.nan}}]
+)
+def test_other_values_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        CorpusConfig(text=("t",), out="o", tokenizer="x", **field)
+
+
+def test_a_mask_needs_offsets(tmp_path: Path) -> None:
+    tiny_tokenizer("bytes").save_pretrained(tmp_path / "bytes")
+    path = write(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
+    with pytest.raises(InputError, match=r"rows\.jsonl line 1: .*character offsets"):
+        make(tmp_path / "cache", str(tmp_path / "bytes"), path)
+    ids = write(tmp_path / "ids.jsonl", {"input_ids": [5, 6], "labels": [-100, 6]})
+    assert trained(make(tmp_path / "cache", str(tmp_path / "bytes"), ids)) == [True, False]
 
 
 def test_the_template_is_rendered_a_fixed_number_of_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

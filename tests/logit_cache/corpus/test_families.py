@@ -86,11 +86,12 @@ def check(folder: Path, family: Family, rows: list[dict[str, Any]], **options: A
 def test_the_mask_is_that_of_the_family(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     rows = [PLAIN, EMPTY_REPLY, LONE_QUESTION, THINKING, long_conversation()] + [SYSTEM] * family.system
-    if not family.tools:
+    if not family.calls:
         rows = [row for row in rows if row is not THINKING]
     conversations: list[dict[str, Any]] = [{"messages": messages} for messages in rows]
-    if family.tools:
-        conversations += [{"messages": WITH_TOOLS, "tools": TOOLS}, {"messages": WITH_TOOLS[:4]}]
+    if family.calls:
+        conversations += [{"messages": WITH_TOOLS, **({"tools": TOOLS} if family.tools else {})}]
+        conversations += [{"messages": WITH_TOOLS[:4]}]
     options = {"date": DATE} if "strftime_now" in family.template else {}
     check(tmp_path, family, conversations, **options)
 

@@ -23,7 +23,7 @@ def document(row: dict[str, Any], from_arrow: bool = False, **options: Any) -> D
     return RowReader("text", "messages", **options).document(0, row, "row 3", from_arrow)
 
 
-def conversation(row: dict[str, Any], **options: Any) -> Conversation:
+def conversation(row: dict[str, Any], /, **options: Any) -> Conversation:
     found = document(row, **options)
     assert isinstance(found, Conversation)
     return found
@@ -109,7 +109,7 @@ def test_replies_of_a_prompt_are_not_trained_on() -> None:
 
 
 def test_a_prompt_and_its_completion_are_one_text() -> None:
-    assert document({"prompt": "1+1=", "completion": " 2"}) == Chunk(0, "1+1= 2", True, ((4, 6),))
+    assert document({"prompt": "1+1=", "completion": " 2"}) == Chunk(0, "1+1= 2", True, ((4, 6),), where="row 3")
 
 
 def test_tokens() -> None:
@@ -142,6 +142,8 @@ def test_tokens() -> None:
         ({"input_ids": "5 6 7"}, "'input_ids' is not a list of whole numbers"),
         ({"input_ids": [[5, 6, 7]]}, "'input_ids' is not a list of whole numbers"),
         ({"input_ids": [5, -6, 7]}, "which are no ids"),
+        ({"input_ids": [5, 10**20, 7]}, "'input_ids' is not a list of whole numbers"),
+        ({"input_ids": [True, False]}, "'input_ids' is not a list of whole numbers"),
         ({"weight": 0.3}, "'weight' (0.3) would change what is learnt"),
     ],
 )
@@ -184,6 +186,23 @@ CALL = {"role": "assistant", "content": "", "function_call": {"name": "f"}}
         ({"instruction": "a", "output": 3}, "expected a text, found int"),
         ({"prompt": "a", "completion": ""}, "the completion is empty"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f()"}]}, "no JSON"),
+        ({"messages": [TURNS[0], {"role": "assistant", "text": "yo"}]}, "message 1 (assistant) has no content"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "message 1 (assistant) has no content"),
+        ({"messages": [TURNS[0] | {"reasoning": "hm"}, TURNS[1]]}, "message 0 (user): 'reasoning' is the text"),
+        ({"messages": [TURNS[0], TURNS[1] | {"reasoning": ["hm"]}]}, "message 1 (assistant): 'reasoning' is the text"),
+        ({"messages": [TURNS[0] | {"content": {"text": "x"}}, TURNS[1]]}, "the content of message 0 is {'text'"),
+        ({"messages": [TURNS[0] | {"value": "other"}, TURNS[1]]}, "message 0 has 'content' and another 'value'"),
+        ({"messages": [TURNS[0], TURNS[1] | {"masked": True}]}, "message 1 has 'masked'"),
+        ({"messages": TURNS, "conversations": TURNS}, "the row has 'messages' and 'conversations'"),
+        ({"messages": TURNS, "system": "a", "system_prompt": "b"}, "the row has 'system' and 'system_prompt'"),
+        ({"messages": TURNS[:1], "response": "yo"}, "the row has 'response' beside messages"),
+        ({"instruction": "a", "input": "b", "context": "c", "output": "d"}, "the row has 'input' and 'context'"),
+        ({"instruction": "a", "output": "b", "response": "c"}, "the row has 'output' and 'response'"),
+        ({"prompt": "a", "completion": "b", "response": "c"}, "the row has 'completion' and 'response'"),
+        ({"prompt": "a", "response": "b", "context": "c"}, "'context' (c) would change what is learnt"),
+        ({"messages": TURNS, "train_on_inputs": True}, "'train_on_inputs'"),
+        ({"instruction": "a", "output": "b", "history": 5}, "'history' is not a list of [question, answer]"),
+        ({"instruction": "a", "output": "b", "history": [["a", None]]}, "expected a text, found NoneType"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "text"}, "'messages' is not a list"),
     ],
@@ -195,8 +214,27 @@ def test_rows_that_are_refused(row: dict[str, Any], message: str) -> None:
         document(row)
 
 
+def test_what_exports_write_for_absent_and_nested_values() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [TURNS[0] | {"tool_calls": []}, TURNS[1] | {"tool_calls": json.dumps([call])}]
+    assert conversation({"messages": messages}).messages == [TURNS[0], TURNS[1] | {"tool_calls": [call]}]
+    assert conversation({"messages": json.dumps(TURNS)}).messages == TURNS
+    result = {"role": "tool", "content": {"city": "Rome", "unit": None}}
+    assert conversation({"messages": [TURNS[0], result, TURNS[1]]}).messages[1] == result
+    # Fields of other rows of a table.
+    variables = {"enable_thinking": None, "style": "dry"}
+    row = {"messages": TURNS, "chat_template_kwargs": variables}
+    assert conversation(row, from_arrow=True).variables == {"style": "dry"}
+    assert conversation(row).variables == variables
+
+
+def test_a_weight_of_what_is_no_reply_changes_nothing() -> None:
+    assert conversation({"messages": [TURNS[0] | {"weight": 0}, TURNS[1]]}).untrained == frozenset()
+
+
 def test_a_named_field_decides() -> None:
-    row = {"messages": TURNS, "text": "a"}
+    row = {"messages": TURNS, "text": "a", "instruction": "b", "output": "yo"}
+    assert conversation(row, chosen="instruction").messages[0]["content"] == "b"
     assert document(row, chosen="text") == Chunk(0, "a", True)
     assert conversation(row, chosen="messages").messages == TURNS
 

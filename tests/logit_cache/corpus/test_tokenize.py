@@ -195,14 +195,14 @@ def test_parquet(tmp_path: Path, gpt2: str) -> None:
 
 def test_parquet_messages_have_no_nulls_of_other_rows(tmp_path: Path) -> None:
     messages = [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "calls": [{"name": "f", "x": None}]}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "calls": [{"name": "f", "x": None}]}],
         [{"role": "user", "content": "b", "calls": None}, {"role": "assistant", "content": "c"}],
     ]
     pq.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
     reading = Reading(RowReader("text", "messages"), "train", None)
     found = list(read_sources(find_sources([str(tmp_path / "a.parquet")]), reading, Meter()))
     assert [row.messages for row in found if isinstance(row, Conversation)] == [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "calls": [{"name": "f"}]}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "calls": [{"name": "f"}]}],
         [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
     ]
 

@@ -27,11 +27,12 @@ SPECIAL = (
 
 @dataclass(frozen=True)
 class Family:
-    """tools, system: whether its template takes them."""
+    """tools, calls, system: whether its template takes them."""
 
     template: str
     reference: Callable[..., Segments]
     tools: bool = True
+    calls: bool = True
     system: bool = True
 
 
@@ -44,14 +45,16 @@ def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 CHATML = (
+    "{%- for tool in tools or [] %}{{- 'TOOL ' + (tool | tojson) + '\n' }}{%- endfor %}"
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{{- m.content or '' }}"
     "{%- for call in m.tool_calls or [] %}{{- 'CALL ' + (call.function | tojson) }}{%- endfor %}"
-    "{{- '<|im_end|>\n' }}{%- endfor %}{%- if tools %}{%- endif %}"
+    "{{- '<|im_end|>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
 
 def chatml(messages: Messages, tools: Any = None, **_: Any) -> Segments:
+    yield "".join(f"TOOL {_json(tool)}\n" for tool in tools or ()), False
     for m in messages:
         yield f"<|im_start|>{m['role']}\n", False
         text = (m.get("content") or "") + "".join(f"CALL {_json(call)}" for call in _calls(m))
@@ -256,7 +259,6 @@ DEEPSEEK_R1 = (
     "{%- elif m.role == 'tool' %}{{ '' if ns.tool else 'OUTPUTS BEGIN' }}{%- set ns.tool = true -%}"
     "{{ 'RESULT ' + m.content }}{%- endif %}{%- endfor -%}"
     "{% if ns.tool %}{{ 'OUTPUTS END' }}{% elif add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
-    "{% if tools %}{% endif %}"
 )
 
 
@@ -278,9 +280,9 @@ def deepseek_r1(messages: Messages, **_: Any) -> Segments:
 FAMILIES = {
     "chatml": Family(CHATML, chatml),
     "llama-3": Family(LLAMA_3, llama_3),
-    "gemma": Family(GEMMA, gemma, tools=False, system=False),
+    "gemma": Family(GEMMA, gemma, tools=False, calls=False, system=False),
     "qwen-3": Family(QWEN_3, qwen_3),
-    "phi-3.5": Family(PHI_35, phi_35, tools=False),
+    "phi-3.5": Family(PHI_35, phi_35, tools=False, calls=False),
     "mistral": Family(MISTRAL, mistral),
-    "deepseek-r1": Family(DEEPSEEK_R1, deepseek_r1),
+    "deepseek-r1": Family(DEEPSEEK_R1, deepseek_r1, tools=False),
 }
