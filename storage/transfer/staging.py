@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from storage.errors import InputError
-from storage.files import PARTIAL
+from storage.files import atomic_file, sync_path
 from storage.format.manifest import ObjectDigest
 from storage.stores.local import LocalStore
 
@@ -119,13 +119,8 @@ class StagingFolder:
         if path.parent not in self._folders:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._folders.add(path.parent)
-        temporary = path.with_name(path.name + PARTIAL)
-        try:
+        with atomic_file(path) as temporary:
             yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def keep_only(self, keys: set[str]) -> None:
         """Remove all files that are not of the copy: those of another source, or temporary files of a killed run."""
@@ -158,7 +153,7 @@ class StagingFolder:
 def sync(paths: Iterable[str | Path]) -> None:
     """fsync files or folders, in parallel."""
     with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
-        list(pool.map(_sync_one, paths))
+        list(pool.map(sync_path, paths))
 
 
 def rename_folder(folder: Path, target: Path) -> None:
@@ -172,14 +167,6 @@ def rename_folder(folder: Path, target: Path) -> None:
             ) from None
         raise
     sync([target.parent])
-
-
-def _sync_one(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _locked(folder: Path) -> int:
