@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from storage.errors import InputError
@@ -22,25 +22,41 @@ def locked(folder: Path, job: str) -> Iterator[int]:
     nothing is refused there. Raises InputError while another process holds it; `job` names what is at work there.
     """
     path = folder / LOCK
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break
-        except BlockingIOError:
-            holder = os.pread(descriptor, 20, 0).decode(errors="replace")
-            os.close(descriptor)
-            raise InputError(f"{folder}: {job} is at work there (process {holder}); wait for it, or stop it") from None
-        except FileNotFoundError:
-            pass  # its last holder has just removed it
-        except OSError:
-            break
-        os.close(descriptor)
+
+    def opened() -> int:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def refusal(descriptor: int) -> str:
+        holder = os.pread(descriptor, 20, 0).decode(errors="replace")
+        return f"{folder}: {job} is at work there (process {holder}); wait for it, or stop it"
+
+    descriptor = lock(path, opened, refusal)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield descriptor
     finally:
         path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def lock(path: Path, opened: Callable[[], int], refusal: Callable[[int], str]) -> int:
+    """A descriptor of `path`, from `opened`, that holds its flock; of a file system without locks, one without it.
+
+    Raises InputError, with the text that `refusal` makes of the descriptor, while another process holds the lock.
+    """
+    while True:
+        descriptor = opened()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            message = refusal(descriptor)
+            os.close(descriptor)
+            raise InputError(message) from None
+        except FileNotFoundError:
+            pass  # its last holder has just removed it
+        except OSError:
+            return descriptor
         os.close(descriptor)

@@ -200,6 +200,8 @@ def _leave_process_group() -> None:
 
 def table(report: TrainingReport) -> str:
     """The summary printed at the end of a run."""
+    from student.report import labelled
+
     rows = [
         ("model", f"{report.job.model}, {report.parameters:,} parameters"),
         ("trained on", f"{_trained(report)} in {report.steps:,} steps, {report.seconds:,.1f} s"),
@@ -228,8 +230,7 @@ def table(report: TrainingReport) -> str:
             rows.append((f"KL to {name}", f"{kl.nats:.4f} nats{note}"))
         rows += [(f"KL to {name}", f"not measured: {why}") for name, why in held.kl_not_measured.items()]
     rows.append(("saved in", report.job.output_dir))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return labelled(rows)
 
 
 def _trained(report: TrainingReport) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @command("logit-cache verify run/train --deep")
 @click.argument("url")
-@click.option("--deep", is_flag=True, help="Hash every byte again, not only lengths, indexes and checksums.")
+@click.option("--deep", is_flag=True, help="Hash every byte again, and decode it twice: by zarr, too.")
 @click.option("--repair", is_flag=True, help="Remove leftovers, and re-open damaged shards for cache-logits.")
 @click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Objects read at once.")
 @json_option()

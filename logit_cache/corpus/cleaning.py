@@ -21,7 +21,7 @@ from logit_cache.corpus.cleaning_rules import FAMILIES, PLAIN, RULES_VERSION, Cl
 from logit_cache.corpus.sources import COMPRESSED, Source, decoded, find_sources
 from storage.config import Frozen
 from storage.errors import IdentityMismatch, InputError
-from storage.files import PARTIAL, replace_file
+from storage.files import PARTIAL, atomic_file, replace_file
 from storage.progress import Advance, Track
 
 RECORD = "cleaning.json"
@@ -231,7 +231,6 @@ def _clean_file(
     out: Path, record: Cleaning, name: str, source: Source, size: int, family: str, advance: Advance
 ) -> Cleaning:
     """Clean one file; returns the record with its entry."""
-    partial = out / (name + PARTIAL)
     sha256_in, sha256_out = hashlib.sha256(), hashlib.sha256()
     bytes_out = 0
     cleaner = Cleaner(family, source.location)
@@ -246,14 +245,12 @@ def _clean_file(
             yield cleaner.feed(text)
         yield cleaner.close()
 
-    try:
+    with atomic_file(out / name, durable=True) as partial:
         with partial.open("wb") as file:
             for text in cleaned():
                 data = text.encode()
                 sha256_out.update(data)
                 bytes_out += file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         entry = CleanedFile(
             family=family,
             rules=RULES_VERSION,
@@ -267,7 +264,4 @@ def _clean_file(
         )
         record = record.model_copy(update={"files": dict(sorted({**record.files, name: entry}.items()))})
         replace_file(out / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
-        partial.replace(out / name)
-    finally:
-        partial.unlink(missing_ok=True)
     return record

@@ -71,24 +71,16 @@ class RecipeCommands:
         recipe, of_seed = self.recipe, f" (seed {seed})" if len(self.seeds) > 1 else ""
         home = self.folder / f"seed-{seed}"
         entry = entry_name(seed)
-        data = (
-            "--cache",
-            train,
-            "--eval-cache",
-            valid,
-            "--window-tokens",
-            str(WINDOW_TOKENS),
-            "--offset",
-            recipe.offset,
-        )
+        caches = ("--cache", train, "--eval-cache", valid)
+        data = (*caches, "--window-tokens", str(WINDOW_TOKENS), "--offset", recipe.offset)
         teachers = [str(home / teacher.name) for teacher in recipe.teachers]
         for number, teacher in enumerate(recipe.teachers, 1):
-            own = ("--seed", str(len(recipe.teachers) * seed + number), "--output-dir", str(home / teacher.name))
-            yield Stage(
+            own = ("--seed", str(len(recipe.teachers) * seed + number))
+            yield _training_stage(
                 f"teacher {teacher.name}: training from scratch{of_seed}",
                 ("train-teacher", *data, *self._training(teacher, "loss"), *own),
-                makes=home / teacher.name / "report.json",
-                beside=f"teachers {seed}",
+                home / teacher.name,
+                f"teachers {seed}",
             )
         members = (*_repeated("--teacher", teachers), "--combine", "logit-mean")
         for text, cache in (("training", train), ("held-out", valid)):
@@ -103,39 +95,20 @@ class RecipeCommands:
             *("--temperature", f"{recipe.temperature:g}", "--alpha", f"{recipe.alpha:g}"),
             *("--loss-scale", recipe.loss_scale),
         )
-        student = (*data, "--seed", str(seed))
+        student, beside = (*data, "--seed", str(seed)), f"students {seed}"
         distilled = self._training(recipe.student, "distillation_loss")
         if self.live:
             # The longest first, so that the others run beside it.
             live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
             settings = self._training(recipe.student, "distillation_loss", "live")
-            yield Stage(
-                f"the same student with live teachers{of_seed}",
-                ("train-teacher", *student, *settings, *live, "--output-dir", str(home / "live")),
-                makes=home / "live" / "report.json",
-                beside=f"students {seed}",
-            )
-        yield Stage(
-            f"student from the cache, no teacher loaded{of_seed}",
-            (
-                "train-student",
-                *student,
-                *distilled,
-                "--teacher",
-                entry,
-                *objective,
-                "--output-dir",
-                str(home / "student"),
-            ),
-            makes=home / "student" / "report.json",
-            beside=f"students {seed}",
+            arguments = ("train-teacher", *student, *settings, *live)
+            yield _training_stage(f"the same student with live teachers{of_seed}", arguments, home / "live", beside)
+        arguments = ("train-student", *student, *distilled, "--teacher", entry, *objective)
+        yield _training_stage(
+            f"student from the cache, no teacher loaded{of_seed}", arguments, home / "student", beside
         )
-        yield Stage(
-            f"the same student without distillation{of_seed}",
-            ("train-student", *student, *self._training(recipe.student, "loss"), "--output-dir", str(home / "control")),
-            makes=home / "control" / "report.json",
-            beside=f"students {seed}",
-        )
+        arguments = ("train-student", *student, *self._training(recipe.student, "loss"))
+        yield _training_stage(f"the same student without distillation{of_seed}", arguments, home / "control", beside)
         if not recipe.scored:
             return
         measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
@@ -181,6 +154,11 @@ class RecipeCommands:
 def entry_name(seed: int) -> str:
     """The name of a seed's teacher entry."""
     return f"ensemble-{seed}"
+
+
+def _training_stage(title: str, arguments: tuple[str, ...], out: Path, beside: str) -> Stage:
+    """A training command that writes a model and its report into `out`."""
+    return Stage(title, (*arguments, "--output-dir", str(out)), makes=out / "report.json", beside=beside)
 
 
 def _repeated(option: str, values: Any) -> tuple[str, ...]:

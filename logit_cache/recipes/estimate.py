@@ -22,6 +22,7 @@ from logit_cache.recipes.machine import Machine
 from logit_cache.recipes.published import WINDOW_TOKENS, Model, Network, Recipe
 from logit_cache.text import columns
 from storage.errors import InputError
+from storage.progress import duration
 
 _PROGRAM_BYTES = 1 << 30
 _SCORING_LOGITS = 256 << 20
@@ -176,7 +177,7 @@ def table(stages: Sequence[Cost], machine: Machine, seeds: int) -> str:
             (
                 stage.title,
                 f"{2 * stage.products:.1e} FLOP",
-                _duration(seconds(stage, machine)),
+                duration(seconds(stage, machine)),
                 _gib(stage.memory_bytes),
                 _gib(stage.disk_bytes),
             )
@@ -185,7 +186,7 @@ def table(stages: Sequence[Cost], machine: Machine, seeds: int) -> str:
     lines = columns(rows)
     each = f", and {seeds} times that for {seeds} seeds" if seeds > 1 else ""
     lines.append(
-        f"about {_duration(total)}{each}, on {machine.name} ({machine.device}; "
+        f"about {duration(total)}{each}, on {machine.name} ({machine.device}; "
         f"{2 * machine.products_per_second / 1e12:.2f} TFLOP/s in a matrix product, of which two fifths are assumed)"
     )
     return "\n".join(lines)
@@ -193,9 +194,3 @@ def table(stages: Sequence[Cost], machine: Machine, seeds: int) -> str:
 
 def _gib(count: float) -> str:
     return f"{count / (1 << 30):,.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):,.0f} MiB"
-
-
-def _duration(count: float) -> str:
-    if count < 90:
-        return f"{count:.0f} s"
-    return f"{count / 60:.0f} min" if count < 5400 else f"{count / 3600:.1f} h"

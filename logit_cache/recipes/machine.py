@@ -85,13 +85,10 @@ def _measure() -> Machine:
 
 
 def free_memory() -> int:
-    """Bytes that a new process may take: the kernel's MemAvailable, and no more than the container's cgroup allows."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        if "MemAvailable" in fields:
-            found = int(fields["MemAvailable"].split()[0]) * 1024
+    """Bytes that a new process may take: those that the system has, and no more than the container's cgroup allows."""
+    import psutil
+
+    found = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
         found = min(found, max(0, int(limit.read_text()) - int(used.read_text())))

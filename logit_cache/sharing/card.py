@@ -66,17 +66,17 @@ def card_text(cache: LogitCache, *, license: str | None = None) -> str:
 
 
 def _front_matter(found: dict[str, Any], license: str | None) -> str:
-    import yaml
+    from huggingface_hub import DatasetCardData
 
     tokens = found["corpus"]["tokens"]
-    data = {
+    data: dict[str, Any] = {
         "license": license if license is not None else "unknown",
         "pretty_name": _title(found),
         "tags": ["logit-cache", "knowledge-distillation", "zarr"],
         "task_categories": ["text-generation"],
         "size_categories": [next((name for bound, name in _SIZES if tokens < bound), "n>1T")],
     }
-    return f"---\n{yaml.safe_dump(data, sort_keys=False)}---"
+    return f"---\n{DatasetCardData(**data).to_yaml(original_order=list(data))}\n---"
 
 
 def _title(found: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from storage.errors import CorruptCache, FormatError, IncompleteCache, LogitCach
 from storage.format.layout import ArraySpec
 from storage.format.manifest import ShardReceipt
 from storage.format.shard import Reads, ShardIndex, decode_chunk, reads_of
-from storage.stores.base import Store
+from storage.stores.base import Result, Store
 from storage.stores.mirror import Mirror
 
 _READ_ATTEMPTS = 3
@@ -45,7 +45,7 @@ class CheckedArray:
         self.spec = spec
         self._store = store
         self._folder = group  # "" or "teachers/<name>/"
-        self._receipts = receipts
+        self.receipts = receipts
         self._mirror = Mirror(store) if store.local_path is None else None
         # The store that is read: the cache itself, or the local copies of a remote one.
         self._local = store if self._mirror is None else self._mirror.local
@@ -61,12 +61,32 @@ class CheckedArray:
         """The entries of one chunk (the last one shorter). Raises IncompleteCache, CorruptCache and FormatError."""
         start = chunk * self.spec.layout.chunk
         shard, number = divmod(chunk, self.spec.layout.shard // self.spec.layout.chunk)
+
+        def decode(checked: _Opened) -> NDArray[Any]:
+            (data,) = self._local.read_ranges(self._key(shard), [checked.chunks[number]])
+            return decode_chunk(self.spec, data)[: self.spec.shape[0] - start]
+
+        return self._of_checked(shard, decode, f"chunk {chunk} cannot be decoded")
+
+    def read_bytes(self, shard: int, start: int, stop: int) -> bytes:
+        """The bytes `start .. stop` of a shard's object, after `check_shard`; raises as `read_chunk` does.
+
+        A chunk's own checksum is for the caller to check.
+        """
+
+        def read(checked: _Opened) -> bytes:
+            (data,) = self._local.read_ranges(self._key(shard), [(start, stop)])
+            return data
+
+        return self._of_checked(shard, read, "it cannot be read")
+
+    def _of_checked(self, shard: int, request: Callable[[_Opened], Result], failure: str) -> Result:
+        """The result of a request to a shard's object, which is the same file before and after."""
         self._check_metadata()
         for _ in range(_READ_ATTEMPTS):
             checked = self.check_shard(shard)
             try:
-                (data,) = self._local.read_ranges(self._key(shard), [checked.chunks[number]])
-                values = decode_chunk(self.spec, data)[: self.spec.shape[0] - start]
+                result = request(checked)
             except LogitCacheError:
                 raise
             except Exception as error:
@@ -78,7 +98,7 @@ class CheckedArray:
                 # Removed, replaced or evicted since it was checked: these may be another object's values.
                 self._checked.pop(shard, None)
             elif failed is None:
-                return values
+                return result
             elif self._mirror is not None:
                 self._mirror.drop(self._key(shard))
                 self._checked.pop(shard, None)
@@ -88,19 +108,18 @@ class CheckedArray:
         if failed is None:
             raise CorruptCache(f"{where}: it keeps changing while it is read; a committed object never does")
         raise CorruptCache(
-            f"{where}: chunk {chunk} cannot be decoded ({type(failed).__name__}: {failed}); "
-            f"the object changed after it was committed"
+            f"{where}: {failure} ({type(failed).__name__}: {failed}); the object changed after it was committed"
         ) from failed
 
     def receipt(self, shard: int) -> ShardReceipt:
         """The receipt that covers a shard. Raises IncompleteCache, which lists the missing ranges, if there is none."""
-        receipt = self._receipts.recent(shard)
+        receipt = self.receipts.recent(shard)
         if receipt is None:
             start, stop = self.spec.shard_range(shard)
             command = "cache-logits" if self._folder else "logit-cache tokenize"
             raise IncompleteCache(
                 f"{self._store.where(self._folder + self.spec.name)}: positions {start}..{stop} were asked for, "
-                f"but no receipt covers them; missing: {_ranges(self._receipts.missing_ranges())}. "
+                f"but no receipt covers them; missing: {_ranges(self.receipts.missing_ranges())}. "
                 f"Run the same {command} command again to complete it"
             )
         return receipt

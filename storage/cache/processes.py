@@ -16,6 +16,8 @@ import os
 import socket
 from pathlib import Path
 
+import psutil
+
 _PROC = Path("/proc")
 
 
@@ -23,7 +25,7 @@ def this_process() -> str | None:
     """The name of the calling process; None where `/proc` does not give it."""
     try:
         return f"{_machine()}/{os.getpid()}/{_start(os.getpid())}"
-    except (OSError, ValueError, IndexError):
+    except (OSError, psutil.Error):
         return None
 
 
@@ -35,7 +37,7 @@ def has_ended(name: str) -> bool:
         return False
     try:
         return machine == _machine() and _start(int(pid)) != int(start)
-    except (OSError, ValueError, IndexError, OverflowError):
+    except (OSError, ValueError, OverflowError, psutil.Error):
         return False
 
 
@@ -48,18 +50,19 @@ def _machine() -> str:
 def _start(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot; None when there is none, or only a zombie.
 
-    Raises OSError for a process of another user that the machine hides: of these nothing is known.
+    Raises psutil.Error for a process of another user that the machine hides: of these nothing is known.
     """
+    boot = psutil.boot_time()
     try:
-        stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    except ProcessLookupError:  # it ended while it was read
-        return None
-    except FileNotFoundError:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        ticks = round((process.create_time() - boot) * os.sysconf("SC_CLK_TCK"))
+    except psutil.NoSuchProcess:
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return None
         raise  # it exists, and is hidden
-    # The second field is the command in parentheses, and may hold anything.
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    # psutil adds the time of boot, which moves when the clock is set: a process is the same one before and after.
+    return ticks if psutil.boot_time() == boot else _start(pid)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +28,18 @@ from storage.cache.records import (
 from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
 from storage.format.fidelity import FidelityReport
 from storage.format.layout import PER_POSITION_FLOATS, corpus_arrays, teacher_arrays
-from storage.format.manifest import TEACHER_NAME, CacheRecord, ShardStatistics, TeacherEntry
+from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, CacheRecord, ShardStatistics, TeacherEntry
 from storage.format.rules import broken_rule
-from storage.format.sealing import digest
+from storage.format.sealing import digest, sealed
 from storage.format.targets import SparseTargets, concatenate
 from storage.stores import open_store
 from storage.stores.base import Store
+
+if TYPE_CHECKING:
+    from xarray import Dataset
+    from zarr import Group
+
+    from storage.cache.zarr_store import CheckedStore
 
 _CHUNK_CACHE_BYTES = 192 << 20
 
@@ -101,7 +107,7 @@ class TeacherTargets:
         self.specs = teacher_arrays(entry)
         folder = teacher_folder(name)
         self.receipts = Receipts(store, folder + "receipts", self.specs, self.record_sha256)
-        self._arrays = {n: CheckedArray(store, folder, spec, self.receipts) for n, spec in self.specs.items()}
+        self.arrays = {n: CheckedArray(store, folder, spec, self.receipts) for n, spec in self.specs.items()}
         self._where = store.where(folder.rstrip("/"))
         row_bytes = sum(spec.itemsize * int(np.prod(spec.shape[1:])) for spec in self.specs.values())
         # Decoded log-probs take 4 bytes per id on top of the stored arrays.
@@ -168,7 +174,7 @@ class TeacherTargets:
         """
         if self.entry.vocabulary_size <= columns:
             return None
-        ids, kept = self._arrays["token_ids"], self._arrays["kept"]
+        ids, kept = self.arrays["token_ids"], self.arrays["kept"]
         for start in range(0, len(self), self.entry.layout.chunk):
             chunk = start // self.entry.layout.chunk
             count = kept.read_chunk(chunk)
@@ -182,8 +188,8 @@ class TeacherTargets:
     def _chunk(self, chunk: int) -> SparseTargets:
         if chunk not in self._chunks:
             start = chunk * self.entry.layout.chunk
-            check_shards(self._arrays.values(), start // self.entry.layout.shard)
-            targets = self._record(start, {name: array.read_chunk(chunk) for name, array in self._arrays.items()})
+            check_shards(self.arrays.values(), start // self.entry.layout.shard)
+            targets = self._record(start, {name: array.read_chunk(chunk) for name, array in self.arrays.items()})
             starts = None if self._document_starts is None else self._document_starts()
             broken = broken_rule(targets, self.entry, starts)
             if broken:
@@ -269,8 +275,11 @@ class LogitCache:
         return numbers
 
     def _stream(self, name: str, check: Callable[[NDArray[Any], int], None] | None = None) -> Stream:
+        return Stream(self._checked_array(name), check)
+
+    def _checked_array(self, name: str) -> CheckedArray:
         receipts = self._receipts(name)
-        return Stream(CheckedArray(self._store, "", self._specs[name], receipts), check)
+        return CheckedArray(self._store, "", self._specs[name], receipts)
 
     def _receipts(self, name: str) -> Receipts:
         if name not in self._specs:
@@ -306,6 +315,38 @@ class LogitCache:
             documents = (lambda: self.document_starts) if self.record.corpus.tokens_included else None
             self._entries[name] = TeacherTargets(self._store, name, entry, documents)
         return self._entries[name]
+
+    def zarr(self) -> Group:
+        """The cache as zarr's own group, read-only, on the same store, local or remote.
+
+        Holds the arrays as they are stored (`storage.format` has their meaning). Each object is checked against its
+        receipt before zarr reads it; a read that touches positions without a receipt raises IncompleteCache, one of a
+        damaged object CorruptCache, or zarr's ValueError for a chunk's own checksum.
+        """
+        from storage.cache.zarr_store import open_group
+
+        return open_group(self._zarr_store(self.teachers))
+
+    def xarray(self, name: str) -> Dataset:
+        """One teacher's entry as an xarray Dataset, with the token stream's arrays beside its own.
+
+        Dimensions are `position`, `rank` (of the kept ids) and `document`; `attrs` hold the entry's record. Values are
+        those of `zarr()`, read and checked when they are used. Raises as `teacher` does, InputError without xarray.
+        """
+        from storage.cache.zarr_store import open_dataset
+
+        return open_dataset(self._zarr_store((name,)), f"teachers/{name}")
+
+    def _zarr_store(self, names: Iterable[str]) -> CheckedStore:
+        from storage.cache.zarr_store import CheckedStore
+
+        groups: dict[str, dict[str, Any]] = {"": {ATTRIBUTE: sealed(self.record)}, "teachers": {}}
+        arrays = {name: self._checked_array(name) for name in self._specs}
+        for name in names:
+            entry = self.teacher(name)
+            groups[f"teachers/{name}"] = {ATTRIBUTE: sealed(entry.entry)}
+            arrays |= {f"teachers/{name}/{array}": checked for array, checked in entry.arrays.items()}
+        return CheckedStore(self.url, groups, arrays)
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer's files, each checked against its receipt, for AutoTokenizer.from_pretrained."""

@@ -2,7 +2,8 @@
 
 quick   records against their own digests, receipts against the index, every object's length; on a local disk its
         seal and its chunks' sizes too, which cost a remote store nine requests where one listing gives all lengths
-deep    every byte of every object against its sha256, and its seal and chunks' sizes on every store
+deep    every byte of every object against its sha256, its seal and chunks' sizes on every store, and its values by our
+        decoder against those by zarr's codecs, from the same bytes: each object is read once
 repair  removes leftovers; the receipts of damaged shards, so that the command that made a shard computes it again;
         and a damaged index of receipts or fidelity report, which the same command writes again. A damaged record
         cannot be repaired
@@ -36,11 +37,13 @@ from storage.cache.inventory import (
 from storage.cache.leases import leased_shard, leases_in
 from storage.cache.reader import LogitCache
 from storage.cache.records import read_fidelity, read_tokenizer_receipt, tokenizer_key
+from storage.cache.zarr_store import decode_with_zarr
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
 from storage.files import PARTIAL
 from storage.format.layout import ArraySpec
 from storage.format.manifest import TEACHER_NAME, ShardReceipt
 from storage.format.sealing import parse_json
+from storage.format.shard import decode_shard
 from storage.progress import Advance
 from storage.stores import open_store
 from storage.stores.base import Store
@@ -198,17 +201,19 @@ def _check_group(
                 # It was listed by the index, which the repair of an earlier shard has removed.
                 raise CorruptCache(f"{store.where(receipts.key(shard))}: missing, though the index listed it")
         except LogitCacheError as error:
-            damaged = [str(error)]
+            damaged, doubtful = [str(error)], []
         else:
             check = partial(_check_object_of, store, group, receipt, deep, listed)
-            checks = pool.map(check, receipts.specs.values())
-            damaged = [problem for problem in checks if problem is not None]
+            checks = list(pool.map(check, receipts.specs.values()))
+            damaged = [damage for damage, _ in checks if damage is not None]
+            doubtful = [doubt for _, doubt in checks if doubt is not None]
             found.objects += len(receipt.objects)
             size = sum(item.bytes for item in receipt.objects.values())
             found.bytes += size
             if progress is not None:
                 progress(size)
-        found.problems += damaged
+        found.problems += damaged + doubtful
+        # Where the decoders differ the program is wrong and the bytes are not; repair leaves these alone.
         if damaged and repair:
             # The index first: it lists the receipt. The objects stay; the worker replaces them like any leftover.
             for key in (receipts.index_key, receipts.key(shard)):
@@ -240,27 +245,51 @@ def _check_metadata(store: Store, group: Group, found: Verification, started: bo
 
 def _check_object_of(
     store: Store, group: Group, receipt: ShardReceipt, deep: bool, listed: dict[str, int], spec: ArraySpec
-) -> str | None:
+) -> tuple[str | None, str | None]:
+    """The damage of an object, which repair mends, and a difference between the decoders, which it does not."""
     key = group.object_key(spec.name, receipt.shard)
     expected = receipt.objects[spec.name]
     try:
-        if store.local_path is not None:
-            check_object(store, key, spec, receipt)
-            if deep and hashlib.sha256(store.read(key, expected.bytes)).hexdigest() != expected.sha256:
-                return f"{store.where(key)}: its bytes are not those of the receipt's sha256 {expected.sha256}"
-        else:
+        if store.local_path is None:
             # A worker may have committed the shard after the listing.
             size = listed[key] if key in listed else store.size(key)
             if size != expected.bytes:
                 there = "no object" if size is None else f"{size} bytes"
-                return f"{store.where(key)}: its receipt states {expected.bytes} bytes, found {there}"
-            if deep:
-                fetch_object(store, key, spec, receipt)
+                return f"{store.where(key)}: its receipt states {expected.bytes} bytes, found {there}", None
+        if deep:
+            data = fetch_object(store, key, spec, receipt)
+            return _compare_decoders(store.where(key), spec, receipt.shard, data)
+        if store.local_path is not None:
+            check_object(store, key, spec, receipt)
     except FileNotFoundError:
-        return f"{store.where(key)}: missing, though its receipt exists"
+        return f"{store.where(key)}: missing, though its receipt exists", None
     except LogitCacheError as error:
-        return str(error)
-    return None
+        return str(error), None
+    return None, None
+
+
+def _compare_decoders(where: str, spec: ArraySpec, shard: int, data: bytes) -> tuple[str | None, str | None]:
+    """As `_check_object_of`, for an object whose bytes are those of the receipt."""
+    decoders = {"our decoder": lambda *given: np.concatenate(list(decode_shard(*given))), "zarr": decode_with_zarr}
+    found, failed = {}, []
+    for name, decode in decoders.items():
+        try:
+            values = decode(spec, shard, data)
+        except Exception as error:  # codecs have no common error class
+            failed.append(f"{name} cannot decode it ({type(error).__name__}: {error})")
+        else:
+            # As bytes: NaN stands for "no label", and -0 is not 0.
+            found[name] = (values.dtype, values.shape, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    if len(failed) == len(decoders):
+        return f"{where}: its bytes are those of the receipt, but {' and '.join(failed)}", None
+    (dtype, shape, ours), *others = found.values()
+    if not failed and all(other[:2] == (dtype, shape) and np.array_equal(other[2], ours) for other in others):
+        return None, None
+    differ = failed[0] if failed else "our decoder and zarr read different values from it"
+    return None, (
+        f"{where}: {differ}, though its bytes are those of the receipt: the object is whole, and logit-cache or one of "
+        f"its libraries decodes it wrongly; do not train on it, and report this"
+    )
 
 
 def _check_tokenizer(store: Store, known: set[str], found: Verification) -> None:

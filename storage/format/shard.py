@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +93,17 @@ def decode_chunk(spec: ArraySpec, data: bytes) -> NDArray[Any]:
     if len(decoded) != spec.chunk_bytes:
         raise ValueError(f"it holds {len(decoded)} bytes decoded, where a chunk has {spec.chunk_bytes}")
     return values.astype(spec.dtype, copy=False)
+
+
+def decode_shard(spec: ArraySpec, shard: int, data: bytes) -> Iterator[NDArray[Any]]:
+    """The entries of each chunk of a shard, from the bytes of its whole object; the last one of the array is shorter.
+
+    For an object whose sizes were checked (`ShardIndex.misfit`). Raises ValueError, RuntimeError for damage.
+    """
+    index = ShardIndex.of(spec, len(data), reads_of(data))
+    start, stop = spec.shard_range(shard)
+    for number, (offset, length) in enumerate(zip(index.offsets, index.lengths, strict=True)):
+        yield decode_chunk(spec, data[offset : offset + length])[: stop - start - number * spec.layout.chunk]
 
 
 def _crc32c(data: bytes | memoryview) -> bytes:

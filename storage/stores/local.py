@@ -11,13 +11,12 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
-from storage.files import PARTIAL
+from storage.files import atomic_file, sync_path
 from storage.stores.base import MOST_BYTES, Store
 
 _MOST_PATHS = 4_096
@@ -128,7 +127,7 @@ class LocalStore(Store):
     def remove(self, key: str) -> None:
         path = self._path(key)
         path.unlink()
-        _sync_folder(path.parent)
+        sync_path(path.parent)
 
     def publish(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -159,22 +158,11 @@ class LocalStore(Store):
             os.close(descriptor)
 
     def _put(self, path: Path, data: bytes, *, replace: bool) -> bool:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
         with _plain_errors(path, len(data)):
             try:
                 self._make_folders(path.parent)
-                try:
-                    with temporary.open("xb") as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    if replace:
-                        os.replace(temporary, path)
-                    else:
-                        _link_new(temporary, path)
-                finally:
-                    temporary.unlink(missing_ok=True)
-                _sync_folder(path.parent)
+                with atomic_file(path, durable=True, shared=True, place=None if replace else _link_new) as temporary:
+                    temporary.write_bytes(data)
             except FileExistsError:
                 self._sync_name(path)
                 return False
@@ -184,7 +172,7 @@ class LocalStore(Store):
         """Sync the folder of an object that another writer published: it may have been killed before it had synced the
         folder, and a receipt is going to rely on the object."""
         self._make_folders(path.parent)
-        _sync_folder(path.parent)
+        sync_path(path.parent)
 
     def _make_folders(self, folder: Path) -> None:
         """Create missing folders and sync each into its parent, so that a power cut cannot lose the folder of a synced
@@ -198,7 +186,7 @@ class LocalStore(Store):
             if not path.exists():
                 with contextlib.suppress(FileExistsError):
                     path.mkdir()
-            _sync_folder(path.parent)
+            sync_path(path.parent)
             self._synced_folders.add(path)
 
 
@@ -229,11 +217,3 @@ def _link_new(temporary: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(str(path)) from None
         os.rename(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import secrets
 import shutil
 import threading
 import time
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
-from storage.files import PARTIAL
+from storage.files import PARTIAL, atomic_file
 from storage.format.manifest import ObjectDigest
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
@@ -96,14 +95,10 @@ class Mirror:
 
     def _keep(self, key: str, data: bytes) -> None:
         path = self.path(key)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with atomic_file(path, shared=True) as temporary:
                 temporary.write_bytes(data)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
         except OSError as error:
             if is_out_of_space(error):
                 raise StorageFull(

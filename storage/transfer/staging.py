@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from storage.errors import InputError
-from storage.files import PARTIAL
+from storage.files import atomic_file, sync_path
 from storage.format.manifest import ObjectDigest
+from storage.locks import lock
 from storage.stores.local import LocalStore
 
 SUFFIX = ".incoming"
@@ -119,13 +120,8 @@ class StagingFolder:
         if path.parent not in self._folders:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._folders.add(path.parent)
-        temporary = path.with_name(path.name + PARTIAL)
-        try:
+        with atomic_file(path) as temporary:
             yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     def keep_only(self, keys: set[str]) -> None:
         """Remove all files that are not of the copy: those of another source, or temporary files of a killed run."""
@@ -158,7 +154,7 @@ class StagingFolder:
 def sync(paths: Iterable[str | Path]) -> None:
     """fsync files or folders, in parallel."""
     with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
-        list(pool.map(_sync_one, paths))
+        list(pool.map(sync_path, paths))
 
 
 def rename_folder(folder: Path, target: Path) -> None:
@@ -174,38 +170,27 @@ def rename_folder(folder: Path, target: Path) -> None:
     sync([target.parent])
 
 
-def _sync_one(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _locked(folder: Path) -> int:
-    """A descriptor of the folder that holds a lock on it; the kernel releases it when its holder is killed."""
+    """A descriptor of the folder that holds a lock on it; the kernel releases it when its holder is killed.
+
+    On a mount without locks it holds none: two runs do the same work there, and both check it.
+    """
+    refusal = f"{folder}: another push or pull is at work there; wait for it, or stop it"
+    return lock(folder, partial(_opened, folder), lambda _: refusal)
+
+
+def _opened(folder: Path) -> int:
+    """A descriptor of the folder, which is made where it is missing."""
     while True:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue  # its last holder has just removed it
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}; a copy is staged there: move it away") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), folder.lstat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(f"{folder}: another push or pull is at work there; wait for it, or stop it") from None
-        except FileNotFoundError:
-            pass
-        except OSError:
-            return descriptor  # a mount without locks: two runs do the same work, and both check it
-        os.close(descriptor)
 
 
 def _remove_links(folder: Path) -> None:

@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 from storage import LogitCache
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import TeacherEntry
-from storage.format.sealing import digest
 from storage.format.targets import SparseTargets
 from storage.progress import Log
 from student.data.blocks import Blocks, Offset
@@ -175,10 +174,6 @@ class DistillationWindows(Dataset[Window]):
         other = copy.copy(self)
         other.teachers, other.entries = (), {}
         return other
-
-    def entry_sha256(self, name: str) -> str:
-        """Digest of a teacher entry's record, for provenance."""
-        return digest(self.entries[name])
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -39,7 +39,7 @@ from student.models.configuration import stated_columns
 from student.models.loading import load_student
 from student.models.tokenizer import begin_id, read_tokenizer
 from student.models.vocabulary import check_vocabulary
-from student.report import HeldOutKL
+from student.report import HeldOutKL, labelled
 
 
 class HeldOutScores(Reported):
@@ -249,8 +249,7 @@ def table(report: EvaluationReport) -> str:
             ),
             ("undecided", f"{scores.close:,} pairs closer than 1e-4 nats, {scores.tied:,} of them equal (wrong)"),
         ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return labelled(rows)
 
 
 def write_report(report: EvaluationReport, file: str) -> None:

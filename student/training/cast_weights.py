@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from storage.files import PARTIAL, replace_file
+from storage.files import atomic_file, replace_file
 
 
 def cast_weights(folder: Path, dtype: str) -> None:
@@ -27,9 +26,8 @@ def cast_weights(folder: Path, dtype: str) -> None:
             for name, tensor in load_file(path).items()
         }
         total += sum(tensor.nbytes for tensor in tensors.values())
-        temporary = path.with_name(path.name + PARTIAL)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.exists():
         content = json.loads(index.read_bytes())

@@ -9,6 +9,8 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from storage.progress import duration
+
 
 class TrainingProgress(TrainerCallback):
     """Steps, loss, tokens per second and time left. `tokens_per_step` counts all processes."""
@@ -48,7 +50,7 @@ class TrainingProgress(TrainerCallback):
         else:
             left = self._seconds_per_step(state) * (state.max_steps - state.global_step)
             print(
-                f"step {state.global_step}/{state.max_steps}: {figures}, {self._rate(state)}, {_duration(left)} left",
+                f"step {state.global_step}/{state.max_steps}: {figures}, {self._rate(state)}, {duration(left)} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -74,8 +76,3 @@ def _figures(logs: dict[str, float]) -> str:
         if key in ("loss", "cross_entropy", "eval_loss", "eval_ece") or key.startswith(("kl_", "eval_kl_"))
     }
     return ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in shown.items())
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

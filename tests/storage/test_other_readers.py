@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,12 @@ import zarr.buffer
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.caches.two_entries import K, N, V
 
-from storage import LogitCache, SparseTargets
+from storage import CorruptCache, FormatError, IncompleteCache, InputError, LogitCache, SparseTargets
 from storage.cache.verify import verify
-from storage.errors import CorruptCache
+from storage.errors import CacheNotFound
 from storage.format.layout import ArraySpec, metadata_bytes, teacher_arrays
 from storage.format.manifest import ArrayLayout
-from storage.format.sealing import canonical_json
+from storage.format.sealing import canonical_json, sealed
 from storage.format.shard import encode_shard
 
 
@@ -167,3 +170,101 @@ def test_a_last_shard_that_was_sealed_by_its_index_alone_is_read(
     (path.parent / "index.json").unlink()
     read = LogitCache.open(str(cache / "short")).teacher("a").read(768, 840)
     assert np.array_equal(read.token_ids, stream[1].token_ids[768:840])
+
+
+@pytest.fixture(params=["local", "remote"])
+def opened(request: pytest.FixtureRequest, cache: Path) -> tuple[LogitCache, Callable[[str, bytes | None], None]]:
+    """A cache, and what changes its objects: new bytes for a key, or None to remove it."""
+    if request.param == "local":
+
+        def change(key: str, data: bytes | None) -> None:
+            (cache / key).unlink()
+            if data is not None:
+                (cache / key).write_bytes(data)
+
+        return LogitCache.open(str(cache)), change
+    import fsspec
+
+    memory, root = fsspec.filesystem("memory"), f"/zarr/{cache.parent.name}"
+    for path in cache.rglob("*"):
+        if path.is_file():
+            memory.pipe_file(f"{root}/{path.relative_to(cache).as_posix()}", path.read_bytes())
+
+    def change_remote(key: str, data: bytes | None) -> None:
+        memory.rm_file(f"{root}/{key}") if data is None else memory.pipe_file(f"{root}/{key}", data)
+
+    return LogitCache.open(f"memory:/{root}"), change_remote
+
+
+def test_zarr_and_xarray_give_the_reader_s_values(opened: Any) -> None:
+    cache, _ = opened
+    group = cache.zarr()
+    assert sorted(name for name, _ in group.members(max_depth=None)) == sorted(
+        ["tokens", "document_starts", "teachers", "teachers/codes", "teachers/exact"]
+        + [f"teachers/{name}/{array}" for name in cache.teachers for array in cache.teacher(name).specs]
+    )
+    for name in cache.teachers:
+        ours, theirs, data = cache.teacher(name).read(0, N), group["teachers"][name], cache.xarray(name)
+        assert dict(theirs.attrs) == data.attrs == {"logit_cache": sealed(cache.teacher(name).entry)}
+        assert np.array_equal(data["tokens"].values, cache.tokens.read(0, N))
+        assert (data["tokens"].dims, data["token_ids"].dims) == (("position",), ("position", "rank"))
+        for array in ("token_ids", "kept", "certain", "top_logprob", "log_tail", "log_tail_half", "label_logprob"):
+            stored = getattr(ours, array)
+            assert data[array].dtype == theirs[array].dtype == stored.dtype
+            assert np.array_equal(theirs[array][:], stored, equal_nan=stored.dtype.kind == "f")
+            assert np.array_equal(data[array][17:300].values, stored[17:300], equal_nan=stored.dtype.kind == "f")
+    assert np.array_equal(group["document_starts"][:], cache.document_starts)
+
+
+def test_they_are_for_reading_only(opened: Any) -> None:
+    group = opened[0].zarr()
+    with pytest.raises(ValueError, match="read-only"):
+        group["tokens"][0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        group.create_array("more", shape=(1,), dtype="uint8")
+
+
+def test_what_the_reader_refuses_zarr_does_not_get(opened: Any) -> None:
+    cache, change = opened
+    good = cache.zarr()["teachers/codes/kept"][:256]
+    assert (good[0], len(good)) == (cache.teacher("codes").read(0, 1).kept[0], 256)
+    flipped = bytearray(cache._store.read("teachers/codes/label_logprob/c/1"))
+    flipped[20] ^= 1
+    change("teachers/codes/kept/c/1", cache._store.read("teachers/codes/certain/c/1")[:-1])
+    change("teachers/codes/entropy/c/1", None)
+    change("teachers/codes/label_logprob/c/1", bytes(flipped))
+    change("teachers/codes/log_tail/zarr.json", cache._store.read("tokens/zarr.json"))
+    change("teachers/exact/receipts/00000001.json", None)
+    change("teachers/exact/receipts/index.json", None)
+    cache = LogitCache.open(cache.url)
+    group = cache.zarr()
+    for values in (group["teachers/codes"], cache.xarray("codes")):
+        with pytest.raises(CorruptCache, match="codes/kept/c/1: expected"):
+            np.asarray(values["kept"][256:300])
+        with pytest.raises(CorruptCache, match="codes/entropy/c/1: missing"):
+            np.asarray(values["entropy"][256:300])
+        with pytest.raises((CorruptCache, ValueError), match=r"checksum|sha256"):
+            np.asarray(values["label_logprob"][256:300])
+        with pytest.raises(FormatError, match=r"codes/log_tail/zarr\.json"):
+            np.asarray(values["log_tail"][:10])
+    for values in (group["teachers/exact"], cache.xarray("exact")):
+        with pytest.raises(IncompleteCache, match=r"positions 256\.\.512"):
+            np.asarray(values["kept"][:])
+        assert np.array_equal(np.asarray(values["kept"][:256]), good)
+
+
+def test_a_cache_that_is_no_cache_any_more_is_refused_when_it_is_asked_for(cache: Path) -> None:
+    opened = LogitCache.open(str(cache))
+    (cache / "teachers/exact/zarr.json").write_text("{}")
+    with pytest.raises(FormatError):
+        opened.zarr()
+    shutil.rmtree(cache / "teachers/exact")
+    with pytest.raises(CacheNotFound, match="there is: codes"):
+        opened.xarray("another")
+
+
+def test_one_line_without_xarray(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(InputError, match=r"pip install 'logit-cache\[xarray\]'"):
+        LogitCache.open(str(original)).xarray("codes")
+    assert isinstance(LogitCache.open(str(original)).zarr(), zarr.Group)

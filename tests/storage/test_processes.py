@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import storage.cache.processes
@@ -42,16 +43,33 @@ def test_a_reused_pid_is_another_process() -> None:
     assert has_ended(f"{machine}/{pid}/{int(start) - 1}")
 
 
+def no_such_process(pid: int) -> None:
+    raise psutil.NoSuchProcess(pid)
+
+
 def test_a_hidden_process_is_not_taken_for_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where /proc hides the processes of other users: a signal is refused, or goes through."""
     child, name = named_child()
     with monkeypatch.context() as hidden:
-        machine = storage.cache.processes._machine()
-        hidden.setattr(storage.cache.processes, "_machine", lambda: machine)
-        hidden.setattr(storage.cache.processes, "_PROC", Path("/nowhere"))
+        hidden.setattr(psutil, "Process", no_such_process)
         assert not has_ended(name)
         child.communicate("\n", timeout=60)
         assert has_ended(name)
+
+
+def test_a_clock_that_is_set_ends_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time since boot is psutil's difference of two dates, and both move with the clock."""
+    name = this_process()
+    assert name is not None
+    assert int(name.split("/")[2]) == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    right, moves = psutil.boot_time(), iter([0.0, 1.0, 2.0, 2.0, 2.0])
+
+    def boot_time() -> float:
+        return right + next(moves, 2.0)
+
+    monkeypatch.setattr(psutil._psplatform, "boot_time", boot_time)
+    assert not has_ended(name)
+    assert has_ended(name + "1")
 
 
 def test_nothing_is_known_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:

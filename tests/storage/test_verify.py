@@ -13,8 +13,11 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from support.commands import Run
 
 import storage.cache.verify
+import storage.format.shard
 from storage import LogitCache, SparseTargets
 from storage.cache.verify import verify
+from storage.cache.zarr_store import decode_with_zarr
+from storage.errors import MissingObject
 from storage.format.manifest import TeacherEntry
 
 V, N, K = 101, 600, 12
@@ -164,3 +167,50 @@ def test_the_command(cache: Path, run: Run) -> None:
     assert after["sound"]
     assert after["missing"] == {"teachers/a": [[128, 256]]}
     assert run("logit-cache", "verify", cache / "nowhere").returncode == 2
+
+
+def off_by_one(values: np.ndarray) -> np.ndarray:
+    return values + np.ones(1, dtype=values.dtype)
+
+
+def one_row_less(values: np.ndarray) -> np.ndarray:
+    return values[:-1]
+
+
+def swapped_bytes(values: np.ndarray) -> np.ndarray:
+    return values.byteswap()
+
+
+def refused(values: np.ndarray) -> np.ndarray:
+    raise ValueError("planted")
+
+
+@pytest.mark.parametrize("mistake", [off_by_one, one_row_less, swapped_bytes, refused])
+@pytest.mark.parametrize("decoder", ["ours", "zarr"])
+def test_a_mistake_of_one_decoder_is_found_and_nothing_is_removed_for_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, mistake: Any, decoder: str
+) -> None:
+    module = {"ours": storage.format.shard, "zarr": storage.cache.verify}[decoder]
+    name = {"ours": "decode_chunk", "zarr": "decode_with_zarr"}[decoder]
+    right = getattr(module, name)
+
+    def wrong(spec: Any, *rest: Any) -> np.ndarray:
+        values: np.ndarray = right(spec, *rest)
+        return mistake(values) if spec.name == "kept" else values
+
+    monkeypatch.setattr(module, name, wrong)
+    before = contents(cache)
+    assert verify(str(cache)).sound
+    found = verify(str(cache), deep=True, repair=True)
+    objects = [str(cache / key) for key in before if "/kept/c/" in key]
+    assert sorted(problem.split(": ")[0] for problem in found.problems) == sorted(objects)
+    assert (found.repaired, contents(cache)) == ([], before)
+
+
+def test_zarr_raises_where_it_would_give_the_fill_value(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = LogitCache.open(str(cache)).teacher("a").specs["kept"]
+    data = (cache / "teachers/a/kept/c/1").read_bytes()
+    assert (decode_with_zarr(spec, 1, data) == K).all()
+    monkeypatch.setattr(type(spec), "shard_key", lambda self, shard: f"{self.name}/c/{shard + 1}")
+    with pytest.raises(MissingObject, match="zarr looks for c/1"):
+        decode_with_zarr(spec, 1, data)

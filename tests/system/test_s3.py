@@ -120,6 +120,11 @@ def test_a_shard_moves_in_one_request(
                 assert len(gets) == 1, (name, shard, gets)
 
         proxy.reset()
+        assert verify(url, deep=True).sound
+        gets = proxy.matching("GET", r"/c/")
+        assert len(gets) == len({get.target for get in gets}) == 2 + 5 * len(opened.teacher("a").specs)
+
+        proxy.reset()
         copy = f"{moto_bucket.url}/copy"
         record = make_corpus(copy, LogitCache.open(url).tokens.read(0, N), V)
         entry = make_entry(record, K, shard_tokens=256, chunk_tokens=128)

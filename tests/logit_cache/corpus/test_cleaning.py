@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 import tracemalloc
@@ -321,14 +322,14 @@ def test_a_file_that_is_not_ours_is_not_overwritten(tmp_path: Path, corpus: Path
 
 def test_a_killed_run_resumes(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the record and the rename, and with a partial file left behind."""
-    replace = Path.replace
+    replace = os.replace
 
-    def killed(self: Path, target: Path) -> Path:
+    def killed(source: Path, target: Path) -> None:
         if Path(target).name == "notes.txt":
             raise KeyboardInterrupt
-        return replace(self, target)
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         clean(tmp_path, corpus)
     monkeypatch.undo()
