@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +16,18 @@ LOCK = "logit-cache.lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, job: str) -> Iterator[int]:
+def locked(folder: Path, job: str, *, name: str = LOCK, wait: bool = False) -> Iterator[int]:
     """Hold the lock (flock) of an existing folder; the kernel releases it when the last process that holds it ends.
 
     Yields its descriptor: a child that is given it holds the lock, too. A file system without locks gives none, and
-    nothing is refused there. Raises InputError while another process holds it; `job` names what is at work there.
+    nothing is refused there. Raises InputError while another process holds it, or waits for its end; `job` names what
+    is at work there, `name` the file.
     """
-    path = folder / LOCK
+    path = folder / name
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
         except BlockingIOError:
@@ -44,3 +46,13 @@ def locked(folder: Path, job: str) -> Iterator[int]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of an existing folder has locks."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            return False
+    return True
