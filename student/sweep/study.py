@@ -12,17 +12,19 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -63,14 +65,11 @@ class SharedStudy:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[Trial | None]:
-        """A trial for this process while the body runs, sampled: one whose process was killed, or else a new one; None
-        once all that were asked for are begun."""
+        """A trial for this process while the body runs: one whose process was killed, or else a new one; None once all
+        that were asked for are begun."""
         with contextlib.ExitStack() as held:
             with self.locked():
                 trial = self._abandoned(held) or self._new(held)
-                if trial is not None:
-                    for name, parameter in self._search.parameters.items():
-                        _suggest(trial, name, parameter.domain())
             if trial is not None:
                 beats: Any = get_heartbeat_thread(trial._trial_id, self._storage)
                 held.enter_context(beats)
@@ -85,37 +84,52 @@ class SharedStudy:
         running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
         if isinstance(self._storage, RDBStorage):
             stale = self._storage._get_stale_trial_ids(self._study._study_id)
-            running = [trial for trial in running if trial._trial_id in stale]
-        for found in running:
-            if self._claim(found.number, found._trial_id, held):
-                self._seed(found.number)
-                return Trial(self._study, found._trial_id)
-        return None
+            running = [trial for trial in running if trial._trial_id in stale or self._never_claimed(trial)]
+        return next((Trial(self._study, t._trial_id) for t in running if self._claim(t, held)), None)
+
+    def _never_claimed(self, trial: FrozenTrial) -> bool:
+        """Whether its process was killed before the first heartbeat, without which Optuna never calls a trial stale."""
+        age = datetime.now() - (trial.datetime_start or datetime.min)
+        return age.total_seconds() > 2 * HEARTBEAT_SECONDS and not self._lock_of(trial).exists()
 
     def _new(self, held: contextlib.ExitStack) -> Trial | None:
         begun = len(self.trials())
         if begun >= self._search.trials:
             return None
-        self._seed(begun)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that heartbeats are meant for Study.optimize
-            trial = self._study.ask()
-        self._claim(trial.number, trial._trial_id, held)
-        return trial
+        self._study.add_trial(self._proposed(begun))
+        trial = self.trials()[begun]
+        self._claim(trial, held)
+        return Trial(self._study, trial._trial_id)
 
-    def _claim(self, number: int, trial_id: int, held: contextlib.ExitStack) -> bool:
+    def _proposed(self, number: int) -> FrozenTrial:
+        """A running trial with all its values. It enters the storage whole: one whose process is killed has the values
+        that it would have had.
+
+        Each is sampled by a sampler of its own: proposals follow from the seed and the trials before, whatever process
+        they ran in.
+        """
+        copy = optuna.create_study(
+            study_name=self._study.study_name,
+            direction=self._search.aim,
+            pruner=self._study.pruner,
+            sampler=_sampler(self._search.sampler, seed_of(self._search.seed, number)),
+        )
+        copy.add_trials(self.trials())
+        distributions = {name: _distribution(item.domain()) for name, item in self._search.parameters.items()}
+        values = copy.ask(distributions).params
+        return create_trial(state=TrialState.RUNNING, params=values, distributions=distributions)
+
+    def _claim(self, trial: FrozenTrial, held: contextlib.ExitStack) -> bool:
         try:
-            held.enter_context(locked(self._folder, f"trial {number}", name=f"trial-{number}.lock"))
+            held.enter_context(locked(self._folder, f"trial {trial.number}", name=self._lock_of(trial).name))
         except InputError:
             return False
         if isinstance(self._storage, RDBStorage):
-            self._storage.record_heartbeat(trial_id)
+            self._storage.record_heartbeat(trial._trial_id)
         return True
 
-    def _seed(self, number: int) -> None:
-        """A sampler of its own for every trial, so that proposals follow from the seed and the trials before, whatever
-        process they ran in."""
-        self._study.sampler = _sampler(self._search.sampler, seed_of(self._search.seed, number))
+    def _lock_of(self, trial: FrozenTrial) -> Path:
+        return self._folder / f"trial-{trial.number}.lock"
 
 
 class _JournalLock:
@@ -177,13 +191,12 @@ def _sampler(name: str, seed: int) -> BaseSampler:
     return TPESampler(seed=seed) if name == "tpe" else RandomSampler(seed=seed)
 
 
-def _suggest(trial: Trial, name: str, domain: Domain) -> Any:
-    """Sample a parameter of a trial; a repeated call returns the same value."""
+def _distribution(domain: Domain) -> BaseDistribution:
     if domain.kind == "choice":
-        return trial.suggest_categorical(name, list(domain.choices))
+        return CategoricalDistribution(domain.choices)
     if domain.kind == "int":
-        return trial.suggest_int(name, int(domain.low), int(domain.high), step=domain.step, log=domain.log)
-    return trial.suggest_float(name, domain.low, domain.high, log=domain.log)
+        return IntDistribution(int(domain.low), int(domain.high), log=domain.log, step=domain.step)
+    return FloatDistribution(domain.low, domain.high, log=domain.log)
 
 
 def _pruner(asked: Pruner) -> BasePruner:

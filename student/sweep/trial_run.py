@@ -42,16 +42,17 @@ def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, A
         trial.set_user_attr(RECORD, json.loads(record.model_dump_json()))
 
     known()
+    folder = Path(job.output_dir) / f"trial-{trial.number}"
+    folder.mkdir(exist_ok=True)
+    with locked(folder, "a training run", wait=True):
+        pass  # The last of a killed process, as its readers of windows, may still hold it.
     try:
-        settings, folder = trial_settings(job, values), Path(job.output_dir) / f"trial-{trial.number}"
+        settings = trial_settings(job, values)
         with locked(Path(job.output_dir), "the sweep", wait=True):
             model = None if settings is None else write_settings(settings, job.output_dir)
         own = trial_job(job, values, str(folder), model)
         had = {STEP: math.prod(micro_batches(job, int(values[STEP])).values())} if STEP in values else {}
         known(job=own.model_dump(mode="json", include=own.model_fields_set), parameters=values | had)
-        if folder.exists():
-            with locked(folder, "a training run", wait=True):
-                pass  # The last of a killed process, as its readers of windows, may still hold it.
         report = train(own, lambda line: None, callbacks=[watch])
         assert report.held_out is not None  # a sweep has held-out text
         metrics = _figures(report.held_out)
