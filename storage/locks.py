@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,13 +16,14 @@ LOCK = "logit-cache.lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, job: str) -> Iterator[int]:
+def locked(folder: Path, job: str, *, name: str = LOCK, wait: bool = False) -> Iterator[int]:
     """Hold the lock (flock) of an existing folder; the kernel releases it when the last process that holds it ends.
 
     Yields its descriptor: a child that is given it holds the lock, too. A file system without locks gives none, and
-    nothing is refused there. Raises InputError while another process holds it; `job` names what is at work there.
+    nothing is refused there. Raises InputError while another process holds it, or waits for its end; `job` names what
+    is at work there, `name` the file.
     """
-    path = folder / LOCK
+    path = folder / name
 
     def opened() -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -30,7 +32,7 @@ def locked(folder: Path, job: str) -> Iterator[int]:
         holder = os.pread(descriptor, 20, 0).decode(errors="replace")
         return f"{folder}: {job} is at work there (process {holder}); wait for it, or stop it"
 
-    descriptor = lock(path, opened, refusal)
+    descriptor = lock(path, opened, refusal, wait)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -40,15 +42,16 @@ def locked(folder: Path, job: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def lock(path: Path, opened: Callable[[], int], refusal: Callable[[int], str]) -> int:
+def lock(path: Path, opened: Callable[[], int], refusal: Callable[[int], str], wait: bool = False) -> int:
     """A descriptor of `path`, from `opened`, that holds its flock; of a file system without locks, one without it.
 
-    Raises InputError, with the text that `refusal` makes of the descriptor, while another process holds the lock.
+    Raises InputError, with the text that `refusal` makes of the descriptor, while another process holds the lock, or
+    waits for its end.
     """
     while True:
         descriptor = opened()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except BlockingIOError:
@@ -60,3 +63,13 @@ def lock(path: Path, opened: Callable[[], int], refusal: Callable[[int], str]) -
         except OSError:
             return descriptor
         os.close(descriptor)
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of an existing folder has locks."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            return False
+    return True

@@ -3,35 +3,47 @@
 ::
 
     run.json            the sweep's identity (`student.training.run_folder`)
-    trials/<n>.json     the record of a trial, from its first step on
+    optuna.log          Optuna's study, where it is in no database; it is authoritative about the trials
+    trial-<n>/          the run folder of a trial
+    trial-<n>.lock      held by the process that runs it
     models/<sha>.json   configurations of models, where a trial has one of its own
     sweep.json          all records, rewritten after every trial
     best.yaml           the best trial's job, as `train-student --config` takes it
-    optuna.db           Optuna's study (backend optuna); ray/ is Ray Tune's own
-
-The records are authoritative about the trials; the state of the search library is reconciled with them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
+from storage.config import Frozen
+from storage.errors import InputError
+from storage.files import replace_file
+from student.job import StudentJob
 from student.sweep.search_space import Search
+from student.training.run_folder import REPORT_FILE, RUN_FILE
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+JOURNAL = "optuna.log"
+RECORD = "record"
+"""The user attribute of Optuna's trial that holds its `TrialRecord`."""
 
 INTERRUPTED = "interrupted: the process ended while it ran"
+"""The error of trials that an earlier version ran again under another number."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), ser_json_inf_nan="strings")
+class _Record(Frozen):
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
 class TrialRecord(_Record):
@@ -62,8 +74,14 @@ class TrialRecord(_Record):
 
     @property
     def counts(self) -> bool:
-        """Whether it is one of the trials that were asked for, and not an interrupted one that another replaces."""
+        """Whether it is one of the trials that were asked for and has ended."""
         return self.state != "running" and self.error != INTERRUPTED
+
+    def outcome(self, metric: str) -> str:
+        """How it ended, as a line of text."""
+        if self.state == "failed":
+            return f"failed: {self.error}"
+        return f"{'pruned at ' if self.state == 'pruned' else ''}{metric} {self.value:.4f}"
 
 
 class SweepReport(_Record):
@@ -92,76 +110,89 @@ class SweepReport(_Record):
         )
 
 
-def seed_of(seed: int, done: int) -> int:
-    """A sampler's seed after `done` trials, below 2**32; neighbouring numbers give unrelated seeds."""
-    return int(np.random.SeedSequence([seed, done]).generate_state(1)[0])
-
-
 class SweepFolder:
-    """Reads and writes the records of one sweep; several of its processes may write at once."""
+    """Writes the records of one sweep, of which several processes are at work in it; under the sweep's lock."""
 
-    def __init__(self, path: str, search: Search, job: dict[str, Any], cache: str) -> None:
-        self.path = Path(path)
-        self.search, self.job, self.cache = search, job, cache
-        self._before, self._started = self._earlier_seconds(), time.monotonic()
+    def __init__(self, job: StudentJob, search: Search) -> None:
+        self.path = Path(job.output_dir)
+        self._job, self._search, self._written = job, search, time.monotonic()
 
-    def trials(self) -> list[TrialRecord]:
-        """All records, by number."""
-        found = []
-        for path in (self.path / "trials").glob("*.json"):
-            try:
-                found.append(TrialRecord.model_validate_json(path.read_bytes()))
-            except ValidationError:
-                # `reserve` creates the file before the first record is written.
-                found.append(TrialRecord(number=int(path.stem), state="running"))
-        return sorted(found, key=lambda trial: trial.number)
-
-    def reserve(self) -> int:
-        """Reserve the next free trial number, by an exclusive create of its file."""
-        folder = self.path / "trials"
-        folder.mkdir(parents=True, exist_ok=True)
-        number = max((trial.number for trial in self.trials()), default=-1) + 1
-        while True:
-            try:
-                os.close(os.open(folder / f"{number}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-                return number
-            except FileExistsError:
-                number += 1
-
-    def write(self, trial: TrialRecord) -> None:
-        """Write a trial's record, by an atomic rename."""
-        (self.path / "trials").mkdir(parents=True, exist_ok=True)
-        _write(self.path / "trials" / f"{trial.number}.json", trial.model_dump_json(indent=1) + "\n")
+    def publish(self, trials: Sequence[FrozenTrial]) -> SweepReport:
+        """Rewrite `sweep.json` and `best.yaml`, and remove what the trials that ended need no longer."""
+        search, now = self._search, time.monotonic()
+        report = SweepReport(
+            title=search.title or f"{len(search.parameters)} parameters by {search.backend}, {search.sampler}",
+            cache=self._job.cache,
+            metric=search.figure,
+            direction=search.aim,
+            backend=search.backend,
+            seconds=round(self._earlier_seconds() + now - self._written, 3),
+            job=self._job.model_dump(mode="json", include=self._job.model_fields_set),
+            search=search.model_dump(mode="json", exclude_none=True, exclude={"storage"}),
+            best=None,
+            trials=tuple(map(_record_of, trials)),
+        )
+        self._written = now
+        first = next((trial for trial in report.ranked() if trial.state == "complete"), None)
+        if first is not None:
+            report = report.model_copy(update={"best": first.number})
+            header = f"# Trial {first.number} of the sweep in {self.path}: {report.metric} {first.value!r}\n"
+            text = header + yaml.safe_dump(first.job, sort_keys=False, allow_unicode=True)
+            replace_file(self.path / "best.yaml", text.encode())
+        replace_file(self.path / "sweep.json", (report.model_dump_json(indent=1) + "\n").encode())
+        for trial in report.trials:
+            if trial.state != "running":
+                self._tidy(self.path / f"trial-{trial.number}", trial.number == report.best)
+        return report
 
     def _earlier_seconds(self) -> float:
-        """Seconds that earlier processes spent on the sweep."""
+        """Seconds that were spent on the sweep, as the last of its processes wrote them."""
         try:
             return float(json.loads((self.path / "sweep.json").read_bytes())["seconds"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0
 
-    def publish(self) -> SweepReport:
-        """Rewrite `sweep.json` and `best.yaml` from the records."""
-        search = self.search
-        report = SweepReport(
-            title=search.title or f"{len(search.parameters)} parameters by {search.backend}, {search.sampler}",
-            cache=self.cache,
-            metric=search.figure,
-            direction=search.aim,
-            backend=search.backend,
-            seconds=round(self._before + time.monotonic() - self._started, 3),
-            job=self.job,
-            search=search.model_dump(mode="json", exclude_none=True),
-            best=None,
-            trials=tuple(self.trials()),
-        )
-        first = next((trial for trial in report.ranked() if trial.state == "complete"), None)
-        if first is not None:
-            report = report.model_copy(update={"best": first.number})
-            header = f"# Trial {first.number} of the sweep in {self.path}: {report.metric} {first.value!r}\n"
-            _write(self.path / "best.yaml", header + yaml.safe_dump(first.job, sort_keys=False, allow_unicode=True))
-        _write(self.path / "sweep.json", report.model_dump_json(indent=1) + "\n")
-        return report
+    def _tidy(self, run: Path, best: bool) -> None:
+        """Keep the record and the report of a run, the model of the best one, and checkpoints that were asked for."""
+        for path in run.iterdir() if run.is_dir() else ():
+            checkpoint = path.name.startswith("checkpoint-")
+            kept = "save_strategy" in self._job.training if checkpoint else best
+            if kept or path.name in (RUN_FILE, REPORT_FILE):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def is_earlier(path: str, record: Mapping[str, Any]) -> bool:
+    """Whether an earlier version, whose trials had no folders, began the sweep of this `run.json` (empty: none)."""
+    return bool(record) and "study" not in record.get("launch", {}) and not (Path(path) / JOURNAL).exists()
+
+
+def earlier_report(path: str, trials: int) -> SweepReport:
+    """The report of a sweep that an earlier version finished. Raises InputError where it did not."""
+    try:
+        report = SweepReport.model_validate_json((Path(path) / "sweep.json").read_bytes())
+    except (FileNotFoundError, ValidationError):
+        ended = 0
+    else:
+        ended = sum(trial.counts for trial in report.trials)
+        if ended >= trials:
+            return report
+    raise InputError(
+        f"{path}: an earlier version began this sweep, and {ended} of {trials} trials ended; they have no run folders "
+        f"to go on from: ask for {ended} trials to see them, or give another --output-dir"
+        if ended
+        else f"{path}: an earlier version began this sweep, and no trial ended: give another --output-dir"
+    )
+
+
+def _record_of(trial: FrozenTrial) -> TrialRecord:
+    begun = {"number": trial.number, "state": "running"}
+    record = TrialRecord.model_validate(begun | trial.user_attrs.get(RECORD, {}))
+    # The record is written before the end is told.
+    return record if trial.state.is_finished() else record.model_copy(update={"state": "running"})
 
 
 def table(report: SweepReport, folder: str) -> str:
@@ -182,9 +213,3 @@ def table(report: SweepReport, folder: str) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,55 +1,57 @@
-"""A sweep: many students from one cache, by the search backends of transformers' own Trainer.
+"""A sweep: many students from one cache. Each trial is a training run of its own; Optuna proposes its values.
 
-The caches are opened and checked once; impossible values in the search space are reported before anything runs. The
-folder of a sweep is described in `student.sweep.record`.
+More processes, on this machine or on others that share the folder, are the same command again: each takes the next
+trial until as many as were asked for are done, and then waits for those of the others, in case one is killed.
+Impossible values in the search space are reported before anything runs. The folder of a sweep is described in
+`student.sweep.record`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
-
-from transformers.utils.logging import disable_progress_bar
+import uuid
+from typing import TYPE_CHECKING, Any
 
 from storage import LogitCache
 from storage.errors import InputError
+from storage.locks import has_locks
 from storage.progress import Log
 from student.job import StudentJob
 from student.models.tokenizer import special_ids
-from student.sweep.record import INTERRUPTED, SweepFolder, SweepReport
+from student.sweep.record import SweepFolder, SweepReport, earlier_report, is_earlier
 from student.sweep.search_space import Search
-from student.sweep.trainer import SweepInputs, SweepTrainer, TrialFailed
-from student.sweep.trial import OBJECTIVE, check_names, check_space
+from student.sweep.trial import OBJECTIVE, check_names, check_space, shown
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.defaults import described, filled, open_fields
 from student.training.inputs import Caches, open_caches
 from student.training.run import model_digest
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
 
-_NEEDS = {"optuna": ("optuna",), "ray": ("ray.tune", "optuna")}
+if TYPE_CHECKING:
+    from student.sweep.study import SharedStudy
+
+# Seconds between two looks at the trials of other processes.
+_LOOK = 1.0
 
 
 def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepReport:
     """Run a sweep to its end and return its report, which is also `sweep.json` in the job's output directory.
 
-    A killed sweep resumes: trials that are done are not repeated, those that were running are run again. More trials of
-    the same search may be asked for later; another search in the same folder is refused. `log` is called with lines
-    about the sweep (stderr by default); its trials log to stderr. Raises the errors of `storage.errors`: InputError and
-    IdentityMismatch before anything is written.
+    A killed sweep resumes: trials that are done are not repeated, and one that was running goes on from its last
+    checkpoint. More trials of the same search may be asked for later; another search in the same folder is refused.
+    `log` is called with lines about the sweep (stderr by default). Raises the errors of `storage.errors`: InputError
+    and IdentityMismatch before anything is written.
     """
     log = log or _to_stderr
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("a sweep runs in one process, its trials one after the other: start it without torchrun")
-    for module in _NEEDS[search.backend]:
-        if not _installed(module):
-            raise InputError(
-                f"sweep.backend {search.backend} needs {module}: pip install 'logit-cache[tune]' (or another backend)"
-            )
+        raise InputError(
+            "a trial runs in one process: start the sweep without torchrun, and once more for each further process"
+        )
+    if not _installed("optuna"):
+        raise InputError("a sweep needs optuna: pip install 'logit-cache[tune]'")
     if job.live_teachers:
         raise InputError("a sweep trains from cached teachers: leave live_teachers out, and name entries as teachers")
     if job.eval_cache is None:
@@ -61,93 +63,75 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
     job = filled(job, opened)
     for note in described(job, opened, record):
         log(note)
+    caches = _checked(job, search, log)
+    identity = _identity(asked, search, caches)
+    output.check(identity)
+    if is_earlier(job.output_dir, record):
+        return earlier_report(job.output_dir, search.trials)
+    if search.backend == "ray":
+        raise InputError(
+            "sweep.backend ray is no more: leave backend out, and start the same command once for each GPU or machine"
+        )
+    from student.sweep.study import SharedStudy, open_database
+
+    database = open_database(search.storage) if search.storage else None
+    name = f"sweep-{uuid.uuid4().hex[:12]}" if search.storage else "sweep"
+    record = output.share(identity, study=name, **opened)
+    folder = SweepFolder(job, search)
+    if database is None and not has_locks(folder.path):
+        log(f"{folder.path}: this file system has no locks: start one process only, or give a database as storage")
+    study = SharedStudy(folder.path, search, record["launch"].get("study", "sweep"), database)
+    with full_disk_is_reported(job.output_dir):
+        _run(job, search, study, folder, log)
+        with study.locked():
+            return folder.publish(study.trials())
+
+
+def _checked(job: StudentJob, search: Search, log: Log) -> Caches:
+    """The caches of the sweep, opened, once its fields, its metric and its search space are seen to fit them."""
     values = training_values(job)
     _check_pruner(search, values)
     if values.get("deepspeed") or values.get("fsdp"):
-        raise InputError("a sweep runs in one process, without deepspeed and fsdp: leave them out of training:")
+        raise InputError("a trial runs in one process, without deepspeed and fsdp: leave them out of training:")
     windows = search.parameters.get("window_tokens")
     caches = open_caches(job.model_copy(update={"window_tokens": _least(windows.probes())}) if windows else job)
     for remark in caches.remarks:
         log(remark)
     _check_metric(job, search, caches)
-    cache = LogitCache.open(job.cache)
-    inputs = SweepInputs(job, search, caches, special_ids(cache.tokenizer_files(), job.cache))
-    possible = check_space(job, search, caches, inputs.special_ids, log)
+    check_space(job, search, caches, special_ids(LogitCache.open(job.cache).tokenizer_files(), job.cache), log)
     gpus = training_arguments(job, values).n_gpu
-    if gpus > 1 and search.backend == "optuna":
-        log(f"a sweep of backend optuna runs one trial at a time, on one of the {gpus} GPUs; ray uses them all")
-
-    identity = _identity(asked, search, caches)
-    output.check(identity)
-    folder = SweepFolder(job.output_dir, search, job.model_dump(mode="json", include=job.model_fields_set), job.cache)
-    with output.reserved(identity, **opened), full_disk_is_reported(job.output_dir):
-        disable_progress_bar()  # type: ignore[no-untyped-call]
-        # The search libraries print to stdout, where the command writes its report.
-        with contextlib.redirect_stdout(sys.stderr):
-            _run(inputs, folder, lambda: SweepTrainer(inputs, possible, folder), gpus, log)
-        return folder.publish()
+    if gpus > 1:
+        log(f"a process runs its trials on one of the {gpus} GPUs: start one for each, with CUDA_VISIBLE_DEVICES")
+    return caches
 
 
-def _run(inputs: SweepInputs, folder: SweepFolder, make: Callable[[], SweepTrainer], gpus: int, log: Log) -> None:
-    search = inputs.search
-    if search.backend == "optuna":
-        from student.sweep.optuna_backend import study_options
+def _run(job: StudentJob, search: Search, study: SharedStudy, folder: SweepFolder, log: Log) -> None:
+    """Run trials until there are as many as were asked for, or the time is over."""
+    from student.sweep.trial_run import run_trial
 
-        options = study_options(folder)
-    else:
-        _close_interrupted(folder)
-    done = sum(trial.counts for trial in folder.trials())
+    done, started, waits = sum(trial.state.is_finished() for trial in study.trials()), time.monotonic(), False
     if done >= search.trials:
         log(f"{folder.path}: all {done} trials are done; ask for more trials, or give another --output-dir")
-        return
-    if done:
+    elif done:
         log(f"{folder.path}: resuming after {done} trials")
-    trainer, started = make(), time.monotonic()
-    common: dict[str, Any] = {
-        "n_trials": search.trials - done,
-        "direction": search.aim,
-        "backend": search.backend,
-        "compute_objective": trainer.compute,
-    }
-    if search.backend == "optuna":
-        if search.timeout_seconds is not None:
-            options["timeout"] = search.timeout_seconds
-        with _without_a_best(folder, ValueError):
-            trainer.hyperparameter_search(hp_space=_no_space, catch=(TrialFailed,), **common, **options)
-        return
-    from student.sweep.ray_backend import close, domains, run_options
-
-    # The trainer is pickled to other processes, without the model, which is created there.
-    trainer.drop_model()
-    space = domains(dict(search.parameters))
-    with _without_a_best(folder, AttributeError):
-        trainer.hyperparameter_search(hp_space=lambda _: space, **common, **run_options(folder, done, gpus))
-    close(folder, search.timeout_seconds is not None and time.monotonic() - started >= search.timeout_seconds)
-
-
-def _no_space(trial: Any) -> dict[str, Any]:
-    """An empty search space: `SweepTrainer` sets the arguments of a trial itself."""
-    del trial
-    return {}
-
-
-@contextlib.contextmanager
-def _without_a_best(folder: SweepFolder, error: type[Exception]) -> Iterator[None]:
-    """Ignore the error that a backend raises when it looks for the best trial and none was completed.
-
-    An error of this type that a trial ended with leaves that trial running, and is raised.
-    """
-    try:
-        yield
-    except error:
-        if any(trial.state in ("complete", "running") for trial in folder.trials()):
-            raise
-
-
-def _close_interrupted(folder: SweepFolder) -> None:
-    for trial in folder.trials():
-        if trial.state == "running":
-            folder.write(trial.model_copy(update={"state": "failed", "value": None, "error": INTERRUPTED}))
+    while search.timeout_seconds is None or time.monotonic() - started < search.timeout_seconds:
+        with study.claimed() as trial:
+            if trial is not None:
+                values = {name: item.value(trial.params[name]) for name, item in search.parameters.items()}
+                log(f"trial {trial.number}: {shown(values)}")
+                ended = run_trial(job, search, trial, values)
+                study.tell(trial, ended.state, ended.value)
+                log(f"trial {trial.number}: {ended.outcome(search.figure)}")
+                with study.locked():
+                    folder.publish(study.trials())
+                continue
+        running = [trial.number for trial in study.trials() if not trial.state.is_finished()]
+        if not running:
+            return
+        if not waits:
+            log(f"{folder.path}: waiting for trials that other processes run: {', '.join(map(str, running))}")
+        waits = True
+        time.sleep(_LOOK)
 
 
 def _check_pruner(search: Search, values: dict[str, Any]) -> None:
@@ -180,13 +164,17 @@ def _identity(job: StudentJob, search: Search, caches: Caches) -> dict[str, Any]
     """The sweep's identity, as a flat mapping. Number of trials, time limit and title are no part of it."""
     given = job.model_dump(mode="json", include=job.model_fields_set - {"cache", "eval_cache", "output_dir"})
     training = given.pop("training", {})
-    asked = search.model_dump(mode="json", exclude={"trials", "timeout_seconds", "title"})
+    asked = search.model_dump(mode="json", exclude={"trials", "timeout_seconds", "title", "storage"})
     parameters = asked.pop("parameters")
     identity = {f"job.{name}": value for name, value in given.items()}
     identity |= {f"job.training.{name}": value for name, value in training.items() if name not in PRESENTATION}
     identity |= {f"sweep.{name}": value for name, value in asked.items()}
     identity |= {f"sweep.parameters.{name}": value for name, value in parameters.items()}
     identity |= {f"provenance.{name}": value for name, value in caches.provenance.items()}
+    if search.storage:
+        from student.sweep.study import without_credentials
+
+        identity["sweep.storage"] = without_credentials(search.storage)
     return identity | {"job.model_sha256": model_digest(job.model)}
 
 

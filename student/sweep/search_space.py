@@ -191,7 +191,7 @@ class Pruner(_Frozen):
 class Search(_Frozen):
     """The block `sweep:` of a sweep's file.
 
-    backend           which of the Trainer's search backends runs the trials
+    backend           optuna; sweeps of an earlier version may have ray
     trials            how many; trials that failed count
     metric            a held-out figure as the evaluation logs name it; loss is the cross-entropy
     direction         by default to maximise accuracy and to minimise the others
@@ -199,6 +199,7 @@ class Search(_Frozen):
     sampler           tpe (Bayesian: it learns from the trials before) or random
     pruner            by name, or with its settings
     timeout_seconds   no trial starts after that
+    storage           URL of a database that the processes of the sweep share; by default a file in its folder
     parameters        the searched parameters, by name
     """
 
@@ -211,6 +212,7 @@ class Search(_Frozen):
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Pruner = Pruner()
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    storage: str | None = None
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
 
     @field_validator("pruner", mode="before")

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import AutoConfig, TrainingArguments
 
 from storage.config import build_config
 from storage.errors import InputError
+from storage.files import replace_file
 from storage.progress import Log
 from student.job import StudentJob
 from student.loss.objective import Objective
@@ -136,20 +136,20 @@ def trial_job(job: StudentJob, values: Mapping[str, Any], output_dir: str, model
     fields["training"] = dict(job.training)
     for name, value in values.items():
         if name == STEP:
-            fields["training"] |= _micro_batches(job, int(value))
+            fields["training"] |= micro_batches(job, int(value))
         elif name not in OBJECTIVE | WINDOWS and not name.startswith(MODEL):
             fields["training"][name] = value
     fields["output_dir"] = output_dir
     return build_config(StudentJob, fields | ({"model": model} if model else {}), {}, "the trial's job")
 
 
-def _micro_batches(job: StudentJob, windows: int) -> dict[str, int]:
+def micro_batches(job: StudentJob, windows: int) -> dict[str, int]:
     """A step of about so many windows, in equal micro-batches no larger than the job's."""
     most = int(training_values(job)["per_device_train_batch_size"])
-    micro_batches = max(1, math.ceil(windows / most))
+    count = max(1, math.ceil(windows / most))
     return {
-        "per_device_train_batch_size": max(1, windows // micro_batches),
-        "gradient_accumulation_steps": micro_batches,
+        "per_device_train_batch_size": max(1, windows // count),
+        "gradient_accumulation_steps": count,
     }
 
 
@@ -159,9 +159,7 @@ def write_settings(settings: Mapping[str, Any], output_dir: str) -> str:
     path = Path(output_dir) / "models" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, text.encode())
     return str(path)
 
 
@@ -172,8 +170,8 @@ def shown(values: Mapping[str, Any]) -> str:
 
 def check_space(
     job: StudentJob, search: Search, caches: Caches, special_ids: Mapping[str, int | None], log: Log
-) -> dict[str, Any]:
-    """Check the choices and the ends of the ranges; returns valid values for windows, loss and model.
+) -> None:
+    """Check the choices and the ends of the ranges.
 
     Parameters that depend on each other are checked together, in at most 256 combinations: those of the loss and the
     windows, those of the model. Raises InputError for a value that is impossible with every value of the others;
@@ -216,7 +214,6 @@ def check_space(
     for name in names:
         if name not in of_loss + of_model:
             _try_out(search, [name], training, log)
-    return first
 
 
 def _try_out(search: Search, names: Sequence[str], check: Callable[[Mapping[str, Any]], None], log: Log) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
@@ -74,12 +74,18 @@ class _Run:
     log: Log
 
 
-def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = None) -> TrainingReport:
+def train(
+    job: StudentJob,
+    log: Log | None = None,
+    load_live: LoadLive | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingReport:
     """Run a job to its end and return its report, which is also `report.json` in the output directory.
 
     A finished run of the same job is not repeated: its report is returned. An interrupted one resumes from its last
     checkpoint and ends as it would have. `log` is called with lines of progress (stderr by default); under torchrun
     every process calls this function, and only the first writes and logs. `load_live` loads the job's `live_teachers`.
+    `callbacks` are the Trainer's, besides those of every run.
 
     Raises the errors of `storage.errors`: InputError and IdentityMismatch before anything is written.
     """
@@ -97,7 +103,7 @@ def train(job: StudentJob, log: Log | None = None, load_live: LoadLive | None = 
         use_cache = bool(getattr(model.config, "use_cache", True))
         parameters = sum(p.numel() for p in model.parameters())
         tail_bounds = _announce(run, parameters)
-        trainer = _trainer(run, model)
+        trainer = _trainer(run, model, callbacks)
         started = time.monotonic()
         with full_disk_is_reported(job.output_dir):
             resumed_from = _train_or_resume(trainer, run.output, run.log)
@@ -294,7 +300,7 @@ def _load_model(
     return model
 
 
-def _trainer(run: _Run, model: PreTrainedModel) -> DistillationTrainer:
+def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallback]) -> DistillationTrainer:
     data, job = run.data, run.job
     # One progress bar for the run; transformers shows another for every file that it writes.
     disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -308,7 +314,7 @@ def _trainer(run: _Run, model: PreTrainedModel) -> DistillationTrainer:
             eval_members=data.eval_members,
             eval_loss=data.measured_loss,
             fused_head=job.fused_head,
-            callbacks=[TrainingProgress(run.step_windows * job.window_tokens)],
+            callbacks=[TrainingProgress(run.step_windows * job.window_tokens), *callbacks],
         )
     except (ValueError, ImportError) as error:
         raise InputError(f"transformers refuses these training fields: {error}") from None

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
-from storage.files import replace_file
+from storage.files import PARTIAL, replace_file
 from storage.locks import LOCK, locked
 from student.report import TrainingReport
 
@@ -79,26 +79,38 @@ class OutputDirectory:
         """
         with contextlib.ExitStack() as held:
             if self._writes:
-                try:
+                with self._errors():
                     self.path.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(self.path, "another training run"))
-                    # Another process may have been here since the caller's check.
-                    self.check(identity)
-                    if (self.path / REPORT_FILE).exists():
-                        raise InputError(
-                            f"{self.path}: another process has just finished this run: run the command again"
-                        )
-                    if not (self.path / RUN_FILE).exists():
-                        record = {"kind": _KIND, "identity": dict(identity), "launch": launch}
-                        _write(self.path / RUN_FILE, json.dumps(record, indent=1, sort_keys=True))
+                    self._begin(identity, launch)
                     shutil.rmtree(self.stage, ignore_errors=True)
-                except OSError as error:
-                    if is_out_of_space(error):
-                        raise
-                    raise InputError(
-                        f"cannot write to {self.path}: {error.strerror}; give another --output-dir"
-                    ) from None
             yield
+
+    def share(self, identity: Mapping[str, Any], **launch: Any) -> dict[str, Any]:
+        """Create and record the folder as `reserved` does, for several processes at once; returns the record."""
+        with self._errors():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with locked(self.path, "another process", wait=True):
+                self._begin(identity, launch)
+        return self.recorded()
+
+    def _begin(self, identity: Mapping[str, Any], launch: Mapping[str, Any]) -> None:
+        # Another process may have been here since the caller's check.
+        self.check(identity)
+        if (self.path / REPORT_FILE).exists():
+            raise InputError(f"{self.path}: another process has just finished this run: run the command again")
+        if not (self.path / RUN_FILE).exists():
+            record = {"kind": _KIND, "identity": dict(identity), "launch": launch}
+            _write(self.path / RUN_FILE, json.dumps(record, indent=1, sort_keys=True))
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if is_out_of_space(error):
+                raise
+            raise InputError(f"cannot write to {self.path}: {error.strerror}; give another --output-dir") from None
 
     def report(self) -> TrainingReport | None:
         """The report of the finished run, or None while it is not finished."""
@@ -147,7 +159,7 @@ class OutputDirectory:
 
     def _record(self) -> dict[str, Any] | None:
         try:
-            names = set(os.listdir(self.path)) - {LOCK}
+            names = {name for name in os.listdir(self.path) if name != LOCK and not name.endswith(PARTIAL)}
         except FileNotFoundError:
             return None
         except NotADirectoryError:

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import math
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -16,16 +17,18 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from support.commands import ROOT, Run, refused
-from support.processes import start
+from support.processes import Process, start
 from support.runs import LLAMA, make_world
 from transformers import AutoModelForCausalLM
 
 from storage.errors import IdentityMismatch, InputError
 from student.cli import build_job, train_student
 from student.job import StudentJob
-from student.sweep.record import INTERRUPTED, SweepReport
+from student.report import TrainingReport
+from student.sweep.record import INTERRUPTED, SweepReport, TrialRecord
 from student.sweep.run import sweep
 from student.sweep.search_space import Search, read_sweep
+from student.sweep.study import SharedStudy, open_database
 from student.sweep.trial import check_names, trial_job, trial_settings
 from student.training.run import train
 
@@ -224,7 +227,8 @@ def test_values_lie_in_their_ranges_and_were_really_used(done: Path) -> None:
     by_width = {t.parameters["model.hidden_size"]: t.model_parameters for t in report.trials}
     assert len(by_width) == 2
     assert by_width[32] > by_width[16]  # type: ignore[operator]
-    assert not list(done.rglob("*.safetensors"))
+    assert [path.parent.name for path in done.rglob("*.safetensors")] == [f"trial-{report.best}"]
+    assert all((done / f"trial-{number}" / "report.json").exists() for number in range(4))
 
 
 @pytest.mark.parametrize("which", ["best", "other"])
@@ -258,14 +262,15 @@ def test_a_seed_repeats_a_sweep_and_another_does_not(world: Path, done: Path, tm
 
 
 def test_the_table_is_best_first_and_a_finished_sweep_is_not_run_again(done: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (done / "trials").iterdir()}
+    kept = list(done.glob("trial-*/*"))
+    before = [path.stat().st_mtime_ns for path in kept]
     result = CliRunner().invoke(train_student, ["--sweep", str(done.parent / "sweep.yaml")])
     assert result.exit_code == 0, result.stderr
     assert "all 4 trials are done" in result.stderr
     values = [float(line.split()[2]) for line in result.stdout.splitlines()[1:5]]
     assert values == sorted(values)
     assert result.stdout.splitlines()[-1].endswith(f"--config {done}/best.yaml")
-    assert before == {path: path.stat().st_mtime_ns for path in (done / "trials").iterdir()}
+    assert before == [path.stat().st_mtime_ns for path in kept]
 
 
 # Sweeps that resume, and trials that do not end well
@@ -288,29 +293,132 @@ def test_another_search_in_the_folder_is_refused_and_more_trials_are_not(world: 
     assert [(t.parameters, t.value) for t in at_once.trials] == [(t.parameters, t.value) for t in more.trials]
 
 
-def test_a_killed_sweep_resumes_and_ends_as_an_uninterrupted_one(world: Path, done: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    file = written(tmp_path / "sweep.yaml", fields(world, out))
-    process = start("train-student", "--sweep", file)
+def running(world: Path, out: Path, name: str, **search: Any) -> Process:
+    """A process of the sweep in `out`."""
+    return start("train-student", "--sweep", written(out.parent / f"{name}.yaml", fields(world, out, **search)))
+
+
+def until(path: Path, *processes: Process) -> None:
     deadline = time.monotonic() + 120
-    while not (out / "trials" / "1.json").exists():
-        assert process.poll() is None
+    while not path.exists():
+        assert all(process.poll() is None for process in processes), processes[0].output()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def outcomes(report: SweepReport) -> list[tuple[Any, ...]]:
+    return [(t.number, t.state, t.parameters, t.value, t.evaluations, t.steps) for t in report.trials]
+
+
+def test_a_killed_sweep_goes_on_from_its_checkpoint_and_ends_as_an_uninterrupted_one(
+    world: Path, done: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    saving = {"save_steps": 2}
+    process = running(world, out, "first", training=saving)
+    until(out / "trial-1" / "checkpoint-2" / "trainer_state.json", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    first = (out / "trials" / "0.json").read_bytes()
-    assert json.loads(first)["state"] == "complete"
-    assert report_in(out).best == 0
-    assert (out / "best.yaml").exists()
+    assert [trial.state for trial in report_in(out).trials] == ["complete"]
+    report = swept(tmp_path / "sweep.yaml", fields(world, out, training=saving))
+    resumed = TrainingReport.model_validate_json((out / "trial-1" / "report.json").read_bytes())
+    assert resumed.resumed_from_step in (2, 4)
+    assert outcomes(report) == outcomes(report_in(done))
+    assert not list(out.glob("trial-*/checkpoint-*")), "nothing goes on from them"
+    assert not list(out.rglob("*.lock"))
 
-    report = swept(tmp_path / "sweep.yaml", fields(world, out))
-    assert (out / "trials" / "0.json").read_bytes() == first
-    killed = report.trials[1]
-    assert (killed.state, killed.error, killed.value) == ("failed", INTERRUPTED, None)
-    ended = [trial for trial in report.trials if trial.counts]
-    whole = report_in(done)
-    assert [(t.parameters, t.value) for t in ended] == [(t.parameters, t.value) for t in whole.trials]
+
+def test_one_process_and_three_of_which_one_is_killed_finish_the_same_trials(world: Path, tmp_path: Path) -> None:
+    search = {"trials": 8, "sampler": "random"}
+    alone = swept(tmp_path / "sweep.yaml", fields(world, tmp_path / "alone", **search))
+    out = tmp_path / "shared" / "out"
+    out.parent.mkdir()
+    processes = [running(world, out, str(i), **search) for i in range(3)]
+    until(out / "trial-2" / "run.json", *processes)
+    time.sleep(random.uniform(0, 1))
+    killed = processes[random.randrange(3)]
+    killed.send_signal(signal.SIGKILL)
+    ends = [process.end() for process in processes]
+    assert [end.returncode for end, process in zip(ends, processes, strict=True) if process is not killed] == [0, 0]
+    assert outcomes(report_in(out)) == outcomes(alone)
+    finished = [line for end in ends for line in end.stderr.splitlines() if ": eval_loss " in line]
+    numbers = sorted(int(line.removeprefix("trial ").partition(":")[0]) for line in finished)
+    assert len(set(numbers)) == len(numbers) in (7, 8), "killed between the end of a trial and its line: one less"
+    assert {path.name for path in out.glob("trial-*")} == {f"trial-{number}" for number in range(8)}
+    assert len(list(out.rglob("*.safetensors"))) == 1
+
+
+def test_a_database_is_shared_and_its_trial_without_heartbeats_is_taken_over(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("student.sweep.study.HEARTBEAT_SECONDS", 1)
+    out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'studies.db'}?timeout=7"
+    parameters = {"learning_rate": PARAMETERS["learning_rate"]}
+    data = fields(world, out, parameters, trials=2, storage=url)
+    begun = swept(tmp_path / "sweep.yaml", data)
+    data["sweep"]["trials"] = 4
+    job, search = loaded(written(tmp_path / "sweep.yaml", data))
+    name = json.loads((out / "run.json").read_text())["launch"]["study"]
+    with SharedStudy(out, search, name, open_database(url)).claimed() as trial:
+        assert trial is not None
+        values = trial.params
+    ended = sweep(job, search, lambda line: None)
+    assert ended.trials[:2] == begun.trials
+    assert [(trial.number, trial.state) for trial in ended.trials] == [(i, "complete") for i in range(4)]
+    assert ended.trials[trial.number].parameters == values
+    assert "timeout" not in (out / "run.json").read_text() + (out / "sweep.json").read_text()
+    other = fields(world, tmp_path / "other", parameters, trials=1, storage=url)
+    assert len(swept(tmp_path / "sweep.yaml", other).trials) == 1, "another folder is another sweep"
+    del data["sweep"]["storage"]
+    with pytest.raises(IdentityMismatch, match=r"sweep\.storage: the run has 'sqlite"):
+        swept(tmp_path / "sweep.yaml", data)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("studies", ("expected the URL of a database", "found another text")),
+        ("sqlite://", ("in memory",)),
+        ("redis://name:secret@host/0", ("redis://host/0", "expected a database that opens")),
+        ("sqlite:////nowhere/at/all.db", ("unable to open database file",)),
+    ],
+)
+def test_a_storage_that_is_no_database_is_refused(
+    world: Path, tmp_path: Path, run: Run, url: str, words: tuple[str, ...]
+) -> None:
+    file = written(tmp_path / "sweep.yaml", fields(world, tmp_path / "out", storage=url))
+    result = run("train-student", "--sweep", file)
+    refused(result, "sweep.storage", *words)
+    assert "secret" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_of_an_earlier_version_is_shown_where_it_is_finished(world: Path, tmp_path: Path, run: Run) -> None:
+    """It had a record of each trial, and no folders of their runs."""
+    out = tmp_path / "out"
+    parameters = {"learning_rate": PARAMETERS["learning_rate"]}
+    data = fields(world, out, parameters, trials=1)
+    report = swept(tmp_path / "sweep.yaml", data)
+    (out / "optuna.log").unlink()
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"launch": {}}))
+    again = TrialRecord(number=1, state="failed", error=INTERRUPTED)
+    earlier = report.model_copy(update={"trials": (*report.trials, again)})
+    (out / "sweep.json").write_text(earlier.model_dump_json())
+    assert swept(tmp_path / "sweep.yaml", data) == earlier
+    data["sweep"]["trials"] = 2
+    names = sorted(path.name for path in out.iterdir())
+    file = written(tmp_path / "sweep.yaml", data)
+    refused(run("train-student", "--sweep", file), "an earlier version", "1 of 2 trials", "ask for 1", "--output-dir")
+    (out / "sweep.json").unlink()
+    refused(run("train-student", "--sweep", file), "an earlier version", "no trial ended", "--output-dir")
+    assert sorted(path.name for path in out.iterdir()) == [name for name in names if name != "sweep.json"]
+
+
+def test_ray_is_refused_with_what_to_do(world: Path, tmp_path: Path, run: Run) -> None:
+    file = written(tmp_path / "sweep.yaml", fields(world, tmp_path / "out", backend="ray"))
+    refused(run("train-student", "--sweep", file), "backend ray is no more", "once for each GPU or machine")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_trial_whose_best_weights_were_put_back_has_their_value(world: Path, tmp_path: Path) -> None:
@@ -406,48 +514,3 @@ def test_the_example_has_the_eleven_parameters_and_is_a_job(world: Path) -> None
     assert low.training["per_device_train_batch_size"] <= high.training["per_device_train_batch_size"] <= 64
     assert high.training["gradient_accumulation_steps"] == -(-round(math.exp(5 + 3 * 1.5)) // 64)
     assert (low.training["adam_beta1"], high.training["adam_beta1"]) == (0.99, 0.0)
-
-
-@pytest.mark.slow
-def test_ray_tune_runs_the_same_trials(world: Path, tmp_path: Path, installed: Run) -> None:
-    data = fields(world, tmp_path / "out", backend="ray", trials=3)
-    file = written(tmp_path / "sweep.yaml", data)
-    result = installed("train-student", "--sweep", file, "--json")
-    assert result.returncode == 0, result.stderr
-    report = SweepReport.model_validate_json(result.stdout)
-    assert [trial.state for trial in report.trials] == ["complete"] * 3
-    assert len({repr(trial.parameters) for trial in report.trials}) == 3
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
-    job = built(str(tmp_path / "out" / "best.yaml"))
-    best = train(job, lambda line: None)
-    assert best.held_out is not None
-    assert best.held_out.cross_entropy == report.trials[report.best or 0].value
-    data["sweep"]["trials"] = 4
-    written(tmp_path / "sweep.yaml", data)
-    again = installed("train-student", "--sweep", file, "--json")
-    assert again.returncode == 0, again.stderr
-    assert SweepReport.model_validate_json(again.stdout).trials[:3] == report.trials
-
-
-@pytest.mark.slow
-def test_ray_tune_prunes_and_records_failures(world: Path, tmp_path: Path, installed: Run) -> None:
-    parameters: dict[str, Any] = {
-        "learning_rate": {"distribution": "log_uniform", "low": 1e-7, "high": 1e-1},
-        "model.n_embd": {"choices": [16, 24]},
-        "model.n_head": {"choices": [2, 3]},
-    }
-    data = fields(world, tmp_path / "out", parameters, backend="ray", sampler="random", trials=10)
-    data["training"] |= {"max_steps": 4, "eval_steps": 1}
-    data["sweep"]["pruner"] = {"name": "hyperband", "reduction_factor": 2}
-    result = installed("train-student", "--sweep", written(tmp_path / "sweep.yaml", data), "--json")
-    assert result.returncode == 0, result.stderr
-    trials = SweepReport.model_validate_json(result.stdout).trials
-    failed = [trial for trial in trials if trial.state == "failed"]
-    assert failed
-    for trial in trials:
-        possible = trial.parameters["model.n_embd"] % trial.parameters["model.n_head"] == 0
-        assert (trial.state == "failed") == (not possible)
-        assert possible or "divisible" in (trial.error or "")
-    pruned = [trial for trial in trials if trial.state == "pruned"]
-    assert pruned
-    assert all(trial.value == trial.evaluations[-1][1] and trial.steps < 4 for trial in pruned)
