@@ -57,9 +57,11 @@ def render(template: ChatTemplate, conversation: Conversation, version_1: bool =
         _check_inputs(template, conversation)
         messages, rendered = _in_a_form(template, conversation.messages, inputs, where)
     found_by, replies = _replies(template, messages, inputs, rendered, where, version_1)
+    trained = _trained(replies, rendered, conversation)
     return Written(
         rendered.text,
-        _trained(replies, rendered, conversation),
+        # A token around an empty range was trained on in version 1.
+        tuple((start, stop) for start, stop in trained if version_1 or start < stop),
         sum(message.get("role") == "assistant" for message in messages),
         found_by,
         sum(_leaves_out_reasoning(message, rendered.text) for message in messages),
@@ -304,7 +306,7 @@ def _leaves_out_reasoning(message: dict[str, Any], text: str) -> bool:
 def _trained(replies: dict[int, tuple[int, int]], rendered: Rendered, conversation: Conversation) -> Ranges:
     """The replies without those that the row says are not trained on."""
     if not conversation.untrained:
-        return tuple(sorted(where for where in replies.values() if where[0] < where[1]))
+        return tuple(sorted(replies.values()))
     if min(replies, default=0) >= 0:
         return tuple(sorted(where for index, where in replies.items() if index not in conversation.untrained))
     if rendered.messages is None or not conversation.untrained <= rendered.messages.keys():
