@@ -7,7 +7,8 @@ tokens, or the flags of its added tokens. Here the file holds; what only the set
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ PROBES = (
     "\n\nx",
     "x ",
 )
+_ADDED = 64  # added tokens of a tokenizer that are probed
 # The classes of transformers 4 that acted on add_bos_token and add_eos_token beside a tokenizer.json: models were
 # trained with what they did, though transformers 5 ignores both then. The value: whether they add BOS by default.
 ADDING = {
@@ -110,18 +112,17 @@ def same_every_time(tokenizer: Any, asked: str, log: Log | None) -> Any:
     return tokenizer
 
 
-def differing_text(a: Any, b: Any) -> tuple[str, int, int] | None:
-    """The first probe that two tokenizers give different ids, and how many each; None where all are equal."""
-    for text in (*PROBES, *_special_probes(a), *_special_probes(b)):
+def differing_text(a: Any, b: Any, texts: Iterable[str] = (), shared: bool = False) -> tuple[str, int, int] | None:
+    """The first probe, or one of `texts`, that two tokenizers give different ids, and how many each; None where all are
+    equal. shared: no probes with added tokens that only one of them knows."""
+    added = [list(map(str, each.added_tokens_decoder.values()))[:_ADDED] for each in (a, b)]
+    known = a.get_vocab().keys() & b.get_vocab().keys() if shared else {*added[0], *added[1]}
+    marked = (f"a {token} b{token}{token}c\n{token}\n" for token in dict.fromkeys(chain(*added)) if token in known)
+    for text in chain(PROBES, marked, texts):
         ids = [text_ids(each, text) for each in (a, b)]
         if ids[0] != ids[1]:
             return text, len(ids[0]), len(ids[1])
     return None
-
-
-def _special_probes(tokenizer: Any) -> Iterator[str]:
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()][:8]
-    yield from (f"a {token} b{token}{token}c\n{token}\n" for token in tokens)
 
 
 def _with_listed_tokens(backend: Any, tokenizer: Any, folder: Path, asked: str, say: Log) -> Any:
