@@ -138,7 +138,8 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
     except ValueError as error:
         raise InputError(str(error)) from None
     teachers = teachers or load_teachers(job)
-    vocabulary_size = common_vocabulary(cache, job.teacher, teachers)
+    begin = begin_id(job.cache) if job.bos_each_window else None
+    vocabulary_size = common_vocabulary(cache, job.teacher, teachers, begin)
     teacher: Teacher = teachers[0]
     if job.combine is not None:
         teacher = EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)
@@ -153,7 +154,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
             context_tokens=job.context_tokens,
             stride_tokens=job.stride,
             isolate_documents=job.isolate_documents,
-            begin_id=begin_id(job.cache) if job.bos_each_window else None,
+            begin_id=begin,
         ),
         encoding=Encoding(
             kind=job.encoding,

@@ -269,8 +269,9 @@ def _other_tokenizers(job: AuditJob, cache: LogitCache, members: list[HuggingFac
     """A problem for each teacher whose tokenizer is not the cache's; one without tokenizer files cannot be checked."""
     for source, teacher in zip(job.teacher, members, strict=True):
         remedy = "Give the teacher that the entry names"
-        named = cache.teacher(found.name).entry.vocabulary_size
+        entry = cache.teacher(found.name).entry
+        named, begin = entry.vocabulary_size, entry.windowing.begin_id
         try:
-            check_vocabulary(cache, teacher.vocabulary(), source, remedy, named, found.execution.append)
+            check_vocabulary(cache, teacher.vocabulary(), source, remedy, named, found.execution.append, begin)
         except IdentityMismatch as error:
             found.problems.append(str(error))

@@ -40,7 +40,9 @@ def saved_tokenizer(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]
     differing = differing_text(own, cached, _stretches(cache, cached), shared=True)
     if differing is not None:
         shown = differing[0][:40]
-        log(f"{model}: its tokenizer splits text otherwise than that of {cache.url} ({shown!r}): saved with the cache's")
+        log(
+            f"{model}: its tokenizer splits text otherwise than that of {cache.url} ({shown!r}): saved with the cache's"
+        )
         return stored
     found = {path for pattern in (*TOKENIZER_FILES, *_BESIDE) for path in folder.glob(pattern)}
     files = portable_files({path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(found)})
