@@ -1,5 +1,5 @@
-"""Whether a model and a cache agree on the ids that matter: those of the text, the one that windows begin with, and those
-that targets can name.
+"""Whether a model and a cache agree on the ids that matter: those that the text has, that windows begin with, or that
+targets can name.
 
 Tokenizers and heads often differ elsewhere: a special token that no text contains and that has no column in the model,
 added tokens, reserved ids. Such ids are named in one line, and left out. The text is read only where something differs.
@@ -83,9 +83,10 @@ def ids_in_common(
     where = f"{source}: its head has {columns} columns, the tokenizer of {cache.url} {size} ids"
     strings = id_strings(cache_vocabulary(cache))
     if begin_id is not None and begin_id >= columns:
+        string = strings.get(begin_id, "no string")
         raise InputError(
-            f"{where}, and windows begin with id {begin_id} ({strings.get(begin_id, 'no string')}): take a model with a "
-            f"column for it, or windows without it (no --bos-each-window)"
+            f"{where}, and windows begin with id {begin_id} ({string}): take a model with a column for it, or windows "
+            f"without it (no --bos-each-window)"
         )
     found = cache.tokens.first(lambda tokens: tokens >= columns)
     if found is not None:
