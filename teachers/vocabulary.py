@@ -23,8 +23,8 @@ def common_vocabulary(
 
     sources: the teachers as the user named them. begin_id: the id put before windows, if any. quiet: do not log the ids
     that are left out. A model without tokenizer files can only be checked by its head. Raises InputError and
-    IdentityMismatch where the teachers, the tokenizer and the text do not agree on an id that the text has, windows begin
-    with or targets can name; see `student.models.vocabulary`.
+    IdentityMismatch where the teachers, the tokenizer and the text do not agree on an id that the text has, that begins
+    windows or that targets can name; see `student.models.vocabulary`.
     """
     first_rank = all(teacher.shard is None or teacher.shard.ranks.rank == 0 for teacher in teachers)
     # With the remarks of the teachers themselves: once in a job.

@@ -10,7 +10,7 @@ from storage import LogitCache
 from storage.format.identity import TOKENIZER_FILES
 from storage.progress import Log
 from student.models.tokenizer import model_folder, read_tokenizer, tokenizer_of
-from student.models.tokenizer_file import differing_text
+from student.models.tokenizer_file import differing_text, same_every_time_files
 from student.models.tokenizer_settings import portable_files, stored_files
 
 # What belongs to a tokenizer or to a processor beside the files that can be read alone.
@@ -25,12 +25,19 @@ _STRETCHES, _STRETCH = 16, 512
 
 def saved_tokenizer(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]:
     """The files, by path, of the tokenizer that a student is saved with, for transformers 4.57 and 5: its own, or else
-    the cache's.
+    the cache's; without chance and cut-offs, with which it would not be the one of the student's text.
 
     A student's own tokenizer has the cache's vocabulary (`student.models.vocabulary` has the check). Where it splits
     text in another way, the student learns the cache's way, and is saved with that tokenizer; where the
-    text is conversations, it learns their chat template, and is saved with that. Both are said.
+    text is conversations, it learns their chat template, and is saved with that. All of this is said.
     """
+    files, taken_out = same_every_time_files(_own_or_cached(cache, model, log))
+    if taken_out:
+        log(f"{model}: its tokenizer is saved without {', '.join(taken_out)}, as the text was made without")
+    return files
+
+
+def _own_or_cached(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]:
     folder = model_folder(model)
     own = None if folder is None else read_tokenizer(folder, model)
     stored = stored_files(cache.tokenizer_files())

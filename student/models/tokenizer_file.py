@@ -36,6 +36,7 @@ PROBES = (
     "\n\nx",
     "x ",
 )
+_CHANCE = {"dropout": "BPE dropout", "alpha": "sampling", "nbest_size": "sampling"}  # of a tokenizer.json's model
 _ADDED = 64  # added tokens of a tokenizer that are probed
 # The classes of transformers 4 that acted on add_bos_token and add_eos_token beside a tokenizer.json: models were
 # trained with what they did, though transformers 5 ignores both then. The value: whether they add BOS by default.
@@ -104,12 +105,33 @@ def same_every_time(tokenizer: Any, asked: str, log: Log | None) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    for name, what in (("dropout", "BPE dropout"), ("alpha", "sampling"), ("nbest_size", "sampling")):
+    for name, what in _CHANCE.items():
         chance = getattr(backend.model, name, None)
         if chance:
             setattr(backend.model, name, None)
             (log or _silent)(f"{asked}: the {what} of its {FILE} ({name} {chance:g}) is switched off")
     return tokenizer
+
+
+def same_every_time_files(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
+    """A tokenizer's files as `same_every_time` leaves the tokenizer, and what was taken out of them."""
+    changed, taken_out = dict(files), []
+    if FILE in files:
+        content = json.loads(files[FILE])
+        model = content["model"]
+        off = [(content, name, name) for name in ("truncation", "padding")]
+        off += [(model, name, f"{what} ({name} {model[name]:g})") for name, what in _CHANCE.items() if model.get(name)]
+        for where, name, what in off:
+            if where.get(name):
+                where[name] = None
+                taken_out.append(what)
+        if taken_out:
+            changed[FILE] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+    settings = json.loads(files.get(SETTINGS_FILE, b"{}"))
+    if (settings.get("sp_model_kwargs") or {}).pop("enable_sampling", None):
+        changed[SETTINGS_FILE] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
+        taken_out.append("sampling (sp_model_kwargs)")
+    return changed, taken_out
 
 
 def differing_text(a: Any, b: Any, texts: Iterable[str] = (), shared: bool = False) -> tuple[str, int, int] | None:

@@ -111,7 +111,7 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
     """
     if job.loss_scale == "babyllama" and caches.windows.begin_id is not None:
         raise InputError(
-            f"{job.cache}: --loss-scale babyllama leaves out a window's last label, which is at one row or another where "
+            f"{job.cache}: --loss-scale babyllama leaves out a window's last label, which has no fixed row where "
             f"windows begin with BOS: take --loss-scale token, or windows without BOS (no --bos-each-window)"
         )
     windows, eval_windows = caches.windows.cut(job.window_tokens, job.offset), caches.eval_windows

@@ -201,6 +201,23 @@ def test_the_way_of_splitting_is_compared_beyond_the_beginning(tmp_path: Path, n
     assert (b"<extra>" in saved["tokenizer.json"]) == (normalizer is None)
 
 
+def test_a_tokenizer_is_saved_without_chance_and_cut_offs(tmp_path: Path) -> None:
+    """As it is used: the student has not learnt what dropout makes of a text, and reads more than the cut-off."""
+    tokenizer, url = make_tokenizer("gpt2"), str(tmp_path / "cache")
+    original = pretrained(tmp_path / "model", vocab_size=len(tokenizer))
+    names = [Path(name).name for name in tokenizer.save_pretrained(original)]
+    files = {name: (original / name).read_bytes() for name in names}
+    path = original / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(content | {"model": content["model"] | {"dropout": 0.5}}))
+    make_corpus(url, np.arange(300, dtype=np.uint16), len(tokenizer), tokenizer_files=files)
+    said: list[str] = []
+    saved = json.loads(saved_tokenizer(LogitCache.open(url), str(original), said.append)["tokenizer.json"])
+    assert (saved["truncation"], saved["model"]["dropout"]) == (None, None)
+    assert [line for line in said if "saved without truncation, BPE dropout (dropout 0.5)" in line] == said[:1] == said
+
+
 def test_named_templates_are_published_again(world: Path, tmp_path: Path) -> None:
     """After a run that was killed while it published."""
     original = with_tokenizer(pretrained(tmp_path / "original"), None)
