@@ -23,6 +23,7 @@ from transformers import (
 
 from storage import LogitCache
 from storage.format.manifest import Windowing
+from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.tokenizer import write_files
@@ -266,6 +267,25 @@ def test_the_defaults_from_weights_are_those_of_fine_tuning(world: Path, tmp_pat
         assert used(tmp_path / f"{number}") == DEFAULTS | {"window_tokens": window}
         (line,) = [one for one in said if "defaults of fine-tuning" in one]
         assert f"learning rate 2e-05, no weight decay, windows of {window:,} tokens" in line
+
+
+@pytest.mark.parametrize("offset", ["fixed", "random"])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_an_epoch_has_a_step_of_windows(tmp_path: Path, offset: str, isolated: bool) -> None:
+    """Where neither window nor step was given."""
+    url, starts = str(tmp_path / "cache"), [0, 700, 900, 2400]
+    make_corpus(url, np.zeros(3000, dtype=np.uint16), V, document_starts=np.array(starts, dtype=np.uint64))
+    model = pretrained(tmp_path / "model", max_position_embeddings=4096)
+    job = StudentJob(cache=url, model=str(model), output_dir=str(tmp_path / "out"), isolate_documents=isolated)
+    job = job.model_copy(update={"offset": offset, "training": {"gradient_accumulation_steps": 2}})
+    window = open_fields(job, {})["window_tokens"]
+    windows = DistillationWindows(url, (), window, job.offset, isolate_documents=isolated)
+    assert 64 <= len(windows) <= 72
+    one = open_fields(job.model_copy(update={"windows_per_step": 2, "isolate_documents": False}), {})
+    assert one["window_tokens"] == 1024
+    assert (
+        open_fields(job.model_copy(update={"training": {"dataloader_drop_last": False}}), {})["window_tokens"] == 1024
+    )
 
 
 def test_a_window_fits_the_live_teachers(world: Path, tmp_path: Path) -> None:
