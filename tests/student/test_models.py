@@ -11,12 +11,14 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.errors import InputError
-from student.models.configuration import preset_config, stored_dtype
+from student.models.configuration import preset_config
 from student.models.loading import load_student
 from student.models.presets import PRESET_VOCABULARY, PRESETS, describe_presets
+from student.models.stored_dtype import stored_dtype
 
 V = 101
 SPECIAL = {"bos": 1, "eos": 2, "pad": 0}
@@ -255,12 +257,23 @@ def test_attention_is_chosen(directory: Path, tmp_path: Path) -> None:
 
 
 def test_the_dtype_of_stored_weights(directory: Path, tmp_path: Path) -> None:
-    assert stored_dtype(str(directory)) == "bfloat16"
-    assert stored_dtype("llama-tiny") == stored_dtype(str(config_file(tmp_path, dtype="bfloat16"))) == "float32"
+    """By the weights, whatever the configuration says; several are said."""
+    said: list[str] = []
+    assert stored_dtype("llama-tiny", said.append) == "float32"
+    assert stored_dtype(str(config_file(tmp_path, dtype="bfloat16")), said.append) == "float32"
     config = json.loads((directory / "config.json").read_text())
-    del config["dtype"]
-    (directory / "config.json").write_text(json.dumps(config))
-    assert stored_dtype(str(directory)) == "float32"
+    for named in ("bfloat16", "float32", None):
+        (directory / "config.json").write_text(json.dumps({**config, "dtype": named}))
+        assert stored_dtype(str(directory), said.append) == "bfloat16"
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin")
+    assert stored_dtype(str(directory), said.append) == "bfloat16"
+    assert said == []
+    norms = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+    save_file(norms, directory / "model.safetensors")
+    assert stored_dtype(str(directory), said.append) == "bfloat16"
+    assert said == [f"{directory}: its weights are in bfloat16 and float32: saved in bfloat16 (--save-dtype)"]
 
 
 def test_an_unknown_name_lists_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
