@@ -71,7 +71,7 @@ def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
             device=str(device),
             logit_budget_bytes=chunk_bytes(device, len(job.live_teachers)),
         )
-        teacher.check_context(job.window_tokens + bool(job.bos_each_window))
+        teacher.check_context(job.window_tokens, bool(job.bos_each_window))
         teachers.append(teacher)
     size = common_vocabulary(cache, job.live_teachers, teachers, begin)
     if job.eval_cache is not None:  # they read the held-out text, too

@@ -214,7 +214,7 @@ def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceT
             trust_remote_code=job.trust_remote_code,
             logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
         )
-        teacher.check_context(context)
+        teacher.check_context(context, entry.windowing.begin_id is not None)
         if teacher.head_columns < entry.vocabulary_size:
             raise InputError(
                 f"{source}: its head has {teacher.head_columns} columns and cannot have scored the "
@@ -234,7 +234,7 @@ def _together(entry: TeacherEntry, members: list[HuggingFaceTeacher]) -> Teacher
 
 def _batch_windows(entry: TeacherEntry, teacher: Teacher, samples: int) -> int:
     """The recorded batch, within bounds; another type of device repeats no bits, so there no batch is padded."""
-    at_once = min(entry.execution.batch_windows, _MOST_BATCH_TOKENS // entry.windowing.context_tokens)
+    at_once = min(entry.execution.batch_windows, _MOST_BATCH_TOKENS // entry.windowing.input_tokens)
     return at_once if teacher.device.type == entry.execution.device_type else min(at_once, samples)
 
 

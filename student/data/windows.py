@@ -241,11 +241,7 @@ class _Span:
                 name: {key: values[cut] for key, values in arrays.items()} for name, arrays in self._targets.items()
             },
         }
-        if begin_id is not None:
-            window_tokens += 1
-            if window["input_ids"][0] != begin_id:
-                window = _begun_window(window, begin_id)
-        return window if len(window["labels"]) == window_tokens else _padded_window(window, window_tokens)
+        return as_read(window, window_tokens, begin_id)
 
 
 def reading_order(
@@ -277,6 +273,16 @@ def target_arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
     arrays.update({name: getattr(targets, name).astype(np.int32) for name in _COUNTS})
     arrays.update({name: getattr(targets, name) for name in _FLOATS})
     return arrays
+
+
+def as_read(window: Window, window_tokens: int, begin_id: int | None) -> Window:
+    """A window of at most T positions as a model reads it: after an id of its own, unless it begins with that, and
+    padded to T or T + 1 positions."""
+    if begin_id is not None:
+        window_tokens += 1
+        if window["input_ids"][0] != begin_id:
+            window = _begun_window(window, begin_id)
+    return window if len(window["labels"]) == window_tokens else _padded_window(window, window_tokens)
 
 
 def _padded_window(window: Window, length: int) -> Window:

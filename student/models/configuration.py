@@ -155,8 +155,8 @@ def check_config(config: PretrainedConfig, spec: str, vocabulary_size: int, wind
     positions = positions_of(config)
     if positions is not None and positions < window_tokens:
         raise InputError(
-            f"{spec}: the model has {positions} positions, fewer than the {window_tokens} tokens of a window: "
-            "take shorter windows or a model with more positions"
+            f"{spec}: the model has {positions} positions, fewer than the {window_tokens} tokens of a window (with "
+            "--bos-each-window one more than its own): take shorter windows or a model with more positions"
         )
 
 
