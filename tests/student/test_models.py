@@ -249,6 +249,39 @@ def test_a_generation_config_that_cannot_be_saved_is_put_right_and_said(director
     assert not found.keys() & {"temperature", "top_p"}
 
 
+UNUSABLE: dict[str, Any] = {
+    "no length": {"max_new_tokens": -1},
+    "several, all the same": {"num_return_sequences": 3, "do_sample": False},
+    "no cache": {"cache_implementation": "nonsense"},
+    "no object": [1],
+    "a watermark of nothing": {"watermarking_config": {"x": 1}},
+    "an id as text": {"eos_token_id": "2"},
+    "an id as text in a list": {"eos_token_id": [2, "7"]},
+    "a truth value as an id": {"pad_token_id": True},
+    "a word for yes": {"do_sample": "yes"},
+    "a number as text": {"do_sample": True, "temperature": "0.6"},
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_generation_config_that_cannot_be_used_is_named(directory: Path, case: str) -> None:
+    (directory / "generation_config.json").write_text(json.dumps(UNUSABLE[case]))
+    message = refused(directory)
+    assert "its generation_config.json" in message
+    assert "correct it, or remove it" in message
+
+
+def test_ids_of_a_generation_config_that_the_model_lacks_are_said(directory: Path) -> None:
+    for ids, words in (
+        ({"eos_token_id": [2, 99999]}, "eos_token_id 99999, which the model has no column for"),
+        ({"pad_token_id": -1}, "pad_token_id -1, which transformers does not save"),
+    ):
+        (directory / "generation_config.json").write_text(json.dumps(ids))
+        said: list[str] = []
+        load(directory, log=said.append)
+        assert [words in line for line in said if "generation_config" in line] == [True]
+
+
 def test_attention_is_chosen(directory: Path, tmp_path: Path) -> None:
     for spec in (directory, config_file(tmp_path), "llama-tiny"):
         assert load(spec, attention="eager").config._attn_implementation == "eager"
