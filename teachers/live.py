@@ -13,6 +13,7 @@ from torch import Tensor
 
 from storage import LogitCache
 from student.job import StudentJob
+from student.models.tokenizer import begin_id
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
@@ -61,6 +62,7 @@ def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
     IdentityMismatch for a teacher of another tokenizer.
     """
     cache = LogitCache.open(job.cache)
+    begin = begin_id(job.cache) if job.bos_each_window else None
     teachers = []
     for source in job.live_teachers:
         teacher = HuggingFaceTeacher.load(
@@ -69,11 +71,11 @@ def load_live(job: StudentJob, device: torch.device) -> LiveTeacher:
             device=str(device),
             logit_budget_bytes=chunk_bytes(device, len(job.live_teachers)),
         )
-        teacher.check_context(job.window_tokens + bool(job.bos_each_window))
+        teacher.check_context(job.window_tokens, bool(job.bos_each_window))
         teachers.append(teacher)
-    size = common_vocabulary(cache, job.live_teachers, teachers)
+    size = common_vocabulary(cache, job.live_teachers, teachers, begin)
     if job.eval_cache is not None:  # they read the held-out text, too
-        common_vocabulary(LogitCache.open(job.eval_cache), job.live_teachers, teachers, quiet=True)
+        common_vocabulary(LogitCache.open(job.eval_cache), job.live_teachers, teachers, begin, quiet=True)
     if len(teachers) == 1:
         return LiveTeacher(teachers[0])
     assert job.combine is not None

@@ -13,13 +13,18 @@ from teachers.huggingface.teacher import HuggingFaceTeacher
 
 
 def common_vocabulary(
-    cache: LogitCache, sources: Sequence[str], teachers: Sequence[HuggingFaceTeacher], quiet: bool = False
+    cache: LogitCache,
+    sources: Sequence[str],
+    teachers: Sequence[HuggingFaceTeacher],
+    begin_id: int | None,
+    quiet: bool = False,
 ) -> int:
     """V of the teachers' targets on a cache: its tokenizer's, or the columns of the narrowest head.
 
-    sources: the teachers as the user named them. quiet: do not log the ids that are left out. A model without tokenizer
-    files can only be checked by its head. Raises InputError and IdentityMismatch where the teachers, the tokenizer and
-    the text do not agree on an id that the text has or that targets can name; see `student.models.vocabulary`.
+    sources: the teachers as the user named them. begin_id: the id put before windows, if any. quiet: do not log the ids
+    that are left out. A model without tokenizer files can only be checked by its head. Raises InputError and
+    IdentityMismatch where the teachers, the tokenizer and the text do not agree on an id that the text has, that begins
+    windows or that targets can name; see `student.models.vocabulary`.
     """
     first_rank = all(teacher.shard is None or teacher.shard.ranks.rank == 0 for teacher in teachers)
     # With the remarks of the teachers themselves: once in a job.
@@ -31,12 +36,12 @@ def common_vocabulary(
     check_members(list(zip(sources, vocabularies, strict=True)), named)
     for source, theirs in zip(sources, vocabularies, strict=True):
         remedy = f"Make a cache with this teacher's tokenizer: {_tokenize(source)}"
-        check_vocabulary(cache, theirs, source, remedy, named, log)
+        check_vocabulary(cache, theirs, source, remedy, named, log, begin_id)
     own = vocabularies[narrow]
     advice = "take it out of the text and tokenize that again, or take a teacher with a column for it"
     if own is not None and vocabulary_size(own) <= columns[narrow]:
         advice = f"make a cache with this teacher's tokenizer: {_tokenize(sources[narrow])}"
-    return ids_in_common(cache, columns[narrow], sources[narrow], advice, log)
+    return ids_in_common(cache, columns[narrow], sources[narrow], advice, log, begin_id)
 
 
 def check_members(named: Sequence[tuple[str, Mapping[str, int] | None]], below: int | None = None) -> None:
@@ -62,4 +67,4 @@ def _tokenize(source: str) -> str:
 
 
 def _ignore(message: str) -> None:
-    """Rank 0 logs the message; the other ranks need not repeat it."""
+    """The message is logged already: by rank 0, or for the text that the first check read."""

@@ -111,7 +111,8 @@ def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str,
         if columns < entry.vocabulary_size:
             log = logging.getLogger(__name__).warning
             advice = "take a student with a column for it"
-            ids_in_common(prepared.cache, columns, f"--student {question.student}", advice, log)
+            source, begin = f"--student {question.student}", entry.windowing.begin_id
+            ids_in_common(prepared.cache, columns, source, advice, log, begin)
         new_student(question.student, prepared.entry)
     probe = _probe(prepared, question.probe_windows, progress)
     process_bytes, device_bytes = peak_process_bytes(), peak_device_bytes(prepared.teacher.device)

@@ -71,7 +71,7 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
         for source, revision in zip(job.teacher, job.revision or ("",) * len(job.teacher), strict=True)
     )
     for source, teacher in zip(job.teacher, teachers, strict=True):
-        teacher.check_context(job.context_tokens + job.bos_each_window)
+        teacher.check_context(job.context_tokens, job.bos_each_window)
         if job.k > teacher.head_columns:
             raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
     return teachers
@@ -138,10 +138,17 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
     except ValueError as error:
         raise InputError(str(error)) from None
     teachers = teachers or load_teachers(job)
-    vocabulary_size = common_vocabulary(cache, job.teacher, teachers)
+    begin = begin_id(job.cache) if job.bos_each_window else None
+    vocabulary_size = common_vocabulary(cache, job.teacher, teachers, begin)
     teacher: Teacher = teachers[0]
     if job.combine is not None:
         teacher = EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)
+    windowing = Windowing(
+        context_tokens=job.context_tokens,
+        stride_tokens=job.stride,
+        isolate_documents=job.isolate_documents,
+        begin_id=begin,
+    )
     entry = TeacherEntry(
         positions=cache.record.corpus.positions,
         vocabulary_size=vocabulary_size,
@@ -149,12 +156,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         tokenizer_fingerprint=cache.record.tokenizer.fingerprint,
         teacher=teacher.identity,
         targets=job.stored_targets(),
-        windowing=Windowing(
-            context_tokens=job.context_tokens,
-            stride_tokens=job.stride,
-            isolate_documents=job.isolate_documents,
-            begin_id=begin_id(job.cache) if job.bos_each_window else None,
-        ),
+        windowing=windowing,
         encoding=Encoding(
             kind=job.encoding,
             step_nats=job.step_nats if job.encoding == "codes" else None,
@@ -165,7 +167,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
             device_type=teacher.device.type,
             batch_windows=job.batch_windows
             or _recorded_batch_windows(job)
-            or choose_batch_windows(teacher, job.context_tokens),
+            or choose_batch_windows(teacher, windowing.input_tokens),
             attention=teacher.attention,
             head=teacher.head,
             tensor_parallel=None if teacher.shard is None else teacher.shard.ranks.size,

@@ -25,7 +25,8 @@ from storage.format.layout import ArraySpec
 from storage.format.manifest import TeacherEntry
 from storage.format.shard import decode_chunk, encode_targets
 from storage.format.targets import SparseTargets
-from student.data.windows import target_arrays
+from student.data.batches import collate
+from student.data.windows import as_read, target_arrays
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
@@ -129,7 +130,7 @@ def new_student(spec: str, entry: TeacherEntry) -> Any:
         spec,
         vocabulary_size=ids_of_student(spec, entry),
         special_ids={},
-        window_tokens=entry.windowing.context_tokens,
+        window_tokens=entry.windowing.input_tokens,
         seed=0,
     )
 
@@ -150,12 +151,9 @@ def student_cost(
         )
     model = new_student(spec, entry).to(teacher.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def windows(values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values[: b * t].reshape(b, t, *values.shape[1:])).to(teacher.device)
-
     rows = target_arrays(_stored(entry, targets.rows(targets.start, targets.start + b * t)))
-    batch: dict[str, Any] = {"input_ids": windows(tokens[:-1]), "labels": windows(tokens[1:])}
+    of_cache = _batch(tokens, rows, b, entry, teacher.device)
+    batch = {name: of_cache[name] for name in ("input_ids", "labels")}
     size = ids_of_student(spec, entry)
     valid = np.arange(rows["token_ids"].shape[1]) < rows["kept"][:, None]
     most = int(rows["token_ids"].max(where=valid, initial=0))
@@ -168,7 +166,7 @@ def student_cost(
     costs = {}
     for kind, loss, given in (
         ("cached", DistillationLoss(size, 0.0, tau, [member], window_tokens=t),
-         {"targets": {_NAME: {name: windows(value) for name, value in rows.items()}}}),
+         {"targets": of_cache["targets"]}),
         ("live", DenseLoss(_Pieces(teacher), size, 0.0, tau, window_tokens=t), {}),
     ):  # fmt: skip
         bind_loss(model, loss)
@@ -183,6 +181,22 @@ def student_cost(
         unbind_loss(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return StepCost(spec, parameters, b, costs["cached"], costs["live"])
+
+
+def _batch(
+    tokens: NDArray[np.int64], rows: Mapping[str, NDArray[Any]], number: int, entry: TeacherEntry, device: torch.device
+) -> dict[str, Any]:
+    """The first windows of some text and targets as a student reads them, on a device."""
+    t, begin = entry.windowing.context_tokens, entry.windowing.begin_id
+    parts = [slice(start, start + t) for start in range(0, number * t, t)]
+    windows = [
+        {"input_ids": tokens[:-1][part], "labels": tokens[1:][part],
+         "targets": {_NAME: {name: values[part] for name, values in rows.items()}}}
+        for part in parts
+    ]  # fmt: skip
+    batch = collate([as_read(window, t, begin) for window in windows])
+    targets = {name: value.to(device) for name, value in batch["targets"][_NAME].items()}
+    return {name: batch[name].to(device) for name in ("input_ids", "labels")} | {"targets": {_NAME: targets}}
 
 
 def _each(device: torch.device, run: Callable[[], None]) -> float:

@@ -81,8 +81,7 @@ def batch_inputs(
     Returns ids int64 [batch_windows, C], or [batch_windows, C + 1] where windows begin with an id of their own, padded;
     and int64 [R], ascending indices into its flattened positions.
     """
-    begin = windowing.begin_id
-    width = windowing.context_tokens + (begin is not None)
+    begin, width = windowing.begin_id, windowing.input_tokens
     inputs = np.full((batch_windows, width), _FILL_TOKEN, dtype=np.int64)
     rows = []
     for number, (tokens, offsets) in enumerate(batch):

@@ -214,7 +214,7 @@ def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceT
             trust_remote_code=job.trust_remote_code,
             logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
         )
-        teacher.check_context(context)
+        teacher.check_context(context, entry.windowing.begin_id is not None)
         if teacher.head_columns < entry.vocabulary_size:
             raise InputError(
                 f"{source}: its head has {teacher.head_columns} columns and cannot have scored the "
@@ -234,7 +234,7 @@ def _together(entry: TeacherEntry, members: list[HuggingFaceTeacher]) -> Teacher
 
 def _batch_windows(entry: TeacherEntry, teacher: Teacher, samples: int) -> int:
     """The recorded batch, within bounds; another type of device repeats no bits, so there no batch is padded."""
-    at_once = min(entry.execution.batch_windows, _MOST_BATCH_TOKENS // entry.windowing.context_tokens)
+    at_once = min(entry.execution.batch_windows, _MOST_BATCH_TOKENS // entry.windowing.input_tokens)
     return at_once if teacher.device.type == entry.execution.device_type else min(at_once, samples)
 
 
@@ -269,8 +269,9 @@ def _other_tokenizers(job: AuditJob, cache: LogitCache, members: list[HuggingFac
     """A problem for each teacher whose tokenizer is not the cache's; one without tokenizer files cannot be checked."""
     for source, teacher in zip(job.teacher, members, strict=True):
         remedy = "Give the teacher that the entry names"
-        named = cache.teacher(found.name).entry.vocabulary_size
+        entry = cache.teacher(found.name).entry
+        named, begin = entry.vocabulary_size, entry.windowing.begin_id
         try:
-            check_vocabulary(cache, teacher.vocabulary(), source, remedy, named, found.execution.append)
+            check_vocabulary(cache, teacher.vocabulary(), source, remedy, named, found.execution.append, begin)
         except IdentityMismatch as error:
             found.problems.append(str(error))

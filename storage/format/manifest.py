@@ -211,6 +211,11 @@ class Windowing(Extended):
     isolate_documents: bool = False
     begin_id: Count | None = None
 
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that a teacher reads of a window: its context, and the id put before it."""
+        return self.context_tokens + (self.begin_id is not None)
+
     @model_validator(mode="after")
     def _stride_fits(self) -> Windowing:
         if self.stride_tokens > self.context_tokens:

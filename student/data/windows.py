@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from storage.progress import Log
 from student.data.blocks import Blocks, Offset
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.labels import NOT_TRAINED
-from student.models.vocabulary import ids_in_common
+from student.models.vocabulary import check_vocabulary, ids_in_common
 
 Window = dict[str, Any]
 
@@ -110,19 +110,28 @@ class DistillationWindows(Dataset[Window]):
         other.blocks = other._blocks(offset)
         return other
 
-    def within(self, columns: int | None, model: str, log: Log) -> DistillationWindows:
-        """The same windows for a model of so many output columns (None: not known), V being what both have.
+    def for_model(
+        self, model: str, vocabulary: Mapping[str, int] | None, columns: int | None, named: int, log: Log
+    ) -> DistillationWindows:
+        """The same windows for a model, V being the ids that both have; the ids left out are logged.
 
-        Where that is less than the tokenizer's V, the text is read, and the ids of teachers with more ids than columns;
-        the ids left out are logged. Raises InputError, with the first position, where the text or a teacher's targets
-        name an id without a column.
+        vocabulary: token string → id of its tokenizer, None where it has none; columns: of its head, None where that is
+        not known; named: targets can name the ids below it.
+        Where tokenizers or sizes differ, the text is read, and the ids of teachers with more ids than columns. Raises
+        IdentityMismatch where another string is at an id that matters, and InputError, with the first position, where
+        the text, a window's beginning or a teacher's targets name an id without a column.
         """
+        cache = self._cache()
+        named = named if columns is None else min(named, columns)
+        remedy = f"Make a cache with this model's tokenizer: logit-cache tokenize --tokenizer {model}"
+        check_vocabulary(cache, vocabulary, model, remedy, named, log, self.begin_id)
         if columns is None or columns >= self.vocabulary_size:
             return self
-        other, cache = copy.copy(self), self._cache()
+        other = copy.copy(self)
         other._handle = self._handle
         column = "give the model a column for it (vocab_size of a new one, resize_token_embeddings of another)"
-        other.vocabulary_size = ids_in_common(cache, columns, model, f"{column}, or take it out of the text", log)
+        advice = f"{column}, or take it out of the text"
+        other.vocabulary_size = ids_in_common(cache, columns, model, advice, log, self.begin_id)
         for name in self.teachers:
             found = cache.teacher(name).first_beyond(columns)
             if found is not None:
@@ -227,11 +236,7 @@ class _Span:
                 name: {key: values[cut] for key, values in arrays.items()} for name, arrays in self._targets.items()
             },
         }
-        if begin_id is not None:
-            window_tokens += 1
-            if window["input_ids"][0] != begin_id:
-                window = _begun_window(window, begin_id)
-        return window if len(window["labels"]) == window_tokens else _padded_window(window, window_tokens)
+        return as_read(window, window_tokens, begin_id)
 
 
 def reading_order(
@@ -263,6 +268,16 @@ def target_arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
     arrays.update({name: getattr(targets, name).astype(np.int32) for name in _COUNTS})
     arrays.update({name: getattr(targets, name) for name in _FLOATS})
     return arrays
+
+
+def as_read(window: Window, window_tokens: int, begin_id: int | None) -> Window:
+    """A window of at most T positions as a model reads it: after an id of its own, unless it begins with that, and
+    padded to T or T + 1 positions."""
+    if begin_id is not None:
+        window_tokens += 1
+        if window["input_ids"][0] != begin_id:
+            window = _begun_window(window, begin_id)
+    return window if len(window["labels"]) == window_tokens else _padded_window(window, window_tokens)
 
 
 def _padded_window(window: Window, length: int) -> Window:

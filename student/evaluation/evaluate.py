@@ -17,7 +17,6 @@ from pydantic import Field
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from storage import LogitCache
 from storage.errors import InputError
 from storage.files import replace_file
 from storage.progress import Log, Track
@@ -38,7 +37,6 @@ from student.evaluation.minimal_pairs import (
 from student.models.configuration import stated_columns
 from student.models.loading import load_student
 from student.models.tokenizer import begin_id, read_tokenizer
-from student.models.vocabulary import check_vocabulary
 from student.report import HeldOutKL, labelled
 
 
@@ -121,17 +119,10 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         windows = DistillationWindows(
             job.cache, job.teachers, job.window_tokens, isolate_documents=job.isolate_documents, begin_id=begin
         )
-        note, columns = log or (lambda line: None), stated_columns(job.model)
         named = max((entry.vocabulary_size for entry in windows.entries.values()), default=0)
-        check_vocabulary(
-            LogitCache.open(job.cache),
-            None if tokenizer is None else tokenizer.get_vocab(),
-            job.model,
-            f"Make the held-out cache with this model's: logit-cache tokenize --tokenizer {job.model}",
-            named if columns is None else min(named, columns),
-            note,
-        )
-        windows = windows.within(columns, job.model, note)
+        vocabulary = None if tokenizer is None else tokenizer.get_vocab()
+        note = log or (lambda line: None)
+        windows = windows.for_model(job.model, vocabulary, stated_columns(job.model), named, note)
     sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
     model = _load(job, sentences, tokenizer, windows, device)
 

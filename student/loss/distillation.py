@@ -141,7 +141,8 @@ class DistillationLoss:
     loss_scale babyllama, for windows of T = `window_tokens` positions: divergence summed over the window, CE as a mean
     over the T - 1 positions whose label lies in the window. After the division by the count it is exactly
     ``alpha * CE.mean() + (1 - alpha) * KLDivLoss(batchmean)`` of [windows, T, V] where all positions are trained;
-    elsewhere the same multiples of means over trained positions.
+    elsewhere the same multiples of means over trained positions. Not for windows that begin with an id of their own,
+    whose last label is at one row or another.
 
     A member with fewer ids (V_m < V) gives the others no mass, and they are not part of its tail. One with more
     (V_m > V) is for a student of as few columns, where its targets name no id from V on: a tail is then compared over

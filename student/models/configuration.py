@@ -57,16 +57,6 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def stored_dtype(spec: str) -> str:
-    """The dtype of a model's weights on disk, by its configuration; float32 for a new model, or where none is named."""
-    if not has_weights(spec):
-        return "float32"
-    config = read_config(spec)
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
-    name = str(found).removeprefix("torch.")
-    return name if name in ("bfloat16", "float16") else "float32"
-
-
 def stated_columns(spec: str) -> int | None:
     """The ids that a model's own configuration states; None for a preset, and where `load_student` has to explain."""
     if spec in PRESETS:
@@ -165,8 +155,8 @@ def check_config(config: PretrainedConfig, spec: str, vocabulary_size: int, wind
     positions = positions_of(config)
     if positions is not None and positions < window_tokens:
         raise InputError(
-            f"{spec}: the model has {positions} positions, fewer than the {window_tokens} tokens of a window: "
-            "take shorter windows or a model with more positions"
+            f"{spec}: the model has {positions} positions, fewer than the {window_tokens} tokens of a window (with "
+            "--bos-each-window one more than its own): take shorter windows or a model with more positions"
         )
 
 

@@ -15,7 +15,7 @@ from storage.progress import Log
 from student.models.configuration import check_config, config_of, preset_config, read_config, read_settings
 from student.models.foreign_errors import explained
 from student.models.presets import PRESETS
-from student.models.special_ids import add_missing_ids, make_generation_valid
+from student.models.special_ids import add_missing_ids, check_generation_file, make_generation_valid
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -96,6 +96,7 @@ def _from_weights(spec: str, vocabulary_size: int, window_tokens: int, attention
 
     config = read_config(spec)
     check_config(config, spec, vocabulary_size, window_tokens)
+    check_generation_file(spec)
     auto: Any = AutoModelForCausalLM
     path = Path(spec).expanduser()
     model: PreTrainedModel

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from storage import LogitCache
 from storage.format.identity import TOKENIZER_FILES
 from storage.progress import Log
 from student.models.tokenizer import model_folder, read_tokenizer, tokenizer_of
+from student.models.tokenizer_file import differing_text, same_every_time_files
 from student.models.tokenizer_settings import portable_files, stored_files
 
 # What belongs to a tokenizer or to a processor beside the files that can be read alone.
@@ -17,27 +19,37 @@ _BESIDE = (
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
-# Tokens of a cache whose text two tokenizers are compared on.
-_PROBED = 4096
+# Stretches of a cache's tokens, spread over it, whose text two tokenizers are compared on, and tokens of each.
+_STRETCHES, _STRETCH = 16, 512
 
 
 def saved_tokenizer(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]:
     """The files, by path, of the tokenizer that a student is saved with, for transformers 4.57 and 5: its own, or else
-    the cache's.
+    the cache's; without chance and cut-offs, with which it would not be the one of the student's text.
 
     A student's own tokenizer has the cache's vocabulary (`student.models.vocabulary` has the check). Where it splits
-    the cache's text in another way, the student learns the cache's way, and is saved with that tokenizer; where the
-    text is conversations, it learns their chat template, and is saved with that. Both are said.
+    text in another way, the student learns the cache's way, and is saved with that tokenizer; where the
+    text is conversations, it learns their chat template, and is saved with that. All of this is said.
     """
+    files, taken_out = same_every_time_files(_own_or_cached(cache, model, log))
+    if taken_out:
+        log(f"{model}: its tokenizer is saved without {', '.join(taken_out)}, as the text was made without")
+    return files
+
+
+def _own_or_cached(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]:
     folder = model_folder(model)
     own = None if folder is None else read_tokenizer(folder, model)
     stored = stored_files(cache.tokenizer_files())
     if folder is None or own is None:
         return stored
     cached = tokenizer_of(stored, cache.url)
-    text = cached.decode(cache.tokens.read(0, min(_PROBED, cache.record.corpus.positions)).tolist())
-    if own.encode(text, add_special_tokens=False) != cached.encode(text, add_special_tokens=False):
-        log(f"{model}: its tokenizer splits the text of {cache.url} in another way: saved with the cache's")
+    differing = differing_text(own, cached, _stretches(cache, cached), shared=True)
+    if differing is not None:
+        shown = differing[0][:40]
+        log(
+            f"{model}: its tokenizer splits text otherwise than that of {cache.url} ({shown!r}): saved with the cache's"
+        )
         return stored
     found = {path for pattern in (*TOKENIZER_FILES, *_BESIDE) for path in folder.glob(pattern)}
     files = portable_files({path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(found)})
@@ -46,6 +58,13 @@ def saved_tokenizer(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]
         return files
     log(f"{model}: its chat template is not that of the conversations of {cache.url}: saved with theirs")
     return _with_template(files, template)
+
+
+def _stretches(cache: LogitCache, tokenizer: Any) -> Iterator[str]:
+    """Texts of the cache, from its beginning to its end. Normalised as they are, they do not replace probes."""
+    positions = cache.record.corpus.positions
+    for start in sorted({max(0, positions - _STRETCH) * number // (_STRETCHES - 1) for number in range(_STRETCHES)}):
+        yield tokenizer.decode(cache.tokens.read(start, min(start + _STRETCH, positions)).tolist())
 
 
 def _is_rendered(cache: LogitCache) -> bool:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+from storage.errors import InputError
 from storage.progress import Log
 from student.models.foreign_errors import explained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
+
+_FLAGS = ("do_sample", "use_cache", "remove_invalid_values", "renormalize_logits", "token_healing")
+_NUMBERS = (
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size", "guidance_scale"),
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences"),
+)
 
 
 def token_ids(special_ids: Mapping[str, int | None], columns: int) -> dict[str, int | None]:
@@ -43,16 +52,34 @@ def add_missing_ids(model: PreTrainedModel, spec: str, special_ids: Mapping[str,
         log(f"{spec}: its configuration does not have {' and '.join(added)}, which the tokenizer has: added")
 
 
-def make_generation_valid(model: PreTrainedModel, spec: str, log: Log | None) -> None:
-    """Put options that transformers would refuse to save back to their defaults; generation ignored them.
+def check_generation_file(spec: str) -> None:
+    """Raise InputError, naming the file, where transformers cannot use a model's generation_config.json."""
+    from transformers import GenerationConfig
 
-    Base models ship them, such as a temperature beside `do_sample: false`, and are loaded without an error.
+    path, make = Path(spec).expanduser(), cast(Any, GenerationConfig)
+    local = path.is_dir()
+    if local and not (path / "generation_config.json").exists():
+        return
+    with explained(f"{spec}: its generation_config.json cannot be used", ": correct it, or remove it"):
+        try:
+            make.from_pretrained(str(path) if local else spec, local_files_only=local)
+        except OSError:  # of a hub id also where there is none
+            if local:
+                raise
+
+
+def make_generation_valid(model: PreTrainedModel, spec: str, log: Log | None) -> None:
+    """Put options that transformers would refuse to save back to their defaults, and say so.
+
+    Base models ship them, such as a temperature beside `do_sample: false`, and are loaded without an error. Raises
+    InputError for values of another type than their option has, which transformers takes and compares in vain.
     """
     from transformers import GenerationConfig
 
     generation = model.generation_config
     if generation is None:
         return
+    _check_values(model, generation, spec, log)
     try:
         generation.validate(strict=True)
         return
@@ -66,4 +93,26 @@ def make_generation_valid(model: PreTrainedModel, spec: str, log: Log | None) ->
     with explained(f"{spec}: its generation_config.json is not valid: correct it, or remove it"):
         generation.validate(strict=True)
     if log is not None:
-        log(f"{spec}: its generation_config.json has {ignored}, which its other options make void: saved without")
+        log(f"{spec}: its generation_config.json has {ignored}, which transformers does not save: saved without")
+
+
+def _check_values(model: PreTrainedModel, generation: GenerationConfig, spec: str, log: Log | None) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    beyond = []
+    for name, value in generation.to_dict().items():
+        values = value if isinstance(value, list) else [value]
+        expected = None
+        if name.endswith("_token_id"):
+            expected = "an id, or a list of ids" if any(type(id) is not int for id in values) else None
+            beyond += [f"{name} {id}" for id in values if type(id) is int and id >= len(embeddings.weight)]
+        elif name in _FLAGS:
+            expected = None if isinstance(value, bool) else "true or false"
+        elif name in _NUMBERS:
+            expected = None if type(value) in (int, float) else "a number"
+        if value is not None and expected is not None:
+            raise InputError(
+                f"{spec}: {name} in its generation_config.json: expected {expected}, found {value!r}: correct it, or "
+                f"remove it"
+            )
+    if beyond and log is not None:
+        log(f"{spec}: its generation_config.json has {', '.join(beyond)}, which the model has no column for: kept")

@@ -198,6 +198,10 @@ def _incomplete(folder: Path) -> str | None:
             return f"expected {other} beside {name}, found none: copy it there, or give a folder with a {FILE}"
     if not has_tokenizer(folder):
         return f"cannot be read as a tokenizer: expected {FILE} or the like, found {', '.join(names[:3]) or 'no files'}"
+    wanted = _vocabulary_files(folder)
+    if wanted and not set(wanted) & set(names):
+        found = " and ".join(name for name in TOKENIZER_FILES if name in names)
+        return f"expected the tokenizer's vocabulary ({' or '.join(wanted)}), found {found} alone: copy it there"
     if class_name(folder) is None and {"vocab.json", "vocab.txt"} & set(names):
         return (
             f"its vocabulary does not say how text is cut into words: copy the model's config.json or {SETTINGS_FILE} "
@@ -208,12 +212,25 @@ def _incomplete(folder: Path) -> str | None:
 
 def _is_bpe(folder: Path) -> bool:
     """Whether the class that a folder names, if any, has merges."""
+    kind = _class(folder)
+    return kind is None or "merges_file" in kind.vocab_files_names
+
+
+def _vocabulary_files(folder: Path) -> list[str]:
+    """The files of which one at least holds a vocabulary, by the class that a folder names; [] where it needs none."""
+    kind = _class(folder)
+    if kind is None:
+        return [FILE, "tokenizer.model", "vocab.json", "vocab.txt"]
+    return list(dict.fromkeys([*kind.vocab_files_names.values(), FILE])) if kind.vocab_files_names else []
+
+
+def _class(folder: Path) -> Any:
+    """The class of transformers that a folder names, None where it names none."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     named: Any = tokenizer_class_from_name
     name = class_name(folder)
-    kind = None if name is None else named(name)
-    return kind is None or "merges_file" in kind.vocab_files_names
+    return None if name is None else named(name)
 
 
 def _reason(error: Exception) -> str:

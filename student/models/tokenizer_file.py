@@ -7,7 +7,8 @@ tokens, or the flags of its added tokens. Here the file holds; what only the set
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ PROBES = (
     "\n\nx",
     "x ",
 )
+_CHANCE = {"dropout": "BPE dropout", "alpha": "sampling", "nbest_size": "sampling"}  # of a tokenizer.json's model
+_ADDED = 64  # added tokens of a tokenizer that are probed
 # The classes of transformers 4 that acted on add_bos_token and add_eos_token beside a tokenizer.json: models were
 # trained with what they did, though transformers 5 ignores both then. The value: whether they add BOS by default.
 ADDING = {
@@ -102,7 +105,7 @@ def same_every_time(tokenizer: Any, asked: str, log: Log | None) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    for name, what in (("dropout", "BPE dropout"), ("alpha", "sampling"), ("nbest_size", "sampling")):
+    for name, what in _CHANCE.items():
         chance = getattr(backend.model, name, None)
         if chance:
             setattr(backend.model, name, None)
@@ -110,18 +113,38 @@ def same_every_time(tokenizer: Any, asked: str, log: Log | None) -> Any:
     return tokenizer
 
 
-def differing_text(a: Any, b: Any) -> tuple[str, int, int] | None:
-    """The first probe that two tokenizers give different ids, and how many each; None where all are equal."""
-    for text in (*PROBES, *_special_probes(a), *_special_probes(b)):
+def same_every_time_files(files: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
+    """A tokenizer's files as `same_every_time` leaves the tokenizer, and what was taken out of them."""
+    changed, taken_out = dict(files), []
+    if FILE in files:
+        content = json.loads(files[FILE])
+        model = content["model"]
+        off = [(content, name, name) for name in ("truncation", "padding")]
+        off += [(model, name, f"{what} ({name} {model[name]:g})") for name, what in _CHANCE.items() if model.get(name)]
+        for where, name, what in off:
+            if where.get(name):
+                where[name] = None
+                taken_out.append(what)
+        if taken_out:
+            changed[FILE] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+    settings = json.loads(files.get(SETTINGS_FILE, b"{}"))
+    if (settings.get("sp_model_kwargs") or {}).pop("enable_sampling", None):
+        changed[SETTINGS_FILE] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
+        taken_out.append("sampling (sp_model_kwargs)")
+    return changed, taken_out
+
+
+def differing_text(a: Any, b: Any, texts: Iterable[str] = (), shared: bool = False) -> tuple[str, int, int] | None:
+    """The first probe, or one of `texts`, that two tokenizers give different ids, and how many each; None where all are
+    equal. shared: no probes with added tokens that only one of them knows."""
+    added = [list(map(str, each.added_tokens_decoder.values()))[:_ADDED] for each in (a, b)]
+    known = a.get_vocab().keys() & b.get_vocab().keys() if shared else {*added[0], *added[1]}
+    marked = (f"a {token} b{token}{token}c\n{token}\n" for token in dict.fromkeys(chain(*added)) if token in known)
+    for text in chain(PROBES, marked, texts):
         ids = [text_ids(each, text) for each in (a, b)]
         if ids[0] != ids[1]:
             return text, len(ids[0]), len(ids[1])
     return None
-
-
-def _special_probes(tokenizer: Any) -> Iterator[str]:
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()][:8]
-    yield from (f"a {token} b{token}{token}c\n{token}\n" for token in tokens)
 
 
 def _with_listed_tokens(backend: Any, tokenizer: Any, folder: Path, asked: str, say: Log) -> Any:

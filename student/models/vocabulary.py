@@ -1,4 +1,5 @@
-"""Whether a model and a cache agree on the ids that matter: those of the text, and those that targets can name.
+"""Whether a model and a cache agree on the ids that matter: those that the text has, that windows begin with, or that
+targets can name.
 
 Tokenizers and heads often differ elsewhere: a special token that no text contains and that has no column in the model,
 added tokens, reserved ids. Such ids are named in one line, and left out. The text is read only where something differs.
@@ -27,13 +28,21 @@ def cache_vocabulary(cache: LogitCache) -> dict[str, int]:
 
 
 def check_vocabulary(
-    cache: LogitCache, theirs: Mapping[str, int] | None, source: str, remedy: str, named: int, log: Log
+    cache: LogitCache,
+    theirs: Mapping[str, int] | None,
+    source: str,
+    remedy: str,
+    named: int,
+    log: Log,
+    begin_id: int | None = None,
 ) -> None:
     """Compare which id is which string for a model, and log the ids that differ where they do no harm.
 
     theirs: token string → id of the model's tokenizer; None is not checked. named: targets can name the ids below it.
+    begin_id: the id put before windows, if any.
     Raises IdentityMismatch, with the ids, where two strings contradict each other at an id that targets can name, and
-    where an id that differs is in the text; CacheNotFound where the cache was shared without the text that would tell.
+    where an id that differs is in the text or begins windows; CacheNotFound where the cache was shared without the text
+    that would tell.
     """
     if theirs is None or vocabulary_sha256(theirs) == cache.record.tokenizer.vocabulary_sha256:
         return
@@ -45,6 +54,8 @@ def check_vocabulary(
     contradicting = contradicting_ids(ours, theirs, named)
     if contradicting:
         raise IdentityMismatch(where, few(list(contradicting.values())), remedy)
+    if begin_id in differing:
+        raise IdentityMismatch(where, [differing[begin_id], "windows begin with this id (--bos-each-window)"], remedy)
     ids = np.fromiter(differing, dtype=np.int64)
     found = cache.tokens.first(lambda tokens: np.isin(tokens, ids))
     if found is not None:
@@ -57,17 +68,26 @@ def check_vocabulary(
     )
 
 
-def ids_in_common(cache: LogitCache, columns: int, source: str, advice: str, log: Log) -> int:
+def ids_in_common(
+    cache: LogitCache, columns: int, source: str, advice: str, log: Log, begin_id: int | None = None
+) -> int:
     """V of a cache and a model with `columns` output columns: the smaller number of ids; logs the ids left out.
 
-    advice: what to do about an id of the text without a column. Raises InputError, with its first position and its
-    string, where there is one; CacheNotFound where the cache was shared without its text.
+    advice: what to do about an id of the text without a column. begin_id: the id put before windows, if any.
+    Raises InputError, with its string and first position, where the text has such an id or windows begin with one;
+    CacheNotFound where the cache was shared without its text.
     """
     size = cache.vocabulary_size
     if columns >= size:
         return size
     where = f"{source}: its head has {columns} columns, the tokenizer of {cache.url} {size} ids"
     strings = id_strings(cache_vocabulary(cache))
+    if begin_id is not None and begin_id >= columns:
+        string = strings.get(begin_id, "no string")
+        raise InputError(
+            f"{where}, and windows begin with id {begin_id} ({string}): take a model with a column for it, or windows "
+            f"without it (no --bos-each-window)"
+        )
     found = cache.tokens.first(lambda tokens: tokens >= columns)
     if found is not None:
         string = strings.get(found[1], "no string")

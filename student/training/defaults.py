@@ -6,13 +6,15 @@ Warm-up, schedule and number of epochs are those of a new student: 5 % and a cos
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from storage import LogitCache
+from student.data.blocks import Blocks
 from student.job import StudentJob
 from student.models.configuration import has_weights, positions_of, read_config
-from student.training.arguments import DEFAULTS
+from student.training.arguments import DEFAULTS, training_values
 
 _FINE_TUNING = {"learning_rate": 2e-5, "weight_decay": 0.0}
 _WINDOW = "window_tokens"
@@ -68,7 +70,8 @@ def _recorded(record: Mapping[str, Any], name: str) -> Any:
 
 
 def _window_tokens(job: StudentJob) -> int:
-    """The longest context of the job's cached teachers, within what its models and its texts have."""
+    """The longest context of the job's cached teachers, within what its models and its texts have, and no longer than
+    leaves an epoch the windows of a step."""
     cache = LogitCache.open(job.cache)
     seen = [cache.teacher(teacher.name).entry.windowing for teacher in job.teachers]
     contexts = [windowing.context_tokens for windowing in seen]
@@ -76,4 +79,22 @@ def _window_tokens(job: StudentJob) -> int:
     limits = [positions_of(read_config(model)) for model in (job.model, *job.live_teachers)]
     positions = [limit - begun for limit in limits if limit]
     texts = [LogitCache.open(url).record.corpus.positions - 1 for url in (job.cache, job.eval_cache) if url]
-    return max(1, min([max(contexts, default=_WINDOW_TOKENS), *positions, *texts]))
+    window = max(1, min([max(contexts, default=_WINDOW_TOKENS), *positions, *texts]))
+    isolated = job.isolate_documents or any(windowing.isolate_documents for windowing in seen)
+    starts = cache.document_starts if isolated else None
+    total, step = cache.record.corpus.positions, _step_windows(job)
+    window = min(window, max(1, (total - 1) // step))
+    # Windows at a random offset, and documents shorter than a window, leave fewer.
+    while window > 1 and len(Blocks.of(total, starts, window, job.offset, job.seed)) < step:
+        window = window * 15 // 16
+    return window
+
+
+def _step_windows(job: StudentJob) -> int:
+    """Windows that an epoch must have for a step, over all processes; 1 where a last, smaller step is taken too."""
+    values = training_values(job)
+    if not values["dataloader_drop_last"]:
+        return 1
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    of_process: int = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
+    return job.windows_per_step or of_process * processes

@@ -23,7 +23,6 @@ from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
 from student.models.configuration import stated_columns
 from student.models.tokenizer import begin_id, model_folder, read_tokenizer
-from student.models.vocabulary import check_vocabulary
 from student.report import LiveTeachers
 from student.training.step import windows_per_step
 
@@ -101,13 +100,8 @@ def _for_student(job: StudentJob, windows: DistillationWindows, log: Log) -> Dis
     """
     folder = model_folder(job.model)
     tokenizer = None if folder is None else read_tokenizer(folder, job.model)
-    columns = stated_columns(job.model)
-    if tokenizer is not None:
-        cache = LogitCache.open(windows.cache_url)
-        remedy = f"Make a cache with this student's tokenizer: logit-cache tokenize --tokenizer {job.model}"
-        named = min(cache.vocabulary_size, columns or cache.vocabulary_size)
-        check_vocabulary(cache, tokenizer.get_vocab(), job.model, remedy, named, log)
-    return windows.within(columns, job.model, log)
+    vocabulary = None if tokenizer is None else tokenizer.get_vocab()
+    return windows.for_model(job.model, vocabulary, stated_columns(job.model), windows.vocabulary_size, log)
 
 
 def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None) -> Data:
@@ -115,6 +109,11 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
 
     live: the job's live teachers, if it has any.
     """
+    if job.loss_scale == "babyllama" and caches.windows.begin_id is not None:
+        raise InputError(
+            f"{job.cache}: --loss-scale babyllama leaves out a window's last label, which has no fixed row where "
+            f"windows begin with BOS: take --loss-scale token, or windows without BOS (no --bos-each-window)"
+        )
     windows, eval_windows = caches.windows.cut(job.window_tokens, job.offset), caches.eval_windows
     if eval_windows is not None:
         eval_windows = eval_windows.cut(job.window_tokens, "fixed")

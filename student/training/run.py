@@ -31,10 +31,10 @@ from student.loss.dense import LogitSource
 from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound
-from student.models.configuration import stored_dtype
 from student.models.loading import load_student
 from student.models.presets import PRESETS
 from student.models.saved_tokenizer import saved_tokenizer
+from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids, write_files
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import PRESENTATION, training_arguments, training_values
@@ -96,7 +96,7 @@ def train(
         return finished
     tokenizer = saved_tokenizer(LogitCache.open(job.cache), job.model, run.log)
     model = _load_model(run.job, run.data.windows, special_ids(tokenizer, job.model), run.log)
-    dtype = run.job.save_dtype or stored_dtype(run.job.model)
+    dtype = run.job.save_dtype or stored_dtype(run.job.model, run.log)
     # No process may look at the folder while the first one starts to write there.
     PartialState().wait_for_everyone()
     with run.output.reserved(run.identity, processes=run.args.world_size):

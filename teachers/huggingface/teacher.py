@@ -136,12 +136,13 @@ class HuggingFaceTeacher:
             device_map.check(model, files.asked)
         return cls(model, files, dtype, trust_remote_code, logit_budget_bytes, on_message, ranks)
 
-    def check_context(self, context_tokens: int) -> None:
-        """Raise `InputError` if windows of `context_tokens` are longer than the model supports."""
-        if self.max_positions is not None and context_tokens > self.max_positions:
+    def check_context(self, context_tokens: int, begun: bool = False) -> None:
+        """Raise `InputError` if windows of `context_tokens`, begun with BOS if `begun`, exceed what the model reads."""
+        if self.max_positions is not None and context_tokens + begun > self.max_positions:
             raise InputError(
                 f"{self._files.asked} reads at most {self.max_positions} tokens at once, the context is "
-                f"{context_tokens}: take a context of {self.max_positions} or less"
+                f"{context_tokens}{' and BOS before it' if begun else ''}: take a context of "
+                f"{self.max_positions - begun} or less"
             )
 
     def vocabulary(self) -> dict[str, int] | None:

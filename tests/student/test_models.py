@@ -11,12 +11,14 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.errors import InputError
-from student.models.configuration import preset_config, stored_dtype
+from student.models.configuration import preset_config
 from student.models.loading import load_student
 from student.models.presets import PRESET_VOCABULARY, PRESETS, describe_presets
+from student.models.stored_dtype import stored_dtype
 
 V = 101
 SPECIAL = {"bos": 1, "eos": 2, "pad": 0}
@@ -247,6 +249,39 @@ def test_a_generation_config_that_cannot_be_saved_is_put_right_and_said(director
     assert not found.keys() & {"temperature", "top_p"}
 
 
+UNUSABLE: dict[str, Any] = {
+    "no length": {"max_new_tokens": -1},
+    "several, all the same": {"num_return_sequences": 3, "do_sample": False},
+    "no cache": {"cache_implementation": "nonsense"},
+    "no object": [1],
+    "a watermark of nothing": {"watermarking_config": {"x": 1}},
+    "an id as text": {"eos_token_id": "2"},
+    "an id as text in a list": {"eos_token_id": [2, "7"]},
+    "a truth value as an id": {"pad_token_id": True},
+    "a word for yes": {"do_sample": "yes"},
+    "a number as text": {"do_sample": True, "temperature": "0.6"},
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_generation_config_that_cannot_be_used_is_named(directory: Path, case: str) -> None:
+    (directory / "generation_config.json").write_text(json.dumps(UNUSABLE[case]))
+    message = refused(directory)
+    assert "its generation_config.json" in message
+    assert "correct it, or remove it" in message
+
+
+def test_ids_of_a_generation_config_that_the_model_lacks_are_said(directory: Path) -> None:
+    for ids, words in (
+        ({"eos_token_id": [2, 99999]}, "eos_token_id 99999, which the model has no column for"),
+        ({"pad_token_id": -1}, "pad_token_id -1, which transformers does not save"),
+    ):
+        (directory / "generation_config.json").write_text(json.dumps(ids))
+        said: list[str] = []
+        load(directory, log=said.append)
+        assert [words in line for line in said if "generation_config" in line] == [True]
+
+
 def test_attention_is_chosen(directory: Path, tmp_path: Path) -> None:
     for spec in (directory, config_file(tmp_path), "llama-tiny"):
         assert load(spec, attention="eager").config._attn_implementation == "eager"
@@ -255,12 +290,23 @@ def test_attention_is_chosen(directory: Path, tmp_path: Path) -> None:
 
 
 def test_the_dtype_of_stored_weights(directory: Path, tmp_path: Path) -> None:
-    assert stored_dtype(str(directory)) == "bfloat16"
-    assert stored_dtype("llama-tiny") == stored_dtype(str(config_file(tmp_path, dtype="bfloat16"))) == "float32"
+    """By the weights, whatever the configuration says; several are said."""
+    said: list[str] = []
+    assert stored_dtype("llama-tiny", said.append) == "float32"
+    assert stored_dtype(str(config_file(tmp_path, dtype="bfloat16")), said.append) == "float32"
     config = json.loads((directory / "config.json").read_text())
-    del config["dtype"]
-    (directory / "config.json").write_text(json.dumps(config))
-    assert stored_dtype(str(directory)) == "float32"
+    for named in ("bfloat16", "float32", None):
+        (directory / "config.json").write_text(json.dumps({**config, "dtype": named}))
+        assert stored_dtype(str(directory), said.append) == "bfloat16"
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin")
+    assert stored_dtype(str(directory), said.append) == "bfloat16"
+    assert said == []
+    norms = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+    save_file(norms, directory / "model.safetensors")
+    assert stored_dtype(str(directory), said.append) == "bfloat16"
+    assert said == [f"{directory}: its weights are in bfloat16 and float32: saved in bfloat16 (--save-dtype)"]
 
 
 def test_an_unknown_name_lists_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

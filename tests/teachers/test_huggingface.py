@@ -426,6 +426,9 @@ def test_windows_longer_than_the_model_are_refused(save: Save) -> None:
     teacher.check_context(64)
     with pytest.raises(InputError, match="at most 64 tokens at once, the context is 65"):
         teacher.check_context(65)
+    teacher.check_context(63, begun=True)
+    with pytest.raises(InputError, match="the context is 64 and BOS before it: take a context of 63 or less"):
+        teacher.check_context(64, begun=True)
     mamba, _ = load(save("mamba"))
     assert mamba.max_positions is None
     mamba.check_context(1 << 20)

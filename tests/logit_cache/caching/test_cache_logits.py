@@ -70,6 +70,10 @@ def test_bos_before_each_window(cache: Path, teacher: Path, run: Run, tmp_path: 
     dense = dense_logprobs(teacher, opened.tokens.read(0, len(opened.tokens)), 64, 32, begin=(1,))
     gathered = dense.gather(1, torch.from_numpy(stored.token_ids.astype(np.int64))).numpy()
     assert np.abs(stored.logprobs - gathered).max() < 1e-4
+    more = ("--name", "twice", "--teacher", teacher, "--combine", "mixture", "--shard-tokens", 1024)
+    assert run("cache-logits", *line, *more, "--encoding", "float32").returncode == 0
+    both = opened.teacher("twice").read(0, len(opened.tokens))
+    assert np.abs(np.take_along_axis(dense.numpy(), both.token_ids.astype(np.int64), 1) - both.logprobs).max() < 1e-4
     assert verify(str(cache), deep=True).problems == []
     assert run("logit-cache", "audit", cache, "--name", "a", "--teacher", teacher).returncode == 0
     assert "BOS before each" in run("logit-cache", "inspect", cache).stdout
@@ -78,8 +82,18 @@ def test_bos_before_each_window(cache: Path, teacher: Path, run: Run, tmp_path: 
     refused(run(*student, *options, "--no-bos-each-window"), "leave the choice out")
     done = run(*student, *options)
     assert done.returncode == 0, done.stderr
+    short = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 64}
+    short |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "short.json").write_text(json.dumps(short))
+    plan = ("logit-cache", "plan", "--cache", cache, "--teacher", teacher, "-k", K, *windows, "--student")
+    assert run(*plan, "llama-tiny").returncode == 0
+    for refusing in (
+        (*plan, tmp_path / "short.json"),
+        (*student, "--model", tmp_path / "short.json", *options[:-1], tmp_path / "no"),
+    ):
+        refused(run(*refusing), "64 positions, fewer than the 65 tokens of a window")
     long = run("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "b", *windows, "--context-tokens", 128)
-    refused(long, "reads at most 128 tokens at once, the context is 129")
+    refused(long, "the context is 128 and BOS before it: take a context of 127")
 
 
 def test_codes_keep_head_and_tail_within_the_stated_bound(cache: Path, teacher: Path, run: Run) -> None:

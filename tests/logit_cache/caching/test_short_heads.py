@@ -123,7 +123,7 @@ def test_nothing_is_searched_where_nothing_differs(
         monkeypatch.delattr(kind, name)
     cache = copy_of(world.cache, tmp_path / "cache")
     cache_logits(cache, "again", world.padded, k=16)
-    DistillationWindows(str(cache), ["again", "short"]).within(416, "a student", print)
+    DistillationWindows(str(cache), ["again", "short"]).for_model("a student", None, 416, V, print)
 
 
 def test_the_ids_left_out_are_named_once_and_the_job_resumes(
@@ -209,6 +209,39 @@ def test_a_text_with_the_id_is_refused(world: World, run: Run, tmp_path: Path) -
     refused(run("train-student", *held_out, "--teacher", "all", "--model", world.student), *words)
     refused(run("train-teacher", *held_out, "--live-teacher", world.teacher, "--model", "llama-tiny"), *words)
     assert not (world.with_extra / "teachers" / "a").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_that_begin_with_the_id_are_refused(world: World, text_file: Path, run: Run, tmp_path: Path) -> None:
+    """Though no text has it: before a job, and before a job on held-out text, of a model of any command."""
+    tokenizer = Path(shutil.copytree(world.tokenizer, tmp_path / "tokenizer"))
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": EXTRA}))
+    cache, out = ("--cache", tmp_path / "cache", "--bos-each-window"), ("--output-dir", tmp_path / "out")
+    done = run("logit-cache", "tokenize", "--text", text_file, "--tokenizer", tokenizer, "--no-bos", "--out", cache[1])
+    assert done.returncode == 0, done.stderr
+    before = {path: path.stat().st_mtime_ns for path in cache[1].rglob("*")}
+    live = ("train-teacher", *cache, *STUDENT, *out, "--live-teacher")
+    words = ("400 columns", f"windows begin with id 400 ({EXTRA!r})", "--bos-each-window")
+    for line in (
+        ("cache-logits", *cache, "--teacher", world.teacher, "--name", "a", *WINDOWS),
+        ("train-student", *cache, "--model", world.student, "--alpha", 1, *STUDENT, *out),
+        (*live, world.teacher, "--model", "llama-tiny"),
+        (*live, world.padded, "--model", world.student),
+        ("logit-cache", "evaluate", world.student, *cache),
+        ("logit-cache", "plan", *cache, "--teacher", world.padded, "--student", world.student, *WINDOWS[:2]),
+    ):
+        refused(run(*line), *words)
+    other = beside(world.teacher, add_tokens(world.tokenizer, tmp_path / "renamed"), tmp_path / "other")
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace(EXTRA, "<other>"))
+    for line in (
+        ("cache-logits", *cache, "--teacher", other, "--name", "a", *WINDOWS),
+        ("train-student", *cache, "--model", other, "--alpha", 1, *STUDENT, *out),
+        ("logit-cache", "evaluate", other, *cache),
+    ):
+        refused(run(*line), "its tokenizer is not the one", "windows begin with this id")
+    assert before == {path: path.stat().st_mtime_ns for path in cache[1].rglob("*")}
     assert not (tmp_path / "out").exists()
 
 

@@ -198,6 +198,21 @@ def test_vocabulary_and_merges_need_each_other_and_a_class(tmp_path: Path) -> No
         read_tokenizer(tmp_path, "asked")
 
 
+def test_settings_without_a_vocabulary_are_named(tmp_path: Path) -> None:
+    """With the files that the class would read, where it has any."""
+    for name, files in (
+        ({}, "tokenizer.json or tokenizer.model or vocab.json or vocab.txt"),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, "tokenizer.model or tokenizer.json"),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(name))
+        with pytest.raises(InputError) as caught:
+            read_tokenizer(tmp_path, "asked")
+        expected = f"asked: expected the tokenizer's vocabulary ({files}), found tokenizer_config.json alone"
+        assert str(caught.value) == f"{expected}: copy it there"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    assert read_tokenizer(tmp_path, "asked").encode("a", add_special_tokens=False) == [100]
+
+
 @pytest.mark.parametrize(
     ("file", "content", "kind"),
     [

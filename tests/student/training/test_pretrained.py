@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.caches.small import make_corpus, word_tokenizer
 from support.commands import Run
+from support.models.saved import make_tokenizer
 from support.programs.saved_models import texts
 from support.runs import LLAMA, V, fill, job_in, make_world, weights
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
 
 from storage import LogitCache
 from storage.format.manifest import Windowing
+from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.tokenizer import write_files
@@ -174,7 +176,47 @@ def test_a_tokenizer_that_splits_otherwise_is_replaced_and_said(world: Path, tmp
     said: list[str] = []
     train(job_from(world, tmp_path / "out", original, training={"max_steps": 1}), said.append)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("t3 t60 t7") == [3, 60, 7]
-    assert len([line for line in said if "splits the text" in line]) == 1
+    assert len([line for line in said if "splits text" in line]) == 1
+
+
+@pytest.mark.parametrize("normalizer", [{"type": "Lowercase"}, {"type": "NFKC"}, ("argument", "option"), None])
+def test_the_way_of_splitting_is_compared_beyond_the_beginning(tmp_path: Path, normalizer: Any) -> None:
+    """The cache's text as it is stored has no capitals where the cache lowers them; other words come late in it."""
+    tokenizer = make_tokenizer("gpt2")
+    original, url = pretrained(tmp_path / "model", vocab_size=len(tokenizer)), str(tmp_path / "cache")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    tokenizer.save_pretrained(original)
+    tokenizer = make_tokenizer("gpt2")
+    if isinstance(normalizer, tuple):
+        normalizer = {"type": "Replace", "pattern": {"String": normalizer[0]}, "content": normalizer[1]}
+    tokenizer.save_pretrained(tmp_path / "cached")
+    path = tmp_path / "cached" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"normalizer": normalizer}))
+    files = {file.name: file.read_bytes() for file in (tmp_path / "cached").iterdir()}
+    ids = tokenizer.encode("in lower case. " * 3000 + "an argument. " * 3000, add_special_tokens=False)
+    make_corpus(url, np.array(ids, dtype=np.uint16), len(tokenizer), tokenizer_files=files)
+    said: list[str] = []
+    saved = saved_tokenizer(LogitCache.open(url), str(original), said.append)
+    assert json.loads(saved["tokenizer.json"])["normalizer"] == normalizer
+    assert len(said) == (normalizer is not None)
+    assert (b"<extra>" in saved["tokenizer.json"]) == (normalizer is None)
+
+
+def test_a_tokenizer_is_saved_without_chance_and_cut_offs(tmp_path: Path) -> None:
+    """As it is used: the student has not learnt what dropout makes of a text, and reads more than the cut-off."""
+    tokenizer, url = make_tokenizer("gpt2"), str(tmp_path / "cache")
+    original = pretrained(tmp_path / "model", vocab_size=len(tokenizer))
+    names = [Path(name).name for name in tokenizer.save_pretrained(original)]
+    files = {name: (original / name).read_bytes() for name in names}
+    path = original / "tokenizer.json"
+    content = json.loads(path.read_bytes())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(content | {"model": content["model"] | {"dropout": 0.5}}))
+    make_corpus(url, np.arange(300, dtype=np.uint16), len(tokenizer), tokenizer_files=files)
+    said: list[str] = []
+    saved = json.loads(saved_tokenizer(LogitCache.open(url), str(original), said.append)["tokenizer.json"])
+    assert (saved["truncation"], saved["model"]["dropout"]) == (None, None)
+    assert [line for line in said if "saved without truncation, BPE dropout (dropout 0.5)" in line] == said[:1] == said
 
 
 def test_named_templates_are_published_again(world: Path, tmp_path: Path) -> None:
@@ -225,6 +267,25 @@ def test_the_defaults_from_weights_are_those_of_fine_tuning(world: Path, tmp_pat
         assert used(tmp_path / f"{number}") == DEFAULTS | {"window_tokens": window}
         (line,) = [one for one in said if "defaults of fine-tuning" in one]
         assert f"learning rate 2e-05, no weight decay, windows of {window:,} tokens" in line
+
+
+@pytest.mark.parametrize("offset", ["fixed", "random"])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_an_epoch_has_a_step_of_windows(tmp_path: Path, offset: str, isolated: bool) -> None:
+    """Where neither window nor step was given."""
+    url, starts = str(tmp_path / "cache"), [0, 700, 900, 2400]
+    make_corpus(url, np.zeros(3000, dtype=np.uint16), V, document_starts=np.array(starts, dtype=np.uint64))
+    model = pretrained(tmp_path / "model", max_position_embeddings=4096)
+    job = StudentJob(cache=url, model=str(model), output_dir=str(tmp_path / "out"), isolate_documents=isolated)
+    job = job.model_copy(update={"offset": offset, "training": {"gradient_accumulation_steps": 2}})
+    window = open_fields(job, {})["window_tokens"]
+    windows = DistillationWindows(url, (), window, job.offset, isolate_documents=isolated)
+    assert 64 <= len(windows) <= 72
+    one = open_fields(job.model_copy(update={"windows_per_step": 2, "isolate_documents": False}), {})
+    assert one["window_tokens"] == 1024
+    assert (
+        open_fields(job.model_copy(update={"training": {"dataloader_drop_last": False}}), {})["window_tokens"] == 1024
+    )
 
 
 def test_a_window_fits_the_live_teachers(world: Path, tmp_path: Path) -> None:

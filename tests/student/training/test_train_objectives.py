@@ -13,6 +13,7 @@ from support.references.dense_targets import write_varopt
 from support.runs import V, arguments, job_in, make_world
 
 from storage import LogitCache
+from storage.errors import InputError
 from student.cli import build_job, train_student
 from student.training.run import train
 
@@ -156,6 +157,14 @@ def test_wrong_choices_are_one_line_and_leave_nothing(world: Path, tmp_path: Pat
     assert done.exit_code == 2, done.output
     assert expected in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_babyllama_scale_and_windows_that_begin_with_bos_are_refused(world: Path, tmp_path: Path) -> None:
+    """The row of a window's last label depends on whether it began with BOS already."""
+    job = job_in(world, tmp_path / "out", teachers=[], loss_scale="babyllama", bos_each_window=True)
+    with pytest.raises(InputError, match=r"babyllama .* BOS: take --loss-scale token"):
+        train(job)
     assert not (tmp_path / "out").exists()
 
 
