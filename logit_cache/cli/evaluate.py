@@ -25,8 +25,7 @@ from student.cli_command import command
     help="Whether windows stay inside documents [as the teachers; else across].",
 )
 @click.option(
-    "--bos-each-window",
-    is_flag=True,
+    "--bos-each-window/--no-bos-each-window",
     default=None,
     help="Put BOS before windows that start elsewhere [as the teachers; else not].",
 )

@@ -6,6 +6,9 @@ A window of T positions reads T + 1 tokens and T targets from one absolute range
 cannot get misaligned: ``input_ids[t] = tokens[s + t]``, ``labels[t] = tokens[s + t + 1]``, targets ``s + t``. All T
 positions are trained on (labels that a model shifts itself would lose one of them).
 
+Windows that begin with an id of their own, as their teachers' did, have T + 1 rows: that id and the T positions, or the
+T positions and padding where the first token is that id already. Neither the id put before nor padding is trained on.
+
 Log-probs stay encoded as stored and are decoded on the training device (`student.loss.teacher_targets`).
 """
 
@@ -29,6 +32,7 @@ from storage.progress import Log
 from student.data.blocks import Blocks, Offset
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.labels import NOT_TRAINED
+from student.models.tokenizer import begin_id
 from student.models.vocabulary import check_vocabulary, ids_in_common
 
 Window = dict[str, Any]
@@ -61,7 +65,8 @@ class DistillationWindows(Dataset[Window]):
     window_tokens        T; may differ from the teachers' context length
     offset               "fixed" or "random", see `student.data.blocks`; take "fixed" for evaluation
     isolate_documents    whether windows stay inside documents; None follows the teachers (False without any)
-    begin_id             the id put before windows that do not begin with it; None follows the teachers
+    bos_each_window      whether BOS is put before windows that do not begin with it; None follows the teachers (False
+                         without any)
 
     An index is ``epoch * len(self) + window``, as `student.data.order.ReadingOrder` yields them: a loader's workers
     need no state, and resuming in the middle of an epoch depends on the index alone.
@@ -70,7 +75,8 @@ class DistillationWindows(Dataset[Window]):
     each process on first use (handles of remote stores do not survive a fork).
 
     Raises CacheNotFound, IncompleteCache (naming the missing ranges), IdentityMismatch (an entry of another stream
-    or tokenizer), InputError (entries of different isolation, a window longer than the corpus).
+    or tokenizer), InputError (entries of different isolation or beginnings, a window longer than the corpus, a
+    tokenizer without BOS).
     """
 
     def __init__(
@@ -81,7 +87,7 @@ class DistillationWindows(Dataset[Window]):
         offset: Offset = "fixed",
         seed: int = 0,
         isolate_documents: bool | None = None,
-        begin_id: int | None = None,
+        bos_each_window: bool | None = None,
     ) -> None:
         if window_tokens < 1:
             raise InputError(f"a window has at least one position; got {window_tokens}")
@@ -97,7 +103,7 @@ class DistillationWindows(Dataset[Window]):
         self.seed = seed
         self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
         self.isolate_documents = _isolation(self.entries, isolate_documents)
-        self.begin_id = _beginning(self.entries, begin_id)
+        self.begin_id = _beginning(self.entries, bos_each_window, cache_url)
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
         self.blocks = self._blocks(offset)
 
@@ -110,16 +116,15 @@ class DistillationWindows(Dataset[Window]):
         other.blocks = other._blocks(offset)
         return other
 
-    def for_model(
-        self, model: str, vocabulary: Mapping[str, int] | None, columns: int | None, named: int, log: Log
+    def within(
+        self, columns: int | None, model: str, log: Log, vocabulary: Mapping[str, int] | None = None, named: int = 0
     ) -> DistillationWindows:
-        """The same windows for a model, V being the ids that both have; the ids left out are logged.
+        """The same windows for a model of so many output columns (None: not known), V being what both have.
 
-        vocabulary: token string → id of its tokenizer, None where it has none; columns: of its head, None where that is
-        not known; named: targets can name the ids below it.
-        Where tokenizers or sizes differ, the text is read, and the ids of teachers with more ids than columns. Raises
-        IdentityMismatch where another string is at an id that matters, and InputError, with the first position, where
-        the text, a window's beginning or a teacher's targets name an id without a column.
+        vocabulary: token string → id of the model's tokenizer, where it has one; named: targets can name the ids below.
+        Where sizes or tokenizers differ, the text is read, and the ids of teachers with more ids than columns; the ids
+        left out are logged. Raises IdentityMismatch where the tokenizers differ at an id that matters, and InputError,
+        with the first position, where the text, a window's beginning or a teacher's targets have an id without column.
         """
         cache = self._cache()
         named = named if columns is None else min(named, columns)
@@ -356,14 +361,21 @@ def _isolation(entries: dict[str, TeacherEntry], wanted: bool | None) -> bool:
     return bool(wanted)
 
 
-def _beginning(entries: dict[str, TeacherEntry], wanted: int | None) -> int | None:
+def _beginning(entries: dict[str, TeacherEntry], wanted: bool | None, cache_url: str) -> int | None:
     """The id that windows begin with: as for the teachers, since the student must see what they saw."""
     found = {name: entry.windowing.begin_id for name, entry in entries.items()}
-    if len(set(found.values())) > 1 or (wanted is not None and found and wanted not in found.values()):
-        listed = ", ".join(f"{name} {'none' if index is None else index}" for name, index in found.items())
-        asked = "" if wanted is None else f", and the student is to have {wanted}"
+    words = {name: "none" if begin is None else f"id {begin}" for name, begin in found.items()}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} {what}" for name, what in words.items())
         raise InputError(
-            f"windows begin with an id of their own, or none, for all alike: {listed}{asked}; leave the choice out and "
-            f"the student follows its teachers, or cache them alike (--bos-each-window)"
+            f"these teachers cannot be mixed, as their windows begin with different ids, or none: {listed}; cache them "
+            f"alike (--bos-each-window)"
         )
-    return next(iter(found.values()), wanted)
+    for name, begin in found.items():
+        if wanted is not None and wanted != (begin is not None):
+            raise InputError(
+                f"the windows of teacher {name} begin with {words[name]} of their own, and the student's were to begin "
+                f"with {'BOS' if wanted else 'none'}: leave the choice out and the student follows its teachers"
+            )
+        return begin
+    return begin_id(cache_url) if wanted else None

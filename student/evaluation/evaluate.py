@@ -36,7 +36,7 @@ from student.evaluation.minimal_pairs import (
 )
 from student.models.configuration import stated_columns
 from student.models.loading import load_student
-from student.models.tokenizer import begin_id, read_tokenizer
+from student.models.tokenizer import read_tokenizer
 from student.report import HeldOutKL, labelled
 
 
@@ -115,14 +115,17 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         )
     windows = None
     if job.cache is not None:
-        begin = begin_id(job.cache) if job.bos_each_window else None
         windows = DistillationWindows(
-            job.cache, job.teachers, job.window_tokens, isolate_documents=job.isolate_documents, begin_id=begin
+            job.cache,
+            job.teachers,
+            job.window_tokens,
+            isolate_documents=job.isolate_documents,
+            bos_each_window=job.bos_each_window,
         )
         named = max((entry.vocabulary_size for entry in windows.entries.values()), default=0)
         vocabulary = None if tokenizer is None else tokenizer.get_vocab()
         note = log or (lambda line: None)
-        windows = windows.for_model(job.model, vocabulary, stated_columns(job.model), named, note)
+        windows = windows.within(stated_columns(job.model), job.model, note, vocabulary, named)
     sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
     model = _load(job, sentences, tokenizer, windows, device)
 

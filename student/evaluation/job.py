@@ -41,7 +41,7 @@ class EvaluationJob(Reported):
     pairs: str | None = None
     window_tokens: int = Field(128, ge=1)
     isolate_documents: bool | None = None
-    bos_each_window: bool = False
+    bos_each_window: bool | None = None
     batch_size: int = Field(64, ge=1)
     limit: int | None = Field(None, ge=1)
     leading_space: bool = True

@@ -1,19 +1,19 @@
 """One chunk of the student's logits, reduced to its log-probs and then overwritten by the gradient, in one buffer.
 
-Legend: `R` rows, `V` vocabulary of a teacher, `W` columns of the head, `K` stored ids of a teacher, `U` slots for the
+Legend: `R` rows, `V_m` vocabulary of a teacher, `W` columns of the head, `K` stored ids of a teacher, `U` slots for the
 ids that any teacher of a row stored, `tau` the temperature, ``u = z / tau``, ``q = softmax(u)``.
 
 The loss of one teacher depends on ``ell_i = log q_i`` of its ids and on ``theta = log q_t`` of its tail, the other
-columns below V. With g = dL/d ell, h = dL/d theta, G = sum(g) + h, and c the gradient by the cross-entropy::
+columns below V_m. With g = dL/d ell, h = dL/d theta, G = sum(g) + h, and c the gradient by the cross-entropy::
 
     dL/du_j = g_j - q_j G                              j among its ids
               exp(u_j - log_tail) (h - q_t G)          j in its tail, log_tail = logsumexp of u over it
-              -q_j G                                   j >= V, that teacher's
+              -q_j G                                   j >= V_m, that teacher's
     dL/dz_j = sum over teachers of dL/du_j / tau, + c (softmax(z)_j - [j is the label])
 
 Outside all teachers' ids that is, row by row, the exponential of u times a factor (at tau != 1 plus its power tau
 times another); inside there are few enough ids to write one by one. So the ids of all teachers are taken out of the
-buffer, and its columns are cut at every teacher's V: mostly into those below V and the padded ones, which no teacher
+buffer, and its columns are cut at every teacher's V_m: mostly into those below it and the padded ones, which no teacher
 has. Each part is summed relative to its own largest logit: no sum is a difference, and none underflows beside another.
 
 All work on [R, U] is here. The passes over a `Part` of the buffer come in two kinds: torch operations, here, and
@@ -43,7 +43,7 @@ class LogitChunk:
 
     labels      int64 [R], ignored where `trained` bool [R] is False; such rows get the gradient 0
     supports    by teacher: int [R, K], the ids, none of them twice in a row, -1 where there is none
-    sizes       by teacher: V, which may exceed W
+    sizes       by teacher: V_m, which may exceed W
     softcap     the cap already applied to z; the gradient is by the logits before it
 
     cross_entropy [R] in nats at temperature 1, 0 where not trained; buckets, by teacher, (ell [R, K], 0 where there is

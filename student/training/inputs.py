@@ -22,7 +22,7 @@ from student.loss.distillation import DistillationLoss, tail_of
 from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
 from student.models.configuration import stated_columns
-from student.models.tokenizer import begin_id, model_folder, read_tokenizer
+from student.models.tokenizer import model_folder, read_tokenizer
 from student.report import LiveTeachers
 from student.training.step import windows_per_step
 
@@ -68,15 +68,9 @@ class Data:
 def open_caches(job: StudentJob) -> Caches:
     """Open the caches of a job and check that they, their entries and its windows fit together."""
     names = [teacher.name for teacher in job.teachers]
-    begin = begin_id(job.cache) if job.bos_each_window else None
     windows = DistillationWindows(
-        job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, begin
+        job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, job.bos_each_window
     )
-    if job.bos_each_window is False and windows.begin_id is not None:
-        raise InputError(
-            f"{job.cache}: the teachers' windows begin with BOS, and the student's were not to: leave the choice out "
-            f"and the student follows its teachers"
-        )
     remarks: list[str] = []
     windows = _for_student(job, windows, remarks.append)
     provenance = {"cache": digest(windows.record)}
@@ -101,7 +95,7 @@ def _for_student(job: StudentJob, windows: DistillationWindows, log: Log) -> Dis
     folder = model_folder(job.model)
     tokenizer = None if folder is None else read_tokenizer(folder, job.model)
     vocabulary = None if tokenizer is None else tokenizer.get_vocab()
-    return windows.for_model(job.model, vocabulary, stated_columns(job.model), windows.vocabulary_size, log)
+    return windows.within(stated_columns(job.model), job.model, log, vocabulary, windows.vocabulary_size)
 
 
 def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None) -> Data:
@@ -193,8 +187,9 @@ def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[Distilla
             measured.append(name)
         else:
             not_measured[name] = reason
+    begun = windows.begin_id is not None
     held_out = DistillationWindows(
-        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents, windows.begin_id
+        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents, begun
     )
     return held_out, not_measured
 

@@ -80,6 +80,9 @@ def test_bos_before_each_window(cache: Path, teacher: Path, run: Run, tmp_path: 
     student = ("train-student", "--cache", cache, "--teacher", "a", "--model", "llama-tiny", "--window-tokens", 64)
     options = ("--set", "max_steps=2", "--output-dir", tmp_path / "out")
     refused(run(*student, *options, "--no-bos-each-window"), "leave the choice out")
+    refused(
+        run("logit-cache", "evaluate", teacher, "--cache", cache, "--teacher", "a", "--no-bos-each-window"), "id 1 of"
+    )
     done = run(*student, *options)
     assert done.returncode == 0, done.stderr
     short = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 64}

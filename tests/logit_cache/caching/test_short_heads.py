@@ -123,7 +123,7 @@ def test_nothing_is_searched_where_nothing_differs(
         monkeypatch.delattr(kind, name)
     cache = copy_of(world.cache, tmp_path / "cache")
     cache_logits(cache, "again", world.padded, k=16)
-    DistillationWindows(str(cache), ["again", "short"]).for_model("a student", None, 416, V, print)
+    DistillationWindows(str(cache), ["again", "short"]).within(416, "a student", print)
 
 
 def test_the_ids_left_out_are_named_once_and_the_job_resumes(
