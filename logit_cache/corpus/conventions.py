@@ -14,7 +14,8 @@ from typing import Any
 from storage import LogitCache
 from storage.errors import CacheNotFound, InputError
 from storage.format.manifest import CacheRecord
-from student.models.tokenizer import cache_of_tokenizer, text_prefix
+from student.models.text_ids import text_prefix
+from student.models.tokenizer import cache_of_tokenizer
 
 
 @dataclass(frozen=True)

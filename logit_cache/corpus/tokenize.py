@@ -43,7 +43,8 @@ from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSour
 from storage.progress import Log
 from storage.progress import progress as progress_bar
 from storage.stores import open_store
-from student.models.tokenizer import open_tokenizer, text_suffix
+from student.models.text_ids import text_suffix
+from student.models.tokenizer import open_tokenizer
 
 # Documents, tokens, and bytes of input so far.
 Progress = Callable[[int, int, int], None]

@@ -14,7 +14,8 @@ from typing import Any
 
 from storage.errors import InputError
 from storage.format.identity import differing_ids, few
-from student.models.tokenizer import read_tokenizer, text_prefix, text_suffix
+from student.models.text_ids import text_prefix, text_suffix
+from student.models.tokenizer import read_tokenizer
 from student.models.tokenizer_file import differing_text
 from student.models.tokenizer_settings import stored_files
 

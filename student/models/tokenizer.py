@@ -19,21 +19,8 @@ from storage.format.identity import TOKENIZER_FILES, has_tokenizer
 from storage.progress import Log
 from student.models.configuration import has_weights
 from student.models.sentencepiece_model import is_tiktoken, read_sentencepiece, sentencepiece_file
-from student.models.text_ids import text_prefix, text_suffix
 from student.models.tokenizer_file import FILE, as_transformers_does, read_file, same_every_time
 from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
-
-__all__ = [
-    "begin_id",
-    "model_folder",
-    "open_tokenizer",
-    "read_tokenizer",
-    "special_ids",
-    "text_prefix",
-    "text_suffix",
-    "tokenizer_of",
-    "write_files",
-]
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # All that a tokenizer may consist of; config.json names its class where tokenizer_config.json does not.
