@@ -24,7 +24,8 @@ from logit_cache.corpus.tokenize import CorpusConfig, tokenize
 from storage import LogitCache
 from storage.errors import InputError
 from storage.format.identity import tokenizer_fingerprint
-from student.models.tokenizer import open_tokenizer, text_prefix
+from student.models.text_ids import text_prefix
+from student.models.tokenizer import open_tokenizer
 from student.models.tokenizer_file import PROBES
 
 TEMPLATES = {"default": "{{ messages }}", "rag": "{{ documents }}", "tool_use": "{{ tools }}"}

@@ -16,7 +16,8 @@ from support.models.saved import sample_text
 
 from storage import LogitCache
 from storage.errors import InputError
-from student.models.tokenizer import open_tokenizer, text_prefix, text_suffix
+from student.models.text_ids import text_prefix, text_suffix
+from student.models.tokenizer import open_tokenizer
 from student.models.tokenizer_file import PROBES
 
 _IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}

@@ -11,7 +11,8 @@ from support.models.saved import make_tokenizer, sample_text, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from storage.errors import InputError
-from student.models.tokenizer import open_tokenizer, read_tokenizer, text_prefix, text_suffix
+from student.models.text_ids import text_prefix, text_suffix
+from student.models.tokenizer import open_tokenizer, read_tokenizer
 from student.models.tokenizer_file import FILE, PROBES
 from student.models.tokenizer_settings import portable_files, stored_files
 
