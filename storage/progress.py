@@ -15,6 +15,11 @@ Track = Callable[[str, int, str], AbstractContextManager[Advance]]  # descriptio
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+def silent(line: str) -> None:
+    """A `Log` that drops its lines: nobody asked for them, or another process writes them."""
+    del line
+
+
 @contextmanager
 def progress(description: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Yields `advance(count)`. Shows the part done, `unit`/s of this run, and the time left."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from storage import LogitCache
 from storage.errors import IdentityMismatch
 from storage.format.identity import contradicting_ids, few, vocabulary_size
+from storage.progress import silent
 from student.models.vocabulary import check_vocabulary, ids_in_common
 from teachers.huggingface.teacher import HuggingFaceTeacher
 
@@ -28,7 +29,7 @@ def common_vocabulary(
     """
     first_rank = all(teacher.shard is None or teacher.shard.ranks.rank == 0 for teacher in teachers)
     # With the remarks of the teachers themselves: once in a job.
-    log = logging.getLogger(__name__).warning if first_rank and not quiet else _ignore
+    log = logging.getLogger(__name__).warning if first_rank and not quiet else silent
     columns = [teacher.head_columns for teacher in teachers]
     narrow = columns.index(min(columns))
     vocabularies = [teacher.vocabulary() for teacher in teachers]
@@ -64,7 +65,3 @@ def check_members(named: Sequence[tuple[str, Mapping[str, int] | None]], below: 
 
 def _tokenize(source: str) -> str:
     return f"logit-cache tokenize --tokenizer {source}"
-
-
-def _ignore(message: str) -> None:
-    """The message is logged already: by rank 0, or for the text that the first check read."""

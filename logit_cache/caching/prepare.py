@@ -14,6 +14,7 @@ from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format.layout import COMPRESSION, entry_layout
 from storage.format.manifest import Encoding, Execution, TeacherEntry, Versions, Windowing
+from storage.progress import silent
 from storage.stores import open_store
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
             logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
             device_map=DeviceMap(job.device_map, job.max_memory, job.offload) if job.device_map else None,
             ranks=ranks,
-            on_message=None if ranks is None or ranks.rank == 0 else _ignore,
+            on_message=None if ranks is None or ranks.rank == 0 else silent,
         )
         for source, revision in zip(job.teacher, job.revision or ("",) * len(job.teacher), strict=True)
     )
@@ -75,10 +76,6 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
         if job.k > teacher.head_columns:
             raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
     return teachers
-
-
-def _ignore(message: str) -> None:
-    """Rank 0 logs the message; the other ranks need not repeat it."""
 
 
 def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> OpenJob:

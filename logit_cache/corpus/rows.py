@@ -69,7 +69,7 @@ _OF_TOKENS = frozenset({"position_ids", "segment_ids", "seq_lengths", "attention
 _FORMS = frozenset({"prompt", "instruction", "input_ids", "chosen", *_CONVERSATIONS})
 FIELDS = (
     _FORMS | frozenset({"labels", "rejected"})
-    | frozenset({*_ANSWERS, *_OUTPUTS, *_CONTEXTS, "history"})
+    | frozenset({*_ANSWERS, *_OUTPUTS, *_CONTEXTS})
     | _LEARNT_FROM | _OF_CONVERSATIONS | _OF_TOKENS
 )  # fmt: skip
 """Every field that is read, or looked for, besides those that a user names."""
@@ -77,16 +77,12 @@ FIELDS = (
 
 class RowReader:
     """Rows as documents. text_field, messages_field: names of the fields; chosen: the form of rows that can be read in
-    several ways."""
+    several ways. columns: the fields that are looked for."""
 
     def __init__(self, text_field: str, messages_field: str, chosen: Form | None = None) -> None:
         self.text_field, self.messages_field = text_field, messages_field
+        self.columns = FIELDS | {text_field, messages_field}
         self._chosen = chosen
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """The fields that are looked for."""
-        return FIELDS | {self.text_field, self.messages_field}
 
     def columns_of(self, names: Sequence[str], where: str) -> list[str]:
         """Those of a table's columns that are looked for. Raises InputError for a table without any document."""
@@ -270,9 +266,7 @@ def _tokens(source: int, values: Row, where: str) -> Tokens:
                 f"{where}: label {at} is {labels[at]}, and id {at} is {ids[at]}: labels are the ids themselves, or "
                 f"{NOT_TRAINED} where nothing is trained on (they are not moved); correct the row"
             )
-    real = masks.pop("attention_mask", None)
-    if "attention_mask" in values:
-        real = _numbers(values["attention_mask"], "attention_mask", where)
+    real = _numbers(values["attention_mask"], "attention_mask", where) if "attention_mask" in values else None
     for name, mask in {**masks, **({} if real is None else {"attention_mask": real})}.items():
         if len(mask) != len(ids):
             raise InputError(f"{where}: {len(ids)} input_ids and {len(mask)} values of {name!r}; correct the row")

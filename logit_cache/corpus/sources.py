@@ -2,8 +2,8 @@
 
 Everything is read as a stream of documents (`logit_cache.corpus.documents`), in the order in which the sources were
 given; no file is ever held whole. What a row means is in `logit_cache.corpus.rows`. Text is kept as it is, carriage
-returns included; only a byte-order mark at the start of a file is left out. Files that end in .gz,
-.bz2 or .xz are decompressed on the way.
+returns included; only a byte-order mark at the start of a file is left out. Files that end in .gz, .bz2 or .xz are
+decompressed on the way.
 
 =============================  =======================================================================
 `hub:NAME[:CONFIG][@REVISION]` a data set of the hub, streamed; its split is an option

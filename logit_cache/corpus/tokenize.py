@@ -40,7 +40,7 @@ from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
 from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
-from storage.progress import Log
+from storage.progress import Log, silent
 from storage.progress import progress as progress_bar
 from storage.stores import open_store
 from student.models.text_ids import text_suffix
@@ -281,17 +281,13 @@ def _given_tokenizer(
                 said[:] = [f"{name}: {config.out} was made with the rules of its transformers class, which are kept"]
                 made = before
     for line in said:
-        (log or _silent)(line)
+        (log or silent)(line)
     return made
 
 
 def _fingerprint(made: tuple[Any, dict[str, bytes]]) -> str:
     tokenizer, files = made
     return tokenizer_fingerprint(files, tokenizer.get_vocab())
-
-
-def _silent(line: str) -> None:
-    del line
 
 
 def _chat_template(given: str, own: Any) -> str:

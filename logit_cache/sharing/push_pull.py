@@ -16,7 +16,7 @@ from pathlib import Path
 from storage.cache.inventory import CARD_KEY, SIGNATURE_KEY
 from storage.cache.reader import LogitCache
 from storage.errors import CorruptCache, InputError
-from storage.progress import Advance, Log
+from storage.progress import Advance, Log, silent
 from storage.stores import open_store
 from storage.stores.base import Store
 from storage.transfer.contents import fetch_whole
@@ -48,7 +48,7 @@ def push(
     description and a number of bytes, and returns a context manager for their progress; `log` takes warnings and notes
     for the user. Raises the errors of `prepare`, and of `hub.push_to_hub` for `hf://` targets.
     """
-    log = log or (lambda line: None)
+    log = log or silent
     if without_tokens:
         log(
             "warning: targets reveal text: in a sample, the most probable id alone was the next token at 19 % of the "
@@ -82,7 +82,7 @@ def pull(
     `verify_key` is the path of a public key: a cache that this key has not signed raises CorruptCache. Raises the
     errors of `prepare` too.
     """
-    log = log or (lambda line: None)
+    log = log or silent
     if target.startswith(_HUB):
         raise InputError(f"{target}: cannot pull into a data set of the hub; write it with logit-cache push")
     with prepare(source, target, teachers=teachers, corpus=corpus, workers=workers) as transfer:

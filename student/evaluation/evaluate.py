@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import InputError
 from storage.files import replace_file
-from storage.progress import Log, Track
+from storage.progress import Log, Track, silent
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import HeldOut, held_out
 from student.evaluation.job import EvaluationJob, Reported
@@ -124,7 +124,7 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         )
         named = max((entry.vocabulary_size for entry in windows.entries.values()), default=0)
         vocabulary = None if tokenizer is None else tokenizer.get_vocab()
-        note = log or (lambda line: None)
+        note = log or silent
         windows = windows.within(stated_columns(job.model), job.model, note, vocabulary, named)
     sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
     model = _load(job, sentences, tokenizer, windows, device)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import InputError
-from storage.progress import Log
+from storage.progress import Log, silent
 from student.models.text_ids import text_ids, text_prefix, text_suffix
 from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
 
@@ -58,7 +58,7 @@ def read_file(folder: Path, asked: str, log: Log | None) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    say = log or _silent
+    say = log or silent
     make: Any = PreTrainedTokenizerFast
     tokenizer = make.from_pretrained(str(folder), local_files_only=True)
     # The name of code that is not run, and that its files would ask for when they are loaded again.
@@ -109,7 +109,7 @@ def same_every_time(tokenizer: Any, asked: str, log: Log | None) -> Any:
         chance = getattr(backend.model, name, None)
         if chance:
             setattr(backend.model, name, None)
-            (log or _silent)(f"{asked}: the {what} of its {FILE} ({name} {chance:g}) is switched off")
+            (log or silent)(f"{asked}: the {what} of its {FILE} ({name} {chance:g}) is switched off")
     return tokenizer
 
 
@@ -242,7 +242,3 @@ def _compare_class(tokenizer: Any, folder: Path, asked: str, say: Log) -> None:
             f"{asked}: its {FILE} is used; {type(other).__name__} of transformers applies rules of its own, which "
             f"give other ids for {text[:40]!r} ({theirs} in place of {ours})"
         )
-
-
-def _silent(line: str) -> None:
-    del line

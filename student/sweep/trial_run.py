@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from storage.errors import InputError, LogitCacheError
 from storage.locks import locked
+from storage.progress import silent
 from student.job import StudentJob
 from student.report import HeldOutReport
 from student.sweep.record import RECORD, TrialRecord
@@ -53,7 +54,7 @@ def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, A
         own = trial_job(job, values, str(folder), model)
         had = {STEP: math.prod(micro_batches(job, int(values[STEP])).values())} if STEP in values else {}
         known(job=own.model_dump(mode="json", include=own.model_fields_set), parameters=values | had)
-        report = train(own, lambda line: None, callbacks=[watch])
+        report = train(own, silent, callbacks=[watch])
         assert report.held_out is not None  # a sweep has held-out text
         metrics = _figures(report.held_out)
         value = _finite(search.figure, metrics[search.figure], report.steps)

@@ -14,7 +14,7 @@ from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest import TeacherEntry
 from storage.format.sealing import digest
-from storage.progress import Log
+from storage.progress import Log, silent
 from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
@@ -80,7 +80,7 @@ def open_caches(job: StudentJob) -> Caches:
     not_measured: dict[str, str] = {}
     if job.eval_cache is not None:
         eval_windows, not_measured = _check_eval(job, windows)
-        eval_windows = _for_student(job, eval_windows, lambda line: None)  # the same ids differ
+        eval_windows = _for_student(job, eval_windows, silent)  # the same ids differ
         eval_members = tuple(Member.of(name, entry) for name, entry in eval_windows.entries.items())
         provenance["eval_cache"] = digest(eval_windows.record)
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
 from storage.errors import InputError
-from storage.progress import Log
+from storage.progress import Log, silent
 from student.data.batches import collate, flat_targets
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
@@ -148,7 +148,7 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     step_windows = windows_per_step(args)
     identity = _identity(job, values, data, step_windows)
     output.check(identity)
-    log = (log or _to_stderr) if first else _silent
+    log = (log or _to_stderr) if first else silent
     return _Run(job, values, data, args, step_windows, output, identity, notes, log)
 
 
@@ -397,7 +397,3 @@ def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    del line
