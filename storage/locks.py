@@ -66,10 +66,20 @@ def lock(path: Path, opened: Callable[[], int], refusal: Callable[[int], str], w
 
 
 def has_locks(folder: Path) -> bool:
-    """Whether the file system of an existing folder has locks."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            return False
-    return True
+    """Whether the file system of an existing folder has locks, of which a second one is refused."""
+    first, name = tempfile.mkstemp(dir=folder)
+    try:
+        second = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        os.unlink(name)
+    try:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(first)
+        os.close(second)
+    return False

@@ -1,7 +1,8 @@
 """Workers as processes of this machine: one for each GPU, or as many as requested.
 
-Each process has a replica of the teacher and a pipe to its parent, which carries shard numbers one way and outcomes
-the other. One that is killed, or runs out of memory, is replaced; one whose parent is gone ends at the next batch.
+Each process has a replica of the teacher and a pipe to its parent, which carries requests for turns one way and what
+became of them the other. One that is killed, or runs out of memory, is replaced; one whose parent is gone ends at the
+next batch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -20,10 +21,13 @@ from typing import Any
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
+from logit_cache.caching.prepare import open_job
 from logit_cache.engines.driver import Event, Gone, Ready, Reported
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import WorkersLost
 from logit_cache.engines.shutdown import Stopping
+from logit_cache.engines.worker import Worker, traceback_of
+from logit_cache.engines.worker_index import Rank
 from storage.errors import LogitCacheError
 
 _Message = tuple[str, Any]
@@ -34,6 +38,7 @@ _GRACE_SHARE = 0.9
 class _Child:
     process: Any  # a multiprocessing.Process of the spawn context
     pipe: Connection
+    busy: bool = True  # from its start until it is ready, and while it takes a turn
 
 
 class LocalPool:
@@ -50,11 +55,8 @@ class LocalPool:
         self._grace = options.grace_seconds
         self._context = multiprocessing.get_context("spawn")
         self._children: dict[str, _Child] = {}
-        self._loading: set[str] = set()
-        self._surveyed = False
-        self._slots: list[int] = list(range(workers))
+        self._checked = False
         self._made = 0
-        self._slot_of: dict[str, int] = {}
         self._concluded: dict[str, LogitCacheError | None] = {}
 
     def __enter__(self) -> LocalPool:
@@ -65,27 +67,23 @@ class LocalPool:
     ) -> None:
         for child in self._children.values():
             child.pipe.close()
-        # Idle workers end by themselves; nobody needs a shard that is still being computed.
-        for name, child in self._children.items():
-            if kind is not None or name in self._loading:
+        # Idle workers end by themselves. Nobody needs what a busy one is doing, and one that hangs would not end.
+        for child in self._children.values():
+            if kind is not None or child.busy:
                 child.process.kill()
-            child.process.join(self._grace)
-            if child.process.is_alive():
-                child.process.kill()
-                child.process.join()
+            self._join(child)
         self._children.clear()
 
-    def start(self) -> str:
-        """Start a process in a free slot, at first or as a replacement."""
-        slot = self._slots.pop(0)
-        name = str(slot) if self._made < self.workers else f"{slot}.{self._made}"
+    def start(self, rank: int) -> str:
+        """Start a process, at first or as a replacement."""
+        name = str(rank) if self._made < self.workers else f"{rank}.{self._made}"
         self._made += 1
         ours, theirs = self._context.Pipe()
-        device = self._devices[slot % len(self._devices)]
+        device = self._devices[rank % len(self._devices)]
         job = self._job.model_copy(update={"device": device})
         process = self._context.Process(
             target=_serve,
-            args=(theirs, job, self._threads, self._options, slot, not self._surveyed),
+            args=(theirs, job, self._threads, self._options, Rank(rank, self.workers), self._checked),
             daemon=True,
             name=f"worker-{name}",
         )
@@ -99,13 +97,13 @@ class LocalPool:
             else:
                 os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
-        self._children[name], self._slot_of[name] = _Child(process, ours), slot
-        self._loading.add(name)
+        self._children[name] = _Child(process, ours)
         return name
 
-    def build(self, worker: str, shard: int) -> None:
-        """Send a shard number to a worker."""
-        self._send(worker, ("build", shard))
+    def turn(self, worker: str, given_up: Collection[int]) -> None:
+        """Ask a worker for a turn."""
+        self._children[worker].busy = True
+        self._send(worker, ("turn", given_up))
 
     def conclude(self, worker: str, fidelity_positions: int) -> None:
         """Have a worker write the index of receipts and the fidelity report of a complete entry.
@@ -127,16 +125,17 @@ class LocalPool:
         by_pipe = {child.pipe: name for name, child in self._children.items()}
         for pipe in wait(list(by_pipe), timeout):
             name = by_pipe[pipe]  # type: ignore[index]
+            child = self._children[name]
             try:
-                kind, content = self._children[name].pipe.recv()
+                kind, content = child.pipe.recv()
             except (EOFError, OSError):
                 events.append(self._ended(name))
                 continue
+            child.busy = False
             if kind == "ready":
-                self._loading.discard(name)
-                self._surveyed = True
+                self._checked = True
                 events.append(Ready(name, *content))
-            elif kind == "outcomes":
+            elif kind == "turn":
                 events.append(Reported(name, content))
             elif kind == "concluded":
                 self._concluded[name] = content
@@ -156,13 +155,8 @@ class LocalPool:
 
     def _ended(self, name: str, why: str | None = None, refusal: LogitCacheError | None = None) -> Gone:
         child = self._children.pop(name)
-        self._loading.discard(name)
-        self._slots.append(self._slot_of.pop(name))
         child.pipe.close()
-        child.process.join(self._grace)
-        if child.process.is_alive():
-            child.process.kill()
-            child.process.join()
+        self._join(child)
         code = child.process.exitcode
         if why is None:
             signalled = code is not None and code < 0
@@ -171,12 +165,19 @@ class LocalPool:
                 why += " (out of memory, unless somebody killed it)"
         return Gone(name, why, refusal)
 
+    def _join(self, child: _Child) -> None:
+        """Wait for the end of a process, which is killed after the grace period."""
+        child.process.join(self._grace)
+        if child.process.is_alive():
+            child.process.kill()
+            child.process.join()
 
-def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, slot: int, survey: bool) -> None:
+
+def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, rank: Rank, checked: bool) -> None:
     """The main function of a worker process."""
     # Ctrl-C reaches the whole process group; the parent decides whether to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if slot:
+    if rank.index:
         # Warnings about the teacher are the same in all workers.
         logging.getLogger("teachers").setLevel(logging.ERROR)
     # A little less than the parent's, which has to receive the outcomes.
@@ -184,14 +185,15 @@ def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions
     log = JobLog(options.log_format, cache=job.cache, entry=job.name)
     # A closed pipe means that the parent is gone, or needs nothing more.
     with stopping.on_sigterm(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        _build_all(pipe, job, threads, stopping, log, survey)
+        why, refusal = _answer(pipe, job, threads, stopping, log, rank, checked)
+        pipe.send(("gone", (why, refusal)))
 
 
-def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping, log: JobLog, survey: bool) -> None:
+def _answer(
+    pipe: Connection, job: CacheJob, threads: int, stopping: Stopping, log: JobLog, rank: Rank, checked: bool
+) -> tuple[str, LogitCacheError | None]:
+    """Open the job and answer requests until this worker ends; returns why it does, and the error for the user."""
     import torch
-
-    from logit_cache.caching.prepare import open_job
-    from logit_cache.engines.worker import Worker, traceback_of
 
     torch.set_num_threads(threads)
     parent = os.getppid()
@@ -202,37 +204,39 @@ def _build_all(pipe: Connection, job: CacheJob, threads: int, stopping: Stopping
 
     try:
         opened = open_job(job)
-        with Worker(opened, stopping, advance) as worker:
+        with Worker(opened, stopping, advance, rank=rank, checked=checked) as worker:
             location = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
-            # The missing shards are listed once for a job: a replacement worker skips that.
-            pipe.send(("ready", (tuple(worker.pending()) if survey else (), location)))
+            pipe.send(("ready", (location, worker.has_share)))
             while True:
-                while not pipe.poll(0.2):
-                    if stopping.wanted:
-                        return
-                kind, content = pipe.recv()
-                if kind == "conclude":
-                    try:
-                        worker.conclude(content, log)
-                        pipe.send(("concluded", None))
-                    except LogitCacheError as error:
-                        pipe.send(("concluded", error))
-                    continue
-                outcomes = worker.build(content)
-                if not pipe.poll():
-                    outcomes += worker.finish()
-                pipe.send(("outcomes", tuple(outcomes)))
-                if stopping.wanted and any(item.state == "dropped" for item in outcomes):
-                    pipe.send(("gone", ("it was asked to stop", None)))
-                    return
-                for item in outcomes:
+                while not (pipe.poll(0.2) or stopping.wanted):
+                    pass
+                if not stopping.wanted:
+                    kind, content = pipe.recv()
+                    if kind == "conclude":
+                        pipe.send(("concluded", _conclude(worker, content, log)))
+                        continue
+                # Asked to stop, it drops the shard that it has taken, and reports the one that is being committed.
+                turn = worker.turn(() if stopping.wanted else content)
+                pipe.send(("turn", turn))
+                for item in turn.outcomes:
                     if item.state == "ended":
-                        pipe.send(("gone", (item.error, item.cause)))
-                        return
+                        return item.error or "", item.cause
+                if stopping.wanted and turn.taken is None:
+                    return "it was asked to stop", None
     except LogitCacheError as error:
-        pipe.send(("gone", (str(error), error)))
+        return str(error), error
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
     except Exception as error:
-        pipe.send(("gone", (traceback_of(error), None)))
+        return traceback_of(error), None
+
+
+def _conclude(worker: Worker, fidelity_positions: int, log: JobLog) -> LogitCacheError | None:
+    try:
+        worker.conclude(fidelity_positions, log)
+    except LogitCacheError as error:
+        return error
+    return None
 
 
 def local_devices(device: str) -> list[str]:

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from logit_cache.engines.shard_queue import ATTEMPTS
 from logit_cache.engines.shutdown import GRACE_SECONDS
 
 Engine = Literal["local", "ray", "slurm"]
+ATTEMPTS = 3
 
 
 class EngineOptions(BaseModel):
@@ -18,7 +18,7 @@ class EngineOptions(BaseModel):
     engine        local, ray or slurm: how workers are started
     workers       processes, actors or array tasks; None for one per device, or for Slurm one
     worker        i/n, where another launcher starts the processes
-    help_others   whether such a process, its share done, takes others' shards, and ends when nothing is missing
+    help_others   whether such a process builds all that is missing beside the others, or its share only
     attempts      how often a shard that fails is tried before it has failed permanently
     ray_address   of a running cluster; None for that of RAY_ADDRESS, or a new one on this machine
     grace_seconds from SIGTERM to the end of the process, at most

@@ -9,24 +9,13 @@ from dataclasses import dataclass, field
 class Outcome:
     """How a job ended: shards built, shards that failed permanently (with their last error), whether it was stopped.
 
-    submitted: it has not ended, and nobody waits for it. elsewhere: shards left to the jobs that have leased them.
+    submitted: it has not ended, and nobody waits for it.
     """
 
     built: int = 0
     failed: dict[int, str] = field(default_factory=dict)
     stopped: bool = False
     submitted: bool = False
-    elsewhere: tuple[int, ...] = ()
-
-    def then(self, later: Outcome) -> Outcome:
-        """Both outcomes as one, `later` after this one."""
-        return Outcome(
-            self.built + later.built,
-            self.failed | later.failed,
-            self.stopped or later.stopped,
-            self.submitted or later.submitted,
-            (*self.elsewhere, *later.elsewhere),
-        )
 
 
 class NotDone(Exception):

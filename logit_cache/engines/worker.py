@@ -1,19 +1,24 @@
-"""One worker: a replica of the teacher that builds the shards it is given and reports an outcome for each.
+"""One worker: a replica of the teacher that takes one free shard after the other, and reports an outcome for each.
+
+Every engine builds shards with this class and with nothing else. Workers know nothing of each other: a worker takes the
+next shard that is not committed and that nobody has a lease on (`storage.cache.leases`). Where a store can hold no
+leases, worker i of n takes the shards with number % n = i.
 
 Failures are reported as data, so that every engine treats them alike::
 
-    built     committed                        there    committed before, by another worker or run
-    leased    another worker has its lease     dropped  the job was asked to stop
+    built     committed                        there    committed by another worker, or another job
     failed    an error that may be transient, or this shard's alone: a device out of memory, a library's bug
+    dropped   the job was asked to stop
     ended     this worker cannot continue: the message of a `LogitCacheError`, or a device that is broken
 
-A shard is committed while the next one is computed, so its outcome is known one shard later, or after `finish`.
+A shard is committed while the next one is computed, so its outcome is known one shard later.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,10 +27,13 @@ from logit_cache.caching.pipeline import Committer
 from logit_cache.caching.prepare import OpenJob
 from logit_cache.caching.score_shard import score_shard
 from logit_cache.engines.shutdown import Stopped, Stopping
+from logit_cache.engines.worker_index import Rank
 from logit_cache.fidelity.measure import is_wanted, measure
 from storage.errors import LogitCacheError
+from storage.format.targets import SparseTargets
 
-ShardState = Literal["built", "there", "leased", "dropped", "failed", "ended"]
+ShardState = Literal["built", "there", "dropped", "failed", "ended"]
+ScoreShard = Callable[[OpenJob, int, Callable[[int], None]], SparseTargets]
 
 # Parts of the errors of a GPU that has lost its context, or is lost itself: every later call fails as well.
 _BROKEN = ("CUDA error", "CUDA driver error", "device-side assert", "uncorrectable ECC", "NCCL error", "HIP error")
@@ -44,109 +52,202 @@ class ShardOutcome:
     cause: LogitCacheError | None = None
 
 
-class Worker:
-    """Builds shards of an open job, one after the other; a context manager, which waits for the last commit.
+@dataclass(frozen=True)
+class Turn:
+    """What a worker reports after a turn.
 
-    `advance` is called with the number of positions done since the last call, negative where work is discarded.
+    outcomes  those known since the last turn
+    taken     the shard that the next turn builds, if there is one
+    missing   where no shard is free: those that are not committed and have not failed permanently, which others hold;
+              None where the worker has not looked for one
+    """
+
+    outcomes: tuple[ShardOutcome, ...]
+    taken: int | None = None
+    missing: tuple[int, ...] | None = None
+
+
+class Worker:
+    """Builds the missing shards of an open job; a context manager, which waits for the last commit.
+
+    advance      is called with the number of positions done here since the last call, negative where work is discarded
+    rank         this worker among those that were started together
+    help_others  whether it takes shards of the others' shares as well, where the store can hold leases
+    checked      whether the committed shards have been compared with their receipts, for which the first worker of a
+                 job takes the time
+    score        computes the targets of a shard; `score_shard` unless given
+    try_again    whether a shard that failed, and the next ones, can be tried by this worker
+
+    Raises LogitCacheError where the entry cannot be read.
     """
 
     def __init__(
-        self, opened: OpenJob, stopping: Stopping | None = None, advance: Callable[[int], None] | None = None
+        self,
+        opened: OpenJob,
+        stopping: Stopping | None = None,
+        advance: Callable[[int], None] | None = None,
+        *,
+        rank: Rank | None = None,
+        help_others: bool = True,
+        checked: bool = False,
+        score: ScoreShard | None = None,
+        try_again: bool = True,
     ) -> None:
         self.opened = opened
+        self._writer = opened.writer
         self._stopping = stopping or Stopping()
         self._advance = advance or (lambda count: None)
-        self._committer = Committer(opened.writer)
+        self._rank = rank or Rank()
+        self._score, self._try_again = score or score_shard, try_again
+        self.has_share = self._rank.count > 1 and not (help_others and self._writer.leases.exclusive)
+        """Whether it leaves the shards of the other ranks to them."""
+        self._committer = Committer(self._writer)
+        self._taken: int | None = None
         self._committing: int | None = None
+        self._missing: set[int] = set()
+        self._free: deque[int] = deque()
+        self._there: list[ShardOutcome] = []
+        self._look(self._writer.missing() if checked else self._writer.pending())
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.finish()
+        if self._taken is not None:
+            self._writer.leases.release(self._taken)
+        self._finish()
         self._committer.close()
 
-    def pending(self) -> list[int]:
-        """Shards that are not committed, in order. Raises CorruptCache for a damaged one."""
-        return self.opened.writer.pending()
+    @property
+    def missing(self) -> list[int]:
+        """The shards that were not committed when this worker last looked, and are its to build."""
+        return sorted(filter(self.builds, self._missing))
 
-    def build(self, shard: int) -> list[ShardOutcome]:
+    def builds(self, shard: int) -> bool:
+        """Whether it is up to this worker to build a shard that nobody else has built."""
+        return not self.has_share or self._rank.owns(shard)
+
+    def turn(self, given_up: Collection[int] = ()) -> Turn:
+        """Build the shard that was taken, then take the next one that is free.
+
+        given_up: shards that failed permanently, which are not taken. Raises LogitCacheError where the entry cannot be
+        read.
+        """
+        shard, self._taken = self._taken, None
+        if shard is not None and shard in given_up:  # another worker had it in the meantime
+            self._writer.leases.release(shard)
+            shard = None
+        outcomes = [] if shard is None else self._build(shard)
+        if self._stopping.wanted or any(item.state != "built" for item in outcomes):
+            return Turn((*outcomes, *self._finish()))
+        self._take(given_up)
+        there, self._there = self._there, []
+        if self._taken is None and self._committing is not None:
+            return Turn((*outcomes, *there, *self._finish()))
+        missing = None if self._taken is not None else tuple(sorted(self._missing - set(given_up)))
+        return Turn((*outcomes, *there), self._taken, missing)
+
+    def conclude(self, fidelity_positions: int, log: JobLog | None = None) -> None:
+        """Write the index of receipts and the fidelity report, if the entry is complete and has none.
+
+        Raises LogitCacheError where the cache cannot be read or the teacher cannot score.
+        """
+        self._writer.finish()
+        if is_wanted(self.opened, fidelity_positions):
+            with (log or JobLog()).progress(f"fidelity of {self._writer.name}", None, "positions") as advance:
+                self._writer.publish_fidelity(measure(self.opened, fidelity_positions, advance))
+
+    def _look(self, missing: list[int]) -> None:
+        """Note which shards are missing, and which others have committed since the last look."""
+        for shard in sorted(self._missing.difference(missing, [self._committing])):
+            self._there.append(ShardOutcome(shard, "there", positions_of(self.opened, [shard])))
+        self._missing = set(missing)
+        free = [shard for shard in missing if self.builds(shard)]
+        # Workers that start together start at different places, and so rarely ask for one lease.
+        first = len(free) * self._rank.index // self._rank.count
+        self._free = deque(free[first:] + free[:first])
+
+    def _take(self, given_up: Collection[int]) -> None:
+        """Take the first free shard, by the last listing or by a new one; none where all are held or done."""
+        for listed in (True, False):
+            if not listed:
+                self._look(self._writer.missing())
+            while self._free:
+                shard = self._free.popleft()
+                if shard not in given_up and shard != self._committing and self._lease(shard):
+                    self._taken = shard
+                    return
+
+    def _lease(self, shard: int) -> bool:
+        """Take the lease on a shard; False where another worker has it, or had it and has committed the shard."""
+        leases = self._writer.leases
+        if not leases.take(shard):
+            return False
+        try:
+            done = self._writer.is_committed(shard)
+        except BaseException:
+            leases.release(shard)
+            raise
+        if done:
+            leases.release(shard)
+            self._missing.discard(shard)
+            self._there.append(ShardOutcome(shard, "there", positions_of(self.opened, [shard])))
+        return not done
+
+    def _build(self, shard: int) -> list[ShardOutcome]:
         """Compute a shard and start its commit; returns the outcomes known by now, of it and of the shard before."""
-        writer = self.opened.writer
-        done = 0
+        positions, done = positions_of(self.opened, [shard]), 0
 
         def progress(count: int) -> None:
             nonlocal done
             done += count
             self._advance(count)
-            writer.leases.keep()
-            self._stopping.check(done / self._positions(shard))
+            self._writer.leases.keep()
+            self._stopping.check(done / positions)
 
-        leased = False
         outcomes: list[ShardOutcome] = []
         try:
             self._stopping.check(0.0)
-            if writer.is_committed(shard):
-                return [self._there(shard)]
-            leased = writer.leases.take(shard)
-            if not leased:
-                return [ShardOutcome(shard, "leased")]
-            # The previous holder of the lease may have committed the shard.
-            if writer.is_committed(shard):
-                writer.leases.release(shard)
-                return [self._there(shard)]
             began = self._stopping.begin()
-            targets = score_shard(self.opened, shard, progress)
-            outcomes = self.finish()
+            targets = self._score(self.opened, shard, progress)
+            outcomes = self._finish()
             if any(item.state == "ended" for item in outcomes):
-                writer.leases.release(shard)
-                return [*outcomes, ShardOutcome(shard, "dropped")]
+                raise Stopped
             self._committer.put(shard, targets, began)
             self._committing = shard
         except BaseException as error:
             self._advance(-done)
-            if leased:
-                writer.leases.release(shard)
-            return [*outcomes, *self.finish(), _failure(shard, error)]
+            self._writer.leases.release(shard)
+            return [*outcomes, *self._finish(), self._failure(shard, error)]
         return outcomes
 
-    def _there(self, shard: int) -> ShardOutcome:
-        self._advance(self._positions(shard))
-        return ShardOutcome(shard, "there", self._positions(shard))
-
-    def finish(self) -> list[ShardOutcome]:
+    def _finish(self) -> list[ShardOutcome]:
         """Wait for the commit that is under way, if any, and return its outcome."""
         shard, self._committing = self._committing, None
         if shard is None:
             return []
-        writer = self.opened.writer
+        positions = positions_of(self.opened, [shard])
         try:
             receipt = self._committer.wait()
         except BaseException as error:
-            self._advance(-self._positions(shard))
-            return [_failure(shard, error)]
+            self._advance(-positions)
+            return [self._failure(shard, error)]
         finally:
-            writer.leases.release(shard)
-        writer.failures.forget(shard)
-        return [ShardOutcome(shard, "built", self._positions(shard), receipt.seconds if receipt else 0.0)]
+            self._writer.leases.release(shard)
+        self._missing.discard(shard)
+        self._writer.failures.forget(shard)
+        return [ShardOutcome(shard, "built", positions, receipt.seconds if receipt else 0.0)]
 
-    def conclude(self, fidelity_positions: int, log: JobLog | None = None) -> None:
-        """Write the index of receipts and the fidelity report, if the entry is complete.
-
-        Raises LogitCacheError where the cache cannot be read or the teacher cannot score.
-        """
-        self.opened.writer.finish()
-        publish_report(self.opened, fidelity_positions, log or JobLog())
-
-    def _positions(self, shard: int) -> int:
-        return positions_of(self.opened, [shard])
-
-
-def publish_report(opened: OpenJob, fidelity_positions: int, log: JobLog) -> None:
-    """Publish the fidelity report of a complete entry, if wanted and missing; raises as `Worker.conclude` does."""
-    if is_wanted(opened, fidelity_positions):
-        with log.progress(f"fidelity of {opened.writer.name}", None, "positions") as advance:
-            opened.writer.publish_fidelity(measure(opened, fidelity_positions, advance))
+    def _failure(self, shard: int, error: BaseException) -> ShardOutcome:
+        """The outcome that an error means for a shard; any but an `Exception`, as KeyboardInterrupt, is re-raised."""
+        if isinstance(error, Stopped):
+            return ShardOutcome(shard, "dropped")
+        if isinstance(error, LogitCacheError):
+            return ShardOutcome(shard, "ended", error=str(error), cause=error)
+        if not isinstance(error, Exception):
+            raise error
+        broken = isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
+        return ShardOutcome(shard, "ended" if broken or not self._try_again else "failed", error=traceback_of(error))
 
 
 def positions_of(opened: OpenJob, shards: Iterable[int]) -> int:
@@ -154,18 +255,6 @@ def positions_of(opened: OpenJob, shards: Iterable[int]) -> int:
     entry = opened.writer.entry
     ranges = (entry.layout.shard_range(shard, entry.positions) for shard in shards)
     return sum(stop - start for start, stop in ranges)
-
-
-def _failure(shard: int, error: BaseException) -> ShardOutcome:
-    """The outcome that an error means for a shard; any but an `Exception`, such as KeyboardInterrupt, is re-raised."""
-    if isinstance(error, Stopped):
-        return ShardOutcome(shard, "dropped")
-    if isinstance(error, LogitCacheError):
-        return ShardOutcome(shard, "ended", error=str(error), cause=error)
-    if not isinstance(error, Exception):
-        raise error
-    broken = isinstance(error, RuntimeError) and any(words in str(error) for words in _BROKEN)
-    return ShardOutcome(shard, "ended" if broken else "failed", error=traceback_of(error))
 
 
 def traceback_of(error: BaseException) -> str:

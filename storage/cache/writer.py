@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from itertools import repeat
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache.failures import Failures
@@ -45,6 +46,7 @@ class ShardWriter:
         # A local disk syncs one file at a time; on other stores most of the time is spent waiting for responses.
         self._at_once = 1 if store.local_path is not None else len(self.specs)
         self.receipts = Receipts(store, receipts_folder, specs, digest(record))
+        self.leases = leases_in(store, receipts_folder)
 
     def prepare(self) -> None:
         """Write each array's zarr.json unless it exists; CorruptCache if an existing one differs."""
@@ -84,7 +86,7 @@ class ShardWriter:
         encoded = encode_objects(self.specs, shard, values)
         objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
         # From the first object to the receipt, no other writer may replace these objects as leftovers.
-        with self._store.exclusive(self.receipts.folder), ThreadPoolExecutor(self._at_once) as pool:
+        with self.leases.committing(shard), ThreadPoolExecutor(self._at_once) as pool:
             keys = [self._group + self.specs[name].shard_key(shard) for name in encoded]
             list(pool.map(self._publish_object, keys, repeat(shard), encoded.values()))
             return self._publish_receipt(shard, objects, statistics, began)
@@ -133,7 +135,7 @@ class EntryWriter:
     def __init__(self, store: Store, name: str, entry: TeacherEntry, shards: ShardWriter) -> None:
         self.name = name
         self.entry = entry
-        self.leases = leases_in(store, shards.receipts.folder)
+        self.leases = shards.leases
         self.failures = Failures(store, shards.receipts.folder)
         self._store = store
         self._shards = shards
@@ -155,6 +157,10 @@ class EntryWriter:
     def shards(self) -> int:
         """How many shards the entry has."""
         return self._shards.receipts.shards
+
+    def missing(self) -> list[int]:
+        """Shards without a receipt, in order: one listing."""
+        return np.flatnonzero(~self._shards.receipts.committed()).tolist()
 
     def pending(self) -> list[int]:
         """Shards that are not committed yet, in order; every committed one is compared with its receipt."""

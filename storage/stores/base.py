@@ -120,6 +120,11 @@ class Store(ABC):
         """Hold an exclusive lock on a folder while the body runs; without effect where the store has no locks."""
         yield
 
+    @contextlib.contextmanager
+    def shared(self, folder: str) -> Iterator[None]:
+        """Hold a lock on a folder that others may share, and that excludes `exclusive`."""
+        yield
+
     def where(self, key: str) -> str:
         """The full address of an object, for messages."""
         return f"{self.url.rstrip('/')}/{key}"

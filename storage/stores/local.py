@@ -144,6 +144,16 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def exclusive(self, folder: str) -> Iterator[None]:
+        with self._locked(folder, fcntl.LOCK_EX):
+            yield
+
+    @contextlib.contextmanager
+    def shared(self, folder: str) -> Iterator[None]:
+        with self._locked(folder, fcntl.LOCK_SH):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, folder: str, kind: int) -> Iterator[None]:
         path = self._path(folder)
         with _plain_errors(path, 0):
             self._make_folders(path)
@@ -152,7 +162,7 @@ class LocalStore(Store):
             # The kernel releases the lock when its holder is killed. Some network mounts have none; there the receipt
             # exposes two workers with different bytes.
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(descriptor, kind)
             yield
         finally:
             os.close(descriptor)

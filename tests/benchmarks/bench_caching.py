@@ -1,7 +1,7 @@
 """`cache-logits` against the same teacher's bare forward: the same windows in the same batches, nothing kept.
 
-What `cache-logits` runs is `run_local` on a job that is open: forward, reduction, encoding, compression, objects and
-receipts on a local disk, with the syncs that make them durable. The bare forward is the model's own, with the
+What `cache-logits` runs is `build_missing` on a job that is open: forward, reduction, encoding, compression, objects
+and receipts on a local disk, with the syncs that make them durable. The bare forward is the model's own, with the
 logits of every position.
 """
 
@@ -185,11 +185,11 @@ class _Ways:
 
     def _cached(self, targets: str) -> None:
         from logit_cache.caching.prepare import open_job
-        from logit_cache.engines.this_machine import run_local
+        from logit_cache.engines.this_machine import build_missing
 
         shutil.rmtree(Path(self._cache) / "teachers/a", ignore_errors=True)
         opened = open_job(self._job(targets), self._teachers)
-        run_local(opened, opened.writer.pending())
+        build_missing(opened)
         assert opened.writer.pending() == []
 
     def _forward(self) -> None:

@@ -101,7 +101,7 @@ def _demo_cache(folder: str) -> Any:
 
     from logit_cache.caching.job import CacheJob
     from logit_cache.caching.prepare import open_job
-    from logit_cache.engines.this_machine import run_local
+    from logit_cache.engines.this_machine import build_missing
     from logit_cache.recipes.demo import demo_recipe
     from student.data.windows import DistillationWindows
 
@@ -119,7 +119,7 @@ def _demo_cache(folder: str) -> Any:
         cache=url, teacher=tuple(teachers), combine="logit-mean", name="ensemble", k=recipe.kept_ids, device="cpu"
     )
     opened = open_job(job)
-    run_local(opened, opened.writer.pending())
+    build_missing(opened)
     return DistillationWindows(url, ("ensemble",), WINDOW)
 
 

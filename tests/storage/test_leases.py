@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.caches import known
@@ -17,7 +19,7 @@ from support.servers.s3 import Bucket
 import storage.cache.leases
 from storage import LogitCache
 from storage.cache.failures import Failures, failed_shard
-from storage.cache.leases import Leases, lease_name, leased_shard, leases_in
+from storage.cache.leases import LEASE_SECONDS, Leases, lease_name, leased_shard, leases_in
 from storage.cache.verify import verify
 from storage.stores import open_store
 
@@ -101,37 +103,69 @@ def test_a_killed_holder_holds_nothing(store: bool, tmp_path: Path, request: pyt
     assert leases.take(3)
 
 
-def test_a_lease_in_a_store_expires_and_is_renewed(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"{moto_bucket.url}/cache"
-    one, other = leases_in(open_store(url), FOLDER), leases_in(open_store(url), FOLDER)
-    now = time.time()
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass, for leases alone."""
+    passed = 0.0
+    clock = SimpleNamespace(time=lambda: time.time() + passed, monotonic=lambda: time.monotonic() + passed)
+    monkeypatch.setattr(storage.cache.leases, "time", clock)
+
+    def more(seconds: float) -> None:
+        nonlocal passed
+        passed += seconds
+
+    return more
+
+
+def test_a_lease_expires_unless_it_is_renewed(make_leases: MakeLeases, passes: Callable[[float], None]) -> None:
+    """So a worker that hangs, whose process lives and on a disk keeps its lock, holds a shard for so long only."""
+    one, other = make_leases(), make_leases()
     assert one.take(3)
-    monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS - 1)
-    assert not other.take(3)
-    later = time.monotonic() + storage.cache.leases.LEASE_SECONDS
-    monkeypatch.setattr(storage.cache.leases.time, "monotonic", lambda: later)
-    one.keep()
-    monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS + 1)
+    for _ in range(20):  # batches
+        passes(LEASE_SECONDS / 10)
+        one.keep()
     assert not other.take(3), "it was renewed"
-    monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + 2 * storage.cache.leases.LEASE_SECONDS + 1)
+    assert other.is_held(3)
+    passes(LEASE_SECONDS + 1)
+    assert not other.is_held(3)
     assert other.take(3)
+    assert not one.take(3)
+    one.keep()
+    one.release(3)
+    assert one.is_held(3), "one that another worker took over is left to it"
+    other.release(3)
+    assert not one.is_held(3)
+
+
+def test_the_lease_of_a_worker_with_long_batches_lasts_for_several(
+    make_leases: MakeLeases, passes: Callable[[float], None]
+) -> None:
+    one, other = make_leases(), make_leases()
+    assert one.take(3)
+    passes(0.9 * LEASE_SECONDS)
+    one.keep()
+    passes(2 * LEASE_SECONDS)
+    assert not other.take(3)
+    passes(2 * LEASE_SECONDS)
+    assert other.take(3)
+
+
+def test_a_lock_of_an_earlier_version_holds_as_long_as_its_process(tmp_path: Path) -> None:
+    """Its file is empty."""
+    path = tmp_path / "cache" / FOLDER / lease_name(3)
+    path.parent.mkdir(parents=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        leases = leases_in(open_store(str(tmp_path / "cache")), FOLDER)
+        assert leases.is_held(3)
+        assert not leases.take(3)
+    assert leases.take(3)
 
 
 def test_a_lease_whose_response_was_lost_is_its_makers(moto_bucket: Bucket) -> None:
     leases = leases_in(open_store(f"{moto_bucket.url}/cache"), FOLDER)
     assert leases.take(3)
     assert leases.take(3), "the store already has it, and it is this worker's"
-
-
-def test_a_lease_that_another_took_over_is_left_to_it(moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"{moto_bucket.url}/cache"
-    one, other = leases_in(open_store(url), FOLDER), leases_in(open_store(url), FOLDER)
-    assert one.take(3)
-    now = time.time()
-    monkeypatch.setattr(storage.cache.leases.time, "time", lambda: now + storage.cache.leases.LEASE_SECONDS + 1)
-    assert other.take(3)
-    one.release(3)
-    assert not leases_in(open_store(url), FOLDER).take(3)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from support import processes
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import open_job
-from logit_cache.engines.this_machine import run_local
+from logit_cache.engines.this_machine import build_missing
 from storage import LogitCache
 from storage.cache.reader import TeacherTargets
 from storage.config import build_config
@@ -29,7 +29,7 @@ def cache_logits(cache: Path, name: str, *teachers: Path, **fields: Any) -> tupl
     sources = [str(teacher) for teacher in teachers]
     given = {"cache": str(cache), "name": name, "teacher": sources, "context_tokens": 64, **fields}
     opened = open_job(build_config(CacheJob, given, {}, "cache-logits"))
-    run_local(opened, opened.writer.pending())
+    build_missing(opened)
     return whole(cache, name)
 
 

@@ -1,6 +1,6 @@
 """Workers as actors of a Ray cluster: one for each GPU, on any node (extra `ray`).
 
-Ray schedules the actors and reports when one is lost; the order of the shards and retries are up to
+Ray schedules the actors and reports when one is lost; replacements and retries are up to
 `logit_cache.engines.driver`. An actor keeps its teacher loaded until it ends. It is never restarted by Ray: one whose
 process or node is gone, or whose device is broken, is replaced by a new one, which Ray may put on another node.
 
@@ -14,7 +14,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from logit_cache.caching.job import CacheJob
@@ -23,6 +23,7 @@ from logit_cache.caching.status import Survey
 from logit_cache.engines.driver import Event, Gone, Ready, Reported
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import WorkersLost
+from logit_cache.engines.worker_index import Rank
 from storage.errors import InputError, LogitCacheError
 
 # A wait for room is logged after so many seconds, some of which a process needs to start, then at this interval.
@@ -72,10 +73,9 @@ class RayPool:
         self._actors: dict[str, Any] = {}
         self._nodes: dict[str, str] = {}  # of actors that have started
         self._calls: dict[Any, tuple[str, str]] = {}
-        self._unreported: set[str] = set()
         self._made = 0
-        self._surveyed = False
-        self._due: dict[str, float] = {}
+        self._checked = False
+        self._due: dict[str, tuple[float, int]] = {}  # when to make an actor, and its rank
         self._backoff = 0.0
         self._log_room_at = time.monotonic() + _ROOM_SECONDS
 
@@ -89,18 +89,18 @@ class RayPool:
         self._actors.clear()
         self._calls.clear()
 
-    def start(self) -> str:
+    def start(self, rank: int) -> str:
         """Request an actor, which starts when Ray has room for it."""
         name = str(self._made)
         self._made += 1
-        self._due[name] = time.monotonic() + self._backoff
+        self._due[name] = time.monotonic() + self._backoff, rank
         if not self._backoff:
             self._make_due()
         return name
 
-    def build(self, worker: str, shard: int) -> None:
-        """Add a shard to an actor's queue."""
-        self._call(worker, "build", shard)
+    def turn(self, worker: str, given_up: Collection[int]) -> None:
+        """Ask an actor for a turn."""
+        self._call(worker, "turn", given_up)
 
     def conclude(self, worker: str, fidelity_positions: int) -> None:
         """Have an actor write the index of receipts and the fidelity report of a complete entry.
@@ -136,18 +136,14 @@ class RayPool:
             if call in self._calls:  # calls of an actor that turned out to be gone are removed
                 worker, kind = self._calls.pop(call)
                 events += self._received(worker, kind, call)
-        for worker in [name for name in self._unreported if not self._has_work(name)]:
-            self._unreported.discard(worker)
-            self._call(worker, "finish")
         return events
 
     def _make_due(self) -> None:
         now = time.monotonic()
-        for name in [name for name, due in self._due.items() if due <= now]:
-            del self._due[name]
-            self._make(name)
+        for name in [name for name, (due, _) in self._due.items() if due <= now]:
+            self._make(name, self._due.pop(name)[1])
 
-    def _make(self, name: str) -> None:
+    def _make(self, name: str, rank: int) -> None:
         self._actors[name] = self._actor_class.options(
             num_cpus=self._options.worker_cpus,
             num_gpus=1 if self._on_gpu else 0,
@@ -156,7 +152,7 @@ class RayPool:
             scheduling_strategy="SPREAD",
         ).remote(self._job.model_dump(mode="json"), self._options.grace_seconds * _GRACE_SHARE, os.getcwd())
         self._call(name, "begin")
-        self._call(name, "open", not self._surveyed)
+        self._call(name, "open", rank, self.workers, self._checked)
 
     def _received(self, worker: str, kind: str, call: Any) -> list[Event]:
         try:
@@ -166,17 +162,14 @@ class RayPool:
         if kind == "begin":
             self._nodes[worker] = answer
             return []
+        if isinstance(answer, LogitCacheError):
+            return [self._gone(worker, str(answer), answer)]
         if kind == "open":
-            if isinstance(answer, LogitCacheError):
-                return [self._gone(worker, str(answer), answer)]
             self._backoff = 0.0
-            pending, location = answer
-            self._surveyed = True
-            return [Ready(worker, tuple(pending), location)]
-        if kind == "build":
-            self._unreported.add(worker)
-        events: list[Event] = [Reported(worker, tuple(answer))]
-        ended = [item for item in answer if item.state == "ended"]
+            self._checked = True
+            return [Ready(worker, *answer)]
+        events: list[Event] = [Reported(worker, answer)]
+        ended = [item for item in answer.outcomes if item.state == "ended"]
         if ended:
             events.append(self._gone(worker, ended[0].error or "", ended[0].cause))
         return events
@@ -198,15 +191,11 @@ class RayPool:
             self._ray.kill(self._actors[worker])
         del self._actors[worker]
         self._nodes.pop(worker, None)
-        self._unreported.discard(worker)
         self._calls = {call: item for call, item in self._calls.items() if item[0] != worker}
         return Gone(worker, why, refusal, blame)
 
     def _call(self, worker: str, method: str, *arguments: Any) -> None:
         self._calls[getattr(self._actors[worker], method).remote(*arguments)] = (worker, method)
-
-    def _has_work(self, worker: str) -> bool:
-        return any(name == worker for name, _ in self._calls.values())
 
     def _fits(self, resources: dict[str, float]) -> bool:
         """Whether a node with these resources could run an actor."""
@@ -251,30 +240,25 @@ class _Actor:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def open(self, survey: bool) -> Any:
-        """Load the teacher and open the job; returns (missing shards, location), or the error to raise.
-
-        survey: whether to list the missing shards, which is done once for a job.
-        """
+    def open(self, rank: int, workers: int, checked: bool) -> Any:
+        """Load the teacher and open the job; returns (location, whether it has a share), or the error to raise."""
         from logit_cache.caching.prepare import open_job
         from logit_cache.engines.worker import Worker
 
         try:
             opened = open_job(CacheJob.model_validate(self._job))
-            self._worker = Worker(opened, self._stopping)
-            pending = self._worker.pending() if survey else []
+            self._worker = Worker(opened, self._stopping, rank=Rank(rank, workers), checked=checked)
         except LogitCacheError as error:
             return error
         location = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
-        return pending, location | {"node": self.begin()}
+        return location | {"node": self.begin()}, self._worker.has_share
 
-    def build(self, shard: int) -> Any:
-        """See `Worker.build`."""
-        return self._worker.build(shard)
-
-    def finish(self) -> Any:
-        """See `Worker.finish`."""
-        return self._worker.finish()
+    def turn(self, given_up: Collection[int]) -> Any:
+        """What `Worker.turn` returns, or the error to raise."""
+        try:
+            return self._worker.turn(given_up)
+        except LogitCacheError as error:
+            return error
 
     def conclude(self, fidelity_positions: int) -> LogitCacheError | None:
         """See `Worker.conclude`; returns the error to raise, if there is one."""

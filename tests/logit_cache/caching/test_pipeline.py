@@ -17,7 +17,7 @@ import logit_cache.caching.pipeline
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.pipeline import Committer, HostCopies
 from logit_cache.caching.prepare import OpenJob, open_job
-from logit_cache.engines.this_machine import run_local
+from logit_cache.engines.this_machine import build_missing
 from storage.errors import InputError
 from teachers.reduction.reduce import ReducedRows, reduce_topk
 
@@ -133,13 +133,13 @@ def test_a_failing_commit_ends_the_job_and_the_next_run_completes_it(
 
     opened.writer.commit = fails_once  # type: ignore[method-assign]
     with pytest.raises(InputError, match="no space left"):
-        run_local(opened, opened.writer.pending())
+        build_missing(opened)
     assert calls == [0, 1]
     again = job(cache, teacher, "a")
     assert again.writer.pending() == list(range(1, again.writer.shards))
-    run_local(again, again.writer.pending())
+    build_missing(again)
     plain = job(cache, teacher, "b")
-    run_local(plain, plain.writer.pending())
+    build_missing(plain)
     (_, one), (_, other) = whole(cache, "a"), whole(cache, "b")
     for name in ("token_ids", "kept", "certain", "logprobs", "log_tail", "log_tail_half", "label_logprob", "entropy"):
         assert np.array_equal(getattr(one, name), getattr(other, name), equal_nan=name == "label_logprob"), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stderr
 
 import pytest
@@ -15,103 +15,131 @@ from hypothesis import strategies as st
 from logit_cache.caching.log import JobLog
 from logit_cache.engines.driver import Driver, Event, Gone, Ready, Reported
 from logit_cache.engines.outcome import Outcome, WorkersLost
-from logit_cache.engines.shard_queue import ShardQueue
 from logit_cache.engines.shutdown import Stopping
-from logit_cache.engines.worker import ShardOutcome
+from logit_cache.engines.worker import ShardOutcome, Turn
 from storage.errors import CorruptCache, InputError, LogitCacheError, StoreUnavailable
 
 
 class FakePool:
-    """Workers that follow a plan for each shard, one step of one worker at each call of `events`.
+    """Workers that follow a plan for each shard, one turn of one worker at each call of `events`.
 
-    plan: shard → the result of each attempt: "built", "failed", "leased", "lost" (the worker dies of it), "node" (the
-    worker dies of something else) or an error that it raises; "built" once the plan is at its end. Like real ones,
-    workers report a shard when the next one is computed, or when they have no other.
+    plan: shard → the result of each attempt: "built", "failed", "leased" (another job has it when a worker looks),
+    "lost" (the worker dies of it), "node" (the worker dies of something else), "hangs" (the worker never answers, and
+    its lease ends), or an error that it raises; "built" once the plan is at its end. Like real ones, workers take a
+    shard before they build it, and report it when the next one is computed, or when there is no other.
     """
 
     def __init__(self, shards: int, workers: int, plan: dict[int, list[str | LogitCacheError]]) -> None:
         self.workers, self.shards = workers, shards
         self.plan = {shard: list(steps) for shard, steps in plan.items()}
-        self.queues: dict[str, list[int]] = {}
-        self.computed: dict[str, list[ShardOutcome]] = {}
+        self.asked: dict[str, Collection[int] | None] = {}
+        self.taken: dict[str, int | None] = {}
+        self.committing: dict[str, int | None] = {}
         self.started: Counter[int] = Counter()
         self.committed: list[int] = []
         self.unread: list[Event] = []
-        self.stopped = False
-        self.turn = 0
+        self.stopped = self.has_share = False
+        self.turns = self.made = 0
         self.refuses: dict[int, LogitCacheError] = {}
-        self.made = 0
+        self.ranks: list[int] = []
 
-    def start(self) -> str:
+    def start(self, rank: int) -> str:
         name = str(self.made)
         self.made += 1
+        self.ranks.append(rank)
         refusal = self.refuses.get(int(name))
         if refusal is not None:
             self.unread.append(Gone(name, str(refusal), refusal))
             return name
-        self.queues[name], self.computed[name] = [], []
-        left = tuple(shard for shard in range(self.shards) if shard not in self.committed)
-        self.unread.append(Ready(name, left, {"host": "here"}))
+        self.asked[name] = self.taken[name] = self.committing[name] = None
+        self.unread.append(Ready(name, {"host": "here"}, self.has_share))
         return name
 
-    def build(self, worker: str, shard: int) -> None:
-        assert shard not in self.committed, "a shard is built twice"
-        assert all(shard not in queue for queue in self.queues.values()), "a shard is with two workers"
-        self.queues[worker].append(shard)
-        assert len(self.queues[worker]) + len(self.computed[worker]) <= 3
+    def turn(self, worker: str, given_up: Collection[int]) -> None:
+        assert self.asked[worker] is None, "a worker takes one turn at a time"
+        self.asked[worker] = given_up
+
+    def conclude(self, worker: str, fidelity_positions: int) -> None:
+        raise AssertionError("the driver ends before")
 
     def stop(self) -> None:
         self.stopped = True
 
     def events(self, timeout: float) -> Sequence[Event]:
-        names = [name for name, queue in self.queues.items() if queue]
+        names = [name for name, given_up in self.asked.items() if given_up is not None]
         if names:
-            self.turn += 1
-            self._step(names[self.turn % len(names)])
+            self.turns += 1
+            self._take_turn(names[self.turns % len(names)])
         events, self.unread = self.unread, []
         return events
 
-    def _step(self, name: str) -> None:
-        queue = self.queues[name]
-        shard = queue.pop(0)
-        if self.stopped:
-            self.unread.append(Reported(name, (*self._flush(name), ShardOutcome(shard, "dropped"))))
+    def _take_turn(self, name: str) -> None:
+        given_up, self.asked[name] = self.asked[name], None
+        assert given_up is not None
+        shard, self.taken[name] = self.taken[name], None
+        shard = None if shard in given_up else shard
+        outcomes: list[ShardOutcome] = []
+        if shard is not None and self.stopped:
+            self.unread.append(Reported(name, Turn((*self._flush(name), ShardOutcome(shard, "dropped")))))
             return
+        if shard is not None:
+            step = self._step(shard)
+            if step in ("lost", "node", "hangs"):
+                for states in (self.asked, self.taken, self.committing):
+                    states.pop(name, None)  # type: ignore[attr-defined]
+                if step != "hangs":
+                    self.unread.append(Gone(name, "killed by SIGKILL", blame=step == "lost"))
+                return
+            outcomes = self._flush(name)
+            if isinstance(step, LogitCacheError):
+                ended = ShardOutcome(shard, "ended", error=str(step), cause=step)
+                self.unread += [Reported(name, Turn((*outcomes, ended))), Gone(name, str(step), step)]
+                del self.asked[name], self.taken[name]
+                return
+            if step == "failed":
+                failed = ShardOutcome(shard, "failed", error="Traceback\nRuntimeError: out of memory")
+                self.unread.append(Reported(name, Turn((*outcomes, failed))))
+                return
+            self.committing[name] = shard
+        self.taken[name] = self._free(name, given_up)
+        if self.taken[name] is not None:
+            self.unread.append(Reported(name, Turn(tuple(outcomes), self.taken[name])))
+        elif self.committing[name] is not None or self.stopped:
+            self.unread.append(Reported(name, Turn((*outcomes, *self._flush(name)))))
+        else:
+            missing = set(range(self.shards)) - set(self.committed) - set(given_up)
+            self.unread.append(Reported(name, Turn(tuple(outcomes), None, tuple(sorted(missing)))))
+
+    def _step(self, shard: int) -> str | LogitCacheError:
+        assert shard not in self.committed, "a shard is built twice"
         self.started[shard] += 1
         steps = self.plan.get(shard, [])
-        step = steps.pop(0) if steps else "built"
-        if step in ("lost", "node"):
-            del self.queues[name], self.computed[name]
-            self.unread.append(Gone(name, "killed by SIGKILL", blame=step == "lost"))
-            return
-        before = self._flush(name)
-        if isinstance(step, LogitCacheError):
-            self.unread.append(Reported(name, (*before, ShardOutcome(shard, "ended", error=str(step), cause=step))))
-            self.unread.append(Gone(name, str(step), step))
-            del self.queues[name], self.computed[name]
-            return
-        if step == "built":
-            self.computed[name].append(ShardOutcome(shard, "built", positions=10, seconds=1.0))
-        elif step == "leased":
-            before.append(ShardOutcome(shard, "leased"))
-        else:
-            before.append(ShardOutcome(shard, "failed", error="Traceback\nRuntimeError: out of memory"))
-        if not queue:
-            before += self._flush(name)
-        self.unread.append(Reported(name, tuple(before)))
+        return steps.pop(0) if steps else "built"
+
+    def _free(self, name: str, given_up: Collection[int]) -> int | None:
+        held = {*self.taken.values(), *self.committing.values(), *self.committed, *given_up}
+        for shard in range(self.shards):
+            if self.stopped or shard in held or (self.has_share and shard % self.workers != self.ranks[int(name)]):
+                continue
+            if self.plan.get(shard, [])[:1] == ["leased"]:
+                self.plan[shard].pop(0)
+                continue
+            return shard
+        return None
 
     def _flush(self, name: str) -> list[ShardOutcome]:
-        outcomes = self.computed[name]
-        self.committed += [item.shard for item in outcomes]
-        self.computed[name] = []
-        return outcomes
+        shard, self.committing[name] = self.committing[name], None
+        if shard is None:
+            return []
+        self.committed.append(shard)
+        return [ShardOutcome(shard, "built", positions=10, seconds=1.0)]
 
 
-def drive(pool: FakePool, attempts: int = 3, **options: bool) -> tuple[Outcome, list[dict[str, object]]]:
+def drive(pool: FakePool, attempts: int = 3) -> tuple[Outcome, list[dict[str, object]]]:
     """The outcome, and the log."""
     log = io.StringIO()
     with redirect_stderr(log):
-        outcome = Driver(pool, JobLog("json"), Stopping(), attempts=attempts, **options).run()
+        outcome = Driver(pool, JobLog("json"), Stopping(), attempts).run()
     return outcome, [json.loads(line) for line in log.getvalue().splitlines()]
 
 
@@ -157,12 +185,12 @@ def test_a_shard_that_fails_every_attempt_fails_permanently_and_the_others_are_b
 
 
 def test_a_shard_that_kills_its_workers_does_not_take_others_with_it() -> None:
-    """At first its worker holds others, too: all of them become suspects, and alone only this one does it again."""
+    """The driver knows which shard a worker has taken before it is computed."""
     pool = FakePool(30, 2, {7: ["lost"] * 9})
     outcome, _ = drive(pool)
     assert list(outcome.failed) == [7]
     assert sorted(pool.committed) == [shard for shard in range(30) if shard != 7]
-    assert pool.started[7] == 4  # once among others, three times alone
+    assert pool.started[7] == 3
 
 
 def test_a_lost_node_is_no_shards_fault() -> None:
@@ -205,13 +233,42 @@ def test_a_job_that_no_worker_can_open_is_refused_with_the_error_of_one() -> Non
     assert drive(pool)[0].built == 9, "the other worker can open it"
 
 
-def test_shards_leased_by_others_are_retried_or_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logit_cache.engines.driver._LOOK_SECONDS", 0.0)
-    outcome, _ = drive(FakePool(4, 1, {2: ["leased", "leased"]}))
-    assert outcome.built == 4
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle workers look for a free shard at every turn, and nobody waits for the last words of one that hangs."""
+    for module in ("driver", "attempts"):
+        monkeypatch.setattr(f"logit_cache.engines.{module}.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("logit_cache.engines.driver._LAST_OUTCOMES_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_shards_leased_by_others_are_waited_for() -> None:
     pool = FakePool(4, 1, {2: ["leased", "leased"]})
-    outcome, _ = drive(pool, wait_for_others=False)
-    assert sorted(pool.committed) == [0, 1, 3]
+    assert drive(pool)[0].built == 4
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_worker_that_hangs_does_not_hold_the_job() -> None:
+    """Once its lease has ended, which here is at once, another worker builds its shard."""
+    pool = FakePool(6, 2, {3: ["hangs"]})
+    outcome, _ = drive(pool)
+    assert sorted(pool.committed) == list(range(6))
+    assert pool.started[3] == 2
+    assert not outcome.failed
+    assert pool.made == 2
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_without_leases_a_replacement_has_the_share_of_the_worker_that_was_lost() -> None:
+    pool = FakePool(9, 3, {4: ["node"]})
+    pool.has_share = True
+    assert drive(pool)[0].built == 9
+    assert pool.ranks == [0, 1, 2, 1]
+    pool = FakePool(9, 3, {})
+    pool.has_share, pool.refuses = True, {1: InputError("teacher: no such directory")}
+    with pytest.raises(InputError, match="no such directory"):
+        drive(pool)
+    assert sorted(pool.committed) == [0, 2, 3, 5, 6, 8]
 
 
 def test_a_stop_hands_out_no_more_shards_and_receives_the_outcomes_under_way() -> None:
@@ -232,14 +289,4 @@ def test_a_stop_hands_out_no_more_shards_and_receives_the_outcomes_under_way() -
     outcome = driver.run()
     assert outcome.stopped
     assert 0 < outcome.built == len(pool.committed) < 12
-    assert not any(pool.queues.values())
-
-
-def test_every_worker_gets_one_shard_before_any_gets_a_second() -> None:
-    queue = ShardQueue(range(5))
-    for worker in "abc":
-        assert queue.take(worker, 3) is not None
-    # Two are left for three workers: they wait for the first worker that is done.
-    assert queue.take("a", 3) is None
-    queue.done("b", 1)
-    assert queue.take("b", 3) == 3
+    assert not any(shard is not None for shard in (*pool.taken.values(), *pool.committing.values()))

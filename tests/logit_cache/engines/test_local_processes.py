@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 from click.testing import CliRunner
-from support.commands import Run, command, environment, refused
+from support.commands import TESTS, Run, command, environment, refused
 from support.jobs import SMALL, committed, contents, copy_of, shards_of, start
 
 import logit_cache.engines.this_machine
@@ -25,8 +25,7 @@ from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import open_job
 from logit_cache.cli.main import cache_logits
 from logit_cache.engines.shutdown import Stopped, Stopping
-from logit_cache.engines.this_machine import run_local
-from logit_cache.engines.worker_index import Rank
+from logit_cache.engines.this_machine import build_missing
 from storage import LogitCache
 from storage.cache.leases import leases_in
 from storage.cache.verify import verify
@@ -160,6 +159,45 @@ def test_a_job_waits_for_a_shard_leased_by_another(cache: Path, slow_teacher: Pa
     check(cache, alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [(), ("--workers", 2)])
+def test_a_worker_that_hangs_does_not_hold_the_job(
+    workers: tuple[object, ...], cache: Path, slow_teacher: Path, alone: dict[str, bytes]
+) -> None:
+    """One of two processes, then one of a job's two workers: its lease ends, and the other builds its shard."""
+    words = ("--cache", cache, "--teacher", slow_teacher, "--name", "a", *SMALL, "--log-format", "json", *workers)
+    script = [sys.executable, str(TESTS / "support/programs/short_leases.py"), "3", *map(str, words)]
+
+    def begin() -> subprocess.Popen[str]:
+        return subprocess.Popen(script, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    with begin() as job:
+        assert job.stderr is not None
+        events = (json.loads(line) for line in job.stderr if line.startswith("{"))
+        hung = job.pid
+        if workers:
+            hung = next(event["pid"] for event in events if event["event"] == "worker")
+        next(event for event in events if event["event"] == "shard")
+        os.kill(hung, signal.SIGSTOP)
+        try:
+            if workers:
+                assert list(events)[-1]["given_up"] == []
+                assert job.wait(60) == 0
+                assert not _is_alive(hung)
+            else:
+                assert committed(cache) < shards_of(cache) - 2
+                with begin() as other:
+                    assert "Traceback" not in other.communicate(timeout=120)[1]
+                    assert other.returncode == 0
+                assert committed(cache) == shards_of(cache)
+                os.kill(hung, signal.SIGCONT)
+                assert job.communicate(timeout=60)[1] is not None
+                assert job.returncode == 0, "it finds its shard built, with the same bytes"
+        finally:
+            job.kill()
+    check(cache, alone)
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[BaseException]]:
     """Errors that computing a shard raises, one each time."""
@@ -214,7 +252,7 @@ def test_a_broken_device_ends_the_process(cache: Path, teacher: Path, failing: d
     done = invoke(cache, teacher)
     assert done.exit_code == 1
     assert "CUDA error" in done.stderr
-    assert "device of this process is broken" in done.stderr
+    assert "this process cannot continue, and must be started again" in done.stderr
     assert committed(cache) == 4
 
 
@@ -297,12 +335,10 @@ def test_a_worker_that_was_killed_is_not_kept_out_by_its_own_leases(
     fsspec.filesystem("memory").put(f"{cache}/", f"/{tmp_path.name}/cache/", recursive=True)
     fields = {"cache": url, "teacher": str(teacher), "name": "a", "k": 16, "context_tokens": 64, "shard_tokens": 4096}
     opened = open_job(CacheJob(**{**fields, "chunk_tokens": 256}))
-    pending = opened.writer.pending()
     killed = leases_in(open_store(url), "teachers/a/receipts")
     assert killed.take(0)
     assert killed.take(3)
-    outcome = run_local(opened, pending, Rank(0, 2))
-    assert outcome.built == len(pending)
+    build_missing(opened)
     assert opened.writer.pending() == []
 
 

@@ -24,7 +24,7 @@ from logit_cache.caching.prepare import open_job
 from logit_cache.caching.recompress import RecompressJob, recompress
 from logit_cache.caching.score_shard import score_shard
 from logit_cache.caching.windows import Window, windows
-from logit_cache.engines.this_machine import run_local
+from logit_cache.engines.this_machine import build_missing
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
 from logit_cache.fidelity.rescore import sample_windows, take_sample
 from storage import LogitCache, SparseTargets
@@ -42,7 +42,7 @@ FIELDS = {"logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "
 def made(cache: Path, teacher: Path, name: str, **changes: Any) -> TeacherEntry:
     """Caches a teacher for real; returns the entry's record."""
     opened = open_job(CacheJob(**{"cache": str(cache), "teacher": str(teacher), "name": name, **BASE, **changes}))
-    run_local(opened, opened.writer.pending())
+    build_missing(opened)
     return opened.writer.entry
 
 
@@ -181,7 +181,7 @@ def test_an_ensemble_is_run_as_one(cache: Path, teacher: Path, make_teacher: Cal
     both = (str(teacher), str(other))
     fields = {"cache": str(cache), "teacher": both, "name": "both", "combine": combine, "weight": (1.0, 3.0)}
     opened = open_job(CacheJob(**BASE, **fields))
-    run_local(opened, opened.writer.pending())
+    build_missing(opened)
     assert audit(AuditJob(str(cache), both, windows=4, name="both")).consistent
     swapped = audit(AuditJob(str(cache), both[::-1], windows=4, name="both"))
     assert len(swapped.differing) == swapped.windows

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import open_job
-from logit_cache.engines.this_machine import run_local
+from logit_cache.engines.this_machine import build_missing
 from storage import LogitCache
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
@@ -64,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 encoding=encoding, context_tokens=T, device="cpu",
             )  # fmt: skip
             opened = open_job(job)
-            run_local(opened, opened.writer.pending())
+            build_missing(opened)
     student = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
     (folder / "student.json").write_text(
         json.dumps({**student, "num_attention_heads": 2, "max_position_embeddings": 64})
