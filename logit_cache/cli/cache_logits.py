@@ -22,7 +22,9 @@ _ENGINE_OPTIONS: tuple[Decorator, ...] = (
     _workers("--engine", help="local (this machine), ray or slurm.  [default: local]"),
     _workers("--worker", help="i/n: be the i-th of n processes that something else starts."),
     _workers(
-        "--help-others/--no-help-others", default=None, help="After its share, take others' shards.  [default: help]"
+        "--help-others/--no-help-others",
+        default=None,
+        help="With --worker: take all free shards, or its share only.  [default: help]",
     ),
     _workers("--attempts", type=int, help="How often a shard that fails is tried.  [default: 3]"),
     _workers("--grace-seconds", type=float, help="At most, from SIGTERM to the end of the process.  [default: 25]"),

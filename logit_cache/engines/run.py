@@ -5,8 +5,7 @@ local   this process (`this_machine`); with several workers, a process for each 
 ray     an actor for each device of a cluster (`ray`; extra `ray`)
 slurm   a task of a job array for each worker (`slurm`; extra `slurm`)
 
-Any scheduler that starts processes and gives each its rank works, too (`worker_index`): worker i of n builds the shards
-with number % n = i, and then helps with those that others have not started, where the store supports leases.
+Any scheduler that starts processes works, too (`worker_index`): workers share the missing shards by leases.
 The receipts in the cache are the only state, so a job may resume with any other engine and number of workers.
 """
 

@@ -91,7 +91,7 @@ class Leases(ABC):
         now = time.monotonic()
         self._seconds = min(max(LEASE_SECONDS, _BATCHES * (now - self._kept)), _MOST_LEASE_SECONDS)
         self._kept = now
-        for shard, since in self._renewed.items():
+        for shard, since in list(self._renewed.items()):  # a commit may take one of its own meanwhile
             if now - since > LEASE_SECONDS / 3:
                 self._renewed[shard] = now
                 with contextlib.suppress(LogitCacheError, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
 import json
 import multiprocessing
@@ -107,7 +108,9 @@ def test_a_killed_holder_holds_nothing(store: bool, tmp_path: Path, request: pyt
 def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Lets so many seconds pass, for leases alone."""
     passed = 0.0
-    clock = SimpleNamespace(time=lambda: time.time() + passed, monotonic=lambda: time.monotonic() + passed)
+    clock = SimpleNamespace(
+        time=lambda: time.time() + passed, monotonic=lambda: time.monotonic() + passed, sleep=time.sleep
+    )
     monkeypatch.setattr(storage.cache.leases, "time", clock)
 
     def more(seconds: float) -> None:
@@ -135,6 +138,24 @@ def test_a_lease_expires_unless_it_is_renewed(make_leases: MakeLeases, passes: C
     assert one.is_held(3), "one that another worker took over is left to it"
     other.release(3)
     assert not one.is_held(3)
+
+
+def test_a_worker_that_hangs_in_a_commit_holds_its_own_shard_only(
+    tmp_path: Path, passes: Callable[[float], None]
+) -> None:
+    one, other = (leases_in(open_store(str(tmp_path / "cache")), FOLDER) for _ in range(2))
+
+    def commit(shard: int) -> None:
+        with other.committing(shard):
+            pass
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, one.committing(3):
+        pool.submit(commit, 4).result(20)
+        waits = pool.submit(commit, 3)
+        with pytest.raises(TimeoutError):
+            waits.result(0.3)
+        passes(LEASE_SECONDS + 1)
+        waits.result(20)
 
 
 def test_the_lease_of_a_worker_with_long_batches_lasts_for_several(
