@@ -11,14 +11,18 @@ The receipts in the cache are the only state, so a job may resume with any other
 
 from __future__ import annotations
 
+import time
+
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, check_stream
-from logit_cache.caching.status import survey
+from logit_cache.caching.status import Survey, survey
+from logit_cache.engines.driver import Driver, Pool
 from logit_cache.engines.options import EngineOptions
-from logit_cache.engines.outcome import Outcome
+from logit_cache.engines.outcome import NotDone, Outcome, WorkersLost
 from logit_cache.engines.shutdown import Stopping
-from logit_cache.engines.this_machine import run_job_here, run_pool, run_to_end
+from logit_cache.engines.this_machine import local_pool, local_workers, run_here
+from storage.cache.failures import failures_of
 from storage.errors import InputError
 
 
@@ -28,16 +32,34 @@ def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob 
     opened: the job, where this process has checked and opened it already. Raises the errors of `storage.errors`, and
     NotDone where shards failed permanently, workers were lost, or the job was stopped.
     """
-    if options.engine == "local":
-        return run_job_here(job, options, log, opened)
-    run = _run_slurm if options.engine == "slurm" else _run_ray
-    return run_to_end(job, options, log, lambda stopping: run(job, options, log, stopping))
+    began = time.monotonic()
+    try:
+        outcome = _run(job, options, log, Stopping(options.grace_seconds), opened)
+    except WorkersLost as error:
+        raise NotDone(str(error)) from None
+    if outcome.submitted:
+        return outcome
+    log.event("end", "", built=outcome.built, given_up=sorted(outcome.failed), stopped=outcome.stopped,
+              seconds=round(time.monotonic() - began, 3))  # fmt: skip
+    _raise_unless_done(job, outcome)
+    return outcome
 
 
-def _run_slurm(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping) -> Outcome:
-    from logit_cache.engines.slurm.array import run_array
+def _run(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, opened: OpenJob | None) -> Outcome:
+    if options.engine == "slurm":
+        from logit_cache.engines.slurm.array import run_array
 
-    return run_array(job, options, log, stopping)
+        return run_array(job, options, log, stopping)
+    if options.engine == "ray":
+        return _run_ray(job, options, log, stopping)
+    workers = local_workers(job, options)
+    if workers > 1:
+        found = survey(job)
+        workers = found.workers(workers)
+    if workers == 1:
+        return run_here(job, options, log, stopping, opened)
+    with local_pool(job, options, workers) as pool:
+        return _run_pool(pool, job, options, log, stopping, found)
 
 
 def _run_ray(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping) -> Outcome:
@@ -52,4 +74,36 @@ def _run_ray(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopp
     check_stream(job)
     found = survey(job)
     with connect(options.ray_address) as alone, RayPool(job, options, log, found, alone) as pool:
-        return run_pool(pool, job, options, log, stopping, found)
+        return _run_pool(pool, job, options, log, stopping, found)
+
+
+def _run_pool(
+    pool: Pool, job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, found: Survey
+) -> Outcome:
+    """Run a job on a pool; one of its workers then writes the index and the fidelity report of a complete entry."""
+    log.event(
+        "start", "", shards=found.missing_shards, positions=found.missing, engine=options.engine, workers=pool.workers
+    )
+    done = found.positions - found.missing
+    with stopping.on_sigterm(), log.progress(f"cache {job.name}", found.positions, "tokens", done) as advance:
+        driver = Driver(pool, log, stopping, options.attempts, advance)
+        try:
+            outcome = driver.run()
+        finally:
+            failures_of(job.cache, job.name).record_all(driver.failed, options.attempts)
+    if not outcome.stopped and not outcome.failed:
+        pool.conclude(driver.free_worker(), job.fidelity_positions)
+    return outcome
+
+
+def _raise_unless_done(job: CacheJob, outcome: Outcome) -> None:
+    """Raise NotDone where the job was stopped or shards failed permanently."""
+    if outcome.stopped:
+        raise NotDone(f"{job.cache}: {job.name} was stopped with {survey(job)}: run the same command again to resume")
+    if outcome.failed:
+        shards = sorted(outcome.failed)
+        named = ", ".join(map(str, shards[:8])) + (" …" if len(shards) > 8 else "")
+        raise NotDone(
+            f"{job.cache}: {job.name}: {len(shards)} shard(s) failed permanently, in every attempt: {named} "
+            f"({outcome.failed[shards[0]].splitlines()[-1]}); run the same command again to retry them"
+        )

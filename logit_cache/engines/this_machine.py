@@ -1,24 +1,20 @@
-"""Jobs on this machine: this process as the worker, or a pool of processes."""
+"""The workers of this machine: this process as one, or a pool of processes."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, open_job
-from logit_cache.caching.status import Survey, survey
 from logit_cache.engines.attempts import Attempts
-from logit_cache.engines.driver import Driver, Pool
 from logit_cache.engines.local_processes import LocalPool, local_devices, threads_for
 from logit_cache.engines.options import EngineOptions
-from logit_cache.engines.outcome import NotDone, Outcome, WorkersLost
+from logit_cache.engines.outcome import Outcome, WorkersLost
 from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.worker import Worker, positions_of
 from logit_cache.engines.worker_index import Rank, rank_of
-from storage.cache.failures import failures_of
 
 
 def build_missing(opened: OpenJob) -> None:
@@ -68,55 +64,11 @@ def _rank(options: EngineOptions) -> Rank:
     return rank_of(options.worker, os.environ) if options.workers is None else Rank()
 
 
-def run_job_here(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob | None = None) -> Outcome:
-    """`run_job` for the engine "local": in this process or in several."""
-    return run_to_end(job, options, log, lambda stopping: _run_on_this_machine(job, options, log, stopping, opened))
-
-
-def run_to_end(job: CacheJob, options: EngineOptions, log: JobLog, run: Callable[[Stopping], Outcome]) -> Outcome:
-    """Run a job and log its end. Raises NotDone if shards failed permanently, workers were lost, or it was stopped."""
-    began = time.monotonic()
-    try:
-        outcome = run(Stopping(options.grace_seconds))
-    except WorkersLost as error:
-        raise NotDone(str(error)) from None
-    if outcome.submitted:
-        return outcome
-    log.event("end", "", built=outcome.built, given_up=sorted(outcome.failed), stopped=outcome.stopped,
-              seconds=round(time.monotonic() - began, 3))  # fmt: skip
-    _raise_unless_done(job, outcome)
-    return outcome
-
-
-def _raise_unless_done(job: CacheJob, outcome: Outcome) -> None:
-    """Raise NotDone where the job was stopped or shards failed permanently."""
-    if outcome.stopped:
-        raise NotDone(f"{job.cache}: {job.name} was stopped with {survey(job)}: run the same command again to resume")
-    if outcome.failed:
-        shards = sorted(outcome.failed)
-        named = ", ".join(map(str, shards[:8])) + (" …" if len(shards) > 8 else "")
-        raise NotDone(
-            f"{job.cache}: {job.name}: {len(shards)} shard(s) failed permanently, in every attempt: {named} "
-            f"({outcome.failed[shards[0]].splitlines()[-1]}); run the same command again to retry them"
-        )
-
-
-def _run_on_this_machine(
-    job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, opened: OpenJob | None
+def run_here(
+    job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, opened: OpenJob | None = None
 ) -> Outcome:
-    workers = local_workers(job, options)
-    if workers > 1:
-        found = survey(job)
-        workers = found.workers(workers)
-    if workers == 1:
-        return _run_here(job, options, log, stopping, _rank(options), opened)
-    with LocalPool(job, workers, _devices(job), threads_for(workers), options) as pool:
-        return run_pool(pool, job, options, log, stopping, found)
-
-
-def _run_here(
-    job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, rank: Rank, opened: OpenJob | None
-) -> Outcome:
+    """Run a job in this process, which is all of it, or one of those of another launcher; then conclude the entry."""
+    rank = _rank(options)
     if rank.source:
         log.event("rank", f"worker {rank.index} of {rank.count} (from {rank.source})", index=rank.index, of=rank.count)
     opened = opened or open_job(job.model_copy(update={"device": _device(job, rank)}))
@@ -139,23 +91,9 @@ def _run_here(
     return tally.outcome(stopping.wanted)
 
 
-def run_pool(
-    pool: Pool, job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, found: Survey
-) -> Outcome:
-    """Run a job on a pool; one of its workers then writes the index and the fidelity report of a complete entry."""
-    log.event(
-        "start", "", shards=found.missing_shards, positions=found.missing, engine=options.engine, workers=pool.workers
-    )
-    done = found.positions - found.missing
-    with stopping.on_sigterm(), log.progress(f"cache {job.name}", found.positions, "tokens", done) as advance:
-        driver = Driver(pool, log, stopping, options.attempts, advance)
-        try:
-            outcome = driver.run()
-        finally:
-            failures_of(job.cache, job.name).record_all(driver.failed, options.attempts)
-    if not outcome.stopped and not outcome.failed:
-        pool.conclude(driver.free_worker(), job.fidelity_positions)
-    return outcome
+def local_pool(job: CacheJob, options: EngineOptions, workers: int) -> LocalPool:
+    """Processes of this machine for a job."""
+    return LocalPool(job, workers, _devices(job), threads_for(workers), options)
 
 
 def _devices(job: CacheJob) -> list[str]:

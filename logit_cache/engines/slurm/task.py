@@ -41,7 +41,7 @@ class ArrayTask:
     def __call__(self) -> TaskError | None:
         # submitit has SIGTERM ignored; its default is restored, as nothing needs to drain until a shard is under way.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        from logit_cache.engines.this_machine import run_job_here  # takes seconds
+        from logit_cache.engines.run import run_job  # takes seconds
 
         job = CacheJob.model_validate(self.job)
         how = EngineOptions(**self.options)
@@ -49,7 +49,7 @@ class ArrayTask:
             if self._is_hopeless(job):
                 return _report("failed", f"no shard was done in {self.fruitless} times the time limit: give a longer "
                                f"--slurm time, or a new entry with a smaller --shard-tokens")  # fmt: skip
-            run_job_here(job, how, JobLog(how.log_format, cache=job.cache, entry=job.name))
+            run_job(job, how, JobLog(how.log_format, cache=job.cache, entry=job.name))
         except LogitCacheError as error:
             return _report("refused", str(error))
         except NotDone as error:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from support.commands import TESTS, Run, command, environment, refused
 from support.jobs import SMALL, committed, contents, copy_of, shards_of, start
 
-import logit_cache.engines.this_machine
+import logit_cache.engines.run
 import logit_cache.engines.worker
 import storage.cache.leases
 from logit_cache.caching.job import CacheJob
@@ -265,7 +265,7 @@ def test_a_process_without_workers_has_the_grace_that_was_given(
         given.append(seconds)
         return Stopping(seconds)
 
-    monkeypatch.setattr(logit_cache.engines.this_machine, "Stopping", noted)
+    monkeypatch.setattr(logit_cache.engines.run, "Stopping", noted)
     assert invoke(cache, teacher, "--grace-seconds", 7).exit_code == 0
     assert given == [7.0]
 

@@ -20,7 +20,7 @@ from support.clusters.slurm import Cluster, until
 from support.commands import Run, command, environment, in_process, refused
 
 from logit_cache.caching.job import CacheJob
-from logit_cache.engines import this_machine
+from logit_cache.engines import run as running
 from logit_cache.engines.outcome import NotDone
 from logit_cache.engines.slurm import array as engine
 from logit_cache.engines.slurm.task import ArrayTask
@@ -346,7 +346,7 @@ def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path]) -
 
 def test_runs_without_progress_end(ended: tuple[CacheJob, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    monkeypatch.setattr(this_machine, "run_job_here", lambda *arguments: runs.append(1))
+    monkeypatch.setattr(running, "run_job", lambda *arguments: runs.append(1))
     before = signal.getsignal(signal.SIGTERM)
     try:
         task = ArrayTask(ended[0].model_dump(mode="json"), {})
