@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from logit_cache.engines.shutdown import GRACE_SECONDS
+from storage.config import Frozen
 
 Engine = Literal["local", "ray", "slurm"]
 ATTEMPTS = 3
 
 
-class EngineOptions(BaseModel):
+class EngineOptions(Frozen):
     """The fields of `cache-logits` beside those of the job, as flags or in the same YAML file.
 
     engine        local, ray or slurm: how workers are started
@@ -28,8 +29,6 @@ class EngineOptions(BaseModel):
     slurm_folder  for Slurm's logs and submitit's files, on a disk that all nodes see
     wait          whether to wait for the end of the array
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: Engine = "local"
     workers: Annotated[int, Field(ge=1, le=100_000)] | None = None
