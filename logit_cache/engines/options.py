@@ -39,7 +39,7 @@ class EngineOptions(Frozen):
     log_format: Literal["text", "json"] = "text"
     ray_address: str | None = None
     worker_cpus: Annotated[int, Field(ge=1)] = 1
-    slurm: dict[str, str] = {}
+    slurm: dict[str, str] = Field(default_factory=dict)
     slurm_folder: str = "slurm-logs"
     wait: bool = True
 
