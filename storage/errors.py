@@ -57,12 +57,20 @@ class IncompleteCache(LogitCacheError, LookupError):
     """A requested range that no receipt covers."""
 
 
+# So many fields of two records are shown with their values, and as many again by name.
+_MOST_FIELDS = 6
+
+
 class IdentityMismatch(LogitCacheError, ValueError):
-    """Two records that must agree do not; the message lists the fields that differ."""
+    """Two records that must agree do not; `fields` are those that differ, of which the message shows the first."""
 
     def __init__(self, where: str, fields: list[str], remedy: str) -> None:
         self.fields = fields
-        super().__init__(f"{where}: {'; '.join(fields)}. {remedy}")
+        shown, more = fields[:_MOST_FIELDS], [field.partition(":")[0] for field in fields[_MOST_FIELDS:]]
+        if more:
+            others = ", ".join(more[:_MOST_FIELDS]) + (", …" if len(more) > _MOST_FIELDS else "")
+            shown.append(f"{len(more)} more differ: {others}")
+        super().__init__(f"{where}: {'; '.join(shown)}. {remedy}")
 
 
 class StorageFull(LogitCacheError, OSError):

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 @command("logit-cache verify run/train --deep")
 @click.argument("url")
-@click.option("--deep", is_flag=True, help="Hash every byte again, and decode it twice: by zarr, too.")
-@click.option("--repair", is_flag=True, help="Remove leftovers, and re-open damaged shards for cache-logits.")
+@click.option("--deep", is_flag=True, help="Read every byte: hash it, and decode it twice, by zarr too.")
+@click.option("--repair", is_flag=True, help="As --deep; then remove leftovers, and re-open damaged shards.")
 @click.option("--workers", type=click.IntRange(min=1), default=8, show_default=True, help="Objects read at once.")
 @json_option()
 def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> None:
-    """Check every object of a cache against its receipt. Status 1 when something is damaged."""
+    """Check every object of a cache against its receipt. Status 1 when something is damaged.
+
+    Without --deep: records and receipts by their digests, and the length of every object; of one on a local disk also
+    the seal and the size of its chunks, but not each byte.
+    """
     with one_line_errors():
         from storage.cache.verify import verify as check
         from storage.progress import progress
@@ -104,10 +108,14 @@ def verification_text(found: dict[str, Any], repair: bool) -> str:
         lines.append(f"not complete: {group} lacks {len(ranges)} ranges, the first {ranges[0][0]}..{ranges[0][1]}")
     lines += [f"removed: {address}" for address in found["repaired"]]
     size = f"{found['objects']:,} objects, {found['bytes']:,} bytes"
-    if found["sound"]:
-        lines.append(f"sound: {size}")
+    if found["sound"] and found["deep"]:
+        lines.append(f"sound: every byte of {size}")
+    elif found["sound"]:
+        lines.append(f"no damage by records, receipts and lengths: {size}; --deep checks every byte of them")
     elif repair:
-        lines.append(f"{size}; run the commands that made the cache again to recompute the damaged shards")
+        lines.append(
+            f"{len(found['problems'])} damaged of {size}, and re-opened; run the commands that made them again"
+        )
     else:
         lines.append(f"{len(found['problems'])} damaged of {size}; --repair re-opens damaged shards")
     return "\n".join(lines)

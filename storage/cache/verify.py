@@ -4,9 +4,9 @@ quick   records against their own digests, receipts against the index, every obj
         seal and its chunks' sizes too, which cost a remote store nine requests where one listing gives all lengths
 deep    every byte of every object against its sha256, its seal and chunks' sizes on every store, and its values by our
         decoder against those by zarr's codecs, from the same bytes: each object is read once
-repair  removes leftovers; the receipts of damaged shards, so that the command that made a shard computes it again;
-        and a damaged index of receipts or fidelity report, which the same command writes again. A damaged record
-        cannot be repaired
+repair  checks as deep does, then removes leftovers; the receipts of damaged shards, so that the command that made a
+        shard computes it again; and a damaged index of receipts or fidelity report, which the same command writes
+        again. A damaged record cannot be repaired
 
 Safe beside a running job on a local disk: leftovers are checked a second time under the lock that a commit holds.
 Where a store has no locks, repair a cache only while nobody writes to it.
@@ -58,6 +58,7 @@ class Verification:
     missing     by group of arrays ("tokens", "teachers/<name>"), ranges of positions that are not committed yet
     repaired    addresses of the objects that were removed
     listed      whether the store could be listed; leftovers are found only then
+    deep        whether every byte was read
     """
 
     objects: int = 0
@@ -67,6 +68,7 @@ class Verification:
     missing: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     repaired: list[str] = field(default_factory=list)
     listed: bool = True
+    deep: bool = False
 
     @property
     def sound(self) -> bool:
@@ -82,8 +84,8 @@ def verify(
     `progress` receives the bytes of the objects checked since the last call. Raises CacheNotFound where there is no
     cache, InputError to repair in a store that cannot be listed; damage is reported, not raised.
     """
-    store = open_store(url)
-    found = Verification()
+    store, deep = open_store(url), deep or repair
+    found = Verification(deep=deep)
     # Listed before anything is checked: an object that a worker commits meanwhile is then known, or not in the list.
     try:
         listed = store.walk()

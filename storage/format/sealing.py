@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,6 +13,9 @@ from storage.errors import CorruptCache, FormatError
 
 FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 1 << 20
+# What an error shows of a value in which two records differ.
+_MOST_SHOWN = 120
+_DIGEST = re.compile(r"\b[0-9a-f]{40,64}\b")
 
 
 class Record(BaseModel):
@@ -90,7 +94,10 @@ def differences(
     ignore: tuple[str, ...] = ("created_with",),
     names: tuple[str, str] = ("the cache", "this job"),
 ) -> list[str]:
-    """The fields in which two records differ, each as `field: the cache has A, this job has B`."""
+    """The fields in which two records differ, each as `field: the cache has A, this job has B`.
+
+    Those that people can read come first: digests, of which the first digits are shown, follow from other things.
+    """
 
     def flat(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -101,8 +108,11 @@ def differences(
 
     a = flat("", stored.model_dump(mode="json", exclude=set(ignore)))
     b = flat("", wanted.model_dump(mode="json", exclude=set(ignore)))
-    return [
-        f"{name}: {names[0]} has {a.get(name)!r}, {names[1]} has {b.get(name)!r}"
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
-    ]
+    different = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    different.sort(key=lambda name: any(_DIGEST.search(str(found.get(name))) is not None for found in (a, b)))
+    return [f"{name}: {names[0]} has {_shown(a.get(name))}, {names[1]} has {_shown(b.get(name))}" for name in different]
+
+
+def _shown(value: Any) -> str:
+    text = _DIGEST.sub(lambda match: f"{match[0][:12]}…", repr(value))
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"

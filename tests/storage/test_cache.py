@@ -118,6 +118,8 @@ def test_another_identity_is_refused_with_the_fields_that_differ(cache: Path) ->
     with pytest.raises(IdentityMismatch) as error:
         EntryWriter.open(str(cache), "codes", changed)
     assert "targets.k: the cache has 33, this job has 32" in str(error.value)
+    assert "1" * 13 not in str(error.value), "of a digest the first digits are enough"
+    assert error.value.fields[0].startswith("targets.k"), "what people can read comes first"
     assert any(field.startswith("teacher.members.0.weights_sha256") for field in error.value.fields)
     assert (cache / "teachers/codes/zarr.json").read_bytes() == before
 

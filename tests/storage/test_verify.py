@@ -169,6 +169,23 @@ def test_the_command(cache: Path, run: Run) -> None:
     assert run("logit-cache", "verify", cache / "nowhere").returncode == 2
 
 
+def test_words_say_what_was_checked_and_repair_checks_all(cache: Path, run: Run) -> None:
+    """A flipped chunk is seen by whoever reads it: a quick look does not say that it is sound, and a repair reads."""
+    path = cache / "teachers/a/token_ids/c/1/0"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(bytes(data))
+    quick = run("logit-cache", "verify", cache)
+    assert quick.returncode == 0
+    assert "sound" not in quick.stdout
+    assert "--deep checks every byte" in quick.stdout
+    repaired = run("logit-cache", "verify", cache, "--repair")
+    assert repaired.returncode == 1
+    assert f"damaged: {path}" in repaired.stdout
+    assert "1 damaged of" in repaired.stdout.splitlines()[-1]
+    assert run("logit-cache", "verify", cache, "--deep").returncode == 0, "its receipt is gone, and it is missing"
+
+
 def off_by_one(values: np.ndarray) -> np.ndarray:
     return values + np.ones(1, dtype=values.dtype)
 
