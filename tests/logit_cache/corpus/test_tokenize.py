@@ -25,10 +25,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from logit_cache.corpus import pieces, sources, spool
 from logit_cache.corpus import tokenize as corpus
+from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.documents import Chunk, Conversation
 from logit_cache.corpus.rows import RowReader
 from logit_cache.corpus.sources import Meter, Reading, find_sources, read_sources
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
+from logit_cache.corpus.tokenize import tokenize, total_bytes
 from storage import LogitCache
 from storage.errors import InputError
 from student.models.vocabulary import cache_vocabulary

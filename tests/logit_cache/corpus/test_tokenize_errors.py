@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 from logit_cache.corpus import sources
 from logit_cache.corpus import tokenize as corpus
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
+from logit_cache.corpus.config import CorpusConfig
+from logit_cache.corpus.tokenize import tokenize, total_bytes
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 
