@@ -39,7 +39,8 @@ class CorpusConfig(Frozen):
     special_tokens: further special tokens of a new one.
     chat_template: a file with a Jinja template, in place of the tokenizer's own, or the name of one of its own.
     template_variables: values for the template, a mapping or NAME=VALUE texts. date: that it may print.
-    row_form: how rows are read that have the fields of several forms (`logit_cache.corpus.rows`).
+    row_form: how rows are read that have the fields of several forms (`logit_cache.corpus.rows`). skip_bad_rows: leave
+    out rows that cannot be read, and record their number.
     document_separator: plain text is cut into documents at this string, which is not tokenised; None: one document
     per file. append_token: a token of the vocabulary, appended to each document. bos: whether documents of text begin
     as the tokenizer begins a text; None: as the tokenizer does.
@@ -61,6 +62,7 @@ class CorpusConfig(Frozen):
     text_field: str = "text"
     messages_field: str = "messages"
     split: str = "train"
+    skip_bad_rows: bool = False
     trust_remote_code: bool = False
 
     @field_validator("template_variables", mode="before")

@@ -9,10 +9,12 @@ succeeded.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.renderer import Renderer
 from logit_cache.corpus.conversations.replies import message_texts
-from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, checked_text
+from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, UnfitTokenizer, checked_text
 from logit_cache.corpus.pieces import Encoder, cut, encode
 from logit_cache.corpus.rows import Form, RowReader
-from logit_cache.corpus.sources import Meter, Reading, Source, find_sources, read_sources
+from logit_cache.corpus.sources.find import Source, find_sources
+from logit_cache.corpus.sources.reading import Reading, SkippedRows, read_sources
+from logit_cache.corpus.sources.text_files import Meter
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import stored_tokenizer, train_tokenizer
 from storage import LogitCache
@@ -63,15 +67,16 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
     `progress` receives documents, tokens and bytes of input so far, at least once per piece of text. A new tokenizer
     is trained in a first pass over the text, which adds to the bytes but not to documents and tokens. A destination
     that holds the same stream is left as it is, an interrupted one is finished. `log` receives a line for each thing
-    about conversations and the tokenizer that a user should know.
+    about the files, rows, conversations and tokenizer that a user should know.
 
     Raises InputError for input that cannot be read, IdentityMismatch when `out` holds another cache, StorageFull when
     the temporary folder is full. Nothing has been written at `out` then.
     """
-    sources = find_sources(config.text)
+    log = log or silent
+    sources = find_sources(config.text, log)
     _check_destination(config.out)
     conventions = Conventions.of(config.out, config.tokenizer, config.bos, config.template_variables, config.date)
-    meter = Meter()
+    meter, skipped = Meter(), SkippedRows()
     if config.tokenizer is None:
         tokenizer, files = _new_tokenizer(config, sources, meter, progress)
     else:
@@ -81,18 +86,25 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
     prefix = conventions.prefix(tokenizer)
     old = conventions.version == 1
     renderer = Renderer(tokenizer, conventions, config.template_variables.keys(), config.date is not None)
+    ids = vocabulary_size(vocabulary)
+    make = functools.partial(_tokenisable, tokenizer=tokenizer, ids=ids, renderer=renderer)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-        with Spool(Path(folder), token_id_dtype(vocabulary_size(vocabulary)), len(sources), prefix, append) as spool:
-            chunks = _chunks(read_sources(sources, _reading(config), meter), tokenizer, renderer)
-            for piece, ids, trained in encode(cut(chunks), Encoder(tokenizer)):
-                spool.add(piece, ids, trained)
+        with Spool(Path(folder), token_id_dtype(ids), len(sources), prefix, append) as spool:
+            chunks = read_sources(sources, _reading(config), meter, skipped, make)
+            for piece, tokens, trained in encode(cut(chunks), Encoder(tokenizer)):
+                spool.add(piece, tokens, trained)
                 if progress is not None:
                     progress(spool.documents, spool.positions, meter.read_bytes)
         _check_trained(config, spool)
         arrays = spool.arrays()
         if old:
             del arrays["document_sources"]
-        added = {"begins_with_bos": bool(prefix), "document_sources": True, **renderer.record}
+        added = {
+            "begins_with_bos": bool(prefix),
+            "document_sources": True,
+            "skipped_rows": skipped.count or None,
+            **renderer.record,
+        }
         record = CacheRecord(
             format_version=1 if old else 2,
             corpus=Corpus(
@@ -106,7 +118,7 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
                 **({} if old else added),
             ),
             tokenizer=Tokenizer(
-                vocabulary_size=vocabulary_size(vocabulary),
+                vocabulary_size=ids,
                 vocabulary_sha256=vocabulary_sha256(vocabulary),
                 fingerprint=tokenizer_fingerprint(files, vocabulary),
             ),
@@ -115,10 +127,9 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
             created_with=Versions.of_this_process(),
         )
         write_corpus(config.out, record, files, arrays)
-    if log is not None:
-        for line in (*renderer.notes(), *_notes(config, tokenizer)):
-            log(line)
-    return record
+    for line in (*_notes_on_sources(sources, spool, skipped), *renderer.notes(), *_notes(config, tokenizer)):
+        log(line)
+    return LogitCache.open(config.out).record
 
 
 def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
@@ -164,15 +175,14 @@ def _new_tokenizer(
     first = next(lines, None)
     if first is None:
         raise _empty(config)
-    tokenizer = train_tokenizer(_with_first(first, lines), config.train_tokenizer, config.special_tokens)
+    lines = itertools.chain([first], lines)
+    tokenizer = train_tokenizer(lines, config.train_tokenizer, config.special_tokens)
     if config.chat_template is not None:
         tokenizer.chat_template = _chat_template(config.chat_template, None)
     return stored_tokenizer(tokenizer)
 
 
-def _given_tokenizer(
-    config: CorpusConfig, name: str, recorded: str | None, log: Log | None
-) -> tuple[Any, dict[str, bytes]]:
+def _given_tokenizer(config: CorpusConfig, name: str, recorded: str | None, log: Log) -> tuple[Any, dict[str, bytes]]:
     """The tokenizer of a name and its stored files; with the recorded fingerprint, where it can have that."""
     said: list[str] = []
 
@@ -191,7 +201,7 @@ def _given_tokenizer(
                 said[:] = [f"{name}: {config.out} was made with the rules of its transformers class, which are kept"]
                 made = before
     for line in said:
-        (log or silent)(line)
+        log(line)
     return made
 
 
@@ -230,28 +240,28 @@ def _reading(config: CorpusConfig) -> Reading:
     forms: tuple[Form, ...] = ("text", "messages")
     named = [name for name in forms if f"{name}_field" in config.model_fields_set]
     form = config.row_form or (named[0] if len(named) == 1 else None)
-    return Reading(RowReader(config.text_field, config.messages_field, form), config.split, config.document_separator)
+    rows = RowReader(config.text_field, config.messages_field, form)
+    return Reading(rows, config.split, config.document_separator, config.skip_bad_rows)
 
 
-def _chunks(items: Iterable[Document], tokenizer: Any, renderer: Renderer) -> Iterator[Chunk | Tokens]:
-    size = vocabulary_size(tokenizer.get_vocab())
-    for item in items:
-        if isinstance(item, Conversation):
-            yield renderer.chunk(item)
-        elif isinstance(item, Tokens):
-            if len(item.ids) and item.ids.max() >= size:
-                raise InputError(
-                    f"{item.where}: it holds the id {item.ids.max()}, and the tokenizer has {size} ids; give the "
-                    f"tokenizer that made the rows"
-                )
-            yield replace(item, text=tokenizer.decode(item.ids.tolist()))
-        else:
-            if item.trained is not None and not tokenizer.is_fast:
-                raise InputError(
-                    f"{item.where}: what of a text is trained on is found by the character offsets of its tokens, and "
-                    f"this tokenizer ({type(tokenizer).__name__}) has none; take one with a tokenizer.json"
-                )
-            yield item
+def _tokenisable(item: Document, tokenizer: Any, ids: int, renderer: Renderer) -> Iterator[Chunk | Tokens]:
+    """A document as text or tokens; ids: how many the tokenizer has."""
+    if isinstance(item, Conversation):
+        yield renderer.chunk(item)
+    elif isinstance(item, Tokens):
+        if len(item.ids) and item.ids.max() >= ids:
+            raise UnfitTokenizer(
+                f"{item.where}: it holds the id {item.ids.max()}, and the tokenizer has {ids} ids; give the "
+                f"tokenizer that made the rows"
+            )
+        yield replace(item, text=tokenizer.decode(item.ids.tolist()))
+    else:
+        if item.trained is not None and not tokenizer.is_fast:
+            raise UnfitTokenizer(
+                f"{item.where}: what of a text is trained on is found by the character offsets of its tokens, and "
+                f"this tokenizer ({type(tokenizer).__name__}) has none; take one with a tokenizer.json"
+            )
+        yield item
 
 
 def _check_trained(config: CorpusConfig, spool: Spool) -> None:
@@ -264,6 +274,16 @@ def _check_trained(config: CorpusConfig, spool: Spool) -> None:
         )
 
 
+def _notes_on_sources(sources: list[Source], spool: Spool, skipped: SkippedRows) -> Iterator[str]:
+    if skipped.count:
+        yield f"{skipped.count:,} rows cannot be read and are left out, which the record says; the first:"
+        yield from skipped.errors
+    empty = [source.name for source, count in zip(sources, spool.source_documents, strict=True) if not count]
+    if empty:
+        names = ", ".join(empty[:3]) + " …" * (len(empty) > 3)
+        yield f"{len(empty):,} of {len(sources):,} files hold no document: {names}"
+
+
 def _notes(config: CorpusConfig, tokenizer: Any) -> Iterator[str]:
     suffix = text_suffix(tokenizer)
     if suffix and config.append_token is None:
@@ -273,34 +293,29 @@ def _notes(config: CorpusConfig, tokenizer: Any) -> Iterator[str]:
 
 def _lines(config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None) -> Iterator[str]:
     """The text in lines, with their line feeds, for training a tokenizer."""
-
-    def chunks() -> Iterator[Chunk]:
-        for item in read_sources(sources, _reading(config), meter):
-            if isinstance(item, Chunk):
-                yield item
-                continue
-            if isinstance(item, Tokens):
-                raise InputError(
-                    f"{item.where}: the row holds tokens, which no tokenizer can be trained on; give the --tokenizer "
-                    f"that made them"
-                )
-            if config.chat_template is None:
-                raise InputError(
-                    f"{item.where}: the row holds messages, and a new tokenizer has no chat template; give one with "
-                    f"--chat-template FILE, or take --tokenizer of an instruction model"
-                )
-            for text in message_texts(item.messages):
-                yield Chunk(item.source, checked_text(text, item.where), True)
-
-    for piece in cut(chunks()):
+    make = functools.partial(_trainable, has_template=config.chat_template is not None)
+    for piece in cut(read_sources(sources, _reading(config), meter, SkippedRows(), make)):
         yield from re.findall(r"[^\n]*\n|[^\n]+", piece.own)
         if progress is not None:
             progress(0, 0, meter.read_bytes)
 
 
-def _with_first(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+def _trainable(item: Document, has_template: bool) -> Iterator[Chunk]:
+    if isinstance(item, Chunk):
+        yield item
+        return
+    if isinstance(item, Tokens):
+        raise UnfitTokenizer(
+            f"{item.where}: the row holds tokens, which no tokenizer can be trained on; give the --tokenizer that made "
+            f"them"
+        )
+    if not has_template:
+        raise UnfitTokenizer(
+            f"{item.where}: the row holds messages, and a new tokenizer has no chat template; give one with "
+            f"--chat-template FILE, or take --tokenizer of an instruction model"
+        )
+    for text in message_texts(item.messages):
+        yield Chunk(item.source, checked_text(text, item.where), True)
 
 
 def _source_records(sources: list[Source], spool: Spool) -> tuple[CorpusSource, ...]:
