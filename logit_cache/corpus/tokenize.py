@@ -14,7 +14,7 @@ import itertools
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from logit_cache.corpus.pieces import Encoder, cut, encode
 from logit_cache.corpus.rows import Form, RowReader
 from logit_cache.corpus.sources.find import Source, find_sources
 from logit_cache.corpus.sources.reading import Reading, SkippedRows, read_sources
-from logit_cache.corpus.sources.text_files import Meter
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import stored_tokenizer, train_tokenizer
 from storage import LogitCache
@@ -40,45 +39,39 @@ from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
 from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
-from storage.progress import Log, silent
-from storage.progress import progress as progress_bar
+from storage.progress import Advance, Log, Track, progress, silent
 from storage.stores import open_store
 from student.models.text_ids import text_suffix
 from student.models.tokenizer import open_tokenizer
 
-# Documents, tokens, and bytes of input so far.
-Progress = Callable[[int, int, int], None]
 
-
-def total_bytes(config: CorpusConfig) -> int | None:
-    """Bytes of input that `tokenize` will read, for a progress bar; None with a hub data set, whose size is unknown.
-
-    The size of all files, and twice that when a tokenizer is trained on them first.
-    """
-    sizes = [source.file_bytes for source in find_sources(config.text)]
-    known = [size for size in sizes if size is not None]
-    passes = 1 if config.train_tokenizer is None else 2
-    return passes * sum(known) if len(known) == len(sizes) else None
-
-
-def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | None = None) -> CacheRecord:
+def tokenize(config: CorpusConfig, track: Track | None = None, log: Log = silent) -> CacheRecord:
     """Make a cache's token stream from text; returns its record.
 
-    `progress` receives documents, tokens and bytes of input so far, at least once per piece of text. A new tokenizer
-    is trained in a first pass over the text, which adds to the bytes but not to documents and tokens. A destination
-    that holds the same stream is left as it is, an interrupted one is finished. `log` receives a line for each thing
-    about the files, rows, conversations and tokenizer that a user should know.
+    `track(name, total, unit)` opens a progress display, whose `advance` receives the bytes of input; a new tokenizer is
+    trained in a first pass over them. A destination that holds the same stream is left as it is, an interrupted one is
+    finished. `log` receives a line for each thing about the files, rows, conversations and tokenizer that a user should
+    know.
 
     Raises InputError for input that cannot be read, IdentityMismatch when `out` holds another cache, StorageFull when
     the temporary folder is full. Nothing has been written at `out` then.
     """
-    log = log or silent
     sources = find_sources(config.text, log)
+    if track is None:
+        return _tokenize(config, sources, lambda count: None, log)
+    sizes = [source.file_bytes for source in sources]
+    known = [size for size in sizes if size is not None]  # that of a hub data set is not
+    passes = 1 if config.train_tokenizer is None else 2
+    with track("tokenize", passes * sum(known) if len(known) == len(sizes) else None, "bytes") as advance:
+        return _tokenize(config, sources, advance, log)
+
+
+def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log: Log) -> CacheRecord:
     _check_destination(config.out)
     conventions = Conventions.of(config.out, config.tokenizer, config.bos, config.template_variables, config.date)
-    meter, skipped = Meter(), SkippedRows()
+    skipped = SkippedRows()
     if config.tokenizer is None:
-        tokenizer, files = _new_tokenizer(config, sources, meter, progress)
+        tokenizer, files = _new_tokenizer(config, sources, advance)
     else:
         tokenizer, files = _given_tokenizer(config, config.tokenizer, conventions.tokenizer, log)
     vocabulary = tokenizer.get_vocab()
@@ -90,11 +83,9 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
     make = functools.partial(_tokenisable, tokenizer=tokenizer, ids=ids, renderer=renderer)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         with Spool(Path(folder), token_id_dtype(ids), len(sources), prefix, append) as spool:
-            chunks = read_sources(sources, _reading(config), meter, skipped, make)
+            chunks = read_sources(sources, _reading(config), advance, skipped, make)
             for piece, tokens, trained in encode(cut(chunks), Encoder(tokenizer)):
                 spool.add(piece, tokens, trained)
-                if progress is not None:
-                    progress(spool.documents, spool.positions, meter.read_bytes)
         _check_trained(config, spool)
         arrays = spool.arrays()
         if old:
@@ -141,16 +132,8 @@ def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
         except ValueError as error:
             raise InputError(f"--document-separator {separator!r}: {error}; a backslash is written \\\\") from None
     settings = build_config(CorpusConfig, config, flags, "logit-cache tokenize")
-    with progress_bar("tokenize", total_bytes(settings), "bytes") as advance:
-        seen = 0
-
-        def report(documents: int, tokens: int, text_bytes: int) -> None:
-            nonlocal seen
-            advance(text_bytes - seen)
-            seen = text_bytes
-
-        notes: list[str] = []
-        tokenize(settings, report, notes.append)
+    notes: list[str] = []
+    tokenize(settings, progress, notes.append)
     for line in notes:
         print(f"{settings.out}: {line}", file=sys.stderr)
     return LogitCache.open(settings.out)
@@ -167,11 +150,9 @@ def _check_destination(out: str) -> None:
         )
 
 
-def _new_tokenizer(
-    config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None
-) -> tuple[Any, dict[str, bytes]]:
+def _new_tokenizer(config: CorpusConfig, sources: list[Source], advance: Advance) -> tuple[Any, dict[str, bytes]]:
     assert config.train_tokenizer is not None
-    lines = _lines(config, sources, meter, progress)
+    lines = _lines(config, sources, advance)
     first = next(lines, None)
     if first is None:
         raise _empty(config)
@@ -291,13 +272,11 @@ def _notes(config: CorpusConfig, tokenizer: Any) -> Iterator[str]:
         yield f"the tokenizer ends a text with {token!r}; documents here end so with --append-token {token!r}"
 
 
-def _lines(config: CorpusConfig, sources: list[Source], meter: Meter, progress: Progress | None) -> Iterator[str]:
+def _lines(config: CorpusConfig, sources: list[Source], advance: Advance) -> Iterator[str]:
     """The text in lines, with their line feeds, for training a tokenizer."""
     make = functools.partial(_trainable, has_template=config.chat_template is not None)
-    for piece in cut(read_sources(sources, _reading(config), meter, SkippedRows(), make)):
+    for piece in cut(read_sources(sources, _reading(config), advance, SkippedRows(), make)):
         yield from re.findall(r"[^\n]*\n|[^\n]+", piece.own)
-        if progress is not None:
-            progress(0, 0, meter.read_bytes)
 
 
 def _trainable(item: Document, has_template: bool) -> Iterator[Chunk]:

@@ -9,8 +9,9 @@ from logit_cache.corpus.documents import Chunk, Document, Tokens, UnfitTokenizer
 from logit_cache.corpus.rows import RowReader
 from logit_cache.corpus.sources.find import Source
 from logit_cache.corpus.sources.row_files import read_rows
-from logit_cache.corpus.sources.text_files import Meter, cut_at, decoded, read_blocks
+from logit_cache.corpus.sources.text_files import cut_at, decoded, read_blocks
 from storage.errors import InputError
+from storage.progress import Advance
 
 _EXAMPLES = 5
 
@@ -45,7 +46,7 @@ Made = Iterable[Chunk | Tokens]
 def read_sources(
     sources: Iterable[Source],
     reading: Reading,
-    meter: Meter,
+    advance: Advance,
     skipped: SkippedRows,
     make: Callable[[Document], Made],
 ) -> Iterator[Chunk | Tokens]:
@@ -56,13 +57,13 @@ def read_sources(
     """
     for index, source in enumerate(sources):
         if source.kind == "text":
-            yield from _text(index, source, reading.document_separator, meter)
+            yield from _text(index, source, reading.document_separator, advance)
         else:
-            yield from _rows(index, source, reading, meter, skipped, make)
+            yield from _rows(index, source, reading, advance, skipped, make)
 
 
-def _text(index: int, source: Source, separator: str | None, meter: Meter) -> Iterator[Chunk]:
-    blocks = decoded(read_blocks(source.location, meter), source.location)
+def _text(index: int, source: Source, separator: str | None, advance: Advance) -> Iterator[Chunk]:
+    blocks = decoded(read_blocks(source.location, advance), source.location)
     if separator is None:
         for block in blocks:
             yield Chunk(index, block, False)
@@ -76,14 +77,14 @@ def _rows(
     index: int,
     source: Source,
     reading: Reading,
-    meter: Meter,
+    advance: Advance,
     skipped: SkippedRows,
     make: Callable[[Document], Made],
 ) -> Iterator[Chunk | Tokens]:
     from_arrow = source.kind not in ("jsonl", "csv", "tsv")
     read = bad = 0
     first: InputError | None = None
-    for where, row in read_rows(source, reading.rows, reading.split, meter):
+    for where, row in read_rows(source, reading.rows, reading.split, advance):
         try:
             made = [*make(reading.rows.document(index, row(), where, from_arrow))]
         except UnfitTokenizer:

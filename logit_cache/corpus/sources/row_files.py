@@ -16,8 +16,9 @@ from typing import Any
 
 from logit_cache.corpus.rows import RowReader
 from logit_cache.corpus.sources.find import HUB, Source
-from logit_cache.corpus.sources.text_files import Meter, not_utf8, read_blocks
+from logit_cache.corpus.sources.text_files import not_utf8, read_blocks
 from storage.errors import InputError
+from storage.progress import Advance
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Callable[[], Row]]]
@@ -28,21 +29,21 @@ _LINES = "write each row as one line"
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_rows(source: Source, reader: RowReader, split: str, meter: Meter) -> Rows:
+def read_rows(source: Source, reader: RowReader, split: str, advance: Advance) -> Rows:
     """The rows of a source that is no text. Raises InputError for what is wrong with all of it."""
     if source.kind == "hub":
-        return _hub_rows(source, reader, split, meter)
+        return _hub_rows(source, reader, split, advance)
     if source.kind == "jsonl":
-        return _json_rows(source, meter)
+        return _json_rows(source, advance)
     if source.kind in ("csv", "tsv"):
-        return _csv_rows(source, reader, meter)
-    return _table_rows(source, reader, meter)
+        return _csv_rows(source, reader, advance)
+    return _table_rows(source, reader, advance)
 
 
-def _json_rows(source: Source, meter: Meter) -> Rows:
+def _json_rows(source: Source, advance: Advance) -> Rows:
     # Line by line rather than through Arrow, which would give every message the fields of all others (as nulls, and
     # templates test for fields), refuse a file whose rows differ in kind, and name no line in its errors.
-    for number, line in enumerate(_lines(source, meter), 1):
+    for number, line in enumerate(_lines(source, advance), 1):
         if line.strip():
             where = f"{source.location} line {number}"
             yield where, functools.partial(_json_object, line, where)
@@ -59,8 +60,8 @@ def _json_object(line: bytes, where: str) -> Row:
     return row
 
 
-def _lines(source: Source, meter: Meter) -> Iterator[bytes]:
-    lines = read_blocks(source.location, meter, lines=True)
+def _lines(source: Source, advance: Advance) -> Iterator[bytes]:
+    lines = read_blocks(source.location, advance, lines=True)
     yield next(lines, b"").removeprefix(codecs.BOM_UTF8)
     yield from lines
 
@@ -72,12 +73,12 @@ def _decoded(line: bytes, where: str) -> str:
         raise not_utf8(where, f"byte {error.start} of it is not valid UTF-8 ({error.reason})", line) from None
 
 
-def _csv_rows(source: Source, reader: RowReader, meter: Meter) -> Rows:
+def _csv_rows(source: Source, reader: RowReader, advance: Advance) -> Rows:
     """Every value is the text that it is, without the quotes around it; a row may be on several lines."""
     where = source.location
 
     def lines() -> Iterator[str]:
-        for number, line in enumerate(_lines(source, meter)):
+        for number, line in enumerate(_lines(source, advance)):
             # A wrong byte must not break the quotes: it is found in the value that has it.
             yield line.decode("utf-8", "surrogateescape") if number else _decoded(line, f"{where} line 1")
 
@@ -113,7 +114,7 @@ def _csv_row(names: Sequence[str], columns: frozenset[str], values: Sequence[str
     return row
 
 
-def _table_rows(source: Source, reader: RowReader, meter: Meter) -> Rows:
+def _table_rows(source: Source, reader: RowReader, advance: Advance) -> Rows:
     import pyarrow
 
     where, size = source.location, source.file_bytes or 0
@@ -126,9 +127,9 @@ def _table_rows(source: Source, reader: RowReader, meter: Meter) -> Rows:
                 at = f"{where} row {done + index}"
                 yield at, functools.partial(_table_row, batch, rows, index, at)
             done += batch.num_rows
-            meter.read_bytes += int(size * share) - counted
+            advance(int(size * share) - counted)
             counted = int(size * share)
-        meter.read_bytes += size - counted
+        advance(size - counted)
     except (pyarrow.ArrowException, OSError) as error:
         called = "Parquet" if source.kind == "parquet" else "Arrow"
         raise InputError(f"{where}: cannot be read as {called} ({_one_line(error)}); fetch or make it again") from None
@@ -189,7 +190,7 @@ def _table_row(batch: Any, rows: list[Row] | None, index: int, where: str) -> Ro
     return row  # type: ignore[no-any-return]
 
 
-def _hub_rows(source: Source, reader: RowReader, split: str, meter: Meter) -> Rows:
+def _hub_rows(source: Source, reader: RowReader, split: str, advance: Advance) -> Rows:
     import datasets
 
     parts = HUB.match(source.location)
@@ -204,7 +205,7 @@ def _hub_rows(source: Source, reader: RowReader, split: str, meter: Meter) -> Ro
             yield f"{source.name} row {done}", functools.partial(dict, row)
             done += 1
             text = row.get(reader.text_field)
-            meter.read_bytes += len(text) if isinstance(text, str) else 0
+            advance(len(text) if isinstance(text, str) else 0)
     except Exception as error:
         # The library raises its own errors and those of several others: for an unknown name, config or split, for
         # a gated data set, and for network failures.

@@ -13,13 +13,14 @@ import itertools
 import lzma
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from storage.errors import InputError
+from storage.progress import Advance
 
 BLOCK_BYTES = 1 << 20
+_ADVANCE_BYTES = 1 << 12  # lines are shorter, and a progress bar is slow
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4": "lz4"}
 # How files of other formats begin, which are often met under the name of a text.
 _OTHERS = {
@@ -37,17 +38,11 @@ _OTHERS = {
 }
 
 
-@dataclass(slots=True)
-class Meter:
-    """How many bytes of input have been read: of the files, or of the text where a hub data set has no size."""
-
-    read_bytes: int = 0
-
-
-def read_blocks(where: str, meter: Meter, lines: bool = False) -> Iterator[bytes]:
+def read_blocks(where: str, advance: Advance, lines: bool = False) -> Iterator[bytes]:
     """The bytes of a file, decompressed, in blocks of `BLOCK_BYTES` or in lines with their line feeds.
 
-    Raises InputError naming the file if it cannot be read or decompressed.
+    `advance` receives the bytes read from the disk. Raises InputError naming the file if it cannot be read or
+    decompressed.
     """
     codec = COMPRESSIONS.get(Path(where).suffix.lower())
     counted = 0
@@ -57,8 +52,9 @@ def read_blocks(where: str, meter: Meter, lines: bool = False) -> Iterator[bytes
             while True:
                 block = read()
                 position = file.tell()
-                meter.read_bytes += position - counted
-                counted = position
+                if position - counted >= _ADVANCE_BYTES or not block:
+                    advance(position - counted)
+                    counted = position
                 if codec is not None and not position:
                     raise EOFError("the file is empty")
                 if not block:

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from logit_cache.corpus import pieces, spool
 from logit_cache.corpus import tokenize as corpus
 from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.sources import text_files
-from logit_cache.corpus.tokenize import tokenize, total_bytes
+from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 from student.models.vocabulary import cache_vocabulary
 
@@ -249,18 +251,20 @@ def test_progress_moves_and_ends_at_the_total(tmp_path: Path, gpt2: str, monkeyp
     pq.write_table(pa.table({"text": ["first", "", "e\u0301 😀", "last"] * 125}), tmp_path / "c.parquet")
     size = sum(p.stat().st_size for p in tmp_path.iterdir())
     for options, passes in ({"tokenizer": gpt2}, 1), ({"train_tokenizer": 400}, 2):
-        seen: list[tuple[int, int, int]] = []
-        config = CorpusConfig(
-            text=tuple(f"{tmp_path}/*.{ending}" for ending in ("txt", "jsonl", "parquet")),
-            out=str(tmp_path / f"cache-{passes}"),
-            **options,
-        )
-        record = tokenize(config, lambda *counts, seen=seen: seen.append(counts))
-        assert total_bytes(config) == passes * size
-        assert seen[-1] == (record.corpus.documents, record.corpus.positions, passes * size)
-        assert seen == sorted(seen, key=lambda counts: counts[2])
-        assert len({counts[2] for counts in seen}) > passes * len(sample_text()) // 20_000
-        assert all(counts[:2] == (0, 0) for counts in seen if counts[2] < (passes - 1) * size)
+        counts: list[int] = []
+        opened: list[tuple[str, int | None, str]] = []
+
+        @contextmanager
+        def track(*named: Any, opened: Any = opened, counts: Any = counts) -> Iterator[Any]:
+            opened.append(named)
+            yield counts.append
+
+        text = tuple(f"{tmp_path}/*.{ending}" for ending in ("txt", "jsonl", "parquet"))
+        tokenize(CorpusConfig(text=text, out=str(tmp_path / f"cache-{passes}"), **options), track)
+        assert opened == [("tokenize", passes * size, "bytes")]
+        assert sum(counts) == passes * size
+        assert min(counts) >= 0
+        assert len(counts) > passes * len(sample_text()) // 20_000
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux' /proc")
