@@ -31,10 +31,9 @@ from logit_cache.corpus.sources.reading import Reading, SkippedRows, read_source
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import stored_tokenizer, train_tokenizer
 from storage import LogitCache
-from storage.cache.corpus_writer import write_corpus
+from storage.cache.corpus_writer import is_new, write_corpus
 from storage.config import build_config
 from storage.errors import InputError
-from storage.files import PARTIAL
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
@@ -67,9 +66,9 @@ def tokenize(config: CorpusConfig, track: Track | None = None, log: Log = silent
 
 
 def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log: Log) -> CacheRecord:
-    _check_destination(config.out)
+    is_new(open_store(config.out))  # refused before the work, not after it
     conventions = Conventions.of(config.out, config.tokenizer, config.bos, config.template_variables, config.date)
-    skipped = SkippedRows()
+    skipped = SkippedRows() if config.skip_bad_rows else None
     if config.tokenizer is None:
         tokenizer, files = _new_tokenizer(config, sources, advance)
     else:
@@ -83,7 +82,7 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
     make = functools.partial(_tokenisable, tokenizer=tokenizer, ids=ids, renderer=renderer)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         with Spool(Path(folder), token_id_dtype(ids), len(sources), prefix, append) as spool:
-            chunks = read_sources(sources, _reading(config), advance, skipped, make)
+            chunks = read_sources(sources, _reading(config), make, advance, skipped)
             for piece, tokens, trained in encode(cut(chunks), Encoder(tokenizer)):
                 spool.add(piece, tokens, trained)
         _check_trained(config, spool)
@@ -93,7 +92,7 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
         added = {
             "begins_with_bos": bool(prefix),
             "document_sources": True,
-            "skipped_rows": skipped.count or None,
+            "skipped_rows": (skipped and skipped.count) or None,
             **renderer.record,
         }
         record = CacheRecord(
@@ -137,17 +136,6 @@ def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
     for line in notes:
         print(f"{settings.out}: {line}", file=sys.stderr)
     return LogitCache.open(settings.out)
-
-
-def _check_destination(out: str) -> None:
-    """Refuse before the work a destination that the writer would refuse after it."""
-    location = open_store(out)
-    names = [name for name in location.names("") if not name.endswith(PARTIAL)]
-    if names and "zarr.json" not in names:
-        raise InputError(
-            f"{location.url} holds {', '.join(names[:3])}{' …' if len(names) > 3 else ''} and is not a cache: "
-            f"give an empty or new folder"
-        )
 
 
 def _new_tokenizer(config: CorpusConfig, sources: list[Source], advance: Advance) -> tuple[Any, dict[str, bytes]]:
@@ -221,8 +209,7 @@ def _reading(config: CorpusConfig) -> Reading:
     forms: tuple[Form, ...] = ("text", "messages")
     named = [name for name in forms if f"{name}_field" in config.model_fields_set]
     form = config.row_form or (named[0] if len(named) == 1 else None)
-    rows = RowReader(config.text_field, config.messages_field, form)
-    return Reading(rows, config.split, config.document_separator, config.skip_bad_rows)
+    return Reading(RowReader(config.text_field, config.messages_field, form), config.split, config.document_separator)
 
 
 def _tokenisable(item: Document, tokenizer: Any, ids: int, renderer: Renderer) -> Iterator[Chunk | Tokens]:
@@ -255,8 +242,8 @@ def _check_trained(config: CorpusConfig, spool: Spool) -> None:
         )
 
 
-def _notes_on_sources(sources: list[Source], spool: Spool, skipped: SkippedRows) -> Iterator[str]:
-    if skipped.count:
+def _notes_on_sources(sources: list[Source], spool: Spool, skipped: SkippedRows | None) -> Iterator[str]:
+    if skipped and skipped.count:
         yield f"{skipped.count:,} rows cannot be read and are left out, which the record says; the first:"
         yield from skipped.errors
     empty = [source.name for source, count in zip(sources, spool.source_documents, strict=True) if not count]
@@ -275,7 +262,8 @@ def _notes(config: CorpusConfig, tokenizer: Any) -> Iterator[str]:
 def _lines(config: CorpusConfig, sources: list[Source], advance: Advance) -> Iterator[str]:
     """The text in lines, with their line feeds, for training a tokenizer."""
     make = functools.partial(_trainable, has_template=config.chat_template is not None)
-    for piece in cut(read_sources(sources, _reading(config), advance, SkippedRows(), make)):
+    skipped = SkippedRows() if config.skip_bad_rows else None  # counted when the text is tokenised
+    for piece in cut(read_sources(sources, _reading(config), make, advance, skipped)):
         yield from re.findall(r"[^\n]*\n|[^\n]+", piece.own)
 
 

@@ -1,20 +1,8 @@
-"""Which files a path, a folder, a pattern or a hub name stands for, and the format of each.
+"""Which files a path, a folder, a pattern or a hub name stands for, and the format of each (docs/text.md).
 
-=============================  =======================================================================
-`hub:NAME[:CONFIG][@REVISION]` a data set of the hub, streamed; its split is an option
-`*.jsonl`, `*.ndjson`, `*.json`  one JSON object per line: a document or a conversation each
-`*.csv`, `*.tsv`               a header of field names, then one row per document or conversation
-`*.parquet`                    one row per document or conversation
-`*.arrow`, `*.feather`         the same, also the files of a folder that `datasets.save_to_disk` made
-any other file                 UTF-8 text: one document, or as many as the document separator makes of it
-a folder                       all files below it, sorted by path, without hidden ones
-a pattern with `*`, `?`, `[`   the files that it matches, sorted by path; `**` crosses folders
-=============================  =======================================================================
-
-Text, JSON lines and CSV may be compressed: .gz, .bz2, .xz, .zst or .lz4 behind the ending. A file that is named is
-read. Of several that a folder or a pattern stands for, those that only describe a data set, or that a program keeps
-beside it, are left out, and the log names them. What cannot be meant is refused: files of several formats, a file
-beside its own compressed copy, training and test splits together, a folder that lacks shards of a set.
+A file that is named is read. Of several that a folder or a pattern stands for, those that only describe a data set, or
+that a program keeps beside it, are left out, and the log names them. What cannot be meant is refused: files of several
+formats, a file beside its own compressed copy, training and test splits together, a folder that lacks shards of a set.
 """
 
 from __future__ import annotations

@@ -18,13 +18,11 @@ _EXAMPLES = 5
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How sources are read: the rows of data sets, the split of those of the hub, where plain text is cut, and whether
-    rows that cannot be read are left out."""
+    """How sources are read: the rows of data sets, the split of those of the hub, and where plain text is cut."""
 
     rows: RowReader
-    split: str = "train"
-    document_separator: str | None = None
-    skip_bad_rows: bool = False
+    split: str
+    document_separator: str | None
 
 
 @dataclass(slots=True)
@@ -40,26 +38,23 @@ class SkippedRows:
             self.errors.append(str(error))
 
 
-Made = Iterable[Chunk | Tokens]
+# Text or tokens out of a document; raises InputError where it has none to give.
+Make = Callable[[Document], Iterable[Chunk | Tokens]]
 
 
 def read_sources(
-    sources: Iterable[Source],
-    reading: Reading,
-    advance: Advance,
-    skipped: SkippedRows,
-    make: Callable[[Document], Made],
+    sources: Iterable[Source], reading: Reading, make: Make, advance: Advance, skipped: SkippedRows | None
 ) -> Iterator[Chunk | Tokens]:
-    """What `make` makes of the documents of all sources.
+    """What `make` makes of the documents of all sources; `advance` receives the bytes that were read.
 
-    Raises InputError naming the file and the byte, line or row that is wrong. Rows for which reading or `make` raises
-    one go to `skipped` instead, where they may be left out; but not if they are all that a source has.
+    Raises InputError naming the file and the byte, line or row that is wrong. A row that cannot be read, or for which
+    `make` raises, goes to `skipped` instead, where there is one and other rows of the source can be read.
     """
     for index, source in enumerate(sources):
         if source.kind == "text":
             yield from _text(index, source, reading.document_separator, advance)
         else:
-            yield from _rows(index, source, reading, advance, skipped, make)
+            yield from _rows(index, source, reading, make, advance, skipped)
 
 
 def _text(index: int, source: Source, separator: str | None, advance: Advance) -> Iterator[Chunk]:
@@ -74,12 +69,7 @@ def _text(index: int, source: Source, separator: str | None, advance: Advance) -
 
 
 def _rows(
-    index: int,
-    source: Source,
-    reading: Reading,
-    advance: Advance,
-    skipped: SkippedRows,
-    make: Callable[[Document], Made],
+    index: int, source: Source, reading: Reading, make: Make, advance: Advance, skipped: SkippedRows | None
 ) -> Iterator[Chunk | Tokens]:
     from_arrow = source.kind not in ("jsonl", "csv", "tsv")
     read = bad = 0
@@ -90,7 +80,7 @@ def _rows(
         except UnfitTokenizer:
             raise
         except InputError as error:
-            if not reading.skip_bad_rows:
+            if skipped is None:
                 raise InputError(f"{error} (--skip-bad-rows leaves such rows out)") from None
             first = first or error
             bad += 1

@@ -11,16 +11,15 @@ import codecs
 import csv
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from logit_cache.corpus.rows import RowReader
+from logit_cache.corpus.rows import Row, RowReader
 from logit_cache.corpus.sources.find import HUB, Source
 from logit_cache.corpus.sources.text_files import not_utf8, read_blocks
 from storage.errors import InputError
 from storage.progress import Advance
 
-Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Callable[[], Row]]]
 
 _TABLE_ROWS = 256
@@ -122,10 +121,9 @@ def _table_rows(source: Source, reader: RowReader, advance: Advance) -> Rows:
     done = counted = 0
     try:
         for batch, share in batches(where, reader):
-            rows = _values(batch)
             for index in range(batch.num_rows):
                 at = f"{where} row {done + index}"
-                yield at, functools.partial(_table_row, batch, rows, index, at)
+                yield at, functools.partial(_table_row, batch.slice(index, 1), at)
             done += batch.num_rows
             advance(int(size * share) - counted)
             counted = int(size * share)
@@ -165,29 +163,17 @@ def _arrow_batches(where: str, reader: RowReader) -> Iterator[tuple[Any, float]]
         columns = reader.columns_of(table.schema.names, where)
         done = 0
         for batch in batches:
-            chosen = batch.select(columns)
             done += batch.nbytes
-            for start in range(0, chosen.num_rows, _TABLE_ROWS):
-                yield chosen.slice(start, _TABLE_ROWS), min(1.0, done / file.size())
+            yield batch.select(columns), min(1.0, done / file.size())
 
 
-def _values(batch: Any) -> list[Row] | None:
-    """The rows of a batch; None where one of them holds what has no value here."""
+def _table_row(batch: Any, where: str) -> Row:
     try:
-        rows: list[Row] = batch.to_pylist(maps_as_pydicts="strict")
-    except (ValueError, KeyError, OverflowError):
-        return None
-    return rows
-
-
-def _table_row(batch: Any, rows: list[Row] | None, index: int, where: str) -> Row:
-    if rows is not None:
-        return rows[index]
-    try:
-        [row] = batch.slice(index, 1).to_pylist(maps_as_pydicts="strict")
+        [row] = batch.to_pylist(maps_as_pydicts="strict")
     except (ValueError, KeyError, OverflowError) as error:
+        # A text that is no UTF-8, a map with a key twice, a date that Python has not.
         raise InputError(f"{where}: cannot be read ({_one_line(error)}); correct or remove the row") from None
-    return row  # type: ignore[no-any-return]
+    return dict(row)
 
 
 def _hub_rows(source: Source, reader: RowReader, split: str, advance: Advance) -> Rows:
