@@ -30,10 +30,11 @@ _KINDS: dict[str, Kind] = {
 }  # fmt: skip
 _CALLED = {"text": "text", "jsonl": "JSON lines", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet", "arrow": "Arrow"}
 
-# Beside a data set: prose about it, and what programs keep there.
+# What lies beside a data set: prose about it, and the files of programs.
 _PROSE = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|authors)([._-].*)?", re.IGNORECASE)
-_KEPT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "cache-*.arrow", "_SUCCESS",
-         "_metadata", "_common_metadata", "_started_*", "_committed_*", "*.crc", "*.md5", "*.sha256")  # fmt: skip
+_PROGRAMS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "cache-*.arrow", "_SUCCESS",
+             "_metadata", "_common_metadata", "_started_*", "_committed_*", "*.crc", "*.md5", "*.sha256")  # fmt: skip
+_POINTER, _POINTER_BYTES = b"version https://git-lfs.github.com/", 1 << 10
 _NAMED = 5  # files that are left out, by a line of the log
 _SHARD = re.compile(r"^(?P<set>.*?[-.])(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\..*)?$")
 _SPLIT = re.compile(
@@ -100,9 +101,12 @@ def _file_source(path: Path) -> Source:
     if not path.is_file():
         state = "is neither a file nor a folder" if path.exists() else "is a link to a file that is not there"
         raise InputError(f"{path}: {state}, so its text cannot be read; write it to a file, or leave it out")
+    size = path.stat().st_size
+    if size < _POINTER_BYTES and os.access(path, os.R_OK) and path.read_bytes().startswith(_POINTER):
+        raise InputError(f"{path}: a pointer of Git LFS is there, and not the file: fetch it, with git lfs pull")
     # A name that is not UTF-8 must still fit into JSON.
     name = os.fsencode(path.name).decode("utf-8", "replace")
-    return Source(name, _kind(path), str(path), path.stat().st_size)
+    return Source(name, _kind(path), str(path), size)
 
 
 def _kind(path: Path) -> Kind:
@@ -136,12 +140,12 @@ def _below(folder: Path, left: list[str]) -> Iterator[Path]:
 
 def _chosen(item: str, root: Path, files: list[Path], left: list[str], log: Log) -> list[Path]:
     """Those of several files that hold the text, for `log` to name. Raises InputError where that cannot be known."""
-    beside = {p for p in files if _is_beside(p)}
-    rows = any(_kind(p) != "text" for p in files if p not in beside)
-    # Among files of text, a README is one of them.
-    kept = [p for p in files if p not in beside or (not rows and _kind(p) == "text")] or files
+    kept = [p for p in files if not any(fnmatch(p.name, name) for name in _PROGRAMS)] or files
+    if any(_kind(p) != "text" for p in kept):
+        # Among files of text, a README is one of them.
+        kept = [p for p in kept if _kind(p) != "text" or not _PROSE.fullmatch(p.name)]
     _refuse_mixtures(item, root, kept)
-    if rows:
+    if _kind(kept[0]) != "text":
         _refuse_splits(item, root, kept, [p.parent for p in files if p.name == "dataset_dict.json"])
     ends = f", from {kept[0]} to {kept[-1]}" if len(kept) > 1 else f", {kept[0]}"
     left = sorted([*left, *(str(p.relative_to(root)) for p in set(files) - set(kept))])
@@ -151,12 +155,6 @@ def _chosen(item: str, root: Path, files: list[Path], left: list[str], log: Log)
         + (f"; left out: {', '.join(left[:_NAMED])}{more}" if left else "")
     )
     return kept
-
-
-def _is_beside(path: Path) -> bool:
-    """Whether a file's name is that of one beside a data set, which holds none of it."""
-    prose = _kind(path) == "text" and _PROSE.fullmatch(path.name)
-    return bool(prose) or any(fnmatch(path.name, name) for name in _KEPT)
 
 
 def _refuse_mixtures(item: str, root: Path, kept: list[Path]) -> None:

@@ -84,8 +84,8 @@ def _csv_rows(source: Source, reader: RowReader, advance: Advance) -> Rows:
     csv.field_size_limit(_MOST_CHARACTERS)
     table = csv.reader(lines(), delimiter="\t" if source.kind == "tsv" else ",", strict=True)
     try:
-        names = next(table)
-        columns = frozenset(reader.columns_of(names, where)) if names else frozenset()
+        names = next(filter(None, table), [])
+        columns = frozenset(reader.columns_of(names, where) if names else ())
         start = table.line_num + 1
         for values in table:
             if values:

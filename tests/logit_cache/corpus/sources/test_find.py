@@ -67,8 +67,10 @@ def test_what_lies_beside_a_data_set_is_left_out(tmp_path: Path, ending: str) ->
 
 
 def test_a_readme_among_texts_is_one_of_them(tmp_path: Path) -> None:
-    folder = make(tmp_path / "docs", "README.md", "LICENSE", "guide.md", "dataset_info.json")
-    assert found(folder)[0] == ["LICENSE", "README.md", "guide.md"]
+    folder = make(tmp_path / "docs", "README.md", "LICENSE", "guide.md", "guide.md.sha256", "dataset_info.json")
+    names, [line] = found(folder)
+    assert names == ["LICENSE", "README.md", "guide.md"]
+    assert line.endswith("; left out: dataset_info.json, guide.md.sha256")
     assert found(make(tmp_path / "lone", "README.md"))[0] == ["README.md"]
 
 
@@ -135,6 +137,12 @@ def test_links(tmp_path: Path) -> None:
     assert "gone.txt: is a link to a file that is not there" in refused(folder)
     os.mkfifo(tmp_path / "pipe")
     assert "pipe: is neither a file nor a folder" in refused(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl.gz"])
+def test_a_file_that_git_lfs_has_not_fetched_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert f"{name}: a pointer of Git LFS is there, and not the file" in refused(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

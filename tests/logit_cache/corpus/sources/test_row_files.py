@@ -86,8 +86,8 @@ def test_values_are_those_of_the_file(tmp_path: Path, ending: str) -> None:
 
 
 def test_rows_are_named_by_their_place(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('text\na\n"two\nlines"\n\nb\n')
-    assert [where for where, _ in rows(tmp_path / "a.csv")] == [f"{tmp_path}/a.csv line {n}" for n in (2, 3, 6)]
+    (tmp_path / "a.csv").write_text('\ntext\na\n"two\nlines"\n\nb\n')
+    assert [where for where, _ in rows(tmp_path / "a.csv")] == [f"{tmp_path}/a.csv line {n}" for n in (3, 4, 7)]
     pq.write_table(pa.table({"text": ["x"] * 600}), tmp_path / "a.parquet", row_group_size=300)
     assert [where for where, _ in rows(tmp_path / "a.parquet")] == [f"{tmp_path}/a.parquet row {n}" for n in range(600)]
 
