@@ -86,8 +86,8 @@ def _find(item: str, log: Log) -> list[Source]:
         found = sorted(map(Path, glob.glob(str(path), recursive=True)))
         files = [p for p in found if not p.is_dir()]
         if not files:
-            folders = f"no file, but the folder {found[0]}; name it" if found else "no file"
-            raise InputError(f"{item}: the pattern matches {folders} here ({os.getcwd()}); check its spelling")
+            remedy = f"but the folder {found[0]}: give that" if found else f"here ({os.getcwd()}); check its spelling"
+            raise InputError(f"{item}: the pattern matches no file {remedy}")
         root = Path(os.path.commonpath([p.parent for p in files]))
         # `**` matches what is in the folders, too.
         left = [] if "**" in item else [f"{p}/" for p in found if p.is_dir()]
@@ -182,8 +182,8 @@ def _refuse_splits(item: str, root: Path, kept: list[Path], dictionaries: list[P
         names = {p.relative_to(folder).parts[0] for p in kept if folder in p.parents}
     if len(names) > 1:
         raise InputError(
-            f"{item}: files of several splits, {' and '.join(sorted(map(str, names)))}: give the one that is meant, by "
-            f"its folder or by a pattern such as '{root}/**/*train*'"
+            f"{item}: files of several splits, {' and '.join(sorted(map(str, names)))}: give each that is meant by "
+            f"itself, as a folder or a pattern such as '{root}/**/*train*'"
         )
 
 

@@ -158,7 +158,7 @@ def test_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "none.txt: no such file" in refused(tmp_path / "none.txt")
     assert "*.txt: the pattern matches no file here" in refused(f"{tmp_path}/*.txt")
-    assert f"no file, but the folder {tmp_path}/in/sub; name it" in refused(f"{tmp_path}/in/*")
+    assert f"the pattern matches no file but the folder {tmp_path}/in/sub: give that" in refused(f"{tmp_path}/in/*")
     assert "holds no files" in refused(tmp_path / "empty")
     assert "copy it here first" in refused("s3://bucket/text.txt")
     assert "expected hub:NAME" in refused("hub:a/b/c")
