@@ -124,18 +124,23 @@ def _below(folder: Path, left: list[str]) -> Iterator[Path]:
     def unreadable(error: OSError) -> NoReturn:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
 
-    seen: set[str] = set()
+    root = Path(os.path.realpath(folder))
+    seen: set[Path] = set()
     for at, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        here = Path(at)
-        real = os.path.realpath(at)
-        left += [str((here / name).relative_to(folder)) for name in (*folders, *names) if name.startswith(".")]
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if real in seen:
+        here, real = Path(at), Path(os.path.realpath(at))
+        if real in seen or (here.is_symlink() and here != folder and _is_below(real, root)):
             left.append(f"{here.relative_to(folder)}/ (a link to a folder that is read already)")
             folders.clear()
             continue
         seen.add(real)
+        left += [str((here / name).relative_to(folder)) for name in (*folders, *names) if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (here / name for name in names if not name.startswith("."))
+
+
+def _is_below(path: Path, root: Path) -> bool:
+    """Whether a folder is found from the root without a link."""
+    return path.is_relative_to(root) and not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _chosen(item: str, root: Path, files: list[Path], left: list[str], log: Log) -> list[Path]:

@@ -128,11 +128,17 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
 def test_links(tmp_path: Path) -> None:
     folder = make(tmp_path / "in", "a.txt", "sub/b.txt")
     make(tmp_path / "elsewhere", "c.txt")
-    (folder / "linked").symlink_to(tmp_path / "elsewhere")
-    (folder / "sub" / "up").symlink_to(folder)
-    names, [line] = found(folder)
-    assert names == ["a.txt", "c.txt", "b.txt"]
-    assert line.endswith("left out: sub/up/ (a link to a folder that is read already)")
+    make(folder / ".store", "d.txt")
+    for name, target in (("linked", tmp_path / "elsewhere"), ("more", tmp_path / "elsewhere"), ("from", folder / "sub"),
+                         ("sub/up", folder), ("shown", folder / ".store")):  # fmt: skip
+        (folder / name).symlink_to(target)
+    lines: list[str] = []
+    read = [
+        Path(source.location).relative_to(folder).as_posix() for source in find_sources([str(folder)], lines.append)
+    ]
+    assert read == ["a.txt", "linked/c.txt", "shown/d.txt", "sub/b.txt"]
+    again = " (a link to a folder that is read already)"
+    assert lines[0].endswith(f"left out: .store, from/{again}, more/{again}, sub/up/{again}")
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
     assert "gone.txt: is a link to a file that is not there" in refused(folder)
     os.mkfifo(tmp_path / "pipe")
