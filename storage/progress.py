@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 Advance = Callable[[int], None]  # number of units done since the last call
 Log = Callable[[str], None]  # receives one line for a person
-Track = Callable[[str, int, str], AbstractContextManager[Advance]]  # description, total, unit → advance
+Track = Callable[[str, int | None, str], AbstractContextManager[Advance]]  # description, total, unit → advance
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -51,6 +51,7 @@ def cache_text(found: dict[str, Any]) -> str:
         "chat template": corpus.get("template_sha256", "")[:16],
         "variables": corpus.get("template_variables"),
         "date": corpus.get("date"),
+        "skipped rows": corpus.get("skipped_rows"),
     }
     shown = [name if value is True else f"{name} {value}" for name, value in made.items() if value]
     if shown:

@@ -13,7 +13,7 @@ from student.cli_command import Decorator, applied, command, under
 
 _text = under("Text")
 CORPUS_OPTIONS: tuple[Decorator, ...] = (
-    _text("--text", multiple=True, help="Text file, folder, glob, .jsonl, .parquet or hub data set. Repeatable."),
+    _text("--text", multiple=True, help="File of text or rows, folder, glob, or hub:NAME. Repeatable."),
     _text("--tokenizer", help="Directory, cache or hub id of an existing tokenizer."),
     _text("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
     _text("--tokenizer-revision", help="Revision of a hub tokenizer."),
@@ -34,6 +34,7 @@ CORPUS_OPTIONS: tuple[Decorator, ...] = (
     _text("--messages-field", help="Field of a row that holds a conversation.  [default: messages, conversations]"),
     _text("--row-form", help="Of rows: text, messages, completion, instruction or input_ids.  [default: by fields]"),
     _text("--split", help="Split of a hub data set.  [default: train]"),
+    _text("--skip-bad-rows", is_flag=True, default=None, help="Leave out rows that cannot be read; recorded."),
 )
 
 

@@ -18,7 +18,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from logit_cache.corpus.cleaning_rules import FAMILIES, PLAIN, RULES_VERSION, Cleaner, family_of
-from logit_cache.corpus.sources import COMPRESSED, Source, decoded, find_sources
+from logit_cache.corpus.sources.find import Source, find_sources
+from logit_cache.corpus.sources.text_files import COMPRESSIONS, decoded
 from storage.config import Frozen
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL, atomic_file, replace_file
@@ -113,7 +114,7 @@ def _inputs(job: CleaningJob) -> dict[str, Source]:
     found: dict[str, Source] = {}
     for source in find_sources(job.text):
         name = Path(source.location).name
-        if source.kind != "text" or Path(name).suffix in COMPRESSED:
+        if source.kind != "text" or Path(name).suffix.lower() in COMPRESSIONS:
             raise InputError(
                 f"{source.location}: expected a plain text file, as BabyLM's are; write the text into one first"
             )

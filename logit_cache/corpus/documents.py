@@ -66,6 +66,10 @@ class Tokens:
 Document = Chunk | Conversation | Tokens
 
 
+class UnfitTokenizer(InputError):
+    """The tokenizer does not go with rows of such a kind, whatever the single row holds."""
+
+
 def checked_text(text: Any, where: str) -> str:
     """The text itself; raises InputError if it is not Unicode text (JSON can spell half a surrogate pair)."""
     if not isinstance(text, str):

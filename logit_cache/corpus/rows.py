@@ -51,28 +51,25 @@ _NEUTRAL: dict[str, Any] = {
     "masked": False,
 }
 
-# What a form reads, besides the fields that make it.
-_USED: dict[str, frozenset[str]] = {
-    "text": frozenset(),
-    "messages": frozenset({"tools", "documents", "chat_template_kwargs", *_SYSTEMS}),
-    "completion": frozenset(),
-    "messages of a completion": frozenset({"tools", "documents", "chat_template_kwargs", *_SYSTEMS}),
-    "instruction": frozenset({"tools", "chat_template_kwargs", "history", *_CONTEXTS, *_SYSTEMS}),
-    "input_ids": frozenset({"labels", "attention_mask", *_MASKS}),
+_COMPLETIONS = frozenset({"completion", "messages of a completion"})
+_CHATS = _COMPLETIONS | {"messages", "instruction"}
+_EVERY = _CHATS | {"text", "input_ids"}
+# Every field that is read or looked for, besides those that a user names: the forms that do not read it though it would
+# change what is learnt from their rows, and so are refused with it.
+_FIELDS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("prompt", "instruction", "input_ids", "chosen", *_CONVERSATIONS), frozenset()),
+    **dict.fromkeys((*_ANSWERS, *_OUTPUTS, "rejected", "labels", "attention_mask"), frozenset()),
+    **dict.fromkeys((*_SAMPLE_WEIGHTS, *MEDIA, "masked", "train", "trainable", "train_on_inputs"), _EVERY),
+    **dict.fromkeys(_MASKS, _EVERY - {"input_ids"}),
+    **dict.fromkeys(("functions", "reasoning", "reasoning_content", "thinking"), _CHATS),
+    **dict.fromkeys(("tools", "chat_template_kwargs", *_SYSTEMS), frozenset({"completion"})),
+    "documents": frozenset({"completion", "instruction"}),
+    "history": _CHATS - {"instruction"},
+    **dict.fromkeys(_CONTEXTS, _COMPLETIONS),
+    **dict.fromkeys(("position_ids", "segment_ids", "seq_lengths"), frozenset({"input_ids"})),
 }
-# What would change what is learnt, beside any form, or beside a conversation.
-_LEARNT_FROM = frozenset({*_SAMPLE_WEIGHTS, *_MASKS, *MEDIA, "masked", "train", "trainable", "train_on_inputs"})
-_OF_CONVERSATIONS = frozenset(
-    {"tools", "functions", "documents", "chat_template_kwargs", "history", "reasoning", "reasoning_content", "thinking"}
-) | frozenset(_SYSTEMS)
-_OF_TOKENS = frozenset({"position_ids", "segment_ids", "seq_lengths", "attention_mask"})
+# One of these at least makes a table one of documents.
 _FORMS = frozenset({"prompt", "instruction", "input_ids", "chosen", *_CONVERSATIONS})
-FIELDS = (
-    _FORMS | frozenset({"labels", "rejected"})
-    | frozenset({*_ANSWERS, *_OUTPUTS, *_CONTEXTS})
-    | _LEARNT_FROM | _OF_CONVERSATIONS | _OF_TOKENS
-)  # fmt: skip
-"""Every field that is read, or looked for, besides those that a user names."""
 
 
 class RowReader:
@@ -81,7 +78,7 @@ class RowReader:
 
     def __init__(self, text_field: str, messages_field: str, chosen: Form | None = None) -> None:
         self.text_field, self.messages_field = text_field, messages_field
-        self.columns = FIELDS | {text_field, messages_field}
+        self.columns = _FIELDS.keys() | {text_field, messages_field}
         self._chosen = chosen
 
     def columns_of(self, names: Sequence[str], where: str) -> list[str]:
@@ -161,13 +158,8 @@ class RowReader:
         return _only(values, (self.messages_field, *_CONVERSATIONS), where)
 
     def _refuse_unused(self, values: Row, form: str, where: str) -> None:
-        looked_at = _LEARNT_FROM | (_OF_TOKENS if form == "input_ids" else frozenset())
-        if form not in ("text", "input_ids"):
-            looked_at |= _OF_CONVERSATIONS
-        if form in ("completion", "messages of a completion"):
-            looked_at |= frozenset(_CONTEXTS)
         own = {self.text_field, self.messages_field}
-        for name in sorted((looked_at - _USED[form] - own) & values.keys()):
+        for name in sorted(name for name in values.keys() & _FIELDS.keys() - own if form in _FIELDS[name]):
             value = values[name]
             if value not in ("", [], {}) and not (name in _NEUTRAL and value == _NEUTRAL[name]):
                 raise InputError(

@@ -10,7 +10,8 @@ from typing import Any
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, check_stream, load_teachers, open_job
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize_text
+from logit_cache.corpus.config import CorpusConfig
+from logit_cache.corpus.tokenize import tokenize_text
 from logit_cache.describe import describe_entry
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.worker_index import rank_of

@@ -54,6 +54,17 @@ def write_corpus(
         writer.receipts.write_index()
 
 
+def is_new(store: Store) -> bool:
+    """Whether a store is empty, and no cache yet; raises InputError where it holds something else."""
+    names = [name for name in store.names("") if not name.endswith(PARTIAL)]
+    if names and "zarr.json" not in names:
+        raise InputError(
+            f"{store.url} holds {', '.join(names[:3])}{' …' if len(names) > 3 else ''} and is not a cache: "
+            f"give an empty or new folder"
+        )
+    return not names
+
+
 def _publish_tokenizer(store: Store, files: Mapping[str, bytes]) -> None:
     """Write the tokenizer's files and their receipt, unless the cache has them; CorruptCache if it has damaged ones.
 
@@ -74,17 +85,16 @@ def _publish_tokenizer(store: Store, files: Mapping[str, bytes]) -> None:
 
 
 def _create_root(store: Store, record: CacheRecord) -> CacheRecord:
-    """Write the root record if there is none; returns the stored one, which differs in library versions at most."""
-    names = [name for name in store.names("") if not name.endswith(PARTIAL)]
-    if names and "zarr.json" not in names:
-        raise InputError(
-            f"{store.url} holds {', '.join(names[:3])}{' …' if len(names) > 3 else ''} and is not a cache: "
-            f"give an empty or new folder"
-        )
-    if not names:
+    """Write the root record if there is none; returns the stored one.
+
+    They differ in library versions and the number of skipped rows at most.
+    """
+    if is_new(store):
         store.publish("zarr.json", metadata_bytes(group_metadata({ATTRIBUTE: sealed(record)})))
     stored = read_record(store, "zarr.json", CacheRecord)
-    differing = differences(stored, record)
+    # How many rows the text had that are not in the stream does not make it another.
+    skipped = {"skipped_rows": stored.corpus.skipped_rows}
+    differing = differences(stored, record.model_copy(update={"corpus": record.corpus.model_copy(update=skipped)}))
     if differing:
         raise IdentityMismatch(
             store.url,

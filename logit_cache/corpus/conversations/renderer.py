@@ -11,7 +11,7 @@ from typing import Any
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.replies import render
 from logit_cache.corpus.conversations.template import RESERVED, ChatTemplate
-from logit_cache.corpus.documents import Chunk, Conversation, checked_text
+from logit_cache.corpus.documents import Chunk, Conversation, UnfitTokenizer, checked_text
 from storage.errors import InputError
 
 
@@ -27,6 +27,7 @@ class Renderer:
         self._variables, self._version_1 = conventions.variables, conventions.version == 1
         self._date = conventions.date or datetime.date.today()
         self._templates: dict[str, ChatTemplate] = {}
+        self._used: dict[str, ChatTemplate] = {}  # those that rendered a conversation
         self._conversations = self._without_reply = self._reasoning_left_out = self._endless = 0
         self._found_by: set[str] = set()
         self._record = {"date": self._date.isoformat()} if given_date else {}
@@ -48,6 +49,7 @@ class Renderer:
             if name in template.variables | conversation.variables.keys()
         }
         written = render(template, replace(conversation, variables=used), self._version_1)
+        self._used[template.source] = template
         self._conversations += 1
         self._without_reply += not written.replies
         self._reasoning_left_out += written.reasoning_left_out
@@ -61,10 +63,10 @@ class Renderer:
     def record(self) -> dict[str, Any]:
         """The fields of a stream's record: what rendered its conversations, and what was given for them."""
         record: dict[str, Any] = {**self._record, "template_variables": dict(self._variables) or None}
-        if self._templates:
-            sources = "\0".join(sorted(self._templates))
+        if self._used:
+            sources = "\0".join(sorted(self._used))
             record["template_sha256"] = hashlib.sha256(sources.encode()).hexdigest()
-        if any(template.prints_date for template in self._templates.values()):
+        if any(template.prints_date for template in self._used.values()):
             record["date"] = self._date.isoformat()
         return record
 
@@ -89,19 +91,19 @@ class Renderer:
     def _template_for(self, conversation: Conversation) -> ChatTemplate:
         tokenizer, where = self._tokenizer, conversation.where
         if not tokenizer.is_fast:
-            raise InputError(
+            raise UnfitTokenizer(
                 f"{where}: the loss mask of a conversation needs the character offsets of its tokens, and this "
                 f"tokenizer ({type(tokenizer).__name__}) has none; take one with a tokenizer.json"
             )
         if not tokenizer.chat_template:
-            raise InputError(
+            raise UnfitTokenizer(
                 f"{where}: the row holds messages and the tokenizer has no chat template; give one with "
                 f"--chat-template FILE, or take the tokenizer of an instruction model"
             )
         try:
             source = tokenizer.get_chat_template(tools=conversation.tools)
         except ValueError:
-            raise InputError(
+            raise UnfitTokenizer(
                 f"{where}: of the tokenizer's chat templates ({', '.join(sorted(tokenizer.chat_template))}) none is "
                 f"the default; name one with --chat-template"
             ) from None
@@ -114,7 +116,7 @@ class Renderer:
             except Exception as error:
                 # Jinja has errors of its own for what is no template.
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise InputError(
+                raise UnfitTokenizer(
                     f"the chat template is not valid ({reason}); correct it, or give --chat-template FILE"
                 ) from None
         return self._templates[source]
@@ -122,7 +124,6 @@ class Renderer:
     def _check(self, given: Collection[str], given_date: bool) -> None:
         own = self._tokenizer.chat_template or {}
         templates = [self._template(source) for source in (own.values() if isinstance(own, dict) else [own])]
-        self._templates = {}  # of those that are used
         read = frozenset[str]().union(*(template.variables for template in templates)) - RESERVED
         for name in sorted(set(given) - read):
             raise InputError(

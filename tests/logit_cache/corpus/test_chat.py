@@ -11,11 +11,12 @@ import pytest
 from support.models.saved import make_tokenizer, sample_text, tiny_tokenizer
 
 from logit_cache.corpus import pieces
+from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.renderer import Renderer
 from logit_cache.corpus.conversations.replies import message_texts
 from logit_cache.corpus.documents import Conversation
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize
+from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 from storage.errors import InputError
 

@@ -17,9 +17,10 @@ from support.commands import COMMANDS, ROOT
 from support.models.saved import make_tokenizer, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.template import ChatTemplate
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize
+from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 

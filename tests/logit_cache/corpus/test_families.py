@@ -12,7 +12,8 @@ import pytest
 from support.models.saved import make_tokenizer, sample_text
 from support.references.chat_families import FAMILIES, SPECIAL, Family
 
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize
+from logit_cache.corpus.config import CorpusConfig
+from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 
 DATE = datetime.date(2026, 2, 3)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from support.models.saved import FAST, sample_text, tiny_tokenizer
 
 from logit_cache.corpus import pieces
+from logit_cache.corpus.documents import Chunk
 from logit_cache.corpus.pieces import Encoded, Encoder, Piece, cut, encode, trained_tokens
-from logit_cache.corpus.sources import Chunk
 
 
 @pytest.fixture(autouse=True)

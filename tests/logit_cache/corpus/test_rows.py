@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens
 from logit_cache.corpus.rows import RowReader
-from logit_cache.corpus.sources import Meter, Reading, find_sources, read_sources
 from storage.errors import InputError
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -237,14 +233,3 @@ def test_a_named_field_decides() -> None:
     assert conversation(row, chosen="instruction").messages[0]["content"] == "b"
     assert document(row, chosen="text") == Chunk(0, "a", True)
     assert conversation(row, chosen="messages").messages == TURNS
-
-
-def test_tables_have_the_same_forms(tmp_path: Path) -> None:
-    rows = [{"instruction": "hi", "input": "", "output": "yo", "other": {"a": 1}}, {"instruction": "x", "output": "y"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    reading = Reading(RowReader("text", "messages"), "train", None)
-    found = list(read_sources(find_sources([str(tmp_path / "a.parquet")]), reading, Meter()))
-    assert next(item.messages for item in found if isinstance(item, Conversation)) == TURNS
-    pq.write_table(pa.table({"body": ["x"], "output": ["y"]}), tmp_path / "b.parquet")
-    with pytest.raises(InputError, match=r"b\.parquet: expected a string in 'text'.*found columns body, output"):
-        list(read_sources(find_sources([str(tmp_path / "b.parquet")]), reading, Meter()))

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 from logit_cache.corpus import tokenize as corpus
 from logit_cache.corpus import tokenizer as stored
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize
+from logit_cache.corpus.config import CorpusConfig
+from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 from storage.errors import InputError
 from storage.format.identity import tokenizer_fingerprint

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,12 @@ from support.models.saved import sample_text, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from logit_cache.corpus import pieces, sources, spool
+from logit_cache.corpus import pieces, spool
 from logit_cache.corpus import tokenize as corpus
-from logit_cache.corpus.documents import Chunk, Conversation
-from logit_cache.corpus.rows import RowReader
-from logit_cache.corpus.sources import Meter, Reading, find_sources, read_sources
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
+from logit_cache.corpus.config import CorpusConfig
+from logit_cache.corpus.sources import text_files
+from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
-from storage.errors import InputError
 from student.models.vocabulary import cache_vocabulary
 
 
@@ -94,15 +90,6 @@ def test_files_are_documents_and_text_is_kept_as_it_is(tmp_path: Path, gpt2: str
     assert all(str(tmp_path).encode() not in data for data in cache.tokenizer_files().values())
 
 
-def test_a_byte_order_mark_is_left_out(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfmarked \xef\xbb\xbf once")
-    assert documents_of(made(tmp_path, gpt2, str(tmp_path / "bom.txt"))) == ["marked \ufeff once"]
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1)
-    reading = Reading(RowReader("t", "m"), "train", None)
-    [*chunks] = read_sources(find_sources([str(tmp_path / "bom.txt")]), reading, Meter())
-    assert "".join(chunk.text for chunk in chunks if isinstance(chunk, Chunk)) == "marked \ufeff once"
-
-
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_blank_lines_separate_documents(tmp_path: Path, gpt2: str, newline: str) -> None:
     parts = ["first\nparagraph", "second", "", "\nfourth, after five line feeds", "last\n"]
@@ -111,22 +98,6 @@ def test_blank_lines_separate_documents(tmp_path: Path, gpt2: str, newline: str)
     assert documents_of(cache) == [part.replace("\n", newline) for part in parts if part]
     assert cache.record.corpus.document_separator == "\n\n"
     assert cache.record.corpus.text_bytes == sum(len(part.replace("\n", newline)) for part in parts)
-
-
-@pytest.mark.parametrize("separator", ["\n\n", "<|end|>", "aba", "\r\n--\n", "\n"])
-def test_separation_is_that_of_split_for_any_block(separator: str) -> None:
-    text = "xaababa<|end|<|end|>\n\n\ny\n--\n--\n\n\r\n\r\n\r\nabababaz\r\n--\r\n<|end|>" * 3 + "\r\n"
-    # Where a line feed may have a carriage return before it, split's own answer needs the text without them.
-    plain = text if "\n" not in separator else text.replace("\r\n", "\n")
-    expected = plain.split(separator.replace("\r\n", "\n"))
-    for block in (1, 2, 3, 7, 50, 10_000):
-        found = [""]
-        for part, ends in sources._split((text[i : i + block] for i in range(0, len(text), block)), separator):
-            found[-1] += part
-            if ends:
-                found.append("")
-        assert found.pop() == ""
-        assert [part if "\n" not in separator else part.replace("\r\n", "\n") for part in found] == expected
 
 
 def test_a_token_can_end_each_document(tmp_path: Path, gpt2: str) -> None:
@@ -138,30 +109,6 @@ def test_a_token_can_end_each_document(tmp_path: Path, gpt2: str) -> None:
     assert cache.record.corpus.text_bytes == sum(map(len, documents))
 
 
-def test_order_folders_patterns_and_repeats(tmp_path: Path, gpt2: str) -> None:
-    folder = tmp_path / "in"
-    (folder / "sub" / ".hidden").mkdir(parents=True)
-    for name in ("z.txt", "a.txt", "sub/m.py", ".secret", "sub/.hidden/x.txt", "b[1].txt"):
-        write(folder / name, name)
-    cache = made(tmp_path, gpt2, f"{folder}/*.txt", str(folder), f"{folder}/**/*.py", f"{folder}/b[1].txt")
-    patterned = ["a.txt", "b[1].txt", "z.txt"]
-    assert documents_of(cache) == [*patterned, "a.txt", "b[1].txt", "sub/m.py", "z.txt", "sub/m.py", "b[1].txt"]
-    assert [name for name, _, _ in source_counts(cache)][-2:] == ["m.py", "b[1].txt"]
-
-
-@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
-def test_compressed_files(tmp_path: Path, gpt2: str, ending: str, compress: Any) -> None:
-    text = sample_text()[:4_001]
-    (tmp_path / f"a.txt.{ending}").write_bytes(compress(text.encode()))
-    (tmp_path / f"b.jsonl.{ending}").write_bytes(compress(json.dumps({"text": text[:99]}).encode()))
-    cache = made(tmp_path, gpt2, str(tmp_path / f"a.txt.{ending}"), str(tmp_path / f"b.jsonl.{ending}"))
-    assert documents_of(cache) == [text, text[:99]]
-    data = (tmp_path / f"a.txt.{ending}").read_bytes()
-    (tmp_path / f"a.txt.{ending}").write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match=rf"a\.txt\.{ending}: cannot be decompressed"):
-        made(tmp_path / "other", gpt2, str(tmp_path / f"a.txt.{ending}"))
-
-
 def test_many_files_are_folded_into_one_source(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (corpus, spool):
         monkeypatch.setattr(module, "MAX_SOURCES", 3)
@@ -171,69 +118,6 @@ def test_many_files_are_folded_into_one_source(tmp_path: Path, gpt2: str, monkey
     assert source_counts(cache) == [("0.txt", 1, 1), ("1.txt", 1, 2), ("4 more files", 4, 3 + 4 + 5 + 6)]
     assert cache.document_sources is not None
     assert cache.document_sources.tolist() == [0, 1, 2, 2, 2, 2]
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-ROWS = ["first", "", "zweite Zeile\r\n", "e\u0301 😀", "last"]
-
-
-def test_json_lines(tmp_path: Path, gpt2: str) -> None:
-    lines = [json.dumps({"body": text, "extra": [index]}) for index, text in enumerate(ROWS)]
-    path = write(tmp_path / "a.jsonl", "\ufeff" + "\r\n\n".join([*lines, json.dumps({"body": None})]))
-    cache = made(tmp_path, gpt2, path, text_field="body")
-    assert documents_of(cache) == [text for text in ROWS if text]
-    assert cache.record.corpus.text_bytes == sum(len(text.encode()) for text in ROWS)
-
-
-def test_parquet(tmp_path: Path, gpt2: str) -> None:
-    table = pa.table({"id": range(700), "text": [*ROWS, None, *(f"row {i}" for i in range(694))]})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=300)
-    cache = made(tmp_path, gpt2, str(tmp_path / "a.parquet"))
-    assert documents_of(cache) == [text for text in table["text"].to_pylist() if text]
-
-
-def test_parquet_messages_have_no_nulls_of_other_rows(tmp_path: Path) -> None:
-    messages = [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "calls": [{"name": "f", "x": None}]}],
-        [{"role": "user", "content": "b", "calls": None}, {"role": "assistant", "content": "c"}],
-    ]
-    pq.write_table(pa.table({"messages": messages}), tmp_path / "a.parquet")
-    reading = Reading(RowReader("text", "messages"), "train", None)
-    found = list(read_sources(find_sources([str(tmp_path / "a.parquet")]), reading, Meter()))
-    assert [row.messages for row in found if isinstance(row, Conversation)] == [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "calls": [{"name": "f"}]}],
-        [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
-    ]
-
-
-def test_hub_data_sets_are_streamed(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    calls: list[tuple[Any, ...]] = []
-    failure: list[Exception] = []
-
-    def rows() -> Iterator[dict[str, Any]]:
-        yield from ({"text": text, "id": 1} for text in ROWS)
-        if failure:
-            raise failure[0]
-
-    def load_dataset(path: str, name: str | None, **options: Any) -> Any:
-        calls.append((path, name, options))
-        return datasets.IterableDataset.from_generator(rows)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    cache = made(tmp_path, gpt2, "hub:org/some.name:config-1@v2", split="validation")
-    assert calls == [("org/some.name", "config-1", {"split": "validation", "revision": "v2", "streaming": True})]
-    assert documents_of(cache) == [text for text in ROWS if text]
-    assert [name for name, _, _ in source_counts(cache)] == ["hub:org/some.name:config-1@v2"]
-    assert total_bytes(CorpusConfig(text=("hub:org/some",), out="x", tokenizer="y")) is None
-
-    failure.append(ConnectionError("connection\nreset"))
-    with pytest.raises(InputError, match=r"hub:org/o, split 'train': cannot be read after 5 rows \(connection reset\)"):
-        made(tmp_path / "other", gpt2, "hub:org/o")
-    with pytest.raises(InputError, match="expected hub:NAME"):
-        made(tmp_path / "other", gpt2, "hub:a/b/c")
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -352,7 +236,7 @@ def test_the_stream_does_not_depend_on_blocks(tmp_path: Path, gpt2: str, monkeyp
     path = write(tmp_path / "a.txt", sample_text() + "\n\n" + "=" * 20_000)
     digests = set()
     for block in (1 << 20, 4_096, 997):
-        monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+        monkeypatch.setattr(text_files, "BLOCK_BYTES", block)
         config = CorpusConfig(text=(path,), out=str(tmp_path / str(block)), tokenizer=gpt2, document_separator="\n\n")
         digests.add(tokenize(config).corpus.stream_sha256)
     assert len(digests) == 1
@@ -361,24 +245,26 @@ def test_the_stream_does_not_depend_on_blocks(tmp_path: Path, gpt2: str, monkeyp
 def test_progress_moves_and_ends_at_the_total(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("PIECE_CHARACTERS", 5_000), ("BATCH_CHARACTERS", 10_000)):
         monkeypatch.setattr(pieces, name, value)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 4_096)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 4_096)
     write(tmp_path / "a.txt", sample_text())
     write(tmp_path / "b.jsonl", "".join(json.dumps({"text": f"row {i}", "more": "x" * 99}) + "\n" for i in range(50)))
-    pq.write_table(pa.table({"text": ROWS * 100}), tmp_path / "c.parquet")
+    pq.write_table(pa.table({"text": ["first", "", "e\u0301 😀", "last"] * 125}), tmp_path / "c.parquet")
     size = sum(p.stat().st_size for p in tmp_path.iterdir())
     for options, passes in ({"tokenizer": gpt2}, 1), ({"train_tokenizer": 400}, 2):
-        seen: list[tuple[int, int, int]] = []
-        config = CorpusConfig(
-            text=tuple(f"{tmp_path}/*.{ending}" for ending in ("txt", "jsonl", "parquet")),
-            out=str(tmp_path / f"cache-{passes}"),
-            **options,
-        )
-        record = tokenize(config, lambda *counts, seen=seen: seen.append(counts))
-        assert total_bytes(config) == passes * size
-        assert seen[-1] == (record.corpus.documents, record.corpus.positions, passes * size)
-        assert seen == sorted(seen, key=lambda counts: counts[2])
-        assert len({counts[2] for counts in seen}) > passes * len(sample_text()) // 20_000
-        assert all(counts[:2] == (0, 0) for counts in seen if counts[2] < (passes - 1) * size)
+        counts: list[int] = []
+        opened: list[tuple[str, int | None, str]] = []
+
+        @contextmanager
+        def track(*named: Any, opened: Any = opened, counts: Any = counts) -> Iterator[Any]:
+            opened.append(named)
+            yield counts.append
+
+        text = tuple(f"{tmp_path}/*.{ending}" for ending in ("txt", "jsonl", "parquet"))
+        tokenize(CorpusConfig(text=text, out=str(tmp_path / f"cache-{passes}"), **options), track)
+        assert opened == [("tokenize", passes * size, "bytes")]
+        assert sum(counts) == passes * size
+        assert min(counts) >= 0
+        assert len(counts) > passes * len(sample_text()) // 20_000
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux' /proc")
@@ -387,9 +273,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, gpt2: str) -> None
     for name, repeats in (("small", 4), ("large", 32)):
         (tmp_path / name).write_bytes(line * repeats)
     code = (
-        "import re, sys, logit_cache.corpus.pieces as pieces, logit_cache.corpus.sources as sources\n"
+        "import re, sys, logit_cache.corpus.pieces as pieces, logit_cache.corpus.sources.text_files as text_files\n"
         "from logit_cache.corpus.tokenize import *\n"
-        "pieces.PIECE_CHARACTERS, pieces.BATCH_CHARACTERS, sources.BLOCK_BYTES = 1 << 14, 1 << 16, 1 << 14\n"
+        "pieces.PIECE_CHARACTERS, pieces.BATCH_CHARACTERS, text_files.BLOCK_BYTES = 1 << 14, 1 << 16, 1 << 14\n"
         "folder, tokenizer = sys.argv[1:]\n"
         "for name in ('small', 'large'):\n"
         "    tokenize(CorpusConfig(text=(f'{folder}/{name}',), out=f'{folder}/cache-{name}', tokenizer=tokenizer))\n"

@@ -118,3 +118,19 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
         refused(run("logit-cache", "tokenize", *arguments), *words)
         assert not out.exists(), arguments
     assert [p.name for p in full.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_of_rows_with_bad_ones(small_cache: Path, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "README.md").write_text("about it")
+    (folder / "a.csv").write_text('text,id\n"one, two",1\ntoo,many,values\n')
+    settings = tmp_path / "job.yaml"
+    settings.write_text(f"text: ['{folder}']\nskip-bad-rows: true\n")
+    line = ("logit-cache", "tokenize", "--tokenizer", small_cache / "tokenizer", "--out", tmp_path / "out")
+    refused(run(*line, "--text", folder), f"{folder}/a.csv line 3: expected 2 values", "--skip-bad-rows")
+    done = run(*line, "--config", settings)
+    assert done.returncode == 0, done.stderr
+    assert f"{folder}: 1 CSV file, {folder}/a.csv; left out: README.md" in done.stderr
+    assert f"{folder}/a.csv line 3: expected 2 values" in done.stderr
+    assert "skipped rows 1" in run("logit-cache", "inspect", tmp_path / "out").stdout

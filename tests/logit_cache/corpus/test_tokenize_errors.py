@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 from support.commands import ROOT
 from support.models.saved import sample_text, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from logit_cache.corpus import sources
 from logit_cache.corpus import tokenize as corpus
-from logit_cache.corpus.tokenize import CorpusConfig, tokenize, total_bytes
+from logit_cache.corpus.config import CorpusConfig
+from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 
@@ -46,85 +44,10 @@ def refused(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> str:
     return str(caught.value)
 
 
-def test_text_that_is_not_there_is_refused(tmp_path: Path, gpt2: str) -> None:
-    assert "none.txt: no such file" in refused(tmp_path, gpt2, str(tmp_path / "none.txt"))
-    assert "*.txt: the pattern matches no file" in refused(tmp_path, gpt2, f"{tmp_path}/*.txt")
-    (tmp_path / "folder").mkdir()
-    assert "holds no files" in refused(tmp_path, gpt2, str(tmp_path / "folder"))
-    assert "copy it here first" in refused(tmp_path, gpt2, "s3://bucket/text.txt")
-    with pytest.raises(InputError, match="no such file"):
-        total_bytes(CorpusConfig(text=("none.txt",), out="x", tokenizer=gpt2))
-
-
 @pytest.mark.parametrize("options", [{}, {"tokenizer": None, "train_tokenizer": 300}], ids=["given", "trained"])
 def test_an_empty_corpus_is_refused(tmp_path: Path, gpt2: str, options: dict[str, Any]) -> None:
     text = [write(tmp_path / "a.txt", ""), write(tmp_path / "b.jsonl", '{"text": ""}\n')]
     assert "there is no text in it" in refused(tmp_path, gpt2, *text, **options)
-
-
-def test_text_that_is_no_utf8_is_refused_with_its_position(
-    tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 10)
-    path = tmp_path / "a.txt"
-    path.write_bytes("0123456é89012345\xff6".encode("latin-1"))
-    assert "a.txt: byte 7 is not valid UTF-8" in refused(tmp_path, gpt2, str(path))
-    path.write_bytes("012345678é".encode() + b"01234\xc3(")
-    assert "a.txt: byte 16 is not valid UTF-8" in refused(tmp_path, gpt2, str(path))
-    path.write_bytes(b"0123456789cut \xe6\x97")
-    assert "a.txt: byte 14 is not valid UTF-8 (unexpected end" in refused(tmp_path, gpt2, str(path))
-    path.write_bytes(b"0123456789\x7fELF\0")
-    assert "a.txt: byte 14 is 0, so this is no UTF-8 text" in refused(tmp_path, gpt2, str(path))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_refused(tmp_path: Path, gpt2: str) -> None:
-    path = write(tmp_path / "a.txt", "secret")
-    Path(path).chmod(0)
-    assert "a.txt: cannot be read (Permission denied)" in refused(tmp_path, gpt2, path)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "a"', "line 2: expected one JSON object per line"),
-        ("[1]", "line 2: expected a JSON object, found list"),
-        ("null", "line 2: expected a JSON object, found NoneType"),
-        (
-            '{"body": "x"}',
-            "line 2: expected a string in 'text' or messages in 'messages' (or ",
-        ),
-        (
-            '{"text": 3}',
-            "line 2: expected a string in 'text' or messages in 'messages' (or ",
-        ),
-        ('{"text": "ab\\ud800"}', "line 2: character 2 is '\\ud800', half of a surrogate pair"),
-        ('{"text": ' + "[" * 100_000, "line 2: expected one JSON object per line"),
-    ],
-)
-def test_a_wrong_line_is_refused_with_its_number(tmp_path: Path, gpt2: str, line: str, message: str) -> None:
-    path = write(tmp_path / "a.jsonl", f'{{"text": "fine"}}\n{line}\n{{"text": "fine"}}\n')
-    assert f"{path} {message}" in refused(tmp_path, gpt2, path)
-
-
-def test_a_wrong_byte_of_a_line_is_refused(tmp_path: Path, gpt2: str) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xe9"}\n')
-    assert "line 2: byte 10 of it is not valid UTF-8" in refused(tmp_path, gpt2, str(tmp_path / "a.jsonl"))
-
-
-def test_wrong_parquet_is_refused(tmp_path: Path, gpt2: str) -> None:
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"PAR1 and no more")
-    assert "a.parquet: cannot be read as Parquet" in refused(tmp_path, gpt2, str(path))
-    pq.write_table(pa.table({"body": ["x"], "id": [1]}), path)
-    assert "expected a string in 'text' or messages in 'messages'" in refused(tmp_path, gpt2, str(path))
-    pq.write_table(pa.table({"text": [1, 2]}), path)
-    assert "a.parquet row 0: expected a string in 'text'" in refused(tmp_path, gpt2, str(path))
-    pq.write_table(pa.table({"text": ["x" * 1_000] * 1_000}), path, compression=None, use_dictionary=False)
-    data = bytearray(path.read_bytes())
-    data[100:5_000] = b"\xff" * 4_900
-    path.write_bytes(bytes(data))
-    assert "a.parquet: cannot be read as Parquet" in refused(tmp_path, gpt2, str(path))
 
 
 def test_wrong_tokenizers_are_refused(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
