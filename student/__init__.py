@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from student.data.batches import collate, flat_targets
+    from student.data.batches import collate
     from student.data.windows import DistillationWindows, reading_order
     from student.job import StudentJob
     from student.labels import NOT_TRAINED
@@ -32,7 +32,6 @@ _HOMES = {
     "TrainingReport": "student.report",
     "bind_loss": "student.training.bound_forward",
     "collate": "student.data.batches",
-    "flat_targets": "student.data.batches",
     "load_student": "student.models.loading",
     "reading_order": "student.data.windows",
     "train": "student.training.run",
@@ -48,7 +47,6 @@ __all__ = [
     "TrainingReport",
     "bind_loss",
     "collate",
-    "flat_targets",
     "load_student",
     "reading_order",
     "train",

@@ -29,14 +29,8 @@ from student.labels import NOT_TRAINED
 from student.loss.divergences import Divergence
 from student.loss.objective import Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
-from student.loss.teacher_targets import (
-    Member,
-    Targets,
-    Tempered,
-    targets_of,
-    temper,
-    weights,
-)
+from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
+from student.target_batch import TargetBatch
 
 # (ell [R, K], theta [R], rows) -> [R]: the divergence of one member at some rows of a batch.
 _Term = Callable[[Tensor, Tensor, slice], Tensor]
@@ -122,7 +116,8 @@ class DistillationLoss:
 
     logits             float [P, W], W >= V; CE is at temperature 1 over all W columns
     labels             int64 [P]; `NOT_TRAINED` = -100 excludes a position from both terms
-    targets            by member name, see `student.loss.teacher_targets`; not needed, and ignored, if alpha stays 1
+    targets            by member name, of the same positions, moved to the labels' device; not needed, and ignored, if
+                       alpha stays 1
     position_weights   float [P] or None: factors of both terms; the count stays that of trained positions
 
     Returns `LossSums`. The members' weights are normalised to sum 1. tau**2 keeps the scale of the gradient when the
@@ -197,7 +192,7 @@ class DistillationLoss:
         self,
         logits: Tensor,
         labels: Tensor,
-        targets: Mapping[str, Targets] | None = None,
+        targets: Mapping[str, TargetBatch] | None = None,
         position_weights: Tensor | None = None,
     ) -> LossSums:
         """The sums of one batch; the class states shapes and errors."""
@@ -207,7 +202,7 @@ class DistillationLoss:
         return prepared.sums(slice(None), cross_entropy, buckets)
 
     def prepare(
-        self, labels: Tensor, targets: Mapping[str, Targets] | None = None, position_weights: Tensor | None = None
+        self, labels: Tensor, targets: Mapping[str, TargetBatch] | None = None, position_weights: Tensor | None = None
     ) -> PreparedLoss:
         """The part of a batch's loss that needs no logits: labels int64 [P], targets by member, weights float [P]."""
         if position_weights is not None and position_weights.shape != labels.shape:
@@ -215,7 +210,7 @@ class DistillationLoss:
                 f"position_weights must be {list(labels.shape)}, one for each label; got {list(position_weights.shape)}"
             )
         trained = labels != NOT_TRAINED
-        by_member = [targets_of(member, targets) for member in self.members]
+        by_member = [targets_of(member, targets, labels) for member in self.members]
         tempered = [
             temper(each, member, self.temperature, trained, self.objective.interpolate_tail)
             for member, each in zip(self.members, by_member, strict=True)
@@ -264,7 +259,7 @@ class DistillationLoss:
 
 def forward_kl(
     logits: Tensor,
-    targets: Targets,
+    targets: TargetBatch,
     member: Member,
     temperature: float,
     trained: Tensor | None = None,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from storage.errors import InputError
-from student.data.batches import flat_targets
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss, LossSums
 from student.loss.output_layer import PlainHead, choose_head
+from student.target_batch import TargetBatch
 
 FusedHead = Literal["auto", "on", "off"]
 
@@ -45,7 +45,7 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
     ``model(input_ids, labels=labels, targets=targets).loss`` is ``loss_sum / num_items_in_batch`` of
     `DistillationLoss`; without `num_items_in_batch` the batch's own count divides. Labels are aligned with the logits
     already (`student.data.batches.collate`), unlike those that transformers' models shift themselves. `targets[name]`
-    holds tensors [B, T, ...], `position_weights` [B, T] those of the loss, if a data set gives any. Without labels
+    is a teacher's `TargetBatch`, `position_weights` [B, T] those of the loss, if a data set gives any. Without labels
     the original forward runs, so `generate` works unchanged.
 
     In training mode the output layer is fused with the loss (`student.loss.fused`: the logits [P, W] are never held)
@@ -68,7 +68,7 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
-        targets: dict[str, dict[str, Tensor]] | None = None,
+        targets: dict[str, TargetBatch] | None = None,
         position_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
@@ -77,7 +77,7 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
         if aligned is None:
             return original(input_ids=input_ids, **others)
         by_position = None if position_weights is None else position_weights.flatten()
-        batch = (aligned.flatten(), flat_targets(targets or {}), by_position)
+        batch = (aligned.flatten(), targets, by_position)
         logits = None
         if model.training and isinstance(head, PlainHead):
             sums = of_hidden(head, head.hidden(input_ids, **others), *batch)

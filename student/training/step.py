@@ -75,6 +75,11 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
             "accelerator_config split_batches would divide each batch over the processes: leave it out, and give "
             "--windows-per-step"
         )
+    if args.world_size > 1 and getattr(args.accelerator_config, "dispatch_batches", False):
+        raise InputError(
+            "accelerator_config dispatch_batches would have one process read the windows of all: leave it out, every "
+            "process reads its own"
+        )
     asked = job.windows_per_step
     own, most, processes = windows_per_step(args), args.train_batch_size, args.world_size
     if asked is None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from storage.errors import InputError
-from student.data.batches import collate, flat_targets
+from student.data.batches import collate
 from student.data.order import ReadingOrder
 from student.data.windows import DistillationWindows, reading_order
 from student.evaluation.held_out import HeldOut, HeldOutSums, bytes_per_token
@@ -162,7 +162,7 @@ class DistillationTrainer(Trainer):
             batch: dict[str, Any] = self._prepare_inputs(read)
             with self.accelerator.autocast():
                 logits = model(input_ids=batch["input_ids"]).logits
-            sums.add(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+            sums.add(logits.flatten(0, 1), batch["labels"].flatten(), batch["targets"])
             if self.eval_loss is not None:
                 found = _loss_of_batch(self.eval_loss, logits, batch)
                 objective += torch.stack([found.loss_sum.double(), found.count.double()]).cpu()
@@ -181,7 +181,7 @@ def _loss_of_batch(loss: DistillationLoss, logits: Tensor, batch: dict[str, Any]
     flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
     if isinstance(loss, DenseLoss):
         return loss.of_windows(flat, labels, batch["input_ids"])
-    return loss(flat, labels, flat_targets(batch["targets"]))
+    return loss(flat, labels, batch["targets"])
 
 
 def _ours(dataset: Any) -> DistillationWindows:

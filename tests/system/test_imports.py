@@ -25,7 +25,7 @@ ROOMS = {
         ("errors",), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",),
     ),
     "student": (
-        ("labels", "models", "lifeline"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
+        ("labels", "models", "lifeline", "target_batch"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
         ("evaluation",), ("training",), ("sweep",), ("cli",),
     ),
     "teachers": (

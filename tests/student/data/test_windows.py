@@ -17,10 +17,9 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from torch.utils.data import DataLoader
 
 import storage.cache.reader
-import student.data.windows
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.format.manifest import CacheRecord, Windowing
+from storage.format.manifest import ArrayLayout, CacheRecord, Windowing
 from storage.format.targets import SparseTargets
 from student.data.batches import collate
 from student.data.blocks import Blocks
@@ -203,15 +202,10 @@ def test_windows_equal_slices_of_the_stream(
         assert len(window["labels"]) == len(window["input_ids"]) == size
         for name, whole in reference.items():
             targets = window["targets"][name]
-            assert (targets["entropy"][:length] == np.arange(start, start + length)).all()
-            assert (targets["token_ids"][:length] == whole.token_ids[start : start + length]).all()
-            values = targets["codes"] if name == "a" else targets["logprobs"]
-            stored = whole.codes if name == "a" else whole.exact_logprobs
-            assert stored is not None
-            assert (values[:length] == stored[start : start + length]).all()
-            assert len(values) == size
-            if name == "a":  # at K = V the tail is -inf in true rows too
-                assert np.isfinite(targets["log_tail"]).all()
+            assert (targets.start, targets.stop, window["first"]) == (start, start + length, 0)
+            assert (targets.token_ids == whole.token_ids[start : start + length]).all()
+            values, stored = (each.codes if name == "a" else each.exact_logprobs for each in (targets, whole))
+            assert (values == stored[start : start + length]).all()
 
 
 def test_fixed_windows_count_every_labelled_position_once(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
@@ -219,7 +213,7 @@ def test_fixed_windows_count_every_labelled_position_once(stream: tuple[str, np.
     windows = DistillationWindows(url, ["a"], 24)
     batch = collate(windows.__getitems__(range(len(windows))))
     trained = batch["labels"] != -100
-    positions = batch["targets"]["a"]["entropy"][trained]
+    positions = batch["targets"]["a"].entropy[trained]
     assert positions.sort().values.tolist() == list(range(202))
     assert batch["labels"][trained].tolist() == tokens[1:].tolist()
     assert batch["shift_labels"] is batch["labels"]
@@ -231,12 +225,12 @@ def test_batch_has_the_stated_types(stream: tuple[str, np.ndarray, CacheRecord])
     assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     a, b = batch["targets"]["a"], batch["targets"]["b"]
-    assert (a["codes"].dtype, a["codes"].shape) == (torch.uint16, (4, 16, 7))
-    assert (b["logprobs"].dtype, b["logprobs"].shape) == (torch.float32, (4, 16, V))
-    assert a["token_ids"].dtype == torch.int32
-    assert {a[name].dtype for name in ("kept", "certain")} == {torch.int32}
-    assert {a[n].dtype for n in ("top_logprob", "log_tail", "log_tail_half", "entropy")} == {torch.float32}
-    assert set(a) == {"token_ids", "codes", "kept", "certain", "top_logprob", "log_tail", "log_tail_half", "entropy"}
+    assert (a.codes.dtype, a.codes.shape) == (torch.uint16, (4, 16, 7))
+    assert (b.logprobs.dtype, b.logprobs.shape) == (torch.float32, (4, 16, V))
+    assert a.token_ids.dtype == torch.int32
+    assert {values.dtype for values in (a.kept, a.certain)} == {torch.int32}
+    assert {values.dtype for values in (a.top_logprob, a.log_tail, a.log_tail_half, a.entropy)} == {torch.float32}
+    assert (a.logprobs, b.codes) == (None, None)
 
 
 def test_neighbouring_windows_are_read_in_one_piece(
@@ -266,12 +260,10 @@ def test_loss_mask_becomes_labels_that_are_not_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", ["fixed", "random"])
-def test_trained_positions_are_those_with_a_label(
-    tmp_path: Path, offset: Literal["fixed", "random"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(student.data.windows, "_MASK_BLOCK", 7)
+def test_trained_positions_are_those_with_a_label(tmp_path: Path, offset: Literal["fixed", "random"]) -> None:
     mask = np.random.default_rng(4).random(40) < 0.5
-    make_corpus(str(tmp_path / "c"), np.arange(40, dtype=np.uint16), V, loss_mask=mask)
+    layout = ArrayLayout(shard=14, chunk=7, compression="lz4")
+    make_corpus(str(tmp_path / "c"), np.arange(40, dtype=np.uint16), V, loss_mask=mask, tokens_layout=layout)
     windows = DistillationWindows(str(tmp_path / "c"), (), 8, offset)
     indices = [3, 0, 7, 1]
     labels = collate(windows.__getitems__(indices))["labels"]
@@ -285,8 +277,8 @@ def test_windows_begin_with_an_id_of_their_own(stream: tuple[str, np.ndarray, Ca
     windows = DistillationWindows(url, ["a"], 24)
     windows.begin_id = begin
     assert windows.input_tokens == 25
-    numbers = range(len(plain))
-    for number, old, new in zip(numbers, plain.__getitems__(numbers), windows.__getitems__(numbers), strict=True):
+    entropy = collate(windows[:])["targets"]["a"].entropy
+    for number, (old, new) in enumerate(zip(plain, windows, strict=True)):
         length = plain.blocks.span(number)[1]
         lead = int(old["input_ids"][0] != begin)
         assert lead == (number != 2)
@@ -295,9 +287,8 @@ def test_windows_begin_with_an_id_of_their_own(stream: tuple[str, np.ndarray, Ca
         assert (new["input_ids"][inside] == old["input_ids"][:length]).all()
         assert (new["labels"][inside] == old["labels"][:length]).all()
         assert set(new["labels"].tolist()[:lead] + new["labels"].tolist()[lead + length :]) <= {-100}
-        for key, values in old["targets"]["a"].items():
-            assert len(new["targets"]["a"][key]) == 25
-            assert (new["targets"]["a"][key][inside] == values[:length]).all()
+        assert len(new["labels"]) == 25
+        assert entropy[number, inside].tolist() == list(range(24 * number, 24 * number + length))
 
 
 def test_isolated_documents_are_not_crossed(tmp_path: Path) -> None:
@@ -315,7 +306,7 @@ def test_isolated_documents_are_not_crossed(tmp_path: Path) -> None:
     assert torch.equal(batch["input_ids"], plain["input_ids"])
     trained = batch["labels"] != -100
     assert batch["labels"][trained].tolist() == [t for t in range(50) if t not in starts]
-    assert batch["targets"]["a"]["entropy"][trained].tolist() == [t - 1 for t in range(50) if t not in starts]
+    assert batch["targets"]["a"].entropy[trained].tolist() == [t - 1 for t in range(50) if t not in starts]
     with pytest.raises(InputError, match="teacher a saw isolated documents"):
         DistillationWindows(url, ["a"], 8, isolate_documents=False)
     write_entry(url, "across", make_entry(record, 5), marked_targets(tokens, 5))
@@ -361,7 +352,7 @@ def test_wide_vocabularies_have_64_bit_ids(tmp_path: Path) -> None:
     targets.token_ids[:, 2] = 4_294_967_295
     write_entry(url, "a", entry, targets)
     batch = collate(DistillationWindows(url, ["a"], 3).__getitems__([0]))
-    ids = batch["targets"]["a"]["token_ids"]
+    ids = batch["targets"]["a"].token_ids
     assert ids.dtype == torch.int64
     assert ids[0, :, 2].tolist() == [4_294_967_295] * 3
     assert batch["labels"].tolist() == [[69_999, 7, 1]]
@@ -392,4 +383,4 @@ def test_worker_processes_read_the_same_batches(stream: tuple[str, np.ndarray, C
     )
     for one, other in zip(alone, loader, strict=True):
         assert torch.equal(one["labels"], other["labels"])
-        assert torch.equal(one["targets"]["a"]["codes"].int(), other["targets"]["a"]["codes"].int())
+        assert torch.equal(one["targets"]["a"].codes.int(), other["targets"]["a"].codes.int())
