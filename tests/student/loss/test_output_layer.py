@@ -93,7 +93,7 @@ def other_model(kind: str) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("doubled", r"does not give its logits: up to .* off logits"),
+        ("doubled", r"does not give its logits: up to .* from logits"),
         ("dropping", "does not give its logits"),
         ("bert", "does not give its logits"),
         ("quantised", "is a Quantised, not a plain Linear"),
