@@ -162,14 +162,19 @@ def _chunks(logits: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
-def check_batch(logits: Tensor, labels: Tensor | None, vocabulary_size: int) -> None:
-    """Raise InputError unless logits are [P, W] with W >= V and labels, when given, are [P]."""
+def check_batch(logits: Tensor, labels: Tensor, vocabulary_size: int) -> None:
+    """Raise InputError unless logits are [P, W] with W >= V and labels are [P]."""
     if logits.ndim != 2:
         raise InputError(f"logits must be flattened to [positions, columns]; got {list(logits.shape)}")
-    if logits.shape[1] < vocabulary_size:
-        raise InputError(
-            f"the model's head has {logits.shape[1]} columns, fewer than the {vocabulary_size} ids of the cache's "
-            "tokenizer: resize its embeddings or take another model"
-        )
-    if labels is not None and labels.shape != logits.shape[:1]:
+    check_columns(logits.shape[1], vocabulary_size)
+    if labels.shape != logits.shape[:1]:
         raise InputError(f"labels must be [{len(logits)}], one for each row of logits; got {list(labels.shape)}")
+
+
+def check_columns(columns: int, vocabulary_size: int) -> None:
+    """Raise InputError where a head has fewer columns than there are ids."""
+    if columns < vocabulary_size:
+        raise InputError(
+            f"the model's head has {columns} columns, fewer than the {vocabulary_size} ids of the cache's tokenizer: "
+            "resize its embeddings or take another model"
+        )

@@ -21,6 +21,7 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
+    quantisation_bound,
     spoiled,
     stored,
 )
@@ -32,7 +33,7 @@ from student.labels import NOT_TRAINED
 from student.loss import student_logprobs as buckets
 from student.loss.distillation import DistillationLoss, forward_kl
 from student.loss.student_logprobs import student_buckets
-from student.loss.teacher_targets import decode_logprobs, quantisation_bound, temper
+from student.loss.teacher_targets import decode_logprobs, temper
 from student.target_batch import TargetBatch
 
 WIDTHS = [V, V + 13]
