@@ -240,6 +240,9 @@ class LogitCache:
         store = open_store(url)
         return cls(store, read_record(store, "zarr.json", CacheRecord))
 
+    def __repr__(self) -> str:
+        return f"LogitCache({self.url!r}: {self.record.corpus.positions:,} tokens, {self.vocabulary_size:,} ids)"
+
     @property
     def vocabulary_size(self) -> int:
         """V: the largest token id + 1."""

@@ -169,6 +169,11 @@ class DistillationLoss:
             raise InputError(f"loss_scale babyllama needs window_tokens of 2 or more; got {window_tokens}")
         _check_linear(self.members, self.objective)
 
+    def __repr__(self) -> str:
+        of, told = self.objective, [f"{member.name} {member.weight:g}" for member in self.members]
+        teachers = ", ".join(told) or "no teacher"
+        return f"{type(self).__name__}({of.loss} to {teachers}; alpha {self.alpha:g}, temperature {of.temperature:g})"
+
     def set_progress(self, progress: float) -> None:
         """Set a scheduled alpha for a point of the run: 0 at its first optimizer step, 1 at its last.
 

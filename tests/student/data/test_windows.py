@@ -25,6 +25,8 @@ from student.data.batches import collate
 from student.data.blocks import Blocks
 from student.data.order import BUFFER_GROUPS, ReadingOrder
 from student.data.windows import DistillationWindows
+from student.loss.distillation import DistillationLoss
+from student.loss.teacher_targets import Member
 
 V = 53
 ISOLATED = Windowing(context_tokens=16, stride_tokens=16, isolate_documents=True)
@@ -257,6 +259,34 @@ def test_loss_mask_becomes_labels_that_are_not_trained(tmp_path: Path) -> None:
     expected = np.append(np.where(mask[:39], tokens[1:].astype(np.int64), -100), -100)
     assert batch["labels"].flatten().tolist() == expected.tolist()
     assert batch["targets"] == {}
+
+
+def test_windows_are_a_sequence(made: tuple[str, np.ndarray, CacheRecord]) -> None:
+    windows = DistillationWindows(Path(made[0]), ["a"], 16, "random", seed=3)
+    firsts = [window["input_ids"].tolist() for window in windows]
+    assert len(firsts) == len(windows) == 12
+    for index in (0, -1, 11, -12, np.int64(5), np.uint8(7), torch.tensor(2)):
+        assert windows[index]["input_ids"].tolist() == firsts[int(index)]
+    for cut in (slice(2), slice(-2, None), slice(None, None, -5), slice(20, 30)):
+        assert [window["input_ids"].tolist() for window in windows[cut]] == firsts[cut]
+    for index in (12, -13, 1 << 40):
+        with pytest.raises(IndexError, match=f"no window {index} among 12"):
+            windows[index]
+    for wrong in (1.0, "1", True, None, np.float32(1), [1]):
+        with pytest.raises(TypeError, match="a whole number or a slice, not by"):
+            windows[wrong]  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="whole numbers, not by float64"):
+        windows.__getitems__([0, 1.5])  # type: ignore[list-item]
+
+
+def test_objects_say_in_a_line_what_they_are(made: tuple[str, np.ndarray, CacheRecord]) -> None:
+    url, cache = made[0], storage.cache.reader.LogitCache.open(made[0])
+    windows = DistillationWindows(url, ["a"], 16)
+    assert repr(windows) == f"DistillationWindows({url!r}, ['a']: 13 windows of 16 tokens, fixed offset)"
+    assert repr(cache) == f"LogitCache({url!r}: 203 tokens, 53 ids)"
+    assert repr(cache.teacher("a").read(3, 9)) == "SparseTargets(positions 3..9 of 7 ids, codes of 0.03125 nats)"
+    loss = DistillationLoss(V, 0.25, 2.0, [Member.of("a", windows.entries["a"])])
+    assert repr(loss) == "DistillationLoss(forward-kl to a 1; alpha 0.25, temperature 2)"
 
 
 @pytest.mark.parametrize("offset", ["fixed", "random"])
