@@ -84,7 +84,8 @@ class DenseLoss(DistillationLoss):
         windows: Tensor | None = None,
     ) -> LossSums:
         """The sums of one batch; the class states shapes and errors. Stored targets are not read."""
-        assert windows is not None, "live teachers read the windows themselves"
+        if windows is None:
+            raise InputError("live teachers read the windows of a batch themselves: give its input_ids")
         check_batch(logits, labels, self.vocabulary_size)
         trained = labels != NOT_TRAINED
         of_label, of_teacher, in_window = self._scale(labels)

@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 # Device types on which Triton kernels process a float32 buffer, where triton is installed and runs.
 _TRITON_DEVICES = {"cuda"}
 # Logits in the buffer: 64 MiB of float32 on a CPU, 256 MiB elsewhere.
-_BUFFER_LOGITS = {"cpu": 1 << 24}
-_BUFFER_LOGITS_ELSEWHERE = 1 << 26
+_BUFFER_LOGITS = {"cpu": 1 << 24, "elsewhere": 1 << 26}
 # Rows of the weight gradient per product, where that has to be widened by hand.
 _WEIGHT_ROWS = 1 << 13
 
@@ -270,7 +269,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _rows_at_once(hidden: Tensor, weight: Tensor) -> int:
     """Rows of the buffer, at least 1."""
-    logits = _BUFFER_LOGITS.get(hidden.device.type, _BUFFER_LOGITS_ELSEWHERE)
+    logits = _BUFFER_LOGITS.get(hidden.device.type, _BUFFER_LOGITS["elsewhere"])
     return max(1, min(len(hidden), logits // len(weight)))
 
 

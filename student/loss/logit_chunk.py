@@ -244,7 +244,8 @@ def _union(supports: Sequence[Tensor], rows: int, device: torch.device) -> tuple
 
 
 def row_slices(buffer: Tensor, logits_at_once: dict[str, int]) -> list[slice]:
-    """Row ranges of about `logits_at_once` logits by device type; one range of all rows for other types."""
+    """Row ranges of about `logits_at_once` logits by device type or "elsewhere"; of all rows where neither is given."""
     rows, columns = buffer.shape
-    step = max(1, logits_at_once.get(buffer.device.type, buffer.numel()) // max(1, columns))
+    most = logits_at_once.get(buffer.device.type, logits_at_once.get("elsewhere", buffer.numel()))
+    step = max(1, most // max(1, columns))
     return [slice(start, start + step) for start in range(0, rows, step)]

@@ -273,11 +273,9 @@ def tail_bounds(targets: TargetBatch, vocabulary_size: int, temperature: float) 
     zero, half, one = _known_tails(targets, vocabulary_size)
     b = 1 / temperature
     left, right = half + (2 * b - 1) * (half - zero), half + (2 * b - 1) * (one - half)
-    empty = one.isneginf()
-    return (
-        torch.minimum(left, right).masked_fill(empty, -math.inf),
-        torch.maximum(left, right).masked_fill(empty, -math.inf),
-    )
+    bounds = (left.minimum(right), left.maximum(right))
+    least, greatest = (bound.masked_fill(one.isneginf(), -math.inf) for bound in bounds)
+    return least, greatest
 
 
 def interpolation_bound(targets: TargetBatch, member: Member, temperature: float) -> Tensor:

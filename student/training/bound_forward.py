@@ -21,8 +21,6 @@ from student.target_batch import TargetBatch
 
 FusedHead = Literal["auto", "on", "off"]
 
-_BOUND = ("forward", "_original_forward", "accepts_loss_kwargs")
-
 
 @dataclass
 class DistillationOutput(ModelOutput):
@@ -55,7 +53,10 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
 
     Nothing is added to the weights or the configuration: `save_pretrained` writes the files of an unbound model.
     """
-    head = _not_fused(fused_head) if isinstance(loss, DenseLoss) else choose_head(model, fused_head)
+    is_live = isinstance(loss, DenseLoss)
+    if is_live and fused_head == "on":
+        raise InputError("the fused head was asked for, but live teachers give whole logits; take auto or off")
+    head = "the teachers run beside it" if is_live else choose_head(model, fused_head)
     model.forward = _BoundForward(model, loss, head)
     # Makes the Trainer count the trained tokens of a whole optimizer step and pass their number in.
     model.accepts_loss_kwargs = True  # type: ignore[assignment]
@@ -65,14 +66,10 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
 class _BoundForward:
     """A model's forward with its loss; `head` is the reason where the output layer is not fused with it."""
 
-    # No dictionary, which accelerate's wrappers would copy into their own.
-    __slots__ = ("_loss_sums", "head", "loss", "model", "original")
-
     def __init__(self, model: nn.Module, loss: DistillationLoss, head: PlainHead | str) -> None:
         self.model, self.original, self.loss, self.head = model, model.forward, loss, head
         # Loops over chunks and teachers on small tensors, which torch.compile handles badly and could not speed up.
-        not_compiled: Any = torch.compiler.disable
-        self._loss_sums = not_compiled(self.loss_sums)
+        self._loss_sums = torch.compiler.disable(self.loss_sums)  # type: ignore[no-untyped-call]
 
     def __call__(
         self,
@@ -120,13 +117,7 @@ class _BoundForward:
         return self.loss(computed.flatten(0, 1), flat, targets, by_position, windows)
 
 
-def _not_fused(asked: FusedHead) -> str:
-    if asked == "on":
-        raise InputError("the fused head was asked for, but live teachers give whole logits; take auto or off")
-    return "the teachers run beside it"
-
-
 def unbind_loss(model: nn.Module) -> None:
     """Restore the forward of the model's class; does nothing to a model without a bound loss."""
-    for name in _BOUND:
+    for name in ("forward", "_original_forward", "accepts_loss_kwargs"):
         model.__dict__.pop(name, None)

@@ -30,7 +30,7 @@ from student.labels import NOT_TRAINED
 from student.loss.dense import LogitSource
 from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
-from student.loss.teacher_targets import interpolation_bound, targets_of
+from student.loss.teacher_targets import interpolation_bound
 from student.models.loading import load_student
 from student.models.presets import PRESETS
 from student.models.saved_tokenizer import saved_tokenizer
@@ -247,11 +247,10 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
     number = min(len(windows), _BOUND_WINDOWS)
     chosen = [i * len(windows) // number for i in range(number)]
     batch = collate(windows.__getitems__(chosen))
-    labels = batch["labels"].flatten()
-    trained = labels != NOT_TRAINED
+    targets, trained = batch["targets"], batch["labels"].flatten() != NOT_TRAINED
     found = {}
     for member in loss.members:
-        off = interpolation_bound(targets_of(member, batch["targets"], labels), member, loss.temperature)
+        off = interpolation_bound(targets[member.name].flat(), member, loss.temperature)
         # The padding of a short window is left out, unless no position is trained at all.
         off = off[trained] if trained.any() else off
         found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))

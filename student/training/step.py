@@ -24,12 +24,6 @@ COMPUTE_ONLY = frozenset(
     | {"ddp_find_unused_parameters"}
 )
 
-# Fields of accelerator_config that contradict how processes share a step.
-_RESERVED = {
-    "split_batches": "would divide each batch over the processes",
-    "dispatch_batches": "would have one process read the windows of all",
-}
-
 # Process counts that the error message suggests, at most.
 _SUGGESTED = 8
 
@@ -76,9 +70,12 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
     Raises InputError where the step cannot be split.
     """
     take_one_device(args)
-    for name, consequence in _RESERVED.items():
+    for name in ("split_batches", "dispatch_batches"):
         if getattr(args.accelerator_config, name, False):
-            raise InputError(f"accelerator_config {name} {consequence}: leave it out, and give --windows-per-step")
+            raise InputError(
+                f"accelerator_config {name} would divide batches that each process reads for itself: leave it out, and "
+                "give --windows-per-step"
+            )
     asked = job.windows_per_step
     own, most, processes = windows_per_step(args), args.train_batch_size, args.world_size
     if asked is None:

@@ -307,7 +307,8 @@ def _fused(
     loss = DistillationLoss(size.columns, alpha, temperature, [Member("t", 1.0, None, size.columns)])
 
     def way(hidden: Tensor, weight: Tensor) -> Tensor:
-        with mock.patch.multiple(fused, _TRITON_DEVICES=devices, _BUFFER_LOGITS_ELSEWHERE=mib << 18):
+        buffers = mock.patch.dict(fused._BUFFER_LOGITS, elsewhere=mib << 18)
+        with mock.patch.object(fused, "_TRITON_DEVICES", devices), buffers:
             prepared = loss.prepare(labels, {"t": targets})
             return fused.fused_loss(hidden, weight, None, prepared).loss_sum / size.positions
 
