@@ -9,8 +9,9 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from support.caches.small import dense_targets
-from support.references.dense_targets import dense, stored
+from support.references.dense_targets import dense, member, stored
 
+from student.loss.teacher_targets import targets_of
 from student.target_batch import TargetBatch
 
 T, K = 4, 5
@@ -44,6 +45,11 @@ def test_what_is_absent_stays_absent_and_everything_else_follows(batch: TargetBa
     for other in (flat, batch[:2], batch.to("meta"), pickle.loads(pickle.dumps(batch))):
         assert tensors(other).keys() == tensors(batch).keys()
         assert other.codes is None
+
+
+def test_a_loss_takes_the_rows_of_windows_to_the_device_of_its_labels(batch: TargetBatch) -> None:
+    found = targets_of(member(), {"t": batch}, torch.zeros(3 * T, device="meta"))
+    assert (found.token_ids.shape, found.token_ids.device.type) == ((3 * T, K), "meta")
 
 
 def test_accelerate_moves_it_and_casts_nothing() -> None:

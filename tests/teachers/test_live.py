@@ -137,6 +137,8 @@ def test_without_a_share_the_teachers_do_not_run() -> None:
     assert source.calls == 0
     assert sums.divergence == {}
     torch.testing.assert_close(sums.loss_sum.detach(), sums.cross_entropy)
+    with pytest.raises(InputError, match="give its input_ids"):
+        DenseLoss(source, V, 0.5, 1.0)(numbers(2, V, 2.0), labels)
 
 
 def test_teachers_must_score_every_id() -> None:

@@ -483,6 +483,8 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         loss(z[None], labels, {"a": targets})
     with pytest.raises(InputError, match=r"labels must be \[37\]"):
         loss(z, labels[:-1], {"a": targets})
+    with pytest.raises(InputError, match="teacher a has targets for 36 positions, there are 37 labels"):
+        loss(z, labels, {"a": targets[1:]})
 
 
 def test_weights_are_normalised() -> None:
