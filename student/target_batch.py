@@ -26,7 +26,7 @@ class TargetBatch:
 
     token_ids       int32 (int64 for a cache of 32-bit ids) [rows, K]  most probable first; columns from `kept` on hold
                     anything, an id beyond the student's columns too
-    kept            int32 [rows]   valid leading columns; 0: the row has no target, whatever else it holds
+    kept            int32 [rows]   valid leading columns; 0 in a row without a target: padding, which no label trains on
     certain         int32 [rows]   so many leading ids are certain to be in the row, the others up to `kept` are sampled
     top_logprob     float32 [rows]   log-prob of column 0
     log_tail        float32 [rows]   log of the mass outside the certain ids; -inf where none is
