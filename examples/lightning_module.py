@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from storage import LogitCache
-from student import DistillationLoss, DistillationWindows, Member, collate, flat_targets, load_student, reading_order
+from student import DistillationLoss, DistillationWindows, Member, collate, load_student, reading_order
 
 
 class Distillation(lightning.LightningModule):
@@ -38,7 +38,7 @@ class Distillation(lightning.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self.loss.set_progress(self.global_step / max(self.steps - 1, 1))
         logits = self.model(batch["input_ids"], use_cache=False).logits
-        sums = self.loss(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+        sums = self.loss(logits.flatten(0, 1), batch["labels"].flatten(), batch["targets"])
         count = self.all_gather(sums.count).sum().clamp(min=1)
         loss = sums.loss_sum * self.trainer.world_size / count
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))

@@ -24,7 +24,6 @@ from student import (
     DistillationWindows,
     Member,
     collate,
-    flat_targets,
     load_student,
     reading_order,
 )
@@ -84,11 +83,7 @@ def train(
             total = 0.0
             for batch in step:
                 logits = model(batch["input_ids"].to(device), use_cache=False).logits
-                targets = {
-                    name: {key: value.to(device) for key, value in fields.items()}
-                    for name, fields in flat_targets(batch["targets"]).items()
-                }
-                sums = loss(logits.flatten(0, 1), batch["labels"].flatten().to(device), targets)
+                sums = loss(logits.flatten(0, 1), batch["labels"].flatten().to(device), batch["targets"])
                 (sums.loss_sum / max(count, 1)).backward()
                 total += float(sums.loss_sum.detach()) / max(count, 1)
             optimizer.step()

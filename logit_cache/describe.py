@@ -11,8 +11,6 @@ from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
 from storage.format.manifest import Corpus, ShardStatistics
 
-_BLOCK = 1 << 22  # positions of a loss mask that are counted at a time
-
 
 def describe_cache(cache: LogitCache, lengths: bool = False) -> dict[str, Any]:
     """The whole cache as JSON data. Log-probs and losses in nats, sizes in bytes, masses as fractions.
@@ -50,12 +48,9 @@ def describe_stream(cache: LogitCache) -> dict[str, Any]:
     lengths = np.diff(starts, append=positions)
     median, most = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.95))
     mask = cache.loss_mask
-    blocks = range(0, positions, _BLOCK)
     return {
         "document_tokens": {"median": median, "percentile_95": most, "longest": int(lengths.max())},
-        "trained_tokens": None
-        if mask is None
-        else sum(int(mask.read(start, min(start + _BLOCK, positions)).sum()) for start in blocks),
+        "trained_tokens": None if mask is None else int(mask.count_before(np.array([positions]))[0]),
     }
 
 

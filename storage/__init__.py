@@ -5,49 +5,30 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from storage.lazy import public_names
 
 if TYPE_CHECKING:
-    from storage.cache.reader import LogitCache, TeacherTargets
-    from storage.errors import (
-        CacheNotFound,
-        CorruptCache,
-        FormatError,
-        IdentityMismatch,
-        IncompleteCache,
-        InputError,
-        LogitCacheError,
-        MissingObject,
-        StorageFull,
-        StoreUnavailable,
-    )
-    from storage.format.targets import SparseTargets
+    from storage.cache.reader import LogitCache as LogitCache
+    from storage.cache.reader import TeacherTargets as TeacherTargets
+    from storage.errors import CacheNotFound as CacheNotFound
+    from storage.errors import CorruptCache as CorruptCache
+    from storage.errors import FormatError as FormatError
+    from storage.errors import IdentityMismatch as IdentityMismatch
+    from storage.errors import IncompleteCache as IncompleteCache
+    from storage.errors import InputError as InputError
+    from storage.errors import LogitCacheError as LogitCacheError
+    from storage.errors import MissingObject as MissingObject
+    from storage.errors import StorageFull as StorageFull
+    from storage.errors import StoreUnavailable as StoreUnavailable
+    from storage.format.targets import SparseTargets as SparseTargets
 
-_HOMES = {
-    "LogitCache": "storage.cache.reader",
-    "SparseTargets": "storage.format.targets",
-    "TeacherTargets": "storage.cache.reader",
-}
-__all__ = [
-    "CacheNotFound",
-    "CorruptCache",
-    "FormatError",
-    "IdentityMismatch",
-    "IncompleteCache",
-    "InputError",
-    "LogitCache",
-    "LogitCacheError",
-    "MissingObject",
-    "SparseTargets",
-    "StorageFull",
-    "StoreUnavailable",
-    "TeacherTargets",
-]
-
-
-def __getattr__(name: str) -> Any:
-    # Lazy, so that a command that imports one file of this package (for its `--help`) imports nothing else.
-    if name in __all__:
-        return getattr(importlib.import_module(_HOMES.get(name, "storage.errors")), name)
-    raise AttributeError(f"module 'storage' has no attribute {name!r}")
+__all__, __getattr__ = public_names(__name__, {
+    "storage.cache.reader": ("LogitCache", "TeacherTargets"),
+    "storage.errors": (
+        "CacheNotFound", "CorruptCache", "FormatError", "IdentityMismatch", "IncompleteCache", "InputError",
+        "LogitCacheError", "MissingObject", "StorageFull", "StoreUnavailable",
+    ),
+    "storage.format.targets": ("SparseTargets",),
+})  # fmt: skip

@@ -6,57 +6,37 @@ nothing else, so that command lines can describe themselves without torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from storage.lazy import public_names
 
 if TYPE_CHECKING:
-    from student.data.batches import collate, flat_targets
-    from student.data.windows import DistillationWindows, reading_order
-    from student.job import StudentJob
-    from student.labels import NOT_TRAINED
-    from student.loss.distillation import DistillationLoss
-    from student.loss.teacher_targets import Member
-    from student.models.loading import load_student
-    from student.report import TrainingReport
-    from student.training.bound_forward import bind_loss, unbind_loss
-    from student.training.run import train
-    from student.training.trainer import DistillationTrainer
+    from student.data.batches import collate as collate
+    from student.data.windows import DistillationWindows as DistillationWindows
+    from student.data.windows import reading_order as reading_order
+    from student.job import StudentJob as StudentJob
+    from student.labels import NOT_TRAINED as NOT_TRAINED
+    from student.loss.distillation import DistillationLoss as DistillationLoss
+    from student.loss.teacher_targets import Member as Member
+    from student.models.loading import load_student as load_student
+    from student.report import TrainingReport as TrainingReport
+    from student.target_batch import TargetBatch as TargetBatch
+    from student.training.bound_forward import bind_loss as bind_loss
+    from student.training.bound_forward import unbind_loss as unbind_loss
+    from student.training.run import train as train
+    from student.training.trainer import DistillationTrainer as DistillationTrainer
 
-_HOMES = {
-    "DistillationLoss": "student.loss.distillation",
-    "DistillationTrainer": "student.training.trainer",
-    "DistillationWindows": "student.data.windows",
-    "Member": "student.loss.teacher_targets",
-    "NOT_TRAINED": "student.labels",
-    "StudentJob": "student.job",
-    "TrainingReport": "student.report",
-    "bind_loss": "student.training.bound_forward",
-    "collate": "student.data.batches",
-    "flat_targets": "student.data.batches",
-    "load_student": "student.models.loading",
-    "reading_order": "student.data.windows",
-    "train": "student.training.run",
-    "unbind_loss": "student.training.bound_forward",
-}
-__all__ = [
-    "NOT_TRAINED",
-    "DistillationLoss",
-    "DistillationTrainer",
-    "DistillationWindows",
-    "Member",
-    "StudentJob",
-    "TrainingReport",
-    "bind_loss",
-    "collate",
-    "flat_targets",
-    "load_student",
-    "reading_order",
-    "train",
-    "unbind_loss",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'student' has no attribute {name!r}")
+__all__, __getattr__ = public_names(__name__, {
+    "student.data.batches": ("collate",),
+    "student.data.windows": ("DistillationWindows", "reading_order"),
+    "student.job": ("StudentJob",),
+    "student.labels": ("NOT_TRAINED",),
+    "student.loss.distillation": ("DistillationLoss",),
+    "student.loss.teacher_targets": ("Member",),
+    "student.models.loading": ("load_student",),
+    "student.report": ("TrainingReport",),
+    "student.target_batch": ("TargetBatch",),
+    "student.training.bound_forward": ("bind_loss", "unbind_loss"),
+    "student.training.run": ("train",),
+    "student.training.trainer": ("DistillationTrainer",),
+})  # fmt: skip

@@ -6,42 +6,26 @@ that scores windows, by the contract of `teachers.base.Teacher`. Importing the p
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from storage.lazy import public_names
 
 if TYPE_CHECKING:
-    from teachers.base import Teacher
-    from teachers.ensemble import EnsembleTeacher
-    from teachers.huggingface.teacher import HuggingFaceTeacher
-    from teachers.live import LiveTeacher, load_live
-    from teachers.reduction.reduce import reduce_topk, reduce_varopt
-    from teachers.reduction.varopt import Sampling, random_bits
+    from teachers.base import Teacher as Teacher
+    from teachers.ensemble import EnsembleTeacher as EnsembleTeacher
+    from teachers.huggingface.teacher import HuggingFaceTeacher as HuggingFaceTeacher
+    from teachers.live import LiveTeacher as LiveTeacher
+    from teachers.live import load_live as load_live
+    from teachers.reduction.reduce import reduce_topk as reduce_topk
+    from teachers.reduction.reduce import reduce_varopt as reduce_varopt
+    from teachers.reduction.varopt import Sampling as Sampling
+    from teachers.reduction.varopt import random_bits as random_bits
 
-_HOMES = {
-    "EnsembleTeacher": "teachers.ensemble",
-    "HuggingFaceTeacher": "teachers.huggingface.teacher",
-    "LiveTeacher": "teachers.live",
-    "Sampling": "teachers.reduction.varopt",
-    "Teacher": "teachers.base",
-    "load_live": "teachers.live",
-    "random_bits": "teachers.reduction.varopt",
-    "reduce_topk": "teachers.reduction.reduce",
-    "reduce_varopt": "teachers.reduction.reduce",
-}
-__all__ = [
-    "EnsembleTeacher",
-    "HuggingFaceTeacher",
-    "LiveTeacher",
-    "Sampling",
-    "Teacher",
-    "load_live",
-    "random_bits",
-    "reduce_topk",
-    "reduce_varopt",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'teachers' has no attribute {name!r}")
+__all__, __getattr__ = public_names(__name__, {
+    "teachers.base": ("Teacher",),
+    "teachers.ensemble": ("EnsembleTeacher",),
+    "teachers.huggingface.teacher": ("HuggingFaceTeacher",),
+    "teachers.live": ("LiveTeacher", "load_live"),
+    "teachers.reduction.reduce": ("reduce_topk", "reduce_varopt"),
+    "teachers.reduction.varopt": ("Sampling", "random_bits"),
+})  # fmt: skip

@@ -25,8 +25,7 @@ from storage.format.layout import ArraySpec
 from storage.format.manifest import TeacherEntry
 from storage.format.shard import decode_chunk, encode_targets
 from storage.format.targets import SparseTargets
-from student.data.batches import collate
-from student.data.windows import as_read, target_arrays
+from student.data.batches import as_read, collate
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
@@ -151,12 +150,12 @@ def student_cost(
         )
     model = new_student(spec, entry).to(teacher.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    rows = target_arrays(_stored(entry, targets.rows(targets.start, targets.start + b * t)))
-    of_cache = _batch(tokens, rows, b, entry, teacher.device)
+    stored = _stored(entry, targets.rows(targets.start, targets.start + b * t))
+    of_cache = _batch(tokens, stored, entry, teacher.device)
     batch = {name: of_cache[name] for name in ("input_ids", "labels")}
     size = ids_of_student(spec, entry)
-    valid = np.arange(rows["token_ids"].shape[1]) < rows["kept"][:, None]
-    most = int(rows["token_ids"].max(where=valid, initial=0))
+    valid = np.arange(stored.k) < stored.kept[:, None]
+    most = int(stored.token_ids.max(where=valid, initial=0))
     if most >= size:
         raise InputError(
             f"--student {spec}: its head has {size} columns, and the teacher's targets name id {most}: give the model "
@@ -184,19 +183,23 @@ def student_cost(
 
 
 def _batch(
-    tokens: NDArray[np.int64], rows: Mapping[str, NDArray[Any]], number: int, entry: TeacherEntry, device: torch.device
+    tokens: NDArray[np.int64], stored: SparseTargets, entry: TeacherEntry, device: torch.device
 ) -> dict[str, Any]:
-    """The first windows of some text and targets as a student reads them, on a device."""
+    """The windows of some targets, with the text from their first position on, as a student reads them on a device."""
     t, begin = entry.windowing.context_tokens, entry.windowing.begin_id
-    parts = [slice(start, start + t) for start in range(0, number * t, t)]
     windows = [
-        {"input_ids": tokens[:-1][part], "labels": tokens[1:][part],
-         "targets": {_NAME: {name: values[part] for name, values in rows.items()}}}
-        for part in parts
-    ]  # fmt: skip
-    batch = collate([as_read(window, t, begin) for window in windows])
-    targets = {name: value.to(device) for name, value in batch["targets"][_NAME].items()}
-    return {name: batch[name].to(device) for name in ("input_ids", "labels")} | {"targets": {_NAME: targets}}
+        as_read(
+            tokens[start : start + t],
+            tokens[start + 1 : start + t + 1],
+            {_NAME: stored.rows(stored.start + start, stored.start + start + t)},
+            t,
+            begin,
+        )
+        for start in range(0, len(stored), t)
+    ]
+    batch = collate(windows)
+    targets = {_NAME: batch["targets"][_NAME].to(device)}
+    return {name: batch[name].to(device) for name in ("input_ids", "labels")} | {"targets": targets}
 
 
 def _each(device: torch.device, run: Callable[[], None]) -> float:

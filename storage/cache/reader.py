@@ -80,6 +80,17 @@ class Stream:
                 return start + int(found[0]), int(values[found[0]])
         return None
 
+    def count_before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many entries before each of some positions are True; the stream, a mask, is read once, block by block."""
+        edges, where = np.unique(positions, return_inverse=True)
+        block, before, total = self._array.spec.layout.chunk, np.zeros(len(edges), dtype=np.int64), 0
+        for start in range(0, len(self), block):
+            counts = np.cumsum(self.read(start, min(start + block, len(self))), dtype=np.int64)
+            inside = slice(*np.searchsorted(edges, [start, start + len(counts)], side="right"))
+            before[inside] = total + counts[edges[inside] - start - 1]
+            total += int(counts[-1])
+        return before[where].reshape(positions.shape)
+
     def _chunk(self, chunk: int) -> NDArray[Any]:
         if chunk not in self._chunks:
             values = self._array.read_chunk(chunk)
@@ -228,6 +239,9 @@ class LogitCache:
         """Open the cache at a path or URL. Raises CacheNotFound, FormatError, CorruptCache."""
         store = open_store(url)
         return cls(store, read_record(store, "zarr.json", CacheRecord))
+
+    def __repr__(self) -> str:
+        return f"LogitCache({self.url!r}: {self.record.corpus.positions:,} tokens, {self.vocabulary_size:,} ids)"
 
     @property
     def vocabulary_size(self) -> int:

@@ -19,7 +19,7 @@ from storage.format.encoding import decode_logprobs
 _PER_POSITION = ("kept", "certain", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseTargets:
     """Targets for the positions `start .. start + T`.
 
@@ -58,6 +58,10 @@ class SparseTargets:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        form = "log-probs" if self.codes is None else f"codes of {self.step_nats} nats"
+        return f"SparseTargets(positions {self.start}..{self.stop} of {self.k} ids, {form})"
 
     @property
     def stop(self) -> int:

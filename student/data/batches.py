@@ -1,18 +1,58 @@
-"""Collating windows into batches of tensors, and flattening their targets to rows of positions.
+"""Windows as models read them, and collating them into batches of tensors.
 
-Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `K` stored ids.
+Legend: `B` windows of a batch, `T` rows of a window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from student.data.windows import Window
+from storage.format.targets import SparseTargets
+from student.labels import NOT_TRAINED
+from student.target_batch import TargetBatch
+
+
+class Window(TypedDict):
+    """One item of a data set of windows.
+
+    input_ids, labels   int64 [T]; label -100 where there is no next token or it is not trained on
+    targets             by teacher: of the window's positions, fewer than T where it was padded
+    first               the row of the first of these positions; 1 where an id was put before them
+    """
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    targets: dict[str, SparseTargets]
+    first: int
+
+
+def as_read(
+    tokens: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    targets: dict[str, SparseTargets],
+    window_tokens: int,
+    begin_id: int | None,
+) -> Window:
+    """A window of at most `window_tokens` positions as a model reads it.
+
+    After an id of its own, unless it begins with that, and padded: to `window_tokens` rows, or one more.
+    """
+    first = int(begin_id is not None and tokens[0] != begin_id)
+    rows = window_tokens + (begin_id is not None)
+    if rows > len(tokens):
+        inside = slice(first, first + len(tokens))
+        # With the last token and not with a padding id, which some models detect and warn about.
+        read, trained = np.full(rows, tokens[-1]), np.full(rows, NOT_TRAINED)
+        read[inside], trained[inside] = tokens, labels
+        if first:
+            read[0] = begin_id
+        tokens, labels = read, trained
+    return {"input_ids": tokens, "labels": labels, "targets": targets, "first": first}
 
 
 def collate(windows: Sequence[Window]) -> dict[str, Any]:
@@ -21,25 +61,16 @@ def collate(windows: Sequence[Window]) -> dict[str, Any]:
     input_ids, labels     int64 [B, T]; label -100 where there is no next token or it is not trained on
     shift_labels          the same tensor as labels, which are aligned already: transformers counts the tokens of an
                           optimizer step over this name as it is, and over `labels` as if it still had to shift them
-    targets[name]         token_ids int32|int64 [B, T, K]; codes uint16 or logprobs float32 [B, T, K]; kept, certain
-                          int32 [B, T]; top_logprob, log_tail, log_tail_half, entropy float32 [B, T]
+    targets               by teacher: `student.target_batch.TargetBatch` of rows [B, T]
     """
-    labels = _stack([window["labels"] for window in windows])
+    labels = torch.from_numpy(np.stack([window["labels"] for window in windows]))
+    firsts = [window["first"] for window in windows]
     return {
-        "input_ids": _stack([window["input_ids"] for window in windows]),
+        "input_ids": torch.from_numpy(np.stack([window["input_ids"] for window in windows])),
         "labels": labels,
         "shift_labels": labels,
         "targets": {
-            name: {key: _stack([window["targets"][name][key] for window in windows]) for key in arrays}
-            for name, arrays in windows[0]["targets"].items()
+            name: TargetBatch.of([window["targets"][name] for window in windows], labels.shape[1], firsts)
+            for name in windows[0]["targets"]
         },
     }
-
-
-def flat_targets(targets: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-    """Targets of a batch with the leading axes [B, T] flattened to [P], as the loss takes them."""
-    return {name: {key: value.flatten(0, 1) for key, value in fields.items()} for name, fields in targets.items()}
-
-
-def _stack(arrays: Sequence[NDArray[Any]]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(arrays))

@@ -69,7 +69,10 @@ class Blocks:
 
     def spans(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """(first absolute position, number of positions) by index, ``epoch * len(self) + window``."""
-        epochs, windows = np.divmod(np.asarray(indices, dtype=np.int64), len(self))
+        numbers = np.asarray(indices, dtype=None if len(indices) else np.int64)
+        if numbers.dtype.kind not in "iu":
+            raise TypeError(f"windows are chosen by whole numbers, not by {numbers.dtype}")
+        epochs, windows = np.divmod(numbers.astype(np.int64), len(self))
         documents, blocks, lengths = self._locate(windows)
         inside = blocks * self.window_tokens
         if self.offset == "random":

@@ -15,46 +15,26 @@ Log-probs stay encoded as stored and are decoded on the training device (`studen
 from __future__ import annotations
 
 import copy
-import math
+import operator
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from storage import LogitCache
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import TeacherEntry
-from storage.format.targets import SparseTargets
 from storage.progress import Log
+from student.data.batches import Window, as_read
 from student.data.blocks import Blocks, Offset
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.labels import NOT_TRAINED
 from student.models.tokenizer import begin_id
 from student.models.vocabulary import check_vocabulary, ids_in_common
 
-Window = dict[str, Any]
-
-_COUNTS = ("kept", "certain")
-_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "entropy")
-
-_MASK_BLOCK = 1 << 22  # positions of a loss mask that are counted at a time
-
-# Fill values for the padding of a short window. The loss ignores it, as its label is NOT_TRAINED; it is a valid
-# distribution all the same (half on id 0, half on the tail), so that it cannot cause a NaN.
-_FILL = {
-    "token_ids": 0,
-    "codes": 0,
-    "logprobs": -math.log(2),
-    "kept": 1,
-    "certain": 1,
-    "top_logprob": -math.log(2),
-    "log_tail": -math.log(2),
-    "log_tail_half": -math.log(2) / 2,
-    "entropy": math.log(2),
-}
+_READ_TOGETHER = 64  # windows that iterating reads at a time
 
 
 class DistillationWindows(Dataset[Window]):
@@ -68,11 +48,12 @@ class DistillationWindows(Dataset[Window]):
     bos_each_window      whether BOS is put before windows that do not begin with it; None follows the teachers (False
                          without any)
 
-    An index is ``epoch * len(self) + window``, as `student.data.order.ReadingOrder` yields them: a loader's workers
-    need no state, and resuming in the middle of an epoch depends on the index alone.
+    A sequence of the first epoch's windows (`student.data.batches.Window`): `windows[-1]`, `windows[:4]`, a `for` loop;
+    `collate` makes a batch of some. A DataLoader reads by `__getitems__`, whose indices are ``epoch * len(self) +
+    window``, as `student.data.order.ReadingOrder` yields them: its workers need no state, and resuming in the middle of
+    an epoch depends on the index alone.
 
-    Items are dictionaries of numpy arrays; `collate` makes a batch of them. Holds the URL and opens the cache in
-    each process on first use (handles of remote stores do not survive a fork).
+    Holds the URL and opens the cache in each process on first use (handles of remote stores do not survive a fork).
 
     Raises CacheNotFound, IncompleteCache (naming the missing ranges), IdentityMismatch (an entry of another stream
     or tokenizer), InputError (entries of different isolation or beginnings, a window longer than the corpus, a
@@ -81,7 +62,7 @@ class DistillationWindows(Dataset[Window]):
 
     def __init__(
         self,
-        cache_url: str,
+        cache_url: str | os.PathLike[str],
         teachers: Sequence[str] = (),
         window_tokens: int = 128,
         offset: Offset = "fixed",
@@ -93,6 +74,7 @@ class DistillationWindows(Dataset[Window]):
             raise InputError(f"a window has at least one position; got {window_tokens}")
         if offset not in ("fixed", "random"):
             raise InputError(f"offset is 'fixed' or 'random'; got {offset!r}")
+        cache_url = os.fspath(cache_url)
         cache = LogitCache.open(cache_url)
         _ = cache.tokens  # raises now if the cache was shared without them
         self.cache_url = cache_url
@@ -172,15 +154,7 @@ class DistillationWindows(Dataset[Window]):
         if mask is None:
             return int(self.blocks.lengths(np.asarray(indices, dtype=np.int64) % len(self)).sum())
         spans = np.asarray(self.blocks.spans(indices), dtype=np.int64).reshape(-1, 2)
-        # At every edge of a window: how many positions before it are trained on.
-        edges, where = np.unique(np.stack([spans[:, 0], spans.sum(axis=1)]), return_inverse=True)
-        before, total = np.zeros(len(edges), dtype=np.int64), 0
-        for start in range(0, len(mask), _MASK_BLOCK):
-            counts = np.cumsum(mask.read(start, min(start + _MASK_BLOCK, len(mask))), dtype=np.int64)
-            inside = (edges > start) & (edges <= start + len(counts))
-            before[inside] = total + counts[edges[inside] - start - 1]
-            total += int(counts[-1])
-        first, last = before[where.reshape(2, -1)]
+        first, last = mask.count_before(np.stack([spans[:, 0], spans.sum(axis=1)]))
         return int((last - first).sum())
 
     def without_targets(self) -> DistillationWindows:
@@ -192,13 +166,39 @@ class DistillationWindows(Dataset[Window]):
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, index: int) -> Window:
-        return self.__getitems__([index])[0]
+    def __repr__(self) -> str:
+        return (
+            f"DistillationWindows({self.cache_url!r}, {list(self.teachers)}: {len(self):,} windows of "
+            f"{self.window_tokens} tokens, {self.blocks.offset} offset)"
+        )
+
+    def __iter__(self) -> Iterator[Window]:
+        for start in range(0, len(self), _READ_TOGETHER):
+            yield from self[start : start + _READ_TOGETHER]
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Window: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Window | list[Window]:
+        if isinstance(index, slice):
+            return self.__getitems__(range(len(self))[index])
+        if isinstance(index, bool) or not isinstance(index, SupportsIndex):
+            raise TypeError(f"a window is chosen by a whole number or a slice, not by {index!r}")
+        number, size = operator.index(index), len(self)
+        if not -size <= number < size:
+            raise IndexError(
+                f"there is no window {number} among {size}; indices of a later epoch, as a sampler yields them, are "
+                "for __getitems__"
+            )
+        return self.__getitems__([number % size])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Window]:
         """The windows of a batch, in the order of the indices; adjacent or overlapping ranges share one read."""
         spans = self.blocks.spans(indices)
-        windows: list[Window] = [{} for _ in indices]
+        windows: list[Any] = [None for _ in indices]
         by_start = sorted(range(len(spans)), key=lambda i: spans[i])
         first = 0
         while first < len(by_start):
@@ -230,18 +230,12 @@ class _Span:
         trained = None if cache.loss_mask is None else cache.loss_mask.read(start, stop)
         following = self._inputs[1:]
         self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
-        self._targets = {name: target_arrays(cache.teacher(name).read(start, stop)) for name in teachers}
+        self._targets = {name: cache.teacher(name).read(start, stop) for name in teachers}
 
     def window(self, start: int, length: int, window_tokens: int, begin_id: int | None) -> Window:
         cut = slice(start - self._start, start - self._start + length)
-        window: Window = {
-            "input_ids": self._inputs[cut],
-            "labels": self._labels[cut],
-            "targets": {
-                name: {key: values[cut] for key, values in arrays.items()} for name, arrays in self._targets.items()
-            },
-        }
-        return as_read(window, window_tokens, begin_id)
+        targets = {name: each.rows(start, start + length) for name, each in self._targets.items()}
+        return as_read(self._inputs[cut], self._labels[cut], targets, window_tokens, begin_id)
 
 
 def reading_order(
@@ -259,65 +253,6 @@ def reading_order(
         windows_per_step=windows_per_step,
         whole_steps=whole_steps,
     )
-
-
-def target_arrays(targets: SparseTargets) -> dict[str, NDArray[Any]]:
-    """Targets [n] as numpy arrays by name, in the dtypes that `collate` lists."""
-    # uint32 ids need 64 bits: unused columns hold the type's maximum, and torch cannot index with unsigned types.
-    wide = np.int64 if targets.token_ids.dtype == np.uint32 else np.int32
-    arrays: dict[str, NDArray[Any]] = {"token_ids": targets.token_ids.astype(wide)}
-    if targets.codes is not None:
-        arrays["codes"] = targets.codes
-    else:
-        arrays["logprobs"] = targets.logprobs
-    arrays.update({name: getattr(targets, name).astype(np.int32) for name in _COUNTS})
-    arrays.update({name: getattr(targets, name) for name in _FLOATS})
-    return arrays
-
-
-def as_read(window: Window, window_tokens: int, begin_id: int | None) -> Window:
-    """A window of at most T positions as a model reads it: after an id of its own, unless it begins with that, and
-    padded to T or T + 1 positions."""
-    if begin_id is not None:
-        window_tokens += 1
-        if window["input_ids"][0] != begin_id:
-            window = _begun_window(window, begin_id)
-    return window if len(window["labels"]) == window_tokens else _padded_window(window, window_tokens)
-
-
-def _padded_window(window: Window, length: int) -> Window:
-    """A window of fewer positions padded to `length`."""
-    return {
-        # With the last token and not with a padding id, which some models detect and warn about.
-        "input_ids": _padded(window["input_ids"], length, int(window["input_ids"][-1])),
-        "labels": _padded(window["labels"], length, NOT_TRAINED),
-        "targets": {
-            name: {key: _padded(values, length, _FILL[key]) for key, values in arrays.items()}
-            for name, arrays in window["targets"].items()
-        },
-    }
-
-
-def _begun_window(window: Window, begin_id: int) -> Window:
-    """A window with an id before it, which nothing is learnt from at its position."""
-    return {
-        "input_ids": np.concatenate([[begin_id], window["input_ids"]]),
-        "labels": np.concatenate([[NOT_TRAINED], window["labels"]]),
-        "targets": {
-            name: {
-                key: np.concatenate([np.full((1, *values.shape[1:]), _FILL[key], dtype=values.dtype), values])
-                for key, values in arrays.items()
-            }
-            for name, arrays in window["targets"].items()
-        },
-    }
-
-
-def _padded(values: NDArray[Any], length: int, fill: float) -> NDArray[Any]:
-    """`values` [n, ...] padded to [length, ...]."""
-    full = np.full((length, *values.shape[1:]), fill, dtype=values.dtype)
-    full[: len(values)] = values
-    return full
 
 
 def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:

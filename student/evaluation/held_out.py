@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
-from student.data.batches import collate, flat_targets
+from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.labels import NOT_TRAINED
 from student.loss.distillation import forward_kl
 from student.loss.objective import Tail
 from student.loss.student_logprobs import check_batch
-from student.loss.teacher_targets import Member, Targets, targets_of
+from student.loss.teacher_targets import Member, targets_of
+from student.target_batch import TargetBatch
 
 BINS = 15
 
@@ -77,20 +78,19 @@ class HeldOutSums:
         self._kl = torch.zeros(2, len(self.members), dtype=torch.float64)  # nats, positions with a bucket
 
     @torch.no_grad()
-    def add(self, logits: Tensor, labels: Tensor, targets: Mapping[str, Targets] | None = None) -> None:
+    def add(self, logits: Tensor, labels: Tensor, targets: Mapping[str, TargetBatch] | None = None) -> None:
         """Add a batch: logits [P, W], labels int64 [P] (-100: not scored), and each member's targets.
 
         Raises InputError when the shapes do not fit or a member's targets are missing.
         """
         check_batch(logits, labels, self.vocabulary_size)
         rows = max(1, _CHUNK_LOGITS // logits.shape[1])
-        by_member = [targets_of(member, targets) for member in self.members]
+        by_member = [targets_of(member, targets, labels) for member in self.members]
         for start in range(0, len(logits), rows):
             cut = slice(start, start + rows)
-            parts = [{name: value[cut] for name, value in each.items()} for each in by_member]
-            self._add_rows(logits[cut], labels[cut], parts)
+            self._add_rows(logits[cut], labels[cut], [each[cut] for each in by_member])
 
-    def _add_rows(self, logits: Tensor, labels: Tensor, by_member: Sequence[Targets]) -> None:
+    def _add_rows(self, logits: Tensor, labels: Tensor, by_member: Sequence[TargetBatch]) -> None:
         scored = labels != NOT_TRAINED
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lse = torch.logsumexp(z, 1)
@@ -110,7 +110,7 @@ class HeldOutSums:
             tail: Tail = "sampled" if member.sampled_at == 1.0 else "bucket"
             kl = forward_kl(z, targets, member, 1.0, scored, tail)
             self._kl[0, column] += _kept(kl, keep).sum()
-            bucketed = (targets["kept"] < member.vocabulary_size) & (tail == "bucket")
+            bucketed = (targets.kept < member.vocabulary_size) & (tail == "bucket")
             self._kl[1, column] += _kept(bucketed, keep).sum()
 
     def tensor(self) -> Tensor:
@@ -174,10 +174,9 @@ def held_out(
     was_training = model.training
     model.eval()
     for start in range(0, len(windows), rows):
-        batch = collate(windows.__getitems__(range(start, min(start + rows, len(windows)))))
+        batch = collate(windows[start : start + rows])
         logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
-        targets = {name: {key: t.to(device) for key, t in each.items()} for name, each in batch["targets"].items()}
-        sums.add(logits.flatten(0, 1), batch["labels"].flatten().to(device), flat_targets(targets))
+        sums.add(logits.flatten(0, 1), batch["labels"].flatten().to(device), batch["targets"])
         if advance is not None:
             advance(len(batch["labels"]))
     model.train(was_training)

@@ -50,8 +50,8 @@ class DenseLoss(DistillationLoss):
     """``alpha * CE + (1 - alpha) * tau**2 * D(softmax(z_teacher / tau), softmax(z_student / tau))``, every id counted.
 
     The other fields of the objective have the same meaning as for stored targets (`DistillationLoss`); there is no
-    tail to treat. Called with the student's logits [P, W], labels int64 [P], the windows int64 [B, T] that both read,
-    and position weights [P] or None; returns `LossSums`, whose one divergence is called `live`. `loss_sum` is
+    tail to treat. Called with the student's logits [P, W], labels int64 [P], position weights [P] or None, and the
+    windows int64 [B, T] that both read; returns `LossSums`, whose one divergence is called `live`. `loss_sum` is
     differentiable in the logits, once.
 
     Raises InputError for teachers that cannot score every id, and wherever `DistillationLoss` does.
@@ -75,10 +75,17 @@ class DenseLoss(DistillationLoss):
         del name
         return "of the teachers' whole distributions"
 
-    def of_windows(
-        self, logits: Tensor, labels: Tensor, windows: Tensor, position_weights: Tensor | None = None
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targets: object = None,
+        position_weights: Tensor | None = None,
+        windows: Tensor | None = None,
     ) -> LossSums:
-        """The sums of one batch; the class states shapes and errors."""
+        """The sums of one batch; the class states shapes and errors. Stored targets are not read."""
+        if windows is None:
+            raise InputError("live teachers read the windows of a batch themselves: give its input_ids")
         check_batch(logits, labels, self.vocabulary_size)
         trained = labels != NOT_TRAINED
         of_label, of_teacher, in_window = self._scale(labels)
@@ -93,7 +100,8 @@ class DenseLoss(DistillationLoss):
             gradient = torch.empty_like(logits, dtype=dtype)
         total, cross_entropy, divergence = (logits.new_zeros((), dtype=dtype) for _ in range(3))
         start = 0
-        for z_teacher in self._source(windows) if self.members else _nothing(logits):
+        # One chunk without columns, where no step needs the teachers.
+        for z_teacher in self._source(windows) if self.members else [logits.new_empty((len(logits), 0))]:
             rows = slice(start, start + len(z_teacher))
             z = logits[rows].detach().to(dtype)
             z.requires_grad_(gradient is not None)
@@ -129,11 +137,6 @@ class DenseLoss(DistillationLoss):
             return ce, by_row, 1.0
         log_p = log_p if tau == 1.0 else torch.log_softmax(z_teacher, 1)
         return ce, by_row, -(log_p.exp() * log_p).nansum(1) >= least
-
-
-def _nothing(logits: Tensor) -> Iterator[Tensor]:
-    """One chunk of all rows without columns, where no step needs the teachers."""
-    yield logits.new_empty((len(logits), 0))
 
 
 class _WithGradient(torch.autograd.Function):

@@ -17,7 +17,7 @@ Three steps, so that the logits may come whole or in chunks of rows::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,17 +29,8 @@ from student.labels import NOT_TRAINED
 from student.loss.divergences import Divergence
 from student.loss.objective import Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
-from student.loss.teacher_targets import (
-    Member,
-    Targets,
-    Tempered,
-    targets_of,
-    temper,
-    weights,
-)
-
-# (ell [R, K], theta [R], rows) -> [R]: the divergence of one member at some rows of a batch.
-_Term = Callable[[Tensor, Tensor, slice], Tensor]
+from student.loss.teacher_targets import Member, Tempered, Weights, targets_of, temper, weights
+from student.target_batch import TargetBatch
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ class PreparedLoss:
     _label_share: float  # alpha, and below (1 - alpha) * tau**2, each times its factor from the loss scale
     _teacher_share: float
     _members: tuple[Member, ...]
-    _terms: tuple[_Term, ...]
+    _terms: tuple[Weights | BucketDivergence, ...]
     _label_weights: Tensor | None  # [P], factors of the positions' cross-entropy; None: 1
     _teacher_weights: Tensor | None  # [P], and of their divergence
 
@@ -122,7 +113,8 @@ class DistillationLoss:
 
     logits             float [P, W], W >= V; CE is at temperature 1 over all W columns
     labels             int64 [P]; `NOT_TRAINED` = -100 excludes a position from both terms
-    targets            by member name, see `student.loss.teacher_targets`; not needed, and ignored, if alpha stays 1
+    targets            by member name, of the same positions, moved to the labels' device; not needed, and ignored, if
+                       alpha stays 1
     position_weights   float [P] or None: factors of both terms; the count stays that of trained positions
 
     Returns `LossSums`. The members' weights are normalised to sum 1. tau**2 keeps the scale of the gradient when the
@@ -177,6 +169,11 @@ class DistillationLoss:
             raise InputError(f"loss_scale babyllama needs window_tokens of 2 or more; got {window_tokens}")
         _check_linear(self.members, self.objective)
 
+    def __repr__(self) -> str:
+        of, told = self.objective, [f"{member.name} {member.weight:g}" for member in self.members]
+        teachers = ", ".join(told) or "no teacher"
+        return f"{type(self).__name__}({of.loss} to {teachers}; alpha {self.alpha:g}, temperature {of.temperature:g})"
+
     def set_progress(self, progress: float) -> None:
         """Set a scheduled alpha for a point of the run: 0 at its first optimizer step, 1 at its last.
 
@@ -197,17 +194,19 @@ class DistillationLoss:
         self,
         logits: Tensor,
         labels: Tensor,
-        targets: Mapping[str, Targets] | None = None,
+        targets: Mapping[str, TargetBatch] | None = None,
         position_weights: Tensor | None = None,
+        windows: Tensor | None = None,
     ) -> LossSums:
-        """The sums of one batch; the class states shapes and errors."""
+        """The sums of one batch; the class states shapes and errors. `windows` int64 [B, T] are for live teachers."""
+        del windows
         check_batch(logits, labels, self.vocabulary_size)
         prepared = self.prepare(labels, targets, position_weights)
         cross_entropy, buckets = student_buckets(logits, labels, prepared.supports, prepared.sizes, self.temperature)
         return prepared.sums(slice(None), cross_entropy, buckets)
 
     def prepare(
-        self, labels: Tensor, targets: Mapping[str, Targets] | None = None, position_weights: Tensor | None = None
+        self, labels: Tensor, targets: Mapping[str, TargetBatch] | None = None, position_weights: Tensor | None = None
     ) -> PreparedLoss:
         """The part of a batch's loss that needs no logits: labels int64 [P], targets by member, weights float [P]."""
         if position_weights is not None and position_weights.shape != labels.shape:
@@ -215,7 +214,7 @@ class DistillationLoss:
                 f"position_weights must be {list(labels.shape)}, one for each label; got {list(position_weights.shape)}"
             )
         trained = labels != NOT_TRAINED
-        by_member = [targets_of(member, targets) for member in self.members]
+        by_member = [targets_of(member, targets, labels) for member in self.members]
         tempered = [
             temper(each, member, self.temperature, trained, self.objective.interpolate_tail)
             for member, each in zip(self.members, by_member, strict=True)
@@ -264,7 +263,7 @@ class DistillationLoss:
 
 def forward_kl(
     logits: Tensor,
-    targets: Targets,
+    targets: TargetBatch,
     member: Member,
     temperature: float,
     trained: Tensor | None = None,
@@ -288,12 +287,23 @@ def forward_kl(
     return weights(tempered, tail, blend)(ell, theta)
 
 
-def _term(tempered: Tempered, tail: Tail, objective: Objective) -> _Term:
+@dataclass(frozen=True)
+class BucketDivergence:
+    """A divergence from one teacher's stored ids and tail bucket: log-probs heads [P, K] and log_tail [P]."""
+
+    divergence: Divergence
+    heads: Tensor
+    log_tail: Tensor
+
+    def __call__(self, ell: Tensor, theta: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The divergence [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows."""
+        return self.divergence((self.heads[rows], self.log_tail[rows]), (ell, theta))
+
+
+def _term(tempered: Tempered, tail: Tail, objective: Objective) -> Weights | BucketDivergence:
     if objective.loss == "forward-kl":
         return weights(tempered, tail, objective.blending)
-    divergence = Divergence(objective.loss, objective.mixing)
-    heads, log_tail = tempered.bucketed
-    return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
+    return BucketDivergence(Divergence(objective.loss, objective.mixing), *tempered.bucketed)
 
 
 def tail_of(member: Member, objective: Objective) -> Tail:

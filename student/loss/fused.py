@@ -27,14 +27,16 @@ import functools
 import importlib.util
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from storage.errors import InputError
 from student.loss.logit_chunk import LogitChunk, Pair
+from student.loss.student_logprobs import check_columns
 
 if TYPE_CHECKING:
     from student.loss.distillation import LossSums, PreparedLoss
@@ -42,8 +44,7 @@ if TYPE_CHECKING:
 # Device types on which Triton kernels process a float32 buffer, where triton is installed and runs.
 _TRITON_DEVICES = {"cuda"}
 # Logits in the buffer: 64 MiB of float32 on a CPU, 256 MiB elsewhere.
-_BUFFER_LOGITS = {"cpu": 1 << 24}
-_BUFFER_LOGITS_ELSEWHERE = 1 << 26
+_BUFFER_LOGITS = {"cpu": 1 << 24, "elsewhere": 1 << 26}
 # Rows of the weight gradient per product, where that has to be widened by hand.
 _WEIGHT_ROWS = 1 << 13
 
@@ -71,43 +72,24 @@ def fused_loss(
     positive number.
     """
     _check(hidden, weight, bias, prepared)
-    head = _Head(logit_scale, softcap, _product_dtype(hidden, weight))
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))):
-        return _in_chunks(hidden, weight, bias, prepared, head, (False, False, False))[0]
+    walk = _Walk(prepared, logit_scale, softcap, _product_dtype(hidden, weight))
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if not any(wanted):
+        return walk(hidden, weight, bias, wanted)[0]
     sums: list[LossSums] = []
-    loss_sum = _FusedLoss.apply(hidden, weight, bias, prepared, head, sums)  # type: ignore[no-untyped-call]
+    loss_sum = _FusedLoss.apply(hidden, weight, bias, walk, sums)  # type: ignore[no-untyped-call]
     return replace(sums[0], loss_sum=loss_sum)
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The LM head's scale and softcap, and the dtype of the operands of its product."""
-
-    scale: float
-    softcap: float | None
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        for name, value in (("logit_scale", self.scale), ("softcap", self.softcap)):
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} is a positive number; got {value}")
-
-
 class _FusedLoss(torch.autograd.Function):
-    """`_in_chunks` in forward; its gradients times the upstream gradient in backward."""
+    """A `_Walk` in forward; its gradients times the upstream gradient in backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        prepared: PreparedLoss,
-        head: _Head,
-        sums: list[LossSums],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, walk: _Walk, sums: list[LossSums]
     ) -> Tensor:
-        found, ctx.gradients = _in_chunks(hidden, weight, bias, prepared, head, ctx.needs_input_grad[:3])
-        ctx.prepared, ctx.head = prepared, head
+        found, ctx.gradients = walk(hidden, weight, bias, ctx.needs_input_grad[:3])
+        ctx.walk = walk
         ctx.save_for_backward(hidden, weight, bias)
         sums.append(found)
         return found.loss_sum
@@ -119,66 +101,108 @@ class _FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             # Returned already, and scaled in-place: another backward pass of a retained graph computes them again.
-            gradients = _in_chunks(hidden, weight, bias, ctx.prepared, ctx.head, ctx.needs_input_grad[:3])[1]
+            gradients = ctx.walk(hidden, weight, bias, ctx.needs_input_grad[:3])[1]
         scaled = (
             None if gradient is None else gradient.mul_(upstream).to(like.dtype)
             for gradient, like in zip(gradients, (hidden, weight, bias), strict=True)
         )
-        return (*scaled, None, None, None)
+        return (*scaled, None, None)
 
 
-def _in_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    prepared: PreparedLoss,
-    head: _Head,
-    wanted: tuple[bool, ...],
-) -> tuple[LossSums, tuple[Tensor | None, ...]]:
-    """The sums, without gradient; and the wanted gradients of loss_sum by hidden, weight and bias."""
-    wide = torch.promote_types(head.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        weight = weight.to(head.dtype)
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
-        grad_bias = torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None
-        total: LossSums | None = None
-        step = _rows_at_once(hidden, weight)
-        buffer = hidden.new_empty(step, len(weight), dtype=wide) if head.dtype == wide else None
-        kind = _chunk_kind(hidden.device, wide, prepared.temperature, head.softcap)
-        for start in range(0, max(1, len(hidden)), step):
-            rows = slice(start, start + step)
-            h = hidden[rows].to(head.dtype)
-            z = _logits(h, weight, bias, head, buffer)
-            chunk = kind(
-                z,
-                prepared.labels[rows],
-                prepared.trained[rows],
-                [support[rows] for support in prepared.supports],
-                prepared.sizes,
-                prepared.temperature,
-                head.softcap,
+class _Gradients(NamedTuple):
+    """Gradients of loss_sum by the inputs of the head; None where not wanted. Sums over chunks are float32."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def add(self, rows: slice, by_logits: Tensor, h: Tensor, weight: Tensor) -> None:
+        """Add those of some rows, from the gradient by their products with the weights [R, W]."""
+        if self.bias is not None:
+            self.bias.add_(by_logits.sum(0))
+        operand = by_logits.to(weight.dtype)
+        if self.hidden is not None:
+            self.hidden[rows] = _product(operand, weight)
+        if self.weight is not None:
+            _add_product(self.weight, operand.t(), h)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One pass over the positions in chunks: the LM head's scale and softcap, the dtype of its product's operands."""
+
+    prepared: PreparedLoss
+    logit_scale: float
+    softcap: float | None
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for name in ("logit_scale", "softcap"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} is a positive number; got {value}")
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]
+    ) -> tuple[LossSums, _Gradients]:
+        """The sums, without gradient; and the wanted gradients of loss_sum by hidden, weight and bias."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            weight = weight.to(self.dtype)
+            gradients = _Gradients(
+                torch.empty_like(hidden) if wanted[0] else None,
+                torch.zeros_like(weight, dtype=wide) if wanted[1] else None,
+                torch.zeros_like(weight[:, 0], dtype=wide) if wanted[2] else None,
             )
-            if not any(wanted):
-                sums = prepared.sums(rows, chunk.cross_entropy, chunk.buckets)
-            else:
-                sums, by_label, by_bucket = _differentiated(prepared, rows, chunk)
-                chunk.to_gradient(by_label, by_bucket)
-                if head.scale != 1.0:
-                    z.mul_(head.scale)
-                if grad_bias is not None:
-                    grad_bias += z.sum(0)
-                operand = z.to(head.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = _product(operand, weight)
-                if grad_weight is not None:
-                    _add_product(grad_weight, operand.t(), h)
-                del operand
-            total = sums if total is None else total + sums
-            # Without a buffer to reuse, the next chunk must not be allocated beside this one.
-            del z, chunk
-        assert total is not None
-        return total, (grad_hidden, grad_weight, grad_bias)
+            total: LossSums | None = None
+            step = _rows_at_once(hidden, weight)
+            buffer = hidden.new_empty(step, len(weight), dtype=wide) if self.dtype == wide else None
+            for start in range(0, max(1, len(hidden)), step):
+                rows = slice(start, start + step)
+                h = hidden[rows].to(self.dtype)
+                z = self._logits(h, weight, bias, buffer)
+                sums = self._loss(z, rows, any(wanted))
+                if any(wanted):
+                    gradients.add(rows, z, h, weight)
+                total = sums if total is None else total + sums
+                # Without a buffer to reuse, the next chunk must not be allocated beside this one.
+                del z
+            assert total is not None
+            return total, gradients
+
+    def _logits(self, h: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
+        """The logits [R, W] of some rows, in the buffer if there is one; float32 or float64."""
+        if buffer is not None:
+            z = torch.mm(h, weight.t(), out=buffer[: len(h)])
+        else:
+            z = _product(h, weight.t()).to(torch.float32)
+        if bias is not None:
+            z += bias
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def _loss(self, z: Tensor, rows: slice, differentiate: bool) -> LossSums:
+        """The sums of the logits of some rows; then z is the gradient by the head's product, if asked for."""
+        prepared = self.prepared
+        chunk = _chunk_kind(z.device, z.dtype, prepared.temperature, self.softcap)(
+            z,
+            prepared.labels[rows],
+            prepared.trained[rows],
+            [support[rows] for support in prepared.supports],
+            prepared.sizes,
+            prepared.temperature,
+            self.softcap,
+        )
+        if not differentiate:
+            return prepared.sums(rows, chunk.cross_entropy, chunk.buckets)
+        sums, by_label, by_bucket = _differentiated(prepared, rows, chunk)
+        chunk.to_gradient(by_label, by_bucket)
+        if self.logit_scale != 1.0:
+            z.mul_(self.logit_scale)
+        return sums
 
 
 def _chunk_kind(
@@ -226,21 +250,6 @@ def _differentiated(
     return replace(sums, loss_sum=sums.loss_sum.detach()), by_label, pairs
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, buffer: Tensor | None) -> Tensor:
-    """The logits [R, W] of some rows, in the buffer if there is one; float32 or float64."""
-    if buffer is not None:
-        z = torch.mm(h, weight.t(), out=buffer[: len(h)])
-    else:
-        z = _product(h, weight.t()).to(torch.float32)
-    if bias is not None:
-        z += bias
-    if head.scale != 1.0:
-        z *= head.scale
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
-    return z
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, without rounding to half precision where the device supports float32 output."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype"):
@@ -260,7 +269,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _rows_at_once(hidden: Tensor, weight: Tensor) -> int:
     """Rows of the buffer, at least 1."""
-    logits = _BUFFER_LOGITS.get(hidden.device.type, _BUFFER_LOGITS_ELSEWHERE)
+    logits = _BUFFER_LOGITS.get(hidden.device.type, _BUFFER_LOGITS["elsewhere"])
     return max(1, min(len(hidden), logits // len(weight)))
 
 
@@ -283,11 +292,7 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, prepared: Prepar
             f"hidden states are [positions, H] and the output layer's weights [columns, H]; got {list(hidden.shape)} "
             f"and {list(weight.shape)}"
         )
-    if len(weight) < prepared.vocabulary_size:
-        raise InputError(
-            f"the model's head has {len(weight)} columns, fewer than the {prepared.vocabulary_size} ids of the cache's "
-            "tokenizer: resize its embeddings or take another model"
-        )
+    check_columns(len(weight), prepared.vocabulary_size)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise InputError(f"the output layer's bias must be [{len(weight)}]; got {list(bias.shape)}")
     if len(prepared.trained) != len(hidden):

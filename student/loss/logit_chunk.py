@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -62,14 +62,12 @@ class LogitChunk:
     ) -> None:
         self._z, self._trained, self._tau, self._softcap = z, trained, temperature, softcap
         self._labels = labels.masked_fill(~trained, 0)[:, None]
-        self._stored = [support >= 0 for support in supports]
-        self._ids, self._held, self._slots = _union(supports, len(z), z.device)
+        self._ids, self._held, by_column = _union(supports, len(z), z.device)
         self._z_label = z.gather(1, self._labels)
         self._z_ids = z.gather(1, self._ids).masked_fill(~self._held, -math.inf)
         z.scatter_add_(1, self._ids, torch.zeros_like(self._z_ids).masked_fill(self._held, -math.inf))
         ends = sorted({*(min(size, z.shape[1]) for size in sizes), z.shape[1]})
         self._parts = [self._part(z[:, a:b], temperature) for a, b in pairwise([0, *ends])]
-        self._sizes, self._below = sizes, [ends.index(min(size, z.shape[1])) + 1 for size in sizes]
 
         # Relative to the row's largest logit, normalisers are small numbers, which round finely.
         largest = [part.largest[:, None] for part in self._parts]
@@ -78,16 +76,20 @@ class LogitChunk:
         sums = [part.log_sum(self._peak, temperature) for part in self._parts]
         self._lse = torch.cat([*sums, u], 1).logsumexp(1, keepdim=True)
         self._lse_one = torch.cat([*(part.log_sum(self._peak, 1.0) for part in self._parts), z_ids], 1).logsumexp(1)
-        self._log_tails = []
-        for apart, below in zip(self._apart(), self._below, strict=True):
-            others = u.masked_fill(apart, -math.inf)
-            self._log_tails.append(torch.cat([*sums[:below], others], 1).logsumexp(1, keepdim=True))
+        self._teachers = []
+        for support, size, slots in zip(supports, sizes, by_column, strict=True):
+            stored, below = support >= 0, ends.index(min(size, z.shape[1])) + 1
+            own = torch.zeros_like(u).scatter_add_(1, slots, stored.to(u.dtype)) > 0
+            apart = own | (self._ids >= size)
+            others = torch.cat([*sums[:below], u.masked_fill(apart, -math.inf)], 1)
+            self._teachers.append(_Teacher(slots, stored, apart, below, others.logsumexp(1, keepdim=True)))
 
         self.cross_entropy = (self._lse_one - (self._z_label - self._peak)[:, 0]).masked_fill(~trained, 0.0)
         self.buckets: list[Pair] = [
-            ((u.gather(1, slots) - self._lse).masked_fill(~stored, 0.0), (log_tail - self._lse)[:, 0])
-            for slots, stored, log_tail in zip(self._slots, self._stored, self._log_tails, strict=True)
-        ]
+            ((u.gather(1, teacher.slots) - self._lse).masked_fill(~teacher.stored, 0.0),
+             (teacher.log_tail - self._lse)[:, 0])
+            for teacher in self._teachers
+        ]  # fmt: skip
 
     def to_gradient(self, by_label: Tensor | None, by_bucket: Sequence[Pair]) -> None:
         """Write dL/dz into the buffer, once, from the gradients of L by `cross_entropy` and by `buckets`.
@@ -95,25 +97,9 @@ class LogitChunk:
         `by_label` None stands for zeros. Entries without an id or not trained count as zeros.
         """
         tau, trained = self._tau, self._trained[:, None]
-        u, lse = self._u_ids(), self._lse
-        q = (u - lse).exp()
-        rests = [part.above(self._peak, tau) for part in self._parts]
-        at_ids, by_tau = torch.zeros_like(u), [torch.zeros_like(lse) for _ in rests]
-        teachers = zip(by_bucket, self._slots, self._stored, self._apart(), self._below, self._log_tails, strict=True)
-        for (g, h), slots, stored, apart, below, log_tail in teachers:
-            g = g.masked_fill(~(stored & trained), 0.0)
-            h = h[:, None].masked_fill(~trained, 0.0)
-            total = g.sum(1, keepdim=True) + h
-            # With nothing outside the ids both are -inf; any finite number here makes their exponential 0, as it is.
-            tail = log_tail.masked_fill(log_tail.isneginf(), 0.0)
-            for number, rest in enumerate(rests):
-                by_tau[number] -= total * (rest - lse).exp()
-                if number < below:
-                    by_tau[number] += h * (rest - tail).exp()
-            outside = (u - tail).exp() * (h - total * (log_tail - lse).exp())
-            at_ids += torch.where(apart, -q * total, outside).scatter_add_(1, slots, g)
-        by_one: list[Tensor | None] = [None for _ in self._parts]
+        at_ids, by_tau = self._by_u(by_bucket)
         at_ids /= tau
+        by_one: list[Tensor | None] = [None for _ in self._parts]
         if by_label is not None:
             c = by_label[:, None].masked_fill(~trained, 0.0)
             lse_one = self._lse_one[:, None]
@@ -126,6 +112,26 @@ class LogitChunk:
         if by_label is not None:
             self._z.scatter_add_(1, self._labels, -c * self._slope(self._z_label))
 
+    def _by_u(self, by_bucket: Sequence[Pair]) -> tuple[Tensor, list[Tensor]]:
+        """dL/du of the teachers' terms: at the ids [R, U]; by part, the factor [R, 1] of its exponentials elsewhere."""
+        u, lse, trained = self._u_ids(), self._lse, self._trained[:, None]
+        q = (u - lse).exp()
+        rests = [part.above(self._peak, self._tau) for part in self._parts]
+        at_ids, by_tau = torch.zeros_like(u), [torch.zeros_like(lse) for _ in rests]
+        for (g, h), teacher in zip(by_bucket, self._teachers, strict=True):
+            g = g.masked_fill(~(teacher.stored & trained), 0.0)
+            h = h[:, None].masked_fill(~trained, 0.0)
+            total = g.sum(1, keepdim=True) + h
+            # With nothing outside the ids both are -inf; any finite number here makes their exponential 0, as it is.
+            tail = teacher.log_tail.masked_fill(teacher.log_tail.isneginf(), 0.0)
+            for number, rest in enumerate(rests):
+                by_tau[number] -= total * (rest - lse).exp()
+                if number < teacher.below:
+                    by_tau[number] += h * (rest - tail).exp()
+            outside = (u - tail).exp() * (h - total * (teacher.log_tail - lse).exp())
+            at_ids += torch.where(teacher.apart, -q * total, outside).scatter_add_(1, teacher.slots, g)
+        return at_ids, by_tau
+
     @staticmethod
     def _part(z: Tensor, temperature: float) -> Part:
         """The first pass over some columns of the buffer, by the implementation of this class."""
@@ -135,14 +141,25 @@ class LogitChunk:
         """u of the ids [R, U], relative to the peak; -inf in an empty slot."""
         return (self._z_ids - self._peak) / self._tau
 
-    def _apart(self) -> Iterator[Tensor]:
-        """By teacher: bool [R, U], the slots of ids outside its tail: its own, and those that it does not have."""
-        for slots, stored, size in zip(self._slots, self._stored, self._sizes, strict=True):
-            own = torch.zeros_like(self._z_ids).scatter_add_(1, slots, stored.to(self._z_ids.dtype)) > 0
-            yield own | (self._ids >= size)
-
     def _slope(self, z: Tensor) -> Tensor | float:
         return 1.0 if self._softcap is None else 1.0 - (z / self._softcap) ** 2
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """A teacher's ids among the slots of a chunk.
+
+    slots, stored   [R, K]: the slot of each of its columns, and whether the column holds an id
+    apart           bool [R, U]: the slots of ids outside its tail: its own, and those that it does not have
+    below           so many parts of the buffer are below V_m
+    log_tail        [R, 1]: the logsumexp of u over its tail, relative to the peak
+    """
+
+    slots: Tensor
+    stored: Tensor
+    apart: Tensor
+    below: int
+    log_tail: Tensor
 
 
 @dataclass
@@ -227,7 +244,8 @@ def _union(supports: Sequence[Tensor], rows: int, device: torch.device) -> tuple
 
 
 def row_slices(buffer: Tensor, logits_at_once: dict[str, int]) -> list[slice]:
-    """Row ranges of about `logits_at_once` logits by device type; one range of all rows for other types."""
+    """Row ranges of about `logits_at_once` logits by device type or "elsewhere"; of all rows where neither is given."""
     rows, columns = buffer.shape
-    step = max(1, logits_at_once.get(buffer.device.type, buffer.numel()) // max(1, columns))
+    most = logits_at_once.get(buffer.device.type, logits_at_once.get("elsewhere", buffer.numel()))
+    step = max(1, most // max(1, columns))
     return [slice(start, start + step) for start in range(0, rows, step)]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from storage.errors import InputError
 from student.loss.fused import fused_loss
+from student.models.logit_agreement import agree, amplification, amplified, difference, replaced_forward
 
 if TYPE_CHECKING:
     from student.loss.distillation import LossSums, PreparedLoss
@@ -35,8 +36,6 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 # Error of one rounding of the logits to the dtype and of another order of summation, relative to the largest logit.
 _TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9}
 _TOLERANCE_OF_FLOAT32 = 2e-5
-# Large enough for any softcap in use (30, 50) to show, small enough for hidden states in float16.
-_TEST_LOGIT = 256.0
 _TEST_TOKENS = (2, 6)
 
 
@@ -60,29 +59,31 @@ class PlainHead:
         It is computed inside the output layer's own call: FSDP2 all-gathers sharded weights there for as long as they
         are needed, whichever of its units they belong to.
         """
-        linear = self.linear
-        found: list[LossSums] = []
-
-        def forward(rows: Tensor) -> Tensor:
-            scale, softcap = self.logit_scale, self.softcap
-            found.append(fused_loss(rows, linear.weight, linear.bias, prepared, logit_scale=scale, softcap=softcap))
-            return found[0].loss_sum
-
-        own = vars(linear).get("forward")
-        linear.forward = forward  # type: ignore[method-assign, assignment]
-        try:
-            loss_sum: Tensor = linear(hidden.flatten(0, -2))
-        finally:
-            del linear.forward
-            if own is not None:
-                linear.forward = own  # type: ignore[method-assign]
-        return replace(found[0], loss_sum=loss_sum)
+        inside = _LossInHead(self, prepared)
+        with replaced_forward(self.linear, inside):
+            loss_sum: Tensor = self.linear(hidden.flatten(0, -2))
+        assert inside.sums is not None
+        return replace(inside.sums, loss_sum=loss_sum)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [B, T, W] of these hidden states, float32, without gradient."""
         bias = None if self.linear.bias is None else self.linear.bias.detach()
         logits = self.logit_scale * F.linear(hidden.detach(), self.linear.weight.detach(), bias).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+@dataclass
+class _LossInHead:
+    """The forward of an output layer that returns the prepared loss's sum instead of logits, and keeps all its sums."""
+
+    head: PlainHead
+    prepared: PreparedLoss
+    sums: LossSums | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        linear, scale, softcap = self.head.linear, self.head.logit_scale, self.head.softcap
+        self.sums = fused_loss(hidden, linear.weight, linear.bias, self.prepared, logit_scale=scale, softcap=softcap)
+        return self.sums.loss_sum
 
 
 def choose_head(model: nn.Module, fused: Literal["auto", "on", "off"]) -> PlainHead | str:
@@ -126,23 +127,18 @@ def _tested_head(model: Any) -> PlainHead | str:
     largest = float(linear(hidden).abs().max())
     if not 0 < largest < math.inf:
         return f"its logits on a few tokens are of size {largest:g}, so they cannot be compared"
-    # A power of two scales exactly in any dtype.
-    factor = 2.0 ** round(math.log2(_TEST_LOGIT / largest))
-    scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor,))
-    try:
-        with _same_random_numbers(tokens.device):
-            amplified: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
-    finally:
-        scaling.remove()
+    factor = amplification(largest)
+    with amplified(linear, factor), _same_random_numbers(tokens.device):
+        larger: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
     config = model.config.get_text_config(decoder=True)
     tolerance = _TOLERANCE.get(linear.weight.dtype, _TOLERANCE_OF_FLOAT32)
     found = ""
     for scale, softcap in _guesses(config):
         head = PlainHead(linear, backbone, scale, softcap)
-        pairs = ((head.logits(hidden), own), (head.logits(hidden * factor), amplified))
-        if all(_agree(a, b, tolerance) for a, b in pairs):
+        pairs = ((head.logits(hidden), own), (head.logits(hidden * factor), larger))
+        if all(agree(a, b, tolerance) for a, b in pairs):
             return head
-        found = found or next(_difference(a, b) for a, b in pairs if not _agree(a, b, tolerance))
+        found = found or next(difference(a, b) for a, b in pairs if not agree(a, b, tolerance))
     return f"its output layer on its backbone does not give its logits: {found}"
 
 
@@ -156,20 +152,6 @@ def _guesses(config: Any) -> Iterator[tuple[float, float | None]]:
 def _number(config: Any, name: str) -> float | None:
     value = getattr(config, name, None)
     return float(value) if isinstance(value, (int, float)) and 0 < value < math.inf else None
-
-
-def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether logits differ by at most `tolerance` of the largest; NaN and infinities never agree."""
-    if a.shape != b.shape:
-        return False
-    largest = torch.maximum(a.abs().max(), b.abs().max())
-    return bool(((a - b).abs().max() <= tolerance * largest) & largest.isfinite())
-
-
-def _difference(a: Tensor, b: Tensor) -> str:
-    if a.shape != b.shape:
-        return f"shape {list(a.shape)} against {list(b.shape)}"
-    return f"up to {float((a - b).abs().max()):.3g} off logits of up to {float(b.abs().max()):.3g}"
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
+from student.loss.logit_chunk import row_slices
 
 # Logits per chunk of rows, which bounds the temporaries: 1 MiB of float32 on a CPU, where staying in the processor's
 # cache saves a tenth of the time, and 256 MiB elsewhere, where fewer kernel launches matter more.
-_CHUNK_LOGITS = {"cpu": 1 << 18}
-_CHUNK_LOGITS_ELSEWHERE = 1 << 26
+_CHUNK_LOGITS = {"cpu": 1 << 18, "elsewhere": 1 << 26}
 
 
 def student_buckets(
@@ -68,7 +68,7 @@ class _StudentBuckets(torch.autograd.Function):
         peak, lse_one, lse, cross_entropy = (torch.empty_like(per_position) for _ in range(4))
         ells = [logits.new_empty(support.shape, dtype=dtype) for support in supports]
         tails = [torch.empty_like(per_position) for _ in supports]
-        for rows in _chunks(logits):
+        for rows in row_slices(logits, _CHUNK_LOGITS):
             # Nothing below depends on a shift of the row. With its maximum at 0, normalisers are small numbers that
             # round finely (a logit of 20 has a float32 spacing of 2e-6) and exp cannot overflow.
             peak[rows] = logits[rows].amax(1)
@@ -106,7 +106,7 @@ class _StudentBuckets(torch.autograd.Function):
         by_label = gradients[0] if labels is not None else None
         by_member = gradients[1:] if labels is not None else gradients
         result = torch.empty_like(logits)
-        for rows in _chunks(logits):
+        for rows in row_slices(logits, _CHUNK_LOGITS):
             z = logits[rows].to(lse.dtype) - peak[rows, None]
             u = z if tau == 1.0 else z / tau
             parts = []
@@ -156,20 +156,19 @@ def _safe(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids >= 0, ids.clamp(min=0).to(torch.int64)
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    """Consecutive row ranges of about the chunk size of this device."""
-    rows = max(1, _CHUNK_LOGITS.get(logits.device.type, _CHUNK_LOGITS_ELSEWHERE) // logits.shape[1])
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
-
-
-def check_batch(logits: Tensor, labels: Tensor | None, vocabulary_size: int) -> None:
-    """Raise InputError unless logits are [P, W] with W >= V and labels, when given, are [P]."""
+def check_batch(logits: Tensor, labels: Tensor, vocabulary_size: int) -> None:
+    """Raise InputError unless logits are [P, W] with W >= V and labels are [P]."""
     if logits.ndim != 2:
         raise InputError(f"logits must be flattened to [positions, columns]; got {list(logits.shape)}")
-    if logits.shape[1] < vocabulary_size:
-        raise InputError(
-            f"the model's head has {logits.shape[1]} columns, fewer than the {vocabulary_size} ids of the cache's "
-            "tokenizer: resize its embeddings or take another model"
-        )
-    if labels is not None and labels.shape != logits.shape[:1]:
+    check_columns(logits.shape[1], vocabulary_size)
+    if labels.shape != logits.shape[:1]:
         raise InputError(f"labels must be [{len(logits)}], one for each row of logits; got {list(labels.shape)}")
+
+
+def check_columns(columns: int, vocabulary_size: int) -> None:
+    """Raise InputError where a head has fewer columns than there are ids."""
+    if columns < vocabulary_size:
+        raise InputError(
+            f"the model's head has {columns} columns, fewer than the {vocabulary_size} ids of the cache's tokenizer: "
+            "resize its embeddings or take another model"
+        )

@@ -4,15 +4,7 @@ Legend: `P` positions of a batch (flattened), `K` stored ids per position, `V` v
 ids of a position, the first `certain` of which are certain ids and the others sampled ids (VarOpt, Cohen et al. 2011),
 `tau` the temperature, `F(b) = log sum of p**b outside the certain ids`. Everything is in nats.
 
-A teacher's targets are the plain tensors of a DataLoader batch::
-
-    token_ids                      int32|int64 [P, K]   columns from `kept` on hold a fill value, possibly >= W
-    codes | logprobs               uint16 | float32 [P, K]
-    kept, certain                  int [P]
-    top_logprob, log_tail, log_tail_half, entropy    float32 [P]
-
-Raw codes are decoded here, on the training device: there it is a scan over K numbers, on the loader's side it costs
-as much as the decompression.
+`student.target_batch.TargetBatch` has the fields, dtypes and units of what is decoded here.
 
 Forward KL is linear in the teacher, so every treatment of the tail is a set of weights on the student's log-probs::
 
@@ -38,8 +30,7 @@ from torch import Tensor
 from storage.errors import InputError
 from storage.format.manifest import TeacherEntry
 from student.loss.objective import Tail, check_temperature
-
-Targets = Mapping[str, Tensor]
+from student.target_batch import TargetBatch
 
 # Error of a sum of float32 log-probs; see `Tempered.log_rest`.
 _ROUNDING = 1e-6
@@ -138,25 +129,26 @@ class Weights:
         return self.constant[rows] - on_heads - tail * torch.where(tail > 0, theta, 0.0)
 
 
-def decode_logprobs(targets: Targets, step_nats: float | None) -> Tensor:
+def decode_logprobs(targets: TargetBatch, step_nats: float | None) -> Tensor:
     """``top_logprob - step_nats * cumsum(codes)``, or the stored `logprobs`; -inf from column `kept` on.
 
     Returns float32 [P, K] in nats, normalised over the whole vocabulary (float64 `logprobs` stay float64).
     Raises InputError when there are codes and no step.
     """
-    if "codes" in targets:
+    if targets.codes is not None:
         if step_nats is None:
             raise InputError("these targets hold codes, so the entry's step_nats is needed to decode them; got None")
         # Whole numbers below 2**24 are exact in float32; valid rows sum to at most 2**16 (`logprob_floor`).
-        steps = targets["codes"].to(torch.float32).cumsum(1)
-        logprobs = targets["top_logprob"][:, None] - step_nats * steps
+        steps = targets.codes.to(torch.float32).cumsum(1)
+        logprobs = targets.top_logprob[:, None] - step_nats * steps
     else:
-        logprobs = targets["logprobs"]
-    return logprobs.masked_fill(~_leading_columns(targets["kept"], logprobs.shape[1]), -math.inf)
+        assert targets.logprobs is not None
+        logprobs = targets.logprobs
+    return logprobs.masked_fill(~_leading_columns(targets.kept, logprobs.shape[1]), -math.inf)
 
 
 def temper(
-    targets: Targets,
+    targets: TargetBatch,
     member: Member,
     temperature: float,
     trained: Tensor | None = None,
@@ -174,14 +166,14 @@ def temper(
         trained = torch.ones(len(decoded), dtype=torch.bool, device=decoded.device)
     columns = decoded.shape[1]
     scores = decoded.masked_fill(~trained[:, None], -math.inf)
-    valid = _leading_columns(targets["kept"], columns) & trained[:, None]
+    valid = _leading_columns(targets.kept, columns) & trained[:, None]
     step = member.step_nats or 0.0
     return Tempered(
-        support=torch.where(valid, targets["token_ids"], -1).to(torch.int32),
+        support=torch.where(valid, targets.token_ids, -1).to(torch.int32),
         scores=scores if temperature == 1.0 else scores / temperature,
-        certain=valid & _leading_columns(targets["certain"], columns),
+        certain=valid & _leading_columns(targets.certain, columns),
         log_tail=_log_tail(targets, member.vocabulary_size, temperature).masked_fill(~trained, 0.0),
-        entropy=targets["entropy"].masked_fill(~trained, 0.0),
+        entropy=targets.entropy.masked_fill(~trained, 0.0),
         trained=trained,
         temperature=temperature,
         vocabulary_size=member.vocabulary_size,
@@ -255,15 +247,15 @@ def _negative_entropy(w: Tensor, logp: Tensor) -> Tensor:
     return (w * torch.where(w > 0, logp, 0.0)).sum(1)
 
 
-def _log_tail(targets: Targets, vocabulary_size: int, temperature: float) -> Tensor:
+def _log_tail(targets: TargetBatch, vocabulary_size: int, temperature: float) -> Tensor:
     """F(1 / temperature) [P]: stored, or interpolated by the parabola through F(0), F(1/2) and F(1).
 
     F is convex, so the parabola is, and lies between the bounds of `tail_bounds` as F itself does.
     """
     if temperature == 1.0:
-        return targets["log_tail"]
+        return targets.log_tail
     if temperature == 2.0:
-        return targets["log_tail_half"]
+        return targets.log_tail_half
     zero, half, one = _known_tails(targets, vocabulary_size)
     b = 1 / temperature
     # All three are -inf where nothing is outside, and their differences are NaN.
@@ -272,7 +264,7 @@ def _log_tail(targets: Targets, vocabulary_size: int, temperature: float) -> Ten
     return parabola.masked_fill(empty, -math.inf)
 
 
-def tail_bounds(targets: Targets, vocabulary_size: int, temperature: float) -> tuple[Tensor, Tensor]:
+def tail_bounds(targets: TargetBatch, vocabulary_size: int, temperature: float) -> tuple[Tensor, Tensor]:
     """(least, greatest) possible value [P] of F(1 / temperature), for a temperature above 1.
 
     F is convex with F(0) = log(V - certain), F(1/2) and F(1) known: it lies below the chord between the neighbouring
@@ -281,14 +273,12 @@ def tail_bounds(targets: Targets, vocabulary_size: int, temperature: float) -> t
     zero, half, one = _known_tails(targets, vocabulary_size)
     b = 1 / temperature
     left, right = half + (2 * b - 1) * (half - zero), half + (2 * b - 1) * (one - half)
-    empty = one.isneginf()
-    return (
-        torch.minimum(left, right).masked_fill(empty, -math.inf),
-        torch.maximum(left, right).masked_fill(empty, -math.inf),
-    )
+    bounds = (left.minimum(right), left.maximum(right))
+    least, greatest = (bound.masked_fill(one.isneginf(), -math.inf) for bound in bounds)
+    return least, greatest
 
 
-def interpolation_bound(targets: Targets, member: Member, temperature: float) -> Tensor:
+def interpolation_bound(targets: TargetBatch, member: Member, temperature: float) -> Tensor:
     """Bound [P], in 0..1, on the error of the teacher's mass outside the certain ids when the tail is interpolated."""
     tempered = temper(targets, member, temperature, interpolate_tail=True)
     heads = torch.logsumexp(tempered.scores.masked_fill(~tempered.certain, -math.inf), 1)
@@ -299,33 +289,23 @@ def interpolation_bound(targets: Targets, member: Member, temperature: float) ->
     return torch.maximum(greatest - taken, taken - least)
 
 
-def quantisation_bound(step_nats: float) -> float:
-    """``exp(step) - 1``: bound on the L1 error of a bucketed target distribution from codes, at temperature 1 or 2.
+def targets_of(member: Member, targets: Mapping[str, TargetBatch] | None, labels: Tensor) -> TargetBatch:
+    """A member's targets of a batch, flat and beside its labels [P], whose device they are moved to.
 
-    A decoded log-prob is within step/2 of the teacher's, and so is the normaliser, whose log is a mean of these
-    errors; so each probability stays within a factor exp(+-step), and ``sum |p' - p| <= exp(step) - 1``. The floats
-    beside the codes keep 12 bits of mantissa: their relative error of 2**-13 is below step/2 for any top log-prob of
-    a vocabulary under 2**31 ids, and for any tail of more than exp(-32) at the finest step; a smaller tail adds less
-    than 1e-13.
-
-    The gradient of a position's KL by the logits is ``(q - p) / tau``, so its L1 norm moves by at most the bound over
-    tau (times tau in the loss, which multiplies by tau**2). At the default step of 1/32 nat the bound is 0.032; the
-    rounding errors are of both signs, and the measured error is nearer to a quarter of it.
+    Raises InputError where they are missing, naming the teachers present, or are of other positions.
     """
-    return math.expm1(step_nats)
-
-
-def targets_of(member: Member, targets: Mapping[str, Targets] | None) -> Targets:
-    """A member's targets in a batch. Raises InputError, naming the teachers present, when they are missing."""
     if targets is None or member.name not in targets:
         found = ", ".join(targets) if targets else "none"
         raise InputError(f"the batch holds no targets of teacher {member.name} (found: {found}): add it to the dataset")
-    return targets[member.name]
+    flat = targets[member.name].flat().to(labels.device)
+    if len(flat) != len(labels):
+        raise InputError(f"teacher {member.name} has targets for {len(flat)} positions, there are {len(labels)} labels")
+    return flat
 
 
-def _known_tails(targets: Targets, vocabulary_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    outside = (vocabulary_size - targets["certain"]).to(targets["log_tail"].dtype)
-    return outside.log(), targets["log_tail_half"], targets["log_tail"]
+def _known_tails(targets: TargetBatch, vocabulary_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    outside = (vocabulary_size - targets.certain).to(targets.log_tail.dtype)
+    return outside.log(), targets.log_tail_half, targets.log_tail
 
 
 def _logsumexp(scores: Tensor, tail: Tensor) -> Tensor:

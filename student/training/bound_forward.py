@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from storage.errors import InputError
-from student.data.batches import flat_targets
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss, LossSums
 from student.loss.output_layer import PlainHead, choose_head
+from student.target_batch import TargetBatch
 
 FusedHead = Literal["auto", "on", "off"]
-
-_BOUND = ("forward", "_original_forward", "accepts_loss_kwargs", "distillation_loss")
 
 
 @dataclass
@@ -45,7 +43,7 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
     ``model(input_ids, labels=labels, targets=targets).loss`` is ``loss_sum / num_items_in_batch`` of
     `DistillationLoss`; without `num_items_in_batch` the batch's own count divides. Labels are aligned with the logits
     already (`student.data.batches.collate`), unlike those that transformers' models shift themselves. `targets[name]`
-    holds tensors [B, T, ...], `position_weights` [B, T] those of the loss, if a data set gives any. Without labels
+    is a teacher's `TargetBatch`, `position_weights` [B, T] those of the loss, if a data set gives any. Without labels
     the original forward runs, so `generate` works unchanged.
 
     In training mode the output layer is fused with the loss (`student.loss.fused`: the logits [P, W] are never held)
@@ -55,64 +53,71 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
 
     Nothing is added to the weights or the configuration: `save_pretrained` writes the files of an unbound model.
     """
-    dense = loss if isinstance(loss, DenseLoss) else None
-    head = choose_head(model, fused_head) if dense is None else _not_fused(fused_head)
-    original = model.forward
-    # Loops over chunks and teachers on small tensors, which torch.compile handles badly and could not speed up.
-    not_compiled: Any = torch.compiler.disable
-    of_logits = not_compiled(lambda logits, *batch: loss(logits, *batch))
-    of_windows = None if dense is None else not_compiled(dense.of_windows)
-    of_hidden = not_compiled(lambda head, hidden, *batch: head.loss_sums(hidden, loss.prepare(*batch)))
+    is_live = isinstance(loss, DenseLoss)
+    if is_live and fused_head == "on":
+        raise InputError("the fused head was asked for, but live teachers give whole logits; take auto or off")
+    head = "the teachers run beside it" if is_live else choose_head(model, fused_head)
+    model.forward = _BoundForward(model, loss, head)
+    # Makes the Trainer count the trained tokens of a whole optimizer step and pass their number in.
+    model.accepts_loss_kwargs = True  # type: ignore[assignment]
+    return head if isinstance(head, str) else None
 
-    def forward(
+
+class _BoundForward:
+    """A model's forward with its loss; `head` is the reason where the output layer is not fused with it."""
+
+    def __init__(self, model: nn.Module, loss: DistillationLoss, head: PlainHead | str) -> None:
+        self.model, self.original, self.loss, self.head = model, model.forward, loss, head
+        # Loops over chunks and teachers on small tensors, which torch.compile handles badly and could not speed up.
+        self._loss_sums = torch.compiler.disable(self.loss_sums)  # type: ignore[no-untyped-call]
+
+    def __call__(
+        self,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
-        targets: dict[str, dict[str, Tensor]] | None = None,
+        targets: dict[str, TargetBatch] | None = None,
         position_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> Any:
         aligned = shift_labels if shift_labels is not None else labels
         if aligned is None:
-            return original(input_ids=input_ids, **others)
-        by_position = None if position_weights is None else position_weights.flatten()
-        batch = (aligned.flatten(), flat_targets(targets or {}), by_position)
-        logits = None
-        if model.training and isinstance(head, PlainHead):
-            sums = of_hidden(head, head.hidden(input_ids, **others), *batch)
+            return self.original(input_ids=input_ids, **others)
+        head = self.head if self.model.training and isinstance(self.head, PlainHead) else None
+        if head is not None:
+            computed = head.hidden(input_ids, **others)
         else:
-            logits = original(input_ids=input_ids, use_cache=False, **others).logits
-            if of_windows is not None:
-                sums = of_windows(logits.flatten(0, 1), aligned.flatten(), input_ids, by_position)
-            else:
-                sums = of_logits(logits.flatten(0, 1), *batch)
+            computed = self.original(input_ids=input_ids, use_cache=False, **others).logits
+        sums: LossSums = self._loss_sums(head, computed, aligned, targets, position_weights, input_ids)
         count = sums.count if num_items_in_batch is None else num_items_in_batch
         # A step without a single trained token has the sum 0, and must not become 0/0.
         divisor = torch.as_tensor(count, device=sums.loss_sum.device).clamp(min=1)
+        values = [sums.count, sums.cross_entropy, *(sums.divergence[member.name] for member in self.loss.members)]
         return DistillationOutput(
-            loss=sums.loss_sum / divisor, logits=None if model.training else logits, parts=_parts(sums, loss)
+            loss=sums.loss_sum / divisor,
+            logits=None if self.model.training else computed,
+            parts=torch.stack([value.detach().to(torch.float32) for value in values]),
         )
 
-    model.forward = forward
-    # Makes the Trainer count the trained tokens of a whole optimizer step and pass their number in.
-    model.accepts_loss_kwargs = True  # type: ignore[assignment]
-    model.distillation_loss = loss  # type: ignore[assignment]
-    return head if isinstance(head, str) else None
-
-
-def _not_fused(asked: FusedHead) -> str:
-    if asked == "on":
-        raise InputError("the fused head was asked for, but live teachers give whole logits; take auto or off")
-    return "the teachers run beside it"
+    def loss_sums(
+        self,
+        head: PlainHead | None,
+        computed: Tensor,
+        labels: Tensor,
+        targets: dict[str, TargetBatch] | None,
+        position_weights: Tensor | None,
+        windows: Tensor | None,
+    ) -> LossSums:
+        """The sums of a batch; `computed` are what `head` takes, hidden states [B, T, H], or logits [B, T, W]."""
+        flat = labels.flatten()
+        by_position = None if position_weights is None else position_weights.flatten()
+        if head is not None:
+            return head.loss_sums(computed, self.loss.prepare(flat, targets, by_position))
+        return self.loss(computed.flatten(0, 1), flat, targets, by_position, windows)
 
 
 def unbind_loss(model: nn.Module) -> None:
     """Restore the forward of the model's class; does nothing to a model without a bound loss."""
-    for name in _BOUND:
+    for name in ("forward", "_original_forward", "accepts_loss_kwargs"):
         model.__dict__.pop(name, None)
-
-
-def _parts(sums: LossSums, loss: DistillationLoss) -> Tensor:
-    values = [sums.count, sums.cross_entropy, *(sums.divergence[member.name] for member in loss.members)]
-    return torch.stack([value.detach().to(torch.float32) for value in values])

@@ -52,8 +52,8 @@ def check_fsdp(args: TrainingArguments) -> None:
 def keep_precision(accelerator: Accelerator) -> None:
     """Restrict FSDP2's mixed precision to the weights: it casts neither the inputs of forward nor its outputs.
 
-    accelerate's policy casts every floating-point input, log-probs and token counts too, and every output, the loss
-    among them, to the dtype of the weights: bfloat16 has 8 bits of precision.
+    accelerate's policy casts every floating-point input, position weights and token counts too, and every output, the
+    loss among them, to the dtype of the weights: bfloat16 has 8 bits of precision.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)

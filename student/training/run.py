@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from storage import LogitCache
 from storage.errors import InputError
 from storage.progress import Log, silent
-from student.data.batches import collate, flat_targets
+from student.data.batches import collate
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
 from student.labels import NOT_TRAINED
@@ -247,10 +247,10 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
     number = min(len(windows), _BOUND_WINDOWS)
     chosen = [i * len(windows) // number for i in range(number)]
     batch = collate(windows.__getitems__(chosen))
-    targets, trained = flat_targets(batch["targets"]), batch["labels"].flatten() != NOT_TRAINED
+    targets, trained = batch["targets"], batch["labels"].flatten() != NOT_TRAINED
     found = {}
     for member in loss.members:
-        off = interpolation_bound(targets[member.name], member, loss.temperature)
+        off = interpolation_bound(targets[member.name].flat(), member, loss.temperature)
         # The padding of a short window is left out, unless no position is trained at all.
         off = off[trained] if trained.any() else off
         found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))

@@ -70,11 +70,12 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
     Raises InputError where the step cannot be split.
     """
     take_one_device(args)
-    if getattr(args.accelerator_config, "split_batches", False):
-        raise InputError(
-            "accelerator_config split_batches would divide each batch over the processes: leave it out, and give "
-            "--windows-per-step"
-        )
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, False):
+            raise InputError(
+                f"accelerator_config {name} would divide batches that each process reads for itself: leave it out, and "
+                "give --windows-per-step"
+            )
     asked = job.windows_per_step
     own, most, processes = windows_per_step(args), args.train_batch_size, args.world_size
     if asked is None:

@@ -18,13 +18,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from storage.errors import InputError
-from student.data.batches import collate, flat_targets
+from student.data.batches import collate
 from student.data.order import ReadingOrder
 from student.data.windows import DistillationWindows, reading_order
 from student.evaluation.held_out import HeldOut, HeldOutSums, bytes_per_token
 from student.labels import NOT_TRAINED
-from student.loss.dense import DenseLoss
-from student.loss.distillation import DistillationLoss, LossSums
+from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
 from student.training.bound_forward import FusedHead, bind_loss
 from student.training.fsdp import FSDPIsOn, keep_precision
@@ -162,9 +161,10 @@ class DistillationTrainer(Trainer):
             batch: dict[str, Any] = self._prepare_inputs(read)
             with self.accelerator.autocast():
                 logits = model(input_ids=batch["input_ids"]).logits
-            sums.add(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+            flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
+            sums.add(flat, labels, batch["targets"])
             if self.eval_loss is not None:
-                found = _loss_of_batch(self.eval_loss, logits, batch)
+                found = self.eval_loss(flat, labels, batch["targets"], windows=batch["input_ids"])
                 objective += torch.stack([found.loss_sum.double(), found.count.double()]).cpu()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
@@ -175,13 +175,6 @@ class DistillationTrainer(Trainer):
         if self.eval_loss is None:
             return result
         return replace(result, distillation_loss=float(objective[0] / objective[1]))
-
-
-def _loss_of_batch(loss: DistillationLoss, logits: Tensor, batch: dict[str, Any]) -> LossSums:
-    flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
-    if isinstance(loss, DenseLoss):
-        return loss.of_windows(flat, labels, batch["input_ids"])
-    return loss(flat, labels, flat_targets(batch["targets"]))
 
 
 def _ours(dataset: Any) -> DistillationWindows:

@@ -1,14 +1,10 @@
-"""The output layer (LM head) of a teacher with float32 logits, in memory or offloaded; and the agreement of logits.
+"""The output layer (LM head) of a teacher with float32 logits, in memory or offloaded.
 
 Legend: `H` hidden size.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from storage.errors import InputError
-
-# Large enough for any soft cap in use (30, 50) to show, small enough for hidden states in float16.
-_TEST_LOGIT = 256.0
-# Some models mask ids with the lowest number of their dtype instead of -inf.
-MASKED = -1e30
 
 
 class Head(Protocol):
@@ -57,58 +48,11 @@ class Float32Head:
         return logits.view(*hidden.shape[:-1], -1)
 
 
-def amplification(largest: float) -> float:
-    """The power of two that scales hidden states so that logits of at most `largest` reach hundreds."""
-    return 2.0 ** round(math.log2(_TEST_LOGIT / max(largest, 1e-30)))
-
-
 def head_of(linear: nn.Linear) -> Head:
     """The `Head` of an output layer in memory, or one that loads the weights for each use if they are offloaded."""
     if linear.weight.device.type == "meta":
         return OffloadedHead(linear)
     return Float32Head(linear.weight, linear.bias)
-
-
-@dataclass
-class Replacement:
-    """A replacement forward; it stays if `stays` is set before the block ends."""
-
-    stays: bool = False
-
-
-@contextlib.contextmanager
-def replaced_forward(linear: nn.Linear, head: Head) -> Iterator[Replacement]:
-    """Replace the forward of `linear` by `head`; the one before (its class's or its own) is restored on exit, unless
-    `stays` is set."""
-    before = linear.__dict__.get("forward")
-    linear.forward = head  # type: ignore[method-assign,assignment]
-    replacement = Replacement()
-    try:
-        yield replacement
-    finally:
-        if not replacement.stays:
-            del linear.forward
-            if before is not None:
-                linear.forward = before  # type: ignore[method-assign]
-
-
-def agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether logits differ by at most `tolerance` of the largest, and mask the same ids; NaN never agrees."""
-    if a.shape != b.shape:
-        return False
-    masked = a < MASKED
-    if not torch.equal(masked, b < MASKED):
-        return False
-    a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
-    largest = torch.maximum(a.abs().max(), b.abs().max())
-    return bool(((a - b).abs().max() <= tolerance * largest) & largest.isfinite())
-
-
-def difference(a: Tensor, b: Tensor) -> str:
-    """A description of how logits that do not agree differ."""
-    if a.shape != b.shape:
-        return f"shape, {tuple(a.shape)} against {tuple(b.shape)}"
-    return f"up to {float((a - b).abs().max()):.3g} from logits of up to {float(b.abs().max()):.3g}"
 
 
 class OffloadedHead:

@@ -24,7 +24,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from teachers.huggingface.output_layer import Head, agree, amplification, difference, head_of, replaced_forward
+from student.models.logit_agreement import agree, amplification, amplified, difference, replaced_forward
+from teachers.huggingface.output_layer import Head, head_of
 
 # The change, relative to the largest logit, that one rounding of the logits to the dtype and another order of
 # summation may cause.
@@ -166,7 +167,6 @@ def _disagreement(
         own = fast.head(hidden).reshape(*windows.shape, -1).to(logits.device)
         if not agree(own, logits, tolerance):
             return f"backbone and head alone differ by {difference(own, logits)}"
-        # A power of two scales exactly in any dtype.
         factor = amplification(float(own.abs().max()))
         amplified = amplified_logits(model, linear, windows, factor)
         own = fast.head(hidden * factor).reshape(*windows.shape, -1).to(logits.device)
@@ -177,11 +177,8 @@ def _disagreement(
 
 def amplified_logits(model: Any, linear: nn.Linear, windows: Tensor, factor: float) -> Tensor:
     """The model's own logits, float32 [B, C, columns], with the input of its output layer times `factor`."""
-    scaling = linear.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
-    try:
+    with amplified(linear, factor):
         return forward(model, windows).float()
-    finally:
-        scaling.remove()
 
 
 def _make_float32(model: Any, linear: nn.Linear, windows: Tensor, logits: Tensor, tolerance: float) -> bool:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from storage.errors import InputError
-from teachers.huggingface.output_layer import MASKED, Float32Head, agree, amplification, replaced_forward
+from student.models.logit_agreement import MASKED, agree, amplification, replaced_forward
+from teachers.huggingface.output_layer import Float32Head
 from teachers.huggingface.scoring import TOLERANCE, FastPath, GeneralPath, ScoringPath, amplified_logits, forward
 from teachers.ranks import ColumnShard, Ranks, all_true, equal_runs
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from student.loss.distillation import DistillationLoss
+    from student.target_batch import TargetBatch
 
 WAYS = {
     "plain cross-entropy": "torch's cross_entropy on the model's logits",
@@ -201,11 +202,10 @@ def _student_step(way: str, columns: int, arguments: argparse.Namespace) -> Call
     bound = way.endswith("fused") or way == "distilled, logits held"
     if bound:
         bind_loss(model, loss, "on" if way.endswith("fused") else "off")
-    batched = {"t": {name: value.unflatten(0, windows) for name, value in targets.items()}}
 
     def step() -> None:
         if bound:
-            value = model(input_ids=tokens, labels=labels.reshape(windows), targets=batched).loss
+            value = model(input_ids=tokens, labels=labels.reshape(windows), targets={"t": targets}).loss
         else:
             logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
             value = _sum_of_logits(way, logits, labels, targets, loss) / len(labels)
@@ -216,9 +216,7 @@ def _student_step(way: str, columns: int, arguments: argparse.Namespace) -> Call
     return step
 
 
-def _sum_of_logits(
-    way: str, logits: Tensor, labels: Tensor, targets: dict[str, Tensor], loss: DistillationLoss
-) -> Tensor:
+def _sum_of_logits(way: str, logits: Tensor, labels: Tensor, targets: TargetBatch, loss: DistillationLoss) -> Tensor:
     import torch
     import torch.nn.functional as F
 
@@ -226,9 +224,9 @@ def _sum_of_logits(
         return F.cross_entropy(logits.float(), labels, reduction="sum")
     if way == "distilled, logits held":
         return loss(logits, labels, {"t": targets}).loss_sum
-    tau, ids = loss.temperature, targets["token_ids"].long()
-    log_p = targets["logprobs"] / tau
-    tail = targets["log_tail" if tau == 1 else "log_tail_half"]
+    tau, ids = loss.temperature, targets.token_ids.long()
+    log_p = targets.logprobs / tau
+    tail = targets.log_tail if tau == 1 else targets.log_tail_half
     norm = torch.logsumexp(torch.cat([log_p, tail[:, None]], 1), 1)
     log_p, tail = log_p - norm[:, None], tail - norm
     log_q = torch.log_softmax(logits.float() / tau, 1)
@@ -246,25 +244,27 @@ def _loss(way: str, columns: int, temperature: float) -> DistillationLoss:
     )
 
 
-def _batch(columns: int, positions: int) -> tuple[Tensor, dict[str, Tensor]]:
+def _batch(columns: int, positions: int) -> tuple[Tensor, TargetBatch]:
     """Labels, and top-k targets of teachers whose other columns are flat."""
     import torch
+
+    from student.target_batch import TargetBatch
 
     ids = torch.stack([torch.randperm(columns)[:STORED_IDS].clone() for _ in range(positions)]).to(torch.int32)
     heads = torch.log_softmax(torch.randn(positions, STORED_IDS).sort(1, descending=True).values, 1) - 0.3
     rest = columns - STORED_IDS
     log_tail = torch.log1p(-heads.exp().sum(1))
     counts = torch.full((positions,), STORED_IDS, dtype=torch.int32)
-    targets = {
-        "token_ids": ids,
-        "logprobs": heads,
-        "kept": counts,
-        "certain": counts,
-        "top_logprob": heads[:, 0],
-        "log_tail": log_tail,
-        "log_tail_half": (log_tail + torch.tensor(float(rest)).log()) / 2,
-        "entropy": torch.full((positions,), 4.0),
-    }
+    targets = TargetBatch(
+        token_ids=ids,
+        logprobs=heads,
+        kept=counts,
+        certain=counts,
+        top_logprob=heads[:, 0],
+        log_tail=log_tail,
+        log_tail_half=(log_tail + torch.tensor(float(rest)).log()) / 2,
+        entropy=torch.full((positions,), 4.0),
+    )
     return torch.randint(0, columns, (positions,)), targets
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,11 @@ from support.commands import ROOT
 PACKAGES = ("storage", "student", "teachers", "logit_cache")
 ROOMS = {
     "storage": (
-        ("errors",), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",),
+        ("errors", "lazy"), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",),
+        ("transfer",),
     ),
     "student": (
-        ("labels", "models", "lifeline"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
+        ("labels", "models", "lifeline", "target_batch"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
         ("evaluation",), ("training",), ("sweep",), ("cli",),
     ),
     "teachers": (
@@ -189,6 +192,16 @@ def test_importing_the_packages_does_nothing() -> None:
 def test_public_names_are_there(package: str) -> None:
     module = importlib.import_module(package)
     assert {getattr(module, name).__name__ for name in module.__all__ if name != "NOT_TRAINED"} <= set(module.__all__)
+    imported = re.findall(r"^    from .* import (\w+) as \1$", Path(module.__file__).read_text(), re.MULTILINE)
+    assert sorted(imported) == module.__all__, "type checkers know the same names"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_has_the_version_of_the_distribution(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__version__ == version("logit-cache")
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("module", ["logit_cache.cli.main", "student.cli", "teachers.cli"])

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.references.dense_targets import quantisation_bound
 from support.references.live_runs import STEPS, cached_losses, live_losses, world
-
-from student.loss.teacher_targets import quantisation_bound
 
 __all__ = ["world"]  # a fixture, found by its name
 

@@ -81,7 +81,7 @@ def test_value_and_gradient_are_the_dense_ones(name: str, tau: float, options: d
     labels, windows, weights = batch()
     source = Fixed(teacher, rows)
     loss = DenseLoss(source, V, alpha, tau, loss=name, **options)
-    sums = loss.of_windows(student, labels, windows, weights)
+    sums = loss(student, labels, position_weights=weights, windows=windows)
     (found,) = torch.autograd.grad(3 * sums.loss_sum, student)
 
     trained = labels != NOT_TRAINED
@@ -110,7 +110,7 @@ def test_a_padded_student_pays_for_mass_on_padding() -> None:
     """Columns beyond the vocabulary are part of the student's softmax and get nothing from the teacher."""
     teacher, student = numbers(1, V, 3.0), numbers(2, V + PADDED, 2.0).requires_grad_()
     labels, windows, _ = batch()
-    sums = DenseLoss(Fixed(teacher, 4), V, 0.0, 1.0).of_windows(student, labels, windows)
+    sums = DenseLoss(Fixed(teacher, 4), V, 0.0, 1.0)(student, labels, windows=windows)
     trained = labels != NOT_TRAINED
     log_p, log_q = torch.log_softmax(teacher, 1), torch.log_softmax(student, 1)[:, :V]
     expected = ((log_p.exp() * (log_p - log_q)).sum(1) * trained).sum()
@@ -121,7 +121,7 @@ def test_a_padded_student_pays_for_mass_on_padding() -> None:
 def test_half_precision_logits_get_a_gradient_of_their_type() -> None:
     teacher, student = numbers(1, V, 3.0).float(), numbers(2, V, 2.0).bfloat16().requires_grad_()
     labels, windows, _ = batch()
-    sums = DenseLoss(Fixed(teacher, 4), V, 0.0, 2.0).of_windows(student, labels, windows)
+    sums = DenseLoss(Fixed(teacher, 4), V, 0.0, 2.0)(student, labels, windows=windows)
     assert sums.loss_sum.dtype == torch.float32
     (found,) = torch.autograd.grad(sums.loss_sum, student)
     p, q = torch.softmax(teacher / 2, 1), torch.softmax(student.detach().float() / 2, 1)
@@ -133,10 +133,12 @@ def test_half_precision_logits_get_a_gradient_of_their_type() -> None:
 def test_without_a_share_the_teachers_do_not_run() -> None:
     source = Fixed(numbers(1, V, 3.0), 4)
     labels, windows, _ = batch()
-    sums = DenseLoss(source, V, 1.0, 1.0).of_windows(numbers(2, V, 2.0).requires_grad_(), labels, windows)
+    sums = DenseLoss(source, V, 1.0, 1.0)(numbers(2, V, 2.0).requires_grad_(), labels, windows=windows)
     assert source.calls == 0
     assert sums.divergence == {}
     torch.testing.assert_close(sums.loss_sum.detach(), sums.cross_entropy)
+    with pytest.raises(InputError, match="give its input_ids"):
+        DenseLoss(source, V, 0.5, 1.0)(numbers(2, V, 2.0), labels)
 
 
 def test_teachers_must_score_every_id() -> None:

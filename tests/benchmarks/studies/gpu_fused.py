@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from student.loss.logit_chunk import LogitChunk
+    from student.target_batch import TargetBatch
 
 DEVICE = "cuda"
 STORED_IDS = 64
@@ -145,7 +146,7 @@ def passes(columns: int, temperature: float, limits: Limits, arguments: argparse
         kind._part(z, temperature).to_gradient(a, b, None)
 
     def whole(kind: type[LogitChunk]) -> None:
-        chunk = kind(z, labels, trained, [targets["token_ids"]], [columns], temperature)
+        chunk = kind(z, labels, trained, [targets.token_ids], [columns], temperature)
         chunk.to_gradient(b[:, 0], [(g, h[:, 0])])
 
     steps: dict[str, Callable[[], float]] = {}
@@ -282,7 +283,7 @@ def ways(size: Size, arguments: argparse.Namespace) -> dict[str, Way | str]:
     return found
 
 
-def _held(alpha: float, temperature: float, size: Size, labels: Tensor, targets: dict[str, Tensor]) -> Way:
+def _held(alpha: float, temperature: float, size: Size, labels: Tensor, targets: TargetBatch) -> Way:
     from student.loss.distillation import DistillationLoss
     from student.loss.teacher_targets import Member
 
@@ -297,7 +298,7 @@ def _fused(
     mib: int,
     size: Size,
     labels: Tensor,
-    targets: dict[str, Tensor],
+    targets: TargetBatch,
 ) -> Way:
     from student.loss import fused
     from student.loss.distillation import DistillationLoss
@@ -306,7 +307,8 @@ def _fused(
     loss = DistillationLoss(size.columns, alpha, temperature, [Member("t", 1.0, None, size.columns)])
 
     def way(hidden: Tensor, weight: Tensor) -> Tensor:
-        with mock.patch.multiple(fused, _TRITON_DEVICES=devices, _BUFFER_LOGITS_ELSEWHERE=mib << 18):
+        buffers = mock.patch.dict(fused._BUFFER_LOGITS, elsewhere=mib << 18)
+        with mock.patch.object(fused, "_TRITON_DEVICES", devices), buffers:
             prepared = loss.prepare(labels, {"t": targets})
             return fused.fused_loss(hidden, weight, None, prepared).loss_sum / size.positions
 
@@ -370,9 +372,11 @@ def fused_bytes(size: Size, buffer_mib: int, dtype: str) -> float:
     return size.columns * (size.positions * by_logit + chunks * size.hidden * by_weight)
 
 
-def batch(columns: int, positions: int) -> tuple[Tensor, dict[str, Tensor]]:
+def batch(columns: int, positions: int) -> tuple[Tensor, TargetBatch]:
     """Labels, and top-k targets of teachers whose other columns are flat; on the device."""
     import torch
+
+    from student.target_batch import TargetBatch
 
     # One id from each of K equal ranges of them: distinct, and spread out.
     width = columns // STORED_IDS
@@ -381,16 +385,16 @@ def batch(columns: int, positions: int) -> tuple[Tensor, dict[str, Tensor]]:
     heads = torch.randn(positions, STORED_IDS, device=DEVICE).log_softmax(1).sort(1, descending=True).values - 0.3
     log_tail = torch.log1p(-heads.exp().sum(1))
     counts = torch.full((positions,), STORED_IDS, dtype=torch.int32, device=DEVICE)
-    targets = {
-        "token_ids": ids,
-        "logprobs": heads,
-        "kept": counts,
-        "certain": counts,
-        "top_logprob": heads[:, 0],
-        "log_tail": log_tail,
-        "log_tail_half": (log_tail + math.log(columns - STORED_IDS)) / 2,
-        "entropy": torch.full((positions,), 4.0, device=DEVICE),
-    }
+    targets = TargetBatch(
+        token_ids=ids,
+        logprobs=heads,
+        kept=counts,
+        certain=counts,
+        top_logprob=heads[:, 0],
+        log_tail=log_tail,
+        log_tail_half=(log_tail + math.log(columns - STORED_IDS)) / 2,
+        entropy=torch.full((positions,), 4.0, device=DEVICE),
+    )
     return torch.randint(0, columns, (positions,), device=DEVICE), targets
 
 

@@ -407,7 +407,7 @@ def evaluate(run: Path, student: Any) -> dict[str, float]:
     """Held-out loss, ECE, and KL(teacher || student), which a large sample of the teacher estimates without bias."""
     import torch
 
-    from student.data.batches import collate, flat_targets
+    from student.data.batches import collate
     from student.data.windows import DistillationWindows
     from student.evaluation.held_out import HeldOutSums
     from student.loss.teacher_targets import Member
@@ -419,7 +419,7 @@ def evaluate(run: Path, student: Any) -> dict[str, float]:
         for start in range(0, len(windows), 16):
             batch = collate(windows.__getitems__(list(range(start, min(start + 16, len(windows))))))
             logits = student(batch["input_ids"], use_cache=False).logits
-            sums.add(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+            sums.add(logits.flatten(0, 1), batch["labels"].flatten(), batch["targets"])
     student.train()
     result = sums.result()
     return {"loss": result.cross_entropy, "ece": result.ece, "kl": result.kl["teacher"]}

@@ -17,15 +17,16 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from torch.utils.data import DataLoader
 
 import storage.cache.reader
-import student.data.windows
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.format.manifest import CacheRecord, Windowing
+from storage.format.manifest import ArrayLayout, CacheRecord, Windowing
 from storage.format.targets import SparseTargets
 from student.data.batches import collate
 from student.data.blocks import Blocks
 from student.data.order import BUFFER_GROUPS, ReadingOrder
 from student.data.windows import DistillationWindows
+from student.loss.distillation import DistillationLoss
+from student.loss.teacher_targets import Member
 
 V = 53
 ISOLATED = Windowing(context_tokens=16, stride_tokens=16, isolate_documents=True)
@@ -203,15 +204,10 @@ def test_windows_equal_slices_of_the_stream(
         assert len(window["labels"]) == len(window["input_ids"]) == size
         for name, whole in reference.items():
             targets = window["targets"][name]
-            assert (targets["entropy"][:length] == np.arange(start, start + length)).all()
-            assert (targets["token_ids"][:length] == whole.token_ids[start : start + length]).all()
-            values = targets["codes"] if name == "a" else targets["logprobs"]
-            stored = whole.codes if name == "a" else whole.exact_logprobs
-            assert stored is not None
-            assert (values[:length] == stored[start : start + length]).all()
-            assert len(values) == size
-            if name == "a":  # at K = V the tail is -inf in true rows too
-                assert np.isfinite(targets["log_tail"]).all()
+            assert (targets.start, targets.stop, window["first"]) == (start, start + length, 0)
+            assert (targets.token_ids == whole.token_ids[start : start + length]).all()
+            values, stored = (each.codes if name == "a" else each.exact_logprobs for each in (targets, whole))
+            assert (values == stored[start : start + length]).all()
 
 
 def test_fixed_windows_count_every_labelled_position_once(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
@@ -219,7 +215,7 @@ def test_fixed_windows_count_every_labelled_position_once(stream: tuple[str, np.
     windows = DistillationWindows(url, ["a"], 24)
     batch = collate(windows.__getitems__(range(len(windows))))
     trained = batch["labels"] != -100
-    positions = batch["targets"]["a"]["entropy"][trained]
+    positions = batch["targets"]["a"].entropy[trained]
     assert positions.sort().values.tolist() == list(range(202))
     assert batch["labels"][trained].tolist() == tokens[1:].tolist()
     assert batch["shift_labels"] is batch["labels"]
@@ -231,12 +227,12 @@ def test_batch_has_the_stated_types(stream: tuple[str, np.ndarray, CacheRecord])
     assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     a, b = batch["targets"]["a"], batch["targets"]["b"]
-    assert (a["codes"].dtype, a["codes"].shape) == (torch.uint16, (4, 16, 7))
-    assert (b["logprobs"].dtype, b["logprobs"].shape) == (torch.float32, (4, 16, V))
-    assert a["token_ids"].dtype == torch.int32
-    assert {a[name].dtype for name in ("kept", "certain")} == {torch.int32}
-    assert {a[n].dtype for n in ("top_logprob", "log_tail", "log_tail_half", "entropy")} == {torch.float32}
-    assert set(a) == {"token_ids", "codes", "kept", "certain", "top_logprob", "log_tail", "log_tail_half", "entropy"}
+    assert (a.codes.dtype, a.codes.shape) == (torch.uint16, (4, 16, 7))
+    assert (b.logprobs.dtype, b.logprobs.shape) == (torch.float32, (4, 16, V))
+    assert a.token_ids.dtype == torch.int32
+    assert {values.dtype for values in (a.kept, a.certain)} == {torch.int32}
+    assert {values.dtype for values in (a.top_logprob, a.log_tail, a.log_tail_half, a.entropy)} == {torch.float32}
+    assert (a.logprobs, b.codes) == (None, None)
 
 
 def test_neighbouring_windows_are_read_in_one_piece(
@@ -265,13 +261,39 @@ def test_loss_mask_becomes_labels_that_are_not_trained(tmp_path: Path) -> None:
     assert batch["targets"] == {}
 
 
+def test_windows_are_a_sequence(made: tuple[str, np.ndarray, CacheRecord]) -> None:
+    windows = DistillationWindows(Path(made[0]), ["a"], 16, "random", seed=3)
+    firsts = [window["input_ids"].tolist() for window in windows]
+    assert len(firsts) == len(windows) == 12
+    for index in (0, -1, 11, -12, np.int64(5), np.uint8(7), torch.tensor(2)):
+        assert windows[index]["input_ids"].tolist() == firsts[int(index)]
+    for cut in (slice(2), slice(-2, None), slice(None, None, -5), slice(20, 30)):
+        assert [window["input_ids"].tolist() for window in windows[cut]] == firsts[cut]
+    for index in (12, -13, 1 << 40):
+        with pytest.raises(IndexError, match=f"no window {index} among 12"):
+            windows[index]
+    for wrong in (1.0, "1", True, None, np.float32(1), [1]):
+        with pytest.raises(TypeError, match="a whole number or a slice, not by"):
+            windows[wrong]  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="whole numbers, not by float64"):
+        windows.__getitems__([0, 1.5])  # type: ignore[list-item]
+
+
+def test_objects_say_in_a_line_what_they_are(made: tuple[str, np.ndarray, CacheRecord]) -> None:
+    url, cache = made[0], storage.cache.reader.LogitCache.open(made[0])
+    windows = DistillationWindows(url, ["a"], 16)
+    assert repr(windows) == f"DistillationWindows({url!r}, ['a']: 13 windows of 16 tokens, fixed offset)"
+    assert repr(cache) == f"LogitCache({url!r}: 203 tokens, 53 ids)"
+    assert repr(cache.teacher("a").read(3, 9)) == "SparseTargets(positions 3..9 of 7 ids, codes of 0.03125 nats)"
+    loss = DistillationLoss(V, 0.25, 2.0, [Member.of("a", windows.entries["a"])])
+    assert repr(loss) == "DistillationLoss(forward-kl to a 1; alpha 0.25, temperature 2)"
+
+
 @pytest.mark.parametrize("offset", ["fixed", "random"])
-def test_trained_positions_are_those_with_a_label(
-    tmp_path: Path, offset: Literal["fixed", "random"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(student.data.windows, "_MASK_BLOCK", 7)
+def test_trained_positions_are_those_with_a_label(tmp_path: Path, offset: Literal["fixed", "random"]) -> None:
     mask = np.random.default_rng(4).random(40) < 0.5
-    make_corpus(str(tmp_path / "c"), np.arange(40, dtype=np.uint16), V, loss_mask=mask)
+    layout = ArrayLayout(shard=14, chunk=7, compression="lz4")
+    make_corpus(str(tmp_path / "c"), np.arange(40, dtype=np.uint16), V, loss_mask=mask, tokens_layout=layout)
     windows = DistillationWindows(str(tmp_path / "c"), (), 8, offset)
     indices = [3, 0, 7, 1]
     labels = collate(windows.__getitems__(indices))["labels"]
@@ -285,8 +307,8 @@ def test_windows_begin_with_an_id_of_their_own(stream: tuple[str, np.ndarray, Ca
     windows = DistillationWindows(url, ["a"], 24)
     windows.begin_id = begin
     assert windows.input_tokens == 25
-    numbers = range(len(plain))
-    for number, old, new in zip(numbers, plain.__getitems__(numbers), windows.__getitems__(numbers), strict=True):
+    entropy = collate(windows[:])["targets"]["a"].entropy
+    for number, (old, new) in enumerate(zip(plain, windows, strict=True)):
         length = plain.blocks.span(number)[1]
         lead = int(old["input_ids"][0] != begin)
         assert lead == (number != 2)
@@ -295,9 +317,8 @@ def test_windows_begin_with_an_id_of_their_own(stream: tuple[str, np.ndarray, Ca
         assert (new["input_ids"][inside] == old["input_ids"][:length]).all()
         assert (new["labels"][inside] == old["labels"][:length]).all()
         assert set(new["labels"].tolist()[:lead] + new["labels"].tolist()[lead + length :]) <= {-100}
-        for key, values in old["targets"]["a"].items():
-            assert len(new["targets"]["a"][key]) == 25
-            assert (new["targets"]["a"][key][inside] == values[:length]).all()
+        assert len(new["labels"]) == 25
+        assert entropy[number, inside].tolist() == list(range(24 * number, 24 * number + length))
 
 
 def test_isolated_documents_are_not_crossed(tmp_path: Path) -> None:
@@ -315,7 +336,7 @@ def test_isolated_documents_are_not_crossed(tmp_path: Path) -> None:
     assert torch.equal(batch["input_ids"], plain["input_ids"])
     trained = batch["labels"] != -100
     assert batch["labels"][trained].tolist() == [t for t in range(50) if t not in starts]
-    assert batch["targets"]["a"]["entropy"][trained].tolist() == [t - 1 for t in range(50) if t not in starts]
+    assert batch["targets"]["a"].entropy[trained].tolist() == [t - 1 for t in range(50) if t not in starts]
     with pytest.raises(InputError, match="teacher a saw isolated documents"):
         DistillationWindows(url, ["a"], 8, isolate_documents=False)
     write_entry(url, "across", make_entry(record, 5), marked_targets(tokens, 5))
@@ -361,7 +382,7 @@ def test_wide_vocabularies_have_64_bit_ids(tmp_path: Path) -> None:
     targets.token_ids[:, 2] = 4_294_967_295
     write_entry(url, "a", entry, targets)
     batch = collate(DistillationWindows(url, ["a"], 3).__getitems__([0]))
-    ids = batch["targets"]["a"]["token_ids"]
+    ids = batch["targets"]["a"].token_ids
     assert ids.dtype == torch.int64
     assert ids[0, :, 2].tolist() == [4_294_967_295] * 3
     assert batch["labels"].tolist() == [[69_999, 7, 1]]
@@ -392,4 +413,4 @@ def test_worker_processes_read_the_same_batches(stream: tuple[str, np.ndarray, C
     )
     for one, other in zip(alone, loader, strict=True):
         assert torch.equal(one["labels"], other["labels"])
-        assert torch.equal(one["targets"]["a"]["codes"].int(), other["targets"]["a"]["codes"].int())
+        assert torch.equal(one["targets"]["a"].codes.int(), other["targets"]["a"].codes.int())

@@ -18,6 +18,7 @@ from student.evaluation import held_out as evaluate
 from student.evaluation.held_out import BINS, HeldOut, HeldOutSums, bytes_per_token
 from student.labels import NOT_TRAINED
 from student.loss.teacher_targets import Member
+from student.target_batch import TargetBatch
 
 P, V, W = 203, 53, 61
 MEMBERS = [Member("whole", 1.0, None, V), Member("top", 0.0, None, V)]
@@ -27,23 +28,23 @@ def random(seed: int, *shape: int, scale: float) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def stored(logp: Tensor, k: int) -> dict[str, Tensor]:
+def stored(logp: Tensor, k: int) -> TargetBatch:
     values, ids = logp.sort(dim=1, descending=True)
     counts = torch.full((len(logp),), k, dtype=torch.int32)
-    return {
-        "token_ids": ids[:, :k].to(torch.int32),
-        "logprobs": values[:, :k].float(),
-        "kept": counts,
-        "certain": counts,
-        "top_logprob": values[:, 0].float(),
-        "log_tail": values[:, k:].logsumexp(1).float(),
-        "log_tail_half": (values[:, k:] / 2).logsumexp(1).float(),
-        "entropy": -(values.exp() * values).sum(1).float(),
-    }
+    return TargetBatch(
+        token_ids=ids[:, :k].to(torch.int32),
+        logprobs=values[:, :k].float(),
+        kept=counts,
+        certain=counts,
+        top_logprob=values[:, 0].float(),
+        log_tail=values[:, k:].logsumexp(1).float(),
+        log_tail_half=(values[:, k:] / 2).logsumexp(1).float(),
+        entropy=-(values.exp() * values).sum(1).float(),
+    )
 
 
 @pytest.fixture
-def batch() -> tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor]:
+def batch() -> tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]:
     """Logits, labels that follow them half of the time, targets by member, and the teacher's dense log-probs."""
     z = random(0, P, W, scale=2.5)
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +56,7 @@ def batch() -> tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor]:
     return z.float(), labels, {"whole": stored(teacher, V), "top": stored(teacher, 5)}, teacher
 
 
-def whole(batch: tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor]) -> HeldOutSums:
+def whole(batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]) -> HeldOutSums:
     sums = HeldOutSums(V, MEMBERS)
     sums.add(*batch[:3])
     return sums
@@ -74,7 +75,7 @@ def test_bytes_per_token_where_all_bytes_are_scored(corpus: dict[str, Any], expe
     assert bytes_per_token(windows) == expected
 
 
-def test_figures_equal_brute_force(batch: tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor]) -> None:
+def test_figures_equal_brute_force(batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]) -> None:
     z, labels, _, teacher = batch
     result = whole(batch).result(bytes_per_token=3.7)
     nats, correct, kl, bucketed, bins = 0.0, 0, 0.0, 0.0, [[0, 0.0, 0] for _ in range(BINS)]
@@ -121,12 +122,12 @@ def close(a: HeldOut, b: HeldOut) -> None:
 
 
 def test_splitting_into_batches_changes_nothing(
-    batch: tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor], monkeypatch: pytest.MonkeyPatch
+    batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z, labels, targets, _ = batch
     pieces = HeldOutSums(V, MEMBERS)
     for cut in (slice(0, 1), slice(1, 2), slice(2, 90), slice(90, P)):
-        part = {name: {key: value[cut] for key, value in each.items()} for name, each in targets.items()}
+        part = {name: each[cut] for name, each in targets.items()}
         pieces.add(z[cut], labels[cut], part)
     close(pieces.result(), whole(batch).result())
     monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", 10 * W)
@@ -134,19 +135,19 @@ def test_splitting_into_batches_changes_nothing(
 
 
 def test_processes_merge_by_adding_their_tensors(
-    batch: tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor],
+    batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor],
 ) -> None:
     z, labels, targets, _ = batch
     total = torch.zeros_like(whole(batch).tensor())
     for rank in range(3):
-        part = {name: {key: value[rank::3] for key, value in each.items()} for name, each in targets.items()}
+        part = {name: each[rank::3] for name, each in targets.items()}
         one = HeldOutSums(V, MEMBERS)
         one.add(z[rank::3], labels[rank::3], part)
         total += one.tensor()
     merged = HeldOutSums(V, MEMBERS)
     merged.load(total)
     close(merged.result(), whole(batch).result())
-    merged.add(z[:0], labels[:0], {name: {k: v[:0] for k, v in each.items()} for name, each in targets.items()})
+    merged.add(z[:0], labels[:0], {name: each[:0] for name, each in targets.items()})
     torch.testing.assert_close(merged.tensor(), total, rtol=0, atol=0)
 
 
@@ -178,7 +179,7 @@ def test_padded_columns_are_never_predicted() -> None:
 
 
 def test_half_precision_logits_are_scored_in_float32(
-    batch: tuple[Tensor, Tensor, dict[str, dict[str, Tensor]], Tensor],
+    batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor],
 ) -> None:
     z, labels, targets, _ = batch
     half, full = HeldOutSums(V, MEMBERS), HeldOutSums(V, MEMBERS)

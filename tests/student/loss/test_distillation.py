@@ -6,6 +6,7 @@ Legend: `P` positions, `K` stored ids, `V` vocabulary, `W` columns of the studen
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
+    quantisation_bound,
+    spoiled,
     stored,
 )
 from torch import Tensor
@@ -30,13 +33,14 @@ from student.labels import NOT_TRAINED
 from student.loss import student_logprobs as buckets
 from student.loss.distillation import DistillationLoss, forward_kl
 from student.loss.student_logprobs import student_buckets
-from student.loss.teacher_targets import decode_logprobs, quantisation_bound, temper
+from student.loss.teacher_targets import decode_logprobs, temper
+from student.target_batch import TargetBatch
 
 WIDTHS = [V, V + 13]
 TEMPERATURES = [1.0, 2.0]
 
 
-def tempered_bucket(targets: dict[str, Tensor], step: float | None, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+def tempered_bucket(targets: TargetBatch, step: float | None, tau: float) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probs of the kept ids, log-mass of the rest, which columns hold an id)."""
     tempered = temper(targets, member(step=step), tau)
     return *tempered.bucketed, tempered.support >= 0
@@ -60,7 +64,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def test_decoding_equals_the_formats_arithmetic() -> None:
     kept = torch.randint(1, 24, (P,), generator=torch.Generator().manual_seed(0))
     targets = stored(dense(1, scale=6.0), 23, kept, step=1 / 32)
-    expected = encoding.decode_logprobs(targets["codes"].numpy(), targets["top_logprob"].numpy(), 1 / 32)
+    expected = encoding.decode_logprobs(targets.codes.numpy(), targets.top_logprob.numpy(), 1 / 32)
     expected[np.arange(23) >= kept.numpy()[:, None]] = -np.inf
     found = decode_logprobs(targets, 1 / 32)
     assert found.dtype == torch.float32
@@ -130,7 +134,7 @@ def test_the_gradient_is_the_written_rule(tau: float) -> None:
     _, by_z = gradient(lambda z: forward_kl(z, targets, member(), tau), z)
     p = torch.softmax(logp / tau, 1)
     q = torch.softmax(z / tau, 1)
-    ids = targets["token_ids"].long()
+    ids = targets.token_ids.long()
     inside = torch.zeros(P, V, dtype=torch.bool).scatter(1, ids, True)
     p_t, q_t = (p * ~inside).sum(1, keepdim=True), (q[:, :V] * ~inside).sum(1, keepdim=True)
     rule = torch.cat([torch.where(inside, q[:, :V] - p, q[:, :V] * (1 - p_t / q_t)), q[:, V:]], 1) / tau
@@ -234,7 +238,7 @@ def test_columns_beyond_kept_are_never_used(step: float | None, tau: float) -> N
     z, logp = normal(20, P, V + 2).float(), dense(21)
     kept = torch.randint(1, 12, (P,), generator=torch.Generator().manual_seed(1))
     targets = stored(logp, 31, kept, step=step)
-    assert (targets["token_ids"] == FILL_VALUE).any()
+    assert (targets.token_ids == FILL_VALUE).any()
     value, by_z = gradient(lambda z: forward_kl(z, targets, member(step=step), tau), z)
     for row in range(P):
         one = stored(logp[row : row + 1], int(kept[row]), step=step)
@@ -248,7 +252,7 @@ def test_sampled_ids_are_not_part_of_the_tail_bucket(tau: float) -> None:
     """The stored tail is that of the certain ids; the mass of the sampled ids is subtracted from it."""
     z, logp = normal(22, P, V), dense(23)
     eight, twenty = stored(logp, 8, dtype=torch.float64), stored(logp, 20, dtype=torch.float64)
-    mixed = {**twenty, **{name: eight[name] for name in ("certain", "log_tail", "log_tail_half")}}
+    mixed = replace(twenty, certain=eight.certain, log_tail=eight.log_tail, log_tail_half=eight.log_tail_half)
     found = forward_kl(z, mixed, member(), tau)
     torch.testing.assert_close(found, naive_bucket_kl(z, logp, 20, tau), rtol=1e-11, atol=1e-13)
 
@@ -257,14 +261,12 @@ def test_positions_that_are_not_trained_are_ignored_for_any_targets() -> None:
     z, logp, labels = normal(24, P, V + 4).float(), dense(25), labels_for(26)
     trained = labels != NOT_TRAINED
     targets = stored(logp, 9)
-    broken = {name: value.clone() for name, value in targets.items()}
-    for name, value in broken.items():
-        value[~trained] = math.nan if value.is_floating_point() else FILL_VALUE if name == "token_ids" else 9
+    broken = spoiled(targets, ~trained)
     loss = DistillationLoss(V, 0.5, 2.0, [member()])
     value, by_z = gradient(lambda z: loss(z, labels, {"t": broken}).loss_sum, z)
     assert not by_z[~trained].any()
-    few = {name: each[trained] for name, each in targets.items()}
-    expected, expected_gradient = gradient(lambda z: loss(z, labels[trained], {"t": few}).loss_sum, z[trained])
+    few = {"t": targets[trained]}
+    expected, expected_gradient = gradient(lambda z: loss(z, labels[trained], few).loss_sum, z[trained])
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(by_z[trained], expected_gradient, rtol=1e-6, atol=1e-8)
     assert int(loss(z, labels, {"t": broken}).count) == int(trained.sum())
@@ -401,7 +403,7 @@ def test_pieces_of_a_batch_add_up() -> None:
     _, whole = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum / count, z)
     total, counted, pieces = 0.0, 0, []
     for rows in (slice(0, 9), slice(9, 11), slice(11, P)):
-        part = {name: value[rows] for name, value in targets.items()}
+        part = targets[rows]
         sums = loss(z[rows], labels[rows], {"t": part})
         total, counted = total + float(sums.loss_sum), counted + int(sums.count)
         pieces.append(
@@ -481,6 +483,8 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         loss(z[None], labels, {"a": targets})
     with pytest.raises(InputError, match=r"labels must be \[37\]"):
         loss(z, labels[:-1], {"a": targets})
+    with pytest.raises(InputError, match="teacher a has targets for 36 positions, there are 37 labels"):
+        loss(z, labels, {"a": targets[1:]})
 
 
 def test_weights_are_normalised() -> None:

@@ -76,12 +76,12 @@ def test_the_gradient_by_the_logits_is_the_one_rule(name: LossName, mix: float, 
     """g_i - q_i G on the stored ids, q_j / q_t (h - G q_t) outside them, -q_j G on padded ids, over tau."""
     z, logp = normal(3, P, V + 13), dense(4)
     targets = stored(logp, 17, dtype=DOUBLE)
-    ids = targets["token_ids"].long()
+    ids = targets.token_ids.long()
     loss, labels = loss_of(name, mix, tau), torch.zeros(P, dtype=torch.int64)
     _, found = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
 
     q = torch.softmax(z / tau, 1)
-    _, ((ell, theta),) = student_buckets(z, None, [targets["token_ids"]], [V], tau)
+    _, ((ell, theta),) = student_buckets(z, None, [targets.token_ids], [V], tau)
     ell, theta = ell.requires_grad_(), theta.requires_grad_()
     teacher = joined(torch.log_softmax(logp / tau, 1), ids)
     g, h = torch.autograd.grad(Divergence(name, mix)(teacher, (ell, theta)).sum(), (ell, theta))
@@ -130,7 +130,7 @@ def test_below_v_it_is_the_divergence_of_joined_outcomes(
     z, logp, labels = normal(8, P, V), dense(9), labels_for(10)
     trained = labels != NOT_TRAINED
     for targets in (stored(logp, 11, dtype=DOUBLE), varopt(logp, 20, seed=3, tau=tau, dtype=DOUBLE)):
-        ids = targets["token_ids"].long()
+        ids = targets.token_ids.long()
 
         def reference(z: Tensor, ids: Tensor = ids) -> Tensor:
             p, q = (joined(torch.log_softmax(x / tau, 1), ids) for x in (logp, z))
@@ -152,8 +152,8 @@ def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: LossName, mix
     before = torch.zeros(P, dtype=DOUBLE)
     for k in (1, 2, 5, 17, 64, 200, V):
         targets = stored(logp, k, dtype=DOUBLE)
-        _, (side,) = student_buckets(z, None, [targets["token_ids"]], [V], tau)
-        teacher = joined(torch.log_softmax(logp / tau, 1), targets["token_ids"].long())
+        _, (side,) = student_buckets(z, None, [targets.token_ids], [V], tau)
+        teacher = joined(torch.log_softmax(logp / tau, 1), targets.token_ids.long())
         value = Divergence(name, mix)(teacher, side)
         assert (value >= before - 1e-12).all()
         assert (value <= whole + 1e-12).all()
@@ -167,7 +167,7 @@ def test_gradcheck(name: LossName, mix: float) -> None:
     rows, v, k = 3, 11, 4
     logp = dense(13, rows, vocabulary_size=v)
     targets = {"t": varopt(logp, k, seed=4, tau=2.0, dtype=DOUBLE)}
-    labels = torch.tensor([3, NOT_TRAINED, int(targets["t"]["token_ids"][2, 0])])
+    labels = torch.tensor([3, NOT_TRAINED, int(targets["t"].token_ids[2, 0])])
     given = {"mix": mix} if name in DEFAULT_MIX else {}
     tails = ("sampled", "blend", "bucket", "renormalise", "none") if name == "forward-kl" else ("bucket",)
     for tail in tails:
@@ -181,11 +181,11 @@ def test_mass_on_padded_ids_is_never_a_gain(name: LossName, mix: float) -> None:
     """A student equal to its teacher but for a share of its mass on ids that do not exist."""
     logp = dense(15)
     targets = stored(logp, 9, dtype=DOUBLE)
-    teacher = joined(logp, targets["token_ids"].long())
+    teacher = joined(logp, targets.token_ids.long())
     before = torch.full((P,), -1e-15, dtype=DOUBLE)
     for share in (0.0, 0.01, 0.3, 0.63, 0.9):
         log_q = logp + math.log1p(-share)
-        value = Divergence(name, mix)(teacher, joined(log_q, targets["token_ids"].long()))
+        value = Divergence(name, mix)(teacher, joined(log_q, targets.token_ids.long()))
         assert (value > before).all() if share else value.abs().max() < 1e-12
         before = value
     z = torch.cat([logp, torch.zeros(P, 1, dtype=DOUBLE)], 1)
@@ -242,7 +242,7 @@ def test_our_error_is_not_above_the_naive_ones(
     mix = DEFAULT_MIX.get(name, 0.0)
     trained = labels != NOT_TRAINED
     targets = stored(logp, k)
-    ids = targets["token_ids"].long()
+    ids = targets.token_ids.long()
 
     def naive(z: Tensor) -> Tensor:
         p, log_q = joined(logp.to(z.dtype), ids), torch.log_softmax(z, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bench_fused import compare
-from support.references.dense_targets import V, dense, labels_for, member, normal, stored, varopt
+from support.references.dense_targets import V, dense, labels_for, member, normal, spoiled, stored, varopt
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +22,7 @@ from student.loss import fused
 from student.loss import logit_chunk as chunk_module
 from student.loss.distillation import DistillationLoss, LossSums, PreparedLoss
 from student.loss.fused import fused_loss
+from student.target_batch import TargetBatch
 
 P, H = 36, 19
 
@@ -259,7 +260,7 @@ def test_a_fused_step_holds_no_more_than_plain_cross_entropy() -> None:
     assert ours <= plain
 
 
-def simple() -> tuple[DistillationLoss, PreparedLoss, Tensor, dict[str, dict[str, Tensor]]]:
+def simple() -> tuple[DistillationLoss, PreparedLoss, Tensor, dict[str, TargetBatch]]:
     labels, targets = labels_for(30, P), {"t": stored(dense(31, P), 10, dtype=torch.float64)}
     loss = DistillationLoss(V, 0.5, 2.0, [member()])
     return loss, loss.prepare(labels, targets), labels, targets
@@ -321,12 +322,11 @@ def test_a_retained_graph_gives_its_gradient_again() -> None:
 
 def test_a_batch_without_a_trained_position_gives_zeros() -> None:
     loss = DistillationLoss(V, 0.5, 1.0, [member()])
-    targets = {"t": {name: torch.zeros_like(value) for name, value in stored(dense(33, P), 5).items()}}
+    targets = spoiled(stored(dense(33, P), 5), torch.ones(P, dtype=torch.bool))
     for positions in (P, 0):
         tensors = [inputs()[0].detach()[:positions].requires_grad_(), *inputs()[1:]]
         labels = torch.full((positions,), NOT_TRAINED)
-        cut = {"t": {name: value[:positions] for name, value in targets["t"].items()}}
-        sums = fused_loss(*tensors, loss.prepare(labels, cut))
+        sums = fused_loss(*tensors, loss.prepare(labels, {"t": targets[:positions]}))
         assert (float(sums.loss_sum.detach()), int(sums.count)) == (0.0, 0)
         assert not any(gradient.any() for gradient in torch.autograd.grad(sums.loss_sum, tensors))
 

@@ -25,6 +25,7 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
+    spoiled,
     stored,
     varopt,
     write_varopt,
@@ -34,7 +35,7 @@ from torch import Tensor
 from storage.cache.writer import EntryWriter
 from storage.errors import FormatError, InputError
 from storage.format.rules import broken_rule
-from student.data.batches import collate, flat_targets
+from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss, LossSums
@@ -99,7 +100,7 @@ def test_position_weights_multiply_both_terms_and_leave_the_count() -> None:
     expected = torch.zeros((), dtype=DOUBLE)
     expected_gradient = torch.zeros_like(z)
     for row in range(P):
-        one = {"t": {name: value[row : row + 1] for name, value in targets["t"].items()}}
+        one = {"t": targets["t"][row : row + 1]}
         value, by_row = gradient(lambda z, r=row, t=one: loss(z, labels[r : r + 1], t).loss_sum, z[row : row + 1])
         expected += by_position[row] * value
         expected_gradient[row] = by_position[row] * by_row[0]
@@ -117,7 +118,7 @@ def test_the_divergence_is_taken_only_where_the_teachers_are_not_sure() -> None:
     z, labels = normal(6, P, V), labels_for(7)
     a, b = dense(8, scale=3.0), dense(9, scale=2.0)
     targets = {"a": stored(a, V, dtype=DOUBLE), "b": stored(b, V, dtype=DOUBLE)}
-    entropy = 0.75 * targets["a"]["entropy"] + 0.25 * targets["b"]["entropy"]
+    entropy = 0.75 * targets["a"].entropy + 0.25 * targets["b"].entropy
     trained = labels != NOT_TRAINED
     least = float(entropy[trained].median())
     loss = DistillationLoss(V, 0.5, 1.0, [member("a", 3.0), member("b", 1.0)], min_entropy=least)
@@ -207,9 +208,7 @@ def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[st
     z, labels = normal(19, rows, V + 4).float(), labels_for(20, rows)
     trained = labels != NOT_TRAINED
     targets = varopt(dense(21, rows), 20, seed=7)
-    broken = {name: value.clone() for name, value in targets.items()}
-    for value in broken.values():
-        value[~trained] = math.nan if value.is_floating_point() else 2**31 - 1
+    broken = spoiled(targets, ~trained)
     loss = DistillationLoss(V, 0.4, 1.0, [member(sampled_at=1.0)], **options)
     value, by_z = gradient(lambda z: loss(z, labels, {"t": broken}).loss_sum, z)
     expected, expected_gradient = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
@@ -308,7 +307,7 @@ def test_every_masked_position_and_no_other_is_left_out(tmp_path: Path) -> None:
         start, length = windows.blocks.span(index)
         batch = collate([windows[index]])
         z = torch.cat([table[start : start + length], torch.zeros(t - length, v, dtype=DOUBLE)])
-        sums = loss(z, batch["labels"].flatten(), flat_targets(batch["targets"]))
+        sums = loss(z, batch["labels"].flatten(), batch["targets"])
         total, count = total + float(sums.loss_sum), count + int(sums.count)
     learnt = [p for p in range(n - 1) if mask[p]]
     log_p, log_q = (torch.log_softmax(torch.as_tensor(x), 1) for x in (logits, table))
@@ -329,9 +328,8 @@ def test_a_varopt_entry_on_disk_is_learnt_from_as_sampled(tmp_path: Path) -> Non
     batch = collate([windows[0]])
     loss = DistillationLoss(v, 0.0, 2.0, [teacher])
     z = normal(27, n - 1, v)
-    found = loss(z, batch["labels"].flatten(), flat_targets(batch["targets"])).loss_sum
-    truth = {name: value[: n - 1] for name, value in sampled.items()}
-    expected = loss(z, batch["labels"].flatten(), {"a": truth}).loss_sum
+    found = loss(z, batch["labels"].flatten(), batch["targets"]).loss_sum
+    expected = loss(z, batch["labels"].flatten(), {"a": sampled[: n - 1]}).loss_sum
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     with pytest.raises(InputError, match="sampled for temperature 2"):
         DistillationLoss(v, 0.5, 1.0, [teacher])

@@ -93,7 +93,7 @@ def other_model(kind: str) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("doubled", r"does not give its logits: up to .* off logits"),
+        ("doubled", r"does not give its logits: up to .* from logits"),
         ("dropping", "does not give its logits"),
         ("bert", "does not give its logits"),
         ("quantised", "is a Quantised, not a plain Linear"),
@@ -118,8 +118,7 @@ def test_other_heads_keep_their_own_forward_or_are_refused_by_name(kind: str, re
         batch = batch_of(1)
         loss = model(**batch).loss
         logits = model(batch["input_ids"]).logits.flatten(0, 1)
-        targets = {"t": {name: value.flatten(0, 1) for name, value in batch["targets"]["t"].items()}}
-        sums = loss_of()(logits, batch["labels"].flatten(), targets)
+        sums = loss_of()(logits, batch["labels"].flatten(), batch["targets"])
         torch.testing.assert_close(loss, sums.loss_sum / sums.count)
 
 

@@ -6,6 +6,7 @@ Legend: `P` positions, `K` stored ids, `V` vocabulary, `W` columns of the studen
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
+    spoiled,
     stored,
     varopt,
 )
@@ -29,13 +31,14 @@ from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss, forward_kl
 from student.loss.objective import Tail
 from student.loss.teacher_targets import interpolation_bound, tail_bounds, temper, weights
+from student.target_batch import TargetBatch
 
 TAILS: list[Tail] = ["bucket", "sampled", "blend", "renormalise", "none"]
 TEMPERATURES = [1.0, 2.0]
 DOUBLE = torch.float64
 
 
-def mixed_entry(logp: Tensor, tau: float, step: float | None = None) -> dict[str, Tensor]:
+def mixed_entry(logp: Tensor, tau: float, step: float | None = None) -> TargetBatch:
     dtype = torch.float32 if step else DOUBLE
     return varopt(logp, 24, seed=5, tau=tau, step=step, dtype=dtype)
 
@@ -59,12 +62,12 @@ def test_a_sampled_tail_shares_the_mass_outside_the_certain_ids(tau: float) -> N
     p = torch.softmax(logp / tau, 1)
     w = torch.zeros(P, V, dtype=DOUBLE)
     for row in range(P):
-        j, ids = int(targets["certain"][row]), targets["token_ids"][row].long()
+        j, ids = int(targets.certain[row]), targets.token_ids[row].long()
         assert j < 24
         w[row, ids[:j]] = p[row, ids[:j]]
         w[row, ids[j:]] = (1 - w[row].sum()) / (24 - j)
     found = weights(temper(targets, member(sampled_at=tau), tau), "sampled")
-    torch.testing.assert_close(found.heads, w.gather(1, targets["token_ids"].long()), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found.heads, w.gather(1, targets.token_ids.long()), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(found.heads.sum(1), torch.ones(P, dtype=DOUBLE), rtol=1e-13, atol=0)
     assert not found.tail.any()
     constant = (logp.exp() * logp).sum(1) if tau == 1 else (w * torch.log_softmax(logp / tau, 1)).sum(1)
@@ -92,12 +95,12 @@ def test_the_mean_over_all_samples_is_the_dense_kl_and_its_gradient(tau: float) 
     heads = stored(logp, k - 1, dtype=DOUBLE)
     for choice in range(v - k + 1):
         ids = torch.cat([order[:, : k - 1], order[:, k - 1 + choice, None]], 1)
-        targets = {
-            **heads,
-            "kept": torch.full((rows,), k, dtype=torch.int32),
-            "token_ids": ids.to(torch.int32),
-            "logprobs": logp.gather(1, ids),
-        }
+        targets = replace(
+            heads,
+            kept=torch.full((rows,), k, dtype=torch.int32),
+            token_ids=ids.to(torch.int32),
+            logprobs=logp.gather(1, ids),
+        )
         teacher = member(sampled_at=tau, size=v)
         value, by_z = gradient(lambda z, t=targets, m=teacher: forward_kl(z, t, m, tau, None, "sampled"), z)
         total += chances[:, choice] * value
@@ -113,7 +116,7 @@ def test_the_mean_over_all_samples_is_the_dense_kl_and_its_gradient(tau: float) 
 def test_a_bucket_takes_every_stored_id_with_its_own_probability(tau: float) -> None:
     z, logp = normal(7, P, V + 3), dense(8)
     targets = mixed_entry(logp, tau)
-    ids = targets["token_ids"].long()
+    ids = targets.token_ids.long()
     p_i, p_t = joined(torch.log_softmax(logp / tau, 1), ids)
 
     def reference(z: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ def test_a_blend_is_linear_in_its_share() -> None:
 def test_renormalise_and_none_are_their_formulas(tau: float) -> None:
     z, logp = normal(11, P, V + 2), dense(12)
     targets = stored(logp, 9, dtype=DOUBLE)
-    ids = targets["token_ids"].long()
+    ids = targets.token_ids.long()
     p = torch.log_softmax(logp / tau, 1).gather(1, ids)
     renormalised = p - p.logsumexp(1, keepdim=True)
     for tail, target in (("renormalise", renormalised), ("none", p)):
@@ -181,7 +184,7 @@ def test_the_rest_of_the_tail_is_known_or_less_than_the_rounding() -> None:
     order = logp.argsort(dim=1, descending=True, stable=True)
     heads = stored(logp, 3, step=step)
     coded = stored(logp, V - 2, step=step)
-    targets = {**coded, **{name: heads[name] for name in ("certain", "log_tail", "log_tail_half")}}
+    targets = replace(coded, certain=heads.certain, log_tail=heads.log_tail, log_tail_half=heads.log_tail_half)
     tempered = temper(targets, member(step=step), 1.0)
     sampled = torch.logsumexp(tempered.scores.masked_fill(tempered.certain, -math.inf), 1)
     assert (sampled > tempered.log_tail).any(), "else this proves nothing"
@@ -198,7 +201,7 @@ def test_the_rest_of_the_tail_is_known_or_less_than_the_rounding() -> None:
 def test_with_every_id_stored_the_tail_is_empty_despite_rounding() -> None:
     logp = dense(16)
     heads, whole = stored(logp, 3, step=1 / 32), stored(logp, V, step=1 / 32)
-    targets = {**whole, **{name: heads[name] for name in ("certain", "log_tail", "log_tail_half")}}
+    targets = replace(whole, certain=heads.certain, log_tail=heads.log_tail, log_tail_half=heads.log_tail_half)
     tempered = temper(targets, member(step=1 / 32), 1.0)
     assert tempered.log_rest.isneginf().all()
 
@@ -218,15 +221,12 @@ def test_positions_that_are_not_trained_are_ignored_by_every_tail(tail: Tail, ta
     z, logp, labels = normal(18, P, V + 1).float(), dense(19), labels_for(20)
     trained = labels != NOT_TRAINED
     targets = varopt(logp, 12, seed=2, tau=tau)
-    broken = {name: value.clone() for name, value in targets.items()}
-    for value in broken.values():
-        fill = torch.tensor([math.nan, math.inf, -math.inf])[torch.arange(int((~trained).sum())) % 3]
-        value[~trained] = (fill[:, None] if value.ndim == 2 else fill) if value.is_floating_point() else 2**31 - 1
+    broken = spoiled(targets, ~trained)
     teacher = member(sampled_at=tau)
     value, by_z = gradient(lambda z: forward_kl(z, broken, teacher, tau, trained, tail, 0.5), z)
     assert not value[~trained].any()
     assert not by_z[~trained].any()
-    few = {name: each[trained] for name, each in targets.items()}
+    few = targets[trained]
     expected, expected_gradient = gradient(lambda z: forward_kl(z, few, teacher, tau, None, tail, 0.5), z[trained])
     torch.testing.assert_close(value[trained], expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(by_z[trained], expected_gradient, rtol=1e-5, atol=1e-7)
@@ -237,7 +237,7 @@ def test_positions_that_are_not_trained_are_ignored_by_every_tail(tail: Tail, ta
 def test_an_interpolated_tail_is_within_its_bounds_and_so_is_the_truth(scale: float, tau: float) -> None:
     logp = dense(21, scale=scale)
     targets = stored(logp, 12, dtype=DOUBLE)
-    truth = joined(logp / tau, targets["token_ids"].long())[1]
+    truth = joined(logp / tau, targets.token_ids.long())[1]
     least, greatest = tail_bounds(targets, V, tau)
     assert (least <= truth + 1e-12).all()
     assert (truth <= greatest + 1e-12).all()
@@ -245,7 +245,7 @@ def test_an_interpolated_tail_is_within_its_bounds_and_so_is_the_truth(scale: fl
     taken = temper(targets, teacher, tau, interpolate_tail=True).log_tail
     assert (least <= taken + 1e-12).all()
     assert (taken <= greatest + 1e-12).all()
-    heads = (logp / tau).gather(1, targets["token_ids"].long()).logsumexp(1)
+    heads = (logp / tau).gather(1, targets.token_ids.long()).logsumexp(1)
     off = (torch.sigmoid(taken - heads) - torch.sigmoid(truth - heads)).abs()
     bound = interpolation_bound(targets, teacher, tau)
     assert (off <= bound + 1e-12).all()
@@ -258,11 +258,11 @@ def test_interpolation_meets_the_stored_tails_and_serves_a_loss() -> None:
     targets = stored(logp, 12, dtype=DOUBLE)
     for tau, name in ((1 + 1e-9, "log_tail"), (2 - 1e-9, "log_tail_half"), (2 + 1e-9, "log_tail_half")):
         found = temper(targets, member(), tau, interpolate_tail=True).log_tail
-        torch.testing.assert_close(found, targets[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, getattr(targets, name), rtol=0, atol=1e-6)
     loss = DistillationLoss(V, 0.0, 1.5, [member()], interpolate_tail=True)
     found = loss(z, labels, {"t": targets}).divergence["t"]
-    p_i, p_t = joined(torch.log_softmax(logp / 1.5, 1), targets["token_ids"].long())
-    q_i, q_t = joined(torch.log_softmax(z / 1.5, 1), targets["token_ids"].long())
+    p_i, p_t = joined(torch.log_softmax(logp / 1.5, 1), targets.token_ids.long())
+    q_i, q_t = joined(torch.log_softmax(z / 1.5, 1), targets.token_ids.long())
     exact = ((p_i.exp() * (p_i - q_i)).sum(1) + p_t.exp() * (p_t - q_t))[labels != NOT_TRAINED].sum()
     assert float(found) == pytest.approx(float(exact), rel=0.02)
     assert float(found) != pytest.approx(float(exact), rel=1e-6)

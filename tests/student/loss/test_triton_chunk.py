@@ -318,7 +318,6 @@ def whole(device: str, head: tuple[int, float, float | None], tau: float, alpha:
     tensors = [tensor.float().to(device, dtype).requires_grad_() for tensor in made]
     loss = DistillationLoss(V, alpha, tau, [member("a"), member("b", 2.0)])
     targets = {name: stored(dense(4 + k, P), k) for name, k in (("a", 8), ("b", 30))}
-    targets = {name: {key: value.to(device) for key, value in each.items()} for name, each in targets.items()}
     labels = labels_for(7, P).to(device)
     if not kernels:
         z = scale * torch.nn.functional.linear(*tensors)

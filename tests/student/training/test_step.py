@@ -97,8 +97,9 @@ def test_what_is_asked_for_wins_over_what_is_recorded(tmp_path: Path, monkeypatc
     assert windows_per_step(args) == 20
     with pytest.raises(InputError, match="20 windows cannot be shared equally by 3 processes"):
         divide_step(job, arguments(3, monkeypatch))
-    with pytest.raises(InputError, match="split_batches"):
-        divide_step(job, arguments(2, monkeypatch, accelerator_config={"split_batches": True}))
+    for name in ("split_batches", "dispatch_batches"):
+        with pytest.raises(InputError, match=name):
+            divide_step(job, arguments(2, monkeypatch, accelerator_config={name: True}))
 
 
 @pytest.mark.parametrize(("processes", "micro_batches"), [(1, 1), (2, 1), (1, 2), (4, 2), (1, 8), (8, 1), (2, 4)])

@@ -14,7 +14,7 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from storage.errors import InputError
-from student.data.batches import collate, flat_targets
+from student.data.batches import collate
 from student.data.windows import DistillationWindows, reading_order
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
@@ -104,7 +104,7 @@ def test_bound_forward_is_the_loss_on_the_original_logits(cache: str) -> None:
     model = tiny_model()
     logits = model(batch["input_ids"]).logits
     loss = DistillationLoss(V, 0.3, 2.0, members(windows))
-    sums = loss(logits.flatten(0, 1), batch["labels"].flatten(), flat_targets(batch["targets"]))
+    sums = loss(logits.flatten(0, 1), batch["labels"].flatten(), batch["targets"])
     (sums.loss_sum / sums.count).backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -215,9 +215,8 @@ def test_weights_of_positions_come_with_the_batch(cache: str) -> None:
     model = tiny_model()
     logits = model(batch["input_ids"]).logits.flatten(0, 1)
     loss = DistillationLoss(V, 0.3, 2.0, members(windows))
-    flat = flat_targets(batch["targets"])
-    expected = loss(logits, batch["labels"].flatten(), flat, batch["position_weights"].flatten())
-    plain = loss(logits, batch["labels"].flatten(), flat)
+    expected = loss(logits, batch["labels"].flatten(), batch["targets"], batch["position_weights"].flatten())
+    plain = loss(logits, batch["labels"].flatten(), batch["targets"])
     bind_loss(model, loss)
     model.train()
     assert torch.allclose(model(**batch).loss, expected.loss_sum / expected.count)
@@ -280,8 +279,8 @@ def test_held_out_figures_equal_brute_force(cache: str, tmp_path: Path, batch: i
     trained = labels != -100
     q = torch.log_softmax(logits, 1)[trained]
     nats = -q[torch.arange(len(q)), labels[trained]]
-    b = {name: value.flatten(0, 1)[trained] for name, value in tokens["targets"]["b"].items()}
-    p = torch.full_like(q[:, :V], -math.inf).scatter(1, b["token_ids"].long(), b["logprobs"].double())
+    b = tokens["targets"]["b"].flat()[trained]
+    p = torch.full_like(q[:, :V], -math.inf).scatter(1, b.token_ids.long(), b.logprobs.double())
     kl = (p.exp() * (p - q[:, :V])).sum(1)
     guess = q[:, :V].argmax(1)
     assert metrics["eval_loss"] == pytest.approx(float(nats.mean()), abs=1e-6)

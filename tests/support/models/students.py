@@ -10,6 +10,7 @@ from support.runs import LLAMA
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from student.loss.distillation import DistillationLoss
+from student.target_batch import TargetBatch
 
 V = 61
 
@@ -67,8 +68,9 @@ def batch_of(seed: int) -> dict[str, Any]:
     labels = torch.randint(0, V, BATCH, generator=generator)
     labels[0, :3] = -100
     targets = stored(dense(seed, BATCH[0] * BATCH[1], vocabulary_size=V), 9)
+    shaped = {name: values.unflatten(0, BATCH) for name, values in vars(targets).items() if values is not None}
     return {
         "input_ids": torch.randint(0, V, BATCH, generator=generator),
         "labels": labels,
-        "targets": {"t": {name: value.unflatten(0, BATCH) for name, value in targets.items()}},
+        "targets": {"t": TargetBatch(**shaped)},
     }
