@@ -5,7 +5,6 @@ Everything that can be wrong with a job is checked before its folder is touched.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from storage import LogitCache
 from storage.errors import InputError
 from storage.progress import Log, silent
 from student.data.batches import collate, flat_targets
-from student.data.windows import DistillationWindows, reading_order
+from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.labels import NOT_TRAINED
 from student.loss.dense import LogitSource
@@ -32,28 +31,23 @@ from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound
 from student.models.loading import load_student
-from student.models.presets import PRESETS
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
-from student.models.tokenizer import read_tokenizer, special_ids, write_files
+from student.models.tokenizer import read_tokenizer, special_ids
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
-from student.training.arguments import PRESENTATION, training_arguments, training_values
-from student.training.cast_weights import cast_weights
+from student.training.arguments import training_arguments, training_values
 from student.training.defaults import described, filled, open_fields
 from student.training.fsdp import check_checkpoint, check_fsdp
 from student.training.inputs import Data, check_step, job_inputs, open_caches
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
-from student.training.published_config import add_earlier_fields
-from student.training.run_folder import OutputDirectory, full_disk_is_reported
-from student.training.step import COMPUTE_ONLY, divide_step, windows_per_step
+from student.training.publish import publish
+from student.training.run_folder import OutputDirectory, full_disk_is_reported, identity_of
+from student.training.step import divide_step, positions_seen, windows_per_step
 from student.training.trainer import DistillationTrainer
 
 # Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
 LoadLive = Callable[[StudentJob, torch.device], LogitSource]
-
-# Fields of a job that are identified by digests, or that change how a run computes and not what.
-_NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head", "live_teachers", "combine"}
 
 # Windows over which the error of an interpolated tail is measured.
 _BOUND_WINDOWS = 32
@@ -111,7 +105,7 @@ def train(
         held_out = _evaluate(run, trainer)
         report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
         with full_disk_is_reported(job.output_dir):
-            _publish(trainer, run.output, report, use_cache, dtype, tokenizer)
+            publish(trainer, run.output, report, use_cache, dtype, tokenizer)
     run.log(f"{job.output_dir}: the model in {dtype}, its tokenizer and report.json")
     # Says it where transformers opens the tokenizer with rules of the model's family.
     read_tokenizer(Path(job.output_dir), job.output_dir, log=run.log)
@@ -146,7 +140,7 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     notes += filter(None, [divide_step(job, args, record.get("identity", {}) | record.get("launch", {}))])
     check_step(data.windows, args)
     step_windows = windows_per_step(args)
-    identity = _identity(job, values, data, step_windows)
+    identity = identity_of(job, values, data, step_windows)
     output.check(identity)
     log = (log or _to_stderr) if first else silent
     return _Run(job, values, data, args, step_windows, output, identity, notes, log)
@@ -205,7 +199,7 @@ def _report(
     held_out: HeldOutReport | None,
 ) -> TrainingReport:
     data, args, state = run.data, run.args, trainer.state
-    seen, trained = _positions_seen(data.windows, args, state.global_step)
+    seen, trained = positions_seen(data.windows, args, state.global_step)
     return TrainingReport(
         job=run.job.model_copy(update={"training": run.values}),
         provenance=data.provenance,
@@ -255,33 +249,6 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
         off = off[trained] if trained.any() else off
         found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))
     return found
-
-
-def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windows: int) -> dict[str, Any]:
-    """The run's identity, as a flat mapping. Caches are identified by digests, so that they may move."""
-    asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
-    asked["isolate_documents"] = data.windows.isolate_documents
-    asked["bos_each_window"] = data.windows.begin_id is not None or None  # absent in runs from before there was one
-    asked["windows_per_step"] = step_windows
-    asked["model_sha256"] = model_digest(job.model)
-    asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
-    training = {name: value for name, value in values.items() if name not in PRESENTATION | COMPUTE_ONLY}
-    asked |= {f"training.{name}": value for name, value in training.items()}
-    return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
-
-
-def model_digest(model: str) -> str | None:
-    """sha256 of a model's local files, which may change under one name; None for presets and hub ids."""
-    path = Path(model).expanduser()
-    if model in PRESETS or not path.exists():
-        return None
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    total = hashlib.sha256()
-    for file in files:
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin"):
-            with file.open("rb") as opened:
-                total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def _load_model(
@@ -352,47 +319,6 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
         log(f"resuming from {folder}")
         trainer.train(resume_from_checkpoint=str(folder))
     return step
-
-
-def _publish(
-    trainer: DistillationTrainer,
-    output: OutputDirectory,
-    report: TrainingReport,
-    use_cache: bool,
-    dtype: str,
-    tokenizer: Mapping[str, bytes],
-) -> None:
-    # The base class switches the key-value cache off for training; a saved model would generate slowly.
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = use_cache
-    if trainer.is_fsdp_enabled:
-        # Checkpoints may be sharded; the published model is whole, gathered by all processes.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output.stage))
-    if trainer.args.process_index == 0:
-        # A pickle, and nothing in it that the report lacks.
-        (output.stage / "training_args.bin").unlink(missing_ok=True)
-        cast_weights(output.stage, dtype)
-        add_earlier_fields(output.stage)
-        write_files(tokenizer, output.stage)
-        output.publish(report)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> tuple[int, int]:
-    """Positions read in the first `steps` steps, and those of them that are trained on: their numbers follow from the
-    order, also for a resumed run."""
-    step = windows_per_step(args)
-    order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
-    steps_per_epoch = -(-len(order) // step)
-    total = trained = 0
-    for epoch in range(-(-steps // steps_per_epoch)):
-        done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
-        read = min(done * step, len(order))
-        numbers = order.permutation(epoch)[:read]
-        total += int(windows.blocks.lengths(numbers).sum())
-        trained += windows.trained_positions((numbers + epoch * len(windows)).tolist())
-    return total, trained
 
 
 def _to_stderr(line: str) -> None:

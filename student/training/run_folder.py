@@ -14,6 +14,7 @@ A folder without config.json is no model to any library, so a run that stops ear
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,12 @@ from pydantic import ValidationError
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
 from storage.files import PARTIAL, replace_file
 from storage.locks import LOCK, locked
+from student.job import StudentJob
+from student.models.presets import PRESETS
 from student.report import TrainingReport
+from student.training.arguments import PRESENTATION
+from student.training.inputs import Data
+from student.training.step import COMPUTE_ONLY
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
@@ -35,6 +41,36 @@ _KIND = "logit-cache training run"
 _STAGE = "publishing"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _STATE_FILE = "trainer_state.json"
+
+# Fields of a job that are identified by digests, or that change how a run computes and not what.
+_NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head", "live_teachers", "combine"}
+
+
+def identity_of(job: StudentJob, values: Mapping[str, Any], data: Data, step_windows: int) -> dict[str, Any]:
+    """The run's identity, as a flat mapping. Caches are identified by digests, so that they may move."""
+    asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
+    asked["isolate_documents"] = data.windows.isolate_documents
+    asked["bos_each_window"] = data.windows.begin_id is not None or None  # absent in runs from before there was one
+    asked["windows_per_step"] = step_windows
+    asked["model_sha256"] = model_digest(job.model)
+    asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
+    training = {name: value for name, value in values.items() if name not in PRESENTATION | COMPUTE_ONLY}
+    asked |= {f"training.{name}": value for name, value in training.items()}
+    return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
+
+
+def model_digest(model: str) -> str | None:
+    """sha256 of a model's local files, which may change under one name; None for presets and hub ids."""
+    path = Path(model).expanduser()
+    if model in PRESETS or not path.exists():
+        return None
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin"):
+            with file.open("rb") as opened:
+                total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 class OutputDirectory:

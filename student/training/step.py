@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from storage.errors import InputError
+from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
 
 # Fields that change how a step is computed and not what it learns: no part of a run's identity.
@@ -97,3 +98,19 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
         f"{job.output_dir}: this run has steps of {asked:,} windows, which {processes} process(es) now compute in "
         f"{micro_batches} micro-batch(es) of {at_once}"
     )
+
+
+def positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> tuple[int, int]:
+    """Positions read in the first `steps` steps, and those of them that are trained on: their numbers follow from the
+    order, also for a resumed run."""
+    step = windows_per_step(args)
+    order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
+    steps_per_epoch = -(-len(order) // step)
+    total = trained = 0
+    for epoch in range(-(-steps // steps_per_epoch)):
+        done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
+        read = min(done * step, len(order))
+        numbers = order.permutation(epoch)[:read]
+        total += int(windows.blocks.lengths(numbers).sum())
+        trained += windows.trained_positions((numbers + epoch * len(windows)).tolist())
+    return total, trained

@@ -27,7 +27,7 @@ from storage.errors import IdentityMismatch, InputError, StorageFull
 from storage.format.manifest import Windowing
 from student.cli import build_job, train_student
 from student.training.arguments import training_values
-from student.training.cast_weights import cast_weights
+from student.training.publish import cast_weights
 from student.training.run import train
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
 from teachers.cli import train_teacher
