@@ -28,8 +28,9 @@ from student.models.configuration import check_settings, read_settings
 from student.models.presets import PRESETS, preset_settings
 from student.sweep.search_space import Search
 from student.training.arguments import PRESENTATION, RESERVED, training_arguments, training_values
+from student.training.field_checks import rehearse
 from student.training.inputs import Caches, check_step, job_inputs
-from student.training.step import divide_step
+from student.training.step import divide_step, steps_of
 
 MODEL = "model."
 STEP = "windows_per_step"
@@ -203,7 +204,9 @@ def check_space(
         trial = trial_job(job, {**first, **values}, job.output_dir)
         args = training_arguments(trial, training_values(trial))
         divide_step(trial, args)
-        check_step(job_inputs(caches, trial).windows, args)
+        windows = job_inputs(caches, trial).windows
+        check_step(windows, args)
+        rehearse(args, steps_of(windows, args))
 
     names = list(search.parameters)
     of_loss = [name for name in names if name in OBJECTIVE | WINDOWS]
@@ -211,6 +214,7 @@ def check_space(
     _try_out(search, of_loss, objective, log)
     if of_model:
         _try_out(search, [*of_model, *(name for name in of_loss if name == "window_tokens")], model, log)
+    _try_out(search, [], training, log)
     for name in names:
         if name not in of_loss + of_model:
             _try_out(search, [name], training, log)

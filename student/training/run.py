@@ -37,13 +37,14 @@ from student.models.tokenizer import read_tokenizer, special_ids
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import training_arguments, training_values
 from student.training.defaults import described, filled, open_fields
+from student.training.field_checks import one_line_refusals, rehearse
 from student.training.fsdp import check_checkpoint, check_fsdp
 from student.training.inputs import Data, check_step, job_inputs, open_caches
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
 from student.training.publish import publish
 from student.training.run_folder import OutputDirectory, full_disk_is_reported, identity_of
-from student.training.step import divide_step, positions_seen, windows_per_step
+from student.training.step import divide_step, positions_seen, steps_of, windows_per_step
 from student.training.trainer import DistillationTrainer
 
 # Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
@@ -139,6 +140,7 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     notes = [*caches.remarks, *described(job, opened, record)]
     notes += filter(None, [divide_step(job, args, record.get("identity", {}) | record.get("launch", {}))])
     check_step(data.windows, args)
+    rehearse(args, steps_of(data.windows, args))
     step_windows = windows_per_step(args)
     identity = identity_of(job, values, data, step_windows)
     output.check(identity)
@@ -271,7 +273,7 @@ def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallb
     data, job = run.data, run.job
     # One progress bar for the run; transformers shows another for every file that it writes.
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
+    with one_line_refusals():
         trainer = DistillationTrainer(
             model,
             run.args,
@@ -283,8 +285,6 @@ def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallb
             fused_head=job.fused_head,
             callbacks=[TrainingProgress(run.step_windows * job.window_tokens), *callbacks],
         )
-    except (ValueError, ImportError) as error:
-        raise InputError(f"transformers refuses these training fields: {error}") from None
     trainer.remove_callback(PrinterCallback)
     if trainer.not_fused is not None:
         run.log(
@@ -299,7 +299,9 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
     checkpoint = output.last_checkpoint()
     trainer.accelerator.wait_for_everyone()
     if checkpoint is None:
-        trainer.train()
+        # The model's layers can refuse fields too, when they are wrapped and given an optimizer.
+        with one_line_refusals(has_begun=lambda: trainer.has_begun):
+            trainer.train()
         return 0
     folder, state = checkpoint
     check_checkpoint(folder, trainer.is_fsdp_enabled)

@@ -31,7 +31,7 @@ from storage.locks import LOCK, locked
 from student.job import StudentJob
 from student.models.presets import PRESETS
 from student.report import TrainingReport
-from student.training.arguments import PRESENTATION
+from student.training.arguments import PRESENTATION, RESERVED
 from student.training.inputs import Data
 from student.training.step import COMPUTE_ONLY
 
@@ -41,6 +41,9 @@ _KIND = "logit-cache training run"
 _STAGE = "publishing"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _STATE_FILE = "trainer_state.json"
+
+# What earlier versions recorded of runs and sweeps and no version takes any more; it never changed what a run learns.
+_NOT_COMPARED = {f"{of}training.{name}" for of in ("", "job.") for name in RESERVED}
 
 # Fields of a job that are identified by digests, or that change how a run computes and not what.
 _NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head", "live_teachers", "combine"}
@@ -92,7 +95,7 @@ class OutputDirectory:
             differing = [
                 f"{name}: the run has {stored.get(name)!r}, this job {identity.get(name)!r}"
                 for name in sorted(stored.keys() | identity.keys())
-                if stored.get(name) != identity.get(name)
+                if name not in _NOT_COMPARED and stored.get(name) != identity.get(name)
             ]
             if differing:
                 raise IdentityMismatch(
@@ -111,16 +114,28 @@ class OutputDirectory:
         """Create the folder, after `check`, record the run in it, and hold its lock while the body runs.
 
         launch: facts of the first launch, recorded beside the identity and no part of it.
+        A new record goes again where the body fails before it leaves anything else there: the folder is no run's then.
         Raises InputError where the folder cannot be written, or another process works there.
         """
         with contextlib.ExitStack() as held:
             if self._writes:
                 with self._errors():
-                    self.path.mkdir(parents=True, exist_ok=True)
+                    if not self.path.is_dir():
+                        self.path.mkdir(parents=True, exist_ok=True)
+                        held.callback(self._remove_if_empty)
                     held.enter_context(locked(self.path, "another training run"))
-                    self._begin(identity, launch)
+                    if self._begin(identity, launch):
+                        held.push(self._forget_on_error)
                     shutil.rmtree(self.stage, ignore_errors=True)
             yield
+
+    def _forget_on_error(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is not None and {RUN_FILE, LOCK}.issuperset(os.listdir(self.path)):
+            (self.path / RUN_FILE).unlink(missing_ok=True)
+
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def share(self, identity: Mapping[str, Any], **launch: Any) -> dict[str, Any]:
         """Create and record the folder as `reserved` does, for several processes at once; returns the record."""
@@ -130,14 +145,17 @@ class OutputDirectory:
                 self._begin(identity, launch)
         return self.recorded()
 
-    def _begin(self, identity: Mapping[str, Any], launch: Mapping[str, Any]) -> None:
+    def _begin(self, identity: Mapping[str, Any], launch: Mapping[str, Any]) -> bool:
+        """Record the run where the folder has no record; whether it had none."""
         # Another process may have been here since the caller's check.
         self.check(identity)
         if (self.path / REPORT_FILE).exists():
             raise InputError(f"{self.path}: another process has just finished this run: run the command again")
-        if not (self.path / RUN_FILE).exists():
+        is_new = not (self.path / RUN_FILE).exists()
+        if is_new:
             record = {"kind": _KIND, "identity": dict(identity), "launch": launch}
             _write(self.path / RUN_FILE, json.dumps(record, indent=1, sort_keys=True))
+        return is_new
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ resume with another number of processes, and reads the same windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,6 +77,11 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
             "accelerator_config split_batches would divide each batch over the processes: leave it out, and give "
             "--windows-per-step"
         )
+    if "num_steps" in (getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}):
+        raise InputError(
+            "accelerator_config gradient_accumulation_kwargs num_steps would change the step behind the run's back: "
+            "give gradient_accumulation_steps or --windows-per-step"
+        )
     asked = job.windows_per_step
     own, most, processes = windows_per_step(args), args.train_batch_size, args.world_size
     if asked is None:
@@ -98,6 +104,15 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
         f"{job.output_dir}: this run has steps of {asked:,} windows, which {processes} process(es) now compute in "
         f"{micro_batches} micro-batch(es) of {at_once}"
     )
+
+
+def steps_of(windows: DistillationWindows, args: TrainingArguments) -> int:
+    """Optimizer steps of a whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    step = windows_per_step(args)
+    per_epoch = -(-len(reading_order(windows, step, whole_steps=args.dataloader_drop_last)) // step)
+    return math.ceil(args.num_train_epochs * per_epoch)
 
 
 def positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> tuple[int, int]:

@@ -63,6 +63,7 @@ class DistillationTrainer(Trainer):
         self.eval_loss = eval_loss
         self._reading_order: ReadingOrder | None = None
         self._parts: Tensor | None = None
+        self.has_begun = False
         # The base class would drop the fields of a batch that are no arguments of the model's own forward.
         args.remove_unused_columns = False
         take_one_device(args)
@@ -228,7 +229,7 @@ class FollowAlpha(TrainerCallback):
 
 
 class _FollowEpochs(TrainerCallback):
-    """Sets the epoch of the reading order.
+    """Sets the epoch of the reading order, and `has_begun` with the first one.
 
     accelerate passes epochs down through a fixed number of wrappers, and resuming in the middle of an epoch with
     several processes has one more: the order would start again at epoch 0.
@@ -240,6 +241,7 @@ class _FollowEpochs(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
+        self._trainer.has_begun = True
         loader, order = others.get("train_dataloader"), self._trainer._reading_order
         if loader is not None and order is not None:
             steps_per_epoch = max(1, -(-len(loader) // args.gradient_accumulation_steps))

@@ -240,6 +240,27 @@ WRONG = {
     "fsdp on a CPU": (edited(set="fsdp=true"), "on a CPU, where accelerate would train without it"),
     "evaluation without data": (edited(set="eval_strategy=epoch"), "give --eval-cache"),
     "unknown metric": (edited(eval_cache="WORLD/held", set="metric_for_best_model=bleu"), "not measured"),
+    "learning rate": (edited(set="learning_rate=-1"), "greater than or equal to 0 (found -1)"),
+    "rate beyond float32": (edited(set="learning_rate=1.0e+39"), "weights that are not finite"),
+    "batch of nothing": (edited(set="per_device_train_batch_size=0"), "greater than or equal to 1 (found 0)"),
+    "decay of Adam": (edited(set="adam_beta1=2"), "less than 1 (found 2)"),
+    "division by nothing": (edited(set="adam_epsilon=1.0e-50"), "larger adam_epsilon"),
+    "weight decay": (edited(set="weight_decay=-1"), "greater than or equal to 0 (found -1)"),
+    "no epoch": (edited(set="num_train_epochs=0"), "greater than 0 (found 0)"),
+    "no step": (edited(set="max_steps=0"), "(found 0; -1 leaves it to num_train_epochs)"),
+    "part of a step": (edited(set="save_steps=2.5"), "should be whole"),
+    "schedule without its end": (edited(set="lr_scheduler_type=cosine_with_min_lr"), "One of min_lr or min_lr_rate"),
+    "schedule without its decay": (edited(set="lr_scheduler_type=warmup_stable_decay"), "'num_decay_steps'"),
+    "optimizer of a package": (edited(set="optim=adamw_8bit"), "optim adamw_8bit: You need to install `bitsandbytes`"),
+    "optimizer of another": (edited(set="optim=galore_adamw"), "You need to install `galore_torch`"),
+    "deepspeed": (edited(set="deepspeed=x.json"), "deepspeed"),
+    "compiler mode": (edited(set="torch_compile_mode=x"), "Unrecognized mode=x"),
+    "compiler": (edited(set="torch_compile_backend=x"), "torch_compile with backend x"),
+    "float16 on a CPU": (edited(set="fp16=true"), "fp16 was asked for on a CPU"),
+    "hub": (edited(set="push_to_hub=true"), "upload --output-dir then"),
+    "loader": (edited(set="dataloader_multiprocessing_context=fork"), "multi-process loading"),
+    "log level": (edited(set="log_level=loud"), "'passive' (found 'loud')"),
+    "best of nothing": (edited(set="save_strategy=best"), "metric_for_best_model"),
     "no config file": (edited(config="WORLD/none.yaml"), "none.yaml"),
     "eval cache is none": (edited(eval_cache="WORLD/none"), "no cache there"),
 }
@@ -471,6 +492,36 @@ def test_a_field_that_only_one_of_two_runs_has_makes_them_two(tmp_path: Path, id
         pass
     with pytest.raises(IdentityMismatch, match="mix" if "mix" in identity else "alpha"):
         OutputDirectory(str(tmp_path / "out")).check(identity)
+
+
+@pytest.mark.parametrize("before", ["nothing", "folder", "checkpoint", "record"])
+def test_a_run_that_fails_before_it_has_anything_leaves_the_folder_as_it_was(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "out"
+    if before != "nothing":
+        path.mkdir()
+    if before == "record":
+        with OutputDirectory(str(path)).reserved({"cache": "c"}):
+            pass
+
+    def fails() -> None:
+        with OutputDirectory(str(path)).reserved({"cache": "c"}):
+            assert (path / "run.json").exists()
+            if before == "checkpoint":
+                (path / "checkpoint-1").mkdir()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    left = {"nothing": [], "folder": [], "checkpoint": ["checkpoint-1", "run.json"], "record": ["run.json"]}
+    assert path.exists() == (before != "nothing")
+    assert sorted(item.name for item in tmp_path.glob("out/*")) == left[before]
+
+
+def test_fields_that_no_version_takes_any_more_make_no_other_run(tmp_path: Path) -> None:
+    folder = OutputDirectory(str(tmp_path / "out"))
+    with folder.reserved({"cache": "c", "training.push_to_hub": False, "training.eval_accumulation_steps": 4}):
+        pass
+    folder.check({"cache": "c"})
 
 
 def test_other_errors_are_not_taken_for_a_full_disk() -> None:
