@@ -178,7 +178,7 @@ def build_job(command: str, flags: dict[str, Any], trains_teacher: bool = False)
 
 @contextlib.contextmanager
 def our_errors(command: str) -> Iterator[None]:
-    """Print errors of this program as one line, on rank 0 alone, and exit with status 2."""
+    """Print errors of this program as one line, on rank 0 alone, and exit with their status."""
     from storage.errors import LogitCacheError, one_line_errors
 
     if os.environ.get("RANK", "0") == "0":
@@ -187,8 +187,8 @@ def our_errors(command: str) -> Iterator[None]:
         return
     try:
         yield
-    except LogitCacheError:
-        sys.exit(2)
+    except LogitCacheError as error:
+        sys.exit(error.exit_status)
 
 
 def _leave_process_group() -> None:

@@ -8,6 +8,7 @@ was divided once, by the number of trained tokens of the whole optimizer step ov
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
-from storage.errors import InputError
+from storage.errors import Diverged, InputError
 from student.data.batches import collate, flat_targets
 from student.data.order import ReadingOrder
 from student.data.windows import DistillationWindows, reading_order
@@ -27,6 +29,7 @@ from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss, LossSums
 from student.loss.teacher_targets import Member
 from student.training.bound_forward import FusedHead, bind_loss
+from student.training.divergence import FiniteSteps, are_finite
 from student.training.fsdp import FSDPIsOn, keep_precision
 from student.training.step import take_one_device, windows_per_step
 
@@ -63,6 +66,7 @@ class DistillationTrainer(Trainer):
         self.eval_loss = eval_loss
         self._reading_order: ReadingOrder | None = None
         self._parts: Tensor | None = None
+        self._step_loss: Tensor | None = None
         self.has_begun = False
         # The base class would drop the fields of a batch that are no arguments of the model's own forward.
         args.remove_unused_columns = False
@@ -75,6 +79,7 @@ class DistillationTrainer(Trainer):
             eval_dataset=eval_dataset,
             **others,
         )
+        self._steps = FiniteSteps(skips_steps=self.accelerator.mixed_precision == "fp16")
         self.add_callback(_FollowEpochs(self))
         self.add_callback(FollowAlpha(loss))
         self.add_callback(FSDPIsOn())
@@ -102,6 +107,7 @@ class DistillationTrainer(Trainer):
         if model.training:
             parts = outputs["parts"]
             self._parts = parts if self._parts is None else self._parts + parts
+            self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -115,6 +121,38 @@ class DistillationTrainer(Trainer):
             logs.update({name: value / max(count, 1) for name, value in zip(names, sums, strict=True)})
             self._parts = None
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Tensor | float | None, *others: Any, **more: Any
+    ) -> None:
+        """After each step and each epoch. Raises Diverged before figures or weights of a diverged run are used."""
+        if self._step_loss is not None:
+            self._steps.add(self.state.global_step, self._step_loss, grad_norm)
+            self._step_loss = None
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            bad = self._steps.first_bad(self.accelerator)
+            if bad is not None:
+                figures = f"the loss is {bad.loss:g} and the norm of its gradient {bad.gradient_norm:g}"
+                raise self._diverged(f"{figures} at step {bad.step:,}")
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, **more)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, as a checkpoint does too. Raises Diverged for weights that are not finite."""
+        model: nn.Module = self.model  # type: ignore[assignment]
+        if not are_finite(model, self.accelerator):
+            raise self._diverged(f"weights are not finite after step {self.state.global_step:,}")
+        super().save_model(output_dir, _internal_call)
+
+    def _diverged(self, found: str) -> Diverged:
+        folder = str(self.args.output_dir)
+        kept = get_last_checkpoint(folder) if os.path.isdir(folder) else None  # type: ignore[no-untyped-call]
+        return Diverged(
+            f"{folder}: {found} of {self.state.max_steps:,}, so training ends there: "
+            + (f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it")
+            + "; take a smaller learning_rate, longer warmup_steps, max_grad_norm=1, or bf16 in place of fp16, in "
+            "another --output-dir"
+        )
 
     def evaluate(
         self,
@@ -172,7 +210,10 @@ class DistillationTrainer(Trainer):
         if world > 1:
             sums.load(self.accelerator.reduce(sums.tensor().to(self.args.device), reduction="sum"))
             objective = self.accelerator.reduce(objective.to(self.args.device), reduction="sum").cpu()
-        result = sums.result(bytes_per_token(windows))
+        try:
+            result = sums.result(bytes_per_token(windows))
+        except Diverged as error:
+            raise self._diverged(f"{error}, after step {self.state.global_step:,}") from None
         if self.eval_loss is None:
             return result
         return replace(result, distillation_loss=float(objective[0] / objective[1]))
