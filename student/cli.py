@@ -40,7 +40,8 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         multiple=True,
         metavar="KEY=VALUE",
         help="A field of TrainingArguments; repeatable "
-        "[learning_rate=1e-3 and weight_decay=0.1; 2e-5 and 0 for a model with weights].",
+        "[learning_rate=1e-3 and weight_decay=0.1; 2e-5 and 0 for a model with weights; a checkpoint every 500 steps "
+        "and every minute, of which the last is kept: save_steps, save_strategy, save_total_limit].",
     ),
     _run("--config", metavar="YAML", help="File with these fields; `training:` holds TrainingArguments."),
     _run("--seed", type=int, help="Seed of weights, order, offsets and dropout [0]."),
@@ -208,7 +209,7 @@ def table(report: TrainingReport) -> str:
     ]
     if report.train_log:
         last, name = report.train_log[-1], report.job.log_name
-        rows.append(("last training loss", f"{last['loss']:.4f}"))
+        rows.append(("last training loss", f"{last['loss']:.4f}, logged at step {last['step']:,}"))
         for teacher, meaning in report.divergence.items():
             if f"{name}_{teacher}" in last:
                 value = f"{last[f'{name}_{teacher}']:.4f} nats ({meaning})"

@@ -45,7 +45,7 @@ from student.training.progress import TrainingProgress
 from student.training.publish import publish
 from student.training.run_folder import OutputDirectory, full_disk_is_reported, identity_of
 from student.training.step import divide_step, positions_seen, steps_of, windows_per_step
-from student.training.trainer import DistillationTrainer
+from student.training.trainer import DistillationTrainer, SaveByTime
 
 # Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
 LoadLive = Callable[[StudentJob, torch.device], LogitSource]
@@ -273,6 +273,9 @@ def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallb
     data, job = run.data, run.job
     # One progress bar for the run; transformers shows another for every file that it writes.
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    # A job that states an interval of its own has that one alone.
+    own_interval = {"save_strategy", "save_steps"} & job.training.keys()
+    own = [TrainingProgress(run.step_windows * job.window_tokens), *([] if own_interval else [SaveByTime()])]
     with one_line_refusals():
         trainer = DistillationTrainer(
             model,
@@ -283,7 +286,7 @@ def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallb
             eval_members=data.eval_members,
             eval_loss=data.measured_loss,
             fused_head=job.fused_head,
-            callbacks=[TrainingProgress(run.step_windows * job.window_tokens), *callbacks],
+            callbacks=[*own, *callbacks],
         )
     trainer.remove_callback(PrinterCallback)
     if trainer.not_fused is not None:

@@ -182,7 +182,8 @@ class OutputDirectory:
         """The newest complete checkpoint and its trainer state, None without one.
 
         The state is written last: a checkpoint without it was being written when the run was killed, and is removed,
-        since transformers would take the highest number for the newest.
+        since transformers would take the highest number for the newest. Raises InputError where one cannot be read:
+        that says nothing about what it holds.
         """
         found: list[tuple[int, Path, dict[str, Any]]] = []
         for folder in self.path.iterdir() if self.path.is_dir() else ():
@@ -191,10 +192,15 @@ class OutputDirectory:
                 continue
             try:
                 state = json.loads((folder / _STATE_FILE).read_bytes())
-            except (OSError, ValueError):
+            except (FileNotFoundError, NotADirectoryError, ValueError):
                 if self._writes:
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
+            except OSError as error:
+                raise InputError(
+                    f"{folder / _STATE_FILE}: cannot be read ({error.strerror}), so the run cannot resume: run the "
+                    "command again when it can be, or move this checkpoint away to resume from an earlier one"
+                ) from None
             found.append((int(match[1]), folder, state))
         if not found:
             return None

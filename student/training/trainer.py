@@ -9,15 +9,17 @@ was divided once, by the number of trained tokens of the whole optimizer step ov
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from storage.errors import Diverged, InputError
 from student.data.batches import collate, flat_targets
@@ -32,6 +34,12 @@ from student.training.bound_forward import FusedHead, bind_loss
 from student.training.divergence import FiniteSteps, are_finite
 from student.training.fsdp import FSDPIsOn, keep_precision
 from student.training.step import take_one_device, windows_per_step
+
+CHECKPOINT_SECONDS = 60.0
+"""Time between two checkpoints that `SaveByTime` asks for, at least."""
+
+CHECKPOINT_SHARE = 0.05
+"""Share of the time of a run that they take, at most."""
 
 
 class DistillationTrainer(Trainer):
@@ -130,6 +138,8 @@ class DistillationTrainer(Trainer):
             self._steps.add(self.state.global_step, self._step_loss, grad_norm)
             self._step_loss = None
         control = self.control
+        if control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True  # so that the log ends with the last step
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             bad = self._steps.first_bad(self.accelerator)
             if bad is not None:
@@ -267,6 +277,40 @@ class FollowAlpha(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         self._loss.set_progress(state.global_step / max(1, state.max_steps - 1))
+
+
+class SaveByTime(TrainerCallback):
+    """Asks for a checkpoint at the first logged step a minute after the last one, or 20 times as long as that one took.
+
+    So a run that is killed loses little more than a minute, and spends at most a twentieth of its time on checkpoints.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._step_done = self._saved = clock()
+        self._pause = CHECKPOINT_SECONDS
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self._saved = self._clock()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        self._step_done = self._clock()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        self._step_done = self._clock()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if "loss" in (others.get("logs") or {}):
+            is_due = torch.tensor(float(self._clock() - self._saved >= self._pause), device=args.device)
+            # All processes save together, and their clocks differ.
+            if reduce(is_due, "sum") > 0:
+                control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        self._saved = self._clock()
+        self._pause = max(CHECKPOINT_SECONDS, (self._saved - self._step_done) / CHECKPOINT_SHARE)
 
 
 class _FollowEpochs(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -47,7 +48,7 @@ def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_p
     assert report.steps == 93 // 8
     assert report.tokens_seen == report.steps * 8 * 16
     assert report.windows_per_step == 8
-    assert [entry["step"] for entry in report.train_log] == [2, 4, 6, 8, 10]
+    assert [entry["step"] for entry in report.train_log] == [2, 4, 6, 8, 10, 11], "the last step is logged, too"
     assert {"loss", "cross_entropy", "kl_a", "kl_b"} <= report.train_log[0].keys()
     held = report.held_out
     assert held is not None
@@ -104,7 +105,7 @@ def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_
     whole = train(job_in(world, tmp_path / "whole", **common))
     assert whole.steps == 3 * (93 // 8), "no step is shorter than the others"
     assert [e["alpha"] for e in whole.train_log[:2]] == pytest.approx([0.5 - 0.3 / 32, 0.5 - 0.3 * 3 / 32])
-    assert whole.train_log[-1]["alpha"] == pytest.approx(0.5 - 0.3 * 31 / 32)
+    assert whole.train_log[-1]["alpha"] == pytest.approx(0.2)
     job = job_in(world, tmp_path / "killed", **common)
     killed = start_code(KILLED.format(step=19), *arguments(job)).end()
     assert killed.returncode == 9, killed.stderr
@@ -121,6 +122,29 @@ def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_no_half_written_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may answer again; what was being written when a run was killed is removed."""
+    folder, read = OutputDirectory(str(tmp_path)), Path.read_bytes
+    for number, state in ((1, '{"global_step": 1}'), (2, '{"global_'), (3, None), (4, '{"global_step": 4}')):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+
+    def fails(self: Path) -> bytes:
+        if self.parent.name == "checkpoint-4":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(InputError, match=r"checkpoint-4/trainer_state\.json: cannot be read \(Input/output error\)"):
+        folder.last_checkpoint()
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert folder.last_checkpoint() == (tmp_path / "checkpoint-4", {"global_step": 4})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
+
+
 def test_a_run_killed_before_publishing_is_published_without_another_step(world: Path, tmp_path: Path) -> None:
     job = job_in(world, tmp_path / "out", training={"max_steps": 5, "save_steps": 2})
     report = train(job)
@@ -134,9 +158,12 @@ def test_a_run_killed_before_publishing_is_published_without_another_step(world:
 
 
 def test_what_the_command_says_of_a_run(world: Path, run: Run, tmp_path: Path) -> None:
-    job = job_in(world, tmp_path / "out", eval_cache=str(world / "held"), training={"max_steps": 2})
+    training = {"max_steps": 3, "logging_steps": 2}
+    job = job_in(world, tmp_path / "out", eval_cache=str(world / "held"), training=training)
     done = run("train-student", *arguments(job))
     assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "out" / "report.json").read_text())["train_log"][-1]
+    assert f"{last['loss']:.4f}, logged at step 3\n" in done.stdout
     assert "KL to a" in done.stdout
     assert "lower bound" in done.stdout
 
