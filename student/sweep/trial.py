@@ -27,10 +27,8 @@ from student.loss.objective import Objective
 from student.models.configuration import check_settings, read_settings
 from student.models.presets import PRESETS, preset_settings
 from student.sweep.search_space import Search
-from student.training.arguments import PRESENTATION, RESERVED, training_arguments, training_values
-from student.training.field_checks import rehearse
-from student.training.inputs import Caches, check_step, job_inputs
-from student.training.step import divide_step, steps_of
+from student.training.arguments import PRESENTATION, RESERVED, checked_arguments, training_values
+from student.training.inputs import Caches, job_inputs
 
 MODEL = "model."
 STEP = "windows_per_step"
@@ -202,11 +200,7 @@ def check_space(
 
     def training(values: Mapping[str, Any]) -> None:
         trial = trial_job(job, {**first, **values}, job.output_dir)
-        args = training_arguments(trial, training_values(trial))
-        divide_step(trial, args)
-        windows = job_inputs(caches, trial).windows
-        check_step(windows, args)
-        rehearse(args, steps_of(windows, args))
+        checked_arguments(trial, training_values(trial), job_inputs(caches, trial).windows)
 
     names = list(search.parameters)
     of_loss = [name for name in names if name in OBJECTIVE | WINDOWS]

@@ -14,8 +14,11 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from storage.errors import InputError
+from student.data.windows import DistillationWindows
 from student.job import StudentJob
-from student.training.field_checks import NOTES, TYPES, one_line_refusals
+from student.training.field_checks import NOTES, TYPES, one_line_refusals, rehearse
+from student.training.fsdp import check_fsdp
+from student.training.step import check_step, divide_step, steps_of
 
 # From scratch, on small models: the recipes of BabyLlama-2 have this shape at 7e-4. A step always has the same number
 # of windows (the rest of an epoch is dropped), so that the number of processes does not change what a step learns.
@@ -141,6 +144,21 @@ def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingAr
             disable_tqdm=True,
             **values,
         )
+
+
+def checked_arguments(
+    job: StudentJob, values: Mapping[str, Any], windows: DistillationWindows, recorded: Mapping[str, Any] | None = None
+) -> tuple[TrainingArguments, list[str]]:
+    """The TrainingArguments of a job over its windows, and lines for the log; what they ask for has been tried out.
+
+    recorded: as for `divide_step`. Raises InputError.
+    """
+    args = training_arguments(job, values)
+    check_fsdp(args)
+    note = divide_step(job, args, recorded)
+    check_step(windows, args)
+    rehearse(args, steps_of(windows, args))
+    return args, [note] if note else []
 
 
 def _checked(name: str, hint: Any, given: Any) -> Any:

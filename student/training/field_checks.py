@@ -122,7 +122,7 @@ def rehearse(args: TrainingArguments, steps: int) -> None:
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
     if args.torch_compile:
         backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
@@ -138,10 +138,12 @@ def rehearse(args: TrainingArguments, steps: int) -> None:
         optimizer = _optimizer(args)
     if optimizer is None:
         return
+    if args.optim_target_modules:
+        raise InputError(f"optim {optim} has no target modules: leave optim_target_modules out, or take another optim")
     with one_line_refusals(f"lr_scheduler_type {schedule}"):
         _check_schedule(args, optimizer, steps)
     with one_line_refusals(f"optim {optim} with learning_rate {args.learning_rate:g}"):
-        _check_first_step(optimizer)
+        _check_first_step(optimizer, args.learning_rate)
 
 
 def _optimizer(args: TrainingArguments) -> torch.optim.Optimizer | None:
@@ -202,11 +204,11 @@ def _check_schedule(args: TrainingArguments, optimizer: torch.optim.Optimizer, s
                 )
 
 
-def _check_first_step(optimizer: torch.optim.Optimizer) -> None:
+def _check_first_step(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     (weight,) = optimizer.param_groups[0]["params"]
     # Rows of an embedding that a step does not read have gradients of exactly 0.
     weight.grad = torch.eye(4, device=weight.device)
-    optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"]
+    optimizer.param_groups[0]["lr"] = learning_rate
     if hasattr(optimizer, "train"):
         optimizer.train()
     optimizer.step()

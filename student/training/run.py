@@ -5,7 +5,6 @@ Everything that can be wrong with a job is checked before its folder is touched.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,16 +34,16 @@ from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
-from student.training.arguments import training_arguments, training_values
+from student.training.arguments import checked_arguments, training_values
 from student.training.defaults import described, filled, open_fields
-from student.training.field_checks import one_line_refusals, rehearse
-from student.training.fsdp import check_checkpoint, check_fsdp
-from student.training.inputs import Data, check_step, job_inputs, open_caches
+from student.training.field_checks import one_line_refusals
+from student.training.fsdp import check_checkpoint
+from student.training.inputs import Data, job_inputs, open_caches
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
 from student.training.publish import publish
 from student.training.run_folder import OutputDirectory, full_disk_is_reported, identity_of
-from student.training.step import divide_step, positions_seen, steps_of, windows_per_step
+from student.training.step import positions_seen, windows_per_step
 from student.training.trainer import DistillationTrainer, SaveByTime
 
 # Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
@@ -120,27 +119,24 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     job = filled(job, opened)
     values = training_values(job)
     caches = open_caches(job)
+    windows = caches.windows.cut(job.window_tokens, job.offset)
+    args, step_notes = checked_arguments(job, values, windows, record.get("identity", {}) | record.get("launch", {}))
     live = None
     if job.live_teachers:
         if load_live is None:
             raise InputError(
                 "train-student loads no teacher: train-teacher --live-teacher runs them beside the student"
             )
-        # After the cheap checks of fields and caches, since loading takes long.
-        live = load_live(job, _device(values))
+        # After the checks of fields and caches, since loading takes long.
+        live = load_live(job, args.device)
     data = job_inputs(caches, job, live)
     best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")
     if best_by == "distillation_loss" and isinstance(data.eval_loss, str):
         raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {data.eval_loss}")
     job = data.job
-    args = training_arguments(job, values)
-    check_fsdp(args)
     first = args.process_index == 0
     output = OutputDirectory(job.output_dir, writes=first)
-    notes = [*caches.remarks, *described(job, opened, record)]
-    notes += filter(None, [divide_step(job, args, record.get("identity", {}) | record.get("launch", {}))])
-    check_step(data.windows, args)
-    rehearse(args, steps_of(data.windows, args))
+    notes = [*caches.remarks, *described(job, opened, record), *step_notes]
     step_windows = windows_per_step(args)
     identity = identity_of(job, values, data, step_windows)
     output.check(identity)
@@ -226,13 +222,6 @@ def _report(
         live=data.live,
         peak_memory=PeakMemory(process_bytes=peak_process_bytes(), device_bytes=peak_device_bytes(args.device)),
     )
-
-
-def _device(values: Mapping[str, Any]) -> torch.device:
-    """The device that this process will train on."""
-    if values.get("use_cpu") or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _tail_bounds(data: Data) -> dict[str, TailBound]:

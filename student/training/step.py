@@ -106,6 +106,17 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
     )
 
 
+def check_step(windows: DistillationWindows, args: TrainingArguments) -> None:
+    """Raise InputError where the windows of an epoch are too few for a single step."""
+    step = windows_per_step(args)
+    if args.dataloader_drop_last and len(windows) < step:
+        raise InputError(
+            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {step} "
+            f"of one step over {args.world_size} process(es): take a smaller --windows-per-step, "
+            "per_device_train_batch_size or window"
+        )
+
+
 def steps_of(windows: DistillationWindows, args: TrainingArguments) -> int:
     """Optimizer steps of a whole run."""
     if args.max_steps > 0:
