@@ -208,10 +208,8 @@ def check_space(
     _try_out(search, of_loss, objective, log)
     if of_model:
         _try_out(search, [*of_model, *(name for name in of_loss if name == "window_tokens")], model, log)
-    _try_out(search, [], training, log)
-    for name in names:
-        if name not in of_loss + of_model:
-            _try_out(search, [name], training, log)
+    for alone in [[name] for name in names if name not in of_loss + of_model] or [[]]:
+        _try_out(search, alone, training, log)
 
 
 def _try_out(search: Search, names: Sequence[str], check: Callable[[Mapping[str, Any]], None], log: Log) -> None:

@@ -93,7 +93,7 @@ def one_line_refusals(
 ) -> Iterator[None]:
     """Turn the errors by which libraries refuse values into an InputError that begins with `what`.
 
-    Errors are left as they are once the work `has_begun`: they are not for the values to blame.
+    Once the work `has_begun`, errors are left as they are: the values are not to blame for them.
     """
     try:
         yield

@@ -42,7 +42,7 @@ _STAGE = "publishing"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _STATE_FILE = "trainer_state.json"
 
-# What earlier versions recorded of runs and sweeps and no version takes any more; it never changed what a run learns.
+# Fields that runs and sweeps of earlier versions may have recorded, and that no command can name any more.
 _NOT_COMPARED = {f"{of}training.{name}" for of in ("", "job.") for name in RESERVED}
 
 # Fields of a job that are identified by digests, or that change how a run computes and not what.
@@ -131,7 +131,7 @@ class OutputDirectory:
 
     def _forget_on_error(self, error: type[BaseException] | None, *_: Any) -> None:
         if error is not None and {RUN_FILE, LOCK}.issuperset(os.listdir(self.path)):
-            (self.path / RUN_FILE).unlink(missing_ok=True)
+            (self.path / RUN_FILE).unlink()
 
     def _remove_if_empty(self) -> None:
         with contextlib.suppress(OSError):

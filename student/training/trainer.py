@@ -48,7 +48,8 @@ class DistillationTrainer(Trainer):
     Takes Trainer's arguments (model, args, train_dataset, eval_dataset, callbacks, …) and `loss`, besides
     `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured, `eval_loss`: the loss that is
     averaged over `eval_dataset` as `distillation_loss`, and `fused_head`. The loss is bound to the model; `not_fused`
-    is the reason why the output layer is not fused with it, None where it is (`bind_loss`).
+    is the reason why the output layer is not fused with it, None where it is (`bind_loss`). `has_begun` is False until
+    all that the arguments ask for is made, and the first epoch begins.
 
     The reading order depends on the windows, their seed and the windows of a step, so a student and its control, or one
     process and several with the same step, see the same windows in the same order. `evaluate` counts every labelled

@@ -51,26 +51,26 @@ def noted(figures: list[tuple[float, float]], skips_steps: bool = False) -> Fini
 def test_the_first_bad_step_is_found_whatever_comes_after_it(
     bad: tuple[float, float], after: list[tuple[float, float]]
 ) -> None:
-    found = noted([(3.0, 1.0)] * 6 + [bad] + after).first_bad(Group())  # type: ignore[arg-type]
+    found = noted([(3.0, 1.0)] * 6 + [bad] + after).first_bad(Group())
     assert found is not None
     assert found.step == 7
     assert repr((found.loss, found.gradient_norm)) == repr(bad)
 
 
 def test_finite_figures_are_no_finding_however_large() -> None:
-    assert FiniteSteps(False).first_bad(Group()) is None  # type: ignore[arg-type]
-    assert noted([(1e38, 1e38), (0.0, 0.0), (-1e38, 0.0)]).first_bad(Group()) is None  # type: ignore[arg-type]
+    assert FiniteSteps(False).first_bad(Group()) is None
+    assert noted([(1e38, 1e38), (0.0, 0.0), (-1e38, 0.0)]).first_bad(Group()) is None
     steps = FiniteSteps(False)
     for norm in (None, 1.0):
         steps.add(1, torch.tensor(1.0), norm)
-    assert steps.first_bad(Group()) is None  # type: ignore[arg-type]
+    assert steps.first_bad(Group()) is None
 
 
 def test_steps_that_a_gradient_scaler_skips_are_forgiven_until_no_scale_is_left() -> None:
     good, skipped = (3.0, 1.0), (3.0, INF)
     begins = [skipped] * 16 + [good] * 3
-    assert noted(begins + ([skipped] * 32 + [good]) * 3, skips_steps=True).first_bad(Group()) is None  # type: ignore[arg-type]
-    found = noted(begins + [skipped] * 33 + [good], skips_steps=True).first_bad(Group())  # type: ignore[arg-type]
+    assert noted(begins + ([skipped] * 32 + [good]) * 3, skips_steps=True).first_bad(Group()) is None
+    found = noted(begins + [skipped] * 33 + [good], skips_steps=True).first_bad(Group())
     assert found == BadStep(20, 3.0, INF)
 
 
@@ -79,11 +79,11 @@ def test_processes_find_the_same_step_and_the_loss_of_all() -> None:
     one = noted([(3.0, 1.0), (3.0, NAN), (3.0, NAN)])
     two = noted([(5.0, 1.0), (NAN, NAN), (5.0, NAN)])
     late = noted([(5.0, 1.0), (5.0, 1.0), (NAN, 1.0)])
-    for found in (one.first_bad(Group(two)), two.first_bad(Group(one)), late.first_bad(Group(two))):  # type: ignore[arg-type]
+    for found in (one.first_bad(Group(two)), two.first_bad(Group(one)), late.first_bad(Group(two))):
         assert found is not None
         assert found.step == 2
         assert math.isnan(found.loss)
-    only_norm = noted([(5.0, 1.0), (5.0, INF)]).first_bad(Group(noted([(3.0, 1.0), (3.0, INF)])))  # type: ignore[arg-type]
+    only_norm = noted([(5.0, 1.0), (5.0, INF)]).first_bad(Group(noted([(3.0, 1.0), (3.0, INF)])))
     assert only_norm == BadStep(2, 4.0, INF)
 
 
