@@ -46,6 +46,7 @@ TYPES: dict[str, Any] = {
     "num_train_epochs": Annotated[float, Field(gt=0, le=1e9)],
     "learning_rate": _NotNegative,
     "warmup_steps": Annotated[float, Field(ge=0, le=1 << 53), AfterValidator(_whole)],
+    "warmup_ratio": Annotated[float, Field(ge=0, le=1)] | None,  # earlier transformers have it
     "weight_decay": _NotNegative,
     "adam_beta1": _Decay,
     "adam_beta2": _Decay,
