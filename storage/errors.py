@@ -19,8 +19,11 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class LogitCacheError(Exception):
     """Base class. The message is a complete explanation for a user; it needs no traceback.
 
-    Errors can be sent from one process to another, whatever their constructors take.
+    Errors can be sent from one process to another, whatever their constructors take. `exit_status` is that of a
+    command which ends with the error: 2 where its input is wrong, 1 where the work itself failed.
     """
+
+    exit_status = 2
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remade, (type(self), str(self), self.__dict__)
@@ -73,6 +76,12 @@ class IdentityMismatch(LogitCacheError, ValueError):
         super().__init__(f"{where}: {'; '.join(shown)}. {remedy}")
 
 
+class Diverged(LogitCacheError, ArithmeticError):
+    """A loss, gradient, weight or held-out figure that is not finite: a model is of no use from there on."""
+
+    exit_status = 1
+
+
 class StorageFull(LogitCacheError, OSError):
     """The disk or the quota is full. Partly written data has been removed."""
 
@@ -88,14 +97,15 @@ def is_out_of_space(error: OSError) -> bool:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `LogitCacheError`, or an OSError about a file, into one line on stderr and exit status 2.
+    """Turn a `LogitCacheError`, or an OSError about a file, into one line on stderr and its exit status (2).
 
     For the outermost frame of a command.
     """
+    status = LogitCacheError.exit_status
     try:
         yield
     except LogitCacheError as error:
-        message = " ".join(str(error).split())
+        message, status = " ".join(str(error).split()), error.exit_status
     except OSError as error:
         if is_out_of_space(error):
             message = (
@@ -108,4 +118,4 @@ def one_line_errors() -> Iterator[None]:
     else:
         return
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

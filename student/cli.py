@@ -40,7 +40,8 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         multiple=True,
         metavar="KEY=VALUE",
         help="A field of TrainingArguments; repeatable "
-        "[learning_rate=1e-3 and weight_decay=0.1; 2e-5 and 0 for a model with weights].",
+        "[learning_rate=1e-3 and weight_decay=0.1; 2e-5 and 0 for a model with weights; a checkpoint every 500 steps "
+        "and every minute, of which the last is kept: save_steps, save_strategy, save_total_limit].",
     ),
     _run("--config", metavar="YAML", help="File with these fields; `training:` holds TrainingArguments."),
     _run("--seed", type=int, help="Seed of weights, order, offsets and dropout [0]."),
@@ -178,7 +179,7 @@ def build_job(command: str, flags: dict[str, Any], trains_teacher: bool = False)
 
 @contextlib.contextmanager
 def our_errors(command: str) -> Iterator[None]:
-    """Print errors of this program as one line, on rank 0 alone, and exit with status 2."""
+    """Print errors of this program as one line, on rank 0 alone, and exit with their status."""
     from storage.errors import LogitCacheError, one_line_errors
 
     if os.environ.get("RANK", "0") == "0":
@@ -187,8 +188,8 @@ def our_errors(command: str) -> Iterator[None]:
         return
     try:
         yield
-    except LogitCacheError:
-        sys.exit(2)
+    except LogitCacheError as error:
+        sys.exit(error.exit_status)
 
 
 def _leave_process_group() -> None:
@@ -208,7 +209,7 @@ def table(report: TrainingReport) -> str:
     ]
     if report.train_log:
         last, name = report.train_log[-1], report.job.log_name
-        rows.append(("last training loss", f"{last['loss']:.4f}"))
+        rows.append(("last training loss", f"{last['loss']:.4f}, logged at step {last['step']:,}"))
         for teacher, meaning in report.divergence.items():
             if f"{name}_{teacher}" in last:
                 value = f"{last[f'{name}_{teacher}']:.4f} nats ({meaning})"

@@ -79,8 +79,9 @@ class TrainingReport(Frozen):
     fused_head          whether the LM head was fused with the loss
     divergence          by teacher: how the divergence in `train_log` relates to the dense one
     tail_bounds         by teacher, at temperatures whose tails are interpolated
-    train_log           one entry per logged step: step, epoch, loss, cross_entropy, kl_<teacher> (under other losses
-                        by their name, as jsd_<teacher>), learning_rate, …
+    train_log           one entry per logged step, the last step among them: step, epoch, and means over the steps since
+                        the entry before it: loss, cross_entropy, kl_<teacher> (under other losses by their name, as
+                        jsd_<teacher>), learning_rate, …
     eval_log            the evaluations made during training
     live                the teachers that ran beside the student, if any did
     """

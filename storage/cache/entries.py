@@ -1,8 +1,8 @@
 """Whole teacher entries of a cache: removed, or given another name.
 
 Either may be interrupted at any moment and repeated. What is left then are entries that lack shards, as sound as one
-that was never finished: a record comes before all else and goes after it, and nothing is promised before it is there, or
-after it is gone.
+that was never finished: a record comes before all else and goes after it, and nothing is promised before it is there,
+or after it is gone.
 """
 
 from __future__ import annotations

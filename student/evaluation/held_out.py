@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from storage.errors import InputError
+from storage.errors import Diverged, InputError
 from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.labels import NOT_TRAINED
@@ -102,7 +102,8 @@ class HeldOutSums:
         correct = _kept(guess == labels, keep)
         self._tokens += keep.sum()
         self._nats += _kept(nats, keep).sum()
-        bins = (confidence * BINS).ceil().sub(1).clamp(0, BINS - 1).to(torch.int64)
+        # The confidence of logits that are no numbers has no bin; the cross-entropy shows them.
+        bins = (confidence.nan_to_num() * BINS).ceil().sub(1).clamp(0, BINS - 1).to(torch.int64)
         for row, values in zip(self._bins, (torch.ones_like(confidence), confidence, correct), strict=True):
             row.index_add_(0, bins, values)
         for column, (member, targets) in enumerate(zip(self.members, by_member, strict=True)):
@@ -131,7 +132,7 @@ class HeldOutSums:
         self._bins, self._kl = bins.reshape(3, BINS).clone(), kl.reshape(2, -1).clone()
 
     def result(self, bytes_per_token: float | None = None) -> HeldOut:
-        """The figures; raises InputError when no position was scored.
+        """The figures. Raises InputError when no position was scored, Diverged where the cross-entropy is not finite.
 
         bytes_per_token: bytes of UTF-8 text per token of the held-out stream, for bits per byte.
         """
@@ -141,6 +142,8 @@ class HeldOutSums:
                 "no held-out position was scored: the stream is shorter than one window, or nothing in it is trained on"
             )
         cross_entropy = float(self._nats) / tokens
+        if not math.isfinite(cross_entropy):
+            raise Diverged(f"the held-out cross-entropy is {cross_entropy}: the model's logits are not finite")
         _, confidence, correct = self._bins
         names = [member.name for member in self.members]
         return HeldOut(
@@ -166,7 +169,7 @@ def held_out(
 
     windows: those of the cache, at a fixed offset; the KL is measured to the teachers whose targets they read.
     batch_windows at most go through the model at once, fewer where B·T·W is large. `advance` is called with the number
-    of windows done. Raises InputError where `HeldOutSums` does.
+    of windows done. Raises the errors of `HeldOutSums`.
     """
     device = next(model.parameters()).device
     rows = max(1, min(batch_windows, BATCH_LOGITS // (windows.input_tokens * head_columns(model))))

@@ -27,8 +27,7 @@ from student.sweep.trial import OBJECTIVE, check_names, check_space, shown
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.defaults import described, filled, open_fields
 from student.training.inputs import Caches, open_caches
-from student.training.run import model_digest
-from student.training.run_folder import OutputDirectory, full_disk_is_reported
+from student.training.run_folder import OutputDirectory, full_disk_is_reported, model_digest
 
 if TYPE_CHECKING:
     from student.sweep.study import SharedStudy

@@ -27,9 +27,8 @@ from student.loss.objective import Objective
 from student.models.configuration import check_settings, read_settings
 from student.models.presets import PRESETS, preset_settings
 from student.sweep.search_space import Search
-from student.training.arguments import PRESENTATION, RESERVED, training_arguments, training_values
-from student.training.inputs import Caches, check_step, job_inputs
-from student.training.step import divide_step
+from student.training.arguments import PRESENTATION, RESERVED, checked_arguments, training_values
+from student.training.inputs import Caches, job_inputs
 
 MODEL = "model."
 STEP = "windows_per_step"
@@ -201,9 +200,7 @@ def check_space(
 
     def training(values: Mapping[str, Any]) -> None:
         trial = trial_job(job, {**first, **values}, job.output_dir)
-        args = training_arguments(trial, training_values(trial))
-        divide_step(trial, args)
-        check_step(job_inputs(caches, trial).windows, args)
+        checked_arguments(trial, training_values(trial), job_inputs(caches, trial).windows)
 
     names = list(search.parameters)
     of_loss = [name for name in names if name in OBJECTIVE | WINDOWS]
@@ -211,9 +208,8 @@ def check_space(
     _try_out(search, of_loss, objective, log)
     if of_model:
         _try_out(search, [*of_model, *(name for name in of_loss if name == "window_tokens")], model, log)
-    for name in names:
-        if name not in of_loss + of_model:
-            _try_out(search, [name], training, log)
+    for alone in [[name] for name in names if name not in of_loss + of_model] or [[]]:
+        _try_out(search, alone, training, log)
 
 
 def _try_out(search: Search, names: Sequence[str], check: Callable[[Mapping[str, Any]], None], log: Log) -> None:

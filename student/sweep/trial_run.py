@@ -14,7 +14,7 @@ from optuna import TrialPruned
 from optuna.trial import Trial
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from storage.errors import InputError, LogitCacheError
+from storage.errors import Diverged, InputError, LogitCacheError
 from storage.locks import locked
 from storage.progress import silent
 from student.job import StudentJob
@@ -23,10 +23,6 @@ from student.sweep.record import RECORD, TrialRecord
 from student.sweep.search_space import Search
 from student.sweep.trial import STEP, micro_batches, trial_job, trial_settings, write_settings
 from student.training.run import train
-
-
-class _Diverged(Exception):
-    """The loss is NaN, or the metric is not finite."""
 
 
 def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, Any]) -> TrialRecord:
@@ -80,7 +76,7 @@ def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, A
 
 
 class _Watch(TrainerCallback):
-    """Reports a run's evaluations to its trial, and ends a run that diverged or is pruned.
+    """Reports a run's evaluations to its trial, and ends a run that is pruned.
 
     Pruners count evaluations: a step is not the same for all trials. A resumed run makes some of them again.
     """
@@ -99,11 +95,6 @@ class _Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         self._state, self._parameters = state, sum(p.numel() for p in others["model"].parameters())
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        if math.isnan((others.get("logs") or {}).get("loss", 0.0)) and not args.fp16:
-            # float16 skips such steps; elsewhere every weight is NaN from here on.
-            raise _Diverged(f"the training loss is no number at step {state.global_step}")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         value = _finite(self._figure, others["metrics"][self._figure], state.global_step)
@@ -142,7 +133,7 @@ def _figures(held_out: HeldOutReport) -> dict[str, float]:
 
 def _finite(figure: str, value: float, step: int) -> float:
     if not math.isfinite(value):
-        raise _Diverged(f"{figure} is {value} at step {step}")
+        raise Diverged(f"{figure} is {value} at step {step}")
     return float(value)
 
 
@@ -151,6 +142,6 @@ def _reason(error: Exception) -> str | None:
     text = " ".join(str(error).split())[:500]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in text:
         return f"out of memory: {text}"
-    if isinstance(error, LogitCacheError) and not isinstance(error, InputError):
+    if isinstance(error, LogitCacheError) and not isinstance(error, (InputError, Diverged)):
         return None
-    return text if isinstance(error, (_Diverged, ValueError)) else None
+    return text if isinstance(error, (Diverged, ValueError)) else None

@@ -14,7 +14,11 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from storage.errors import InputError
+from student.data.windows import DistillationWindows
 from student.job import StudentJob
+from student.training.field_checks import NOTES, TYPES, one_line_refusals, rehearse
+from student.training.fsdp import check_fsdp
+from student.training.step import check_step, divide_step, steps_of
 
 # From scratch, on small models: the recipes of BabyLlama-2 have this shape at 7e-4. A step always has the same number
 # of windows (the rest of an epoch is dropped), so that the number of processes does not change what a step learns.
@@ -61,6 +65,22 @@ RESERVED: dict[str, str] = {
     "do_eval": "give --eval-cache",
     "do_predict": "there is no prediction step",
     "local_rank": "torchrun sets it",
+    "enable_jit_checkpoint": "a run that is told to end would be published as finished; checkpoints are written anyway",
+    "dataloader_in_order": "the reading order is part of the run",
+    "liger_kernel_config": "use_liger_kernel would replace the forward that holds the distillation loss",
+    "use_cache": "training reads no key-value cache; the saved model keeps the setting of its configuration",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "the model is whole when the run has ended, and not in its checkpoints: upload --output-dir then (hf upload)",
+    ),
+    **dict.fromkeys(
+        ("fp16_full_eval", "bf16_full_eval"), "held-out figures are computed in the precision of training (fp16, bf16)"
+    ),
+    **dict.fromkeys(
+        ("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        "held-out figures are sums, for which no predictions are kept",
+    ),
+    **dict.fromkeys(("include_for_metrics", "batch_eval_metrics"), "held-out figures are the same for every run"),
 }
 
 # Fields of logging, checkpoint retention and data loading, which do not change what a run learns: they may differ
@@ -69,9 +89,6 @@ PRESENTATION = frozenset(
     {"report_to", "run_name", "project", "log_level", "log_level_replica", "logging_steps", "save_total_limit"}
     | {f"dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers", "pin_memory")}
 )
-
-# Types of fields for which transformers accepts more than it declares.
-_HINTS: dict[str, Any] = {"fsdp": bool | str}
 
 # Loggers that transformers supports and never lists as installed.
 _NOT_LISTED = {"azure_ml", "flyte"}
@@ -95,7 +112,7 @@ def training_values(job: StudentJob) -> dict[str, Any]:
                 f"there is no training field {name!r}"
                 + (f"; did you mean {close[0]!r}?" if close else "; see transformers.TrainingArguments")
             )
-        values[name] = _checked(name, _HINTS.get(name, fields[name].type), given)
+        values[name] = _checked(name, TYPES.get(name, fields[name].type), given)
     metric = str(values.get("metric_for_best_model") or "loss")
     # The base class takes every metric for better when larger unless its name ends in "loss".
     values.setdefault("greater_is_better", metric.removeprefix("eval_") == "accuracy")
@@ -118,7 +135,7 @@ def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingAr
     if not any(os.environ.get(name) for name in _LAUNCHED):
         # A single process, which may resume a run of several, has no process group to choose a backend for.
         values = {name: value for name, value in values.items() if name != "ddp_backend"}
-    try:
+    with one_line_refusals():
         return TrainingArguments(
             output_dir=job.output_dir,
             seed=job.seed,
@@ -127,17 +144,33 @@ def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingAr
             disable_tqdm=True,
             **values,
         )
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"transformers refuses these training fields: {error}") from None
+
+
+def checked_arguments(
+    job: StudentJob, values: Mapping[str, Any], windows: DistillationWindows, recorded: Mapping[str, Any] | None = None
+) -> tuple[TrainingArguments, list[str]]:
+    """The TrainingArguments of a job over its windows, and lines for the log; what they ask for has been tried out.
+
+    recorded: as for `divide_step`. Raises InputError.
+    """
+    args = training_arguments(job, values)
+    check_fsdp(args)
+    note = divide_step(job, args, recorded)
+    check_step(windows, args)
+    rehearse(args, steps_of(windows, args))
+    return args, [note] if note else []
 
 
 def _checked(name: str, hint: Any, given: Any) -> Any:
+    config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        return _plain(adapter.validate_python(given))
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=config)
+        # True is no 1 for a field that takes numbers.
+        return _plain(adapter.validate_python(given, strict=isinstance(given, bool) or None))
     except ValidationError as error:
-        message = error.errors()[0]["msg"]
-        raise InputError(f"training field {name!r}: {message} (found {given!r})") from None
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        note = f"; {NOTES[name]}" if name in NOTES else ""
+        raise InputError(f"training field {name!r}: {message} (found {given!r}{note})") from None
 
 
 def _plain(value: Any) -> Any:
@@ -149,6 +182,8 @@ def _check_evaluation(job: StudentJob, values: Mapping[str, Any]) -> None:
     if (evaluates or values.get("load_best_model_at_end")) and job.eval_cache is None:
         raise InputError("evaluating during training needs a held-out cache: give --eval-cache")
     metric = values.get("metric_for_best_model")
+    if metric is None and values["save_strategy"] == "best":
+        raise InputError("save_strategy best judges checkpoints by a held-out figure: give metric_for_best_model")
     known = [*_METRICS, *(f"kl_{teacher.name}" for teacher in job.teachers)]
     if metric is not None and str(metric).removeprefix("eval_") not in known:
         raise InputError(f"metric_for_best_model {metric!r} is not measured; there is: {', '.join(known)}")

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import TrainingArguments
-
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest import TeacherEntry
@@ -24,7 +22,6 @@ from student.loss.teacher_targets import Member
 from student.models.configuration import stated_columns
 from student.models.tokenizer import model_folder, read_tokenizer
 from student.report import LiveTeachers
-from student.training.step import windows_per_step
 
 
 @dataclass(frozen=True)
@@ -207,14 +204,3 @@ def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | 
     if there.missing():
         return "its entry in the held-out cache is incomplete"
     return None
-
-
-def check_step(windows: DistillationWindows, args: TrainingArguments) -> None:
-    """Raise InputError where the windows of an epoch are too few for a single step."""
-    step = windows_per_step(args)
-    if args.dataloader_drop_last and len(windows) < step:
-        raise InputError(
-            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {step} "
-            f"of one step over {args.world_size} process(es): take a smaller --windows-per-step, "
-            "per_device_train_batch_size or window"
-        )

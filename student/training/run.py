@@ -5,8 +5,6 @@ Everything that can be wrong with a job is checked before its folder is touched.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +22,7 @@ from storage import LogitCache
 from storage.errors import InputError
 from storage.progress import Log, silent
 from student.data.batches import collate
-from student.data.windows import DistillationWindows, reading_order
+from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.labels import NOT_TRAINED
 from student.loss.dense import LogitSource
@@ -32,28 +30,24 @@ from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound
 from student.models.loading import load_student
-from student.models.presets import PRESETS
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
-from student.models.tokenizer import read_tokenizer, special_ids, write_files
+from student.models.tokenizer import read_tokenizer, special_ids
 from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
-from student.training.arguments import PRESENTATION, training_arguments, training_values
-from student.training.cast_weights import cast_weights
+from student.training.arguments import checked_arguments, training_values
 from student.training.defaults import described, filled, open_fields
-from student.training.fsdp import check_checkpoint, check_fsdp
-from student.training.inputs import Data, check_step, job_inputs, open_caches
+from student.training.field_checks import one_line_refusals
+from student.training.fsdp import check_checkpoint
+from student.training.inputs import Data, job_inputs, open_caches
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
-from student.training.published_config import add_earlier_fields
-from student.training.run_folder import OutputDirectory, full_disk_is_reported
-from student.training.step import COMPUTE_ONLY, divide_step, windows_per_step
-from student.training.trainer import DistillationTrainer
+from student.training.publish import publish
+from student.training.run_folder import OutputDirectory, full_disk_is_reported, identity_of
+from student.training.step import positions_seen, windows_per_step
+from student.training.trainer import DistillationTrainer, SaveByTime
 
 # Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
 LoadLive = Callable[[StudentJob, torch.device], LogitSource]
-
-# Fields of a job that are identified by digests, or that change how a run computes and not what.
-_NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head", "live_teachers", "combine"}
 
 # Windows over which the error of an interpolated tail is measured.
 _BOUND_WINDOWS = 32
@@ -111,7 +105,7 @@ def train(
         held_out = _evaluate(run, trainer)
         report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
         with full_disk_is_reported(job.output_dir):
-            _publish(trainer, run.output, report, use_cache, dtype, tokenizer)
+            publish(trainer, run.output, report, use_cache, dtype, tokenizer)
     run.log(f"{job.output_dir}: the model in {dtype}, its tokenizer and report.json")
     # Says it where transformers opens the tokenizer with rules of the model's family.
     read_tokenizer(Path(job.output_dir), job.output_dir, log=run.log)
@@ -125,28 +119,26 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     job = filled(job, opened)
     values = training_values(job)
     caches = open_caches(job)
+    windows = caches.windows.cut(job.window_tokens, job.offset)
+    args, step_notes = checked_arguments(job, values, windows, record.get("identity", {}) | record.get("launch", {}))
     live = None
     if job.live_teachers:
         if load_live is None:
             raise InputError(
                 "train-student loads no teacher: train-teacher --live-teacher runs them beside the student"
             )
-        # After the cheap checks of fields and caches, since loading takes long.
-        live = load_live(job, _device(values))
+        # After the checks of fields and caches, since loading takes long.
+        live = load_live(job, args.device)
     data = job_inputs(caches, job, live)
     best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")
     if best_by == "distillation_loss" and isinstance(data.eval_loss, str):
         raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {data.eval_loss}")
     job = data.job
-    args = training_arguments(job, values)
-    check_fsdp(args)
     first = args.process_index == 0
     output = OutputDirectory(job.output_dir, writes=first)
-    notes = [*caches.remarks, *described(job, opened, record)]
-    notes += filter(None, [divide_step(job, args, record.get("identity", {}) | record.get("launch", {}))])
-    check_step(data.windows, args)
+    notes = [*caches.remarks, *described(job, opened, record), *step_notes]
     step_windows = windows_per_step(args)
-    identity = _identity(job, values, data, step_windows)
+    identity = identity_of(job, values, data, step_windows)
     output.check(identity)
     log = (log or _to_stderr) if first else silent
     return _Run(job, values, data, args, step_windows, output, identity, notes, log)
@@ -205,7 +197,7 @@ def _report(
     held_out: HeldOutReport | None,
 ) -> TrainingReport:
     data, args, state = run.data, run.args, trainer.state
-    seen, trained = _positions_seen(data.windows, args, state.global_step)
+    seen, trained = positions_seen(data.windows, args, state.global_step)
     return TrainingReport(
         job=run.job.model_copy(update={"training": run.values}),
         provenance=data.provenance,
@@ -232,13 +224,6 @@ def _report(
     )
 
 
-def _device(values: Mapping[str, Any]) -> torch.device:
-    """The device that this process will train on."""
-    if values.get("use_cpu") or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 def _tail_bounds(data: Data) -> dict[str, TailBound]:
     """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream."""
     loss, windows = data.loss, data.windows
@@ -255,33 +240,6 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
         off = off[trained] if trained.any() else off
         found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))
     return found
-
-
-def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windows: int) -> dict[str, Any]:
-    """The run's identity, as a flat mapping. Caches are identified by digests, so that they may move."""
-    asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
-    asked["isolate_documents"] = data.windows.isolate_documents
-    asked["bos_each_window"] = data.windows.begin_id is not None or None  # absent in runs from before there was one
-    asked["windows_per_step"] = step_windows
-    asked["model_sha256"] = model_digest(job.model)
-    asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
-    training = {name: value for name, value in values.items() if name not in PRESENTATION | COMPUTE_ONLY}
-    asked |= {f"training.{name}": value for name, value in training.items()}
-    return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
-
-
-def model_digest(model: str) -> str | None:
-    """sha256 of a model's local files, which may change under one name; None for presets and hub ids."""
-    path = Path(model).expanduser()
-    if model in PRESETS or not path.exists():
-        return None
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    total = hashlib.sha256()
-    for file in files:
-        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin"):
-            with file.open("rb") as opened:
-                total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def _load_model(
@@ -304,7 +262,10 @@ def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallb
     data, job = run.data, run.job
     # One progress bar for the run; transformers shows another for every file that it writes.
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
+    # A job that states an interval of its own has that one alone.
+    own_interval = {"save_strategy", "save_steps"} & job.training.keys()
+    own = [TrainingProgress(run.step_windows * job.window_tokens), *([] if own_interval else [SaveByTime()])]
+    with one_line_refusals():
         trainer = DistillationTrainer(
             model,
             run.args,
@@ -314,10 +275,8 @@ def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallb
             eval_members=data.eval_members,
             eval_loss=data.measured_loss,
             fused_head=job.fused_head,
-            callbacks=[TrainingProgress(run.step_windows * job.window_tokens), *callbacks],
+            callbacks=[*own, *callbacks],
         )
-    except (ValueError, ImportError) as error:
-        raise InputError(f"transformers refuses these training fields: {error}") from None
     trainer.remove_callback(PrinterCallback)
     if trainer.not_fused is not None:
         run.log(
@@ -332,7 +291,9 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
     checkpoint = output.last_checkpoint()
     trainer.accelerator.wait_for_everyone()
     if checkpoint is None:
-        trainer.train()
+        # The model's layers can refuse fields too, when they are wrapped and given an optimizer.
+        with one_line_refusals(has_begun=lambda: trainer.has_begun):
+            trainer.train()
         return 0
     folder, state = checkpoint
     check_checkpoint(folder, trainer.is_fsdp_enabled)
@@ -352,47 +313,6 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
         log(f"resuming from {folder}")
         trainer.train(resume_from_checkpoint=str(folder))
     return step
-
-
-def _publish(
-    trainer: DistillationTrainer,
-    output: OutputDirectory,
-    report: TrainingReport,
-    use_cache: bool,
-    dtype: str,
-    tokenizer: Mapping[str, bytes],
-) -> None:
-    # The base class switches the key-value cache off for training; a saved model would generate slowly.
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = use_cache
-    if trainer.is_fsdp_enabled:
-        # Checkpoints may be sharded; the published model is whole, gathered by all processes.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(output.stage))
-    if trainer.args.process_index == 0:
-        # A pickle, and nothing in it that the report lacks.
-        (output.stage / "training_args.bin").unlink(missing_ok=True)
-        cast_weights(output.stage, dtype)
-        add_earlier_fields(output.stage)
-        write_files(tokenizer, output.stage)
-        output.publish(report)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> tuple[int, int]:
-    """Positions read in the first `steps` steps, and those of them that are trained on: their numbers follow from the
-    order, also for a resumed run."""
-    step = windows_per_step(args)
-    order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
-    steps_per_epoch = -(-len(order) // step)
-    total = trained = 0
-    for epoch in range(-(-steps // steps_per_epoch)):
-        done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
-        read = min(done * step, len(order))
-        numbers = order.permutation(epoch)[:read]
-        total += int(windows.blocks.lengths(numbers).sum())
-        trained += windows.trained_positions((numbers + epoch * len(windows)).tolist())
-    return total, trained
 
 
 def _to_stderr(line: str) -> None:

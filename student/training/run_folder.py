@@ -14,6 +14,7 @@ A folder without config.json is no model to any library, so a run that stops ear
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,12 @@ from pydantic import ValidationError
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
 from storage.files import PARTIAL, replace_file
 from storage.locks import LOCK, locked
+from student.job import StudentJob
+from student.models.presets import PRESETS
 from student.report import TrainingReport
+from student.training.arguments import PRESENTATION, RESERVED
+from student.training.inputs import Data
+from student.training.step import COMPUTE_ONLY
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.json"
@@ -35,6 +41,39 @@ _KIND = "logit-cache training run"
 _STAGE = "publishing"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _STATE_FILE = "trainer_state.json"
+
+# Fields that runs and sweeps of earlier versions may have recorded, and that no command can name any more.
+_NOT_COMPARED = {f"{of}training.{name}" for of in ("", "job.") for name in RESERVED}
+
+# Fields of a job that are identified by digests, or that change how a run computes and not what.
+_NOT_THE_RUN = {"cache", "eval_cache", "output_dir", "teachers", "training", "fused_head", "live_teachers", "combine"}
+
+
+def identity_of(job: StudentJob, values: Mapping[str, Any], data: Data, step_windows: int) -> dict[str, Any]:
+    """The run's identity, as a flat mapping. Caches are identified by digests, so that they may move."""
+    asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
+    asked["isolate_documents"] = data.windows.isolate_documents
+    asked["bos_each_window"] = data.windows.begin_id is not None or None  # absent in runs from before there was one
+    asked["windows_per_step"] = step_windows
+    asked["model_sha256"] = model_digest(job.model)
+    asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
+    training = {name: value for name, value in values.items() if name not in PRESENTATION | COMPUTE_ONLY}
+    asked |= {f"training.{name}": value for name, value in training.items()}
+    return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}
+
+
+def model_digest(model: str) -> str | None:
+    """sha256 of a model's local files, which may change under one name; None for presets and hub ids."""
+    path = Path(model).expanduser()
+    if model in PRESETS or not path.exists():
+        return None
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        if file.is_file() and file.suffix in (".json", ".safetensors", ".bin"):
+            with file.open("rb") as opened:
+                total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 class OutputDirectory:
@@ -56,7 +95,7 @@ class OutputDirectory:
             differing = [
                 f"{name}: the run has {stored.get(name)!r}, this job {identity.get(name)!r}"
                 for name in sorted(stored.keys() | identity.keys())
-                if stored.get(name) != identity.get(name)
+                if name not in _NOT_COMPARED and stored.get(name) != identity.get(name)
             ]
             if differing:
                 raise IdentityMismatch(
@@ -75,16 +114,28 @@ class OutputDirectory:
         """Create the folder, after `check`, record the run in it, and hold its lock while the body runs.
 
         launch: facts of the first launch, recorded beside the identity and no part of it.
+        A new record goes again where the body fails before it leaves anything else there: the folder is no run's then.
         Raises InputError where the folder cannot be written, or another process works there.
         """
         with contextlib.ExitStack() as held:
             if self._writes:
                 with self._errors():
-                    self.path.mkdir(parents=True, exist_ok=True)
+                    if not self.path.is_dir():
+                        self.path.mkdir(parents=True, exist_ok=True)
+                        held.callback(self._remove_if_empty)
                     held.enter_context(locked(self.path, "another training run"))
-                    self._begin(identity, launch)
+                    if self._begin(identity, launch):
+                        held.push(self._forget_on_error)
                     shutil.rmtree(self.stage, ignore_errors=True)
             yield
+
+    def _forget_on_error(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is not None and {RUN_FILE, LOCK}.issuperset(os.listdir(self.path)):
+            (self.path / RUN_FILE).unlink()
+
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def share(self, identity: Mapping[str, Any], **launch: Any) -> dict[str, Any]:
         """Create and record the folder as `reserved` does, for several processes at once; returns the record."""
@@ -94,14 +145,17 @@ class OutputDirectory:
                 self._begin(identity, launch)
         return self.recorded()
 
-    def _begin(self, identity: Mapping[str, Any], launch: Mapping[str, Any]) -> None:
+    def _begin(self, identity: Mapping[str, Any], launch: Mapping[str, Any]) -> bool:
+        """Record the run where the folder has no record; whether it had none."""
         # Another process may have been here since the caller's check.
         self.check(identity)
         if (self.path / REPORT_FILE).exists():
             raise InputError(f"{self.path}: another process has just finished this run: run the command again")
-        if not (self.path / RUN_FILE).exists():
+        is_new = not (self.path / RUN_FILE).exists()
+        if is_new:
             record = {"kind": _KIND, "identity": dict(identity), "launch": launch}
             _write(self.path / RUN_FILE, json.dumps(record, indent=1, sort_keys=True))
+        return is_new
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -128,7 +182,8 @@ class OutputDirectory:
         """The newest complete checkpoint and its trainer state, None without one.
 
         The state is written last: a checkpoint without it was being written when the run was killed, and is removed,
-        since transformers would take the highest number for the newest.
+        since transformers would take the highest number for the newest. Raises InputError where one cannot be read:
+        that says nothing about what it holds.
         """
         found: list[tuple[int, Path, dict[str, Any]]] = []
         for folder in self.path.iterdir() if self.path.is_dir() else ():
@@ -137,10 +192,15 @@ class OutputDirectory:
                 continue
             try:
                 state = json.loads((folder / _STATE_FILE).read_bytes())
-            except (OSError, ValueError):
+            except (FileNotFoundError, NotADirectoryError, ValueError):
                 if self._writes:
                     shutil.rmtree(folder, ignore_errors=True)
                 continue
+            except OSError as error:
+                raise InputError(
+                    f"{folder / _STATE_FILE}: cannot be read ({error.strerror}), so the run cannot resume: run the "
+                    "command again when it can be, or move this checkpoint away to resume from an earlier one"
+                ) from None
             found.append((int(match[1]), folder, state))
         if not found:
             return None

@@ -9,12 +9,14 @@ resume with another number of processes, and reads the same windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
 
 from storage.errors import InputError
+from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
 
 # Fields that change how a step is computed and not what it learns: no part of a run's identity.
@@ -76,6 +78,11 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
                 f"accelerator_config {name} would divide batches that each process reads for itself: leave it out, and "
                 "give --windows-per-step"
             )
+    if "num_steps" in (getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}):
+        raise InputError(
+            "accelerator_config gradient_accumulation_kwargs num_steps would change the step behind the run's back: "
+            "give gradient_accumulation_steps or --windows-per-step"
+        )
     asked = job.windows_per_step
     own, most, processes = windows_per_step(args), args.train_batch_size, args.world_size
     if asked is None:
@@ -98,3 +105,39 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
         f"{job.output_dir}: this run has steps of {asked:,} windows, which {processes} process(es) now compute in "
         f"{micro_batches} micro-batch(es) of {at_once}"
     )
+
+
+def check_step(windows: DistillationWindows, args: TrainingArguments) -> None:
+    """Raise InputError where the windows of an epoch are too few for a single step."""
+    step = windows_per_step(args)
+    if args.dataloader_drop_last and len(windows) < step:
+        raise InputError(
+            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {step} "
+            f"of one step over {args.world_size} process(es): take a smaller --windows-per-step, "
+            "per_device_train_batch_size or window"
+        )
+
+
+def steps_of(windows: DistillationWindows, args: TrainingArguments) -> int:
+    """Optimizer steps of a whole run."""
+    if args.max_steps > 0:
+        return args.max_steps
+    step = windows_per_step(args)
+    per_epoch = -(-len(reading_order(windows, step, whole_steps=args.dataloader_drop_last)) // step)
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> tuple[int, int]:
+    """Positions read in the first `steps` steps, and those of them that are trained on: their numbers follow from the
+    order, also for a resumed run."""
+    step = windows_per_step(args)
+    order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
+    steps_per_epoch = -(-len(order) // step)
+    total = trained = 0
+    for epoch in range(-(-steps // steps_per_epoch)):
+        done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
+        read = min(done * step, len(order))
+        numbers = order.permutation(epoch)[:read]
+        total += int(windows.blocks.lengths(numbers).sum())
+        trained += windows.trained_positions((numbers + epoch * len(windows)).tolist())
+    return total, trained

@@ -8,16 +8,20 @@ was divided once, by the number of trained tokens of the whole optimizer step ov
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
-from storage.errors import InputError
+from storage.errors import Diverged, InputError
 from student.data.batches import collate
 from student.data.order import ReadingOrder
 from student.data.windows import DistillationWindows, reading_order
@@ -26,8 +30,15 @@ from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
 from student.training.bound_forward import FusedHead, bind_loss
+from student.training.divergence import FiniteSteps, are_finite
 from student.training.fsdp import FSDPIsOn, keep_precision
 from student.training.step import take_one_device, windows_per_step
+
+CHECKPOINT_SECONDS = 60.0
+"""Time between two checkpoints that `SaveByTime` asks for, at least."""
+
+CHECKPOINT_SHARE = 0.05
+"""Share of the time of a run that they take, at most."""
 
 
 class DistillationTrainer(Trainer):
@@ -36,7 +47,8 @@ class DistillationTrainer(Trainer):
     Takes Trainer's arguments (model, args, train_dataset, eval_dataset, callbacks, …) and `loss`, besides
     `eval_members`: the teachers of `eval_dataset` to which the held-out KL is measured, `eval_loss`: the loss that is
     averaged over `eval_dataset` as `distillation_loss`, and `fused_head`. The loss is bound to the model; `not_fused`
-    is the reason why the output layer is not fused with it, None where it is (`bind_loss`).
+    is the reason why the output layer is not fused with it, None where it is (`bind_loss`). `has_begun` is False until
+    all that the arguments ask for is made, and the first epoch begins.
 
     The reading order depends on the windows, their seed and the windows of a step, so a student and its control, or one
     process and several with the same step, see the same windows in the same order. `evaluate` counts every labelled
@@ -62,6 +74,8 @@ class DistillationTrainer(Trainer):
         self.eval_loss = eval_loss
         self._reading_order: ReadingOrder | None = None
         self._parts: Tensor | None = None
+        self._step_loss: Tensor | None = None
+        self.has_begun = False
         # The base class would drop the fields of a batch that are no arguments of the model's own forward.
         args.remove_unused_columns = False
         take_one_device(args)
@@ -73,6 +87,7 @@ class DistillationTrainer(Trainer):
             eval_dataset=eval_dataset,
             **others,
         )
+        self._steps = FiniteSteps(skips_steps=self.accelerator.mixed_precision == "fp16")
         self.add_callback(_FollowEpochs(self))
         self.add_callback(FollowAlpha(loss))
         self.add_callback(FSDPIsOn())
@@ -100,6 +115,7 @@ class DistillationTrainer(Trainer):
         if model.training:
             parts = outputs["parts"]
             self._parts = parts if self._parts is None else self._parts + parts
+            self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -113,6 +129,40 @@ class DistillationTrainer(Trainer):
             logs.update({name: value / max(count, 1) for name, value in zip(names, sums, strict=True)})
             self._parts = None
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Tensor | float | None, *others: Any, **more: Any
+    ) -> None:
+        """After each step and each epoch. Raises Diverged before figures or weights of a diverged run are used."""
+        if self._step_loss is not None:
+            self._steps.add(self.state.global_step, self._step_loss, grad_norm)
+            self._step_loss = None
+        control = self.control
+        if control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True  # so that the log ends with the last step
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            bad = self._steps.first_bad(self.accelerator)
+            if bad is not None:
+                figures = f"the loss is {bad.loss:g} and the norm of its gradient {bad.gradient_norm:g}"
+                raise self._diverged(f"{figures} at step {bad.step:,}")
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, **more)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, as a checkpoint does too. Raises Diverged for weights that are not finite."""
+        model: nn.Module = self.model  # type: ignore[assignment]
+        if not are_finite(model, self.accelerator):
+            raise self._diverged(f"weights are not finite after step {self.state.global_step:,}")
+        super().save_model(output_dir, _internal_call)
+
+    def _diverged(self, found: str) -> Diverged:
+        folder = str(self.args.output_dir)
+        kept = get_last_checkpoint(folder) if os.path.isdir(folder) else None  # type: ignore[no-untyped-call]
+        return Diverged(
+            f"{folder}: {found} of {self.state.max_steps:,}, so training ends there: "
+            + (f"the last checkpoint is {kept}" if kept else "there is no checkpoint before it")
+            + "; take a smaller learning_rate, longer warmup_steps, max_grad_norm=1, or bf16 in place of fp16, in "
+            "another --output-dir"
+        )
 
     def evaluate(
         self,
@@ -171,7 +221,10 @@ class DistillationTrainer(Trainer):
         if world > 1:
             sums.load(self.accelerator.reduce(sums.tensor().to(self.args.device), reduction="sum"))
             objective = self.accelerator.reduce(objective.to(self.args.device), reduction="sum").cpu()
-        result = sums.result(bytes_per_token(windows))
+        try:
+            result = sums.result(bytes_per_token(windows))
+        except Diverged as error:
+            raise self._diverged(f"{error}, after step {self.state.global_step:,}") from None
         if self.eval_loss is None:
             return result
         return replace(result, distillation_loss=float(objective[0] / objective[1]))
@@ -220,8 +273,42 @@ class FollowAlpha(TrainerCallback):
         self._loss.set_progress(state.global_step / max(1, state.max_steps - 1))
 
 
+class SaveByTime(TrainerCallback):
+    """Asks for a checkpoint at the first logged step a minute after the last one, or 20 times as long as that one took.
+
+    So a run that is killed loses little more than a minute, and spends at most a twentieth of its time on checkpoints.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._step_done = self._saved = clock()
+        self._pause = CHECKPOINT_SECONDS
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self._saved = self._clock()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        self._step_done = self._clock()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        self._step_done = self._clock()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if "loss" in (others.get("logs") or {}):
+            is_due = torch.tensor(float(self._clock() - self._saved >= self._pause), device=args.device)
+            # All processes save together, and their clocks differ.
+            if reduce(is_due, "sum") > 0:
+                control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        self._saved = self._clock()
+        self._pause = max(CHECKPOINT_SECONDS, (self._saved - self._step_done) / CHECKPOINT_SHARE)
+
+
 class _FollowEpochs(TrainerCallback):
-    """Sets the epoch of the reading order.
+    """Sets the epoch of the reading order, and `has_begun` with the first one.
 
     accelerate passes epochs down through a fixed number of wrappers, and resuming in the middle of an epoch with
     several processes has one more: the order would start again at epoch 0.
@@ -233,6 +320,7 @@ class _FollowEpochs(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
+        self._trainer.has_begun = True
         loader, order = others.get("train_dataloader"), self._trainer._reading_order
         if loader is not None and order is not None:
             steps_per_epoch = max(1, -(-len(loader) // args.gradient_accumulation_steps))

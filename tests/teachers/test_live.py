@@ -207,7 +207,8 @@ def test_the_runs_own_loss_on_held_out_text(world: Path, tmp_path: Path) -> None
 
 def test_best_by_a_loss_that_cannot_be_measured_is_refused(world: Path, tmp_path: Path) -> None:
     best = {"metric_for_best_model": "distillation_loss", "load_best_model_at_end": True, "eval_strategy": "epoch"}
-    fields = {"eval_cache": str(world / "cache"), "training": {**best, "save_strategy": "epoch"}}
+    training = {**best, "save_strategy": "epoch", "per_device_train_batch_size": 8}
+    fields = {"eval_cache": str(world / "cache"), "training": training}
     job = StudentJob(cache=str(world / "cache"), model="llama-tiny", output_dir=str(tmp_path / "out"), **fields)
     with pytest.raises(InputError, match="distillation_loss cannot be measured: without teachers"):
         train(job, lambda line: None)

@@ -107,7 +107,7 @@ def test_a_model_that_turns_out_whole_is_refused_before_the_first_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever accelerate did: here, what it does on a CPU."""
-    monkeypatch.setattr("student.training.run.check_fsdp", lambda args: None)
+    monkeypatch.setattr("student.training.arguments.check_fsdp", lambda args: None)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(InputError, match=r"12 parameter\(s\) are not sharded"):

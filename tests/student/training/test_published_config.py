@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from student.job import StudentJob
-from student.training.published_config import add_earlier_fields
+from student.training.publish import add_earlier_fields
 from student.training.run import train
 
 TRANSFORMERS_4 = Path(os.environ.get("TRANSFORMERS_4_DIR", ROOT / "build" / "transformers-4"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -27,7 +28,7 @@ from storage.errors import IdentityMismatch, InputError, StorageFull
 from storage.format.manifest import Windowing
 from student.cli import build_job, train_student
 from student.training.arguments import training_values
-from student.training.cast_weights import cast_weights
+from student.training.publish import cast_weights
 from student.training.run import train
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
 from teachers.cli import train_teacher
@@ -47,7 +48,7 @@ def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_p
     assert report.steps == 93 // 8
     assert report.tokens_seen == report.steps * 8 * 16
     assert report.windows_per_step == 8
-    assert [entry["step"] for entry in report.train_log] == [2, 4, 6, 8, 10]
+    assert [entry["step"] for entry in report.train_log] == [2, 4, 6, 8, 10, 11], "the last step is logged, too"
     assert {"loss", "cross_entropy", "kl_a", "kl_b"} <= report.train_log[0].keys()
     held = report.held_out
     assert held is not None
@@ -85,20 +86,6 @@ def test_distillation_reduces_the_divergence_and_seeds_repeat(world: Path, tmp_p
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_run_that_diverges_has_a_report_that_can_be_read(world: Path, tmp_path: Path) -> None:
-    job = job_in(
-        world,
-        tmp_path / "out",
-        training={"learning_rate": 1e30, "optim": "sgd", "max_grad_norm": 0, "logging_steps": 1},
-    )
-    report = train(job)
-    assert np.isnan(report.train_log[-1]["loss"])
-    again = train(job)
-    assert np.isnan(again.train_log[-1]["loss"])
-    assert (again.train_log[0], again.steps) == (report.train_log[0], report.steps)
-    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
-
-
 def test_alpha_one_is_the_control_of_its_teachers(world: Path, tmp_path: Path) -> None:
     named = train(job_in(world, tmp_path / "named", alpha=1.0, eval_cache=str(world / "held")))
     control = train(job_in(world, tmp_path / "control", teachers=[], temperature=1))
@@ -118,7 +105,7 @@ def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_
     whole = train(job_in(world, tmp_path / "whole", **common))
     assert whole.steps == 3 * (93 // 8), "no step is shorter than the others"
     assert [e["alpha"] for e in whole.train_log[:2]] == pytest.approx([0.5 - 0.3 / 32, 0.5 - 0.3 * 3 / 32])
-    assert whole.train_log[-1]["alpha"] == pytest.approx(0.5 - 0.3 * 31 / 32)
+    assert whole.train_log[-1]["alpha"] == pytest.approx(0.2)
     job = job_in(world, tmp_path / "killed", **common)
     killed = start_code(KILLED.format(step=19), *arguments(job)).end()
     assert killed.returncode == 9, killed.stderr
@@ -135,6 +122,29 @@ def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_no_half_written_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may answer again; what was being written when a run was killed is removed."""
+    folder, read = OutputDirectory(str(tmp_path)), Path.read_bytes
+    for number, state in ((1, '{"global_step": 1}'), (2, '{"global_'), (3, None), (4, '{"global_step": 4}')):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+
+    def fails(self: Path) -> bytes:
+        if self.parent.name == "checkpoint-4":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(InputError, match=r"checkpoint-4/trainer_state\.json: cannot be read \(Input/output error\)"):
+        folder.last_checkpoint()
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert folder.last_checkpoint() == (tmp_path / "checkpoint-4", {"global_step": 4})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
+
+
 def test_a_run_killed_before_publishing_is_published_without_another_step(world: Path, tmp_path: Path) -> None:
     job = job_in(world, tmp_path / "out", training={"max_steps": 5, "save_steps": 2})
     report = train(job)
@@ -148,9 +158,12 @@ def test_a_run_killed_before_publishing_is_published_without_another_step(world:
 
 
 def test_what_the_command_says_of_a_run(world: Path, run: Run, tmp_path: Path) -> None:
-    job = job_in(world, tmp_path / "out", eval_cache=str(world / "held"), training={"max_steps": 2})
+    training = {"max_steps": 3, "logging_steps": 2}
+    job = job_in(world, tmp_path / "out", eval_cache=str(world / "held"), training=training)
     done = run("train-student", *arguments(job))
     assert done.returncode == 0, done.stderr
+    last = json.loads((tmp_path / "out" / "report.json").read_text())["train_log"][-1]
+    assert f"{last['loss']:.4f}, logged at step 3\n" in done.stdout
     assert "KL to a" in done.stdout
     assert "lower bound" in done.stdout
 
@@ -240,6 +253,27 @@ WRONG = {
     "fsdp on a CPU": (edited(set="fsdp=true"), "on a CPU, where accelerate would train without it"),
     "evaluation without data": (edited(set="eval_strategy=epoch"), "give --eval-cache"),
     "unknown metric": (edited(eval_cache="WORLD/held", set="metric_for_best_model=bleu"), "not measured"),
+    "learning rate": (edited(set="learning_rate=-1"), "greater than or equal to 0 (found -1)"),
+    "rate beyond float32": (edited(set="learning_rate=1.0e+39"), "weights that are not finite"),
+    "batch of nothing": (edited(set="per_device_train_batch_size=0"), "greater than or equal to 1 (found 0)"),
+    "decay of Adam": (edited(set="adam_beta1=2"), "less than 1 (found 2)"),
+    "division by nothing": (edited(set="adam_epsilon=1.0e-50"), "larger adam_epsilon"),
+    "weight decay": (edited(set="weight_decay=-1"), "greater than or equal to 0 (found -1)"),
+    "no epoch": (edited(set="num_train_epochs=0"), "greater than 0 (found 0)"),
+    "no step": (edited(set="max_steps=0"), "(found 0; -1 leaves it to num_train_epochs)"),
+    "part of a step": (edited(set="save_steps=2.5"), "should be whole"),
+    "schedule without its end": (edited(set="lr_scheduler_type=cosine_with_min_lr"), "One of min_lr or min_lr_rate"),
+    "schedule without its decay": (edited(set="lr_scheduler_type=warmup_stable_decay"), "'num_decay_steps'"),
+    "optimizer of a package": (edited(set="optim=adamw_8bit"), "optim adamw_8bit: You need to install `bitsandbytes`"),
+    "optimizer of another": (edited(set="optim=galore_adamw"), "You need to install `galore_torch`"),
+    "deepspeed": (edited(set="deepspeed=x.json"), "deepspeed"),
+    "compiler mode": (edited(set="torch_compile_mode=x"), "Unrecognized mode=x"),
+    "compiler": (edited(set="torch_compile_backend=x"), "torch_compile with backend x"),
+    "float16 on a CPU": (edited(set="fp16=true"), "fp16 was asked for on a CPU"),
+    "hub": (edited(set="push_to_hub=true"), "upload --output-dir then"),
+    "loader": (edited(set="dataloader_multiprocessing_context=fork"), "multi-process loading"),
+    "log level": (edited(set="log_level=loud"), "'passive' (found 'loud')"),
+    "best of nothing": (edited(set="save_strategy=best"), "metric_for_best_model"),
     "no config file": (edited(config="WORLD/none.yaml"), "none.yaml"),
     "eval cache is none": (edited(eval_cache="WORLD/none"), "no cache there"),
 }
@@ -471,6 +505,36 @@ def test_a_field_that_only_one_of_two_runs_has_makes_them_two(tmp_path: Path, id
         pass
     with pytest.raises(IdentityMismatch, match="mix" if "mix" in identity else "alpha"):
         OutputDirectory(str(tmp_path / "out")).check(identity)
+
+
+@pytest.mark.parametrize("before", ["nothing", "folder", "checkpoint", "record"])
+def test_a_run_that_fails_before_it_has_anything_leaves_the_folder_as_it_was(tmp_path: Path, before: str) -> None:
+    path = tmp_path / "out"
+    if before != "nothing":
+        path.mkdir()
+    if before == "record":
+        with OutputDirectory(str(path)).reserved({"cache": "c"}):
+            pass
+
+    def fails() -> None:
+        with OutputDirectory(str(path)).reserved({"cache": "c"}):
+            assert (path / "run.json").exists()
+            if before == "checkpoint":
+                (path / "checkpoint-1").mkdir()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    left = {"nothing": [], "folder": [], "checkpoint": ["checkpoint-1", "run.json"], "record": ["run.json"]}
+    assert path.exists() == (before != "nothing")
+    assert sorted(item.name for item in tmp_path.glob("out/*")) == left[before]
+
+
+def test_fields_that_no_version_takes_any_more_make_no_other_run(tmp_path: Path) -> None:
+    folder = OutputDirectory(str(tmp_path / "out"))
+    with folder.reserved({"cache": "c", "training.push_to_hub": False, "training.eval_accumulation_steps": 4}):
+        pass
+    folder.check({"cache": "c"})
 
 
 def test_other_errors_are_not_taken_for_a_full_disk() -> None:

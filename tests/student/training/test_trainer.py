@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from support.runs import job_in, make_world
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from storage.errors import InputError
 from student.data.batches import collate
@@ -19,7 +27,8 @@ from student.data.windows import DistillationWindows, reading_order
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
 from student.training.bound_forward import bind_loss, unbind_loss
-from student.training.trainer import DistillationTrainer
+from student.training.run import train
+from student.training.trainer import DistillationTrainer, SaveByTime
 
 V, T = 61, 8
 
@@ -318,3 +327,46 @@ def test_bf16_autocast_trains(cache: str, tmp_path: Path) -> None:
     assert one["grad_norm"] != other["grad_norm"]
     assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.02)
     assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+def test_checkpoints_by_time_take_a_twentieth_of_it_at_most() -> None:
+    """By a clock of our own, on which a step takes a second and a checkpoint two, then ten."""
+    now = 0.0
+    by_time, args = SaveByTime(lambda: now), TrainingArguments(output_dir="/nowhere", use_cpu=True)
+    state, saved = TrainerState(), []
+    by_time.on_train_begin(args, state, TrainerControl())
+    for step in range(1, 500):
+        now += 1
+        control = TrainerControl()
+        by_time.on_step_end(args, state, control)
+        by_time.on_log(args, state, control, logs={"eval_loss": 1.0})
+        assert not control.should_save
+        if step % 10 == 0:
+            by_time.on_log(args, state, control, logs={"loss": 1.0})
+        if control.should_save:
+            now += 2 if not saved else 10
+            by_time.on_save(args, state, control)
+            saved.append(step)
+    assert saved == [60, 120, 320]
+
+
+def test_a_run_without_an_interval_of_its_own_resumes_from_a_checkpoint_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("student.training.trainer.CHECKPOINT_SECONDS", 0.0)
+    make_world(tmp_path)
+
+    class Killed(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    def resumed_from(name: str, **training: Any) -> int:
+        job = job_in(tmp_path, tmp_path / name, training=training)
+        with pytest.raises(KeyboardInterrupt):
+            train(job, callbacks=[Killed()])
+        return train(job).resumed_from_step
+
+    assert resumed_from("default") in (2, 4, 6)
+    assert resumed_from("steps", save_steps=5) == 5
+    assert resumed_from("none", save_strategy="no") == 0

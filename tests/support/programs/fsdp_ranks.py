@@ -118,10 +118,10 @@ def of_rank(batch: Any, rows: slice) -> Any:
 
 
 def on_cpus() -> None:
-    """Have accelerate apply FSDP on CPUs, and `student.training.run` let it."""
-    import student.training.run
+    """Have accelerate apply FSDP on CPUs, and `student.training.arguments` let it."""
+    import student.training.arguments
 
-    student.training.run.check_fsdp = lambda args: None
+    student.training.arguments.check_fsdp = lambda args: None
     original = accelerate.state.AcceleratorState.__init__
 
     def init(self: Any, *words: Any, fsdp_plugin: Any = None, **more: Any) -> None:
