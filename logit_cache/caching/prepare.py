@@ -89,7 +89,7 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
 
 def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
     """Raise IdentityMismatch where the cache has another entry under the job's name."""
-    stored = _stored_entry(job)
+    stored = stored_entry(job.cache, job.name)
     if stored is not None:
         refuse_other(open_store(job.cache), job.name, stored, entry)
 
@@ -171,6 +171,8 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         ),
         created_with=Versions.of_this_process(),
     )
+    if job.shard_tokens is None and job.chunk_tokens is None:
+        entry = in_recorded_shards(entry, stored_entry(job.cache, job.name))
     return PreparedJob(cache, teacher, entry)
 
 
@@ -189,15 +191,24 @@ def open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
 
 def _recorded_batch_windows(job: CacheJob) -> int | None:
     """The batch size of the stored entry; None where there is none."""
-    stored = _stored_entry(job)
+    stored = stored_entry(job.cache, job.name)
     return None if stored is None else stored.execution.batch_windows
 
 
-def _stored_entry(job: CacheJob) -> TeacherEntry | None:
+def stored_entry(url: str, name: str) -> TeacherEntry | None:
+    """The record of an entry; None where there is none of that name."""
     try:
-        return read_record(open_store(job.cache), f"{teacher_folder(job.name)}{ROOT_KEY}", TeacherEntry)
+        return read_record(open_store(url), f"{teacher_folder(name)}{ROOT_KEY}", TeacherEntry)
     except CacheNotFound:
         return None
+
+
+def in_recorded_shards(entry: TeacherEntry, stored: TeacherEntry | None) -> TeacherEntry:
+    """The entry with the shards and chunks of a stored one, which another version may have chosen otherwise."""
+    if stored is None:
+        return entry
+    layout = stored.layout.model_copy(update={"compression": entry.layout.compression})
+    return entry.model_copy(update={"layout": layout})
 
 
 def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:

@@ -21,6 +21,7 @@ PER_DOCUMENT = ("document_starts", "document_sources")
 _TARGET_CHUNK_TOKENS = 8_192
 _TARGET_CHUNK_BYTES = 4 << 20
 _TARGET_SHARD_TOKENS = 65_536
+_FEWEST_SHARDS = 32
 _STREAM_CHUNK = 65_536
 _STREAM_SHARD = 4_194_304
 
@@ -186,8 +187,8 @@ def entry_layout(
     """Layout of a teacher entry; shard and chunk size are chosen where they are None.
 
     Both are multiples of the stride. By default a chunk has about 8,192 positions or 4 MiB, and a shard about 65,536
-    positions. No object can exceed 64 MiB before compression (4 bytes per id). Raises ValueError for sizes that break
-    these rules.
+    positions, but less where that makes fewer than 32 shards: a killed job loses the one that it computes. No object
+    can exceed 64 MiB before compression (4 bytes per id). Raises ValueError for sizes that break these rules.
     """
     row_bytes = 4 * k
     if chunk_tokens is None:
@@ -200,7 +201,7 @@ def entry_layout(
             chunk_tokens = max(1, wanted // stride_tokens) * stride_tokens
     if shard_tokens is None:
         most = max(1, min(_TARGET_SHARD_TOKENS, MAX_OBJECT_BYTES // row_bytes) // chunk_tokens)
-        shard_tokens = chunk_tokens * min(most, math.ceil(positions / chunk_tokens))
+        shard_tokens = chunk_tokens * min(most, math.ceil(positions / chunk_tokens / _FEWEST_SHARDS))
     if chunk_tokens % stride_tokens or shard_tokens % chunk_tokens:
         raise ValueError(
             f"a shard of {shard_tokens} positions must be a multiple of the chunk ({chunk_tokens}), "

@@ -133,6 +133,26 @@ def test_the_batch_size_of_an_entry_is_kept(cache: Path, teacher: Path, run: Run
     assert (targets.missing(), targets.entry.execution.batch_windows) == ([], 3)
 
 
+def test_shards_are_small_by_default_and_those_of_an_entry_are_kept(cache: Path, teacher: Path, run: Run) -> None:
+    """A small corpus has shards of a chunk, whose loss costs seconds; one that was begun in larger ones resumes."""
+    job = ("cache-logits", "--cache", cache, "--teacher", teacher, "-k", 4, "--context-tokens", 64)
+    assert run(*job, "--name", "new").returncode == 0
+    layout = LogitCache.open(str(cache)).teacher("new").entry.layout
+    assert layout.shard == layout.chunk == 8_192
+    assert run(*job, "--name", "old", "--shard-tokens", 65_536, "--chunk-tokens", 8_192).returncode == 0
+    before = files(cache)
+    for name in ("index.json", "00000000.json"):
+        (cache / "teachers/old/receipts" / name).unlink()
+    (cache / "teachers/old/token_ids/c/0/0").unlink()
+    done = run(*job, "--name", "old")
+    assert done.returncode == 0, done.stderr
+    assert contents(cache, "old") == {
+        key.removeprefix("teachers/old/"): data
+        for key, data in before.items()
+        if key.startswith("teachers/old/") and "/receipts/" not in key
+    }
+
+
 def test_two_workers_share_an_entry(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(cache, tmp_path / "alone"))
     arguments = ("--teacher", teacher, "--name", "a", *SMALL)
