@@ -1,10 +1,12 @@
-"""The staging folder of a copy until all of it has been checked: `<target>.incoming`, beside a local target.
+"""The staging folder of a copy to a local target, where it lies until all of it has been checked.
 
     cache/      the copy as it will be
-    manifest/   the records and receipts as the source has them; fetched anew by every run
+    manifest/   its records and receipts, and those of the source; fetched anew by every run
 
-One process at a time holds its lock. A later run reuses the objects that a killed run left in `cache/` if their sha256
-is right. The folder is on the target's file system, so that a rename publishes the copy.
+It is on the target's file system, so that a rename publishes the copy: `<target>.incoming` beside a target that does
+not exist, `<target>/.incoming` in a folder that does, which may be a mount point, or have a parent that is not
+writable. One process at a time holds its lock. A later run reuses the objects that a killed run left in `cache/` if
+their sha256 is right.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from storage.cache.inventory import CARD_FILES, ROOT_KEY
 from storage.errors import InputError
-from storage.files import atomic_file, sync_path
+from storage.files import STAGING, atomic_file, sync_path
 from storage.format.manifest import ObjectDigest
 from storage.locks import lock
 from storage.stores.local import LocalStore
 
-SUFFIX = ".incoming"
 _BLOCK = 256 << 10  # stays in a processor cache between being read, hashed and written
 _SYNCS_AT_ONCE = 16
 
@@ -33,24 +35,31 @@ _SYNCS_AT_ONCE = 16
 class StagingFolder:
     """The staging folder of one copy to one local target."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, target: Path) -> None:
         self.folder = folder
+        self.target = target
         self.cache = LocalStore(folder / "cache")
         self.manifest = folder / "manifest"
         self._folders: set[Path] = set()
+        self._keys: set[str] = set()
 
     @classmethod
     @contextlib.contextmanager
-    def beside(cls, target: Path) -> Iterator[StagingFolder]:
+    def of(cls, target: Path) -> Iterator[StagingFolder]:
         """The locked staging folder of a target, kept afterwards only if it holds objects that another run can use.
 
-        Raises InputError when another process holds the lock.
+        Raises InputError when another process holds the lock, and where no folder can be made.
         """
-        folder = target.with_name(target.name + SUFFIX)
+        beside, inside = target.with_name(target.name + STAGING), target / STAGING
+        folder = inside if target.is_dir() and not beside.is_dir() else beside
         descriptor = _locked(folder)
         try:
-            staging = cls(folder)
+            if folder == beside and target.is_dir():
+                # Left there before the target existed, or by an earlier version.
+                folder = _moved(beside, inside)
+            staging = cls(folder, target)
             _remove_links(folder)
+            staging._take_back()
             shutil.rmtree(staging.manifest, ignore_errors=True)
             staging.manifest.mkdir()
             try:
@@ -65,6 +74,10 @@ class StagingFolder:
     def path(self, key: str) -> Path:
         """Path of an object of the copy."""
         return self.cache.local_path / key
+
+    def holds(self, key: str) -> bool:
+        """Whether this run has written an object, or found it whole."""
+        return key in self._keys
 
     def holds_objects(self) -> bool:
         """Whether it holds files that a later run can use."""
@@ -82,9 +95,12 @@ class StagingFolder:
         sha256 = hashlib.sha256()
         for block in _blocks(self.cache, key):
             sha256.update(block)
-        return sha256.hexdigest() == expected.sha256
+        if sha256.hexdigest() != expected.sha256:
+            return False
+        self._keys.add(key)
+        return True
 
-    def copy(self, source: LocalStore, key: str, expected: ObjectDigest, advance: Callable[[int], None]) -> bool:
+    def copy(self, source: LocalStore, key: str, expected: ObjectDigest) -> bool:
         """Copy an object from a local source, block by block; False, and no copy, if length or sha256 differ."""
         size, sha256 = 0, hashlib.sha256()
         with contextlib.suppress(_OtherBytes), self._renamed(key) as temporary:
@@ -95,7 +111,6 @@ class StagingFolder:
                         raise _OtherBytes  # it grows while it is read
                     sha256.update(block)
                     file.write(block)
-                    advance(len(block))
             if sha256.hexdigest() != expected.sha256:
                 raise _OtherBytes
             return True
@@ -122,21 +137,43 @@ class StagingFolder:
             self._folders.add(path.parent)
         with atomic_file(path) as temporary:
             yield temporary
+        self._keys.add(key)
 
-    def keep_only(self, keys: set[str]) -> None:
-        """Remove all files that are not of the copy: those of another source, or temporary files of a killed run."""
+    def remove_leftovers(self) -> None:
+        """Remove all files that this run does not hold: those of another source, or temporary files of a killed run."""
         for key in self.cache.walk():
-            if key not in keys:
+            if key not in self._keys:
                 self.path(key).unlink()
         for parent, folders, _ in os.walk(self.cache.local_path, topdown=False):
             for name in folders:
                 with contextlib.suppress(OSError):  # not empty
                     os.rmdir(os.path.join(parent, name))
 
-    def become(self, target: Path) -> None:
-        """Sync everything, then rename the copy to the target. Raises InputError if that exists by now."""
+    def become_target(self) -> None:
+        """Sync everything, then rename the copy to the target. Raises InputError if there is anything by now.
+
+        In a folder that exists, the root record is renamed last: no reader opens the cache before.
+        """
         self.sync()
-        rename_folder(self.cache.local_path, target)
+        if self.folder.parent != self.target:
+            rename_folder(self.cache.local_path, self.target)
+            return
+        there = set(os.listdir(self.target)) - {STAGING}
+        if not there.issubset(CARD_FILES):
+            raise _appeared(self.target)
+        for name in {*os.listdir(self.cache.local_path)} - there - {ROOT_KEY}:
+            os.rename(self.path(name), self.target / name)
+        sync([self.target])
+        os.rename(self.path(ROOT_KEY), self.target / ROOT_KEY)
+        sync([self.target])
+
+    def _take_back(self) -> None:
+        """Move back the folders that a killed run had renamed before it came to the root record."""
+        if self.folder.parent == self.target and not (self.target / ROOT_KEY).exists():
+            self.cache.local_path.mkdir(exist_ok=True)
+            for path in self.target.iterdir():
+                if path.is_dir() and path != self.folder:
+                    os.rename(path, self.path(path.name))
 
     def sync(self) -> None:
         """fsync all files and folders of the copy."""
@@ -163,11 +200,13 @@ def rename_folder(folder: Path, target: Path) -> None:
         os.rename(folder, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise InputError(
-                f"{target}: appeared while the copy was made; nothing there was touched: run the command again"
-            ) from None
+            raise _appeared(target) from None
         raise
     sync([target.parent])
+
+
+def _appeared(target: Path) -> InputError:
+    return InputError(f"{target}: appeared while the copy was made; nothing there was touched: run the command again")
 
 
 def _locked(folder: Path) -> int:
@@ -182,15 +221,28 @@ def _locked(folder: Path) -> int:
 def _opened(folder: Path) -> int:
     """A descriptor of the folder, which is made where it is missing."""
     while True:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
             return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue  # its last holder has just removed it
         except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}; a copy is staged there: move it away") from None
+            raise InputError(
+                f"{folder}: {error.strerror}; a copy is staged there: make room for it, or give another target"
+            ) from None
+
+
+def _moved(beside: Path, inside: Path) -> Path:
+    """The staging folder of a target that exists, moved into it."""
+    try:
+        os.rename(beside, inside)
+    except OSError as error:
+        raise InputError(
+            f"{beside}: left by an earlier copy, and cannot be moved to {inside} ({error.strerror}): remove it"
+        ) from None
+    return inside
 
 
 def _remove_links(folder: Path) -> None:
