@@ -6,10 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from numpy.typing import NDArray
-
 from storage.cache.inventory import CARD_FILES, ROOT_KEY, TEACHERS_KEY, TOKENIZER_RECEIPT_KEY
-from storage.cache.reader import LogitCache, Stream
+from storage.cache.reader import LogitCache
 from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, IdentityMismatch, InputError
 from storage.files import PARTIAL, STAGING
@@ -162,19 +160,6 @@ def check_stream(copy: LogitCache, parts: Sequence[Part]) -> None:
 
 def computed_stream_sha256(cache: LogitCache) -> str:
     """`stream_sha256` of a cache, computed from its tokens instead of read from its record."""
-    mask: Any = None if cache.loss_mask is None else _Rows(cache.loss_mask)
-    tokens: Any = _Rows(cache.tokens)
+    tokens: Any = cache.tokens
+    mask: Any = cache.loss_mask
     return stream_sha256(tokens, cache.document_starts, mask)
-
-
-class _Rows:
-    """A stream with the slicing of an array."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-
-    def __len__(self) -> int:
-        return len(self._stream)
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        return self._stream.read(rows.start, min(rows.stop, len(self)))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.cache.checked_array import check_object, fetch_object
+from storage.cache.checked_array import fetch_object
 from storage.cache.inventory import (
     ROOT_KEY,
     TEACHERS_KEY,
@@ -30,7 +30,7 @@ from storage.cache.receipts import Receipts
 from storage.cache.records import read_fidelity, tokenizer_key
 from storage.errors import CorruptCache, FormatError, IdentityMismatch
 from storage.format.layout import ArraySpec, group_metadata, metadata_bytes
-from storage.format.manifest import ATTRIBUTE, CacheRecord, ObjectDigest, ShardReceipt
+from storage.format.manifest import ATTRIBUTE, CacheRecord, ShardReceipt
 from storage.format.sealing import Record, digest, parse_json, sealed, sealed_bytes
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
@@ -114,22 +114,18 @@ class Object:
     shard: Shard
 
     @property
+    def size(self) -> int:
+        """Its length in bytes, by its receipt."""
+        return self.shard.receipt.objects[self.spec.name].bytes
+
+    @property
     def origin(self) -> Store:
         """The store that it is copied from."""
         return self.shard.part.origin
 
-    @property
-    def expected(self) -> ObjectDigest:
-        """Its length and digests."""
-        return self.shard.receipt.objects[self.spec.name]
-
-    def fetch(self) -> bytes:
-        """All of its bytes, checked. Raises CorruptCache."""
-        return fetch_object(self.origin, self.key, self.spec, self.shard.receipt)
-
-    def check(self, store: Store) -> None:
-        """Check the object of this key in a store, all but its sha256. Raises CorruptCache."""
-        check_object(store, self.key, self.spec, self.shard.receipt)
+    def read(self, store: Store) -> bytes:
+        """The object in a store, compared with its receipt. Raises CorruptCache."""
+        return fetch_object(store, self.key, self.spec, self.shard.receipt)
 
 
 @dataclass(frozen=True)

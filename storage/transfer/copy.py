@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,7 +34,6 @@ from storage.format.manifest import CacheRecord
 from storage.format.sealing import digest
 from storage.progress import Advance
 from storage.stores import open_store
-from storage.stores.base import Store
 from storage.transfer.compatibility import (
     check_apart,
     check_corpus,
@@ -47,6 +47,9 @@ from storage.transfer.destinations import Destination, FolderDestination, StoreD
 from storage.transfer.redaction import without_tokens
 from storage.transfer.source import Source, open_source
 from storage.transfer.staging import StagingFolder
+
+# Bytes of whole objects in memory at once, over all workers; one object is at most about as large.
+_HELD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ class _PartCopy:
         self._listing = listing
         self._destination = destination
         self._advance = advance
-        self._target: Store = destination.target
+        self._held = _Budget(_HELD_BYTES)
+        self._target = destination.target
         self._there = part.at(self._target).receipts
         # Where the indexes are the same bytes, so are all receipts.
         key = self._there.index_key
@@ -189,14 +193,14 @@ class _PartCopy:
         length = self._listing.get if shard.key in self._listing else self._target.size
         copied = copied_bytes = kept = 0
         for item in shard.objects():
-            size = item.expected.bytes
-            if committed and length(item.key) == size:
+            if committed and length(item.key) == item.size:
                 kept += 1
             else:
-                self._destination.put_object(item)
+                with self._held.of(item.size):
+                    self._destination.put_object(item)
                 copied += 1
-                copied_bytes += size
-            self._advance(size)
+                copied_bytes += item.size
+            self._advance(item.size)
         if not committed:
             self._destination.put_receipt(shard)
         return copied, copied_bytes, kept
@@ -212,3 +216,25 @@ class _PartCopy:
         if found is not None and found != shard.receipt:
             self._destination.mixed.add(self._part.group.name)
         return found is not None
+
+
+class _Budget:
+    """A limit on the bytes in memory at once. One object alone is always admitted."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        """Wait until `size` bytes fit into the limit, and count them while the body runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= self._most)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()

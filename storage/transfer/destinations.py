@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from storage.cache.inventory import ROOT_KEY
@@ -18,13 +17,9 @@ from storage.cache.reader import LogitCache
 from storage.cache.writer import publish_same
 from storage.errors import CorruptCache
 from storage.stores.base import Store
-from storage.stores.local import LocalStore
 from storage.transfer.compatibility import check_stream
 from storage.transfer.contents import Contents, Object, Part, Shard
 from storage.transfer.staging import StagingFolder, rename_folder, sync
-
-# Bytes of whole objects in memory at once, over all workers; one object is at most about as large.
-_HELD_BYTES = 64 << 20
 
 
 class Destination(ABC):
@@ -35,7 +30,6 @@ class Destination(ABC):
         self.new = new  # there is no cache yet
         # Parts of which the target has shards with the same objects under receipts of another run (other times).
         self.mixed: set[str] = set()
-        self._held = _Budget(_HELD_BYTES)
 
     def begin(self, part: Part) -> None:
         """Prepare for a part's objects."""
@@ -92,12 +86,11 @@ class StoreDestination(Destination):
         self._publish_record(part)
 
     def put_object(self, item: Object) -> None:
-        with self._held.of(item.expected.bytes):
-            data = item.fetch()
-            if not self.target.publish_new(item.key, data) and not self._holds(item.key, data):
-                # A killed run's leftover, or damage, unless a worker has committed it since the target was listed.
-                item.shard.committed(item.shard.part.at(self.target).receipts)
-                self.target.replace(item.key, data)
+        data = item.read(item.origin)
+        if not self.target.publish_new(item.key, data) and not self._holds(item.key, data):
+            # A killed run's leftover, or damage, unless a worker has committed it since the target was listed.
+            item.shard.committed(item.shard.part.at(self.target).receipts)
+            self.target.replace(item.key, data)
 
     def put_receipt(self, shard: Shard) -> None:
         data = shard.part.manifest.read(shard.key)
@@ -128,6 +121,7 @@ class FolderDestination(Destination):
         super().__init__(target, new=new)
         self._staging = staging
         self._link = link
+        self._staged: set[str] = set()
         self._receipts: set[str] = set()
 
     @property
@@ -135,23 +129,13 @@ class FolderDestination(Destination):
         return self._staging.folder if self._staging.holds_objects() else None
 
     def put_object(self, item: Object) -> None:
-        staging, source = self._staging, item.origin
-        with contextlib.suppress(CorruptCache):
-            if staging.has(item.key, item.expected):
-                item.check(staging.cache)
-                return
-        if not isinstance(source, LocalStore):
-            with self._held.of(item.expected.bytes):
-                staging.write(item.key, item.fetch())
-            return
+        self._staged.add(item.key)
+        if self._link and item.origin.local_path is not None and item.origin.size(item.key) == item.size:
+            self._staging.link(item.origin.local_path / item.key, item.key)
         try:
-            item.check(source)
-            linked = self._link and staging.link(source.local_path / item.key, item.key)
-            same = staging.has(item.key, item.expected) if linked else staging.copy(source, item.key, item.expected)
-            if not same:
-                raise CorruptCache(f"{source.where(item.key)}: not the bytes whose sha256 is in its receipt")
-        except FileNotFoundError:
-            raise CorruptCache(f"{source.where(item.key)}: missing, though its receipt exists") from None
+            item.read(self._staging.cache)  # an earlier run's, or a link
+        except CorruptCache:
+            self._staging.write(item.key, item.read(item.origin))
 
     def put_receipt(self, shard: Shard) -> None:
         self._receipts.add(shard.key)
@@ -159,12 +143,17 @@ class FolderDestination(Destination):
     def publish(self, contents: Contents, card_files: Mapping[str, bytes]) -> None:
         entries = [part for part in contents.parts if part.group.record_key is not None]
         absent = [part.group.folder for part in entries if not self.target.names(part.group.name)]
-        for key in contents.manifest.walk():
-            if self.new or key in self._receipts or key.startswith(tuple(absent)):
-                self._staging.write(key, contents.manifest.read(key))
+        small = [
+            key
+            for key in contents.manifest.walk()
+            if self.new or key in self._receipts or key.startswith(tuple(absent))
+        ]
+        for key in small:
+            self._staging.write(key, contents.manifest.read(key))
         for key, data in card_files.items():
             self._staging.write(key, data)
-        self._staging.remove_leftovers()
+        self._staged.update(small, card_files)
+        self._staging.keep_only(self._staged)
         if self.new:
             check_stream(LogitCache(self._staging.cache, contents.record), contents.parts)
             self._staging.become_target()
@@ -189,7 +178,7 @@ class FolderDestination(Destination):
                 if there.key(number) in self._receipts and part.shard(number).committed(there):
                     self.mixed.add(part.group.name)
                 else:
-                    keys += [key for key in part.group.keys(number) if self._staging.holds(key)]
+                    keys += [key for key in part.group.keys(number) if key in self._staged]
             self._move(key for key in keys if key not in self._receipts)
             self._move(key for key in keys if key in self._receipts)
         self._publish_index(part)
@@ -202,25 +191,3 @@ class FolderDestination(Destination):
             os.replace(self._staging.path(key), path)
             folders.update(path.parents[: len(Path(key).parts)])
         sync(folders)
-
-
-class _Budget:
-    """A limit on the bytes in memory at once. One object alone is always admitted."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._used = 0
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def of(self, size: int) -> Iterator[None]:
-        """Wait until `size` bytes fit into the limit, and count them while the body runs."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= self._most)
-            self._used += size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._used -= size
-                self._changed.notify_all()

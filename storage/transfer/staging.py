@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,9 @@ from pathlib import Path
 from storage.cache.inventory import CARD_FILES, ROOT_KEY
 from storage.errors import InputError
 from storage.files import STAGING, atomic_file, sync_path
-from storage.format.manifest import ObjectDigest
 from storage.locks import lock
 from storage.stores.local import LocalStore
 
-_BLOCK = 256 << 10  # stays in a processor cache between being read, hashed and written
 _SYNCS_AT_ONCE = 16
 
 
@@ -41,7 +38,6 @@ class StagingFolder:
         self.cache = LocalStore(folder / "cache")
         self.manifest = folder / "manifest"
         self._folders: set[Path] = set()
-        self._keys: set[str] = set()
 
     @classmethod
     @contextlib.contextmanager
@@ -75,10 +71,6 @@ class StagingFolder:
         """Path of an object of the copy."""
         return self.cache.local_path / key
 
-    def holds(self, key: str) -> bool:
-        """Whether this run has written an object, or found it whole."""
-        return key in self._keys
-
     def holds_objects(self) -> bool:
         """Whether it holds files that a later run can use."""
         return any(names for _, _, names in os.walk(self.cache.local_path))
@@ -88,45 +80,11 @@ class StagingFolder:
         with self._renamed(key) as temporary:
             temporary.write_bytes(data)
 
-    def has(self, key: str, expected: ObjectDigest) -> bool:
-        """Whether an earlier run has copied an object with all its bytes; compares length and sha256."""
-        if self.cache.size(key) != expected.bytes:
-            return False
-        sha256 = hashlib.sha256()
-        for block in _blocks(self.cache, key):
-            sha256.update(block)
-        if sha256.hexdigest() != expected.sha256:
-            return False
-        self._keys.add(key)
-        return True
-
-    def copy(self, source: LocalStore, key: str, expected: ObjectDigest) -> bool:
-        """Copy an object from a local source, block by block; False, and no copy, if length or sha256 differ."""
-        size, sha256 = 0, hashlib.sha256()
-        with contextlib.suppress(_OtherBytes), self._renamed(key) as temporary:
-            with temporary.open("wb", buffering=0) as file:
-                for block in _blocks(source, key):
-                    size += len(block)
-                    if size > expected.bytes:
-                        raise _OtherBytes  # it grows while it is read
-                    sha256.update(block)
-                    file.write(block)
-            if sha256.hexdigest() != expected.sha256:
-                raise _OtherBytes
-            return True
-        return False
-
-    def link(self, source: Path, key: str) -> bool:
-        """Make an object a hard link to a file; False where the file system cannot."""
-        try:
-            with self._renamed(key) as temporary:
-                temporary.unlink(missing_ok=True)
-                os.link(source, temporary)
-        except OSError as error:
-            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                return False
-            raise
-        return True
+    def link(self, source: Path, key: str) -> None:
+        """Make an object a hard link to a file, where the file system can."""
+        with contextlib.suppress(OSError), self._renamed(key) as temporary:
+            temporary.unlink(missing_ok=True)
+            os.link(source, temporary)
 
     @contextlib.contextmanager
     def _renamed(self, key: str) -> Iterator[Path]:
@@ -137,12 +95,11 @@ class StagingFolder:
             self._folders.add(path.parent)
         with atomic_file(path) as temporary:
             yield temporary
-        self._keys.add(key)
 
-    def remove_leftovers(self) -> None:
-        """Remove all files that this run does not hold: those of another source, or temporary files of a killed run."""
+    def keep_only(self, keys: Collection[str]) -> None:
+        """Remove all files that are not of the copy: those of another source, or temporary files of a killed run."""
         for key in self.cache.walk():
-            if key not in self._keys:
+            if key not in keys:
                 self.path(key).unlink()
         for parent, folders, _ in os.walk(self.cache.local_path, topdown=False):
             for name in folders:
@@ -252,15 +209,3 @@ def _remove_links(folder: Path) -> None:
             path = os.path.join(parent, name)
             if os.path.islink(path):
                 os.unlink(path)
-
-
-class _OtherBytes(Exception):
-    """The bytes being copied are not the expected ones."""
-
-
-def _blocks(source: LocalStore, key: str) -> Iterator[memoryview]:
-    """The blocks of an object in order; each is overwritten by the next."""
-    buffer = memoryview(bytearray(_BLOCK))
-    with source.opened(key) as descriptor:
-        while count := os.readv(descriptor, [buffer]):
-            yield buffer[:count]
