@@ -161,7 +161,7 @@ def gather(
     with_root  whether root, tokenizer and token stream are copied, or only entries
     """
     snapshot = text.snapshot
-    folder = snapshot.folder.with_name("target")  # beside the files as the source has them
+    folder = snapshot.local_path.with_name("target")  # beside the files as the source has them
     record = without_tokens(text.cache.record) if redact else text.cache.record
     root = snapshot.read(ROOT_KEY) if record == text.cache.record else _record_bytes(record)
     write_file(folder, ROOT_KEY, root)

@@ -143,7 +143,7 @@ class Transfer:
     def signed_folder(self) -> Path:
         """A folder of the source's records and receipts, as it has them: a signature lists all of them."""
         fetch_rest(self.source, self.pool)
-        return self.source.snapshot.folder
+        return self.source.snapshot.local_path
 
     def deliver(self, advance: Advance | None = None, card_files: Mapping[str, bytes] | None = None) -> Delivery:
         """Copy the objects that the target lacks, and publish the cache.
@@ -160,10 +160,10 @@ class Transfer:
         for part in self.contents.parts:
             self.destination.begin(part)
             copy = _PartCopy(part, listing, self.destination, advance or (lambda count: None))
-            for copied, copied_bytes, kept in self.pool.map(copy.shard, part.shards):
-                done.copied += copied
-                done.copied_bytes += copied_bytes
-                done.kept += kept
+            for copied in self.pool.map(copy.shard, part.shards):
+                done.copied += len(copied)
+                done.copied_bytes += sum(copied)
+                done.kept += len(part.group.specs) - len(copied)
             if not part.complete:
                 done.missing[part.group.name] = part.group.receipts.missing_ranges()
         self.destination.publish(self.contents, card_files or {})
@@ -178,63 +178,52 @@ class _PartCopy:
         self._listing = listing
         self._destination = destination
         self._advance = advance
-        self._held = _Budget(_HELD_BYTES)
+        self._held_bytes = 0
+        self._changed = threading.Condition()
         self._target = destination.target
         self._there = part.at(self._target).receipts
         # Where the indexes are the same bytes, so are all receipts.
         key = self._there.index_key
         self._same = part.complete and key in listing and self._target.read(key) == part.manifest.read(key)
 
-    def shard(self, number: int) -> tuple[int, int, int]:
-        """Copy the objects of a shard that the target lacks. Returns copied objects, their bytes, and kept objects."""
+    def shard(self, number: int) -> list[int]:
+        """Copy the objects of a shard that the target lacks, then its receipt; returns the lengths of the copied."""
         shard = self._part.shard(number)
         committed = self._committed(shard)
-        # Shards that were committed since the target was listed are in no listing.
-        length = self._listing.get if shard.key in self._listing else self._target.size
-        copied = copied_bytes = kept = 0
+        copied = []
         for item in shard.objects():
-            if committed and length(item.key) == item.size:
-                kept += 1
-            else:
-                with self._held.of(item.size):
+            if not committed or self._length(item.key) != item.size:
+                with self._held(item.size):
                     self._destination.put_object(item)
-                copied += 1
-                copied_bytes += item.size
+                copied.append(item.size)
             self._advance(item.size)
         if not committed:
             self._destination.put_receipt(shard)
-        return copied, copied_bytes, kept
+        return copied
+
+    def _length(self, key: str) -> int | None:
+        # The listing may be hours old: shards that were committed since are in no listing.
+        return self._listing[key] if key in self._listing else self._target.size(key)
 
     def _committed(self, shard: Shard) -> bool:
         """Whether the target has the shard's receipt; CorruptCache when it is damaged or commits other bytes."""
-        # The listing may be hours old, and not every store honours a put that must not replace.
-        if shard.key not in self._listing and self._target.size(shard.key) is None:
-            return False
-        if self._same and self._listing.get(shard.key) == self._part.manifest.size(shard.key):
-            return True
+        length = self._length(shard.key)  # looked for: not every store honours a put that must not replace
+        if length is None or (self._same and length == self._part.manifest.size(shard.key)):
+            return length is not None
         found = shard.committed(self._there)
         if found is not None and found != shard.receipt:
             self._destination.mixed.add(self._part.group.name)
         return found is not None
 
-
-class _Budget:
-    """A limit on the bytes in memory at once. One object alone is always admitted."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._used = 0
-        self._changed = threading.Condition()
-
     @contextlib.contextmanager
-    def of(self, size: int) -> Iterator[None]:
-        """Wait until `size` bytes fit into the limit, and count them while the body runs."""
+    def _held(self, size: int) -> Iterator[None]:
+        """Wait until an object fits into `_HELD_BYTES`, and count it while the body runs. One alone always fits."""
         with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= self._most)
-            self._used += size
+            self._changed.wait_for(lambda: self._held_bytes == 0 or self._held_bytes + size <= _HELD_BYTES)
+            self._held_bytes += size
         try:
             yield
         finally:
             with self._changed:
-                self._used -= size
+                self._held_bytes -= size
                 self._changed.notify_all()

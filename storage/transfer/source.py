@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from storage.errors import FormatError, InputError
 from storage.format.layout import group_metadata
 from storage.format.manifest import ATTRIBUTE, CacheRecord
 from storage.stores.base import MOST_BYTES, Result, Store
+from storage.stores.local import LocalStore
 
 # Zarr v2 metadata names codecs in JSON, and these may run code when they are read; a Zarr v3 cache has none of it.
 V2_NAMES = (".zarray", ".zgroup", ".zattrs", ".zmetadata")
@@ -59,47 +60,26 @@ def write_file(folder: Path, key: str, data: bytes) -> None:
     path.write_bytes(data)
 
 
-class Snapshot(Store):
-    """A store whose files, once read, lie in `folder` under their keys, and are read there from then on."""
+class Snapshot(LocalStore):
+    """A folder with the address of another store, whose files are fetched from there when they are first read."""
 
     def __init__(self, source: Store, folder: Path) -> None:
+        super().__init__(folder)
         self.source = source
         self.url = source.url
-        self.folder = folder
-        self._kept: set[str] = set()
-
-    @property
-    def local_path(self) -> Path | None:
-        return self.source.local_path
+        self._fetched: set[str] = set()
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
-        if key in self._kept:
-            return (self.folder / key).read_bytes()
-        data = self.source.read(key, at_most)
-        write_file(self.folder, key, data)
-        self._kept.add(key)
-        return data
+        if key not in self._fetched:
+            write_file(self.local_path, key, self.source.read(key, at_most))
+            self._fetched.add(key)
+        return super().read(key, at_most)
 
     def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
         return self.source.insist(key, promise, request)
-
-    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        return self.source.read_ranges(key, ranges)
 
     def size(self, key: str) -> int | None:
         return self.source.size(key)
 
     def names(self, prefix: str) -> list[str]:
         return self.source.names(prefix)
-
-    def walk(self, prefix: str = "") -> dict[str, int]:
-        return self.source.walk(prefix)
-
-    def remove(self, key: str) -> None:
-        raise NotImplementedError("a source is not written to")
-
-    def publish(self, key: str, data: bytes) -> bool:
-        raise NotImplementedError("a source is not written to")
-
-    def replace(self, key: str, data: bytes) -> None:
-        raise NotImplementedError("a source is not written to")
