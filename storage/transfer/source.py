@@ -70,10 +70,12 @@ class Snapshot(LocalStore):
         self._fetched: set[str] = set()
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
-        if key not in self._fetched:
-            write_file(self.local_path, key, self.source.read(key, at_most))
-            self._fetched.add(key)
-        return super().read(key, at_most)
+        if key in self._fetched:
+            return (self.local_path / key).read_bytes()
+        data = self.source.read(key, at_most)
+        write_file(self.local_path, key, data)
+        self._fetched.add(key)
+        return data
 
     def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
         return self.source.insist(key, promise, request)
