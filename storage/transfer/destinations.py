@@ -53,9 +53,9 @@ class Destination(ABC):
         return None
 
     def _publish_record(self, part: Part) -> None:
-        key = part.group.record_key
-        for name in (*part.group.metadata(), *([] if key is None else [key])):
-            publish_same(self.target, name, part.manifest.read(name))
+        for key in (*part.group.metadata(), part.group.record_key):
+            if key is not None:
+                publish_same(self.target, key, part.manifest.read(key))
 
     def _publish_index(self, part: Part) -> None:
         """Publish the index of a part's receipts, and its fidelity report."""
@@ -143,16 +143,11 @@ class FolderDestination(Destination):
     def publish(self, contents: Contents, card_files: Mapping[str, bytes]) -> None:
         entries = [part for part in contents.parts if part.group.record_key is not None]
         absent = [part.group.folder for part in entries if not self.target.names(part.group.name)]
-        small = [
-            key
-            for key in contents.manifest.walk()
-            if self.new or key in self._receipts or key.startswith(tuple(absent))
-        ]
-        for key in small:
-            self._staging.write(key, contents.manifest.read(key))
+        for key in contents.manifest.walk():
+            if self.new or key in self._receipts or key.startswith(tuple(absent)):
+                self._stage(key, contents.manifest.read(key))
         for key, data in card_files.items():
-            self._staging.write(key, data)
-        self._staged.update(small, card_files)
+            self._stage(key, data)
         self._staging.keep_only(self._staged)
         if self.new:
             check_stream(LogitCache(self._staging.cache, contents.record), contents.parts)
@@ -163,6 +158,10 @@ class FolderDestination(Destination):
                 self._merge(part, whole=part.group.folder in absent)
             self._publish_root(contents)
         self._staging.discard()
+
+    def _stage(self, key: str, data: bytes) -> None:
+        self._staged.add(key)
+        self._staging.write(key, data)
 
     def _merge(self, part: Part, *, whole: bool) -> None:
         """Move a part into a cache that other processes may be reading or completing."""

@@ -76,7 +76,7 @@ class StagingFolder:
         return any(names for _, _, names in os.walk(self.cache.local_path))
 
     def write(self, key: str, data: bytes) -> None:
-        """Write a small file; `sync` makes it durable together with all others."""
+        """Write a file; `sync` makes it durable together with all others."""
         with self._renamed(key) as temporary:
             temporary.write_bytes(data)
 
