@@ -8,6 +8,7 @@ the source returns later. The receipts decide what is copied, not a listing: obj
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.cache.checked_array import fetch_object
+from storage.cache.checked_array import check_object, fetch_object
 from storage.cache.inventory import (
     ROOT_KEY,
     TEACHERS_KEY,
@@ -123,9 +124,19 @@ class Object:
         """The store that it is copied from."""
         return self.shard.part.origin
 
-    def read(self, store: Store) -> bytes:
-        """The object in a store, compared with its receipt. Raises CorruptCache."""
-        return fetch_object(store, self.key, self.spec, self.shard.receipt)
+    def fetch(self) -> bytes:
+        """All of its bytes, compared with its receipt. Raises CorruptCache."""
+        return fetch_object(self.origin, self.key, self.spec, self.shard.receipt)
+
+    def is_whole(self, store: LocalStore) -> bool:
+        """Whether a local store has all of its bytes, compared block by block."""
+        receipt = self.shard.receipt
+        try:
+            check_object(store, self.key, self.spec, receipt)
+            with store.opened(self.key) as descriptor, open(descriptor, "rb", buffering=0, closefd=False) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == receipt.objects[self.spec.name].sha256
+        except (CorruptCache, FileNotFoundError):
+            return False
 
 
 @dataclass(frozen=True)

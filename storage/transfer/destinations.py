@@ -17,6 +17,7 @@ from storage.cache.reader import LogitCache
 from storage.cache.writer import publish_same
 from storage.errors import CorruptCache
 from storage.stores.base import Store
+from storage.stores.local import LocalStore
 from storage.transfer.compatibility import check_stream
 from storage.transfer.contents import Contents, Object, Part, Shard
 from storage.transfer.staging import StagingFolder, rename_folder, sync
@@ -86,7 +87,7 @@ class StoreDestination(Destination):
         self._publish_record(part)
 
     def put_object(self, item: Object) -> None:
-        data = item.read(item.origin)
+        data = item.fetch()
         if not self.target.publish_new(item.key, data) and not self._holds(item.key, data):
             # A killed run's leftover, or damage, unless a worker has committed it since the target was listed.
             item.shard.committed(item.shard.part.at(self.target).receipts)
@@ -130,12 +131,15 @@ class FolderDestination(Destination):
 
     def put_object(self, item: Object) -> None:
         self._staged.add(item.key)
-        if self._link and item.origin.local_path is not None and item.origin.size(item.key) == item.size:
-            self._staging.link(item.origin.local_path / item.key, item.key)
-        try:
-            item.read(self._staging.cache)  # an earlier run's, or a link
-        except CorruptCache:
-            self._staging.write(item.key, item.read(item.origin))
+        if item.is_whole(self._staging.cache):
+            return  # an earlier run's
+        source = item.origin
+        if isinstance(source, LocalStore) and source.size(item.key) == item.size:
+            # By the kernel, then compared block by block: cheaper than whole objects in memory.
+            self._staging.copy(source, item.key, item.size, link=self._link)
+            if item.is_whole(self._staging.cache):
+                return
+        self._staging.write(item.key, item.fetch())
 
     def put_receipt(self, shard: Shard) -> None:
         self._receipts.add(shard.key)
