@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PARTIAL = ".partial"  # suffix of temporary files, which no reader looks at
+STAGING = ".incoming"  # suffix or name of the folder in which a copy is staged; it belongs to no cache
 
 
 @contextlib.contextmanager

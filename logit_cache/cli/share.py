@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import click
@@ -25,7 +26,7 @@ _TRANSFER_OPTIONS = (
 @click.option("--without-tokens", is_flag=True, help="Leave the token stream and label_logprob behind.")
 @click.option("--license", help="Licence for the card, such as cc-by-4.0.")
 @click.option("--sign", metavar="KEY", help="PEM file of an elliptic-curve private key to sign the cache with.")
-def push(source: str, target: str, as_json: bool, **flags: Any) -> None:
+def push(license: str | None, sign: str | None, as_json: bool, **flags: Any) -> None:
     """Copy a cache to where others get it: a folder, an object store, or hf://datasets/ORG/NAME.
 
     Every byte is checked on the way, and objects that are there already are not copied again. Of an incomplete entry
@@ -34,14 +35,14 @@ def push(source: str, target: str, as_json: bool, **flags: Any) -> None:
     with one_line_errors():
         from logit_cache.sharing.push_pull import push as send
 
-        _copy(send, source, target, as_json, flags)
+        _copy(partial(send, license=license, sign=sign), as_json, flags)
 
 
 @command("logit-cache pull s3://bucket/train run/train --teacher llama")
 @applied(_TRANSFER_OPTIONS)
 @click.option("--corpus", metavar="CACHE", help="A cache of the same text, for one shared without its tokens.")
 @click.option("--verify-key", metavar="KEY", help="PEM file of the public key that must have signed the cache.")
-def pull(source: str, target: str, as_json: bool, **flags: Any) -> None:
+def pull(verify_key: str | None, as_json: bool, **flags: Any) -> None:
     """Copy a cache that others made; nothing is at TARGET before all of it was checked.
 
     With an existing cache of the same text as TARGET, its teacher entries are added. Run the same command again to
@@ -50,19 +51,14 @@ def pull(source: str, target: str, as_json: bool, **flags: Any) -> None:
     with one_line_errors():
         from logit_cache.sharing.push_pull import pull as fetch
 
-        _copy(fetch, source, target, as_json, flags)
+        _copy(partial(fetch, verify_key=verify_key), as_json, flags)
 
 
-def _copy(function: Any, source: str, target: str, as_json: bool, flags: dict[str, Any]) -> None:
+def _copy(function: Any, as_json: bool, flags: dict[str, Any]) -> None:
     from storage.progress import progress
+    from storage.transfer.copy import CopyJob
 
-    done = function(
-        source,
-        target,
-        **flags,
-        track=lambda name, total: progress(name, total, "bytes"),
-        log=lambda line: click.echo(line, err=True),
-    )
+    done = function(CopyJob(**flags), track=progress, log=partial(click.echo, err=True))
     click.echo(json.dumps(vars(done), indent=2) if as_json else delivery_text(vars(done)))
 
 

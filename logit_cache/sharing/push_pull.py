@@ -10,19 +10,19 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from storage.cache.inventory import CARD_KEY, SIGNATURE_KEY
 from storage.cache.reader import LogitCache
 from storage.errors import CorruptCache, InputError
-from storage.progress import Advance, Log, silent
+from storage.progress import Advance, Log, Track, silent
 from storage.stores import open_store
 from storage.stores.base import Store
-from storage.transfer.contents import fetch_whole
-from storage.transfer.copy import Delivery, Transfer, prepare
-
-Track = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
+from storage.stores.local import LocalStore
+from storage.transfer.compatibility import check_overwrites
+from storage.transfer.contents import gather_whole
+from storage.transfer.copy import CopyJob, Delivery, Transfer, prepare
 
 # A card is text for people; a larger file is not a card.
 _MOST_CARD_BYTES = 1 << 20
@@ -31,66 +31,48 @@ _HUB = "hf://"
 
 
 def push(
-    source: str,
-    target: str,
+    job: CopyJob,
     *,
-    teachers: Sequence[str] = (),
-    without_tokens: bool = False,
     license: str | None = None,
     sign: str | None = None,
-    workers: int = 8,
     track: Track | None = None,
-    log: Log | None = None,
+    log: Log = silent,
 ) -> Delivery:
-    """Copy a cache, or some of its entries, to a store from which others pull it; see `storage.transfer.copy.prepare`.
+    """Copy a cache, or some of its entries, to a store from which others pull it.
 
-    Writes README.md, the card, with `license`, and model.sig when `sign` is the path of a private key. `track` takes a
-    description and a number of bytes, and returns a context manager for their progress; `log` takes warnings and notes
-    for the user. Raises the errors of `prepare`, and of `hub.push_to_hub` for `hf://` targets.
+    Writes README.md, the card, with `license`, and model.sig when `sign` is the path of a private key. `track` shows
+    progress; `log` takes warnings and notes for the user. Raises the errors of `storage.transfer.copy.prepare`, and of
+    `hub.push_to_hub` for `hf://` targets.
     """
-    log = log or silent
-    if without_tokens:
+    if job.without_tokens:
         log(
             "warning: targets reveal text: in a sample, the most probable id alone was the next token at 19 % of the "
             "positions (54 % with label_logprob, which is left out). A cache shared without tokens is not anonymous"
         )
-    if target.startswith(_HUB):
-        return _push_to_hub(source, target, teachers, without_tokens, license, sign, workers, track, log)
-    with prepare(source, target, teachers=teachers, without_tokens=without_tokens, workers=workers) as transfer:
-        card_files = {}
-        if transfer.existing is None:
-            card_files = _new_card_files(transfer, license, sign)
+    if job.target.startswith(_HUB):
+        return _push_to_hub(job, license, sign, track, log)
+    with prepare(job) as transfer:
+        new = transfer.existing is None
+        card_files = _new_card_files(transfer.contents.manifest, license, sign) if new else {}
         done = _deliver(transfer, "push", card_files, track, log)
-    if transfer.existing is not None:
-        _update_card_files(open_store(target), license, sign, workers, log)
+    if not new:
+        _update_card_files(job, license, sign, log)
     return done
 
 
-def pull(
-    source: str,
-    target: str,
-    *,
-    teachers: Sequence[str] = (),
-    corpus: str | None = None,
-    verify_key: str | None = None,
-    workers: int = 8,
-    track: Track | None = None,
-    log: Log | None = None,
-) -> Delivery:
-    """Copy a cache that others made, or some of its entries, checking all of it; see `storage.transfer.copy.prepare`.
+def pull(job: CopyJob, *, verify_key: str | None = None, track: Track | None = None, log: Log = silent) -> Delivery:
+    """Copy a cache that others made, or some of its entries, checking all of it.
 
     `verify_key` is the path of a public key: a cache that this key has not signed raises CorruptCache. Raises the
-    errors of `prepare` too.
+    errors of `storage.transfer.copy.prepare` too.
     """
-    log = log or silent
-    if target.startswith(_HUB):
-        raise InputError(f"{target}: cannot pull into a data set of the hub; write it with logit-cache push")
-    with prepare(source, target, teachers=teachers, corpus=corpus, workers=workers) as transfer:
+    if job.target.startswith(_HUB):
+        raise InputError(f"{job.target}: cannot pull into a data set of the hub; write it with logit-cache push")
+    with prepare(job) as transfer:
         if verify_key is not None:
             _check_signature(transfer, Path(verify_key))
-        card_files = {}
-        if transfer.existing is None and corpus is None:
-            card_files = _card_files_of(transfer.source.source, log)
+        copied = transfer.existing is None and job.corpus is None
+        card_files = _card_files_of(transfer.source.snapshot.source, log) if copied else {}
         done = _deliver(transfer, "pull", card_files, track, log)
     if not done.tokens_included and done.teachers:
         log(
@@ -101,63 +83,63 @@ def pull(
 
 
 def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track: Track | None, log: Log) -> Delivery:
-    tracked = track(name, transfer.contents.size) if track else contextlib.nullcontext(None)
     try:
-        with tracked as advance:
-            return transfer.deliver(advance, card_files, check_stream=name == "pull")
+        with _tracked(track, name, transfer.contents.size) as advance:
+            return transfer.deliver(advance, card_files)
     except BaseException:
-        if transfer.kept_at is not None:
-            log(f"the objects copied and checked so far are in {transfer.kept_at}; run the same command to resume")
+        kept_at = transfer.destination.kept_at
+        if kept_at is not None:
+            log(f"the objects copied and checked so far are in {kept_at}; run the same command to resume")
         raise
 
 
-def _push_to_hub(
-    source: str,
-    url: str,
-    teachers: Sequence[str],
-    without_tokens: bool,
-    license: str | None,
-    sign: str | None,
-    workers: int,
-    track: Track | None,
-    log: Log,
-) -> Delivery:
+def _tracked(track: Track | None, name: str, size: int) -> contextlib.AbstractContextManager[Advance | None]:
+    return contextlib.nullcontext() if track is None else track(name, size, "bytes")
+
+
+def _push_to_hub(job: CopyJob, license: str | None, sign: str | None, track: Track | None, log: Log) -> Delivery:
     from logit_cache.sharing.hub import parse_hub_url, push_to_hub
 
-    parse_hub_url(url)
-    folder = open_store(source).local_path
+    parse_hub_url(job.target)
+    folder = open_store(job.source).local_path
     if folder is None:
-        raise InputError(f"{source}: pull it into a local folder first; the hub's uploader reads local files")
+        raise InputError(f"{job.source}: pull it into a local folder first; the hub's uploader reads local files")
     # Beside the source, so that its objects can be linked instead of copied; the source is not changed.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".outgoing", dir=folder.parent) as stage:
-        staged = str(Path(stage) / "cache")
-        with prepare(
-            source, staged, teachers=teachers, without_tokens=without_tokens, workers=workers, link=True
-        ) as transfer:
-            transfer.check_fits(open_store(url))
-            done = _deliver(transfer, "check", _new_card_files(transfer, license, sign), track, log)
-        with track("upload", done.copied_bytes) if track else contextlib.nullcontext(None) as advance:
-            push_to_hub(Path(staged), url, advance)
-    done.url = url
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".outgoing", dir=folder.parent) as outgoing:
+        staged = Path(outgoing) / "cache"
+        with prepare(replace(job, target=str(staged), link=True)) as transfer:
+            check_overwrites(open_store(job.target), transfer.contents)
+            card_files = _new_card_files(transfer.contents.manifest, license, sign)
+            done = _deliver(transfer, "check", card_files, track, log)
+        with _tracked(track, "upload", done.copied_bytes) as advance:
+            push_to_hub(staged, job.target, advance)
+    done.url = job.target
     return done
 
 
-def _new_card_files(transfer: Transfer, license: str | None, sign: str | None) -> dict[str, bytes]:
-    """Card and signature of a cache that does not exist yet, from its future records and receipts."""
-    with tempfile.TemporaryDirectory() as folder:
-        keys = transfer.write_manifest(Path(folder))
-        return _card_files(Path(folder), keys, license, sign)
+def _new_card_files(manifest: LocalStore, license: str | None, sign: str | None) -> dict[str, bytes]:
+    """Card and signature of a cache, from its records and receipts in a folder."""
+    from logit_cache.sharing.card import card_text
+
+    folder = manifest.local_path
+    found = {CARD_KEY: f"{card_text(LogitCache.open(str(folder)), license=license)}\n{_MARK}\n".encode()}
+    if sign is not None:
+        from logit_cache.sharing import signing
+
+        found[SIGNATURE_KEY] = signing.sign(folder, manifest.walk(), Path(sign))
+    return found
 
 
-def _update_card_files(target: Store, license: str | None, sign: str | None, workers: int, log: Log) -> None:
+def _update_card_files(job: CopyJob, license: str | None, sign: str | None, log: Log) -> None:
     """Rewrite card and signature of a cache that has grown, from all of its records and receipts."""
+    target = open_store(job.target)
     try:
         card: str | None = target.read(CARD_KEY, _MOST_CARD_BYTES).decode(errors="replace")
     except FileNotFoundError:
         card = None
     with tempfile.TemporaryDirectory() as folder:
-        keys = fetch_whole(target, Path(folder), workers)
-        found = _card_files(Path(folder), keys, license or _license_in(card), sign)
+        contents = gather_whole(target, Path(folder), job.workers)
+        found = _new_card_files(contents.manifest, license or _license_in(card), sign)
     if card is not None and _MARK not in card:
         log(f"note: {target.where(CARD_KEY)} was not written by push, and is not replaced")
         del found[CARD_KEY]
@@ -165,18 +147,6 @@ def _update_card_files(target: Store, license: str | None, sign: str | None, wor
         target.replace(key, data)
     if sign is None and target.size(SIGNATURE_KEY) is not None:
         log(f"warning: {target.where(SIGNATURE_KEY)} signs the cache before this push: push with --sign to renew it")
-
-
-def _card_files(folder: Path, keys: Sequence[str], license: str | None, sign: str | None) -> dict[str, bytes]:
-    from logit_cache.sharing.card import card_text
-
-    cache = LogitCache.open(str(folder))
-    found = {CARD_KEY: f"{card_text(cache, license=license)}\n{_MARK}\n".encode()}
-    if sign is not None:
-        from logit_cache.sharing import signing
-
-        found[SIGNATURE_KEY] = signing.sign(folder, signing.manifest_keys(keys), Path(sign))
-    return found
 
 
 def _license_in(card: str | None) -> str | None:
@@ -188,13 +158,13 @@ def _license_in(card: str | None) -> str | None:
 def _check_signature(transfer: Transfer, public_key: Path) -> None:
     from logit_cache.sharing import signing
 
-    source = transfer.source.source
+    source = transfer.source.snapshot.source
     try:
         signature = source.read(SIGNATURE_KEY, signing.MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
         raise CorruptCache(f"{source.where(SIGNATURE_KEY)}: missing; this cache is not signed") from None
-    folder, keys = transfer.manifest()
-    signing.verify_signature(folder, keys, signature, public_key, where=source.where)
+    folder = transfer.signed_folder()
+    signing.verify_signature(folder, LocalStore(folder).walk(), signature, public_key, where=source.where)
 
 
 def _card_files_of(source: Store, log: Log) -> dict[str, bytes]:

@@ -45,6 +45,11 @@ class Group:
         return self.receipts.specs
 
     @property
+    def record_key(self) -> str | None:
+        """Key of a teacher entry's record; None for the token stream."""
+        return f"{self.folder}{ROOT_KEY}" if self.folder else None
+
+    @property
     def fidelity_key(self) -> str | None:
         """Key of a teacher entry's fidelity report, which is optional; None for the token stream."""
         return f"{self.folder}{FIDELITY_FILE}" if self.folder else None

@@ -70,6 +70,10 @@ class Stream:
             return np.empty(0, dtype=self._array.spec.dtype)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        """The slicing of an array, with a start and a stop."""
+        return self.read(rows.start, min(rows.stop, len(self)))
+
     def first(self, wanted: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> tuple[int, int] | None:
         """(position, value) of the first entry that `wanted` selects, read block by block; None where there is none."""
         block = self._array.spec.layout.chunk

@@ -39,7 +39,7 @@ from storage.cache.reader import LogitCache
 from storage.cache.records import read_fidelity, read_tokenizer_receipt, tokenizer_key
 from storage.cache.zarr_store import decode_with_zarr
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
-from storage.files import PARTIAL
+from storage.files import PARTIAL, STAGING
 from storage.format.layout import ArraySpec
 from storage.format.manifest import TEACHER_NAME, ShardReceipt
 from storage.format.sealing import parse_json
@@ -88,7 +88,7 @@ def verify(
     found = Verification(deep=deep)
     # Listed before anything is checked: an object that a worker commits meanwhile is then known, or not in the list.
     try:
-        listed = store.walk()
+        listed = {key: size for key, size in store.walk().items() if not key.startswith(f"{STAGING}/")}
     except InputError:
         if repair:
             raise

@@ -1,56 +1,61 @@
-"""The staging folder of a copy until all of it has been checked: `<target>.incoming`, beside a local target.
+"""The staging folder of a copy to a local target, where it lies until all of it has been checked.
 
     cache/      the copy as it will be
-    manifest/   the records and receipts as the source has them; fetched anew by every run
+    manifest/   its records and receipts, and those of the source; fetched anew by every run
 
-One process at a time holds its lock. A later run reuses the objects that a killed run left in `cache/` if their sha256
-is right. The folder is on the target's file system, so that a rename publishes the copy.
+It is on the target's file system, so that a rename publishes the copy: `<target>.incoming` beside a target that does
+not exist, `<target>/.incoming` in a folder that does, which may be a mount point, or have a parent that is not
+writable. One process at a time holds its lock. A later run reuses the objects that a killed run left in `cache/` if
+their sha256 is right.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from storage.cache.inventory import CARD_FILES, ROOT_KEY
 from storage.errors import InputError
-from storage.files import atomic_file, sync_path
-from storage.format.manifest import ObjectDigest
+from storage.files import STAGING, atomic_file, sync_path
 from storage.locks import lock
 from storage.stores.local import LocalStore
 
-SUFFIX = ".incoming"
-_BLOCK = 256 << 10  # stays in a processor cache between being read, hashed and written
 _SYNCS_AT_ONCE = 16
 
 
 class StagingFolder:
     """The staging folder of one copy to one local target."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, target: Path) -> None:
         self.folder = folder
+        self.target = target
         self.cache = LocalStore(folder / "cache")
         self.manifest = folder / "manifest"
         self._folders: set[Path] = set()
 
     @classmethod
     @contextlib.contextmanager
-    def beside(cls, target: Path) -> Iterator[StagingFolder]:
+    def of(cls, target: Path) -> Iterator[StagingFolder]:
         """The locked staging folder of a target, kept afterwards only if it holds objects that another run can use.
 
-        Raises InputError when another process holds the lock.
+        Raises InputError when another process holds the lock, and where no folder can be made.
         """
-        folder = target.with_name(target.name + SUFFIX)
+        beside, inside = target.with_name(target.name + STAGING), target / STAGING
+        folder = inside if target.is_dir() and not beside.is_dir() else beside
         descriptor = _locked(folder)
         try:
-            staging = cls(folder)
+            if folder == beside and target.is_dir():
+                # Left there before the target existed, or by an earlier version.
+                folder = _moved(beside, inside)
+            staging = cls(folder, target)
             _remove_links(folder)
+            staging._take_back()
             shutil.rmtree(staging.manifest, ignore_errors=True)
             staging.manifest.mkdir()
             try:
@@ -71,47 +76,24 @@ class StagingFolder:
         return any(names for _, _, names in os.walk(self.cache.local_path))
 
     def write(self, key: str, data: bytes) -> None:
-        """Write a small file; `sync` makes it durable together with all others."""
+        """Write a file; `sync` makes it durable together with all others."""
         with self._renamed(key) as temporary:
             temporary.write_bytes(data)
 
-    def has(self, key: str, expected: ObjectDigest) -> bool:
-        """Whether an earlier run has copied an object with all its bytes; compares length and sha256."""
-        if self.cache.size(key) != expected.bytes:
-            return False
-        sha256 = hashlib.sha256()
-        for block in _blocks(self.cache, key):
-            sha256.update(block)
-        return sha256.hexdigest() == expected.sha256
+    def copy(self, source: LocalStore, key: str, size: int, *, link: bool) -> None:
+        """Copy a local object, at most `size` bytes of it; `link`: or link it, where the file system can.
 
-    def copy(self, source: LocalStore, key: str, expected: ObjectDigest, advance: Callable[[int], None]) -> bool:
-        """Copy an object from a local source, block by block; False, and no copy, if length or sha256 differ."""
-        size, sha256 = 0, hashlib.sha256()
-        with contextlib.suppress(_OtherBytes), self._renamed(key) as temporary:
-            with temporary.open("wb", buffering=0) as file:
-                for block in _blocks(source, key):
-                    size += len(block)
-                    if size > expected.bytes:
-                        raise _OtherBytes  # it grows while it is read
-                    sha256.update(block)
-                    file.write(block)
-                    advance(len(block))
-            if sha256.hexdigest() != expected.sha256:
-                raise _OtherBytes
-            return True
-        return False
-
-    def link(self, source: Path, key: str) -> bool:
-        """Make an object a hard link to a file; False where the file system cannot."""
-        try:
-            with self._renamed(key) as temporary:
-                temporary.unlink(missing_ok=True)
-                os.link(source, temporary)
-        except OSError as error:
-            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                return False
-            raise
-        return True
+        Not every file system can be copied from in this way: check the object afterwards.
+        """
+        with source.opened(key) as descriptor, self._renamed(key) as temporary:
+            if link:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                    os.link(source.local_path / key, temporary)
+                    return
+            with contextlib.suppress(OSError), temporary.open("wb") as file:
+                while size > 0 and (count := os.sendfile(file.fileno(), descriptor, None, size)):
+                    size -= count
 
     @contextlib.contextmanager
     def _renamed(self, key: str) -> Iterator[Path]:
@@ -123,7 +105,7 @@ class StagingFolder:
         with atomic_file(path) as temporary:
             yield temporary
 
-    def keep_only(self, keys: set[str]) -> None:
+    def keep_only(self, keys: Collection[str]) -> None:
         """Remove all files that are not of the copy: those of another source, or temporary files of a killed run."""
         for key in self.cache.walk():
             if key not in keys:
@@ -133,10 +115,31 @@ class StagingFolder:
                 with contextlib.suppress(OSError):  # not empty
                     os.rmdir(os.path.join(parent, name))
 
-    def become(self, target: Path) -> None:
-        """Sync everything, then rename the copy to the target. Raises InputError if that exists by now."""
+    def become_target(self) -> None:
+        """Sync everything, then rename the copy to the target. Raises InputError if there is anything by now.
+
+        In a folder that exists, the root record is renamed last: no reader opens the cache before.
+        """
         self.sync()
-        rename_folder(self.cache.local_path, target)
+        if self.folder.parent != self.target:
+            rename_folder(self.cache.local_path, self.target)
+            return
+        there = set(os.listdir(self.target)) - {STAGING}
+        if not there.issubset(CARD_FILES):
+            raise _appeared(self.target)
+        for name in {*os.listdir(self.cache.local_path)} - there - {ROOT_KEY}:
+            os.rename(self.path(name), self.target / name)
+        sync([self.target])
+        os.rename(self.path(ROOT_KEY), self.target / ROOT_KEY)
+        sync([self.target])
+
+    def _take_back(self) -> None:
+        """Move back the folders that a killed run had renamed before it came to the root record."""
+        if self.folder.parent == self.target and not (self.target / ROOT_KEY).exists():
+            self.cache.local_path.mkdir(exist_ok=True)
+            for path in self.target.iterdir():
+                if path.is_dir() and path != self.folder:
+                    os.rename(path, self.path(path.name))
 
     def sync(self) -> None:
         """fsync all files and folders of the copy."""
@@ -163,11 +166,13 @@ def rename_folder(folder: Path, target: Path) -> None:
         os.rename(folder, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise InputError(
-                f"{target}: appeared while the copy was made; nothing there was touched: run the command again"
-            ) from None
+            raise _appeared(target) from None
         raise
     sync([target.parent])
+
+
+def _appeared(target: Path) -> InputError:
+    return InputError(f"{target}: appeared while the copy was made; nothing there was touched: run the command again")
 
 
 def _locked(folder: Path) -> int:
@@ -182,15 +187,28 @@ def _locked(folder: Path) -> int:
 def _opened(folder: Path) -> int:
     """A descriptor of the folder, which is made where it is missing."""
     while True:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
             return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue  # its last holder has just removed it
         except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}; a copy is staged there: move it away") from None
+            raise InputError(
+                f"{folder}: {error.strerror}; a copy is staged there: make room for it, or give another target"
+            ) from None
+
+
+def _moved(beside: Path, inside: Path) -> Path:
+    """The staging folder of a target that exists, moved into it."""
+    try:
+        os.rename(beside, inside)
+    except OSError as error:
+        raise InputError(
+            f"{beside}: left by an earlier copy, and cannot be moved to {inside} ({error.strerror}): remove it"
+        ) from None
+    return inside
 
 
 def _remove_links(folder: Path) -> None:
@@ -200,15 +218,3 @@ def _remove_links(folder: Path) -> None:
             path = os.path.join(parent, name)
             if os.path.islink(path):
                 os.unlink(path)
-
-
-class _OtherBytes(Exception):
-    """The bytes being copied are not the expected ones."""
-
-
-def _blocks(source: LocalStore, key: str) -> Iterator[memoryview]:
-    """The blocks of an object in order; each is overwritten by the next."""
-    buffer = memoryview(bytearray(_BLOCK))
-    with source.opened(key) as descriptor:
-        while count := os.readv(descriptor, [buffer]):
-            yield buffer[:count]

@@ -20,7 +20,6 @@ from support.crash_disk import Crash, Disk
 
 import storage.format.shard
 import storage.stores.remote
-import storage.transfer.staging
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter
@@ -29,7 +28,8 @@ from storage.format.manifest import CacheRecord, ShardReceipt
 from storage.format.sealing import sealed_bytes, unseal
 from storage.stores import open_store
 from storage.stores.remote import RemoteStore
-from storage.transfer.copy import Delivery, prepare
+from storage.transfer.copy import CopyJob, Delivery, Transfer, prepare
+from storage.transfer.staging import StagingFolder
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +43,12 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def copy(source: Path | str, target: Path | str, **options: Any) -> Delivery:
-    with prepare(str(source), str(target), **options) as transfer:
-        return transfer.deliver(check_stream=True)
+    with prepared(source, target, **options) as transfer:
+        return transfer.deliver()
+
+
+def prepared(source: Path | str, target: Path | str, **options: Any) -> contextlib.AbstractContextManager[Transfer]:
+    return prepare(CopyJob(str(source), str(target), **options))
 
 
 def at(url: str) -> dict[str, bytes]:
@@ -63,10 +67,10 @@ def sound(url: str, missing: Any = None) -> None:
 
 def test_a_copy_is_the_same_bytes_and_a_second_one_copies_nothing(source: Path, target: str) -> None:
     seen: list[int] = []
-    with prepare(str(source), target) as transfer:
+    with prepared(source, target) as transfer:
         size = transfer.contents.size
         done = transfer.deliver(seen.append)
-        assert not [key for key in transfer.source.kept if "/c/" in key], "data is not kept twice"
+        assert not list(transfer.source.snapshot.local_path.rglob("c")), "data is not kept twice"
     assert at(target) == known.contents(source)
     objects = {key: data for key, data in known.contents(source).items() if "/c/" in key}
     assert (done.copied, done.copied_bytes, done.kept) == (len(objects), sum(map(len, objects.values())), 0)
@@ -305,6 +309,30 @@ def test_objects_damaged_in_transfer_from_a_remote_source_are_retried(
     assert known.contents(tmp_path / "near") == known.contents(source)
 
 
+# --- what a target is before ------------------------------------------------------------------------------------------
+
+
+def nothing_yet(target: str) -> None:
+    return
+
+
+def an_empty_folder(target: str) -> None:
+    Path(target).mkdir()
+
+
+def the_stream(target: str) -> None:
+    known.write_stream(target)
+
+
+def a_part(target: str) -> None:
+    entry = known.entries(known.write_stream(target))["a"]
+    EntryWriter.open(target, "a", entry).commit(1, known.rows(entry, 1))
+
+
+BEFORE = [nothing_yet, the_stream, a_part]
+NO_CACHE = (nothing_yet, an_empty_folder)
+
+
 # --- the staging folder ---------------------------------------------------------------------------------------------
 
 
@@ -326,29 +354,125 @@ def test_leftovers_of_another_copy_are_not_published(source: Path, tmp_path: Pat
     assert not (tmp_path / "target.incoming").exists()
 
 
-def test_two_copies_to_one_target_at_once(source: Path, tmp_path: Path) -> None:
-    with prepare(str(source), str(tmp_path / "target")) as transfer:
-        with pytest.raises(InputError, match="another push or pull"):
-            copy(source, tmp_path / "target")
-        transfer.deliver()
-    assert copy(source, tmp_path / "target").copied == 0
-
-
-def test_a_target_that_appears_meanwhile_is_not_touched(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [False, True])
+def test_two_copies_to_one_target_at_once(source: Path, tmp_path: Path, exists: bool) -> None:
     target = tmp_path / "target"
-    with prepare(str(source), str(target)) as transfer:
+    if exists:
         target.mkdir()
+    with prepared(source, target) as transfer:
+        with pytest.raises(InputError, match="another push or pull"):
+            copy(source, target)
+        transfer.deliver()
+    assert copy(source, target).copied == 0
+
+
+def mount_point(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be renamed, and no file into it or out of it; nothing can be made beside it."""
+    target.mkdir(exist_ok=True)
+
+    def inside(path: Any) -> bool:
+        return target in Path(path).parents
+
+    def crossing(function: Any) -> Any:
+        def call(a: Any, b: Any) -> None:
+            if Path(b) == target:
+                raise OSError(errno.EBUSY, "Device or resource busy", str(a), None, str(b))
+            if inside(a) != inside(b):
+                raise OSError(errno.EXDEV, "Invalid cross-device link", str(a), None, str(b))
+            function(a, b)
+
+        return call
+
+    def mkdir(path: Any, *others: Any, **named: Any) -> None:
+        if Path(path).parent == target.parent and not os.path.exists(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *others, **named)
+
+    make = os.mkdir
+    monkeypatch.setattr(os, "rename", crossing(os.rename))
+    monkeypatch.setattr(os, "replace", crossing(os.replace))
+    monkeypatch.setattr(os, "mkdir", mkdir)
+
+
+@pytest.mark.parametrize("before", [an_empty_folder, the_stream, a_part])
+def test_a_mount_point_can_be_a_target(
+    source: Path, tmp_path: Path, before: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    before(str(target))
+    mount_point(target, monkeypatch)
+    copy(source, target)
+    assert data_of(known.contents(target)) == data_of(known.contents(source))
+    sound(str(target))
+
+
+def test_a_copy_staged_beside_a_target_that_exists_is_resumed_inside(source: Path, tmp_path: Path) -> None:
+    """As earlier versions staged it, or this one before the target existed."""
+    target, beside = tmp_path / "target", tmp_path / "target.incoming"
+    target.mkdir()
+    shutil.copytree(source / "teachers/a/kept", beside / "cache/teachers/a/kept")
+    staged = (beside / "cache/teachers/a/kept/c/0").stat().st_ino
+    copy(source, target)
+    assert known.contents(target) == known.contents(source)
+    assert (target / "teachers/a/kept/c/0").stat().st_ino == staged
+    assert not beside.exists()
+
+
+def test_a_copy_staged_on_another_file_system_is_named_before_anything_is_copied(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, beside = tmp_path / "target", tmp_path / "target.incoming"
+    (beside / "cache").mkdir(parents=True)
+    (beside / "cache/tokens").write_bytes(b"x")
+    mount_point(target, monkeypatch)
+    with pytest.raises(InputError, match=r"target\.incoming: left by an earlier copy.*cross-device"):
+        copy(source, target)
+    assert known.contents(target) == {}
+    assert known.contents(beside) == {"cache/tokens": b"x"}
+
+
+def test_a_parent_that_is_not_writable_is_named_before_anything_is_copied(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Any, *others: Any, **named: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"target\.incoming: Permission denied; a copy is staged there"):
+        copy(source, tmp_path / "target")
+
+
+def test_a_copy_that_was_killed_is_none_of_the_cache_s_leftovers(source: Path, tmp_path: Path) -> None:
+    copy(source, tmp_path / "target")
+    (tmp_path / "target/.incoming/cache").mkdir(parents=True)
+    (tmp_path / "target/.incoming/cache/x").write_bytes(b"x")
+    found = verify(str(tmp_path / "target"), repair=True)
+    assert (found.leftovers, found.repaired) == ([], [])
+    assert (tmp_path / "target/.incoming/cache/x").exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_target_that_appears_meanwhile_is_not_touched(source: Path, tmp_path: Path, exists: bool) -> None:
+    target = tmp_path / "target"
+    if exists:
+        target.mkdir()
+    with prepared(source, target) as transfer:
+        target.mkdir(exist_ok=True)
         (target / "theirs").write_text("x")
         with pytest.raises(InputError, match="appeared"):
             transfer.deliver()
+    shutil.rmtree(target / ".incoming", ignore_errors=True)
     assert known.contents(target) == {"theirs": b"x"}
 
 
 def test_an_empty_folder_and_a_link_to_one_can_be_targets(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk").mkdir(mode=0o700)
+    before = (tmp_path / "disk").stat()
     (tmp_path / "target").symlink_to(tmp_path / "disk")
     copy(source, tmp_path / "target")
     assert known.contents(tmp_path / "disk") == known.contents(source)
+    after = (tmp_path / "disk").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
 
 
 def test_a_full_disk_leaves_no_target_and_the_next_run_resumes(
@@ -369,12 +493,13 @@ def test_a_full_disk_leaves_no_target_and_the_next_run_resumes(
     assert not (tmp_path / "target").exists()
     assert not list((tmp_path / "target.incoming").rglob("*.partial"))
     copied: list[str] = []
-    whole = storage.transfer.staging.StagingFolder.copy
-    monkeypatch.setattr(
-        storage.transfer.staging.StagingFolder,
-        "copy",
-        lambda self, source, key, *others: copied.append(key) or whole(self, source, key, *others),
-    )
+    whole = StagingFolder.copy
+
+    def note(self: StagingFolder, store: Any, key: str, *others: Any, **named: Any) -> None:
+        copied.append(key)
+        whole(self, store, key, *others, **named)
+
+    monkeypatch.setattr(StagingFolder, "copy", note)
     copy(source, tmp_path / "target")
     objects = [key for key in known.contents(source) if "/c/" in key]
     assert 0 < len(copied) < len(objects), "the objects of the first run were reused"
@@ -400,24 +525,8 @@ def honest(url: str, record: CacheRecord) -> str:
     return "a cache"
 
 
-def nothing_yet(target: str) -> None:
-    return
-
-
-def the_stream(target: str) -> None:
-    known.write_stream(target)
-
-
-def a_part(target: str) -> None:
-    entry = known.entries(known.write_stream(target))["a"]
-    EntryWriter.open(target, "a", entry).commit(1, known.rows(entry, 1))
-
-
-BEFORE = [nothing_yet, the_stream, a_part]
-
-
 @pytest.mark.parametrize("every", [79, pytest.param(5, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("before", [an_empty_folder, *BEFORE])
 def test_killed_at_any_step_on_a_disk_that_may_lose_power(
     tmp_path: Path, before: Callable[[str], None], every: int
 ) -> None:
@@ -439,12 +548,12 @@ def test_killed_at_any_step_on_a_disk_that_may_lose_power(
 
     _, undisturbed = copied("undisturbed", None)
     # The critical moments are the few steps that change the target itself.
-    near = [number for number, step in enumerate(undisturbed.steps) if "target.incoming" not in step]
-    for number in sorted({*range(0, len(undisturbed.steps), every), *near[:: max(1, every // 4)]}):
+    near = [number for number, step in enumerate(undisturbed.steps) if ".incoming" not in step]
+    for number in sorted({*range(0, len(undisturbed.steps), every), *near[:: min(every, 1 + len(near) // 8)]}):
         target, disk = copied(str(number), number)
         if number % 2:
             disk.cut_power(lambda: False)
-        assert honest(str(target), record) == "a cache" or before is nothing_yet
+        assert honest(str(target), record) == "a cache" or before in NO_CACHE
         with disk.process():
             copy(source, target)
         after = {key: data for key, data in known.contents(target).items() if not key.endswith(".partial")}
@@ -453,7 +562,7 @@ def test_killed_at_any_step_on_a_disk_that_may_lose_power(
         assert (found.problems, found.missing) == ([], {})
         assert all(leftover.endswith(".partial") for leftover in found.leftovers), "as any killed writer leaves"
         shutil.rmtree(target.parent)
-    assert len(near) >= 1
+    assert len(near) >= 3
 
 
 def data_of(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -498,7 +607,7 @@ def test_killed_at_any_request_to_a_store(
     assert stop > 20
 
 
-@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("before", [an_empty_folder, *BEFORE])
 def test_a_reader_at_any_step_sees_nothing_false(
     known_whole: Path, tmp_path: Path, before: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,9 +621,9 @@ def test_a_reader_at_any_step_sees_nothing_false(
     def looking(function: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
             result = function(*arguments, **named)
-            # Every fifth step, to save time, and every rename, which publishes.
+            # Every fourth step, to save time, and every rename, which publishes.
             steps.append(function)
-            if len(steps) % 5 == 0 or function is rename:
+            if len(steps) % 4 == 0 or function is rename:
                 seen.append(honest(target, record))
             return result
 
@@ -525,7 +634,7 @@ def test_a_reader_at_any_step_sees_nothing_false(
     monkeypatch.setattr(os, "link", looking(os.link))
     copy(known_whole, target, teachers=["a"], workers=1)
     assert len(seen) > 8
-    assert set(seen) <= ({"nothing", "a cache"} if before is nothing_yet else {"a cache"})
+    assert set(seen) <= ({"nothing", "a cache"} if before in NO_CACHE else {"a cache"})
     assert "b" not in LogitCache.open(target).teachers
     sound(target)
 

@@ -24,10 +24,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+from support.caches.copies import pull
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import command, environment
 
-from logit_cache.sharing.push_pull import pull
 from storage.errors import LogitCacheError
 from storage.format.layout import teacher_arrays
 from storage.format.manifest import ATTRIBUTE, TeacherEntry

@@ -37,7 +37,7 @@ from storage import LogitCache
 from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter
 from storage.errors import LogitCacheError
-from storage.transfer.copy import prepare
+from storage.transfer.copy import CopyJob, prepare
 
 NAMES = st.sampled_from(["a", "b"])
 VARIANTS = st.integers(0, 1)
@@ -173,7 +173,7 @@ class CacheMachine(RuleBasedStateMachine):
             strange |= any(not site.index_fits(part) for part in site.parts() if part.name in site.acknowledged)
         with (
             self.process(dies_at, source, target, may_refuse=strange) as ended,
-            prepare(str(source.root), str(target.root), workers=1) as transfer,
+            prepare(CopyJob(str(source.root), str(target.root), workers=1)) as transfer,
         ):
             transfer.deliver()
         assert (known.contents(source.root) if source.exists else {}) == before

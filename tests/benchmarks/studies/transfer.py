@@ -27,9 +27,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the tests' own helpers
 sys.path.insert(0, str(Path(__file__).parents[3]))  # before them: tests/storage must not hide `storage`
+from support.caches.copies import pull, push
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
-
-from logit_cache.sharing.push_pull import pull, push
 
 V, K, SHARD = 16_000, 64, 65_536
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.caches.copies import pull, push
 from support.caches.small import make_corpus
 from support.commands import Run
 from support.crash_disk import Crash, Disk
@@ -29,7 +30,6 @@ from logit_cache.caching.windows import windows
 from logit_cache.fidelity import measure as fidelity
 from logit_cache.fidelity.measure import is_wanted, measure
 from logit_cache.fidelity.metrics import FORWARDS, RESIDUALS, Measures, StoredRows
-from logit_cache.sharing.push_pull import pull, push
 from storage import LogitCache, SparseTargets
 from storage.cache.verify import verify
 from storage.errors import CorruptCache, FormatError

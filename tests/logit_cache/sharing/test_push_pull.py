@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from support.caches import known
+from support.caches.copies import pull, push
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run, command, environment, refused
 from support.processes import start
 from support.servers.s3 import Bucket
 from support.signing_keys import Keys, write_key
 
-from logit_cache.sharing.push_pull import pull, push
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.errors import CacheNotFound, CorruptCache, InputError
