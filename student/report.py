@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
 from storage.config import Frozen
 from student.job import StudentJob
+
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+"""A duration that a record states. No run takes 30,000 years, and nothing is computed from a number beyond."""
 
 
 class HeldOutKL(Frozen):
@@ -37,6 +40,14 @@ class HeldOutReport(Frozen):
     kl: dict[str, HeldOutKL] = Field(default_factory=dict)
     kl_not_measured: dict[str, str] = Field(default_factory=dict)
     distillation_loss: float | None = None
+
+    def logged(self, prefix: str = "eval") -> dict[str, float]:
+        """The figures by the names that logs, `metric_for_best_model` and sweeps use; loss is the cross-entropy."""
+        found = {"loss": self.cross_entropy, "perplexity": self.perplexity, "ece": self.ece, "accuracy": self.accuracy}
+        if self.distillation_loss is not None:
+            found["distillation_loss"] = self.distillation_loss
+        found |= {f"kl_{name}": kl.nats for name, kl in self.kl.items()}
+        return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
 class LiveTeachers(Frozen):
@@ -98,7 +109,7 @@ class TrainingReport(Frozen):
     windows_at_once: int | None = None
     tokens_seen: int
     tokens_trained: int | None = None
-    seconds: float
+    seconds: Seconds
     resumed_from_step: int = 0
     device: str
     fused_head: bool = False

@@ -61,7 +61,7 @@ def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
         job = build_config(EvaluationJob, {"model": model}, flags, "logit-cache evaluate")
         job.check()
         from student.evaluation.evaluate import evaluate as measure
-        from student.evaluation.evaluate import table, write_report
+        from student.evaluation.report import table, write_report
 
         report = measure(job, progress, lambda line: click.echo(line, err=True))
         if out is not None:

@@ -28,7 +28,8 @@ from storage.config import Frozen
 from storage.errors import InputError
 from storage.files import replace_file
 from student.job import StudentJob
-from student.sweep.search_space import Search
+from student.report import Seconds
+from student.sweep.search_space import Scalar, Search
 from student.training.run_folder import REPORT_FILE, RUN_FILE
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class TrialRecord(_Record):
     number: int
     state: Literal["running", "complete", "pruned", "failed"]
     value: float | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    seconds: float = 0.0
+    parameters: dict[str, Scalar] = Field(default_factory=dict)
+    seconds: Seconds = 0.0
     steps: int = 0
     error: str | None = None
     evaluations: tuple[tuple[int, float], ...] = ()
@@ -94,20 +95,22 @@ class SweepReport(_Record):
     metric: str
     direction: Literal["minimize", "maximize"]
     backend: str
-    seconds: float
+    seconds: Seconds
     job: dict[str, Any]
     search: dict[str, Any]
     best: int | None
     trials: tuple[TrialRecord, ...]
 
     def ranked(self) -> list[TrialRecord]:
-        """Best first: complete trials, then pruned ones, then the others."""
+        """Best first: complete trials, then pruned ones, then the others; last of each those without a finite value."""
         sign = -1.0 if self.direction == "maximize" else 1.0
         order = {"complete": 0, "pruned": 1, "running": 2, "failed": 3}
-        return sorted(
-            self.trials,
-            key=lambda t: (order[t.state], math.inf if t.value is None else sign * t.value, t.number),
-        )
+
+        def place(trial: TrialRecord) -> tuple[int, float, int]:
+            finite = trial.value is not None and math.isfinite(trial.value)
+            return order[trial.state], sign * (trial.value or 0.0) if finite else math.inf, trial.number
+
+        return sorted(self.trials, key=place)
 
 
 class SweepFolder:

@@ -36,7 +36,7 @@ from student.models.presets import PRESETS
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids, write_files
-from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
+from student.report import HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.cast_weights import cast_weights
 from student.training.defaults import described, filled, open_fields
@@ -181,18 +181,7 @@ def _evaluate(run: _Run, trainer: DistillationTrainer) -> HeldOutReport | None:
     # To the loggers of report_to; on the terminal the report follows.
     trainer.remove_callback(TrainingProgress)
     trainer.show_held_out(result)
-    kl = {name: HeldOutKL(nats=nats, lower_bound=result.kl_is_lower_bound[name]) for name, nats in result.kl.items()}
-    return HeldOutReport(
-        tokens=result.tokens,
-        cross_entropy=result.cross_entropy,
-        perplexity=result.perplexity,
-        bits_per_byte=result.bits_per_byte,
-        ece=result.ece,
-        accuracy=result.accuracy,
-        kl=kl,
-        kl_not_measured=data.not_measured,
-        distillation_loss=result.distillation_loss,
-    )
+    return result.model_copy(update={"kl_not_measured": data.not_measured})
 
 
 def _report(

@@ -18,9 +18,8 @@ from storage.cache.writer import EntryWriter
 from storage.format.fidelity import Angle, Calibration, CurvePoint, Divergences, FidelityReport, NeededIds, Size, Spread
 from storage.format.manifest import Teacher, TeacherIdentity
 from student.evaluation.blimp import PHENOMENA
-from student.evaluation.evaluate import EvaluationReport
 from student.evaluation.job import EvaluationJob
-from student.evaluation.minimal_pairs import GroupScore, PairScores, ParadigmScore
+from student.evaluation.report import EvaluationReport, GroupScore, PairScores, ParadigmScore
 from student.job import StudentJob
 from student.report import HeldOutKL, HeldOutReport, TrainingReport
 
