@@ -424,9 +424,9 @@ def test_models_that_do_not_fit_side_by_side_run_alone(text: Path, tmp_path: Pat
     machine = LARGE.model_copy(update={"cores": 6})
     record = RecipeRun(job_of(text, out), machine)._record()
     out.mkdir()
-    (out / "recipe.json").write_text(json.dumps(record))
+    (out / "recipe.json").write_text(record.model_dump_json())
     assert RecipeRun(job_of(text, out), LARGE).at_once == 2
-    (out / "recipe.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("at_once", "threads")}))
+    (out / "recipe.json").write_text(record.model_dump_json(exclude={"at_once", "threads"}))
     assert RecipeRun(job_of(text, out), machine).at_once == 1
 
 
