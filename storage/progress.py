@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from storage.text import duration
+
 Advance = Callable[[int], None]  # number of units done since the last call
 Log = Callable[[str], None]  # receives one line for a person
 Track = Callable[[str, int, str], AbstractContextManager[Advance]]  # description, total, unit → advance
@@ -96,13 +98,3 @@ class TextLines(Lines):
             if self._total and not final:
                 line += f", {duration((self._total - self._done) / rate)} left"
         print(line, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """`75` → `1m 15s`, `7300` → `2h 01m`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

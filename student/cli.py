@@ -200,7 +200,7 @@ def _leave_process_group() -> None:
 
 def table(report: TrainingReport) -> str:
     """The summary printed at the end of a run."""
-    from student.report import labelled
+    from storage.text import labelled
 
     rows = [
         ("model", f"{report.job.model}, {report.parameters:,} parameters"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -122,9 +121,3 @@ class TrainingReport(Frozen):
     held_out: HeldOutReport | None
     live: LiveTeachers | None = None
     peak_memory: PeakMemory | None = None
-
-
-def labelled(rows: Sequence[tuple[str, str]]) -> str:
-    """Labels and their values as lines for a terminal, the values aligned."""
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)

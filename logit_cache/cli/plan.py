@@ -13,7 +13,7 @@ import click
 
 from logit_cache.cli.options import JOB_OPTIONS, json_option
 from storage.errors import one_line_errors
-from storage.progress import duration
+from storage.text import duration
 from student.cli_command import applied, command, under
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 
 from logit_cache.recipes.machine import Machine
 from logit_cache.recipes.published import WINDOW_TOKENS, Model, Network, Recipe
-from logit_cache.text import columns
 from storage.errors import InputError
-from storage.progress import duration
+from storage.text import columns, duration
 
 _PROGRAM_BYTES = 1 << 30
 _SCORING_LOGITS = 256 << 20

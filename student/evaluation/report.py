@@ -9,9 +9,10 @@ from pydantic import Field
 
 from storage.config import Frozen
 from storage.files import replace_file
+from storage.text import labelled
 from student.evaluation.blimp import GROUP_OF, PHENOMENA
 from student.evaluation.job import EvaluationJob, Reported
-from student.report import HeldOutKL, labelled
+from student.report import HeldOutKL
 
 
 class HeldOutScores(Reported):

@@ -22,7 +22,8 @@ from support.commands import ROOT
 PACKAGES = ("storage", "student", "teachers", "logit_cache")
 ROOMS = {
     "storage": (
-        ("errors",), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",),
+        ("errors", "text"), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",),
+        ("transfer",),
     ),
     "student": (
         ("labels", "models", "lifeline"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
@@ -32,7 +33,7 @@ ROOMS = {
         ("ranks",), ("base",), ("huggingface", "reduction"), ("batch_size", "ensemble", "vocabulary"), ("live",),
         ("cli",),
     ),
-    "logit_cache": (("text", "describe"), ("corpus",), ("caching",), ("fidelity",), ("engines",), ("cli",)),
+    "logit_cache": (("describe",), ("corpus",), ("caching",), ("fidelity",), ("engines",), ("cli",)),
 }  # fmt: skip
 # Leaves of logit_cache, each with the leaves whose records it reads: they know the first level, and only the commands
 # know them all.

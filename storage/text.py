@@ -1,0 +1,47 @@
+"""Numbers and tables as people read them on a terminal: counts with their nouns, sizes, durations, columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 document`, `2,000 documents`; `plural` for a noun that takes no s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def size(count: float) -> str:
+    """`512 bytes`, `64.0 kB`, `3.2 GB`: units of powers of 1,000."""
+    if round(count) < 1000:
+        return counted(round(count), "byte")
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:,.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """`75` → `1m 15s`, `7300` → `2h 01m`; from two days on `2.5 days`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{seconds / 86400:,.1f} days"
+
+
+def columns(rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """A line for each row, in aligned columns: the first `left` to the left, the others to the right."""
+    aligned = []
+    for number, cells in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, cells))
+        aligned.append([cell.ljust(width) if number < left else cell.rjust(width) for cell in cells])
+    return ["  ".join(row).rstrip() for row in zip(*aligned, strict=True)]
+
+
+def labelled(rows: Iterable[tuple[str, str]]) -> str:
+    """Labels and their values, a line each, the values aligned."""
+    return "\n".join(columns(rows, left=2))
