@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from logit_cache.describe import targets_in_words, windowing_in_words
 from logit_cache.report.findings import RecipeFindings
 from logit_cache.report.folders import RunFolder
 from logit_cache.report.numbers import distinct, scalar
@@ -34,8 +35,8 @@ def setup(findings: RecipeFindings) -> Facts:
         rows = [
             ("teachers", distinct(_teachers(found) for found in made)),
             ("entries", ", ".join(entry.name for entry in findings.entries)),
-            ("targets", distinct(_targets(found["targets"]) for found in made)),
-            ("teachers' windows", distinct(_windowing(found["windowing"]) for found in made)),
+            ("targets", distinct(targets_in_words(found["targets"]) for found in made)),
+            ("teachers' windows", distinct(windowing_in_words(found["windowing"]) for found in made)),
         ]
     else:
         rows = [("entries", ", ".join(f"{entry.name} (not cached yet)" for entry in findings.entries) or "none")]
@@ -117,17 +118,3 @@ def _teachers(found: dict[str, Any]) -> str:
         return members[0]
     shares = ", ".join(f"{weight:g}" for weight in found["weights"])
     return f"{found['combine']} of {' and '.join(members)}, weights {shares}"
-
-
-def _targets(targets: dict[str, Any]) -> str:
-    text = f"{targets['method']}, k = {targets['k']}"
-    if targets["head_ids"]:
-        text += f", {targets['head_ids']} of them certain"
-    if targets["top_p"]:
-        text += f", cut at a mass of {targets['top_p']:g}"
-    return text + (f", for temperature {targets['temperature']:g}" if targets["method"] == "varopt" else "")
-
-
-def _windowing(windowing: dict[str, Any]) -> str:
-    isolated = ", documents isolated" if windowing["isolate_documents"] else ""
-    return f"{windowing['context_tokens']} tokens every {windowing['stride_tokens']}{isolated}"

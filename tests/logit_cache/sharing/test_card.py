@@ -287,4 +287,5 @@ def test_many_sources_are_counted_not_listed() -> None:
 def test_the_card_names_targets_without_label_logprob(make: Any) -> None:
     text = card_text(LogitCache.open(str(make(targets=Targets(k=K, has_label_logprob=False)))))
     assert "top-k, k = 6; without `label_logprob`" in text
+    assert "300 tokens in 1 document; 1,200 bytes of text" in text
     assert "loss on this text" not in text
