@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 document`, `2,000 documents`; `plural` for a noun that takes no s."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`, `3 batches`, `4 entries`."""
+    return f"{number:,} {noun if number == 1 else _plural(noun)}"
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith(("s", "ch")):
+        return f"{noun}es"
+    return f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
 
 
 def size(count: float) -> str:
@@ -31,6 +37,12 @@ def duration(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
     return f"{seconds / 86400:,.1f} days"
+
+
+def ranges_in_words(ranges: Sequence[Sequence[int]]) -> str:
+    """`1 range: 0..64`, `3 ranges, the first 0..64`; a range excludes its end."""
+    start, stop = ranges[0]
+    return f"{counted(len(ranges), 'range')}{':' if len(ranges) == 1 else ', the first'} {start}..{stop}"
 
 
 def columns(rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from student.cli_command import Command, Decorator, applied, command, under, write_lines
+from student.cli_command import Command, Decorator, applied, command, json_option, under, write_lines
 
 if TYPE_CHECKING:
     from student.job import StudentJob
@@ -79,8 +79,6 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     ),
 )
 """The options of every training command."""
-
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 
 OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
     _loss(
@@ -263,7 +261,7 @@ class PresetCommand(Command):
     metavar="YAML",
     help="Run many students: a file like --config with a block `sweep:` (docs/sweeps.md); needs the extra tune.",
 )
-@JSON_OPTION
+@json_option()
 def train_student(sweep: str | None, **flags: Any) -> None:
     """Train a student on cached targets, with no teacher loaded."""
     if sweep is None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from logit_cache.cli.options import json_option
 from storage.errors import one_line_errors
 from storage.text import columns, counted, size
-from student.cli_command import command
+from student.cli_command import command, json_option
 
 
 @command("logit-cache inspect run/train --at 1234")

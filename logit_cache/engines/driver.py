@@ -18,6 +18,7 @@ from logit_cache.engines.shard_queue import ATTEMPTS, ShardQueue
 from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.worker import ShardOutcome
 from storage.errors import LogitCacheError, StorageFull, StoreUnavailable
+from storage.text import counted
 
 # Seconds between retries of shards that another job has leased.
 _LOOK_SECONDS = 2.0
@@ -269,6 +270,8 @@ class Driver:
                 self._idle_since = now + _LOG_AGAIN_SECONDS - _LOG_SECONDS
                 count = len(queue.elsewhere)
                 self._log.event(
-                    "waiting for others", f"waiting for {count} shard(s) that another job has leased", shards=count
+                    "waiting for others",
+                    f"waiting for {counted(count, 'shard')} that another job has leased",
+                    shards=count,
                 )
             queue.look_again()

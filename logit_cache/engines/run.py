@@ -15,7 +15,7 @@ from __future__ import annotations
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, check_stream
-from logit_cache.caching.status import survey
+from logit_cache.caching.survey import survey
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import Outcome
 from logit_cache.engines.shutdown import Stopping

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, open_job
-from logit_cache.caching.status import Survey, survey
+from logit_cache.caching.survey import Survey, survey
 from logit_cache.engines.driver import Driver, Event, Gone, ManyWorkers, Ready, Reported
 from logit_cache.engines.local_processes import LocalPool, local_devices, threads_for
 from logit_cache.engines.options import EngineOptions
@@ -20,6 +20,7 @@ from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.worker import Worker, positions_of, publish_report
 from logit_cache.engines.worker_index import Rank, rank_of
 from storage.cache.failures import failures_of
+from storage.text import counted
 
 
 class ThisProcess:
@@ -163,7 +164,7 @@ def _raise_unless_done(job: CacheJob, outcome: Outcome) -> None:
         shards = sorted(outcome.failed)
         named = ", ".join(map(str, shards[:8])) + (" …" if len(shards) > 8 else "")
         raise NotDone(
-            f"{job.cache}: {job.name}: {len(shards)} shard(s) failed permanently, in every attempt: {named} "
+            f"{job.cache}: {job.name}: {counted(len(shards), 'shard')} failed permanently, in every attempt: {named} "
             f"({outcome.failed[shards[0]].splitlines()[-1]}); run the same command again to retry them"
         )
 

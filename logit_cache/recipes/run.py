@@ -33,6 +33,7 @@ from storage.config import Frozen
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL, replace_file
 from storage.locks import LOCK, locked
+from storage.text import size
 
 AGAIN = "run the same command again to resume"
 RECORD = "recipe.json"
@@ -259,8 +260,8 @@ class RecipeRun:
         done = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         if needed - done > free:
             raise InputError(
-                f"{self.folder}: the run will take about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
-                f"free there: give another --out{'' if self.recipe.scale == 'tiny' else ', or a smaller --scale'}"
+                f"{self.folder}: the run will take about {size(needed)}, and {size(free)} are free "
+                f"there: give another --out{'' if self.recipe.scale == 'tiny' else ', or a smaller --scale'}"
             )
 
 

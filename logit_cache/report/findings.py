@@ -141,7 +141,6 @@ class BreakEven:
 class RecipeFindings:
     """All data of the page about a recipe."""
 
-    name: str
     recipe: RecipeRecord
     models: tuple[Model, ...]
     series: tuple[Series, ...]
@@ -329,7 +328,6 @@ def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
     train = _open(folder.train_cache)
     held_out = _open(folder.held_out_cache)
     return RecipeFindings(
-        name=folder.name,
         recipe=folder.recipe,
         models=folder.models,
         series=series_of(folder.models),

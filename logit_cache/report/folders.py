@@ -42,19 +42,10 @@ class Model:
 class RecipeFolder:
     """A recipe with its finished runs and scores. The caches are paths, which may not exist yet."""
 
-    name: str
     recipe: RecipeRecord
     models: tuple[Model, ...]
     train_cache: Path | None
     held_out_cache: Path | None
-
-
-@dataclass(frozen=True)
-class SweepFolder:
-    """A folder with a sweep."""
-
-    name: str
-    sweep: SweepReport
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class RunFolder:
     run: TrainingReport
 
 
-Folder = RecipeFolder | SweepFolder | RunFolder
+Folder = RecipeFolder | SweepReport | RunFolder
 _Record = TypeVar("_Record", bound=BaseModel)
 
 
@@ -76,13 +67,13 @@ def read_folder(directory: str | Path) -> Folder:
         raise InputError(
             f"{directory}: expected a folder of a recipe, a sweep or a training run, found no folder there"
         )
-    # The path may be "." or end in "..": the report shows the folder's own name.
-    name = path.resolve().name.encode("utf-8", "replace").decode()
     if (path / "recipe.json").is_file():
-        return _read_recipe(path, name)
+        return _read_recipe(path)
     if (path / "sweep.json").is_file():
-        return SweepFolder(name, _read(path / "sweep.json", SweepReport))
+        return _read(path / "sweep.json", SweepReport)
     if (path / "report.json").is_file():
+        # The path may be "." or end in "..": the report shows the folder's own name.
+        name = path.resolve().name.encode("utf-8", "replace").decode()
         return RunFolder(name, _read(path / "report.json", TrainingReport))
     raise InputError(
         f"{directory}: expected recipe.json, sweep.json or report.json in it, found none of them: give the folder of a "
@@ -90,7 +81,7 @@ def read_folder(directory: str | Path) -> Folder:
     )
 
 
-def _read_recipe(path: Path, name: str) -> RecipeFolder:
+def _read_recipe(path: Path) -> RecipeFolder:
     file = path / "recipe.json"
     recipe = _read(file, RecipeRecord)
     models = []
@@ -117,7 +108,7 @@ def _read_recipe(path: Path, name: str) -> RecipeFolder:
         None if cache is None else _inside(path, cache, f"{file}, caches")
         for cache in (recipe.caches.train, recipe.caches.held_out)
     ]
-    return RecipeFolder(name, recipe, tuple(models), *caches)
+    return RecipeFolder(recipe, tuple(models), *caches)
 
 
 def _inside(folder: Path, relative: str, where: str) -> Path:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from logit_cache.report import facts, figures, metrics
 from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe
-from logit_cache.report.folders import Folder, RecipeFolder, RunFolder, SweepFolder, read_folder
+from logit_cache.report.folders import Folder, RecipeFolder, RunFolder, read_folder
 from logit_cache.report.numbers import number, over_seeds, trial_value
 from logit_cache.report.svg import swatch
 from logit_cache.report.verdict import pairs_sentences, verdicts
@@ -61,7 +61,7 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
             f"{names}: expected at least one finished run or trial, found none: run the command again once there is one"
         )
     articles = [_recipe(gather_recipe(folder)) for folder in folders if isinstance(folder, RecipeFolder)]
-    articles += [_sweep(folder) for folder in folders if isinstance(folder, SweepFolder)]
+    articles += [_sweep(folder) for folder in folders if isinstance(folder, SweepReport)]
     runs = [folder for folder in folders if isinstance(folder, RunFolder)]
     if runs:
         articles.append(_runs(runs))
@@ -100,8 +100,8 @@ def _bound(text: str) -> str:
 def _is_finished(folder: Folder) -> bool:
     if isinstance(folder, RecipeFolder):
         return any(model.run is not None for model in folder.models)
-    if isinstance(folder, SweepFolder):
-        return any(trial.state == "complete" and trial.value is not None for trial in folder.sweep.trials)
+    if isinstance(folder, SweepReport):
+        return any(trial.state == "complete" and trial.value is not None for trial in folder.trials)
     return True
 
 
@@ -167,8 +167,8 @@ def _break_even(found: BreakEven | None) -> str:
     return f"The cache is cheaper from {counted(first, 'student')} on: {costs}."
 
 
-def _sweep(folder: SweepFolder) -> Article:
-    sweep, trials = folder.sweep, folder.sweep.ranked()
+def _sweep(sweep: SweepReport) -> Article:
+    trials = sweep.ranked()
     body = _from_template(
         "sweep",
         sweep=sweep,

@@ -7,22 +7,19 @@ before any data is copied. A data set of the hub is written by the hub's own upl
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from storage.cache.inventory import CARD_KEY, SIGNATURE_KEY
 from storage.cache.reader import LogitCache
 from storage.errors import CorruptCache, InputError
-from storage.progress import Advance, Log, silent
+from storage.progress import Log, Track, silent, untracked
 from storage.stores import open_store
 from storage.stores.base import Store
 from storage.transfer.contents import fetch_whole
 from storage.transfer.copy import Delivery, Transfer, prepare
-
-Track = Callable[[str, int], contextlib.AbstractContextManager[Advance]]
 
 # A card is text for people; a larger file is not a card.
 _MOST_CARD_BYTES = 1 << 20
@@ -39,14 +36,14 @@ def push(
     license: str | None = None,
     sign: str | None = None,
     workers: int = 8,
-    track: Track | None = None,
+    track: Track = untracked,
     log: Log | None = None,
 ) -> Delivery:
     """Copy a cache, or some of its entries, to a store from which others pull it; see `storage.transfer.copy.prepare`.
 
-    Writes README.md, the card, with `license`, and model.sig when `sign` is the path of a private key. `track` takes a
-    description and a number of bytes, and returns a context manager for their progress; `log` takes warnings and notes
-    for the user. Raises the errors of `prepare`, and of `hub.push_to_hub` for `hf://` targets.
+    Writes README.md, the card, with `license`, and model.sig when `sign` is the path of a private key. `track`
+    shows the bytes that are copied; `log` takes warnings and notes for the user. Raises the errors of `prepare`, and of
+    `hub.push_to_hub` for `hf://` targets.
     """
     log = log or silent
     if without_tokens:
@@ -74,7 +71,7 @@ def pull(
     corpus: str | None = None,
     verify_key: str | None = None,
     workers: int = 8,
-    track: Track | None = None,
+    track: Track = untracked,
     log: Log | None = None,
 ) -> Delivery:
     """Copy a cache that others made, or some of its entries, checking all of it; see `storage.transfer.copy.prepare`.
@@ -100,10 +97,9 @@ def pull(
     return done
 
 
-def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track: Track | None, log: Log) -> Delivery:
-    tracked = track(name, transfer.contents.size) if track else contextlib.nullcontext(None)
+def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track: Track, log: Log) -> Delivery:
     try:
-        with tracked as advance:
+        with track(name, transfer.contents.size, "bytes") as advance:
             return transfer.deliver(advance, card_files, check_stream=name == "pull")
     except BaseException:
         if transfer.kept_at is not None:
@@ -119,7 +115,7 @@ def _push_to_hub(
     license: str | None,
     sign: str | None,
     workers: int,
-    track: Track | None,
+    track: Track,
     log: Log,
 ) -> Delivery:
     from logit_cache.sharing.hub import parse_hub_url, push_to_hub
@@ -136,7 +132,7 @@ def _push_to_hub(
         ) as transfer:
             transfer.check_fits(open_store(url))
             done = _deliver(transfer, "check", _new_card_files(transfer, license, sign), track, log)
-        with track("upload", done.copied_bytes) if track else contextlib.nullcontext(None) as advance:
+        with track("upload", done.copied_bytes, "bytes") as advance:
             push_to_hub(Path(staged), url, advance)
     done.url = url
     return done

@@ -6,8 +6,6 @@ Any causal language model that transformers saved can be evaluated; ours and oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import InputError
-from storage.progress import Log, Track, silent
+from storage.progress import Log, Track, silent, untracked
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import held_out
 from student.evaluation.job import EvaluationJob
@@ -38,7 +36,7 @@ from student.models.tokenizer import read_tokenizer
 from student.report import HeldOutReport
 
 
-def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = None) -> EvaluationReport:
+def evaluate(job: EvaluationJob, track: Track = untracked, log: Log = silent) -> EvaluationReport:
     """Make the measurements of a job; everything that can be wrong with it is checked before the model runs.
 
     `track(name, total, unit)` opens a progress display and returns the function that advances it; `log` receives a line
@@ -46,7 +44,6 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
     transformers applies.
     Raises InputError, IdentityMismatch (the cache has another tokenizer) and the errors of `DistillationWindows`.
     """
-    show = track or _silent
     job.check()
     device = _device(job.device)
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
@@ -69,8 +66,7 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         )
         named = max((entry.vocabulary_size for entry in windows.entries.values()), default=0)
         vocabulary = None if tokenizer is None else tokenizer.get_vocab()
-        note = log or silent
-        windows = windows.within(stated_columns(job.model), job.model, note, vocabulary, named)
+        windows = windows.within(stated_columns(job.model), job.model, log, vocabulary, named)
     sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
     model = _load(job, sentences, tokenizer, windows, device)
 
@@ -78,10 +74,10 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         write_tasks(pairs, job.lm_eval_tasks, job.leading_space)
     held = scores = None
     if windows is not None:
-        with show("held-out text", len(windows), "windows") as advance:
+        with track("held-out text", len(windows), "windows") as advance:
             held = _scores(held_out(model, windows, job.batch_size, advance))
     if pairs:
-        with show("minimal pairs", len(sentences), "sentences") as advance:
+        with track("minimal pairs", len(sentences), "sentences") as advance:
             scores = tally(pairs, sentence_logprobs(model, sentences, job.batch_size, advance).view(-1, 2))
     return EvaluationReport(
         job=job,
@@ -109,11 +105,6 @@ def _scores(found: HeldOutReport) -> HeldOutScores:
         accuracy=found.accuracy,
         kl=found.kl,
     )
-
-
-def _silent(name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
-    del name, total, unit
-    return nullcontext(lambda count: None)
 
 
 def _device(name: str | None) -> torch.device:

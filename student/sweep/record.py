@@ -27,6 +27,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from storage.config import Frozen
 from storage.errors import InputError
 from storage.files import replace_file
+from storage.text import columns
 from student.job import StudentJob
 from student.report import Seconds
 from student.sweep.search_space import Scalar, Search
@@ -206,8 +207,7 @@ def table(report: SweepReport, folder: str) -> str:
         value = "-" if trial.value is None else f"{trial.value:.4f}"
         cells = [_cell(trial.parameters.get(name, "-")) for name in names]
         rows.append([str(trial.number), trial.state, value, f"{trial.steps:,}", f"{trial.seconds:,.1f}", *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = columns(rows, left=2)
     lines += [f"trial {trial.number} failed: {trial.error}" for trial in report.trials if trial.state == "failed"]
     if report.best is None:
         return "\n".join([*lines, "no trial was completed"])

@@ -15,6 +15,7 @@ from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest import TeacherEntry
 from storage.format.sealing import digest
 from storage.progress import Log, silent
+from storage.text import counted
 from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
@@ -215,6 +216,6 @@ def check_step(windows: DistillationWindows, args: TrainingArguments) -> None:
     if args.dataloader_drop_last and len(windows) < step:
         raise InputError(
             f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {step} "
-            f"of one step over {args.world_size} process(es): take a smaller --windows-per-step, "
+            f"of one step over {counted(args.world_size, 'process')}: take a smaller --windows-per-step, "
             "per_device_train_batch_size or window"
         )

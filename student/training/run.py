@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
 from storage.errors import InputError
-from storage.progress import Log, silent
+from storage.progress import Log, silent, to_stderr
+from storage.text import counted
 from student.data.batches import collate, flat_targets
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
@@ -148,7 +148,7 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     step_windows = windows_per_step(args)
     identity = _identity(job, values, data, step_windows)
     output.check(identity)
-    log = (log or _to_stderr) if first else silent
+    log = (log or to_stderr) if first else silent
     return _Run(job, values, data, args, step_windows, output, identity, notes, log)
 
 
@@ -157,8 +157,8 @@ def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
     job, args, windows = run.job, run.args, run.data.windows
     run.log(
         f"{job.model}: {parameters:,} parameters; {len(windows):,} windows of {job.window_tokens} tokens, "
-        f"{run.step_windows} to a step: {args.world_size} process(es), {args.gradient_accumulation_steps} "
-        f"micro-batch(es) of {args.train_batch_size}"
+        f"{run.step_windows} to a step: {counted(args.world_size, 'process')}, "
+        f"{counted(args.gradient_accumulation_steps, 'micro-batch')} of {args.train_batch_size}"
     )
     for note in run.notes:
         run.log(note)
@@ -382,7 +382,3 @@ def _positions_seen(windows: DistillationWindows, args: TrainingArguments, steps
         total += int(windows.blocks.lengths(numbers).sum())
         trained += windows.trained_positions((numbers + epoch * len(windows)).tolist())
     return total, trained
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
