@@ -40,14 +40,14 @@ def setup(findings: RecipeFindings) -> Facts:
         ]
     else:
         rows = [("entries", ", ".join(f"{entry.name} (not cached yet)" for entry in findings.entries) or "none")]
-    corpus = findings.corpus
-    if corpus is None:
+    if findings.cache is None:
         rows.append(("corpus", "not tokenized yet"))
     else:
+        corpus, tokenizer = findings.cache.corpus, findings.cache.tokenizer
         rows += [
-            ("corpus", f"{counted(corpus['tokens'], 'token')}, {counted(corpus['documents'], 'document')}"),
-            ("text", counted(corpus["text_bytes"], "byte")),
-            ("vocabulary", counted(corpus["vocabulary_size"], "id")),
+            ("corpus", f"{counted(corpus.positions, 'token')}, {counted(corpus.documents, 'document')}"),
+            ("text", counted(corpus.text_bytes, "byte")),
+            ("vocabulary", counted(tokenizer.vocabulary_size, "id")),
         ]
     students = [run for series in findings.of("student") for _, run in series.runs]
     return rows + [(name, distinct(map(of, students)) or "not measured") for name, of in _OF_STUDENTS.items()]
@@ -72,9 +72,9 @@ def sweep_settings(sweep: SweepReport) -> Facts:
 def recipe_digests(findings: RecipeFindings) -> Facts:
     """sha256 of the data and weights of a recipe."""
     rows = []
-    if findings.corpus is not None:
-        rows.append(("token stream", findings.corpus["stream_sha256"]))
-        rows.append(("tokenizer", findings.corpus["tokenizer_fingerprint"]))
+    if findings.cache is not None:
+        rows.append(("token stream", findings.cache.corpus.stream_sha256))
+        rows.append(("tokenizer", findings.cache.tokenizer.fingerprint))
     for entry in findings.entries:
         if entry.found is not None:
             rows.append((f"record of {entry.name}", entry.found["record_sha256"]))

@@ -20,6 +20,7 @@ from logit_cache.report.metrics import Metric, kl_of, pairs_mean, run_seconds
 from logit_cache.report.statistics import Spread, spread
 from storage.cache.reader import LogitCache
 from storage.errors import CacheNotFound
+from storage.format.manifest import CacheRecord
 from student.report import TrainingReport
 
 EQUAL_NATS = 0.01
@@ -144,7 +145,7 @@ class RecipeFindings:
     recipe: RecipeRecord
     models: tuple[Model, ...]
     series: tuple[Series, ...]
-    corpus: dict[str, Any] | None
+    cache: CacheRecord | None
     entries: tuple[Entry, ...]
 
     @cached_property
@@ -331,7 +332,7 @@ def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
         recipe=folder.recipe,
         models=folder.models,
         series=series_of(folder.models),
-        corpus=None if train is None else _corpus(train),
+        cache=None if train is None else train.record,
         entries=tuple(_entry(name, train, held_out) for name in folder.recipe.entries),
     )
 
@@ -358,18 +359,6 @@ def _open(path: Path | None) -> LogitCache | None:
         return LogitCache.open(str(path))
     except CacheNotFound:
         return None
-
-
-def _corpus(cache: LogitCache) -> dict[str, Any]:
-    corpus, record = cache.record.corpus, cache.record
-    return {
-        "tokens": corpus.positions,
-        "documents": corpus.documents,
-        "text_bytes": corpus.text_bytes,
-        "stream_sha256": corpus.stream_sha256,
-        "vocabulary_size": record.tokenizer.vocabulary_size,
-        "tokenizer_fingerprint": record.tokenizer.fingerprint,
-    }
 
 
 def _entry(name: str, train: LogitCache | None, held_out: LogitCache | None) -> Entry:

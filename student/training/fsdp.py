@@ -84,6 +84,6 @@ class FSDPIsOn(TrainerCallback):
         whole = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if whole:
             raise InputError(
-                f"fsdp was asked for, but not sharded: {counted(len(whole), 'parameter')} ({whole[0]}, …): accelerate did "
-                "not apply FSDP2 here; look at its configuration, or leave fsdp out"
+                f"fsdp was asked for, but {counted(len(whole), 'parameter')} not sharded ({whole[0]}, …): accelerate "
+                "did not apply FSDP2 here; look at its configuration, or leave fsdp out"
             )

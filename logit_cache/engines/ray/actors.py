@@ -64,8 +64,8 @@ class RayPool:
         if alone and not roomy:
             cpus = sum(int(node.get("CPU", 0)) for node in nodes)
             raise InputError(
-                f"a worker needs {self._need()}, and Ray finds {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')} on this "
-                f"machine: give other --worker-cpus or --device, or with --ray-address a cluster that has them"
+                f"a worker needs {self._need()}, and Ray finds {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')} on "
+                f"this machine: give other --worker-cpus or --device, or with --ray-address a cluster that has them"
             )
         self.workers = found.workers(options.workers or (gpus if self._on_gpu else roomy) or 1)
         # A group of its own, so that `stop` reaches an actor that builds. All other calls run one after the other.
