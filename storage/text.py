@@ -39,6 +39,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
 
 
+def printable(text: str) -> str:
+    """Text that somebody else wrote, in one line, without the characters that a terminal obeys."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def ranges_in_words(ranges: Sequence[Sequence[int]]) -> str:
     """`1 range: 0..64`, `3 ranges, the first 0..64`; a range excludes its end."""
     start, stop = ranges[0]

@@ -199,6 +199,7 @@ def _leave_process_group() -> None:
 def table(report: TrainingReport) -> str:
     """The summary printed at the end of a run."""
     from storage.text import labelled
+    from student.report import quality_rows
 
     rows = [
         ("model", f"{report.job.model}, {report.parameters:,} parameters"),
@@ -222,10 +223,7 @@ def table(report: TrainingReport) -> str:
         ]
         if held.bits_per_byte is not None:
             rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
-        rows += [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
-        for name, kl in held.kl.items():
-            note = " (a lower bound: the tail counts as one bucket)" if kl.lower_bound else ""
-            rows.append((f"KL to {name}", f"{kl.nats:.4f} nats{note}"))
+        rows += quality_rows(held.ece, held.accuracy, held.kl)
         rows += [(f"KL to {name}", f"not measured: {why}") for name, why in held.kl_not_measured.items()]
     rows.append(("saved in", report.job.output_dir))
     return labelled(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -19,6 +20,15 @@ class HeldOutKL(Frozen):
 
     nats: float
     lower_bound: bool
+
+
+def quality_rows(ece: float, accuracy: float, kl: Mapping[str, HeldOutKL]) -> list[tuple[str, str]]:
+    """Held-out figures of a table that do not depend on how text is counted."""
+    rows = [("calibration error", f"{ece:.2%}"), ("accuracy", f"{accuracy:.2%}")]
+    for name, one in kl.items():
+        note = " (a lower bound: the tail counts as one bucket)" if one.lower_bound else ""
+        rows.append((f"KL to {name}", f"{one.nats:.4f} nats{note}"))
+    return rows
 
 
 class HeldOutReport(Frozen):

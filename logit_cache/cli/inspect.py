@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from storage.errors import one_line_errors
-from storage.text import columns, counted, size
+from storage.text import columns, counted, printable, size
 from student.cli_command import command, json_option
 
 
@@ -61,7 +61,8 @@ def cache_text(found: dict[str, Any]) -> str:
         lines += ["", *_entry_lines(name, entry)]
     if not found["teachers"]:
         lines += ["", "  no teacher yet: run cache-logits"]
-    return "\n".join(lines)
+    # Sources, architectures and revisions are text of whoever made the cache.
+    return "\n".join(map(printable, lines))
 
 
 def stream_lines(found: dict[str, Any]) -> list[str]:

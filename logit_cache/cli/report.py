@@ -24,11 +24,11 @@ def report(directories: tuple[str, ...], out: str | None) -> None:
     with one_line_errors():
         from logit_cache.report.page import make_report
         from storage.files import check_writable
+        from storage.text import printable
 
         if out is not None:
             check_writable("--out", out)
         path = Path(directories[0]).expanduser() / "report.html" if out is None else Path(out).expanduser()
         for sentence in make_report(directories, path):
-            # Names come from the folders, and a terminal obeys some characters.
-            click.echo("".join(c if c.isprintable() else "?" for c in sentence))
+            click.echo(printable(sentence))  # names come from the folders
         click.echo(f"{path}: written", err=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from storage.errors import one_line_errors
-from storage.text import counted, duration
+from storage.text import counted, duration, printable
 from student.cli_command import command, json_option
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _status_lines(entry: EntryStatus) -> list[str]:
         lines.append(f"  time left   {duration(entry.seconds_left)} at that rate")
     if entry.last_commit is not None and entry.seconds_since_last_commit is not None:
         ago = duration(entry.seconds_since_last_commit)
-        hosts = [f"{_printable(item.host)} ({counted(item.shards, 'shard')})" for item in entry.hosts[:8]]
+        hosts = [f"{printable(item.host[:64])} ({counted(item.shards, 'shard')})" for item in entry.hosts[:8]]
         more = f" and {len(entry.hosts) - 8} more" if len(entry.hosts) > 8 else ""
         lines += [
             f"  last shard  {ago} ago, {entry.last_commit}",
@@ -145,8 +145,8 @@ def _status_lines(entry: EntryStatus) -> list[str]:
         for note in entry.failed:
             last = (note.error.strip().splitlines() or ["?"])[-1]
             lines.append(
-                f"    shard {note.shard:,} after {counted(note.attempts, 'attempt')} on {_printable(note.host)}: "
-                f"{_printable(last)[:300]}"
+                f"    shard {note.shard:,} after {counted(note.attempts, 'attempt')} on {printable(note.host[:64])}: "
+                f"{printable(last[:64])}"
             )
     return lines
 
@@ -172,8 +172,3 @@ def _how_far(entry: EntryStatus) -> str:
         return "not complete"
     # 99.97 % is not all of it.
     return "complete" if entry.complete else f"{math.floor(1000 * entry.share) / 10:.1f} %"
-
-
-def _printable(text: str) -> str:
-    """A name that another lab wrote, without control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:64])

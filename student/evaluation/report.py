@@ -12,7 +12,7 @@ from storage.files import replace_file
 from storage.text import labelled
 from student.evaluation.blimp import GROUP_OF, PHENOMENA
 from student.evaluation.job import EvaluationJob, Reported
-from student.report import HeldOutKL
+from student.report import HeldOutKL, quality_rows
 
 
 class HeldOutScores(Reported):
@@ -109,11 +109,7 @@ def table(report: EvaluationReport) -> str:
         ]
         if per_byte:
             rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
-        rows += [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
-        rows += [
-            (f"KL to {name}", f"{kl.nats:.4f} nats{' (a lower bound)' if kl.lower_bound else ''}")
-            for name, kl in held.kl.items()
-        ]
+        rows += quality_rows(held.ece, held.accuracy, held.kl)
     scores = report.minimal_pairs
     if scores is not None:
         blimp = scores.is_blimp
