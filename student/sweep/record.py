@@ -64,7 +64,7 @@ class TrialRecord(_Record):
     number: int
     state: Literal["running", "complete", "pruned", "failed"]
     value: float | None = None
-    parameters: dict[str, Scalar] = Field(default_factory=dict)
+    parameters: dict[str, Scalar | None] = Field(default_factory=dict)
     seconds: Seconds = 0.0
     steps: int = 0
     error: str | None = None
