@@ -23,7 +23,7 @@ def silent(line: str) -> None:
 
 
 def to_stderr(line: str) -> None:
-    """A `Log` of commands."""
+    """A `Log` that prints its lines on stderr, as commands do."""
     print(line, file=sys.stderr, flush=True)
 
 

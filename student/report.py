@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from storage.config import Frozen
+from storage.config import Frozen, Reported
 from student.job import StudentJob
 
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -84,7 +84,7 @@ class TailBound(Frozen):
     positions: int
 
 
-class TrainingReport(Frozen):
+class TrainingReport(Reported):
     """The figures and provenance of a run; `report.json` in its output directory.
 
     job                 as it ran, `training` with the defaults filled in
@@ -104,9 +104,6 @@ class TrainingReport(Frozen):
     eval_log            the evaluations made during training
     live                the teachers that ran beside the student, if any did
     """
-
-    # A run that diverged has NaN and infinite figures, and its report must still be readable JSON.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     kind: Literal["training report"] = "training report"
     job: StudentJob

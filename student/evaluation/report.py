@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from storage.config import Frozen
+from storage.config import Frozen, Reported
 from storage.files import replace_file
 from storage.text import labelled
 from student.evaluation.blimp import GROUP_OF, PHENOMENA
-from student.evaluation.job import EvaluationJob, Reported
+from student.evaluation.job import EvaluationJob
 from student.report import HeldOutKL, quality_rows
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from storage.config import Frozen
+from storage.config import Reported
 from storage.errors import InputError
 from storage.files import replace_file
 from storage.text import columns
@@ -44,11 +44,7 @@ INTERRUPTED = "interrupted: the process ended while it ran"
 """The error of trials that an earlier version ran again under another number."""
 
 
-class _Record(Frozen):
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-
-class TrialRecord(_Record):
+class TrialRecord(Reported):
     """State and outcome of a trial.
 
     value              the metric on held-out text at its end, or when it was pruned; None where it failed
@@ -86,7 +82,7 @@ class TrialRecord(_Record):
         return f"{'pruned at ' if self.state == 'pruned' else ''}{metric} {self.value:.4f}"
 
 
-class SweepReport(_Record):
+class SweepReport(Reported):
     """`sweep.json`. `seconds` counts all the processes that ran the sweep, `best` is the number of a trial."""
 
     kind: Literal["sweep"] = "sweep"
