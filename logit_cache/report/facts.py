@@ -15,18 +15,6 @@ from student.sweep.record import SweepReport
 
 Facts = list[tuple[str, str]]
 
-_OF_STUDENTS: dict[str, Callable[[TrainingReport], Any]] = {
-    "student": lambda run: f"{run.job.model.rstrip('/').split('/')[-1]}, {run.parameters:,} parameters",
-    "learns from": lambda run: _learns_from(run),
-    "loss": lambda run: run.job.loss,
-    "alpha": lambda run: _alpha(run),
-    "temperature": lambda run: f"{run.job.temperature:g}",
-    "tail": lambda run: run.job.tail,
-    "student's windows": lambda run: counted(run.job.window_tokens, "token"),
-    "windows per step": lambda run: f"{run.windows_per_step:,}",
-    "steps": lambda run: f"{run.steps:,}",
-}
-
 
 def setup(findings: RecipeFindings) -> Facts:
     """Teachers, targets, corpus and student of the distillation."""
@@ -118,3 +106,16 @@ def _teachers(found: dict[str, Any]) -> str:
         return members[0]
     shares = ", ".join(f"{weight:g}" for weight in found["weights"])
     return f"{found['combine']} of {' and '.join(members)}, weights {shares}"
+
+
+_OF_STUDENTS: dict[str, Callable[[TrainingReport], Any]] = {
+    "student": lambda run: f"{run.job.model.rstrip('/').split('/')[-1]}, {run.parameters:,} parameters",
+    "learns from": _learns_from,
+    "loss": lambda run: run.job.loss,
+    "alpha": _alpha,
+    "temperature": lambda run: f"{run.job.temperature:g}",
+    "tail": lambda run: run.job.tail,
+    "student's windows": lambda run: counted(run.job.window_tokens, "token"),
+    "windows per step": lambda run: f"{run.windows_per_step:,}",
+    "steps": lambda run: f"{run.steps:,}",
+}
