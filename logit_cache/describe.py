@@ -10,6 +10,7 @@ import numpy as np
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
 from storage.format.manifest import Corpus, ShardStatistics
+from storage.text import counted
 
 
 def describe_cache(cache: LogitCache, lengths: bool = False) -> dict[str, Any]:
@@ -101,6 +102,23 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
         "positions_with_head_mass_below_0.9": sums.head_mass_below_90 / sums.positions,
         "positions_with_head_mass_below_0.99": sums.head_mass_below_99 / sums.positions,
     }
+
+
+def targets_in_words(targets: dict[str, Any]) -> str:
+    """The `targets` of a described entry: `varopt, k = 64, seed 7, temperature 2, 24 ids certain`."""
+    text = f"{targets['method']}, k = {targets['k']}"
+    if targets["top_p"] is not None:
+        text += f", rows cut at a cumulative mass of {targets['top_p']:g}"
+    if targets["seed"] is not None:
+        text += f", seed {targets['seed']}, temperature {targets['temperature']:g}"
+    return text if targets["head_ids"] is None else f"{text}, {counted(targets['head_ids'], 'id')} certain"
+
+
+def windowing_in_words(windowing: dict[str, Any]) -> str:
+    """The `windowing` of a described entry: `128 tokens every 64, across documents`."""
+    text = f"{counted(windowing['context_tokens'], 'token')} every {windowing['stride_tokens']:,}"
+    text += ", within documents" if windowing["isolate_documents"] else ", across documents"
+    return text if windowing.get("begin_id") is None else f"{text}, each begun with BOS"
 
 
 def describe_position(cache: LogitCache, position: int, context: int = 24, most: int = 10) -> dict[str, Any]:

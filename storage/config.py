@@ -23,6 +23,12 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class Reported(Frozen):
+    """Base model of reports: figures of a run that diverged are NaN or infinite, and the report must still be JSON."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
 def parse_yaml(text: str) -> Any:
     """Plain YAML data, with the scalars of YAML 1.2: only true and false are booleans, and 3e-4 is a number.
 

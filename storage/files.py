@@ -8,6 +8,8 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from storage.errors import InputError
+
 PARTIAL = ".partial"  # suffix of temporary files, which no reader looks at
 STAGING = ".incoming"  # suffix or name of the folder in which a copy is staged; it belongs to no cache
 
@@ -35,6 +37,13 @@ def atomic_file(
         temporary.unlink(missing_ok=True)
     if durable:
         sync_path(path.parent)
+
+
+def check_writable(option: str, file: str) -> None:
+    """Raise InputError where an option names no possible file: before the work whose result goes there."""
+    path = Path(file).expanduser()
+    if not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"{option} {file}: expected a file in a folder that exists: give another name")
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from storage.text import duration, size
+
 Advance = Callable[[int], None]  # number of units done since the last call
 Log = Callable[[str], None]  # receives one line for a person
 Track = Callable[[str, int | None, str], AbstractContextManager[Advance]]  # description, total, unit → advance
@@ -18,6 +20,18 @@ _SECONDS_BETWEEN_LINES = 10.0
 def silent(line: str) -> None:
     """A `Log` that drops its lines: nobody asked for them, or another process writes them."""
     del line
+
+
+def to_stderr(line: str) -> None:
+    """A `Log` that prints its lines on stderr, as commands do."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def untracked(description: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """A `Track` that shows nothing."""
+    del description, total, unit
+    yield lambda count: None
 
 
 @contextmanager
@@ -43,7 +57,7 @@ def _bar(description: str, total: int | None, unit: str, done: int) -> Iterator[
             super().__init__("")
 
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else f"… {unit}/s")
+            return Text(f"{_amount(task.speed, unit)}/s" if task.speed else f"… {unit}/s")
 
     columns = (
         TextColumn("{task.description}"),
@@ -86,23 +100,18 @@ class TextLines(Lines):
     """Progress as lines of text, on stderr."""
 
     def _emit(self, rate: float, final: bool) -> None:
-        line = f"{self._description}: {self._done:,}"
+        line = f"{self._description}: "
         if self._total:
-            line += f" of {self._total:,} {self._unit} ({100 * self._done / self._total:.0f} %)"
+            done = _amount(self._done, self._unit).removesuffix(f" {self._unit}")
+            line += f"{done} of {_amount(self._total, self._unit)} ({100 * self._done / self._total:.0f} %)"
         else:
-            line += f" {self._unit}"
+            line += _amount(self._done, self._unit)
         if self._since:
-            line += f", {rate:,.0f} {self._unit}/s"
+            line += f", {_amount(rate, self._unit)}/s"
             if self._total and not final:
                 line += f", {duration((self._total - self._done) / rate)} left"
         print(line, file=sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
-    """`75` → `1m 15s`, `7300` → `2h 01m`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+def _amount(count: float, unit: str) -> str:
+    return size(count) if unit == "bytes" else f"{count:,.0f} {unit}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from student.cli_command import Command, Decorator, applied, command, under, write_lines
+from student.cli_command import Command, Decorator, applied, command, json_option, under, write_lines
 
 if TYPE_CHECKING:
     from student.job import StudentJob
@@ -80,8 +80,6 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     ),
 )
 """The options of every training command."""
-
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 
 OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
     _loss(
@@ -201,7 +199,8 @@ def _leave_process_group() -> None:
 
 def table(report: TrainingReport) -> str:
     """The summary printed at the end of a run."""
-    from student.report import labelled
+    from storage.text import labelled
+    from student.report import quality_rows
 
     rows = [
         ("model", f"{report.job.model}, {report.parameters:,} parameters"),
@@ -225,10 +224,7 @@ def table(report: TrainingReport) -> str:
         ]
         if held.bits_per_byte is not None:
             rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
-        rows += [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
-        for name, kl in held.kl.items():
-            note = " (a lower bound: the tail counts as one bucket)" if kl.lower_bound else ""
-            rows.append((f"KL to {name}", f"{kl.nats:.4f} nats{note}"))
+        rows += quality_rows(held.ece, held.accuracy, held.kl)
         rows += [(f"KL to {name}", f"not measured: {why}") for name, why in held.kl_not_measured.items()]
     rows.append(("saved in", report.job.output_dir))
     return labelled(rows)
@@ -264,7 +260,7 @@ class PresetCommand(Command):
     metavar="YAML",
     help="Run many students: a file like --config with a block `sweep:` (docs/sweeps.md); needs the extra tune.",
 )
-@JSON_OPTION
+@json_option()
 def train_student(sweep: str | None, **flags: Any) -> None:
     """Train a student on cached targets, with no teacher loaded."""
     if sweep is None:

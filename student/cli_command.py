@@ -94,3 +94,8 @@ def applied(options: tuple[Decorator, ...]) -> Decorator:
         return function
 
     return decorate
+
+
+def json_option(help: str = "Print JSON.") -> Decorator:
+    """`--json`, as the parameter `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from storage.config import Frozen
+from storage.config import Frozen, Reported
 from student.job import StudentJob
+
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+"""A duration that a record states. No run takes 30,000 years, and nothing is computed from a number beyond."""
 
 
 class HeldOutKL(Frozen):
@@ -17,6 +20,15 @@ class HeldOutKL(Frozen):
 
     nats: float
     lower_bound: bool
+
+
+def quality_rows(ece: float, accuracy: float, kl: Mapping[str, HeldOutKL]) -> list[tuple[str, str]]:
+    """Held-out figures of a table that do not depend on how text is counted."""
+    rows = [("calibration error", f"{ece:.2%}"), ("accuracy", f"{accuracy:.2%}")]
+    for name, one in kl.items():
+        note = " (a lower bound: the tail counts as one bucket)" if one.lower_bound else ""
+        rows.append((f"KL to {name}", f"{one.nats:.4f} nats{note}"))
+    return rows
 
 
 class HeldOutReport(Frozen):
@@ -37,6 +49,14 @@ class HeldOutReport(Frozen):
     kl: dict[str, HeldOutKL] = Field(default_factory=dict)
     kl_not_measured: dict[str, str] = Field(default_factory=dict)
     distillation_loss: float | None = None
+
+    def logged(self, prefix: str = "eval") -> dict[str, float]:
+        """The figures by the names that logs, `metric_for_best_model` and sweeps use; loss is the cross-entropy."""
+        found = {"loss": self.cross_entropy, "perplexity": self.perplexity, "ece": self.ece, "accuracy": self.accuracy}
+        if self.distillation_loss is not None:
+            found["distillation_loss"] = self.distillation_loss
+        found |= {f"kl_{name}": kl.nats for name, kl in self.kl.items()}
+        return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
 class LiveTeachers(Frozen):
@@ -64,7 +84,7 @@ class TailBound(Frozen):
     positions: int
 
 
-class TrainingReport(Frozen):
+class TrainingReport(Reported):
     """The figures and provenance of a run; `report.json` in its output directory.
 
     job                 as it ran, `training` with the defaults filled in
@@ -86,9 +106,6 @@ class TrainingReport(Frozen):
     live                the teachers that ran beside the student, if any did
     """
 
-    # A run that diverged has NaN and infinite figures, and its report must still be readable JSON.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
     kind: Literal["training report"] = "training report"
     job: StudentJob
     provenance: dict[str, str]
@@ -99,7 +116,7 @@ class TrainingReport(Frozen):
     windows_at_once: int | None = None
     tokens_seen: int
     tokens_trained: int | None = None
-    seconds: float
+    seconds: Seconds
     resumed_from_step: int = 0
     device: str
     fused_head: bool = False
@@ -112,9 +129,3 @@ class TrainingReport(Frozen):
     held_out: HeldOutReport | None
     live: LiveTeachers | None = None
     peak_memory: PeakMemory | None = None
-
-
-def labelled(rows: Sequence[tuple[str, str]]) -> str:
-    """Labels and their values as lines for a terminal, the values aligned."""
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from student.cli import JSON_OPTION, OBJECTIVE_OPTIONS, RUN_OPTIONS, PresetCommand, run_command
-from student.cli_command import applied, command, under
+from student.cli import OBJECTIVE_OPTIONS, RUN_OPTIONS, PresetCommand, run_command
+from student.cli_command import applied, command, json_option, under
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ _live = under("Live teachers")
     help="How several live teachers are combined: the mean of their logits, or a mixture of their probabilities.",
 )
 @applied(OBJECTIVE_OPTIONS)
-@JSON_OPTION
+@json_option()
 def train_teacher(**flags: Any) -> None:
     """Train a model from scratch on a cache's token stream."""
     run_command("train-teacher", flags, trains_teacher=True, load_live=_load_live)

@@ -19,8 +19,6 @@ import logging
 import math
 import time
 import tracemalloc
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,10 +45,9 @@ from storage.format.rules import broken_rule
 from storage.format.sealing import parse_json, sealed, sealed_bytes, unseal
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets
+from storage.progress import Track
 from student.models.vocabulary import ids_in_common
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
-
-Progress = Callable[..., AbstractContextManager[Callable[[int], None]]]
 
 _PIECES = 4
 _SHA = "0" * 64
@@ -94,10 +91,10 @@ class Probe:
         return self.chunk_bytes[name] / self.positions
 
 
-def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str, Any]:
+def forecast(job: CacheJob, question: Question, track: Track) -> dict[str, Any]:
     """The whole forecast as JSON data. Seconds, bytes, positions; costs in paid seconds (see `step_cost`).
 
-    `progress` opens the probe's progress display (`storage.progress.progress`). Raises InputError, IdentityMismatch,
+    `track` opens the probe's progress display. Raises InputError, IdentityMismatch,
     CacheNotFound and FormatError, as `cache-logits` would.
     """
     prepared = prepare_job(job)
@@ -114,7 +111,7 @@ def forecast(job: CacheJob, question: Question, progress: Progress) -> dict[str,
             source, begin = f"--student {question.student}", entry.windowing.begin_id
             ids_in_common(prepared.cache, columns, source, advice, log, begin)
         new_student(question.student, prepared.entry)
-    probe = _probe(prepared, question.probe_windows, progress)
+    probe = _probe(prepared, question.probe_windows, track)
     process_bytes, device_bytes = peak_process_bytes(), peak_device_bytes(prepared.teacher.device)
     speed = _speed(probe, entry)
     size = _size(probe, entry)
@@ -165,7 +162,7 @@ def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> Tea
     return entry.model_copy(update={"positions": tokens, "layout": layout})
 
 
-def _probe(prepared: PreparedJob, most_windows: int | None, progress: Progress) -> Probe:
+def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Probe:
     cache, teacher, entry = prepared.cache, prepared.teacher, prepared.entry
     piece, number, probed = _pieces(entry, most_windows)
     specs = teacher_arrays(probed)
@@ -178,7 +175,7 @@ def _probe(prepared: PreparedJob, most_windows: int | None, progress: Progress) 
     begin = chosen[0] * piece
     warm = begin + probed.execution.batch_windows * entry.windowing.stride_tokens
     score_range(cache, teacher, probed, begin, min(warm, begin + piece, entry.positions))
-    with progress("probe", number * piece, "positions") as advance:
+    with track("probe", number * piece, "positions") as advance:
         for slot in chosen:
             start, stop = slot * piece, min((slot + 1) * piece, entry.positions)
             with probe.score.running():

@@ -30,6 +30,7 @@ from storage.format.layout import COMPRESSION, Profile, entry_layout
 from storage.format.manifest import TEACHER_NAME, Encoding, TeacherEntry, Versions
 from storage.format.pruning import prune
 from storage.format.sealing import digest
+from storage.text import ranges_in_words
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -186,9 +187,8 @@ def _check_destination(job: RecompressJob, source: TeacherTargets) -> None:
     missing = source.missing()
     if missing:
         raise IncompleteCache(
-            f"{job.cache}: {job.name} lacks the positions {missing[0][0]}..{missing[0][1]}"
-            f"{f' and {len(missing) - 1} more ranges' if len(missing) > 1 else ''}: complete it with the same "
-            f"cache-logits command first"
+            f"{job.cache}: {job.name} lacks {ranges_in_words(missing)}: complete it with the same cache-logits command "
+            f"first"
         )
     cache, entry = LogitCache.open(job.destination), source.entry
     pairs = {

@@ -27,12 +27,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_cache.caching.job import CacheJob
+from logit_cache.caching.commit_rate import Commit, joint_rate, own_rate, patience, without_pauses
 from storage.cache.failures import FailedShard, Failures, failed_shard
 from storage.cache.leases import leased_shard, leases_in
 from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
-from storage.errors import CacheNotFound, CorruptCache, InputError
+from storage.errors import CorruptCache, InputError
 from storage.format.manifest import ShardReceipt
 from storage.format.sealing import unseal
 
@@ -43,21 +43,9 @@ _MOST_LEASES, _MOST_FAILURES = 256, 8
 # An index up to this length is read and checked whole: 240,000 shards.
 _WHOLE_INDEX_BYTES = 16 << 20
 _INDEX_TAIL_BYTES = 4_096
-# An entry counts as stalled after this many shard times without a commit, and never before this many seconds.
-_PATIENCE_SHARDS, _PATIENCE_S = 5.0, 60.0
 
 State = Literal["complete", "in progress", "stalled", "not begun", "not known"]
 Known = dict[str, ShardReceipt]
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The work that a receipt records: committed at `time` (seconds since 1970) after `seconds` of one worker."""
-
-    time: float
-    positions: int
-    seconds: float
-    host: str
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ def _with_commits(bare: EntryStatus, found: list[Commit], now: float) -> EntrySt
         bare,
         state="stalled" if stalled else bare.state,
         positions_per_second=rate,
-        positions_per_second_per_worker=_own_rate(found),
+        positions_per_second_per_worker=own_rate(found),
         seconds_left=None if bare.complete or not rate else (bare.positions - bare.positions_done) / rate,
         shard_seconds=median(commit.seconds for commit in found) or None,
         last_commit=_iso(last),
@@ -290,53 +278,12 @@ def _receipt(receipts: Receipts, shard: int) -> ShardReceipt | None:
     return receipt
 
 
-def patience(commits: Sequence[Commit]) -> float:
-    """Seconds without a commit after which an entry counts as stalled."""
-    return max(_PATIENCE_S, _PATIENCE_SHARDS * max(commit.seconds for commit in commits))
-
-
-def without_pauses(commits: Sequence[Commit]) -> list[Commit]:
-    """The commits after the last long pause, so that a night between two runs does not lower the rate.
-
-    commits: ordered by time.
-    """
-    longest = patience(commits) if commits else 0.0
-    first = len(commits) - 1
-    while first > 0 and commits[first].time - commits[first - 1].time <= longest:
-        first -= 1
-    return list(commits[max(first, 0) :])
-
-
-def joint_rate(commits: Sequence[Commit]) -> float | None:
-    """Positions per second of all workers together: positions committed after the first commits, by the time since.
-
-    commits: ordered by time. Workers that started together commit together, so commits within a quarter of a shard
-    time of the first one count as one with it. Where no commit came after these, all work is taken to have started
-    with the earliest worker. None where receipts record no time.
-    """
-    first, last = commits[0].time, commits[-1].time
-    near = median(commit.seconds for commit in commits) / 4
-    begin = [commit for commit in commits if commit.time <= first + near]
-    after = commits[len(begin) :]
-    centre = sum(commit.time for commit in begin) / len(begin)
-    # Times are whole seconds: a span of fewer than two is too inexact.
-    if after and last - centre >= 2.0:
-        return sum(commit.positions for commit in after) / (last - centre)
-    spent = last - min(commit.time - commit.seconds for commit in commits)
-    return sum(commit.positions for commit in commits) / spent if spent > 0 else None
-
-
-def _own_rate(commits: Sequence[Commit]) -> float | None:
-    seconds = sum(commit.seconds for commit in commits)
-    return sum(commit.positions for commit in commits) / seconds if seconds else None
-
-
 def _hosts(commits: Sequence[Commit]) -> tuple[HostStatus, ...]:
     by_host: dict[str, list[Commit]] = {}
     for commit in commits:
         by_host.setdefault(commit.host, []).append(commit)
     found = [
-        HostStatus(host, len(own), _iso(max(commit.time for commit in own)), _own_rate(own))
+        HostStatus(host, len(own), _iso(max(commit.time for commit in own)), own_rate(own))
         for host, own in by_host.items()
     ]
     return tuple(sorted(found, key=lambda item: (-item.shards, item.host)))
@@ -371,43 +318,3 @@ def as_json(url: str, entries: Sequence[EntryStatus]) -> dict[str, Any]:
 def is_complete(entries: Sequence[EntryStatus]) -> bool:
     """Whether there are entries, and all of them are complete."""
     return bool(entries) and all(entry.complete for entry in entries)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Positions and shards of an entry. The shards of one that does not exist yet are not known: None."""
-
-    positions: int
-    missing: int
-    shards: int | None
-    missing_shards: int | None
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is missing."""
-        return not self.missing
-
-    def workers(self, asked: int) -> int:
-        """Workers to start, of those asked for: at most one per missing shard, and at least one."""
-        return asked if self.missing_shards is None else max(1, min(asked, self.missing_shards))
-
-    def __str__(self) -> str:
-        if self.missing_shards is None:
-            return "nothing done"
-        return f"{self.missing_shards:,} of {self.shards:,} shards missing"
-
-
-def survey(job: CacheJob) -> Survey:
-    """Positions and shards of a job, and how many are missing in the store, before any teacher is loaded.
-
-    Raises CacheNotFound without a cache.
-    """
-    cache = LogitCache.open(job.cache)
-    positions = cache.record.corpus.positions
-    try:
-        receipts = cache.teacher(job.name).receipts
-    except CacheNotFound:
-        return Survey(positions, positions, None, None)
-    missing = ~receipts.committed()
-    ranges = [receipts.first_array.shard_range(int(shard)) for shard in np.flatnonzero(missing)]
-    return Survey(positions, sum(stop - start for start, stop in ranges), receipts.shards, len(ranges))

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logit_cache.cli.options import JOB_OPTIONS, json_option
+from logit_cache.cli.options import JOB_OPTIONS
 from logit_cache.cli.tokenize import CORPUS_OPTIONS
 from storage.errors import one_line_errors
-from student.cli_command import Decorator, applied, command, under
+from student.cli_command import Decorator, applied, command, json_option, under
 
 if TYPE_CHECKING:
     from logit_cache.engines.command import FinishedEntry

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from logit_cache.cli.options import json_option
 from storage.errors import one_line_errors
-from student.cli_command import command
+from storage.text import columns, counted, ranges_in_words, size
+from student.cli_command import command, json_option
 
 if TYPE_CHECKING:
     from logit_cache.fidelity.audit import Audit
@@ -105,19 +105,19 @@ def verification_text(found: dict[str, Any], repair: bool) -> str:
     lines = [f"damaged: {problem}" for problem in found["problems"]]
     lines += [f"leftover, never read: {address}" for address in found["leftovers"]]
     for group, ranges in found["missing"].items():
-        lines.append(f"not complete: {group} lacks {len(ranges)} ranges, the first {ranges[0][0]}..{ranges[0][1]}")
+        lines.append(f"not complete: {group} lacks {ranges_in_words(ranges)}")
     lines += [f"removed: {address}" for address in found["repaired"]]
-    size = f"{found['objects']:,} objects, {found['bytes']:,} bytes"
+    checked = f"{counted(found['objects'], 'object')}, {size(found['bytes'])}"
     if found["sound"] and found["deep"]:
-        lines.append(f"sound: every byte of {size}")
+        lines.append(f"sound: every byte of {checked}")
     elif found["sound"]:
-        lines.append(f"no damage by records, receipts and lengths: {size}; --deep checks every byte of them")
+        lines.append(f"no damage by records, receipts and lengths: {checked}; --deep checks every byte of them")
     elif repair:
         lines.append(
-            f"{len(found['problems'])} damaged of {size}, and re-opened; run the commands that made them again"
+            f"{len(found['problems'])} damaged of {checked}, and re-opened; run the commands that made them again"
         )
     else:
-        lines.append(f"{len(found['problems'])} damaged of {size}; --repair re-opens damaged shards")
+        lines.append(f"{len(found['problems'])} damaged of {checked}; --repair re-opens damaged shards")
     return "\n".join(lines)
 
 
@@ -128,21 +128,20 @@ def audit_text(found: Audit) -> str:
     lines += [f"  identity    {line}" for line in found.identity]
     lines += [f"  execution   {line}" for line in found.execution]
     lines += [
-        f"  compared    {found.positions:,} positions in {found.windows} windows",
+        f"  compared    {counted(found.positions, 'position')} in {counted(found.windows, 'window')}",
         f"  noise       of the teacher against itself, {'; '.join(found.controls)}",
         "  nats beyond the encoding's error:",
-        "  field          encoding  explained     worst window (limit)          largest (limit) at position",
     ]
+    rows = [["field", "encoding", "explained", "worst window", "limit", "largest", "limit", "position", "windows off"]]
     for name, item in found.fields.items():
-        lines.append(
-            f"  {name:<14} {item.encoding_error:8.1e} {100 * item.within:8.2f} %  {item.worst_mean:9.2e} "
-            f"({item.limit_mean:8.2e})  {item.largest_beyond:9.2e} ({item.limit_largest:8.2e}) at {item.position}"
-            + (f": {item.windows_differing} windows differ" if item.windows_differing else "")
-        )
+        beyond = (item.worst_mean, item.limit_mean, item.largest_beyond, item.limit_largest)
+        row = [name, f"{item.encoding_error:.1e}", f"{100 * item.within:.2f} %", *map("{:.2e}".format, beyond)]
+        rows.append([*row, str(item.position), str(item.windows_differing)])
+    lines += [f"  {line}" for line in columns(rows)]
     if found.differing:
         shown = ", ".join(f"{first}..{last}" for first, last in found.differing[:4])
         more = len(found.differing) - 4
-        lines.append(f"  differing   positions {shown}{f' and {more} more windows' if more > 0 else ''}")
+        lines.append(f"  differing   positions {shown}" + (f" and {counted(more, 'more window')}" if more > 0 else ""))
     if found.consistent:
         lines.append(
             f"consistent: a corruption of 10 % of the positions had a chance of at most {found.escape(0.1):.1%} to "

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from storage.errors import one_line_errors
-from student.cli_command import command
+from storage.text import columns, counted
+from student.cli_command import command, json_option
 
 if TYPE_CHECKING:
     from logit_cache.corpus.cleaning import Outcome
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Take about N bytes of each file at most, from its start to a line end.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the outcome of each file as JSON.")
+@json_option("Print the outcome of each file as JSON.")
 def clean(as_json: bool, **flags: Any) -> None:
     """Clean text files as Baby Llama and BabyLlama-2 cleaned BabyLM's; docs/cleaning.md lists the rules of each family.
 
@@ -52,15 +53,19 @@ def clean(as_json: bool, **flags: Any) -> None:
 
 
 def _table(out: str, outcomes: list[Outcome]) -> str:
-    width = max(len(outcome.name) for outcome in outcomes)
-    lines = []
+    rows = []
     for outcome in outcomes:
         entry = outcome.entry
-        done = ", already there" if outcome.already_there else ""
-        lines.append(
-            f"  {outcome.name:<{width}}  {entry.family} ({outcome.chosen_by}): "
-            f"{entry.bytes_in:,} → {entry.bytes_out:,} bytes, {entry.lines_in:,} → {entry.lines_out:,} lines{done}"
-        )
-    bytes_in = sum(outcome.entry.bytes_in for outcome in outcomes)
-    bytes_out = sum(outcome.entry.bytes_out for outcome in outcomes)
-    return f"{out}: {len(outcomes)} files, {bytes_in:,} → {bytes_out:,} bytes\n" + "\n".join(lines)
+        changes = [
+            _change(entry.bytes_in, entry.bytes_out, "byte"),
+            _change(entry.lines_in, entry.lines_out, "line"),
+            *(["already there"] if outcome.already_there else []),
+        ]
+        rows.append((f"  {outcome.name}", f"{entry.family} ({outcome.chosen_by}): {', '.join(changes)}"))
+    entries = [outcome.entry for outcome in outcomes]
+    total = _change(sum(entry.bytes_in for entry in entries), sum(entry.bytes_out for entry in entries), "byte")
+    return "\n".join([f"{out}: {counted(len(outcomes), 'file')}, {total}", *columns(rows, left=2)])
+
+
+def _change(before: int, after: int, noun: str) -> str:
+    return f"{before:,} → {counted(after, noun)}"

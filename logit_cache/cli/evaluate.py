@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from storage.errors import one_line_errors
-from student.cli_command import command
+from student.cli_command import command, json_option
 
 
 @command("logit-cache evaluate run/student --cache run/valid --pairs blimp --out run/student.json")
@@ -44,7 +43,7 @@ from student.cli_command import command
     help="Also write the pairs there, as tasks that lm-eval runs without a network.",
 )
 @click.option("--out", metavar="FILE", help="Also write the report there, as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+@json_option()
 def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
     """Score a saved model: loss, perplexity and calibration on held-out text, accuracy on minimal pairs.
 
@@ -52,18 +51,18 @@ def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
     """
     with one_line_errors():
         from storage.config import build_config
-        from storage.errors import InputError
-        from storage.progress import progress
+        from storage.files import check_writable
+        from storage.progress import progress, to_stderr
         from student.evaluation.job import EvaluationJob
 
-        if out is not None and (not Path(out).expanduser().parent.is_dir() or Path(out).expanduser().is_dir()):
-            raise InputError(f"--out {out}: expected a file in a folder that exists: give another name")
+        if out is not None:
+            check_writable("--out", out)
         job = build_config(EvaluationJob, {"model": model}, flags, "logit-cache evaluate")
         job.check()
         from student.evaluation.evaluate import evaluate as measure
-        from student.evaluation.evaluate import table, write_report
+        from student.evaluation.report import table, write_report
 
-        report = measure(job, progress, lambda line: click.echo(line, err=True))
+        report = measure(job, progress, to_stderr)
         if out is not None:
             write_report(report, out)
         click.echo(report.model_dump_json(indent=1) if as_json else table(report))

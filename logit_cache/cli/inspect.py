@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from logit_cache.cli.options import json_option
 from storage.errors import one_line_errors
-from student.cli_command import command
+from storage.text import columns, counted, printable, size
+from student.cli_command import command, json_option
 
 
 @command("logit-cache inspect run/train --at 1234")
@@ -39,12 +39,12 @@ def cache_text(found: dict[str, Any]) -> str:
     more = len(corpus["sources"]) - 4
     lines = [
         f"{found['url']}  (format {found['format_version']})",
-        f"  tokens      {corpus['tokens']:,} in {corpus['documents']:,} documents"
+        f"  tokens      {corpus['tokens']:,} in {counted(corpus['documents'], 'document')}"
         + ("" if corpus["complete"] else ", INCOMPLETE: run logit-cache tokenize again")
         + ("" if corpus["tokens_included"] else ", not in here: shared without its tokens"),
-        f"  text        {corpus['text_bytes']:,} bytes, {corpus['text_bytes_per_token']:.2f} per token",
+        f"  text        {counted(corpus['text_bytes'], 'byte')}, {corpus['text_bytes_per_token']:.2f} per token",
         f"  sources     {sources}{f' and {more} more' if more > 0 else ''}",
-        f"  tokenizer   {tokenizer['vocabulary_size']:,} ids, fingerprint {tokenizer['fingerprint'][:16]}…",
+        f"  tokenizer   {counted(tokenizer['vocabulary_size'], 'id')}, fingerprint {tokenizer['fingerprint'][:16]}…",
     ]
     made = {
         "begins with the tokenizer's BOS": corpus.get("begins_with_bos"),
@@ -62,23 +62,27 @@ def cache_text(found: dict[str, Any]) -> str:
         lines += ["", *_entry_lines(name, entry)]
     if not found["teachers"]:
         lines += ["", "  no teacher yet: run cache-logits"]
-    return "\n".join(lines)
+    # Sources, architectures and revisions are text of whoever made the cache.
+    return "\n".join(map(printable, lines))
 
 
 def stream_lines(found: dict[str, Any]) -> list[str]:
     """Lengths of documents, and what is trained on, by `describe_stream`."""
     lengths, trained = found["document_tokens"], found["trained_tokens"]
     return [
-        f"documents   {lengths['median']:,} tokens in the median, 95 % at most {lengths['percentile_95']:,}, the "
-        f"longest {lengths['longest']:,}",
-        "trained on  all tokens" if trained is None else f"trained on  {trained:,} tokens, by the loss mask",
+        f"documents   {counted(lengths['median'], 'token')} in the median, 95 % at most "
+        f"{lengths['percentile_95']:,}, the longest {lengths['longest']:,}",
+        "trained on  all tokens" if trained is None else f"trained on  {counted(trained, 'token')}, by the loss mask",
     ]
 
 
 def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
-    windowing, targets = entry["windowing"], entry["targets"]
-    share = 100 * entry["positions_cached"] / entry["positions"]
-    state = "complete" if entry["complete"] else f"{share:.1f} % cached, first missing {entry['missing'][0]}"
+    from logit_cache.describe import targets_in_words, windowing_in_words
+
+    state = "complete"
+    if not entry["complete"]:
+        first, last = entry["missing"][0]
+        state = f"{100 * entry['positions_cached'] / entry['positions']:.1f} % cached, first missing {first}..{last}"
     made_of = [
         f"{member['source']} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
         for member in entry["teacher"]
@@ -90,15 +94,13 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     lines = [
         f"teacher {name}: {made_of[0]}",
         f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}",
-        f"  targets     {targets['method']}, k = {targets['k']} of {entry['vocabulary_size']:,} ids, windows of "
-        f"{windowing['context_tokens']} tokens every {windowing['stride_tokens']}"
-        f"{', documents isolated' if windowing['isolate_documents'] else ''}"
-        f"{', BOS before each' if windowing.get('begin_id') is not None else ''}",
+        f"  targets     {targets_in_words(entry['targets'])}, of {entry['vocabulary_size']:,} ids",
+        f"  windows     {windowing_in_words(entry['windowing'])}",
         f"  weights     sha256 {digests}",
     ]
     if entry["positions_cached"]:
         lines.append(
-            f"  size        {entry['stored_bytes']:,} bytes, {entry['bytes_per_token']:.1f} per token, "
+            f"  size        {size(entry['stored_bytes'])}, {entry['bytes_per_token']:.1f} bytes per token, "
             f"{entry['bytes_per_kept_id']:.2f} per id ({entry['encoding']['kind']})"
         )
     if entry["positions_per_second"]:
@@ -123,7 +125,7 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def _fidelity_lines(found: dict[str, Any]) -> list[str]:
-    residual, divergences, size = found["residual_mass"], found["divergences"], found["size"]
+    residual, divergences, stored = found["residual_mass"], found["divergences"], found["size"]
     even, shaped = divergences["bucket"]["forward"], divergences["bucket-unigram"]["forward"]
 
     def degrees(angle: dict[str, float | None]) -> str:
@@ -142,14 +144,16 @@ def _fidelity_lines(found: dict[str, Any]) -> list[str]:
         f"    KL of the means   {', '.join(means)}",
         "    gradient to dense, degrees, of all positions / of their mean; uniform student | tempered student:",
     ]
-    for name, angles in found["gradients"].items():
-        lines.append(f"      {name:<15} {degrees(angles['uniform']):>12} | {degrees(angles['tempered']):>12}")
+    angles = [
+        (name, degrees(angle["uniform"]), "|", degrees(angle["tempered"])) for name, angle in found["gradients"].items()
+    ]
+    lines += [f"      {line}" for line in columns(angles)]
     if found["calibration"]:
-        stored = ", ".join(f"{name} {100 * value:.1f}" for name, value in found["calibration"]["stored"].items())
-        lines.append(f"    calibration error teacher {100 * found['calibration']['full']:.1f} %; {stored}")
+        errors = ", ".join(f"{name} {100 * value:.1f}" for name, value in found["calibration"]["stored"].items())
+        lines.append(f"    calibration error teacher {100 * found['calibration']['full']:.1f} %; {errors}")
     lines.append(
-        f"    bytes             {size['bytes_per_id']:.2f} for each of {size['mean_kept']:.1f} ids, "
-        f"{size['overhead_bytes_per_token']:.1f} beside them per token"
+        f"    bytes             {stored['bytes_per_id']:.2f} for each of {stored['mean_kept']:.1f} ids, "
+        f"{stored['overhead_bytes_per_token']:.1f} beside them per token"
     )
     for title, key in (("mass outside", "k_for_residual_mass"), ("KL, even tail", "k_for_forward")):
         needed = ", ".join(

@@ -12,10 +12,11 @@ from logit_cache.cli.clean import clean
 from logit_cache.cli.entries import remove, rename
 from logit_cache.cli.evaluate import evaluate
 from logit_cache.cli.inspect import inspect
-from logit_cache.cli.plan import plan, status
+from logit_cache.cli.plan import plan
 from logit_cache.cli.recipe import demo, recipe
 from logit_cache.cli.report import report
 from logit_cache.cli.share import pull, push, recompress
+from logit_cache.cli.status import status
 from logit_cache.cli.tokenize import tokenize
 from student.cli_command import HELP_NAMES
 

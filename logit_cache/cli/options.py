@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import click
-
 from student.cli_command import Decorator, under
 
 _job, _targets, _windows = under("Job"), under("Targets"), under("Windows")
@@ -45,8 +43,3 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
     _output("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading."),
     _output("--fidelity-positions", type=int, help="Rescored for the fidelity report; 0: no report.  [default: 2048]"),
 )
-
-
-def json_option(help: str = "Print JSON.") -> Decorator:
-    """`--json`, as the parameter `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help=help)

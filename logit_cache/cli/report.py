@@ -23,12 +23,12 @@ def report(directories: tuple[str, ...], out: str | None) -> None:
     """
     with one_line_errors():
         from logit_cache.report.page import make_report
-        from storage.errors import InputError
+        from storage.files import check_writable
+        from storage.text import printable
 
-        if out is not None and (not Path(out).expanduser().parent.is_dir() or Path(out).expanduser().is_dir()):
-            raise InputError(f"--out {out}: expected a file in a folder that exists: give another name")
+        if out is not None:
+            check_writable("--out", out)
         path = Path(directories[0]).expanduser() / "report.html" if out is None else Path(out).expanduser()
         for sentence in make_report(directories, path):
-            # Names come from the folders, and a terminal obeys some characters.
-            click.echo("".join(c if c.isprintable() else "?" for c in sentence))
+            click.echo(printable(sentence))  # names come from the folders
         click.echo(f"{path}: written", err=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from logit_cache.cli.options import json_option
 from storage.errors import one_line_errors
-from student.cli_command import applied, command
+from storage.text import counted, ranges_in_words, size
+from student.cli_command import applied, command, json_option
 
 _TRANSFER_OPTIONS = (
     click.argument("source"),
@@ -55,10 +55,10 @@ def pull(verify_key: str | None, as_json: bool, **flags: Any) -> None:
 
 
 def _copy(function: Any, as_json: bool, flags: dict[str, Any]) -> None:
-    from storage.progress import progress
+    from storage.progress import progress, to_stderr
     from storage.transfer.copy import CopyJob
 
-    done = function(CopyJob(**flags), track=progress, log=partial(click.echo, err=True))
+    done = function(CopyJob(**flags), track=progress, log=to_stderr)
     click.echo(json.dumps(vars(done), indent=2) if as_json else delivery_text(vars(done)))
 
 
@@ -104,11 +104,9 @@ def delivery_text(found: dict[str, Any]) -> str:
     teachers = ", ".join(found["teachers"]) or "no teacher"
     tokens = "with" if found["tokens_included"] else "without"
     lines = [
-        f"{found['url']}: {teachers}, {tokens} tokens: {found['copied']:,} objects copied "
-        f"({found['copied_bytes']:,} bytes), {found['kept']:,} were there"
+        f"{found['url']}: {teachers}, {tokens} tokens: {counted(found['copied'], 'object')} copied "
+        f"({size(found['copied_bytes'])}), {found['kept']:,} were there"
     ]
     for group, ranges in found["missing"].items():
-        lines.append(
-            f"not complete at the source: {group} lacks {len(ranges)} ranges, the first {ranges[0][0]}..{ranges[0][1]}"
-        )
+        lines.append(f"not complete at the source: {group} lacks {ranges_in_words(ranges)}")
     return "\n".join(lines)

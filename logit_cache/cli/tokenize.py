@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from logit_cache.cli.options import json_option
 from storage.errors import one_line_errors
-from student.cli_command import Decorator, applied, command, under
+from storage.text import counted
+from student.cli_command import Decorator, applied, command, json_option, under
 
 _text = under("Text")
 CORPUS_OPTIONS: tuple[Decorator, ...] = (
@@ -60,7 +60,7 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
             return
         corpus = cache.record.corpus
         click.echo(
-            f"{cache.url}: {corpus.positions:,} tokens in {corpus.documents:,} documents, "
+            f"{cache.url}: {counted(corpus.positions, 'token')} in {counted(corpus.documents, 'document')}, "
             f"{corpus.text_bytes / corpus.positions:.2f} bytes of text per token, "
             f"vocabulary {cache.vocabulary_size:,}"
         )

@@ -14,6 +14,7 @@ from logit_cache.caching.log import JobLog
 from logit_cache.engines.options import ATTEMPTS
 from logit_cache.engines.outcome import Outcome
 from logit_cache.engines.worker import ShardOutcome
+from storage.text import counted
 
 LOOK_SECONDS = 2.0
 """Seconds to the next look for a free shard where there was none."""
@@ -79,7 +80,7 @@ class Attempts:
             self._waiting_since, self._log_at = now, now + _LOG_SECONDS
         if now > self._log_at:
             self._log_at = now + _LOG_AGAIN_SECONDS
-            text = f"waiting for {len(shards)} shard(s) that another worker has leased"
+            text = f"waiting for {counted(len(shards), 'shard')} that another worker has leased"
             self._log.event("waiting for others", text, shards=len(shards))
         return min(max(LOOK_SECONDS, (now - self._waiting_since) / 10), _MOST_LOOK_SECONDS)
 

@@ -16,7 +16,7 @@ import time
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, check_stream
-from logit_cache.caching.status import Survey, survey
+from logit_cache.caching.survey import Survey, survey
 from logit_cache.engines.driver import Driver, Pool
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import NotDone, Outcome, WorkersLost
@@ -24,6 +24,7 @@ from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.this_machine import local_pool, local_workers, run_here
 from storage.cache.failures import failures_of
 from storage.errors import InputError
+from storage.text import counted
 
 
 def run_job(job: CacheJob, options: EngineOptions, log: JobLog, opened: OpenJob | None = None) -> Outcome:
@@ -104,6 +105,6 @@ def _raise_unless_done(job: CacheJob, outcome: Outcome) -> None:
         shards = sorted(outcome.failed)
         named = ", ".join(map(str, shards[:8])) + (" …" if len(shards) > 8 else "")
         raise NotDone(
-            f"{job.cache}: {job.name}: {len(shards)} shard(s) failed permanently, in every attempt: {named} "
+            f"{job.cache}: {job.name}: {counted(len(shards), 'shard')} failed permanently, in every attempt: {named} "
             f"({outcome.failed[shards[0]].splitlines()[-1]}); run the same command again to retry them"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from logit_cache.recipes.published import WINDOW_TOKENS, Model, Recipe
+from logit_cache.recipes.record import Role
 from logit_cache.recipes.stages import Stage
 
 # A line every few seconds of a small model, and still a curve of 15 points for the shortest schedule.
@@ -125,10 +126,11 @@ class RecipeCommands:
             )
 
     @property
-    def runs(self) -> dict[str, str]:
+    def runs(self) -> dict[str, Role]:
         """The role of each model, by the name of its folder."""
-        roles = dict.fromkeys((teacher.name for teacher in self.recipe.teachers), "teacher")
-        return roles | {"student": "student", "control": "control"} | ({"live": "live"} if self.live else {})
+        roles: dict[str, Role] = {teacher.name: "teacher" for teacher in self.recipe.teachers}
+        roles |= {"student": "student", "control": "control"}
+        return roles | {"live": "live"} if self.live else roles
 
     def _training(self, model: Model, best_by: str, batch_of: str | None = None) -> tuple[str, ...]:
         """Options of a training command: network and schedule; `best_by` is the held-out loss that selects an epoch."""

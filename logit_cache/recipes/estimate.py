@@ -20,9 +20,8 @@ from dataclasses import dataclass
 
 from logit_cache.recipes.machine import Machine
 from logit_cache.recipes.published import WINDOW_TOKENS, Model, Network, Recipe
-from logit_cache.text import columns
 from storage.errors import InputError
-from storage.progress import duration
+from storage.text import columns, duration, size
 
 _PROGRAM_BYTES = 1 << 30
 _SCORING_LOGITS = 256 << 20
@@ -80,8 +79,8 @@ def micro_batch(title: str, batch: int, machine: Machine, memory: Sequence[int],
     fitting = [power for power, needed in enumerate(memory) if needed <= room]
     if not fitting:
         raise InputError(
-            f"{title} needs about {_gib(memory[0])} of memory for a single window, and {machine.name} "
-            f"({machine.device}) has {_gib(machine.memory_bytes)} free: {remedy}"
+            f"{title} needs about {size(memory[0])} of memory for a single window, and {machine.name} "
+            f"({machine.device}) has {size(machine.memory_bytes)} free: {remedy}"
         )
     return min(batch, 1 << fitting[-1])
 
@@ -99,10 +98,10 @@ def choose_batches(recipe: Recipe, machine: Machine, live: bool, at_once: int) -
 
     def chosen(model: Model, title: str, live_teachers: bool = False) -> int:
         batch = model.training.batch
-        sizes = [1 << power for power in range(batch.bit_length()) if batch % (1 << power) == 0]
+        windows = [1 << power for power in range(batch.bit_length()) if batch % (1 << power) == 0]
         needed = [
-            live_memory(recipe, size, half) if live_teachers else training_memory(model.network, v, size, half)
-            for size in sizes
+            live_memory(recipe, count, half) if live_teachers else training_memory(model.network, v, count, half)
+            for count in windows
         ]
         return micro_batch(title, batch, machine, needed, remedy)
 
@@ -113,8 +112,8 @@ def choose_batches(recipe: Recipe, machine: Machine, live: bool, at_once: int) -
     scoring = scoring_memory([teacher.network for teacher in recipe.teachers], v)
     if scoring > machine.memory_bytes * _MEMORY_SHARE:
         raise InputError(
-            f"caching runs all teachers of {recipe.name} together and needs about {_gib(scoring)} of memory, "
-            f"{machine.name} has {_gib(machine.memory_bytes)} free: take {smaller}"
+            f"caching runs all teachers of {recipe.name} together and needs about {size(scoring)} of memory, "
+            f"{machine.name} has {size(machine.memory_bytes)} free: take {smaller}"
         )
     return found
 
@@ -178,8 +177,8 @@ def table(stages: Sequence[Cost], machine: Machine, seeds: int) -> str:
                 stage.title,
                 f"{2 * stage.products:.1e} FLOP",
                 duration(seconds(stage, machine)),
-                _gib(stage.memory_bytes),
-                _gib(stage.disk_bytes),
+                size(stage.memory_bytes),
+                size(stage.disk_bytes),
             )
         )
     total = sum(seconds(stage, machine) for stage in stages)
@@ -190,7 +189,3 @@ def table(stages: Sequence[Cost], machine: Machine, seeds: int) -> str:
         f"{2 * machine.products_per_second / 1e12:.2f} TFLOP/s in a matrix product, of which two fifths are assumed)"
     )
     return "\n".join(lines)
-
-
-def _gib(count: float) -> str:
-    return f"{count / (1 << 30):,.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):,.0f} MiB"

@@ -20,26 +20,31 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, ValidationError
 
 from logit_cache.recipes import estimate
 from logit_cache.recipes.commands import RecipeCommands, entry_name
 from logit_cache.recipes.machine import Machine, probe
 from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, Scale, find_recipe
+from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord
 from logit_cache.recipes.stages import Pipeline, Stage
+from storage.config import Frozen
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL, replace_file
 from storage.locks import LOCK, locked
+from storage.text import size
 
 AGAIN = "run the same command again to resume"
 RECORD = "recipe.json"
 SOURCE = "source"
 """Folder of a run's own copy of its text; the demo has one."""
 
+# Fields that a later start of the same run may change: seeds and a live student are added, machines differ.
+_GROWING = {"entries", "models", "micro_batches", "at_once", "threads"}
 
-class RecipeJob(BaseModel):
+
+class RecipeJob(Frozen):
     """The arguments of `logit-cache recipe`.
 
     text, eval_text   files or patterns of training and of held-out text
@@ -48,8 +53,6 @@ class RecipeJob(BaseModel):
     live              also train the student with live teachers, for comparison
     stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str
     scale: Scale
@@ -153,7 +156,7 @@ class RecipeRun:
                 return at_once, cores // at_once, batches
         return 1, cores, estimate.choose_batches(self.recipe, self.machine, self.job.live, 1)
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self) -> RecipeRecord:
         recipe, job = self.recipe, self.job
         settings = {
             "vocabulary": recipe.vocabulary_size,
@@ -169,34 +172,28 @@ class RecipeRun:
         }
         for model in (*recipe.teachers, recipe.student):
             settings |= {f"{model.name}.{name}": value for name, value in model.training.model_dump().items()}
-        return {
-            "kind": "recipe",
-            "format": 1,
-            "recipe": recipe.name,
-            "scale": recipe.scale,
-            "title": recipe.title,
-            "settings": settings,
-            "text": [self._recorded_path(file) for file in self.text],
-            "eval_text": [self._recorded_path(file) for file in self.eval_text],
-            "pairs": job.pairs,
-            "pairs_limit": job.limit,
-            "micro_batches": self.batches,
-            "at_once": self.at_once,
-            "threads": self.threads,
-            "caches": {"train": "train", "held_out": "valid"},
-            "entries": [entry_name(seed) for seed in job.seeds],
-            "models": [
-                {
-                    "role": role,
-                    "name": name,
-                    "seed": seed,
-                    "run": f"seed-{seed}/{name}",
-                    "scores": f"seed-{seed}/{name}.scores.json",
-                }
+        return RecipeRecord(
+            recipe=recipe.name,
+            scale=recipe.scale,
+            title=recipe.title,
+            settings=settings,
+            text=tuple(map(self._recorded_path, self.text)),
+            eval_text=tuple(map(self._recorded_path, self.eval_text)),
+            pairs=job.pairs,
+            pairs_limit=job.limit,
+            micro_batches=self.batches,
+            at_once=self.at_once,
+            threads=self.threads,
+            caches=Caches(train="train", held_out="valid"),
+            entries=tuple(map(entry_name, job.seeds)),
+            models=tuple(
+                ModelRecord(
+                    role=role, name=name, seed=seed, run=f"seed-{seed}/{name}", scores=f"seed-{seed}/{name}.scores.json"
+                )
                 for seed in job.seeds
                 for name, role in self.commands.runs.items()
-            ],
-        }
+            ),
+        )
 
     def _recorded_path(self, file: Path) -> str:
         """Of a file in the run's own folder, which may be moved, the path in it."""
@@ -204,42 +201,38 @@ class RecipeRun:
 
     def _write_record(self) -> None:
         """Write recipe.json; a folder of another recipe is refused. Seeds and a live run may be added later."""
-        path, record = self.folder / RECORD, self._record()
-        stored = self._stored()
-        growing = {"entries", "models", "micro_batches", "at_once", "threads"}
+        record, stored = self._record(), self._stored()
         if stored is not None:
+            pairs = {name: (getattr(stored, name), getattr(record, name)) for name in RecipeRecord.model_fields}
             differing = [
-                f"{name}: {stored.get(name)!r} there, {record[name]!r} requested"
-                for name in record
-                if name not in growing and stored.get(name) != record[name]
+                f"{name}: {there!r} there, {requested!r} requested"
+                for name, (there, requested) in pairs.items()
+                if name not in _GROWING and there != requested
             ]
             if differing:
                 raise IdentityMismatch(f"{self.folder} holds another run", differing, "Give another --out")
-            for name in ("entries", "models"):
-                record[name] = [*stored[name], *(item for item in record[name] if item not in stored[name])]
-        replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
+            joined = {name: tuple(dict.fromkeys([*pairs[name][0], *pairs[name][1]])) for name in ("entries", "models")}
+            record = record.model_copy(update=joined)
+        replace_file(self.folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
 
-    def _stored(self) -> dict[str, Any] | None:
+    def _stored(self) -> RecipeRecord | None:
         path = self.folder / RECORD
         if not path.exists():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or found.get("kind") != "recipe" or found.get("format") != 1:
-            raise InputError(f"{path}: expected a recipe record of this version, found another: give another --out")
-        return found
+            return RecipeRecord.model_validate_json(path.read_bytes(), extra="ignore")
+        except ValidationError:
+            raise InputError(
+                f"{path}: expected a recipe record of this version, found another: give another --out"
+            ) from None
 
     def _stored_division(self) -> tuple[int, int, dict[str, int]] | None:
         """That of a started run: another one, chosen for the memory free now, would make it another run."""
-        stored = self._stored() or {}
-        batches = stored.get("micro_batches")
+        stored = self._stored()
         wanted = {*self.recipe.models, *(["live"] if self.job.live else [])}
-        if not isinstance(batches, dict) or not wanted <= batches.keys():
+        if stored is None or not wanted <= stored.micro_batches.keys():
             return None
-        # Earlier versions ran one stage at a time.
-        return int(stored.get("at_once", 1)), int(stored.get("threads", 1)), batches
+        return stored.at_once, stored.threads, stored.micro_batches
 
     @property
     def _costs(self) -> list[estimate.Cost]:
@@ -267,8 +260,8 @@ class RecipeRun:
         done = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         if needed - done > free:
             raise InputError(
-                f"{self.folder}: the run will take about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are "
-                f"free there: give another --out{'' if self.recipe.scale == 'tiny' else ', or a smaller --scale'}"
+                f"{self.folder}: the run will take about {size(needed)}, and {size(free)} are free "
+                f"there: give another --out{'' if self.recipe.scale == 'tiny' else ', or a smaller --scale'}"
             )
 
 

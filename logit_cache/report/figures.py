@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
-from logit_cache.report.findings import Difference, RecipeFindings, Series, logged
-from logit_cache.report.folders import Model, RunFolder, Sweep, TrainingRun
-from logit_cache.report.recipe_tables import group_accuracy, group_names, readable
+from logit_cache.report.findings import Difference, RecipeFindings, Series
+from logit_cache.report.metrics import group_accuracy, logged, peak_memory
 from logit_cache.report.statistics import Spread
 from logit_cache.report.svg import Dot, Line, Mark, Row, limits, line_chart, rows_chart, scatter
+from student.report import TrainingReport
+from student.sweep.record import SweepReport
 
 _MOST_POINTS = 200
 _FIRST_PART = 0.2
@@ -32,17 +32,8 @@ class Figure:
     note: str = ""
 
 
-def training_points(run: TrainingRun) -> Points:
-    """Training cross-entropy, nats per token, by step."""
-    return _points(run.train_log, "cross_entropy")
-
-
-def held_out_points(run: TrainingRun) -> Points:
-    """Held-out loss, nats per token, by epoch: of the evaluations during training."""
-    return _points(run.eval_log, "eval_loss", by="epoch")
-
-
-def _points(log: Sequence[dict[str, Any]], name: str, by: str = "step") -> Points:
+def curve(log: Sequence[dict[str, int | float]], name: str, by: str = "step") -> Points:
+    """A figure of a run's log, by step or epoch."""
     found = {}
     for entry in log:
         x, y = logged(entry, by), logged(entry, name)
@@ -69,31 +60,24 @@ def mean_points(curves: Sequence[Points]) -> Points:
     return tuple((x, sum(table[x] for table in tables) / len(tables)) for x in sorted(common))
 
 
-_Groups = Sequence[tuple[str, str, Sequence[tuple[int, TrainingRun]]]]
-
-
-def curve_groups(findings: RecipeFindings) -> _Groups:
-    """Label, style and runs by seed of each series, for `training_figure` and `held_out_figure`."""
-    return [(series.label, series.style, series.runs) for series in findings.series]
-
-
-def run_groups(runs: Sequence[tuple[str, RunFolder]]) -> _Groups:
-    """The same of single runs."""
-    return [(folder.name, style, [(folder.run.job.seed, folder.run)]) for style, folder in runs]
+# Label, style and runs by seed.
+_Groups = Sequence[tuple[str, str, Sequence[tuple[int, TrainingReport]]]]
 
 
 def training_figure(groups: _Groups) -> Figure:
     """Training loss against optimizer steps: a line for each group, and thin lines for its seeds."""
-    return _curves(groups, "Training loss (cross-entropy), nats per token", training_points, "optimizer steps", "step")
+    title = "Training loss (cross-entropy), nats per token"
+    return _curves(groups, title, lambda run: curve(run.train_log, "cross_entropy"), "optimizer steps", "step")
 
 
 def held_out_figure(groups: _Groups) -> Figure:
     """Held-out loss against epochs, in which runs of other batches and schedules can be compared."""
-    return _curves(groups, "Held-out loss, nats per token", held_out_points, "epochs", "epoch", dots=True)
+    title = "Held-out loss, nats per token"
+    return _curves(groups, title, lambda run: curve(run.eval_log, "eval_loss", "epoch"), "epochs", "epoch", dots=True)
 
 
 def _curves(
-    groups: _Groups, title: str, of: Callable[[TrainingRun], Points], unit: str, x_name: str, dots: bool = False
+    groups: _Groups, title: str, of: Callable[[TrainingReport], Points], unit: str, x_name: str, dots: bool = False
 ) -> Figure:
     lines: list[Line] = []
     for label, style, runs in groups:
@@ -154,7 +138,7 @@ def _difference_row(difference: Difference, scale: float) -> Row | None:
 def pairs_figures(findings: RecipeFindings) -> list[Figure]:
     """Accuracy on minimal pairs by group: a mark for each series with the range of its seeds."""
     rows = []
-    for group in group_names(findings):
+    for group in findings.groups:
         marks = [_group_mark(series, group) for series in findings.series]
         rows.append(Row(readable(group), tuple(mark for mark in marks if mark is not None)))
     if not rows:
@@ -196,9 +180,8 @@ def fidelity_figures(findings: RecipeFindings) -> list[Figure]:
     ):
         lines = []
         for number, entry in enumerate(findings.entries):
-            report = entry.found["fidelity"] if entry.found is not None else None
-            if report is not None:
-                points = tuple((float(point["k"]), float(point[name])) for point in report["curve"])
+            if entry.fidelity is not None:
+                points = tuple((float(point["k"]), float(point[name])) for point in entry.fidelity["curve"])
                 lines.append(Line(entry.name, f"teacher-{number % 4}", points, dots=True))
         chart = line_chart(lines, title + ", by k", "ids stored per position (k)", x_log=True, y_log=True, x_name="k")
         found.append(Figure(title, chart, note))
@@ -206,11 +189,16 @@ def fidelity_figures(findings: RecipeFindings) -> list[Figure]:
     return found
 
 
-def break_even_figure(findings: RecipeFindings) -> Figure | None:
+def cost_figures(findings: RecipeFindings) -> list[Figure]:
+    """The time of students and their peak memory, where they were measured."""
+    return [*_break_even_figure(findings), *_memory_figure(findings)]
+
+
+def _break_even_figure(findings: RecipeFindings) -> list[Figure]:
     """Time of n students, from the cache and with live teachers, in the unit that fits."""
     found = findings.break_even
     if found is None:
-        return None
+        return []
     longest = max(max(cached, live) for _, cached, live in found.rows())
     unit, size = next(
         (u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if longest > s or s == 1
@@ -223,13 +211,13 @@ def break_even_figure(findings: RecipeFindings) -> Figure | None:
         Line("with live teachers", "live", live, dots=True),
     ]
     chart = line_chart(lines, title, "students", from_zero=True, x_name="students")
-    return Figure(title, chart)
+    return [Figure(title, chart)]
 
 
-def memory_figure(findings: RecipeFindings) -> Figure | None:
+def _memory_figure(findings: RecipeFindings) -> list[Figure]:
     """Peak memory of student, control and live runs: of the device if two or more measured it, else of the process."""
     series = [one for one in findings.series if one.role != "teacher"]
-    for name, of in (("device", _device_bytes), ("process", _process_bytes)):
+    for name, of in (("device", peak_memory("device_bytes")), ("process", peak_memory("process_bytes"))):
         found = [(one, spread) for one in series if (spread := one.spread(of)) is not None]
         if len(found) > 1:
             rows = []
@@ -239,19 +227,11 @@ def memory_figure(findings: RecipeFindings) -> Figure | None:
                 mark = Mark(one.style, title, spread.mean / 1e6, min(values), max(values))
                 rows.append(Row(one.label, (mark,)))
             title = f"Peak memory of the {name}"
-            return Figure(title, rows_chart(rows, title, "MB", reference=0.0))
-    return None
+            return [Figure(title, rows_chart(rows, title, "MB", reference=0.0))]
+    return []
 
 
-def _device_bytes(model: Model) -> float | None:
-    return None if model.run is None or model.run.peak_memory is None else model.run.peak_memory.device_bytes
-
-
-def _process_bytes(model: Model) -> float | None:
-    return None if model.run is None or model.run.peak_memory is None else model.run.peak_memory.process_bytes
-
-
-def sweep_figures(sweep: Sweep) -> list[Figure]:
+def sweep_figures(sweep: SweepReport) -> list[Figure]:
     """The best value so far by trial, then the value against each parameter."""
     best = min if sweep.direction == "minimize" else max
     complete = [
@@ -296,3 +276,8 @@ def _without_outliers(values: Sequence[float], best: float) -> tuple[float, floa
     middle = sorted(values)[len(values) // 2]
     reach = _FARTHEST * abs(middle - best) or math.inf
     return min(best, middle - reach), max(best, middle + reach)
+
+
+def readable(name: str) -> str:
+    """A group's name with spaces for underscores."""
+    return name.replace("_", " ")

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from logit_cache.describe import describe_entry
-from logit_cache.report.folders import KL, Model, Recipe, RecipeFolder, Role, TrainingRun
+from logit_cache.recipes.record import RecipeRecord, Role
+from logit_cache.report.folders import Model, RecipeFolder
+from logit_cache.report.metrics import Metric, kl_of, pairs_mean, run_seconds
 from logit_cache.report.statistics import Spread, spread
 from storage.cache.reader import LogitCache
 from storage.errors import CacheNotFound
+from storage.format.manifest import CacheRecord
+from student.report import TrainingReport
 
 EQUAL_NATS = 0.01
 """Cached and live are called equal if the interval of their difference is within ± this many nats."""
@@ -25,8 +29,6 @@ EQUAL_NATS = 0.01
 _ORDER: tuple[Role, ...] = ("teacher", "student", "control", "live")
 _LABELS = {"student": "student", "control": "control", "live": "live teachers"}
 _LARGEST_BREAK_EVEN = 16
-
-Metric = Callable[[Model], float | None]
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,28 @@ class Series:
     models: tuple[Model, ...]
 
     @property
-    def runs(self) -> list[tuple[int, TrainingRun]]:
+    def runs(self) -> list[tuple[int, TrainingReport]]:
         """The finished runs, each with its seed."""
         return [(model.seed, model.run) for model in self.models if model.run is not None]
 
+    @property
+    def parameters(self) -> int | None:
+        """Weights of a model; None before one is finished."""
+        return max((run.parameters for _, run in self.runs), default=None)
+
     def spread(self, metric: Metric) -> Spread | None:
         """A metric over the seeds that have it."""
-        return spread(metric(model) for model in self.models)
+        return spread(map(metric, self.models))
+
+    @property
+    def pairs(self) -> Spread | None:
+        """Accuracy on minimal pairs: the mean over groups."""
+        return self.spread(pairs_mean)
+
+    @property
+    def kl_is_bound(self) -> bool:
+        """Whether the KL to a teacher is a lower bound."""
+        return any(kl.lower_bound for model in self.models for kl in kl_of(model).values())
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,31 @@ class Entry:
     seconds: float | None
     held_out_seconds: float | None
 
+    @property
+    def fidelity(self) -> dict[str, Any] | None:
+        """The entry's own fidelity report."""
+        return None if self.found is None else self.found["fidelity"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Time of a stage, by run; None where it was not measured. `style` is that of the stage's series."""
+
+    name: str
+    activity: str
+    style: str
+    seconds: Spread | None
+
+
+@dataclass(frozen=True)
+class HeldOutDistance:
+    """KL(teacher || model) of a series to one entry, over its seeds, in nats per token."""
+
+    series: Series
+    entry: str
+    nats: Spread
+    lower_bound: bool
+
 
 @dataclass(frozen=True)
 class BreakEven:
@@ -100,11 +142,10 @@ class BreakEven:
 class RecipeFindings:
     """All data of the page about a recipe."""
 
-    name: str
-    recipe: Recipe
+    recipe: RecipeRecord
     models: tuple[Model, ...]
     series: tuple[Series, ...]
-    corpus: dict[str, Any] | None
+    cache: CacheRecord | None
     entries: tuple[Entry, ...]
 
     @cached_property
@@ -132,9 +173,14 @@ class RecipeFindings:
             }
         return {} if own is None else own.model_dump(include={"cross_entropy", "perplexity", "bits_per_byte", "ece"})
 
-    def loss(self, model: Model) -> float | None:
+    def metric(self, name: str) -> Metric:
+        """The metric that is one of the figures of `held_out`."""
+        return lambda model: self.held_out(model).get(name)
+
+    @property
+    def loss(self) -> Metric:
         """Held-out cross-entropy in nats per token."""
-        return self.held_out(model).get("cross_entropy")
+        return self.metric("cross_entropy")
 
     @cached_property
     def losses(self) -> tuple[Difference, ...]:
@@ -212,7 +258,7 @@ class RecipeFindings:
         return tuple(found)
 
     @property
-    def runs(self) -> list[TrainingRun]:
+    def runs(self) -> list[TrainingReport]:
         """Every finished run."""
         return [model.run for model in self.models if model.run is not None]
 
@@ -235,55 +281,44 @@ class RecipeFindings:
             return None
         return BreakEven(caching.mean, cached.mean, live.mean)
 
+    @property
+    def stages(self) -> list[Stage]:
+        """Time of every stage, in order."""
+        found = [Stage(one.label, "training", one.style, one.spread(run_seconds)) for one in self.of("teacher")]
+        for entry in self.entries:
+            found.append(Stage(entry.name, "caching of the training text", "", spread([entry.seconds])))
+            found.append(Stage(entry.name, "caching of the held-out text", "", spread([entry.held_out_seconds])))
+        for one in self.series:
+            if one.role != "teacher":
+                activity = "training from the cache" if one.role == "student" else "training"
+                found.append(Stage(one.label, activity, one.style, one.spread(run_seconds)))
+        return found
 
-def pairs_mean(model: Model) -> float | None:
-    """Minimal-pair accuracy of a model: unweighted mean over groups, a fraction."""
-    if model.scores is None or model.scores.minimal_pairs is None:
-        return None
-    return model.scores.minimal_pairs.mean_over_groups
+    @property
+    def distances(self) -> list[HeldOutDistance]:
+        """Held-out KL to each teacher entry; entries that serve one seed each count as one."""
+        found = []
+        for series in self.series:
+            by_seed = [kl for model in series.models if (kl := kl_of(model))]
+            names = list(dict.fromkeys(name for kl in by_seed for name in kl))
+            columns = {name: [kl[name] for kl in by_seed if name in kl] for name in names}
+            if len(names) > 1 and all(len(kl) == 1 for kl in by_seed):
+                columns = {"its seed's entry": [item for kl in by_seed for item in kl.values()]}
+            for name, items in columns.items():
+                nats = Spread(tuple(item.nats for item in items))
+                found.append(HeldOutDistance(series, name, nats, any(item.lower_bound for item in items)))
+        return found
 
+    @property
+    def groups(self) -> list[str]:
+        """Sorted names of the groups of minimal pairs that any model was scored on."""
+        return sorted({name for model in self.models if model.pairs is not None for name in model.pairs.groups})
 
-def run_seconds(model: Model) -> float | None:
-    """Seconds of a run; None for a resumed one, which recorded only those of its last process."""
-    return None if model.run is None or model.run.resumed_from_step else model.run.seconds
-
-
-def logged(entry: dict[str, Any], name: str) -> float | None:
-    """A finite number of an entry of a run's log, else None."""
-    value = entry.get(name)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def best_epoch(model: Model) -> float | None:
-    """The epoch whose weights were published: that of the least selecting loss, or the last; None without a log."""
-    if model.run is None:
-        return None
-    training = model.run.job.training
-    name = f"eval_{str(training.get('metric_for_best_model') or 'loss').removeprefix('eval_')}"
-    found = [
-        (value, epoch)
-        for entry in model.run.eval_log
-        if (value := logged(entry, name)) is not None and (epoch := logged(entry, "epoch")) is not None
-    ]
-    if not found:
-        return None
-    if not training.get("load_best_model_at_end"):
-        return max(epoch for _, epoch in found)
-    return (max if training.get("greater_is_better") else min)(found)[1]
-
-
-def kl_of(model: Model) -> dict[str, KL]:
-    """Held-out KL by teacher entry: from the scores, which every model may have; else from the run."""
-    scored = None if model.scores is None else model.scores.held_out
-    if scored is not None and scored.kl:
-        return scored.kl
-    return {} if model.run is None or model.run.held_out is None else model.run.held_out.kl
-
-
-def kl_mean(model: Model) -> float | None:
-    """Held-out KL(teacher || model) in nats per token: the mean over the model's teacher entries."""
-    values = [item.nats for item in kl_of(model).values()]
-    return sum(values) / len(values) if values else None
+    @property
+    def is_blimp(self) -> bool:
+        """Whether the minimal pairs are BLiMP's."""
+        pairs = [model.pairs for model in self.models if model.pairs is not None]
+        return bool(pairs) and all(one.is_blimp for one in pairs)
 
 
 def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
@@ -294,11 +329,10 @@ def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
     train = _open(folder.train_cache)
     held_out = _open(folder.held_out_cache)
     return RecipeFindings(
-        name=folder.name,
         recipe=folder.recipe,
         models=folder.models,
         series=series_of(folder.models),
-        corpus=None if train is None else _corpus(train),
+        cache=None if train is None else train.record,
         entries=tuple(_entry(name, train, held_out) for name in folder.recipe.entries),
     )
 
@@ -325,19 +359,6 @@ def _open(path: Path | None) -> LogitCache | None:
         return LogitCache.open(str(path))
     except CacheNotFound:
         return None
-
-
-def _corpus(cache: LogitCache) -> dict[str, Any]:
-    corpus, record = cache.record.corpus, cache.record
-    return {
-        "tokens": corpus.positions,
-        "documents": corpus.documents,
-        "text_bytes": corpus.text_bytes,
-        "stream_sha256": corpus.stream_sha256,
-        "vocabulary_size": record.tokenizer.vocabulary_size,
-        "tokenizer_fingerprint": record.tokenizer.fingerprint,
-        "libraries": record.created_with.libraries,
-    }
 
 
 def _entry(name: str, train: LogitCache | None, held_out: LogitCache | None) -> Entry:

@@ -6,52 +6,36 @@ from the folders is text, and Jinja2 escapes it.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from logit_cache.report import figures
-from logit_cache.report import recipe_tables as tables
-from logit_cache.report.cells import Table
-from logit_cache.report.figures import Figure
+from logit_cache.report import facts, figures, metrics
 from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe
-from logit_cache.report.folders import Folder, RecipeFolder, RunFolder, SweepFolder, read_folder
-from logit_cache.report.run_tables import (
-    run_provenance,
-    runs_table,
-    sorted_trials,
-    sweep_settings,
-    trial_value,
-    trials_table,
-)
+from logit_cache.report.folders import Folder, RecipeFolder, RunFolder, read_folder
+from logit_cache.report.numbers import number, over_seeds, trial_value
 from logit_cache.report.svg import swatch
 from logit_cache.report.verdict import pairs_sentences, verdicts
 from storage.errors import InputError
 from storage.files import replace_file
-from storage.progress import duration
+from storage.text import columns, counted, duration
+from student.sweep.record import SweepReport
 
 _RUN_STYLES = ("student", "teacher-0", "teacher-1", "live", "teacher-2", "teacher-3", "control")
 _PAIRED = "Differences are paired by seed; ± is their standard deviation over seeds, intervals are Student's t."
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of an article: text, a legend of (style, label), figures, tables. Empty ones are left out."""
-
-    title: str
-    text: tuple[str, ...] = ()
-    legend: tuple[tuple[str, str], ...] = ()
-    figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
+_MOST_TRIALS = 500
 
 
 @dataclass(frozen=True)
 class Article:
-    """The part of the page about one folder: `verdict` first, then its context, warnings, and sections.
+    """The part of the page about one folder: `verdict` first, then its context, warnings, and `body`, the sections.
 
     summary: lines of a table, for a terminal.
     """
@@ -59,9 +43,9 @@ class Article:
     kind: str
     title: str
     verdict: tuple[str, ...]
-    context: tuple[str, ...]
-    warnings: tuple[str, ...]
-    sections: tuple[Section, ...]
+    body: Markup
+    context: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     summary: tuple[str, ...] = ()
 
 
@@ -77,7 +61,7 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
             f"{names}: expected at least one finished run or trial, found none: run the command again once there is one"
         )
     articles = [_recipe(gather_recipe(folder)) for folder in folders if isinstance(folder, RecipeFolder)]
-    articles += [_sweep(folder) for folder in folders if isinstance(folder, SweepFolder)]
+    articles += [_sweep(folder) for folder in folders if isinstance(folder, SweepReport)]
     runs = [folder for folder in folders if isinstance(folder, RunFolder)]
     if runs:
         articles.append(_runs(runs))
@@ -87,17 +71,25 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
 
 def render(articles: Sequence[Article]) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("logit_cache.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["bound"] = _bound
     title = articles[0].title if len(articles) == 1 else f"{len(articles)} reports"
-    page = environment.get_template("report.html")
-    return page.render(title=title, articles=articles, swatch=swatch)
+    return _from_template("report", title=title, articles=articles)
+
+
+def _from_template(name: str, **values: Any) -> Markup:
+    # The templates have escaped every value.
+    return Markup(_environment().get_template(f"{name}.html").render(values))
+
+
+@functools.cache
+def _environment() -> Environment:
+    loader = PackageLoader("logit_cache.report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["swatch"] = swatch
+    for made in (_bound, duration, number, over_seeds, figures.readable, trial_value):
+        environment.filters[made.__name__.removeprefix("_")] = made
+    return environment
 
 
 def _bound(text: str) -> str:
@@ -108,86 +100,58 @@ def _bound(text: str) -> str:
 def _is_finished(folder: Folder) -> bool:
     if isinstance(folder, RecipeFolder):
         return any(model.run is not None for model in folder.models)
-    if isinstance(folder, SweepFolder):
-        return any(trial.state == "complete" and trial.value is not None for trial in folder.sweep.trials)
+    if isinstance(folder, SweepReport):
+        return any(trial.state == "complete" and trial.value is not None for trial in folder.trials)
     return True
 
 
-def _present(found: Sequence[Table | Figure | None]) -> list[Table | Figure]:
-    """The tables that have rows and the figures whose chart is not empty."""
-    return [one for one in found if one is not None and (one.rows if isinstance(one, Table) else one.chart)]
-
-
-def _section(
-    title: str,
-    *parts: Table | Figure | None,
-    text: Sequence[str] = (),
-    legend: Sequence[tuple[str, str]] = (),
-) -> Section:
-    present = _present(parts)
-    charts = tuple(one for one in present if isinstance(one, Figure))
-    filled = tuple(one for one in present if isinstance(one, Table))
-    if not present and not text:
-        text = ("Not measured.",)
-    return Section(title, tuple(text), tuple(legend) if charts else (), charts, filled)
-
-
-def _recipe(findings: RecipeFindings) -> Article:
-    legend = [(series.style, series.label) for series in findings.series if series.runs]
-    pairs_name = "BLiMP by phenomenon" if tables.is_blimp(findings.models) else "Minimal pairs by group"
-    kl = tables.kl_table(findings)
-    curves = figures.curve_groups(findings)
-    return Article(
-        kind=f"recipe {findings.recipe.recipe}, scale {findings.recipe.scale}",
-        title=findings.recipe.title,
-        verdict=tuple(verdicts(findings)),
-        context=(
-            *pairs_sentences(findings),
-            *([_PAIRED] if any(len(difference.by_seed) > 1 for difference in findings.losses) else []),
-        ),
-        warnings=findings.warnings,
-        sections=(
-            _section(
-                "Gain from distillation",
-                figures.held_out_figure(curves),
-                *figures.difference_figures(findings),
-                legend=legend,
-            ),
-            _section("Setup", *tables.settings_tables(findings)),
-            _section("Teachers, student, control", tables.models_table(findings)),
-            _section("During training", figures.training_figure(curves), legend=legend),
-            _section(pairs_name, *figures.pairs_figures(findings), tables.pairs_table(findings), legend=legend),
-            _section(
-                "Fidelity of the cache",
-                *figures.fidelity_figures(findings),
-                tables.fidelity_table(findings.entries),
-                kl,
-                text=() if kl else ("Held-out KL to the teachers: not measured.",),
-                legend=[
-                    (f"teacher-{number % 4}", entry.name)
-                    for number, entry in enumerate(findings.entries)
-                    if entry.found is not None and entry.found["fidelity"] is not None
-                ],
-            ),
-            _section(
-                "Cost",
-                figures.break_even_figure(findings),
-                figures.memory_figure(findings),
-                tables.break_even_table(findings),
-                tables.cost_table(findings),
-                tables.storage_table(findings.entries),
-                tables.memory_table(findings),
-                text=[_break_even(findings.break_even)],
-                legend=[
-                    (series.style, series.label)
-                    for series in findings.series
-                    if series.role != "teacher" and series.runs
-                ],
-            ),
-            _section("Provenance", *tables.provenance_tables(findings)),
-        ),
-        summary=tables.summary(findings),
+def _recipe(found: RecipeFindings) -> Article:
+    legend = [(series.style, series.label) for series in found.series if series.runs]
+    curves = [(series.label, series.style, series.runs) for series in found.series]
+    body = _from_template(
+        "recipe",
+        findings=found,
+        metrics=metrics,
+        legend=legend,
+        held_out_figure=figures.held_out_figure(curves),
+        difference_figures=figures.difference_figures(found),
+        setup=facts.setup(found),
+        settings=facts.settings(found),
+        training_figure=figures.training_figure(curves),
+        pairs_figures=figures.pairs_figures(found),
+        fidelity_figures=figures.fidelity_figures(found),
+        entry_legend=[
+            (f"teacher-{number % 4}", entry.name)
+            for number, entry in enumerate(found.entries)
+            if entry.fidelity is not None
+        ],
+        break_even_sentence=_break_even(found.break_even),
+        cost_figures=figures.cost_figures(found),
+        cost_legend=[(one.style, one.label) for one in found.series if one.role != "teacher" and one.runs],
+        digests=facts.recipe_digests(found),
+        software=facts.software(found.runs, [entry.found["created_with"] for entry in found.entries if entry.found]),
     )
+    paired = any(len(difference.by_seed) > 1 for difference in found.losses)
+    return Article(
+        kind=f"recipe {found.recipe.recipe}, scale {found.recipe.scale}",
+        title=found.recipe.title,
+        verdict=tuple(verdicts(found)),
+        body=body,
+        context=(*pairs_sentences(found), *([_PAIRED] if paired else [])),
+        warnings=found.warnings,
+        summary=_summary(found),
+    )
+
+
+def _summary(found: RecipeFindings) -> tuple[str, ...]:
+    """The models in lines for a terminal: size, held-out loss, best epoch, time."""
+    rows: list[tuple[str, ...]] = [("", "parameters", "held-out loss, nats", "best epoch", "seconds")]
+    for series in found.series:
+        over = ((found.loss, 4), (metrics.best_epoch, 1), (metrics.run_seconds, 0))
+        cells = [" ".join(over_seeds(series.spread(metric), digits) or ()).rstrip() for metric, digits in over]
+        cells = [number(series.parameters, 2, " M", 1e-6) or "", *cells]
+        rows.append((series.label, *(cell or "not measured" for cell in cells)))
+    return (*columns(rows), "")
 
 
 def _break_even(found: BreakEven | None) -> str:
@@ -200,64 +164,59 @@ def _break_even(found: BreakEven | None) -> str:
     if found.students is None:
         return f"A run from the cache is no faster than a live one here, so the cache never saves time: {costs}."
     first = max(1, -int(-found.students // 1))
-    return f"The cache is cheaper from {first} student{'s' if first > 1 else ''} on: {costs}."
+    return f"The cache is cheaper from {counted(first, 'student')} on: {costs}."
 
 
-def _sweep(folder: SweepFolder) -> Article:
-    sweep = folder.sweep
-    best = sorted_trials(sweep)[0] if sweep.trials else None
-    counts = {state: sum(trial.state == state for trial in sweep.trials) for state in ("complete", "pruned", "failed")}
-    running = len(sweep.trials) - sum(counts.values())
-    if best is None or best.state != "complete" or best.value is None or not math.isfinite(best.value):
-        verdict = "No trial ended with a value."
-    else:
-        settings = ", ".join(f"{name} {trial_value(value)}" for name, value in best.parameters.items())
-        word = "Lowest" if sweep.direction == "minimize" else "Highest"
-        verdict = f"{word} {sweep.metric}: {best.value:.4f}, in trial {best.number} ({settings or 'no parameters'})."
-    parts = [f"{count} {state}" for state, count in counts.items() if count] + (
-        [f"{running} running"] if running else []
+def _sweep(sweep: SweepReport) -> Article:
+    trials = sweep.ranked()
+    body = _from_template(
+        "sweep",
+        sweep=sweep,
+        trials=trials,
+        most_trials=_MOST_TRIALS,
+        parameters=list(dict.fromkeys(name for trial in sweep.trials for name in trial.parameters)),
+        figures=figures.sweep_figures(sweep),
+        settings=facts.sweep_settings(sweep),
     )
-    seconds = "" if sweep.seconds is None else f", {duration(sweep.seconds)} in all"
-    charts = figures.sweep_figures(sweep)
+    states = [trial.state for trial in trials]
+    counts = [(states.count(state), state) for state in ("complete", "pruned", "failed", "running")]
+    parts = ", ".join(f"{count} {state}" for count, state in counts if count)
     return Article(
-        kind=f"sweep, {sweep.backend or 'backend not recorded'}",
+        kind=f"sweep, {sweep.backend}",
         title=sweep.title,
-        verdict=(verdict,),
+        verdict=(_best_trial(sweep),),
+        body=body,
         context=(
-            f"{len(sweep.trials)} trials ({', '.join(parts)}){seconds}. The best of many trials is selected "
-            "on this held-out text, so its value is optimistic: evaluate it with a new seed or on another text.",
-        ),
-        warnings=(),
-        sections=(
-            _section(
-                "By parameter",
-                *charts,
-                legend=[("student", "best trial"), ("control", "other trials; rings were pruned")],
-            ),
-            _section("Trials", trials_table(sweep)),
-            _section("Settings", sweep_settings(sweep)),
+            f"{counted(len(trials), 'trial')} ({parts}), {duration(sweep.seconds)} in all. The best of many trials is "
+            "selected on this held-out text, so its value is optimistic: evaluate it with a new seed or on another "
+            "text.",
         ),
     )
+
+
+def _best_trial(sweep: SweepReport) -> str:
+    best = next(iter(sweep.ranked()), None)
+    if best is None or best.state != "complete" or best.value is None or not math.isfinite(best.value):
+        return "No trial ended with a value."
+    settings = ", ".join(f"{name} {trial_value(value)}" for name, value in best.parameters.items())
+    word = "Lowest" if sweep.direction == "minimize" else "Highest"
+    return f"{word} {sweep.metric}: {best.value:.4f}, in trial {best.number} ({settings or 'no parameters'})."
 
 
 def _runs(runs: Sequence[RunFolder]) -> Article:
     styled = [(_RUN_STYLES[number % len(_RUN_STYLES)], run) for number, run in enumerate(runs)]
-    legend = [(style, run.name) for style, run in styled]
-    curves = figures.run_groups(styled)
-    return Article(
-        kind="training runs",
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} training runs",
-        verdict=(_lowest(runs),),
-        context=(),
-        warnings=(),
-        sections=(
-            _section("Runs", runs_table(styled)),
-            _section(
-                "During training", figures.training_figure(curves), figures.held_out_figure(curves), legend=legend
-            ),
-            _section("Provenance", *run_provenance(runs)),
-        ),
+    curves = [(folder.name, style, [(folder.run.job.seed, folder.run)]) for style, folder in styled]
+    body = _from_template(
+        "runs",
+        runs=styled,
+        legend=[(style, run.name) for style, run in styled],
+        training_figure=figures.training_figure(curves),
+        held_out_figure=figures.held_out_figure(curves),
+        digests=facts.run_digests(runs),
+        software=facts.software([one.run for one in runs]),
     )
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} training runs"
+    return Article(kind="training runs", title=title, verdict=(_lowest(runs),), body=body)
 
 
 def _lowest(runs: Sequence[RunFolder]) -> str:

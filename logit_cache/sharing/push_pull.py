@@ -7,7 +7,6 @@ before any data is copied. A data set of the hub is written by the hub's own upl
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from storage.cache.inventory import CARD_KEY, SIGNATURE_KEY
 from storage.cache.reader import LogitCache
 from storage.errors import CorruptCache, InputError
-from storage.progress import Advance, Log, Track, silent
+from storage.progress import Log, Track, silent, untracked
 from storage.stores import open_store
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
@@ -35,7 +34,7 @@ def push(
     *,
     license: str | None = None,
     sign: str | None = None,
-    track: Track | None = None,
+    track: Track = untracked,
     log: Log = silent,
 ) -> Delivery:
     """Copy a cache, or some of its entries, to a store from which others pull it.
@@ -60,7 +59,7 @@ def push(
     return done
 
 
-def pull(job: CopyJob, *, verify_key: str | None = None, track: Track | None = None, log: Log = silent) -> Delivery:
+def pull(job: CopyJob, *, verify_key: str | None = None, track: Track = untracked, log: Log = silent) -> Delivery:
     """Copy a cache that others made, or some of its entries, checking all of it.
 
     `verify_key` is the path of a public key: a cache that this key has not signed raises CorruptCache. Raises the
@@ -82,9 +81,9 @@ def pull(job: CopyJob, *, verify_key: str | None = None, track: Track | None = N
     return done
 
 
-def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track: Track | None, log: Log) -> Delivery:
+def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track: Track, log: Log) -> Delivery:
     try:
-        with _tracked(track, name, transfer.contents.size) as advance:
+        with track(name, transfer.contents.size, "bytes") as advance:
             return transfer.deliver(advance, card_files)
     except BaseException:
         kept_at = transfer.destination.kept_at
@@ -93,11 +92,7 @@ def _deliver(transfer: Transfer, name: str, card_files: dict[str, bytes], track:
         raise
 
 
-def _tracked(track: Track | None, name: str, size: int) -> contextlib.AbstractContextManager[Advance | None]:
-    return contextlib.nullcontext() if track is None else track(name, size, "bytes")
-
-
-def _push_to_hub(job: CopyJob, license: str | None, sign: str | None, track: Track | None, log: Log) -> Delivery:
+def _push_to_hub(job: CopyJob, license: str | None, sign: str | None, track: Track, log: Log) -> Delivery:
     from logit_cache.sharing.hub import parse_hub_url, push_to_hub
 
     parse_hub_url(job.target)
@@ -111,7 +106,7 @@ def _push_to_hub(job: CopyJob, license: str | None, sign: str | None, track: Tra
             check_overwrites(open_store(job.target), transfer.contents)
             card_files = _new_card_files(transfer.contents.manifest, license, sign)
             done = _deliver(transfer, "check", card_files, track, log)
-        with _tracked(track, "upload", done.copied_bytes) as advance:
+        with track("upload", done.copied_bytes, "bytes") as advance:
             push_to_hub(staged, job.target, advance)
     done.url = job.target
     return done

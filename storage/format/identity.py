@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from storage.errors import InputError
 from storage.format.sealing import canonical_json
+from storage.text import counted
 
 # A tokenizer.json stores the options of its last call. They do not change which ids a text gets here.
 _VOLATILE = ("padding", "truncation")
@@ -75,7 +76,7 @@ def contradicting_ids(a: Mapping[str, int], b: Mapping[str, int], below: int) ->
 def few(lines: Collection[str], most: int = 5) -> list[str]:
     """The first lines, and then the number of further ones, each of which is about an id."""
     more = len(lines) - most
-    return [*list(lines)[:most], f"and {more} more ids"] if more > 0 else list(lines)
+    return [*list(lines)[:most], f"and {counted(more, 'more id')}"] if more > 0 else list(lines)
 
 
 def tokenizer_fingerprint(files: Mapping[str, bytes], vocabulary: Mapping[str, int]) -> str:

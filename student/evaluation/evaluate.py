@@ -1,4 +1,4 @@
-"""Evaluation of a saved model: on held-out text of a cache, on minimal pairs, and the report of both.
+"""Evaluation of a saved model: on held-out text of a cache, and on minimal pairs.
 
 Any causal language model that transformers saved can be evaluated; ours and others' are measured alike.
 """
@@ -6,26 +6,21 @@ Any causal language model that transformers saved can be evaluated; ours and oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import InputError
-from storage.files import replace_file
-from storage.progress import Log, Track, silent
+from storage.progress import Log, Track, silent, untracked
 from student.data.windows import DistillationWindows
-from student.evaluation.held_out import HeldOut, held_out
-from student.evaluation.job import EvaluationJob, Reported
+from student.evaluation.held_out import held_out
+from student.evaluation.job import EvaluationJob
 from student.evaluation.lm_eval_tasks import check_folder, write_tasks
 from student.evaluation.minimal_pairs import (
-    PairScores,
     Sentence,
     encode,
     prefix_id,
@@ -34,66 +29,14 @@ from student.evaluation.minimal_pairs import (
     sentences_of,
     tally,
 )
+from student.evaluation.report import EvaluationReport, HeldOutScores
 from student.models.configuration import stated_columns
 from student.models.loading import load_student
 from student.models.tokenizer import read_tokenizer
-from student.report import HeldOutKL, labelled
+from student.report import HeldOutReport
 
 
-class HeldOutScores(Reported):
-    """Held-out figures over every labelled position once.
-
-    Cross-entropy in nats. Per byte: of the text's UTF-8 bytes, so that models of different tokenizers compare; None
-    where the bytes of the scored positions are not known (a loss mask). ece (expected calibration error of the top-1
-    prediction) and accuracy are fractions. kl: KL(teacher || model) by teacher.
-    """
-
-    tokens: int
-    cross_entropy_per_token: float
-    perplexity_per_token: float
-    cross_entropy_per_byte: float | None
-    perplexity_per_byte: float | None
-    bits_per_byte: float | None
-    ece: float
-    accuracy: float
-    kl: dict[str, HeldOutKL] = Field(default_factory=dict)
-
-    @classmethod
-    def of(cls, found: HeldOut) -> HeldOutScores:
-        """The scores of `found`, with the figures per byte derived from its bits per byte."""
-        bits = found.bits_per_byte
-        nats = None if bits is None else bits * math.log(2)
-        return cls(
-            tokens=found.tokens,
-            cross_entropy_per_token=found.cross_entropy,
-            perplexity_per_token=found.perplexity,
-            cross_entropy_per_byte=nats,
-            perplexity_per_byte=None if nats is None else float(torch.tensor(nats, dtype=torch.float64).exp()),
-            bits_per_byte=bits,
-            ece=found.ece,
-            accuracy=found.accuracy,
-            kl={
-                name: HeldOutKL(nats=value, lower_bound=found.kl_is_lower_bound[name])
-                for name, value in found.kl.items()
-            },
-        )
-
-
-class EvaluationReport(Reported):
-    """The figures of one model. `prefix_token` starts every sentence; None without pairs."""
-
-    kind: Literal["evaluation report"] = "evaluation report"
-    job: EvaluationJob
-    architecture: str
-    parameters: int
-    device: str
-    libraries: dict[str, str]
-    prefix_token: str | None
-    held_out: HeldOutScores | None
-    minimal_pairs: PairScores | None
-
-
-def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = None) -> EvaluationReport:
+def evaluate(job: EvaluationJob, track: Track = untracked, log: Log = silent) -> EvaluationReport:
     """Make the measurements of a job; everything that can be wrong with it is checked before the model runs.
 
     `track(name, total, unit)` opens a progress display and returns the function that advances it; `log` receives a line
@@ -101,7 +44,6 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
     transformers applies.
     Raises InputError, IdentityMismatch (the cache has another tokenizer) and the errors of `DistillationWindows`.
     """
-    show = track or _silent
     job.check()
     device = _device(job.device)
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
@@ -124,8 +66,7 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         )
         named = max((entry.vocabulary_size for entry in windows.entries.values()), default=0)
         vocabulary = None if tokenizer is None else tokenizer.get_vocab()
-        note = log or silent
-        windows = windows.within(stated_columns(job.model), job.model, note, vocabulary, named)
+        windows = windows.within(stated_columns(job.model), job.model, log, vocabulary, named)
     sentences = encode(tokenizer, sentences_of(pairs), job.leading_space) if pairs else []
     model = _load(job, sentences, tokenizer, windows, device)
 
@@ -133,10 +74,10 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
         write_tasks(pairs, job.lm_eval_tasks, job.leading_space)
     held = scores = None
     if windows is not None:
-        with show("held-out text", len(windows), "windows") as advance:
-            held = HeldOutScores.of(held_out(model, windows, job.batch_size, advance))
+        with track("held-out text", len(windows), "windows") as advance:
+            held = _scores(held_out(model, windows, job.batch_size, advance))
     if pairs:
-        with show("minimal pairs", len(sentences), "sentences") as advance:
+        with track("minimal pairs", len(sentences), "sentences") as advance:
             scores = tally(pairs, sentence_logprobs(model, sentences, job.batch_size, advance).view(-1, 2))
     return EvaluationReport(
         job=job,
@@ -150,9 +91,20 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
     )
 
 
-def _silent(name: str, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
-    del name, total, unit
-    return nullcontext(lambda count: None)
+def _scores(found: HeldOutReport) -> HeldOutScores:
+    bits = found.bits_per_byte
+    nats = None if bits is None else bits * math.log(2)
+    return HeldOutScores(
+        tokens=found.tokens,
+        cross_entropy_per_token=found.cross_entropy,
+        perplexity_per_token=found.perplexity,
+        cross_entropy_per_byte=nats,
+        perplexity_per_byte=None if nats is None else float(torch.tensor(nats, dtype=torch.float64).exp()),
+        bits_per_byte=bits,
+        ece=found.ece,
+        accuracy=found.accuracy,
+        kl=found.kl,
+    )
 
 
 def _device(name: str | None) -> torch.device:
@@ -196,56 +148,3 @@ def _load(
         )
     loaded: PreTrainedModel = model.to(device=device, dtype=getattr(torch, job.dtype)).eval()
     return loaded
-
-
-def table(report: EvaluationReport) -> str:
-    """The figures for a terminal."""
-    about = f"{report.job.model}, {report.architecture}, {report.parameters:,} parameters"
-    rows = [("model", f"{about}, {report.job.dtype} on {report.device}")]
-    held = report.held_out
-    if held is not None:
-        per_byte = held.cross_entropy_per_byte is not None
-        rows += [
-            ("held-out tokens", f"{held.tokens:,} of {report.job.cache}"),
-            (
-                "cross-entropy",
-                f"{held.cross_entropy_per_token:.4f} nats per token"
-                + (f", {held.cross_entropy_per_byte:.4f} nats per byte" if per_byte else ""),
-            ),
-            (
-                "perplexity",
-                f"{held.perplexity_per_token:,.2f} per token"
-                + (f", {held.perplexity_per_byte:,.4f} per byte" if per_byte else ""),
-            ),
-        ]
-        if per_byte:
-            rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
-        rows += [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
-        rows += [
-            (f"KL to {name}", f"{kl.nats:.4f} nats{' (a lower bound)' if kl.lower_bound else ''}")
-            for name, kl in held.kl.items()
-        ]
-    scores = report.minimal_pairs
-    if scores is not None:
-        blimp = scores.is_blimp
-        rows.append(("minimal pairs", f"{scores.pairs:,} of {report.job.pairs}, after {report.prefix_token}"))
-        rows += [(f"  {name}", f"{group.accuracy:.2%} of {group.pairs:,}") for name, group in scores.groups.items()]
-        rows += [
-            (
-                "mean of groups",
-                f"{scores.mean_over_groups:.2%} ({len(scores.groups)}"
-                + (": the BLiMP score of the BabyLM papers)" if blimp else ")"),
-            ),
-            (
-                "mean of paradigms",
-                f"{scores.mean_over_paradigms:.2%} ({len(scores.paradigms)}"
-                + (": BLiMP's own overall score)" if blimp else ")"),
-            ),
-            ("undecided", f"{scores.close:,} pairs closer than 1e-4 nats, {scores.tied:,} of them equal (wrong)"),
-        ]
-    return labelled(rows)
-
-
-def write_report(report: EvaluationReport, file: str) -> None:
-    """Write the report as JSON, by an atomic rename."""
-    replace_file(Path(file).expanduser(), (report.model_dump_json(indent=1) + "\n").encode())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from student.loss.distillation import forward_kl
 from student.loss.objective import Tail
 from student.loss.student_logprobs import check_batch
 from student.loss.teacher_targets import Member, targets_of
+from student.report import HeldOutKL, HeldOutReport
 from student.target_batch import TargetBatch
 
 BINS = 15
@@ -33,35 +33,8 @@ _CHUNK_LOGITS = 1 << 24
 BATCH_LOGITS = 1 << 26
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Figures of a model on held-out text.
-
-    tokens           positions scored
-    cross_entropy    nats per token, normalised over all W columns
-    perplexity       exp of it
-    bits_per_byte    cross-entropy in bits per byte of text; None when the bytes per token are not known
-    ece              expected calibration error of the most probable next token, a fraction in [0, 1]
-    accuracy         share of positions where that token is the one that follows
-    kl               by teacher: KL(teacher || model) at temperature 1, nats per token
-    kl_is_lower_bound   by teacher: True when any position's tail was one bucket; False where K = V throughout, and
-                     where sampled ids (VarOpt, temperature 1) estimate the dense KL without bias
-    distillation_loss   the run's training loss, per token; None where it was not asked for
-    """
-
-    tokens: int
-    cross_entropy: float
-    perplexity: float
-    bits_per_byte: float | None
-    ece: float
-    accuracy: float
-    kl: dict[str, float]
-    kl_is_lower_bound: dict[str, bool]
-    distillation_loss: float | None = None
-
-
 class HeldOutSums:
-    """The sums behind `HeldOut`; `add` batches, merge processes through `tensor` and `load`, then `result`.
+    """The sums behind a `HeldOutReport`; `add` batches, merge processes through `tensor` and `load`, then `result`.
 
     ECE is ``sum_b n_b / N * |correct_b / n_b - confidence_b / n_b|`` over 15 bins of equal width (lower end
     excluded) of the confidence q(top-1) (Guo et al. 2017). Top-1 is taken among the columns below V, its
@@ -131,7 +104,7 @@ class HeldOutSums:
         self._tokens, self._nats = tokens[0].clone(), nats[0].clone()
         self._bins, self._kl = bins.reshape(3, BINS).clone(), kl.reshape(2, -1).clone()
 
-    def result(self, bytes_per_token: float | None = None) -> HeldOut:
+    def result(self, bytes_per_token: float | None = None) -> HeldOutReport:
         """The figures. Raises InputError when no position was scored, Diverged where the cross-entropy is not finite.
 
         bytes_per_token: bytes of UTF-8 text per token of the held-out stream, for bits per byte.
@@ -145,16 +118,17 @@ class HeldOutSums:
         if not math.isfinite(cross_entropy):
             raise Diverged(f"the held-out cross-entropy is {cross_entropy}: the model's logits are not finite")
         _, confidence, correct = self._bins
-        names = [member.name for member in self.members]
-        return HeldOut(
+        return HeldOutReport(
             tokens=tokens,
             cross_entropy=cross_entropy,
             perplexity=float(torch.tensor(cross_entropy, dtype=torch.float64).exp()),
             bits_per_byte=cross_entropy / math.log(2) / bytes_per_token if bytes_per_token else None,
             ece=float((correct - confidence).abs().sum()) / tokens,
             accuracy=float(correct.sum()) / tokens,
-            kl={name: float(nats) / tokens for name, nats in zip(names, self._kl[0], strict=True)},
-            kl_is_lower_bound={name: bool(rows > 0) for name, rows in zip(names, self._kl[1], strict=True)},
+            kl={
+                member.name: HeldOutKL(nats=float(nats) / tokens, lower_bound=bool(rows > 0))
+                for member, nats, rows in zip(self.members, *self._kl, strict=True)
+            },
         )
 
 
@@ -164,7 +138,7 @@ def held_out(
     windows: DistillationWindows,
     batch_windows: int = 64,
     advance: Callable[[int], None] | None = None,
-) -> HeldOut:
+) -> HeldOutReport:
     """Figures of a model over every labelled position of a cache once, as training reports them; no trainer needed.
 
     windows: those of the cache, at a fixed offset; the KL is measured to the teachers whose targets they read.

@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from storage.config import Frozen
 from storage.errors import InputError
 
 
-class Reported(Frozen):
-    """A record of the evaluation report."""
-
-    # A model that is hopelessly wrong has an infinite perplexity, and its report must still be JSON.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-
-class EvaluationJob(Reported):
+class EvaluationJob(Frozen):
     """A model, and the measurements to make of it.
 
     model              a model directory, with a tokenizer where pairs are scored

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from storage.config import Frozen
 from storage.errors import InputError
 from storage.progress import Advance
-from student.evaluation.blimp import GROUP_OF, GROUP_OF_TERM, PHENOMENA
+from student.evaluation.blimp import GROUP_OF, GROUP_OF_TERM
 from student.evaluation.held_out import BATCH_LOGITS, head_columns, next_token_logprobs
+from student.evaluation.report import GroupScore, PairScores, ParadigmScore
 from student.labels import NOT_TRAINED
 
 CLOSE_NATS = 1e-4
@@ -45,45 +45,6 @@ class Pair:
     bad: str
     paradigm: str
     group: str
-
-
-class GroupScore(Frozen):
-    """Number of pairs, and `accuracy`: the share of right ones."""
-
-    pairs: int
-    accuracy: float
-
-
-class ParadigmScore(GroupScore):
-    """The score of one paradigm, and the group it belongs to."""
-
-    group: str
-
-
-class PairScores(Frozen):
-    """Scores of a model on a folder of minimal pairs; accuracies are fractions.
-
-    mean_over_groups     of the groups' accuracies, unweighted; over BLiMP's 12 it is the BLiMP score of the BabyLM
-                         papers, Baby Llama and BabyLlama-2 among them
-    mean_over_paradigms  of the paradigms' accuracies, unweighted; over BLiMP's 67 it is the overall score of its
-                         authors and of lm-eval's group `blimp`
-    groups               by name: over all pairs of the group together
-    tied                 pairs of equal log-probability, all counted wrong
-    close                pairs closer than 1e-4 nats, ties among them
-    """
-
-    pairs: int
-    mean_over_groups: float
-    mean_over_paradigms: float
-    tied: int
-    close: int
-    groups: dict[str, GroupScore]
-    paradigms: dict[str, ParadigmScore]
-
-    @property
-    def is_blimp(self) -> bool:
-        """Whether the paradigms are all of BLiMP's, and no others."""
-        return self.paradigms.keys() == GROUP_OF.keys() and self.groups.keys() == PHENOMENA.keys()
 
 
 def read_pairs(folder: str | Path, limit: int | None = None) -> list[Pair]:

@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from storage.config import Frozen
+from storage.config import Reported
 from storage.errors import InputError
 from storage.files import replace_file
+from storage.text import columns
 from student.job import StudentJob
-from student.sweep.search_space import Search
+from student.report import Seconds
+from student.sweep.search_space import Scalar, Search
 from student.training.run_folder import REPORT_FILE, RUN_FILE
 
 if TYPE_CHECKING:
@@ -42,11 +44,7 @@ INTERRUPTED = "interrupted: the process ended while it ran"
 """The error of trials that an earlier version ran again under another number."""
 
 
-class _Record(Frozen):
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-
-class TrialRecord(_Record):
+class TrialRecord(Reported):
     """State and outcome of a trial.
 
     value              the metric on held-out text at its end, or when it was pruned; None where it failed
@@ -62,8 +60,8 @@ class TrialRecord(_Record):
     number: int
     state: Literal["running", "complete", "pruned", "failed"]
     value: float | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    seconds: float = 0.0
+    parameters: dict[str, Scalar | None] = Field(default_factory=dict)
+    seconds: Seconds = 0.0
     steps: int = 0
     error: str | None = None
     evaluations: tuple[tuple[int, float], ...] = ()
@@ -84,7 +82,7 @@ class TrialRecord(_Record):
         return f"{'pruned at ' if self.state == 'pruned' else ''}{metric} {self.value:.4f}"
 
 
-class SweepReport(_Record):
+class SweepReport(Reported):
     """`sweep.json`. `seconds` counts all the processes that ran the sweep, `best` is the number of a trial."""
 
     kind: Literal["sweep"] = "sweep"
@@ -94,20 +92,22 @@ class SweepReport(_Record):
     metric: str
     direction: Literal["minimize", "maximize"]
     backend: str
-    seconds: float
+    seconds: Seconds
     job: dict[str, Any]
     search: dict[str, Any]
     best: int | None
     trials: tuple[TrialRecord, ...]
 
     def ranked(self) -> list[TrialRecord]:
-        """Best first: complete trials, then pruned ones, then the others."""
+        """Best first: complete trials, then pruned ones, then the others; last of each those without a finite value."""
         sign = -1.0 if self.direction == "maximize" else 1.0
         order = {"complete": 0, "pruned": 1, "running": 2, "failed": 3}
-        return sorted(
-            self.trials,
-            key=lambda t: (order[t.state], math.inf if t.value is None else sign * t.value, t.number),
-        )
+
+        def place(trial: TrialRecord) -> tuple[int, float, int]:
+            finite = trial.value is not None and math.isfinite(trial.value)
+            return order[trial.state], sign * (trial.value or 0.0) if finite else math.inf, trial.number
+
+        return sorted(self.trials, key=place)
 
 
 class SweepFolder:
@@ -203,8 +203,7 @@ def table(report: SweepReport, folder: str) -> str:
         value = "-" if trial.value is None else f"{trial.value:.4f}"
         cells = [_cell(trial.parameters.get(name, "-")) for name in names]
         rows.append([str(trial.number), trial.state, value, f"{trial.steps:,}", f"{trial.seconds:,.1f}", *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = columns(rows, left=2)
     lines += [f"trial {trial.number} failed: {trial.error}" for trial in report.trials if trial.state == "failed"]
     if report.best is None:
         return "\n".join([*lines, "no trial was completed"])

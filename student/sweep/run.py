@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from storage import LogitCache
 from storage.errors import InputError
 from storage.locks import has_locks
-from storage.progress import Log
+from storage.progress import Log, to_stderr
 from student.job import StudentJob
 from student.models.tokenizer import special_ids
 from student.sweep.record import SweepFolder, SweepReport, earlier_report, is_earlier
@@ -44,7 +43,7 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
     `log` is called with lines about the sweep (stderr by default). Raises the errors of `storage.errors`: InputError
     and IdentityMismatch before anything is written.
     """
-    log = log or _to_stderr
+    log = log or to_stderr
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "a trial runs in one process: start the sweep without torchrun, and once more for each further process"
@@ -186,7 +185,3 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -18,7 +18,6 @@ from storage.errors import Diverged, InputError, LogitCacheError
 from storage.locks import locked
 from storage.progress import silent
 from student.job import StudentJob
-from student.report import HeldOutReport
 from student.sweep.record import RECORD, TrialRecord
 from student.sweep.search_space import Search
 from student.sweep.trial import STEP, micro_batches, trial_job, trial_settings, write_settings
@@ -52,7 +51,7 @@ def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, A
         known(job=own.model_dump(mode="json", include=own.model_fields_set), parameters=values | had)
         report = train(own, silent, callbacks=[watch])
         assert report.held_out is not None  # a sweep has held-out text
-        metrics = _figures(report.held_out)
+        metrics = report.held_out.logged()
         value = _finite(search.figure, metrics[search.figure], report.steps)
         ended = report.train_log + report.eval_log
         known(
@@ -115,20 +114,6 @@ def _from_log(log: list[dict[str, Any]], steps: int, figure: str) -> dict[str, A
         "train_loss": losses[-1] if losses else None,
         "evaluations": tuple((int(entry["step"]), float(entry[figure])) for entry in log if figure in entry),
     }
-
-
-def _figures(held_out: HeldOutReport) -> dict[str, float]:
-    """A report's held-out figures under the names of evaluations."""
-    found = {
-        "eval_loss": held_out.cross_entropy,
-        "eval_perplexity": held_out.perplexity,
-        "eval_ece": held_out.ece,
-        "eval_accuracy": held_out.accuracy,
-        **{f"eval_kl_{name}": kl.nats for name, kl in held_out.kl.items()},
-    }
-    if held_out.distillation_loss is not None:
-        found["eval_distillation_loss"] = held_out.distillation_loss
-    return found
 
 
 def _finite(figure: str, value: float, step: int) -> float:

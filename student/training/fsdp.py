@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from storage.errors import InputError
+from storage.text import counted
 
 # accelerate's full or sharded state dict in a checkpoint, which only a sharded model can load.
 _SHARDED_CHECKPOINT = "pytorch_model_fsdp*"
@@ -83,6 +84,6 @@ class FSDPIsOn(TrainerCallback):
         whole = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if whole:
             raise InputError(
-                f"fsdp was asked for, but {len(whole)} parameter(s) are not sharded ({whole[0]}, …): accelerate did "
-                "not apply FSDP2 here; look at its configuration, or leave fsdp out"
+                f"fsdp was asked for, but {counted(len(whole), 'parameter')} not sharded ({whole[0]}, …): accelerate "
+                "did not apply FSDP2 here; look at its configuration, or leave fsdp out"
             )

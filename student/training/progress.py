@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from storage.progress import duration
+from storage.text import duration
 
 
 class TrainingProgress(TrainerCallback):

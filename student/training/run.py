@@ -5,7 +5,6 @@ Everything that can be wrong with a job is checked before its folder is touched.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
 from storage.errors import InputError
-from storage.progress import Log, silent
+from storage.progress import Log, silent, to_stderr
+from storage.text import counted
 from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.job import StudentJob
@@ -33,7 +33,7 @@ from student.models.loading import load_student
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids
-from student.report import HeldOutKL, HeldOutReport, PeakMemory, TailBound, TrainingReport
+from student.report import HeldOutReport, PeakMemory, TailBound, TrainingReport
 from student.training.arguments import checked_arguments, training_values
 from student.training.defaults import described, filled, open_fields
 from student.training.field_checks import one_line_refusals
@@ -140,7 +140,7 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     step_windows = windows_per_step(args)
     identity = identity_of(job, values, data, step_windows)
     output.check(identity)
-    log = (log or _to_stderr) if first else silent
+    log = (log or to_stderr) if first else silent
     return _Run(job, values, data, args, step_windows, output, identity, notes, log)
 
 
@@ -149,8 +149,8 @@ def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
     job, args, windows = run.job, run.args, run.data.windows
     run.log(
         f"{job.model}: {parameters:,} parameters; {len(windows):,} windows of {job.window_tokens} tokens, "
-        f"{run.step_windows} to a step: {args.world_size} process(es), {args.gradient_accumulation_steps} "
-        f"micro-batch(es) of {args.train_batch_size}"
+        f"{run.step_windows} to a step: {counted(args.world_size, 'process')}, "
+        f"{counted(args.gradient_accumulation_steps, 'micro-batch')} of {args.train_batch_size}"
     )
     for note in run.notes:
         run.log(note)
@@ -173,18 +173,7 @@ def _evaluate(run: _Run, trainer: DistillationTrainer) -> HeldOutReport | None:
     # To the loggers of report_to; on the terminal the report follows.
     trainer.remove_callback(TrainingProgress)
     trainer.show_held_out(result)
-    kl = {name: HeldOutKL(nats=nats, lower_bound=result.kl_is_lower_bound[name]) for name, nats in result.kl.items()}
-    return HeldOutReport(
-        tokens=result.tokens,
-        cross_entropy=result.cross_entropy,
-        perplexity=result.perplexity,
-        bits_per_byte=result.bits_per_byte,
-        ece=result.ece,
-        accuracy=result.accuracy,
-        kl=kl,
-        kl_not_measured=data.not_measured,
-        distillation_loss=result.distillation_loss,
-    )
+    return result.model_copy(update={"kl_not_measured": data.not_measured})
 
 
 def _report(
@@ -313,7 +302,3 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
         log(f"resuming from {folder}")
         trainer.train(resume_from_checkpoint=str(folder))
     return step
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from storage.errors import InputError
+from storage.text import counted
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
 
@@ -94,7 +95,8 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
     at_once, micro_batches = cut_step(asked, processes, most)
     if (at_once, micro_batches) != (most, args.gradient_accumulation_steps) and args.deepspeed:
         raise InputError(
-            f"a step of {asked:,} windows over {processes} process(es) has {micro_batches} micro-batch(es) of "
+            f"a step of {asked:,} windows over {counted(processes, 'process')} has "
+            f"{counted(micro_batches, 'micro-batch')} of "
             f"{at_once}, and deepspeed is configured otherwise: set per_device_train_batch_size {at_once} and "
             f"gradient_accumulation_steps {micro_batches}, and leave --windows-per-step out"
         )
@@ -102,8 +104,8 @@ def divide_step(job: StudentJob, args: TrainingArguments, recorded: Mapping[str,
     if job.windows_per_step is not None:
         return None
     return (
-        f"{job.output_dir}: this run has steps of {asked:,} windows, which {processes} process(es) now compute in "
-        f"{micro_batches} micro-batch(es) of {at_once}"
+        f"{job.output_dir}: this run has steps of {asked:,} windows, now over {counted(processes, 'process')} in "
+        f"{counted(micro_batches, 'micro-batch')} of {at_once}"
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ from storage.errors import Diverged, InputError
 from student.data.batches import collate
 from student.data.order import ReadingOrder
 from student.data.windows import DistillationWindows, reading_order
-from student.evaluation.held_out import HeldOut, HeldOutSums, bytes_per_token
+from student.evaluation.held_out import HeldOutSums, bytes_per_token
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
+from student.report import HeldOutReport
 from student.training.bound_forward import FusedHead, bind_loss
 from student.training.divergence import FiniteSteps, are_finite
 from student.training.fsdp import FSDPIsOn, keep_precision
@@ -172,18 +172,17 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, float]:
         """Held-out figures of `held_out` under their log names, e.g. eval_loss, eval_perplexity, eval_kl_<teacher>."""
         result = self.held_out(_ours(self.eval_dataset if eval_dataset is None else eval_dataset))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics_of(result).items()}
+        metrics = result.logged(metric_key_prefix)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def show_held_out(self, result: HeldOut) -> None:
+    def show_held_out(self, result: HeldOutReport) -> None:
         """Pass figures to the logging callbacks under the names of an evaluation, and not to the run's own log."""
-        named = {f"eval_{name}": value for name, value in metrics_of(result).items()}
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, named)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, result.logged())
 
     @torch.no_grad()
-    def held_out(self, windows: DistillationWindows) -> HeldOut:
+    def held_out(self, windows: DistillationWindows) -> HeldOutReport:
         """Cross-entropy, calibration, KL to `eval_members` and `eval_loss` over all windows, each exactly once.
 
         Rank r takes the windows r, r + world, …; sums are reduced over the ranks and divided once. Every rank runs
@@ -227,7 +226,7 @@ class DistillationTrainer(Trainer):
             raise self._diverged(f"{error}, after step {self.state.global_step:,}") from None
         if self.eval_loss is None:
             return result
-        return replace(result, distillation_loss=float(objective[0] / objective[1]))
+        return result.model_copy(update={"distillation_loss": float(objective[0] / objective[1])})
 
 
 def _ours(dataset: Any) -> DistillationWindows:
@@ -236,19 +235,6 @@ def _ours(dataset: Any) -> DistillationWindows:
             f"DistillationTrainer reads student.data.windows.DistillationWindows, got {type(dataset).__name__}"
         )
     return dataset
-
-
-def metrics_of(result: HeldOut) -> dict[str, float]:
-    """Held-out figures by the names that logs and `metric_for_best_model` use (`loss` is the cross-entropy)."""
-    metrics = {
-        "loss": result.cross_entropy,
-        "perplexity": result.perplexity,
-        "ece": result.ece,
-        "accuracy": result.accuracy,
-    }
-    if result.distillation_loss is not None:
-        metrics["distillation_loss"] = result.distillation_loss
-    return metrics | {f"kl_{name}": value for name, value in result.kl.items()}
 
 
 def _chunk_lengths(total: int, loader: DataLoader[Any]) -> Iterator[int]:

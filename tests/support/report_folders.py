@@ -13,21 +13,22 @@ from typing import Any
 import numpy as np
 from support.caches.small import dense_targets, make_corpus, make_entry
 
+from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord, Role
 from storage import LogitCache
 from storage.cache.writer import EntryWriter
 from storage.format.fidelity import Angle, Calibration, CurvePoint, Divergences, FidelityReport, NeededIds, Size, Spread
 from storage.format.manifest import Teacher, TeacherIdentity
 from student.evaluation.blimp import PHENOMENA
-from student.evaluation.evaluate import EvaluationReport
 from student.evaluation.job import EvaluationJob
-from student.evaluation.minimal_pairs import GroupScore, PairScores, ParadigmScore
+from student.evaluation.report import EvaluationReport, GroupScore, PairScores, ParadigmScore
 from student.job import StudentJob
-from student.report import HeldOutKL, HeldOutReport, TrainingReport
+from student.report import HeldOutKL, HeldOutReport, PeakMemory, TrainingReport
+from student.sweep.record import SweepReport, TrialRecord
 
 SEEDS = (0, 1, 2)
 CACHING_SECONDS = 60.0
 # Held-out loss by role and name, for the seeds 0, 1, 2.
-LOSSES = {
+LOSSES: dict[tuple[Role, str], tuple[float, float, float]] = {
     ("teacher", "llama"): (3.52, 3.50, 3.54),
     ("teacher", "gpt2"): (3.58, 3.60, 3.59),
     ("student", "student"): (3.40, 3.42, 3.41),
@@ -36,6 +37,7 @@ LOSSES = {
 }
 PARAMETERS = {"llama": 4_200_000, "gpt2": 5_100_000, "student": 2_300_000}
 SECONDS = {"teacher": 300.0, "student": 100.0, "control": 90.0, "live": 130.0}
+DEVICE_BYTES = {"teacher": None, "student": 1_200_000_000, "control": 1_200_000_000, "live": 3_100_000_000}
 LIBRARIES = {"torch": "2.13.0", "transformers": "5.23.0", "zarr": "3.1.5"}
 
 
@@ -87,12 +89,9 @@ def training_report(
             accuracy=0.36,
             kl={f"ensemble-{seed}": HeldOutKL(nats=0.3 + 0.01 * seed, lower_bound=False)} if taught else {},
         ),
+        peak_memory=PeakMemory(process_bytes=1_500_000_000 + 1_000_000 * seed, device_bytes=DEVICE_BYTES[role]),
     )
-    data: dict[str, Any] = json.loads(report.model_dump_json())
-    # As later versions report it.
-    device = None if role == "teacher" else (3_100_000_000 if role == "live" else 1_200_000_000)
-    data["peak_memory"] = {"process_bytes": 1_500_000_000 + 1_000_000 * seed, "device_bytes": device}
-    return {**data, **changes}
+    return {**json.loads(report.model_dump_json()), **changes}
 
 
 def scores(loss: float, seed: int, bonus: float) -> dict[str, Any]:
@@ -147,24 +146,22 @@ def recipe_folder(folder: Path, *, seeds: tuple[int, ...] = SEEDS, roles: tuple[
             continue
         for seed in seeds:
             run = f"seed-{seed}/{role}-{name}"
-            models.append({"role": role, "name": name, "seed": seed, "run": run, "scores": f"{run}.scores.json"})
+            models.append(ModelRecord(role=role, name=name, seed=seed, run=run, scores=f"{run}.scores.json"))
             report = training_report(folder, role=role, name=name, seed=seed, loss=losses[seed])
             write_json(folder / run / "report.json", report)
             write_json(folder / f"{run}.scores.json", scores(losses[seed], seed, BONUS[role]))
-    recipe = {
-        "kind": "recipe",
-        "format": 1,
-        "recipe": "baby-llama",
-        "scale": "tiny",
-        "title": "Baby Llama, scale tiny",
-        "settings": {"train_tokens": 100_000, "vocabulary": 16_000, "learning_rate": 0.001, "epochs": 6, "tied": True},
-        "caches": {"train": "train", "held_out": "valid"},
-        "entries": [f"ensemble-{seed}" for seed in seeds],
-        "models": models,
-    }
-    write_json(folder / "recipe.json", recipe)
+    recipe = RecipeRecord(
+        recipe="baby-llama",
+        scale="tiny",
+        title="Baby Llama, scale tiny",
+        settings={"train_tokens": 100_000, "vocabulary": 16_000, "learning_rate": 0.001, "epochs": 6, "tied": True},
+        caches=Caches(train="train", held_out="valid"),
+        entries=tuple(f"ensemble-{seed}" for seed in seeds),
+        models=tuple(models),
+    )
+    write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     for cache in ("train", "valid"):
-        _cache(folder / cache, [f"ensemble-{seed}" for seed in seeds])
+        _cache(folder / cache, list(recipe.entries))
     return folder
 
 
@@ -224,36 +221,36 @@ def _fidelity(record_sha256: str, positions: int) -> FidelityReport:
 def sweep_folder(folder: Path, trials: int = 24) -> Path:
     """A sweep over a learning rate, a number of layers and a schedule."""
     rng = random.Random(1)
-    found: list[dict[str, Any]] = []
+    found = []
     for number in range(trials):
         rate = 10 ** rng.uniform(-4, -2)
         layers, schedule = rng.choice((2, 4, 6, 8)), rng.choice(("cosine", "linear", "constant"))
         value = 3.3 + 0.3 * (math.log10(rate) + 2.9) ** 2 + 0.02 * abs(layers - 6) + rng.uniform(0, 0.03)
-        state = "failed" if number == 7 else "pruned" if number % 5 == 3 else "complete"
+        failed, pruned = number == 7, number != 7 and number % 5 == 3
         found.append(
-            {
-                "number": number,
-                "state": state,
-                "value": None if state == "failed" else value + 0.2 * (state == "pruned"),
-                "parameters": {"learning_rate": rate, "num_layers": layers, "lr_scheduler_type": schedule},
-                "seconds": 12.5 if state != "pruned" else 4.0,
-                "steps": 100 if state != "pruned" else 30,
-                "error": "InputError: out of memory" if state == "failed" else None,
-            }
+            TrialRecord(
+                number=number,
+                state="failed" if failed else "pruned" if pruned else "complete",
+                value=None if failed else value + 0.2 * pruned,
+                parameters={"learning_rate": rate, "num_layers": layers, "lr_scheduler_type": schedule},
+                seconds=4.0 if pruned else 12.5,
+                steps=30 if pruned else 100,
+                error="InputError: out of memory" if failed else None,
+            )
         )
-    sweep = {
-        "kind": "sweep",
-        "format": 1,
-        "title": "Learning rate of the student",
-        "cache": "run/train",
-        "metric": "eval_loss",
-        "direction": "minimize",
-        "backend": "optuna",
-        "seconds": 301.0,
-        "job": {"model": "llama-tiny", "teachers": ["llama"], "training": {"num_train_epochs": 2}},
-        "trials": found,
-    }
-    write_json(folder / "sweep.json", sweep)
+    report = SweepReport(
+        title="Learning rate of the student",
+        cache="run/train",
+        metric="eval_loss",
+        direction="minimize",
+        backend="optuna",
+        seconds=301.0,
+        job={"model": "llama-tiny", "teachers": ["llama"], "training": {"num_train_epochs": 2}},
+        search={"trials": trials},
+        best=None,
+        trials=tuple(found),
+    )
+    write_json(folder / "sweep.json", report.model_dump(mode="json"))
     return folder
 
 

@@ -19,12 +19,13 @@ from typing import Any
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
-from logit_cache.caching.status import Survey
+from logit_cache.caching.survey import Survey
 from logit_cache.engines.driver import Event, Gone, Ready, Reported
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import WorkersLost
 from logit_cache.engines.worker_index import Rank
 from storage.errors import InputError, LogitCacheError
+from storage.text import counted
 
 # A wait for room is logged after so many seconds, some of which a process needs to start, then at this interval.
 _ROOM_SECONDS = 30.0
@@ -64,8 +65,8 @@ class RayPool:
         if alone and not roomy:
             cpus = sum(int(node.get("CPU", 0)) for node in nodes)
             raise InputError(
-                f"a worker needs {self._need()}, and Ray finds {cpus} CPU(s) and {gpus} GPU(s) on this machine: give "
-                f"other --worker-cpus or --device, or with --ray-address a cluster that has them"
+                f"a worker needs {self._need()}, and Ray finds {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')} on "
+                f"this machine: give other --worker-cpus or --device, or with --ray-address a cluster that has them"
             )
         self.workers = found.workers(options.workers or (gpus if self._on_gpu else roomy) or 1)
         # A group of its own, so that `stop` reaches an actor that builds. All other calls run one after the other.
@@ -203,7 +204,7 @@ class RayPool:
         return resources.get("CPU", 0) >= self._options.worker_cpus and resources.get("GPU", 0) >= gpus
 
     def _need(self) -> str:
-        return f"{self._options.worker_cpus} CPU(s)" + (" and 1 GPU" if self._on_gpu else "")
+        return counted(self._options.worker_cpus, "CPU") + (" and 1 GPU" if self._on_gpu else "")
 
     def _log_wait_for_room(self) -> None:
         """Log that actors wait for room: the cluster may be busy, or about to grow, or never have enough for one."""

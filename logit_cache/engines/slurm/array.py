@@ -29,7 +29,7 @@ from pathlib import Path
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import check_stream
-from logit_cache.caching.status import survey
+from logit_cache.caching.survey import survey
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import NotDone, Outcome
 from logit_cache.engines.shutdown import Stopping
@@ -38,6 +38,7 @@ from logit_cache.engines.slurm.task import ArrayTask, TaskError
 from storage.cache.failures import FailedShard, failures_of
 from storage.cache.reader import LogitCache
 from storage.errors import InputError, LogitCacheError
+from storage.text import counted
 
 # Polls become rarer as a job ages, to spare the controller.
 _MOST_SECONDS_BETWEEN_POLLS = 15.0
@@ -66,7 +67,7 @@ def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stop
         hint = f"logit-cache status {job.cache} follows it, scancel {array} ends it"
         log.event(
             "start",
-            f"submitted job {array} with {workers} task(s), logs in {folder}; {hint}",
+            f"submitted job {array} with {counted(workers, 'task')}, logs in {folder}; {hint}",
             job=array,
             engine="slurm",
             workers=workers,

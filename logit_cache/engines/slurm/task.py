@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
-from logit_cache.caching.status import survey
+from logit_cache.caching.survey import survey
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import NotDone
 from storage.errors import LogitCacheError

@@ -422,7 +422,7 @@ def evaluate(run: Path, student: Any) -> dict[str, float]:
             sums.add(logits.flatten(0, 1), batch["labels"].flatten(), batch["targets"])
     student.train()
     result = sums.result()
-    return {"loss": result.cross_entropy, "ece": result.ece, "kl": result.kl["teacher"]}
+    return {"loss": result.cross_entropy, "ece": result.ece, "kl": result.kl["teacher"].nats}
 
 
 def budgeted(arm: str, budget: int) -> int | None:

@@ -76,7 +76,7 @@ def test_bos_before_each_window(cache: Path, teacher: Path, run: Run, tmp_path: 
     assert np.abs(np.take_along_axis(dense.numpy(), both.token_ids.astype(np.int64), 1) - both.logprobs).max() < 1e-4
     assert verify(str(cache), deep=True).problems == []
     assert run("logit-cache", "audit", cache, "--name", "a", "--teacher", teacher).returncode == 0
-    assert "BOS before each" in run("logit-cache", "inspect", cache).stdout
+    assert "each begun with BOS" in run("logit-cache", "inspect", cache).stdout
     student = ("train-student", "--cache", cache, "--teacher", "a", "--model", "llama-tiny", "--window-tokens", 64)
     options = ("--set", "max_steps=2", "--output-dir", tmp_path / "out")
     refused(run(*student, *options, "--no-bos-each-window"), "leave the choice out")

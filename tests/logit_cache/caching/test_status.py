@@ -23,8 +23,9 @@ from support.caches.small import SHA, make_corpus, make_entry
 from support.commands import PYTHONPATH, TESTS, Run, command, environment, refused
 from support.servers.s3 import Bucket
 
-from logit_cache.caching.status import Commit, EntryStatus, joint_rate, status_of, without_pauses
-from logit_cache.cli.plan import status_line, status_text
+from logit_cache.caching.commit_rate import Commit, joint_rate, without_pauses
+from logit_cache.caching.status import EntryStatus, status_of
+from logit_cache.cli.status import status_line, status_text
 from storage import LogitCache
 from storage.cache.writer import EntryWriter
 from storage.format.manifest import ObjectDigest, ShardReceipt

@@ -228,11 +228,11 @@ def test_a_shard_that_fails_every_attempt_is_named_and_the_rest_is_done(
     assert "shard 5 failed, attempt 1 of 3" in done.stderr
     assert "shard 3 failed permanently, after 3 attempts: RuntimeError: out of memory" in done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "1 shard(s) failed permanently, in every attempt: 3 (" in error
+    assert "1 shard failed permanently, in every attempt: 3 (" in error
     assert "Traceback" not in done.stderr
     assert committed(cache) == shards_of(cache) - 1
     status = run("logit-cache", "status", cache)
-    assert "failed      1 shards, permanently" in status.stdout
+    assert "failed      1 shard, permanently" in status.stdout
     assert "shard 3 after 3 attempts" in status.stdout
     note = json.loads((cache / "teachers/a/receipts/00000003.failed.json").read_text())
     assert "Traceback" in note["error"]

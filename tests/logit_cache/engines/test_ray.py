@@ -194,7 +194,7 @@ def test_jobs_that_do_not_fit(
 def test_a_wait_for_room_is_logged(nodes: RayNodes, cache: Path, teacher: Path) -> None:
     job = Job(nodes, cache, teacher, "--worker-cpus", 2, "--log-format", "text")
     until(lambda: "wait for room" in job.log, "the wait is logged", 60)
-    assert "2 of 2 workers wait for room: each needs 2 CPU(s) of a node" in job.log
+    assert "2 of 2 workers wait for room: each needs 2 CPUs of a node" in job.log
     assert "none of its nodes is large enough" in job.log
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 1
@@ -207,7 +207,7 @@ def test_a_wait_for_room_is_logged(nodes: RayNodes, cache: Path, teacher: Path) 
 @pytest.mark.slow
 def test_a_cluster_of_its_own(cache: Path, teacher: Path, expected: dict[str, bytes], run: Run) -> None:
     job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
-    refused(run(*job, "--worker-cpus", 1000), "a worker needs 1000 CPU(s)", "on this machine")
+    refused(run(*job, "--worker-cpus", 1000), "a worker needs 1,000 CPUs", "on this machine")
     done = run(*job, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert objects(cache) == expected
@@ -276,7 +276,7 @@ def test_a_shard_that_always_fails(
 ) -> None:
     faulty = Job(nodes, cache, teacher, script=("7", "this one is odd", ""))
     assert faulty.end() == 1
-    assert "1 shard(s) failed permanently, in every attempt: 7 (RuntimeError: this one is odd)" in faulty.log
+    assert "1 shard failed permanently, in every attempt: 7 (RuntimeError: this one is odd)" in faulty.log
     receipts = cache / "teachers" / NAME / "receipts"
     assert {int(path.stem) for path in receipts.glob("????????.json")} == set(range(SHARDS)) - {7}
     note = json.loads((receipts / "00000007.failed.json").read_bytes())

@@ -208,10 +208,10 @@ def test_impossible_jobs_are_refused_beforehand(text: Path, tmp_path: Path, monk
     many.write_text("word " * 400_000)
     found = refusal(text, out, small, scale="paper", text=(str(many),))
     assert "teacher gpt2 needs about 1" in found or "teacher llama needs about" in found
-    assert "8.0 GiB free: take --scale small" in found
+    assert "8.6 GB free: take --scale small" in found
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(recipe_module.shutil, "disk_usage", lambda path: usage(GIB, GIB, 1 << 20))
-    assert "0.0 GiB are free there" in refusal(text, out)
+    assert "1.0 MB are free there" in refusal(text, out)
 
 
 def test_refusals_of_the_command(text: Path, tmp_path: Path, run: Run) -> None:
@@ -424,9 +424,9 @@ def test_models_that_do_not_fit_side_by_side_run_alone(text: Path, tmp_path: Pat
     machine = LARGE.model_copy(update={"cores": 6})
     record = RecipeRun(job_of(text, out), machine)._record()
     out.mkdir()
-    (out / "recipe.json").write_text(json.dumps(record))
+    (out / "recipe.json").write_text(record.model_dump_json())
     assert RecipeRun(job_of(text, out), LARGE).at_once == 2
-    (out / "recipe.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("at_once", "threads")}))
+    (out / "recipe.json").write_text(record.model_dump_json(exclude={"at_once", "threads"}))
     assert RecipeRun(job_of(text, out), machine).at_once == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import json
 import math
 import re
@@ -19,18 +18,25 @@ import pytest
 from support import report_folders as invented
 from support.commands import ROOT, Run, refused
 
-from logit_cache.report.figures import held_out_points, mean_points, thinned
-from logit_cache.report.findings import BreakEven, RecipeFindings, best_epoch, gather_recipe, pairs_mean
-from logit_cache.report.folders import HeldOut, Job, RecipeFolder, Scores, Sweep, TrainingRun, read_folder
+from logit_cache.report.figures import curve, mean_points, thinned
+from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe
+from logit_cache.report.folders import RecipeFolder, read_folder
+from logit_cache.report.metrics import best_epoch, pairs_mean
 from logit_cache.report.page import make_report
-from logit_cache.report.recipe_tables import cost_table, fidelity_table, kl_table, models_table
-from logit_cache.report.run_tables import sorted_trials
 from logit_cache.report.statistics import Spread, spread, t_quantile
 from logit_cache.report.verdict import pairs_sentences, verdicts
-from student.evaluation.evaluate import EvaluationReport
-from student.job import StudentJob
-from student.report import HeldOutReport, TrainingReport
+from student.sweep.record import SweepReport
 
+HELD_OUT = {
+    "tokens": 9,
+    "cross_entropy_per_token": 4.0,
+    "perplexity_per_token": 12.0,
+    "cross_entropy_per_byte": None,
+    "perplexity_per_byte": None,
+    "bits_per_byte": None,
+    "ece": 0.5,
+    "accuracy": 0.5,
+}
 EVIL = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
 
 
@@ -68,25 +74,44 @@ def page_of(*folders: Path, out: Path) -> str:
     return out.read_text(encoding="utf-8")
 
 
+def tables_of(folder: Path) -> dict[str, dict[str, list[str]]]:
+    return Words(page_of(folder, out=folder.with_suffix(".html"))).tables
+
+
 class Words(HTMLParser):
-    """The page's text, its tags and its attributes."""
+    """The page's text, its tags and its attributes, and the cells of its tables by the label and the row's name."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.text: list[str] = []
         self.tags: set[str] = set()
         self.attributes: set[str] = set()
+        self.tables: dict[str, dict[str, list[str]]] = {}
         self._style = False
+        self._table: dict[str, list[str]] = {}
+        self._cells: list[str] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attributes}
         self._style = tag == "style"
+        if "region" in dict(attributes).values():
+            self._table = self.tables.setdefault(dict(attributes)["aria-label"] or "", {})
+        elif tag == "tr":
+            self._cells = []
+        elif tag in ("th", "td"):
+            self._cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "tr":
+            self._table[self._cells[0]] = self._cells[1:]
 
     def handle_data(self, data: str) -> None:
         if not self._style:
             self.text.append(data)
+            if self._cells:
+                self._cells[-1] += data.strip().replace("\u00a0", " ")
 
     @property
     def joined(self) -> str:
@@ -183,7 +208,9 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     assert "beats its best teacher (llama): it is 0.1200 nats below (one seed)" in sentence
     assert "interval" not in sentence
     assert "±" not in sentence
-    assert not any(cell.below for row in models_table(findings(folder)).rows for cell in row)
+    cells = [cell for table in tables_of(folder).values() for row in table.values() for cell in row]
+    assert len(cells) > 100
+    assert not any("±" in cell for cell in cells)
 
 
 def test_a_diverged_run_has_no_verdict(recipe: Path) -> None:
@@ -218,21 +245,21 @@ def test_costs_of_the_folder(recipe: Path) -> None:
     found = findings(recipe).break_even
     assert found is not None
     assert found.cached == pytest.approx(101.0), "of the seeds 0 and 2: the resumed run did not record its total time"
-    rows = {row[0].text: row for row in cost_table(findings(recipe)).rows}
-    assert rows["student"][2].text == "2"
+    assert tables_of(recipe)["Time"]["studenttraining from the cache"][1] == "2"
 
 
 def test_the_contents_of_the_tables(whole: Path) -> None:
-    rows = {row[0].text: [cell.text for cell in row] for row in models_table(findings(whole)).rows}
-    assert list(rows) == ["teacher llama", "teacher gpt2", "student", "control", "live teachers"]
-    assert rows["student"][1:7] == ["3 of 3", "2.30 M", "3.28 M", "3.4100", "1.8", f"{_mean_perplexity():.2f}"]
-    assert rows["student"][9] == "0.3100"
-    assert rows["control"][9] == "not measured"
+    tables = tables_of(whole)
+    rows = tables["Models"]
+    assert list(rows) == ["model", "teacher llama", "teacher gpt2", "student", "control", "live teachers"]
+    assert rows["student"][:3] == ["3 of 3", "2.30 M", "3.28 M"]
+    assert rows["student"][3:6] == ["3.4100± 0.0100", "1.8± 0.0", f"{_mean_perplexity():.2f}± 0.30"]
+    assert rows["student"][8] == "0.3100± 0.0100"
+    assert rows["control"][8] == "not measured"
     means = [pairs_mean(model) for model in findings(whole).models if model.role == "control"]
-    assert rows["control"][10] == f"{100 * sum(m for m in means if m is not None) / 3:.1f} %"
-    table = fidelity_table(findings(whole).entries)
-    assert table is not None
-    assert [cell.text for cell in table.rows[0]][1:6] == ["600", "8.10 %", "24.00 %", "0.0310", "0.00210"]
+    assert rows["control"][9].startswith(f"{100 * sum(m for m in means if m is not None) / 3:.1f} %")
+    (fidelity,) = (rows for title, rows in tables.items() if title.startswith("How close the stored targets are"))
+    assert fidelity["ensemble-0"][:5] == ["600", "8.10 %", "24.00 %", "0.0310", "0.00210"]
 
 
 def _mean_perplexity() -> float:
@@ -242,9 +269,8 @@ def _mean_perplexity() -> float:
 def test_curves() -> None:
     assert mean_points([((1.0, 2.0), (2.0, 4.0)), ((2.0, 6.0), (3.0, 1.0))]) == ((2.0, 5.0),)
     assert thinned(tuple((float(i), float(i)) for i in range(6)), 3) == ((0.5, 0.5), (2.5, 2.5), (4.5, 4.5))
-    data = invented.training_report(Path("run"), loss=3.0)
-    data["eval_log"] = [{"epoch": 1, "eval_loss": 4.0}, {"epoch": 2, "eval_loss": "NaN"}, {"eval_loss": 1.0}]
-    assert held_out_points(TrainingRun.model_validate(data)) == ((1.0, 4.0),)
+    log = [{"epoch": 1, "eval_loss": 4.0}, {"epoch": 2, "eval_loss": math.nan}, {"eval_loss": 1.0}]
+    assert curve(log, "eval_loss", by="epoch") == ((1.0, 4.0),)
 
 
 def test_the_best_epoch_is_that_of_the_published_weights(whole: Path) -> None:
@@ -269,19 +295,31 @@ def test_the_best_epoch_is_that_of_the_published_weights(whole: Path) -> None:
 
 def test_trials_are_sorted_by_value(tmp_path: Path) -> None:
     folder = invented.sweep_folder(tmp_path / "sweep")
-    sweep = Sweep.model_validate_json((folder / "sweep.json").read_text())
-    complete = [trial.value for trial in sorted_trials(sweep) if trial.state == "complete"]
+    sweep = SweepReport.model_validate_json((folder / "sweep.json").read_text())
+    complete = [trial.value for trial in sweep.ranked() if trial.state == "complete"]
     assert complete == sorted(complete)
-    assert sorted_trials(sweep)[-1].state == "failed"
+    assert sweep.ranked()[-1].state == "failed"
     other = sweep.model_copy(update={"direction": "maximize"})
-    assert sorted_trials(other)[0].value == max(complete)
+    assert other.ranked()[0].value == max(complete)
+    broken = sweep.trials[0].model_copy(update={"value": math.nan, "number": 99})
+    last = sweep.model_copy(update={"trials": (broken, *sweep.trials)}).ranked()[len(complete)]
+    assert last.number == 99, "a value that is no number is no better than any"
 
 
-def test_the_records_read_are_those_that_are_written() -> None:
-    later = {"peak_memory", "live", "distillation_loss"}
-    for read, written in ((TrainingRun, TrainingReport), (Job, StudentJob), (HeldOut, HeldOutReport)):
-        assert read.model_fields.keys() <= written.model_fields.keys() | later
-    assert Scores.model_fields.keys() <= EvaluationReport.model_fields.keys()
+def test_records_of_newer_and_older_versions_are_read(recipe: Path, tmp_path: Path) -> None:
+    """Unknown fields are ignored at every depth; fields that came later have defaults."""
+    for report in recipe.rglob("report.json"):
+        edit(report, of_tomorrow=1, job__of_tomorrow=2, held_out__of_tomorrow=3)
+        data = json.loads(report.read_text())
+        for later in ("peak_memory", "live", "tokens_trained", "windows_at_once", "tail_bounds", "fused_head"):
+            del data[later]
+        report.write_text(json.dumps(data))
+    edit(recipe / "recipe.json", of_tomorrow=1)
+    data = json.loads((recipe / "recipe.json").read_text())
+    for later in ("at_once", "threads"):
+        del data[later]
+    (recipe / "recipe.json").write_text(json.dumps(data))
+    assert "lowers the student's held-out loss" in page_of(recipe, out=tmp_path / "page.html").replace("&#39;", "'")
 
 
 def test_the_page_of_a_whole_recipe(whole: Path, run: Run, tmp_path: Path) -> None:
@@ -360,31 +398,21 @@ def test_missing_parts_are_named_as_missing(recipe: Path, tmp_path: Path) -> Non
 def test_scores_stand_in_for_runs_without_figures(recipe: Path) -> None:
     for report in recipe.rglob("report.json"):
         edit(report, held_out=None)
-        figures = {"tokens": 9, "cross_entropy_per_token": 2.5, "perplexity_per_token": 12.0, "ece": 0.5}
-        edit(report.parent.with_suffix(".scores.json"), held_out=figures)
-    found = findings(recipe)
-    assert found.scored_by_evaluate
-    texts = [cell.text for cell in models_table(found).rows[0]]
-    assert (texts[4], *texts[6:9]) == ("2.5000", "12.00", "not measured", "50.00 %")
+        edit(report.parent.with_suffix(".scores.json"), held_out={**HELD_OUT, "cross_entropy_per_token": 2.5})
+    assert findings(recipe).scored_by_evaluate
+    cells = tables_of(recipe)["Models"]["teacher llama"]
+    assert (cells[3], *cells[5:8]) == ("2.5000± 0.0000", "12.00± 0.00", "not measured", "50.00 %± 0.00")
 
 
 def test_the_kl_of_a_model_without_teachers_is_that_of_its_scores(recipe: Path) -> None:
-    before = kl_table(findings(recipe))
-    assert before is not None
-    assert "control" not in {row[0].text for row in before.rows}
-    figures = {"tokens": 1, "cross_entropy_per_token": 4.0, "perplexity_per_token": math.exp(4), "ece": 0.1}
+    assert "control" not in {one.series.label for one in findings(recipe).distances}
     for seed, nats in zip(invented.SEEDS, (0.5, 0.7, 0.6), strict=True):
         kl = {f"ensemble-{seed}": {"nats": nats, "lower_bound": True}}
         (file,) = (recipe / f"seed-{seed}").glob("control-*.scores.json")
-        edit(file, held_out={**figures, "kl": kl})
-    found = findings(recipe)
-    table = kl_table(found)
-    assert table is not None
-    (row,) = (row for row in table.rows if row[0].text == "control")
-    assert row[2].text.startswith("0.6000")
-    assert row[3].text == "lower bound"
-    (model,) = (row for row in models_table(found).rows if row[0].text == "control")
-    assert any(cell.text.startswith("≥ 0.6000") for cell in model)
+        edit(file, held_out={**HELD_OUT, "kl": kl})
+    tables = tables_of(recipe)
+    assert tables["Held-out KL to the teachers"]["control"] == ["its seed's entry", "0.6000± 0.1000", "lower bound"]
+    assert tables["Models"]["control"][8] == "≥ 0.6000± 0.1000"
 
 
 def test_nothing_from_a_folder_becomes_markup(recipe: Path, tmp_path: Path) -> None:
@@ -394,7 +422,7 @@ def test_nothing_from_a_folder_becomes_markup(recipe: Path, tmp_path: Path) -> N
         model["name"] = f"{EVIL}{model['name']}"
     (recipe / "recipe.json").write_text(json.dumps(data))
     for report in recipe.rglob("report.json"):
-        edit(report, device=EVIL, libraries={EVIL: EVIL}, provenance={EVIL: EVIL}, job__model=EVIL, job__loss=EVIL)
+        edit(report, device=EVIL, libraries={EVIL: EVIL}, provenance={EVIL: EVIL}, job__model=EVIL)
     for scored in recipe.rglob("*.scores.json"):
         edit(scored, minimal_pairs__groups={EVIL: {"pairs": 1, "accuracy": 0.5}})
     sweep = invented.sweep_folder(tmp_path / "sweep")
@@ -419,7 +447,7 @@ def test_hostile_numbers_and_characters(run: Run, recipe: Path, tmp_path: Path) 
     text = (sweep / "sweep.json").read_text().replace('"num_layers": ', f'"num_layers": {huge}')
     (sweep / "sweep.json").write_text(text.replace("eval_loss", "\\u001b[31mloss"))
     single = invented.run_folder(tmp_path / "single")
-    log = [{"step": 1, "cross_entropy": "x"}, {"step": None, "cross_entropy": 1}, {"step": 2, "cross_entropy": 1e300}]
+    log = [{"step": 1, "cross_entropy": "NaN"}, {"cross_entropy": 1}, {"step": 2, "cross_entropy": 1e300}]
     edit(single / "report.json", train_log=log, held_out__ece="Infinity", held_out__cross_entropy="Infinity")
     done = run("logit-cache", "report", recipe, sweep, single)
     assert done.returncode == 0, done.stderr
@@ -429,6 +457,8 @@ def test_hostile_numbers_and_characters(run: Run, recipe: Path, tmp_path: Path) 
     refused(run("logit-cache", "report", recipe), "recipe.json", "expected JSON")
     edit(single / "report.json", seconds="Infinity")
     refused(run("logit-cache", "report", single), "report.json", "seconds")
+    edit(single / "report.json", seconds=1.0, train_log=[{"step": 1, "cross_entropy": "x"}])
+    refused(run("logit-cache", "report", single), "report.json", "train_log.0.cross_entropy")
 
 
 def test_a_teacher_that_diverged_is_not_the_best(recipe: Path) -> None:
@@ -492,8 +522,7 @@ def test_a_damaged_cache_is_not_reported_on(run: Run, recipe: Path) -> None:
     refused(run("logit-cache", "report", recipe), "fidelity.json")
 
 
-def test_the_template_is_part_of_the_package(tmp_path: Path) -> None:
-    assert importlib.resources.files("logit_cache").joinpath("report/templates/report.html").is_file()
+def test_templates_are_part_of_the_package(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
     source.mkdir()
@@ -506,4 +535,6 @@ def test_the_template_is_part_of_the_package(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], cwd=source, check=True, capture_output=True, timeout=120
     )
     (wheel,) = tmp_path.glob("*.whl")
-    assert "logit_cache/report/templates/report.html" in zipfile.ZipFile(wheel).namelist()
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "logit_cache").glob("*/templates/*")}
+    assert len(templates) >= 6
+    assert templates <= set(zipfile.ZipFile(wheel).namelist())

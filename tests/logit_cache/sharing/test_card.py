@@ -16,6 +16,8 @@ from support.caches.small import SHA, dense_targets, make_corpus, make_entry, wr
 from support.commands import TESTS
 
 import logit_cache.cli.main
+from logit_cache.cli.inspect import cache_text
+from logit_cache.describe import describe_cache
 from logit_cache.sharing.card import card_text
 from storage import LogitCache
 from storage.errors import InputError
@@ -274,6 +276,8 @@ def test_text_of_records_changes_nothing_but_itself(tmp_path: Path, text: str) -
     assert structure(hostile.text) == structure(plain.text)
     assert not set("\u202e\u200b\x1b\x00") & set(hostile.text)
     assert max(map(len, hostile.text.splitlines())) < 1000
+    shown = cache_text(describe_cache(LogitCache.open(str(tmp_path / "hostile/cache"))))
+    assert all(line.isprintable() for line in shown.split("\n")), "a terminal obeys other characters"
 
 
 def test_many_sources_are_counted_not_listed() -> None:
@@ -287,4 +291,5 @@ def test_many_sources_are_counted_not_listed() -> None:
 def test_the_card_names_targets_without_label_logprob(make: Any) -> None:
     text = card_text(LogitCache.open(str(make(targets=Targets(k=K, has_label_logprob=False)))))
     assert "top-k, k = 6; without `label_logprob`" in text
+    assert "300 tokens in 1 document; 1,200 bytes of text" in text
     assert "loss on this text" not in text

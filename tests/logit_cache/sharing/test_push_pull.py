@@ -61,7 +61,7 @@ def test_push_and_pull(source: Path, run: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "a, b, with tokens" in done.stdout
     assert " 0 were there" in done.stdout
-    assert "bytes (100 %)" in done.stderr
+    assert "kB (100 %)" in done.stderr
     assert (shared / "README.md").read_text().startswith("---\nlicense: cc-by-4.0\n")
     done = run("logit-cache", "pull", shared, back, "--teacher", "b", "--json")
     assert done.returncode == 0, done.stderr

@@ -92,9 +92,7 @@ def test_two_processes_train_as_one_and_may_become_one(
     lines: list[str] = []
     fewer = train(two.model_copy(update={"output_dir": str(tmp_path / "one")}), lines.append)
     assert (fewer.processes, fewer.resumed_from_step, fewer.windows_at_once) == (1, 16, G // 2)
-    assert [
-        line for line in lines if "steps of 8 windows, which 1 process(es) now compute in 2 micro-batch(es)" in line
-    ]
+    assert [line for line in lines if "steps of 8 windows, now over 1 process in 2 micro-batches" in line]
     same_run(tmp_path / "one", alone[0])
 
 

@@ -142,7 +142,7 @@ def test_how_a_step_is_computed_is_no_part_of_the_run(world: Path, tmp_path: Pat
     report = train(job_in(world, tmp_path / "run", windows_per_step=8, training=again), lines.append)
     assert (report.windows_per_step, report.windows_at_once, report.steps) == (8, 2, whole.steps)
     assert report.resumed_from_step == 6
-    assert any("8 to a step: 1 process(es), 4 micro-batch(es) of 2" in line for line in lines)
+    assert any("8 to a step: 1 process, 4 micro-batches of 2" in line for line in lines)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
     with pytest.raises(IdentityMismatch) as caught:

@@ -1,0 +1,136 @@
+"""The report of `logit-cache evaluate`, in JSON and on a terminal; imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from storage.config import Frozen, Reported
+from storage.files import replace_file
+from storage.text import labelled
+from student.evaluation.blimp import GROUP_OF, PHENOMENA
+from student.evaluation.job import EvaluationJob
+from student.report import HeldOutKL, quality_rows
+
+
+class HeldOutScores(Reported):
+    """Held-out figures over every labelled position once.
+
+    Cross-entropy in nats. Per byte: of the text's UTF-8 bytes, so that models of different tokenizers compare; None
+    where the bytes of the scored positions are not known (a loss mask). ece (expected calibration error of the top-1
+    prediction) and accuracy are fractions. kl: KL(teacher || model) by teacher.
+    """
+
+    tokens: int
+    cross_entropy_per_token: float
+    perplexity_per_token: float
+    cross_entropy_per_byte: float | None
+    perplexity_per_byte: float | None
+    bits_per_byte: float | None
+    ece: float
+    accuracy: float
+    kl: dict[str, HeldOutKL] = Field(default_factory=dict)
+
+
+class GroupScore(Frozen):
+    """Number of pairs, and `accuracy`: the share of right ones."""
+
+    pairs: int
+    accuracy: float
+
+
+class ParadigmScore(GroupScore):
+    """The score of one paradigm, and the group it belongs to."""
+
+    group: str
+
+
+class PairScores(Frozen):
+    """Scores of a model on a folder of minimal pairs; accuracies are fractions.
+
+    mean_over_groups     of the groups' accuracies, unweighted; over BLiMP's 12 it is the BLiMP score of the BabyLM
+                         papers, Baby Llama and BabyLlama-2 among them
+    mean_over_paradigms  of the paradigms' accuracies, unweighted; over BLiMP's 67 it is the overall score of its
+                         authors and of lm-eval's group `blimp`
+    groups               by name: over all pairs of the group together
+    tied                 pairs of equal log-probability, all counted wrong
+    close                pairs closer than 1e-4 nats, ties among them
+    """
+
+    pairs: int
+    mean_over_groups: float
+    mean_over_paradigms: float
+    tied: int
+    close: int
+    groups: dict[str, GroupScore]
+    paradigms: dict[str, ParadigmScore]
+
+    @property
+    def is_blimp(self) -> bool:
+        """Whether the paradigms are all of BLiMP's, and no others."""
+        return self.paradigms.keys() == GROUP_OF.keys() and self.groups.keys() == PHENOMENA.keys()
+
+
+class EvaluationReport(Reported):
+    """The figures of one model. `prefix_token` starts every sentence; None without pairs."""
+
+    kind: Literal["evaluation report"] = "evaluation report"
+    job: EvaluationJob
+    architecture: str
+    parameters: int
+    device: str
+    libraries: dict[str, str]
+    prefix_token: str | None
+    held_out: HeldOutScores | None
+    minimal_pairs: PairScores | None
+
+
+def table(report: EvaluationReport) -> str:
+    """The figures for a terminal."""
+    about = f"{report.job.model}, {report.architecture}, {report.parameters:,} parameters"
+    rows = [("model", f"{about}, {report.job.dtype} on {report.device}")]
+    held = report.held_out
+    if held is not None:
+        per_byte = held.cross_entropy_per_byte is not None
+        rows += [
+            ("held-out tokens", f"{held.tokens:,} of {report.job.cache}"),
+            (
+                "cross-entropy",
+                f"{held.cross_entropy_per_token:.4f} nats per token"
+                + (f", {held.cross_entropy_per_byte:.4f} nats per byte" if per_byte else ""),
+            ),
+            (
+                "perplexity",
+                f"{held.perplexity_per_token:,.2f} per token"
+                + (f", {held.perplexity_per_byte:,.4f} per byte" if per_byte else ""),
+            ),
+        ]
+        if per_byte:
+            rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
+        rows += quality_rows(held.ece, held.accuracy, held.kl)
+    scores = report.minimal_pairs
+    if scores is not None:
+        blimp = scores.is_blimp
+        rows.append(("minimal pairs", f"{scores.pairs:,} of {report.job.pairs}, after {report.prefix_token}"))
+        rows += [(f"  {name}", f"{group.accuracy:.2%} of {group.pairs:,}") for name, group in scores.groups.items()]
+        rows += [
+            (
+                "mean of groups",
+                f"{scores.mean_over_groups:.2%} ({len(scores.groups)}"
+                + (": the BLiMP score of the BabyLM papers)" if blimp else ")"),
+            ),
+            (
+                "mean of paradigms",
+                f"{scores.mean_over_paradigms:.2%} ({len(scores.paradigms)}"
+                + (": BLiMP's own overall score)" if blimp else ")"),
+            ),
+            ("undecided", f"{scores.close:,} pairs closer than 1e-4 nats, {scores.tied:,} of them equal (wrong)"),
+        ]
+    return labelled(rows)
+
+
+def write_report(report: EvaluationReport, file: str) -> None:
+    """Write the report as JSON, by an atomic rename."""
+    replace_file(Path(file).expanduser(), (report.model_dump_json(indent=1) + "\n").encode())
