@@ -19,10 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.cache.writer import EntryWriter
+from storage.config import Settings
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, logprob_floor
 from storage.format.layout import COMPRESSION, Profile, entry_layout
@@ -33,10 +34,8 @@ from storage.format.sealing import digest
 Positive = Annotated[int, Field(ge=1)]
 
 
-class RecompressJob(BaseModel):
+class RecompressJob(Settings):
     """The fields of `logit-cache recompress`. A field that is None keeps the source's value."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     cache: str
     name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from storage.errors import one_line_errors
+from storage.files import local_path
 from student.cli_command import command
 
 
@@ -23,11 +22,8 @@ def report(directories: tuple[str, ...], out: str | None) -> None:
     """
     with one_line_errors():
         from logit_cache.report.page import make_report
-        from storage.errors import InputError
 
-        if out is not None and (not Path(out).expanduser().parent.is_dir() or Path(out).expanduser().is_dir()):
-            raise InputError(f"--out {out}: expected a file in a folder that exists: give another name")
-        path = Path(directories[0]).expanduser() / "report.html" if out is None else Path(out).expanduser()
+        path = local_path(directories[0]) / "report.html" if out is None else local_path(out)
         for sentence in make_report(directories, path):
             # Names come from the folders, and a terminal obeys some characters.
             click.echo("".join(c if c.isprintable() else "?" for c in sentence))

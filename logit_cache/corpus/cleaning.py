@@ -19,16 +19,16 @@ from pydantic import Field, ValidationError
 
 from logit_cache.corpus.cleaning_rules import FAMILIES, PLAIN, RULES_VERSION, Cleaner, family_of
 from logit_cache.corpus.sources import COMPRESSED, Source, decoded, find_sources
-from storage.config import Frozen
+from storage.config import Frozen, Settings
 from storage.errors import IdentityMismatch, InputError
-from storage.files import PARTIAL, atomic_file, replace_file
+from storage.files import PARTIAL, atomic_file, local_path, replace_file
 from storage.progress import Advance, Track
 
 RECORD = "cleaning.json"
 PIECE_BYTES = 1 << 18
 
 
-class CleaningJob(Frozen):
+class CleaningJob(Settings):
     """The fields of `logit-cache clean`.
 
     text         files, folders and patterns of plain text
@@ -153,7 +153,7 @@ def _families(
 def _folder(out: str) -> Path:
     if "://" in out:
         raise InputError(f"--out {out}: cleaned text is written to a folder of this machine")
-    path = Path(out).expanduser()
+    path = local_path(out)
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {out}: a file, where a folder was expected: give another name")
     return path

@@ -36,6 +36,7 @@ from typing import IO, Any, Literal, cast
 from logit_cache.corpus.documents import Chunk, Document
 from logit_cache.corpus.rows import RowReader
 from storage.errors import InputError
+from storage.files import local_path
 
 BLOCK_BYTES = 1 << 20
 
@@ -95,7 +96,7 @@ def _find(item: str) -> list[Source]:
         return [Source(item, "hub", item, None)]
     if "://" in item:
         raise InputError(f"{item}: text is read from files of this machine or from hub:NAME; copy it here first")
-    path = Path(item).expanduser()
+    path = local_path(item)
     if path.is_dir():
         below = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
         found = sorted(

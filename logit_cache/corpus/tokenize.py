@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.renderer import Renderer
@@ -33,9 +33,9 @@ from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import BYTES, SPECIAL_TOKENS, stored_tokenizer, train_tokenizer
 from storage import LogitCache
 from storage.cache.corpus_writer import write_corpus
-from storage.config import build_config
+from storage.config import Settings, build_config, name_values
 from storage.errors import InputError
-from storage.files import PARTIAL
+from storage.files import PARTIAL, local_path
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
@@ -68,7 +68,7 @@ def _json_value(text: str) -> Any:
         return text
 
 
-class CorpusConfig(BaseModel):
+class CorpusConfig(Settings):
     """The fields of `logit-cache tokenize`.
 
     text: sources (see `logit_cache.corpus.sources`), read in this order.
@@ -82,8 +82,6 @@ class CorpusConfig(BaseModel):
     per file. append_token: a token of the vocabulary, appended to each document. bos: whether documents of text begin
     as the tokenizer begins a text; None: as the tokenizer does.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: Annotated[tuple[str, ...], Field(min_length=1)]
     out: str
@@ -106,12 +104,9 @@ class CorpusConfig(BaseModel):
     @field_validator("template_variables", mode="before")
     @classmethod
     def _parse_variables(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            pairs = [str(item).partition("=") for item in value]
-            wrong = [name for name, equals, _ in pairs if not (name and equals)]
-            if wrong:
-                raise ValueError(f"{wrong[0]!r}: expected NAME=VALUE, such as enable_thinking=false")
-            value = {name: _json_value(text) for name, _, text in pairs}
+        if isinstance(value, (list, tuple, str)):
+            pairs = name_values(value, "--template-variable enable_thinking=false")
+            value = {name: _json_value(text) for name, text in pairs.items()}
         clash = sorted(RESERVED & value.keys()) if isinstance(value, dict) else []
         if clash:
             raise ValueError(f"{clash[0]!r} is an input of every template, and no variable of yours")
@@ -295,7 +290,7 @@ def _chat_template(given: str, own: Any) -> str:
     if isinstance(own, dict) and given in own:
         return str(own[given])
     try:
-        template = Path(given).expanduser().read_text(encoding="utf-8")
+        template = local_path(given).read_text(encoding="utf-8")
         if not template.strip():
             raise InputError(f"{given}: the chat template is empty; give another file")
         return template

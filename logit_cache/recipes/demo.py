@@ -15,7 +15,7 @@ from pathlib import Path
 from logit_cache.recipes.published import Model, Network, Recipe, Training
 from logit_cache.recipes.run import RECORD, SOURCE, RecipeJob, RecipeRun, check_folder
 from storage.errors import InputError
-from storage.files import replace_file
+from storage.files import local_path, replace_file
 
 TRAIN_BYTES, HELD_OUT_BYTES = 400_000, 80_000
 _NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__phello__"}
@@ -52,7 +52,7 @@ def run_demo(out: str, text: Sequence[str]) -> Path:
     text: files or patterns to use instead of the library's source.
     Raises InputError for a folder of something else or of other text, and for a stage that fails.
     """
-    folder = Path(out).expanduser()
+    folder = local_path(out)
     train, held_out = _split_lines(text) if text else _library()
     check_folder(folder)
     sources = {folder / SOURCE / "train.txt": train, folder / SOURCE / "held-out.txt": held_out}

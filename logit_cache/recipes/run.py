@@ -22,15 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from logit_cache.recipes import estimate
 from logit_cache.recipes.commands import RecipeCommands, entry_name
 from logit_cache.recipes.machine import Machine, probe
 from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, Scale, find_recipe
 from logit_cache.recipes.stages import Pipeline, Stage
+from storage.config import Settings
 from storage.errors import IdentityMismatch, InputError
-from storage.files import PARTIAL, replace_file
+from storage.files import PARTIAL, local_path, replace_file
 from storage.locks import LOCK, locked
 
 AGAIN = "run the same command again to resume"
@@ -39,7 +40,7 @@ SOURCE = "source"
 """Folder of a run's own copy of its text; the demo has one."""
 
 
-class RecipeJob(BaseModel):
+class RecipeJob(Settings):
     """The arguments of `logit-cache recipe`.
 
     text, eval_text   files or patterns of training and of held-out text
@@ -48,8 +49,6 @@ class RecipeJob(BaseModel):
     live              also train the student with live teachers, for comparison
     stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str
     scale: Scale
@@ -77,10 +76,10 @@ class RecipeRun:
             recipe = recipe.model_copy(update={"stride_tokens": job.stride_tokens})
         if len(set(job.seeds)) < len(job.seeds):
             raise InputError(f"each seed can be given once; got {', '.join(map(str, job.seeds))}")
-        self.job, self.recipe, self.folder = job, recipe, Path(job.out).expanduser()
+        self.job, self.recipe, self.folder = job, recipe, local_path(job.out)
         self.text, self.eval_text = _files("--text", job.text), _files("--eval-text", job.eval_text)
         _check_text(self.text, self.eval_text)
-        if job.pairs is not None and not any(Path(job.pairs).expanduser().glob("*.jsonl")):
+        if job.pairs is not None and not any(local_path(job.pairs).glob("*.jsonl")):
             raise InputError(f"--pairs {job.pairs}: expected a folder of JSONL files, found none there")
         self.machine = machine or probe()
         self.half = self.machine.device == "cuda"
@@ -288,7 +287,7 @@ def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
     """The files that paths and patterns match, in order, each once."""
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        matches = sorted(glob.glob(str(local_path(pattern)), recursive=True))
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise InputError(f"{option} {pattern}: expected files of text, found none")

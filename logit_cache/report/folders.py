@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from storage.errors import InputError
+from storage.files import local_path
 
 MAX_JSON_BYTES = 1 << 27
 _MOST_SECONDS = 1e12
@@ -233,7 +234,7 @@ _Record = TypeVar("_Record", bound=_Read)
 
 def read_folder(directory: str | Path) -> Folder:
     """Read a folder. Raises InputError for one that is missing, has none of the three records, or a damaged one."""
-    path = Path(directory).expanduser()
+    path = local_path(directory)
     if not path.is_dir():
         raise InputError(
             f"{directory}: expected a folder of a recipe, a sweep or a training run, found no folder there"

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import InputError
-from storage.files import replace_file
+from storage.files import local_path
 from storage.progress import Log, Track, silent
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import HeldOut, held_out
@@ -107,7 +106,7 @@ def evaluate(job: EvaluationJob, track: Track | None = None, log: Log | None = N
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
     if job.lm_eval_tasks is not None:
         check_folder(job.lm_eval_tasks)
-    tokenizer = read_tokenizer(Path(job.model).expanduser(), job.model, log=log)
+    tokenizer = read_tokenizer(local_path(job.model), job.model, log=log)
     if pairs and tokenizer is None:
         raise InputError(
             f"{job.model}: expected a tokenizer beside the model, to read sentences with, found none: "
@@ -182,7 +181,7 @@ def _load(
     disable_progress_bar()  # type: ignore[no-untyped-call]
     names = ("bos", "eos", "pad")
     model: Any = load_student(
-        str(Path(job.model).expanduser().resolve()),
+        str(local_path(job.model).resolve()),
         vocabulary_size=needed,
         special_ids={name: getattr(tokenizer, f"{name}_token_id", None) for name in names},
         window_tokens=1 if windows is None else windows.input_tokens,
@@ -244,8 +243,3 @@ def table(report: EvaluationReport) -> str:
             ("undecided", f"{scores.close:,} pairs closer than 1e-4 nats, {scores.tied:,} of them equal (wrong)"),
         ]
     return labelled(rows)
-
-
-def write_report(report: EvaluationReport, file: str) -> None:
-    """Write the report as JSON, by an atomic rename."""
-    replace_file(Path(file).expanduser(), (report.model_dump_json(indent=1) + "\n").encode())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from storage.config import Frozen
+from storage.config import Frozen, Settings
 from storage.errors import InputError
+from storage.files import local_path
 
 
 class Reported(Frozen):
@@ -18,7 +18,7 @@ class Reported(Frozen):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
-class EvaluationJob(Reported):
+class EvaluationJob(Reported, Settings):
     """A model, and the measurements to make of it.
 
     model              a model directory, with a tokenizer where pairs are scored
@@ -57,5 +57,5 @@ class EvaluationJob(Reported):
             raise InputError(f"{self.model}: --teacher names entries of the held-out cache: give --cache too")
         if self.lm_eval_tasks is not None and self.pairs is None:
             raise InputError("--lm-eval-tasks writes the pairs of --pairs as tasks: give that folder too")
-        if not Path(self.model).expanduser().is_dir():
+        if not local_path(self.model).is_dir():
             raise InputError(f"{self.model}: expected the directory of a saved model, found no directory there")

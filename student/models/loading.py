@@ -7,10 +7,10 @@ vocabulary, enough positions for the window, and causality (no sight of the toke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import InputError
+from storage.files import local_path
 from storage.progress import Log
 from student.models.configuration import check_config, config_of, preset_config, read_config, read_settings
 from student.models.foreign_errors import explained
@@ -57,7 +57,7 @@ def load_student(
         config = preset_config(spec, vocabulary_size, special_ids)
         check_config(config, spec, vocabulary_size, window_tokens)
         return _from_scratch(config, spec, seed, attention)
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     if path.is_file():
         config = config_of(read_settings(path), str(path), vocabulary_size, special_ids)
         check_config(config, spec, vocabulary_size, window_tokens)
@@ -98,7 +98,7 @@ def _from_weights(spec: str, vocabulary_size: int, window_tokens: int, attention
     check_config(config, spec, vocabulary_size, window_tokens)
     check_generation_file(spec)
     auto: Any = AutoModelForCausalLM
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     model: PreTrainedModel
     with explained(f"{spec}: the weights cannot be loaded"):
         model, report = auto.from_pretrained(

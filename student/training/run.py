@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from storage import LogitCache
 from storage.errors import InputError
+from storage.files import local_path
 from storage.progress import Log, silent
 from student.data.batches import collate, flat_targets
 from student.data.windows import DistillationWindows, reading_order
@@ -272,7 +273,7 @@ def _identity(job: StudentJob, values: Mapping[str, Any], data: Data, step_windo
 
 def model_digest(model: str) -> str | None:
     """sha256 of a model's local files, which may change under one name; None for presets and hub ids."""
-    path = Path(model).expanduser()
+    path = local_path(model)
     if model in PRESETS or not path.exists():
         return None
     files = sorted(path.iterdir()) if path.is_dir() else [path]
