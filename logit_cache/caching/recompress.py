@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from storage.cache.reader import LogitCache, TeacherTargets
-from storage.cache.writer import EntryWriter
+from storage.cache.writer import EntryWriter, check_destination
 from storage.config import Settings
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, logprob_floor
@@ -190,6 +190,7 @@ def _check_destination(job: RecompressJob, source: TeacherTargets) -> None:
             f"{f' and {len(missing) - 1} more ranges' if len(missing) > 1 else ''}: complete it with the same "
             f"cache-logits command first"
         )
+    check_destination(job.destination, job.to)
     cache, entry = LogitCache.open(job.destination), source.entry
     pairs = {
         "stream_sha256": (entry.stream_sha256, cache.record.corpus.stream_sha256),

@@ -21,7 +21,7 @@ from logit_cache.corpus.cleaning_rules import FAMILIES, PLAIN, RULES_VERSION, Cl
 from logit_cache.corpus.sources import COMPRESSED, Source, decoded, find_sources
 from storage.config import Frozen, Settings
 from storage.errors import IdentityMismatch, InputError
-from storage.files import PARTIAL, atomic_file, local_path, replace_file
+from storage.files import PARTIAL, atomic_file, check_writable, local_path, replace_file
 from storage.progress import Advance, Track
 
 RECORD = "cleaning.json"
@@ -92,6 +92,8 @@ def clean(job: CleaningJob, track: Track) -> list[Outcome]:
             for name, source in sources.items()
             if _is_there(out, record, name, source, taken[name], families[name][0], advance)
         }
+        if len(there) < len(sources):
+            check_writable(out, f"--out {job.out}")
         for name, source in sources.items():
             if name not in there:
                 out.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ def tokenize(config: CorpusConfig, progress: Progress | None = None, log: Log | 
     the temporary folder is full. Nothing has been written at `out` then.
     """
     sources = find_sources(config.text)
-    _check_destination(config.out)
+    check_destination(config.out)
     conventions = Conventions.of(config.out, config.tokenizer, config.bos, config.template_variables, config.date)
     meter = Meter()
     if config.tokenizer is None:
@@ -230,7 +230,7 @@ def tokenize_text(config: Any, flags: dict[str, Any]) -> LogitCache:
     return LogitCache.open(settings.out)
 
 
-def _check_destination(out: str) -> None:
+def check_destination(out: str) -> None:
     """Refuse before the work a destination that the writer would refuse after it."""
     location = open_store(out)
     names = [name for name in location.names("") if not name.endswith(PARTIAL)]
@@ -239,6 +239,8 @@ def _check_destination(out: str) -> None:
             f"{location.url} holds {', '.join(names[:3])}{' …' if len(names) > 3 else ''} and is not a cache: "
             f"give an empty or new folder"
         )
+    if not names:
+        location.check_writable()
 
 
 def _new_tokenizer(

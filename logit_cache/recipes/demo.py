@@ -94,7 +94,11 @@ def _joined(files: Sequence[Path]) -> str:
 
 def _split_lines(patterns: Sequence[str]) -> tuple[str, str]:
     """The last sixth of the lines of each file is held out; long files are cut so that the demo stays short."""
-    files = [Path(match) for pattern in patterns for match in (sorted(glob.glob(pattern, recursive=True)) or [pattern])]
+    files = [
+        Path(match)
+        for pattern in (str(local_path(item)) for item in patterns)
+        for match in (sorted(glob.glob(pattern, recursive=True)) or [pattern])
+    ]
     parts: tuple[list[str], list[str]] = ([], [])
     for path in files:
         if not path.is_file():

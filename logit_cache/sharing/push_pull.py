@@ -8,6 +8,7 @@ before any data is copied. A data set of the hub is written by the hub's own upl
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,9 +16,10 @@ from pathlib import Path
 
 from storage.cache.inventory import CARD_KEY, SIGNATURE_KEY
 from storage.cache.reader import LogitCache
-from storage.errors import CorruptCache, InputError
+from storage.errors import CorruptCache, InputError, StoreNotFound
+from storage.files import local_path
 from storage.progress import Advance, Log, silent
-from storage.stores import open_store
+from storage.stores import Url, open_store
 from storage.stores.base import Store
 from storage.transfer.contents import fetch_whole
 from storage.transfer.copy import Delivery, Transfer, prepare
@@ -31,8 +33,8 @@ _HUB = "hf://"
 
 
 def push(
-    source: str,
-    target: str,
+    source: Url,
+    target: Url,
     *,
     teachers: Sequence[str] = (),
     without_tokens: bool = False,
@@ -48,14 +50,14 @@ def push(
     description and a number of bytes, and returns a context manager for their progress; `log` takes warnings and notes
     for the user. Raises the errors of `prepare`, and of `hub.push_to_hub` for `hf://` targets.
     """
-    log = log or silent
+    log, target = log or silent, os.fspath(target)
     if without_tokens:
         log(
             "warning: targets reveal text: in a sample, the most probable id alone was the next token at 19 % of the "
             "positions (54 % with label_logprob, which is left out). A cache shared without tokens is not anonymous"
         )
     if target.startswith(_HUB):
-        return _push_to_hub(source, target, teachers, without_tokens, license, sign, workers, track, log)
+        return _push_to_hub(os.fspath(source), target, teachers, without_tokens, license, sign, workers, track, log)
     with prepare(source, target, teachers=teachers, without_tokens=without_tokens, workers=workers) as transfer:
         card_files = {}
         if transfer.existing is None:
@@ -67,8 +69,8 @@ def push(
 
 
 def pull(
-    source: str,
-    target: str,
+    source: Url,
+    target: Url,
     *,
     teachers: Sequence[str] = (),
     corpus: str | None = None,
@@ -82,12 +84,12 @@ def pull(
     `verify_key` is the path of a public key: a cache that this key has not signed raises CorruptCache. Raises the
     errors of `prepare` too.
     """
-    log = log or silent
+    log, target = log or silent, os.fspath(target)
     if target.startswith(_HUB):
         raise InputError(f"{target}: cannot pull into a data set of the hub; write it with logit-cache push")
     with prepare(source, target, teachers=teachers, corpus=corpus, workers=workers) as transfer:
         if verify_key is not None:
-            _check_signature(transfer, Path(verify_key))
+            _check_signature(transfer, local_path(verify_key))
         card_files = {}
         if transfer.existing is None and corpus is None:
             card_files = _card_files_of(transfer.source.source, log)
@@ -134,7 +136,8 @@ def _push_to_hub(
         with prepare(
             source, staged, teachers=teachers, without_tokens=without_tokens, workers=workers, link=True
         ) as transfer:
-            transfer.check_fits(open_store(url))
+            with contextlib.suppress(StoreNotFound):  # made by the push
+                transfer.check_fits(open_store(url))
             done = _deliver(transfer, "check", _new_card_files(transfer, license, sign), track, log)
         with track("upload", done.copied_bytes) if track else contextlib.nullcontext(None) as advance:
             push_to_hub(Path(staged), url, advance)
@@ -175,7 +178,7 @@ def _card_files(folder: Path, keys: Sequence[str], license: str | None, sign: st
     if sign is not None:
         from logit_cache.sharing import signing
 
-        found[SIGNATURE_KEY] = signing.sign(folder, signing.manifest_keys(keys), Path(sign))
+        found[SIGNATURE_KEY] = signing.sign(folder, signing.manifest_keys(keys), local_path(sign))
     return found
 
 

@@ -16,12 +16,12 @@ from storage.files import PARTIAL
 from storage.format.layout import corpus_arrays, group_metadata, metadata_bytes
 from storage.format.manifest import ATTRIBUTE, CacheRecord, FileDigest, FilesReceipt
 from storage.format.sealing import differences, sealed, sealed_bytes
-from storage.stores import open_store
+from storage.stores import Url, open_store
 from storage.stores.base import Store
 
 
 def write_corpus(
-    url: str,
+    url: Url,
     record: CacheRecord,
     tokenizer_files: Mapping[str, bytes],
     arrays: Mapping[str, NDArray[Any]],

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from storage.errors import CorruptCache, InputError, LogitCacheError, StoreUnavailable
+from storage.errors import CorruptCache, InputError, LogitCacheError, StoreNotFound, StoreUnavailable
 from storage.stores.base import MOST_BYTES, Result, Store
 from storage.stores.network_errors import code, error_text, final, is_unreachable, missing_store, refusal
 
@@ -30,15 +30,13 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 READ_ONLY = ("http", "https", "hf")
 CONNECT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
-# Permanent errors, which no retry changes: no permission, no such object, a mistake in the request.
+# Permanent errors that are the caller's to handle.
 _FINAL = (
     FileNotFoundError,
     FileExistsError,
-    PermissionError,
     IsADirectoryError,
     NotImplementedError,
     TypeError,
-    ValueError,
     LogitCacheError,
 )
 # The body does not match the checksum that the store sent. After so many attempts, the object itself is damaged.
@@ -143,19 +141,18 @@ class RemoteStore(Store):
         """Raise what no retry changes: in the words of a user where the network or the store is the cause."""
         absent = missing_store(error)
         if absent is not None:
-            raise StoreUnavailable(f"{self.url}: {absent}") from None
-        if isinstance(error, _FINAL) and not isinstance(error, PermissionError):
-            if isinstance(error, FileNotFoundError):
-                _answered.add(self._host)
-            if isinstance(error, ValueError) and not isinstance(error, LogitCacheError):
-                raise InputError(f"{self.where(key)}: {error_text(error)}: check the URL and the proxy") from None
+            raise StoreNotFound(f"{self.url}: {absent}") from None
+        if isinstance(error, FileNotFoundError):
+            _answered.add(self._host)
+        if isinstance(error, _FINAL):
             raise error
-        refused = refusal(error)
+        refused, reason = refusal(error), final(error)
         if refused is not None:
             raise AccessRefused(f"{self.where(key)}: {refused}") from None
-        reason = final(error)
         if reason is not None:
             raise StoreUnavailable(f"{self.where(key)}: {reason}") from None
+        if isinstance(error, ValueError):
+            raise InputError(f"{self.where(key)}: {error_text(error)}: check the URL and the proxy") from None
 
     def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
         attempt = 1

@@ -6,6 +6,7 @@ each read. Here each object is one request, whose failure keeps its cause.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from storage.errors import CorruptCache, InputError
@@ -45,18 +46,17 @@ class WebStore(RemoteStore):
         return data
 
     def size(self, key: str) -> int | None:
+        import aiohttp
+
         async def length(response: Any) -> int:
             stated = response.headers.get("Content-Length")
             return len(await response.read()) if stated is None else int(stated)
 
         def request() -> int:
-            try:
-                found: int = self._request("HEAD", key, length)
-            except FileNotFoundError:
-                raise
-            except Exception:  # not every server has HEAD; the other answer says what is wrong
-                found = self._request("GET", key, length)
-            return found
+            # Not every server has HEAD; the answer to GET says what is wrong.
+            with contextlib.suppress(aiohttp.ClientResponseError):
+                return int(self._request("HEAD", key, length))
+            return int(self._request("GET", key, length))
 
         try:
             return self._ask(key, request)

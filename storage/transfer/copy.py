@@ -35,7 +35,7 @@ from storage.format.layout import PER_DOCUMENT
 from storage.format.manifest import CacheRecord, ShardReceipt, TeacherEntry
 from storage.format.sealing import differences, digest
 from storage.progress import Advance
-from storage.stores import open_store
+from storage.stores import Url, open_store
 from storage.stores.base import Store
 from storage.transfer.contents import Contents, Part, each, fetch_rest, gather, open_source
 from storage.transfer.destinations import Destination, FolderDestination, StoreDestination, other_bytes
@@ -224,11 +224,11 @@ class _PartCopy:
 
 @contextlib.contextmanager
 def prepare(
-    source: str,
-    target: str,
+    source: Url,
+    target: Url,
     *,
     teachers: Sequence[str] = (),
-    corpus: str | None = None,
+    corpus: Url | None = None,
     without_tokens: bool = False,
     workers: int = 8,
     link: bool = False,
@@ -246,6 +246,7 @@ def prepare(
     """
     origin, store = open_store(source), open_store(target)
     _check_apart(origin, store)
+    store.check_writable()
     if corpus is not None and without_tokens:
         raise InputError("without tokens, and with a corpus, cannot both be")
     read_record(origin, ROOT_KEY, CacheRecord)  # before any folder is created for it

@@ -81,7 +81,7 @@ class DistillationWindows(Dataset[Window]):
 
     def __init__(
         self,
-        cache_url: str,
+        cache_url: str | os.PathLike[str],
         teachers: Sequence[str] = (),
         window_tokens: int = 128,
         offset: Offset = "fixed",
@@ -95,7 +95,7 @@ class DistillationWindows(Dataset[Window]):
             raise InputError(f"offset is 'fixed' or 'random'; got {offset!r}")
         cache = LogitCache.open(cache_url)
         _ = cache.tokens  # raises now if the cache was shared without them
-        self.cache_url = cache_url
+        self.cache_url = os.fspath(cache_url)
         self.record = cache.record
         self.vocabulary_size = cache.vocabulary_size
         self.teachers = tuple(teachers)
@@ -103,7 +103,7 @@ class DistillationWindows(Dataset[Window]):
         self.seed = seed
         self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
         self.isolate_documents = _isolation(self.entries, isolate_documents)
-        self.begin_id = _beginning(self.entries, bos_each_window, cache_url)
+        self.begin_id = _beginning(self.entries, bos_each_window, self.cache_url)
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
         self.blocks = self._blocks(offset)
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from storage.errors import InputError
-from storage.files import local_path
+from storage.files import check_writable, local_path
 from student.evaluation.minimal_pairs import Pair
 
 TOP_GROUP = "pairs"
@@ -33,6 +33,7 @@ def check_folder(folder: str | Path) -> None:
         raise InputError(f"{folder}: expected a folder for lm-eval's tasks, found a file: give another name")
     if path.is_dir() and any(path.iterdir()) and not (path / f"{TOP_GROUP}.yaml").is_file():
         raise InputError(f"{folder}: expected an empty folder, or none, for lm-eval's tasks; found other files in it")
+    check_writable(path, f"--lm-eval-tasks {folder}")
 
 
 def write_tasks(pairs: Sequence[Pair], folder: str | Path, leading_space: bool = True) -> dict[str, str]:

@@ -6,6 +6,7 @@ vocabulary, enough positions for the window, and causality (no sight of the toke
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def load_student(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     vocabulary_size: int,
     special_ids: Mapping[str, int | None],
@@ -53,6 +54,7 @@ def load_student(
     as a causal language model, missing weights, too few columns or positions, and a model whose output at a position
     depends on later tokens (an encoder would learn to copy the answer).
     """
+    spec = os.fspath(spec)
     if spec in PRESETS:
         config = preset_config(spec, vocabulary_size, special_ids)
         check_config(config, spec, vocabulary_size, window_tokens)

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
-from storage.files import PARTIAL, replace_file
+from storage.files import PARTIAL, check_writable, replace_file
 from storage.locks import LOCK, locked
 from student.report import TrainingReport
 
@@ -62,6 +62,11 @@ class OutputDirectory:
                 raise IdentityMismatch(
                     str(self.path), differing, "It is the folder of another run: give another --output-dir"
                 )
+
+    def check_writable(self) -> None:
+        """Raise InputError, before the work, where an unfinished run's folder cannot be written."""
+        if self._writes and self.report() is None:
+            check_writable(self.path, f"--output-dir {self.path}")
 
     def recorded(self) -> dict[str, Any]:
         """The record of `reserved`: the run's `identity` and its first `launch`; empty for a new folder.

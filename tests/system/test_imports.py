@@ -22,7 +22,7 @@ from support.commands import ROOT
 PACKAGES = ("storage", "student", "teachers", "logit_cache")
 ROOMS = {
     "storage": (
-        ("errors",), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",),
+        ("errors",), ("files",), ("locks", "config", "progress"), ("format",), ("stores",), ("cache",), ("transfer",),
     ),
     "student": (
         ("labels", "models", "lifeline"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
