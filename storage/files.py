@@ -30,10 +30,10 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         raise InputError(f"{text!r}: a path has no null character")
     if _WINDOWS.match(text):
         raise InputError(f"{text}: a path of Windows; give it as this system sees it, or as ./{text}")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise InputError(f"{text}: {text.split('/')[0]} has no home folder here; write the path out") from None
+    expanded = os.path.expanduser(text)  # not pathlib's, for which ./~ is ~
+    if expanded.startswith("~"):
+        raise InputError(f"{text}: {text.split('/')[0]} has no home folder here; write the path out, or ./{text}")
+    return Path(expanded)
 
 
 def check_output(file: str | os.PathLike[str], option: str) -> Path:

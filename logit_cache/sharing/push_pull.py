@@ -130,8 +130,9 @@ def _push_to_hub(
     folder = open_store(source).local_path
     if folder is None:
         raise InputError(f"{source}: pull it into a local folder first; the hub's uploader reads local files")
-    # Beside the source, so that its objects can be linked instead of copied; the source is not changed.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".outgoing", dir=folder.parent) as stage:
+    # Beside the source where that can be written, so that its objects are linked instead of copied.
+    beside = folder.parent if os.access(folder.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".outgoing", dir=beside) as stage:
         staged = str(Path(stage) / "cache")
         with prepare(
             source, staged, teachers=teachers, without_tokens=without_tokens, workers=workers, link=True
