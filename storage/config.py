@@ -15,7 +15,7 @@ from storage.files import local_path
 
 Config = TypeVar("Config", bound=BaseModel)
 
-_BOOL, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "merge"))
+_BOOL, _INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "merge"))
 # What was expected, for pydantic's error types: in the words of YAML and of a command line.
 _EXPECTED = {
     **dict.fromkeys(("tuple_type", "list_type"), "a list"),
@@ -65,7 +65,8 @@ def _written(value: Any, listed: bool) -> Any:
 def parse_yaml(text: str, where: str = "YAML") -> Any:
     """Plain YAML data, with the scalars of YAML 1.2: only true and false are booleans, and 3e-4 is a number.
 
-    PyYAML follows 1.1, where `save_strategy: no` is False and `learning_rate: 3e-4` a string. Raises yaml.YAMLError,
+    PyYAML follows 1.1, where `save_strategy: no` is False, `learning_rate: 3e-4` a string, `time: 1:30:00` the number
+    5400, and 012 ten. Raises yaml.YAMLError,
     and InputError, which begins with `where`, for a key that stands twice in a mapping; on the first level, of which
     the fields of a job are, `a-b` and `a_b` are one key.
     """
@@ -91,13 +92,21 @@ def parse_yaml(text: str, where: str = "YAML") -> Any:
 
     # A copy: the dictionary of the base class is shared by every user of PyYAML in this process.
     Loader.yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in rules if tag not in (_BOOL, _FLOAT)]
+        first: [(tag, rule) for tag, rule in rules if tag not in (_BOOL, _INT, _FLOAT)]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
     number = r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    whole = r"^[-+]?[0-9][0-9_]*$|^0o[0-7_]+$|^0x[0-9a-fA-F_]+$|^0b[01_]+$"
+    Loader.add_implicit_resolver(_INT, re.compile(whole), list("-+0123456789"))
+    Loader.add_constructor(_INT, _integer)
     Loader.add_implicit_resolver(_FLOAT, re.compile(number), list("-+0123456789."))
     return yaml.load(text, Loader)  # a SafeLoader: plain data only
+
+
+def _integer(_: Any, node: Any) -> int:
+    text = node.value.replace("_", "")
+    return int(text, 0 if text[:2] in ("0o", "0x", "0b") else 10)
 
 
 def read_yaml(path: str) -> dict[str, Any]:

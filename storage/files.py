@@ -17,17 +17,20 @@ from storage.errors import InputError
 PARTIAL = ".partial"  # suffix of temporary files, which no reader looks at
 # What file systems without the operation answer.
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 _WINDOWS = re.compile(r"^[A-Za-z]:\\")
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
     """The path that a person gave, `~` and `~user` expanded: shells leave them in `--out=~/x`, and YAML does.
 
-    Raises InputError where there is no such user, for a path of Windows, and for one with a null character.
+    Raises InputError where there is no such user, for a URL, a path of Windows, and one with a null character.
     """
     text = os.fspath(path)
     if "\0" in text:
         raise InputError(f"{text!r}: a path has no null character")
+    if _URL.match(text):
+        raise InputError(f"{text}: a URL, where a path of this machine is expected")
     if _WINDOWS.match(text):
         raise InputError(f"{text}: a path of Windows; give it as this system sees it, or as ./{text}")
     expanded = os.path.expanduser(text)  # not pathlib's, for which ./~ is ~

@@ -60,11 +60,11 @@ def open_tokenizer(
     with which streams were made before.
     """
     what = "cannot be read as a tokenizer"
-    path = local_path(name)
-    if "://" in name or (path / "zarr.json").is_file():
+    if "://" in name or (local_path(name) / "zarr.json").is_file():
         with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
             LogitCache.open(cache_of_tokenizer(name) or name).save_tokenizer(Path(folder))
             return _read(Path(folder), name, what, _REMEDY, trust_remote_code, log, own_rules)
+    path = local_path(name)
     if path.is_dir():
         return _read(path, name, what, _REMEDY, trust_remote_code, log, own_rules)
     if path.exists():

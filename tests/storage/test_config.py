@@ -45,6 +45,11 @@ class Job(BaseModel):
         ("1e", "1e"),
         ("v1.5", "v1.5"),
         ("[1, 2e0]", [1, 2.0]),
+        ("1:30:00", "1:30:00"),
+        ("012", 12),
+        ("-1_000", -1000),
+        ("0o14", 12),
+        ("0x1F", 31),
     ],
 )
 def test_scalars(text: str, value: Any) -> None:
@@ -167,6 +172,8 @@ def test_a_folder_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path))
     assert StudentJob(**SETTINGS[StudentJob] | {"output_dir": "~/run"}).output_dir == str(tmp_path / "run")
     assert EngineOptions(slurm_folder="~/logs").slurm_folder == str(tmp_path / "logs")
+    with pytest.raises(InputError, match="--output-dir: s3://b/run: a URL, where a path of this machine"):
+        build_config(StudentJob, SETTINGS[StudentJob], {"output_dir": "s3://b/run"}, "test")
     with pytest.raises(InputError, match=r"--output-dir: .*no home folder"):
         build_config(StudentJob, SETTINGS[StudentJob], {"output_dir": "~no-such-user-9/run"}, "test")
 
