@@ -28,10 +28,9 @@ TOKENS = np.arange(40, dtype=np.uint16)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a cache in it; short time-outs, no proxy, and hosts that have answered nothing yet."""
+    """A folder with a cache in it; no proxy, and hosts that have answered nothing yet."""
     monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path / "copies"))
-    monkeypatch.setenv("LOGIT_CACHE_TIMEOUT_S", "1")
-    monkeypatch.setenv("LOGIT_CACHE_PATIENCE_S", "1")
+    monkeypatch.setenv("LOGIT_CACHE_TIMEOUT_S", "14")
     monkeypatch.setattr(remote, "_answered", set())
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -122,7 +121,7 @@ def test_the_users_fsspec_configuration_holds(web: tuple[str, Folder], monkeypat
     assert {headers.get("X-Token") for headers in server.headers} == {"mine"}
     filesystem = open_store(url)._fs  # type: ignore[attr-defined]
     assert filesystem.client_kwargs["trust_env"]
-    assert filesystem.client_kwargs["timeout"].sock_read == 1
+    assert filesystem.client_kwargs["timeout"].sock_read == 14
 
 
 @pytest.mark.parametrize("protocol", ["s3", "s3a"])
@@ -135,7 +134,7 @@ def test_the_users_endpoint_of_s3_holds(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert np.array_equal(tokens(url), TOKENS)
     config = open_store(url)._fs.config_kwargs  # type: ignore[attr-defined]
-    assert (config["max_pool_connections"], config["read_timeout"]) == (7, 1.0)
+    assert (config["max_pool_connections"], config["read_timeout"]) == (7, 14.0)
 
 
 def test_an_object_of_a_web_server_is_one_request(web: tuple[str, Folder]) -> None:
@@ -148,7 +147,7 @@ def outcome(url: str) -> str:
     began = time.monotonic()
     with pytest.raises(LogitCacheError) as raised:
         LogitCache.open(url)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30, "sooner than the patience of 40 seconds"
     assert "\n" not in str(raised.value)
     assert url in str(raised.value), "it says where"
     return f"{type(raised.value).__name__}: {raised.value}"
@@ -167,7 +166,11 @@ def outcome(url: str) -> str:
         (410, "CacheNotFound: .*no cache there"),
     ],
 )
-def test_a_refusal_is_no_absent_cache(web: tuple[str, Folder], status: int, words: str) -> None:
+def test_a_refusal_is_no_absent_cache(
+    web: tuple[str, Folder], monkeypatch: pytest.MonkeyPatch, status: int, words: str
+) -> None:
+    if status == 503:
+        monkeypatch.setenv("LOGIT_CACHE_PATIENCE_S", "1")
     url, server = web
     server.refusals["zarr.json"] = status
     assert re.match(words, outcome(url)), outcome(url)
@@ -187,15 +190,16 @@ def test_a_server_without_head_states_lengths(
     assert open_store(url).size("zarr.json") == (folder / "cache" / "zarr.json").stat().st_size
 
 
-def test_a_server_that_does_not_answer(folder: Path) -> None:
+def test_a_server_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGIT_CACHE_TIMEOUT_S", "0.5")
+    monkeypatch.setenv("LOGIT_CACHE_PATIENCE_S", "1")
     with FaultProxy("http://127.0.0.1:9") as proxy:
         proxy.faults.append(Fault("stall"))
         assert "StoreUnavailable: " in (said := outcome(f"{proxy.url}/cache"))
         assert "no usable answer within 1 s" in said
 
 
-def test_a_certificate_that_nobody_knows(folder: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOGIT_CACHE_PATIENCE_S", "40")
+def test_a_certificate_that_nobody_knows(folder: Path, certificate: Path) -> None:
     with serving(folder, certificate) as (url, _):
         said = outcome(f"{url}/cache")
     assert "StoreUnavailable: " in said
@@ -217,7 +221,6 @@ def test_a_name_without_address_ends_soon(
     fsspec.filesystem("memory")  # its loop's own socket pair
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(remote, "CONNECT_S", 0.5)
-    monkeypatch.setenv("LOGIT_CACHE_PATIENCE_S", "40")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://host.invalid")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
