@@ -66,9 +66,10 @@ def parse_yaml(text: str, where: str = "YAML") -> Any:
     """Plain YAML data, with the scalars of YAML 1.2: only true and false are booleans, and 3e-4 is a number.
 
     PyYAML follows 1.1, where `save_strategy: no` is False, `learning_rate: 3e-4` a string, `time: 1:30:00` the number
-    5400, and 012 ten. Raises yaml.YAMLError,
-    and InputError, which begins with `where`, for a key that stands twice in a mapping; on the first level, of which
-    the fields of a job are, `a-b` and `a_b` are one key.
+    5400, and 012 ten.
+
+    Raises yaml.YAMLError, and InputError, which begins with `where`, for a key that is given twice in a mapping. On the
+    first level, where the fields of a job are, `a-b` and `a_b` are one key.
     """
     import yaml
 
@@ -164,7 +165,7 @@ def explained(kind: type[BaseModel], item: Any, where: str, field: str = "--") -
     if item["type"] in _EXPECTED:
         message = f"expected {_EXPECTED[item['type']]}"
     elif item["type"] != "value_error":
-        # "Input should be less than 5", "Tuple should have at least 1 item after validation, not 0"
+        # pydantic's "Input should be less than 5", "Tuple should have at least 1 item after validation, not 0"
         message = re.sub(r"^\w+ should (?:be|have)?", "expected", message).removesuffix(" after validation, not 0")
     found = f" (found {str(item['input'])[:60]!r})" if name else ""
     return f"{where}: {shown}{': ' if shown else ''}{message}{found}"
