@@ -246,7 +246,8 @@ def prepare(
     """
     origin, store = open_store(source), open_store(target)
     _check_apart(origin, store)
-    store.check_writable()
+    if store.local_path is None:  # in a folder, the staging folder is made first
+        store.check_writable()
     if corpus is not None and without_tokens:
         raise InputError("without tokens, and with a corpus, cannot both be")
     read_record(origin, ROOT_KEY, CacheRecord)  # before any folder is created for it
