@@ -127,7 +127,8 @@ class LocalStore(Store):
         return dict(sorted(found.items()))
 
     def check_writable(self) -> None:
-        check_writable(self._root, self.url)
+        if not os.access(self._root, os.W_OK | os.X_OK):  # also where it does not exist yet
+            check_writable(self._root, self.url)
 
     def remove(self, key: str) -> None:
         path = self._path(key)

@@ -90,6 +90,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("storage.files.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
 
 
 def test_an_entry_in_a_cache_for_reading_only(
