@@ -90,6 +90,10 @@ class StoreUnavailable(LogitCacheError, OSError):
     """A remote store did not respond in time, or refused; no part of its response was taken for data."""
 
 
+class StoreNotFound(StoreUnavailable):
+    """The bucket or data set of a URL does not exist, or is hidden from this user."""
+
+
 def is_out_of_space(error: OSError) -> bool:
     """Whether the operating system refused a write for lack of space (disk, quota or file-size limit)."""
     return error.errno in _NO_SPACE

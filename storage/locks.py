@@ -25,21 +25,30 @@ def locked(folder: Path, job: str, *, name: str = LOCK, wait: bool = False) -> I
     """
     path = folder / name
 
-    def opened() -> int:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
     def refusal(descriptor: int) -> str:
         holder = os.pread(descriptor, 20, 0).decode(errors="replace")
         return f"{folder}: {job} is at work there (process {holder}); wait for it, or stop it"
 
-    descriptor = lock(path, opened, refusal, wait)
+    descriptor = lock(path, lambda: open_lock(path), refusal, wait)
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        with contextlib.suppress(OSError):  # another user's file, which this one may only read
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield descriptor
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         os.close(descriptor)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file, created if need be; of another user's file, which can be locked too, for reading."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def lock(path: Path, opened: Callable[[], int], refusal: Callable[[int], str], wait: bool = False) -> int:

@@ -6,13 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from storage.config import Frozen, parse_yaml
-from storage.errors import InputError
+from storage.config import Folder, Settings, name_values, parse_yaml
 from storage.format.manifest import TEACHER_NAME
 from student.loss.objective import Objective
 
 
-class TeacherWeight(Frozen):
+class TeacherWeight(Settings):
     """One member of the mixture. Weights are relative: they are normalised to sum 1."""
 
     name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
@@ -63,7 +62,7 @@ class StudentJob(Objective):
     bos_each_window: bool | None = None
     fused_head: Literal["auto", "on", "off"] = "auto"
     windows_per_step: Annotated[int, Field(ge=1)] | None = None
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: Annotated[Folder, Field(min_length=1)]
     eval_cache: str | None = None
     live_teachers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     combine: Literal["logit-mean", "mixture"] | None = None
@@ -89,8 +88,6 @@ class StudentJob(Objective):
     def _parse_teachers(cls, value: Any) -> Any:
         if isinstance(value, dict):
             return [{"name": name, "weight": weight} for name, weight in value.items()]
-        if isinstance(value, str):
-            value = [value]
         if isinstance(value, (list, tuple)):
             return [_parse_teacher(item) for item in value]
         return value
@@ -145,17 +142,12 @@ def scalar(text: str) -> Any:
     import yaml
 
     try:
-        return parse_yaml(text)
+        return parse_yaml(text, f"--set …={text}")
     except yaml.YAMLError:
         return text
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
     """``key=value`` pairs as a mapping. Raises InputError for anything else."""
-    parsed = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"--set {setting}: expected key=value, for example --set learning_rate=3e-4")
-        parsed[key.strip().replace("-", "_")] = scalar(value.strip())
-    return parsed
+    texts = [f"{key.replace('-', '_')}{equals}{value}" for key, equals, value in (s.partition("=") for s in settings)]
+    return {key: scalar(value) for key, value in name_values(texts, "--set learning_rate=3e-4").items()}

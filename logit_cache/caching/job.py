@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from storage.config import Frozen
+from storage.config import Settings
 from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
 from storage.format.layout import Profile
 from storage.format.manifest import TEACHER_NAME, Targets
@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 Source = Annotated[str, Field(min_length=1)]
 
 
-class CacheJob(Frozen):
+class CacheJob(Settings):
     """The fields of `cache-logits`, as flags or in a YAML file. Lengths are in tokens, steps in nats.
 
     Several teachers form one ensemble; `weight` and `revision` are given once for each of them, or not at all. A
@@ -54,11 +54,6 @@ class CacheJob(Frozen):
     revision: tuple[str, ...] = ()
     attention: str | None = None
     trust_remote_code: bool = False
-
-    @field_validator("teacher", "weight", "revision", "max_memory", mode="before")
-    @classmethod
-    def _wrap_single_value(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | int | float) else value
 
     @model_validator(mode="before")
     @classmethod

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from storage.cache.reader import LogitCache, TeacherTargets
-from storage.cache.writer import EntryWriter
-from storage.config import Frozen
+from storage.cache.writer import EntryWriter, check_destination
+from storage.config import Settings
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, logprob_floor
 from storage.format.layout import COMPRESSION, Profile, entry_layout
@@ -35,7 +35,7 @@ from storage.text import ranges_in_words
 Positive = Annotated[int, Field(ge=1)]
 
 
-class RecompressJob(Frozen):
+class RecompressJob(Settings):
     """The fields of `logit-cache recompress`. A field that is None keeps the source's value."""
 
     cache: str
@@ -190,6 +190,7 @@ def _check_destination(job: RecompressJob, source: TeacherTargets) -> None:
             f"{job.cache}: {job.name} lacks {ranges_in_words(missing)}: complete it with the same cache-logits command "
             f"first"
         )
+    check_destination(job.destination, job.to)
     cache, entry = LogitCache.open(job.destination), source.entry
     pairs = {
         "stream_sha256": (entry.stream_sha256, cache.record.corpus.stream_sha256),

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from storage.errors import one_line_errors
+from storage.files import check_output, write_output
 from student.cli_command import command, json_option
 
 
@@ -51,20 +52,18 @@ def evaluate(model: str, out: str | None, as_json: bool, **flags: Any) -> None:
     """
     with one_line_errors():
         from storage.config import build_config
-        from storage.files import check_writable
         from storage.progress import progress, to_stderr
         from student.evaluation.job import EvaluationJob
 
-        if out is not None:
-            check_writable("--out", out)
+        path = None if out is None else check_output(out, "--out")
         job = build_config(EvaluationJob, {"model": model}, flags, "logit-cache evaluate")
         job.check()
         from student.evaluation.evaluate import evaluate as measure
-        from student.evaluation.report import table, write_report
+        from student.evaluation.report import table
 
         report = measure(job, progress, to_stderr)
-        if out is not None:
-            write_report(report, out)
+        if path is not None:
+            write_output(path, (report.model_dump_json(indent=1) + "\n").encode())
         click.echo(report.model_dump_json(indent=1) if as_json else table(report))
         if job.lm_eval_tasks is not None:
             click.echo(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from storage.errors import one_line_errors
+from storage.files import local_path
 from student.cli_command import command
 
 
@@ -23,12 +22,9 @@ def report(directories: tuple[str, ...], out: str | None) -> None:
     """
     with one_line_errors():
         from logit_cache.report.page import make_report
-        from storage.files import check_writable
         from storage.text import printable
 
-        if out is not None:
-            check_writable("--out", out)
-        path = Path(directories[0]).expanduser() / "report.html" if out is None else Path(out).expanduser()
+        path = local_path(directories[0]) / "report.html" if out is None else local_path(out)
         for sentence in make_report(directories, path):
             click.echo(printable(sentence))  # names come from the folders
         click.echo(f"{path}: written", err=True)

@@ -20,16 +20,16 @@ from pydantic import Field, ValidationError
 from logit_cache.corpus.cleaning_rules import FAMILIES, PLAIN, RULES_VERSION, Cleaner, family_of
 from logit_cache.corpus.sources.find import Source, find_sources
 from logit_cache.corpus.sources.text_files import COMPRESSIONS, decoded
-from storage.config import Frozen
+from storage.config import Frozen, Settings
 from storage.errors import IdentityMismatch, InputError
-from storage.files import PARTIAL, atomic_file, replace_file
+from storage.files import PARTIAL, atomic_file, check_writable, local_path, replace_file
 from storage.progress import Advance, Track
 
 RECORD = "cleaning.json"
 PIECE_BYTES = 1 << 18
 
 
-class CleaningJob(Frozen):
+class CleaningJob(Settings):
     """The fields of `logit-cache clean`.
 
     text         files, folders and patterns of plain text
@@ -93,6 +93,8 @@ def clean(job: CleaningJob, track: Track) -> list[Outcome]:
             for name, source in sources.items()
             if _is_there(out, record, name, source, taken[name], families[name][0], advance)
         }
+        if len(there) < len(sources):
+            check_writable(out, f"--out {job.out}")
         for name, source in sources.items():
             if name not in there:
                 out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,7 @@ def _families(
 def _folder(out: str) -> Path:
     if "://" in out:
         raise InputError(f"--out {out}: cleaned text is written to a folder of this machine")
-    path = Path(out).expanduser()
+    path = local_path(out)
     if path.exists() and not path.is_dir():
         raise InputError(f"--out {out}: a file, where a folder was expected: give another name")
     return path

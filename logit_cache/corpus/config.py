@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from logit_cache.corpus.conversations.template import RESERVED
 from logit_cache.corpus.rows import Form
 from logit_cache.corpus.tokenizer import BYTES, SPECIAL_TOKENS
-from storage.config import Frozen
+from storage.config import Settings, name_values
 
 
 def _only_a_date(value: Any) -> Any:
@@ -30,7 +30,7 @@ def _json_value(text: str) -> Any:
         return text
 
 
-class CorpusConfig(Frozen):
+class CorpusConfig(Settings):
     """The fields of `logit-cache tokenize`.
 
     text: sources (see `logit_cache.corpus.sources`), read in this order.
@@ -68,12 +68,9 @@ class CorpusConfig(Frozen):
     @field_validator("template_variables", mode="before")
     @classmethod
     def _parse_variables(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            pairs = [str(item).partition("=") for item in value]
-            wrong = [name for name, equals, _ in pairs if not (name and equals)]
-            if wrong:
-                raise ValueError(f"{wrong[0]!r}: expected NAME=VALUE, such as enable_thinking=false")
-            value = {name: _json_value(text) for name, _, text in pairs}
+        if isinstance(value, (list, tuple, str)):
+            pairs = name_values(value, "--template-variable enable_thinking=false")
+            value = {name: _json_value(text) for name, text in pairs.items()}
         clash = sorted(RESERVED & value.keys()) if isinstance(value, dict) else []
         if clash:
             raise ValueError(f"{clash[0]!r} is an input of every template, and no variable of yours")

@@ -31,15 +31,15 @@ from logit_cache.corpus.sources.reading import Reading, SkippedRows, read_source
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import stored_tokenizer, train_tokenizer
 from storage import LogitCache
-from storage.cache.corpus_writer import is_new, write_corpus
+from storage.cache.corpus_writer import check_destination, write_corpus
 from storage.config import build_config
 from storage.errors import InputError
+from storage.files import local_path
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
 from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
 from storage.progress import Advance, Log, Track, progress, silent
-from storage.stores import open_store
 from student.models.text_ids import text_suffix
 from student.models.tokenizer import open_tokenizer
 
@@ -66,7 +66,7 @@ def tokenize(config: CorpusConfig, track: Track | None = None, log: Log = silent
 
 
 def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log: Log) -> CacheRecord:
-    is_new(open_store(config.out))  # refused before the work, not after it
+    check_destination(config.out)
     conventions = Conventions.of(config.out, config.tokenizer, config.bos, config.template_variables, config.date)
     skipped = SkippedRows() if config.skip_bad_rows else None
     if config.tokenizer is None:
@@ -184,7 +184,7 @@ def _chat_template(given: str, own: Any) -> str:
     if isinstance(own, dict) and given in own:
         return str(own[given])
     try:
-        template = Path(given).expanduser().read_text(encoding="utf-8")
+        template = local_path(given).read_text(encoding="utf-8")
         if not template.strip():
             raise InputError(f"{given}: the chat template is empty; give another file")
         return template

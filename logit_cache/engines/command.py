@@ -16,6 +16,8 @@ from logit_cache.describe import describe_entry
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.worker_index import rank_of
 from storage import LogitCache
+from storage.cache.corpus_writer import check_destination as check_corpus_destination
+from storage.cache.writer import check_destination
 from storage.config import build_config
 from storage.errors import InputError
 
@@ -54,6 +56,7 @@ def run_command(fields: dict[str, Any]) -> FinishedEntry | None:
     else:
         job = build_config(CacheJob, fields, {}, "cache-logits")
         check_stream(job)
+        check_destination(job.cache, job.name)
     from logit_cache.engines.run import run_job
 
     outcome = run_job(job, options, JobLog(options.log_format, cache=job.cache, entry=job.name), opened)
@@ -74,6 +77,7 @@ def _job_of_text(
             "cache-logits: --text makes one token stream, and this is one of several processes: make it first "
             "(logit-cache tokenize), and give it with --cache"
         )
+    check_corpus_destination(job.cache)
     from logit_cache.engines.this_machine import local_workers
     from teachers.vocabulary import check_members
 

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from logit_cache.engines.shutdown import GRACE_SECONDS
-from storage.config import Frozen
+from storage.config import Folder, Settings, name_values
 
 Engine = Literal["local", "ray", "slurm"]
 ATTEMPTS = 3
 
 
-class EngineOptions(Frozen):
+class EngineOptions(Settings):
     """The fields of `cache-logits` beside those of the job, as flags or in the same YAML file.
 
     engine        local, ray or slurm: how workers are started
@@ -40,7 +40,7 @@ class EngineOptions(Frozen):
     ray_address: str | None = None
     worker_cpus: Annotated[int, Field(ge=1)] = 1
     slurm: dict[str, str] = Field(default_factory=dict)
-    slurm_folder: str = "slurm-logs"
+    slurm_folder: Folder = "slurm-logs"
     wait: bool = True
 
     @field_validator("slurm", mode="before")
@@ -50,11 +50,7 @@ class EngineOptions(Frozen):
             # A flag's `=true` is a boolean in YAML.
             texts = {name: str(item).lower() if isinstance(item, bool) else str(item) for name, item in value.items()}
             return {_parameter(str(name)): item for name, item in texts.items()}
-        pairs = [str(item).partition("=") for item in value or ()]
-        for name, equals, _ in pairs:
-            if not name or not equals:
-                raise ValueError(f"--slurm {name!r}: expected NAME=VALUE as for sbatch, such as partition=gpu")
-        return {_parameter(name): item for name, _, item in pairs}
+        return {_parameter(name): item for name, item in name_values(value or (), "--slurm partition=gpu").items()}
 
     @model_validator(mode="after")
     def _agree(self) -> EngineOptions:

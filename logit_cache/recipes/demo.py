@@ -15,7 +15,7 @@ from pathlib import Path
 from logit_cache.recipes.published import Model, Network, Recipe, Training
 from logit_cache.recipes.run import RECORD, SOURCE, RecipeJob, RecipeRun, check_folder
 from storage.errors import InputError
-from storage.files import replace_file
+from storage.files import local_path, replace_file
 
 TRAIN_BYTES, HELD_OUT_BYTES = 400_000, 80_000
 _NOT_LIBRARY = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "__phello__"}
@@ -52,7 +52,7 @@ def run_demo(out: str, text: Sequence[str]) -> Path:
     text: files or patterns to use instead of the library's source.
     Raises InputError for a folder of something else or of other text, and for a stage that fails.
     """
-    folder = Path(out).expanduser()
+    folder = local_path(out)
     train, held_out = _split_lines(text) if text else _library()
     check_folder(folder)
     sources = {folder / SOURCE / "train.txt": train, folder / SOURCE / "held-out.txt": held_out}
@@ -94,7 +94,11 @@ def _joined(files: Sequence[Path]) -> str:
 
 def _split_lines(patterns: Sequence[str]) -> tuple[str, str]:
     """The last sixth of the lines of each file is held out; long files are cut so that the demo stays short."""
-    files = [Path(match) for pattern in patterns for match in (sorted(glob.glob(pattern, recursive=True)) or [pattern])]
+    files = [
+        Path(match)
+        for pattern in (str(local_path(item)) for item in patterns)
+        for match in (sorted(glob.glob(pattern, recursive=True)) or [pattern])
+    ]
     parts: tuple[list[str], list[str]] = ([], [])
     for path in files:
         if not path.is_file():

@@ -29,9 +29,9 @@ from logit_cache.recipes.machine import Machine, probe
 from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, Scale, find_recipe
 from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord
 from logit_cache.recipes.stages import Pipeline, Stage
-from storage.config import Frozen
+from storage.config import Settings
 from storage.errors import IdentityMismatch, InputError
-from storage.files import PARTIAL, replace_file
+from storage.files import PARTIAL, local_path, replace_file
 from storage.locks import LOCK, locked
 from storage.text import size
 
@@ -44,7 +44,7 @@ SOURCE = "source"
 _GROWING = {"entries", "models", "micro_batches", "at_once", "threads"}
 
 
-class RecipeJob(Frozen):
+class RecipeJob(Settings):
     """The arguments of `logit-cache recipe`.
 
     text, eval_text   files or patterns of training and of held-out text
@@ -80,10 +80,10 @@ class RecipeRun:
             recipe = recipe.model_copy(update={"stride_tokens": job.stride_tokens})
         if len(set(job.seeds)) < len(job.seeds):
             raise InputError(f"each seed can be given once; got {', '.join(map(str, job.seeds))}")
-        self.job, self.recipe, self.folder = job, recipe, Path(job.out).expanduser()
+        self.job, self.recipe, self.folder = job, recipe, local_path(job.out)
         self.text, self.eval_text = _files("--text", job.text), _files("--eval-text", job.eval_text)
         _check_text(self.text, self.eval_text)
-        if job.pairs is not None and not any(Path(job.pairs).expanduser().glob("*.jsonl")):
+        if job.pairs is not None and not any(local_path(job.pairs).glob("*.jsonl")):
             raise InputError(f"--pairs {job.pairs}: expected a folder of JSONL files, found none there")
         self.machine = machine or probe()
         self.half = self.machine.device == "cuda"
@@ -281,7 +281,7 @@ def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
     """The files that paths and patterns match, in order, each once."""
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        matches = sorted(glob.glob(str(local_path(pattern)), recursive=True))
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise InputError(f"{option} {pattern}: expected files of text, found none")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from logit_cache.recipes.record import RecipeRecord, Role
 from storage.errors import InputError
+from storage.files import local_path
 from student.evaluation.report import EvaluationReport, PairScores
 from student.report import TrainingReport
 from student.sweep.record import SweepReport
@@ -62,7 +63,7 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 def read_folder(directory: str | Path) -> Folder:
     """Read a folder. Raises InputError for one that is missing, has none of the three records, or a damaged one."""
-    path = Path(directory).expanduser()
+    path = local_path(directory)
     if not path.is_dir():
         raise InputError(
             f"{directory}: expected a folder of a recipe, a sweep or a training run, found no folder there"

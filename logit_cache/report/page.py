@@ -24,7 +24,7 @@ from logit_cache.report.numbers import number, over_seeds, trial_value
 from logit_cache.report.svg import swatch
 from logit_cache.report.verdict import pairs_sentences, verdicts
 from storage.errors import InputError
-from storage.files import replace_file
+from storage.files import check_output, write_output
 from storage.text import columns, counted, duration
 from student.sweep.record import SweepReport
 
@@ -60,12 +60,13 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
         raise InputError(
             f"{names}: expected at least one finished run or trial, found none: run the command again once there is one"
         )
+    path = check_output(out, "--out")
     articles = [_recipe(gather_recipe(folder)) for folder in folders if isinstance(folder, RecipeFolder)]
     articles += [_sweep(folder) for folder in folders if isinstance(folder, SweepReport)]
     runs = [folder for folder in folders if isinstance(folder, RunFolder)]
     if runs:
         articles.append(_runs(runs))
-    replace_file(Path(out).expanduser(), render(articles).encode())
+    write_output(path, render(articles).encode())
     return [line for article in articles for line in (*article.summary, *article.verdict)]
 
 

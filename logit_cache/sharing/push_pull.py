@@ -7,14 +7,16 @@ before any data is copied. A data set of the hub is written by the hub's own upl
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from storage.cache.inventory import CARD_KEY, SIGNATURE_KEY
 from storage.cache.reader import LogitCache
-from storage.errors import CorruptCache, InputError
+from storage.errors import CorruptCache, InputError, StoreNotFound
+from storage.files import local_path
 from storage.progress import Log, Track, silent, untracked
 from storage.stores import open_store
 from storage.stores.base import Store
@@ -69,7 +71,7 @@ def pull(job: CopyJob, *, verify_key: str | None = None, track: Track = untracke
         raise InputError(f"{job.target}: cannot pull into a data set of the hub; write it with logit-cache push")
     with prepare(job) as transfer:
         if verify_key is not None:
-            _check_signature(transfer, Path(verify_key))
+            _check_signature(transfer, local_path(verify_key))
         copied = transfer.existing is None and job.corpus is None
         card_files = _card_files_of(transfer.source.snapshot.source, log) if copied else {}
         done = _deliver(transfer, "pull", card_files, track, log)
@@ -99,11 +101,13 @@ def _push_to_hub(job: CopyJob, license: str | None, sign: str | None, track: Tra
     folder = open_store(job.source).local_path
     if folder is None:
         raise InputError(f"{job.source}: pull it into a local folder first; the hub's uploader reads local files")
-    # Beside the source, so that its objects can be linked instead of copied; the source is not changed.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".outgoing", dir=folder.parent) as outgoing:
+    # Beside the source where that can be written, so that its objects are linked instead of copied.
+    beside = folder.parent if os.access(folder.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".outgoing", dir=beside) as outgoing:
         staged = Path(outgoing) / "cache"
-        with prepare(replace(job, target=str(staged), link=True)) as transfer:
-            check_overwrites(open_store(job.target), transfer.contents)
+        with prepare(job.model_copy(update={"target": str(staged), "link": True})) as transfer:
+            with contextlib.suppress(StoreNotFound):  # made by the push
+                check_overwrites(open_store(job.target), transfer.contents)
             card_files = _new_card_files(transfer.contents.manifest, license, sign)
             done = _deliver(transfer, "check", card_files, track, log)
         with track("upload", done.copied_bytes, "bytes") as advance:

@@ -16,12 +16,12 @@ from storage.files import PARTIAL
 from storage.format.layout import corpus_arrays, group_metadata, metadata_bytes
 from storage.format.manifest import ATTRIBUTE, CacheRecord, FileDigest, FilesReceipt
 from storage.format.sealing import differences, sealed, sealed_bytes
-from storage.stores import open_store
+from storage.stores import Url, open_store
 from storage.stores.base import Store
 
 
 def write_corpus(
-    url: str,
+    url: Url,
     record: CacheRecord,
     tokenizer_files: Mapping[str, bytes],
     arrays: Mapping[str, NDArray[Any]],
@@ -52,6 +52,13 @@ def write_corpus(
             if progress is not None and name == "tokens":
                 progress(stop)
         writer.receipts.write_index()
+
+
+def check_destination(url: Url) -> None:
+    """Refuse before the work a store in which no token stream can be written, as `write_corpus` would after it."""
+    store = open_store(url)
+    if is_new(store):
+        store.check_writable()
 
 
 def is_new(store: Store) -> bool:

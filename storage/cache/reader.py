@@ -6,11 +6,11 @@ values against the rules of the format. A range that no receipt covers raises `I
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,13 +26,14 @@ from storage.cache.records import (
     teacher_folder,
 )
 from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
+from storage.files import local_path
 from storage.format.fidelity import FidelityReport
 from storage.format.layout import PER_POSITION_FLOATS, corpus_arrays, teacher_arrays
 from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, CacheRecord, ShardStatistics, TeacherEntry
 from storage.format.rules import broken_rule
 from storage.format.sealing import digest, sealed
 from storage.format.targets import SparseTargets, concatenate
-from storage.stores import open_store
+from storage.stores import Url, open_store
 from storage.stores.base import Store
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class LogitCache:
         self._entries: dict[str, TeacherTargets] = {}
 
     @classmethod
-    def open(cls, url: str) -> LogitCache:
+    def open(cls, url: Url) -> LogitCache:
         """Open the cache at a path or URL. Raises CacheNotFound, FormatError, CorruptCache."""
         store = open_store(url)
         return cls(store, read_record(store, "zarr.json", CacheRecord))
@@ -366,8 +367,9 @@ class LogitCache:
             arrays |= {f"teachers/{name}/{array}": checked for array, checked in entry.arrays.items()}
         return CheckedStore(self.url, groups, arrays)
 
-    def save_tokenizer(self, directory: Path) -> None:
+    def save_tokenizer(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files, each checked against its receipt, for AutoTokenizer.from_pretrained."""
+        directory = local_path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, data in self.tokenizer_files().items():
             (directory / name).write_bytes(data)

@@ -45,7 +45,7 @@ from storage.format.manifest import TEACHER_NAME, ShardReceipt
 from storage.format.sealing import parse_json
 from storage.format.shard import decode_shard
 from storage.progress import Advance
-from storage.stores import open_store
+from storage.stores import Url, open_store
 from storage.stores.base import Store
 
 
@@ -77,7 +77,7 @@ class Verification:
 
 
 def verify(
-    url: str, *, deep: bool = False, repair: bool = False, workers: int = 8, progress: Advance | None = None
+    url: Url, *, deep: bool = False, repair: bool = False, workers: int = 8, progress: Advance | None = None
 ) -> Verification:
     """Check the cache at `url`; see the module for `deep` and `repair`.
 
@@ -85,6 +85,8 @@ def verify(
     cache, InputError to repair in a store that cannot be listed; damage is reported, not raised.
     """
     store, deep = open_store(url), deep or repair
+    if repair:
+        store.check_writable()
     found = Verification(deep=deep)
     # Listed before anything is checked: an object that a worker commits meanwhile is then known, or not in the list.
     try:

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from storage.cache.failures import Failures
 from storage.cache.leases import leases_in
+from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
 from storage.cache.records import read_record, teacher_folder
-from storage.errors import CorruptCache, FormatError, IdentityMismatch, MissingObject
+from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
 from storage.format.fidelity import FIDELITY_FILE, FidelityReport
 from storage.format.layout import ArraySpec, group_metadata, metadata_bytes, teacher_arrays
 from storage.format.manifest import ATTRIBUTE, ObjectDigest, ShardReceipt, ShardStatistics, TeacherEntry
@@ -30,7 +31,7 @@ from storage.format.rules import broken_rule
 from storage.format.sealing import Record, differences, digest, parse_json, sealed, sealed_bytes
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets
-from storage.stores import open_store
+from storage.stores import Url, open_store
 from storage.stores.base import Store
 
 
@@ -141,7 +142,7 @@ class EntryWriter:
         self._shards = shards
 
     @classmethod
-    def open(cls, url: str, name: str, entry: TeacherEntry) -> EntryWriter:
+    def open(cls, url: Url, name: str, entry: TeacherEntry) -> EntryWriter:
         """Create the entry, or resume a stored one; IdentityMismatch lists the fields in which that one differs."""
         store = open_store(url)
         folder = teacher_folder(name)
@@ -187,6 +188,16 @@ class EntryWriter:
         """Publish the entry's fidelity report atomically; False if another worker was first."""
         assert report.record_sha256 == digest(self.entry)
         return self._store.publish(teacher_folder(self.name) + FIDELITY_FILE, sealed_bytes(report))
+
+
+def check_destination(url: Url, name: str) -> None:
+    """Raise InputError, before slow work, where an entry that is not complete cannot be written."""
+    store = open_store(url)
+    try:
+        store.check_writable()
+    except InputError:
+        if store.size(f"{teacher_folder(name)}zarr.json") is None or LogitCache.open(url).teacher(name).missing():
+            raise
 
 
 def refuse_other(store: Store, name: str, stored: TeacherEntry, wanted: TeacherEntry) -> None:

@@ -87,6 +87,10 @@ class Store(ABC):
         Raises InputError where a store cannot list, such as a plain web server.
         """
 
+    def check_writable(self) -> None:
+        """Raise InputError, before slow work, where it is known without writing an object that none can be written."""
+        raise InputError(f"cannot write {self.url}: it is for reading only")
+
     @abstractmethod
     def remove(self, key: str) -> None:
         """Delete an object: only one that no receipt lists, or a receipt that will be written anew."""

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import os
 import secrets
 import shutil
 import subprocess
@@ -27,9 +28,9 @@ from storage.errors import InputError, LogitCacheError
 from storage.stores import open_store
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
+from storage.stores.remote import READ_ONLY
 from storage.stores.s3 import S3Store
 
-READ_ONLY = ("http", "https", "hf")
 _RACERS, _ROUNDS = 8, 5
 _OVERWRITES, _READERS = 8, 4
 _LEAST_FREE_BYTES = 1 << 30
@@ -307,8 +308,13 @@ def _locks(store: Store, folder: str) -> str | None:
 
 
 def _syncs(store: Store, folder: str) -> str | None:
-    # `replace` syncs the file and its folder, and raises the system's errors.
+    # `replace` syncs the file, and lets a folder be that its file system cannot sync.
     store.replace(f"{folder}/data", b"data")
+    descriptor = os.open(_root(store) / folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return None
 
 

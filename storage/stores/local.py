@@ -16,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
-from storage.files import atomic_file, sync_path
+from storage.files import UNSUPPORTED, atomic_file, check_writable, sync_path
 from storage.stores.base import MOST_BYTES, Store
 
 _MOST_PATHS = 4_096
+# No permission, a file where a folder should be, a read-only mount, or one that lacks an operation.
+_REFUSED = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP} | UNSUPPORTED
 
 
 class LocalStore(Store):
@@ -117,12 +119,16 @@ class LocalStore(Store):
         folder = self._path(prefix) if prefix else self._root
         # Links are listed and not followed.
         found = {}
-        for parent, folders, names in os.walk(folder):
+        for parent, folders, names in os.walk(folder, onerror=_raise_unless_gone):
             for name in [*names, *(name for name in folders if os.path.islink(os.path.join(parent, name)))]:
                 path = Path(parent) / name
                 with contextlib.suppress(FileNotFoundError):  # a writer's temporary file, gone by now
                     found[path.relative_to(self._root).as_posix()] = path.lstat().st_size
         return dict(sorted(found.items()))
+
+    def check_writable(self) -> None:
+        if not os.access(self._root, os.W_OK | os.X_OK):  # also where it does not exist yet
+            check_writable(self._root, self.url)
 
     def remove(self, key: str) -> None:
         path = self._path(key)
@@ -211,9 +217,15 @@ def _plain_errors(path: Path, size: int) -> Iterator[None]:
                 f"no space left for {path} ({size} bytes): free some room and run the command again, "
                 f"it resumes where it stopped"
             ) from error
-        if isinstance(error, (PermissionError, NotADirectoryError)) or error.errno == errno.EROFS:
+        if error.errno in _REFUSED:
             raise InputError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
         raise
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Of a folder that cannot be listed: `os.walk` alone would leave out what is in it."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _link_new(temporary: Path, path: Path) -> None:

@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
-from storage.files import PARTIAL, atomic_file
+from storage.files import PARTIAL, atomic_file, local_path
 from storage.format.manifest import ObjectDigest
+from storage.locks import open_lock
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
 
@@ -52,13 +53,13 @@ class Mirror:
 
     def opened(self, key: str) -> None:
         """Mark a copy as the most recently used."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):  # evicted, on a read-only mount, or another user's
             # The time of access only: by the time of modification, readers recognise the bytes that they have checked.
             os.utime(self.path(key), ns=(time.time_ns(), self.path(key).stat().st_mtime_ns))
 
     def drop(self, key: str) -> None:
         """Remove a damaged copy."""
-        self.path(key).unlink(missing_ok=True)
+        _remove(self.path(key))
 
     def fetch(self, key: str, expected: ObjectDigest) -> None:
         """Fetch an object unless its copy has the receipt's length and sha256.
@@ -75,7 +76,7 @@ class Mirror:
             _sweep(self._top / "objects", self._most)
 
     def _is_there(self, key: str, expected: ObjectDigest) -> bool:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             data = self.path(key).read_bytes()
             return (len(data), hashlib.sha256(data).hexdigest()) == (expected.bytes, expected.sha256)
         return False
@@ -105,10 +106,13 @@ class Mirror:
                     f"no space left for local copies in {self._top}: free some room, or set LOGIT_CACHE_LOCAL_DIR to "
                     f"another folder or LOGIT_CACHE_LOCAL_BYTES to less"
                 ) from error
-            raise InputError(
-                f"cannot keep local copies in {self._top} ({error.strerror}): set LOGIT_CACHE_LOCAL_DIR to a folder "
-                f"that can be written"
-            ) from error
+            raise self._not_kept(error) from error
+
+    def _not_kept(self, error: OSError) -> InputError:
+        return InputError(
+            f"cannot keep local copies in {self._top} ({error.strerror}): set LOGIT_CACHE_LOCAL_DIR to a folder "
+            f"that can be written"
+        )
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -116,12 +120,9 @@ class Mirror:
         folder = self._top / "locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / str(number), os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = open_lock(folder / str(number))
         except OSError as error:
-            raise InputError(
-                f"cannot keep local copies in {self._top} ({error.strerror}): set LOGIT_CACHE_LOCAL_DIR to a folder "
-                f"that can be written"
-            ) from error
+            raise self._not_kept(error) from error
         try:
             with contextlib.suppress(OSError):  # a mount without locks: at worst the object is fetched twice
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -150,18 +151,22 @@ def _sweep(folder: Path, most: int) -> None:
         for used, size, path in sorted(files):
             abandoned = path.name.endswith(PARTIAL) and now - used > _ABANDONED_S
             if abandoned or (total > most and now - used > _IN_USE_S):
-                path.unlink(missing_ok=True)
+                _remove(path)
                 total -= size
     finally:
         _sweeping.release()
 
 
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # gone by now, or another user's
+        path.unlink()
+
+
 def _top_folder() -> Path:
     given = os.environ.get("LOGIT_CACHE_LOCAL_DIR")
     if given:
-        return Path(given).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "logit-cache"
+        return local_path(given).absolute()
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "logit-cache"
 
 
 def _most_bytes(top: Path) -> int:

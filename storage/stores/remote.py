@@ -1,14 +1,16 @@
-"""Stores that fsspec reaches and that are not a local folder: object stores, hubs, web servers, memory.
+"""Stores that fsspec reaches and that are not a local folder: object stores, hubs, memory.
 
 One retry rule covers every request. A request that makes no progress for `LOGIT_CACHE_TIMEOUT_S` (15) seconds fails.
 Transient failures (503, a reset, a truncated body, silence) are retried with exponential back-off and jitter until
-`LOGIT_CACHE_PATIENCE_S` (40) seconds have passed; permanent ones (403, a missing bucket) are raised at once. The
-libraries' own retries are switched off, or the two would multiply. A 404, or a body that cannot be right, is an answer
-like any other, except for an object that must exist: `insist` requests it three times.
+`LOGIT_CACHE_PATIENCE_S` (40) seconds have passed; permanent ones (403, a missing bucket, a refused certificate) are
+raised at once, and after 5 seconds those of a host without an address or route that has not answered this process
+before. The libraries' own retries are switched off, or the two would multiply. A 404, or a body that cannot be right,
+is an answer like any other, except for an object that must exist: `insist` requests it three times.
 
 `publish` is a conditional PUT where the store has one: S3's `If-None-Match`, which not every server honours
 (`logit-cache doctor` measures it). Without it, two writers of one object at the same instant can both succeed; the
-receipt then exposes the one that lost. There are no locks. Credentials come from the standard chains only.
+receipt then exposes the one that lost. There are no locks. Credentials come from the standard chains only, and the
+user's fsspec configuration holds, also inside options such as `client_kwargs` that are given here in part.
 """
 
 from __future__ import annotations
@@ -17,32 +19,38 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from storage.errors import CorruptCache, InputError, LogitCacheError, StoreUnavailable
+from storage.errors import CorruptCache, InputError, LogitCacheError, StoreNotFound, StoreUnavailable
 from storage.stores.base import MOST_BYTES, Result, Store
+from storage.stores.network_errors import code, error_text, final, is_unreachable, missing_store, refusal
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-_WEB = ("http", "https")
+READ_ONLY = ("http", "https", "hf")
 CONNECT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
-# Permanent errors, which no retry changes: no permission, no such object, a mistake in the request.
+# Permanent errors that are the caller's to handle.
 _FINAL = (
     FileNotFoundError,
     FileExistsError,
-    PermissionError,
     IsADirectoryError,
     NotImplementedError,
     TypeError,
-    ValueError,
     LogitCacheError,
 )
 # The body does not match the checksum that the store sent. After so many attempts, the object itself is damaged.
 _DAMAGED_NAME, _DAMAGED_ATTEMPTS = "FlexibleChecksumError", 3
-_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound")
 # Attempts for an object that must exist, before a 404, a short or a flipped body is accepted as its state.
 _INSIST_ATTEMPTS, _INSIST_PAUSE_S = 3, 0.5
+
+
+# Hosts, by protocol and name, that have answered this process: what fails there may pass.
+_answered: set[str] = set()
+
+
+class AccessRefused(StoreUnavailable):
+    """The server answers, and not to this user."""
 
 
 class _Damaged(CorruptCache):
@@ -54,7 +62,8 @@ class RemoteStore(Store):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._protocol = url.partition("://")[0]
+        self._protocol, _, rest = url.partition("://")
+        self._host = f"{self._protocol}://{rest.partition('/')[0]}"
         self._timeout_s = _seconds("LOGIT_CACHE_TIMEOUT_S", 15.0)
         self._patience_s = _seconds("LOGIT_CACHE_PATIENCE_S", 40.0)
         self._creates = True  # until the store reports that it has no conditional PUT
@@ -66,7 +75,12 @@ class RemoteStore(Store):
         import fsspec
 
         try:
-            self._filesystem, root = fsspec.core.url_to_fs(self.url, **self._options())
+            kind, options = fsspec.get_filesystem_class(self._protocol), self._options()
+            given = fsspec.config.apply_config(kind, {})
+            for name, value in options.items():
+                if isinstance(value, dict):
+                    options[name] = {**value, **given.get(name, {})}
+            self._filesystem, root = fsspec.core.url_to_fs(self.url, **options)
         except ImportError as error:
             extra = _EXTRAS.get(self._protocol)
             remedy = f"pip install 'logit-cache[{extra}]'" if extra else str(error)
@@ -81,12 +95,7 @@ class RemoteStore(Store):
     def _options(self) -> dict[str, Any]:
         """The filesystem's options: time-outs for the retry rule, and no cached listings."""
         if self._protocol in ("gs", "gcs"):
-            return {"use_listings_cache": False}
-        if self._protocol in _WEB:
-            import aiohttp
-
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._timeout_s)
-            return {"client_kwargs": {"timeout": timeout}}
+            return {"use_listings_cache": False, "session_kwargs": {"trust_env": True}}
         return {}
 
     @property
@@ -100,36 +109,50 @@ class RemoteStore(Store):
 
     def _ask(self, key: str, request: Callable[[], Result]) -> Result:
         """Retry a request until it succeeds, fails permanently, or `LOGIT_CACHE_PATIENCE_S` is over."""
-        deadline = time.monotonic() + self._patience_s
+        began = time.monotonic()
         pause = _FIRST_PAUSE_S
         damaged = 0
         while True:
             try:
-                return request()
-            except PermissionError as error:
-                raise StoreUnavailable(
-                    f"{self.where(key)}: access refused ({error_text(error)}); check the credentials that the standard "
-                    f"chain finds (environment, profile, instance role) and their permissions"
-                ) from None
-            except _FINAL:
-                raise
+                result = request()
+                _answered.add(self._host)
+                return result
             except Exception as error:
-                if type(error).__name__ in _FINAL_NAMES:
-                    raise StoreUnavailable(f"{self.where(key)}: {error_text(error)}") from None
+                self._raise_final(key, error)
                 damaged += type(error).__name__ == _DAMAGED_NAME
                 if damaged == _DAMAGED_ATTEMPTS:
                     raise _Damaged(
                         f"{self.where(key)}: does not match the store's own checksum of it ({error_text(error)}; "
                         f"asked {damaged} times)"
                     ) from error
-                if time.monotonic() + pause > deadline:
+                unreachable = is_unreachable(error) and self._host not in _answered
+                patience = min(self._patience_s, CONNECT_S) if unreachable else self._patience_s
+                if time.monotonic() + pause > began + patience:
                     raise StoreUnavailable(
-                        f"{self.where(key)}: no usable answer within {self._patience_s:.0f} s "
-                        f"({type(error).__name__}: {error_text(error)}); nothing was lost: run the command again"
+                        f"{self.where(key)}: {'offline, or no such host' if unreachable else 'no usable answer'} "
+                        f"within {patience:.0f} s ({type(error).__name__}: {error_text(error)}); nothing was lost: "
+                        f"check the address, the network and its proxy, and run the command again"
                     ) from error
             # Jitter: workers that failed together must not retry together.
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _raise_final(self, key: str, error: Exception) -> None:
+        """Raise what no retry changes: in the words of a user where the network or the store is the cause."""
+        absent = missing_store(error)
+        if absent is not None:
+            raise StoreNotFound(f"{self.url}: {absent}") from None
+        if isinstance(error, FileNotFoundError):
+            _answered.add(self._host)
+        if isinstance(error, _FINAL):
+            raise error
+        refused, reason = refusal(error), final(error)
+        if refused is not None:
+            raise AccessRefused(f"{self.where(key)}: {refused}") from None
+        if reason is not None:
+            raise StoreUnavailable(f"{self.where(key)}: {reason}") from None
+        if isinstance(error, ValueError):
+            raise InputError(f"{self.where(key)}: {error_text(error)}: check the URL and the proxy") from None
 
     def insist(self, key: str, promise: str, request: Callable[[], Result]) -> Result:
         attempt = 1
@@ -148,15 +171,11 @@ class RemoteStore(Store):
         path = self._path(key)
 
         def request() -> bytes:
-            if self._protocol in _WEB:
-                # Some web servers ignore ranges; a stream is bounded whatever they send.
-                with self._fs.open(path, "rb", block_size=0) as stream:
-                    return b"".join(_pieces(stream, at_most + 1))
             try:
                 # One request, for one byte more than allowed, to detect a longer object.
                 return bytes(self._fs.cat_file(path, start=0, end=at_most + 1))
             except OSError as error:
-                if _code(error) in ("InvalidRange", "416"):  # the answer for an empty object
+                if code(error) in ("InvalidRange", "416"):  # the answer for an empty object
                     return b""
                 raise
 
@@ -181,31 +200,29 @@ class RemoteStore(Store):
             if self._protocol != "hf":  # a hub changes by whole commits, and each request lists a folder
                 # A cached listing would hide objects that another worker has written since.
                 self._fs.invalidate_cache()
-            try:
-                found = self._fs.info(self._path(key))
-            except FileNotFoundError:
-                return None
+            found = self._fs.info(self._path(key))
             return None if found["type"] != "file" or found["size"] is None else int(found["size"])
 
-        return self._ask(key, request)
+        try:
+            return self._ask(key, request)
+        except FileNotFoundError:
+            return None
 
     def names(self, prefix: str) -> list[str]:
+        try:
+            return self._names(prefix)
+        except FileNotFoundError:
+            return []
+
+    def _names(self, prefix: str) -> list[str]:
         def request() -> list[str]:
             self._fs.invalidate_cache()
-            try:
-                entries = self._fs.ls(self._path(prefix.rstrip("/")), detail=False)
-            except FileNotFoundError:
-                if self._protocol in _WEB:
-                    raise self._cannot_list() from None
-                return []
+            entries = self._fs.ls(self._path(prefix.rstrip("/")), detail=False)
             return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
         return self._ask(prefix, request)
 
     def walk(self, prefix: str = "") -> dict[str, int]:
-        if self._protocol in _WEB:
-            raise self._cannot_list()
-
         def request() -> dict[str, int]:
             self._fs.invalidate_cache()
             found = self._fs.find(self._path(prefix), detail=True)
@@ -213,13 +230,12 @@ class RemoteStore(Store):
 
         return self._ask(prefix, request)
 
-    def _cannot_list(self) -> InputError:
-        return InputError(
-            f"{self.url}: this server cannot list its objects; name the teacher entry, "
-            f"and read caches there that are complete"
-        )
+    def check_writable(self) -> None:
+        if self._protocol in READ_ONLY:
+            super().check_writable()
 
     def remove(self, key: str) -> None:
+        self.check_writable()
         self._ask(key, lambda: self._fs.rm_file(self._path(key)))
 
     def publish(self, key: str, data: bytes) -> bool:
@@ -258,45 +274,22 @@ class RemoteStore(Store):
         def request() -> None:
             try:
                 self._fs.pipe_file(self._path(key), data, **mode)
-            except FileNotFoundError as error:
-                raise InputError(f"cannot write {self.where(key)}: {error_text(error)}") from None
             except OSError as error:
-                if mode and _code(error) in ("PreconditionFailed", "412"):
+                if mode and code(error) in ("PreconditionFailed", "412"):
                     raise FileExistsError(key) from None
-                if mode and (_code(error) in ("NotImplemented", "501") or error.errno == errno.ENOSYS):
+                if mode and (code(error) in ("NotImplemented", "501") or error.errno == errno.ENOSYS):
                     raise NotImplementedError from None
                 raise
 
-        if self._protocol in _WEB:
-            raise InputError(f"cannot write {self.where(key)}: {self._protocol}:// is for reading only")
-        self._ask(key, request)
-
-
-def _pieces(stream: Any, left: int) -> Iterator[bytes]:
-    while left > 0:
-        piece = stream.read(left)
-        if not piece:
-            return
-        left -= len(piece)
-        yield piece
+        self.check_writable()
+        try:
+            self._ask(key, request)
+        except FileNotFoundError as error:
+            raise InputError(f"cannot write {self.where(key)}: {error_text(error)}") from None
 
 
 def _below(root: str, path: str) -> str:
     return path[path.index(root) + len(root) :].lstrip("/")
-
-
-def _code(error: BaseException) -> str | None:
-    """The store's own error code, where the client library kept it as the cause."""
-    cause = error.__cause__
-    response = getattr(cause if cause is not None else error, "response", None)
-    found = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    return None if found is None else str(found)
-
-
-def error_text(error: BaseException) -> str:
-    """The message of an error on one line, at most 200 characters; its type's name where it has none."""
-    text = " ".join(str(error).split())
-    return text[:200] if text else type(error).__name__
 
 
 def _seconds(variable: str, default: float) -> float:

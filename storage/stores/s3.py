@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from storage.errors import CacheNotFound
-from storage.stores.remote import CONNECT_S, RemoteStore, error_text
+from storage.errors import StoreUnavailable
+from storage.stores.network_errors import error_text
+from storage.stores.remote import CONNECT_S, RemoteStore
 
 
 class S3Store(RemoteStore):
@@ -21,16 +22,13 @@ class S3Store(RemoteStore):
         return self._fs, self._root
 
     def _options(self) -> dict[str, Any]:
-        """Time-outs, no retries and no cached listings; `config_kwargs` of the user's fsspec configuration prevail."""
-        import fsspec
-
+        """Time-outs, no retries and no cached listings."""
         config = {
             "connect_timeout": CONNECT_S,
             "read_timeout": self._timeout_s,
             "retries": {"total_max_attempts": 1, "mode": "standard"},
         }
-        given = fsspec.config.conf.get(self._protocol, {}).get("config_kwargs", {})
-        return {"config_kwargs": {**config, **given}, "use_listings_cache": False}
+        return {"config_kwargs": config, "use_listings_cache": False}
 
     def names(self, prefix: str) -> list[str]:
         folder = self._below_bucket(prefix)
@@ -77,7 +75,7 @@ class S3Store(RemoteStore):
             try:
                 page = self._ask(prefix, request)
             except FileNotFoundError as error:
-                raise CacheNotFound(f"{self.url}: there is no bucket {bucket} ({error_text(error)})") from None
+                raise StoreUnavailable(f"{self.url}: {bucket} cannot be listed ({error_text(error)})") from None
             yield page
             if not page["IsTruncated"]:
                 return

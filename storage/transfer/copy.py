@@ -1,7 +1,7 @@
 """Copying a cache between two stores: one engine for push and pull.
 
-    with prepare(CopyJob(source, target)) as transfer:   # records and receipts, checked against each other and target
-        transfer.deliver(advance)                        # the data follows, and becomes a cache last
+    with prepare(CopyJob(source=source, target=target)) as transfer:  # records and receipts, checked
+        transfer.deliver(advance)                                     # the data follows, and becomes a cache last
 
 A local target is *staged, verified, renamed*: everything goes into a staging folder first (`storage.transfer.staging`),
 and one rename publishes a new cache, or a new entry of an existing cache; in an empty folder that exists, the root
@@ -29,6 +29,7 @@ from pathlib import Path
 from storage.cache.inventory import ROOT_KEY
 from storage.cache.reader import LogitCache
 from storage.cache.records import read_record
+from storage.config import Settings
 from storage.errors import InputError
 from storage.format.manifest import CacheRecord
 from storage.format.sealing import digest
@@ -52,8 +53,7 @@ from storage.transfer.staging import StagingFolder
 _HELD_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class CopyJob:
+class CopyJob(Settings):
     """A copy that is asked for.
 
     source, target  paths or URLs

@@ -77,7 +77,7 @@ class DistillationWindows(Dataset[Window]):
         cache_url = os.fspath(cache_url)
         cache = LogitCache.open(cache_url)
         _ = cache.tokens  # raises now if the cache was shared without them
-        self.cache_url = cache_url
+        self.cache_url = os.fspath(cache_url)
         self.record = cache.record
         self.vocabulary_size = cache.vocabulary_size
         self.teachers = tuple(teachers)
@@ -85,7 +85,7 @@ class DistillationWindows(Dataset[Window]):
         self.seed = seed
         self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
         self.isolate_documents = _isolation(self.entries, isolate_documents)
-        self.begin_id = _beginning(self.entries, bos_each_window, cache_url)
+        self.begin_id = _beginning(self.entries, bos_each_window, self.cache_url)
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
         self.blocks = self._blocks(offset)
 

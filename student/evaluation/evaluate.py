@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from storage.errors import InputError
+from storage.files import local_path
 from storage.progress import Log, Track, silent, untracked
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import held_out
@@ -49,7 +49,7 @@ def evaluate(job: EvaluationJob, track: Track = untracked, log: Log = silent) ->
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
     if job.lm_eval_tasks is not None:
         check_folder(job.lm_eval_tasks)
-    tokenizer = read_tokenizer(Path(job.model).expanduser(), job.model, log=log)
+    tokenizer = read_tokenizer(local_path(job.model), job.model, log=log)
     if pairs and tokenizer is None:
         raise InputError(
             f"{job.model}: expected a tokenizer beside the model, to read sentences with, found none: "
@@ -134,7 +134,7 @@ def _load(
     disable_progress_bar()  # type: ignore[no-untyped-call]
     names = ("bos", "eos", "pad")
     model: Any = load_student(
-        str(Path(job.model).expanduser().resolve()),
+        str(local_path(job.model).resolve()),
         vocabulary_size=needed,
         special_ids={name: getattr(tokenizer, f"{name}_token_id", None) for name in names},
         window_tokens=1 if windows is None else windows.input_tokens,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from storage.config import Frozen
+from storage.config import Settings
 from storage.errors import InputError
+from storage.files import local_path
 
 
-class EvaluationJob(Frozen):
+class EvaluationJob(Settings):
     """A model, and the measurements to make of it.
 
     model              a model directory, with a tokenizer where pairs are scored
@@ -50,5 +50,5 @@ class EvaluationJob(Frozen):
             raise InputError(f"{self.model}: --teacher names entries of the held-out cache: give --cache too")
         if self.lm_eval_tasks is not None and self.pairs is None:
             raise InputError("--lm-eval-tasks writes the pairs of --pairs as tasks: give that folder too")
-        if not Path(self.model).expanduser().is_dir():
+        if not local_path(self.model).is_dir():
             raise InputError(f"{self.model}: expected the directory of a saved model, found no directory there")

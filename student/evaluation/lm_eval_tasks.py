@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from storage.errors import InputError
+from storage.files import check_writable, local_path
 from student.evaluation.minimal_pairs import Pair
 
 TOP_GROUP = "pairs"
@@ -27,11 +28,12 @@ TOP_GROUP = "pairs"
 
 def check_folder(folder: str | Path) -> None:
     """Raise InputError for a folder that holds something other than tasks written here before."""
-    path = Path(folder).expanduser()
+    path = local_path(folder)
     if path.exists() and not path.is_dir():
         raise InputError(f"{folder}: expected a folder for lm-eval's tasks, found a file: give another name")
     if path.is_dir() and any(path.iterdir()) and not (path / f"{TOP_GROUP}.yaml").is_file():
         raise InputError(f"{folder}: expected an empty folder, or none, for lm-eval's tasks; found other files in it")
+    check_writable(path, f"--lm-eval-tasks {folder}")
 
 
 def write_tasks(pairs: Sequence[Pair], folder: str | Path, leading_space: bool = True) -> dict[str, str]:
@@ -41,7 +43,7 @@ def write_tasks(pairs: Sequence[Pair], folder: str | Path, leading_space: bool =
     together, that of `pairs` too. A moved folder needs its paths rewritten: lm-eval requires absolute ones.
     """
     check_folder(folder)
-    path = Path(folder).expanduser().resolve()
+    path = local_path(folder).resolve()
     (path / "data").mkdir(parents=True, exist_ok=True)
     by_paradigm: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:

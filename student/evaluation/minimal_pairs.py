@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import InputError
+from storage.files import local_path
 from storage.progress import Advance
 from student.evaluation.blimp import GROUP_OF, GROUP_OF_TERM
 from student.evaluation.held_out import BATCH_LOGITS, head_columns, next_token_logprobs
@@ -57,7 +58,7 @@ def read_pairs(folder: str | Path, limit: int | None = None) -> list[Pair]:
     Raises InputError, with file and line, for a missing folder, one without pairs, a line that is no JSON object, a
     missing or empty sentence, and a paradigm of two groups.
     """
-    path = Path(folder).expanduser()
+    path = local_path(folder)
     if not path.is_dir():
         raise InputError(f"{folder}: expected a folder of JSONL files with minimal pairs, found no folder there")
     files = sorted(path.glob("*.jsonl"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from storage.config import Frozen, Reported
-from storage.files import replace_file
 from storage.text import labelled
 from student.evaluation.blimp import GROUP_OF, PHENOMENA
 from student.evaluation.job import EvaluationJob
@@ -129,8 +127,3 @@ def table(report: EvaluationReport) -> str:
             ("undecided", f"{scores.close:,} pairs closer than 1e-4 nats, {scores.tied:,} of them equal (wrong)"),
         ]
     return labelled(rows)
-
-
-def write_report(report: EvaluationReport, file: str) -> None:
-    """Write the report as JSON, by an atomic rename."""
-    replace_file(Path(file).expanduser(), (report.model_dump_json(indent=1) + "\n").encode())

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from storage.config import Settings, explained
 from storage.errors import InputError
 
 LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]
@@ -29,7 +30,7 @@ _LINEAR_ONLY = {
 _Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Objective(BaseModel):
+class Objective(Settings):
     """``alpha * CE + (1 - alpha) * tau**2 * loss(teacher, student)``.
 
     loss               the divergence between teacher and student
@@ -50,7 +51,7 @@ class Objective(BaseModel):
     Raises pydantic's ValidationError for fields that do not fit together; `objective_of` turns it into InputError.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     loss: LossName = "forward-kl"
     mix: _Share | None = None
@@ -109,10 +110,7 @@ def objective_of(**fields: Any) -> Objective:
     try:
         return Objective(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{name}: {message} (found {first['input']!r})" if name else message) from None
+        raise InputError(explained(Objective, error.errors()[0], "the loss", "")) from None
 
 
 def check_temperature(temperature: float, interpolate_tail: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import InputError
+from storage.files import local_path
 from student.models.foreign_errors import closest, explained
 from student.models.presets import PRESETS, preset_settings
 from student.models.special_ids import token_ids
@@ -30,7 +31,7 @@ def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int
 
 def has_weights(spec: str) -> bool:
     """Whether a model starts from weights: a directory or a hub id, and neither a preset nor a configuration."""
-    return spec not in PRESETS and not Path(spec).expanduser().is_file()
+    return spec not in PRESETS and not local_path(spec).is_file()
 
 
 def read_config(spec: str) -> PretrainedConfig:
@@ -39,7 +40,7 @@ def read_config(spec: str) -> PretrainedConfig:
 
     if not spec.strip():
         raise InputError(f"no model was named: give a preset ({', '.join(PRESETS)}), a config JSON or a directory")
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     local = path.is_dir()
     if not local:
         _refuse_missing(spec)
@@ -63,7 +64,7 @@ def stated_columns(spec: str) -> int | None:
         return None
     with contextlib.suppress(InputError):
         if not has_weights(spec):
-            return _stated(read_settings(Path(spec).expanduser()))
+            return _stated(read_settings(local_path(spec)))
         return _stated({"vocab_size": getattr(read_config(spec).get_text_config(decoder=True), "vocab_size", None)})
     return None
 

@@ -6,11 +6,12 @@ vocabulary, enough positions for the window, and causality (no sight of the toke
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import InputError
+from storage.files import local_path
 from storage.progress import Log
 from student.models.configuration import check_config, config_of, preset_config, read_config, read_settings
 from student.models.foreign_errors import explained
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def load_student(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     vocabulary_size: int,
     special_ids: Mapping[str, int | None],
@@ -53,11 +54,12 @@ def load_student(
     as a causal language model, missing weights, too few columns or positions, and a model whose output at a position
     depends on later tokens (an encoder would learn to copy the answer).
     """
+    spec = os.fspath(spec)
     if spec in PRESETS:
         config = preset_config(spec, vocabulary_size, special_ids)
         check_config(config, spec, vocabulary_size, window_tokens)
         return _from_scratch(config, spec, seed, attention)
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     if path.is_file():
         config = config_of(read_settings(path), str(path), vocabulary_size, special_ids)
         check_config(config, spec, vocabulary_size, window_tokens)
@@ -98,7 +100,7 @@ def _from_weights(spec: str, vocabulary_size: int, window_tokens: int, attention
     check_config(config, spec, vocabulary_size, window_tokens)
     check_generation_file(spec)
     auto: Any = AutoModelForCausalLM
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     model: PreTrainedModel
     with explained(f"{spec}: the weights cannot be loaded"):
         model, report = auto.from_pretrained(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from storage.errors import InputError
+from storage.files import local_path
 from storage.progress import Log
 from student.models.foreign_errors import explained
 
@@ -56,7 +56,7 @@ def check_generation_file(spec: str) -> None:
     """Raise InputError, naming the file, where transformers cannot use a model's generation_config.json."""
     from transformers import GenerationConfig
 
-    path, make = Path(spec).expanduser(), cast(Any, GenerationConfig)
+    path, make = local_path(spec), cast(Any, GenerationConfig)
     local = path.is_dir()
     if local and not (path / "generation_config.json").exists():
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from storage.files import local_path
 from storage.progress import Log
 from student.models.configuration import has_weights, read_config
 
@@ -40,7 +41,7 @@ def stored_dtype(spec: str, log: Log) -> str:
 
 
 def _folder(spec: str) -> Path:
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download

@@ -15,6 +15,7 @@ from typing import Any
 
 from storage import LogitCache
 from storage.errors import InputError, LogitCacheError
+from storage.files import local_path
 from storage.format.identity import TOKENIZER_FILES, has_tokenizer
 from storage.progress import Log
 from student.models.configuration import has_weights
@@ -59,11 +60,11 @@ def open_tokenizer(
     with which streams were made before.
     """
     what = "cannot be read as a tokenizer"
-    path = Path(name).expanduser()
-    if "://" in name or (path / "zarr.json").is_file():
+    if "://" in name or (local_path(name) / "zarr.json").is_file():
         with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
             LogitCache.open(cache_of_tokenizer(name) or name).save_tokenizer(Path(folder))
             return _read(Path(folder), name, what, _REMEDY, trust_remote_code, log, own_rules)
+    path = local_path(name)
     if path.is_dir():
         return _read(path, name, what, _REMEDY, trust_remote_code, log, own_rules)
     if path.exists():
@@ -78,14 +79,14 @@ def cache_of_tokenizer(name: str) -> str | None:
     """The cache that a tokenizer is taken from, by its URL or that of its folder `tokenizer`; None for others."""
     if "://" in name:
         return name.rstrip("/").removesuffix("/tokenizer")
-    path = Path(name).expanduser().resolve()
+    path = local_path(name).resolve()
     folders = (path, path.parent) if path.name == "tokenizer" else (path,)
     return next((str(folder) for folder in folders if (folder / "zarr.json").is_file()), None)
 
 
 def model_folder(model: str) -> Path | None:
     """The folder with the tokenizer files of a model directory or of a hub id; None for anything else."""
-    path = Path(model).expanduser()
+    path = local_path(model)
     if not has_weights(model) or path.exists() or "/" not in model:
         return path if has_weights(model) and path.is_dir() else None
     try:

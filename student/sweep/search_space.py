@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from storage.config import Frozen, read_yaml
+from storage.config import Settings, explained, read_yaml
 from storage.errors import InputError
 
 Scalar = bool | int | float | str
@@ -37,7 +37,7 @@ class Domain:
     choices: tuple[Scalar, ...] = ()
 
 
-class _Frozen(Frozen):
+class _Frozen(Settings):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
@@ -249,7 +249,7 @@ def read_sweep(path: str) -> tuple[dict[str, Any], Search]:
     try:
         return fields, Search.model_validate(block)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explain(Search, error, 'sweep')}") from None
+        raise InputError(explained(Search, error.errors()[0], path, "sweep.")) from None
 
 
 def _parse_parameter(name: str, data: Any) -> Parameter:
@@ -268,7 +268,7 @@ def _parse_parameter(name: str, data: Any) -> Parameter:
     try:
         parsed: Any = kind.model_validate(data)
     except ValidationError as error:
-        raise ValueError(_explain(kind, error, name)) from None
+        raise ValueError(explained(kind, error.errors()[0], name, "")) from None
     found: Parameter = parsed
     return found
 
@@ -278,18 +278,3 @@ def _check_bounds(distribution: str, low: float, high: float, logarithmic: bool)
         raise ValueError(f"low {low:g} is not below high {high:g}")
     if logarithmic and low <= 0:
         raise ValueError(f"{distribution} needs a low above 0, found {low:g}")
-
-
-def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> str:
-    """The first error, in one line."""
-    item = error.errors()[0]
-    name = ".".join(str(part) for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "missing":
-        return f"{where}.{name} is missing"
-    if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, list(kind.model_fields), n=1)
-        return f"{where}: there is no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    if not name or item["type"] == "value_error":
-        return f"{'.'.join(filter(None, (where, name)))}: {message}"
-    return f"{where}.{name}: {message} (found {str(item['input'])[:60]!r})"

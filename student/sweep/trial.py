@@ -20,7 +20,7 @@ from transformers import AutoConfig, TrainingArguments
 
 from storage.config import build_config
 from storage.errors import InputError
-from storage.files import replace_file
+from storage.files import local_path, replace_file
 from storage.progress import Log
 from student.job import StudentJob
 from student.loss.objective import Objective
@@ -103,7 +103,7 @@ def base_settings(job: StudentJob) -> dict[str, Any]:
     """The configuration that a job's model starts from. Raises InputError for a model with weights."""
     if job.model in PRESETS:
         return preset_settings(job.model)
-    path = Path(job.model).expanduser()
+    path = local_path(job.model)
     if not path.is_file():
         raise InputError(
             f"{job.model}: fields of the model can be swept where it is a preset or a JSON configuration, not where "

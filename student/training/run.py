@@ -5,6 +5,7 @@ Everything that can be wrong with a job is checked before its folder is touched.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,9 @@ def train(
 
 def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run:
     """Open the inputs of a job and check all of it but the student's model; writes nothing."""
-    record = OutputDirectory(job.output_dir, writes=False).recorded()
+    folder = OutputDirectory(job.output_dir, writes=os.environ.get("RANK", "0") == "0")
+    record = folder.recorded()
+    folder.check_writable()
     opened = open_fields(job, record)
     job = filled(job, opened)
     values = training_values(job)

@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_space
-from storage.files import PARTIAL, replace_file
+from storage.files import PARTIAL, check_writable, local_path, replace_file
 from storage.locks import LOCK, locked
 from student.job import StudentJob
 from student.models.presets import PRESETS
@@ -64,7 +64,7 @@ def identity_of(job: StudentJob, values: Mapping[str, Any], data: Data, step_win
 
 def model_digest(model: str) -> str | None:
     """sha256 of a model's local files, which may change under one name; None for presets and hub ids."""
-    path = Path(model).expanduser()
+    path = local_path(model)
     if model in PRESETS or not path.exists():
         return None
     files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -101,6 +101,11 @@ class OutputDirectory:
                 raise IdentityMismatch(
                     str(self.path), differing, "It is the folder of another run: give another --output-dir"
                 )
+
+    def check_writable(self) -> None:
+        """Raise InputError, before the work, where an unfinished run's folder cannot be written."""
+        if self._writes and self.report() is None:
+            check_writable(self.path, f"--output-dir {self.path}")
 
     def recorded(self) -> dict[str, Any]:
         """The record of `reserved`: the run's `identity` and its first `launch`; empty for a new folder.

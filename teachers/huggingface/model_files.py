@@ -25,6 +25,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from storage.errors import InputError
+from storage.files import local_path
 from storage.format.sealing import canonical_json
 
 WEIGHTS_FILE = "model.safetensors"
@@ -76,7 +77,7 @@ def find_model(source: str, revision: str | None = None, trust_remote_code: bool
 
     Raises `InputError` for anything that is no model with safetensors weights.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         if revision is not None:
             raise InputError(f"{source}: a revision belongs to a hub id, and this is a directory: leave it out")

@@ -97,7 +97,7 @@ class HuggingFaceTeacher:
     @classmethod
     def load(
         cls,
-        source: str,
+        source: str | os.PathLike[str],
         *,
         dtype: Literal["float32", "bfloat16", "float16"],
         device: str,
@@ -125,6 +125,7 @@ class HuggingFaceTeacher:
             raise InputError(f"logit_budget_bytes must be at least 1, found {logit_budget_bytes}")
         assert device_map is None or ranks is None
         target = None if device_map is not None or ranks is not None else _device(device)
+        source = os.fspath(source)
         files = find_model(source, revision, trust_remote_code)
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         if device_map is not None:

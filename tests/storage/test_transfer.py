@@ -48,7 +48,7 @@ def copy(source: Path | str, target: Path | str, **options: Any) -> Delivery:
 
 
 def prepared(source: Path | str, target: Path | str, **options: Any) -> contextlib.AbstractContextManager[Transfer]:
-    return prepare(CopyJob(str(source), str(target), **options))
+    return prepare(CopyJob(source=str(source), target=str(target), **options))
 
 
 def at(url: str) -> dict[str, bytes]:

@@ -24,7 +24,7 @@ from support.commands import ROOT
 PACKAGES = ("storage", "student", "teachers", "logit_cache")
 ROOMS = {
     "storage": (
-        ("errors", "lazy", "text"), ("files", "locks", "config", "progress"), ("format",), ("stores",), ("cache",),
+        ("errors", "lazy", "text"), ("files",), ("locks", "config", "progress"), ("format",), ("stores",), ("cache",),
         ("transfer",),
     ),
     "student": (

@@ -26,7 +26,7 @@ from support.servers.s3 import SMALL, Bucket, assert_same_cache, kill_after_a_re
 
 from storage import LogitCache, SparseTargets
 from storage.cache.verify import verify
-from storage.errors import CacheNotFound, LogitCacheError
+from storage.errors import LogitCacheError, StoreUnavailable
 
 V, N, K = 101, 1200, 12
 
@@ -136,7 +136,11 @@ def test_a_shard_moves_in_one_request(
 
 @pytest.mark.parametrize(
     ("case", "words"),
-    [("bucket", ("nowhere-at-all",)), ("nothing there", ("no cache there",)), ("protocol", ("cannot open", "s4"))],
+    [
+        ("bucket", ("nowhere-at-all", "no such bucket")),
+        ("nothing there", ("no cache there",)),
+        ("protocol", ("cannot open", "s4")),
+    ],
 )
 def test_wrong_places_are_one_line(moto_bucket: Bucket, run: Run, case: str, words: tuple[str, ...]) -> None:
     urls = {
@@ -149,7 +153,7 @@ def test_wrong_places_are_one_line(moto_bucket: Bucket, run: Run, case: str, wor
 
 def test_writing_into_a_bucket_that_is_not_there(moto_bucket: Bucket) -> None:
     url = f"s3://nowhere-at-all-{uuid.uuid4().hex}/cache"
-    with pytest.raises(CacheNotFound, match="there is no bucket nowhere-at-all"):
+    with pytest.raises(StoreUnavailable, match="there is no such bucket"):
         make_corpus(url, np.arange(9, dtype=np.uint16), 11)
 
 

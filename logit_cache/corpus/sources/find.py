@@ -19,6 +19,7 @@ from typing import Literal, NoReturn
 
 from logit_cache.corpus.sources.text_files import COMPRESSIONS
 from storage.errors import InputError
+from storage.files import local_path
 from storage.progress import Log, silent
 
 HUB = re.compile(r"^hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<revision>.+))?$")
@@ -72,7 +73,7 @@ def _find(item: str, log: Log) -> list[Source]:
         return [Source(item, "hub", item, None)]
     if "://" in item:
         raise InputError(f"{item}: text is read from files of this machine or from hub:NAME; copy it here first")
-    path = Path(item).expanduser()
+    path = local_path(item)
     if path.is_dir():
         left: list[str] = []
         files = sorted(_below(path, left))

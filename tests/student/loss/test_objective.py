@@ -235,7 +235,7 @@ def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[st
         ({"min_entropy": -1.0}, "min_entropy: "),
         ({"min_entropy": math.nan}, "min_entropy: .*finite"),
         ({"loss_scale": "sum"}, "loss_scale: "),
-        ({"epsilon": 1.0}, "epsilon: "),
+        ({"epsilon": 1.0}, "no field 'epsilon'"),
         (
             {"tail": "sampled"},
             "teacher t stores its top-k ids and no sampled ids, so tail sampled has no sample of its tail",

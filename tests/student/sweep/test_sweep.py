@@ -119,7 +119,7 @@ CHANGED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "field": ({"alpha": {"distribution": "uniform", "low": 0, "hgih": 1, "high": 1}}, ("did you mean 'high'",)),
     "twice": ({"alpha": {"choices": [0.5, 0.5]}}, ("each choice is given once",)),
     "steps": ({"warmup_steps": {"distribution": "int", "low": 0, "high": 5, "step": 2}}, ("do not reach 5",)),
-    "no low": ({"alpha": {"distribution": "uniform", "high": 1}}, ("alpha.low is missing",)),
+    "no low": ({"alpha": {"distribution": "uniform", "high": 1}}, ("alpha: low is missing",)),
 }
 
 

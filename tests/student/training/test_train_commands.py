@@ -240,7 +240,7 @@ WRONG = {
     "window longer than the corpus": (edited(window_tokens=1500), "1500"),
     "window of nothing": (edited(window_tokens=0), "greater than or equal to 1"),
     "unknown training field": (edited(set="learning_rat=1"), "did you mean 'learning_rate'"),
-    "setting without value": (edited(set="learning_rate"), "expected key=value"),
+    "setting without value": (edited(set="learning_rate"), "expected NAME=VALUE"),
     "wrong type": (edited(set="max_steps=soon"), "'max_steps'"),
     "wrong choice": (edited(set="lr_scheduler_type=wavy"), "wavy"),
     "reserved field": (edited(set="label_smoothing_factor=0.1"), "replace the distillation loss"),

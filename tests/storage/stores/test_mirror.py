@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from support.caches.small import dense_targets, make_corpus, make_entry, write_e
 
 from storage import LogitCache, SparseTargets
 from storage.errors import CorruptCache, InputError, LogitCacheError
+from storage.stores.mirror import _sweep
 from storage.stores.remote import RemoteStore
 
 V, N, K = 97, 640, 9
@@ -213,6 +216,66 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(
     monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(LogitCacheError, match="LOGIT_CACHE_LOCAL_DIR"):
         ids(url)
+
+
+def refusing(
+    monkeypatch: pytest.MonkeyPatch, name: str, hit: Callable[..., bool], error: int = errno.EPERM
+) -> list[int]:
+    """Make calls of `os.<name>` fail as the system does for another user's files, or a read-only mount."""
+    call, hits = getattr(os, name), []
+
+    def refuse(path: Any, *arguments: Any, **others: Any) -> Any:
+        if hit(str(path), *arguments):
+            hits.append(1)
+            raise OSError(error, os.strerror(error), str(path))
+        return call(path, *arguments, **others)
+
+    monkeypatch.setattr(os, name, refuse)
+    return hits
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EROFS])
+def test_copies_that_another_user_made_are_read(
+    url: str, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets], error: int
+) -> None:
+    """Nobody else may set their time of access, nor may anybody on a mount for reading only."""
+    ids(url)
+    hits = refusing(monkeypatch, "utime", lambda path, *_: True, error)
+    assert np.array_equal(ids(url), truth[1].token_ids)
+    assert hits
+
+
+def test_what_another_user_holds_is_left_there(
+    url: str, copies: Path, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets]
+) -> None:
+    ids(url)
+    path = copy_of(copies, OBJECT)
+    path.write_bytes(b"damaged")
+    for file in copies.rglob("*"):
+        os.utime(file, (0, 0))
+    hits = refusing(monkeypatch, "unlink", lambda name, *_: name == str(path))
+    _sweep(copies / "objects", 0)
+    assert [file for file in (copies / "objects").rglob("*") if file.is_file()] == [path]
+    assert np.array_equal(ids(url), truth[1].token_ids), "what cannot be removed is replaced"
+    assert hits
+
+
+def test_the_lock_of_another_user_is_held_for_reading(
+    url: str, copies: Path, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets]
+) -> None:
+    mask = os.umask(0o002)
+    try:
+        ids(url)
+    finally:
+        os.umask(mask)
+    locks = list((copies / "locks").iterdir())
+    assert {stat.S_IMODE(path.stat().st_mode) for path in locks} == {0o664}, "as the umask says: a group can share them"
+    copy_of(copies, OBJECT).unlink()
+    hits = refusing(
+        monkeypatch, "open", lambda path, flags, *_: "/locks/" in path and bool(flags & os.O_RDWR), errno.EACCES
+    )
+    assert np.array_equal(ids(url), truth[1].token_ids)
+    assert hits
 
 
 def test_killed_downloads_are_removed_in_time(url: str, copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:

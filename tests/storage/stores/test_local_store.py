@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 import storage.stores.remote
 from storage.errors import CorruptCache, InputError, LogitCacheError, MissingObject, StorageFull
+from storage.locks import LOCK, locked
 from storage.stores import open_store
 from storage.stores.base import check_key
+from storage.stores.doctor import examine
 from storage.stores.local import LocalStore
 from storage.stores.remote import RemoteStore
 
@@ -88,6 +91,76 @@ def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mon
     assert store.publish("key", b"first")
     assert not store.publish("key", b"second")
     assert store.read("key") == b"first"
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO])
+def test_file_systems_that_sync_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error, os.strerror(error))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    store = LocalStore(tmp_path)
+    if error == errno.EIO:  # a failure of the disk is no lack of a feature
+        with pytest.raises(OSError, match="error"):
+            store.publish("key", b"data")
+        return
+    assert store.publish("key", b"data")
+    assert store.read("key") == b"data"
+    assert {item.name: item.state for item in examine(str(tmp_path))}["sync to disk"] == "not"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EROFS, errno.ENAMETOOLONG])
+def test_what_a_file_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(InputError, match=r"cannot write .*; choose a writable folder"):
+        LocalStore(tmp_path).publish("key", b"data")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    store.publish("a/b", b"data")
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("/a"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        store.walk()
+    assert store.walk("nowhere") == {}
+
+
+def test_a_lock_file_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left by a killed job in a folder that both may write: it can be read, and so locked, but not removed."""
+    path = tmp_path / LOCK
+    path.write_text("7")
+    call = os.open
+
+    def refuse(name: Any, flags: int, *arguments: Any) -> int:
+        if str(name) == str(path) and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return call(name, flags, *arguments)
+
+    def keep(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "unlink", keep)
+    with locked(tmp_path, "a job"), pytest.raises(InputError, match="a job is at work"), locked(tmp_path, "a job"):
+        pass
+    with locked(tmp_path, "a job"):
+        pass
 
 
 @pytest.mark.parametrize("failing", ["fsync", "link"])
