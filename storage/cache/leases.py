@@ -169,8 +169,16 @@ class _LocalLocks(Leases):
                 # The store creates its folders itself, synced, so that they survive a power loss.
                 with self._store.shared(self._folder):
                     continue
-            except OSError:  # a disk that refuses this file raises when the shard is written
-                return True
+            except OSError as error:  # a disk that refuses this file raises when the shard is written
+                if not isinstance(error, PermissionError) or not path.exists():
+                    return True
+                if self.is_held(shard):  # by another user's worker
+                    return False
+                try:
+                    os.unlink(path)
+                except OSError:
+                    return True
+                continue
             if self._lock(file):
                 # The previous holder may have removed the file between open and lock: the lock is on a deleted file.
                 if _is_still(path, file):

@@ -158,6 +158,29 @@ def test_a_worker_that_hangs_in_a_commit_holds_its_own_shard_only(
         waits.result(20)
 
 
+def test_another_users_worker_holds_its_shard_as_long_as_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file can be read and removed, and not be written."""
+    one, other = (leases_in(open_store(str(tmp_path / "cache")), FOLDER) for _ in range(2))
+    assert one.take(3)
+    path = str(tmp_path / "cache" / FOLDER / lease_name(3))
+    created, opened = os.stat(path), os.open
+
+    def refuses(name: object, flags: int, *mode: int) -> int:
+        theirs = str(name) == path and os.path.exists(path) and os.path.samestat(os.stat(path), created)
+        if theirs and flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied", path)
+        return opened(name, flags, *mode)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(storage.cache.leases.os, "open", refuses)
+    assert not other.take(3)
+    os.close(one._files.pop(3))  # type: ignore[attr-defined]
+    assert other.take(3), "it was killed, and its file is a leftover"
+    assert not one.is_held(4)
+    assert one.is_held(3)
+
+
 def test_the_lease_of_a_worker_with_long_batches_lasts_for_several(
     make_leases: MakeLeases, passes: Callable[[float], None]
 ) -> None:
