@@ -202,9 +202,8 @@ class Driver:
         if not left:
             self._complete_since = self._complete_since or time.monotonic()
         elif not any(other.has_work or not other.ready for other in self._workers.values()):
-            if (
-                self._shares and self._share_refusal is not None
-            ):  # nobody builds the share of a worker that was not replaced
+            # Nobody builds the share of a worker that was not replaced.
+            if self._shares and self._share_refusal is not None:
                 raise self._share_refusal
             self._look_at = time.monotonic() + self._tally.waiting(left)
 
