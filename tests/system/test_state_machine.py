@@ -173,7 +173,7 @@ class CacheMachine(RuleBasedStateMachine):
             strange |= any(not site.index_fits(part) for part in site.parts() if part.name in site.acknowledged)
         with (
             self.process(dies_at, source, target, may_refuse=strange) as ended,
-            prepare(CopyJob(str(source.root), str(target.root), workers=1)) as transfer,
+            prepare(CopyJob(source=str(source.root), target=str(target.root), workers=1)) as transfer,
         ):
             transfer.deliver()
         assert (known.contents(source.root) if source.exists else {}) == before
