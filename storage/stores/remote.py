@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from storage.errors import CorruptCache, InputError, LogitCacheError, StoreNotFound, StoreUnavailable
+from storage.errors import CorruptCache, InputError, LogitCacheError, StoreNotFound, StoreUnavailable, error_text
 from storage.stores.base import MOST_BYTES, Result, Store
-from storage.stores.network_errors import code, error_text, final, is_unreachable, missing_store, refusal
+from storage.stores.network_errors import code, final, is_unreachable, missing_store, refusal
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 READ_ONLY = ("http", "https", "hf")
