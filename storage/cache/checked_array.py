@@ -18,8 +18,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from storage.cache.receipts import Receipts
-from storage.errors import CorruptCache, FormatError, IncompleteCache, LogitCacheError
-from storage.format.layout import ArraySpec
+from storage.cache.records import check_metadata
+from storage.errors import CorruptCache, IncompleteCache, LogitCacheError
+from storage.format.layout import ArraySpec, metadata_bytes
 from storage.format.manifest import ShardReceipt
 from storage.format.shard import Reads, ShardIndex, decode_chunk, reads_of
 from storage.stores.base import Result, Store
@@ -156,12 +157,7 @@ class CheckedArray:
 
     def _fetch(self, key: str, receipt: ShardReceipt) -> None:
         assert self._mirror is not None
-        expected = receipt.objects[self.spec.name]
-        if expected.bytes > self.spec.most_object_bytes:
-            raise CorruptCache(
-                f"{self._store.where(key)}: its receipt states {expected.bytes} bytes, more than such an object has"
-            )
-        self._mirror.fetch(key, expected)
+        self._mirror.fetch(key, receipt.objects[self.spec.name])
 
     def _identity(self, shard: int) -> _Identity | None:
         """Distinguishes a file from another one under the same name; None where there is no file."""
@@ -177,17 +173,10 @@ class CheckedArray:
         return self._folder + self.spec.shard_key(shard)
 
     def _check_metadata(self) -> None:
-        """Refuse an array whose zarr.json is not the one that the record implies: other Zarr readers trust it."""
-        if self._metadata_checked:
-            return
-        key = f"{self._folder}{self.spec.name}/zarr.json"
-        promise = "receipts commit shards of this array"
-        found = self._store.insist(key, promise, lambda: self._store.read_json(key))
-        if found != self.spec.metadata():
-            raise FormatError(
-                f"{self._store.where(key)}: not the metadata that this cache's record implies; it was changed"
-            )
-        self._metadata_checked = True
+        if not self._metadata_checked:
+            key = f"{self._folder}{self.spec.name}/zarr.json"
+            check_metadata(self._store, key, metadata_bytes(self.spec.metadata()))
+            self._metadata_checked = True
 
 
 def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
@@ -237,11 +226,8 @@ def fetch_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt)
 
 def _check_index(where: str, size: int, read: Reads, spec: ArraySpec, receipt: ShardReceipt) -> ShardIndex:
     expected = receipt.objects[spec.name]
-    if size != expected.bytes or not spec.index_bytes <= size <= spec.most_object_bytes:
-        raise CorruptCache(
-            f"{where}: expected {expected.bytes} bytes (of {spec.index_bytes} to {spec.most_object_bytes} that such an "
-            f"object can have), found {size}"
-        )
+    if size != expected.bytes:
+        raise CorruptCache(f"{where}: expected {expected.bytes} bytes, found {size}")
     index = ShardIndex.of(spec, size, read)
     if expected.seal_sha256 not in index.seals:
         raise CorruptCache(

@@ -14,7 +14,6 @@ Where a store has no locks, repair a cache only while nobody writes to it.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,13 +35,18 @@ from storage.cache.inventory import (
 )
 from storage.cache.leases import leased_shard, leases_in
 from storage.cache.reader import LogitCache
-from storage.cache.records import read_fidelity, read_tokenizer_receipt, tokenizer_key
+from storage.cache.records import (
+    check_metadata,
+    read_fidelity,
+    read_tokenizer_file,
+    read_tokenizer_receipt,
+    tokenizer_key,
+)
 from storage.cache.zarr_store import decode_with_zarr
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
 from storage.files import PARTIAL, STAGING
 from storage.format.layout import ArraySpec
 from storage.format.manifest import TEACHER_NAME, ShardReceipt
-from storage.format.sealing import parse_json
 from storage.format.shard import decode_shard
 from storage.progress import Advance
 from storage.stores import Url, open_store
@@ -299,32 +303,24 @@ def _compare_decoders(where: str, spec: ArraySpec, shard: int, data: bytes) -> t
 def _check_tokenizer(store: Store, known: set[str], found: Verification) -> None:
     known.add(TOKENIZER_RECEIPT_KEY)
     try:
-        receipt = read_tokenizer_receipt(store)
-        files = {tokenizer_key(name): expected for name, expected in receipt.files.items()}
+        files = read_tokenizer_receipt(store).files
+        keys = [tokenizer_key(name) for name in files]
     except LogitCacheError as error:
         found.problems.append(str(error))
         known.update(store.walk("tokenizer"))
         return
-    for file, expected in files.items():
-        known.add(file)
+    known.update(keys)
+    for name, expected in files.items():
         found.objects += 1
         found.bytes += expected.bytes
         try:
-            data = store.insist(file, "its receipt exists", partial(store.read, file, expected.bytes))
+            read_tokenizer_file(store, name, expected)
         except LogitCacheError as error:
             found.problems.append(str(error))
-            continue
-        if (len(data), hashlib.sha256(data).hexdigest()) != (expected.bytes, expected.sha256):
-            found.problems.append(f"{store.where(file)}: differs from its receipt")
 
 
-def _check_bytes(store: Store, key: str, expected: bytes, found: Verification) -> None:
-    where = store.where(key)
+def _check_bytes(store: Store, key: str, implied: bytes, found: Verification) -> None:
     try:
-        promise = "this cache's record implies it"
-        same = store.insist(key, promise, lambda: store.read_json(key)) == parse_json(expected, where)
+        check_metadata(store, key, implied)
     except LogitCacheError as error:
         found.problems.append(str(error))
-    else:
-        if not same:
-            found.problems.append(f"{where}: not the metadata that this cache's record implies; it was changed")
