@@ -53,11 +53,6 @@ class CheckedArray:
         self._metadata_checked = False
         self._checked: dict[int, _Opened] = {}
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether objects are fetched from a remote store before they are read."""
-        return self._mirror is not None
-
     def read_chunk(self, chunk: int) -> NDArray[Any]:
         """The entries of one chunk (the last one shorter). Raises IncompleteCache, CorruptCache and FormatError."""
         start = chunk * self.spec.layout.chunk
@@ -125,10 +120,6 @@ class CheckedArray:
             )
         return receipt
 
-    def has_checked(self, shard: int) -> bool:
-        """Whether the shard has passed `check_shard`; `read_chunk` detects whether its object was changed since."""
-        return shard in self._checked
-
     def check_shard(self, shard: int) -> _Opened:
         """Compare a shard's object with its receipt, once; fetch it if remote. Raises IncompleteCache, CorruptCache."""
         if shard in self._checked:
@@ -181,10 +172,10 @@ class CheckedArray:
 
 def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
     """Check one shard of several arrays; remote objects are fetched concurrently. Raises as `check_shard` does."""
-    todo = [array for array in arrays if not array.has_checked(shard)]
+    todo = [array for array in arrays if shard not in array._checked]
     if not todo:
         return
-    if any(array.is_remote for array in todo):
+    if any(array._mirror is not None for array in todo):
         todo[0].receipt(shard)  # a missing receipt is reported once, not once for each array
         with ThreadPoolExecutor(len(todo)) as pool:
             list(pool.map(lambda array: array.check_shard(shard), todo))

@@ -285,7 +285,8 @@ class LogitCache:
         return Stream(self._checked_array(name), check)
 
     def _checked_array(self, name: str) -> CheckedArray:
-        return CheckedArray(self._store, "", self._specs[name], self._receipts(name))
+        receipts = self._receipts(name)  # raises for an array that the cache was shared without
+        return CheckedArray(self._store, "", self._specs[name], receipts)
 
     def _receipts(self, name: str) -> Receipts:
         if name not in self._specs:

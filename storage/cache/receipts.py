@@ -40,7 +40,6 @@ class Receipts:
         self._lock = threading.Lock()
 
     def key(self, shard: int) -> str:
-        """Key of a shard's receipt."""
         return f"{self.folder}/{shard:08d}.json"
 
     def shard_of(self, name: str) -> int | None:
@@ -50,7 +49,6 @@ class Receipts:
 
     @property
     def index_key(self) -> str:
-        """Key of the index of all receipts."""
         return f"{self.folder}/index.json"
 
     @cached_property
@@ -68,10 +66,9 @@ class Receipts:
 
     def committed(self) -> np.ndarray:
         """bool [shards]: which shards have a receipt."""
-        found = np.zeros(self.shards, dtype=bool)
         if self.index is not None:
-            found[:] = True
-            return found
+            return np.ones(self.shards, dtype=bool)
+        found = np.zeros(self.shards, dtype=bool)
         for name in self.store.names(self.folder):
             shard = self.shard_of(name)
             if shard is not None:

@@ -156,7 +156,6 @@ class EntryWriter:
 
     @property
     def shards(self) -> int:
-        """How many shards the entry has."""
         return self._shards.receipts.shards
 
     def missing(self) -> list[int]:

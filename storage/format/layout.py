@@ -61,12 +61,10 @@ class ArraySpec:
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element."""
         return int(np.dtype(self.dtype).itemsize)
 
     @property
     def shards(self) -> int:
-        """Number of shard objects."""
         return -(-self.shape[0] // self.layout.shard)
 
     @property
@@ -126,7 +124,6 @@ class ArraySpec:
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The content of a group's zarr.json."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 

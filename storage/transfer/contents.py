@@ -65,13 +65,11 @@ class Part:
         return len(self.shards) == self.group.receipts.shards
 
     def shard(self, number: int) -> Shard:
-        """One of the shards."""
         receipt = self.group.receipts.read(number)
         assert receipt is not None, "the manifest has the receipts of all shards"
         return Shard(self, receipt)
 
     def at(self, target: Store) -> Group:
-        """The same arrays at the target."""
         ours = self.group.receipts
         receipts = Receipts(target, ours.folder, ours.specs, ours.record_sha256)
         return Group(self.group.name, self.group.folder, receipts)
@@ -86,7 +84,6 @@ class Shard:
 
     @property
     def key(self) -> str:
-        """Key of the receipt."""
         return self.part.group.receipts.key(self.receipt.shard)
 
     def objects(self) -> Iterator[Object]:
@@ -108,20 +105,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Object:
-    """One object to copy."""
-
     key: str
     spec: ArraySpec
     shard: Shard
 
     @property
     def size(self) -> int:
-        """Its length in bytes, by its receipt."""
         return self.shard.receipt.objects[self.spec.name].bytes
 
     @property
     def origin(self) -> Store:
-        """The store that it is copied from."""
         return self.shard.part.origin
 
     def fetch(self) -> bytes:
