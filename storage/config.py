@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from storage.errors import InputError
+from storage.errors import InputError, error_text
 from storage.files import local_path
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -125,7 +125,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: not valid YAML: {error_text(error, None)}") from None
     if data is None:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):

@@ -99,6 +99,11 @@ def is_out_of_space(error: OSError) -> bool:
     return error.errno in _NO_SPACE
 
 
+def error_text(error: BaseException, most: int | None = 200) -> str:
+    """The message of an error on one line, at most so many characters; its type's name where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a `LogitCacheError`, or an OSError about a file, into one line on stderr and its exit status (2).
@@ -109,7 +114,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except LogitCacheError as error:
-        message, status = " ".join(str(error).split()), error.exit_status
+        message, status = error_text(error, None), error.exit_status
     except OSError as error:
         if is_out_of_space(error):
             message = (

@@ -74,6 +74,20 @@ def lock(path: Path, opened: Callable[[], int], refusal: Callable[[int], str], w
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def held(descriptor: int, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Wait for the flock of an open file or folder, which is closed after the body; a mount without locks gives none.
+
+    The kernel releases it when its holder is killed.
+    """
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def has_locks(folder: Path) -> bool:
     """Whether the file system of an existing folder has locks, of which a second one is refused."""
     first, name = tempfile.mkstemp(dir=folder)

@@ -77,6 +77,12 @@ def source(known_whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(known_whole, tmp_path / "source"))
 
 
+@pytest.fixture
+def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of `known_cache` are encoded once, for tests that write the same few thousands of times."""
+    monkeypatch.setattr("storage.format.shard.encode_shard", known_cache.encode_once)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 40 kB of real text: source files of the standard library."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from storage.cache.inventory import ROOT_KEY, SIGNATURE_KEY
-from storage.errors import CacheNotFound, InputError, StoreUnavailable
+from storage.errors import CacheNotFound, InputError, StoreUnavailable, error_text
 
 _URL = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/].*?))?/?", re.ASCII)
 # Shell patterns in which * also matches slashes, as in the uploader.
@@ -84,7 +84,7 @@ def _explained(error: Exception, url: str) -> Exception:
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     # The uploader wraps the error of a request in one that names only the file.
-    reason = ": ".join(" ".join(str(item).split())[:300] or type(item).__name__ for item in dict.fromkeys(chain[:2]))
+    reason = ": ".join(error_text(item, 300) for item in dict.fromkeys(chain[:2]))
     statuses = {getattr(getattr(item, "response", None), "status_code", None) for item in chain}
     if statuses & {401, 403}:
         return StoreUnavailable(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.cache.inventory import SIGNATURE_KEY
-from storage.errors import CorruptCache, InputError
+from storage.errors import CorruptCache, InputError, error_text
 from storage.format.manifest import TEACHER_NAME
 
 # Enough for some 65,000 files. Data read before it is verified stays small.
@@ -60,8 +60,8 @@ def sign(folder: Path, keys: Iterable[str], private_key: Path) -> bytes:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise InputError(
-            f"{private_key}: cannot sign with it ({_reason(error)}); expected an elliptic-curve private key without a "
-            f"password: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem"
+            f"{private_key}: cannot sign with it ({error_text(error)}); expected an elliptic-curve private key without "
+            f"a password: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem"
         ) from None
     hasher = Listed().set_ignored_paths(paths=(), ignore_git_paths=False)  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as temporary:
@@ -124,7 +124,7 @@ def _signed_files(signature: bytes, public_key: Path, where: str) -> dict[str, s
         verifier = sign_ec_key.Verifier(public_key)
     except Exception as error:
         raise InputError(
-            f"{public_key}: cannot verify with it ({_reason(error)}); expected an elliptic-curve public key: "
+            f"{public_key}: cannot verify with it ({error_text(error)}); expected an elliptic-curve public key: "
             f"openssl ec -in KEY.pem -pubout -out PUB.pem"
         ) from None
     try:
@@ -134,7 +134,7 @@ def _signed_files(signature: bytes, public_key: Path, where: str) -> dict[str, s
             signed = verifier.verify(sign_sigstore_pb.Signature.read(path))
     except Exception as error:
         # Any error of the parsers on a hostile bundle means the same.
-        raise CorruptCache(f"{where}: no signature by the key {public_key} ({_reason(error)})") from None
+        raise CorruptCache(f"{where}: no signature by the key {public_key} ({error_text(error)})") from None
     return {
         item.identifier: item.digest.digest_hex
         for item in signed.resource_descriptors()
@@ -147,8 +147,3 @@ def _require_package() -> None:
         import model_signing  # noqa: F401
     except ImportError:
         raise InputError("signatures need a package that is not installed: pip install 'logit-cache[sign]'") from None
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] if text else type(error).__name__

@@ -18,8 +18,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from storage.cache.receipts import Receipts
-from storage.errors import CorruptCache, FormatError, IncompleteCache, LogitCacheError
-from storage.format.layout import ArraySpec
+from storage.cache.records import check_metadata
+from storage.errors import CorruptCache, IncompleteCache, LogitCacheError
+from storage.format.layout import ArraySpec, metadata_bytes
 from storage.format.manifest import ShardReceipt
 from storage.format.shard import Reads, ShardIndex, decode_chunk, reads_of
 from storage.stores.base import Result, Store
@@ -51,11 +52,6 @@ class CheckedArray:
         self._local = store if self._mirror is None else self._mirror.local
         self._metadata_checked = False
         self._checked: dict[int, _Opened] = {}
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether objects are fetched from a remote store before they are read."""
-        return self._mirror is not None
 
     def read_chunk(self, chunk: int) -> NDArray[Any]:
         """The entries of one chunk (the last one shorter). Raises IncompleteCache, CorruptCache and FormatError."""
@@ -124,10 +120,6 @@ class CheckedArray:
             )
         return receipt
 
-    def has_checked(self, shard: int) -> bool:
-        """Whether the shard has passed `check_shard`; `read_chunk` detects whether its object was changed since."""
-        return shard in self._checked
-
     def check_shard(self, shard: int) -> _Opened:
         """Compare a shard's object with its receipt, once; fetch it if remote. Raises IncompleteCache, CorruptCache."""
         if shard in self._checked:
@@ -156,12 +148,7 @@ class CheckedArray:
 
     def _fetch(self, key: str, receipt: ShardReceipt) -> None:
         assert self._mirror is not None
-        expected = receipt.objects[self.spec.name]
-        if expected.bytes > self.spec.most_object_bytes:
-            raise CorruptCache(
-                f"{self._store.where(key)}: its receipt states {expected.bytes} bytes, more than such an object has"
-            )
-        self._mirror.fetch(key, expected)
+        self._mirror.fetch(key, receipt.objects[self.spec.name])
 
     def _identity(self, shard: int) -> _Identity | None:
         """Distinguishes a file from another one under the same name; None where there is no file."""
@@ -177,25 +164,18 @@ class CheckedArray:
         return self._folder + self.spec.shard_key(shard)
 
     def _check_metadata(self) -> None:
-        """Refuse an array whose zarr.json is not the one that the record implies: other Zarr readers trust it."""
-        if self._metadata_checked:
-            return
-        key = f"{self._folder}{self.spec.name}/zarr.json"
-        promise = "receipts commit shards of this array"
-        found = self._store.insist(key, promise, lambda: self._store.read_json(key))
-        if found != self.spec.metadata():
-            raise FormatError(
-                f"{self._store.where(key)}: not the metadata that this cache's record implies; it was changed"
-            )
-        self._metadata_checked = True
+        if not self._metadata_checked:
+            key = f"{self._folder}{self.spec.name}/zarr.json"
+            check_metadata(self._store, key, metadata_bytes(self.spec.metadata()))
+            self._metadata_checked = True
 
 
 def check_shards(arrays: Iterable[CheckedArray], shard: int) -> None:
     """Check one shard of several arrays; remote objects are fetched concurrently. Raises as `check_shard` does."""
-    todo = [array for array in arrays if not array.has_checked(shard)]
+    todo = [array for array in arrays if shard not in array._checked]
     if not todo:
         return
-    if any(array.is_remote for array in todo):
+    if any(array._mirror is not None for array in todo):
         todo[0].receipt(shard)  # a missing receipt is reported once, not once for each array
         with ThreadPoolExecutor(len(todo)) as pool:
             list(pool.map(lambda array: array.check_shard(shard), todo))
@@ -237,11 +217,8 @@ def fetch_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt)
 
 def _check_index(where: str, size: int, read: Reads, spec: ArraySpec, receipt: ShardReceipt) -> ShardIndex:
     expected = receipt.objects[spec.name]
-    if size != expected.bytes or not spec.index_bytes <= size <= spec.most_object_bytes:
-        raise CorruptCache(
-            f"{where}: expected {expected.bytes} bytes (of {spec.index_bytes} to {spec.most_object_bytes} that such an "
-            f"object can have), found {size}"
-        )
+    if size != expected.bytes:
+        raise CorruptCache(f"{where}: expected {expected.bytes} bytes, found {size}")
     index = ShardIndex.of(spec, size, read)
     if expected.seal_sha256 not in index.seals:
         raise CorruptCache(

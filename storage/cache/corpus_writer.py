@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.cache.inventory import TEACHERS_KEY, TEACHERS_METADATA
 from storage.cache.records import read_record, read_tokenizer_file, read_tokenizer_receipt, tokenizer_key
 from storage.cache.writer import ShardWriter, publish_same
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL
-from storage.format.layout import corpus_arrays, group_metadata, metadata_bytes
-from storage.format.manifest import ATTRIBUTE, CacheRecord, FileDigest, FilesReceipt
-from storage.format.sealing import differences, sealed, sealed_bytes
+from storage.format.layout import corpus_arrays, record_bytes
+from storage.format.manifest import CacheRecord, FileDigest, FilesReceipt
+from storage.format.sealing import differences, sealed_bytes
 from storage.stores import Url, open_store
 from storage.stores.base import Store
 
@@ -37,7 +38,7 @@ def write_corpus(
     # Receipts hold the stored record's digest; that record may name other library versions than this process.
     record = _create_root(store, record)
     _publish_tokenizer(store, tokenizer_files)
-    publish_same(store, "teachers/zarr.json", metadata_bytes(group_metadata({})))
+    publish_same(store, TEACHERS_KEY, TEACHERS_METADATA)
 
     # Tokens are written last: a cache whose tokens are complete is complete.
     for name, spec in sorted(corpus_arrays(record).items(), key=lambda item: item[0] == "tokens"):
@@ -97,7 +98,7 @@ def _create_root(store: Store, record: CacheRecord) -> CacheRecord:
     They differ in library versions and the number of skipped rows at most.
     """
     if is_new(store):
-        store.publish("zarr.json", metadata_bytes(group_metadata({ATTRIBUTE: sealed(record)})))
+        store.publish("zarr.json", record_bytes(record))
     stored = read_record(store, "zarr.json", CacheRecord)
     # How many rows the text had that are not in the stream does not make it another.
     skipped = {"skipped_rows": stored.corpus.skipped_rows}

@@ -38,8 +38,6 @@ class FailedShard:
 
 
 class Failures:
-    """The notes on the failed shards of one receipts folder."""
-
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._folder = store, folder
 

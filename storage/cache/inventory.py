@@ -41,7 +41,6 @@ class Group:
 
     @property
     def specs(self) -> dict[str, ArraySpec]:
-        """The specifications of the arrays, by name."""
         return self.receipts.specs
 
     @property
@@ -63,7 +62,6 @@ class Group:
         return self.folder + self.specs[name].shard_key(shard)
 
     def keys(self, shard: int) -> set[str]:
-        """Keys of a shard's receipt and objects."""
         return {self.receipts.key(shard), *(self.object_key(name, shard) for name in self.specs)}
 
     def objects(self, receipt: ShardReceipt) -> Iterator[tuple[str, ArraySpec]]:

@@ -140,24 +140,12 @@ class TeacherTargets:
 
     def statistics(self) -> tuple[ShardStatistics | None, float]:
         """Sums over all committed positions, and the seconds that computing them took."""
-        index = self.receipts.index
-        if index is not None:
-            return index.statistics, index.seconds
-        total: ShardStatistics | None = None
-        seconds = 0.0
-        for shard in np.flatnonzero(self.receipts.committed()):
-            receipt = self.receipts.read(int(shard))
-            if receipt is not None and receipt.statistics is not None:
-                total = receipt.statistics if total is None else total + receipt.statistics
-                seconds += receipt.seconds
-        return total, seconds
+        totals = self.receipts.totals()
+        return totals.statistics, totals.seconds
 
     def stored_bytes(self) -> int:
         """Bytes of all committed objects, from their receipts."""
-        if self.receipts.index is not None:
-            return self.receipts.index.object_bytes
-        found = (self.receipts.read(int(shard)) for shard in np.flatnonzero(self.receipts.committed()))
-        return sum(item.bytes for receipt in found if receipt is not None for item in receipt.objects.values())
+        return self.receipts.totals().object_bytes
 
     def fidelity(self) -> FidelityReport | None:
         """How far these targets are from the full distributions, as measured when they were made; None if not measured.
@@ -297,7 +285,7 @@ class LogitCache:
         return Stream(self._checked_array(name), check)
 
     def _checked_array(self, name: str) -> CheckedArray:
-        receipts = self._receipts(name)
+        receipts = self._receipts(name)  # raises for an array that the cache was shared without
         return CheckedArray(self._store, "", self._specs[name], receipts)
 
     def _receipts(self, name: str) -> Receipts:

@@ -32,21 +32,15 @@ class Receipts:
         self.folder = folder
         self.specs = dict(specs)
         self.record_sha256 = record_sha256
-        first = next(iter(self.specs.values()))
-        self.shards = first.shards
-        self._first = first
+        # Whose object a writer publishes first; all arrays have the same shards.
+        self.first_array = next(iter(self.specs.values()))
+        self.shards = self.first_array.shards
         self._listed = np.zeros(self.shards, dtype=bool)
         self._recent: dict[int, ShardReceipt] = {}
         self._lock = threading.Lock()
 
     def key(self, shard: int) -> str:
-        """Key of a shard's receipt."""
         return f"{self.folder}/{shard:08d}.json"
-
-    @property
-    def first_array(self) -> ArraySpec:
-        """The array whose object a writer publishes first; all arrays have the same shards."""
-        return self._first
 
     def shard_of(self, name: str) -> int | None:
         """The shard of a receipt, from its file name; None for anything else."""
@@ -55,7 +49,6 @@ class Receipts:
 
     @property
     def index_key(self) -> str:
-        """Key of the index of all receipts."""
         return f"{self.folder}/index.json"
 
     @cached_property
@@ -73,10 +66,9 @@ class Receipts:
 
     def committed(self) -> np.ndarray:
         """bool [shards]: which shards have a receipt."""
-        found = np.zeros(self.shards, dtype=bool)
         if self.index is not None:
-            found[:] = True
-            return found
+            return np.ones(self.shards, dtype=bool)
+        found = np.zeros(self.shards, dtype=bool)
         for name in self.store.names(self.folder):
             shard = self.shard_of(name)
             if shard is not None:
@@ -88,7 +80,7 @@ class Receipts:
         """Ranges of positions without a receipt, adjacent ones merged."""
         ranges: list[tuple[int, int]] = []
         for shard in np.flatnonzero(~self.committed()):
-            start, stop = self._first.shard_range(int(shard))
+            start, stop = self.first_array.shard_range(int(shard))
             if ranges and ranges[-1][1] == start:
                 ranges[-1] = (ranges[-1][0], stop)
             else:
@@ -101,10 +93,16 @@ class Receipts:
         receipt = self._stored(shard)
         if receipt is None:
             return None
-        expected = (self.record_sha256, shard, *self._first.shard_range(shard), set(self.specs))
+        expected = (self.record_sha256, shard, *self.first_array.shard_range(shard), set(self.specs))
         found = (receipt.record_sha256, receipt.shard, receipt.start, receipt.stop, set(receipt.objects))
         if expected != found:
             raise CorruptCache(f"{where}: it is the receipt of something else (another entry, shard or set of arrays)")
+        for name, item in receipt.objects.items():
+            least, most = self.specs[name].index_bytes, self.specs[name].most_object_bytes
+            if not least <= item.bytes <= most:
+                raise CorruptCache(
+                    f"{where}: states {item.bytes} bytes for {name}, where an object has {least} to {most}"
+                )
         if self.index is not None and self.index.receipts[shard] != sealed(receipt)["sha256"]:
             raise CorruptCache(f"{where}: it differs from the digest that the index of receipts holds")
         return receipt
@@ -147,33 +145,33 @@ class Receipts:
         """Write the index; every shard must be committed. Returns the stored one, which may be another worker's."""
         if self.index is not None:
             return self.index
-        index = index_of(self.record_sha256, (self._present(shard) for shard in range(self.shards)))
+        index = self._sums_of(range(self.shards))
+        assert len(index.receipts) == self.shards, "an index is written when nothing is missing"
         self.store.publish(self.index_key, sealed_bytes(index))
         self.forget_index()
         found = self.index
         assert found is not None
         return found
 
-    def _present(self, shard: int) -> ShardReceipt:
-        receipt = self.read(shard)
-        assert receipt is not None, "an index is written when nothing is missing"
-        return receipt
+    def totals(self) -> ReceiptIndex:
+        """The index, or one of the receipts that there are; its sums are over the committed shards."""
+        return self.index or self._sums_of(np.flatnonzero(self.committed()).tolist())
 
-
-def index_of(record_sha256: str, receipts: Iterable[ShardReceipt]) -> ReceiptIndex:
-    """The index of a group's receipts, given in the order of their shards; one receipt is held in memory at a time."""
-    digests, object_bytes, seconds = [], 0, 0.0
-    statistics: ShardStatistics | None = None
-    for receipt in receipts:
-        digests.append(sealed(receipt)["sha256"])
-        object_bytes += sum(item.bytes for item in receipt.objects.values())
-        seconds += receipt.seconds
-        if receipt.statistics is not None:
-            statistics = receipt.statistics if statistics is None else statistics + receipt.statistics
-    return ReceiptIndex(
-        record_sha256=record_sha256,
-        receipts=tuple(digests),
-        object_bytes=object_bytes,
-        statistics=statistics,
-        seconds=seconds,
-    )
+    def _sums_of(self, shards: Iterable[int]) -> ReceiptIndex:
+        digests, object_bytes, seconds = [], 0, 0.0
+        statistics: ShardStatistics | None = None
+        for receipt in map(self.read, shards):
+            if receipt is None:
+                continue
+            digests.append(sealed(receipt)["sha256"])
+            object_bytes += sum(item.bytes for item in receipt.objects.values())
+            seconds += receipt.seconds
+            if receipt.statistics is not None:
+                statistics = receipt.statistics if statistics is None else statistics + receipt.statistics
+        return ReceiptIndex(
+            record_sha256=self.record_sha256,
+            receipts=tuple(digests),
+            object_bytes=object_bytes,
+            statistics=statistics,
+            seconds=seconds,
+        )

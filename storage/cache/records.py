@@ -8,7 +8,7 @@ import re
 from storage.errors import CacheNotFound, CorruptCache, FormatError
 from storage.format.fidelity import FIDELITY_FILE, MAX_FIDELITY_BYTES, FidelityReport
 from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, FileDigest, FilesReceipt
-from storage.format.sealing import AnyRecord, unseal
+from storage.format.sealing import AnyRecord, parse_json, unseal
 from storage.stores.base import Store, check_key
 
 _TOKENIZER_FILE = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}$")
@@ -35,6 +35,17 @@ def read_record(store: Store, key: str, kind: type[AnyRecord]) -> AnyRecord:
     if data.get("zarr_format") != 3 or data.get("node_type") != "group":
         raise FormatError(f"{where}: expected a Zarr v3 group")
     return unseal(kind, data["attributes"][ATTRIBUTE], where)
+
+
+def check_metadata(store: Store, key: str, implied: bytes) -> None:
+    """Raise FormatError for a zarr.json other than the one that the record implies: other Zarr readers trust it.
+
+    Raises MissingObject and CorruptCache, too.
+    """
+    found = store.insist(key, "this cache's record implies it", lambda: store.read_json(key))
+    where = store.where(key)
+    if found != parse_json(implied, where):
+        raise FormatError(f"{where}: not the metadata that this cache's record implies; it was changed")
 
 
 def read_tokenizer_receipt(store: Store) -> FilesReceipt:

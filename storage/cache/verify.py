@@ -14,7 +14,6 @@ Where a store has no locks, repair a cache only while nobody writes to it.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,13 +35,18 @@ from storage.cache.inventory import (
 )
 from storage.cache.leases import leased_shard, leases_in
 from storage.cache.reader import LogitCache
-from storage.cache.records import read_fidelity, read_tokenizer_receipt, tokenizer_key
+from storage.cache.records import (
+    check_metadata,
+    read_fidelity,
+    read_tokenizer_file,
+    read_tokenizer_receipt,
+    tokenizer_key,
+)
 from storage.cache.zarr_store import decode_with_zarr
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
 from storage.files import PARTIAL, STAGING
 from storage.format.layout import ArraySpec
 from storage.format.manifest import TEACHER_NAME, ShardReceipt
-from storage.format.sealing import parse_json
 from storage.format.shard import decode_shard
 from storage.progress import Advance
 from storage.stores import Url, open_store
@@ -84,10 +88,10 @@ def verify(
     `progress` receives the bytes of the objects checked since the last call. Raises CacheNotFound where there is no
     cache, InputError to repair in a store that cannot be listed; damage is reported, not raised.
     """
-    store, deep = open_store(url), deep or repair
+    store = open_store(url)
     if repair:
         store.check_writable()
-    found = Verification(deep=deep)
+    found = Verification(deep=deep or repair)
     # Listed before anything is checked: an object that a worker commits meanwhile is then known, or not in the list.
     try:
         listed = {key: size for key, size in store.walk().items() if not key.startswith(f"{STAGING}/")}
@@ -95,185 +99,207 @@ def verify(
         if repair:
             raise
         found.listed, listed = False, {}
-    known = {ROOT_KEY, TEACHERS_KEY, *CARD_FILES}
     try:
         cache = LogitCache.open(url)
     except (CorruptCache, ValueError) as error:
         found.problems.append(str(error))
         return found
-    _check_bytes(store, TEACHERS_KEY, TEACHERS_METADATA, found)
-    _check_tokenizer(store, known, found)
-    groups = list(_groups(store, cache, known, found))
+    check = _Check(store, found, repair, listed, progress)
+    check.check_bytes(TEACHERS_KEY, TEACHERS_METADATA)
+    check.check_tokenizer()
+    groups = list(check.groups(cache))
     for group in groups:
-        _check_fidelity(store, group, known, found, repair)
+        check.check_fidelity(group)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for group in groups:
-            _check_group(store, group, known, found, deep, pool, progress, repair, listed)
-    leftovers = [key for key in listed if key not in known]
+            check.check_group(group, pool)
+    leftovers = [key for key in listed if key not in check.known]
     found.leftovers = [store.where(key) for key in leftovers]
     if repair:
-        _remove_leftovers(store, groups, leftovers, found)
+        check.remove_leftovers(groups, leftovers)
     return found
 
 
-def _remove_leftovers(store: Store, groups: list[Group], leftovers: list[str], found: Verification) -> None:
-    left = set(leftovers)
-    for group in groups:
-        # A worker holds this lock from its first object to its receipt; afterwards they are not leftovers any more.
-        with store.exclusive(group.receipts.folder):
-            group.receipts.forget_index()
-            left -= {key for shard in np.flatnonzero(group.receipts.committed()) for key in group.keys(int(shard))}
-            for key in sorted(key for key in left if group.owns(key)):
-                if not _is_held(store, group, key):
-                    _remove(store, key, found)
-                left.remove(key)
-    for key in sorted(left):
-        _remove(store, key, found)
+@dataclass
+class _Check:
+    """One call of `verify`: what it looks at, and what it has found so far.
 
+    listed   lengths of the objects, by key
+    known    keys that belong to the cache
+    """
 
-def _is_held(store: Store, group: Group, key: str) -> bool:
-    """Whether an object is a lease that a worker holds now."""
-    folder, _, name = key.rpartition("/")
-    shard = leased_shard(name) if folder == group.receipts.folder else None
-    return shard is not None and leases_in(store, folder).is_held(shard)
+    store: Store
+    found: Verification
+    repair: bool
+    listed: dict[str, int]
+    progress: Advance | None
+    known: set[str] = field(default_factory=lambda: {ROOT_KEY, TEACHERS_KEY, *CARD_FILES})
 
+    def remove_leftovers(self, groups: list[Group], leftovers: list[str]) -> None:
+        left = set(leftovers)
+        for group in groups:
+            # A worker holds this lock from its first object to its receipt; then they are not leftovers any more.
+            with self.store.exclusive(group.receipts.folder):
+                group.receipts.forget_index()
+                left -= {key for shard in np.flatnonzero(group.receipts.committed()) for key in group.keys(int(shard))}
+                for key in sorted(key for key in left if group.owns(key)):
+                    if not self._is_held(group, key):
+                        self._remove(key)
+                    left.remove(key)
+        for key in sorted(left):
+            self._remove(key)
 
-def _remove(store: Store, key: str, found: Verification) -> None:
-    try:
-        store.remove(key)
-    except FileNotFoundError:  # its worker has removed it meanwhile, such as a lease
-        return
-    found.repaired.append(store.where(key))
+    def _is_held(self, group: Group, key: str) -> bool:
+        """Whether an object is a lease that a worker holds now."""
+        folder, _, name = key.rpartition("/")
+        shard = leased_shard(name) if folder == group.receipts.folder else None
+        return shard is not None and leases_in(self.store, folder).is_held(shard)
 
-
-def _groups(store: Store, cache: LogitCache, known: set[str], found: Verification) -> Iterator[Group]:
-    yield from corpus_groups(store, cache)
-    for name in store.names("teachers"):
-        key = f"teachers/{name}/zarr.json"
-        if name == "zarr.json" or not re.fullmatch(TEACHER_NAME, name):
-            continue
+    def _remove(self, key: str) -> None:
         try:
-            group = teacher_group(cache, name)
-        except LogitCacheError as error:
-            below = store.walk(f"teachers/{name}")
-            if isinstance(error, CacheNotFound) and all(key.endswith(PARTIAL) for key in below):
-                continue  # no entry: a stray file, or a worker that was killed before it had written the record
-            absent = f"{store.where(key)}: missing, so nothing of this entry can be read"
-            found.problems.append(absent if isinstance(error, CacheNotFound) else str(error))
-            # Below a broken record, leftovers cannot be distinguished from other objects, so nothing is removed.
-            known.update(below)
-            continue
-        known.add(key)
-        yield group
-
-
-def _check_group(
-    store: Store,
-    group: Group,
-    known: set[str],
-    found: Verification,
-    deep: bool,
-    pool: ThreadPoolExecutor,
-    progress: Advance | None,
-    repair: bool,
-    listed: dict[str, int],
-) -> None:
-    receipts = group.receipts
-    known.update(group.metadata())
-    known.add(receipts.index_key)
-    try:
-        _ = receipts.index
-    except LogitCacheError as error:
-        found.problems.append(str(error))
-        if not repair:
-            _check_metadata(store, group, found)
-            known.update(store.walk(group.folder.rstrip("/") or group.name))
-            known.update(store.walk(receipts.folder))
+            self.store.remove(key)
+        except FileNotFoundError:  # its worker has removed it meanwhile, such as a lease
             return
-        # The index only repeats the receipts; the next run of the command that made it writes it again.
-        _remove(store, receipts.index_key, found)
-    committed = np.flatnonzero(receipts.committed()).tolist()
-    _check_metadata(store, group, found, started=bool(committed))
-    missing = receipts.missing_ranges()
-    if missing:
-        found.missing[group.name] = missing
-    for shard in committed:
-        known |= group.keys(shard)
+        self.found.repaired.append(self.store.where(key))
+
+    def groups(self, cache: LogitCache) -> Iterator[Group]:
+        yield from corpus_groups(self.store, cache)
+        for name in self.store.names("teachers"):
+            key = f"teachers/{name}/zarr.json"
+            if name == "zarr.json" or not re.fullmatch(TEACHER_NAME, name):
+                continue
+            try:
+                group = teacher_group(cache, name)
+            except LogitCacheError as error:
+                below = self.store.walk(f"teachers/{name}")
+                if isinstance(error, CacheNotFound) and all(key.endswith(PARTIAL) for key in below):
+                    continue  # no entry: a stray file, or a worker that was killed before it had written the record
+                absent = f"{self.store.where(key)}: missing, so nothing of this entry can be read"
+                self.found.problems.append(absent if isinstance(error, CacheNotFound) else str(error))
+                # Below a broken record, leftovers cannot be distinguished from other objects, so nothing is removed.
+                self.known.update(below)
+                continue
+            self.known.add(key)
+            yield group
+
+    def check_group(self, group: Group, pool: ThreadPoolExecutor) -> None:
+        receipts = group.receipts
+        self.known.update(group.metadata())
+        self.known.add(receipts.index_key)
+        try:
+            _ = receipts.index
+        except LogitCacheError as error:
+            self.found.problems.append(str(error))
+            if not self.repair:
+                self._check_metadata(group)
+                self.known.update(self.store.walk(group.folder.rstrip("/") or group.name))
+                self.known.update(self.store.walk(receipts.folder))
+                return
+            # The index only repeats the receipts; the next run of the command that made it writes it again.
+            self._remove(receipts.index_key)
+        committed = np.flatnonzero(receipts.committed()).tolist()
+        self._check_metadata(group, started=bool(committed))
+        missing = receipts.missing_ranges()
+        if missing:
+            self.found.missing[group.name] = missing
+        for shard in committed:
+            self.known |= group.keys(shard)
+            damaged, doubtful = self._check_shard(group, shard, pool)
+            self.found.problems += damaged + doubtful
+            # Where the decoders differ the program is wrong and the bytes are not; repair leaves these alone.
+            if damaged and self.repair:
+                # The index first: it lists the receipt. The objects stay; the worker replaces them like any leftover.
+                for key in (receipts.index_key, receipts.key(shard)):
+                    if self.store.size(key) is not None:
+                        self._remove(key)
+                receipts.forget_index()
+
+    def _check_shard(self, group: Group, shard: int, pool: ThreadPoolExecutor) -> tuple[list[str], list[str]]:
+        """The damage of a shard, which repair mends, and differences between the decoders, which it does not."""
+        receipts = group.receipts
         try:
             receipt = receipts.read(shard)
-            if receipt is None:
-                # It was listed by the index, which the repair of an earlier shard has removed.
-                raise CorruptCache(f"{store.where(receipts.key(shard))}: missing, though the index listed it")
         except LogitCacheError as error:
-            damaged, doubtful = [str(error)], []
-        else:
-            check = partial(_check_object_of, store, group, receipt, deep, listed)
-            checks = list(pool.map(check, receipts.specs.values()))
-            damaged = [damage for damage, _ in checks if damage is not None]
-            doubtful = [doubt for _, doubt in checks if doubt is not None]
-            found.objects += len(receipt.objects)
-            size = sum(item.bytes for item in receipt.objects.values())
-            found.bytes += size
-            if progress is not None:
-                progress(size)
-        found.problems += damaged + doubtful
-        # Where the decoders differ the program is wrong and the bytes are not; repair leaves these alone.
-        if damaged and repair:
-            # The index first: it lists the receipt. The objects stay; the worker replaces them like any leftover.
-            for key in (receipts.index_key, receipts.key(shard)):
-                if store.size(key) is not None:
-                    _remove(store, key, found)
-            receipts.forget_index()
+            return [str(error)], []
+        if receipt is None:  # it was listed by the index, which the repair of an earlier shard has removed
+            return [f"{self.store.where(receipts.key(shard))}: missing, though the index listed it"], []
+        checks = list(pool.map(partial(self._check_object, group, receipt), receipts.specs.values()))
+        size = sum(item.bytes for item in receipt.objects.values())
+        self.found.objects += len(receipt.objects)
+        self.found.bytes += size
+        if self.progress is not None:
+            self.progress(size)
+        damaged, doubtful = ([text for text in texts if text is not None] for texts in zip(*checks, strict=True))
+        return damaged, doubtful
 
+    def check_fidelity(self, group: Group) -> None:
+        """Check a teacher entry's fidelity report, which is optional."""
+        key = group.fidelity_key
+        if key is None:
+            return
+        self.known.add(key)
+        try:
+            read_fidelity(self.store, group.folder, group.receipts.record_sha256)
+        except LogitCacheError as error:
+            self.found.problems.append(str(error))
+            if self.repair:
+                self._remove(key)
 
-def _check_fidelity(store: Store, group: Group, known: set[str], found: Verification, repair: bool) -> None:
-    """Check a teacher entry's fidelity report, which is optional."""
-    key = group.fidelity_key
-    if key is None:
-        return
-    known.add(key)
-    try:
-        read_fidelity(store, group.folder, group.receipts.record_sha256)
-    except LogitCacheError as error:
-        found.problems.append(str(error))
-        if repair:
-            _remove(store, key, found)
+    def _check_metadata(self, group: Group, started: bool = True) -> None:
+        """Check the arrays' zarr.json; before a shard is committed (not `started`), it may not have been written."""
+        for key, data in group.metadata().items():
+            if started or self.store.size(key) is not None:
+                self.check_bytes(key, data)
 
+    def _check_object(self, group: Group, receipt: ShardReceipt, spec: ArraySpec) -> tuple[str | None, str | None]:
+        """As `_check_shard`, for one object."""
+        store, key = self.store, group.object_key(spec.name, receipt.shard)
+        expected = receipt.objects[spec.name]
+        try:
+            if store.local_path is None:
+                # A worker may have committed the shard after the listing.
+                size = self.listed[key] if key in self.listed else store.size(key)
+                if size != expected.bytes:
+                    there = "no object" if size is None else f"{size} bytes"
+                    return f"{store.where(key)}: its receipt states {expected.bytes} bytes, found {there}", None
+            if self.found.deep:
+                data = fetch_object(store, key, spec, receipt)
+                return _compare_decoders(store.where(key), spec, receipt.shard, data)
+            if store.local_path is not None:
+                check_object(store, key, spec, receipt)
+        except FileNotFoundError:
+            return f"{store.where(key)}: missing, though its receipt exists", None
+        except LogitCacheError as error:
+            return str(error), None
+        return None, None
 
-def _check_metadata(store: Store, group: Group, found: Verification, started: bool = True) -> None:
-    """Check the arrays' zarr.json; before a shard is committed (not `started`), a worker may not have written them."""
-    for key, data in group.metadata().items():
-        if started or store.size(key) is not None:
-            _check_bytes(store, key, data, found)
+    def check_tokenizer(self) -> None:
+        self.known.add(TOKENIZER_RECEIPT_KEY)
+        try:
+            files = read_tokenizer_receipt(self.store).files
+            keys = [tokenizer_key(name) for name in files]
+        except LogitCacheError as error:
+            self.found.problems.append(str(error))
+            self.known.update(self.store.walk("tokenizer"))
+            return
+        self.known.update(keys)
+        for name, expected in files.items():
+            self.found.objects += 1
+            self.found.bytes += expected.bytes
+            try:
+                read_tokenizer_file(self.store, name, expected)
+            except LogitCacheError as error:
+                self.found.problems.append(str(error))
 
-
-def _check_object_of(
-    store: Store, group: Group, receipt: ShardReceipt, deep: bool, listed: dict[str, int], spec: ArraySpec
-) -> tuple[str | None, str | None]:
-    """The damage of an object, which repair mends, and a difference between the decoders, which it does not."""
-    key = group.object_key(spec.name, receipt.shard)
-    expected = receipt.objects[spec.name]
-    try:
-        if store.local_path is None:
-            # A worker may have committed the shard after the listing.
-            size = listed[key] if key in listed else store.size(key)
-            if size != expected.bytes:
-                there = "no object" if size is None else f"{size} bytes"
-                return f"{store.where(key)}: its receipt states {expected.bytes} bytes, found {there}", None
-        if deep:
-            data = fetch_object(store, key, spec, receipt)
-            return _compare_decoders(store.where(key), spec, receipt.shard, data)
-        if store.local_path is not None:
-            check_object(store, key, spec, receipt)
-    except FileNotFoundError:
-        return f"{store.where(key)}: missing, though its receipt exists", None
-    except LogitCacheError as error:
-        return str(error), None
-    return None, None
+    def check_bytes(self, key: str, implied: bytes) -> None:
+        try:
+            check_metadata(self.store, key, implied)
+        except LogitCacheError as error:
+            self.found.problems.append(str(error))
 
 
 def _compare_decoders(where: str, spec: ArraySpec, shard: int, data: bytes) -> tuple[str | None, str | None]:
-    """As `_check_object_of`, for an object whose bytes are those of the receipt."""
+    """As `_Check._check_object`, for an object whose bytes are those of the receipt."""
     decoders = {"our decoder": lambda *given: np.concatenate(list(decode_shard(*given))), "zarr": decode_with_zarr}
     found, failed = {}, []
     for name, decode in decoders.items():
@@ -294,37 +320,3 @@ def _compare_decoders(where: str, spec: ArraySpec, shard: int, data: bytes) -> t
         f"{where}: {differ}, though its bytes are those of the receipt: the object is whole, and logit-cache or one of "
         f"its libraries decodes it wrongly; do not train on it, and report this"
     )
-
-
-def _check_tokenizer(store: Store, known: set[str], found: Verification) -> None:
-    known.add(TOKENIZER_RECEIPT_KEY)
-    try:
-        receipt = read_tokenizer_receipt(store)
-        files = {tokenizer_key(name): expected for name, expected in receipt.files.items()}
-    except LogitCacheError as error:
-        found.problems.append(str(error))
-        known.update(store.walk("tokenizer"))
-        return
-    for file, expected in files.items():
-        known.add(file)
-        found.objects += 1
-        found.bytes += expected.bytes
-        try:
-            data = store.insist(file, "its receipt exists", partial(store.read, file, expected.bytes))
-        except LogitCacheError as error:
-            found.problems.append(str(error))
-            continue
-        if (len(data), hashlib.sha256(data).hexdigest()) != (expected.bytes, expected.sha256):
-            found.problems.append(f"{store.where(file)}: differs from its receipt")
-
-
-def _check_bytes(store: Store, key: str, expected: bytes, found: Verification) -> None:
-    where = store.where(key)
-    try:
-        promise = "this cache's record implies it"
-        same = store.insist(key, promise, lambda: store.read_json(key)) == parse_json(expected, where)
-    except LogitCacheError as error:
-        found.problems.append(str(error))
-    else:
-        if not same:
-            found.problems.append(f"{where}: not the metadata that this cache's record implies; it was changed")

@@ -25,10 +25,10 @@ from storage.cache.receipts import Receipts
 from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
 from storage.format.fidelity import FIDELITY_FILE, FidelityReport
-from storage.format.layout import ArraySpec, group_metadata, metadata_bytes, teacher_arrays
-from storage.format.manifest import ATTRIBUTE, ObjectDigest, ShardReceipt, ShardStatistics, TeacherEntry
+from storage.format.layout import ArraySpec, metadata_bytes, record_bytes, teacher_arrays
+from storage.format.manifest import ObjectDigest, ShardReceipt, ShardStatistics, TeacherEntry
 from storage.format.rules import broken_rule
-from storage.format.sealing import Record, differences, digest, parse_json, sealed, sealed_bytes
+from storage.format.sealing import Record, differences, digest, parse_json, sealed_bytes
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets
 from storage.stores import Url, open_store
@@ -147,7 +147,7 @@ class EntryWriter:
         store = open_store(url)
         folder = teacher_folder(name)
         key = folder + "zarr.json"
-        store.publish(key, metadata_bytes(group_metadata({ATTRIBUTE: sealed(entry)})))
+        store.publish(key, record_bytes(entry))
         stored = read_record(store, key, TeacherEntry)
         refuse_other(store, name, stored, entry)
         shards = ShardWriter(store, folder, folder + "receipts", teacher_arrays(stored), stored)
@@ -156,7 +156,6 @@ class EntryWriter:
 
     @property
     def shards(self) -> int:
-        """How many shards the entry has."""
         return self._shards.receipts.shards
 
     def missing(self) -> list[int]:

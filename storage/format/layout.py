@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from storage.format.encoding import token_id_dtype
-from storage.format.manifest import MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TeacherEntry
+from storage.format.manifest import ATTRIBUTE, MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TeacherEntry
+from storage.format.sealing import Record, sealed
 
 KEY = re.compile(r"^[a-z0-9_./-]+$")
 PER_POSITION_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
@@ -60,12 +61,10 @@ class ArraySpec:
 
     @property
     def itemsize(self) -> int:
-        """Bytes per element."""
         return int(np.dtype(self.dtype).itemsize)
 
     @property
     def shards(self) -> int:
-        """Number of shard objects."""
         return -(-self.shape[0] // self.layout.shard)
 
     @property
@@ -125,7 +124,6 @@ class ArraySpec:
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The content of a group's zarr.json."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
@@ -218,3 +216,8 @@ def entry_layout(
 def metadata_bytes(metadata: dict[str, Any]) -> bytes:
     """The bytes of a zarr.json; the same metadata always gives the same bytes."""
     return json.dumps(metadata, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def record_bytes(record: Record) -> bytes:
+    """The bytes of the zarr.json of a group that holds a record."""
+    return metadata_bytes(group_metadata({ATTRIBUTE: sealed(record)}))

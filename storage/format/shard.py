@@ -61,13 +61,7 @@ def _encode_chunk(spec: ArraySpec, chunk: NDArray[Any]) -> bytes:
 
     # One internal thread: with several, the order of blocks inside a chunk would depend on the machine.
     numcodecs.blosc.use_threads = False
-    blosc = numcodecs.Blosc(
-        cname=spec.blosc["cname"],
-        clevel=spec.blosc["clevel"],
-        shuffle=numcodecs.Blosc.BITSHUFFLE,
-        blocksize=spec.blosc["blocksize"],
-        typesize=spec.blosc["typesize"],
-    )
+    blosc = numcodecs.Blosc(**{**spec.blosc, "shuffle": numcodecs.Blosc.BITSHUFFLE})
     if len(chunk) < spec.layout.chunk:
         whole = np.full((spec.layout.chunk, *spec.shape[1:]), spec.fill_value, dtype=spec.dtype)
         whole[: len(chunk)] = chunk

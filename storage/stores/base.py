@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,15 +120,13 @@ class Store(ABC):
         """The folder of a store on this machine, None for any other."""
         return None
 
-    @contextlib.contextmanager
-    def exclusive(self, folder: str) -> Iterator[None]:
+    def exclusive(self, folder: str) -> AbstractContextManager[None]:
         """Hold an exclusive lock on a folder while the body runs; without effect where the store has no locks."""
-        yield
+        return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def shared(self, folder: str) -> Iterator[None]:
+    def shared(self, folder: str) -> AbstractContextManager[None]:
         """Hold a lock on a folder that others may share, and that excludes `exclusive`."""
-        yield
+        return contextlib.nullcontext()
 
     def where(self, key: str) -> str:
         """The full address of an object, for messages."""

@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from storage.errors import InputError, LogitCacheError
+from storage.errors import InputError, LogitCacheError, error_text
 from storage.stores import open_store
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
@@ -101,8 +101,8 @@ def _finding(probe: _Probe, store: Store, folder: str) -> Finding:
         return Finding(probe.name, "not applicable", probe.needed, f"applies to {kinds} stores only")
     try:
         seen = probe.measure(store, f"{folder}/{probe.name.replace(' ', '-')}")
-    except (LogitCacheError, OSError) as error:
-        seen = " ".join(str(error).split())
+    except (LogitCacheError, OSError, ValueError) as error:
+        seen = error_text(error, None)
     if seen is None:
         return Finding(probe.name, "ok", probe.needed, probe.holds)
     return Finding(probe.name, "not", probe.needed, f"{seen}; {probe.fails}")
@@ -146,17 +146,9 @@ def _examine_reading(store: Store) -> list[Finding]:
         raise InputError(
             f"{store.where(key)}: not there; a read-only store can be examined only at the URL of a cache"
         ) from None
-    middle = len(whole) // 2
-    ranges = [(0, 1), (middle, middle + 7), (len(whole) - 5, len(whole))]
-    try:
-        right = store.read_ranges(key, ranges) == [whole[start:stop] for start, stop in ranges]
-        seen = None if right else "other bytes came than those asked for"
-    except (LogitCacheError, OSError, ValueError) as error:
-        seen = " ".join(str(error).split())
     reading = Finding("read", "ok", False, "objects can be read; a cache there can be opened, verified and pulled")
-    if seen is None:
-        return [read_only, reading, Finding("range reads", "ok", False, _RANGES_HOLD)]
-    return [read_only, reading, Finding("range reads", "not", False, f"{seen}; {_RANGES_FAIL}")]
+    ranges = replace(_RANGE_READS, needed=False, measure=lambda *_: _compare_ranges(store, key, whole))
+    return [read_only, reading, _finding(ranges, store, "")]
 
 
 def _writes(store: Store, folder: str) -> str | None:
@@ -183,8 +175,13 @@ def _lists(store: Store, folder: str) -> str | None:
 def _ranges(store: Store, folder: str) -> str | None:
     data = secrets.token_bytes(100_000)
     store.replace(f"{folder}/data", data)
-    ranges = [(0, 1), (99_990, 100_000), (40_000, 60_000), (7, 8)]
-    found = store.read_ranges(f"{folder}/data", ranges)
+    return _compare_ranges(store, f"{folder}/data", data)
+
+
+def _compare_ranges(store: Store, key: str, data: bytes) -> str | None:
+    end = len(data)
+    ranges = [(0, 1), (end - 5, end), (end // 2, end // 2 + end // 5), (7, 8)]
+    found = store.read_ranges(key, ranges)
     return None if found == [data[start:stop] for start, stop in ranges] else "other bytes came than those asked for"
 
 
@@ -329,10 +326,13 @@ def _has_room(store: Store, folder: str) -> str | None:
     return None if free >= _LEAST_FREE_BYTES else f"only {free >> 20} MiB are free"
 
 
-_RANGES_HOLD = "quick checks read the ends of objects only"
-_RANGES_FAIL = "give verify --deep, which reads objects whole"
 _ANY = frozenset(("local", "S3", "remote"))
 _LOCAL = frozenset(("local",))
+_RANGE_READS = _Probe(
+    "range reads", True, _ANY, _ranges,
+    "quick checks read the ends of objects only",
+    "give verify --deep, which reads objects whole",
+)  # fmt: skip
 _PROBES = (
     _Probe(
         "write and read back", True, _ANY, _writes,
@@ -344,7 +344,7 @@ _PROBES = (
         "workers see at once what others have committed",
         "shards that are done would be done again, and leftovers missed: do not write a cache here",
     ),
-    _Probe("range reads", True, _ANY, _ranges, _RANGES_HOLD, _RANGES_FAIL),
+    _RANGE_READS,
     _Probe(
         "atomic overwrite", True, _ANY, _replaces_whole,
         "readers see whole objects only, also while one is written",

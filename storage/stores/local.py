@@ -13,10 +13,12 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
 from storage.files import UNSUPPORTED, atomic_file, check_writable, sync_path
+from storage.locks import held
 from storage.stores.base import MOST_BYTES, Store
 
 _MOST_PATHS = 4_096
@@ -25,8 +27,6 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENAMETO
 
 
 class LocalStore(Store):
-    """The store of a folder on this machine."""
-
     def __init__(self, path: Path) -> None:
         self._root = path
         self.url = str(path)
@@ -148,30 +148,18 @@ class LocalStore(Store):
     def replace(self, key: str, data: bytes) -> None:
         self._put(self._path(key), data, replace=True)
 
-    @contextlib.contextmanager
-    def exclusive(self, folder: str) -> Iterator[None]:
-        with self._locked(folder, fcntl.LOCK_EX):
-            yield
+    def exclusive(self, folder: str) -> AbstractContextManager[None]:
+        return self._locked(folder, fcntl.LOCK_EX)
 
-    @contextlib.contextmanager
-    def shared(self, folder: str) -> Iterator[None]:
-        with self._locked(folder, fcntl.LOCK_SH):
-            yield
+    def shared(self, folder: str) -> AbstractContextManager[None]:
+        return self._locked(folder, fcntl.LOCK_SH)
 
-    @contextlib.contextmanager
-    def _locked(self, folder: str, kind: int) -> Iterator[None]:
+    def _locked(self, folder: str, kind: int) -> AbstractContextManager[None]:
         path = self._path(folder)
         with _plain_errors(path, 0):
             self._make_folders(path)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            # The kernel releases the lock when its holder is killed. Some network mounts have none; there the receipt
-            # exposes two workers with different bytes.
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, kind)
-            yield
-        finally:
-            os.close(descriptor)
+        # Some network mounts have no locks; there the receipt exposes two workers with different bytes.
+        return held(os.open(path, os.O_RDONLY), kind)
 
     def _put(self, path: Path, data: bytes, *, replace: bool) -> bool:
         with _plain_errors(path, len(data)):

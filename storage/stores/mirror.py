@@ -12,19 +12,18 @@ fetches it again if it does not pass. The least recently used copies are evicted
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
 from storage.files import PARTIAL, atomic_file, local_path
 from storage.format.manifest import ObjectDigest
-from storage.locks import open_lock
+from storage.locks import held, open_lock
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
 
@@ -36,20 +35,16 @@ _ABANDONED_S = 3600.0
 
 
 class Mirror:
-    """The local copies of one remote cache's objects."""
-
     def __init__(self, remote: Store) -> None:
         self._remote = remote
         self._top = _top_folder()
         self._most = _most_bytes(self._top)
-        folder = self._top / "objects" / hashlib.sha256(remote.url.encode()).hexdigest()[:32]
-        self.local = LocalStore(folder)
-        self._folder = folder
+        self.local = LocalStore(self._top / "objects" / hashlib.sha256(remote.url.encode()).hexdigest()[:32])
         self._until_sweep = 0
 
     def path(self, key: str) -> Path:
         """Path of the copy of an object, whether it exists or not."""
-        return self._folder / key
+        return self.local.local_path / key
 
     def opened(self, key: str) -> None:
         """Mark a copy as the most recently used."""
@@ -58,7 +53,6 @@ class Mirror:
             os.utime(self.path(key), ns=(time.time_ns(), self.path(key).stat().st_mtime_ns))
 
     def drop(self, key: str) -> None:
-        """Remove a damaged copy."""
         _remove(self.path(key))
 
     def fetch(self, key: str, expected: ObjectDigest) -> None:
@@ -114,21 +108,15 @@ class Mirror:
             f"that can be written"
         )
 
-    @contextlib.contextmanager
-    def _locked(self, key: str) -> Iterator[None]:
-        number = int(hashlib.sha256(f"{self._folder}/{key}".encode()).hexdigest(), 16) % _LOCKS
+    def _locked(self, key: str) -> AbstractContextManager[None]:
+        number = int(hashlib.sha256(f"{self.local.url}/{key}".encode()).hexdigest(), 16) % _LOCKS
         folder = self._top / "locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = open_lock(folder / str(number))
         except OSError as error:
             raise self._not_kept(error) from error
-        try:
-            with contextlib.suppress(OSError):  # a mount without locks: at worst the object is fetched twice
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        return held(descriptor)  # on a mount without locks, at worst the object is fetched twice
 
 
 _sweeping = threading.Lock()

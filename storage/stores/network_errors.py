@@ -10,6 +10,8 @@ import socket
 import ssl
 from collections.abc import Iterator
 
+from storage.errors import error_text
+
 _NO_ROUTE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 # The end of a connection during a handshake passes; a certificate that is refused does not.
 _TLS_PASSES = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
@@ -100,9 +102,3 @@ def code(error: BaseException) -> str | None:
     response = getattr(cause if cause is not None else error, "response", None)
     found = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
     return None if found is None else str(found)
-
-
-def error_text(error: BaseException) -> str:
-    """The message of an error on one line, at most 200 characters; its type's name where it has none."""
-    text = " ".join(str(error).split())
-    return text[:200] if text else type(error).__name__

@@ -22,9 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from storage.errors import CorruptCache, InputError, LogitCacheError, StoreNotFound, StoreUnavailable
+from storage.errors import CorruptCache, InputError, LogitCacheError, StoreNotFound, StoreUnavailable, error_text
 from storage.stores.base import MOST_BYTES, Result, Store
-from storage.stores.network_errors import code, error_text, final, is_unreachable, missing_store, refusal
+from storage.stores.network_errors import code, final, is_unreachable, missing_store, refusal
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 READ_ONLY = ("http", "https", "hf")
@@ -58,8 +58,6 @@ class _Damaged(CorruptCache):
 
 
 class RemoteStore(Store):
-    """The store of any URL that fsspec opens."""
-
     def __init__(self, url: str) -> None:
         self.url = url
         self._protocol, _, rest = url.partition("://")
@@ -168,21 +166,20 @@ class RemoteStore(Store):
             attempt += 1
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
-        path = self._path(key)
-
-        def request() -> bytes:
-            try:
-                # One request, for one byte more than allowed, to detect a longer object.
-                return bytes(self._fs.cat_file(path, start=0, end=at_most + 1))
-            except OSError as error:
-                if code(error) in ("InvalidRange", "416"):  # the answer for an empty object
-                    return b""
-                raise
-
-        data = self._ask(key, request)
+        # One request, for one byte more than allowed, to detect a longer object.
+        data = self._ask(key, lambda: self._beginning(key, at_most + 1))
         if len(data) > at_most:
             raise CorruptCache(f"{self.where(key)}: longer than the {at_most} bytes that belong there")
         return data
+
+    def _beginning(self, key: str, most: int) -> bytes:
+        """An object's first bytes, at most so many."""
+        try:
+            return bytes(self._fs.cat_file(self._path(key), start=0, end=most))
+        except OSError as error:
+            if code(error) in ("InvalidRange", "416"):  # the answer for an empty object
+                return b""
+            raise
 
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         path = self._path(key)
@@ -196,17 +193,17 @@ class RemoteStore(Store):
         return self._ask(key, request)
 
     def size(self, key: str) -> int | None:
-        def request() -> int | None:
-            if self._protocol != "hf":  # a hub changes by whole commits, and each request lists a folder
-                # A cached listing would hide objects that another worker has written since.
-                self._fs.invalidate_cache()
-            found = self._fs.info(self._path(key))
-            return None if found["type"] != "file" or found["size"] is None else int(found["size"])
-
         try:
-            return self._ask(key, request)
+            return self._ask(key, lambda: self._length(key))
         except FileNotFoundError:
             return None
+
+    def _length(self, key: str) -> int | None:
+        if self._protocol != "hf":  # a hub changes by whole commits, and each request lists a folder
+            # A cached listing would hide objects that another worker has written since.
+            self._fs.invalidate_cache()
+        found = self._fs.info(self._path(key))
+        return None if found["type"] != "file" or found["size"] is None else int(found["size"])
 
     def names(self, prefix: str) -> list[str]:
         try:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from storage.errors import StoreUnavailable
-from storage.stores.network_errors import error_text
+from storage.errors import StoreUnavailable, error_text
 from storage.stores.remote import CONNECT_S, RemoteStore
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from storage.errors import CorruptCache, InputError
-from storage.stores.base import MOST_BYTES
+from storage.errors import InputError
 from storage.stores.remote import CONNECT_S, AccessRefused, RemoteStore
 
 _GONE = (404, 410)
@@ -31,37 +30,28 @@ class WebStore(RemoteStore):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self._timeout_s)
         return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
 
-    def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
+    def _beginning(self, key: str, most: int) -> bytes:
         # A stream is bounded, whatever the server sends: some ignore ranges.
         async def fetch(response: Any) -> bytes:
-            pieces, left = [], at_most + 1
+            pieces, left = [], most
             while left > 0 and (piece := await response.content.read(left)):
                 pieces.append(piece)
                 left -= len(piece)
             return b"".join(pieces)
 
-        data: bytes = self._ask(key, lambda: self._request("GET", key, fetch))
-        if len(data) > at_most:
-            raise CorruptCache(f"{self.where(key)}: longer than the {at_most} bytes that belong there")
-        return data
+        return bytes(self._request("GET", key, fetch))
 
-    def size(self, key: str) -> int | None:
+    def _length(self, key: str) -> int:
         import aiohttp
 
         async def length(response: Any) -> int:
             stated = response.headers.get("Content-Length")
             return len(await response.read()) if stated is None else int(stated)
 
-        def request() -> int:
-            # Not every server has HEAD; the answer to GET says what is wrong.
-            with contextlib.suppress(aiohttp.ClientResponseError):
-                return int(self._request("HEAD", key, length))
-            return int(self._request("GET", key, length))
-
-        try:
-            return self._ask(key, request)
-        except FileNotFoundError:
-            return None
+        # Not every server has HEAD; the answer to GET says what is wrong.
+        with contextlib.suppress(aiohttp.ClientResponseError):
+            return int(self._request("HEAD", key, length))
+        return int(self._request("GET", key, length))
 
     def _request(self, method: str, key: str, use: Any) -> Any:
         """The result of `use` on a response. Raises FileNotFoundError where the server says that there is no object."""

@@ -28,11 +28,11 @@ from storage.cache.inventory import (
 )
 from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
-from storage.cache.records import read_fidelity, tokenizer_key
-from storage.errors import CorruptCache, FormatError, IdentityMismatch
-from storage.format.layout import ArraySpec, group_metadata, metadata_bytes
-from storage.format.manifest import ATTRIBUTE, CacheRecord, ShardReceipt
-from storage.format.sealing import Record, digest, parse_json, sealed, sealed_bytes
+from storage.cache.records import check_metadata, read_fidelity, tokenizer_key
+from storage.errors import CorruptCache, IdentityMismatch
+from storage.format.layout import ArraySpec, record_bytes
+from storage.format.manifest import CacheRecord, ShardReceipt
+from storage.format.sealing import digest, sealed_bytes
 from storage.stores.base import Store
 from storage.stores.local import LocalStore
 from storage.transfer.redaction import receipt_without_label, report_without_label, without_label, without_tokens
@@ -65,13 +65,11 @@ class Part:
         return len(self.shards) == self.group.receipts.shards
 
     def shard(self, number: int) -> Shard:
-        """One of the shards."""
         receipt = self.group.receipts.read(number)
         assert receipt is not None, "the manifest has the receipts of all shards"
         return Shard(self, receipt)
 
     def at(self, target: Store) -> Group:
-        """The same arrays at the target."""
         ours = self.group.receipts
         receipts = Receipts(target, ours.folder, ours.specs, ours.record_sha256)
         return Group(self.group.name, self.group.folder, receipts)
@@ -86,7 +84,6 @@ class Shard:
 
     @property
     def key(self) -> str:
-        """Key of the receipt."""
         return self.part.group.receipts.key(self.receipt.shard)
 
     def objects(self) -> Iterator[Object]:
@@ -108,20 +105,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Object:
-    """One object to copy."""
-
     key: str
     spec: ArraySpec
     shard: Shard
 
     @property
     def size(self) -> int:
-        """Its length in bytes, by its receipt."""
         return self.shard.receipt.objects[self.spec.name].bytes
 
     @property
     def origin(self) -> Store:
-        """The store that it is copied from."""
         return self.shard.part.origin
 
     def fetch(self) -> bytes:
@@ -174,12 +167,11 @@ def gather(
     snapshot = text.snapshot
     folder = snapshot.local_path.with_name("target")  # beside the files as the source has them
     record = without_tokens(text.cache.record) if redact else text.cache.record
-    root = snapshot.read(ROOT_KEY) if record == text.cache.record else _record_bytes(record)
+    root = snapshot.read(ROOT_KEY) if record == text.cache.record else record_bytes(record)
     write_file(folder, ROOT_KEY, root)
     for name, data in text.cache.tokenizer_files().items():
         write_file(folder, tokenizer_key(name), data)
-    if not _same(snapshot, TEACHERS_KEY, TEACHERS_METADATA):
-        raise FormatError(f"{snapshot.where(TEACHERS_KEY)}: expected a Zarr v3 group without attributes")
+    check_metadata(snapshot, TEACHERS_KEY, TEACHERS_METADATA)
     for key in (TOKENIZER_RECEIPT_KEY, TEACHERS_KEY):
         write_file(folder, key, snapshot.read(key))
     manifest = LocalStore(folder)
@@ -223,7 +215,7 @@ def _entry(source: Source, name: str, folder: Path, redact: bool) -> Group:
     if differing:
         raise IdentityMismatch(snapshot.where(key), differing, "Its targets belong to other tokens: leave it out")
     changed = without_label(entry) if redact else entry
-    write_file(folder, key, snapshot.read(key) if changed == entry else _record_bytes(changed))
+    write_file(folder, key, snapshot.read(key) if changed == entry else record_bytes(changed))
     report = read_fidelity(snapshot, group.folder, group.receipts.record_sha256)
     if report is not None and group.fidelity_key is not None:
         redacted = sealed_bytes(report_without_label(report, digest(changed)))
@@ -248,7 +240,6 @@ def _part(group: Group, copied: Group, source: Source, folder: Path, pool: Threa
         else:
             receipt = receipt_without_label(receipt, ours.record_sha256)
             data = sealed_bytes(receipt)
-        _check_lengths(receipt, ours.specs, theirs.store.where(key))
         write_file(folder, key, data)
         return sum(item.bytes for item in receipt.objects.values())
 
@@ -260,27 +251,7 @@ def _part(group: Group, copied: Group, source: Source, folder: Path, pool: Threa
         ours.write_index()
     for key, data in copied.metadata().items():
         # A job that was stopped at once may have left no more than a record.
-        if shards and not _same(theirs.store, key, data):
-            raise FormatError(f"{theirs.store.where(key)}: not the metadata that this cache's record implies")
+        if shards:
+            check_metadata(theirs.store, key, data)
         write_file(folder, key, data)
     return Part(copied, source.snapshot.source, shards, size)
-
-
-def _check_lengths(receipt: ShardReceipt, specs: dict[str, ArraySpec], where: str) -> None:
-    """Raise CorruptCache for a length that no such object can have."""
-    for name, spec in specs.items():
-        found = receipt.objects[name].bytes
-        if not spec.index_bytes <= found <= spec.most_object_bytes:
-            raise CorruptCache(
-                f"{where}: states {found} bytes for {name}, where an object has "
-                f"{spec.index_bytes} to {spec.most_object_bytes}"
-            )
-
-
-def _same(store: Store, key: str, expected: bytes) -> bool:
-    found = store.insist(key, "this cache's record implies it", lambda: store.read_json(key))
-    return bool(found == parse_json(expected, key))
-
-
-def _record_bytes(record: Record) -> bytes:
-    return metadata_bytes(group_metadata({ATTRIBUTE: sealed(record)}))

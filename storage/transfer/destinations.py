@@ -33,7 +33,6 @@ class Destination(ABC):
         self.mixed: set[str] = set()
 
     def begin(self, part: Part) -> None:
-        """Prepare for a part's objects."""
         return
 
     @abstractmethod

@@ -30,8 +30,6 @@ _SYNCS_AT_ONCE = 16
 
 
 class StagingFolder:
-    """The staging folder of one copy to one local target."""
-
     def __init__(self, folder: Path, target: Path) -> None:
         self.folder = folder
         self.target = target
@@ -48,7 +46,9 @@ class StagingFolder:
         """
         beside, inside = target.with_name(target.name + STAGING), target / STAGING
         folder = inside if target.is_dir() and not beside.is_dir() else beside
-        descriptor = _locked(folder)
+        # On a mount without locks it holds none: two runs do the same work there, and both check it.
+        refusal = f"{folder}: another push or pull is at work there; wait for it, or stop it"
+        descriptor = lock(folder, partial(_opened, folder), lambda _: refusal)
         try:
             if folder == beside and target.is_dir():
                 # Left there before the target existed, or by an earlier version.
@@ -68,7 +68,6 @@ class StagingFolder:
             os.close(descriptor)
 
     def path(self, key: str) -> Path:
-        """Path of an object of the copy."""
         return self.cache.local_path / key
 
     def holds_objects(self) -> bool:
@@ -150,12 +149,10 @@ class StagingFolder:
         sync(folders)
 
     def discard(self) -> None:
-        """Remove the staging folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def sync(paths: Iterable[str | Path]) -> None:
-    """fsync files or folders, in parallel."""
     with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
         list(pool.map(sync_path, paths))
 
@@ -173,15 +170,6 @@ def rename_folder(folder: Path, target: Path) -> None:
 
 def _appeared(target: Path) -> InputError:
     return InputError(f"{target}: appeared while the copy was made; nothing there was touched: run the command again")
-
-
-def _locked(folder: Path) -> int:
-    """A descriptor of the folder that holds a lock on it; the kernel releases it when its holder is killed.
-
-    On a mount without locks it holds none: two runs do the same work there, and both check it.
-    """
-    refusal = f"{folder}: another push or pull is at work there; wait for it, or stop it"
-    return lock(folder, partial(_opened, folder), lambda _: refusal)
 
 
 def _opened(folder: Path) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.small import make_corpus, make_entry, random_stream, write_entry
 from support.caches.two_entries import K, N, V
 
 from storage import SparseTargets
@@ -15,10 +15,7 @@ from storage import SparseTargets
 
 @pytest.fixture(scope="module")
 def stream() -> tuple[np.ndarray, SparseTargets]:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, V, N).astype(np.uint16)
-    labels = np.append(tokens[1:].astype(np.int64), -1)
-    return tokens, dense_targets(rng.normal(size=(N, V)) * 3, K, labels)
+    return random_stream(V, N, K)
 
 
 @pytest.fixture(scope="module")

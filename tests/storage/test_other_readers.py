@@ -11,17 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import zarr
 import zarr.buffer
+from support.caches.known import contents
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.caches.two_entries import K, N, V
 
 from storage import CorruptCache, FormatError, IncompleteCache, InputError, LogitCache, SparseTargets
 from storage.cache.verify import verify
 from storage.errors import CacheNotFound
-from storage.format.layout import ArraySpec, metadata_bytes, teacher_arrays
+from storage.format.layout import ArraySpec, metadata_bytes
 from storage.format.manifest import ArrayLayout
 from storage.format.sealing import canonical_json, sealed
 from storage.format.shard import encode_shard
@@ -133,67 +135,60 @@ def test_chunks_that_hold_nothing_but_the_fill_value_are_stored(tmp_path: Path) 
     assert verify(one, deep=True).sound
 
 
-def test_the_seal_of_a_last_shard_covers_its_chunks(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
-    # 1000 positions in shards of 256 and chunks of 64: the last shard stores all four chunks or fewer.
-    record = make_corpus(str(cache / "short"), stream[0][:840], V)
-    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
-    rows = stream[1].rows(0, 840)
-    label = rows.label_logprob.copy()
-    label[-1] = np.nan
-    write_entry(cache / "short", "a", entry, dataclasses.replace(rows, label_logprob=label))
-    path = cache / "short/teachers/a/token_ids/c/3/0"
-    spec = teacher_arrays(entry)["token_ids"]
+@pytest.fixture
+def short(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> Path:
+    """The first 840 positions, in shards of 256 and chunks of 64: of the last shard, two chunks lie behind the end."""
+    path = cache / "short"
+    record = make_corpus(str(path), stream[0][:840], V)
+    label = np.append(stream[1].label_logprob[:839], np.nan).astype(np.float32)
+    targets = dataclasses.replace(stream[1].rows(0, 840), label_logprob=label)
+    write_entry(path, "a", make_entry(record, K, shard_tokens=256, chunk_tokens=64), targets)
+    return path
+
+
+def test_the_seal_of_a_last_shard_covers_its_chunks(short: Path) -> None:
+    path = short / "teachers/a/token_ids/c/3/0"
+    spec = LogitCache.open(short).teacher("a").specs["token_ids"]
     index = np.frombuffer(path.read_bytes()[-spec.index_bytes : -4], dtype="<u8").reshape(-1, 2)
     assert (index[1:] == 2**64 - 1).sum() == 4, "two chunks lie behind the end"
     data = bytearray(path.read_bytes())
     data[int(index[1].sum()) - 1] ^= 1  # the second chunk's checksum, which the index does not show
     path.write_bytes(bytes(data))
     with pytest.raises(CorruptCache, match="token_ids/c/3/0"):
-        LogitCache.open(str(cache / "short")).teacher("a").read(768, 770)
+        LogitCache.open(short).teacher("a").read(768, 770)
 
 
 def test_a_last_shard_that_was_sealed_by_its_index_alone_is_read(
-    cache: Path, stream: tuple[np.ndarray, SparseTargets]
+    short: Path, stream: tuple[np.ndarray, SparseTargets]
 ) -> None:
-    record = make_corpus(str(cache / "short"), stream[0][:840], V)
-    entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
-    label = np.append(stream[1].label_logprob[:839], np.nan).astype(np.float32)
-    write_entry(cache / "short", "a", entry, dataclasses.replace(stream[1].rows(0, 840), label_logprob=label))
-    path = cache / "short/teachers/a/receipts/00000003.json"
+    path = short / "teachers/a/receipts/00000003.json"
     receipt = json.loads(path.read_text())
-    for name, spec in teacher_arrays(entry).items():
-        data = (cache / "short/teachers/a" / spec.shard_key(3)).read_bytes()
+    for name, spec in LogitCache.open(short).teacher("a").specs.items():
+        data = (short / "teachers/a" / spec.shard_key(3)).read_bytes()
         receipt["objects"][name]["seal_sha256"] = hashlib.sha256(data[-spec.index_bytes :]).hexdigest()
     body = {key: value for key, value in receipt.items() if key != "sha256"}
     receipt["sha256"] = hashlib.sha256(canonical_json(body)).hexdigest()
     path.write_text(json.dumps(receipt))
     (path.parent / "index.json").unlink()
-    read = LogitCache.open(str(cache / "short")).teacher("a").read(768, 840)
+    read = LogitCache.open(short).teacher("a").read(768, 840)
     assert np.array_equal(read.token_ids, stream[1].token_ids[768:840])
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture(params=["file", "memory"])
 def opened(request: pytest.FixtureRequest, cache: Path) -> tuple[LogitCache, Callable[[str, bytes | None], None]]:
     """A cache, and what changes its objects: new bytes for a key, or None to remove it."""
-    if request.param == "local":
+    url = f"{request.param}://{cache}"
+    filesystem, root = fsspec.url_to_fs(url)
+    if request.param == "memory":
+        for key, data in contents(cache).items():
+            filesystem.pipe_file(f"{root}/{key}", data)
 
-        def change(key: str, data: bytes | None) -> None:
-            (cache / key).unlink()
-            if data is not None:
-                (cache / key).write_bytes(data)
+    def change(key: str, data: bytes | None) -> None:
+        filesystem.rm_file(f"{root}/{key}")
+        if data is not None:
+            filesystem.pipe_file(f"{root}/{key}", data)
 
-        return LogitCache.open(str(cache)), change
-    import fsspec
-
-    memory, root = fsspec.filesystem("memory"), f"/zarr/{cache.parent.name}"
-    for path in cache.rglob("*"):
-        if path.is_file():
-            memory.pipe_file(f"{root}/{path.relative_to(cache).as_posix()}", path.read_bytes())
-
-    def change_remote(key: str, data: bytes | None) -> None:
-        memory.rm_file(f"{root}/{key}") if data is None else memory.pipe_file(f"{root}/{key}", data)
-
-    return LogitCache.open(f"memory:/{root}"), change_remote
+    return LogitCache.open(url), change
 
 
 def test_zarr_and_xarray_give_the_reader_s_values(opened: Any) -> None:

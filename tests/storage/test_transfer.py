@@ -18,11 +18,9 @@ from support.caches import known
 from support.caches.small import make_corpus, make_entry, write_entry
 from support.crash_disk import Crash, Disk
 
-import storage.format.shard
 import storage.stores.remote
 from storage import LogitCache
 from storage.cache.verify import verify
-from storage.cache.writer import EntryWriter
 from storage.errors import CacheNotFound, CorruptCache, IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import CacheRecord, ShardReceipt
 from storage.format.sealing import sealed_bytes, unseal
@@ -31,10 +29,7 @@ from storage.stores.remote import RemoteStore
 from storage.transfer.copy import CopyJob, Delivery, Transfer, prepare
 from storage.transfer.staging import StagingFolder
 
-
-@pytest.fixture(autouse=True)
-def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.format.shard, "encode_shard", known.encode_once)
+pytestmark = pytest.mark.usefixtures("encoded_once")
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -123,19 +118,13 @@ def test_an_entry_that_is_not_complete_is_copied_as_far_as_it_goes(
     shards: list[int], target: str, tmp_path: Path
 ) -> None:
     source = tmp_path / "part"
-    record = known.write_stream(source)
-    entry = known.entries(record)["a"]
-    writer = EntryWriter.open(str(source), "a", entry)
-    for shard in shards:
-        writer.commit(shard, known.rows(entry, shard))
+    writer = known.write_shards(source, shards)
     done = copy(source, target)
     ranges = LogitCache.open(str(source)).teacher("a").missing()
     assert done.missing == {"teachers/a": ranges}
     sound(target, done.missing)
     assert at(target) == known.contents(source)
-    for shard in writer.pending():
-        writer.commit(shard, known.rows(entry, shard))
-    writer.finish()
+    known.complete(writer)
     assert copy(source, target).missing == {}
     assert at(target) == known.contents(source)
 
@@ -143,11 +132,7 @@ def test_an_entry_that_is_not_complete_is_copied_as_far_as_it_goes(
 def test_two_halves_make_a_whole_with_an_index(target: str, tmp_path: Path) -> None:
     halves = [tmp_path / "even", tmp_path / "odd"]
     for half, shards in zip(halves, ([0, 2], [1]), strict=True):
-        record = known.write_stream(half)
-        entry = known.entries(record)["a"]
-        writer = EntryWriter.open(str(half), "a", entry)
-        for shard in shards:
-            writer.commit(shard, known.rows(entry, shard))
+        entry = known.write_shards(half, shards).entry
         copy(half, target)
     assert LogitCache.open(target).teacher("a").receipts.index is not None
     sound(target)
@@ -157,9 +142,7 @@ def test_two_halves_make_a_whole_with_an_index(target: str, tmp_path: Path) -> N
 def test_the_same_shards_made_by_two_machines_are_one_entry(source: Path, target: str, tmp_path: Path) -> None:
     """Equal objects under receipts of other times: the target keeps its own, and its index lists what it has."""
     other = tmp_path / "other"
-    record = known.write_stream(other)
-    entry = known.entries(record)["a"]
-    EntryWriter.open(str(other), "a", entry).commit(1, known.rows(entry, 1))
+    known.write_shards(other, [1])
     path = other / "teachers/a/receipts/00000001.json"
     receipt = unseal(ShardReceipt, json.loads(path.read_text()), str(path))
     path.write_bytes(sealed_bytes(receipt.model_copy(update={"written_at": "2001-01-01T00:00:00+00:00"})))
@@ -216,9 +199,7 @@ def test_another_entry_of_the_same_name_is_refused(source: Path, target: str, tm
 
 
 def test_another_run_s_shard_is_refused_and_not_replaced(source: Path, target: str) -> None:
-    record = known.write_stream(target)
-    entry = known.entries(record)["a"]
-    EntryWriter.open(target, "a", entry).commit(1, known.rows(entry, 1, variant=1))
+    entry = known.write_shards(target, [1], variant=1).entry
     before = at(target)
     with pytest.raises(CorruptCache, match=r"teachers/a/receipts/00000001\.json: .* other bytes"):
         copy(source, target)
@@ -237,7 +218,7 @@ def test_shards_committed_meanwhile_are_not_replaced(
 
     def then_commit(self: RemoteStore, prefix: str = "") -> dict[str, int]:
         listed = walk(self, prefix)
-        EntryWriter.open(target, "a", entry).commit(1, known.rows(entry, 1, variant))
+        known.write_shards(target, [1], variant)
         monkeypatch.setattr(RemoteStore, "walk", walk)
         monkeypatch.setattr(RemoteStore, "_put", careless)
         return listed
@@ -325,8 +306,7 @@ def the_stream(target: str) -> None:
 
 
 def a_part(target: str) -> None:
-    entry = known.entries(known.write_stream(target))["a"]
-    EntryWriter.open(target, "a", entry).commit(1, known.rows(entry, 1))
+    known.write_shards(target, [1])
 
 
 BEFORE = [nothing_yet, the_stream, a_part]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.known import contents
+from support.caches.small import make_corpus, make_entry, random_stream, write_entry
 from support.commands import PYTHONPATH, ROOT, Run, command, environment, refused
 from support.runs import LLAMA, weights
 from support.servers.fault_proxy import Fault, FaultProxy
@@ -23,7 +24,6 @@ from support.servers.s3 import (
     Server,
     assert_same_cache,
     kill_after_a_receipt,
-    local_objects,
     no_leases,
     use,
 )
@@ -78,7 +78,7 @@ def test_the_whole_road_by_commands(
     assert LogitCache.open(url).teacher("a").missing()
     do(*arguments)
     stored = ceph_bucket.objects("cache/")
-    assert_same_cache(stored, local_objects(cached_here))
+    assert_same_cache(stored, contents(cached_here))
     found = json.loads(do("logit-cache", "verify", url, "--deep", "--json"))
     assert (found["problems"], no_leases(found["leftovers"]), found["missing"]) == ([], [], {})
     do("logit-cache", "inspect", url)
@@ -105,7 +105,7 @@ def test_two_workers_at_once(
     for worker in workers:
         assert ceph_bucket.server.secret.encode() not in Path(f"/proc/{worker.pid}/cmdline").read_bytes()
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    assert_same_cache(ceph_bucket.objects("cache/"), local_objects(cached_here))
+    assert_same_cache(ceph_bucket.objects("cache/"), contents(cached_here))
 
 
 def test_of_eight_processes_that_create_one_object_one_wins(ceph_bucket: Bucket) -> None:
@@ -210,9 +210,7 @@ def test_what_the_server_guarantees(ceph_bucket: Bucket) -> None:
 def test_uploads_damaged_or_unanswered_on_their_way(ceph_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server refuses what does not match its signature, and the upload is repeated; a lost answer is no loss."""
     vocabulary, positions, k = 101, 1024, 12
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocabulary, positions).astype(np.uint16)
-    targets = dense_targets(rng.normal(size=(positions, vocabulary)), k, np.append(tokens[1:], -1).astype(np.int64))
+    tokens, targets = random_stream(vocabulary, positions, k)
     url = f"{ceph_bucket.url}/cache"
     with FaultProxy(ceph_bucket.server.url) as proxy:
         use(monkeypatch, ceph_bucket.server, proxy.url)

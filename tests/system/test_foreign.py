@@ -6,6 +6,7 @@ records, receipts and indexes are computed again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -15,7 +16,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ import google_crc32c
 import numpy as np
 import pytest
 from support.caches.copies import pull
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.known import contents
+from support.caches.small import make_corpus, make_entry, random_stream, write_entry
 from support.commands import command, environment
+from support.servers.web import running
 
 from storage.errors import LogitCacheError
 from storage.format.layout import teacher_arrays
@@ -44,10 +46,8 @@ VICTIM = f"{ENTRY}/token_ids/c/1/0"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("made") / "cache"
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, V, N).astype(np.uint16)
+    tokens, targets = random_stream(V, N, K)
     record = make_corpus(str(path), tokens, V)
-    targets = dense_targets(rng.normal(size=(N, V)) * 3, K, np.append(tokens[1:], -1).astype(np.int64))
     write_entry(path, "a", make_entry(record, K, shard_tokens=SHARD, chunk_tokens=CHUNK), targets)
     return path
 
@@ -208,40 +208,31 @@ def test_a_sound_cache_is_pulled_and_takes_little_memory(place: Place, imports: 
 
 
 @pytest.mark.parametrize("name", ["../../secret.txt", "/etc/hostname", "sub/file.json", "..", ""])
-def test_a_tokenizer_file_outside_the_cache(place: Place, name: str) -> None:
+def test_a_tokenizer_file_outside_the_cache(place: Place, imports: int, name: str) -> None:
     path = place.source / "receipts/tokenizer.json"
     receipt = json.loads(path.read_text())
     data = b"not for others"
     receipt["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     path.write_text(json.dumps(sealed(receipt)))
-    refused_here(place, "cannot be a tokenizer file", repr(name))
-
-
-def test_a_tokenizer_file_outside_the_cache_is_refused_by_the_command(place: Place, imports: int) -> None:
-    path = place.source / "receipts/tokenizer.json"
-    receipt = json.loads(path.read_text())
-    data = b"not for others"
-    receipt["files"]["../../secret.txt"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    path.write_text(json.dumps(sealed(receipt)))
-    refused_quietly(place, imports, "'../../secret.txt'", "cannot be a tokenizer file")
+    if name == "../../secret.txt":
+        refused_quietly(place, imports, "cannot be a tokenizer file", repr(name))
+    else:
+        refused_here(place, "cannot be a tokenizer file", repr(name))
 
 
 @pytest.mark.parametrize(
     "key",
     [VICTIM, f"{ENTRY}/token_ids", ENTRY, "teachers", "zarr.json", "tokenizer/tokenizer.json", "tokens/zarr.json"],
 )
-def test_a_symbolic_link(place: Place, key: str) -> None:
+def test_a_symbolic_link(place: Place, imports: int, key: str) -> None:
     """Also one to the very bytes that belong there: they could be others by the next look."""
     elsewhere = place.top / "elsewhere"
     (place.source / key).rename(elsewhere)
     (place.source / key).symlink_to(elsewhere)
-    refused_here(place, "symbolic link", key)
-
-
-def test_a_symbolic_link_is_refused_by_the_command(place: Place, imports: int) -> None:
-    (place.source / VICTIM).unlink()
-    (place.source / VICTIM).symlink_to(place.top / "secret.txt")
-    refused_quietly(place, imports, "symbolic link", VICTIM)
+    if key == VICTIM:
+        refused_quietly(place, imports, "symbolic link", key)
+    else:
+        refused_here(place, "symbolic link", key)
 
 
 @pytest.mark.parametrize("key", ["zarr.json", VICTIM, f"{ENTRY}/receipts/index.json"])
@@ -510,20 +501,15 @@ class Endless(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(place: Place) -> Iterator[Callable[[str], str]]:
-    servers = []
+    with contextlib.ExitStack() as stack:
 
-    def start(endless: str) -> str:
-        handler = type("Handler", (Endless,), {"root": place.source, "endless": endless})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
+        def start(endless: str) -> str:
+            handler = type("Handler", (Endless,), {"root": place.source, "endless": endless})
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            server.daemon_threads = True
+            return f"http://127.0.0.1:{stack.enter_context(running(server))}"
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 @pytest.mark.parametrize("key", ["zarr.json", f"{ENTRY}/receipts/index.json", VICTIM])
@@ -537,9 +523,7 @@ def test_a_web_server_is_pulled_from_by_the_name_of_an_entry(
     url = serve("none")
     done = pull(url, str(place.target), teachers=["a"])
     assert (done.teachers, done.missing) == (["a"], {})
-    assert {p.relative_to(place.target): p.read_bytes() for p in place.target.rglob("*") if p.is_file()} == {
-        p.relative_to(place.source): p.read_bytes() for p in place.source.rglob("*") if p.is_file()
-    }
+    assert contents(place.target) == contents(place.source)
     place = Place(place.top / "again", place.source, place.top / "again" / "here" / "target")
     for name in ("home", "temporary"):
         (place.top / name).mkdir(parents=True)

@@ -19,19 +19,14 @@ from support.caches import known
 from support.commands import TESTS, Run, environment
 from support.crash_disk import Crash, Disk
 
-import storage.format.shard
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter
 from storage.errors import IncompleteCache
 from storage.format.manifest import CacheRecord
 
+pytestmark = pytest.mark.usefixtures("encoded_once")
 SHARD = 1
-
-
-@pytest.fixture(autouse=True)
-def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.format.shard, "encode_shard", known.encode_once)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +42,7 @@ def base(tmp_path: Path) -> tuple[Path, CacheRecord]:
     """A stream and the first shard of an entry."""
     path = tmp_path / "base"
     record = known.write_stream(path)
-    entry = known.entries(record)["a"]
-    EntryWriter.open(str(path), "a", entry).commit(0, known.rows(entry, 0))
+    known.write_shards(path, [0])
     return path, record
 
 
@@ -63,11 +57,7 @@ def commit(path: Path, record: CacheRecord) -> None:
 
 def resume(path: Path, record: CacheRecord) -> None:
     """All that is missing, and the index."""
-    entry = known.entries(record)["a"]
-    writer = EntryWriter.open(str(path), "a", entry)
-    for shard in writer.pending():
-        writer.commit(shard, known.rows(entry, shard))
-    writer.finish()
+    known.complete(EntryWriter.open(str(path), "a", known.entries(record)["a"]))
 
 
 def steps_of(act: Act, base: Path, record: CacheRecord, folder: Path) -> list[str]:

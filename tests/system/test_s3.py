@@ -1,28 +1,26 @@
 """A cache on an object store does what one on a local disk does: the whole pipeline by commands, on moto.
 
 moto accepts any credentials and checksums, so nothing here is evidence about those: the tests on Ceph are. Other stores
-that fsspec reaches come last: memory, and a plain web server.
+that fsspec reaches come last: a plain web server.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import threading
 import uuid
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.known import contents
+from support.caches.small import make_corpus, make_entry, random_stream, write_entry
 from support.commands import Run, refused
 from support.processes import start
 from support.runs import LLAMA, python, weights
 from support.servers.fault_proxy import FaultProxy
-from support.servers.s3 import SMALL, Bucket, assert_same_cache, kill_after_a_receipt, local_objects, no_leases, use
+from support.servers.s3 import SMALL, Bucket, assert_same_cache, kill_after_a_receipt, no_leases, use
+from support.servers.web import serving
 
 from storage import LogitCache, SparseTargets
 from storage.cache.verify import verify
@@ -35,10 +33,8 @@ V, N, K = 101, 1200, 12
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SparseTargets]:
     """A small local cache with an entry `a`, and what is in it."""
     path = tmp_path_factory.mktemp("made") / "cache"
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, V, N).astype(np.uint16)
+    tokens, targets = random_stream(V, N, K)
     record = make_corpus(str(path), tokens, V)
-    targets = dense_targets(rng.normal(size=(N, V)) * 3, K, np.append(tokens[1:], -1).astype(np.int64))
     write_entry(path, "a", make_entry(record, K, shard_tokens=256, chunk_tokens=128), targets)
     return path, targets
 
@@ -61,7 +57,7 @@ def test_the_whole_road_by_commands(
     done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["complete"]
-    assert_same_cache(moto_bucket.objects("cache/"), local_objects(cached_here))
+    assert_same_cache(moto_bucket.objects("cache/"), contents(cached_here))
 
     done = run("logit-cache", "inspect", url, "--json")
     assert done.returncode == 0, done.stderr
@@ -85,7 +81,7 @@ def test_two_workers_at_once(moto_bucket: Bucket, small_cache: Path, cached_here
     arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
     workers = [start(*arguments, "--worker", f"{i}/2") for i in range(2)]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    assert_same_cache(moto_bucket.objects("cache/"), local_objects(cached_here))
+    assert_same_cache(moto_bucket.objects("cache/"), contents(cached_here))
 
 
 @pytest.mark.slow
@@ -134,23 +130,6 @@ def test_a_shard_moves_in_one_request(
         assert not proxy.matching("POST", r"uploads")
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ("bucket", ("nowhere-at-all", "no such bucket")),
-        ("nothing there", ("no cache there",)),
-        ("protocol", ("cannot open", "s4")),
-    ],
-)
-def test_wrong_places_are_one_line(moto_bucket: Bucket, run: Run, case: str, words: tuple[str, ...]) -> None:
-    urls = {
-        "bucket": f"s3://nowhere-at-all-{uuid.uuid4().hex}/cache",
-        "nothing there": f"{moto_bucket.url}/cache",
-        "protocol": "s4://bucket/cache",
-    }
-    refused(run("logit-cache", "inspect", urls[case]), *words)
-
-
 def test_writing_into_a_bucket_that_is_not_there(moto_bucket: Bucket) -> None:
     url = f"s3://nowhere-at-all-{uuid.uuid4().hex}/cache"
     with pytest.raises(StoreUnavailable, match="there is no such bucket"):
@@ -163,38 +142,12 @@ def test_s3_without_its_package() -> None:
     refused(done, "pip install 'logit-cache[s3]'")
 
 
-def test_memory(made: tuple[Path, SparseTargets], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path))
-    path, targets = made
-    url = f"memory://{uuid.uuid4().hex}/cache"
-    here = LogitCache.open(str(path))
-    record = make_corpus(url, here.tokens.read(0, N), V)
-    write_entry(url, "a", make_entry(record, K, shard_tokens=256, chunk_tokens=128), targets)
-    opened = LogitCache.open(url)
-    assert opened.teachers == ("a",)
-    assert np.array_equal(cached(opened).codes, cached(here).codes)
-    assert verify(url, deep=True).sound
-
-
 @pytest.fixture
 def web(made: tuple[Path, SparseTargets], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The URL at which a plain web server, which lists nothing, serves that cache."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def list_directory(self, path: object) -> None:
-            self.send_error(404)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
     monkeypatch.setenv("LOGIT_CACHE_LOCAL_DIR", str(tmp_path))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(made[0].parent)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/cache"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(made[0].parent) as (url, _):
+        yield f"{url}/cache"
 
 
 def test_reading_from_a_plain_web_server(web: str, made: tuple[Path, SparseTargets], run: Run) -> None:
@@ -206,17 +159,3 @@ def test_reading_from_a_plain_web_server(web: str, made: tuple[Path, SparseTarge
     done = run("logit-cache", "verify", web)
     assert "Traceback" not in done.stderr
     refused(run("logit-cache", "tokenize", "--text", __file__, "--train-tokenizer", 300, "--out", web + "2"))
-
-
-def test_a_damaged_object_on_a_web_server(web: str, made: tuple[Path, SparseTargets], tmp_path: Path) -> None:
-    broken = made[0].parent / "broken"
-    if not broken.exists():
-        shutil.copytree(made[0], broken)
-    target = broken / "teachers/a/entropy/c/2"
-    data = bytearray(target.read_bytes())
-    data[len(data) // 2] ^= 1
-    target.write_bytes(bytes(data))
-    opened = LogitCache.open(web.replace("/cache", "/broken"))
-    opened.teacher("a").read(0, 512)
-    with pytest.raises(LogitCacheError, match="entropy/c/2"):
-        opened.teacher("a").read(512, 600)

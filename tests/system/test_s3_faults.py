@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.small import make_corpus, make_entry, random_stream, write_entry
 from support.commands import command, environment, refused
 from support.servers.fault_proxy import Fault, FaultProxy, Kind
 from support.servers.s3 import Bucket, Server, free_port, new_bucket, remove_bucket, use
@@ -51,10 +51,8 @@ class World:
 @pytest.fixture(scope="module")
 def stored(moto: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     path = tmp_path_factory.mktemp("made") / "cache"
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, V, N).astype(np.uint16)
+    tokens, targets = random_stream(V, N, K)
     record = make_corpus(str(path), tokens, V)
-    targets = dense_targets(rng.normal(size=(N, V)) * 3, K, np.append(tokens[1:], -1).astype(np.int64))
     write_entry(path, "a", make_entry(record, K, shard_tokens=SHARD, chunk_tokens=64, encoding="float32"), targets)
     EntryWriter.open(str(path), "b", make_entry(record, K, shard_tokens=64, chunk_tokens=64, encoding="float32"))
     bucket = new_bucket(moto)

@@ -32,13 +32,13 @@ from support.caches import known
 from support.caches.model import CacheModel, is_receipt, original
 from support.crash_disk import Crash, Disk
 
-import storage.format.shard
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter
 from storage.errors import LogitCacheError
 from storage.transfer.copy import CopyJob, prepare
 
+pytestmark = pytest.mark.usefixtures("encoded_once")
 NAMES = st.sampled_from(["a", "b"])
 VARIANTS = st.integers(0, 1)
 SLOTS = st.integers(0, 1)
@@ -147,12 +147,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(name=NAMES, dies_at=DIES_AT)
     def resume(self, name: str, dies_at: int | None) -> None:
         """The whole command: what it leaves is complete, whoever wrote it."""
-        entry = original()[1][name]
         with self.process(dies_at, self.home) as ended:
-            writer = EntryWriter.open(str(self.home.root), name, entry)
-            for shard in writer.pending():
-                writer.commit(shard, known.rows(entry, shard))
-            writer.finish()
+            known.complete(EntryWriter.open(str(self.home.root), name, original()[1][name]))
         if not ended and not self.home.still_damaged():
             self.home.acknowledge_entry(name)
 
@@ -173,7 +169,7 @@ class CacheMachine(RuleBasedStateMachine):
             strange |= any(not site.index_fits(part) for part in site.parts() if part.name in site.acknowledged)
         with (
             self.process(dies_at, source, target, may_refuse=strange) as ended,
-            prepare(CopyJob(str(source.root), str(target.root), workers=1)) as transfer,
+            prepare(CopyJob(source=str(source.root), target=str(target.root), workers=1)) as transfer,
         ):
             transfer.deliver()
         assert (known.contents(source.root) if source.exists else {}) == before
@@ -343,11 +339,6 @@ def kind(key: str) -> str:
 def numbered(part: known.Part) -> tuple[str, int]:
     name, _, shard = part.name.partition("/")
     return name, int(shard)
-
-
-@pytest.fixture(autouse=True)
-def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.format.shard, "encode_shard", known.encode_once)
 
 
 def run_machine(examples: int, steps: int) -> None:

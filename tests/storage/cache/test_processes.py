@@ -28,6 +28,14 @@ def named_child() -> tuple[subprocess.Popen[str], str]:
     return child, name
 
 
+@pytest.fixture
+def name() -> str:
+    """This process's name."""
+    found = this_process()
+    assert found is not None
+    return found
+
+
 def test_a_process_has_ended_when_it_is_gone() -> None:
     child, name = named_child()
     assert not has_ended(name)
@@ -35,20 +43,18 @@ def test_a_process_has_ended_when_it_is_gone() -> None:
     assert has_ended(name)
 
 
-def test_a_reused_pid_is_another_process() -> None:
-    name = this_process()
-    assert name is not None
+def test_a_reused_pid_is_another_process(name: str) -> None:
     assert not has_ended(name)
     machine, pid, start = name.split("/")
     assert has_ended(f"{machine}/{pid}/{int(start) - 1}")
 
 
-def no_such_process(pid: int) -> None:
-    raise psutil.NoSuchProcess(pid)
-
-
 def test_a_hidden_process_is_not_taken_for_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where /proc hides the processes of other users: a signal is refused, or goes through."""
+
+    def no_such_process(pid: int) -> None:
+        raise psutil.NoSuchProcess(pid)
+
     child, name = named_child()
     with monkeypatch.context() as hidden:
         hidden.setattr(psutil, "Process", no_such_process)
@@ -57,10 +63,8 @@ def test_a_hidden_process_is_not_taken_for_ended(monkeypatch: pytest.MonkeyPatch
         assert has_ended(name)
 
 
-def test_a_clock_that_is_set_ends_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_set_ends_no_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time since boot is psutil's difference of two dates, and both move with the clock."""
-    name = this_process()
-    assert name is not None
     assert int(name.split("/")[2]) == int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     right, moves = psutil.boot_time(), iter([0.0, 1.0, 2.0, 2.0, 2.0])
 
@@ -72,9 +76,7 @@ def test_a_clock_that_is_set_ends_no_process(monkeypatch: pytest.MonkeyPatch) ->
     assert has_ended(name + "1")
 
 
-def test_nothing_is_known_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = this_process()
-    assert name is not None
+def test_nothing_is_known_of_other_machines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, pid, start = name.split("/")
     assert not has_ended(f"another/{pid}/{int(start) - 1}")
     monkeypatch.setattr(storage.cache.processes.socket, "gethostname", lambda: "another")
@@ -84,16 +86,12 @@ def test_nothing_is_known_of_other_machines(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     "rest", ["", "/", "/1", "/-1/1", "/1/x", "/../1", "/self/1", "/²/1", f"/{'9' * 40}/1", f"/{'9' * 5000}/1"]
 )
-def test_a_malformed_name_has_not_ended(rest: str) -> None:
-    name = this_process()
-    assert name is not None
+def test_a_malformed_name_has_not_ended(name: str, rest: str) -> None:
     assert not has_ended(name.split("/")[0] + rest)
     assert not has_ended("None")
 
 
-def test_without_proc_there_are_no_names(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    name = this_process()
-    assert name is not None
+def test_without_proc_there_are_no_names(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setattr(storage.cache.processes, "_PROC", tmp_path)
     assert this_process() is None
     assert not has_ended(name)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.known import contents
+from support.caches.small import make_corpus, make_entry, random_stream, write_entry
 from support.commands import Run
 
 import storage.cache.verify
@@ -26,10 +27,8 @@ V, N, K = 101, 600, 12
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TeacherEntry, SparseTargets]:
     path = tmp_path_factory.mktemp("made") / "cache"
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, V, N).astype(np.uint16)
+    tokens, targets = random_stream(V, N, K)
     record = make_corpus(str(path), tokens, V)
-    targets = dense_targets(rng.normal(size=(N, V)) * 3, K, np.append(tokens[1:], -1).astype(np.int64))
     entry = make_entry(record, K, shard_tokens=128, chunk_tokens=64)
     write_entry(path, "a", entry, targets)
     return path, entry, targets
@@ -38,10 +37,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TeacherEntry, 
 @pytest.fixture
 def cache(made: tuple[Path, TeacherEntry, SparseTargets], tmp_path: Path) -> Path:
     return Path(shutil.copytree(made[0], tmp_path / "cache"))
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -55,15 +50,6 @@ def test_a_sound_cache_is_sound(cache: Path, deep: bool) -> None:
     assert found.bytes == sum(len(before[key]) for key in objects)
     assert sum(seen) == sum(len(before[key]) for key in objects if not key.startswith("tokenizer/"))
     assert contents(cache) == before
-
-
-def test_a_sound_cache_in_a_store_that_is_no_folder(tmp_path: Path) -> None:
-    url = f"memory://{tmp_path.name}/verify"
-    record = make_corpus(url, np.arange(N).astype(np.uint16) % V, V)
-    targets = dense_targets(np.zeros((N, V)), K, np.append(np.arange(1, N) % V, -1))
-    write_entry(url, "a", make_entry(record, K, shard_tokens=128, chunk_tokens=64), targets)
-    found = verify(url, deep=True)
-    assert (found.sound, found.leftovers) == (True, [])
 
 
 def test_every_file_that_is_missing_is_named(cache: Path) -> None:
@@ -112,14 +98,14 @@ def test_repair_leaves_alone_a_shard_that_a_worker_commits_meanwhile(
     entry = cache / "teachers/a"
     (entry / "receipts/index.json").unlink()
     (entry / "receipts/00000002.json").unlink()
-    check = storage.cache.verify._check_group
+    check = storage.cache.verify._Check.check_group
 
-    def then_commit(store: Any, group: Any, *others: Any) -> None:
-        check(store, group, *others)
+    def then_commit(self: Any, group: Any, pool: Any) -> None:
+        check(self, group, pool)
         if group.name == "teachers/a":
             write_entry(cache, "a", made[1], made[2])
 
-    monkeypatch.setattr(storage.cache.verify, "_check_group", then_commit)
+    monkeypatch.setattr(storage.cache.verify._Check, "check_group", then_commit)
     found = verify(str(cache), repair=True)
     assert str(entry / "token_ids/c/2/0") in found.leftovers
     assert found.repaired == []

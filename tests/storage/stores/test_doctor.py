@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from support.commands import Run, refused
 from support.servers.fault_proxy import Fault, FaultProxy
 from support.servers.s3 import Bucket, use
+from support.servers.web import serving
 
 import storage.stores.doctor
 from storage.errors import InputError, StoreUnavailable
@@ -147,57 +145,35 @@ def test_a_sound_folder_and_nothing_left(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["mine"]
 
 
-def refuse_links(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-
-
-def refuse_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+# What a file system may lack: the call that fails there, and how; the guarantee found broken; and whether a cache
+# can be written all the same. A folder that cannot sync cannot be written at all.
+LACKING = [
+    ("os.link", PermissionError(1, "Operation not permitted"), "hard links", True),
+    ("fcntl.flock", OSError(95, "Operation not supported"), "locks between processes", True),
+    ("os.fsync", OSError(22, "Invalid argument"), "write and read back", False),
+]
 
 
-def refuse_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that cannot sync cannot be written at all."""
-
-    def refuse(*_: object) -> None:
-        raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(os, "fsync", refuse)
-
-
-def leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5 << 20}))
-
-
-@pytest.mark.parametrize(
-    ("damage", "names", "safe"),
-    [
-        (refuse_links, ["hard links"], True),
-        (refuse_locks, ["locks between processes"], True),
-        (refuse_syncs, ["write and read back"], False),
-        (leave_no_room, ["free space"], True),
-    ],
-)
+@pytest.mark.parametrize(("call", "error", "name", "safe"), LACKING)
 def test_guarantees_that_a_file_system_may_lack(
-    damage: Callable[[pytest.MonkeyPatch], None],
-    names: list[str],
-    safe: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    call: str, error: OSError, name: str, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damage(monkeypatch)
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(call, refuse)
     found = examine(str(tmp_path))
     # Without links a race may have one winner by luck.
-    assert [name for name in broken(found) if name != "create only if absent"] == [
-        n for n in names if "create" not in n
-    ]
+    assert [each for each in broken(found) if each != "create only if absent"] == [name]
     assert safe_to_write(found) == safe
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_with_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5 << 20}))
+    found = examine(str(tmp_path))
+    assert broken(found) == ["free space"]
+    assert safe_to_write(found)
 
 
 def test_on_moto(moto_bucket: Bucket, run: Run) -> None:
@@ -250,18 +226,8 @@ def test_no_answer_is_no_finding(moto_bucket: Bucket, monkeypatch: pytest.Monkey
 def web(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/zarr.json").write_bytes(bytes(range(200)))
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(tmp_path) as (url, _):
+        yield url
 
 
 def test_a_web_server_is_examined_for_reading(web: str, run: Run) -> None:

@@ -20,6 +20,15 @@ from storage.stores.local import LocalStore
 from storage.stores.remote import RemoteStore
 
 
+def raising(error: OSError) -> Any:
+    """A call of the system that fails."""
+
+    def call(*_: Any, **__: Any) -> None:
+        raise error
+
+    return call
+
+
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The order of syncs, links and renames from now on."""
     events: list[str] = []
@@ -60,14 +69,6 @@ def test_new_folders_are_synced_into_their_parents_first(tmp_path: Path, monkeyp
     assert events == ["sync folder", "sync folder", "sync file", "link", "sync folder"]
 
 
-def test_a_taken_name_is_never_replaced(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
-    assert store.publish("key", b"first")
-    assert not store.publish("key", b"second")
-    assert store.read("key") == b"first"
-    assert store.names("") == ["key"]
-
-
 def test_a_name_taken_at_the_last_moment_is_not_replaced_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,16 +82,14 @@ def test_a_name_taken_at_the_last_moment_is_not_replaced_either(
 
 
 @pytest.mark.parametrize("without_links", [False, True])
-def test_file_systems_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_links: bool) -> None:
-    def refuse(*arguments: Any) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
+def test_a_taken_name_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_links: bool) -> None:
     if without_links:
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", raising(PermissionError(1, "Operation not permitted")))
     store = LocalStore(tmp_path)
     assert store.publish("key", b"first")
     assert not store.publish("key", b"second")
     assert store.read("key") == b"first"
+    assert store.names("") == ["key"]
 
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO])
@@ -115,11 +114,8 @@ def test_file_systems_that_sync_no_folders(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.EROFS, errno.ENAMETOOLONG])
 def test_what_a_file_system_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(error, os.strerror(error))
-
-    monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(os, "rename", refuse)
+    for name in ("link", "rename"):
+        monkeypatch.setattr(os, name, raising(OSError(error, os.strerror(error))))
     with pytest.raises(InputError, match=r"cannot write .*; choose a writable folder"):
         LocalStore(tmp_path).publish("key", b"data")
     assert os.listdir(tmp_path) == []
@@ -152,25 +148,20 @@ def test_a_lock_file_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise PermissionError(errno.EACCES, "Permission denied", str(name))
         return call(name, flags, *arguments)
 
-    def keep(*_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
     monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr(os, "unlink", keep)
+    monkeypatch.setattr(os, "unlink", raising(PermissionError(errno.EPERM, "Operation not permitted")))
     with locked(tmp_path, "a job"), pytest.raises(InputError, match="a job is at work"), locked(tmp_path, "a job"):
         pass
     with locked(tmp_path, "a job"):
         pass
 
 
-@pytest.mark.parametrize("failing", ["fsync", "link"])
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    def full(*arguments: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, failing, full)
-    if failing == "link":
-        monkeypatch.setattr(os, "rename", full)
+@pytest.mark.parametrize("failing", [("fsync",), ("link", "rename")])
+def test_a_failed_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[str, ...]
+) -> None:
+    for name in failing:
+        monkeypatch.setattr(os, name, raising(OSError(28, "No space left on device")))
     with pytest.raises(StorageFull, match="no space left"):
         LocalStore(tmp_path).publish("key", b"data")
     assert os.listdir(tmp_path) == []

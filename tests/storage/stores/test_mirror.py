@@ -14,7 +14,8 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.small import make_corpus, make_entry, random_stream, write_entry
+from support.servers.web import serving
 
 from storage import LogitCache, SparseTargets
 from storage.errors import CorruptCache, InputError, LogitCacheError
@@ -27,9 +28,7 @@ OBJECT = "teachers/a/token_ids/c/1/0"
 
 @pytest.fixture(scope="module")
 def truth() -> tuple[np.ndarray, SparseTargets]:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, V, N).astype(np.uint16)
-    return tokens, dense_targets(rng.normal(size=(N, V)) * 3, K, np.append(tokens[1:].astype(np.int64), -1))
+    return random_stream(V, N, K)
 
 
 @pytest.fixture
@@ -163,42 +162,20 @@ def test_copies_are_bounded(url: str, copies: Path, monkeypatch: pytest.MonkeyPa
 
 def test_processes_fetch_one_object_once(tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]) -> None:
     # memory:// belongs to one process, so a web server serves as the store.
-    import http.server
-    import threading
-
     folder = tmp_path / "served"
     record = make_corpus(str(folder), truth[0], V)
     write_entry(folder, "a", make_entry(record, K, shard_tokens=128, chunk_tokens=32), truth[1])
-    got: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments: Any, **others: Any) -> None:
-            super().__init__(*arguments, directory=str(folder), **others)
-
-        def do_GET(self) -> None:
-            got.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(folder) as (url, server):
         context = multiprocessing.get_context("spawn")
         start, results = context.Barrier(3), context.Queue()
-        url = f"http://127.0.0.1:{server.server_port}"
         workers = [context.Process(target=read_in_a_process, args=(url, start, results)) for _ in range(3)]
         for worker in workers:
             worker.start()
         sums = {results.get(timeout=60) for _ in workers}
         for worker in workers:
             worker.join()
-    finally:
-        server.shutdown()
-        server.server_close()
     assert sums == {int(truth[1].token_ids.sum())}
-    objects = [path for path in got if "/c/" in path]
+    objects = [path for method, path in server.asked if method == "GET" and "/c/" in path]
     assert len(objects) == len(set(objects)) == 5 * 9
 
 

@@ -15,7 +15,7 @@ from storage.cache.verify import verify
 from storage.errors import InputError
 from storage.files import local_path
 from storage.stores import open_store
-from storage.transfer.copy import prepare
+from storage.transfer.copy import CopyJob, prepare
 from student import DistillationWindows
 
 
@@ -95,7 +95,7 @@ def test_any_path_is_taken_where_a_url_is(home: Path, tmp_path: Path) -> None:
         assert np.array_equal(LogitCache.open(url).tokens.read(0, 40), tokens)
         assert verify(url).sound
         assert len(DistillationWindows(url, [], window_tokens=8)) == 5
-    with prepare(path, tmp_path / "copy") as transfer:
+    with prepare(CopyJob(source=path, target=tmp_path / "copy")) as transfer:
         assert transfer.contents.record == LogitCache.open(path).record
     LogitCache.open(path).save_tokenizer("~/tokenizer")
     assert (home / "tokenizer").is_dir()

@@ -13,13 +13,13 @@ from storage.cache.receipts import Receipts
 from storage.format.layout import (
     ArraySpec,
     corpus_arrays,
-    group_metadata,
     metadata_bytes,
+    record_bytes,
     stream_layout,
     teacher_arrays,
 )
-from storage.format.manifest import ATTRIBUTE, CacheRecord, ObjectDigest, ShardReceipt, ShardStatistics, Windowing
-from storage.format.sealing import Record, digest, sealed, sealed_bytes
+from storage.format.manifest import CacheRecord, ObjectDigest, ShardReceipt, ShardStatistics, Windowing
+from storage.format.sealing import Record, digest, sealed_bytes
 from storage.format.shard import encode_shard, object_digest
 
 N, V, K = 1_000_000_000, 16_000, 64
@@ -113,7 +113,7 @@ def make_cache(path: Path) -> CacheRecord:
 
 
 def write_group(folder: Path, record: Record) -> None:
-    (folder / "zarr.json").write_bytes(metadata_bytes(group_metadata({ATTRIBUTE: sealed(record)})))
+    (folder / "zarr.json").write_bytes(record_bytes(record))
 
 
 def write_array(folder: Path, spec: ArraySpec) -> None:
@@ -124,7 +124,7 @@ def write_array(folder: Path, spec: ArraySpec) -> None:
 def write_receipt(
     receipts: Receipts, path: Path, shard: int, objects: dict[str, ObjectDigest], found: ShardStatistics | None
 ) -> None:
-    start, stop = receipts._first.shard_range(shard)
+    start, stop = receipts.first_array.shard_range(shard)
     receipt = ShardReceipt(
         record_sha256=receipts.record_sha256, shard=shard, start=start, stop=stop, objects=objects, statistics=found,
         seconds=1.0, written_at="2026-01-01T00:00:00+00:00", host="made-up",

@@ -8,7 +8,7 @@ of different machines would write it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,14 +80,26 @@ def rows(entry: TeacherEntry, shard: int, variant: int = 0) -> SparseTargets:
     return targets(variant).rows(start, min(start + entry.layout.shard, N))
 
 
+def write_shards(url: str | Path, shards: Iterable[int], variant: int = 0) -> EntryWriter:
+    """The stream and some shards of the entry `a`, whose writer is returned."""
+    writer = EntryWriter.open(str(url), "a", entries(write_stream(url))["a"])
+    for shard in shards:
+        writer.commit(shard, rows(writer.entry, shard, variant))
+    return writer
+
+
+def complete(writer: EntryWriter) -> None:
+    """All that is missing in an entry, and its index."""
+    for shard in writer.pending():
+        writer.commit(shard, rows(writer.entry, shard))
+    writer.finish()
+
+
 def write_whole(url: str | Path) -> CacheRecord:
     """The stream and both entries, complete."""
     record = write_stream(url)
     for name, entry in entries(record).items():
-        writer = EntryWriter.open(str(url), name, entry)
-        for shard in writer.pending():
-            writer.commit(shard, rows(entry, shard))
-        writer.finish()
+        complete(EntryWriter.open(str(url), name, entry))
     return record
 
 

@@ -61,6 +61,14 @@ def dense_targets(logits: np.ndarray, k: int, labels: np.ndarray, start: int = 0
     )
 
 
+def random_stream(vocabulary_size: int, positions: int, k: int) -> tuple[np.ndarray, SparseTargets]:
+    """Tokens uint16 [N], and top-k targets of random logits that have them as labels; always the same."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocabulary_size, positions).astype(np.uint16)
+    labels = np.append(tokens[1:].astype(np.int64), -1)
+    return tokens, dense_targets(rng.normal(size=(positions, vocabulary_size)) * 3, k, labels)
+
+
 def stream_record(positions: int, vocabulary_size: int) -> CacheRecord:
     """The record of a cache of that many tokens in one document, none of which need exist."""
     return CacheRecord(

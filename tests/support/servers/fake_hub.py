@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from support.servers.web import running
 
 TOKEN = "hf_a-token-of-the-tests"
 
@@ -48,15 +48,9 @@ class FakeHub:
         """Run it on a free port until the body ends."""
         hub = cls()
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
+        with running(server) as port:
+            hub.url = f"http://127.0.0.1:{port}"
             yield hub
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: bytes, host: str) -> tuple[int, Any]:
         """Status and answer (JSON data, or bytes) of a request."""

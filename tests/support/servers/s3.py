@@ -7,6 +7,7 @@ the tests marked so. `bucket` fixtures set the environment, so that commands sta
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.caches.known import contents
 from support.processes import start
 
 from storage.cache.leases import leased_shard
@@ -55,15 +57,18 @@ class Server:
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }
 
-    def client(self) -> Any:
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Any]:
         """A plain client of another library than the one that the package uses."""
-        return _session().create_client(
+        client = _session().create_client(
             "s3",
             endpoint_url=self.url,
             aws_access_key_id=self.key,
             aws_secret_access_key=self.secret,
             region_name=REGION,
         )
+        with contextlib.closing(client):
+            yield client
 
 
 @functools.cache
@@ -87,33 +92,27 @@ class Bucket:
 
     def keys(self, prefix: str = "", only: str = "") -> list[str]:
         """The keys below a prefix, the prefix left out; `only`: a pattern that what is left has to match."""
-        client = self.server.client()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
-        found = [item["Key"][len(prefix) :] for page in pages for item in page.get("Contents", ())]
-        client.close()
+        with self.server.client() as client:
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+            found = [item["Key"][len(prefix) :] for page in pages for item in page.get("Contents", ())]
         return [key for key in found if re.fullmatch(only or ".*", key)]
 
     def objects(self, prefix: str = "", only: str = "") -> dict[str, bytes]:
         """The objects with those keys."""
-        keys, client = self.keys(prefix, only), self.server.client()
-        found = {key: client.get_object(Bucket=self.name, Key=prefix + key)["Body"].read() for key in keys}
-        client.close()
-        return found
+        keys = self.keys(prefix, only)
+        with self.server.client() as client:
+            return {key: client.get_object(Bucket=self.name, Key=prefix + key)["Body"].read() for key in keys}
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object past the package."""
-        client = self.server.client()
-        client.put_object(Bucket=self.name, Key=key, Body=data)
-        client.close()
+        with self.server.client() as client:
+            client.put_object(Bucket=self.name, Key=key, Body=data)
 
     def upload(self, folder: Path, prefix: str) -> str:
         """Copy a local cache into the bucket, past the package; returns its URL."""
-        client = self.server.client()
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                key = f"{prefix}/{path.relative_to(folder).as_posix()}"
-                client.put_object(Bucket=self.name, Key=key, Body=path.read_bytes())
-        client.close()
+        with self.server.client() as client:
+            for key, data in sorted(contents(folder).items()):
+                client.put_object(Bucket=self.name, Key=f"{prefix}/{key}", Body=data)
         return f"{self.url}/{prefix}"
 
 
@@ -136,20 +135,18 @@ def use(monkeypatch: pytest.MonkeyPatch, server: Server, endpoint: str | None = 
 def new_bucket(server: Server) -> Bucket:
     """A fresh bucket with a random name."""
     bucket = Bucket(server, f"test-{secrets.token_hex(6)}")
-    client = server.client()
-    client.create_bucket(Bucket=bucket.name)
-    client.close()
+    with server.client() as client:
+        client.create_bucket(Bucket=bucket.name)
     return bucket
 
 
 def remove_bucket(bucket: Bucket) -> None:
     """The bucket and all that is in it."""
-    client = bucket.server.client()
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name):
-        for item in page.get("Contents", ()):
-            client.delete_object(Bucket=bucket.name, Key=item["Key"])
-    client.delete_bucket(Bucket=bucket.name)
-    client.close()
+    keys = bucket.keys()
+    with bucket.server.client() as client:
+        for key in keys:
+            client.delete_object(Bucket=bucket.name, Key=key)
+        client.delete_bucket(Bucket=bucket.name)
 
 
 def free_port() -> int:
@@ -172,11 +169,6 @@ def wait_for(url: str, process: subprocess.Popen[Any], seconds: float = 60) -> N
         except OSError:
             time.sleep(0.1)
     pytest.fail(f"nothing answered at {url}; exit status {process.poll()}")
-
-
-def local_objects(path: Path) -> dict[str, bytes]:
-    """The files of a local cache by key."""
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 def no_leases(keys: Iterable[str]) -> list[str]:
