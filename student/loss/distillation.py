@@ -83,17 +83,13 @@ class PreparedLoss:
     _label_weights: Tensor | None  # [P], factors of the positions' cross-entropy; None: 1
     _teacher_weights: Tensor | None  # [P], and of their divergence
 
-    def sums(self, rows: slice, cross_entropy: Tensor | None, buckets: Sequence[tuple[Tensor, Tensor]]) -> LossSums:
+    def sums(self, rows: slice, cross_entropy: Tensor, buckets: Sequence[tuple[Tensor, Tensor]]) -> LossSums:
         """The sums of some rows; the sums of all rows add up to the batch's.
 
-        cross_entropy [R] is 0 where a position is not trained; None stands for 0 everywhere and is valid only where
-        alpha is 0. buckets: by member (ell [R, K_m], theta [R]), as returned by `student_buckets` for `supports`.
-        Differentiable in all of them.
+        cross_entropy [R], 0 where a position is not trained, and by member (ell [R, K_m], theta [R]), as returned by
+        `student_buckets` for `supports`. Differentiable in all of them.
         """
         trained = self.trained[rows]
-        if cross_entropy is None:
-            assert self._label_share == 0, "alpha above 0 needs the cross-entropy"
-            cross_entropy = torch.zeros(trained.shape, device=trained.device)
         # A term of weight zero stays out of the graph: the backward pass then skips its pass over the logits.
         loss = torch.zeros((), dtype=cross_entropy.dtype, device=trained.device)
         if self._label_share > 0:
@@ -283,7 +279,8 @@ def forward_kl(
     temperature without a stored tail.
     """
     tempered = temper(targets, member, temperature, trained)
-    _, ((ell, theta),) = student_buckets(logits, None, [tempered.support], [member.vocabulary_size], temperature)
+    labels = torch.where(tempered.trained, 0, NOT_TRAINED)
+    _, ((ell, theta),) = student_buckets(logits, labels, [tempered.support], [member.vocabulary_size], temperature)
     return weights(tempered, tail, blend)(ell, theta)
 
 

@@ -81,7 +81,7 @@ def test_the_gradient_by_the_logits_is_the_one_rule(name: LossName, mix: float, 
     _, found = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
 
     q = torch.softmax(z / tau, 1)
-    _, ((ell, theta),) = student_buckets(z, None, [targets.token_ids], [V], tau)
+    _, ((ell, theta),) = student_buckets(z, labels, [targets.token_ids], [V], tau)
     ell, theta = ell.requires_grad_(), theta.requires_grad_()
     teacher = joined(torch.log_softmax(logp / tau, 1), ids)
     g, h = torch.autograd.grad(Divergence(name, mix)(teacher, (ell, theta)).sum(), (ell, theta))
@@ -149,10 +149,10 @@ def test_below_v_it_is_the_divergence_of_joined_outcomes(
 def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: LossName, mix: float, tau: float) -> None:
     z, logp = normal(11, P, V, scale=3.0), dense(12, scale=3.0)
     whole = definition(name, mix, torch.softmax(logp / tau, 1), torch.softmax(z / tau, 1))
-    before = torch.zeros(P, dtype=DOUBLE)
+    before, labels = torch.zeros(P, dtype=DOUBLE), torch.zeros(P, dtype=torch.int64)
     for k in (1, 2, 5, 17, 64, 200, V):
         targets = stored(logp, k, dtype=DOUBLE)
-        _, (side,) = student_buckets(z, None, [targets.token_ids], [V], tau)
+        _, (side,) = student_buckets(z, labels, [targets.token_ids], [V], tau)
         teacher = joined(torch.log_softmax(logp / tau, 1), targets.token_ids.long())
         value = Divergence(name, mix)(teacher, side)
         assert (value >= before - 1e-12).all()

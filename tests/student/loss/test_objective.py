@@ -187,21 +187,6 @@ def test_pieces_add_up_through_prepared_sums(options: dict[str, Any]) -> None:
     assert found.abs().max() > 1e-4
 
 
-def test_without_cross_entropy_alpha_must_be_zero() -> None:
-    z, labels, targets = normal(16, P, V), labels_for(17), {"t": stored(dense(18), 9, dtype=DOUBLE)}
-    for alpha in (0.0, 0.5):
-        prepared = DistillationLoss(V, alpha, 1.0, [member()]).prepare(labels, targets)
-        _, buckets = student_buckets(z, None, prepared.supports, prepared.sizes, 1.0)
-        if alpha:
-            with pytest.raises(AssertionError):
-                prepared.sums(slice(None), None, buckets)
-            continue
-        sums = prepared.sums(slice(None), None, buckets)
-        expected = DistillationLoss(V, 0.0, 1.0, [member()])(z, labels, targets)
-        torch.testing.assert_close(sums.loss_sum, expected.loss_sum, rtol=1e-12, atol=0)
-        assert float(sums.cross_entropy) == 0
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[str, Any]) -> None:
     rows = 36
