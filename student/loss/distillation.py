@@ -17,7 +17,7 @@ Three steps, so that the logits may come whole or in chunks of rows::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,11 @@ from student.labels import NOT_TRAINED
 from student.loss.divergences import Divergence
 from student.loss.objective import Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
-from student.loss.teacher_targets import Member, Tempered, Weights, targets_of, temper, weights
+from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
 from student.target_batch import TargetBatch
+
+# A divergence [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows.
+Term = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class PreparedLoss:
     _label_share: float  # alpha, and below (1 - alpha) * tau**2, each times its factor from the loss scale
     _teacher_share: float
     _members: tuple[Member, ...]
-    _terms: tuple[Weights | BucketDivergence, ...]
+    _terms: tuple[Term, ...]
     _label_weights: Tensor | None  # [P], factors of the positions' cross-entropy; None: 1
     _teacher_weights: Tensor | None  # [P], and of their divergence
 
@@ -284,23 +287,11 @@ def forward_kl(
     return weights(tempered, tail, blend)(ell, theta)
 
 
-@dataclass(frozen=True)
-class BucketDivergence:
-    """A divergence from one teacher's stored ids and tail bucket: log-probs heads [P, K] and log_tail [P]."""
-
-    divergence: Divergence
-    heads: Tensor
-    log_tail: Tensor
-
-    def __call__(self, ell: Tensor, theta: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The divergence [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows."""
-        return self.divergence((self.heads[rows], self.log_tail[rows]), (ell, theta))
-
-
-def _term(tempered: Tempered, tail: Tail, objective: Objective) -> Weights | BucketDivergence:
+def _term(tempered: Tempered, tail: Tail, objective: Objective) -> Term:
     if objective.loss == "forward-kl":
         return weights(tempered, tail, objective.blending)
-    return BucketDivergence(Divergence(objective.loss, objective.mixing), *tempered.bucketed)
+    divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
+    return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
 
 def tail_of(member: Member, objective: Objective) -> Tail:
