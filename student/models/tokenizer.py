@@ -25,12 +25,17 @@ from student.models.tokenizer_file import FILE, as_transformers_does, read_file,
 from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+# What belongs to a tokenizer or to a processor beside the files that can be read alone.
+BESIDE = (
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
 # All that a tokenizer may consist of; config.json names its class where tokenizer_config.json does not.
 _HUB_FILES = [
     *TOKENIZER_FILES,
-    *("config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tokenizer.*.json"),
-    *("*.jinja", "chat_template.json", "spm.model", "*.tiktoken", "tiktoken.model", "tekken.json"),
-    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *BESIDE,
+    *("config.json", "tokenizer.*.json", "*.jinja", "spm.model", "*.tiktoken", "tiktoken.model", "tekken.json"),
 ]
 _TIKTOKEN = (".tiktoken", ".model")
 
