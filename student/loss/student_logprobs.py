@@ -20,9 +20,9 @@ from storage.errors import InputError
 from student.labels import NOT_TRAINED
 from student.loss.logit_chunk import LogitChunk, Pair, row_slices
 
-# Logits per chunk of rows, which bounds the temporaries: 4 MiB of float32 on a CPU, which stay in the processor's
+# Logits per chunk of rows, which bounds the temporaries: 2 MiB of float32 on a CPU, which stay in the processor's
 # cache, and 256 MiB elsewhere, where fewer kernel launches matter more.
-_CHUNK_LOGITS = {"cpu": 1 << 20, "elsewhere": 1 << 26}
+_CHUNK_LOGITS = {"cpu": 1 << 19, "elsewhere": 1 << 26}
 
 
 def student_buckets(
