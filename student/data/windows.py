@@ -74,10 +74,9 @@ class DistillationWindows(Dataset[Window]):
             raise InputError(f"a window has at least one position; got {window_tokens}")
         if offset not in ("fixed", "random"):
             raise InputError(f"offset is 'fixed' or 'random'; got {offset!r}")
-        cache_url = os.fspath(cache_url)
-        cache = LogitCache.open(cache_url)
-        _ = cache.tokens  # raises now if the cache was shared without them
         self.cache_url = os.fspath(cache_url)
+        cache = LogitCache.open(self.cache_url)
+        _ = cache.tokens  # raises now if the cache was shared without them
         self.record = cache.record
         self.vocabulary_size = cache.vocabulary_size
         self.teachers = tuple(teachers)
@@ -93,8 +92,7 @@ class DistillationWindows(Dataset[Window]):
         """Other windows over the same tokens and targets; only the length is checked again, nothing is reopened."""
         if (window_tokens, offset) == (self.window_tokens, self.blocks.offset):
             return self
-        other = copy.copy(self)
-        other._handle, other.window_tokens = self._handle, window_tokens
+        other = self._with(window_tokens=window_tokens)
         other.blocks = other._blocks(offset)
         return other
 
@@ -114,11 +112,9 @@ class DistillationWindows(Dataset[Window]):
         check_vocabulary(cache, vocabulary, model, remedy, named, log, self.begin_id)
         if columns is None or columns >= self.vocabulary_size:
             return self
-        other = copy.copy(self)
-        other._handle = self._handle
         column = "give the model a column for it (vocab_size of a new one, resize_token_embeddings of another)"
         advice = f"{column}, or take it out of the text"
-        other.vocabulary_size = ids_in_common(cache, columns, model, advice, log, self.begin_id)
+        other = self._with(vocabulary_size=ids_in_common(cache, columns, model, advice, log, self.begin_id))
         for name in self.teachers:
             found = cache.teacher(name).first_beyond(columns)
             if found is not None:
@@ -159,9 +155,7 @@ class DistillationWindows(Dataset[Window]):
 
     def without_targets(self) -> DistillationWindows:
         """The same windows of the same tokens, reading no targets."""
-        other = copy.copy(self)
-        other.teachers, other.entries = (), {}
-        return other
+        return self._with(teachers=(), entries={})
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -216,6 +210,12 @@ class DistillationWindows(Dataset[Window]):
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), LogitCache.open(self.cache_url))
         return self._handle[1]
+
+    def _with(self, **changed: Any) -> DistillationWindows:
+        """A copy with other attributes, over the cache that is open."""
+        other = copy.copy(self)
+        vars(other).update(changed, _handle=self._handle)
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}

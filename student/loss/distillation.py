@@ -17,7 +17,7 @@ Three steps, so that the logits may come whole or in chunks of rows::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,11 @@ from student.labels import NOT_TRAINED
 from student.loss.divergences import Divergence
 from student.loss.objective import Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
-from student.loss.teacher_targets import Member, Tempered, Weights, targets_of, temper, weights
+from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
 from student.target_batch import TargetBatch
+
+# A divergence [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows.
+Term = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,21 +82,17 @@ class PreparedLoss:
     _label_share: float  # alpha, and below (1 - alpha) * tau**2, each times its factor from the loss scale
     _teacher_share: float
     _members: tuple[Member, ...]
-    _terms: tuple[Weights | BucketDivergence, ...]
+    _terms: tuple[Term, ...]
     _label_weights: Tensor | None  # [P], factors of the positions' cross-entropy; None: 1
     _teacher_weights: Tensor | None  # [P], and of their divergence
 
-    def sums(self, rows: slice, cross_entropy: Tensor | None, buckets: Sequence[tuple[Tensor, Tensor]]) -> LossSums:
+    def sums(self, rows: slice, cross_entropy: Tensor, buckets: Sequence[tuple[Tensor, Tensor]]) -> LossSums:
         """The sums of some rows; the sums of all rows add up to the batch's.
 
-        cross_entropy [R] is 0 where a position is not trained; None stands for 0 everywhere and is valid only where
-        alpha is 0. buckets: by member (ell [R, K_m], theta [R]), as returned by `student_buckets` for `supports`.
-        Differentiable in all of them.
+        cross_entropy [R], 0 where a position is not trained, and by member (ell [R, K_m], theta [R]), as returned by
+        `student_buckets` for `supports`. Differentiable in all of them.
         """
         trained = self.trained[rows]
-        if cross_entropy is None:
-            assert self._label_share == 0, "alpha above 0 needs the cross-entropy"
-            cross_entropy = torch.zeros(trained.shape, device=trained.device)
         # A term of weight zero stays out of the graph: the backward pass then skips its pass over the logits.
         loss = torch.zeros((), dtype=cross_entropy.dtype, device=trained.device)
         if self._label_share > 0:
@@ -283,27 +282,16 @@ def forward_kl(
     temperature without a stored tail.
     """
     tempered = temper(targets, member, temperature, trained)
-    _, ((ell, theta),) = student_buckets(logits, None, [tempered.support], [member.vocabulary_size], temperature)
+    labels = torch.where(tempered.trained, 0, NOT_TRAINED)
+    _, ((ell, theta),) = student_buckets(logits, labels, [tempered.support], [member.vocabulary_size], temperature)
     return weights(tempered, tail, blend)(ell, theta)
 
 
-@dataclass(frozen=True)
-class BucketDivergence:
-    """A divergence from one teacher's stored ids and tail bucket: log-probs heads [P, K] and log_tail [P]."""
-
-    divergence: Divergence
-    heads: Tensor
-    log_tail: Tensor
-
-    def __call__(self, ell: Tensor, theta: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The divergence [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows."""
-        return self.divergence((self.heads[rows], self.log_tail[rows]), (ell, theta))
-
-
-def _term(tempered: Tempered, tail: Tail, objective: Objective) -> Weights | BucketDivergence:
+def _term(tempered: Tempered, tail: Tail, objective: Objective) -> Term:
     if objective.loss == "forward-kl":
         return weights(tempered, tail, objective.blending)
-    return BucketDivergence(Divergence(objective.loss, objective.mixing), *tempered.bucketed)
+    divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
+    return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
 
 def tail_of(member: Member, objective: Objective) -> Tail:

@@ -27,7 +27,6 @@ would lower its reverse KL below 0 by moving mass to ids that do not exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +51,27 @@ class Divergence:
 
     def __call__(self, teacher: Side, student: Side) -> Tensor:
         """The divergence [P] of two sides, in nats; differentiable in the student's."""
-        outcomes = _Outcomes.of(teacher, student)
-        return _FUNCTIONS[self.name](outcomes, self.mix) + self.padding_cost * (1 - outcomes.q.sum(1))
+        log_p, log_q = (torch.cat([heads, tail[:, None]], dim=1) for heads, tail in (teacher, student))
+        exists = log_p > -math.inf
+        # Made finite before any arithmetic, not after it: both sides may be -inf where every id is stored, and the
+        # derivative of the log of their mixture is NaN there, however its value is masked.
+        log_p = torch.where(exists, log_p, 0.0)
+        p, q = log_p.exp() * exists, log_q.exp() * exists
+        return self._of_outcomes(log_p, log_q, p, q) + self.padding_cost * (1 - q.sum(1))
+
+    def _of_outcomes(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        """The table's value [P] of both sides' K + 1 outcomes [P, K + 1]; p and q are 0 where no outcome exists."""
+        if self.name == "forward-kl":
+            return _expected(p, log_p - log_q)
+        if self.name == "reverse-kl":
+            return _expected(q, log_q - log_p)
+        if self.name == "skew-forward-kl":
+            return _expected(p, log_p - _log_mixture(log_p, log_q, self.mix))
+        if self.name == "skew-reverse-kl":
+            return _expected(q, log_q - _log_mixture(log_p, log_q, 1 - self.mix))
+        assert self.name == "jsd", self.name
+        log_m = _log_mixture(log_p, log_q, self.mix)
+        return self.mix * _expected(p, log_p - log_m) + (1 - self.mix) * _expected(q, log_q - log_m)
 
     @property
     def padding_cost(self) -> float:
@@ -65,55 +83,6 @@ class Divergence:
         if self.name == "skew-reverse-kl":
             return -math.log(self.mix)
         return 0.0
-
-
-@dataclass(frozen=True)
-class _Outcomes:
-    """Log-probs and probs of both sides' K + 1 outcomes, all [P, K + 1]; p and q are 0 where no outcome exists."""
-
-    log_p: Tensor
-    log_q: Tensor
-    p: Tensor
-    q: Tensor
-
-    @classmethod
-    def of(cls, teacher: Side, student: Side) -> _Outcomes:
-        log_p, log_q = (torch.cat([heads, tail[:, None]], dim=1) for heads, tail in (teacher, student))
-        exists = log_p > -math.inf
-        # Made finite before any arithmetic, not after it: both sides may be -inf where every id is stored, and the
-        # derivative of the log of their mixture is NaN there, however its value is masked.
-        log_p = torch.where(exists, log_p, 0.0)
-        return cls(log_p, log_q, log_p.exp() * exists, log_q.exp() * exists)
-
-
-def _forward_kl(o: _Outcomes, mix: float) -> Tensor:
-    return _expected(o.p, o.log_p - o.log_q)
-
-
-def _reverse_kl(o: _Outcomes, mix: float) -> Tensor:
-    return _expected(o.q, o.log_q - o.log_p)
-
-
-def _jsd(o: _Outcomes, beta: float) -> Tensor:
-    log_m = _log_mixture(o.log_p, o.log_q, beta)
-    return beta * _expected(o.p, o.log_p - log_m) + (1 - beta) * _expected(o.q, o.log_q - log_m)
-
-
-def _skew_forward_kl(o: _Outcomes, skew: float) -> Tensor:
-    return _expected(o.p, o.log_p - _log_mixture(o.log_p, o.log_q, skew))
-
-
-def _skew_reverse_kl(o: _Outcomes, skew: float) -> Tensor:
-    return _expected(o.q, o.log_q - _log_mixture(o.log_p, o.log_q, 1 - skew))
-
-
-_FUNCTIONS: dict[LossName, Callable[[_Outcomes, float], Tensor]] = {
-    "forward-kl": _forward_kl,
-    "reverse-kl": _reverse_kl,
-    "jsd": _jsd,
-    "skew-forward-kl": _skew_forward_kl,
-    "skew-reverse-kl": _skew_reverse_kl,
-}
 
 
 def _expected(weights: Tensor, values: Tensor) -> Tensor:

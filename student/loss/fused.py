@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from student.loss.logit_chunk import LogitChunk, Pair
+from student.loss.logit_chunk import Gradients, LogitChunk
 from student.loss.student_logprobs import check_columns
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _triton_runs(device: torch.device, temperature: float, softcap: float | None
 
 def _differentiated(
     prepared: PreparedLoss, rows: slice, chunk: LogitChunk
-) -> tuple[LossSums, Tensor | None, list[Pair]]:
+) -> tuple[LossSums, Tensor | None, list[Gradients]]:
     """The sums of some rows, without gradient, and the gradients of their loss_sum by the chunk's log-probs."""
     leaves = [chunk.cross_entropy, *(tensor for pair in chunk.buckets for tensor in pair)]
     with torch.enable_grad():
@@ -245,8 +245,7 @@ def _differentiated(
         if sums.loss_sum.requires_grad:
             found = torch.autograd.grad(sums.loss_sum, leaves, allow_unused=True)
     by_label, *by_bucket = found
-    filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(rest, by_bucket, strict=True)]
-    pairs = list(zip(filled[::2], filled[1::2], strict=True))
+    pairs = list(zip(by_bucket[::2], by_bucket[1::2], strict=True))
     return replace(sums, loss_sum=sums.loss_sum.detach()), by_label, pairs
 
 

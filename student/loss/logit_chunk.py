@@ -36,6 +36,7 @@ from torch import Tensor
 _TILE_LOGITS = {"cpu": 1 << 20}
 
 Pair = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor | None, Tensor | None]
 
 
 class LogitChunk:
@@ -91,10 +92,10 @@ class LogitChunk:
             for teacher in self._teachers
         ]  # fmt: skip
 
-    def to_gradient(self, by_label: Tensor | None, by_bucket: Sequence[Pair]) -> None:
+    def to_gradient(self, by_label: Tensor | None, by_bucket: Sequence[Gradients]) -> None:
         """Write dL/dz into the buffer, once, from the gradients of L by `cross_entropy` and by `buckets`.
 
-        `by_label` None stands for zeros. Entries without an id or not trained count as zeros.
+        None stands for zeros. Entries without an id or not trained count as zeros.
         """
         tau, trained = self._tau, self._trained[:, None]
         at_ids, by_tau = self._by_u(by_bucket)
@@ -112,15 +113,15 @@ class LogitChunk:
         if by_label is not None:
             self._z.scatter_add_(1, self._labels, -c * self._slope(self._z_label))
 
-    def _by_u(self, by_bucket: Sequence[Pair]) -> tuple[Tensor, list[Tensor]]:
+    def _by_u(self, by_bucket: Sequence[Gradients]) -> tuple[Tensor, list[Tensor]]:
         """dL/du of the teachers' terms: at the ids [R, U]; by part, the factor [R, 1] of its exponentials elsewhere."""
         u, lse, trained = self._u_ids(), self._lse, self._trained[:, None]
         q = (u - lse).exp()
         rests = [part.above(self._peak, self._tau) for part in self._parts]
         at_ids, by_tau = torch.zeros_like(u), [torch.zeros_like(lse) for _ in rests]
         for (g, h), teacher in zip(by_bucket, self._teachers, strict=True):
-            g = g.masked_fill(~(teacher.stored & trained), 0.0)
-            h = h[:, None].masked_fill(~trained, 0.0)
+            g = u.new_zeros(teacher.slots.shape) if g is None else g.masked_fill(~(teacher.stored & trained), 0.0)
+            h = torch.zeros_like(lse) if h is None else h[:, None].masked_fill(~trained, 0.0)
             total = g.sum(1, keepdim=True) + h
             # With nothing outside the ids both are -inf; any finite number here makes their exponential 0, as it is.
             tail = teacher.log_tail.masked_fill(teacher.log_tail.isneginf(), 0.0)
@@ -244,8 +245,11 @@ def _union(supports: Sequence[Tensor], rows: int, device: torch.device) -> tuple
 
 
 def row_slices(buffer: Tensor, logits_at_once: dict[str, int]) -> list[slice]:
-    """Row ranges of about `logits_at_once` logits by device type or "elsewhere"; of all rows where neither is given."""
+    """Row ranges of about `logits_at_once` logits by device type or "elsewhere"; of all rows where neither is given.
+
+    At least one range, if of no rows.
+    """
     rows, columns = buffer.shape
     most = logits_at_once.get(buffer.device.type, logits_at_once.get("elsewhere", buffer.numel()))
     step = max(1, most // max(1, columns))
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    return [slice(start, start + step) for start in range(0, max(1, rows), step)]

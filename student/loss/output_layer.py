@@ -59,31 +59,23 @@ class PlainHead:
         It is computed inside the output layer's own call: FSDP2 all-gathers sharded weights there for as long as they
         are needed, whichever of its units they belong to.
         """
-        inside = _LossInHead(self, prepared)
-        with replaced_forward(self.linear, inside):
+        found: list[LossSums] = []
+
+        def loss_of(hidden: Tensor) -> Tensor:
+            weight, bias = self.linear.weight, self.linear.bias
+            sums = fused_loss(hidden, weight, bias, prepared, logit_scale=self.logit_scale, softcap=self.softcap)
+            found.append(sums)
+            return sums.loss_sum
+
+        with replaced_forward(self.linear, loss_of):
             loss_sum: Tensor = self.linear(hidden.flatten(0, -2))
-        assert inside.sums is not None
-        return replace(inside.sums, loss_sum=loss_sum)
+        return replace(found[0], loss_sum=loss_sum)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [B, T, W] of these hidden states, float32, without gradient."""
         bias = None if self.linear.bias is None else self.linear.bias.detach()
         logits = self.logit_scale * F.linear(hidden.detach(), self.linear.weight.detach(), bias).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-@dataclass
-class _LossInHead:
-    """The forward of an output layer that returns the prepared loss's sum instead of logits, and keeps all its sums."""
-
-    head: PlainHead
-    prepared: PreparedLoss
-    sums: LossSums | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        linear, scale, softcap = self.head.linear, self.head.logit_scale, self.head.softcap
-        self.sums = fused_loss(hidden, linear.weight, linear.bias, self.prepared, logit_scale=scale, softcap=softcap)
-        return self.sums.loss_sum
 
 
 def choose_head(model: nn.Module, fused: Literal["auto", "on", "off"]) -> PlainHead | str:

@@ -12,21 +12,11 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import InputError
 from storage.files import local_path
 from student.models.foreign_errors import closest, explained
-from student.models.presets import PRESETS, preset_settings
+from student.models.presets import PRESETS
 from student.models.special_ids import token_ids
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-def preset_config(name: str, vocabulary_size: int, special_ids: Mapping[str, int | None]) -> PretrainedConfig:
-    """The transformers configuration of a preset for a vocabulary; see `load_student` for `special_ids`."""
-    from transformers import AutoConfig
-
-    settings = preset_settings(name)
-    return AutoConfig.for_model(
-        settings.pop("model_type"), vocab_size=vocabulary_size, **settings, **token_ids(special_ids, vocabulary_size)
-    )
 
 
 def has_weights(spec: str) -> bool:

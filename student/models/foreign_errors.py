@@ -7,15 +7,15 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from storage.errors import InputError
+from storage.errors import InputError, LogitCacheError
 
 
 @contextlib.contextmanager
 def explained(what: str, hint: str = "") -> Iterator[None]:
-    """Turns any exception of transformers inside into an InputError: they have no common base class."""
+    """Turns any exception of other libraries inside into an InputError: they have no common base class."""
     try:
         yield
-    except (InputError, MemoryError):
+    except (LogitCacheError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())

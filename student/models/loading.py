@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import InputError
 from storage.files import local_path
 from storage.progress import Log
-from student.models.configuration import check_config, config_of, preset_config, read_config, read_settings
+from student.models.configuration import check_config, config_of, has_weights, read_config, read_settings
 from student.models.foreign_errors import explained
-from student.models.presets import PRESETS
+from student.models.presets import PRESETS, preset_settings
 from student.models.special_ids import add_missing_ids, check_generation_file, make_generation_valid
 
 if TYPE_CHECKING:
@@ -55,20 +55,17 @@ def load_student(
     depends on later tokens (an encoder would learn to copy the answer).
     """
     spec = os.fspath(spec)
-    if spec in PRESETS:
-        config = preset_config(spec, vocabulary_size, special_ids)
-        check_config(config, spec, vocabulary_size, window_tokens)
-        return _from_scratch(config, spec, seed, attention)
-    path = local_path(spec)
-    if path.is_file():
-        config = config_of(read_settings(path), str(path), vocabulary_size, special_ids)
-        check_config(config, spec, vocabulary_size, window_tokens)
-        model = _from_scratch(config, spec, seed, attention)
-    else:
+    if has_weights(spec):
         model = _from_weights(spec, vocabulary_size, window_tokens, attention)
         add_missing_ids(model, spec, special_ids, log)
         make_generation_valid(model, spec, log)
-    _probe(model, spec, vocabulary_size, window_tokens)
+    else:
+        settings = preset_settings(spec) if spec in PRESETS else read_settings(local_path(spec))
+        config = config_of(settings, str(local_path(spec)), vocabulary_size, special_ids)
+        check_config(config, spec, vocabulary_size, window_tokens)
+        model = _from_scratch(config, spec, seed, attention)
+    if spec not in PRESETS:
+        _probe(model, spec, vocabulary_size, window_tokens)
     model.train()
     return model
 
@@ -87,7 +84,6 @@ def _from_scratch(config: PretrainedConfig, spec: str, seed: int, attention: str
         torch.default_generator.manual_seed(seed)
         auto: Any = AutoModelForCausalLM
         model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
-    model.train()
     return model
 
 

@@ -9,16 +9,10 @@ from typing import Any
 from storage import LogitCache
 from storage.format.identity import TOKENIZER_FILES
 from storage.progress import Log
-from student.models.tokenizer import model_folder, read_tokenizer, tokenizer_of
+from student.models.tokenizer import BESIDE, model_folder, read_tokenizer, tokenizer_of
 from student.models.tokenizer_file import differing_text, same_every_time_files
 from student.models.tokenizer_settings import portable_files, stored_files
 
-# What belongs to a tokenizer or to a processor beside the files that can be read alone.
-_BESIDE = (
-    *("merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
-    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
-)
 # Stretches of a cache's tokens, spread over it, whose text two tokenizers are compared on, and tokens of each.
 _STRETCHES, _STRETCH = 16, 512
 
@@ -51,7 +45,7 @@ def _own_or_cached(cache: LogitCache, model: str, log: Log) -> dict[str, bytes]:
             f"{model}: its tokenizer splits text otherwise than that of {cache.url} ({shown!r}): saved with the cache's"
         )
         return stored
-    found = {path for pattern in (*TOKENIZER_FILES, *_BESIDE) for path in folder.glob(pattern)}
+    found = {path for pattern in (*TOKENIZER_FILES, *BESIDE) for path in folder.glob(pattern)}
     files = portable_files({path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(found)})
     template = cached.chat_template
     if not _is_rendered(cache) or template is None or template == own.chat_template:

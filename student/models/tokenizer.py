@@ -14,24 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from storage import LogitCache
-from storage.errors import InputError, LogitCacheError
+from storage.errors import InputError
 from storage.files import local_path
 from storage.format.identity import TOKENIZER_FILES, has_tokenizer
 from storage.progress import Log
 from student.models.configuration import has_weights
+from student.models.foreign_errors import explained
 from student.models.sentencepiece_model import is_tiktoken, read_sentencepiece, sentencepiece_file
 from student.models.tokenizer_file import FILE, as_transformers_does, read_file, same_every_time
 from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+# What belongs to a tokenizer or to a processor beside the files that can be read alone.
+BESIDE = (
+    *("merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+)
 # All that a tokenizer may consist of; config.json names its class where tokenizer_config.json does not.
 _HUB_FILES = [
     *TOKENIZER_FILES,
-    *("config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "tokenizer.*.json"),
-    *("*.jinja", "chat_template.json", "spm.model", "*.tiktoken", "tiktoken.model", "tekken.json"),
-    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *BESIDE,
+    *("config.json", "tokenizer.*.json", "*.jinja", "spm.model", "*.tiktoken", "tiktoken.model", "tekken.json"),
 ]
-_REMEDY = "give a folder in which a tokenizer was saved"
 _TIKTOKEN = (".tiktoken", ".model")
 
 
@@ -43,8 +48,8 @@ def read_tokenizer(folder: Path, asked: str, trust_remote_code: bool = False, lo
     # AutoTokenizer makes an empty tokenizer of a folder that holds none, for some families.
     if not has_tokenizer(folder):
         return None
-    what = "the tokenizer beside the model cannot be read"
-    return _read(folder, asked, what, "save it again, or remove its files", trust_remote_code, log)
+    with explained(f"{asked}: the tokenizer beside the model cannot be read", ": save it again, or remove its files"):
+        return _read(folder, asked, trust_remote_code, log)
 
 
 def open_tokenizer(
@@ -59,20 +64,23 @@ def open_tokenizer(
     own_rules: False for a tokenizer with the rules of its transformers class in place of those of its tokenizer.json,
     with which streams were made before.
     """
-    what = "cannot be read as a tokenizer"
+
+    def read(folder: Path, remedy: str = "give a folder in which a tokenizer was saved") -> Any:
+        with explained(f"{name}: cannot be read as a tokenizer", f": {remedy}"):
+            return _read(folder, name, trust_remote_code, log, own_rules)
+
     if "://" in name or (local_path(name) / "zarr.json").is_file():
         with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
             LogitCache.open(cache_of_tokenizer(name) or name).save_tokenizer(Path(folder))
-            return _read(Path(folder), name, what, _REMEDY, trust_remote_code, log, own_rules)
+            return read(Path(folder))
     path = local_path(name)
     if path.is_dir():
-        return _read(path, name, what, _REMEDY, trust_remote_code, log, own_rules)
+        return read(path)
     if path.exists():
         raise InputError(f"{name}: expected a folder with tokenizer.json or the like, found a file; give its folder")
     if not _HUB_ID.match(name):
         raise InputError(f"{name}: no such folder; give a tokenizer's folder, a cache, or a hub id such as org/name")
-    path = _hub_folder(name, revision, trust_remote_code)
-    return _read(path, name, what, "check the id", trust_remote_code, log, own_rules)
+    return read(_hub_folder(name, revision, trust_remote_code), "check the id")
 
 
 def cache_of_tokenizer(name: str) -> str | None:
@@ -128,33 +136,11 @@ def _hub_folder(name: str, revision: str | None = None, trust_remote_code: bool 
     from huggingface_hub import snapshot_download
 
     patterns = [*_HUB_FILES, "*.py"] if trust_remote_code else _HUB_FILES
-    try:
+    with explained(f"{name}: cannot be read as a tokenizer", "; check the id and the network"):
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's, the network's and the file system's
-        raise InputError(
-            f"{name}: cannot be read as a tokenizer ({_reason(error)}); check the id and the network"
-        ) from None
 
 
-def _read(
-    folder: Path,
-    asked: str,
-    what: str,
-    remedy: str,
-    trust_remote_code: bool,
-    log: Log | None,
-    own_rules: bool = True,
-) -> Any:
-    try:
-        return _read_kind(folder, asked, trust_remote_code, log, own_rules)
-    except (LogitCacheError, MemoryError):
-        raise
-    except Exception as error:
-        # Damaged files raise an exception of whichever library reads them first.
-        raise InputError(f"{asked}: {what} ({_reason(error)}): {remedy}") from None
-
-
-def _read_kind(folder: Path, asked: str, trust_remote_code: bool, log: Log | None, own_rules: bool) -> Any:
+def _read(folder: Path, asked: str, trust_remote_code: bool, log: Log | None, own_rules: bool = True) -> Any:
     if not own_rules:
         return as_transformers_does(folder, trust_remote_code)
     if trust_remote_code and "auto_map" in read_settings(folder):
@@ -219,7 +205,3 @@ def _class(folder: Path) -> Any:
     named: Any = tokenizer_class_from_name
     name = class_name(folder)
     return None if name is None else named(name)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:240] or type(error).__name__

@@ -7,9 +7,7 @@ added tokens, reserved ids. Such ids are named in one line, and left out. The te
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -17,14 +15,12 @@ from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 from storage.format.identity import contradicting_ids, differing_ids, few, id_strings, vocabulary_sha256
 from storage.progress import Log
-from student.models.tokenizer import read_tokenizer
+from student.models.tokenizer import tokenizer_of
 
 
 def cache_vocabulary(cache: LogitCache) -> dict[str, int]:
     """Token string → id in a cache's tokenizer, added tokens included."""
-    with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-        cache.save_tokenizer(Path(folder))
-        return dict(read_tokenizer(Path(folder), cache.url).get_vocab())
+    return dict(tokenizer_of(cache.tokenizer_files(), cache.url).get_vocab())
 
 
 def check_vocabulary(

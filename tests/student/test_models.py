@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.errors import InputError
-from student.models.configuration import preset_config
+from student.models.configuration import config_of
 from student.models.loading import load_student
-from student.models.presets import PRESET_VOCABULARY, PRESETS, describe_presets
+from student.models.presets import PRESET_VOCABULARY, PRESETS, describe_presets, preset_settings
 from student.models.stored_dtype import stored_dtype
 
 V = 101
@@ -61,7 +61,7 @@ def directory(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_stated_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(preset_config(name, PRESET_VOCABULARY, SPECIAL))
+        model = AutoModelForCausalLM.from_config(config_of(preset_settings(name), name, PRESET_VOCABULARY, SPECIAL))
     assert model.num_parameters() == PRESETS[name].parameters
     assert model.config.tie_word_embeddings == PRESETS[name].tied
     assert model.config.max_position_embeddings == PRESETS[name].positions
@@ -73,9 +73,9 @@ def test_the_published_recipes_are_as_published() -> None:
         assert round(PRESETS[name].parameters / 1e6, 1) == expected
         assert PRESETS[name].positions == 256
         assert PRESETS[name].tied == name.startswith("gpt2")
-    gpt2 = preset_config("gpt2-705m", PRESET_VOCABULARY, SPECIAL)
+    gpt2 = config_of(preset_settings("gpt2-705m"), "gpt2-705m", PRESET_VOCABULARY, SPECIAL)
     assert (gpt2.resid_pdrop, gpt2.embd_pdrop, gpt2.attn_pdrop, gpt2.n_inner) == (0.1, 0.1, 0.1, 6144)
-    llama = preset_config("llama-345m", PRESET_VOCABULARY, SPECIAL)
+    llama = config_of(preset_settings("llama-345m"), "llama-345m", PRESET_VOCABULARY, SPECIAL)
     assert (llama.num_key_value_heads, llama.head_dim, llama.attention_dropout) == (5, 64, 0.0)
 
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from support.references.varopt import FLOOR, check, dense, sample, spread_logits
+from support.references.reducer import FLOOR, spread_logits
+from support.references.varopt import check, dense, sample
 
 import teachers.reduction.reduce
 from teachers.reduction.reduce import ReducedRows, reduce_topk, reduce_varopt

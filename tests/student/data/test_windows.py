@@ -62,22 +62,15 @@ def stream(made: tuple[str, np.ndarray, CacheRecord], tmp_path: Path) -> tuple[s
     return str(shutil.copytree(url, tmp_path / "cache")), tokens, record
 
 
-def brute_force_ranges(labelled: list[int], size: int) -> list[tuple[int, int, int]]:
-    return [
-        (document, start, min(size, count - start))
-        for document, count in enumerate(labelled)
-        for start in range(0, count, size)
-    ]
-
-
 @pytest.mark.parametrize("size", [1, 3, 8, 40])
 def test_fixed_blocks_are_the_brute_force_cover_of_labelled_positions(size: int) -> None:
     starts = np.array([0, 1, 2, 9, 30, 31, 63], dtype=np.uint64)
     stops = [1, 2, 9, 30, 31, 63, 64]
     blocks = Blocks.of(64, starts, size, "fixed", seed=0)
     expected = [
-        (int(starts[d]) + start, length)
-        for d, start, length in brute_force_ranges([b - int(a) - 1 for a, b in zip(starts, stops, strict=True)], size)
+        (first, min(size, stop - 1 - first))
+        for start, stop in zip(starts.tolist(), stops, strict=True)
+        for first in range(start, stop - 1, size)
     ]
     assert [blocks.span(i, epoch=3) for i in range(len(blocks))] == expected
     assert blocks.lengths(np.arange(len(blocks))).tolist() == [length for _, length in expected]

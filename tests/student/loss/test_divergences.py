@@ -10,7 +10,19 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from support.references.dense_targets import P, V, dense, gradient, joined, labels_for, member, normal, stored, varopt
+from support.references.dense_targets import (
+    P,
+    V,
+    assert_same_loss,
+    dense,
+    gradient,
+    joined,
+    labels_for,
+    member,
+    normal,
+    stored,
+    varopt,
+)
 from support.references.divergences import definition
 from torch import Tensor
 
@@ -81,7 +93,7 @@ def test_the_gradient_by_the_logits_is_the_one_rule(name: LossName, mix: float, 
     _, found = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
 
     q = torch.softmax(z / tau, 1)
-    _, ((ell, theta),) = student_buckets(z, None, [targets.token_ids], [V], tau)
+    _, ((ell, theta),) = student_buckets(z, labels, [targets.token_ids], [V], tau)
     ell, theta = ell.requires_grad_(), theta.requires_grad_()
     teacher = joined(torch.log_softmax(logp / tau, 1), ids)
     g, h = torch.autograd.grad(Divergence(name, mix)(teacher, (ell, theta)).sum(), (ell, theta))
@@ -110,13 +122,10 @@ def test_at_k_equal_v_value_and_gradient_are_the_dense_ones(
             return (definition(name, mix, p[:, :V], q) + empty)[trained].sum()
         return definition(name, mix, p, q)[trained].sum()
 
-    expected, expected_gradient = gradient(reference, z)
     for tail in ("auto", "bucket"):
         loss = loss_of(name, mix, tau, tail=tail)
         targets = {"t": stored(logp, V, dtype=DOUBLE)}
-        value, by_z = gradient(lambda z, loss=loss, t=targets: loss(z, labels, t).loss_sum / tau**2, z)
-        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(by_z, expected_gradient, rtol=1e-8, atol=1e-13)
+    assert_same_loss(lambda z, loss=loss, t=targets: loss(z, labels, t).loss_sum / tau**2, reference, z)
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
@@ -137,11 +146,8 @@ def test_below_v_it_is_the_divergence_of_joined_outcomes(
             p, q = (torch.cat([heads, tail[:, None]], 1).exp() for heads, tail in (p, q))
             return definition(name, mix, p, q)[trained].sum()
 
-        expected, expected_gradient = gradient(reference, z)
         loss = loss_of(name, mix, tau, tail="bucket", sampled_at=tau)
-        value, by_z = gradient(lambda z, loss=loss, t=targets: loss(z, labels, {"t": t}).loss_sum / tau**2, z)
-        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(by_z, expected_gradient, rtol=1e-8, atol=1e-13)
+        assert_same_loss(lambda z, loss=loss, t=targets: loss(z, labels, {"t": t}).loss_sum / tau**2, reference, z)
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
@@ -149,10 +155,10 @@ def test_below_v_it_is_the_divergence_of_joined_outcomes(
 def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: LossName, mix: float, tau: float) -> None:
     z, logp = normal(11, P, V, scale=3.0), dense(12, scale=3.0)
     whole = definition(name, mix, torch.softmax(logp / tau, 1), torch.softmax(z / tau, 1))
-    before = torch.zeros(P, dtype=DOUBLE)
+    before, labels = torch.zeros(P, dtype=DOUBLE), torch.zeros(P, dtype=torch.int64)
     for k in (1, 2, 5, 17, 64, 200, V):
         targets = stored(logp, k, dtype=DOUBLE)
-        _, (side,) = student_buckets(z, None, [targets.token_ids], [V], tau)
+        _, (side,) = student_buckets(z, labels, [targets.token_ids], [V], tau)
         teacher = joined(torch.log_softmax(logp / tau, 1), targets.token_ids.long())
         value = Divergence(name, mix)(teacher, side)
         assert (value >= before - 1e-12).all()
@@ -160,20 +166,6 @@ def test_bucketed_is_between_zero_and_dense_and_grows_with_k(name: LossName, mix
         if k == 2:
             assert value.mean() < 0.99 * whole.mean(), "strict at some positions, else the inequalities prove nothing"
         before = value
-
-
-@every_case
-def test_gradcheck(name: LossName, mix: float) -> None:
-    rows, v, k = 3, 11, 4
-    logp = dense(13, rows, vocabulary_size=v)
-    targets = {"t": varopt(logp, k, seed=4, tau=2.0, dtype=DOUBLE)}
-    labels = torch.tensor([3, NOT_TRAINED, int(targets["t"].token_ids[2, 0])])
-    given = {"mix": mix} if name in DEFAULT_MIX else {}
-    tails = ("sampled", "blend", "bucket", "renormalise", "none") if name == "forward-kl" else ("bucket",)
-    for tail in tails:
-        loss = DistillationLoss(v, 0.3, 2.0, [member(sampled_at=2.0, size=v)], loss=name, tail=tail, **given)
-        z = normal(14, rows, v + 2).requires_grad_()
-        assert torch.autograd.gradcheck(lambda z, loss=loss: loss(z, labels, targets).loss_sum, z, atol=1e-8)
 
 
 @every_case
@@ -227,16 +219,18 @@ def test_extreme_rows_stay_finite(name: LossName, mix: float, k: int, tau: float
             value, by_z = gradient(lambda z, t=targets: loss(z, labels, t).loss_sum, student.float())
             assert value.isfinite()
             assert by_z.isfinite().all()
+            assert student is not excluding or not by_z[:, 5].any()
             assert value >= -1e-4
 
 
+@pytest.mark.parametrize("tau", TEMPERATURES)
 @pytest.mark.parametrize(("positions", "v", "k"), [(252, 507, 123), (123, 252, 17)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_our_error_is_not_above_the_naive_ones(
-    name: LossName, dtype: torch.dtype, positions: int, v: int, k: int
+    name: LossName, dtype: torch.dtype, positions: int, v: int, k: int, tau: float
 ) -> None:
-    """The same formula in plain torch, in the same type, on the same logits; the truth in float64."""
+    """The definition in plain torch, in the same type, on the same logits; the truth in float64."""
     z = normal(21, positions, v + 5, scale=4.0).to(dtype)
     logp, labels = dense(22, positions, scale=4.0, vocabulary_size=v), labels_for(23, positions, v)
     mix = DEFAULT_MIX.get(name, 0.0)
@@ -245,37 +239,19 @@ def test_our_error_is_not_above_the_naive_ones(
     ids = targets.token_ids.long()
 
     def naive(z: Tensor) -> Tensor:
-        p, log_q = joined(logp.to(z.dtype), ids), torch.log_softmax(z, 1)
-        heads, tail = joined(log_q[:, :v], ids)
-        sides = [torch.cat([a, b[:, None]], 1) for a, b in (p, (heads, tail))]
-        if name in ("reverse-kl", "skew-reverse-kl", "jsd"):
-            # Padded ids as one outcome more; reverse KL gives it its cost and not its infinity.
-            extra = log_q[:, v:].exp().sum(1)[trained].sum() * Divergence(name, mix).padding_cost
-        else:
-            extra = 0.0
+        log_q = torch.log_softmax(z / tau, 1)
+        sides = (joined(log_p, ids) for log_p in (torch.log_softmax(logp.to(z.dtype) / tau, 1), log_q[:, :v]))
+        p, q = (torch.cat([heads, tail[:, None]], 1).exp() for heads, tail in sides)
+        # Padded ids as one outcome more; reverse KL gives it its cost and not its infinity.
+        extra = log_q[:, v:].exp().sum(1) * Divergence(name, mix).padding_cost
         nats = torch.nn.functional.cross_entropy(z, labels, ignore_index=NOT_TRAINED, reduction="sum")
-        exps = [side.exp() for side in sides]
-        return 0.5 * nats + 0.5 * (_in_type(name, mix, *sides, *exps)[trained].sum() + extra)
+        return 0.5 * nats + 0.5 * tau**2 * (definition(name, mix, p, q) + extra)[trained].sum()
 
     given = {"mix": mix} if name in DEFAULT_MIX else {}
-    loss = DistillationLoss(v, 0.5, 1.0, [member(size=v)], loss=name, **given)
+    loss = DistillationLoss(v, 0.5, tau, [member(size=v)], loss=name, **given)
     true_value, truth = gradient(naive, z.double())
     naive_value, naive_gradient = gradient(naive, z)
     value, ours = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
     assert ours.dtype == dtype
     assert (ours - truth).abs().max() <= (naive_gradient - truth).abs().max() + 1e-6
     assert (value - true_value).abs() <= (naive_value - true_value).abs() + 1e-6 * true_value.abs()
-
-
-def _in_type(name: str, mix: float, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """The definitions in log-probs, as one would write them down."""
-    if name == "forward-kl":
-        return (p * (log_p - log_q)).sum(1)
-    if name == "reverse-kl":
-        return (q * (log_q - log_p)).sum(1)
-    if name == "jsd":
-        m = (mix * p + (1 - mix) * q).log()
-        return mix * (p * (log_p - m)).sum(1) + (1 - mix) * (q * (log_q - m)).sum(1)
-    if name == "skew-forward-kl":
-        return (p * (log_p - (mix * p + (1 - mix) * q).log())).sum(1)
-    return (q * (log_q - ((1 - mix) * p + mix * q).log())).sum(1)

@@ -52,8 +52,6 @@ def dense_logprobs(
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-
-
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

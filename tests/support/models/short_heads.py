@@ -23,6 +23,5 @@ def add_tokens(tokenizer: Path, folder: Path, *tokens: str, pad: bool = False) -
 def beside(model: Path, tokenizer: Path, folder: Path) -> Path:
     """A copy of a model with a tokenizer's files."""
     shutil.copytree(model, folder)
-    for file in tokenizer.iterdir():
-        shutil.copy(file, folder)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     return folder

@@ -13,11 +13,7 @@ from student.loss.distillation import DistillationLoss
 from student.target_batch import TargetBatch
 
 V = 61
-
-
 BATCH = (2, 8)
-
-
 SMALL = {
     **{k: v for k, v in LLAMA.items() if k != "model_type"},
     "num_key_value_heads": 1,
@@ -25,14 +21,8 @@ SMALL = {
     "vocab_size": V + 3,
     "pad_token_id": None,
 }
-
-
 GPT = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": V + 3}
-
-
 IDS = {"bos_token_id": 1, "eos_token_id": 1}
-
-
 # By family: its configuration, and (logit_scale, softcap) of its head.
 FAMILIES: dict[str, tuple[dict[str, Any], float, float | None]] = {
     "llama": ({}, 1.0, None),

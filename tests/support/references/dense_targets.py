@@ -169,3 +169,11 @@ def gradient(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, T
     value = function(z)
     (by_z,) = torch.autograd.grad(value.sum(), z)
     return value.detach(), by_z
+
+
+def assert_same_loss(ours: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], z: Tensor) -> None:
+    """Equal values, and equal gradients by z of their sums, in float64."""
+    (value, by_z), (expected, expected_by_z) = gradient(ours, z), gradient(reference, z)
+    assert value.dtype == by_z.dtype == torch.float64
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(by_z, expected_by_z, rtol=1e-8, atol=1e-13)

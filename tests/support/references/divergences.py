@@ -1,4 +1,4 @@
-"""Divergences as the papers define them, over whole distributions in float64."""
+"""Divergences as the papers define them, over whole distributions, in the type that these have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ def definition(name: str, mix: float, p: Tensor, q: Tensor) -> Tensor:
     """The divergence [P] of dense distributions [P, n] by its formula; p may have zeros, and q where p has."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(a > 0, a * (a.clamp(min=1e-300) / b.clamp(min=1e-300)).log(), 0.0).sum(1)
+        least = torch.finfo(a.dtype).tiny
+        return torch.where(a > 0, a * (a.clamp(min=least).log() - b.clamp(min=least).log()), 0.0).sum(1)
 
     if name == "forward-kl":
         return kl(p, q)

@@ -23,11 +23,7 @@ from student.models.loading import load_student
 from student.training.run import train
 
 V, T, STEPS, BATCH = 67, 24, 20, 6
-
-
 N = 125 * T + 1  # every block has T labels
-
-
 TRAINING: dict[str, Any] = {
     "max_steps": STEPS,
     "per_device_train_batch_size": BATCH,

@@ -24,11 +24,7 @@ def reference(logits: Tensor, vocabulary_size: int, k: int, labels: Tensor) -> d
     logp = z - log_sum[:, None]
 
     def log_mass(beta: float) -> np.ndarray:
-        terms = beta * np.take_along_axis(logp, others, 1)
-        top = terms.max(axis=1, initial=-np.inf)
-        top = np.where(np.isfinite(top), top, 0.0)
-        with np.errstate(divide="ignore"):
-            return top + np.log(np.exp(terms - top[:, None]).sum(axis=1))
+        return np.logaddexp.reduce(beta * np.take_along_axis(logp, others, 1), axis=1)
 
     full = k == vocabulary_size
     chosen = np.take_along_axis(logp, np.maximum(labels.numpy(), 0)[:, None], 1)[:, 0]
