@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import math
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 from support.commands import ROOT, Run, refused
 from support.processes import Process, start
-from support.runs import LLAMA, make_world
+from support.runs import LLAMA
 from transformers import AutoModelForCausalLM
 
 from storage.errors import IdentityMismatch, InputError
@@ -44,16 +42,6 @@ PARAMETERS: dict[str, Any] = {
     "offset": {"choices": ["fixed", "random"]},
     "model.hidden_size": {"choices": [16, 32]},
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("sweeps")
-    make_world(folder)
-    # accelerate collects garbage several times a trial, which takes longer than the trial where much is loaded.
-    gc.freeze()
-    yield folder
-    gc.unfreeze()
 
 
 def fields(world: Path, out: Path, parameters: dict[str, Any] | None = None, **search: Any) -> dict[str, Any]:
@@ -500,17 +488,17 @@ def test_a_combination_that_is_impossible_fails_with_its_reason(world: Path, tmp
     assert "multiple" in (failed.error or "")
 
 
-def test_key_value_heads_follow_the_heads(world: Path) -> None:
+def test_key_value_heads_follow_the_heads(tmp_path: Path) -> None:
     config = {**LLAMA, "num_key_value_heads": 2}
-    (world / "shared.json").write_text(json.dumps(config))
-    (world / "grouped.json").write_text(json.dumps({**config, "num_key_value_heads": 1}))
+    (tmp_path / "shared.json").write_text(json.dumps(config))
+    (tmp_path / "grouped.json").write_text(json.dumps({**config, "num_key_value_heads": 1}))
     values = {"model.num_attention_heads": 4}
     for name, expected in (("shared", None), ("grouped", 1)):
-        job = built({"cache": "c", "output_dir": "o", "model": str(world / f"{name}.json")})
+        job = built({"cache": "c", "output_dir": "o", "model": str(tmp_path / f"{name}.json")})
         assert (trial_settings(job, values) or {}).get("num_key_value_heads") == expected
 
 
-def test_the_example_has_the_eleven_parameters_and_is_a_job(world: Path) -> None:
+def test_the_example_has_the_eleven_parameters_and_is_a_job() -> None:
     job, search = loaded(str(EXAMPLE))
     assert len(search.parameters) == 11
     check_names(job, search)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from support.runs import arguments, job_in, make_world, ranks
+from support.runs import arguments, job_in, ranks
 from transformers import TrainerCallback
 
 from storage.errors import Diverged
@@ -20,13 +20,6 @@ from student.training.divergence import BadStep, FiniteSteps
 from student.training.run import train
 
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 class Group:

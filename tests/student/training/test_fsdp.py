@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.programs import fsdp_ranks
-from support.runs import NOTED, arguments, job_in, make_world, ranks, weights
+from support.runs import NOTED, arguments, job_in, ranks, weights
 from torch import nn
 
 from storage.errors import InputError
@@ -23,13 +23,6 @@ SHARDED = "from support.programs import fsdp_ranks; fsdp_ranks.on_cpus()\n" + NO
 G = 8
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="shards on CPUs")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 def cases(world: Path, **environment: str) -> dict[tuple[Any, ...], dict[str, float]]:

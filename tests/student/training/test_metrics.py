@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.runs import NOTED, arguments, job_in, make_world, ranks
+from support.runs import NOTED, arguments, job_in, ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import student.training.arguments
@@ -14,13 +14,6 @@ from storage.errors import InputError
 from student.job import StudentJob
 from student.report import TrainingReport
 from student.training.run import train
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 def job_with(world: Path, output: Path, report_to: str) -> StudentJob:

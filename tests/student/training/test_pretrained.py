@@ -13,7 +13,7 @@ from support.caches.small import make_corpus, word_tokenizer
 from support.commands import Run
 from support.models.saved import make_tokenizer
 from support.programs.saved_models import texts
-from support.runs import LLAMA, V, fill, job_in, make_world, weights
+from support.runs import LLAMA, V, fill, job_in, weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,13 +32,6 @@ from student.sweep.search_space import Search
 from student.training.defaults import open_fields
 from student.training.run import train
 from student.training.run_folder import RUN_FILE
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    make_world(folder)
-    return folder
 
 
 def pretrained(folder: Path, generation: dict[str, Any] | None = None, **config: Any) -> Path:

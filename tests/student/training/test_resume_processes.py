@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.commands import ROOT
-from support.runs import KILLED, NOTED, arguments, job_in, make_world, python, ranks, weights, windows_read
+from support.runs import KILLED, NOTED, arguments, job_in, python, ranks, weights, windows_read
 
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
@@ -25,13 +25,6 @@ G = 8
 STEPS = 2 * (93 // G)
 COMMON = {"alpha_end": 0.1, "min_entropy": 2.0}
 TRAINING = {"num_train_epochs": 2, "save_steps": 4, "ddp_backend": "gloo"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 def job_of(world: Path, output: Path, at_once: int, **changes: Any) -> StudentJob:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from support.runs import job_in, make_world, weights
+from support.runs import job_in, weights
 from torch.utils.data import BatchSampler
 from transformers import TrainingArguments
 
@@ -18,13 +18,6 @@ from storage.errors import IdentityMismatch, InputError
 from student.data.order import ReadingOrder
 from student.training.run import train
 from student.training.step import cut_step, divide_step, windows_per_step
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.mark.parametrize("windows", [1, 7, 8, 12, 60, 96, 128])

@@ -19,7 +19,7 @@ from support.caches import small as fakes
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run
 from support.processes import start_code
-from support.runs import KILLED, LLAMA, V, arguments, job_in, make_world, python, weights
+from support.runs import KILLED, LLAMA, V, arguments, job_in, python, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import student.training.arguments
@@ -32,13 +32,6 @@ from student.training.publish import cast_weights
 from student.training.run import train
 from student.training.run_folder import OutputDirectory, full_disk_is_reported
 from teachers.cli import train_teacher
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("commands")
-    make_world(folder)
-    return folder
 
 
 def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_path: Path) -> None:
