@@ -72,8 +72,6 @@ def test_a_sharded_run_is_killed_resumes_and_publishes_one_model(world: Path, tm
         for mine, other in zip(report.train_log, alone.train_log, strict=True):
             for key in ("loss", "kl_a", "grad_norm"):
                 assert mine[key] == pytest.approx(other[key], abs=1e-5)
-        assert report.held_out is not None
-        assert alone.held_out is not None
         assert report.held_out.cross_entropy == pytest.approx(alone.held_out.cross_entropy, abs=1e-5)
         ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "alone")
         assert ours.keys() == theirs.keys()

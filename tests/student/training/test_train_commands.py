@@ -44,7 +44,6 @@ def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_p
     assert [entry["step"] for entry in report.train_log] == [2, 4, 6, 8, 10, 11], "the last step is logged, too"
     assert {"loss", "cross_entropy", "kl_a", "kl_b"} <= report.train_log[0].keys()
     held = report.held_out
-    assert held is not None
     assert held.tokens == 299
     assert held.perplexity == pytest.approx(np.exp(held.cross_entropy))
     assert held.bits_per_byte == pytest.approx(held.cross_entropy / np.log(2) / 4)
@@ -82,7 +81,6 @@ def test_distillation_reduces_the_divergence_and_seeds_repeat(world: Path, tmp_p
 def test_alpha_one_is_the_control_of_its_teachers(world: Path, tmp_path: Path) -> None:
     named = train(job_in(world, tmp_path / "named", alpha=1.0, eval_cache=str(world / "held")))
     control = train(job_in(world, tmp_path / "control", teachers=[], temperature=1))
-    assert named.held_out is not None
     assert set(named.held_out.kl) == {"a", "b"}
     assert [e["loss"] for e in named.train_log] == [e["loss"] for e in control.train_log]
     one, other = weights(tmp_path / "named"), weights(tmp_path / "control")
@@ -344,7 +342,6 @@ def test_held_out_caches_must_share_the_tokenizer_and_teachers_may_be_missing(
     EntryWriter.open(held, "a", make_entry(record, 9))
     short = {"max_steps": 1}
     report = train(job_in(world, tmp_path / "one", eval_cache=held, training=short))
-    assert report.held_out is not None
     assert report.held_out.kl == {}
     assert "incomplete" in report.held_out.kl_not_measured["a"]
     assert "another teacher" in report.held_out.kl_not_measured["b"]
@@ -352,7 +349,6 @@ def test_held_out_caches_must_share_the_tokenizer_and_teachers_may_be_missing(
     bare = str(tmp_path / "bare")
     make_corpus(bare, tokens, V)
     report = train(job_in(world, tmp_path / "two", eval_cache=bare, training=short))
-    assert report.held_out is not None
     assert "no entry" in report.held_out.kl_not_measured["a"]
 
     foreign = str(tmp_path / "foreign")
@@ -378,7 +374,6 @@ def test_isolated_teachers_make_isolated_windows(tmp_path: Path, world: Path) ->
         job_in(world, tmp_path / "out", cache=url, eval_cache=url, teachers=["a"], offset="fixed", training=training)
     )
     assert report.isolated_documents
-    assert report.held_out is not None
     assert report.held_out.tokens == 190
 
 
@@ -390,7 +385,6 @@ def test_evaluation_during_training_and_the_best_model(world: Path, tmp_path: Pa
     }  # fmt: skip
     report = train(job_in(world, tmp_path / "out", eval_cache=str(world / "held"), training=training))
     assert [entry["step"] for entry in report.eval_log] == [4, 8]
-    assert report.held_out is not None
     best = min(entry["eval_kl_b"] for entry in report.eval_log)
     assert report.held_out.kl["b"].nats == pytest.approx(best, abs=1e-6)
 
@@ -402,7 +396,6 @@ def test_the_loss_on_held_out_text_is_a_mean_over_tokens(world: Path, tmp_path: 
         "load_best_model_at_end": True, "metric_for_best_model": "distillation_loss",
     }  # fmt: skip
     held = train(job_in(world, tmp_path / "out", alpha=1, eval_cache=str(world / "held"), training=training)).held_out
-    assert held is not None
     assert held.distillation_loss == pytest.approx(held.cross_entropy, rel=1e-6)
 
 
