@@ -109,6 +109,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
+def have_equal_weights(one: Path, other: Path, atol: float = 0.0) -> bool:
+    """Whether two saved models have the same weights, to the last bit by default."""
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[name], second[name], rtol=atol, atol=atol) for name in first
+    )
+
+
 KILLED = """
 import os, sys
 from student.cli import train_student

@@ -132,6 +132,7 @@ def test_every_schedule_has_what_it_needs_and_nothing_else(schedule: str, monkey
         ({"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": "x"}, "lr_scheduler_type warmup"),
         ({"optim_target_modules": ["q_proj"]}, "optim adamw_torch_fused has no target modules"),
         ({"dataloader_persistent_workers": True}, "needs num_workers > 0"),
+        ({"dataloader_multiprocessing_context": "fork"}, "multi-process loading"),
         ({"accelerator_config": {"batches": 1}}, "transformers refuses these training fields"),
     ],
     ids=str,

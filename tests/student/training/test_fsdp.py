@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.programs import fsdp_ranks
-from support.runs import NOTED, arguments, job_in, ranks, weights
+from support.runs import NOTED, arguments, have_equal_weights, job_in, ranks
 from torch import nn
 
 from storage.errors import InputError
@@ -73,9 +73,7 @@ def test_a_sharded_run_is_killed_resumes_and_publishes_one_model(world: Path, tm
             for key in ("loss", "kl_a", "grad_norm"):
                 assert mine[key] == pytest.approx(other[key], abs=1e-5)
         assert report.held_out.cross_entropy == pytest.approx(alone.held_out.cross_entropy, abs=1e-5)
-        ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "alone")
-        assert ours.keys() == theirs.keys()
-        assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+        assert have_equal_weights(tmp_path / "run", tmp_path / "alone", atol=1e-5)
         for name in ("report.json", "config.json", "model.safetensors"):
             (tmp_path / "run" / name).unlink()
 

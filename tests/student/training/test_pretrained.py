@@ -13,7 +13,7 @@ from support.caches.small import make_corpus, word_tokenizer
 from support.commands import Run
 from support.models.saved import make_tokenizer
 from support.programs.saved_models import texts
-from support.runs import LLAMA, V, fill, job_in, weights
+from support.runs import LLAMA, V, fill, have_equal_weights, job_in
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,8 +73,7 @@ def test_a_saved_student_stops_where_the_original_stops(world: Path, tmp_path: P
     config, generation, stops = STOPS[case]
     original, saved = pretrained(tmp_path / "original", generation, **config), tmp_path / "out"
     train(job_from(world, saved, original, training={"learning_rate": 0.0, "max_steps": 2}))
-    one, two = weights(original), weights(saved)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert have_equal_weights(original, saved)
     found = texts(saved)
     assert {int(id) for id, text in found.items() if len(text) == 6} == stops
     assert case == "none anywhere" or found == texts(original)

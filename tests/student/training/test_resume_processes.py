@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.commands import ROOT
-from support.runs import KILLED, NOTED, arguments, job_in, python, ranks, weights, windows_read
+from support.runs import KILLED, NOTED, arguments, have_equal_weights, job_in, python, ranks, windows_read
 
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
@@ -59,8 +58,7 @@ def same_run(ours: Path, theirs: Path) -> None:
     assert one.held_out.tokens == two.held_out.tokens
     assert one.held_out.cross_entropy == pytest.approx(two.held_out.cross_entropy, abs=1e-5)
     assert one.held_out.ece == pytest.approx(two.held_out.ece, abs=1e-4)
-    first, second = weights(ours), weights(theirs)
-    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+    assert have_equal_weights(ours, theirs, atol=1e-4)
 
 
 def test_two_processes_train_as_one_and_may_become_one(

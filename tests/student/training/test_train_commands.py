@@ -19,7 +19,7 @@ from support.caches import small as fakes
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run
 from support.processes import start_code
-from support.runs import KILLED, LLAMA, V, arguments, job_in, python, weights
+from support.runs import KILLED, LLAMA, V, arguments, have_equal_weights, job_in, python, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import student.training.arguments
@@ -74,8 +74,7 @@ def test_distillation_reduces_the_divergence_and_seeds_repeat(world: Path, tmp_p
     assert report.train_log[-1]["kl_b"] < 0.8 * report.train_log[0]["kl_b"]
     again = train(job.model_copy(update={"output_dir": str(tmp_path / "two")}))
     assert [e["loss"] for e in again.train_log] == [e["loss"] for e in report.train_log]
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert have_equal_weights(tmp_path / "one", tmp_path / "two")
 
 
 def test_alpha_one_is_the_control_of_its_teachers(world: Path, tmp_path: Path) -> None:
@@ -83,8 +82,7 @@ def test_alpha_one_is_the_control_of_its_teachers(world: Path, tmp_path: Path) -
     control = train(job_in(world, tmp_path / "control", teachers=[], temperature=1))
     assert set(named.held_out.kl) == {"a", "b"}
     assert [e["loss"] for e in named.train_log] == [e["loss"] for e in control.train_log]
-    one, other = weights(tmp_path / "named"), weights(tmp_path / "control")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert have_equal_weights(tmp_path / "named", tmp_path / "control")
 
 
 def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
@@ -109,8 +107,7 @@ def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_
     assert report.resumed_from_step == 16
     assert (report.steps, report.tokens_seen) == (whole.steps, whole.tokens_seen)
     assert [(e["step"], e["loss"]) for e in report.train_log] == [(e["step"], e["loss"]) for e in whole.train_log]
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert have_equal_weights(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_checkpoint_that_cannot_be_read_is_no_half_written_one(
@@ -224,7 +221,6 @@ WRONG = {
     "no weight at all": (edited(teacher=["a:0", "b:0"]), "every teacher's weight is 0"),
     "alpha too large": (edited(alpha=1.5), "less than or equal to 1"),
     "alpha without teachers": (edited(teacher=[], alpha=0.5), "no teacher is named"),
-    "temperature": (edited(temperature=1.5), "exact only at 1 and 2"),
     "unknown preset": (edited(model="lama-tiny"), "did you mean 'llama-tiny'"),
     "missing model file": (edited(model="WORLD/none.json"), "no such file"),
     "window longer than the model": (edited(window_tokens=33), "32 positions"),
@@ -241,28 +237,19 @@ WRONG = {
     "step larger than the data": (edited(windows_per_step=94), "93 windows of 16 tokens are fewer than the 94 of one"),
     "batch that finds itself": (edited(set="auto_find_batch_size=true"), "give --windows-per-step"),
     "unknown logger": (edited(set="report_to=paper"), "'paper' is not known"),
-    "fsdp on a CPU": (edited(set="fsdp=true"), "on a CPU, where accelerate would train without it"),
     "evaluation without data": (edited(set="eval_strategy=epoch"), "give --eval-cache"),
     "unknown metric": (edited(eval_cache="WORLD/held", set="metric_for_best_model=bleu"), "not measured"),
-    "learning rate": (edited(set="learning_rate=-1"), "greater than or equal to 0 (found -1)"),
     "rate beyond float32": (edited(set="learning_rate=1.0e+39"), "weights that are not finite"),
-    "batch of nothing": (edited(set="per_device_train_batch_size=0"), "greater than or equal to 1 (found 0)"),
-    "decay of Adam": (edited(set="adam_beta1=2"), "less than 1 (found 2)"),
     "division by nothing": (edited(set="adam_epsilon=1.0e-50"), "larger adam_epsilon"),
-    "weight decay": (edited(set="weight_decay=-1"), "greater than or equal to 0 (found -1)"),
-    "no epoch": (edited(set="num_train_epochs=0"), "greater than 0 (found 0)"),
     "no step": (edited(set="max_steps=0"), "(found 0; -1 leaves it to num_train_epochs)"),
     "part of a step": (edited(set="save_steps=2.5"), "should be whole"),
     "schedule without its end": (edited(set="lr_scheduler_type=cosine_with_min_lr"), "One of min_lr or min_lr_rate"),
-    "schedule without its decay": (edited(set="lr_scheduler_type=warmup_stable_decay"), "'num_decay_steps'"),
     "optimizer of a package": (edited(set="optim=adamw_8bit"), "optim adamw_8bit: You need to install `bitsandbytes`"),
-    "optimizer of another": (edited(set="optim=galore_adamw"), "You need to install `galore_torch`"),
     "deepspeed": (edited(set="deepspeed=x.json"), "deepspeed"),
     "compiler mode": (edited(set="torch_compile_mode=x"), "Unrecognized mode=x"),
     "compiler": (edited(set="torch_compile_backend=x"), "torch_compile with backend x"),
     "float16 on a CPU": (edited(set="fp16=true"), "fp16 was asked for on a CPU"),
     "hub": (edited(set="push_to_hub=true"), "upload --output-dir then"),
-    "loader": (edited(set="dataloader_multiprocessing_context=fork"), "multi-process loading"),
     "log level": (edited(set="log_level=loud"), "'passive' (found 'loud')"),
     "best of nothing": (edited(set="save_strategy=best"), "metric_for_best_model"),
     "no config file": (edited(config="WORLD/none.yaml"), "none.yaml"),
