@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -195,9 +195,10 @@ class DistillationTrainer(Trainer):
         world, rank = self.args.world_size, self.args.process_index
         mine = list(range(rank, len(windows), world))
         padded = mine + [0] * (-(-len(windows) // world) - len(mine))
+        rows = self.args.per_device_eval_batch_size
         loader = DataLoader(
             windows,
-            batch_size=self.args.per_device_eval_batch_size,
+            batch_size=rows,
             sampler=padded,
             collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
@@ -205,8 +206,8 @@ class DistillationTrainer(Trainer):
         self.callback_handler.eval_dataloader = loader
         was_training = model.training
         model.eval()
-        for read, counted in zip(loader, _chunk_lengths(len(mine), loader), strict=True):
-            read["labels"][counted:] = NOT_TRAINED
+        for start, read in zip(range(0, len(padded), rows), loader, strict=True):
+            read["labels"][max(0, len(mine) - start) :] = NOT_TRAINED
             batch: dict[str, Any] = self._prepare_inputs(read)
             with self.accelerator.autocast():
                 logits = model(input_ids=batch["input_ids"]).logits
@@ -237,13 +238,6 @@ def _ours(dataset: Any) -> DistillationWindows:
     return dataset
 
 
-def _chunk_lengths(total: int, loader: DataLoader[Any]) -> Iterator[int]:
-    """How many rows of each batch are among the first `total` rows."""
-    size = loader.batch_size or 1
-    for batch in range(len(loader)):
-        yield min(max(total - batch * size, 0), size)
-
-
 class FollowAlpha(TrainerCallback):
     """Sets a scheduled alpha before each optimizer step, from the step's number alone.
 
@@ -253,9 +247,7 @@ class FollowAlpha(TrainerCallback):
     def __init__(self, loss: DistillationLoss) -> None:
         self._loss = loss
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         self._loss.set_progress(state.global_step / max(1, state.max_steps - 1))
 
 
@@ -270,16 +262,13 @@ class SaveByTime(TrainerCallback):
         self._step_done = self._saved = clock()
         self._pause = CHECKPOINT_SECONDS
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         self._saved = self._clock()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self._step_done = self._clock()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        self._step_done = self._clock()
+    on_evaluate = on_step_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if "loss" in (others.get("logs") or {}):
@@ -303,9 +292,7 @@ class _FollowEpochs(TrainerCallback):
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         self._trainer.has_begun = True
         loader, order = others.get("train_dataloader"), self._trainer._reading_order
         if loader is not None and order is not None:
