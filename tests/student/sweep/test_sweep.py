@@ -142,6 +142,7 @@ UNFIT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "beyond": ({"alpha": {"distribution": "uniform", "low": 0, "high": 1.5}}, {}, "alpha: 1.5 is impossible"),
     "heads": ({"model.hidden_size": {"choices": [16, 17]}}, {}, "model.hidden_size: 17 is impossible"),
     "layers": ({"model.n_layer": {"choices": [0, 1]}}, {}, "at least one layer"),
+    "word": ({"windows_per_step": {"choices": [8, "all"]}}, {}, "'all' is impossible: expected a number"),
     "batch": ({"windows_per_step": {"choices": [8, 2000]}}, {}, "windows_per_step: 2000 is impossible"),
     "positions": ({"model.n_positions": {"choices": [8, 64]}}, {}, "model.n_positions: 8 is impossible"),
     "scheduler": ({"lr_scheduler_type": {"choices": ["cosine", "square"]}}, {}, "'square' is impossible"),
@@ -178,7 +179,7 @@ def test_weights_held_out_text_and_processes(world: Path, tmp_path: Path, monkey
     with pytest.raises(InputError, match="weights are loaded"):
         swept(tmp_path / "sweep.yaml", {**data, "model": str(tmp_path)})
     with monkeypatch.context() as patch:
-        patch.setattr("student.sweep.run._installed", lambda module: False)
+        patch.setattr("importlib.util.find_spec", lambda module: None)
         with pytest.raises(InputError, match=r"needs optuna: pip install 'logit-cache\[tune\]'"):
             swept(tmp_path / "sweep.yaml", data)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -477,6 +478,14 @@ def test_a_combination_that_is_impossible_fails_with_its_reason(world: Path, tmp
     failed = next(trial for trial in report.trials if trial.state == "failed")
     assert "16" in (failed.error or "")
     assert "multiple" in (failed.error or "")
+
+
+def test_other_parameters_are_tried_with_a_step_of_the_search(world: Path, tmp_path: Path) -> None:
+    """The job's own, which is larger than the data, is no trial's."""
+    parameters = {"learning_rate": {"choices": [1e-3]}, "windows_per_step": {"choices": [4]}}
+    data = fields(world, tmp_path / "out", parameters, trials=1)
+    data["training"]["per_device_train_batch_size"] = 128
+    assert [trial.state for trial in swept(tmp_path / "sweep.yaml", data).trials] == ["complete"]
 
 
 def test_key_value_heads_follow_the_heads(tmp_path: Path) -> None:

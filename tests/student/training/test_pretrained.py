@@ -345,6 +345,13 @@ def test_a_sweep_goes_on_with_the_values_that_it_began_with(world: Path, tmp_pat
     assert last_trial(3) == EARLIER | {"weight_decay": 0.3}
 
 
+def test_the_window_of_a_sweep_leaves_room_for_its_largest_step(world: Path, tmp_path: Path) -> None:
+    job = open_job(world, tmp_path / "out", pretrained(tmp_path / "model"), eval_cache=str(world / "held"))
+    search = {"trials": 1, "parameters": {"windows_per_step": {"choices": [2, 100]}}}
+    report = sweep(job.model_copy(update={"alpha": 0.5}), Search.model_validate(search), lambda line: None)
+    assert report.trials[0].job["window_tokens"] == 1499 // 100
+
+
 def test_train_teacher_has_the_same_defaults_and_a_new_model_has_its_own(world: Path, tmp_path: Path, run: Run) -> None:
     model = pretrained(tmp_path / "model")
     line = ["--cache", world / "train", "--set", "max_steps=1", "--windows-per-step", 1]
