@@ -47,7 +47,7 @@ class HeldOutSums:
         self.members = tuple(members)
         sizes = [1, 1, 3 * BINS, 2 * len(self.members)]
         self._sums = torch.zeros(sum(sizes), dtype=torch.float64)  # the others are views of it
-        self._tokens, self._nats, bins, kl = self._sums.split(sizes)
+        self._tokens, self._nats, bins, kl = torch.split(self._sums, sizes)
         self._bins = bins.view(3, BINS)  # count, sum of confidence, number correct
         self._kl = kl.view(2, len(self.members))  # nats, positions with a bucket
 

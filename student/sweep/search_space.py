@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from statistics import NormalDist
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -141,13 +141,8 @@ class LogNormal(_Frozen):
 
 Parameter = Choices | Real | Whole | LogNormal
 
-_DISTRIBUTIONS: dict[str, type[Real] | type[Whole] | type[LogNormal]] = {
-    "uniform": Real,
-    "log_uniform": Real,
-    "int": Whole,
-    "log_int": Whole,
-    "log_normal": LogNormal,
-    "log_normal_int": LogNormal,
+_DISTRIBUTIONS: dict[str, type[BaseModel]] = {
+    name: kind for kind in (Real, Whole, LogNormal) for name in get_args(kind.model_fields["distribution"].annotation)
 }
 
 

@@ -88,8 +88,7 @@ class DistillationTrainer(Trainer):
             **others,
         )
         self._steps = FiniteSteps(skips_steps=self.accelerator.mixed_precision == "fp16")
-        self.add_callback(_FollowEpochs(self))
-        self.add_callback(FollowAlpha(loss))
+        self.add_callback(_FollowRun(self))
         self.add_callback(FSDPIsOn())
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -238,19 +237,6 @@ def _ours(dataset: Any) -> DistillationWindows:
     return dataset
 
 
-class FollowAlpha(TrainerCallback):
-    """Sets a scheduled alpha before each optimizer step, from the step's number alone.
-
-    So it is the same for all micro-batches and processes of the step, and in a run resumed from a checkpoint.
-    """
-
-    def __init__(self, loss: DistillationLoss) -> None:
-        self._loss = loss
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
-        self._loss.set_progress(state.global_step / max(1, state.max_steps - 1))
-
-
 class SaveByTime(TrainerCallback):
     """Asks for a checkpoint at the first logged step a minute after the last one, or 20 times as long as that one took.
 
@@ -282,11 +268,12 @@ class SaveByTime(TrainerCallback):
         self._pause = max(CHECKPOINT_SECONDS, (self._saved - self._step_done) / CHECKPOINT_SHARE)
 
 
-class _FollowEpochs(TrainerCallback):
-    """Sets the epoch of the reading order, and `has_begun` with the first one.
+class _FollowRun(TrainerCallback):
+    """Sets the epoch of the reading order, `has_begun` with the first one, and a scheduled alpha before each step.
 
-    accelerate passes epochs down through a fixed number of wrappers, and resuming in the middle of an epoch with
-    several processes has one more: the order would start again at epoch 0.
+    Both follow from the number of the step alone: they are the same for all its micro-batches and processes, and in a
+    run resumed from a checkpoint. accelerate passes epochs down through a fixed number of wrappers, and resuming in the
+    middle of an epoch with several processes has one more: the order would start again at epoch 0.
     """
 
     def __init__(self, trainer: DistillationTrainer) -> None:
@@ -298,3 +285,6 @@ class _FollowEpochs(TrainerCallback):
         if loader is not None and order is not None:
             steps_per_epoch = max(1, -(-len(loader) // args.gradient_accumulation_steps))
             order.set_epoch(state.global_step // steps_per_epoch)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
+        self._trainer.distillation_loss.set_progress(state.global_step / max(1, state.max_steps - 1))
