@@ -217,14 +217,15 @@ def tally(pairs: Sequence[Pair], logprobs: Tensor) -> PairScores:
     """Accuracies from the log-probabilities [N, 2] of pairs, good first; ties are wrong."""
     margin = logprobs[:, 0] - logprobs[:, 1]
     by_group: dict[str, list[bool]] = defaultdict(list)
-    by_paradigm: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    by_paradigm: dict[str, list[bool]] = defaultdict(list)
+    group_of = {pair.paradigm: pair.group for pair in pairs}
     for pair, is_right in zip(pairs, (margin > 0).tolist(), strict=True):
         by_group[pair.group].append(is_right)
-        by_paradigm[pair.paradigm, pair.group].append(is_right)
+        by_paradigm[pair.paradigm].append(is_right)
     groups = {name: GroupScore(pairs=len(found), accuracy=fmean(found)) for name, found in sorted(by_group.items())}
     paradigms = {
-        name: ParadigmScore(pairs=len(found), accuracy=fmean(found), group=group)
-        for (name, group), found in sorted(by_paradigm.items())
+        name: ParadigmScore(pairs=len(found), accuracy=fmean(found), group=group_of[name])
+        for name, found in sorted(by_paradigm.items())
     }
     return PairScores(
         pairs=len(pairs),
