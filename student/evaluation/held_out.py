@@ -45,10 +45,11 @@ class HeldOutSums:
     def __init__(self, vocabulary_size: int, members: Sequence[Member] = ()) -> None:
         self.vocabulary_size = vocabulary_size
         self.members = tuple(members)
-        self._tokens = torch.zeros((), dtype=torch.float64)
-        self._nats = torch.zeros((), dtype=torch.float64)
-        self._bins = torch.zeros(3, BINS, dtype=torch.float64)  # count, sum of confidence, number correct
-        self._kl = torch.zeros(2, len(self.members), dtype=torch.float64)  # nats, positions with a bucket
+        sizes = [1, 1, 3 * BINS, 2 * len(self.members)]
+        self._sums = torch.zeros(sum(sizes), dtype=torch.float64)  # the others are views of it
+        self._tokens, self._nats, bins, kl = torch.split(self._sums, sizes)
+        self._bins = bins.view(3, BINS)  # count, sum of confidence, number correct
+        self._kl = kl.view(2, len(self.members))  # nats, positions with a bucket
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, targets: Mapping[str, TargetBatch] | None = None) -> None:
@@ -89,20 +90,16 @@ class HeldOutSums:
 
     def tensor(self) -> Tensor:
         """All sums, flat float64 on the CPU; the sum of several processes' tensors is the tensor of their union."""
-        return torch.cat([self._tokens[None], self._nats[None], self._bins.flatten(), self._kl.flatten()])
+        return self._sums.clone()
 
     def load(self, sums: Tensor) -> None:
         """Replace the sums by those of a tensor that `tensor` returned, or of several added together."""
-        found = sums.detach().to("cpu", torch.float64)
-        expected = 2 + self._bins.numel() + self._kl.numel()
-        if found.shape != (expected,):
+        if sums.shape != self._sums.shape:
             raise InputError(
-                f"held-out sums with {len(self.members)} teachers are {expected} numbers, got {list(sums.shape)}: "
-                "all processes must evaluate against the same teachers"
+                f"held-out sums with {len(self.members)} teachers are {len(self._sums)} numbers, got "
+                f"{list(sums.shape)}: all processes must evaluate against the same teachers"
             )
-        tokens, nats, bins, kl = torch.split(found, [1, 1, self._bins.numel(), self._kl.numel()])
-        self._tokens, self._nats = tokens[0].clone(), nats[0].clone()
-        self._bins, self._kl = bins.reshape(3, BINS).clone(), kl.reshape(2, -1).clone()
+        self._sums.copy_(sums.detach())
 
     def result(self, bytes_per_token: float | None = None) -> HeldOutReport:
         """The figures. Raises InputError when no position was scored, Diverged where the cross-entropy is not finite.

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -215,31 +216,23 @@ def score_pairs(
 def tally(pairs: Sequence[Pair], logprobs: Tensor) -> PairScores:
     """Accuracies from the log-probabilities [N, 2] of pairs, good first; ties are wrong."""
     margin = logprobs[:, 0] - logprobs[:, 1]
-    right = (margin > 0).tolist()
     by_group: dict[str, list[bool]] = defaultdict(list)
     by_paradigm: dict[str, list[bool]] = defaultdict(list)
-    group_of: dict[str, str] = {}
-    for pair, is_right in zip(pairs, right, strict=True):
+    group_of = {pair.paradigm: pair.group for pair in pairs}
+    for pair, is_right in zip(pairs, (margin > 0).tolist(), strict=True):
         by_group[pair.group].append(is_right)
         by_paradigm[pair.paradigm].append(is_right)
-        group_of[pair.paradigm] = pair.group
-    groups = {
-        name: GroupScore(pairs=len(found), accuracy=sum(found) / len(found)) for name, found in sorted(by_group.items())
-    }
+    groups = {name: GroupScore(pairs=len(found), accuracy=fmean(found)) for name, found in sorted(by_group.items())}
     paradigms = {
-        name: ParadigmScore(pairs=len(found), accuracy=sum(found) / len(found), group=group_of[name])
+        name: ParadigmScore(pairs=len(found), accuracy=fmean(found), group=group_of[name])
         for name, found in sorted(by_paradigm.items())
     }
     return PairScores(
         pairs=len(pairs),
-        mean_over_groups=_mean(groups),
-        mean_over_paradigms=_mean(paradigms),
+        mean_over_groups=fmean(score.accuracy for score in groups.values()),
+        mean_over_paradigms=fmean(score.accuracy for score in paradigms.values()),
         tied=int((margin == 0).sum()),
         close=int((margin.abs() < CLOSE_NATS).sum()),
         groups=groups,
         paradigms=paradigms,
     )
-
-
-def _mean(scores: Mapping[str, GroupScore]) -> float:
-    return sum(score.accuracy for score in scores.values()) / len(scores)

@@ -22,7 +22,7 @@ from student.job import StudentJob
 from student.models.tokenizer import special_ids
 from student.sweep.record import SweepFolder, SweepReport, earlier_report, is_earlier
 from student.sweep.search_space import Search
-from student.sweep.trial import OBJECTIVE, check_names, check_space, shown
+from student.sweep.trial import OBJECTIVE, STEP, check_names, check_space, shown
 from student.training.arguments import PRESENTATION, training_arguments, training_values
 from student.training.defaults import described, filled, open_fields
 from student.training.inputs import Caches, open_caches
@@ -48,7 +48,7 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
         raise InputError(
             "a trial runs in one process: start the sweep without torchrun, and once more for each further process"
         )
-    if not _installed("optuna"):
+    if importlib.util.find_spec("optuna") is None:
         raise InputError("a sweep needs optuna: pip install 'logit-cache[tune]'")
     if job.live_teachers:
         raise InputError("a sweep trains from cached teachers: leave live_teachers out, and name entries as teachers")
@@ -57,7 +57,9 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
     check_names(job, search)
     output = OutputDirectory(job.output_dir)
     asked, record = job, output.recorded()
-    opened = open_fields(job, record, search.parameters)
+    steps = search.parameters.get(STEP)
+    largest = {} if steps is None else {STEP: max(map(int, steps.probes()))}
+    opened = open_fields(job.model_copy(update=largest), record, search.parameters)
     job = filled(job, opened)
     for note in described(job, opened, record):
         log(note)
@@ -92,7 +94,7 @@ def _checked(job: StudentJob, search: Search, log: Log) -> Caches:
     if values.get("deepspeed") or values.get("fsdp"):
         raise InputError("a trial runs in one process, without deepspeed and fsdp: leave them out of training:")
     windows = search.parameters.get("window_tokens")
-    caches = open_caches(job.model_copy(update={"window_tokens": _least(windows.probes())}) if windows else job)
+    caches = open_caches(job.model_copy(update={"window_tokens": min(map(int, windows.probes()))}) if windows else job)
     for remark in caches.remarks:
         log(remark)
     _check_metric(job, search, caches)
@@ -174,14 +176,3 @@ def _identity(job: StudentJob, search: Search, caches: Caches) -> dict[str, Any]
 
         identity["sweep.storage"] = without_credentials(search.storage)
     return identity | {"job.model_sha256": model_digest(job.model)}
-
-
-def _least(values: tuple[Any, ...]) -> int:
-    return min(int(value) for value in values)
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False

@@ -1,8 +1,8 @@
 """The configuration of a sweep: the parameters with their distributions, sampler and pruner. Data, no torch.
 
-A search library samples one raw number or choice per parameter from its `Domain`, and `value` maps it to the
-parameter's value. The two differ for distributions that the libraries lack: a log-normal one is sampled as a quantile,
-and `one_minus` searches 1 − x where that is the scale that matters (Adam's betas).
+Optuna samples one raw number or choice per parameter (`student.sweep.study`), and `value` maps it to the parameter's
+value. The two differ for distributions that Optuna lacks: a log-normal one is sampled as a quantile, and `one_minus`
+searches 1 − x where that is the scale that matters (Adam's betas).
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,18 +22,6 @@ Scalar = bool | int | float | str
 
 # Bounds of a log-normal distribution where none are given, in standard deviations.
 _REACH = 3.0
-
-
-@dataclass(frozen=True)
-class Domain:
-    """The set that a search library samples: one of `choices`, or a number in `low .. high`, both ends included."""
-
-    kind: Literal["choice", "float", "int"]
-    low: float = 0
-    high: float = 0
-    step: int = 1
-    log: bool = False
-    choices: tuple[Scalar, ...] = ()
 
 
 class _Frozen(Settings):
@@ -51,9 +38,6 @@ class Choices(_Frozen):
         if len(set(map(repr, self.choices))) < len(self.choices):
             raise ValueError(f"each choice is given once, found {list(self.choices)}")
         return self
-
-    def domain(self) -> Domain:
-        return Domain("choice", choices=self.choices)
 
     def value(self, raw: Any) -> Scalar:
         found: Scalar = raw
@@ -80,9 +64,6 @@ class Real(_Frozen):
         _check_bounds(self.distribution, self.low, self.high, self.distribution == "log_uniform")
         return self
 
-    def domain(self) -> Domain:
-        return Domain("float", self.low, self.high, log=self.distribution == "log_uniform")
-
     def value(self, raw: Any) -> Scalar:
         return 1.0 - float(raw) if self.one_minus else float(raw)
 
@@ -107,9 +88,6 @@ class Whole(_Frozen):
             raise ValueError(f"steps of {self.step} from {self.low} do not reach {self.high}")
         return self
 
-    def domain(self) -> Domain:
-        return Domain("int", self.low, self.high, self.step, self.distribution == "log_int")
-
     def value(self, raw: Any) -> Scalar:
         return int(raw)
 
@@ -133,7 +111,8 @@ class LogNormal(_Frozen):
     def _ordered(self) -> LogNormal:
         low, high = self._bounds()
         _check_bounds(self.distribution, low, high, True)
-        if not self.domain().low < self.domain().high:
+        first, last = self.quantiles()
+        if not first < last:
             raise ValueError(f"nothing of this distribution lies between {low:g} and {high:g}")
         return self
 
@@ -142,10 +121,11 @@ class LogNormal(_Frozen):
         high = math.exp(self.mu + _REACH * self.sigma) if self.high is None else self.high
         return low, high
 
-    def domain(self) -> Domain:
+    def quantiles(self) -> tuple[float, float]:
+        """The quantiles of the bounds, between which a trial's is sampled."""
         normal = NormalDist(self.mu, self.sigma)
         low, high = (normal.cdf(math.log(bound)) for bound in self._bounds())
-        return Domain("float", low, high)
+        return low, high
 
     def value(self, raw: Any) -> Scalar:
         low, high = self._bounds()
@@ -155,19 +135,14 @@ class LogNormal(_Frozen):
         return max(1, round(found)) if self.distribution == "log_normal_int" else found
 
     def probes(self) -> tuple[Scalar, ...]:
-        domain = self.domain()
-        return self.value(domain.low), self.value(domain.high)
+        low, high = self.quantiles()
+        return self.value(low), self.value(high)
 
 
 Parameter = Choices | Real | Whole | LogNormal
 
-_DISTRIBUTIONS: dict[str, type[Real] | type[Whole] | type[LogNormal]] = {
-    "uniform": Real,
-    "log_uniform": Real,
-    "int": Whole,
-    "log_int": Whole,
-    "log_normal": LogNormal,
-    "log_normal_int": LogNormal,
+_DISTRIBUTIONS: dict[str, type[BaseModel]] = {
+    name: kind for kind in (Real, Whole, LogNormal) for name in get_args(kind.model_fields["distribution"].annotation)
 }
 
 

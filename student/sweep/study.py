@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from storage.errors import InputError
 from storage.locks import locked
 from student.sweep.record import JOURNAL
-from student.sweep.search_space import Domain, Pruner, Search
+from student.sweep.search_space import Choices, LogNormal, Parameter, Pruner, Search, Whole
 
 HEARTBEAT_SECONDS = 60
 """Time between heartbeats of a trial in a database; one that has missed two belongs to nobody."""
@@ -115,7 +115,7 @@ class SharedStudy:
             sampler=_sampler(self._search.sampler, seed_of(self._search.seed, number)),
         )
         copy.add_trials(self.trials())
-        distributions = {name: _distribution(item.domain()) for name, item in self._search.parameters.items()}
+        distributions = {name: _distribution(item) for name, item in self._search.parameters.items()}
         values = copy.ask(distributions).params
         return create_trial(state=TrialState.RUNNING, params=values, distributions=distributions)
 
@@ -191,12 +191,15 @@ def _sampler(name: str, seed: int) -> BaseSampler:
     return TPESampler(seed=seed) if name == "tpe" else RandomSampler(seed=seed)
 
 
-def _distribution(domain: Domain) -> BaseDistribution:
-    if domain.kind == "choice":
-        return CategoricalDistribution(domain.choices)
-    if domain.kind == "int":
-        return IntDistribution(int(domain.low), int(domain.high), log=domain.log, step=domain.step)
-    return FloatDistribution(domain.low, domain.high, log=domain.log)
+def _distribution(asked: Parameter) -> BaseDistribution:
+    if isinstance(asked, Choices):
+        return CategoricalDistribution(asked.choices)
+    if isinstance(asked, LogNormal):
+        return FloatDistribution(*asked.quantiles())
+    is_log = asked.distribution.startswith("log_")
+    if isinstance(asked, Whole):
+        return IntDistribution(asked.low, asked.high, log=is_log, step=asked.step)
+    return FloatDistribution(asked.low, asked.high, log=is_log)
 
 
 def _pruner(asked: Pruner) -> BasePruner:

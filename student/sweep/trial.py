@@ -26,7 +26,7 @@ from student.job import StudentJob
 from student.loss.objective import Objective
 from student.models.configuration import check_settings, read_settings
 from student.models.presets import PRESETS, preset_settings
-from student.sweep.search_space import Search
+from student.sweep.search_space import Choices, Search
 from student.training.arguments import PRESENTATION, RESERVED, checked_arguments, training_values
 from student.training.inputs import Caches, job_inputs
 
@@ -34,6 +34,7 @@ MODEL = "model."
 STEP = "windows_per_step"
 OBJECTIVE = frozenset(Objective.model_fields) - {"interpolate_tail"}
 WINDOWS = frozenset({"window_tokens", "offset"})
+_OF_STEP = (STEP, "per_device_train_batch_size", "gradient_accumulation_steps")
 
 # Prefixes of fields that decide how a run computes or is watched, and not what it learns: the same for all trials of a
 # process.
@@ -56,6 +57,9 @@ def check_names(job: StudentJob, search: Search) -> None:
     training = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in search.parameters:
         where = f"sweep.parameters.{name}"
+        words = [value for value in search.parameters[name].probes() if isinstance(value, str)]
+        if words and name in (STEP, "window_tokens"):
+            raise InputError(f"{where}: {words[0]!r} is impossible: expected a number")
         if name.startswith(MODEL):
             _check_model_name(job, name.removeprefix(MODEL), where)
         elif name in OBJECTIVE | WINDOWS:
@@ -66,7 +70,7 @@ def check_names(job: StudentJob, search: Search) -> None:
         elif name == STEP:
             if job.windows_per_step is not None:
                 raise InputError(f"{where}: it is also fixed as {job.windows_per_step}: leave one of the two out")
-            for other in ("gradient_accumulation_steps", "per_device_train_batch_size"):
+            for other in _OF_STEP[1:]:
                 if other in search.parameters or (other == "gradient_accumulation_steps" and other in job.training):
                     raise InputError(f"{where}: it decides {other}, which is also given: leave one of the two out")
         elif name == "gradient_accumulation_steps" and job.windows_per_step is not None:
@@ -173,18 +177,16 @@ def check_space(
     """Check the choices and the ends of the ranges.
 
     Parameters that depend on each other are checked together, in at most 256 combinations: those of the loss and the
-    windows, those of the model. Raises InputError for a value that is impossible with every value of the others;
-    combinations that are impossible only together are logged, and their trials will fail.
+    windows, those of the model. The others are checked one by one, in steps that the search allows. Raises InputError
+    for a value that is impossible with every value of the others; combinations that are impossible only together are
+    logged, and their trials will fail.
     """
-    first: dict[str, Any] = {}
 
     def objective(values: Mapping[str, Any]) -> None:
         temperature = search.parameters.get("temperature")
-        if temperature is not None and temperature.domain().kind != "choice" and not job.interpolate_tail:
+        if not isinstance(temperature, Choices | None) and not job.interpolate_tail:
             raise InputError("temperatures between 1 and 2 are not exact; give choices: [1, 2], or interpolate_tail")
         job_inputs(caches, trial_job(job, values, job.output_dir))
-        if not first:
-            first.update(values)
 
     def model(values: Mapping[str, Any]) -> None:
         settings = trial_settings(job, values) or base_settings(job)
@@ -195,24 +197,30 @@ def check_space(
             special_ids=special_ids,
             window_tokens=int(values.get("window_tokens", job.window_tokens)),
         )
-        if not any(name.startswith(MODEL) for name in first):
-            first.update(values)
 
     def training(values: Mapping[str, Any]) -> None:
-        trial = trial_job(job, {**first, **values}, job.output_dir)
+        trial = trial_job(job, {**possible, **values}, job.output_dir)
         checked_arguments(trial, training_values(trial), job_inputs(caches, trial).windows)
 
     names = list(search.parameters)
     of_loss = [name for name in names if name in OBJECTIVE | WINDOWS]
     of_model = [name for name in names if name.startswith(MODEL)]
-    _try_out(search, of_loss, objective, log)
+    possible = _try_out(search, of_loss, objective, log)
     if of_model:
-        _try_out(search, [*of_model, *(name for name in of_loss if name == "window_tokens")], model, log)
-    for alone in [[name] for name in names if name not in of_loss + of_model] or [[]]:
-        _try_out(search, alone, training, log)
+        windows = [name for name in of_loss if name == "window_tokens"]
+        possible |= _try_out(search, [*of_model, *windows], model, log)
+    others = sorted((name for name in names if name not in of_loss + of_model), key=lambda name: name not in _OF_STEP)
+    for name in others:
+        found = _try_out(search, [name], training, log)
+        possible |= found if name in _OF_STEP else {}
+    if not others:
+        _try_out(search, [], training, log)
 
 
-def _try_out(search: Search, names: Sequence[str], check: Callable[[Mapping[str, Any]], None], log: Log) -> None:
+def _try_out(
+    search: Search, names: Sequence[str], check: Callable[[Mapping[str, Any]], None], log: Log
+) -> dict[str, Any]:
+    """Check the values of some parameters in all combinations; returns the first that is possible."""
     probes = [search.parameters[name].probes() for name in names]
     combinations = list(itertools.islice(itertools.product(*probes), _COMBINATIONS))
     whole = len(combinations) == math.prod(map(len, probes))
@@ -222,8 +230,9 @@ def _try_out(search: Search, names: Sequence[str], check: Callable[[Mapping[str,
             check(dict(zip(names, combination, strict=True)))
         except InputError as error:
             wrong[i] = " ".join(str(error).split())
+    possible = [combination for i, combination in enumerate(combinations) if i not in wrong]
     if not wrong:
-        return
+        return dict(zip(names, possible[0], strict=True))
     if not names:
         raise InputError(wrong[0])
     for column, name in enumerate(names):
@@ -235,3 +244,4 @@ def _try_out(search: Search, names: Sequence[str], check: Callable[[Mapping[str,
         f"{len(wrong)} of {len(combinations)} combinations of {', '.join(names)} are impossible, and will fail when "
         f"they are sampled; the first: {wrong[min(wrong)]}"
     )
+    return dict(zip(names, possible[0], strict=True))

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from optuna import TrialPruned
 from optuna.trial import Trial
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from storage.errors import Diverged, InputError, LogitCacheError
 from storage.locks import locked
@@ -90,12 +90,10 @@ class _Watch(TrainerCallback):
         facts = _from_log(self._state.log_history, self._state.global_step, self._figure)
         return facts | {"model_parameters": self._parameters}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         self._state, self._parameters = state, sum(p.numel() for p in others["model"].parameters())
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         value = _finite(self._figure, others["metrics"][self._figure], state.global_step)
         number = sum(self._figure in entry for entry in state.log_history)
         earlier = self._trial.storage.get_trial(self._trial._trial_id).intermediate_values

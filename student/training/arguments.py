@@ -166,14 +166,11 @@ def _checked(name: str, hint: Any, given: Any) -> Any:
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(hint, config=config)
         # True is no 1 for a field that takes numbers.
-        return _plain(adapter.validate_python(given, strict=isinstance(given, bool) or None))
+        value = adapter.validate_python(given, strict=isinstance(given, bool) or None)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         note = f"; {NOTES[name]}" if name in NOTES else ""
         raise InputError(f"training field {name!r}: {message} (found {given!r}{note})") from None
-
-
-def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 

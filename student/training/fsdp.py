@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from storage.errors import InputError
 from storage.text import counted
@@ -75,9 +75,7 @@ def check_checkpoint(folder: Path, is_sharded: bool) -> None:
 class FSDPIsOn(TrainerCallback):
     """Raises InputError, before the first step, where FSDP was asked for and a trained parameter is not sharded."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         model: nn.Module = others["model"]
         if not fsdp_is_asked_for(args):
             return

@@ -47,12 +47,11 @@ class Data:
     """
 
     job: StudentJob
+    caches: Caches
     windows: DistillationWindows
     loss: DistillationLoss
     eval_windows: DistillationWindows | None
-    eval_members: tuple[Member, ...]
     eval_loss: DistillationLoss | str
-    not_measured: dict[str, str]
     provenance: dict[str, str]
     live: LiveTeachers | None = None
 
@@ -131,17 +130,7 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
         eval_loss = _eval_loss(caches, job, at_its_end)
     # Targets that no term of the loss uses are not read; the windows are the same.
     read = windows if job.uses_teachers else windows.without_targets()
-    return Data(
-        job=job,
-        windows=read,
-        loss=loss,
-        eval_windows=eval_windows,
-        eval_members=caches.eval_members,
-        eval_loss=eval_loss,
-        not_measured=caches.not_measured,
-        provenance=provenance,
-        live=record,
-    )
+    return Data(job, caches, read, loss, eval_windows, eval_loss, provenance, record)
 
 
 def _eval_loss(caches: Caches, job: StudentJob, objective: dict[str, Any]) -> DistillationLoss | str:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from storage.text import duration
 
@@ -21,28 +21,20 @@ class TrainingProgress(TrainerCallback):
         self._started = 0.0
         self._first_step = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, file=sys.stderr
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **others: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
+        logs: dict[str, float] = others.get("logs") or {}
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
             return
         figures = _figures(logs)
         if self._bar is not None:
@@ -55,9 +47,7 @@ class TrainingProgress(TrainerCallback):
                 flush=True,
             )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -176,7 +176,7 @@ def _evaluate(run: _Run, trainer: DistillationTrainer) -> HeldOutReport | None:
     # To the loggers of report_to; on the terminal the report follows.
     trainer.remove_callback(TrainingProgress)
     trainer.show_held_out(result)
-    return result.model_copy(update={"kl_not_measured": data.not_measured})
+    return result.model_copy(update={"kl_not_measured": data.caches.not_measured})
 
 
 def _report(
@@ -264,7 +264,7 @@ def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallb
             train_dataset=data.windows,
             eval_dataset=data.eval_windows,
             loss=data.loss,
-            eval_members=data.eval_members,
+            eval_members=data.caches.eval_members,
             eval_loss=data.measured_loss,
             fused_head=job.fused_head,
             callbacks=[*own, *callbacks],

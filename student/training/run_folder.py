@@ -89,18 +89,16 @@ class OutputDirectory:
 
         Raises InputError when it holds something else, IdentityMismatch (listing the fields) for another run.
         """
-        record = self._record()
-        if record is not None:
-            stored = record["identity"]
-            differing = [
-                f"{name}: the run has {stored.get(name)!r}, this job {identity.get(name)!r}"
-                for name in sorted(stored.keys() | identity.keys())
-                if name not in _NOT_COMPARED and stored.get(name) != identity.get(name)
-            ]
-            if differing:
-                raise IdentityMismatch(
-                    str(self.path), differing, "It is the folder of another run: give another --output-dir"
-                )
+        stored = self.recorded().get("identity", identity)
+        differing = [
+            f"{name}: the run has {stored.get(name)!r}, this job {identity.get(name)!r}"
+            for name in sorted(stored.keys() | identity.keys())
+            if name not in _NOT_COMPARED and stored.get(name) != identity.get(name)
+        ]
+        if differing:
+            raise IdentityMismatch(
+                str(self.path), differing, "It is the folder of another run: give another --output-dir"
+            )
 
     def check_writable(self) -> None:
         """Raise InputError, before the work, where an unfinished run's folder cannot be written."""
@@ -112,7 +110,29 @@ class OutputDirectory:
 
         Raises InputError when the folder holds something else.
         """
-        return self._record() or {}
+        try:
+            names = {name for name in os.listdir(self.path) if name != LOCK and not name.endswith(PARTIAL)}
+        except FileNotFoundError:
+            return {}
+        except NotADirectoryError:
+            raise InputError(f"{self.path} is a file or lies in one; --output-dir is a folder: give another") from None
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}; give another --output-dir") from None
+        if RUN_FILE not in names:
+            if names:
+                shown = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+                raise InputError(
+                    f"{self.path} holds {shown} and is not the folder of a training run: give an empty or new "
+                    f"--output-dir"
+                )
+            return {}
+        try:
+            data = json.loads((self.path / RUN_FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path / RUN_FILE}: cannot be read ({error}); give another --output-dir") from None
+        if not isinstance(data, dict) or data.get("kind") != _KIND or not isinstance(data.get("identity"), dict):
+            raise InputError(f"{self.path / RUN_FILE} is not of a training run: give another --output-dir")
+        return data
 
     @contextlib.contextmanager
     def reserved(self, identity: Mapping[str, Any], **launch: Any) -> Iterator[None]:
@@ -221,31 +241,6 @@ class OutputDirectory:
             os.replace(self.stage / name, self.path / name)
         self.stage.rmdir()
         _write(self.path / REPORT_FILE, report.model_dump_json(indent=1))
-
-    def _record(self) -> dict[str, Any] | None:
-        try:
-            names = {name for name in os.listdir(self.path) if name != LOCK and not name.endswith(PARTIAL)}
-        except FileNotFoundError:
-            return None
-        except NotADirectoryError:
-            raise InputError(f"{self.path} is a file or lies in one; --output-dir is a folder: give another") from None
-        except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}; give another --output-dir") from None
-        if RUN_FILE not in names:
-            if names:
-                shown = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
-                raise InputError(
-                    f"{self.path} holds {shown} and is not the folder of a training run: give an empty or new "
-                    f"--output-dir"
-                )
-            return None
-        try:
-            data = json.loads((self.path / RUN_FILE).read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path / RUN_FILE}: cannot be read ({error}); give another --output-dir") from None
-        if not isinstance(data, dict) or data.get("kind") != _KIND or not isinstance(data.get("identity"), dict):
-            raise InputError(f"{self.path / RUN_FILE} is not of a training run: give another --output-dir")
-        return data
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,8 +88,7 @@ class DistillationTrainer(Trainer):
             **others,
         )
         self._steps = FiniteSteps(skips_steps=self.accelerator.mixed_precision == "fp16")
-        self.add_callback(_FollowEpochs(self))
-        self.add_callback(FollowAlpha(loss))
+        self.add_callback(_FollowRun(self))
         self.add_callback(FSDPIsOn())
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -195,9 +194,10 @@ class DistillationTrainer(Trainer):
         world, rank = self.args.world_size, self.args.process_index
         mine = list(range(rank, len(windows), world))
         padded = mine + [0] * (-(-len(windows) // world) - len(mine))
+        rows = self.args.per_device_eval_batch_size
         loader = DataLoader(
             windows,
-            batch_size=self.args.per_device_eval_batch_size,
+            batch_size=rows,
             sampler=padded,
             collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
@@ -205,8 +205,8 @@ class DistillationTrainer(Trainer):
         self.callback_handler.eval_dataloader = loader
         was_training = model.training
         model.eval()
-        for read, counted in zip(loader, _chunk_lengths(len(mine), loader), strict=True):
-            read["labels"][counted:] = NOT_TRAINED
+        for start, read in zip(range(0, len(padded), rows), loader, strict=True):
+            read["labels"][max(0, len(mine) - start) :] = NOT_TRAINED
             batch: dict[str, Any] = self._prepare_inputs(read)
             with self.accelerator.autocast():
                 logits = model(input_ids=batch["input_ids"]).logits
@@ -237,28 +237,6 @@ def _ours(dataset: Any) -> DistillationWindows:
     return dataset
 
 
-def _chunk_lengths(total: int, loader: DataLoader[Any]) -> Iterator[int]:
-    """How many rows of each batch are among the first `total` rows."""
-    size = loader.batch_size or 1
-    for batch in range(len(loader)):
-        yield min(max(total - batch * size, 0), size)
-
-
-class FollowAlpha(TrainerCallback):
-    """Sets a scheduled alpha before each optimizer step, from the step's number alone.
-
-    So it is the same for all micro-batches and processes of the step, and in a run resumed from a checkpoint.
-    """
-
-    def __init__(self, loss: DistillationLoss) -> None:
-        self._loss = loss
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
-        self._loss.set_progress(state.global_step / max(1, state.max_steps - 1))
-
-
 class SaveByTime(TrainerCallback):
     """Asks for a checkpoint at the first logged step a minute after the last one, or 20 times as long as that one took.
 
@@ -270,16 +248,13 @@ class SaveByTime(TrainerCallback):
         self._step_done = self._saved = clock()
         self._pause = CHECKPOINT_SECONDS
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         self._saved = self._clock()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         self._step_done = self._clock()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        self._step_done = self._clock()
+    on_evaluate = on_step_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if "loss" in (others.get("logs") or {}):
@@ -293,21 +268,23 @@ class SaveByTime(TrainerCallback):
         self._pause = max(CHECKPOINT_SECONDS, (self._saved - self._step_done) / CHECKPOINT_SHARE)
 
 
-class _FollowEpochs(TrainerCallback):
-    """Sets the epoch of the reading order, and `has_begun` with the first one.
+class _FollowRun(TrainerCallback):
+    """Sets the epoch of the reading order, `has_begun` with the first one, and a scheduled alpha before each step.
 
-    accelerate passes epochs down through a fixed number of wrappers, and resuming in the middle of an epoch with
-    several processes has one more: the order would start again at epoch 0.
+    Both follow from the number of the step alone: they are the same for all its micro-batches and processes, and in a
+    run resumed from a checkpoint. accelerate passes epochs down through a fixed number of wrappers, and resuming in the
+    middle of an epoch with several processes has one more: the order would start again at epoch 0.
     """
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         self._trainer.has_begun = True
         loader, order = others.get("train_dataloader"), self._trainer._reading_order
         if loader is not None and order is not None:
             steps_per_epoch = max(1, -(-len(loader) // args.gradient_accumulation_steps))
             order.set_epoch(state.global_step // steps_per_epoch)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
+        self._trainer.distillation_loss.set_progress(state.global_step / max(1, state.max_steps - 1))

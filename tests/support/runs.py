@@ -109,6 +109,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
 
 
+def have_equal_weights(one: Path, other: Path, atol: float = 0.0) -> bool:
+    """Whether two saved models have the same weights, to the last bit by default."""
+    first, second = weights(one), weights(other)
+    return first.keys() == second.keys() and all(
+        torch.allclose(first[name], second[name], rtol=atol, atol=atol) for name in first
+    )
+
+
 KILLED = """
 import os, sys
 from student.cli import train_student
@@ -168,10 +176,10 @@ def ranks(number: int, code: str | None, *words: str, **environment: str) -> lis
     return [one.end() for one in started]
 
 
-def windows_read(notes: Path, number: int) -> dict[int, list[int]]:
+def windows_read(notes: Path) -> dict[int, list[int]]:
     """By step, the windows that `NOTED` processes read: one micro-batch after the other."""
-    names = [str(notes) + (str(rank) if number > 1 else "") for rank in range(number)]
-    by_rank = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in names]
+    files = sorted(notes.parent.glob(f"{notes.name}*"))
+    by_rank = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     read: dict[int, list[int]] = {}
     for together in zip(*by_rank, strict=True):
         assert len({step for step, _ in together}) == 1, "the processes are at the same step"

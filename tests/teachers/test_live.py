@@ -172,7 +172,6 @@ def test_a_run_beside_its_teachers(
         assert np.abs(found - cached_losses(world, tmp_path / "cached", weights, temperature)).max() < 1e-4
     assert len(found) == STEPS
     assert report.divergence == {"live": "of the teachers' whole distributions"}
-    assert report.live is not None
     assert report.live.sources == tuple(str(world / name) for name in sources)
     assert not report.fused_head
     assert report.train_log[0]["kl_live"] > 0
@@ -185,24 +184,19 @@ def test_the_runs_own_loss_on_held_out_text(world: Path, tmp_path: Path) -> None
         "eval_steps": 10, "save_strategy": "steps", "save_steps": 10,
     }  # fmt: skip
     changes = {"eval_cache": str(world / "cache"), "training": {**TRAINING, **by_it}, "loss_scale": "babyllama"}
-    cached = {"teachers": ["a"], "live_teachers": (), **changes}
+    from_cache = {"teachers": ["a"], "live_teachers": (), **changes}
     reports = [
         train(live_job(world, tmp_path / "live", ["a"], 2.0, **changes), lambda line: None, load_live),
-        train(live_job(world, tmp_path / "cached", [], 2.0, **cached), lambda line: None),
+        train(live_job(world, tmp_path / "cached", [], 2.0, **from_cache), lambda line: None),
     ]
     for report in reports:
-        assert report.held_out is not None
-        assert report.held_out.distillation_loss is not None
         assert len(report.eval_log) == 2
         best = min(entry["eval_distillation_loss"] for entry in report.eval_log)
         assert report.held_out.distillation_loss == pytest.approx(best, abs=1e-5)
-    live, from_cache = (report.held_out.distillation_loss for report in reports if report.held_out is not None)
-    assert live == pytest.approx(from_cache, abs=1e-3)
-    held = reports[1].held_out
-    assert held is not None
-    assert held.distillation_loss is not None
+    live, cached = (report.held_out for report in reports)
+    assert live.distillation_loss == pytest.approx(cached.distillation_loss, abs=1e-3)
     # BabyLlama's scale: T times the divergence, here at temperature 2, which no other figure has.
-    assert held.distillation_loss > 0.5 * held.cross_entropy
+    assert cached.distillation_loss > 0.5 * cached.cross_entropy
 
 
 def test_best_by_a_loss_that_cannot_be_measured_is_refused(world: Path, tmp_path: Path) -> None:
@@ -222,10 +216,8 @@ def test_the_command(world: Path, tmp_path: Path, run: Run) -> None:
     done = run(*line, *live, *steps, "--alpha", "0.5", "--temperature", "2", "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     report = TrainingReport.model_validate(json.loads((tmp_path / "out" / "report.json").read_text()))
-    assert report.live is not None
     assert report.live.combine == "logit-mean"
     assert report.live.provenance.keys() >= {"combine", "0/weights_sha256", "1/weights_sha256"}
-    assert report.peak_memory is not None
     assert 1 << 27 < report.peak_memory.process_bytes < 1 << 32
     assert report.peak_memory.device_bytes is None
     # Another teacher is another run, and its folder is refused.

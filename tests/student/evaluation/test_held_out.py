@@ -22,6 +22,7 @@ from student.report import HeldOutReport
 from student.target_batch import TargetBatch
 
 P, V, W = 203, 53, 61
+Batch = tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]
 MEMBERS = [Member("whole", 1.0, None, V), Member("top", 0.0, None, V)]
 
 
@@ -45,7 +46,7 @@ def stored(logp: Tensor, k: int) -> TargetBatch:
 
 
 @pytest.fixture
-def batch() -> tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]:
+def batch() -> Batch:
     """Logits, labels that follow them half of the time, targets by member, and the teacher's dense log-probs."""
     z = random(0, P, W, scale=2.5)
     generator = torch.Generator().manual_seed(1)
@@ -57,7 +58,7 @@ def batch() -> tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]:
     return z.float(), labels, {"whole": stored(teacher, V), "top": stored(teacher, 5)}, teacher
 
 
-def whole(batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]) -> HeldOutSums:
+def whole(batch: Batch) -> HeldOutSums:
     sums = HeldOutSums(V, MEMBERS)
     sums.add(*batch[:3])
     return sums
@@ -76,7 +77,7 @@ def test_bytes_per_token_where_all_bytes_are_scored(corpus: dict[str, Any], expe
     assert bytes_per_token(windows) == expected
 
 
-def test_figures_equal_brute_force(batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]) -> None:
+def test_figures_equal_brute_force(batch: Batch) -> None:
     z, labels, _, teacher = batch
     result = whole(batch).result(bytes_per_token=3.7)
     nats, correct, kl, bucketed, bins = 0.0, 0, 0.0, 0.0, [[0, 0.0, 0] for _ in range(BINS)]
@@ -121,9 +122,7 @@ def close(a: HeldOutReport, b: HeldOutReport) -> None:
     assert a.logged() == pytest.approx(b.logged(), rel=1e-6)
 
 
-def test_splitting_into_batches_changes_nothing(
-    batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_splitting_into_batches_changes_nothing(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     z, labels, targets, _ = batch
     pieces = HeldOutSums(V, MEMBERS)
     for cut in (slice(0, 1), slice(1, 2), slice(2, 90), slice(90, P)):
@@ -134,9 +133,7 @@ def test_splitting_into_batches_changes_nothing(
     close(whole(batch).result(), pieces.result())
 
 
-def test_processes_merge_by_adding_their_tensors(
-    batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor],
-) -> None:
+def test_processes_merge_by_adding_their_tensors(batch: Batch) -> None:
     z, labels, targets, _ = batch
     total = torch.zeros_like(whole(batch).tensor())
     for rank in range(3):
@@ -178,9 +175,7 @@ def test_padded_columns_are_never_predicted() -> None:
     assert sums.result().cross_entropy == pytest.approx(math.log(math.exp(9) + math.exp(5) + V) - 5, rel=1e-5)
 
 
-def test_half_precision_logits_are_scored_in_float32(
-    batch: tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor],
-) -> None:
+def test_half_precision_logits_are_scored_in_float32(batch: Batch) -> None:
     z, labels, targets, _ = batch
     half, full = HeldOutSums(V, MEMBERS), HeldOutSums(V, MEMBERS)
     half.add(z.bfloat16(), labels, targets)

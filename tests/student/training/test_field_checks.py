@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import job_in, make_world
+from support.runs import job_in
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -27,13 +27,6 @@ ZEROS = {
     "neftune_noise_alpha": 0, "eval_delay": 0, "dataloader_num_workers": 0, "learning_rate": 0,
 }  # fmt: skip
 NEVER = [math.nan, math.inf, -math.inf, -0.5, -2, -(10**30), "abc", "nan", "", [1], True]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 def checked(name: str, value: Any) -> Any:
@@ -139,6 +132,7 @@ def test_every_schedule_has_what_it_needs_and_nothing_else(schedule: str, monkey
         ({"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": "x"}, "lr_scheduler_type warmup"),
         ({"optim_target_modules": ["q_proj"]}, "optim adamw_torch_fused has no target modules"),
         ({"dataloader_persistent_workers": True}, "needs num_workers > 0"),
+        ({"dataloader_multiprocessing_context": "fork"}, "multi-process loading"),
         ({"accelerator_config": {"batches": 1}}, "transformers refuses these training fields"),
     ],
     ids=str,

@@ -13,7 +13,7 @@ from support.caches.small import make_corpus, word_tokenizer
 from support.commands import Run
 from support.models.saved import make_tokenizer
 from support.programs.saved_models import texts
-from support.runs import LLAMA, V, fill, job_in, make_world, weights
+from support.runs import LLAMA, V, fill, have_equal_weights, job_in
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,13 +32,6 @@ from student.sweep.search_space import Search
 from student.training.defaults import open_fields
 from student.training.run import train
 from student.training.run_folder import RUN_FILE
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    make_world(folder)
-    return folder
 
 
 def pretrained(folder: Path, generation: dict[str, Any] | None = None, **config: Any) -> Path:
@@ -80,8 +73,7 @@ def test_a_saved_student_stops_where_the_original_stops(world: Path, tmp_path: P
     config, generation, stops = STOPS[case]
     original, saved = pretrained(tmp_path / "original", generation, **config), tmp_path / "out"
     train(job_from(world, saved, original, training={"learning_rate": 0.0, "max_steps": 2}))
-    one, two = weights(original), weights(saved)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert have_equal_weights(original, saved)
     found = texts(saved)
     assert {int(id) for id, text in found.items() if len(text) == 6} == stops
     assert case == "none anywhere" or found == texts(original)
@@ -351,6 +343,13 @@ def test_a_sweep_goes_on_with_the_values_that_it_began_with(world: Path, tmp_pat
     assert last_trial(2) == first
     record_of_the_earlier_version(out)
     assert last_trial(3) == EARLIER | {"weight_decay": 0.3}
+
+
+def test_the_window_of_a_sweep_leaves_room_for_its_largest_step(world: Path, tmp_path: Path) -> None:
+    job = open_job(world, tmp_path / "out", pretrained(tmp_path / "model"), eval_cache=str(world / "held"))
+    search = {"trials": 1, "parameters": {"windows_per_step": {"choices": [2, 100]}}}
+    report = sweep(job.model_copy(update={"alpha": 0.5}), Search.model_validate(search), lambda line: None)
+    assert report.trials[0].job["window_tokens"] == 1499 // 100
 
 
 def test_train_teacher_has_the_same_defaults_and_a_new_model_has_its_own(world: Path, tmp_path: Path, run: Run) -> None:

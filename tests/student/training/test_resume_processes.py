@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.commands import ROOT
-from support.runs import KILLED, NOTED, arguments, job_in, make_world, python, ranks, weights, windows_read
+from support.runs import KILLED, NOTED, arguments, have_equal_weights, job_in, python, ranks, windows_read
 
 from student.data.windows import DistillationWindows, reading_order
 from student.job import StudentJob
@@ -25,13 +24,6 @@ G = 8
 STEPS = 2 * (93 // G)
 COMMON = {"alpha_end": 0.1, "min_entropy": 2.0}
 TRAINING = {"num_train_epochs": 2, "save_steps": 4, "ddp_backend": "gloo"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 def job_of(world: Path, output: Path, at_once: int, **changes: Any) -> StudentJob:
@@ -63,13 +55,10 @@ def same_run(ours: Path, theirs: Path) -> None:
         assert mine["step"] == other["step"]
         for key in ("loss", "cross_entropy", "kl_a", "kl_b", "alpha", "learning_rate"):
             assert mine[key] == pytest.approx(other[key], abs=1e-5), (key, mine["step"])
-    assert one.held_out is not None
-    assert two.held_out is not None
     assert one.held_out.tokens == two.held_out.tokens
     assert one.held_out.cross_entropy == pytest.approx(two.held_out.cross_entropy, abs=1e-5)
     assert one.held_out.ece == pytest.approx(two.held_out.ece, abs=1e-4)
-    first, second = weights(ours), weights(theirs)
-    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+    assert have_equal_weights(ours, theirs, atol=1e-4)
 
 
 def test_two_processes_train_as_one_and_may_become_one(
@@ -107,42 +96,25 @@ def test_every_step_reads_the_same_windows_whoever_computes_it(
     then: tuple[int, int],
     fused: str,
 ) -> None:
-    """(processes, windows at once): killed in the second epoch with the first, resumed with the second."""
-    read = []
-    for name, (number, at_once), stop in (("first", first, "17"), ("then", then, "")):
-        job = job_of(
-            world, tmp_path / "run", at_once, windows_per_step=G, fused_head=fused, eval_cache=str(world / "held")
-        )
-        done = ranks(number, NOTED, *arguments(job), "--json", NOTES=str(tmp_path / name), STOP=stop)
-        assert (9 if stop else 0) in [one.returncode for one in done], done[0].stderr
-        read.append(windows_read(tmp_path / name, number))
-    report = TrainingReport.model_validate_json(done[0].stdout)
+    """(processes, windows at once): killed in the second epoch with the first, resumed by torchrun with the second."""
+    common = {"windows_per_step": G, "fused_head": fused, "eval_cache": str(world / "held")}
+    jobs = [job_of(world, tmp_path / "run", at_once, **common) for _, at_once in (first, then)]
+    killed = ranks(first[0], NOTED, *arguments(jobs[0]), NOTES=str(tmp_path / "first"), STOP="17")
+    assert 9 in [one.returncode for one in killed], killed[0].stderr
+    (tmp_path / "noted.py").write_text(NOTED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(then[0])]
+    line = [*launcher, str(tmp_path / "noted.py"), *arguments(jobs[1])]
+    done = python(*line, NOTES=str(tmp_path / "then"), PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"^step \d+", done.stderr, flags=re.MULTILINE)
+    assert len(shown) == len(set(shown)) > 0, "one process speaks"
+    report = TrainingReport.model_validate_json((tmp_path / "run" / "report.json").read_bytes())
     assert (report.processes, report.windows_at_once, report.resumed_from_step) == (*then, 16)
     assert report.fused_head == (fused == "on")
     expected = expected_windows(world)
     assert len(expected) == STEPS
-    assert read[0] == {step: expected[step] for step in range(17)}
-    assert read[1] == {step: expected[step] for step in range(16, STEPS)}
-    same_run(tmp_path / "run", alone[0])
-
-
-@pytest.mark.slow
-def test_accumulation_becomes_processes_and_reads_the_same_windows(
-    world: Path, alone: tuple[Path, TrainingReport], tmp_path: Path
-) -> None:
-    """One process with two micro-batches is stopped; two processes with one resume, without the fused head."""
-    job = job_of(world, tmp_path / "run", 4, windows_per_step=G, fused_head="off", eval_cache=str(world / "held"))
-    done = ranks(1, NOTED, *arguments(job), NOTES=str(tmp_path / "first"), STOP="5")
-    assert done[0].returncode == 9, done[0].stderr
-    (tmp_path / "noted.py").write_text(NOTED)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "noted.py")]
-    done = python(*launcher, *arguments(job), NOTES=str(tmp_path / "then"), PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
-    shown = re.findall(r"^step \d+", done.stderr, flags=re.MULTILINE)
-    assert len(shown) == len(set(shown)) > 0, "one process speaks"
-    expected = expected_windows(world)
-    assert windows_read(tmp_path / "first", 1) == {step: expected[step] for step in range(5)}
-    assert windows_read(tmp_path / "then", 2) == {step: expected[step] for step in range(4, STEPS)}
+    assert windows_read(tmp_path / "first") == {step: expected[step] for step in range(17)}
+    assert windows_read(tmp_path / "then") == {step: expected[step] for step in range(16, STEPS)}
     same_run(tmp_path / "run", alone[0])
 
 

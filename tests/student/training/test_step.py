@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from accelerate.data_loader import BatchSamplerShard
-from support.runs import job_in, make_world, weights
+from support.runs import have_equal_weights, job_in
 from torch.utils.data import BatchSampler
 from transformers import TrainingArguments
 
@@ -18,13 +17,6 @@ from storage.errors import IdentityMismatch, InputError
 from student.data.order import ReadingOrder
 from student.training.run import train
 from student.training.step import cut_step, divide_step, windows_per_step
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.mark.parametrize("windows", [1, 7, 8, 12, 60, 96, 128])
@@ -143,23 +135,12 @@ def test_how_a_step_is_computed_is_no_part_of_the_run(world: Path, tmp_path: Pat
     assert (report.windows_per_step, report.windows_at_once, report.steps) == (8, 2, whole.steps)
     assert report.resumed_from_step == 6
     assert any("8 to a step: 1 process, 4 micro-batches of 2" in line for line in lines)
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    assert have_equal_weights(tmp_path / "whole", tmp_path / "run", atol=1e-5)
     with pytest.raises(IdentityMismatch) as caught:
         train(job_in(world, tmp_path / "run", windows_per_step=16, training=again))
     assert [field.split(":")[0] for field in caught.value.fields] == ["windows_per_step"]
     with pytest.raises(IdentityMismatch, match="windows_per_step"):
         train(job_in(world, tmp_path / "run", training={**limit, "per_device_train_batch_size": 4}))
-
-
-def test_a_step_is_given_once(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="windows_per_step 8 decides gradient_accumulation_steps, which is also given"):
-        job_in(world, tmp_path / "run", windows_per_step=8, training={"gradient_accumulation_steps": 2})
-    with pytest.raises(InputError, match="93 windows of 16 tokens are fewer than the 94 of one step"):
-        train(job_in(world, tmp_path / "run", windows_per_step=94))
-    with pytest.raises(InputError, match="auto_find_batch_size"):
-        train(job_in(world, tmp_path / "run", training={"auto_find_batch_size": True}))
-    assert not (tmp_path / "run").exists()
 
 
 def test_without_dropping_the_rest_an_epoch_ends_with_a_shorter_step(world: Path, tmp_path: Path) -> None:

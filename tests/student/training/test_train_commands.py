@@ -19,7 +19,7 @@ from support.caches import small as fakes
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run
 from support.processes import start_code
-from support.runs import KILLED, LLAMA, V, arguments, job_in, make_world, python, weights
+from support.runs import KILLED, LLAMA, V, arguments, have_equal_weights, job_in, python, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import student.training.arguments
@@ -34,13 +34,6 @@ from student.training.run_folder import OutputDirectory, full_disk_is_reported
 from teachers.cli import train_teacher
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("commands")
-    make_world(folder)
-    return folder
-
-
 def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_path: Path) -> None:
     job = job_in(world, tmp_path / "out", eval_cache=str(world / "held"))
     lines: list[str] = []
@@ -51,7 +44,6 @@ def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_p
     assert [entry["step"] for entry in report.train_log] == [2, 4, 6, 8, 10, 11], "the last step is logged, too"
     assert {"loss", "cross_entropy", "kl_a", "kl_b"} <= report.train_log[0].keys()
     held = report.held_out
-    assert held is not None
     assert held.tokens == 299
     assert held.perplexity == pytest.approx(np.exp(held.cross_entropy))
     assert held.bits_per_byte == pytest.approx(held.cross_entropy / np.log(2) / 4)
@@ -82,18 +74,15 @@ def test_distillation_reduces_the_divergence_and_seeds_repeat(world: Path, tmp_p
     assert report.train_log[-1]["kl_b"] < 0.8 * report.train_log[0]["kl_b"]
     again = train(job.model_copy(update={"output_dir": str(tmp_path / "two")}))
     assert [e["loss"] for e in again.train_log] == [e["loss"] for e in report.train_log]
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert have_equal_weights(tmp_path / "one", tmp_path / "two")
 
 
 def test_alpha_one_is_the_control_of_its_teachers(world: Path, tmp_path: Path) -> None:
     named = train(job_in(world, tmp_path / "named", alpha=1.0, eval_cache=str(world / "held")))
     control = train(job_in(world, tmp_path / "control", teachers=[], temperature=1))
-    assert named.held_out is not None
     assert set(named.held_out.kl) == {"a", "b"}
     assert [e["loss"] for e in named.train_log] == [e["loss"] for e in control.train_log]
-    one, other = weights(tmp_path / "named"), weights(tmp_path / "control")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert have_equal_weights(tmp_path / "named", tmp_path / "control")
 
 
 def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_path: Path) -> None:
@@ -118,8 +107,7 @@ def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(world: Path, tmp_
     assert report.resumed_from_step == 16
     assert (report.steps, report.tokens_seen) == (whole.steps, whole.tokens_seen)
     assert [(e["step"], e["loss"]) for e in report.train_log] == [(e["step"], e["loss"]) for e in whole.train_log]
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert have_equal_weights(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_checkpoint_that_cannot_be_read_is_no_half_written_one(
@@ -229,49 +217,36 @@ WRONG = {
     "unknown teacher": (edited(teacher=["c"]), "no teacher entry 'c'; there is: a, b"),
     "teacher twice": (edited(teacher=["a", "a:2"]), "named once"),
     "weight is no number": (edited(teacher=["a:much"]), "'much' is not a number"),
-    "negative weight": (edited(teacher=["a:-1"]), "greater than or equal to 0"),
     "no weight at all": (edited(teacher=["a:0", "b:0"]), "every teacher's weight is 0"),
     "alpha too large": (edited(alpha=1.5), "less than or equal to 1"),
     "alpha without teachers": (edited(teacher=[], alpha=0.5), "no teacher is named"),
-    "temperature": (edited(temperature=1.5), "exact only at 1 and 2"),
     "unknown preset": (edited(model="lama-tiny"), "did you mean 'llama-tiny'"),
     "missing model file": (edited(model="WORLD/none.json"), "no such file"),
     "window longer than the model": (edited(window_tokens=33), "32 positions"),
     "window longer than the corpus": (edited(window_tokens=1500), "1500"),
-    "window of nothing": (edited(window_tokens=0), "greater than or equal to 1"),
     "unknown training field": (edited(set="learning_rat=1"), "did you mean 'learning_rate'"),
     "setting without value": (edited(set="learning_rate"), "expected NAME=VALUE"),
     "wrong type": (edited(set="max_steps=soon"), "'max_steps'"),
     "wrong choice": (edited(set="lr_scheduler_type=wavy"), "wavy"),
     "reserved field": (edited(set="label_smoothing_factor=0.1"), "replace the distillation loss"),
     "field of ours": (edited(set="seed=3"), "give --seed"),
-    "batch larger than the data": (edited(set="per_device_train_batch_size=94"), "93 windows"),
     "step of two sizes": (edited(windows_per_step=8, set="gradient_accumulation_steps=2"), "leave one of the two out"),
     "step larger than the data": (edited(windows_per_step=94), "93 windows of 16 tokens are fewer than the 94 of one"),
     "batch that finds itself": (edited(set="auto_find_batch_size=true"), "give --windows-per-step"),
     "unknown logger": (edited(set="report_to=paper"), "'paper' is not known"),
-    "fsdp on a CPU": (edited(set="fsdp=true"), "on a CPU, where accelerate would train without it"),
     "evaluation without data": (edited(set="eval_strategy=epoch"), "give --eval-cache"),
     "unknown metric": (edited(eval_cache="WORLD/held", set="metric_for_best_model=bleu"), "not measured"),
-    "learning rate": (edited(set="learning_rate=-1"), "greater than or equal to 0 (found -1)"),
     "rate beyond float32": (edited(set="learning_rate=1.0e+39"), "weights that are not finite"),
-    "batch of nothing": (edited(set="per_device_train_batch_size=0"), "greater than or equal to 1 (found 0)"),
-    "decay of Adam": (edited(set="adam_beta1=2"), "less than 1 (found 2)"),
     "division by nothing": (edited(set="adam_epsilon=1.0e-50"), "larger adam_epsilon"),
-    "weight decay": (edited(set="weight_decay=-1"), "greater than or equal to 0 (found -1)"),
-    "no epoch": (edited(set="num_train_epochs=0"), "greater than 0 (found 0)"),
     "no step": (edited(set="max_steps=0"), "(found 0; -1 leaves it to num_train_epochs)"),
     "part of a step": (edited(set="save_steps=2.5"), "should be whole"),
     "schedule without its end": (edited(set="lr_scheduler_type=cosine_with_min_lr"), "One of min_lr or min_lr_rate"),
-    "schedule without its decay": (edited(set="lr_scheduler_type=warmup_stable_decay"), "'num_decay_steps'"),
     "optimizer of a package": (edited(set="optim=adamw_8bit"), "optim adamw_8bit: You need to install `bitsandbytes`"),
-    "optimizer of another": (edited(set="optim=galore_adamw"), "You need to install `galore_torch`"),
     "deepspeed": (edited(set="deepspeed=x.json"), "deepspeed"),
     "compiler mode": (edited(set="torch_compile_mode=x"), "Unrecognized mode=x"),
     "compiler": (edited(set="torch_compile_backend=x"), "torch_compile with backend x"),
     "float16 on a CPU": (edited(set="fp16=true"), "fp16 was asked for on a CPU"),
     "hub": (edited(set="push_to_hub=true"), "upload --output-dir then"),
-    "loader": (edited(set="dataloader_multiprocessing_context=fork"), "multi-process loading"),
     "log level": (edited(set="log_level=loud"), "'passive' (found 'loud')"),
     "best of nothing": (edited(set="save_strategy=best"), "metric_for_best_model"),
     "no config file": (edited(config="WORLD/none.yaml"), "none.yaml"),
@@ -351,7 +326,6 @@ def test_held_out_caches_must_share_the_tokenizer_and_teachers_may_be_missing(
     EntryWriter.open(held, "a", make_entry(record, 9))
     short = {"max_steps": 1}
     report = train(job_in(world, tmp_path / "one", eval_cache=held, training=short))
-    assert report.held_out is not None
     assert report.held_out.kl == {}
     assert "incomplete" in report.held_out.kl_not_measured["a"]
     assert "another teacher" in report.held_out.kl_not_measured["b"]
@@ -359,7 +333,6 @@ def test_held_out_caches_must_share_the_tokenizer_and_teachers_may_be_missing(
     bare = str(tmp_path / "bare")
     make_corpus(bare, tokens, V)
     report = train(job_in(world, tmp_path / "two", eval_cache=bare, training=short))
-    assert report.held_out is not None
     assert "no entry" in report.held_out.kl_not_measured["a"]
 
     foreign = str(tmp_path / "foreign")
@@ -385,7 +358,6 @@ def test_isolated_teachers_make_isolated_windows(tmp_path: Path, world: Path) ->
         job_in(world, tmp_path / "out", cache=url, eval_cache=url, teachers=["a"], offset="fixed", training=training)
     )
     assert report.isolated_documents
-    assert report.held_out is not None
     assert report.held_out.tokens == 190
 
 
@@ -397,7 +369,6 @@ def test_evaluation_during_training_and_the_best_model(world: Path, tmp_path: Pa
     }  # fmt: skip
     report = train(job_in(world, tmp_path / "out", eval_cache=str(world / "held"), training=training))
     assert [entry["step"] for entry in report.eval_log] == [4, 8]
-    assert report.held_out is not None
     best = min(entry["eval_kl_b"] for entry in report.eval_log)
     assert report.held_out.kl["b"].nats == pytest.approx(best, abs=1e-6)
 
@@ -409,7 +380,6 @@ def test_the_loss_on_held_out_text_is_a_mean_over_tokens(world: Path, tmp_path: 
         "load_best_model_at_end": True, "metric_for_best_model": "distillation_loss",
     }  # fmt: skip
     held = train(job_in(world, tmp_path / "out", alpha=1, eval_cache=str(world / "held"), training=training)).held_out
-    assert held is not None
     assert held.distillation_loss == pytest.approx(held.cross_entropy, rel=1e-6)
 
 
