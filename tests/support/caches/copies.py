@@ -18,5 +18,5 @@ def pull(source: Path | str, target: Path | str, **options: Any) -> Delivery:
 
 
 def _job(source: Path | str, target: Path | str, options: dict[str, Any]) -> list[CopyJob]:
-    fields = {name: options.pop(name) for name in CopyJob.__dataclass_fields__ if name in options}
+    fields = {name: options.pop(name) for name in CopyJob.model_fields if name in options}
     return [CopyJob(source=str(source), target=str(target), **fields)]
