@@ -10,44 +10,25 @@ run repeats it; an all-reduce guarantees neither.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class Ranks(Protocol):
+class Ranks:
     """W processes that do the same work, each on its part of a teacher. All of them make the same calls, in order.
 
-    rank   the index of this process, 0 .. W - 1
-    size   W
+    They are those of torch's default process group, which serves tensors of its device and of the CPU.
     """
 
-    rank: int
-    size: int
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()  # the index of this process, 0 .. W - 1
+        self.size = dist.get_world_size()  # W
 
     def gather(self, value: Tensor) -> Tensor:
         """The values of all ranks, which have one shape, in rank order, [W, ...]."""
-        ...
-
-    def maximum(self, value: Tensor) -> Tensor:
-        """The elementwise maximum over the ranks; not for values with NaN."""
-        ...
-
-    def objects(self, value: Any) -> list[Any]:
-        """The values of all ranks, small plain data, in rank order."""
-        ...
-
-
-class DistributedRanks:
-    """`Ranks` of torch's default process group, which serves tensors of its device and of the CPU."""
-
-    def __init__(self) -> None:
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
-
-    def gather(self, value: Tensor) -> Tensor:
         gathered = value.new_empty(self.size, *value.shape)
         # torch 2.13 renamed it, and warns of the old name.
         collective: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -55,11 +36,13 @@ class DistributedRanks:
         return gathered
 
     def maximum(self, value: Tensor) -> Tensor:
+        """The elementwise maximum over the ranks; not for values with NaN."""
         largest = value.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest
 
     def objects(self, value: Any) -> list[Any]:
+        """The values of all ranks, small plain data, in rank order."""
         # Unpickled data comes from ranks of the same job, which are trusted, and never from a file.
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)

@@ -10,7 +10,8 @@ reduce, encode, compress, hash, by the same functions. The rest is arithmetic on
     epochs     until the cache has paid for itself: caching / (live - cached), all per position; `live` is a student's
                step with the teachers beside it, `cached` from the cache; without a student, the teachers' forward alone
 
-A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding.
+A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding. The live step reads the
+windows of a student of the entry: inside documents, and padded, where the teacher is to see documents alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from logit_cache.caching.step_cost import (
     new_student,
     reading_cost,
     student_cost,
+    student_windows,
 )
 from logit_cache.caching.windows import windows
 from storage.errors import FormatError, InputError
@@ -84,7 +86,7 @@ class Probe:
     chunk_bytes: dict[str, int] = field(default_factory=dict)
     receipt_bytes: int = 0
     reading: float = 0.0
-    first: tuple[NDArray[np.int64], SparseTargets] | None = None
+    first: SparseTargets | None = None
 
     def bytes_per_position(self, name: str) -> float:
         """Bytes of an array's chunks per position, without shard indices."""
@@ -164,20 +166,17 @@ def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> Tea
 
 def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Probe:
     cache, teacher, entry = prepared.cache, prepared.teacher, prepared.entry
-    piece, number, probed = _pieces(entry, most_windows)
-    specs = teacher_arrays(probed)
-    slots = max(1, entry.positions // piece)
-    number = min(number, slots)
-    chosen = [(2 * i + 1) * slots // (2 * number) for i in range(number)]
-    probe = Probe(probed, Meter(teacher.device), Meter(teacher.device), chunk_bytes=dict.fromkeys(specs, 0))
     starts = cache.document_starts if entry.windowing.isolate_documents else None
+    probed, pieces = _pieces(entry, starts, most_windows)
+    specs, size = teacher_arrays(probed), probed.layout.shard
+    probe = Probe(probed, Meter(teacher.device), Meter(teacher.device), chunk_bytes=dict.fromkeys(specs, 0))
     # Warm-up: the first pass includes set-up that the others do not pay for.
-    begin = chosen[0] * piece
+    begin = next(iter(pieces)) * size
     warm = begin + probed.execution.batch_windows * entry.windowing.stride_tokens
-    score_range(cache, teacher, probed, begin, min(warm, begin + piece, entry.positions))
-    with track("probe", number * piece, "positions") as advance:
-        for slot in chosen:
-            start, stop = slot * piece, min((slot + 1) * piece, entry.positions)
+    score_range(cache, teacher, probed, begin, min(warm, begin + size, entry.positions))
+    with track("probe", len(pieces) * size, "positions") as advance:
+        for slot, count in pieces.items():
+            start, stop = probed.layout.shard_range(slot, entry.positions)
             with probe.score.running():
                 targets = score_range(cache, teacher, probed, start, stop, advance)
             with probe.encode.running():
@@ -188,7 +187,6 @@ def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Pro
                 objects = encode_objects(specs, slot, values)
                 digests = {name: object_digest(specs[name], data) for name, data in objects.items()}
                 statistics = shard_statistics(targets)
-            count = sum(1 for _ in windows(start, stop, entry.positions, entry.windowing, starts))
             probe.positions += stop - start
             probe.windows += count
             probe.batches += -(-count // probed.execution.batch_windows)
@@ -201,29 +199,39 @@ def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Pro
                     seconds=round(probe.score.seconds, 3), written_at="2026-01-01T00:00:00+00:00", host="a-host",
                 )  # fmt: skip
                 probe.receipt_bytes = len(sealed_bytes(receipt))
-                tokens = cache.tokens.read(start, min(stop + 1, entry.positions)).astype(np.int64)
-                probe.first = tokens, targets
+                probe.first = targets
                 probe.reading = reading_cost(specs, objects, stop - start)
     return probe
 
 
-def _pieces(entry: TeacherEntry, most_windows: int | None) -> tuple[int, int, TeacherEntry]:
-    """The positions of a piece, the number of pieces, and the probe's entry, in which a piece is a shard."""
+def _pieces(
+    entry: TeacherEntry, document_starts: NDArray[np.uint64] | None, most_windows: int | None
+) -> tuple[TeacherEntry, dict[int, int]]:
+    """The probe's entry, in which a piece is a shard, and the windows of each piece, by the shard's number."""
     layout, stride, batch = entry.layout, entry.windowing.stride_tokens, entry.execution.batch_windows
     piece = min(layout.shard, max(1, -(-batch * stride // layout.chunk)) * layout.chunk)
     wanted = _PIECES * piece if most_windows is None else most_windows * stride
-    if wanted >= piece:
-        return piece, wanted // piece, _cut(entry, piece, layout.chunk, batch)
-    # Fewer windows than a piece has: smaller chunks, which compress a little worse.
-    number = min(_PIECES, wanted // stride)
-    each = wanted // stride // number
-    return each * stride, number, _cut(entry, each * stride, each * stride, min(batch, each))
-
-
-def _cut(entry: TeacherEntry, shard: int, chunk: int, batch: int) -> TeacherEntry:
-    layout = ArrayLayout(shard=shard, chunk=chunk, compression=entry.layout.compression)
-    execution = entry.execution.model_copy(update={"batch_windows": batch})
-    return entry.model_copy(update={"layout": layout, "execution": execution})
+    while True:
+        size, chunk, number = piece, layout.chunk, wanted // piece
+        if not number:
+            # Fewer windows than a piece has: smaller chunks, which compress a little worse.
+            number = min(_PIECES, max(1, wanted // stride))
+            size = max(1, wanted // number)
+            size = chunk = size - size % stride if size > stride else size
+        slots = max(1, entry.positions // size)
+        number = min(number, slots)
+        counts = {}
+        for slot in [(2 * i + 1) * slots // (2 * number) for i in range(number)]:
+            ends = slot * size, min((slot + 1) * size, entry.positions)
+            counts[slot] = sum(1 for _ in windows(*ends, entry.positions, entry.windowing, document_starts))
+        if most_windows is None or sum(counts.values()) <= most_windows or size == 1:
+            break
+        # Every document has a window of its own, so there are more than positions alone say.
+        wanted //= 2
+    shape = ArrayLayout(shard=size, chunk=chunk, compression=layout.compression)
+    at_once = batch if size == piece else min(batch, max(counts.values()))
+    execution = entry.execution.model_copy(update={"batch_windows": at_once})
+    return entry.model_copy(update={"layout": shape, "execution": execution}), counts
 
 
 def _speed(probe: Probe, entry: TeacherEntry) -> dict[str, float]:
@@ -272,7 +280,7 @@ def _index(receipts: int, probe: Probe, object_bytes: int) -> ReceiptIndex:
     assert probe.first is not None
     return ReceiptIndex(
         record_sha256=_SHA, receipts=(_SHA,) * receipts, object_bytes=object_bytes,
-        statistics=shard_statistics(probe.first[1]), seconds=1234.567,
+        statistics=shard_statistics(probe.first), seconds=1234.567,
     )  # fmt: skip
 
 
@@ -305,16 +313,23 @@ def _break_even(
 ) -> dict[str, Any]:
     """Caching once and reading, against the teachers beside the student, in paid hours (see `step_cost`)."""
     assert probe.first is not None
-    tokens, targets = probe.first
-    entry, teacher = probe.entry, prepared.teacher
-    length = min(entry.windowing.context_tokens, len(tokens))
-    count = min(entry.execution.batch_windows, len(tokens) // length)
-    forward = forward_cost(teacher, tokens[: count * length].reshape(count, length))
+    entry, teacher, start = prepared.entry, prepared.teacher, probe.first.start
+    tokens = prepared.cache.tokens.read(start, min(start + len(probe.first) + 1, entry.positions)).astype(np.int64)
+    starts: NDArray[np.uint64] | None = None
+    if entry.windowing.isolate_documents:
+        inside = prepared.cache.document_starts.astype(np.int64) - start
+        starts = np.append(0, inside[(inside > 0) & (inside < len(tokens))]).astype(np.uint64)
+    read = student_windows(entry, tokens, probe.first, starts)
+    forward = forward_cost(teacher, read[: probe.entry.execution.batch_windows])
     step: StepCost | None = None
     cached, live = probe.reading, forward
     if question.student is not None:
-        whole = targets.rows(targets.start, targets.start + len(tokens) - 1)
-        step = student_cost(question.student, teacher, prepared.entry, tokens, whole)
+        context = entry.windowing.context_tokens
+        if starts is None and len(tokens) <= context:
+            raise InputError(
+                f"--student needs text for a window of {context} tokens and one more, there are {len(tokens)} tokens"
+            )
+        step = student_cost(question.student, teacher, entry, read)
         cached, live = step.cached + probe.reading, step.live
     caching = speed["paid_seconds_per_token"]
     epochs = question.runs * question.epochs

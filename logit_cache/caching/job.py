@@ -13,6 +13,10 @@ from storage.format.manifest import TEACHER_NAME, Targets
 
 Positive = Annotated[int, Field(ge=1)]
 Source = Annotated[str, Field(min_length=1)]
+EntryName = Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
+KeptIds = Annotated[int, Field(ge=1, le=MAX_UINT16)]
+Mass = Annotated[float, Field(gt=0, le=1)]
+StepNats = Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)]
 
 
 class CacheJob(Settings):
@@ -27,10 +31,10 @@ class CacheJob(Settings):
     teacher: Annotated[tuple[Source, ...], Field(min_length=1, max_length=64)]
     combine: Literal["logit-mean", "mixture"] | None = None
     weight: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
-    name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
+    name: EntryName
     targets: Literal["topk", "varopt"] = "varopt"
-    k: Annotated[int, Field(ge=1, le=MAX_UINT16)] = 64
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    k: KeptIds = 64
+    top_p: Mass | None = None
     head_ids: Annotated[int, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 48)] | None = None
     target_temperature: float | None = None
@@ -45,7 +49,7 @@ class CacheJob(Settings):
     offload: Literal["cpu", "disk"] | None = None
     tensor_parallel: bool = False
     encoding: Literal["codes", "float32"] = "codes"
-    step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] = DEFAULT_STEP_NATS
+    step_nats: StepNats = DEFAULT_STEP_NATS
     profile: Profile = "small"
     shard_tokens: Positive | None = None
     chunk_tokens: Positive | None = None

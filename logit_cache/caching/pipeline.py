@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -50,11 +51,11 @@ class HostCopies:
     def add(self, position: NDArray[np.int64], rows: ReducedRows) -> None:
         """Start the copy of the rows of some positions, int64 [R]."""
         if self._stream is None:
-            self._put(position, ReducedRows(**{name: value.cpu() for name, value in vars(rows).items()}))
+            self._put(position, rows.each(torch.Tensor.cpu))
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            on_host = ReducedRows(**{name: _pinned(value, self._stream) for name, value in vars(rows).items()})
+            on_host = rows.each(partial(_pinned, stream=self._stream))
             copied = self._event()
             copied.record(self._stream)
         self._waiting.append((position, on_host, copied))

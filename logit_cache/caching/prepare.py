@@ -160,20 +160,26 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
             mantissa_bits=12 if job.encoding == "codes" else 23,
         ),
         layout=layout,
-        execution=Execution(
-            device_type=teacher.device.type,
-            batch_windows=job.batch_windows
-            or _recorded_batch_windows(job)
-            or choose_batch_windows(teacher, windowing.input_tokens),
-            attention=teacher.attention,
-            head=teacher.head,
-            tensor_parallel=None if teacher.shard is None else teacher.shard.ranks.size,
+        execution=execution_of(
+            teacher,
+            job.batch_windows or _recorded_batch_windows(job) or choose_batch_windows(teacher, windowing.input_tokens),
         ),
         created_with=Versions.of_this_process(),
     )
     if job.shard_tokens is None and job.chunk_tokens is None:
         entry = in_recorded_shards(entry, stored_entry(job.cache, job.name))
     return PreparedJob(cache, teacher, entry)
+
+
+def execution_of(teacher: Teacher, batch_windows: int) -> Execution:
+    """How a teacher runs here: what an entry records of it, as it can change the last bits of targets."""
+    return Execution(
+        device_type=teacher.device.type,
+        batch_windows=batch_windows,
+        attention=teacher.attention,
+        head=teacher.head,
+        tensor_parallel=None if teacher.shard is None else teacher.shard.ranks.size,
+    )
 
 
 def open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:

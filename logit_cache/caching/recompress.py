@@ -17,36 +17,35 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
+from logit_cache.caching.job import EntryName, KeptIds, Mass, Positive, StepNats
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.cache.writer import EntryWriter, check_destination
 from storage.config import Settings
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, logprob_floor
+from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, logprob_floor
 from storage.format.layout import COMPRESSION, Profile, entry_layout
-from storage.format.manifest import TEACHER_NAME, Encoding, TeacherEntry, Versions
+from storage.format.manifest import Encoding, TeacherEntry, Versions
 from storage.format.pruning import prune
 from storage.format.sealing import digest
 from storage.text import ranges_in_words
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 class RecompressJob(Settings):
     """The fields of `logit-cache recompress`. A field that is None keeps the source's value."""
 
     cache: str
-    name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
-    to: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
+    name: EntryName
+    to: EntryName
     out: str | None = None
-    k: Annotated[int, Field(ge=1, le=MAX_UINT16)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    k: KeptIds | None = None
+    top_p: Mass | None = None
     profile: Profile | None = None
     encoding: Literal["codes", "float32"] | None = None
-    step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None = None
+    step_nats: StepNats | None = None
     shard_tokens: Positive | None = None
     chunk_tokens: Positive | None = None
 

@@ -27,7 +27,7 @@ from storage.format.manifest import TeacherEntry
 from storage.format.pruning import prune
 from storage.format.targets import SparseTargets
 from teachers.base import Teacher
-from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
+from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_rows
 from teachers.reduction.varopt import Sampling, random_bits
 
 
@@ -89,11 +89,8 @@ def _score_batch(
         try:
             # The logits may be on another device than the windows.
             sampling = rows.sampling(position[chunk], logits.device)
-            fixed = (logits, entry.vocabulary_size, entry.targets.k, label[chunk].to(logits.device), rows.floor)
-            if sampling is None:
-                reduced = reduce_topk(*fixed, teacher.shard)
-            else:
-                reduced = reduce_varopt(*fixed, sampling, teacher.shard)
+            k, own_labels = entry.targets.k, label[chunk].to(logits.device)
+            reduced = reduce_rows(logits, entry.vocabulary_size, k, own_labels, rows.floor, sampling, teacher.shard)
         except InvalidLogits as error:
             members = entry.teacher.members
             raise InputError(
@@ -101,7 +98,7 @@ def _score_batch(
                 f"{position[done + error.row]} its logits have no softmax ({error.found}); it diverged, or overflowed "
                 f"in {members[0].dtype}: try --dtype float32 and another --name, or check its weights"
             ) from None
-        copies.add(position[chunk], reduced.to(teacher.device))
+        copies.add(position[chunk], reduced.each(lambda values: values.to(teacher.device)))
         done += len(logits)
     assert done == len(position), "a teacher yields one row of logits per scored row"
     return done
@@ -120,7 +117,7 @@ class _Rows:
         self._token_ids = np.empty((count, k), dtype=token_id_dtype(entry.vocabulary_size))
         self._certain = np.empty(count, dtype=np.uint16)
         self._logprobs = np.empty((count, k), dtype=np.float32)
-        self._floats = {
+        self._floats: dict[str, Any] = {
             name: np.empty(count, dtype=np.float32)
             for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")
         }
@@ -151,9 +148,6 @@ class _Rows:
             certain=self._certain,
             top_logprob=self._logprobs[:, 0].copy(),
             exact_logprobs=self._logprobs,
-            log_tail=self._floats["log_tail"],
-            log_tail_half=self._floats["log_tail_half"],
-            label_logprob=self._floats["label_logprob"],
-            entropy=self._floats["entropy"],
+            **self._floats,
         )
         return targets if self._wanted.top_p is None else prune(targets, k, self._wanted.top_p, self.floor)

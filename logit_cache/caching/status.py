@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any, Literal
@@ -110,21 +110,22 @@ def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> En
     first, shards = receipts.first_array, receipts.shards
     positions, size = first.shape[0], first.layout.shard
     started: int | None = 0
-    notes = _Notes()
+    leased: list[int] = []
+    failed: list[int] = []
     covered, done = positions, shards
     if _is_complete(receipts):
         # Workers take shards in order, so the highest numbers include every worker's last commit.
         newest = list(range(shards - 1, max(-1, shards - 1 - _RECEIPTS), -1))
     else:
         try:
-            committed, newest, notes = _scan_receipts(receipts)
+            committed, newest, leased, failed = _scan_receipts(receipts)
         except InputError:  # a plain web server
             return EntryStatus(name, "not known", False, positions, None, None, shards, None, None, None, None, None)
         done = int(committed.sum())
         # The last shard may be shorter.
         covered = done * size - int(committed[-1]) * (size * shards - positions)
         started = _started(receipts, committed)
-    in_flight = _held(receipts, notes.leases)
+    in_flight = _held(receipts, leased)
     found, read = _recent_commits(receipts, newest, known)
     bare = EntryStatus(
         name=name,
@@ -138,8 +139,8 @@ def _entry_status(receipts: Receipts, name: str, now: float, known: Known) -> En
         shards_missing=shards - done,
         shards_begun=started,
         shards_in_flight=in_flight,
-        shards_failed=len(notes.failed),
-        failed=_notes_of(receipts, notes.failed),
+        shards_failed=len(failed),
+        failed=_notes_of(receipts, failed),
         receipts_read=read,
     )
     return _with_commits(bare, found, now) if found else bare
@@ -174,26 +175,20 @@ def _is_complete(receipts: Receipts) -> bool:
     return receipts.index is not None
 
 
-@dataclass
-class _Notes:
-    """Shards with other files beside the receipts: a lease, or a note that they failed permanently."""
-
-    leases: list[int] = field(default_factory=list)
-    failed: list[int] = field(default_factory=list)
-
-
-def _scan_receipts(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _Notes]:
-    """Which shards have a receipt; the newest of them first; and the notes on shards without a receipt.
+def _scan_receipts(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], list[int], list[int]]:
+    """Which shards have a receipt; the newest of them first; and of those without one, which have a lease, or a note
+    that they failed permanently.
 
     Newest by the store's modification times, or by the highest numbers where it has none.
     """
     committed = np.zeros(receipts.shards, dtype=bool)
     newest: list[tuple[float, int]] = []
-    notes = _Notes()
+    leased: list[int] = []
+    failed: list[int] = []
     for name, written in receipts.store.listing(receipts.folder):
         shard = receipts.shard_of(name)
         if shard is None:
-            for noted, into in ((leased_shard(name), notes.leases), (failed_shard(name), notes.failed)):
+            for noted, into in ((leased_shard(name), leased), (failed_shard(name), failed)):
                 if noted is not None and noted < receipts.shards:
                     into.append(noted)
             continue
@@ -203,9 +198,8 @@ def _scan_receipts(receipts: Receipts) -> tuple[NDArray[np.bool_], list[int], _N
             heapq.heappush(newest, item)
         else:
             heapq.heappushpop(newest, item)
-    notes.leases = sorted(shard for shard in notes.leases if not committed[shard])
-    notes.failed = sorted(shard for shard in notes.failed if not committed[shard])
-    return committed, [shard for _, shard in sorted(newest, reverse=True)], notes
+    leased, failed = (sorted(shard for shard in noted if not committed[shard]) for noted in (leased, failed))
+    return committed, [shard for _, shard in sorted(newest, reverse=True)], leased, failed
 
 
 def _held(receipts: Receipts, leased: Sequence[int]) -> int:
@@ -304,8 +298,6 @@ def _iso(seconds: float) -> str:
 
 def as_json(url: str, entries: Sequence[EntryStatus]) -> dict[str, Any]:
     """The output of `--json`: the cache, and each entry's status by its name."""
-    from dataclasses import asdict
-
     return {
         "url": url,
         "complete": is_complete(entries),

@@ -1,15 +1,13 @@
 """The measured cost of a step on this machine: the teacher's forward, and a student's step with and without the cache.
 
-Legend: `B` windows of a step, `T` positions of a window, `P` = B·T positions.
-
-A cost is per position, in paid seconds: processor time where the device is a CPU (a busy machine does not change it
-much), and elapsed time where it is an accelerator.
+A cost is per position of the text (padding is paid for and not counted), in paid seconds: processor time where the
+device is a CPU (a busy machine does not change it much), and elapsed time where it is an accelerator.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -25,7 +23,8 @@ from storage.format.layout import ArraySpec
 from storage.format.manifest import TeacherEntry
 from storage.format.shard import decode_chunk, encode_targets
 from storage.format.targets import SparseTargets
-from student.data.batches import as_read, collate
+from student.data.batches import Window, as_read, collate
+from student.data.blocks import Blocks
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
@@ -94,9 +93,36 @@ class _Pieces:
                 yield chunk[start : start + self._rows]
 
 
-def forward_cost(teacher: Teacher, windows: NDArray[np.int64]) -> float:
-    """Cost of the teacher alone, per position: all of `windows` int64 [B, T] are scored, as beside a student."""
-    inputs = torch.from_numpy(windows)
+def student_windows(
+    entry: TeacherEntry, tokens: NDArray[np.int64], targets: SparseTargets, document_starts: NDArray[np.uint64] | None
+) -> list[Window]:
+    """The windows of some targets as a student of the entry reads them: padded where they end with a document.
+
+    tokens: int64 [n], from the first target's position on. document_starts: where documents are isolated, the places
+    in `tokens` where one starts, the first of them 0.
+    """
+    windowing, stored = entry.windowing, _stored(entry, targets)
+    size = windowing.context_tokens
+    if document_starts is None:
+        size = min(size, max(1, len(tokens) - 1))
+    blocks = Blocks.of(len(tokens), document_starts, size, "fixed", seed=0)
+    following = np.append(tokens[1:], tokens[-1])
+    return [
+        as_read(
+            tokens[start : start + count],
+            following[start : start + count],
+            {_NAME: stored.rows(stored.start + start, stored.start + start + count)},
+            size,
+            windowing.begin_id,
+        )
+        # A piece of documents of one token has no window; the first of them stands for one.
+        for start, count in blocks.spans(range(len(blocks))) or [(0, 1)]
+    ]
+
+
+def forward_cost(teacher: Teacher, windows: Sequence[Window]) -> float:
+    """Cost of the teacher alone, per position: it scores the windows whole, padding included, as beside a student."""
+    inputs = torch.from_numpy(np.stack([window["input_ids"] for window in windows]))
     source = LiveTeacher(teacher)
 
     def run() -> None:
@@ -104,7 +130,7 @@ def forward_cost(teacher: Teacher, windows: NDArray[np.int64]) -> float:
             for _ in source(inputs):
                 pass
 
-    return _each(teacher.device, run) / windows.size
+    return _each(teacher.device, run) / _positions(windows)
 
 
 def reading_cost(specs: Mapping[str, ArraySpec], objects: Mapping[str, bytes], positions: int) -> float:
@@ -134,28 +160,20 @@ def new_student(spec: str, entry: TeacherEntry) -> Any:
     )
 
 
-def student_cost(
-    spec: str, teacher: Teacher, entry: TeacherEntry, tokens: NDArray[np.int64], targets: SparseTargets
-) -> StepCost:
-    """Cost of a student's step (forward, backward, AdamW) on the windows of some targets.
+def student_cost(spec: str, teacher: Teacher, entry: TeacherEntry, windows: Sequence[Window]) -> StepCost:
+    """Cost of a student's step (forward, backward, AdamW) on windows of at most `context_tokens` positions.
 
-    tokens: int64 [len(targets) + 1], from the first target's position on. Raises InputError for a model that
-    train-student would refuse, or where the targets are less than a window.
+    Raises InputError for a model that train-student would refuse.
     """
-    t = entry.windowing.context_tokens
-    b = min(_STEP_WINDOWS, (len(tokens) - 1) // t)
-    if b < 1:
-        raise InputError(
-            f"--student needs text for a window of {t} tokens and one more, there are {len(tokens)} tokens"
-        )
+    t, windows = entry.windowing.context_tokens, windows[:_STEP_WINDOWS]
+    positions = _positions(windows)
     model = new_student(spec, entry).to(teacher.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    stored = _stored(entry, targets.rows(targets.start, targets.start + b * t))
-    of_cache = _batch(tokens, stored, entry, teacher.device)
-    batch = {name: of_cache[name] for name in ("input_ids", "labels")}
+    whole = collate(windows)
+    batch = {name: whole[name].to(teacher.device) for name in ("input_ids", "labels")}
+    stored = {_NAME: whole["targets"][_NAME].to(teacher.device)}
     size = ids_of_student(spec, entry)
-    valid = np.arange(stored.k) < stored.kept[:, None]
-    most = int(stored.token_ids.max(where=valid, initial=0))
+    most = max(_largest_id(window["targets"][_NAME]) for window in windows)
     if most >= size:
         raise InputError(
             f"--student {spec}: its head has {size} columns, and the teacher's targets name id {most}: give the model "
@@ -164,8 +182,7 @@ def student_cost(
     member, tau = Member.of(_NAME, entry), entry.targets.temperature
     costs = {}
     for kind, loss, given in (
-        ("cached", DistillationLoss(size, 0.0, tau, [member], window_tokens=t),
-         {"targets": of_cache["targets"]}),
+        ("cached", DistillationLoss(size, 0.0, tau, [member], window_tokens=t), {"targets": stored}),
         ("live", DenseLoss(_Pieces(teacher), size, 0.0, tau, window_tokens=t), {}),
     ):  # fmt: skip
         bind_loss(model, loss)
@@ -176,30 +193,18 @@ def student_cost(
             optimizer.step()
             optimizer.zero_grad()
 
-        costs[kind] = _each(teacher.device, step) / (b * t)
+        costs[kind] = _each(teacher.device, step) / positions
         unbind_loss(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return StepCost(spec, parameters, b, costs["cached"], costs["live"])
+    return StepCost(spec, parameters, len(windows), costs["cached"], costs["live"])
 
 
-def _batch(
-    tokens: NDArray[np.int64], stored: SparseTargets, entry: TeacherEntry, device: torch.device
-) -> dict[str, Any]:
-    """The windows of some targets, with the text from their first position on, as a student reads them on a device."""
-    t, begin = entry.windowing.context_tokens, entry.windowing.begin_id
-    windows = [
-        as_read(
-            tokens[start : start + t],
-            tokens[start + 1 : start + t + 1],
-            {_NAME: stored.rows(stored.start + start, stored.start + start + t)},
-            t,
-            begin,
-        )
-        for start in range(0, len(stored), t)
-    ]
-    batch = collate(windows)
-    targets = {_NAME: batch["targets"][_NAME].to(device)}
-    return {name: batch[name].to(device) for name in ("input_ids", "labels")} | {"targets": targets}
+def _positions(windows: Sequence[Window]) -> int:
+    return sum(len(window["targets"][_NAME]) for window in windows)
+
+
+def _largest_id(targets: SparseTargets) -> int:
+    return int(targets.token_ids.max(where=np.arange(targets.k) < targets.kept[:, None], initial=0))
 
 
 def _each(device: torch.device, run: Callable[[], None]) -> float:

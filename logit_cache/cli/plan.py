@@ -77,7 +77,8 @@ def forecast_text(found: dict[str, Any]) -> str:
         f"{found['cache']}: {found['tokens']:,} tokens"
         + ("" if found["tokens"] == found["tokens_in_the_cache"] else f" (it has {found['tokens_in_the_cache']:,})"),
         f"  probe       {probe['positions']:,} positions ({probe['pieces']} x "
-        f"{probe['positions'] // probe['pieces']:,}) on {probe['device']}, not kept",
+        f"{probe['positions'] // probe['pieces']:,}; {counted(probe['windows'], 'window')}) on {probe['device']}, "
+        f"not kept",
         f"  speed       {speed['positions_per_second']:,.0f} positions/s a worker, "
         f"{1e6 * speed['cpu_seconds_per_token']:,.1f} µs of processor time per token",
         f"  time        {duration(3600 * time['hours'])} with {workers}, each like this one and as free as it is now; "

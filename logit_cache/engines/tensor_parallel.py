@@ -190,7 +190,7 @@ def _process_group(store: Any) -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    from teachers.ranks import DistributedRanks, all_true
+    from teachers.ranks import Ranks, all_true
 
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     backend = "gloo"
@@ -203,7 +203,7 @@ def _process_group(store: Any) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(local_rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
-    ranks = DistributedRanks()
+    ranks = Ranks()
     yield ranks
     all_true(ranks, True)  # no rank leaves before all are done
     dist.destroy_process_group()

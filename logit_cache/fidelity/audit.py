@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from logit_cache.caching.prepare import execution_of
 from logit_cache.fidelity.rescore import Sample, live_values, sample_windows, stored_values, take_sample
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
@@ -246,15 +247,10 @@ def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
             for name, (a, b) in pairs.items()
             if a != b
         ]
-    ran = {
-        "device_type": teacher.device.type,
-        "attention": teacher.attention,
-        "head": teacher.head,
-        "tensor_parallel": None if teacher.shard is None else teacher.shard.ranks.size,
-    }
+    here = execution_of(teacher, entry.execution.batch_windows)
     found.execution += [
         f"{name}: recorded {getattr(entry.execution, name)!r}, now {value!r}"
-        for name, value in ran.items()
+        for name, value in here
         if getattr(entry.execution, name) != value
     ]
     versions, installed = entry.created_with.libraries, Versions.of_this_process().libraries

@@ -30,7 +30,7 @@ from torch import Tensor
 from logit_cache.caching.prepare import OpenJob
 from logit_cache.caching.windows import Window, batch_inputs
 from logit_cache.fidelity.metrics import Measures, StoredRows, tidy
-from logit_cache.fidelity.rescore import Sample, sample_windows, take_sample
+from logit_cache.fidelity.rescore import Sample, sample_windows, scored_tiles, take_sample
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import InputError
 from storage.format.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment
@@ -160,24 +160,14 @@ def _add_batch(
     inputs, index = batch_inputs(read, entry.windowing, entry.execution.batch_windows)
     labels = np.concatenate([item.labels for item in batch])
     stored = StoredRows.together([item.stored for item in batch])
-    step = max(1, _TILE_LOGITS // entry.vocabulary_size)
-    done = 0
-    windows, rows = torch.from_numpy(inputs).to(teacher.device), torch.from_numpy(index).to(teacher.device)
-    for logits in teacher.score(windows, rows):
-        for start in range(0, len(logits), step):
-            tile = logits[start : start + step]
-            if teacher.shard is not None:  # a report has a few thousand rows: for them, whole rows are gathered
-                tile = teacher.shard.whole(tile)
-            tile = tile[:, : entry.vocabulary_size].to(device, torch.float64)
-            if not bool(torch.isfinite(tile.amax(1)).all()):
-                raise InputError(
-                    "the teacher's logits have no softmax (NaN, or an infinity) where they had one when the entry was "
-                    "made: its weights or its device changed: run logit-cache audit to check the entry"
-                )
-            here = slice(done, done + len(tile))
-            found.add(tile, stored.rows(here), labels[here])
-            done += len(tile)
-    assert done == len(index), "a teacher yields one row of logits per scored row"
+    for here, logits in scored_tiles(teacher, entry, inputs, index, _TILE_LOGITS):
+        tile = logits.to(device, torch.float64)
+        if not bool(torch.isfinite(tile.amax(1)).all()):
+            raise InputError(
+                "the teacher's logits have no softmax (NaN, or an infinity) where they had one when the entry was "
+                "made: its weights or its device changed: run logit-cache audit to check the entry"
+            )
+        found.add(tile, stored.rows(here), labels[here])
 
 
 def _report(targets: TeacherTargets, found: Measures, shards: list[int]) -> FidelityReport:

@@ -232,25 +232,17 @@ class Measures:
         found: dict[Distribution, Divergences] = {}
         full = self._vectors["mean full"] / self.positions
         for name, treatment in self._distributions:
-            forward, reverse = (float(self.per_position(f"{way} {name}").mean()) for way in ("forward", "reverse"))
+            ways = {way: float(self.per_position(f"{way} {name}").mean()) for way in ("forward", "reverse")}
             stored = self._vectors[f"mean {name}"].clamp_min(0) / self.positions
-            mean_forward, mean_reverse = _kl(full, stored), _kl(stored, full)
+            ways |= {"mean_forward": _kl(full, stored), "mean_reverse": _kl(stored, full)}
             lacks = treatment == "none" and bool(self.per_position("kept").min() < self.vocabulary_size)
-            if lacks:
-                forward = reverse = mean_forward = mean_reverse = math.inf
-            figures = [_finite(value) for value in (forward, reverse, mean_forward, mean_reverse)]
+            figures = {way: None if lacks else _finite(value) for way, value in ways.items()}
             noise = None
             if name == "sampled":
                 share = torch.where(full > 0, self._vectors["variance"] / full, 0.0).sum()
                 noise = tidy(max(0.0, float(share) / (2 * self.positions**2)))
-            found[name] = Divergences(
-                forward=figures[0],
-                reverse=figures[1],
-                mean_forward=figures[2],
-                mean_reverse=figures[3],
-                mean_noise=noise,
-                infinite=("not a distribution" if lacks else "ids without mass") if None in figures else None,
-            )
+            infinite: Any = "not a distribution" if lacks else "ids without mass" if None in figures.values() else None
+            found[name] = Divergences(**figures, mean_noise=noise, infinite=infinite)
         return found
 
     def gradients(self) -> dict[Treatment, dict[Reference, Angle]]:

@@ -17,7 +17,7 @@ batches are assembled independently, and everything is reduced densely over V in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,23 +154,33 @@ def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], bat
         np.concatenate([sample.labels for sample in batch]),
     ]
     on_device = [torch.from_numpy(array.astype(np.int64)).to(teacher.device) for array in per_row]
-    index = torch.from_numpy(rows).to(teacher.device)
-    step = max(1, _TILE_LOGITS // entry.vocabulary_size)
     parts: list[dict[str, Tensor]] = []
-    done = 0
-    for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
-        for start in range(0, len(logits), step):
-            tile = logits[start : start + step]
-            here = slice(done, done + len(tile))
-            ids, kept, certain, labels = (array[here] for array in on_device)
-            tile = tile[:, : entry.vocabulary_size]
-            parts.append(_row_values(tile, ids, kept, certain, labels, entry.targets.temperature))
-            done += len(tile)
-    assert done == len(index), "a teacher yields one row of logits per scored row"
+    for here, tile in scored_tiles(teacher, entry, inputs, rows, _TILE_LOGITS):
+        ids, kept, certain, labels = (array[here] for array in on_device)
+        parts.append(_row_values(tile, ids, kept, certain, labels, entry.targets.temperature))
     whole = {name: torch.cat([part[name] for part in parts]).cpu().double().numpy() for name in parts[0]}
     ends = np.cumsum([len(targets) for targets in stored])[:-1]
     split = {name: np.split(values, ends) for name, values in whole.items()}
     return [{name: values[number] for name, values in split.items()} for number in range(len(batch))]
+
+
+def scored_tiles(
+    teacher: Teacher, entry: TeacherEntry, inputs: NDArray[np.int64], rows: NDArray[np.int64], tile_logits: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """The logits [r, V] of a batch of windows, and which of `rows` [R] they are, r * V at most about `tile_logits`.
+
+    inputs, rows: of `batch_inputs`. Of a teacher that is sharded over ranks, whole rows are gathered.
+    """
+    step = max(1, tile_logits // entry.vocabulary_size)
+    done = 0
+    for logits in teacher.score(*(torch.from_numpy(array).to(teacher.device) for array in (inputs, rows))):
+        for start in range(0, len(logits), step):
+            tile = logits[start : start + step]
+            if teacher.shard is not None:
+                tile = teacher.shard.whole(tile)
+            yield slice(done, done + len(tile)), tile[:, : entry.vocabulary_size]
+            done += len(tile)
+    assert done == len(rows), "a teacher yields one row of logits per scored row"
 
 
 def _row_values(

@@ -5,7 +5,7 @@ Legend: `H` hidden size.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +14,11 @@ from torch import Tensor, nn
 from storage.errors import InputError
 
 
-class Head(Protocol):
-    """An output layer whose logits are float32. `device`: theirs; hidden states may be on another one."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """The logits, float32 [..., columns], of hidden states [..., H]."""
-        ...
-
-
 class Float32Head:
-    """`Head` of weights [columns, H] and a bias [columns] that are loaded."""
+    """A `Head` of weights [columns, H] and a bias [columns] that are loaded.
+
+    device: where its logits appear; hidden states may be on another one.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         weight = weight.detach()
@@ -38,6 +30,7 @@ class Float32Head:
         self.device = weight.device
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        """The logits, float32 [..., columns], of hidden states [..., H]."""
         hidden = hidden.to(self.device)
         if not self._mixed:
             return F.linear(hidden.float(), self._weight, self._bias)
@@ -48,15 +41,8 @@ class Float32Head:
         return logits.view(*hidden.shape[:-1], -1)
 
 
-def head_of(linear: nn.Linear) -> Head:
-    """The `Head` of an output layer in memory, or one that loads the weights for each use if they are offloaded."""
-    if linear.weight.device.type == "meta":
-        return OffloadedHead(linear)
-    return Float32Head(linear.weight, linear.bias)
-
-
 class OffloadedHead:
-    """`Head` of an offloaded output layer, whose weights are loaded for each chunk of rows."""
+    """A `Head` of an offloaded output layer, whose weights are loaded for each chunk of rows."""
 
     def __init__(self, linear: nn.Linear) -> None:
         hook: Any = getattr(linear, "_hf_hook", None)
@@ -75,3 +61,13 @@ class OffloadedHead:
         from accelerate.utils import align_module_device
 
         return align_module_device(linear)
+
+
+Head = Float32Head | OffloadedHead
+
+
+def head_of(linear: nn.Linear) -> Head:
+    """The `Head` of an output layer in memory, or one that loads the weights for each use if they are offloaded."""
+    if linear.weight.device.type == "meta":
+        return OffloadedHead(linear)
+    return Float32Head(linear.weight, linear.bias)

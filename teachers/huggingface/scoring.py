@@ -18,29 +18,18 @@ the logits reach hundreds, where a soft cap or a factor shows in any model, trai
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from student.models.logit_agreement import agree, amplification, amplified, difference, replaced_forward
+from student.models.logit_agreement import MASKED, agree, amplification, amplified, difference, replaced_forward
 from teachers.huggingface.output_layer import Head, head_of
 
 # The change, relative to the largest logit, that one rounding of the logits to the dtype and another order of
 # summation may cause.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-9}
-
-
-class ScoringPath(Protocol):
-    """One way to compute logits. `float32`: whether they are free of the dtype's rounding."""
-
-    kind: Literal["fast", "general"]
-    float32: bool
-
-    def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
-        """See `teachers.base.Teacher.score`."""
-        ...
 
 
 class FastPath:
@@ -59,6 +48,7 @@ class FastPath:
         return hidden.flatten(0, 1)
 
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
+        """See `teachers.base.Teacher.score`."""
         with torch.inference_mode():
             hidden = self.hidden(windows)
             # With layers on several devices, the hidden states are on the last one.
@@ -72,7 +62,10 @@ class FastPath:
 
 
 class GeneralPath:
-    """The model's own forward on as many windows at a time as the budget allows, at least one."""
+    """The model's own forward on as many windows at a time as the budget allows, at least one.
+
+    float32: whether its logits are free of the dtype's rounding.
+    """
 
     kind: Literal["fast", "general"] = "general"
 
@@ -82,6 +75,7 @@ class GeneralPath:
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
+        """See `teachers.base.Teacher.score`."""
         context = windows.shape[1]
         at_once = max(1, budget_bytes // (4 * context * columns))
         step = rows_per_chunk(columns, budget_bytes)
@@ -102,6 +96,9 @@ class GeneralPath:
                 with torch.inference_mode():
                     chunk = logits.index_select(0, local[start : start + step]).float()
                 yield chunk
+
+
+ScoringPath = FastPath | GeneralPath
 
 
 def forward(model: Any, windows: Tensor, last: int | None = None) -> Tensor:
@@ -137,6 +134,10 @@ def choose_path(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> tupl
     """
     tolerance = TOLERANCE[dtype]
     linear = None
+
+    def differ(own: Tensor, expected: Tensor) -> str | None:
+        return None if agree(own, expected, tolerance) else f"differ by {difference(own, expected)}"
+
     try:
         linear, backbone = model.get_output_embeddings(), model.base_model
         # Subclasses of Linear are quantised or adapted layers with another product.
@@ -146,7 +147,7 @@ def choose_path(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> tupl
             problem = "it has no backbone that can be called by itself"
         else:
             fast = FastPath(backbone, head_of(linear))
-            found = _disagreement(model, linear, fast, windows, logits, tolerance)
+            found = disagreement(model, linear, fast, windows, logits, differ)
             if found is None:
                 return fast, None
             problem = found
@@ -158,27 +159,28 @@ def choose_path(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> tupl
     return GeneralPath(model, float32), problem
 
 
-def _disagreement(
-    model: Any, linear: nn.Linear, fast: FastPath, windows: Tensor, logits: Tensor, tolerance: float
+def disagreement(
+    model: Any,
+    linear: nn.Linear,
+    fast: FastPath,
+    windows: Tensor,
+    logits: Tensor,
+    differ: Callable[[Tensor, Tensor], str | None],
 ) -> str | None:
-    """How the fast path differs from the model's own logits; None where it does not."""
+    """How the fast path differs from the model's own logits; None where it does not.
+
+    differ: of the path's logits and the model's, words for their difference, or None.
+    """
     with torch.inference_mode():
         hidden = fast.hidden(windows)
-        own = fast.head(hidden).reshape(*windows.shape, -1).to(logits.device)
-        if not agree(own, logits, tolerance):
-            return f"backbone and head alone differ by {difference(own, logits)}"
-        factor = amplification(float(own.abs().max()))
-        amplified = amplified_logits(model, linear, windows, factor)
-        own = fast.head(hidden * factor).reshape(*windows.shape, -1).to(logits.device)
-        if not agree(own, amplified, tolerance):
-            return f"with hidden states times {factor:g}, backbone and head differ by {difference(own, amplified)}"
-    return None
-
-
-def amplified_logits(model: Any, linear: nn.Linear, windows: Tensor, factor: float) -> Tensor:
-    """The model's own logits, float32 [B, C, columns], with the input of its output layer times `factor`."""
-    with amplified(linear, factor):
-        return forward(model, windows).float()
+        found = differ(fast.head(hidden).reshape(*windows.shape, -1).to(logits.device), logits)
+        if found is not None:
+            return f"backbone and head alone {found}"
+        factor = amplification(float(logits.masked_fill(logits.abs() > -MASKED, 0.0).abs().max()))
+        with amplified(linear, factor):
+            expected = forward(model, windows).float()
+        found = differ(fast.head(hidden * factor).reshape(*windows.shape, -1).to(logits.device), expected)
+    return found and f"with hidden states times {factor:g}, backbone and head {found}"
 
 
 def _make_float32(model: Any, linear: nn.Linear, windows: Tensor, logits: Tensor, tolerance: float) -> bool:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from storage.errors import InputError
-from student.models.logit_agreement import MASKED, agree, amplification, replaced_forward
+from student.models.logit_agreement import agree, replaced_forward
 from teachers.huggingface.output_layer import Float32Head
-from teachers.huggingface.scoring import TOLERANCE, FastPath, GeneralPath, ScoringPath, amplified_logits, forward
+from teachers.huggingface.scoring import TOLERANCE, FastPath, GeneralPath, ScoringPath, disagreement, forward
 from teachers.ranks import ColumnShard, Ranks, all_true, equal_runs
 
 
@@ -63,46 +63,32 @@ def choose_sharded_path(
             f"{source}: its output layer has {shard.head_columns} columns and its logits {logits.shape[-1]}: they "
             f"cannot be computed on several ranks: leave --tensor-parallel out"
         )
+
+    def same(own: Tensor, whole: Tensor) -> bool:
+        """Whether each rank's own columns are the model's."""
+        expected = whole[..., shard.own]
+        fits = own.shape == expected.shape and (not own.numel() or agree(own, expected, TOLERANCE[dtype]))
+        return all_true(ranks, fits)
+
     head = Float32Head(_own_rows(linear.weight, shard), None if linear.bias is None else _own_rows(linear.bias, shard))
     problem = "it has no backbone that can be called by itself"
     if backbone is not model:
         fast = FastPath(backbone, head)
-        found = _disagreement(model, linear, fast, windows, logits, TOLERANCE[dtype], shard)
+        found = disagreement(
+            model, linear, fast, windows, logits, lambda *both: None if same(*both) else "give other logits"
+        )
         if found is None:
             return fast, shard, None
         problem = found
     with replaced_forward(linear, head) as replacement, torch.inference_mode():
         now = forward(model, windows)
-        fits = now.dtype == torch.float32 and _agree(now, logits, TOLERANCE[dtype], shard)
-        replacement.stays = all_true(ranks, fits)
+        replacement.stays = same(now, logits) and now.dtype == torch.float32
     if not replacement.stays:
         raise InputError(
             f"{source}: after its output layer {type(model).__name__} needs all columns at once, or their dtype, so "
             f"that it cannot be computed on several ranks: use --device-map instead of --tensor-parallel"
         )
     return GeneralPath(model, float32=True), shard, problem
-
-
-def _disagreement(
-    model: Any, linear: nn.Linear, fast: FastPath, windows: Tensor, logits: Tensor, tolerance: float, shard: ColumnShard
-) -> str | None:
-    """How the fast path differs from the model's own logits on any rank; None where it does not."""
-    with torch.inference_mode():
-        hidden = fast.hidden(windows)
-        own = fast.head(hidden).reshape(*windows.shape, -1)
-        if not all_true(shard.ranks, _agree(own, logits, tolerance, shard)):
-            return "backbone and head alone give other logits"
-        factor = amplification(float(logits.masked_fill(logits.abs() > -MASKED, 0.0).abs().max()))
-        amplified = amplified_logits(model, linear, windows, factor)
-        own = fast.head(hidden * factor).reshape(*windows.shape, -1)
-        if not all_true(shard.ranks, _agree(own, amplified, tolerance, shard)):
-            return f"with hidden states times {factor:g}, backbone and head give other logits"
-    return None
-
-
-def _agree(own: Tensor, logits: Tensor, tolerance: float, shard: ColumnShard) -> bool:
-    expected = logits[..., shard.own]
-    return own.shape == expected.shape and (not own.numel() or agree(own, expected, tolerance))
 
 
 def _shard(linear: nn.Linear, ranks: Ranks, source: str) -> ColumnShard:

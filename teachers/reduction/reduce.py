@@ -26,21 +26,20 @@ that a log-prob near zero keeps its digits. Against float64, log-probs and log-t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from storage.errors import InputError
 from teachers.ranks import ColumnShard
-from teachers.reduction.passes import Tail, make_passes
-from teachers.reduction.top_k import best, first_columns
+from teachers.reduction.passes import Tail
+from teachers.reduction.rows import Rows
+from teachers.reduction.sharded import ShardedRows
+from teachers.reduction.top_k import best
 from teachers.reduction.varopt import Sampling, sample
 
-# The two buffers of a tile (2 MiB each) should stay in cache between torch's passes; on a GPU only memory matters.
-_CPU_TILE_LOGITS_PER_THREAD = 1 << 19
-_GPU_TILE_LOGITS = 1 << 26
 # A tail sum under this may have lost terms to underflow (float32 exp ends at e^-87, and a quarter of a
 # million ids there are less than 1e-6 of e^-60): such rows are summed again relative to the tail's maximum.
 _TAIL_UNDERFLOW = math.exp(-60.0)
@@ -69,9 +68,9 @@ class ReducedRows:
     label_logprob: Tensor
     entropy: Tensor
 
-    def to(self, device: torch.device) -> ReducedRows:
-        """The rows on another device."""
-        return ReducedRows(**{name: value.to(device) for name, value in vars(self).items()})
+    def each(self, change: Callable[[Tensor], Tensor]) -> ReducedRows:
+        """The rows with `change` applied to every field."""
+        return ReducedRows(**{name: change(value) for name, value in vars(self).items()})
 
 
 class InvalidLogits(InputError):
@@ -100,7 +99,7 @@ def reduce_topk(
     Raises `InputError` when the logits have fewer than V columns or k is not in 1..V, `InvalidLogits` for a
     row with NaN, +inf, or nothing but -inf.
     """
-    return _reduce(logits, vocabulary_size, k, labels, floor, None, shard)
+    return reduce_rows(logits, vocabulary_size, k, labels, floor, None, shard)
 
 
 def reduce_varopt(
@@ -117,12 +116,10 @@ def reduce_varopt(
 
     All ids have their exact log-probs; the weight of the sampled ones follows from the tail and their number.
     """
-    assert sampling.random.shape == labels.shape
-    assert 0 <= sampling.head_ids < k
-    return _reduce(logits, vocabulary_size, k, labels, floor, sampling, shard)
+    return reduce_rows(logits, vocabulary_size, k, labels, floor, sampling, shard)
 
 
-def _reduce(
+def reduce_rows(
     logits: Tensor,
     vocabulary_size: int,
     k: int,
@@ -131,6 +128,7 @@ def _reduce(
     sampling: Sampling | None,
     shard: ColumnShard | None,
 ) -> ReducedRows:
+    """`reduce_topk` without a sampling, `reduce_varopt` with one."""
     rows = len(logits)
     columns = logits.shape[1] if shard is None else shard.head_columns
     if columns < vocabulary_size:
@@ -143,6 +141,7 @@ def _reduce(
     assert logits.dtype == torch.float32
     assert labels.shape == (rows,)
     assert math.isfinite(floor)
+    assert sampling is None or (sampling.random.shape == labels.shape and 0 <= sampling.head_ids < k)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -156,7 +155,8 @@ def _reduce(
         label_logprob=empty(rows),
         entropy=empty(rows),
     )
-    view = _rows(rows, vocabulary_size, logits.device, shard)
+    size = rows, vocabulary_size, logits.device
+    view = Rows(*size) if shard is None else ShardedRows(*size, shard)
     for start in range(0, rows, view.tile_rows):
         stop = min(start + view.tile_rows, rows)
         _reduce_tile(
@@ -165,92 +165,10 @@ def _reduce(
             labels[start:stop],
             floor,
             start,
-            ReducedRows(**{name: value[start:stop] for name, value in vars(result).items()}),
+            result.each(lambda value, rows=slice(start, stop): value[rows]),  # type: ignore[misc]
             None if sampling is None else sampling.rows(start, stop),
         )
     return result
-
-
-class Rows(Protocol):
-    """The operations that the formulas need on rows of logits over a vocabulary, at most `tile_rows` at a time.
-
-    columns   V. Ids are columns of the vocabulary throughout.
-    far_rows  the largest number of rows that `far_sums` takes
-    """
-
-    columns: int
-    tile_rows: int
-    far_rows: int
-
-    def columns_of(self, logits: Tensor) -> Tensor:
-        """The vocabulary's columns of the teacher's logits, which are the `logits` of the other methods."""
-        ...
-
-    def first(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Row maxima [T] (NaN where a row has one); ids and logits [T, K] of the K first columns, in order."""
-        ...
-
-    def at(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """The logits [T, n] of ids [T, n]."""
-        ...
-
-    def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
-        """See `Passes.tail`."""
-        ...
-
-    def row_sums(self, values: Tensor) -> Tensor:
-        """See `Passes.row_sums`."""
-        ...
-
-    def far_sums(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Over the columns outside the ids [T, K]: the largest logit m, -inf where there is none, and the sums [T] of
-        e^(logit - m) and of e^((logit - m) / 2)."""
-        ...
-
-    def describe(self, logits: Tensor, row: int) -> str:
-        """The reason why a row has no softmax."""
-        ...
-
-
-def _rows(rows: int, vocabulary_size: int, device: torch.device, shard: ColumnShard | None) -> Rows:
-    if shard is not None:
-        from teachers.reduction.sharded import ShardedRows
-
-        return ShardedRows(rows, vocabulary_size, device, shard)
-    return _WholeRows(rows, vocabulary_size, device)
-
-
-class _WholeRows:
-    """`Rows` with all columns in one tensor."""
-
-    def __init__(self, rows: int, vocabulary_size: int, device: torch.device) -> None:
-        self.columns = vocabulary_size
-        self.far_rows = max(1, _tile_logits(device) // vocabulary_size)
-        self._passes = make_passes(rows, min(rows, self.far_rows), vocabulary_size, device)
-        self.tile_rows = self._passes.tile_rows
-        self.tail, self.row_sums = self._passes.tail, self._passes.row_sums
-
-    def columns_of(self, logits: Tensor) -> Tensor:
-        return logits[:, : self.columns]
-
-    def first(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        return first_columns(logits, k, self._passes.block_maxima)
-
-    def at(self, logits: Tensor, ids: Tensor) -> Tensor:
-        return logits.gather(1, ids)
-
-    def far_sums(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tail = logits.scatter(1, ids, -math.inf)
-        tail_max = tail.amax(1)
-        z = tail - tail_max.masked_fill(tail_max == -math.inf, 0.0)[:, None]
-        return tail_max, self.row_sums(z.exp()), self.row_sums((0.5 * z).exp())
-
-    def describe(self, logits: Tensor, row: int) -> str:
-        return _describe(logits[row])
-
-
-def _tile_logits(device: torch.device) -> int:
-    return _CPU_TILE_LOGITS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else _GPU_TILE_LOGITS
 
 
 def _reduce_tile(
@@ -339,11 +257,3 @@ def _far_tail(view: Rows, logits: Tensor, ids: Tensor, row_max: Tensor, log_sum:
     tail_max, mass, half = view.far_sums(logits, ids)
     gap = tail_max - row_max
     return gap + mass.log() - log_sum, 0.5 * gap + half.log() - 0.5 * log_sum
-
-
-def _describe(row: Tensor) -> str:
-    if bool(row.isnan().any()):
-        return f"{int(row.isnan().sum())} NaN, the first at id {int(row.isnan().nonzero()[0])}"
-    if bool((row == math.inf).any()):
-        return f"+inf at id {int((row == math.inf).nonzero()[0])}"
-    return "-inf everywhere"

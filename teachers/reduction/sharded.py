@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from teachers.ranks import ColumnShard, Ranks, summed
-from teachers.reduction.passes import Tail, has_kernels, make_passes
+from teachers.reduction.passes import Tail, has_kernels
+from teachers.reduction.rows import Rows
 from teachers.reduction.top_k import best_of_keys, first_columns, ordered_keys
 from teachers.reduction.varopt import BlockMasses, Masses, TensorMasses, with_top_lengths
 
@@ -41,21 +42,18 @@ _GPU_TILE_LOGITS = 1 << 26
 _NO_KEY = -(1 << 63)  # sorts after the key of any column
 
 
-class ShardedRows:
-    """`teachers.reduction.reduce.Rows` of all ranks, which make every call together."""
+class ShardedRows(Rows):
+    """`Rows` of all ranks, which make every call together."""
 
     def __init__(self, rows: int, vocabulary_size: int, device: torch.device, shard: ColumnShard) -> None:
-        self.columns = vocabulary_size
         self._ranks = shard.ranks
         self._first_id = min(shard.own.start, vocabulary_size)
         self._own = max(1, min(shard.own.stop, vocabulary_size) - self._first_id)
         self._is_empty = shard.own.start >= vocabulary_size or shard.own.start == shard.own.stop
-        most = _CPU_TILE_LOGITS if device.type == "cpu" else _GPU_TILE_LOGITS
-        self.far_rows = max(1, most // max(1, shard.widest))
         self._in_tensors = not has_kernels(device)
+        most = _CPU_TILE_LOGITS if device.type == "cpu" else _GPU_TILE_LOGITS
         # One column more than there are, for the ids of other ranks.
-        self._passes = make_passes(rows, min(rows, self.far_rows), self._own + 1, device)
-        self.tile_rows, self.row_sums = self._passes.tile_rows, self._passes.row_sums
+        super().__init__(rows, vocabulary_size, device, max(1, most // max(1, shard.widest)), self._own + 1)
 
     def columns_of(self, logits: Tensor) -> Tensor:
         if self._is_empty:
@@ -87,22 +85,11 @@ class ShardedRows:
         ids = _or_beyond(ids - self._first_id, self._own)
         tail = torch.nn.functional.pad(logits, (0, 1), value=-math.inf).scatter(1, ids, -math.inf)
         tail_max = self._ranks.gather(tail.amax(1)).amax(0)
-        z = tail - tail_max.masked_fill(tail_max == -math.inf, 0.0)[:, None]
-        sums = torch.stack([self.row_sums(z.exp()), self.row_sums((0.5 * z).exp())])
-        mass, half = summed(self._ranks.gather(sums))
+        mass, half = summed(self._ranks.gather(torch.stack(self._sums_below(tail, tail_max))))
         return tail_max, mass, half
 
-    def describe(self, logits: Tensor, row: int) -> str:
-        none = self.columns
-        values = logits[row]
-        nan, inf = values.isnan().nonzero(), (values == math.inf).nonzero()
-        first_nan = int(nan[0]) + self._first_id if len(nan) else none
-        first_inf = int(inf[0]) + self._first_id if len(inf) else none
-        found = self._ranks.objects((len(nan), first_nan, first_inf))
-        if any(count for count, _, _ in found):
-            return f"{sum(count for count, _, _ in found)} NaN, the first at id {min(at for _, at, _ in found)}"
-        at = min(at for _, _, at in found)
-        return f"+inf at id {at}" if at < none else "-inf everywhere"
+    def _of_every_rank(self, found: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return self._ranks.objects(found)
 
 
 class _ShardedTail:

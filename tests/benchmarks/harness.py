@@ -70,6 +70,32 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f}, {max(values):,.{digits}f})"
 
 
+def timed_on_gpu(step: Callable[[], object], steps: int = 1) -> Callable[[], float]:
+    """What gives the seconds of one step on a CUDA device, in the mean of some that are queued together."""
+    import torch
+
+    def run() -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        began.record()
+        for _ in range(steps):
+            step()
+        ended.record()
+        torch.cuda.synchronize()
+        return float(began.elapsed_time(ended)) / 1e3 / steps
+
+    return run
+
+
+def copy_bandwidth(copied: int = 1 << 30) -> float:
+    """Bytes that a CUDA device reads and writes a second, the best of some repetitions: a limit is no average."""
+    import torch
+
+    source = torch.randint(256, (copied,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * copied / min(in_turn({"copy": timed_on_gpu(lambda: target.copy_(source), 4)}, 10)["copy"])
+
+
 @dataclass(frozen=True)
 class Ran:
     """A process that ended well: seconds passed and of processor time, and its peak memory in bytes."""

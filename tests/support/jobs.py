@@ -53,9 +53,13 @@ SMALL = ("-k", 16, "--context-tokens", 64, "--shard-tokens", 512, "--chunk-token
 
 def contents(cache: Path, name: str = "a") -> dict[str, bytes]:
     """The files that are equal whichever workers made an entry: all but its receipts, which hold times and hosts."""
-    folder = cache / "teachers" / name
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = files(cache / "teachers" / name)
     return {key: data for key, data in found.items() if not key.startswith("receipts/")}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a folder holds, by path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def committed(cache: Path, name: str = "a") -> int:

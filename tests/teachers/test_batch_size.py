@@ -1,4 +1,4 @@
-"""The batch size of an entry: chosen once, recorded, and reused on resume."""
+"""The choice of a batch size for an entry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.jobs import cache_logits, refusal
 
 import teachers.batch_size
 from logit_cache.caching.job import CacheJob
@@ -49,17 +48,6 @@ def test_on_a_cpu_it_is_a_constant() -> None:
 
     teacher: Any = OnCpu()
     assert [choose_batch_windows(teacher, length) for length in (64, 4_096, 10_000)] == [64, 1, 1]
-
-
-def test_the_recorded_size_is_reused_and_another_one_is_refused(
-    small_cache: Path, teacher: Path, tmp_path: Path
-) -> None:
-    cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))
-    fields: dict[str, Any] = {"k": 8, "shard_tokens": 1_024}
-    targets, _ = cache_logits(cache, "a", teacher, batch_windows=5, **fields)
-    again, _ = cache_logits(cache, "a", teacher, **fields)
-    assert again.entry.execution.batch_windows == targets.entry.execution.batch_windows == 5
-    assert "batch_windows" in refusal(cache, "a", teacher, batch_windows=6, **fields)
 
 
 def test_two_workers_that_choose_differently_at_the_same_time_agree(

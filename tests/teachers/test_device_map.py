@@ -156,7 +156,7 @@ def test_a_cache_is_the_same_and_can_be_resumed(stream: Path, save: Callable[[st
         ({"device_map": "balanced", "max_memory": ["cpu=much"]}, "expected DEVICE=SIZE"),
         ({"device_map": "balanced", "max_memory": ["cpu"]}, "expected DEVICE=SIZE"),
         ({"device_map": "sequential", "max_memory": ["cpu=60KB"]}, "does not fit on the devices"),
-        ({"device_map": "disk"}, "Input should be"),
+        ({"device_map": "disk"}, "--device-map: expected 'auto'"),
     ],
 )
 def test_refusals(fields: dict[str, Any], words: str, stream: Path, save: Callable[[str], Path]) -> None:

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import torch
 import transformers
 from support.commands import Run, refused
 from support.jobs import cache_logits, refusal
+from support.models.short_heads import beside, swap_ids
 from torch import Tensor
 
 from storage import LogitCache
@@ -222,24 +223,10 @@ def test_a_cached_mixture_of_varopt_targets(cache: Path, models: list[Path], run
     np.testing.assert_allclose(np.exp(stored.log_tail), outside, atol=1e-5)
 
 
-def with_tokenizer(teacher: Path, files: Path, where: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a teacher with a cache's tokenizer, changed."""
-    path = Path(shutil.copytree(teacher, where))
-    for file in files.iterdir():
-        shutil.copy(file, path)
-    data = json.loads((path / "tokenizer.json").read_text())
-    change(data["model"]["vocab"])
-    (path / "tokenizer.json").write_text(json.dumps(data))
-    return path
-
-
 def test_members_of_other_vocabularies_are_refused(cache: Path, models: list[Path], run: Run, tmp_path: Path) -> None:
-    def swap(vocabulary: dict[str, int]) -> None:
-        first, second = sorted(vocabulary, key=lambda word: vocabulary[word])[300:302]
-        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-
-    same = with_tokenizer(models[0], cache / "tokenizer", tmp_path / "same", lambda vocabulary: None)
-    other = with_tokenizer(models[1], cache / "tokenizer", tmp_path / "other", swap)
+    same = beside(models[0], cache / "tokenizer", tmp_path / "same")
+    other = beside(models[1], cache / "tokenizer", tmp_path / "other")
+    swap_ids(other)
     both = {"k": 20, "combine": "logit-mean"}
     line = refusal(cache, "a", same, other, **both)
     assert all(word in line for word in (str(other), str(same), "id 300", "id 301"))

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from support.models.saved import saver
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
@@ -67,21 +68,7 @@ Save = Callable[..., Path]
 @pytest.fixture(scope="session")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
     """Saves a random model of a family once; copy the directory before changing it."""
-    made: dict[str, Path] = {}
-
-    def make(family: str, **options: Any) -> Path:
-        key = f"{family} {options}"
-        if key not in made:
-            torch.manual_seed(len(family))
-            model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](**options))
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.3)
-            made[key] = tmp_path_factory.mktemp("models") / family
-            model.save_pretrained(made[key])
-        return made[key]
-
-    return make
+    return saver(tmp_path_factory.mktemp("models"), FAMILIES)
 
 
 @pytest.fixture
@@ -111,6 +98,17 @@ def overlapping_windows() -> tuple[Tensor, Tensor]:
     windows = torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(3))
     rows = [*range(24), *range(24 + 16, 48), *range(48 + 17, 72), 95]
     return windows, torch.tensor(rows)
+
+
+def scored(teacher: Teacher) -> Tensor:
+    """The logits of the scored rows of `overlapping_windows`."""
+    return torch.cat(list(teacher.score(*overlapping_windows())))
+
+
+def expected_of(directory: Path) -> Tensor:
+    """The same, of the model itself."""
+    windows, rows = overlapping_windows()
+    return own_logits(directory, windows).index_select(0, rows)
 
 
 def own_logits(directory: Path, windows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -176,8 +174,7 @@ def test_a_soft_cap_is_found_where_the_test_windows_do_not_reach_it(dtype: str, 
 
 
 def test_a_family_without_separate_parts_takes_the_general_path(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    windows, rows = overlapping_windows()
-    expected = own_logits(save("llama"), windows).index_select(0, rows)
+    expected = expected_of(save("llama"))
     causal = transformers.LlamaForCausalLM
     for attribute, value, reason in [
         ("base_model", property(lambda self: self), "no backbone"),
@@ -191,20 +188,19 @@ def test_a_family_without_separate_parts_takes_the_general_path(save: Save, monk
             teacher, messages = load(save("llama"))
         assert teacher.head == "general"
         assert reason in messages[0]
-        torch.testing.assert_close(torch.cat(list(teacher.score(windows, rows))), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scored(teacher), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_general_path_needs_no_logits_to_keep(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = transformers.CohereForCausalLM.forward
-    windows, rows = overlapping_windows()
-    expected = own_logits(save("cohere"), windows).index_select(0, rows)
+    expected = expected_of(save("cohere"))
 
     def plain(self: Any, input_ids: Tensor, use_cache: bool) -> Any:
         return forward(self, input_ids=input_ids, use_cache=use_cache)
 
     monkeypatch.setattr(transformers.CohereForCausalLM, "forward", plain)
     teacher, _ = load(save("cohere"), logit_budget_bytes=4 * HEAD * 60)
-    torch.testing.assert_close(torch.cat(list(teacher.score(windows, rows))), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored(teacher), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -263,9 +259,7 @@ def test_repeated_calls_repeat_every_bit_and_leave_no_mode_behind(save: Save) ->
 def test_dropout_is_off(save: Save) -> None:
     directory = save("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
     teacher, _ = load(directory)
-    windows, rows = overlapping_windows()
-    expected = own_logits(directory, windows)[rows]
-    torch.testing.assert_close(torch.cat(list(teacher.score(windows, rows))), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored(teacher), expected_of(directory), atol=1e-5, rtol=1e-5)
 
 
 def test_attention_is_chosen_and_reported(save: Save) -> None:

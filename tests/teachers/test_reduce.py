@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -10,14 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from support.references.reducer import FLOOR, check, masked_logits, reference, spread_logits
+from support.references.reducer import (
+    FLOOR,
+    INVALID,
+    any_rows,
+    assert_same_bits,
+    check,
+    far_logits,
+    invalid_logits,
+    masked_logits,
+    reference,
+    spread_logits,
+    tied_logits,
+)
+from support.references.varopt import sampling_of
+from torch import Tensor
 
-import teachers.reduction.reduce
+import teachers.reduction.rows
 from storage.errors import InputError
 from teachers.huggingface.scoring import rows_per_chunk
 from teachers.reduction.reduce import InvalidLogits, reduce_topk, reduce_varopt
-from teachers.reduction.varopt import Sampling, random_bits
 
 
 @pytest.mark.parametrize(
@@ -52,13 +63,7 @@ def test_no_rows_give_no_rows() -> None:
 @pytest.mark.parametrize("vocabulary_size", [507, 9_000, 16_003, 70_001])
 @pytest.mark.parametrize("k", [1, 63, 64])
 def test_equal_logits_come_by_ascending_id(vocabulary_size: int, k: int) -> None:
-    generator = torch.Generator().manual_seed(vocabulary_size + k)
-    few_values = torch.randint(-2, 3, (6, vocabulary_size), generator=generator).float()
-    many_values = torch.randint(-40, 40, (6, vocabulary_size), generator=generator).float()
-    all_equal = torch.full((2, vocabulary_size), -3.25)
-    signed_zeros = torch.where(torch.rand(4, vocabulary_size, generator=generator) < 0.5, -0.0, 0.0)
-    bfloat16 = spread_logits(6, vocabulary_size).bfloat16().float()
-    check(torch.cat([few_values, many_values, all_equal, signed_zeros, bfloat16]), vocabulary_size, k)
+    check(tied_logits(vocabulary_size, k), vocabulary_size, k)
 
 
 def test_ties_across_blocks_and_at_the_last_kept_id() -> None:
@@ -75,19 +80,10 @@ def test_ties_across_blocks_and_at_the_last_kept_id() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    values=hnp.arrays(
-        np.float32,
-        st.tuples(st.integers(1, 5), st.integers(2, 700)),
-        elements=st.sampled_from([-30.0, -2.0, -0.0, 0.0, 1.0, 1.0000001, 5.0, 60.0, -math.inf]),
-        fill=st.just(np.float32(-1.0)),
-    ),
-    data=st.data(),
-)
-def test_any_row_with_ties_and_masks(values: np.ndarray, data: st.DataObject) -> None:
-    values[:, 0] = np.maximum(values[:, 0], -30.0)  # at least one id that is not masked
-    k = data.draw(st.integers(1, values.shape[1]))
-    check(torch.from_numpy(values), values.shape[1], k)
+@given(logits=any_rows(5, 700), data=st.data())
+def test_any_row_with_ties_and_masks(logits: Tensor, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, logits.shape[1]))
+    check(logits, logits.shape[1], k)
 
 
 @pytest.mark.parametrize("vocabulary_size", [1_000, 16_000])
@@ -106,12 +102,7 @@ def test_very_sharp_rows_keep_their_tails(vocabulary_size: int, k: int) -> None:
 
 
 def test_tails_far_below_the_kept_ids() -> None:
-    """Heads within a nat of each other, and the first id outside them 70, 90, 150 and 1,900 nats below."""
-    gaps = torch.tensor([50.0, 60.0, 70.0, 90.0, 150.0, 1_900.0])
-    logits = spread_logits(6, 16_000, scale=1.0)
-    logits[:, 100:164] += gaps[:, None] + 10
-    found = check(logits, 16_000, 64)
-    assert found.log_tail[5] < -1_800
+    assert check(far_logits(16_000), 16_000, 64).log_tail[5] < -1_800
 
 
 def test_very_flat_rows() -> None:
@@ -148,21 +139,16 @@ def test_padded_columns_do_not_exist(vocabulary_size: int, columns: int) -> None
     logits[:, vocabulary_size:] = 1e4
     padded = check(logits, vocabulary_size, 32)
     cut = reduce_topk(logits[:, :vocabulary_size].contiguous(), vocabulary_size, 32, torch.arange(6), FLOOR)
-    for name, value in vars(cut).items():
-        assert torch.equal(value, getattr(padded, name)), name
+    assert_same_bits(cut, padded)
     logits[2, vocabulary_size] = math.nan
     check(logits, vocabulary_size, 32)
 
 
 @pytest.mark.parametrize("vocabulary_size", [100, 16_003])
-@pytest.mark.parametrize(
-    ("invalid", "found"),
-    [(math.nan, "NaN"), (-math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "-inf everywhere")],
-)
+@pytest.mark.parametrize(("invalid", "found"), INVALID)
 @pytest.mark.parametrize("column", [0, -1])
 def test_rows_without_a_softmax_are_named(vocabulary_size: int, invalid: float, found: str, column: int) -> None:
-    logits = spread_logits(70, vocabulary_size)
-    logits[66, slice(None) if invalid == -math.inf else column] = invalid
+    logits = invalid_logits(70, vocabulary_size, invalid, column)
     with pytest.raises(InvalidLogits, match=f"row 66.*{found}") as caught:
         reduce_topk(logits, vocabulary_size, 4, torch.zeros(70, dtype=torch.int64), FLOOR)
     assert caught.value.row == 66
@@ -173,10 +159,8 @@ def test_the_cut_into_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> N
     logits[3, 5] = 300.0  # one row that is summed again
     whole = reduce_topk(logits, 9_001, 64, labels, FLOOR)
     for rows in (1, 5, 36):
-        monkeypatch.setattr(teachers.reduction.reduce, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
-        tiled = reduce_topk(logits, 9_001, 64, labels, FLOOR)
-        for name, value in vars(whole).items():
-            assert torch.equal(value, getattr(tiled, name)), (name, rows)
+        monkeypatch.setattr(teachers.reduction.rows, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
+        assert_same_bits(reduce_topk(logits, 9_001, 64, labels, FLOOR), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 9])
@@ -184,21 +168,19 @@ def test_the_number_of_threads_changes_no_bit(rows: int) -> None:
     """Four rows fill a tile of one thread at this vocabulary, so that a single one is left over."""
     logits = torch.from_numpy(np.random.default_rng(9).normal(0, 3, (rows, 120_000))).float()
     labels = torch.arange(rows)
-    random = torch.from_numpy(random_bits(3, 0, rows))
     found = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
             topk = reduce_topk(logits, 120_000, 9, labels, FLOOR)
-            varopt = reduce_varopt(logits, 120_000, 9, labels, FLOOR, Sampling(2.0, 2, random))
+            varopt = reduce_varopt(logits, 120_000, 9, labels, FLOOR, sampling_of(rows, 3, 2.0, 2))
             found.append((topk, varopt))
     finally:
         torch.set_num_threads(before)
-    for one, other in itertools.product(found[:1], found[1:]):
-        for ours, theirs in zip(one, other, strict=True):
-            for name, value in vars(ours).items():
-                assert torch.equal(value, getattr(theirs, name)), name
+    for topk, varopt in found[1:]:
+        assert_same_bits(topk, found[0][0])
+        assert_same_bits(varopt, found[0][1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,28 +5,39 @@ from __future__ import annotations
 import importlib.util
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from support.clusters.thread_ranks import ThreadRanks, on_ranks
+from support.references import reducer
 from support.references import varopt as varopt_reference
-from support.references.reducer import FLOOR, masked_logits, reference, spread_logits
+from support.references.reducer import (
+    FLOOR,
+    INVALID,
+    any_rows,
+    assert_same_bits,
+    far_logits,
+    invalid_logits,
+    masked_logits,
+    spread_logits,
+    tied_logits,
+)
+from support.references.varopt import sampling_of
 from torch import Tensor
 
 import teachers.reduction.passes
 import teachers.reduction.sharded
 from storage.errors import InputError
-from teachers.ranks import ColumnShard, DistributedRanks, Ranks, equal_runs
-from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
+from teachers.ranks import ColumnShard, Ranks, equal_runs
+from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_rows, reduce_topk, reduce_varopt
 from teachers.reduction.sharded import ShardedMasses
-from teachers.reduction.varopt import Sampling, TensorMasses, random_bits, sample
+from teachers.reduction.varopt import Sampling, TensorMasses, sample
 
 Runs = tuple[tuple[int, int], ...]
 SHAPES = [
@@ -45,10 +56,6 @@ SHAPES = [
 ]
 
 
-def sampling_of(rows: int, seed: int, temperature: float = 1.0, head_ids: int = 0) -> Sampling:
-    return Sampling(temperature, head_ids, torch.from_numpy(random_bits(seed, 0, rows)))
-
-
 def sharded(
     logits: Tensor, vocabulary_size: int, k: int, labels: Tensor, runs: Runs, sampling: Sampling | None = None
 ) -> ReducedRows:
@@ -58,35 +65,19 @@ def sharded(
         shard = ColumnShard(ranks, runs)
         own = logits[:, shard.own].contiguous()
         before = own.clone()
-        if sampling is None:
-            found = reduce_topk(own, vocabulary_size, k, labels, FLOOR, shard)
-        else:
-            found = reduce_varopt(own, vocabulary_size, k, labels, FLOOR, sampling, shard)
+        found = reduce_rows(own, vocabulary_size, k, labels, FLOOR, sampling, shard)
         assert torch.equal(own.nan_to_num(), before.nan_to_num()), "the input was written to"
         return found
 
     first, *others = on_ranks(len(runs), work)
     for other in others:
-        for name, value in vars(first).items():
-            torch.testing.assert_close(getattr(other, name), value, rtol=0, atol=0, equal_nan=True)
+        assert_same_bits(other, first)
     return first
 
 
 def check(logits: Tensor, vocabulary_size: int, k: int, runs: Runs, labels: Tensor | None = None) -> ReducedRows:
-    """The stated error of the unsharded reducer, its ids, and no more than its error from what it gives."""
-    labels = torch.arange(len(logits)) % vocabulary_size if labels is None else labels
-    found = sharded(logits, vocabulary_size, k, labels, runs)
-    whole = reduce_topk(logits, vocabulary_size, k, labels, FLOOR)
-    assert torch.equal(found.token_ids, whole.token_ids)
-    assert torch.equal(found.certain, whole.certain)
-    expected = reference(logits, vocabulary_size, k, labels)
-    np.testing.assert_array_equal(found.token_ids.numpy(), expected["token_ids"])
-    for name in ("logprobs", "log_tail", "log_tail_half", "label_logprob"):
-        value = getattr(found, name)
-        assert value.dtype == torch.float32
-        np.testing.assert_allclose(value.numpy(), expected[name], atol=1e-6, rtol=3e-7, err_msg=name)
-    np.testing.assert_allclose(found.entropy.numpy(), expected["entropy"], rtol=1e-6, atol=1e-30)
-    return found
+    """The stated error of the unsharded reducer, and its ids."""
+    return reducer.check(logits, vocabulary_size, k, labels, lambda *of: sharded(*of[:4], runs))
 
 
 def check_sample(found: ReducedRows, logits: Tensor, k: int, head_ids: int = 0, temperature: float = 1.0) -> None:
@@ -145,14 +136,10 @@ def test_uneven_runs_and_ranks_without_columns(size: int) -> None:
 @pytest.mark.parametrize("vocabulary_size", [507, 16_003])
 @pytest.mark.parametrize("k", [1, 63, 64])
 def test_equal_logits_come_by_ascending_id_across_ranks(vocabulary_size: int, k: int) -> None:
-    generator = torch.Generator().manual_seed(vocabulary_size + k)
-    few_values = torch.randint(-2, 3, (6, vocabulary_size), generator=generator).float()
-    signed_zeros = torch.where(torch.rand(4, vocabulary_size, generator=generator) < 0.5, -0.0, 0.0)
-    logits = torch.cat([few_values, torch.full((2, vocabulary_size), -3.25), signed_zeros])
     at_the_border = spread_logits(1, vocabulary_size, 1.0) - 20
     run = -(-vocabulary_size // 4)
     at_the_border[0, run - k // 2 : run + k] = 5.0  # equal maxima on both sides of a border, more than K of them
-    logits = torch.cat([logits, at_the_border])
+    logits = torch.cat([tied_logits(vocabulary_size, k), at_the_border])
     check(logits, vocabulary_size, k, equal_runs(vocabulary_size, 4))
     sampling = sampling_of(len(logits), 5)
     labels = torch.arange(len(logits))
@@ -161,34 +148,21 @@ def test_equal_logits_come_by_ascending_id_across_ranks(vocabulary_size: int, k:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    values=hnp.arrays(
-        np.float32,
-        st.tuples(st.integers(1, 4), st.integers(2, 200)),
-        elements=st.sampled_from([-30.0, -2.0, -0.0, 0.0, 1.0, 1.0000001, 5.0, 60.0, -math.inf]),
-        fill=st.just(np.float32(-1.0)),
-    ),
-    data=st.data(),
-)
-def test_any_row_and_any_runs(values: np.ndarray, data: st.DataObject) -> None:
-    columns = values.shape[1]
+@given(logits=any_rows(4, 200), data=st.data())
+def test_any_row_and_any_runs(logits: Tensor, data: st.DataObject) -> None:
+    columns = logits.shape[1]
     vocabulary_size = data.draw(st.integers(1, columns))
-    values[:, 0] = np.maximum(values[:, 0], -30.0)
     size = data.draw(st.integers(2, 4))
     cuts = sorted(data.draw(st.lists(st.integers(0, columns), min_size=size - 1, max_size=size - 1)))
     k = data.draw(st.integers(1, vocabulary_size))
-    check(torch.from_numpy(values), vocabulary_size, k, tuple(zip([0, *cuts], [*cuts, columns], strict=True)))
+    check(logits, vocabulary_size, k, tuple(zip([0, *cuts], [*cuts, columns], strict=True)))
 
 
 @pytest.mark.parametrize("vocabulary_size", [300, 16_003])
 def test_masked_ids_and_tails_far_below(vocabulary_size: int) -> None:
     runs = equal_runs(vocabulary_size, 3)
     check(masked_logits(vocabulary_size), vocabulary_size, 64, runs, torch.tensor([2, 11, 0, 200, -1]))
-    gaps = torch.tensor([50.0, 60.0, 70.0, 90.0, 150.0, 1_900.0])
-    logits = spread_logits(6, vocabulary_size, scale=1.0)
-    logits[:, 100:164] += gaps[:, None] + 10
-    found = check(logits, vocabulary_size, 64, runs)
-    assert found.log_tail[5] < -1_800
+    assert check(far_logits(vocabulary_size), vocabulary_size, 64, runs).log_tail[5] < -1_800
     missing = torch.tensor([1e-6, 1e-30]).double()
     sharp = spread_logits(2, vocabulary_size, scale=0.5)
     sharp[:, 7] = ((1 / missing * (vocabulary_size - 1)).log() + sharp.double().logsumexp(1)).float()
@@ -204,18 +178,13 @@ def test_a_tile_of_rows_changes_no_bit_and_tails_are_summed_again_alike(monkeypa
     whole = sharded(logits, 9_001, 64, labels, runs)
     for rows in (1, 5):
         monkeypatch.setattr(teachers.reduction.sharded, "_CPU_TILE_LOGITS", 4_501 * rows)
-        for name, value in vars(sharded(logits, 9_001, 64, labels, runs)).items():
-            assert torch.equal(value, getattr(whole, name)), (name, rows)
+        assert_same_bits(sharded(logits, 9_001, 64, labels, runs), whole)
 
 
-@pytest.mark.parametrize(
-    ("invalid", "found"),
-    [(math.nan, "NaN, the first at id"), (math.inf, r"\+inf at id"), (-math.inf, "-inf everywhere")],
-)
+@pytest.mark.parametrize(("invalid", "found"), INVALID)
 @pytest.mark.parametrize("column", [0, 299])
 def test_rows_without_a_softmax_are_named_on_every_rank(invalid: float, found: str, column: int) -> None:
-    logits = spread_logits(70, 320)
-    logits[66, slice(None) if invalid == -math.inf else column] = invalid
+    logits = invalid_logits(70, 320, invalid, column)
     messages: list[str] = []
 
     def work(ranks: ThreadRanks) -> None:
@@ -297,45 +266,47 @@ def test_runs_cover_the_head() -> None:
             ColumnShard(ThreadRanks(0, size, [], threading.Barrier(1)), runs)
 
 
-def _one_process(rank: int, size: int, folder: str) -> None:
+def two_methods(rows: int) -> Iterator[tuple[str, Sampling | None]]:
+    yield "topk", None
+    yield "varopt", sampling_of(rows, 3, 2.0)
+
+
+def _reduce_in_a_group(rank: int, size: int, folder: str, logits: Tensor, runs: Runs, wanted: tuple[int, int]) -> None:
+    """As one process of a group: save what it has of both methods."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    ranks = DistributedRanks()
-    shard = ColumnShard(ranks, equal_runs(16_128, size))
-    logits, labels = spread_logits(9, 16_128), torch.arange(9)
-    logits[2, 5] = 300.0
-    for name, sampling in (("topk", None), ("varopt", sampling_of(9, 3, 2.0))):
-        fixed = (logits[:, shard.own], 16_003, 64, labels, FLOOR)
-        found = reduce_topk(*fixed, shard) if sampling is None else reduce_varopt(*fixed, sampling, shard)
-        torch.save(vars(found), Path(folder) / f"{name}-{rank}")
+    shard = ColumnShard(Ranks(), runs)
+    for name, sampling in two_methods(len(logits)):
+        fixed = (logits[:, shard.own].contiguous(), *wanted, torch.arange(len(logits)), FLOOR)
+        torch.save(vars(reduce_rows(*fixed, sampling, shard)), Path(folder) / f"{name}-{rank}")
     assert torch.equal(shard.whole(logits[:, shard.own]), logits)
     dist.destroy_process_group()
+
+
+def gloo_logits() -> Tensor:
+    logits = spread_logits(9, 16_128)
+    logits[2, 5] = 300.0
+    return logits
+
+
+def _one_process(rank: int, size: int, folder: str) -> None:
+    _reduce_in_a_group(rank, size, folder, gloo_logits(), equal_runs(16_128, size), (16_003, 64))
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_with_gloo_give_what_threads_give(size: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_one_process, (size, str(tmp_path)), nprocs=size)
-    logits, labels = spread_logits(9, 16_128), torch.arange(9)
-    logits[2, 5] = 300.0
-    for name, sampling in (("topk", None), ("varopt", sampling_of(9, 3, 2.0))):
-        expected = vars(sharded(logits, 16_003, 64, labels, equal_runs(16_128, size), sampling))
+    logits, labels = gloo_logits(), torch.arange(9)
+    for name, sampling in two_methods(9):
+        expected = sharded(logits, 16_003, 64, labels, equal_runs(16_128, size), sampling)
         for rank in range(size):
-            found = torch.load(tmp_path / f"{name}-{rank}")
-            assert all(torch.equal(found[field], value) for field, value in expected.items())
+            assert_same_bits(ReducedRows(**torch.load(tmp_path / f"{name}-{rank}")), expected)
 
 
 def _one_process_with_kernels(rank: int, size: int, folder: str) -> None:
     """The kernels as Triton's interpreter runs them; threads would share its state."""
-    torch.set_num_threads(1)
     teachers.reduction.passes.has_kernels = teachers.reduction.sharded.has_kernels = lambda device: True  # type: ignore[assignment]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    shard = ColumnShard(DistributedRanks(), ((0, 0), (0, 5_001), (5_001, 9_100)))
-    logits, labels = kernel_logits(), torch.arange(6)
-    for name, sampling in (("topk", None), ("varopt", sampling_of(6, 3, 2.0))):
-        fixed = (logits[:, shard.own].contiguous(), 9_003, 40, labels, FLOOR)
-        found = reduce_topk(*fixed, shard) if sampling is None else reduce_varopt(*fixed, sampling, shard)
-        torch.save(vars(found), Path(folder) / f"{name}-{rank}")
-    dist.destroy_process_group()
+    _reduce_in_a_group(rank, size, folder, kernel_logits(), ((0, 0), (0, 5_001), (5_001, 9_100)), (9_003, 40))
 
 
 def kernel_logits() -> Tensor:
@@ -353,16 +324,11 @@ def test_kernels_keep_ids_of_other_ranks_out(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     torch.multiprocessing.spawn(_one_process_with_kernels, (3, str(tmp_path)), nprocs=3)
     logits, labels = kernel_logits(), torch.arange(6)
-    for name, sampling in (("topk", None), ("varopt", sampling_of(6, 3, 2.0))):
-        ranks = [torch.load(tmp_path / f"{name}-{rank}") for rank in range(3)]
-        for other in ranks[1:]:
-            assert all(torch.equal(ranks[0][field], other[field]) for field in other)
-        found = ReducedRows(**ranks[0])
+    for name, sampling in two_methods(6):
+        found, *others = (ReducedRows(**torch.load(tmp_path / f"{name}-{rank}")) for rank in range(3))
+        for other in others:
+            assert_same_bits(other, found)
         if sampling is not None:
             check_sample(found, logits[:, :9_003], 40, 0, 2.0)
-            continue
-        expected = reference(logits, 9_003, 40, labels)
-        np.testing.assert_array_equal(found.token_ids.numpy(), expected["token_ids"])
-        for field in ("logprobs", "log_tail", "log_tail_half", "label_logprob"):
-            np.testing.assert_allclose(getattr(found, field), expected[field], atol=1e-6, rtol=3e-7, err_msg=field)
-        np.testing.assert_allclose(found.entropy, expected["entropy"], rtol=1e-6, atol=1e-30)
+        else:
+            reducer.check_rows(found, logits, 9_003, 40, labels)

@@ -17,17 +17,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from support.commands import ROOT
-from support.references.reducer import FLOOR, check, masked_logits, spread_logits
+from support.references.reducer import (
+    FLOOR,
+    INVALID,
+    assert_same_bits,
+    check,
+    far_logits,
+    invalid_logits,
+    masked_logits,
+    spread_logits,
+    tied_logits,
+)
 from support.references.varopt import check as check_sample
-from support.references.varopt import sample
+from support.references.varopt import check_systematic, sample
 from torch import Tensor
 
 import teachers.reduction.passes
-import teachers.reduction.reduce
 from storage.errors import InputError
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
 from teachers.reduction.top_k import block_maxima
@@ -54,16 +62,6 @@ def test_in_a_process_of_its_own(name: str, interpret: str, tmp_path: Path) -> N
 
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teachers.reduction.passes, "has_kernels", lambda device: False)
-
-
-def bits(reduced: ReducedRows) -> dict[str, np.ndarray]:
-    """Of every field, row by row, so that NaN equals NaN and 0.0 does not equal -0.0."""
-    fields = {name: value.cpu().contiguous().numpy() for name, value in vars(reduced).items()}
-    return {name: value.reshape(len(value), -1).view(np.uint8) for name, value in fields.items()}
-
-
-def rows_of(reduced: ReducedRows, rows: slice) -> ReducedRows:
-    return ReducedRows(**{name: value[rows] for name, value in vars(reduced).items()})
 
 
 def assert_close(ours: ReducedRows, theirs: ReducedRows) -> None:
@@ -122,12 +120,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("vocabulary_size", [507, 9_003])
     @pytest.mark.parametrize("k", [1, 64])
     def test_equal_logits_come_by_ascending_id(self, vocabulary_size: int, k: int) -> None:
-        generator = torch.Generator().manual_seed(vocabulary_size + k)
-        few_values = torch.randint(-2, 3, (2, vocabulary_size), generator=generator).float()
-        all_equal = torch.full((1, vocabulary_size), -3.25)
-        signed_zeros = torch.where(torch.rand(2, vocabulary_size, generator=generator) < 0.5, -0.0, 0.0)
-        bfloat16 = spread_logits(2, vocabulary_size).bfloat16().float()
-        check(torch.cat([few_values, all_equal, signed_zeros, bfloat16]), vocabulary_size, k)
+        check(tied_logits(vocabulary_size, k)[::3], vocabulary_size, k)
 
     @pytest.mark.parametrize("vocabulary_size", [300, 9_003])
     def test_masked_ids_are_floored_and_add_nothing(self, vocabulary_size: int) -> None:
@@ -139,11 +132,7 @@ class TestInterpreted:
 
     def test_rows_far_from_flat(self) -> None:
         """Tails that underflow, heads that hold all but 1e-30, and logits at the ends of float32."""
-        gaps = torch.tensor([50.0, 70.0, 90.0, 1_900.0])
-        far = spread_logits(4, 4_100, scale=1.0)
-        far[:, 100:164] += gaps[:, None] + 10
-        found = check(far, 4_100, 64)
-        assert found.log_tail[3] < -1_800
+        assert check(far_logits(4_100), 4_100, 64).log_tail[5] < -1_800
         sharp = spread_logits(3, 1_000, scale=0.5)
         sharp[:, 7] = torch.tensor([20.0, 76.0, 500.0])
         check(sharp, 1_000, 1, torch.full((3,), 7))
@@ -154,19 +143,15 @@ class TestInterpreted:
         check(ends, 507, 9)
 
     @pytest.mark.parametrize("vocabulary_size", [100, 9_003])
-    @pytest.mark.parametrize(
-        ("invalid", "found"),
-        [(math.nan, "NaN"), (-math.nan, "NaN"), (math.inf, r"\+inf"), (-math.inf, "-inf everywhere")],
-    )
+    @pytest.mark.parametrize(("invalid", "found"), INVALID)
     @pytest.mark.parametrize("column", [0, -1])
     def test_rows_without_a_softmax_are_named(
         self, vocabulary_size: int, invalid: float, found: str, column: int
     ) -> None:
-        logits = spread_logits(3, vocabulary_size)
-        logits[2, slice(None) if invalid == -math.inf else column] = invalid
-        with pytest.raises(InvalidLogits, match=f"row 2.*{found}") as caught:
-            reduce_topk(logits, vocabulary_size, 4, torch.zeros(3, dtype=torch.int64), FLOOR)
-        assert caught.value.row == 2
+        logits = invalid_logits(5, vocabulary_size, invalid, column)
+        with pytest.raises(InvalidLogits, match=f"row 1.*{found}") as caught:
+            reduce_topk(logits, vocabulary_size, 4, torch.zeros(5, dtype=torch.int64), FLOOR)
+        assert caught.value.row == 1
 
     @pytest.mark.parametrize(("columns", "width"), [(9_003, 32), (4_096, 8), (20_000, 8_192), (130, 64)])
     def test_block_maxima_are_torchs(self, columns: int, width: int) -> None:
@@ -190,13 +175,12 @@ class TestInterpreted:
         logits[:, vocabulary_size + 1 :] = math.nan
         whole = logits[:, :vocabulary_size].contiguous()
         random, labels = torch.from_numpy(random_bits(0, 0, 3)), torch.arange(3)
-        expected = bits(sampled(whole, k, random))
+        expected = sampled(whole, k, random)
         shifted = torch.full((3, vocabulary_size + 9), math.nan)
         shifted[:, 1 : 1 + vocabulary_size] = whole
         for same in (logits, shifted[:, 1:], whole.t().contiguous().t()):
             reduced = reduce_varopt(same, vocabulary_size, k, labels, FLOOR, Sampling(1.0, 0, random))
-            for name, value in bits(reduced).items():
-                assert np.array_equal(value, expected[name]), name
+            assert_same_bits(reduced, expected)
 
     @pytest.mark.parametrize("method", ["topk", "varopt"])
     def test_a_row_does_not_depend_on_the_others(self, method: str) -> None:
@@ -211,13 +195,15 @@ class TestInterpreted:
                 return sampled(logits[rows], 16, random[rows])
             return reduce_topk(logits[rows], 5_003, 16, torch.arange(5)[rows], FLOOR)
 
-        whole = bits(reduce(slice(0, 5)))
-        for start, stop in ((0, 1), (1, 4), (4, 5)):
-            for name, value in bits(reduce(slice(start, stop))).items():
-                if method == "topk" or name != "label_logprob":  # which label it is follows from the row's number
-                    assert np.array_equal(value, whole[name][start:stop]), name
-        for name in ("token_ids", "logprobs", "log_tail", "log_tail_half", "entropy", "certain"):
-            assert np.array_equal(whole[name][0], whole[name][4]), name
+        whole = reduce(slice(0, 5))
+        own_label = "" if method == "topk" else "label_logprob"  # which label it is follows from the row's number
+        for rows in (slice(0, 1), slice(1, 4), slice(4, 5)):
+            assert_same_bits(reduce(rows), whole.each(lambda value, rows=rows: value[rows]), but=own_label)
+        assert_same_bits(
+            whole.each(lambda value, rows=slice(0, 1): value[rows]),
+            whole.each(lambda value, rows=slice(4, 5): value[rows]),
+            but="label_logprob",
+        )
 
     @pytest.mark.parametrize(("vocabulary_size", "k"), [(507, 13), (16_003, 64)])
     def test_torchs_passes_give_the_same(self, vocabulary_size: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,54 +245,11 @@ class TestInterpreted:
     def test_all_ids_are_certain_at_k_equal_v(self, vocabulary_size: int) -> None:
         logits = spread_logits(2, vocabulary_size)
         found, top = sample(logits, vocabulary_size), check(logits, vocabulary_size, vocabulary_size)
-        for name, value in bits(top).items():
-            assert name == "label_logprob" or np.array_equal(value, bits(found)[name]), name
-
-    @pytest.mark.parametrize("temperature", [1.0, 2.0])
-    def test_the_mean_of_the_weights_is_the_distribution(self, temperature: float) -> None:
-        """Over n random numbers at equal distances an id is sampled n times its probability, to within one."""
-        vocabulary_size, k, n = 150, 12, 50
-        row = spread_logits(1, vocabulary_size, scale=2.0, seed=5)
-        row[0, 40:60] = row[0, 40]  # ties
-        random = torch.arange(n) * (2**32 // n) + 12_345
-        found = sampled(row.expand(n, -1), k, random, temperature)
-        certain = found.certain.unique().tolist()
-        assert len(certain) == 1
-        j = certain[0]
-        assert (j == 0) == (temperature == 2.0)
-        ids = found.token_ids.numpy()
-        assert all(len(set(chosen)) == k for chosen in ids)
-        p = torch.softmax(row[0].double() / temperature, 0).numpy()
-        order = np.argsort(-p, kind="stable")
-        assert (ids[:, :j] == order[:j]).all()
-        counts = np.bincount(ids[:, j:].flatten(), minlength=vocabulary_size)
-        rest = p[order[j:]].sum()
-        expected = n * (k - j) * p / rest
-        expected[order[:j]] = 0.0
-        assert (np.abs(counts - expected) <= 1 + 1e-4).all()
-        weight = math.exp(float((found.log_tail if temperature == 1.0 else found.log_tail_half)[0])) / (k - j)
-        if temperature == 1.0:
-            assert weight == pytest.approx(rest / (k - j), rel=1e-5)
-            # E[w] = p, to within the weight of one sample for each id.
-            assert np.abs(counts * weight / n - np.where(expected > 0, p, 0.0)).max() <= 1.001 * weight / n
+        assert_same_bits(top, found, but="label_logprob")
 
     def test_ids_are_a_systematic_sample_in_id_order(self) -> None:
-        """The stated ids, in float64 from the same random number, where no point is within rounding of an id's end."""
-        vocabulary_size, k, rows = 2_000, 24, 20
-        logits = spread_logits(rows, vocabulary_size)
-        found = sample(logits, k, seed=9)
-        clear = 0
-        for row, logp in enumerate(torch.log_softmax(logits.double(), dim=1).numpy()):
-            j = int(found.certain[row])
-            mass = np.exp(logp)
-            mass[found.token_ids[row, :j].numpy()] = 0.0
-            ends = np.cumsum(mass)
-            points = (random_bits(9, row, row + 1)[0] / 2**32 + np.arange(k - j)) * ends[-1] / (k - j)
-            if np.abs(ends[:, None] - points).min() > 1e-6 * ends[-1]:
-                clear += 1
-                expected = np.searchsorted(ends, points, side="right")
-                assert sorted(found.token_ids[row, j:].tolist()) == expected.tolist()
-        assert clear > rows / 2
+        logits = spread_logits(20, 2_000)
+        check_systematic(sample(logits, 24, seed=9), logits, 9)
 
     @pytest.mark.parametrize("beta", [1.0, 0.5, 0.3])
     @pytest.mark.parametrize(("columns", "width"), [(9_003, 16), (5, 5), (4_096, 32)])
@@ -448,10 +391,8 @@ def test_on_a_gpu_a_row_does_not_depend_on_the_others(vocabulary_size: int) -> N
         return reduce_varopt(logits[rows], vocabulary_size, 64, labels[rows], FLOOR, sampling)
 
     whole = reduce(slice(0, 200))
-    for start, stop in ((0, 1), (1, 4), (3, 200), (199, 200)):
-        expected = bits(rows_of(whole, slice(start, stop)))
-        for name, value in bits(reduce(slice(start, stop))).items():
-            assert np.array_equal(value, expected[name]), name
+    for rows in (slice(0, 1), slice(1, 4), slice(3, 200), slice(199, 200)):
+        assert_same_bits(reduce(rows), whole.each(lambda value, rows=rows: value[rows]))
 
 
 @needs_gpu

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from support.references.reducer import FLOOR, spread_logits
-from support.references.varopt import check, dense, sample
+from support.references.reducer import FLOOR, any_rows, assert_same_bits, spread_logits
+from support.references.varopt import check, check_systematic, sample, sampling_of
+from torch import Tensor
 
-import teachers.reduction.reduce
-from teachers.reduction.reduce import ReducedRows, reduce_topk, reduce_varopt
+import teachers.reduction.rows
+from teachers.reduction.reduce import reduce_topk, reduce_varopt
 from teachers.reduction.varopt import Sampling, random_bits
 
 
@@ -69,57 +69,23 @@ def test_the_mean_of_the_weights_is_the_distribution(k: int, head_ids: int, temp
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_ids_are_a_systematic_sample_in_id_order(temperature: float) -> None:
-    """The stated sample, in float64 from the same random number, where no point is within rounding of an id's end."""
-    vocabulary_size, k, rows = 2_000, 24, 100
-    logits = spread_logits(rows, vocabulary_size)
-    found = sample(logits, k, seed=9, temperature=temperature)
-    clear = 0
-    for row, logp in enumerate(dense(logits)):
-        j = int(found.certain[row])
-        mass = np.exp(logp / temperature)
-        mass[found.token_ids[row, :j].numpy()] = 0.0
-        ends = np.cumsum(mass)
-        points = (random_bits(9, row, row + 1)[0] / 2**32 + np.arange(k - j)) * ends[-1] / (k - j)
-        if np.abs(ends[:, None] - points).min() > 1e-6 * ends[-1]:
-            clear += 1
-            expected = np.searchsorted(ends, points, side="right")
-            assert sorted(found.token_ids[row, j:].tolist()) == expected.tolist()
-    assert clear > rows / 2
-
-
-def test_weights_have_the_least_variance_at_the_top() -> None:
-    """Plain sampling with replacement repeats the head; here no weight exceeds those of the certain ids."""
-    logits = spread_logits(200, 2_000)
-    found = sample(logits, 16)
-    for row in range(200):
-        j = int(found.certain[row])
-        weight = math.exp(float(found.log_tail[row])) / (16 - j)
-        assert j == 0 or weight <= math.exp(float(found.logprobs[row, j - 1])) * (1 + 1e-5)
+    logits = spread_logits(100, 2_000, scale=3.0)
+    check_systematic(sample(logits, 24, seed=9, temperature=temperature), logits, 9, temperature)
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    values=hnp.arrays(
-        np.float32,
-        st.tuples(st.integers(1, 5), st.integers(2, 200)),
-        elements=st.sampled_from([-30.0, -2.0, -0.0, 0.0, 1.0, 1.0000001, 5.0, 60.0, 500.0, -math.inf]),
-        fill=st.just(np.float32(-1.0)),
-    ),
-    data=st.data(),
-)
-def test_any_row_with_ties_and_masks(values: np.ndarray, data: st.DataObject) -> None:
-    values[:, 0] = np.maximum(values[:, 0], -30.0)  # at least one id that is not masked
-    k = data.draw(st.integers(1, values.shape[1]))
+@given(logits=any_rows(5, 200), data=st.data())
+def test_any_row_with_ties_and_masks(logits: Tensor, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, logits.shape[1]))
     head_ids = data.draw(st.integers(0, k - 1))
     temperature = data.draw(st.sampled_from([1.0, 2.0]))
-    logits = torch.from_numpy(values)
     found = sample(logits, k, data.draw(st.integers(0, 3)), head_ids, temperature)
     check(found, logits, k, head_ids, temperature)
 
 
 def test_extreme_rows() -> None:
     vocabulary_size, k = 1_000, 8
-    logits = spread_logits(8, vocabulary_size)
+    logits = spread_logits(8, vocabulary_size, 3.0)
     logits[0] = -math.inf
     logits[0, 77] = 3.0  # one id has all mass
     logits[1, 5] += 400.0  # nearly so
@@ -145,7 +111,7 @@ def test_equal_logits_are_sampled_alike() -> None:
     logits[:, 20:40] = 0.0
     k = 10
     found = sample(logits, k)
-    check(ReducedRows(**{name: value[:5] for name, value in vars(found).items()}), logits[:5], k)
+    check(found.each(lambda value: value[:5]), logits[:5], k)
     j = int(found.certain[0])
     counts = torch.bincount(found.token_ids[:, j:].flatten(), minlength=64)[20:40].double()
     p = torch.softmax(logits[0].double(), 0)
@@ -156,32 +122,28 @@ def test_equal_logits_are_sampled_alike() -> None:
 
 @pytest.mark.parametrize("vocabulary_size", [1, 2, 7, 507])
 def test_all_ids_are_certain_at_k_equal_v(vocabulary_size: int) -> None:
-    logits = spread_logits(6, vocabulary_size)
+    logits = spread_logits(6, vocabulary_size, 3.0)
     found = sample(logits, vocabulary_size)
     top = reduce_topk(logits, vocabulary_size, vocabulary_size, torch.arange(6) % vocabulary_size, FLOOR)
-    for name, value in vars(top).items():
-        assert torch.equal(value, getattr(found, name)), name
+    assert_same_bits(top, found)
     assert bool((found.certain == vocabulary_size).all() and (found.log_tail == -math.inf).all())
 
 
 def test_padded_columns_are_never_sampled() -> None:
-    logits = spread_logits(30, 640)
+    logits = spread_logits(30, 640, 3.0)
     logits[:, 507:] = 1e4
     padded = sample(logits, 20, vocabulary_size=507)
     cut = sample(logits[:, :507].contiguous(), 20)
-    for name, value in vars(cut).items():
-        assert name == "label_logprob" or torch.equal(value, getattr(padded, name)), name
+    assert_same_bits(cut, padded, but="label_logprob")
     assert int(padded.token_ids.max()) < 507
 
 
 def test_the_cut_into_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = spread_logits(37, 9_001)
+    logits = spread_logits(37, 9_001, 3.0)
     whole = sample(logits, 64)
     for rows in (1, 5, 36):
-        monkeypatch.setattr(teachers.reduction.reduce, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
-        tiled = sample(logits, 64)
-        for name, value in vars(whole).items():
-            assert torch.equal(value, getattr(tiled, name)), (name, rows)
+        monkeypatch.setattr(teachers.reduction.rows, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
+        assert_same_bits(sample(logits, 64), whole)
 
 
 def test_random_bits_are_keyed_by_seed_and_position() -> None:
@@ -203,16 +165,13 @@ def test_random_bits_are_keyed_by_seed_and_position() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("vocabulary_size", "k"), [(507, 123), (16_003, 64), (131_073, 64)])
 def test_a_gpu_samples_the_same_ids(vocabulary_size: int, k: int) -> None:
-    logits = spread_logits(200, vocabulary_size)
+    logits = spread_logits(200, vocabulary_size, 3.0)
     labels = torch.arange(200)
-    random = torch.from_numpy(random_bits(0, 0, 200))
-    here = reduce_varopt(logits, vocabulary_size, k, labels, FLOOR, Sampling(1.0, 0, random))
-    there = [
-        reduce_varopt(logits.cuda(), vocabulary_size, k, labels.cuda(), FLOOR, Sampling(1.0, 0, random.cuda()))
-        for _ in range(2)
-    ]
-    for name, value in vars(there[0]).items():
-        assert torch.equal(value, getattr(there[1], name)), name
+    sampling = sampling_of(200, 0)
+    here = reduce_varopt(logits, vocabulary_size, k, labels, FLOOR, sampling)
+    on_gpu = Sampling(1.0, 0, sampling.random.cuda())
+    there = [reduce_varopt(logits.cuda(), vocabulary_size, k, labels.cuda(), FLOOR, on_gpu) for _ in range(2)]
+    assert_same_bits(*there)
     # exp differs in its last bit between the two, and a point may be that close to an id's end.
     assert float((there[0].token_ids.cpu() == here.token_ids).all(1).double().mean()) > 0.95
     torch.testing.assert_close(there[0].log_tail.cpu(), here.log_tail, atol=2e-6, rtol=1e-6)

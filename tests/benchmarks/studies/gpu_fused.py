@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import Table, in_turn, ratios, spread
+from harness import Table, copy_bandwidth, in_turn, ratios, spread, timed_on_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -102,32 +102,13 @@ def tables(arguments: argparse.Namespace) -> Iterator[Table]:
                 yield head_and_loss(Size(columns, hidden, positions), limits, arguments)
 
 
-def measured_limits(dtype: torch.dtype, size: int = 8192, copied: int = 1 << 30) -> Limits:
+def measured_limits(dtype: torch.dtype, size: int = 8192) -> Limits:
     """The best of some repetitions: a limit is no average."""
     import torch
 
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    source = torch.empty(copied, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    taken = in_turn({"product": timed(lambda: a @ b, 4), "copy": timed(lambda: target.copy_(source), 4)}, 10)
-    return Limits(2 * size**3 / min(taken["product"]), 2 * copied / min(taken["copy"]))
-
-
-def timed(step: Callable[[], object], steps: int = 1) -> Callable[[], float]:
-    """What gives the seconds of one step on the device, in the mean of some that are queued together."""
-    import torch
-
-    def run() -> float:
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        began.record()
-        for _ in range(steps):
-            step()
-        ended.record()
-        torch.cuda.synchronize()
-        return float(began.elapsed_time(ended)) / 1e3 / steps
-
-    return run
+    taken = in_turn({"product": timed_on_gpu(lambda: a @ b, 4)}, 10)
+    return Limits(2 * size**3 / min(taken["product"]), copy_bandwidth())
 
 
 def passes(columns: int, temperature: float, limits: Limits, arguments: argparse.Namespace) -> Table:
@@ -157,7 +138,7 @@ def passes(columns: int, temperature: float, limits: Limits, arguments: argparse
             if isinstance(kind, str):
                 failed[what] = kind
                 continue
-            steps[what] = timed(functools.partial(call, kind), 4)
+            steps[what] = timed_on_gpu(functools.partial(call, kind), 4)
             steps[what]()
     least = 12 * z.numel() / limits.bandwidth
     table = Table(
@@ -197,7 +178,7 @@ def head_and_loss(size: Size, limits: Limits, arguments: argparse.Namespace) -> 
         if isinstance(found, str):
             failed[name] = found
         else:
-            tried[name], steps[name] = found, timed(step)
+            tried[name], steps[name] = found, timed_on_gpu(step)
     taken = in_turn(steps, arguments.rounds)
     least = 6 * size.positions * size.columns * size.hidden / limits.operations
     table = Table(

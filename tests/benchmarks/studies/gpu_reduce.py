@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import Table, in_turn, spread
+from harness import Table, copy_bandwidth, in_turn, spread, timed_on_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,32 +59,6 @@ def tables(arguments: argparse.Namespace) -> Iterator[Table]:
         yield reduced(vocabulary, bandwidth, arguments)
 
 
-def copy_bandwidth(copied: int = 1 << 30) -> float:
-    """Bytes read and written a second, the best of some repetitions: a limit is no average."""
-    import torch
-
-    source = torch.randint(256, (copied,), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * copied / min(in_turn({"copy": timed(lambda: target.copy_(source))}, 10)["copy"])
-
-
-def timed(step: Callable[[], object], steps: int = 4) -> Callable[[], float]:
-    """What gives the seconds of one step, in the mean of some in a row."""
-    import torch
-
-    def run() -> float:
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        began.record()
-        for _ in range(steps):
-            step()
-        ended.record()
-        torch.cuda.synchronize()
-        return float(began.elapsed_time(ended)) / 1e3 / steps
-
-    return run
-
-
 def reduced(vocabulary: int, bandwidth: float, arguments: argparse.Namespace) -> Table:
     """All ways on one tensor of logits."""
     import torch
@@ -100,7 +74,7 @@ def reduced(vocabulary: int, bandwidth: float, arguments: argparse.Namespace) ->
         if isinstance(found, str):
             failed[name] = found
         else:
-            (peaks[name], ids[name]), steps[name] = found, timed(way)
+            (peaks[name], ids[name]), steps[name] = found, timed_on_gpu(way, 4)
     one_read = logits.nbytes / bandwidth
     table = Table(
         f"{rows:,} × {vocabulary:,} float32 logits, K = {arguments.k}",

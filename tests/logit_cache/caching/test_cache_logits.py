@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.commands import Run, command, environment, refused
-from support.jobs import contents
+from support.commands import Run, refused
+from support.jobs import contents, files
 from support.models.saved import dense_logprobs
-from support.processes import start, start_code
+from support.models.short_heads import beside, swap_ids
+from support.processes import start_code
 
 from storage import LogitCache
 from storage.cache.verify import verify
@@ -28,10 +26,6 @@ SMALL = ("--targets", "topk", "--context-tokens", 64, "--shard-tokens", 1024, "-
 @pytest.fixture
 def cache(small_cache: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_cache, tmp_path / "cache"))
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(("context", "stride"), [(64, 64), (64, 16)])
@@ -99,21 +93,6 @@ def test_bos_before_each_window(cache: Path, teacher: Path, run: Run, tmp_path: 
     refused(long, "the context is 128 and BOS before it: take a context of 127")
 
 
-def test_codes_keep_head_and_tail_within_the_stated_bound(cache: Path, teacher: Path, run: Run) -> None:
-    for name, encoding in (("codes", "codes"), ("exact", "float32")):
-        done = run(
-            "cache-logits", "--cache", cache, "--teacher", teacher, "--name", name, "--encoding", encoding, *SMALL
-        )
-        assert done.returncode == 0, done.stderr
-    opened = LogitCache.open(str(cache))
-    total = len(opened.tokens)
-    codes, exact = (opened.teacher(name).read(0, total) for name in ("codes", "exact"))
-    assert np.array_equal(codes.token_ids, exact.token_ids)
-    assert np.abs(codes.logprobs - exact.logprobs).max() <= 1 / 64 + 1e-5
-    mass = np.exp(codes.logprobs.astype(np.float64)).sum(1) + np.exp(codes.log_tail.astype(np.float64))
-    assert np.abs(mass - 1).max() <= np.expm1(1 / 64)
-
-
 def test_a_finished_entry_is_left_as_it_is(cache: Path, teacher: Path, run: Run) -> None:
     arguments = ("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *SMALL)
     assert run(*arguments).returncode == 0
@@ -131,6 +110,7 @@ def test_the_batch_size_of_an_entry_is_kept(cache: Path, teacher: Path, run: Run
     assert done.returncode == 0, done.stderr
     targets = LogitCache.open(str(cache)).teacher("a")
     assert (targets.missing(), targets.entry.execution.batch_windows) == ([], 3)
+    refused(run(*arguments, "--batch-windows", 4), "batch_windows")
 
 
 def test_shards_are_small_by_default_and_those_of_an_entry_are_kept(cache: Path, teacher: Path, run: Run) -> None:
@@ -153,57 +133,6 @@ def test_shards_are_small_by_default_and_those_of_an_entry_are_kept(cache: Path,
     }
 
 
-def test_two_workers_share_an_entry(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
-    alone = Path(shutil.copytree(cache, tmp_path / "alone"))
-    arguments = ("--teacher", teacher, "--name", "a", *SMALL)
-    assert run("cache-logits", "--cache", alone, *arguments).returncode == 0
-    workers = [start("cache-logits", "--cache", cache, *arguments, "--worker", f"{i}/2") for i in range(2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
-    targets = LogitCache.open(str(cache)).teacher("a")
-    assert targets.missing() == []
-    assert targets.fidelity() is not None
-    assert verify(str(cache), deep=True).sound
-    assert contents(cache, "a") == contents(alone, "a")
-
-
-@pytest.mark.soak
-def test_the_installed_command_killed_at_many_moments(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
-    """Killed at moments spread over the run and once right after a file appeared, then finished: the same bytes."""
-    whole = Path(shutil.copytree(cache, tmp_path / "whole"))
-    arguments = ("--teacher", teacher, "--name", "a", *SMALL, "--stride-tokens", 2)
-    began = time.monotonic()
-    assert run("cache-logits", "--cache", whole, *arguments).returncode == 0
-    seconds = time.monotonic() - began
-    expected = contents(whole, "a")
-    interrupted = 0
-    for attempt in range(6):
-        victim = Path(shutil.copytree(cache, tmp_path / f"victim-{attempt}"))
-        # Four times into each, so that resumed runs are killed as well.
-        for part in range(4):
-            process = subprocess.Popen(
-                command("cache-logits", "--cache", victim, *arguments),
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
-            )  # fmt: skip
-            folder = victim / "teachers/a"
-            deadline = time.monotonic() + seconds
-            before = len(list(folder.rglob("*"))) if folder.exists() else 0
-            while process.poll() is None and time.monotonic() < deadline:
-                if folder.exists() and len(list(folder.rglob("*"))) > before + attempt * 5:
-                    break
-                time.sleep(0.001 * (part + 1))
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                interrupted += 1
-            process.wait()
-        done = run("cache-logits", "--cache", victim, *arguments)
-        assert done.returncode == 0, done.stderr
-        found = {key: data for key, data in contents(victim, "a").items() if not key.endswith(".partial")}
-        assert found == expected
-        assert LogitCache.open(str(victim)).teacher("a").missing() == []
-        shutil.rmtree(victim)
-    assert interrupted >= 20
-
-
 def test_another_identity_under_the_same_name(
     cache: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run
 ) -> None:
@@ -224,16 +153,10 @@ def test_another_identity_under_the_same_name(
 
 
 def test_a_teacher_of_another_tokenizer(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(teacher, tmp_path / "other"))
-    for path in (cache / "tokenizer").iterdir():
-        shutil.copy(path, other)
+    other = beside(teacher, cache / "tokenizer", tmp_path / "other")
     arguments = ("cache-logits", "--cache", cache, "--teacher", other, "--name", "a", *SMALL)
     assert run(*arguments).returncode == 0
-    data = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = data["model"]["vocab"]
-    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (other / "tokenizer.json").write_text(json.dumps(data))
+    first = swap_ids(other)
     before = files(cache)
     refused(run(*arguments, "--name", "b"), "tokenizer", "id 300", repr(first))
     assert files(cache) == before
@@ -293,9 +216,7 @@ def test_yaml_job_with_flags_that_override_it(cache: Path, teacher: Path, run: R
 
 
 def test_from_raw_text_in_one_step(teacher: Path, cache: Path, text_file: Path, run: Run, tmp_path: Path) -> None:
-    with_tokenizer = Path(shutil.copytree(teacher, tmp_path / "complete"))
-    for path in (cache / "tokenizer").iterdir():
-        shutil.copy(path, with_tokenizer)
+    with_tokenizer = beside(teacher, cache / "tokenizer", tmp_path / "complete")
     out = tmp_path / "one-step"
     done = run("cache-logits", "--text", text_file, "--out", out, "--teacher", with_tokenizer, "--name", "a", *SMALL)
     assert done.returncode == 0, done.stderr
@@ -372,28 +293,3 @@ def test_inspect(cache: Path, teacher: Path, run: Run) -> None:
     assert repr(at["next"]["text"]) in text
     refused(run("logit-cache", "inspect", cache, "--at", total), "--at")
     refused(run("logit-cache", "inspect", cache / "nowhere"), "no cache there")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("cache-logits",),
-        ("logit-cache",),
-        ("logit-cache", "tokenize"),
-        ("logit-cache", "inspect"),
-        ("logit-cache", "demo"),
-        ("train-student",),
-        ("train-teacher",),
-    ],
-    ids=" ".join,
-)
-def test_help_has_an_example_and_answers_at_once(arguments: tuple[str, ...], run: Run) -> None:
-    seconds = []
-    for _ in range(3):
-        began = time.monotonic()
-        done = run(*arguments, "--help")
-        seconds.append(time.monotonic() - began)
-    assert done.returncode == 0
-    assert (len(arguments) == 1 and arguments[0] == "logit-cache") or "Example" in done.stdout
-    # The best of three, since the machine may be busy; importing torch alone would take longer.
-    assert min(seconds) < 1.0

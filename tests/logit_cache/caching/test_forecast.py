@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.commands import LIBRARY, Run, refused
 from support.jobs import cache_logits, refusal
+from torch import Tensor
 
+from logit_cache.caching import step_cost
 from logit_cache.caching.forecast import Question, forecast
 from logit_cache.caching.job import CacheJob
 from storage.config import build_config
@@ -23,6 +26,7 @@ from storage.errors import LogitCacheError
 from storage.format.manifest import ReceiptIndex
 from storage.format.sealing import sealed_bytes
 from storage.progress import progress
+from teachers.huggingface.teacher import HuggingFaceTeacher
 
 # Some hundred thousand tokens in documents, of which a probe scores a quarter or less.
 MODULES = ("argparse", "ast", "difflib", "enum", "shutil")
@@ -155,6 +159,37 @@ def test_fewer_windows_than_a_chunk_has(corpus: Path, teacher: Path) -> None:
     assert found["size"]["bytes"] == pytest.approx(whole["size"]["bytes"], rel=0.15)
     # One position more than a single window.
     assert predicted(corpus, teacher, k=16, question=Question(probe_windows=1))["probe"]["positions"] == 64
+
+
+@pytest.mark.parametrize("most", [1, 8, 100])
+def test_no_more_windows_are_scored_than_asked_where_each_document_has_its_own(
+    most: int, corpus: Path, teacher: Path
+) -> None:
+    found = predicted(corpus, teacher, k=4, isolate_documents=True, question=Question(probe_windows=most))
+    assert most / 4 < found["probe"]["windows"] <= most
+
+
+@pytest.mark.parametrize("isolate_documents", [False, True])
+def test_caching_and_the_live_step_read_the_same_kind_of_windows(
+    isolate_documents: bool, corpus: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts the tokens which the teacher reads, one pass over the text pays for the cache."""
+    score, read = HuggingFaceTeacher.score, 0
+
+    def counting(self: HuggingFaceTeacher, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
+        nonlocal read
+        read += windows.numel()
+        return score(self, windows, rows)
+
+    def clock() -> float:
+        return float(read)
+
+    monkeypatch.setattr(HuggingFaceTeacher, "score", counting)
+    monkeypatch.setattr(step_cost, "time", SimpleNamespace(perf_counter=clock, process_time=clock))
+    found = predicted(corpus, teacher, k=4, context_tokens=128, isolate_documents=isolate_documents)
+    read_per_position = found["speed"]["paid_seconds_per_token"]
+    assert (read_per_position > 1.4) == isolate_documents, "short documents are padded"
+    assert found["break_even"]["epochs_until_paid"] == pytest.approx(1.0, rel=0.25)
 
 
 def test_it_refuses_the_jobs_that_cache_logits_would_refuse(

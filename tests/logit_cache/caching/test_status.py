@@ -8,12 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import pytest
 from support.caches.small import SHA, make_corpus, make_entry
 from support.commands import PYTHONPATH, TESTS, Run, command, environment, refused
 from support.servers.s3 import Bucket
+from support.servers.web import serving
 
 from logit_cache.caching.commit_rate import Commit, joint_rate, without_pauses
 from logit_cache.caching.status import EntryStatus, status_of
@@ -224,21 +222,8 @@ def test_by_command_on_a_disk_and_on_s3(
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
     """The URL at which a plain web server, which lists nothing, serves the test's own folder."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def list_directory(self, path: object) -> None:
-            self.send_error(404)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/cache"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(tmp_path) as (url, _):
+        yield f"{url}/cache"
 
 
 def test_a_web_server(web: str, cache: str, run: Run) -> None:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.commands import Run
 from support.jobs import cache_logits, contents, refusal, whole
 from support.models.saved import dense_logprobs
-from support.processes import start
 from transformers import AutoModelForCausalLM
 
 from logit_cache.caching.recompress import RecompressJob, recompress
 from storage import LogitCache
+from storage.format.manifest import Targets
 from storage.format.rules import broken_rule
 from storage.format.targets import SparseTargets
 
 K = 16
-FLAGS = ("--context-tokens", 64, "-k", K, "--targets", "varopt", "--encoding", "float32")
 VAROPT = {"k": K, "targets": "varopt", "encoding": "float32"}
 TOPK = {"k": K, "targets": "topk", "encoding": "float32"}
 ARRAYS = ("token_ids", "logprobs", "kept", "certain", "log_tail", "log_tail_half", "entropy")
@@ -53,6 +49,7 @@ def outside(dense: np.ndarray, stored: SparseTargets, beta: float) -> np.ndarray
 @pytest.mark.parametrize("temperature", [1, 2])
 def test_stored_samples_are_the_model_s(cache: Path, teacher: Path, temperature: int) -> None:
     targets, stored = cache_logits(cache, "v", teacher, **VAROPT, head_ids=2, seed=5, target_temperature=temperature)
+    assert targets.entry.targets == Targets(method="varopt", k=K, head_ids=2, seed=5, temperature=temperature)
     assert broken_rule(stored, targets.entry) is None
     assert (stored.kept == K).all()
     assert stored.certain.min() >= 2
@@ -90,31 +87,6 @@ def test_a_sample_depends_on_seed_and_position_alone(cache: Path, teacher: Path)
     assert "targets.method" in refusal(cache, "a", teacher, **TOPK)
     assert "targets.seed" in refusal(cache, "a", teacher, **VAROPT, seed=1)
     assert "targets.head_ids" in refusal(cache, "a", teacher, **VAROPT, head_ids=1)
-
-
-def test_a_killed_run_resumes_to_the_same_bytes(cache: Path, slow_teacher: Path, run: Run, tmp_path: Path) -> None:
-    """Killed after its first shard and started again: the bytes of one undisturbed run."""
-    undisturbed = Path(shutil.copytree(cache, tmp_path / "undisturbed"))
-    fields = {"head_ids": 2, "seed": 5, "target_temperature": 2, "shard_tokens": 1024, "batch_windows": 16}
-    cache_logits(undisturbed, "a", slow_teacher, **VAROPT, **fields)
-    flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
-    arguments = ("cache-logits", "--cache", cache, "--teacher", slow_teacher, "--name", "a", *FLAGS, *flags)
-    arguments = (*arguments, "--fidelity-positions", 0)  # which the undisturbed run, below the command, does not make
-    process = start(*arguments)
-    receipts = cache / "teachers" / "a" / "receipts"
-    while process.poll() is None and not list(receipts.glob("[0-9]*.json")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    shards = len(list((undisturbed / "teachers/a/receipts").glob("[0-9]*.json")))
-    assert 0 < len(list(receipts.glob("[0-9]*.json"))) < shards
-    done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    recorded = json.loads(done.stdout)["targets"]
-    expected = {"method": "varopt", "k": K, "head_ids": 2, "seed": 5, "temperature": 2.0}
-    assert {name: recorded[name] for name in expected} == expected
-    found = {key: data for key, data in contents(cache, "a").items() if not key.endswith(".partial")}
-    assert found == contents(undisturbed, "a")
 
 
 def test_samples_in_codes(cache: Path, teacher: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.commands import Run, refused
+from support.models.short_heads import beside, swap_ids
 
 import logit_cache.fidelity.audit
 from logit_cache.caching.job import CacheJob
@@ -36,6 +37,7 @@ from storage.format.targets import concatenate
 
 K, CONTEXT, SHARD = 24, 64, 4096
 BASE: dict[str, Any] = {"targets": "topk", "k": K, "context_tokens": CONTEXT, "shard_tokens": SHARD, "device": "cpu"}
+World = tuple[Path, TeacherEntry, SparseTargets]
 FIELDS = {"logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy"}
 
 
@@ -59,9 +61,7 @@ def check(cache: Path, teacher: Path, name: str, **changes: Any) -> Audit:
 
 
 @pytest.fixture(scope="module")
-def world(
-    small_cache: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, TeacherEntry, SparseTargets]:
+def world(small_cache: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     """A cache with the honest entry `codes`, its record, and its targets before encoding. Copy it to write to it."""
     folder = tmp_path_factory.mktemp("audit")
     cache = Path(shutil.copytree(small_cache, folder / "cache"))
@@ -70,7 +70,7 @@ def world(
 
 
 @pytest.fixture
-def cache(world: tuple[Path, TeacherEntry, SparseTargets], tmp_path: Path) -> Path:
+def cache(world: World, tmp_path: Path) -> Path:
     return Path(shutil.copytree(world[0], tmp_path / "cache"))
 
 
@@ -154,9 +154,7 @@ def test_an_entry_that_was_made_smaller_passes_against_the_same_teacher(cache: P
     assert found.fields["entropy"].encoding_error < 0.01
 
 
-def test_the_likeliest_ids_are_no_sample(
-    cache: Path, teacher: Path, world: tuple[Path, TeacherEntry, SparseTargets]
-) -> None:
+def test_the_likeliest_ids_are_no_sample(cache: Path, teacher: Path, world: World) -> None:
     """Every value is right, and the ids that are called sampled were not: losses would be biased."""
     _, entry, exact = world
     rest = exact.logprobs[:, 8:]
@@ -202,7 +200,7 @@ def test_an_entry_that_is_not_complete_is_audited_where_it_is(cache: Path, teach
 
 @pytest.fixture(scope="module")
 def lies(
-    world: tuple[Path, TeacherEntry, SparseTargets],
+    world: World,
     teacher: Path,
     make_teacher: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
@@ -299,7 +297,7 @@ LIES: dict[str, tuple[int, set[str]]] = {
 def test_every_lie_is_found(
     cache: Path,
     teacher: Path,
-    world: tuple[Path, TeacherEntry, SparseTargets],
+    world: World,
     lies: dict[str, SparseTargets],
     lie: str,
 ) -> None:
@@ -321,7 +319,7 @@ def test_every_lie_is_found(
 def test_lies_in_a_half_precision_s_record(
     cache: Path,
     teacher: Path,
-    world: tuple[Path, TeacherEntry, SparseTargets],
+    world: World,
     lies: dict[str, SparseTargets],
 ) -> None:
     """A record of bfloat16 gets the tolerance of bfloat16, and no more."""
@@ -338,7 +336,7 @@ def test_lies_in_a_half_precision_s_record(
 def test_an_entry_carried_over_from_another_cache(
     cache: Path,
     teacher: Path,
-    world: tuple[Path, TeacherEntry, SparseTargets],
+    world: World,
 ) -> None:
     _, entry, exact = world
     write_entry(cache, "carried", entry.model_copy(update={"stream_sha256": "1" * 64}), exact)
@@ -381,15 +379,9 @@ def test_the_same_weights_saved_in_another_way(cache: Path, teacher: Path, tmp_p
 
 
 def test_a_teacher_of_another_tokenizer(cache: Path, teacher: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(teacher, tmp_path / "other"))
-    for path in (cache / "tokenizer").iterdir():
-        shutil.copy(path, other)
+    other = beside(teacher, cache / "tokenizer", tmp_path / "other")
     assert check(cache, other, "codes").consistent
-    data = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = data["model"]["vocab"]
-    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (other / "tokenizer.json").write_text(json.dumps(data))
+    swap_ids(other)
     found = check(cache, other, "codes")
     assert not found.consistent
     assert "id 300" in found.problems[0]
@@ -401,7 +393,7 @@ def entry_of(positions: int, windowing: Windowing, entry: TeacherEntry, shard: i
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-def test_sampled_windows_are_those_of_the_plan(world: tuple[Path, TeacherEntry, SparseTargets], isolated: bool) -> None:
+def test_sampled_windows_are_those_of_the_plan(world: World, isolated: bool) -> None:
     rng = np.random.default_rng(3)
     for _ in range(30):
         stride = int(rng.integers(1, 9))
@@ -426,7 +418,7 @@ def test_sampled_windows_are_those_of_the_plan(world: tuple[Path, TeacherEntry, 
         assert set(sample_windows(entry, committed, starts, positions, np.random.default_rng(0))) == planned
 
 
-def test_the_chance_to_escape(world: tuple[Path, TeacherEntry, SparseTargets]) -> None:
+def test_the_chance_to_escape(world: World) -> None:
     windowing = Windowing(context_tokens=16, stride_tokens=16)
     entry = entry_of(16 * 400, windowing, world[1], 160)
     committed = np.ones(40, dtype=bool)
@@ -451,7 +443,7 @@ def test_entries_that_cannot_be_audited(
     cache: Path,
     teacher: Path,
     make_teacher: Callable[..., Path],
-    world: tuple[Path, TeacherEntry, SparseTargets],
+    world: World,
     tmp_path: Path,
     run: Run,
 ) -> None:
@@ -502,9 +494,7 @@ def test_the_command(cache: Path, teacher: Path, make_teacher: Callable[..., Pat
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
 
-def test_a_record_cannot_ask_for_more_memory_than_a_batch_needs(
-    cache: Path, teacher: Path, world: tuple[Path, TeacherEntry, SparseTargets]
-) -> None:
+def test_a_record_cannot_ask_for_more_memory_than_a_batch_needs(cache: Path, teacher: Path, world: World) -> None:
     _, entry, exact = world
     execution = entry.execution.model_copy(update={"batch_windows": 1 << 40, "device_type": "cuda"})
     greedy = entry.model_copy(update={"execution": execution})
@@ -516,9 +506,7 @@ def test_a_record_cannot_ask_for_more_memory_than_a_batch_needs(
     assert "device_type: recorded 'cuda', now 'cpu'" in found.execution
 
 
-def test_exact_log_probs_are_held_to_float32(
-    cache: Path, teacher: Path, world: tuple[Path, TeacherEntry, SparseTargets]
-) -> None:
+def test_exact_log_probs_are_held_to_float32(cache: Path, teacher: Path, world: World) -> None:
     _, entry, exact = world
     encoding = Encoding(kind="float32", step_nats=None, mantissa_bits=23)
     off = exact.logprobs - np.float32(0.005)

@@ -37,8 +37,10 @@ from storage.format.fidelity import FidelityReport
 from storage.format.sealing import sealed_bytes
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
+from student.target_batch import TargetBatch
 
 V, N, CONTEXT, SHARD = 97, 300, 32, 96
+World = tuple[Path, Path]
 KINDS: dict[str, dict[str, Any]] = {
     "codes": {"k": 12, "targets": "topk"},
     "exact": {"k": 12, "targets": "topk", "encoding": "float32"},
@@ -52,7 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, make_teacher: Callable[..., Path]) -> tuple[Path, Path]:
+def world(tmp_path_factory: pytest.TempPathFactory, make_teacher: Callable[..., Path]) -> World:
     """A stream of random tokens in three documents, a teacher, and an entry of every kind without a report."""
     cache, teacher = tmp_path_factory.mktemp("world") / "cache", make_teacher(3, vocabulary_size=V + 7)
     tokens = np.random.default_rng(1).zipf(1.3, N).clip(max=V) - 1
@@ -62,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, make_teacher: Callable[..., 
     return cache, teacher
 
 
-def report_of(world: tuple[Path, Path], name: str, positions: int = 20 * N) -> FidelityReport:
+def report_of(world: World, name: str, positions: int = 20 * N) -> FidelityReport:
     cache, teacher = world
     fields = {"stride_tokens": None, **KINDS[name]}
     job = CacheJob(
@@ -71,7 +73,7 @@ def report_of(world: tuple[Path, Path], name: str, positions: int = 20 * N) -> F
     return measure(open_job(job), positions)
 
 
-def dense(world: tuple[Path, Path], name: str) -> tuple[Tensor, SparseTargets, Tensor]:
+def dense(world: World, name: str) -> tuple[Tensor, SparseTargets, Tensor]:
     """The model's own logits [N, V] in float64, the stored targets, and the labels [N] (-100: none)."""
     cache, teacher = world
     opened = LogitCache.open(str(cache))
@@ -129,7 +131,7 @@ def same(found: float | None, expected: float, absolute: float = 2e-6) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_masses_and_divergences(world: tuple[Path, Path], name: str) -> None:
+def test_masses_and_divergences(world: World, name: str) -> None:
     report, (logits, stored, _) = report_of(world, name), dense(world, name)
     p = torch.softmax(logits, 1).numpy()
     opened = LogitCache.open(str(world[0]))
@@ -169,20 +171,18 @@ def test_masses_and_divergences(world: tuple[Path, Path], name: str) -> None:
         same(report.divergences["renormalise"].reverse, -np.log(1 - residual).mean())
 
 
-def loss_gradient(world: tuple[Path, Path], name: str, tail: str, z: Tensor) -> Tensor:
+def loss_gradient(world: World, name: str, tail: str, z: Tensor) -> Tensor:
     """[N, V] from autograd of the loss that students are trained with, in float64."""
     _, stored, _ = dense(world, name)
     member = Member.of("a", LogitCache.open(str(world[0])).teacher(name).entry)
-    batch = {
-        "token_ids": torch.from_numpy(stored.token_ids.astype(np.int64)),
-        "logprobs": torch.from_numpy(stored.logprobs.astype(np.float64)),
-        "kept": torch.from_numpy(stored.kept.astype(np.int64)),
-        "certain": torch.from_numpy(stored.certain.astype(np.int64)),
-        **{
-            field: torch.from_numpy(getattr(stored, field).astype(np.float64))
-            for field in ("top_logprob", "log_tail", "log_tail_half", "entropy")
-        },
-    }
+    counts, floats = (
+        ("token_ids", "kept", "certain"),
+        ("logprobs", "top_logprob", "log_tail", "log_tail_half", "entropy"),
+    )
+    batch = TargetBatch(
+        **{field: torch.from_numpy(getattr(stored, field).astype(np.int64)) for field in counts},
+        **{field: torch.from_numpy(getattr(stored, field).astype(np.float64)) for field in floats},
+    )
     z = z.clone().requires_grad_()
     loss = DistillationLoss(V, 0.0, 1.0, [member], tail=tail)
     loss(z, torch.zeros(N, dtype=torch.int64), {"a": batch}).loss_sum.backward()
@@ -197,7 +197,7 @@ def degrees(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_angles_are_those_of_the_students_loss(world: tuple[Path, Path], name: str) -> None:
+def test_angles_are_those_of_the_students_loss(world: World, name: str) -> None:
     report, (logits, _, _) = report_of(world, name), dense(world, name)
     p = torch.softmax(logits, 1)
     for reference, z in (("uniform", torch.zeros_like(logits)), ("tempered", logits / 2)):
@@ -209,7 +209,7 @@ def test_angles_are_those_of_the_students_loss(world: tuple[Path, Path], name: s
 
 
 @pytest.mark.parametrize("name", ["exact", "pruned", "isolated", "varopt"])
-def test_calibration(world: tuple[Path, Path], name: str) -> None:
+def test_calibration(world: World, name: str) -> None:
     report, (logits, stored, labels) = report_of(world, name), dense(world, name)
     p = torch.softmax(logits, 1).numpy()
     known = labels.numpy() >= 0
@@ -230,7 +230,7 @@ def test_calibration(world: tuple[Path, Path], name: str) -> None:
         same(found, error, 1e-5)
 
 
-def test_the_k_needed(world: tuple[Path, Path]) -> None:
+def test_the_k_needed(world: World) -> None:
     report, (logits, _, _) = report_of(world, "codes"), dense(world, "codes")
     p = -np.sort(-torch.softmax(logits, 1).numpy(), axis=1)
     residual, divergence = [], []
@@ -254,7 +254,7 @@ def test_the_k_needed(world: tuple[Path, Path]) -> None:
         assert (item.bytes_per_token is not None) == (3 <= item.k <= 48)
 
 
-def test_all_ids_stored_is_no_distance(world: tuple[Path, Path]) -> None:
+def test_all_ids_stored_is_no_distance(world: World) -> None:
     report = report_of(world, "whole")
     assert report.residual_mass.maximum == 0
     for found in report.divergences.values():
@@ -269,7 +269,7 @@ def test_all_ids_stored_is_no_distance(world: tuple[Path, Path]) -> None:
         assert error == pytest.approx(report.calibration.full, abs=1e-6)
 
 
-def test_size(world: tuple[Path, Path]) -> None:
+def test_size(world: World) -> None:
     report, targets = report_of(world, "codes"), LogitCache.open(str(world[0])).teacher("codes")
     size = report.size
     assert size.bytes_per_token == pytest.approx(targets.stored_bytes() / N)
@@ -320,9 +320,7 @@ def test_noise_averages_out_and_bias_does_not() -> None:
     assert many[3] == pytest.approx(few[3] / 64, rel=1e-3)
 
 
-def test_ensembles_and_half_precision(
-    world: tuple[Path, Path], make_teacher: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_ensembles_and_half_precision(world: World, make_teacher: Callable[..., Path], tmp_path: Path) -> None:
     cache = Path(shutil.copytree(world[0], tmp_path / "cache"))
     teachers = [str(world[1]), str(make_teacher(4, vocabulary_size=V))]
     fields = {"context_tokens": CONTEXT, "k": V, "combine": "mixture", "dtype": "bfloat16", "encoding": "float32"}
@@ -333,7 +331,7 @@ def test_ensembles_and_half_precision(
     assert report.positions <= 64
 
 
-def test_few_positions_are_spread_and_no_more_than_asked_for(world: tuple[Path, Path]) -> None:
+def test_few_positions_are_spread_and_no_more_than_asked_for(world: World) -> None:
     for positions in (1, 3, 50):
         report = report_of(world, "codes", positions)
         assert 1 <= report.positions <= positions
@@ -352,7 +350,7 @@ def test_two_positions(tmp_path: Path, make_teacher: Callable[..., Path]) -> Non
     assert (report.positions, report.labelled, report.windows) == (2, 1, 1)
 
 
-def test_tiles_change_nothing(world: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_change_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def numbers(value: Any) -> list[Any]:
         if isinstance(value, dict | list | tuple):
             return [x for item in (value.values() if isinstance(value, dict) else value) for x in numbers(item)]
@@ -369,13 +367,13 @@ ARGUMENTS = ("--name", "a", "-k", 8, "--context-tokens", CONTEXT, "--shard-token
 
 
 @pytest.fixture
-def cache(world: tuple[Path, Path], tmp_path: Path) -> Path:
+def cache(world: World, tmp_path: Path) -> Path:
     """The stream alone."""
     return Path(shutil.copytree(world[0], tmp_path / "cache", ignore=shutil.ignore_patterns(*KINDS)))
 
 
 @pytest.fixture
-def reported(cache: Path, world: tuple[Path, Path]) -> Path:
+def reported(cache: Path, world: World) -> Path:
     """A cache with an entry and its report."""
     cache_logits(cache, "a", world[1], k=8, context_tokens=CONTEXT, shard_tokens=SHARD)
     opened = job(cache, world)
@@ -384,7 +382,7 @@ def reported(cache: Path, world: tuple[Path, Path]) -> Path:
     return cache
 
 
-def job(cache: Path, world: tuple[Path, Path]) -> Any:
+def job(cache: Path, world: World) -> Any:
     fields = {"k": 8, "context_tokens": CONTEXT, "shard_tokens": SHARD}
     return open_job(CacheJob(cache=str(cache), teacher=str(world[1]), name="a", **fields))
 
@@ -393,7 +391,7 @@ def report_file(cache: Path) -> Path:
     return cache / "teachers/a/fidelity.json"
 
 
-def test_the_command_makes_it_once(cache: Path, world: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+def test_the_command_makes_it_once(cache: Path, world: World, run: Run, tmp_path: Path) -> None:
     other = Path(shutil.copytree(cache, tmp_path / "other"))
     base = ("cache-logits", "--teacher", world[1], *ARGUMENTS)
     # As if killed between the last shard and the report.
@@ -421,13 +419,13 @@ def test_the_command_makes_it_once(cache: Path, world: tuple[Path, Path], run: R
     assert FidelityReport.model_validate(whole) == report
 
 
-def test_it_is_a_function_of_the_entry(reported: Path, world: tuple[Path, Path]) -> None:
+def test_it_is_a_function_of_the_entry(reported: Path, world: World) -> None:
     assert sealed_bytes(measure(job(reported, world), 50)) == report_file(reported).read_bytes()
     assert not is_wanted(job(reported, world), 50)
     assert not job(reported, world).writer.publish_fidelity(measure(job(reported, world), 10))
 
 
-def test_killed_at_every_step_of_its_publication(reported: Path, world: tuple[Path, Path], tmp_path: Path) -> None:
+def test_killed_at_every_step_of_its_publication(reported: Path, world: World, tmp_path: Path) -> None:
     whole = report_file(reported).read_bytes()
     report_file(reported).unlink()
     report = measure(job(reported, world), 50)
@@ -452,9 +450,7 @@ def test_killed_at_every_step_of_its_publication(reported: Path, world: tuple[Pa
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "other entry", "too long", "other shape", "no JSON"])
-def test_a_damaged_one_is_named_removed_and_made_again(
-    reported: Path, world: tuple[Path, Path], run: Run, damage: str
-) -> None:
+def test_a_damaged_one_is_named_removed_and_made_again(reported: Path, world: World, run: Run, damage: str) -> None:
     path = report_file(reported)
     whole = path.read_bytes()
     report = LogitCache.open(str(reported)).teacher("a").fidelity()

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from teachers.ranks import Ranks
+
 Result = TypeVar("Result")
 
 
-class ThreadRanks:
-    """`teachers.ranks.Ranks` of one of `size` threads that exchange objects through a shared list, the board."""
+class ThreadRanks(Ranks):
+    """One of `size` threads that exchange objects through a shared list, the board."""
 
     def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size = rank, size

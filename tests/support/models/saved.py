@@ -18,14 +18,17 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenize
 from logit_cache.corpus.tokenizer import train_tokenizer
 
 
-def saver(folder: Path, configs: Mapping[str, Callable[[], Any]]) -> Callable[[str], Path]:
-    """What saves a model of a named configuration, with biases that are not 0, and gives its directory."""
+def saver(folder: Path, configs: Mapping[str, Callable[..., Any]]) -> Callable[..., Path]:
+    """What saves a model of a named configuration, with biases that are not 0, and gives its directory.
 
-    def save(name: str) -> Path:
-        path = folder / name
+    Once for each name and options, so a directory that is to be changed is copied first.
+    """
+
+    def save(name: str, **options: Any) -> Path:
+        path = folder / ",".join(f"{key}={value}" for key, value in options.items()) / name
         if not path.exists():
             torch.manual_seed(len(name))
-            model = transformers.AutoModelForCausalLM.from_config(configs[name]())
+            model = transformers.AutoModelForCausalLM.from_config(configs[name](**options))
             for parameter_name, parameter in model.named_parameters():
                 if parameter_name.endswith("bias"):
                     torch.nn.init.normal_(parameter, std=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,3 +26,14 @@ def beside(model: Path, tokenizer: Path, folder: Path) -> Path:
     shutil.copytree(model, folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     return folder
+
+
+def swap_ids(model: Path) -> str:
+    """Swap two strings of the tokenizer beside a model, ids 300 and 301; the string that had id 300."""
+    path = model / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(data))
+    return str(first)
