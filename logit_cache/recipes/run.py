@@ -83,19 +83,19 @@ class RecipeRun:
         self.job, self.recipe, self.folder = job, recipe, local_path(job.out)
         self.text, self.eval_text = _files("--text", job.text), _files("--eval-text", job.eval_text)
         _check_text(self.text, self.eval_text)
-        if job.pairs is not None and not any(local_path(job.pairs).glob("*.jsonl")):
-            raise InputError(f"--pairs {job.pairs}: expected a folder of JSONL files, found none there")
         self.machine = machine or probe()
         self.half = self.machine.device == "cuda"
         self.at_once, self.threads, self.batches = self._stored_division() or self._divide()
+        sizes = _bytes_taken(self.text, recipe.text_bytes), _bytes_taken(self.eval_text, recipe.eval_text_bytes)
+        v = recipe.vocabulary_size
+        self.tokens = estimate.tokens_of(sizes[0], v), estimate.tokens_of(sizes[1], v)
         self.commands = RecipeCommands(
-            recipe=recipe,
+            costs=estimate.Costs(recipe, *self.tokens, _pair_tokens(job, v), self.batches, self.half),
             folder=self.folder,
             text=self.text,
             eval_text=self.eval_text,
+            sizes=sizes,
             seeds=job.seeds,
-            batches=self.batches,
-            half=self.half,
             live=job.live,
             pairs=job.pairs,
             limit=job.limit,
@@ -107,19 +107,7 @@ class RecipeRun:
     def forecast(self) -> str:
         """The estimate as text; see `estimate`."""
         about = f"{self.recipe.title}: about {self.tokens[0]:,} tokens of training text"
-        table = estimate.table(self._costs, self.machine, len(self.job.seeds))
-        return f"{about}, {self.tokens[1]:,} held out\n{table}"
-
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """Estimated numbers of training and held-out tokens."""
-        v = self.recipe.vocabulary_size
-        limits = (self.recipe.text_bytes, self.recipe.eval_text_bytes)
-        taken = []
-        for files, limit in zip((self.text, self.eval_text), limits, strict=True):
-            sizes = [file.stat().st_size for file in files]
-            taken.append(sum(sizes) if limit is None else sum(min(size, limit // len(files)) for size in sizes))
-        return estimate.tokens_of(taken[0], v), estimate.tokens_of(taken[1], v)
+        return f"{about}, {self.tokens[1]:,} held out\n{estimate.table(self.stages, self.machine)}"
 
     @property
     def stages(self) -> list[Stage]:
@@ -234,10 +222,6 @@ class RecipeRun:
             return None
         return stored.at_once, stored.threads, stored.micro_batches
 
-    @property
-    def _costs(self) -> list[estimate.Cost]:
-        return estimate.costs(self.recipe, *self.tokens, self.batches, self.half, self.job.live)
-
     def _check_tokens(self) -> None:
         batch = max(model.training.batch for model in (*self.recipe.teachers, self.recipe.student))
         needed = 2 * batch * WINDOW_TOKENS
@@ -252,7 +236,7 @@ class RecipeRun:
             )
 
     def _check_disk(self) -> None:
-        needed = estimate.peak_disk(self._costs, self.recipe, len(self.job.seeds))
+        needed = estimate.peak_disk(self.stages, self.recipe)
         there = self.folder.absolute()
         while not there.exists():
             there = there.parent
@@ -290,6 +274,21 @@ def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
         if not file.stat().st_size:
             raise InputError(f"{option} {file}: the file is empty: leave it out")
     return tuple(found)
+
+
+def _bytes_taken(files: Sequence[Path], limit: int | None) -> int:
+    sizes = [file.stat().st_size for file in files]
+    return sum(sizes) if limit is None else sum(min(size, limit // len(files)) for size in sizes)
+
+
+def _pair_tokens(job: RecipeJob, vocabulary_size: int) -> int:
+    """Estimated number of tokens in the minimal pairs. Raises InputError where `evaluate` would, hours later."""
+    if job.pairs is None:
+        return 0
+    from student.evaluation.minimal_pairs import read_pairs, sentences_of
+
+    sentences = sentences_of(read_pairs(job.pairs, job.limit))
+    return len(sentences) + estimate.tokens_of(sum(len(text.encode()) for text in sentences), vocabulary_size)
 
 
 def _check_text(text: Sequence[Path], eval_text: Sequence[Path]) -> None:

@@ -26,12 +26,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import logit_cache.recipes.stages
 from logit_cache.cli.main import cache_logits, main
 from logit_cache.recipes import run as recipe_module
+from logit_cache.recipes.estimate import seconds
 from logit_cache.recipes.machine import Machine, free_memory, probe
 from logit_cache.recipes.published import RECIPES, SCALES, Recipe, find_recipe
 from logit_cache.recipes.run import RecipeJob, RecipeRun
 from logit_cache.recipes.stages import Pipeline, Stage
 from storage.errors import IdentityMismatch, InputError
 from storage.locks import LOCK
+from storage.text import duration
 from student.cli import train_student
 from student.job import StudentJob
 from student.models.presets import PRESETS
@@ -66,6 +68,14 @@ def job_of(folder: Path, out: Path, **changes: Any) -> RecipeJob:
         "eval_text": (f"{folder}/valid/*.txt",), "out": str(out),
     }  # fmt: skip
     return RecipeJob.model_validate(fields | changes)
+
+
+def pairs_in(folder: Path) -> Path:
+    """Nine minimal pairs of one paradigm."""
+    folder.mkdir()
+    rows = [{"sentence_good": f"return the value {n}", "sentence_bad": f"the return value {n}"} for n in range(9)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @pytest.mark.parametrize(("name", "scale"), ALL)
@@ -119,9 +129,7 @@ def test_every_command_exists(text: Path, tmp_path: Path, name: str, scale: Any)
     """Each option exists and its value parses; training fields are checked as a run would."""
     from student.training.arguments import training_values
 
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "one.jsonl").touch()
-    more = {"pairs": str(tmp_path / "pairs"), "limit": 5, "seeds": (0, 3), "live": True}
+    more = {"pairs": str(pairs_in(tmp_path / "pairs")), "limit": 5, "seeds": (0, 3), "live": True}
     many = tmp_path / "many.txt"
     many.write_text("word " * 400_000)
     changes = {"recipe": name, "scale": scale, "text": (str(many),), **more}
@@ -154,6 +162,26 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(text: Path, tmp_path: Pa
     assert [shlex.split(part) for part in lines] == [list(stage.command) for stage in expected]
     assert "teacher one" in done.stdout
     assert "FLOP" in done.stdout
+
+
+def test_the_estimate_has_every_stage(text: Path, tmp_path: Path) -> None:
+    """A row for each, whose work is counted, and a total that is their sum; the more pairs, the longer the scoring."""
+    pairs = pairs_in(tmp_path / "pairs")
+    runs = [
+        RecipeRun(job_of(text, tmp_path / "out", pairs=str(pairs), limit=limit, live=True, seeds=(0, 1)), LARGE)
+        for limit in (None, 3)
+    ]
+    *rows, total = runs[0].forecast.splitlines()[2:]
+    assert [row.split("  ")[0] for row in rows] == [stage.title for stage in runs[0].stages]
+    assert all(stage.cost.products for stage in runs[0].stages[4:-1])
+    assert all(stage.cost.text_bytes for stage in runs[0].stages[:4])
+    whole = duration(sum(seconds(stage.cost, LARGE) for stage in runs[0].stages))
+    assert total.startswith(f"about {whole}, on a machine")
+    scored, fewer = (sum(s.cost.products for s in run.stages if s.title.startswith("scores")) for run in runs)
+    # Nine pairs less three, of two sentences: 18 or 19 bytes at 3.1 each, and the token before them.
+    models = [*runs[0].recipe.models.values(), *[runs[0].recipe.student.network] * 2]
+    products = 2 * sum(network.products(2_048) for network in models)
+    assert scored - fewer == pytest.approx(products * 12 * (1 + 18.5 / 3.1), rel=0.1)
 
 
 def test_the_machine_is_probed() -> None:
@@ -250,10 +278,7 @@ def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypa
 def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, installed: Run) -> None:
     """From text to report by the installed command; killed after its first teacher, then run to the end, and again."""
     out = tmp_path / "out"
-    pairs = tmp_path / "pairs"
-    pairs.mkdir()
-    rows = [{"sentence_good": f"return the value {n}", "sentence_bad": f"the return value {n}"} for n in range(9)]
-    (pairs / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = pairs_in(tmp_path / "pairs")
     line = ["logit-cache", "recipe", "baby-llama", "--scale", "tiny", "--text", f"{text}/train/*.txt"]
     line += ["--eval-text", f"{text}/valid/*.txt", "--pairs", pairs, "--out", out, "--live"]
     victim = subprocess.Popen(command(*line), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
