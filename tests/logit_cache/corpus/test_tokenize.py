@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.caches.streams import documents, write
 from support.commands import ROOT
 from support.models.saved import sample_text, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,20 +31,10 @@ from storage import LogitCache
 from student.models.vocabulary import cache_vocabulary
 
 
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("gpt2")
-    tiny_tokenizer("gpt2").save_pretrained(folder)
-    return str(folder)
-
-
 def documents_of(cache: LogitCache) -> list[str]:
     """The text of each document; the `gpt2` tokenizer loses nothing."""
-    ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
-    return [
-        tiny_tokenizer("gpt2").decode(cache.tokens.read(start, stop), clean_up_tokenization_spaces=False)
-        for start, stop in zip(cache.document_starts.tolist(), ends, strict=True)
-    ]
+    decode = tiny_tokenizer("gpt2").decode
+    return [decode(tokens, clean_up_tokenization_spaces=False) for tokens, _ in documents(cache)]
 
 
 def made(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> LogitCache:
@@ -52,11 +43,6 @@ def made(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> LogitCache:
     cache = LogitCache.open(config.out)
     assert cache.record == record
     return cache
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8", newline="")
-    return str(path)
 
 
 def source_counts(cache: LogitCache) -> list[tuple[str, int, int]]:
@@ -102,11 +88,11 @@ def test_blank_lines_separate_documents(tmp_path: Path, gpt2: str, newline: str)
 
 def test_a_token_can_end_each_document(tmp_path: Path, gpt2: str) -> None:
     # The third is tokenised in several pieces.
-    documents = ["one", "two", "three " * 60_000, "four"]
-    path = write(tmp_path / "a.txt", "\n\n".join([*documents[:2], "", *documents[2:]]))
+    texts = ["one", "two", "three " * 60_000, "four"]
+    path = write(tmp_path / "a.txt", "\n\n".join([*texts[:2], "", *texts[2:]]))
     cache = made(tmp_path, gpt2, path, document_separator="\n\n", append_token="</s>")
-    assert documents_of(cache) == [f"{text}</s>" for text in documents]
-    assert cache.record.corpus.text_bytes == sum(map(len, documents))
+    assert documents_of(cache) == [f"{text}</s>" for text in texts]
+    assert cache.record.corpus.text_bytes == sum(map(len, texts))
 
 
 def test_many_files_are_folded_into_one_source(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
