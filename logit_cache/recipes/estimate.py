@@ -66,50 +66,42 @@ def scoring_memory(networks: Sequence[Network], vocabulary_size: int) -> int:
     return sum(4 * network.parameters(vocabulary_size) for network in networks) + _SCORING_LOGITS + _PROGRAM_BYTES
 
 
-def micro_batch(title: str, batch: int, machine: Machine, memory: Sequence[int], remedy: str) -> int:
-    """The largest power of two dividing `batch` that fits, in windows; `memory[p]` is the bytes that 2^p windows need.
-
-    Raises InputError where a single window does not fit.
-    """
-    room = int(machine.memory_bytes * _MEMORY_SHARE)
-    fitting = [power for power, needed in enumerate(memory) if needed <= room]
-    if not fitting:
-        raise InputError(
-            f"{title} needs about {size(memory[0])} of memory for a single window, and {machine.name} "
-            f"({machine.device}) has {size(machine.memory_bytes)} free: {remedy}"
-        )
-    return min(batch, 1 << fitting[-1])
-
-
 def choose_batches(recipe: Recipe, machine: Machine, live: bool, at_once: int) -> dict[str, int]:
-    """Micro-batch in windows by model name, and under "live" that of the student with live teachers.
+    """The largest power of two of windows that divides a model's batch and fits, by its name, and under "live" that of
+    the student with live teachers.
 
     at_once: processes that share the memory. Raises InputError where a model does not fit into its share, naming the
     model and the estimate.
     """
     half, v = machine.device == "cuda", recipe.vocabulary_size
-    machine = machine.model_copy(update={"memory_bytes": machine.memory_bytes // at_once})
+    there = machine.memory_bytes // at_once
+    room = int(there * _MEMORY_SHARE)
     smaller = {"paper": "--scale small", "small": "--scale tiny", "tiny": "a larger machine"}[recipe.scale]
     remedy = f"take {smaller}" + (", or leave --live out" if live else "")
 
     def chosen(model: Model, title: str, live_teachers: bool = False) -> int:
-        batch = model.training.batch
-        windows = [1 << power for power in range(batch.bit_length()) if batch % (1 << power) == 0]
-        needed = [
-            live_memory(recipe, count, half) if live_teachers else training_memory(model.network, v, count, half)
-            for count in windows
-        ]
-        return micro_batch(title, batch, machine, needed, remedy)
+        def needed(windows: int) -> int:
+            return live_memory(recipe, windows, half) if live_teachers else training_memory(network, v, windows, half)
+
+        batch, network = model.training.batch, model.network
+        powers = [1 << power for power in range(batch.bit_length()) if batch % (1 << power) == 0]
+        fitting = [windows for windows in powers if needed(windows) <= room]
+        if not fitting:
+            raise InputError(
+                f"{title} needs about {size(needed(1))} of memory for a single window, and {machine.name} "
+                f"({machine.device}) has {size(there)} free: {remedy}"
+            )
+        return fitting[-1]
 
     found = {model.name: chosen(model, f"teacher {model.name}") for model in recipe.teachers}
     found[recipe.student.name] = chosen(recipe.student, "the student")
     if live:
         found["live"] = chosen(recipe.student, "the student with live teachers", live_teachers=True)
     scoring = scoring_memory([teacher.network for teacher in recipe.teachers], v)
-    if scoring > machine.memory_bytes * _MEMORY_SHARE:
+    if scoring > room:
         raise InputError(
             f"caching runs all teachers of {recipe.name} together and needs about {size(scoring)} of memory, "
-            f"{machine.name} has {size(machine.memory_bytes)} free: take {smaller}"
+            f"{machine.name} has {size(there)} free: take {smaller}"
         )
     return found
 

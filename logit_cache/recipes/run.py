@@ -81,7 +81,7 @@ class RecipeRun:
         if len(set(job.seeds)) < len(job.seeds):
             raise InputError(f"each seed can be given once; got {', '.join(map(str, job.seeds))}")
         self.job, self.recipe, self.folder = job, recipe, local_path(job.out)
-        self.text, self.eval_text = _files("--text", job.text), _files("--eval-text", job.eval_text)
+        self.text, self.eval_text = files_of("--text", job.text), files_of("--eval-text", job.eval_text)
         _check_text(self.text, self.eval_text)
         self.machine = machine or probe()
         self.half = self.machine.device == "cuda"
@@ -261,8 +261,8 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: expected a recipe's run, found other files: give another --out")
 
 
-def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
-    """The files that paths and patterns match, in order, each once."""
+def files_of(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
+    """The files that paths and patterns match, in order, each once. Raises InputError for none or an empty one."""
     found: dict[Path, None] = {}
     for pattern in patterns:
         matches = sorted(glob.glob(str(local_path(pattern)), recursive=True))
