@@ -30,12 +30,6 @@ PLAIN = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-# As Llama 2: the prompt is the user's turn itself.
-INST = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
-    "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
-)
-
 CONVERSATIONS = [
     [("user", "What is 2+2?"), ("assistant", "It is four, naïvely.")],
     [
@@ -66,39 +60,23 @@ def build(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], **options:
     [(CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (PLAIN, "\n")],
     ids=["chatml", "marked", "plain"],
 )
-@pytest.mark.parametrize("kind", ["gpt2", "llama3"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "seeds", "unigram", "llama2", "metaspace"])
 def test_the_mask_marks_the_replies_and_nothing_else(tmp_path: Path, template: str, end: str, kind: str) -> None:
     tokenizer = chat_tokenizer(template, kind)
-    rows = [{"messages": messages_of(turns)} for turns in CONVERSATIONS]
-    cache = build(tmp_path, tokenizer, rows)
-    assert cache.record.corpus.has_loss_mask
-    found = documents(cache)
-    assert len(found) == len(CONVERSATIONS)
+    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)} for turns in CONVERSATIONS])
     text_bytes = 0
-    for (tokens, mask), turns in zip(found, CONVERSATIONS, strict=True):
-        expected = [content + end for role, content in turns if role == "assistant"]
+    for (tokens, mask), turns in zip(documents(cache), CONVERSATIONS, strict=True):
+        expected = "".join(content + end for role, content in turns if role == "assistant")
         text = learnt(tokenizer, tokens, mask)
-        if template is PLAIN:
-            # The space before a reply is in one token with its first word.
-            assert text.replace("\n ", "\n").removeprefix(" ") == "".join(expected)
-        else:
-            assert text == "".join(expected)
+        if kind not in ("gpt2", "llama3") or template is PLAIN:
+            # Some put spaces where they join words, or fold characters; the space before a reply may be in one token
+            # with its first word. Letters and markers are what must agree.
+            text, expected = "".join(text.split()), "".join(expected.split())
+        assert text == expected
         rendered = tokenizer.apply_chat_template(messages_of(turns), tokenize=False)
         assert tokens.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
         text_bytes += len(rendered.encode())
     assert cache.record.corpus.text_bytes == text_bytes
-
-
-@pytest.mark.parametrize("kind", ["seeds", "unigram", "llama2", "metaspace"])
-@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
-def test_other_tokenizers_mark_the_same_characters(tmp_path: Path, template: str, kind: str) -> None:
-    tokenizer = chat_tokenizer(template, kind)
-    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)} for turns in CONVERSATIONS[:2]])
-    for (tokens, mask), turns in zip(documents(cache), CONVERSATIONS, strict=False):
-        expected = "".join(content + "<|im_end|>" for role, content in turns if role == "assistant")
-        text = learnt(tokenizer, tokens, mask)
-        # These put spaces where they join words, or fold characters; letters and markers are what must agree.
-        assert "".join(text.split()) == "".join(expected.split())
 
 
 @pytest.mark.parametrize("reply", [" leading space", "trailing space ", "  ", "\n\nlines\n"])
@@ -114,14 +92,6 @@ def test_white_space_of_a_reply_is_trained_on(tmp_path: Path, kind: str, reply: 
     assert text.split("<|im_end|>")[0].strip(" ") == reply.strip(" ")
     if kind == "gpt2":
         assert text == f"{reply}<|im_end|>the end<|im_end|>"
-
-
-def test_a_prompt_that_is_the_user_turn_itself(tmp_path: Path) -> None:
-    tokenizer = chat_tokenizer(INST)
-    turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "So long")]
-    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)}])
-    [(tokens, mask)] = documents(cache)
-    assert learnt(tokenizer, tokens, mask) == " Hello! </s> So long </s>"
 
 
 def test_a_conversation_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

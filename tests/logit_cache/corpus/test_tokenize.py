@@ -173,26 +173,6 @@ def test_a_validation_cache_takes_the_tokenizer_of_the_first(tmp_path: Path) -> 
         assert LogitCache.open(out).tokenizer_files() == LogitCache.open(str(tmp_path / "first")).tokenizer_files()
 
 
-def test_truncation_and_padding_of_a_tokenizer_do_not_act(tmp_path: Path, gpt2: str) -> None:
-    text = sample_text()[:9_000]
-    path = write(tmp_path / "a.txt", text)
-    folder = tmp_path / "short"
-    folder.mkdir()
-    for file in Path(gpt2).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    whole = json.loads((folder / "tokenizer.json").read_text())
-    whole["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
-    whole["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                        "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(whole))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 16}))
-    cache = made(tmp_path, str(folder), path)
-    assert documents_of(cache) == [text]
-    plain = tokenize(CorpusConfig(text=(path,), out=str(tmp_path / "plain"), tokenizer=gpt2))
-    assert cache.record.tokenizer == plain.tokenizer
-
-
 def test_a_tokenizer_that_is_not_fast(tmp_path: Path) -> None:
     tiny_tokenizer("bytes").save_pretrained(tmp_path / "bytes")
     text = sample_text()[:3_000]

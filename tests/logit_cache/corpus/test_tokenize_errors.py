@@ -18,8 +18,7 @@ from support.models.saved import sample_text
 from logit_cache.corpus import tokenize as corpus
 from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.tokenize import tokenize
-from storage import LogitCache
-from storage.errors import IdentityMismatch, InputError
+from storage.errors import InputError
 
 
 def refused(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> str:
@@ -91,15 +90,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     with pytest.raises(InputError, match="is a file"):
         tokenize(CorpusConfig(text=(text,), out=text, tokenizer=gpt2))
     assert [p.name for p in out.iterdir()] == ["thesis.tex"]
-
-
-def test_another_cache_is_left_alone(tmp_path: Path, gpt2: str) -> None:
-    out = str(tmp_path / "cache")
-    record = tokenize(CorpusConfig(text=(write(tmp_path / "a.txt", "text"),), out=out, tokenizer=gpt2))
-    with pytest.raises(IdentityMismatch) as caught:
-        tokenize(CorpusConfig(text=(write(tmp_path / "b.txt", "other"),), out=out, tokenizer=gpt2))
-    assert any(field.startswith("corpus.stream_sha256") for field in caught.value.fields)
-    assert LogitCache.open(out).record == record
 
 
 def test_a_full_temporary_folder_is_one_line(tmp_path: Path, gpt2: str) -> None:
