@@ -7,21 +7,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from logit_cache.recipes.estimate import Costs
-from logit_cache.recipes.published import WINDOW_TOKENS, Model
+from logit_cache.recipes.published import WINDOW_TOKENS, Model, Scale
 from logit_cache.recipes.record import Role
 from logit_cache.recipes.stages import Cost, Stage
+from storage.config import Settings
 
 # A line every few seconds of a small model, and still a curve of 15 points for the shortest schedule.
 _LOGGING_STEPS = 20
+
+
+class RecipeJob(Settings):
+    """The arguments of `logit-cache recipe`.
+
+    text, eval_text   files or patterns of training and of held-out text
+    pairs             folder of minimal pairs; `limit`: the first so many of each paradigm only
+    seeds             each trains its own teachers, student and control
+    live              also train the student with live teachers, for comparison
+    stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
+    """
+
+    recipe: str
+    scale: Scale
+    text: tuple[str, ...] = Field(min_length=1)
+    eval_text: tuple[str, ...] = Field(min_length=1)
+    out: str
+    pairs: str | None = None
+    limit: int | None = Field(None, ge=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    live: bool = False
+    stride_tokens: int | None = Field(None, ge=1, le=WINDOW_TOKENS)
 
 
 @dataclass(frozen=True)
 class RecipeCommands:
     """The commands that run a recipe on given text in a folder.
 
-    sizes     bytes of training and of held-out text
-    pairs     folder of minimal pairs to score every model on, the first `limit` of each paradigm
+    text, eval_text   the files that the job's patterns match; `sizes`: the bytes that are taken of each
     """
 
     costs: Costs
@@ -29,16 +53,12 @@ class RecipeCommands:
     text: tuple[Path, ...]
     eval_text: tuple[Path, ...]
     sizes: tuple[int, int]
-    seeds: tuple[int, ...]
-    live: bool
-    pairs: str | None
-    limit: int | None
+    job: RecipeJob
 
     def stages(self) -> Iterator[Stage]:
-        """All commands, in order."""
         train, valid = str(self.folder / "train"), str(self.folder / "valid")
         yield from self._text_stages(train, valid)
-        for seed in self.seeds:
+        for seed in self.job.seeds:
             yield from self._seed_stages(seed, train, valid)
         report = self.folder / "report.html"
         yield Stage("report", ("logit-cache", "report", str(self.folder), "--out", str(report)), self.costs.text(0))
@@ -72,7 +92,7 @@ class RecipeCommands:
 
     def _seed_stages(self, seed: int, train: str, valid: str) -> Iterator[Stage]:
         costs, recipe = self.costs, self.costs.recipe
-        of_seed = f" (seed {seed})" if len(self.seeds) > 1 else ""
+        of_seed = f" (seed {seed})" if len(self.job.seeds) > 1 else ""
         home = self.folder / f"seed-{seed}"
         entry = entry_name(seed)
         caches = ("--cache", train, "--eval-cache", valid)
@@ -106,7 +126,7 @@ class RecipeCommands:
         )
         student, beside = (*data, "--seed", str(seed)), f"students {seed}"
         distilled = self._training(recipe.student, "distillation_loss")
-        if self.live:
+        if self.job.live:
             # The longest first, so that the others run beside it.
             live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
             settings = self._training(recipe.student, "distillation_loss", "live")
@@ -130,9 +150,9 @@ class RecipeCommands:
         if not recipe.scored:
             return
         measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
-        if self.pairs is not None:
-            measured += ("--pairs", self.pairs)
-            measured += () if self.limit is None else ("--limit", str(self.limit))
+        if self.job.pairs is not None:
+            measured += ("--pairs", self.job.pairs)
+            measured += () if self.job.limit is None else ("--limit", str(self.job.limit))
         for name in self.runs:
             scores = home / f"{name}.scores.json"
             yield Stage(
@@ -148,7 +168,7 @@ class RecipeCommands:
         """The role of each model, by the name of its folder."""
         roles: dict[str, Role] = {teacher.name: "teacher" for teacher in self.costs.recipe.teachers}
         roles |= {"student": "student", "control": "control"}
-        return roles | {"live": "live"} if self.live else roles
+        return roles | {"live": "live"} if self.job.live else roles
 
     def _training(self, model: Model, best_by: str, batch_of: str | None = None) -> tuple[str, ...]:
         """Options of a training command: network and schedule; `best_by` is the held-out loss that selects an epoch."""
@@ -172,7 +192,6 @@ class RecipeCommands:
 
 
 def entry_name(seed: int) -> str:
-    """The name of a seed's teacher entry."""
     return f"ensemble-{seed}"
 
 

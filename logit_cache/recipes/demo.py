@@ -12,8 +12,9 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from logit_cache.recipes.commands import RecipeJob
 from logit_cache.recipes.published import Recipe, llama, model
-from logit_cache.recipes.run import RECORD, SOURCE, RecipeJob, RecipeRun, check_folder, files_of
+from logit_cache.recipes.run import RECORD, SOURCE, RecipeRun, check_folder, files_of
 from storage.errors import InputError
 from storage.files import local_path, replace_file
 

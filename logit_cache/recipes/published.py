@@ -58,7 +58,6 @@ class Network(Frozen):
         }
 
     def parameters(self, vocabulary_size: int) -> int:
-        """Number of parameters."""
         h, f, v = self.hidden, self.feed_forward, vocabulary_size
         if self.family == "llama":
             kv = h // self.heads * self.kv_heads

@@ -21,15 +21,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from logit_cache.recipes import estimate
-from logit_cache.recipes.commands import RecipeCommands, entry_name
+from logit_cache.recipes.commands import RecipeCommands, RecipeJob, entry_name
 from logit_cache.recipes.machine import Machine, probe
-from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, Scale, find_recipe
+from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, find_recipe
 from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord
-from logit_cache.recipes.stages import Pipeline, Stage
-from storage.config import Settings
+from logit_cache.recipes.stages import Pipeline
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL, local_path, replace_file
 from storage.locks import LOCK, locked
@@ -42,28 +41,6 @@ SOURCE = "source"
 
 # Fields that a later start of the same run may change: seeds and a live student are added, machines differ.
 _GROWING = {"entries", "models", "micro_batches", "at_once", "threads"}
-
-
-class RecipeJob(Settings):
-    """The arguments of `logit-cache recipe`.
-
-    text, eval_text   files or patterns of training and of held-out text
-    pairs             folder of minimal pairs; `limit`: the first so many of each paradigm only
-    seeds             each trains its own teachers, student and control
-    live              also train the student with live teachers, for comparison
-    stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
-    """
-
-    recipe: str
-    scale: Scale
-    text: tuple[str, ...] = Field(min_length=1)
-    eval_text: tuple[str, ...] = Field(min_length=1)
-    out: str
-    pairs: str | None = None
-    limit: int | None = Field(None, ge=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
-    live: bool = False
-    stride_tokens: int | None = Field(None, ge=1, le=WINDOW_TOKENS)
 
 
 class RecipeRun:
@@ -95,11 +72,9 @@ class RecipeRun:
             text=self.text,
             eval_text=self.eval_text,
             sizes=sizes,
-            seeds=job.seeds,
-            live=job.live,
-            pairs=job.pairs,
-            limit=job.limit,
+            job=job,
         )
+        self.stages = list(self.commands.stages())
         self._check_tokens()
         self._check_disk()
 
@@ -108,11 +83,6 @@ class RecipeRun:
         """The estimate as text; see `estimate`."""
         about = f"{self.recipe.title}: about {self.tokens[0]:,} tokens of training text"
         return f"{about}, {self.tokens[1]:,} held out\n{estimate.table(self.stages, self.machine)}"
-
-    @property
-    def stages(self) -> list[Stage]:
-        """All commands, in order."""
-        return list(self.commands.stages())
 
     def run(self) -> Path:
         """Run the remaining stages; returns the path of the report.
