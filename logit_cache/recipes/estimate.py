@@ -47,18 +47,15 @@ def tokens_of(text_bytes: int, vocabulary_size: int) -> int:
     return int(text_bytes / _BYTES_PER_TOKEN.get(vocabulary_size, _BYTES_PER_TOKEN_ELSEWHERE))
 
 
-def training_memory(network: Network, vocabulary_size: int, windows: int, half: bool) -> int:
-    """Bytes to train on micro-batches of `windows` windows; `half`: activations of 16 bits."""
-    positions = windows * WINDOW_TOKENS
+def training_memory(recipe: Recipe, model: Model, windows: int, half: bool, live: bool) -> int:
+    """Bytes to train on micro-batches of `windows` windows.
+
+    half: activations of 16 bits. live: with live teachers.
+    """
+    v, network, positions = recipe.vocabulary_size, model.network, windows * WINDOW_TOKENS
     kept = positions * network.layers * (10 * network.hidden + 4 * network.feed_forward) * (2 if half else 4)
-    return 16 * network.parameters(vocabulary_size) + kept + _PROGRAM_BYTES
-
-
-def live_memory(recipe: Recipe, windows: int, half: bool) -> int:
-    """Bytes to train the student with live teachers; see the module."""
-    v = recipe.vocabulary_size
-    teachers = sum(4 * teacher.network.parameters(v) for teacher in recipe.teachers)
-    return training_memory(recipe.student.network, v, windows, half) + teachers + 8 * windows * WINDOW_TOKENS * v
+    beside = sum(4 * teacher.network.parameters(v) for teacher in recipe.teachers) + 8 * positions * v if live else 0
+    return 16 * network.parameters(v) + kept + beside + _PROGRAM_BYTES
 
 
 def scoring_memory(networks: Sequence[Network], vocabulary_size: int) -> int:
@@ -80,15 +77,13 @@ def choose_batches(recipe: Recipe, machine: Machine, live: bool, at_once: int) -
     remedy = f"take {smaller}" + (", or leave --live out" if live else "")
 
     def chosen(model: Model, title: str, live_teachers: bool = False) -> int:
-        def needed(windows: int) -> int:
-            return live_memory(recipe, windows, half) if live_teachers else training_memory(network, v, windows, half)
-
-        batch, network = model.training.batch, model.network
+        batch = model.training.batch
         powers = [1 << power for power in range(batch.bit_length()) if batch % (1 << power) == 0]
-        fitting = [windows for windows in powers if needed(windows) <= room]
+        needed = {windows: training_memory(recipe, model, windows, half, live_teachers) for windows in powers}
+        fitting = [windows for windows in powers if needed[windows] <= room]
         if not fitting:
             raise InputError(
-                f"{title} needs about {size(needed(1))} of memory for a single window, and {machine.name} "
+                f"{title} needs about {size(needed[1])} of memory for a single window, and {machine.name} "
                 f"({machine.device}) has {size(there)} free: {remedy}"
             )
         return fitting[-1]
@@ -126,11 +121,8 @@ class Costs:
         v = self.recipe.vocabulary_size
         own, teachers = model.network.products(v), self._teachers_products if live else 0
         work = self.train_tokens * (3 * own + teachers) + self.held_out_tokens * (own + teachers)
-        memory = (
-            live_memory(self.recipe, self.batches["live"], self.half)
-            if live
-            else training_memory(model.network, v, self.batches[model.name], self.half)
-        )
+        windows = self.batches["live" if live else model.name]
+        memory = training_memory(self.recipe, model, windows, self.half, live)
         return Cost(model.training.epochs * work, 0, memory, 4 * model.network.parameters(v))
 
     def caching(self, tokens: int) -> Cost:

@@ -235,8 +235,10 @@ def files_of(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
     """The files that paths and patterns match, in order, each once. Raises InputError for none or an empty one."""
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(str(local_path(pattern)), recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        path = local_path(pattern)
+        # A file that is there is meant itself, whatever its name has of a pattern.
+        matches = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+        files = [match for match in matches if match.is_file()]
         if not files:
             raise InputError(f"{option} {pattern}: expected files of text, found none")
         found |= dict.fromkeys(files)

@@ -139,7 +139,7 @@ def test_a_folder_that_is_no_demo_is_not_touched(run: Run, tmp_path: Path) -> No
 
 
 def test_text_that_cannot_be_used_does_not_lock_the_folder(run: Run, tmp_path: Path) -> None:
-    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good, bad = tmp_path / "good[1].txt", tmp_path / "bad.txt"
     good.write_text("one\n")
     bad.write_bytes(b"caf\xe9\n" * 4)
     out = tmp_path / "run"
