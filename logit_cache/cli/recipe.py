@@ -43,7 +43,8 @@ def recipe(name: str, dry_run: bool, **flags: Any) -> None:
     large for this machine is refused beforehand, with the estimate.
     """
     with one_line_errors():
-        from logit_cache.recipes.run import RecipeJob, RecipeRun
+        from logit_cache.recipes.commands import RecipeJob
+        from logit_cache.recipes.run import RecipeRun
         from storage.config import build_config
 
         flags["seeds"] = flags["seeds"] or None

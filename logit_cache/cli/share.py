@@ -62,7 +62,7 @@ def _copy(function: Any, as_json: bool, flags: dict[str, Any]) -> None:
     click.echo(json.dumps(vars(done), indent=2) if as_json else delivery_text(vars(done)))
 
 
-@command("logit-cache recompress run/train --name llama --to llama-16 -k 16 --top-p 0.98")
+@command("logit-cache recompress run/train --name llama-fast --to llama-small --profile small")
 @click.argument("url")
 @click.option("--name", required=True, help="Entry to read.")
 @click.option("--to", required=True, help="Name of the entry to make.")
@@ -94,7 +94,7 @@ def recompress(url: str, as_json: bool, **flags: Any) -> None:
             return
         before, after = found["bytes_before"] / found["positions"], found["bytes_after"] / found["positions"]
         click.echo(
-            f"{found['cache']}: {found['name']} takes {after:.1f} bytes per token, {job.name} {before:.1f} "
+            f"{found['cache']}: {found['name']} from {job.name}, {before:.1f} → {after:.1f} bytes per token "
             f"({100 * after / before:.0f} %)"
         )
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from storage.errors import one_line_errors
-from storage.text import counted, duration, printable
+from storage.text import columns, counted, duration, printable
 from student.cli_command import command, json_option
 
 if TYPE_CHECKING:
@@ -42,51 +43,37 @@ def status(url: str, teachers: tuple[str, ...], watch: float | None, as_json: bo
     try:
         with one_line_errors():
             from logit_cache.caching.status import as_json as data
-            from logit_cache.caching.status import status_of
+            from logit_cache.caching.status import is_complete, status_of
 
-            if watch is not None:
-                _watch(url, teachers, watch, as_json)
-                return
-            found = status_of(url, teachers, time.time())
-            click.echo(json.dumps(data(url, found), indent=2) if as_json else status_text(url, found))
+            known: dict[str, Any] = {}
+            with _screen(watch is not None and sys.stdout.isatty() and not as_json) as show:
+                while True:
+                    found = status_of(url, teachers, time.time(), known)
+                    if as_json:
+                        click.echo(json.dumps(data(url, found), indent=2 if watch is None else None))
+                    elif show is not None or watch is None or not found:
+                        (show or click.echo)(status_text(url, found))
+                    else:
+                        click.echo("\n".join(map(status_line, found)))
+                    sys.stdout.flush()
+                    if watch is None or is_complete(found):
+                        return
+                    time.sleep(watch)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
 
 
-def _watch(url: str, teachers: tuple[str, ...], seconds: float, as_json: bool) -> None:
-    """Show the status again and again until all entries are complete."""
-    from logit_cache.caching.status import as_json as data
-    from logit_cache.caching.status import is_complete, status_of
+@contextlib.contextmanager
+def _screen(drawn: bool) -> Iterator[Callable[[str], None] | None]:
+    """Shows a text in place of the one before, where it is drawn."""
+    if not drawn:
+        yield None
+        return
+    from rich.live import Live
+    from rich.text import Text
 
-    known: dict[str, Any] = {}
-
-    def look() -> list[EntryStatus]:
-        return status_of(url, teachers, time.time(), known)
-
-    if sys.stdout.isatty() and not as_json:
-        from rich.live import Live
-        from rich.text import Text
-
-        with Live(auto_refresh=False, vertical_overflow="visible") as live:
-            while True:
-                found = look()
-                live.update(Text(status_text(url, found)), refresh=True)
-                if is_complete(found):
-                    return
-                time.sleep(seconds)
-    while True:
-        found = look()
-        if as_json:
-            click.echo(json.dumps(data(url, found)))
-        else:
-            for entry in found:
-                click.echo(status_line(entry))
-            if not found:
-                click.echo(status_text(url, found))
-        sys.stdout.flush()
-        if is_complete(found):
-            return
-        time.sleep(seconds)
+    with Live(auto_refresh=False, vertical_overflow="visible") as live:
+        yield lambda text: live.update(Text(text), refresh=True)
 
 
 def status_text(url: str, entries: Sequence[EntryStatus]) -> str:
@@ -97,58 +84,48 @@ def status_text(url: str, entries: Sequence[EntryStatus]) -> str:
 
 
 def _status_lines(entry: EntryStatus) -> list[str]:
-    lines = [f"teacher {entry.name}: {_how_far(entry)}"]
+    rows = _status_rows(entry)
+    lines = [f"teacher {entry.name}: {_how_far(entry)}", *columns(((f"  {name}", text) for name, text in rows), left=2)]
+    for note in entry.failed:
+        last = (note.error.strip().splitlines() or ["?"])[-1]
+        lines.append(
+            f"    shard {note.shard:,} after {counted(note.attempts, 'attempt')} on {printable(note.host[:64])}: "
+            f"{printable(last[:64])}"
+        )
+    return lines
+
+
+def _status_rows(entry: EntryStatus) -> Iterator[tuple[str, str]]:
     if entry.state == "not known":
-        return [
-            *lines,
-            f"  shards      {entry.shards:,}; which ones are there is not known: the server cannot list them",
-        ]
-    started = (
-        ""
-        if entry.complete
-        else "; started without a receipt: "
-        + ("not known (too many objects to list)" if entry.shards_begun is None else f"{entry.shards_begun:,}")
-    )
-    lines += [
-        f"  shards      {entry.shards_done:,} done, {entry.shards_missing:,} missing"
-        + (f", {entry.shards_in_flight:,} in flight" if entry.shards_in_flight else "")
-        + started,
-        f"  positions   {entry.positions_done:,} of {entry.positions:,}",
-    ]
+        yield "shards", f"{entry.shards:,}; which ones are there is not known: the server cannot list them"
+        return
+    in_flight = f", {entry.shards_in_flight:,} in flight" if entry.shards_in_flight else ""
+    begun = "not known (too many objects to list)" if entry.shards_begun is None else f"{entry.shards_begun:,}"
+    started = "" if entry.complete else f"; started without a receipt: {begun}"
+    yield "shards", f"{entry.shards_done:,} done, {entry.shards_missing:,} missing{in_flight}{started}"
+    yield "positions", f"{entry.positions_done:,} of {entry.positions:,}"
     if entry.positions_per_second is not None:
         when = "at the end, " if entry.complete else ""
         own = entry.positions_per_second_per_worker
-        lines.append(
-            f"  rate        {when}{entry.positions_per_second:,.0f} positions/s, all workers together"
-            + (f"; {own:,.0f} by the seconds of a worker" if own is not None else "")
-        )
+        each = "" if own is None else f"; {own:,.0f} by the seconds of a worker"
+        yield "rate", f"{when}{entry.positions_per_second:,.0f} positions/s, all workers together{each}"
     if entry.seconds_left is not None:
-        lines.append(f"  time left   {duration(entry.seconds_left)} at that rate")
+        yield "time left", f"{duration(entry.seconds_left)} at that rate"
     if entry.last_commit is not None and entry.seconds_since_last_commit is not None:
         ago = duration(entry.seconds_since_last_commit)
         hosts = [f"{printable(item.host[:64])} ({counted(item.shards, 'shard')})" for item in entry.hosts[:8]]
         more = f" and {len(entry.hosts) - 8} more" if len(entry.hosts) > 8 else ""
-        lines += [
-            f"  last shard  {ago} ago, {entry.last_commit}",
-            f"  hosts       {', '.join(hosts)}{more}, of the last {counted(entry.receipts_read, 'receipt')}",
-        ]
+        yield "last shard", f"{ago} ago, {entry.last_commit}"
+        yield "hosts", f"{', '.join(hosts)}{more}, of the last {counted(entry.receipts_read, 'receipt')}"
         if entry.state == "stalled":
-            lines.append(
-                f"  stalled?    no shard for {ago}, where one takes {duration(entry.shard_seconds or 0)}: if its "
-                f"workers have ended, run the same cache-logits command again"
+            yield (
+                "stalled?",
+                f"no shard for {ago}, where one takes {duration(entry.shard_seconds or 0)}: if its workers have "
+                f"ended, run the same cache-logits command again",
             )
     if entry.shards_failed:
-        lines.append(
-            f"  failed      {counted(entry.shards_failed, 'shard')}, permanently; the same cache-logits command "
-            "retries them"
-        )
-        for note in entry.failed:
-            last = (note.error.strip().splitlines() or ["?"])[-1]
-            lines.append(
-                f"    shard {note.shard:,} after {counted(note.attempts, 'attempt')} on {printable(note.host[:64])}: "
-                f"{printable(last[:64])}"
-            )
-    return lines
+        failed = counted(entry.shards_failed, "shard")
+        yield "failed", f"{failed}, permanently; the same cache-logits command retries them"
 
 
 def status_line(entry: EntryStatus) -> str:

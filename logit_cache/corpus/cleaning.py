@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from logit_cache.corpus.cleaning_rules import FAMILIES, PLAIN, RULES_VERSION, Cleaner, family_of
-from logit_cache.corpus.sources.find import Source, find_sources
+from logit_cache.corpus.sources.find import find_sources
 from logit_cache.corpus.sources.text_files import COMPRESSIONS, decoded
 from storage.config import Frozen, Settings
 from storage.errors import IdentityMismatch, InputError
@@ -66,14 +67,36 @@ class Cleaning(Frozen):
     files: dict[str, CleanedFile] = Field(default_factory=dict)
 
 
+ChosenBy = Literal["--family", "name", "no family in the name"]
+
+
 class Outcome(Frozen):
     """The outcome of one input, for the command to show."""
 
     name: str
     input: str
-    chosen_by: Literal["--family", "name", "no family in the name"]
+    chosen_by: ChosenBy
     already_there: bool
     entry: CleanedFile
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A file to clean, of which the first `size` bytes are taken."""
+
+    name: str
+    location: str
+    size: int
+    family: str
+    chosen_by: ChosenBy
+
+    def blocks(self, advance: Advance) -> Iterator[bytes]:
+        left = self.size
+        with open(self.location, "rb") as file:
+            while block := file.read(min(PIECE_BYTES, left)):
+                yield block
+                left -= len(block)
+                advance(len(block))
 
 
 def clean(job: CleaningJob, track: Track) -> list[Outcome]:
@@ -82,38 +105,31 @@ def clean(job: CleaningJob, track: Track) -> list[Outcome]:
     Raises InputError for input that is no UTF-8 text, and IdentityMismatch if the folder holds a file of the same name
     that came from another input, family or version of the rules; that is checked before anything is written.
     """
-    sources = _inputs(job)
-    families = _families(job, sources)
+    inputs = _inputs(job)
     out = _folder(job.out)
     record = _read_record(out)
-    taken = {name: _bytes_taken(source, job.limit_bytes) for name, source in sources.items()}
-    with track("clean", sum(taken.values()), "bytes") as advance:
-        there = {
-            name
-            for name, source in sources.items()
-            if _is_there(out, record, name, source, taken[name], families[name][0], advance)
-        }
-        if len(there) < len(sources):
+    with track("clean", sum(one.size for one in inputs), "bytes") as advance:
+        there = {one.name for one in inputs if _is_there(out, record, one, advance)}
+        if len(there) < len(inputs):
             check_writable(out, f"--out {job.out}")
-        for name, source in sources.items():
-            if name not in there:
+        for one in inputs:
+            if one.name not in there:
                 out.mkdir(parents=True, exist_ok=True)
-                record = _clean_file(out, record, name, source, taken[name], families[name][0], advance)
+                record = _clean_file(out, record, one, advance)
     return [
         Outcome(
-            name=name,
-            input=source.location,
-            chosen_by=families[name][1],
-            already_there=name in there,
-            entry=record.files[name],
+            name=one.name,
+            input=one.location,
+            chosen_by=one.chosen_by,
+            already_there=one.name in there,
+            entry=record.files[one.name],
         )
-        for name, source in sources.items()
+        for one in inputs
     ]
 
 
-def _inputs(job: CleaningJob) -> dict[str, Source]:
-    """The files by their base names."""
-    found: dict[str, Source] = {}
+def _inputs(job: CleaningJob) -> list[_Input]:
+    found: dict[str, str] = {}
     for source in find_sources(job.text):
         name = Path(source.location).name
         if source.kind != "text" or Path(name).suffix.lower() in COMPRESSIONS:
@@ -124,33 +140,33 @@ def _inputs(job: CleaningJob) -> dict[str, Source]:
             raise InputError(f"{source.location}: a name in {PARTIAL} is for files that are being written; rename it")
         if name in found:
             raise InputError(
-                f"{found[name].location} and {source.location} would both become {name} in {job.out}: "
+                f"{found[name]} and {source.location} would both become {name} in {job.out}: "
                 f"clean them into different folders"
             )
-        found[name] = source
-    return found
+        found[name] = source.location
+    chosen = _chosen_families(job, found)
+    inputs = []
+    for name, location in found.items():
+        family = chosen.get(name, family_of(name))
+        by: ChosenBy = "--family" if name in chosen else "no family in the name" if family == PLAIN else "name"
+        inputs.append(_Input(name, location, _bytes_taken(location, job.limit_bytes), family, by))
+    return inputs
 
 
-def _families(
-    job: CleaningJob, sources: dict[str, Source]
-) -> dict[str, tuple[str, Literal["--family", "name", "no family in the name"]]]:
+def _chosen_families(job: CleaningJob, locations: dict[str, str]) -> dict[str, str]:
+    """The families that --family names, by the base name of the file."""
     chosen: dict[str, str] = {}
     for option in job.family:
         family, _, pattern = option.partition("=")
         if family not in FAMILIES or not pattern:
             raise InputError(f"--family {option}: expected NAME=GLOB, where NAME is one of {', '.join(FAMILIES)}")
-        matching = [n for n, source in sources.items() if fnmatch(n, pattern) or fnmatch(source.location, pattern)]
+        matching = [n for n, location in locations.items() if fnmatch(n, pattern) or fnmatch(location, pattern)]
         if not matching:
             raise InputError(f"--family {option}: the pattern matches none of the files of --text; check its spelling")
         for name in matching:
             if chosen.setdefault(name, family) != family:
                 raise InputError(f"--family: {name} cannot be both {chosen[name]} and {family}: narrow the patterns")
-    return {
-        name: (chosen[name], "--family")
-        if name in chosen
-        else (family_of(name), "no family in the name" if family_of(name) == PLAIN else "name")
-        for name in sources
-    }
+    return chosen
 
 
 def _folder(out: str) -> Path:
@@ -175,12 +191,12 @@ def _read_record(out: Path) -> Cleaning:
         ) from None
 
 
-def _bytes_taken(source: Source, limit: int | None) -> int:
+def _bytes_taken(location: str, limit: int | None) -> int:
     """How many bytes of the file are cleaned: the lines that end within the limit, or at least the first."""
-    size = os.stat(source.location).st_size
+    size = os.stat(location).st_size
     if limit is None or size <= limit:
         return size
-    with open(source.location, "rb") as file:
+    with open(location, "rb") as file:
         stop = limit
         while stop:
             start = max(0, stop - PIECE_BYTES)
@@ -196,31 +212,23 @@ def _bytes_taken(source: Source, limit: int | None) -> int:
         return file.tell()
 
 
-def _blocks(source: Source, size: int, advance: Advance) -> Iterator[bytes]:
-    with open(source.location, "rb") as file:
-        while block := file.read(min(PIECE_BYTES, size)):
-            yield block
-            size -= len(block)
-            advance(len(block))
-
-
-def _is_there(out: Path, record: Cleaning, name: str, source: Source, size: int, family: str, advance: Advance) -> bool:
+def _is_there(out: Path, record: Cleaning, one: _Input, advance: Advance) -> bool:
     """Whether the cleaned file exists. Raises InputError or IdentityMismatch for another file of its name."""
-    path = out / name
-    entry = record.files.get(name)
+    path = out / one.name
+    entry = record.files.get(one.name)
     if not path.exists():
         return False
     if entry is None:
         raise InputError(f"{path}: there is a file of this name that {RECORD} does not list: give another --out")
     sha256_in = hashlib.sha256()
-    for block in _blocks(source, size, advance):
+    for block in one.blocks(advance):
         sha256_in.update(block)
     with open(path, "rb") as file:
         sha256_out = hashlib.file_digest(file, "sha256")
     wanted = {
-        "family": (entry.family, family),
+        "family": (entry.family, one.family),
         "rules": (entry.rules, RULES_VERSION),
-        "bytes_in": (entry.bytes_in, size),
+        "bytes_in": (entry.bytes_in, one.size),
         "sha256_in": (entry.sha256_in, sha256_in.hexdigest()),
         "sha256_out": (entry.sha256_out, sha256_out.hexdigest()),
     }
@@ -230,41 +238,39 @@ def _is_there(out: Path, record: Cleaning, name: str, source: Source, size: int,
     return True
 
 
-def _clean_file(
-    out: Path, record: Cleaning, name: str, source: Source, size: int, family: str, advance: Advance
-) -> Cleaning:
+def _clean_file(out: Path, record: Cleaning, one: _Input, advance: Advance) -> Cleaning:
     """Clean one file; returns the record with its entry."""
     sha256_in, sha256_out = hashlib.sha256(), hashlib.sha256()
     bytes_out = 0
-    cleaner = Cleaner(family, source.location)
+    cleaner = Cleaner(one.family, one.location)
 
     def read() -> Iterator[bytes]:
-        for block in _blocks(source, size, advance):
+        for block in one.blocks(advance):
             sha256_in.update(block)
             yield block
 
     def cleaned() -> Iterator[str]:
-        for text in decoded(read(), source.location):
+        for text in decoded(read(), one.location):
             yield cleaner.feed(text)
         yield cleaner.close()
 
-    with atomic_file(out / name, durable=True) as partial:
+    with atomic_file(out / one.name, durable=True) as partial:
         with partial.open("wb") as file:
             for text in cleaned():
                 data = text.encode()
                 sha256_out.update(data)
                 bytes_out += file.write(data)
         entry = CleanedFile(
-            family=family,
+            family=one.family,
             rules=RULES_VERSION,
-            bytes_in=size,
+            bytes_in=one.size,
             sha256_in=sha256_in.hexdigest(),
-            cut=size < os.stat(source.location).st_size,
+            cut=one.size < os.stat(one.location).st_size,
             lines_in=cleaner.lines_in,
             bytes_out=bytes_out,
             sha256_out=sha256_out.hexdigest(),
             lines_out=cleaner.lines_out,
         )
-        record = record.model_copy(update={"files": dict(sorted({**record.files, name: entry}.items()))})
+        record = record.model_copy(update={"files": dict(sorted({**record.files, one.name: entry}.items()))})
         replace_file(out / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
     return record

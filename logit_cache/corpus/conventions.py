@@ -36,7 +36,9 @@ class Conventions:
     ) -> Conventions:
         """Those of a new or resumed stream at `out`, with what was given."""
         there = _record(out)
-        found = there or _record_of_tokenizer(tokenizer)
+        # A tokenizer is taken from a cache by the cache's URL, or by its folder `tokenizer`.
+        origin = None if tokenizer is None else cache_of_tokenizer(tokenizer)
+        found = there or (None if origin is None else _record(origin))
         recorded = _recorded(found) if found is not None else cls()
         return cls(
             version=2 if there is None else there.format_version,
@@ -73,11 +75,3 @@ def _record(url: str) -> CacheRecord | None:
         return LogitCache.open(url).record
     except CacheNotFound:
         return None
-
-
-def _record_of_tokenizer(tokenizer: str | None) -> CacheRecord | None:
-    """The record of the cache that a tokenizer is taken from, by the cache's URL or its folder `tokenizer`."""
-    if tokenizer is None:
-        return None
-    found = cache_of_tokenizer(tokenizer)
-    return None if found is None else _record(found)

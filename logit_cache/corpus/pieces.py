@@ -53,7 +53,6 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """Whether the piece is a whole document."""
         return self.opens and self.closes
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from logit_cache.corpus.conversations.messages import (
     MEDIA,
+    REASONING,
     WEIGHTS,
     check_roles,
     is_trained,
@@ -61,7 +62,7 @@ _FIELDS: dict[str, frozenset[str]] = {
     **dict.fromkeys((*_ANSWERS, *_OUTPUTS, "rejected", "labels", "attention_mask"), frozenset()),
     **dict.fromkeys((*_SAMPLE_WEIGHTS, *MEDIA, "masked", "train", "trainable", "train_on_inputs"), _EVERY),
     **dict.fromkeys(_MASKS, _EVERY - {"input_ids"}),
-    **dict.fromkeys(("functions", "reasoning", "reasoning_content", "thinking"), _CHATS),
+    **dict.fromkeys(("functions", *REASONING), _CHATS),
     **dict.fromkeys(("tools", "chat_template_kwargs", *_SYSTEMS), frozenset({"completion"})),
     "documents": frozenset({"completion", "instruction"}),
     "history": _CHATS - {"instruction"},

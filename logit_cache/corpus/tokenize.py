@@ -39,12 +39,12 @@ from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
 from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
-from storage.progress import Advance, Log, Track, progress, silent
+from storage.progress import Advance, Log, Track, progress, silent, untracked
 from student.models.text_ids import text_suffix
 from student.models.tokenizer import open_tokenizer
 
 
-def tokenize(config: CorpusConfig, track: Track | None = None, log: Log = silent) -> CacheRecord:
+def tokenize(config: CorpusConfig, track: Track = untracked, log: Log = silent) -> CacheRecord:
     """Make a cache's token stream from text; returns its record.
 
     `track(name, total, unit)` opens a progress display, whose `advance` receives the bytes of input; a new tokenizer is
@@ -56,8 +56,6 @@ def tokenize(config: CorpusConfig, track: Track | None = None, log: Log = silent
     the temporary folder is full. Nothing has been written at `out` then.
     """
     sources = find_sources(config.text, log)
-    if track is None:
-        return _tokenize(config, sources, lambda count: None, log)
     sizes = [source.file_bytes for source in sources]
     known = [size for size in sizes if size is not None]  # that of a hub data set is not
     passes = 1 if config.train_tokenizer is None else 2

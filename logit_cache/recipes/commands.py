@@ -7,69 +7,92 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logit_cache.recipes.published import WINDOW_TOKENS, Model, Recipe
+from pydantic import Field
+
+from logit_cache.recipes.estimate import Costs
+from logit_cache.recipes.published import WINDOW_TOKENS, Model, Scale
 from logit_cache.recipes.record import Role
-from logit_cache.recipes.stages import Stage
+from logit_cache.recipes.stages import Cost, Stage
+from storage.config import Settings
 
 # A line every few seconds of a small model, and still a curve of 15 points for the shortest schedule.
 _LOGGING_STEPS = 20
+
+
+class RecipeJob(Settings):
+    """The arguments of `logit-cache recipe`.
+
+    text, eval_text   files or patterns of training and of held-out text
+    pairs             folder of minimal pairs; `limit`: the first so many of each paradigm only
+    seeds             each trains its own teachers, student and control
+    live              also train the student with live teachers, for comparison
+    stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
+    """
+
+    recipe: str
+    scale: Scale
+    text: tuple[str, ...] = Field(min_length=1)
+    eval_text: tuple[str, ...] = Field(min_length=1)
+    out: str
+    pairs: str | None = None
+    limit: int | None = Field(None, ge=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    live: bool = False
+    stride_tokens: int | None = Field(None, ge=1, le=WINDOW_TOKENS)
 
 
 @dataclass(frozen=True)
 class RecipeCommands:
     """The commands that run a recipe on given text in a folder.
 
-    batches   micro-batch in windows by model name, and of the student with live teachers under "live"
-    half      train in mixed float16
-    pairs     folder of minimal pairs to score every model on, the first `limit` of each paradigm
+    text, eval_text   the files that the job's patterns match; `sizes`: the bytes that are taken of each
     """
 
-    recipe: Recipe
+    costs: Costs
     folder: Path
     text: tuple[Path, ...]
     eval_text: tuple[Path, ...]
-    seeds: tuple[int, ...]
-    batches: dict[str, int]
-    half: bool
-    live: bool
-    pairs: str | None
-    limit: int | None
+    sizes: tuple[int, int]
+    job: RecipeJob
 
     def stages(self) -> Iterator[Stage]:
-        """All commands, in order."""
         train, valid = str(self.folder / "train"), str(self.folder / "valid")
         yield from self._text_stages(train, valid)
-        for seed in self.seeds:
+        for seed in self.job.seeds:
             yield from self._seed_stages(seed, train, valid)
         report = self.folder / "report.html"
-        yield Stage("report", ("logit-cache", "report", str(self.folder), "--out", str(report)))
+        yield Stage("report", ("logit-cache", "report", str(self.folder), "--out", str(report)), self.costs.text(0))
 
     def _text_stages(self, train: str, valid: str) -> Iterator[Stage]:
         cleaned = {}
-        recipe = self.recipe
-        for part, files, share in (
-            ("train", self.text, recipe.text_bytes),
-            ("valid", self.eval_text, recipe.eval_text_bytes),
+        recipe, (train_bytes, valid_bytes) = self.costs.recipe, self.sizes
+        for part, files, share, size in (
+            ("train", self.text, recipe.text_bytes, train_bytes),
+            ("valid", self.eval_text, recipe.eval_text_bytes, valid_bytes),
         ):
             out = self.folder / "text" / part
             cut = [] if share is None else ["--limit-bytes", str(max(1, share // len(files)))]
             yield Stage(
                 f"{'held-out' if part == 'valid' else 'training'} text, cleaned",
                 ("logit-cache", "clean", *_repeated("--text", map(str, files)), "--out", str(out), *cut),
+                self.costs.text(size),
             )
             cleaned[part] = _repeated("--text", (str(out / file.name) for file in files))
-        size = str(recipe.vocabulary_size)
+        ids = str(recipe.vocabulary_size)
         yield Stage(
-            f"token stream, with a new tokenizer of {size} ids",
-            ("logit-cache", "tokenize", *cleaned["train"], "--train-tokenizer", size, "--out", train),
+            f"token stream, with a new tokenizer of {ids} ids",
+            ("logit-cache", "tokenize", *cleaned["train"], "--train-tokenizer", ids, "--out", train),
+            self.costs.text(train_bytes, passes=2),
         )
         yield Stage(
             "held-out token stream, same tokenizer",
             ("logit-cache", "tokenize", *cleaned["valid"], "--tokenizer", f"{train}/tokenizer", "--out", valid),
+            self.costs.text(valid_bytes),
         )
 
     def _seed_stages(self, seed: int, train: str, valid: str) -> Iterator[Stage]:
-        recipe, of_seed = self.recipe, f" (seed {seed})" if len(self.seeds) > 1 else ""
+        costs, recipe = self.costs, self.costs.recipe
+        of_seed = f" (seed {seed})" if len(self.job.seeds) > 1 else ""
         home = self.folder / f"seed-{seed}"
         entry = entry_name(seed)
         caches = ("--cache", train, "--eval-cache", valid)
@@ -80,16 +103,21 @@ class RecipeCommands:
             yield _training_stage(
                 f"teacher {teacher.name}: training from scratch{of_seed}",
                 ("train-teacher", *data, *self._training(teacher, "loss"), *own),
+                costs.training(teacher),
                 home / teacher.name,
                 f"teachers {seed}",
             )
         members = (*_repeated("--teacher", teachers), "--combine", "logit-mean")
-        for text, cache in (("training", train), ("held-out", valid)):
+        for text, cache, tokens in (
+            ("training", train, costs.train_tokens),
+            ("held-out", valid, costs.held_out_tokens),
+        ):
             targets = ("-k", str(recipe.kept_ids), "--target-temperature", f"{recipe.temperature:g}")
             windows = ("--context-tokens", str(WINDOW_TOKENS), "--stride-tokens", str(recipe.stride_tokens))
             yield Stage(
                 f"teachers: run once over the {text} stream{of_seed}",
                 ("cache-logits", "--cache", cache, *members, "--name", entry, *targets, *windows),
+                costs.caching(tokens),
                 beside=f"entries {seed}",
             )
         objective = (
@@ -98,29 +126,39 @@ class RecipeCommands:
         )
         student, beside = (*data, "--seed", str(seed)), f"students {seed}"
         distilled = self._training(recipe.student, "distillation_loss")
-        if self.live:
+        if self.job.live:
             # The longest first, so that the others run beside it.
             live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
             settings = self._training(recipe.student, "distillation_loss", "live")
             arguments = ("train-teacher", *student, *settings, *live)
-            yield _training_stage(f"the same student with live teachers{of_seed}", arguments, home / "live", beside)
+            yield _training_stage(
+                f"the same student with live teachers{of_seed}",
+                arguments,
+                costs.training(recipe.student, live=True),
+                home / "live",
+                beside,
+            )
+        cost = costs.training(recipe.student)
         arguments = ("train-student", *student, *distilled, "--teacher", entry, *objective)
         yield _training_stage(
-            f"student from the cache, no teacher loaded{of_seed}", arguments, home / "student", beside
+            f"student from the cache, no teacher loaded{of_seed}", arguments, cost, home / "student", beside
         )
         arguments = ("train-student", *student, *self._training(recipe.student, "loss"))
-        yield _training_stage(f"the same student without distillation{of_seed}", arguments, home / "control", beside)
+        yield _training_stage(
+            f"the same student without distillation{of_seed}", arguments, cost, home / "control", beside
+        )
         if not recipe.scored:
             return
         measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
-        if self.pairs is not None:
-            measured += ("--pairs", self.pairs)
-            measured += () if self.limit is None else ("--limit", str(self.limit))
+        if self.job.pairs is not None:
+            measured += ("--pairs", self.job.pairs)
+            measured += () if self.job.limit is None else ("--limit", str(self.job.limit))
         for name in self.runs:
             scores = home / f"{name}.scores.json"
             yield Stage(
                 f"scores of {name}{of_seed}",
                 ("logit-cache", "evaluate", str(home / name), *measured, "--out", str(scores)),
+                costs.scoring(recipe.models.get(name, recipe.student.network)),
                 makes=scores,
                 beside=f"scores {seed}",
             )
@@ -128,13 +166,13 @@ class RecipeCommands:
     @property
     def runs(self) -> dict[str, Role]:
         """The role of each model, by the name of its folder."""
-        roles: dict[str, Role] = {teacher.name: "teacher" for teacher in self.recipe.teachers}
+        roles: dict[str, Role] = {teacher.name: "teacher" for teacher in self.costs.recipe.teachers}
         roles |= {"student": "student", "control": "control"}
-        return roles | {"live": "live"} if self.live else roles
+        return roles | {"live": "live"} if self.job.live else roles
 
     def _training(self, model: Model, best_by: str, batch_of: str | None = None) -> tuple[str, ...]:
         """Options of a training command: network and schedule; `best_by` is the held-out loss that selects an epoch."""
-        schedule, micro = model.training, self.batches[batch_of or model.name]
+        schedule, micro = model.training, self.costs.batches[batch_of or model.name]
         fields = {
             "learning_rate": f"{schedule.learning_rate:g}",
             "num_train_epochs": schedule.epochs,
@@ -148,19 +186,18 @@ class RecipeCommands:
             "load_best_model_at_end": "true",
             "metric_for_best_model": best_by,
             "logging_steps": _LOGGING_STEPS,
-        } | ({"fp16": "true"} if self.half else {})
+        } | ({"fp16": "true"} if self.costs.half else {})
         settings = _repeated("--set", (f"{name}={value}" for name, value in fields.items()))
         return ("--model", str(self.folder / "models" / f"{model.name}.json"), *settings)
 
 
 def entry_name(seed: int) -> str:
-    """The name of a seed's teacher entry."""
     return f"ensemble-{seed}"
 
 
-def _training_stage(title: str, arguments: tuple[str, ...], out: Path, beside: str) -> Stage:
+def _training_stage(title: str, arguments: tuple[str, ...], cost: Cost, out: Path, beside: str) -> Stage:
     """A training command that writes a model and its report into `out`."""
-    return Stage(title, (*arguments, "--output-dir", str(out)), makes=out / "report.json", beside=beside)
+    return Stage(title, (*arguments, "--output-dir", str(out)), cost, out / "report.json", beside)
 
 
 def _repeated(option: str, values: Any) -> tuple[str, ...]:

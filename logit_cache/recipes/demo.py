@@ -12,8 +12,9 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from logit_cache.recipes.published import Model, Network, Recipe, Training
-from logit_cache.recipes.run import RECORD, SOURCE, RecipeJob, RecipeRun, check_folder
+from logit_cache.recipes.commands import RecipeJob
+from logit_cache.recipes.published import Recipe, llama, model
+from logit_cache.recipes.run import RECORD, SOURCE, RecipeRun, check_folder, files_of
 from storage.errors import InputError
 from storage.files import local_path, replace_file
 
@@ -24,19 +25,17 @@ _MOST_FILE_BYTES = 200_000
 
 def demo_recipe() -> Recipe:
     """Three equal Llamas of 2.0M parameters: two teachers of other seeds than the student's."""
-    network = Network(family="llama", layers=3, hidden=192, heads=6, kv_heads=2, feed_forward=512)
-
-    def model(name: str, epochs: int) -> Model:
-        schedule = Training(learning_rate=2e-3, batch=8, epochs=epochs, warmup_steps=100, weight_decay=0.5)
-        return Model(name=name, network=network, training=schedule)
-
+    network = llama(3, 192, 6, 512, kv_heads=2)
+    one, two, student = (
+        model(name, network, 2e-3, 8, epochs, decay=0.5) for name, epochs in (("one", 6), ("two", 6), ("student", 8))
+    )
     return Recipe(
         name="demo",
         title="A student of two teachers",
         scale="tiny",
         vocabulary_size=2_048,
-        teachers=(model("one", 6), model("two", 6)),
-        student=model("student", 8),
+        teachers=(one, two),
+        student=student,
         offset="fixed",
         temperature=1.0,
         alpha=0.0,
@@ -94,15 +93,9 @@ def _joined(files: Sequence[Path]) -> str:
 
 def _split_lines(patterns: Sequence[str]) -> tuple[str, str]:
     """The last sixth of the lines of each file is held out; long files are cut so that the demo stays short."""
-    files = [
-        Path(match)
-        for pattern in (str(local_path(item)) for item in patterns)
-        for match in (sorted(glob.glob(pattern, recursive=True)) or [pattern])
-    ]
+    files = files_of("--text", patterns)
     parts: tuple[list[str], list[str]] = ([], [])
     for path in files:
-        if not path.is_file():
-            raise InputError(f"--text {path}: no such file")
         try:
             with path.open(encoding="utf-8") as file:
                 lines = file.readlines((TRAIN_BYTES + HELD_OUT_BYTES) // len(files))

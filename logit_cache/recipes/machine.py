@@ -14,20 +14,20 @@ import sys
 import time
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from storage.config import Frozen
 
 _SECONDS = 0.3
 _SIZE = {"cpu": 1024, "cuda": 4096}
 
 
-class Machine(BaseModel):
+class Machine(Frozen):
     """The probed device: `memory_bytes` are free now, on the GPU where there is one, else in main memory.
 
     products_per_second: multiply-adds of float32 matrices on a CPU, of float16 matrices on a GPU. cores: the usable
     ones, 1 where an accelerator trains.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str
     name: str

@@ -11,12 +11,13 @@ Sources: Timiryasov and Tastet 2023, "Baby Llama"; Tastet and Timiryasov 2024, "
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from storage.config import Frozen
 from storage.errors import InputError
 
 Scale = Literal["tiny", "small", "paper"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 
 # All windows have 128 tokens; the models' position limit is twice that.
 WINDOW_TOKENS = 128
@@ -57,7 +58,6 @@ class Network(Frozen):
         }
 
     def parameters(self, vocabulary_size: int) -> int:
-        """Number of parameters."""
         h, f, v = self.hidden, self.feed_forward, vocabulary_size
         if self.family == "llama":
             kv = h // self.heads * self.kv_heads
@@ -122,7 +122,8 @@ class Recipe(Frozen):
         return {model.name: model.network for model in (*self.teachers, self.student)}
 
 
-def _llama(layers: int, hidden: int, heads: int, feed_forward: int, kv_heads: int | None = None) -> Network:
+def llama(layers: int, hidden: int, heads: int, feed_forward: int, kv_heads: int | None = None) -> Network:
+    """A Llama; by default, every head has keys and values of its own."""
     return Network(
         family="llama", layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads or heads, feed_forward=feed_forward
     )
@@ -132,59 +133,56 @@ def _gpt2(layers: int, hidden: int, heads: int) -> Network:
     return Network(family="gpt2", layers=layers, hidden=hidden, heads=heads, kv_heads=heads, feed_forward=4 * hidden)
 
 
-def _schedule(lr: float, batch: int, epochs: int, warmup: int, decay: float) -> Training:
-    return Training(learning_rate=lr, batch=batch, epochs=epochs, warmup_steps=warmup, weight_decay=decay)
+def model(
+    name: str, network: Network, lr: float, batch: int, epochs: int, warmup: int = 100, decay: float = 0.0
+) -> Model:
+    """A network with its schedule."""
+    schedule = Training(learning_rate=lr, batch=batch, epochs=epochs, warmup_steps=warmup, weight_decay=decay)
+    return Model(name=name, network=network, training=schedule)
 
 
-# Some 64,000 tokens to train on, and 19,000 held out.
-_TINY: dict[str, Any] = {"vocabulary_size": 2_048, "text_bytes": 200_000, "eval_text_bytes": 60_000}
+def _text(scale: Scale) -> dict[str, Any]:
+    if scale == "tiny":  # some 64,000 tokens to train on, and 19,000 held out
+        return {"vocabulary_size": 2_048, "text_bytes": 200_000, "eval_text_bytes": 60_000}
+    return {"vocabulary_size": 16_000}
 
 
 def _baby_llama(scale: Scale) -> Recipe:
     sizes: Mapping[Scale, dict[str, Any]] = {
         "paper": {
-            "vocabulary_size": 16_000,
             "teachers": (
-                Model(name="llama", network=_llama(24, 1024, 8, 3072), training=_schedule(3e-4, 128, 4, 300, 0.0)),
-                Model(name="gpt2", network=_gpt2(24, 1536, 16), training=_schedule(2.5e-4, 128, 4, 300, 0.0)),
+                model("llama", llama(24, 1024, 8, 3072), 3e-4, 128, 4, 300),
+                model("gpt2", _gpt2(24, 1536, 16), 2.5e-4, 128, 4, 300),
             ),
-            "student": Model(
-                name="student", network=_llama(16, 512, 8, 1024), training=_schedule(2.5e-4, 32, 6, 200, 0.1)
-            ),
+            "student": model("student", llama(16, 512, 8, 1024), 2.5e-4, 32, 6, 200, 0.1),
         },
         "small": {
-            "vocabulary_size": 16_000,
             "teachers": (
-                Model(name="llama", network=_llama(12, 640, 8, 1920), training=_schedule(6e-4, 64, 3, 200, 0.0)),
-                Model(name="gpt2", network=_gpt2(12, 768, 12), training=_schedule(5e-4, 64, 3, 200, 0.0)),
+                model("llama", llama(12, 640, 8, 1920), 6e-4, 64, 3, 200),
+                model("gpt2", _gpt2(12, 768, 12), 5e-4, 64, 3, 200),
             ),
-            "student": Model(
-                name="student", network=_llama(8, 384, 6, 1024), training=_schedule(7e-4, 32, 4, 200, 0.036)
-            ),
+            "student": model("student", llama(8, 384, 6, 1024), 7e-4, 32, 4, 200, 0.036),
         },
         "tiny": {
-            **_TINY,
             "teachers": (
-                Model(name="llama", network=_llama(3, 192, 4, 512), training=_schedule(2e-3, 8, 6, 100, 0.0)),
-                Model(name="gpt2", network=_gpt2(3, 192, 4), training=_schedule(2e-3, 8, 6, 100, 0.0)),
+                model("llama", llama(3, 192, 4, 512), 2e-3, 8, 6),
+                model("gpt2", _gpt2(3, 192, 4), 2e-3, 8, 6),
             ),
-            "student": Model(
-                name="student", network=_llama(2, 144, 4, 384), training=_schedule(2e-3, 8, 12, 100, 0.0125)
-            ),
+            "student": model("student", llama(2, 144, 4, 384), 2e-3, 8, 12, decay=0.0125),
         },
     }
     # At temperature 2 more of the mass is in the tail, and the sample of it is noisier.
-    others: dict[str, Any] = {"offset": "fixed", "temperature": 2.0, "kept_ids": 512}
+    others: dict[str, Any] = {"offset": "fixed", "temperature": 2.0, "kept_ids": 512, **_text(scale)}
     return Recipe(name="baby-llama", title=f"Baby Llama, scale {scale}", scale=scale, **others, **sizes[scale])
 
 
 def _baby_llama_2(scale: Scale) -> Recipe:
-    network, training = {
-        "paper": (_llama(32, 960, 15, 2560, kv_heads=5), _schedule(7e-4, 128, 8, 600, 5.0)),
-        "small": (_llama(12, 480, 15, 1280, kv_heads=5), _schedule(1e-3, 64, 4, 200, 3.5)),
-        "tiny": (_llama(3, 192, 6, 512, kv_heads=2), _schedule(2e-3, 8, 12, 100, 1.75)),
-    }[scale]
-    one, two, student = (Model(name=name, network=network, training=training) for name in ("one", "two", "student"))
+    sizes: Mapping[Scale, tuple[Any, ...]] = {
+        "paper": (llama(32, 960, 15, 2560, kv_heads=5), 7e-4, 128, 8, 600, 5.0),
+        "small": (llama(12, 480, 15, 1280, kv_heads=5), 1e-3, 64, 4, 200, 3.5),
+        "tiny": (llama(3, 192, 6, 512, kv_heads=2), 2e-3, 8, 12, 100, 1.75),
+    }
+    one, two, student = (model(name, *sizes[scale]) for name in ("one", "two", "student"))
     return Recipe(
         name="babyllama-2",
         title=f"BabyLlama-2, scale {scale}",
@@ -197,18 +195,15 @@ def _baby_llama_2(scale: Scale) -> Recipe:
         # Students' windows start at any token: with at least half a window of context, targets are closest to those of
         # live teachers (docs/recipes.md).
         stride_tokens=WINDOW_TOKENS // 2,
-        **(_TINY if scale == "tiny" else {"vocabulary_size": 16_000}),
+        **_text(scale),
     )
 
 
 RECIPES = {"baby-llama": _baby_llama, "babyllama-2": _baby_llama_2}
-SCALES: tuple[Scale, ...] = ("tiny", "small", "paper")
 
 
 def find_recipe(name: str, scale: Scale) -> Recipe:
-    """A recipe by name and scale. Raises InputError for an unknown name or scale."""
+    """A recipe by name and scale. Raises InputError for an unknown name."""
     if name not in RECIPES:
         raise InputError(f"there is no recipe {name!r}; expected one of {', '.join(RECIPES)}")
-    if scale not in SCALES:
-        raise InputError(f"there is no scale {scale!r}; expected one of {', '.join(SCALES)}")
     return RECIPES[name](scale)

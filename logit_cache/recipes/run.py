@@ -21,15 +21,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from logit_cache.recipes import estimate
-from logit_cache.recipes.commands import RecipeCommands, entry_name
+from logit_cache.recipes.commands import RecipeCommands, RecipeJob, entry_name
 from logit_cache.recipes.machine import Machine, probe
-from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, Scale, find_recipe
+from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, find_recipe
 from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord
-from logit_cache.recipes.stages import Pipeline, Stage
-from storage.config import Settings
+from logit_cache.recipes.stages import Pipeline
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL, local_path, replace_file
 from storage.locks import LOCK, locked
@@ -42,28 +41,6 @@ SOURCE = "source"
 
 # Fields that a later start of the same run may change: seeds and a live student are added, machines differ.
 _GROWING = {"entries", "models", "micro_batches", "at_once", "threads"}
-
-
-class RecipeJob(Settings):
-    """The arguments of `logit-cache recipe`.
-
-    text, eval_text   files or patterns of training and of held-out text
-    pairs             folder of minimal pairs; `limit`: the first so many of each paradigm only
-    seeds             each trains its own teachers, student and control
-    live              also train the student with live teachers, for comparison
-    stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
-    """
-
-    recipe: str
-    scale: Scale
-    text: tuple[str, ...] = Field(min_length=1)
-    eval_text: tuple[str, ...] = Field(min_length=1)
-    out: str
-    pairs: str | None = None
-    limit: int | None = Field(None, ge=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
-    live: bool = False
-    stride_tokens: int | None = Field(None, ge=1, le=WINDOW_TOKENS)
 
 
 class RecipeRun:
@@ -81,25 +58,23 @@ class RecipeRun:
         if len(set(job.seeds)) < len(job.seeds):
             raise InputError(f"each seed can be given once; got {', '.join(map(str, job.seeds))}")
         self.job, self.recipe, self.folder = job, recipe, local_path(job.out)
-        self.text, self.eval_text = _files("--text", job.text), _files("--eval-text", job.eval_text)
+        self.text, self.eval_text = files_of("--text", job.text), files_of("--eval-text", job.eval_text)
         _check_text(self.text, self.eval_text)
-        if job.pairs is not None and not any(local_path(job.pairs).glob("*.jsonl")):
-            raise InputError(f"--pairs {job.pairs}: expected a folder of JSONL files, found none there")
         self.machine = machine or probe()
         self.half = self.machine.device == "cuda"
         self.at_once, self.threads, self.batches = self._stored_division() or self._divide()
+        sizes = _bytes_taken(self.text, recipe.text_bytes), _bytes_taken(self.eval_text, recipe.eval_text_bytes)
+        v = recipe.vocabulary_size
+        self.tokens = estimate.tokens_of(sizes[0], v), estimate.tokens_of(sizes[1], v)
         self.commands = RecipeCommands(
-            recipe=recipe,
+            costs=estimate.Costs(recipe, *self.tokens, _pair_tokens(job, v), self.batches, self.half),
             folder=self.folder,
             text=self.text,
             eval_text=self.eval_text,
-            seeds=job.seeds,
-            batches=self.batches,
-            half=self.half,
-            live=job.live,
-            pairs=job.pairs,
-            limit=job.limit,
+            sizes=sizes,
+            job=job,
         )
+        self.stages = list(self.commands.stages())
         self._check_tokens()
         self._check_disk()
 
@@ -107,24 +82,7 @@ class RecipeRun:
     def forecast(self) -> str:
         """The estimate as text; see `estimate`."""
         about = f"{self.recipe.title}: about {self.tokens[0]:,} tokens of training text"
-        table = estimate.table(self._costs, self.machine, len(self.job.seeds))
-        return f"{about}, {self.tokens[1]:,} held out\n{table}"
-
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """Estimated numbers of training and held-out tokens."""
-        v = self.recipe.vocabulary_size
-        limits = (self.recipe.text_bytes, self.recipe.eval_text_bytes)
-        taken = []
-        for files, limit in zip((self.text, self.eval_text), limits, strict=True):
-            sizes = [file.stat().st_size for file in files]
-            taken.append(sum(sizes) if limit is None else sum(min(size, limit // len(files)) for size in sizes))
-        return estimate.tokens_of(taken[0], v), estimate.tokens_of(taken[1], v)
-
-    @property
-    def stages(self) -> list[Stage]:
-        """All commands, in order."""
-        return list(self.commands.stages())
+        return f"{about}, {self.tokens[1]:,} held out\n{estimate.table(self.stages, self.machine)}"
 
     def run(self) -> Path:
         """Run the remaining stages; returns the path of the report.
@@ -234,10 +192,6 @@ class RecipeRun:
             return None
         return stored.at_once, stored.threads, stored.micro_batches
 
-    @property
-    def _costs(self) -> list[estimate.Cost]:
-        return estimate.costs(self.recipe, *self.tokens, self.batches, self.half, self.job.live)
-
     def _check_tokens(self) -> None:
         batch = max(model.training.batch for model in (*self.recipe.teachers, self.recipe.student))
         needed = 2 * batch * WINDOW_TOKENS
@@ -252,7 +206,7 @@ class RecipeRun:
             )
 
     def _check_disk(self) -> None:
-        needed = estimate.peak_disk(self._costs, self.recipe, len(self.job.seeds))
+        needed = estimate.peak_disk(self.stages, self.recipe)
         there = self.folder.absolute()
         while not there.exists():
             there = there.parent
@@ -277,12 +231,14 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: expected a recipe's run, found other files: give another --out")
 
 
-def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
-    """The files that paths and patterns match, in order, each once."""
+def files_of(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
+    """The files that paths and patterns match, in order, each once. Raises InputError for none or an empty one."""
     found: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(glob.glob(str(local_path(pattern)), recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        path = local_path(pattern)
+        # A file that is there is meant itself, whatever its name has of a pattern.
+        matches = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+        files = [match for match in matches if match.is_file()]
         if not files:
             raise InputError(f"{option} {pattern}: expected files of text, found none")
         found |= dict.fromkeys(files)
@@ -290,6 +246,21 @@ def _files(option: str, patterns: Sequence[str]) -> tuple[Path, ...]:
         if not file.stat().st_size:
             raise InputError(f"{option} {file}: the file is empty: leave it out")
     return tuple(found)
+
+
+def _bytes_taken(files: Sequence[Path], limit: int | None) -> int:
+    sizes = [file.stat().st_size for file in files]
+    return sum(sizes) if limit is None else sum(min(size, limit // len(files)) for size in sizes)
+
+
+def _pair_tokens(job: RecipeJob, vocabulary_size: int) -> int:
+    """Estimated number of tokens in the minimal pairs. Raises InputError where `evaluate` would, hours later."""
+    if job.pairs is None:
+        return 0
+    from student.evaluation.minimal_pairs import read_pairs, sentences_of
+
+    sentences = sentences_of(read_pairs(job.pairs, job.limit))
+    return len(sentences) + estimate.tokens_of(sum(len(text.encode()) for text in sentences), vocabulary_size)
 
 
 def _check_text(text: Sequence[Path], eval_text: Sequence[Path]) -> None:

@@ -32,15 +32,27 @@ _STOPPED = 1
 
 
 @dataclass(frozen=True)
+class Cost:
+    """An estimate: `products` in multiply-adds (2 FLOPs each), text to read, peak memory, disk that stays in use."""
+
+    products: float = 0.0
+    text_bytes: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Stage:
     """A command and its purpose.
 
+    cost     what it is estimated to take, besides the start of its process
     makes    a file that marks the stage as done, if the command does not detect that itself
     beside   neighbouring stages of one such name do not need each other and may run side by side
     """
 
     title: str
     command: tuple[str, ...]
+    cost: Cost = Cost()
     makes: Path | None = None
     beside: str | None = None
 

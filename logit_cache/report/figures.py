@@ -279,5 +279,4 @@ def _without_outliers(values: Sequence[float], best: float) -> tuple[float, floa
 
 
 def readable(name: str) -> str:
-    """A group's name with spaces for underscores."""
     return name.replace("_", " ")

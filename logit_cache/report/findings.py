@@ -96,7 +96,6 @@ class Entry:
 
     @property
     def fidelity(self) -> dict[str, Any] | None:
-        """The entry's own fidelity report."""
         return None if self.found is None else self.found["fidelity"]
 
 
@@ -209,7 +208,6 @@ class RecipeFindings:
         return tuple(found)
 
     def of(self, role: str) -> list[Series]:
-        """The series of a role."""
         return [series for series in self.series if series.role == role]
 
     def _counterpart(self, role: str, name: str, seed: int, metric: Metric) -> float | None:
@@ -259,7 +257,6 @@ class RecipeFindings:
 
     @property
     def runs(self) -> list[TrainingReport]:
-        """Every finished run."""
         return [model.run for model in self.models if model.run is not None]
 
     @cached_property
@@ -283,7 +280,6 @@ class RecipeFindings:
 
     @property
     def stages(self) -> list[Stage]:
-        """Time of every stage, in order."""
         found = [Stage(one.label, "training", one.style, one.spread(run_seconds)) for one in self.of("teacher")]
         for entry in self.entries:
             found.append(Stage(entry.name, "caching of the training text", "", spread([entry.seconds])))

@@ -19,7 +19,6 @@ class Spread:
 
     @property
     def number(self) -> int:
-        """Number of values."""
         return len(self.values)
 
     @property

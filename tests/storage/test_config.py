@@ -13,7 +13,7 @@ from logit_cache.caching.recompress import RecompressJob
 from logit_cache.corpus.cleaning import CleaningJob
 from logit_cache.corpus.tokenize import CorpusConfig
 from logit_cache.engines.options import EngineOptions
-from logit_cache.recipes.run import RecipeJob
+from logit_cache.recipes.commands import RecipeJob
 from storage.config import Settings, build_config, parse_yaml, read_yaml
 from storage.errors import InputError
 from student.evaluation.job import EvaluationJob

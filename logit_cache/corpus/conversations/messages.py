@@ -21,8 +21,10 @@ WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "los
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # Inside of these a null is a value.
 _VERBATIM = {"arguments", "parameters", "input_schema"}
+# Names under which a message's reasoning is given.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 # What a message says; one without any of it says nothing, and may have its text under another name.
-_SAYS = ("content", "tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
+_SAYS = ("content", "tool_calls", "function_call", *REASONING)
 # Fields that are not read, and would change what is learnt.
 _NOT_READ = ("refusal", "train_detail", "mask", "masked", "prefix", *MEDIA)
 
@@ -67,7 +69,7 @@ def read_message(message: Row, index: int, where: str, from_arrow: bool) -> dict
         raise InputError(
             f"{where}: message {index} ({found['role']}) has no content, but {', '.join(sorted(found))}; correct it"
         )
-    for name in ("reasoning_content", "thinking", "reasoning"):
+    for name in REASONING:
         if found.get(name) and (found["role"] != "assistant" or not isinstance(found[name], str)):
             raise InputError(
                 f"{where}: message {index} ({found['role']}): {name!r} is the text of a reply; correct the row"

@@ -11,7 +11,7 @@ from typing import Any
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.replies import render
 from logit_cache.corpus.conversations.template import RESERVED, ChatTemplate
-from logit_cache.corpus.documents import Chunk, Conversation, UnfitTokenizer, checked_text
+from logit_cache.corpus.documents import Chunk, Conversation, UnfitTokenizer, checked_text, reason
 from storage.errors import InputError
 
 
@@ -115,9 +115,8 @@ class Renderer:
                 self._templates[source] = ChatTemplate(self._tokenizer, source, self._date)
             except Exception as error:
                 # Jinja has errors of its own for what is no template.
-                reason = " ".join(str(error).split()) or type(error).__name__
                 raise UnfitTokenizer(
-                    f"the chat template is not valid ({reason}); correct it, or give --chat-template FILE"
+                    f"the chat template is not valid ({reason(error)}); correct it, or give --chat-template FILE"
                 ) from None
         return self._templates[source]
 

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from logit_cache.corpus.conversations.messages import REASONING
 from logit_cache.corpus.conversations.shown import forms, lost
-from logit_cache.corpus.conversations.template import PROBE, REASONING, ChatTemplate, Inputs, Messages, Rendered
-from logit_cache.corpus.documents import Conversation, Ranges
+from logit_cache.corpus.conversations.template import PROBE, ChatTemplate, Inputs, Messages, Rendered
+from logit_cache.corpus.documents import Conversation, Ranges, reason
 from storage.errors import InputError
 
 _MARK_THE_REPLIES = "give a template that marks the replies with {% generation %}: --chat-template FILE"
@@ -87,8 +88,9 @@ def _rendered(template: ChatTemplate, messages: Messages, inputs: Inputs, where:
         return template.render(messages, inputs)
     except Exception as error:
         # Templates are programs: they raise errors of any type, and fail in any way on fields that they did not expect.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: the chat template refuses these messages ({reason}); correct the row") from None
+        raise InputError(
+            f"{where}: the chat template refuses these messages ({reason(error)}); correct the row"
+        ) from None
 
 
 def _in_a_form(template: ChatTemplate, messages: Messages, inputs: Inputs, where: str) -> tuple[Messages, Rendered]:
@@ -261,10 +263,9 @@ def _by_prefixes(
             before = template.text(messages[:index], inputs, prompt=True)
             after = template.text(messages[: index + 1], inputs)
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
                 f"{where}: message {index} cannot be found in the template's text, and the template refuses the "
-                f"messages up to it ({reason}); {_MARK_THE_REPLIES}"
+                f"messages up to it ({reason(error)}); {_MARK_THE_REPLIES}"
             ) from None
         if not after.startswith(before) or not whole.startswith(after):
             raise InputError(

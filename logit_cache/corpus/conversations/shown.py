@@ -7,6 +7,7 @@ stand-in that is missing is a text that would be lost. A reasoning is not looked
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +34,7 @@ def lost(template: ChatTemplate, messages: Messages, inputs: Inputs) -> str | No
     replaced = [
         _message(message, f"message {index} ({message['role']})", stand_in) for index, message in enumerate(messages)
     ]
-    tools = None if inputs.tools is None else [_tool(tool, stand_in) for tool in inputs.tools]
+    tools = _in_calls(inputs.tools, functools.partial(_tool, stand_in=stand_in))
     documents = None if inputs.documents is None else [_document(one, stand_in) for one in inputs.documents]
     try:
         text = template.stand_in(replaced, Inputs(tools, documents, inputs.variables)).text
@@ -70,24 +71,29 @@ def _with_content(template: ChatTemplate, message: dict[str, Any]) -> dict[str, 
 
 
 def _with_calls(message: dict[str, Any], parsed: bool, blank: dict[str, Any]) -> dict[str, Any]:
-    if not any(message.get(name) for name in _CALLS):
+    calls = {name: message[name] for name in _CALLS if message.get(name)}
+    if not calls:
         return message
     found = dict(message)
     if parsed:
-        # A template that prints them as JSON would quote a text once more.
-        if found.get("tool_calls"):
-            found["tool_calls"] = [_parsed(call) for call in found["tool_calls"]]
-        if found.get("function_call"):
-            found["function_call"] = _parsed(found["function_call"])
+        # A template that prints arguments as JSON would quote a text once more.
+        found |= {name: _in_calls(value, _parsed) for name, value in calls.items()}
     return found if found.get("content") else found | blank
 
 
-def _parsed(call: Any) -> Any:
+def _in_calls(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Calls or tools, each changed where its name is: in its `function`, if it has one."""
+    if isinstance(value, list):
+        return [_in_calls(item, change) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if isinstance(value.get("function"), dict):
+        return value | {"function": _in_calls(value["function"], change)}
+    return change(value)
+
+
+def _parsed(call: dict[str, Any]) -> dict[str, Any]:
     """A call whose arguments, where they are the text of a JSON object, are that object."""
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _parsed(call["function"])}
     arguments = _object(call.get("arguments"))
     return call if arguments is None else call | {"arguments": arguments}
 
@@ -106,7 +112,8 @@ def _message(message: dict[str, Any], where: str, stand_in: StandIn) -> dict[str
         replaced["content"] = _content(message["content"], f"the content of {where}", stand_in)
     for name in _CALLS:
         if message.get(name):
-            replaced[name] = _call(message[name], f"{name} of {where}", stand_in)
+            change = functools.partial(_call, what=f"{name} of {where}", stand_in=stand_in)
+            replaced[name] = _in_calls(message[name], change)
     return replaced
 
 
@@ -129,18 +136,12 @@ def _leaves(value: Any, what: str, stand_in: StandIn) -> Any:
     return [_leaves(item, what, stand_in) for item in value] if isinstance(value, list) else value
 
 
-def _call(value: Any, what: str, stand_in: StandIn) -> Any:
-    """Calls with stand-ins for their names and the texts of their arguments."""
-    if isinstance(value, list):
-        return [_call(item, what, stand_in) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if isinstance(value.get("function"), dict):
-        return value | {"function": _call(value["function"], what, stand_in)}
-    replaced = dict(value)
-    if isinstance(value.get("name"), str):
-        replaced["name"] = _text(value["name"], what, stand_in)
-    arguments = value.get("arguments")
+def _call(call: dict[str, Any], what: str, stand_in: StandIn) -> dict[str, Any]:
+    """A call with stand-ins for its name and the texts of its arguments."""
+    replaced = dict(call)
+    if isinstance(call.get("name"), str):
+        replaced["name"] = _text(call["name"], what, stand_in)
+    arguments = call.get("arguments")
     parsed = _object(arguments)
     if parsed is not None:
         replaced["arguments"] = json.dumps(_leaves(parsed, what, stand_in), ensure_ascii=False)
@@ -150,8 +151,6 @@ def _call(value: Any, what: str, stand_in: StandIn) -> Any:
 
 
 def _tool(tool: dict[str, Any], stand_in: StandIn) -> dict[str, Any]:
-    if isinstance(tool.get("function"), dict):
-        return tool | {"function": _tool(tool["function"], stand_in)}
     name = tool.get("name")
     return tool | {"name": stand_in(f"the tool {name!r}")} if isinstance(name, str) else tool
 

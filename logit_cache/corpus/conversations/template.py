@@ -19,6 +19,7 @@ from typing import Any
 
 from jinja2 import meta, nodes
 
+from logit_cache.corpus.conversations.messages import REASONING
 from logit_cache.corpus.documents import Ranges
 from logit_cache.corpus.tokenizer import template_environment
 
@@ -28,8 +29,6 @@ Messages = list[dict[str, Any]]
 RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "strftime_now"}
 )
-# Names under which a message's reasoning is given; transformers fills in the one that a template reads.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 PROBE = "logit cache probe"
 # Private-use characters: two that a text does not have stand around a mark in it.
 _PRIVATE = range(0xE000, 0xF900)
@@ -250,7 +249,8 @@ def _words(tree: nodes.Template) -> Iterator[str]:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its reasoning under the names that transformers gives it; always another object."""
+    """The message with its reasoning under the names that transformers gives it, whichever a template reads; always
+    another object."""
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is None:
         return dict(message)

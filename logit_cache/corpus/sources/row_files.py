@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from logit_cache.corpus.documents import reason
 from logit_cache.corpus.rows import Row, RowReader
 from logit_cache.corpus.sources.find import HUB, Source
 from logit_cache.corpus.sources.text_files import not_utf8, read_blocks
@@ -130,7 +131,7 @@ def _table_rows(source: Source, reader: RowReader, advance: Advance) -> Rows:
         advance(size - counted)
     except (pyarrow.ArrowException, OSError) as error:
         called = "Parquet" if source.kind == "parquet" else "Arrow"
-        raise InputError(f"{where}: cannot be read as {called} ({_one_line(error)}); fetch or make it again") from None
+        raise InputError(f"{where}: cannot be read as {called} ({reason(error)}); fetch or make it again") from None
 
 
 def _parquet_batches(where: str, reader: RowReader) -> Iterator[tuple[Any, float]]:
@@ -172,7 +173,7 @@ def _table_row(batch: Any, where: str) -> Row:
         [row] = batch.to_pylist(maps_as_pydicts="strict")
     except (ValueError, KeyError, OverflowError) as error:
         # A text that is no UTF-8, a map with a key twice, a date that Python has not.
-        raise InputError(f"{where}: cannot be read ({_one_line(error)}); correct or remove the row") from None
+        raise InputError(f"{where}: cannot be read ({reason(error)}); correct or remove the row") from None
     return dict(row)
 
 
@@ -197,10 +198,6 @@ def _hub_rows(source: Source, reader: RowReader, split: str, advance: Advance) -
         # a gated data set, and for network failures.
         at = f" after {done} rows" if done else ""
         raise InputError(
-            f"{source.name}, split {split!r}: cannot be read{at} ({_one_line(error)}); "
+            f"{source.name}, split {split!r}: cannot be read{at} ({reason(error)}); "
             f"check name, config, split and network"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -401,6 +402,18 @@ def test_the_command(cache: Path, run: Run) -> None:
     refused(run("cache-logits", "--cache", cache, "--name", "new", "--teacher", cache), str(cache))
     shown = json.loads(run("logit-cache", "inspect", cache, "--at", 300, "--json").stdout)
     assert shown["teachers"]["new"]["kept"] <= 16
+
+
+def test_the_example_of_its_help_shrinks_an_entry(cache: Path, run: Run) -> None:
+    rewrite(cache, "codes", "llama-fast", profile="fast")
+    example = re.search(r"^ *(logit-cache recompress .*)$", run("logit-cache", "recompress", "--help").stdout, re.M)
+    assert example is not None
+    done = run(*example[1].replace("run/train", str(cache)).split())
+    assert done.returncode == 0, done.stderr
+    before, after = (LogitCache.open(str(cache)).teacher(name).stored_bytes() for name in ("llama-fast", "llama-small"))
+    assert after < before
+    sizes = f"{before / N:.1f} → {after / N:.1f} bytes per token ({100 * after / before:.0f} %)"
+    assert done.stdout == f"{cache}: llama-small from llama-fast, {sizes}\n"
 
 
 def test_the_finest_step_floors_log_probs_that_it_cannot_reach(cache: Path) -> None:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from support.models.saved import make_tokenizer, sample_text, tiny_tokenizer
+from support.caches.streams import CHATML, chat_tokenizer, documents, learnt, write_rows
+from support.models.saved import sample_text, tiny_tokenizer
 
 from logit_cache.corpus import pieces
 from logit_cache.corpus.config import CorpusConfig
@@ -20,10 +20,6 @@ from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 from storage.errors import InputError
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
     "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
@@ -34,12 +30,6 @@ PLAIN = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-# As Llama 2: the prompt is the user's turn itself.
-INST = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]"
-    "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
-)
-
 CONVERSATIONS = [
     [("user", "What is 2+2?"), ("assistant", "It is four, naïvely.")],
     [
@@ -58,41 +48,11 @@ def messages_of(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def chat_tokenizer(template: str | None, kind: str = "gpt2") -> Any:
-    tokenizer = make_tokenizer(kind)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path
-
-
-def build(folder: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> LogitCache:
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    url = str(folder / "cache")
-    tokenize(CorpusConfig(text=(str(folder / "chat.jsonl"),), out=url, tokenizer=str(folder / "tokenizer"), **options))
+def build(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> LogitCache:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path, url = write_rows(tmp_path / "chat.jsonl", *rows), str(tmp_path / "cache")
+    tokenize(CorpusConfig(text=(path,), out=url, tokenizer=str(tmp_path / "tokenizer"), **options))
     return LogitCache.open(url)
-
-
-def documents(cache: LogitCache) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and mask of each document."""
-    assert cache.loss_mask is not None
-    ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
-    return [
-        (cache.tokens.read(start, stop), cache.loss_mask.read(start, stop))
-        for start, stop in zip(cache.document_starts.tolist(), ends, strict=True)
-    ]
-
-
-def trained_text(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> str:
-    """The text of tokens[p + 1] for every p with mask[p]."""
-    assert not mask[-1]
-    text: str = tokenizer.decode(tokens[1:][mask[:-1]], clean_up_tokenization_spaces=False)
-    return text
 
 
 @pytest.mark.parametrize(
@@ -100,49 +60,33 @@ def trained_text(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> str:
     [(CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (PLAIN, "\n")],
     ids=["chatml", "marked", "plain"],
 )
-@pytest.mark.parametrize("kind", ["gpt2", "llama3"])
-def test_the_mask_marks_the_replies_and_nothing_else(folder: Path, template: str, end: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "seeds", "unigram", "llama2", "metaspace"])
+def test_the_mask_marks_the_replies_and_nothing_else(tmp_path: Path, template: str, end: str, kind: str) -> None:
     tokenizer = chat_tokenizer(template, kind)
-    rows = [{"messages": messages_of(turns)} for turns in CONVERSATIONS]
-    cache = build(folder, tokenizer, rows)
-    assert cache.record.corpus.has_loss_mask
-    found = documents(cache)
-    assert len(found) == len(CONVERSATIONS)
+    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)} for turns in CONVERSATIONS])
     text_bytes = 0
-    for (tokens, mask), turns in zip(found, CONVERSATIONS, strict=True):
-        expected = [content + end for role, content in turns if role == "assistant"]
-        text = trained_text(tokenizer, tokens, mask)
-        if template is PLAIN:
-            # The space before a reply is in one token with its first word.
-            assert text.replace("\n ", "\n").removeprefix(" ") == "".join(expected)
-        else:
-            assert text == "".join(expected)
+    for (tokens, mask), turns in zip(documents(cache), CONVERSATIONS, strict=True):
+        expected = "".join(content + end for role, content in turns if role == "assistant")
+        text = learnt(tokenizer, tokens, mask)
+        if kind not in ("gpt2", "llama3") or template is PLAIN:
+            # Some put spaces where they join words, or fold characters; the space before a reply may be in one token
+            # with its first word. Letters and markers are what must agree.
+            text, expected = "".join(text.split()), "".join(expected.split())
+        assert text == expected
         rendered = tokenizer.apply_chat_template(messages_of(turns), tokenize=False)
         assert tokens.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
         text_bytes += len(rendered.encode())
     assert cache.record.corpus.text_bytes == text_bytes
 
 
-@pytest.mark.parametrize("kind", ["seeds", "unigram", "llama2", "metaspace"])
-@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
-def test_other_tokenizers_mark_the_same_characters(folder: Path, template: str, kind: str) -> None:
-    tokenizer = chat_tokenizer(template, kind)
-    cache = build(folder, tokenizer, [{"messages": messages_of(turns)} for turns in CONVERSATIONS[:2]])
-    for (tokens, mask), turns in zip(documents(cache), CONVERSATIONS, strict=False):
-        expected = "".join(content + "<|im_end|>" for role, content in turns if role == "assistant")
-        text = trained_text(tokenizer, tokens, mask)
-        # These put spaces where they join words, or fold characters; letters and markers are what must agree.
-        assert "".join(text.split()) == "".join(expected.split())
-
-
 @pytest.mark.parametrize("reply", [" leading space", "trailing space ", "  ", "\n\nlines\n"])
 @pytest.mark.parametrize("kind", ["seeds", "gpt2"])
-def test_white_space_of_a_reply_is_trained_on(folder: Path, kind: str, reply: str) -> None:
+def test_white_space_of_a_reply_is_trained_on(tmp_path: Path, kind: str, reply: str) -> None:
     tokenizer = chat_tokenizer(MARKED, kind)
     turns = [("user", "Hi"), ("assistant", reply), ("user", "more"), ("assistant", "the end")]
-    cache = build(folder, tokenizer, [{"messages": messages_of(turns)}])
+    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)}])
     [(tokens, mask)] = documents(cache)
-    text = trained_text(tokenizer, tokens, mask)
+    text = learnt(tokenizer, tokens, mask)
     assert text.count("<|im_end|>") == 2
     assert "more" not in text
     assert text.split("<|im_end|>")[0].strip(" ") == reply.strip(" ")
@@ -150,26 +94,18 @@ def test_white_space_of_a_reply_is_trained_on(folder: Path, kind: str, reply: st
         assert text == f"{reply}<|im_end|>the end<|im_end|>"
 
 
-def test_a_prompt_that_is_the_user_turn_itself(folder: Path) -> None:
-    tokenizer = chat_tokenizer(INST)
-    turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bye"), ("assistant", "So long")]
-    cache = build(folder, tokenizer, [{"messages": messages_of(turns)}])
-    [(tokens, mask)] = documents(cache)
-    assert trained_text(tokenizer, tokens, mask) == " Hello! </s> So long </s>"
-
-
-def test_a_conversation_longer_than_a_piece(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 1_000)
     monkeypatch.setattr(pieces, "MARGIN_CHARACTERS", 200)
     tokenizer = chat_tokenizer(CHATML)
     lines = sample_text()
     turns = [(("user", "assistant")[i % 2], lines[i * 700 : (i + 1) * 700]) for i in range(14)]
-    cache = build(folder, tokenizer, [{"messages": messages_of(turns)}])
+    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)}])
     [(tokens, mask)] = documents(cache)
-    assert trained_text(tokenizer, tokens, mask) == "".join(f"{text}<|im_end|>" for role, text in turns[1::2])
+    assert learnt(tokenizer, tokens, mask) == "".join(f"{text}<|im_end|>" for role, text in turns[1::2])
 
 
-def test_text_rows_are_trained_on_wholly_and_never_across_documents(folder: Path) -> None:
+def test_text_rows_are_trained_on_wholly_and_never_across_documents(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(CHATML)
     rows: list[dict[str, Any]] = [
         {"text": "A plain document."},
@@ -177,7 +113,7 @@ def test_text_rows_are_trained_on_wholly_and_never_across_documents(folder: Path
         {"text": "x"},
         {"text": "And the last one."},
     ]
-    cache = build(folder, tokenizer, rows, append_token="</s>")
+    cache = build(tmp_path, tokenizer, rows, append_token="</s>")
     found = documents(cache)
     last = tokenizer.get_vocab()["</s>"]
     assert [tokens[-1] for tokens, _ in found] == [last] * 4
@@ -185,10 +121,10 @@ def test_text_rows_are_trained_on_wholly_and_never_across_documents(folder: Path
         tokens, mask = found[index]
         assert mask.tolist() == [True] * (len(tokens) - 1) + [False]
     tokens, mask = found[1]
-    assert trained_text(tokenizer, tokens, mask) == "It is four, naïvely.<|im_end|>"
+    assert learnt(tokenizer, tokens, mask) == "It is four, naïvely.<|im_end|>"
 
 
-def test_parts_of_content_and_calls_of_tools_reach_the_template(folder: Path) -> None:
+def test_parts_of_content_and_calls_of_tools_reach_the_template(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m.tool_calls is defined %}"
         "CALL {{ m.tool_calls[0]['name'] }}{% elif m['content'] is string %}{{ m['content'] }}"
@@ -202,23 +138,22 @@ def test_parts_of_content_and_calls_of_tools_reach_the_template(folder: Path) ->
         {"role": "tool", "content": "12:00"},
         {"role": "assistant", "content": "Noon.", "tool_calls": None},
     ]
-    cache = build(folder, tokenizer, [{"messages": messages}])
+    cache = build(tmp_path, tokenizer, [{"messages": messages}])
     [(tokens, mask)] = documents(cache)
     assert "part one and two" in tokenizer.decode(tokens)
-    assert trained_text(tokenizer, tokens, mask) == "CALL clock<|im_end|>Noon.<|im_end|>"
+    assert learnt(tokenizer, tokens, mask) == "CALL clock<|im_end|>Noon.<|im_end|>"
     assert list(message_texts(messages)) == ["part one", " and two", "12:00", "Noon."]
 
 
-def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(folder: Path) -> None:
-    (folder / "template.jinja").write_text(CHATML, encoding="utf-8")
-    rows = [{"messages": messages_of([("user", sample_text()[:3_000]), ("assistant", "fine, thanks")])}]
-    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").write_text(CHATML, encoding="utf-8")
+    row = {"messages": messages_of([("user", sample_text()[:3_000]), ("assistant", "fine, thanks")])}
     config = CorpusConfig(
-        text=(str(folder / "chat.jsonl"),),
-        out=str(folder / "cache"),
+        text=(write_rows(tmp_path / "chat.jsonl", row),),
+        out=str(tmp_path / "cache"),
         train_tokenizer=400,
         special_tokens=("<|im_start|>", "<|im_end|>"),
-        chat_template=str(folder / "template.jinja"),
+        chat_template=str(tmp_path / "template.jinja"),
     )
     tokenize(config)
     cache = LogitCache.open(config.out)
@@ -230,36 +165,27 @@ def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(folder: 
     assert int((tokens[:-1][mask[:-1]] == 4).sum()) == 0
 
 
-def _refused(folder: Path, tokenizer: Any, messages: Any) -> str:
+def _refused(tmp_path: Path, tokenizer: Any, messages: Any) -> str:
     with pytest.raises(InputError) as caught:
-        build(folder, tokenizer, [{"text": "a document before"}, {"messages": messages}])
-    assert not (folder / "cache").exists()
+        build(tmp_path, tokenizer, [{"text": "a document before"}, {"messages": messages}])
+    assert not (tmp_path / "cache").exists()
     return str(caught.value)
 
 
-def test_messages_that_cannot_be_rendered_are_refused_with_their_row(folder: Path) -> None:
+def test_messages_that_cannot_be_rendered_are_refused_with_their_row(tmp_path: Path) -> None:
     good = messages_of(CONVERSATIONS[1])
-    where = f"{folder / 'chat.jsonl'} line 2"
-    message = _refused(folder, chat_tokenizer(None), good)
-    assert message.startswith(where)
-    assert "no chat template" in message
+    where = f"{tmp_path / 'chat.jsonl'} line 2"
     # Earlier turns are rewritten once a later one follows, and no loop stands at the messages themselves.
     forgetful = (
         "{% for i in range(messages|length) %}{{ messages[i]['content'] }}{% if loop.last %}END{% endif %}{% endfor %}"
     )
-    message = _refused(folder, chat_tokenizer(forgetful), good)
+    message = _refused(tmp_path, chat_tokenizer(forgetful), good)
     assert message.startswith(f"{where}: message 2 cannot be found")
     assert "{% generation %}" in message
-    message = _refused(folder, chat_tokenizer(CHATML), messages_of([("assistant", "I am alone")]))
+    message = _refused(tmp_path, chat_tokenizer(CHATML), messages_of([("assistant", "I am alone")]))
     assert message.startswith(f"{where}: message 0 cannot be found")
-    cut = CHATML.replace("{{ m['content'] }}", "{{ m['content'][:3] }}")
-    message = _refused(folder, chat_tokenizer(cut), good)
-    assert message.startswith(f"{where}: the content of message 0 (system), 'Be brief.', does not stand in")
-    message = _refused(folder, chat_tokenizer("{{ raise_exception('roles must\nalternate') }}"), good)
+    message = _refused(tmp_path, chat_tokenizer("{{ raise_exception('roles must\nalternate') }}"), good)
     assert message.startswith(f"{where}: the chat template refuses these messages (roles must alternate)")
-    assert _refused(folder, chat_tokenizer(CHATML), []).startswith(f"{where}: 'messages' is an empty list")
-    assert _refused(folder, chat_tokenizer(CHATML), "text").startswith(f"{where}: 'messages' is not a list")
-    assert _refused(folder, chat_tokenizer(CHATML), [{"content": "x"}]).startswith(f"{where}: 'messages' is not a list")
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import click
 import pytest
 from pydantic import ValidationError
+from support.caches.streams import CHATML, chat_tokenizer, documents, learnt, write_rows
 from support.commands import COMMANDS, ROOT
 from support.models.saved import make_tokenizer, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.conventions import Conventions
@@ -25,10 +27,6 @@ from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 DATED = "{{ bos_token }}Today is {{ strftime_now('%d %B %Y') }}.\n" + CHATML
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}]}
 PRINTED = "{% for c in m.tool_calls %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
@@ -42,21 +40,13 @@ NAMED = CHATML + "{% if style is defined %}{{ style }}{% endif %}"
 
 def save(folder: Path, template: str | dict[str, str] | None = CHATML, begins: bool = True, ends: bool = False) -> str:
     """A tokenizer that puts <s> before a text, or </s> after it, by itself."""
-    tokenizer = make_tokenizer("gpt2")
-    tokenizer.add_special_tokens(
-        {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-    )
+    tokenizer = chat_tokenizer(template)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     parts = ["<s>"] * begins + ["$A"] + ["</s>"] * ends
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=" ".join(parts), special_tokens=ids)
-    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def write(path: Path, *rows: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def make(out: Path, tokenizer: str, *text: str, **options: Any) -> LogitCache:
@@ -64,22 +54,19 @@ def make(out: Path, tokenizer: str, *text: str, **options: Any) -> LogitCache:
     return LogitCache.open(str(out))
 
 
-def make_decoder(tokenizer: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tokenizer).decode
-
-
 def texts(cache: LogitCache, tokenizer: str) -> list[str]:
-    decode = make_decoder(tokenizer)
-    ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
-    return [decode(cache.tokens.read(a, b)) for a, b in zip(cache.document_starts.tolist(), ends, strict=True)]
+    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    return [decode(tokens) for tokens, _ in documents(cache)]
 
 
 def trained(cache: LogitCache) -> list[bool]:
-    assert cache.loss_mask is not None
-    found: list[bool] = cache.loss_mask.read(0, len(cache.tokens)).tolist()
-    return found
+    return [wanted for _, mask in documents(cache) for wanted in mask.tolist()]
+
+
+def learnt_of(cache: LogitCache, tokenizer: str) -> str:
+    """The text that is trained on in a stream of one document."""
+    [(tokens, mask)] = documents(cache)
+    return learnt(AutoTokenizer.from_pretrained(tokenizer), tokens, mask)
 
 
 def digest(folder: Path) -> str:
@@ -96,7 +83,7 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok")
     rows = [{"text": "one"}, {"text": "<s>two"}, {"prompt": "1+", "completion": "1"}, {"messages": TURNS},
             {"input_ids": [5, 6]}]  # fmt: skip
-    path = write(tmp_path / "rows.jsonl", *rows)
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
     cache = make(tmp_path / "cache", tokenizer, path)
     found = texts(cache, tokenizer)
     assert found[:3] == ["<s>one", "<s>two", "<s>1+1"]
@@ -111,14 +98,14 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
 
 def test_a_tokenizer_without_a_beginning_adds_none_unless_asked(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok", begins=False)
-    path = write(tmp_path / "rows.jsonl", {"text": "one"})
+    path = write_rows(tmp_path / "rows.jsonl", {"text": "one"})
     assert texts(make(tmp_path / "a", tokenizer, path), tokenizer) == ["one"]
     assert texts(make(tmp_path / "b", tokenizer, path, bos=True), tokenizer) == ["<s>one"]
 
 
 def test_an_appended_token_is_trained_on_after_a_completion(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok")
-    path = write(tmp_path / "rows.jsonl", {"prompt": "ab cd", "completion": " ef"})
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "ab cd", "completion": " ef"})
     cache = make(tmp_path / "cache", tokenizer, path, append_token="</s>")
     assert texts(cache, tokenizer) == ["<s>ab cd ef</s>"]
     mask = trained(cache)
@@ -128,12 +115,12 @@ def test_an_appended_token_is_trained_on_after_a_completion(tmp_path: Path) -> N
 
 def test_tokens_keep_their_mask(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok")
-    path = write(tmp_path / "rows.jsonl", {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8]})
+    path = write_rows(tmp_path / "rows.jsonl", {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8]})
     cache = make(tmp_path / "cache", tokenizer, path)
     assert cache.tokens.read(0, 4).tolist() == [5, 6, 7, 8]
     assert trained(cache) == [False, True, False, False]
     assert cache.record.corpus.text_bytes > 0
-    too_large = write(tmp_path / "large.jsonl", {"input_ids": [5, 1 << 20]})
+    too_large = write_rows(tmp_path / "large.jsonl", {"input_ids": [5, 1 << 20]})
     with pytest.raises(InputError, match=r"large\.jsonl line 1: it holds the id 1048576, and the tokenizer has"):
         make(tmp_path / "no", tokenizer, too_large)
 
@@ -141,7 +128,7 @@ def test_tokens_keep_their_mask(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("as_version_1")
 def test_a_stream_of_version_1_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = save(tmp_path / "tok")
-    path = write(tmp_path / "rows.jsonl", {"text": "one"}, {"messages": TURNS})
+    path = write_rows(tmp_path / "rows.jsonl", {"text": "one"}, {"messages": TURNS})
     old = make(tmp_path / "old", tokenizer, path)
     assert old.record.format_version == 1
     assert old.document_sources is None
@@ -166,7 +153,7 @@ def test_a_text_after_the_last_reply_was_trained_on_in_version_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = save(tmp_path / "tok", CHATML + "{% if not add_generation_prompt %}</s>{% endif %}")
-    path = write(tmp_path / "rows.jsonl", {"messages": TURNS})
+    path = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
     old = trained(make(tmp_path / "old", tokenizer, path))
     monkeypatch.undo()
     assert trained(make(tmp_path / "old", tokenizer, path)) == old
@@ -177,7 +164,7 @@ def test_a_text_after_the_last_reply_was_trained_on_in_version_1(
 
 def test_a_date_is_recorded_and_holds(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok", DATED)
-    path = write(tmp_path / "rows.jsonl", {"messages": TURNS})
+    path = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
     day = datetime.date(2020, 2, 3)
     cache = make(tmp_path / "cache", tokenizer, path, date=day)
     assert texts(cache, tokenizer)[0].startswith("<s>Today is 03 February 2020.")
@@ -194,7 +181,7 @@ def test_a_date_is_recorded_and_holds(tmp_path: Path) -> None:
 
 def test_variables_of_templates_are_recorded_and_hold(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok", NAMED)
-    path = write(
+    path = write_rows(
         tmp_path / "rows.jsonl", {"messages": TURNS}, {"messages": TURNS, "chat_template_kwargs": {"style": 3}}
     )
     cache = make(tmp_path / "cache", tokenizer, path, template_variables=("style=dry",))
@@ -212,7 +199,7 @@ def test_variables_of_templates_are_recorded_and_hold(tmp_path: Path) -> None:
 def test_a_tokenizer_with_several_templates(tmp_path: Path) -> None:
     named = {"default": CHATML, "tool_use": "{% for tool in tools %}{{ tool.name }}{% endfor %}" + CHATML}
     tokenizer = save(tmp_path / "tok", named)
-    path = write(tmp_path / "rows.jsonl", {"messages": TURNS}, {"messages": TURNS, "tools": [{"name": "f"}]})
+    path = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS}, {"messages": TURNS, "tools": [{"name": "f"}]})
     cache = make(tmp_path / "cache", tokenizer, path)
     plain, with_tools = texts(cache, tokenizer)
     assert (plain[:12], with_tools[:13]) == ("<|im_start|>", "f<|im_start|>")
@@ -223,12 +210,12 @@ def test_a_tokenizer_with_several_templates(tmp_path: Path) -> None:
     # Held-out text has both again; plain text needs none of them.
     again = make(tmp_path / "held-out", str(tmp_path / "cache"), path)
     assert texts(again, tokenizer) == [plain, with_tools]
-    only = write(tmp_path / "tools.jsonl", {"messages": TURNS, "tools": [{"name": "f"}]})
+    only = write_rows(tmp_path / "tools.jsonl", {"messages": TURNS, "tools": [{"name": "f"}]})
     assert texts(make(tmp_path / "b", tokenizer, only, chat_template="tool_use"), tokenizer) == [with_tools]
     without_default = save(tmp_path / "tok-2", {"rag": CHATML, "tool_use": CHATML})
     with pytest.raises(InputError, match=r"line 1: of the tokenizer's chat templates \(rag, tool_use\) none is"):
         make(tmp_path / "c", without_default, path)
-    assert texts(make(tmp_path / "d", without_default, write(tmp_path / "t.jsonl", {"text": "a"})), tokenizer)
+    assert texts(make(tmp_path / "d", without_default, write_rows(tmp_path / "t.jsonl", {"text": "a"})), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +228,12 @@ def test_a_tokenizer_with_several_templates(tmp_path: Path) -> None:
 )
 def test_what_no_template_reads_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make(tmp_path / "cache", save(tmp_path / "tok", NAMED), write(tmp_path / "a.jsonl", {"text": "a"}), **options)
+        make(
+            tmp_path / "cache",
+            save(tmp_path / "tok", NAMED),
+            write_rows(tmp_path / "a.jsonl", {"text": "a"}),
+            **options,
+        )
     assert not (tmp_path / "cache").exists()
 
 
@@ -272,7 +264,7 @@ def test_what_no_template_reads_is_refused(tmp_path: Path, options: dict[str, An
     ],
 )
 def test_what_would_be_lost_is_refused(tmp_path: Path, template: str, row: dict[str, Any], message: str) -> None:
-    path = write(tmp_path / "rows.jsonl", row)
+    path = write_rows(tmp_path / "rows.jsonl", row)
     with pytest.raises(InputError, match=message):
         make(tmp_path / "cache", save(tmp_path / "tok", template), path)
     assert not (tmp_path / "cache").exists()
@@ -284,7 +276,7 @@ def test_content_is_given_as_the_template_takes_it(tmp_path: Path) -> None:
     expected = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
     for name, template, messages in (("a", CHATML, parts), ("b", of_parts, TURNS), ("c", of_parts, parts)):
         tokenizer = save(tmp_path / f"tok-{name}", template)
-        cache = make(tmp_path / name, tokenizer, write(tmp_path / f"{name}.jsonl", {"messages": messages}))
+        cache = make(tmp_path / name, tokenizer, write_rows(tmp_path / f"{name}.jsonl", {"messages": messages}))
         assert texts(cache, tokenizer) == [expected]
 
 
@@ -297,7 +289,7 @@ def test_arguments_of_calls_are_not_quoted_twice(tmp_path: Path, arguments: Any)
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     row = {"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
     tokenizer = save(tmp_path / "tok", template)
-    [text] = texts(make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", row)), tokenizer)
+    [text] = texts(make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", row)), tokenizer)
     assert 'assistant\nf{"b": 2, "a": null}<|im_end|>' in text
 
 
@@ -311,17 +303,15 @@ def test_calls_are_given_in_the_form_that_the_template_prints(tmp_path: Path, co
     call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     row = {"messages": [TURNS[0], {"role": "assistant", "content": content, "tool_calls": [call]}]}
     tokenizer = save(tmp_path / "tok", template)
-    [text] = texts(make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", row)), tokenizer)
+    [text] = texts(make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", row)), tokenizer)
     assert text.endswith('assistant\n`f{"a": 1}`<|im_end|>\n')
 
 
 def test_content_like_the_end_marker_and_private_characters(tmp_path: Path) -> None:
     turns = [TURNS[0], {"role": "assistant", "content": "a >"}, {"role": "user", "content": "\ue0f0 \ue0f1"}, TURNS[1]]
     tokenizer = save(tmp_path / "tok", CHATML)
-    cache = make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", {"messages": turns}))
-    tokens, mask = cache.tokens.read(0, len(cache.tokens)), trained(cache)
-    learnt = make_decoder(tokenizer)([token for token, wanted in zip(tokens[1:], mask, strict=False) if wanted])
-    assert learnt == "a ><|im_end|>yo<|im_end|>"
+    cache = make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", {"messages": turns}))
+    assert learnt_of(cache, tokenizer) == "a ><|im_end|>yo<|im_end|>"
 
 
 def test_a_prompt_that_depends_on_the_question(tmp_path: Path) -> None:
@@ -333,10 +323,8 @@ def test_a_prompt_that_depends_on_the_question(tmp_path: Path) -> None:
     )
     turns = [*TURNS, {"role": "user", "content": "be brief"}, TURNS[1], *TURNS]
     tokenizer = save(tmp_path / "tok", template)
-    cache = make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", {"messages": turns}))
-    tokens, mask = cache.tokens.read(0, len(cache.tokens)), trained(cache)
-    learnt = make_decoder(tokenizer)([token for token, wanted in zip(tokens[1:], mask, strict=False) if wanted])
-    assert learnt.replace(" ", "") == "yo<|im_end|>" * 3
+    cache = make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", {"messages": turns}))
+    assert learnt_of(cache, tokenizer).replace(" ", "") == "yo<|im_end|>" * 3
 
 
 @pytest.mark.parametrize(
@@ -359,10 +347,10 @@ def test_other_values_are_refused(field: dict[str, Any]) -> None:
 
 def test_a_mask_needs_offsets(tmp_path: Path) -> None:
     tiny_tokenizer("bytes").save_pretrained(tmp_path / "bytes")
-    path = write(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(InputError, match=r"rows\.jsonl line 1: .*character offsets"):
         make(tmp_path / "cache", str(tmp_path / "bytes"), path)
-    ids = write(tmp_path / "ids.jsonl", {"input_ids": [5, 6], "labels": [-100, 6]})
+    ids = write_rows(tmp_path / "ids.jsonl", {"input_ids": [5, 6], "labels": [-100, 6]})
     assert trained(make(tmp_path / "cache", str(tmp_path / "bytes"), ids)) == [True, False]
 
 
@@ -376,7 +364,7 @@ def test_the_template_is_rendered_a_fixed_number_of_times(tmp_path: Path, monkey
     numbers = []
     for turns in (2, 200):
         calls.clear()
-        make(tmp_path / str(turns), tokenizer, write(tmp_path / "rows.jsonl", {"messages": TURNS * turns}))
+        make(tmp_path / str(turns), tokenizer, write_rows(tmp_path / "rows.jsonl", {"messages": TURNS * turns}))
         numbers.append(len(calls))
     assert numbers[0] == numbers[1]
 
@@ -386,7 +374,7 @@ def test_the_log_says_what_a_user_should_know(tmp_path: Path) -> None:
     rows = [{"messages": TURNS}, {"messages": TURNS[:1]}]
     rows.append({"messages": [TURNS[0], {"role": "assistant", "content": "<think>hm</think>yo"}]})
     config = CorpusConfig(
-        text=(write(tmp_path / "rows.jsonl", *rows),),
+        text=(write_rows(tmp_path / "rows.jsonl", *rows),),
         out=str(tmp_path / "cache"),
         tokenizer=save(tmp_path / "tok", drops, ends=True),
     )
@@ -411,13 +399,11 @@ def test_the_page_s_example_is_true(tmp_path: Path) -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = save(tmp_path / "tok", template)
-    cache = make(tmp_path / "cache", tokenizer, write(tmp_path / "rows.jsonl", row))
+    cache = make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", row))
     schema = json.dumps(row["tools"][0])
     [text] = texts(cache, tokenizer)
     assert text.replace(schema, schema[: schema.index('"parameters"')] + "…}}") == re.sub("[‹›]", "", shown)
-    tokens, mask = cache.tokens.read(0, len(cache.tokens)), trained(cache)
-    learnt = make_decoder(tokenizer)([token for token, wanted in zip(tokens[1:], mask, strict=False) if wanted])
-    assert learnt == "".join(re.findall("‹(.*?)›", shown))
+    assert learnt_of(cache, tokenizer) == "".join(re.findall("‹(.*?)›", shown))
 
 
 def test_the_page_names_every_option_of_the_command() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.caches.streams import documents, write_rows
 from support.models.saved import make_tokenizer, sample_text
 from support.references.chat_families import FAMILIES, SPECIAL, Family
 
@@ -60,27 +60,24 @@ def stream(folder: Path, family: Family, rows: list[dict[str, Any]], **options: 
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL), "bos_token": "<s>", "eos_token": "</s>"})
     tokenizer.chat_template = family.template
     tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    out = str(folder / "cache")
-    tokenize(CorpusConfig(text=(str(folder / "rows.jsonl"),), out=out, tokenizer=str(folder / "tokenizer"), **options))
+    path, out = write_rows(folder / "rows.jsonl", *rows), str(folder / "cache")
+    tokenize(CorpusConfig(text=(path,), out=out, tokenizer=str(folder / "tokenizer"), **options))
     return LogitCache.open(out), tokenizer
 
 
 def check(folder: Path, family: Family, rows: list[dict[str, Any]], **options: Any) -> None:
     cache, tokenizer = stream(folder, family, rows, **options)
     variables = options.get("template_variables", {})
-    mask = cache.loss_mask
-    assert mask is not None
-    ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
-    for row, start, stop in zip(rows, cache.document_starts.tolist(), ends, strict=True):
+    assert cache.loss_mask is not None
+    for row, (tokens, mask) in zip(rows, documents(cache), strict=True):
         segments = list(family.reference(row["messages"], tools=row.get("tools"), date=f"{DATE:%d %b %Y}", **variables))
         text = "".join(part for part, _ in segments)
         trained = np.concatenate([np.full(len(part), wanted) for part, wanted in segments])
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        assert cache.tokens.read(start, stop).tolist() == encoded["input_ids"]
+        assert tokens.tolist() == encoded["input_ids"]
         of_token = [bool(trained[a:b].any()) for a, b in encoded["offset_mapping"]]
         # The position before a token is the one that learns it, and the last one of a document learns nothing.
-        assert mask.read(start, stop).tolist() == [*of_token[1:], False]
+        assert mask.tolist() == [*of_token[1:], False]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -201,6 +201,7 @@ CALL = {"role": "assistant", "content": "", "function_call": {"name": "f"}}
         ({"instruction": "a", "output": "b", "history": [["a", None]]}, "expected a text, found NoneType"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "text"}, "'messages' is not a list"),
+        ({"messages": [{"content": "x"}]}, "'messages' is not a list"),
     ],
 )
 def test_rows_that_are_refused(row: dict[str, Any], message: str) -> None:

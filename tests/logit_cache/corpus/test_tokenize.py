@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.caches.streams import documents, write
 from support.commands import ROOT
 from support.models.saved import sample_text, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,20 +31,10 @@ from storage import LogitCache
 from student.models.vocabulary import cache_vocabulary
 
 
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("gpt2")
-    tiny_tokenizer("gpt2").save_pretrained(folder)
-    return str(folder)
-
-
 def documents_of(cache: LogitCache) -> list[str]:
     """The text of each document; the `gpt2` tokenizer loses nothing."""
-    ends = [*cache.document_starts[1:].tolist(), len(cache.tokens)]
-    return [
-        tiny_tokenizer("gpt2").decode(cache.tokens.read(start, stop), clean_up_tokenization_spaces=False)
-        for start, stop in zip(cache.document_starts.tolist(), ends, strict=True)
-    ]
+    decode = tiny_tokenizer("gpt2").decode
+    return [decode(tokens, clean_up_tokenization_spaces=False) for tokens, _ in documents(cache)]
 
 
 def made(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> LogitCache:
@@ -52,11 +43,6 @@ def made(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> LogitCache:
     cache = LogitCache.open(config.out)
     assert cache.record == record
     return cache
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8", newline="")
-    return str(path)
 
 
 def source_counts(cache: LogitCache) -> list[tuple[str, int, int]]:
@@ -102,11 +88,11 @@ def test_blank_lines_separate_documents(tmp_path: Path, gpt2: str, newline: str)
 
 def test_a_token_can_end_each_document(tmp_path: Path, gpt2: str) -> None:
     # The third is tokenised in several pieces.
-    documents = ["one", "two", "three " * 60_000, "four"]
-    path = write(tmp_path / "a.txt", "\n\n".join([*documents[:2], "", *documents[2:]]))
+    texts = ["one", "two", "three " * 60_000, "four"]
+    path = write(tmp_path / "a.txt", "\n\n".join([*texts[:2], "", *texts[2:]]))
     cache = made(tmp_path, gpt2, path, document_separator="\n\n", append_token="</s>")
-    assert documents_of(cache) == [f"{text}</s>" for text in documents]
-    assert cache.record.corpus.text_bytes == sum(map(len, documents))
+    assert documents_of(cache) == [f"{text}</s>" for text in texts]
+    assert cache.record.corpus.text_bytes == sum(map(len, texts))
 
 
 def test_many_files_are_folded_into_one_source(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,26 +171,6 @@ def test_a_validation_cache_takes_the_tokenizer_of_the_first(tmp_path: Path) -> 
         assert second.tokenizer == first.tokenizer
         assert second.corpus == first.corpus
         assert LogitCache.open(out).tokenizer_files() == LogitCache.open(str(tmp_path / "first")).tokenizer_files()
-
-
-def test_truncation_and_padding_of_a_tokenizer_do_not_act(tmp_path: Path, gpt2: str) -> None:
-    text = sample_text()[:9_000]
-    path = write(tmp_path / "a.txt", text)
-    folder = tmp_path / "short"
-    folder.mkdir()
-    for file in Path(gpt2).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    whole = json.loads((folder / "tokenizer.json").read_text())
-    whole["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
-    whole["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                        "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(whole))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 16}))
-    cache = made(tmp_path, str(folder), path)
-    assert documents_of(cache) == [text]
-    plain = tokenize(CorpusConfig(text=(path,), out=str(tmp_path / "plain"), tokenizer=gpt2))
-    assert cache.record.tokenizer == plain.tokenizer
 
 
 def test_a_tokenizer_that_is_not_fast(tmp_path: Path) -> None:

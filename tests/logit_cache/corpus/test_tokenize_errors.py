@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,27 +11,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 from pydantic import ValidationError
+from support.caches.streams import write
 from support.commands import ROOT
-from support.models.saved import sample_text, tiny_tokenizer
-from transformers import AutoTokenizer
+from support.models.saved import sample_text
 
 from logit_cache.corpus import tokenize as corpus
 from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.tokenize import tokenize
-from storage import LogitCache
-from storage.errors import IdentityMismatch, InputError
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("gpt2")
-    tiny_tokenizer("gpt2").save_pretrained(folder)
-    return str(folder)
-
-
-def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8", newline="")
-    return str(path)
+from storage.errors import InputError
 
 
 def refused(tmp_path: Path, gpt2: str, *text: str, **options: Any) -> str:
@@ -73,21 +59,6 @@ def test_wrong_tokenizers_are_refused(tmp_path: Path, gpt2: str, monkeypatch: py
     )
 
 
-def test_a_tokenizer_that_saving_changes_is_refused(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = write(tmp_path / "a.txt", "text")
-    tokenizer = AutoTokenizer.from_pretrained(gpt2)
-    save = type(tokenizer).save_pretrained
-
-    def lossy(self: Any, folder: str, **options: Any) -> Any:
-        done = save(self, folder, **options)
-        path = Path(folder) / "tokenizer.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": {"type": "Lowercase"}}))
-        return done
-
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", lossy)
-    assert "does not survive saving" in refused(tmp_path, gpt2, text)
-
-
 def test_wrong_options_are_refused(tmp_path: Path, gpt2: str) -> None:
     text = write(tmp_path / "a.txt", "text")
     assert "'<eod>' is not a token of this vocabulary" in refused(tmp_path, gpt2, text, append_token="<eod>")
@@ -106,12 +77,6 @@ def test_wrong_options_are_refused(tmp_path: Path, gpt2: str) -> None:
             CorpusConfig.model_validate({"text": (text,), "out": "x", **options})
 
 
-def test_messages_need_a_template_before_a_tokenizer_is_trained(tmp_path: Path, gpt2: str) -> None:
-    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"messages": [{"role": "user", "content": "x"}]}\n')
-    message = refused(tmp_path, gpt2, path, tokenizer=None, train_tokenizer=300)
-    assert message.startswith(f"{path} line 2: the row holds messages, and a new tokenizer has no chat template")
-
-
 def test_a_folder_that_holds_something_else_is_left_alone(
     tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,15 +90,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     with pytest.raises(InputError, match="is a file"):
         tokenize(CorpusConfig(text=(text,), out=text, tokenizer=gpt2))
     assert [p.name for p in out.iterdir()] == ["thesis.tex"]
-
-
-def test_another_cache_is_left_alone(tmp_path: Path, gpt2: str) -> None:
-    out = str(tmp_path / "cache")
-    record = tokenize(CorpusConfig(text=(write(tmp_path / "a.txt", "text"),), out=out, tokenizer=gpt2))
-    with pytest.raises(IdentityMismatch) as caught:
-        tokenize(CorpusConfig(text=(write(tmp_path / "b.txt", "other"),), out=out, tokenizer=gpt2))
-    assert any(field.startswith("corpus.stream_sha256") for field in caught.value.fields)
-    assert LogitCache.open(out).record == record
 
 
 def test_a_full_temporary_folder_is_one_line(tmp_path: Path, gpt2: str) -> None:

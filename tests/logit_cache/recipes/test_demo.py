@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import LIBRARY, Run, command, environment
+from support.commands import LIBRARY, Run, command, environment, refused
 
 MODELS = ("one", "two", "student", "control")
 
@@ -138,29 +138,17 @@ def test_a_folder_that_is_no_demo_is_not_touched(run: Run, tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_missing_text_is_reported_before_anything_is_written(run: Run, tmp_path: Path) -> None:
-    done = run("logit-cache", "demo", "--out", tmp_path / "run", "--text", tmp_path / "none.txt")
-    assert done.returncode == 2
-    assert "none.txt" in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
 def test_text_that_cannot_be_used_does_not_lock_the_folder(run: Run, tmp_path: Path) -> None:
-    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
-    good.write_text("one\ntwo\nthree\n")
+    good, bad = tmp_path / "good[1].txt", tmp_path / "bad.txt"
+    good.write_text("one\n")
     bad.write_bytes(b"caf\xe9\n" * 4)
     out = tmp_path / "run"
-    done = run("logit-cache", "demo", "--out", out, "--text", good, "--text", bad)
-    assert done.returncode == 2
-    assert "bad.txt" in done.stderr
-    assert not out.exists()
+    for text, words in ((tmp_path / "none.txt", "none.txt: expected files of text"), (bad, "bad.txt: not UTF-8")):
+        refused(run("logit-cache", "demo", "--out", out, "--text", good, "--text", text), words)
+        assert not out.exists()
     # Of too little text it is the same; and what was given may be given anew.
-    done = run("logit-cache", "demo", "--out", out, "--text", good)
-    assert done.returncode == 2
-    assert "fewer than two steps of 8 windows (2,048): give more text\n" in done.stderr
-    good.write_text("four\n" * 9)
-    done = run("logit-cache", "demo", "--out", out, "--text", good)
-    assert "fewer than two steps" in done.stderr
-    done = run("logit-cache", "demo", "--out", good)
-    assert done.returncode == 2
-    assert "expected a folder of a recipe" in done.stderr
+    for content in ("one\ntwo\nthree\n", "four\n" * 9):
+        good.write_text(content)
+        done = run("logit-cache", "demo", "--out", out, "--text", good)
+        refused(done, "fewer than two steps of 8 windows (2,048): give more text")
+    refused(run("logit-cache", "demo", "--out", good), "expected a folder of a recipe")

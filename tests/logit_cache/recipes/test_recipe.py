@@ -26,12 +26,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import logit_cache.recipes.stages
 from logit_cache.cli.main import cache_logits, main
 from logit_cache.recipes import run as recipe_module
+from logit_cache.recipes.commands import RecipeJob
+from logit_cache.recipes.estimate import seconds
 from logit_cache.recipes.machine import Machine, free_memory, probe
 from logit_cache.recipes.published import RECIPES, SCALES, Recipe, find_recipe
-from logit_cache.recipes.run import RecipeJob, RecipeRun
+from logit_cache.recipes.run import RecipeRun
 from logit_cache.recipes.stages import Pipeline, Stage
 from storage.errors import IdentityMismatch, InputError
 from storage.locks import LOCK
+from storage.text import duration
 from student.cli import train_student
 from student.job import StudentJob
 from student.models.presets import PRESETS
@@ -60,12 +63,28 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two megabytes of text: enough for two steps at every scale."""
+    path = tmp_path_factory.mktemp("plenty") / "many.txt"
+    path.write_text("word " * 400_000)
+    return str(path)
+
+
 def job_of(folder: Path, out: Path, **changes: Any) -> RecipeJob:
     fields: dict[str, Any] = {
         "recipe": "baby-llama", "scale": "tiny", "text": (f"{folder}/train/*.txt",),
         "eval_text": (f"{folder}/valid/*.txt",), "out": str(out),
     }  # fmt: skip
     return RecipeJob.model_validate(fields | changes)
+
+
+def pairs_in(folder: Path) -> Path:
+    """Nine minimal pairs of one paradigm."""
+    folder.mkdir()
+    rows = [{"sentence_good": f"return the value {n}", "sentence_bad": f"the return value {n}"} for n in range(9)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 @pytest.mark.parametrize(("name", "scale"), ALL)
@@ -92,15 +111,14 @@ def test_the_papers_networks_and_schedules() -> None:
     assert {n.parameters(16_000) for n in second.models.values()} == {PRESETS["llama-345m"].parameters}
     assert (baby.temperature, baby.alpha, baby.offset, baby.loss_scale) == (2.0, 0.5, "fixed", "babyllama")
     assert (second.temperature, second.alpha, second.offset) == (1.0, 0.5, "random")
-
-    def schedule(model: Any) -> tuple[float, int, int, int, float]:
-        t = model.training
-        return (t.learning_rate, t.batch, t.epochs, t.warmup_steps, t.weight_decay)
-
-    assert schedule(baby.teachers[0]) == (3e-4, 128, 4, 300, 0.0)
-    assert schedule(baby.teachers[1]) == (2.5e-4, 128, 4, 300, 0.0)
-    assert schedule(baby.student) == (2.5e-4, 32, 6, 200, 0.1)
-    assert schedule(second.student) == schedule(second.teachers[0]) == (7e-4, 128, 8, 600, 5.0)
+    models = (*baby.teachers, baby.student, second.teachers[0], second.student)
+    assert [tuple(model.training.model_dump().values()) for model in models] == [
+        (3e-4, 128, 4, 300, 0.0),
+        (2.5e-4, 128, 4, 300, 0.0),
+        (2.5e-4, 32, 6, 200, 0.1),
+        (7e-4, 128, 8, 600, 5.0),
+        (7e-4, 128, 8, 600, 5.0),
+    ]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -115,16 +133,12 @@ def test_the_weight_decay_per_step_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "scale"), ALL)
-def test_every_command_exists(text: Path, tmp_path: Path, name: str, scale: Any) -> None:
+def test_every_command_exists(text: Path, plenty: str, tmp_path: Path, name: str, scale: Any) -> None:
     """Each option exists and its value parses; training fields are checked as a run would."""
     from student.training.arguments import training_values
 
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "one.jsonl").touch()
-    more = {"pairs": str(tmp_path / "pairs"), "limit": 5, "seeds": (0, 3), "live": True}
-    many = tmp_path / "many.txt"
-    many.write_text("word " * 400_000)
-    changes = {"recipe": name, "scale": scale, "text": (str(many),), **more}
+    more = {"pairs": str(pairs_in(tmp_path / "pairs")), "limit": 5, "seeds": (0, 3), "live": True}
+    changes = {"recipe": name, "scale": scale, "text": (plenty,), **more}
     stages = RecipeRun(job_of(text, tmp_path / "out", **changes), LARGE).stages
     assert [stage.command[1] for stage in stages[:4]] == ["clean", "clean", "tokenize", "tokenize"]
     # Per seed: two teachers, their cache of two streams, student, control, live, five models' scores.
@@ -145,15 +159,36 @@ def test_every_command_exists(text: Path, tmp_path: Path, name: str, scale: Any)
 
 def test_a_dry_run_prints_the_commands_and_does_nothing(text: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "out dir"
-    line = ["--text", f"{text}/train/*.txt", "--eval-text", f"{text}/valid/*.txt", "--out", out, "--scale", "tiny"]
-    done = run("logit-cache", "recipe", "babyllama-2", *line, "--dry-run")
+    line = ["logit-cache", "recipe", "babyllama-2", "--out", out, "--scale", "tiny", "--dry-run"]
+    line += ["--text", f"{text}/train/*.txt", "--eval-text"]
+    refused(run(*line, text / "none.txt"), "--eval-text", "none.txt", "found none")
+    done = run(*line, f"{text}/valid/*.txt")
     assert done.returncode == 0, done.stderr
     assert not out.exists()
     lines = [part for part in done.stdout.splitlines() if part.startswith(("logit-cache ", "train-", "cache-logits "))]
     expected = RecipeRun(job_of(text, out, recipe="babyllama-2"), LARGE).stages
     assert [shlex.split(part) for part in lines] == [list(stage.command) for stage in expected]
     assert "teacher one" in done.stdout
-    assert "FLOP" in done.stdout
+
+
+def test_the_estimate_has_every_stage(text: Path, tmp_path: Path) -> None:
+    """A row for each, whose work is counted, and a total that is their sum; the more pairs, the longer the scoring."""
+    pairs = pairs_in(tmp_path / "pairs")
+    runs = [
+        RecipeRun(job_of(text, tmp_path / "out", pairs=str(pairs), limit=limit, live=True, seeds=(0, 1)), LARGE)
+        for limit in (None, 3)
+    ]
+    *rows, total = runs[0].forecast.splitlines()[2:]
+    assert [row.split("  ")[0] for row in rows] == [stage.title for stage in runs[0].stages]
+    assert all(stage.cost.products for stage in runs[0].stages[4:-1])
+    assert all(stage.cost.text_bytes for stage in runs[0].stages[:4])
+    whole = duration(sum(seconds(stage.cost, LARGE) for stage in runs[0].stages))
+    assert total.startswith(f"about {whole}, on a machine")
+    scored, fewer = (sum(s.cost.products for s in run.stages if s.title.startswith("scores")) for run in runs)
+    # Nine pairs less three, of two sentences: 18 or 19 bytes at 3.1 each, and the token before them.
+    models = [*runs[0].recipe.models.values(), *[runs[0].recipe.student.network] * 2]
+    products = 2 * sum(network.products(2_048) for network in models)
+    assert scored - fewer == pytest.approx(products * 12 * (1 + 18.5 / 3.1), rel=0.1)
 
 
 def test_the_machine_is_probed() -> None:
@@ -164,13 +199,11 @@ def test_the_machine_is_probed() -> None:
     assert 1 << 26 < free_memory() < 1 << 45
 
 
-def test_micro_batches_shrink_with_memory(text: Path, tmp_path: Path) -> None:
-    many = tmp_path / "many.txt"
-    many.write_text("word " * 400_000)
+def test_micro_batches_shrink_with_memory(text: Path, plenty: str, tmp_path: Path) -> None:
     seen = []
     for memory in (512, 24, 16):
         machine = LARGE.model_copy(update={"memory_bytes": memory * GIB, "device": "cuda"})
-        run = RecipeRun(job_of(text, tmp_path / "out", scale="paper", text=(str(many),)), machine)
+        run = RecipeRun(job_of(text, tmp_path / "out", scale="paper", text=(plenty,)), machine)
         seen.append(run.batches["gpt2"])
         settings = [s for stage in run.stages if stage.title.startswith("teacher gpt2") for s in stage.command]
         assert f"per_device_train_batch_size={run.batches['gpt2']}" in settings
@@ -186,7 +219,9 @@ def refusal(folder: Path, out: Path, machine: Machine = LARGE, **changes: Any) -
     return str(caught.value)
 
 
-def test_impossible_jobs_are_refused_beforehand(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_jobs_are_refused_beforehand(
+    text: Path, plenty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     train = f"{text}/train/*.txt"
     assert "found none" in refusal(text, out, text=(train, f"{text}/missing/*.txt"))
@@ -204,21 +239,12 @@ def test_impossible_jobs_are_refused_beforehand(text: Path, tmp_path: Path, monk
     short.write_text("")
     assert "empty" in refusal(text, out, text=(str(short),))
     small = LARGE.model_copy(update={"memory_bytes": 8 * GIB})
-    many = tmp_path / "many.txt"
-    many.write_text("word " * 400_000)
-    found = refusal(text, out, small, scale="paper", text=(str(many),))
+    found = refusal(text, out, small, scale="paper", text=(plenty,))
     assert "teacher gpt2 needs about 1" in found or "teacher llama needs about" in found
     assert "8.6 GB free: take --scale small" in found
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(recipe_module.shutil, "disk_usage", lambda path: usage(GIB, GIB, 1 << 20))
     assert "1.0 MB are free there" in refusal(text, out)
-
-
-def test_refusals_of_the_command(text: Path, tmp_path: Path, run: Run) -> None:
-    line = ["--eval-text", f"{text}/valid/*.txt", "--out", tmp_path / "out", "--scale", "tiny"]
-    done = run("logit-cache", "recipe", "baby-llama", "--text", text / "none.txt", *line)
-    refused(done, "--text", "none.txt", "found none")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,10 +276,7 @@ def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypa
 def test_a_whole_recipe_killed_and_resumed(text: Path, tmp_path: Path, installed: Run) -> None:
     """From text to report by the installed command; killed after its first teacher, then run to the end, and again."""
     out = tmp_path / "out"
-    pairs = tmp_path / "pairs"
-    pairs.mkdir()
-    rows = [{"sentence_good": f"return the value {n}", "sentence_bad": f"the return value {n}"} for n in range(9)]
-    (pairs / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = pairs_in(tmp_path / "pairs")
     line = ["logit-cache", "recipe", "baby-llama", "--scale", "tiny", "--text", f"{text}/train/*.txt"]
     line += ["--eval-text", f"{text}/valid/*.txt", "--pairs", pairs, "--out", out, "--live"]
     victim = subprocess.Popen(command(*line), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -410,14 +433,12 @@ def test_a_folder_runs_one_recipe_at_a_time(text: Path, tmp_path: Path, monkeypa
     assert not (tmp_path / "out" / LOCK).exists()
 
 
-def test_models_that_do_not_fit_side_by_side_run_alone(text: Path, tmp_path: Path) -> None:
+def test_models_that_do_not_fit_side_by_side_run_alone(text: Path, plenty: str, tmp_path: Path) -> None:
     """A started run keeps its choice; one that an earlier version started ran one stage at a time."""
-    many = tmp_path / "many.txt"
-    many.write_text("word " * 400_000)
     found = []
     for memory in (64, 16):
         machine = LARGE.model_copy(update={"memory_bytes": memory * GIB, "cores": 6})
-        run = RecipeRun(job_of(text, tmp_path / "out", scale="paper", text=(str(many),)), machine)
+        run = RecipeRun(job_of(text, tmp_path / "out", scale="paper", text=(plenty,)), machine)
         found.append((run.at_once, run.threads))
     assert found == [(2, 3), (1, 6)]
     out = tmp_path / "started"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from support.models.saved import tiny_tokenizer
+from support.caches.streams import write_rows
 
 from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.tokenize import tokenize
@@ -19,18 +18,6 @@ TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("gpt2")
-    tiny_tokenizer("gpt2").save_pretrained(folder)
-    return str(folder)
-
-
-def write(path: Path, *rows: object) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture
@@ -47,20 +34,20 @@ def bad(tmp_path: Path) -> str:
         {"messages": [{"role": "user", "content": 3}]},
         {"messages": [*CHAT["messages"], {"role": "tool", "content": "3"}]},
     )
-    return write(tmp_path / "a.jsonl", CHAT, *(row for each in bad for row in (each, GOOD)))
+    return write_rows(tmp_path / "a.jsonl", CHAT, *(row for each in bad for row in (each, GOOD)))
 
 
-def made(tmp_path: Path, tokenizer: str, *text: str, **options: object) -> tuple[LogitCache, list[str]]:
+def made(tmp_path: Path, gpt2: str, *text: str, **options: object) -> tuple[LogitCache, list[str]]:
     lines: list[str] = []
     template = {"chat_template": str(tmp_path / "template.jinja")} if (tmp_path / "template.jinja").exists() else {}
-    given = {} if "train_tokenizer" in options else {"tokenizer": tokenizer}
+    given = {} if "train_tokenizer" in options else {"tokenizer": gpt2}
     fields = {"text": text, "out": str(tmp_path / "cache"), **given, **template, **options}
     tokenize(CorpusConfig.model_validate(fields), log=lines.append)
     return LogitCache.open(str(tmp_path / "cache")), lines
 
 
-def test_bad_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: str, bad: str) -> None:
-    cache, lines = made(tmp_path, tokenizer, bad, skip_bad_rows=True)
+def test_bad_rows_are_left_out_and_counted(tmp_path: Path, gpt2: str, bad: str) -> None:
+    cache, lines = made(tmp_path, gpt2, bad, skip_bad_rows=True)
     assert cache.record.corpus.documents == 9
     assert cache.record.corpus.skipped_rows == 8
     at = lines.index("8 rows cannot be read and are left out, which the record says; the first:")
@@ -68,41 +55,41 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path, tokenizer: str, bad: 
     assert lines[at + 6].startswith("1 conversations; ")
 
 
-def test_by_default_the_first_bad_row_is_refused(tmp_path: Path, tokenizer: str, bad: str) -> None:
+def test_by_default_the_first_bad_row_is_refused(tmp_path: Path, gpt2: str, bad: str) -> None:
     with pytest.raises(InputError) as caught:
-        made(tmp_path, tokenizer, bad)
+        made(tmp_path, gpt2, bad)
     assert str(caught.value).startswith(f"{bad} line 2: expected one JSON object per line")
     assert str(caught.value).endswith("(--skip-bad-rows leaves such rows out)")
     assert not (tmp_path / "cache").exists()
 
 
-def test_rows_are_left_out_when_a_tokenizer_is_trained(tmp_path: Path, tokenizer: str, bad: str) -> None:
-    cache, _ = made(tmp_path, tokenizer, bad, train_tokenizer=300, skip_bad_rows=True)
+def test_rows_are_left_out_when_a_tokenizer_is_trained(tmp_path: Path, gpt2: str, bad: str) -> None:
+    cache, _ = made(tmp_path, gpt2, bad, train_tokenizer=300, skip_bad_rows=True)
     assert cache.record.corpus.skipped_rows == 8
 
 
-def test_a_stream_is_the_same_however_many_rows_were_left_out(tmp_path: Path, tokenizer: str) -> None:
-    text = write(tmp_path / "a.jsonl", GOOD, "bad")
-    cache, _ = made(tmp_path, tokenizer, text, skip_bad_rows=True)
+def test_a_stream_is_the_same_however_many_rows_were_left_out(tmp_path: Path, gpt2: str) -> None:
+    text = write_rows(tmp_path / "a.jsonl", GOOD, "bad")
+    cache, _ = made(tmp_path, gpt2, text, skip_bad_rows=True)
     before = cache.record
-    write(tmp_path / "a.jsonl", GOOD)
+    write_rows(tmp_path / "a.jsonl", GOOD)
     for options in ({}, {"skip_bad_rows": True}):
-        cache, _ = made(tmp_path, tokenizer, text, **options)
+        cache, _ = made(tmp_path, gpt2, text, **options)
         assert cache.record == before
-    write(tmp_path / "a.jsonl", GOOD, GOOD, "bad")
+    write_rows(tmp_path / "a.jsonl", GOOD, GOOD, "bad")
     with pytest.raises(IdentityMismatch, match="stream_sha256"):
-        made(tmp_path, tokenizer, text, skip_bad_rows=True)
+        made(tmp_path, gpt2, text, skip_bad_rows=True)
 
 
-def test_where_nothing_is_left_out_nothing_is_recorded(tmp_path: Path, tokenizer: str) -> None:
-    cache, _ = made(tmp_path, tokenizer, write(tmp_path / "a.jsonl", GOOD, {"text": None}), skip_bad_rows=True)
+def test_where_nothing_is_left_out_nothing_is_recorded(tmp_path: Path, gpt2: str) -> None:
+    cache, _ = made(tmp_path, gpt2, write_rows(tmp_path / "a.jsonl", GOOD, {"text": None}), skip_bad_rows=True)
     assert "skipped_rows" not in cache.record.corpus.model_dump()
 
 
-def test_a_file_of_bad_rows_alone_is_refused(tmp_path: Path, tokenizer: str) -> None:
-    good, wrong = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", {"body": "x"}, {"body": "y"})
+def test_a_file_of_bad_rows_alone_is_refused(tmp_path: Path, gpt2: str) -> None:
+    good, wrong = write_rows(tmp_path / "a.jsonl", GOOD), write_rows(tmp_path / "b.jsonl", {"body": "x"}, {"body": "y"})
     with pytest.raises(InputError) as caught:
-        made(tmp_path, tokenizer, good, wrong, skip_bad_rows=True)
+        made(tmp_path, gpt2, good, wrong, skip_bad_rows=True)
     assert str(caught.value).startswith(f"{wrong}: none of its 2 rows can be read")
     assert f"The first: {wrong} line 1: expected a string in 'text'" in str(caught.value)
     assert not (tmp_path / "cache").exists()
@@ -118,13 +105,13 @@ def test_a_file_of_bad_rows_alone_is_refused(tmp_path: Path, tokenizer: str) -> 
     ],
 )
 def test_a_tokenizer_that_does_not_fit_makes_no_row_bad(
-    tmp_path: Path, tokenizer: str, row: object, options: dict[str, object], message: str
+    tmp_path: Path, gpt2: str, row: object, options: dict[str, object], message: str
 ) -> None:
-    text = write(tmp_path / "a.jsonl", GOOD, row, GOOD)
+    text = write_rows(tmp_path / "a.jsonl", GOOD, row, GOOD)
     with pytest.raises(InputError, match=rf"a\.jsonl line 2: .*{message}"):
-        made(tmp_path, tokenizer, text, skip_bad_rows=True, **options)
+        made(tmp_path, gpt2, text, skip_bad_rows=True, **options)
 
 
-def test_files_without_documents_are_named(tmp_path: Path, tokenizer: str) -> None:
-    good, empty = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", {"text": ""})
-    assert "1 of 2 files hold no document: b.jsonl" in made(tmp_path, tokenizer, good, empty)[1]
+def test_files_without_documents_are_named(tmp_path: Path, gpt2: str) -> None:
+    good, empty = write_rows(tmp_path / "a.jsonl", GOOD), write_rows(tmp_path / "b.jsonl", {"text": ""})
+    assert "1 of 2 files hold no document: b.jsonl" in made(tmp_path, gpt2, good, empty)[1]
