@@ -246,7 +246,7 @@ class PresetCommand(Command):
         write_lines(formatter, "Presets", describe_presets())
 
 
-@command(_EXAMPLE, cls=PresetCommand)
+@command(_EXAMPLE, cls=PresetCommand, resumes=True)
 @_run(
     "--teacher",
     multiple=True,

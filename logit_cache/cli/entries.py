@@ -63,7 +63,7 @@ def _state(entry: ListedEntry, positions: int) -> tuple[str, str]:
     return "complete" if entry.positions == positions else share, size(entry.bytes)
 
 
-@command("logit-cache remove run/train llama-k64 --yes")
+@command("logit-cache remove run/train llama-k64 --yes", resumes=True)
 @click.argument("url", metavar="CACHE")
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -79,13 +79,14 @@ def remove(url: str, name: str, yes: bool) -> None:
         if not yes:
             if not sys.stdin.isatty():
                 raise InputError(f"{url}: removing {name} cannot be undone: give --yes")
-            click.confirm(f"Remove the entry {name} of {url} for good?", abort=True, err=True)
+            if not click.confirm(f"Remove the entry {name} of {url} for good?", err=True):
+                raise InputError(f"{url}: {name} is not removed")
         with progress(f"remove {name}", None, "bytes") as advance:
             size = remove_entry(url, name, advance)
         click.echo(f"{url}: {name} is removed, {size:,} bytes")
 
 
-@command("logit-cache rename run/train llama llama-k64")
+@command("logit-cache rename run/train llama llama-k64", resumes=True)
 @click.argument("url", metavar="CACHE")
 @click.argument("name")
 @click.argument("new_name")
