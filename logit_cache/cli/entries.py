@@ -82,8 +82,8 @@ def remove(url: str, name: str, yes: bool) -> None:
             if not click.confirm(f"Remove the entry {name} of {url} for good?", err=True):
                 raise InputError(f"{url}: {name} is not removed")
         with progress(f"remove {name}", None, "bytes") as advance:
-            size = remove_entry(url, name, advance)
-        click.echo(f"{url}: {name} is removed, {size:,} bytes")
+            removed = remove_entry(url, name, advance)
+        click.echo(f"{url}: {name} is removed, {size(removed)}")
 
 
 @command("logit-cache rename run/train llama llama-k64", resumes=True)

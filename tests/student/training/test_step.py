@@ -155,7 +155,7 @@ def test_how_a_step_is_computed_is_no_part_of_the_run(world: Path, tmp_path: Pat
 def test_a_step_is_given_once(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="windows_per_step 8 decides gradient_accumulation_steps, which is also given"):
         job_in(world, tmp_path / "run", windows_per_step=8, training={"gradient_accumulation_steps": 2})
-    with pytest.raises(InputError, match="93 windows of 16 tokens are fewer than the 94 of one step"):
+    with pytest.raises(InputError, match="93 windows of 16 tokens, fewer than the 94 of one step"):
         train(job_in(world, tmp_path / "run", windows_per_step=94))
     with pytest.raises(InputError, match="auto_find_batch_size"):
         train(job_in(world, tmp_path / "run", training={"auto_find_batch_size": True}))

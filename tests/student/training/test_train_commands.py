@@ -247,7 +247,7 @@ WRONG = {
     "field of ours": (edited(set="seed=3"), "give --seed"),
     "batch larger than the data": (edited(set="per_device_train_batch_size=94"), "93 windows"),
     "step of two sizes": (edited(windows_per_step=8, set="gradient_accumulation_steps=2"), "leave one of the two out"),
-    "step larger than the data": (edited(windows_per_step=94), "93 windows of 16 tokens are fewer than the 94 of one"),
+    "step larger than the data": (edited(windows_per_step=94), "93 windows of 16 tokens, fewer than the 94 of one"),
     "batch that finds itself": (edited(set="auto_find_batch_size=true"), "give --windows-per-step"),
     "unknown logger": (edited(set="report_to=paper"), "'paper' is not known"),
     "fsdp on a CPU": (edited(set="fsdp=true"), "on a CPU, where accelerate would train without it"),
