@@ -10,6 +10,7 @@ import numpy as np
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
 from storage.format.manifest import Corpus, ShardStatistics
+from storage.format.targets import SparseTargets
 from storage.text import counted
 
 
@@ -121,7 +122,7 @@ def windowing_in_words(windowing: dict[str, Any]) -> str:
     return text if windowing.get("begin_id") is None else f"{text}, each begun with BOS"
 
 
-def describe_position(cache: LogitCache, position: int, context: int = 24, most: int = 10) -> dict[str, Any]:
+def describe_position(cache: LogitCache, position: int, context: int = 24) -> dict[str, Any]:
     """The `context` tokens up to a position, the next token, and each teacher's prediction of it, decoded to text."""
     total = cache.record.corpus.positions
     if not 0 <= position < total:
@@ -135,26 +136,48 @@ def describe_position(cache: LogitCache, position: int, context: int = 24, most:
         if any(start <= position < stop for start, stop in targets.missing()):
             teachers[name] = None
             continue
-        row = targets.read(position, position + 1)
-        kept = int(row.kept[0])
-        logprobs = row.logprobs[0, :kept].astype(np.float64)
-        label = float(row.label_logprob[0])
-        teachers[name] = {
-            "kept": kept,
-            "entropy": float(row.entropy[0]),
-            "head_mass": float(np.exp(logprobs).sum()),
-            "tail_mass": math.exp(float(row.log_tail[0])),
-            "label_logprob": None if math.isnan(label) else label,
-            "top": [
-                {"id": int(token), "text": decode([int(token)]), "probability": math.exp(logprob)}
-                for token, logprob in zip(row.token_ids[0, : min(kept, most)], logprobs, strict=False)
-            ],
-        }
+        teachers[name] = _describe_row(targets.read(position, position + 1), targets.entry.targets.temperature, decode)
     return {
         "position": position,
         "context": decode([int(token) for token in before]),
         "next": None if following is None else {"id": following, "text": decode([following])},
         "teachers": teachers,
+    }
+
+
+def _describe_row(row: SparseTargets, sampled_at: float | None, decode: Any, most: int = 10) -> dict[str, Any]:
+    """One position of an entry: `log_tail` is the mass outside the certain ids, of which the sampled ids have a part.
+
+    Certain, sampled and outside mass sum to 1 but for the rounding of the codes. `sampled_weight` is what each sampled
+    id stands for in a loss at the temperature that it was sampled for. At most `most` ids of either kind are listed.
+    """
+    certain, kept = int(row.certain[0]), int(row.kept[0])
+    logprobs, label = row.logprobs[0, :kept].astype(np.float64), float(row.label_logprob[0])
+    masses = np.exp(logprobs)
+    sampled_mass = float(masses[certain:].sum())
+    weight = None
+    if kept > certain:
+        tempered = logprobs[:certain] / (sampled_at or 1.0)
+        tail = math.exp(float((row.log_tail_half if sampled_at == 2 else row.log_tail)[0]))
+        weight = tail / (float(np.exp(tempered).sum()) + tail) / (kept - certain)
+    return {
+        "entropy": float(row.entropy[0]),
+        "certain": certain,
+        "certain_mass": float(masses[:certain].sum()),
+        "sampled": kept - certain,
+        "sampled_mass": sampled_mass,
+        "sampled_weight": weight,
+        "outside_mass": max(0.0, math.exp(float(row.log_tail[0])) - sampled_mass),
+        "label_logprob": None if math.isnan(label) else label,
+        "top": [
+            {
+                "id": int(row.token_ids[0, column]),
+                "text": decode([int(row.token_ids[0, column])]),
+                "probability": float(masses[column]),
+                "sampled": column >= certain,
+            }
+            for column in (*range(min(certain, most)), *range(certain, min(kept, certain + most)))
+        ],
     }
 
 

@@ -13,7 +13,7 @@ def counted(number: int, noun: str) -> str:
 def _plural(noun: str) -> str:
     if noun.endswith(("s", "ch")):
         return f"{noun}es"
-    return f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{noun[:-1]}ies" if noun.endswith(("ry", "ly")) else f"{noun}s"
 
 
 def size(count: float) -> str:

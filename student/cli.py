@@ -199,12 +199,12 @@ def _leave_process_group() -> None:
 
 def table(report: TrainingReport) -> str:
     """The summary printed at the end of a run."""
-    from storage.text import labelled
+    from storage.text import counted, labelled
     from student.report import quality_rows
 
     rows = [
         ("model", f"{report.job.model}, {report.parameters:,} parameters"),
-        ("trained on", f"{_trained(report)} in {report.steps:,} steps, {report.seconds:,.1f} s"),
+        ("trained on", f"{_trained(report)} in {counted(report.steps, 'step')}, {report.seconds:,.1f} s"),
     ]
     if report.train_log:
         last, name = report.train_log[-1], report.job.log_name
@@ -246,7 +246,7 @@ class PresetCommand(Command):
         write_lines(formatter, "Presets", describe_presets())
 
 
-@command(_EXAMPLE, cls=PresetCommand)
+@command(_EXAMPLE, cls=PresetCommand, resumes=True)
 @_run(
     "--teacher",
     multiple=True,

@@ -6,6 +6,7 @@ where Python finds another distribution's `storage`, since nothing works then.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -40,12 +41,21 @@ class Option(click.Option):
 class Command(click.Command):
     """A command whose help lists options by title, in the order in which titles first occur, untitled ones last.
 
-    Its epilog, lines of a shell, is listed under "Example", unchanged.
+    Its epilog, lines of a shell, is listed under "Example", unchanged. Ctrl-C ends it with one line and status 1.
     """
 
+    resumes = False
+
     def invoke(self, ctx: click.Context) -> Any:
-        end_with_the_starter()
-        return super().invoke(ctx)
+        started_by_a_command = end_with_the_starter()
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):  # Abort: at a question
+            # Nothing is in doubt any more: a second Ctrl-C does not wait for the end of threads and has no traceback.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if not started_by_a_command:
+                print(interrupted(self.resumes), file=sys.stderr)
+            raise SystemExit(1) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -63,6 +73,13 @@ class Command(click.Command):
             write_lines(formatter, "Example", self.epilog)
 
 
+def interrupted(resumes: bool) -> str:
+    """The last line of a command that Ctrl-C has ended, below the ^C that a terminal shows."""
+    line = "\n" if sys.stderr.isatty() else ""
+    line += "error: interrupted"
+    return f"{line}: what is finished is kept; run the same command again to resume" if resumes else line
+
+
 def write_lines(formatter: click.HelpFormatter, title: str, text: str) -> None:
     """A section of a help whose lines are not filled."""
     with formatter.section(title):
@@ -75,11 +92,15 @@ def under(title: str) -> Callable[..., Decorator]:
     return partial(click.option, cls=Option, title=title)
 
 
-def command(example: str, cls: type[Command] = Command, **settings: Any) -> Decorator:
-    """`click.command` with `-h` and `--version`, whose help ends with `example`, one or more lines of a shell."""
+def command(example: str, cls: type[Command] = Command, *, resumes: bool = False, **settings: Any) -> Decorator:
+    """`click.command` with `-h` and `--version`, whose help ends with `example`, one or more lines of a shell.
+
+    resumes: the same command continues an interrupted one, which its last line then says.
+    """
 
     def decorate(function: Any) -> Any:
         made = click.command(cls=cls, epilog=example, context_settings=HELP_NAMES, **settings)(function)
+        made.resumes = resumes
         return click.version_option(package_name="logit-cache")(made)
 
     return decorate

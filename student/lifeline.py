@@ -29,8 +29,11 @@ class Lifeline:
         os.close(self._ours)
 
 
-def end_with_the_starter() -> None:
-    """Watch the lifeline that this command was given, if any. Processes of its own are not given it."""
+def end_with_the_starter() -> bool:
+    """Watch the lifeline that this command was given, if any, which is returned. Processes of its own are not given it.
+
+    A command with one leaves it to its starter to say that Ctrl-C, which reaches both, has ended them.
+    """
     descriptor = os.environ.pop(_VARIABLE, None)
     if descriptor is not None:
 
@@ -39,3 +42,4 @@ def end_with_the_starter() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    return descriptor is not None

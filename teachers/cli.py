@@ -29,7 +29,7 @@ train-teacher --cache runs/cache --model llama-mini --eval-cache runs/held-out -
 _live = under("Live teachers")
 
 
-@command(_EXAMPLE, cls=PresetCommand)
+@command(_EXAMPLE, cls=PresetCommand, resumes=True)
 @applied(RUN_OPTIONS)
 @_live(
     "--live-teacher",

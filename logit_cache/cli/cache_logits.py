@@ -37,7 +37,7 @@ _ENGINE_OPTIONS: tuple[Decorator, ...] = (
 )
 
 
-@command("cache-logits --cache run/train --teacher run/llama --name llama -k 64")
+@command("cache-logits --cache run/train --teacher run/llama --name llama -k 64", resumes=True)
 @applied(JOB_OPTIONS)
 @applied(_ENGINE_OPTIONS)
 @_text("--out", help="With --text: make the cache here first.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from logit_cache.corpus.cleaning import Outcome
 
 
-@command("logit-cache clean --text 'babylm_10M/*.train' --out run/clean")
+@command("logit-cache clean --text 'babylm_10M/*.train' --out run/clean", resumes=True)
 @click.option("--text", multiple=True, help="Text file, folder or pattern. Repeatable.")
 @click.option("--out", metavar="DIR", help="Folder for the cleaned files, which keep their names.")
 @click.option(

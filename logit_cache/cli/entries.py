@@ -1,16 +1,69 @@
-"""`logit-cache remove` and `rename`: the teacher entries of a cache, as a whole."""
+"""`logit-cache list`, `remove` and `rename`: caches and their teacher entries, as a whole."""
 
 from __future__ import annotations
 
+import json
+import math
 import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from storage.errors import InputError, one_line_errors
-from student.cli_command import command
+from storage.text import columns, counted, printable, size
+from student.cli_command import command, json_option
+
+if TYPE_CHECKING:
+    from storage.cache.listing import ListedCache, ListedEntry
 
 
-@command("logit-cache remove run/train llama-k64 --yes")
+@command("logit-cache list s3://bucket/runs", name="list")
+@click.argument("url")
+@json_option()
+def list_caches(url: str, as_json: bool) -> None:
+    """Show the caches below a folder or URL, with their teacher entries; a cache itself shows itself.
+
+    What is damaged or cannot be read is shown with its error. Hidden folders and symbolic links are left aside.
+    """
+    with one_line_errors():
+        from storage.cache.listing import caches_below
+
+        found = caches_below(url)
+        if as_json:
+            click.echo(json.dumps([asdict(cache) for cache in found], indent=2))
+            return
+        none = True
+        for cache in found:
+            none = False
+            click.echo(_listing_text(cache))
+        if none:
+            click.echo(f"{url}: no cache below it")
+
+
+def _listing_text(cache: ListedCache) -> str:
+    """A cache in a line, and a line for each of its entries."""
+    if cache.tokens is None:
+        return printable(f"{cache.url}: ERROR: {cache.error}")
+    tokens = "tokens not included"
+    if cache.tokens_missing is not None:
+        tokens = f"INCOMPLETE: {cache.tokens_missing:,} missing" if cache.tokens_missing else "tokens included"
+    parts = [counted(cache.tokens, "token"), f"vocabulary of {counted(cache.vocabulary_size or 0, 'id')}", tokens]
+    if not cache.entries:
+        parts.append("no teacher entry")
+    rows = [(f"  {entry.name}", *_state(entry, cache.tokens)) for entry in cache.entries]
+    return "\n".join(map(printable, [f"{cache.url}: {', '.join(parts)}", *(columns(rows, left=2) if rows else [])]))
+
+
+def _state(entry: ListedEntry, positions: int) -> tuple[str, str]:
+    if entry.positions is None or entry.bytes is None:
+        return f"ERROR: {entry.error}", ""
+    # 99.97 % is not all of it.
+    share = f"{math.floor(1000 * entry.positions / positions) / 10:.1f} %"
+    return "complete" if entry.positions == positions else share, size(entry.bytes)
+
+
+@command("logit-cache remove run/train llama-k64 --yes", resumes=True)
 @click.argument("url", metavar="CACHE")
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -26,13 +79,14 @@ def remove(url: str, name: str, yes: bool) -> None:
         if not yes:
             if not sys.stdin.isatty():
                 raise InputError(f"{url}: removing {name} cannot be undone: give --yes")
-            click.confirm(f"Remove the entry {name} of {url} for good?", abort=True, err=True)
+            if not click.confirm(f"Remove the entry {name} of {url} for good?", err=True):
+                raise InputError(f"{url}: {name} is not removed")
         with progress(f"remove {name}", None, "bytes") as advance:
-            size = remove_entry(url, name, advance)
-        click.echo(f"{url}: {name} is removed, {size:,} bytes")
+            removed = remove_entry(url, name, advance)
+        click.echo(f"{url}: {name} is removed, {size(removed)}")
 
 
-@command("logit-cache rename run/train llama llama-k64")
+@command("logit-cache rename run/train llama llama-k64", resumes=True)
 @click.argument("url", metavar="CACHE")
 @click.argument("name")
 @click.argument("new_name")

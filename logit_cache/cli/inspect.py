@@ -183,10 +183,14 @@ def position_text(found: dict[str, Any]) -> str:
             lines += ["", f"teacher {name}: not cached here yet"]
             continue
         label = "" if row["label_logprob"] is None else f", next token at {row['label_logprob']:.3f} nats"
+        masses = [f"{counted(row['certain'], 'certain id')} {row['certain_mass']:.4f}"]
+        if row["sampled"]:
+            weight = f"each stands for {row['sampled_weight']:.5f}"
+            masses.append(f"{counted(row['sampled'], 'sampled id')} {row['sampled_mass']:.4f} ({weight})")
+        masses.append(f"all others {row['outside_mass']:.2e}")
+        lines += ["", f"teacher {name}: entropy {row['entropy']:.3f} nats{label}", f"  mass     {', '.join(masses)}"]
         lines += [
-            "",
-            f"teacher {name}: entropy {row['entropy']:.3f} nats, head mass {row['head_mass']:.4f}, "
-            f"tail {row['tail_mass']:.2e}{label}",
+            f"  {item['probability']:8.5f}  {item['id']:>7}  {'sampled  ' if item['sampled'] else ''}{item['text']!r}"
+            for item in row["top"]
         ]
-        lines += [f"  {item['probability']:8.5f}  {item['id']:>7}  {item['text']!r}" for item in row["top"]]
     return "\n".join(lines)

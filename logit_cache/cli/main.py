@@ -9,7 +9,7 @@ import click
 from logit_cache.cli.cache_logits import cache_logits
 from logit_cache.cli.check import audit, doctor, verify
 from logit_cache.cli.clean import clean
-from logit_cache.cli.entries import remove, rename
+from logit_cache.cli.entries import list_caches, remove, rename
 from logit_cache.cli.evaluate import evaluate
 from logit_cache.cli.inspect import inspect
 from logit_cache.cli.plan import plan
@@ -36,6 +36,7 @@ for _command in (
     doctor,
     evaluate,
     inspect,
+    list_caches,
     plan,
     pull,
     push,

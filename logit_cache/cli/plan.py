@@ -84,8 +84,9 @@ def forecast_text(found: dict[str, Any]) -> str:
         f"  time        {duration(3600 * time['hours'])} with {workers}, each like this one and as free as it is now; "
         f"{duration(3600 * time['cpu_hours'])} of processor time in all",
         f"  size        {size(sizes['bytes'])}, {sizes['bytes_per_token']:.1f} bytes per token",
-        f"  objects     {sizes['shards']:,} shards of {layout['shard']:,} positions: {sizes['objects']:,} objects and "
-        f"{sizes['receipts']:,} receipts; the largest {size(sizes['largest_object_bytes'])}, never above "
+        f"  objects     {counted(sizes['shards'], 'shard')} of {layout['shard']:,} positions: "
+        f"{counted(sizes['objects'], 'object')} and {counted(sizes['receipts'], 'receipt')}; "
+        f"the largest {size(sizes['largest_object_bytes'])}, never above "
         f"{size(sizes['largest_object_bound_bytes'])}",
         f"  opening     an index of {size(opening['index_bytes'])}: about {opening['cpu_seconds']:.2g} s and "
         f"{size(opening['memory_bytes'])} in Python; before it is complete, requests to "
@@ -106,7 +107,8 @@ def _break_even_lines(found: dict[str, Any]) -> list[str]:
         )
     else:
         compared = (
-            f"a step of {student['model']} ({student['parameters']:,} parameters, {student['windows']} windows): "
+            f"a step of {student['model']} ({student['parameters']:,} parameters, "
+            f"{counted(student['windows'], 'window')}): "
             f"{1e6 * student['live']:,.1f} µs per token with the teachers beside it, {1e6 * student['cached']:,.1f} "
             f"from the cache"
         )

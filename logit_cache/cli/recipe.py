@@ -14,7 +14,7 @@ logit-cache recipe baby-llama --scale tiny --text 'corpus/train/*.txt' --eval-te
     --pairs blimp --out run/baby-llama"""
 
 
-@command(_EXAMPLE)
+@command(_EXAMPLE, resumes=True)
 @click.argument("name", metavar="baby-llama|babyllama-2")
 @click.option("--text", multiple=True, required=True, help="Training text: files or patterns. Repeatable.")
 @click.option("--eval-text", multiple=True, required=True, help="Held-out text: files or patterns. Repeatable.")
@@ -59,7 +59,7 @@ def recipe(name: str, dry_run: bool, **flags: Any) -> None:
         click.echo(f"report: {run.run()}")
 
 
-@command("logit-cache demo --out demo-run")
+@command("logit-cache demo --out demo-run", resumes=True)
 @click.option("--out", default="demo-run", show_default=True, help="Folder of the run; an interrupted one resumes.")
 @click.option("--text", multiple=True, help="Text to use instead of the Python standard library's source. Repeatable.")
 def demo(out: str, text: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ _TRANSFER_OPTIONS = (
 )
 
 
-@command("logit-cache push run/train s3://bucket/train --license cc-by-4.0")
+@command("logit-cache push run/train s3://bucket/train --license cc-by-4.0", resumes=True)
 @applied(_TRANSFER_OPTIONS)
 @click.option("--without-tokens", is_flag=True, help="Leave the token stream and label_logprob behind.")
 @click.option("--license", help="Licence for the card, such as cc-by-4.0.")
@@ -38,7 +38,7 @@ def push(license: str | None, sign: str | None, as_json: bool, **flags: Any) -> 
         _copy(partial(send, license=license, sign=sign), as_json, flags)
 
 
-@command("logit-cache pull s3://bucket/train run/train --teacher llama")
+@command("logit-cache pull s3://bucket/train run/train --teacher llama", resumes=True)
 @applied(_TRANSFER_OPTIONS)
 @click.option("--corpus", metavar="CACHE", help="A cache of the same text, for one shared without its tokens.")
 @click.option("--verify-key", metavar="KEY", help="PEM file of the public key that must have signed the cache.")
@@ -62,7 +62,7 @@ def _copy(function: Any, as_json: bool, flags: dict[str, Any]) -> None:
     click.echo(json.dumps(vars(done), indent=2) if as_json else delivery_text(vars(done)))
 
 
-@command("logit-cache recompress run/train --name llama-fast --to llama-small --profile small")
+@command("logit-cache recompress run/train --name llama-fast --to llama-small --profile small", resumes=True)
 @click.argument("url")
 @click.option("--name", required=True, help="Entry to read.")
 @click.option("--to", required=True, help="Name of the entry to make.")

@@ -132,7 +132,7 @@ def status_line(entry: EntryStatus) -> str:
     """The status of an entry in one line."""
     text = f"{entry.name}: {_how_far(entry)}"
     if entry.shards_done is not None:
-        text += f", {entry.shards_done:,} of {entry.shards:,} shards"
+        text += f", {entry.shards_done:,} of {counted(entry.shards, 'shard')}"
     if not entry.complete and entry.positions_per_second is not None:
         text += f", {entry.positions_per_second:,.0f} positions/s"
     if entry.seconds_left is not None:

@@ -38,7 +38,7 @@ CORPUS_OPTIONS: tuple[Decorator, ...] = (
 )
 
 
-@command("logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train")
+@command("logit-cache tokenize --text 'corpus/*.txt' --train-tokenizer 16000 --out run/train", resumes=True)
 @click.option("--out", help="Path or URL of the cache to make.")
 @applied(CORPUS_OPTIONS)
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run tokenizer code from the hub.")

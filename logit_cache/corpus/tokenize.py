@@ -40,6 +40,7 @@ from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabu
 from storage.format.layout import stream_layout
 from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
 from storage.progress import Advance, Log, Track, progress, silent, untracked
+from storage.text import counted
 from student.models.text_ids import text_suffix
 from student.models.tokenizer import open_tokenizer
 
@@ -242,12 +243,12 @@ def _check_trained(config: CorpusConfig, spool: Spool) -> None:
 
 def _notes_on_sources(sources: list[Source], spool: Spool, skipped: SkippedRows | None) -> Iterator[str]:
     if skipped and skipped.count:
-        yield f"{skipped.count:,} rows cannot be read and are left out, which the record says; the first:"
+        yield f"left out, which the record says: {counted(skipped.count, 'row')} that cannot be read; the first:"
         yield from skipped.errors
     empty = [source.name for source, count in zip(sources, spool.source_documents, strict=True) if not count]
     if empty:
         names = ", ".join(empty[:3]) + " …" * (len(empty) > 3)
-        yield f"{len(empty):,} of {len(sources):,} files hold no document: {names}"
+        yield f"without a document: {len(empty):,} of {counted(len(sources), 'file')}: {names}"
 
 
 def _notes(config: CorpusConfig, tokenizer: Any) -> Iterator[str]:

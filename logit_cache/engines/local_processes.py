@@ -15,6 +15,7 @@ import signal
 import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
@@ -65,11 +66,13 @@ class LocalPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is KeyboardInterrupt:
+            self.stop()  # rather than killed: what multiprocessing holds for a process is then released without a word
         for child in self._children.values():
             child.pipe.close()
         # Idle workers end by themselves. Nobody needs what a busy one is doing, and one that hangs would not end.
         for child in self._children.values():
-            if kind is not None or child.busy:
+            if kind is not KeyboardInterrupt and (kind is not None or child.busy):
                 child.process.kill()
             self._join(child)
         self._children.clear()
@@ -89,9 +92,14 @@ class LocalPool:
         )
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(self._threads)
+        # Ctrl-C reaches the whole process group; the parent decides whether to stop. What is blocked is inherited, and
+        # ignored by `_serve`; the tracker, which the first process starts otherwise, unblocks it.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if before is None:
                 del os.environ["OMP_NUM_THREADS"]
             else:
@@ -175,7 +183,6 @@ class LocalPool:
 
 def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, rank: Rank, checked: bool) -> None:
     """The main function of a worker process."""
-    # Ctrl-C reaches the whole process group; the parent decides whether to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if rank.index:
         # Warnings about the teacher are the same in all workers.

@@ -50,7 +50,7 @@ def _run(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping,
     if options.engine == "slurm":
         from logit_cache.engines.slurm.array import run_array
 
-        return run_array(job, options, log, stopping)
+        return run_array(job, options, log, stopping, run_job)
     if options.engine == "ray":
         return _run_ray(job, options, log, stopping)
     workers = local_workers(job, options)

@@ -102,7 +102,7 @@ class Pipeline:
             time.sleep(0.02)
             # Before the stages, which Ctrl-C reaches as well, are found to have failed.
             if self._asked_to_stop:
-                self._say(f"asked to stop: what is done is kept; {self.again}")
+                self._say(f"error: interrupted: what is finished is kept; {self.again}")
                 raise SystemExit(_STOPPED)
             for one in list(self._running):
                 if (status := one.process.poll()) is not None:

@@ -29,9 +29,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.cache.processes import has_ended, this_process
 from storage.errors import LogitCacheError
 from storage.locks import has_locks
+from storage.processes import has_ended, this_process
 from storage.stores.base import Store
 
 SUFFIX = ".claim"
@@ -206,9 +206,11 @@ class _LocalLocks(Leases):
         file = self._files.pop(shard, None)
         if file is not None:
             path = self._path / lease_name(shard)
-            if _is_still(path, file):  # after it expired, another worker may have taken it
-                os.unlink(path)
-            os.close(file)
+            try:
+                if _is_still(path, file):  # after it expired, another worker may have taken it
+                    os.unlink(path)
+            finally:
+                os.close(file)
 
     def _lock(self, file: int) -> bool:
         try:

@@ -72,6 +72,13 @@ class Store(ABC):
     def names(self, prefix: str) -> list[str]:
         """Names of the objects and folders directly under a folder (`""` is the root), sorted."""
 
+    @abstractmethod
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders directly under a folder, sorted, whatever characters they have; links are none.
+
+        Raises FileNotFoundError where a store knows that there is no such folder, InputError where it cannot list.
+        """
+
     def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
         """Names directly under a folder, each with its time of modification, in any order.
 

@@ -105,6 +105,10 @@ class LocalStore(Store):
         except NotADirectoryError:
             raise InputError(f"{self.url} is a file; a cache is a folder: give another path") from None
 
+    def folders(self, folder: str) -> list[str]:
+        with os.scandir(self._path(folder) if folder else self._root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+
     def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
         try:
             entries = os.scandir(self._path(folder) if folder else self._root)

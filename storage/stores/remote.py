@@ -219,6 +219,16 @@ class RemoteStore(Store):
 
         return self._ask(prefix, request)
 
+    def folders(self, folder: str) -> list[str]:
+        path = self._path(folder)
+
+        def request() -> list[str]:
+            self._fs.invalidate_cache()
+            found = {_below(path, str(item["name"])) for item in self._fs.ls(path) if item["type"] == "directory"}
+            return sorted(name.rstrip("/") for name in found - {""})
+
+        return self._ask(folder, request)
+
     def walk(self, prefix: str = "") -> dict[str, int]:
         def request() -> dict[str, int]:
             self._fs.invalidate_cache()

@@ -33,6 +33,11 @@ class S3Store(RemoteStore):
         folder = self._below_bucket(prefix)
         return sorted({key[len(folder) :].split("/")[0] for key in self._listed(prefix, "/")} - {""})
 
+    def folders(self, folder: str) -> list[str]:
+        below = len(self._below_bucket(folder))
+        prefixes = [item["Prefix"] for page in self._pages(folder, "/") for item in page.get("CommonPrefixes", ())]
+        return sorted({prefix[below:].rstrip("/") for prefix in prefixes} - {""})
+
     def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
         below = len(self._below_bucket(folder))
         for page in self._pages(folder, "/"):

@@ -78,6 +78,9 @@ class WebStore(RemoteStore):
         except (FileNotFoundError, AccessRefused):
             raise self._cannot_list() from None
 
+    def folders(self, folder: str) -> list[str]:
+        raise self._cannot_list()
+
     def walk(self, prefix: str = "") -> dict[str, int]:
         raise self._cannot_list()
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from storage.config import Frozen, Reported
-from storage.text import labelled
+from storage.text import counted, labelled
 from student.evaluation.blimp import GROUP_OF, PHENOMENA
 from student.evaluation.job import EvaluationJob
 from student.report import HeldOutKL, quality_rows
@@ -124,6 +124,9 @@ def table(report: EvaluationReport) -> str:
                 f"{scores.mean_over_paradigms:.2%} ({len(scores.paradigms)}"
                 + (": BLiMP's own overall score)" if blimp else ")"),
             ),
-            ("undecided", f"{scores.close:,} pairs closer than 1e-4 nats, {scores.tied:,} of them equal (wrong)"),
+            (
+                "undecided",
+                f"{counted(scores.close, 'pair')} closer than 1e-4 nats, {scores.tied:,} of them equal (wrong)",
+            ),
         ]
     return labelled(rows)

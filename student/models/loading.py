@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import InputError
 from storage.files import local_path
 from storage.progress import Log
+from storage.text import counted
 from student.models.configuration import check_config, config_of, has_weights, read_config, read_settings
 from student.models.foreign_errors import explained
 from student.models.presets import PRESETS, preset_settings
@@ -111,7 +112,8 @@ def _from_weights(spec: str, vocabulary_size: int, window_tokens: int, attention
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"{spec}: {len(missing)} weights of a {type(model).__name__} are missing ({', '.join(missing[:3])}, …) and "
+            f"{spec}: the files lack {counted(len(missing), 'weight')} of a {type(model).__name__} "
+            f"({', '.join(missing[:3])}, …), which "
             "would start at random: take a complete causal language model"
         )
     return model

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from storage.config import Reported
 from storage.errors import InputError
 from storage.files import replace_file
-from storage.text import columns
+from storage.text import columns, counted
 from student.job import StudentJob
 from student.report import Seconds
 from student.sweep.search_space import Scalar, Search
@@ -121,7 +121,8 @@ class SweepFolder:
         """Rewrite `sweep.json` and `best.yaml`, and remove what the trials that ended need no longer."""
         search, now = self._search, time.monotonic()
         report = SweepReport(
-            title=search.title or f"{len(search.parameters)} parameters by {search.backend}, {search.sampler}",
+            title=search.title
+            or f"{counted(len(search.parameters), 'parameter')} by {search.backend}, {search.sampler}",
             cache=self._job.cache,
             metric=search.figure,
             direction=search.aim,

@@ -151,7 +151,7 @@ def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
     """Log the size of the run and how it is computed; returns the tail bounds, which it logs too."""
     job, args, windows = run.job, run.args, run.data.windows
     run.log(
-        f"{job.model}: {parameters:,} parameters; {len(windows):,} windows of {job.window_tokens} tokens, "
+        f"{job.model}: {parameters:,} parameters; {counted(len(windows), 'window')} of {job.window_tokens} tokens, "
         f"{run.step_windows} to a step: {counted(args.world_size, 'process')}, "
         f"{counted(args.gradient_accumulation_steps, 'micro-batch')} of {args.train_batch_size}"
     )
@@ -171,7 +171,7 @@ def _evaluate(run: _Run, trainer: DistillationTrainer) -> HeldOutReport | None:
     data = run.data
     if data.eval_windows is None:
         return None
-    run.log(f"evaluating on {len(data.eval_windows):,} windows of {run.job.eval_cache}")
+    run.log(f"evaluating on {counted(len(data.eval_windows), 'window')} of {run.job.eval_cache}")
     result = trainer.held_out(data.eval_windows)
     # To the loggers of report_to; on the terminal the report follows.
     trainer.remove_callback(TrainingProgress)
@@ -292,7 +292,7 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
     step = int(state["global_step"])
     if step >= int(state["max_steps"]):
         # Trained, but killed before the model was published. The base class would take one step too many.
-        log(f"{folder}: all {step} steps are done")
+        log(f"{folder}: trained to its last step, {step:,}")
         trainer.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         if trainer.is_fsdp_enabled:

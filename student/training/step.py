@@ -114,9 +114,9 @@ def check_step(windows: DistillationWindows, args: TrainingArguments) -> None:
     step = windows_per_step(args)
     if args.dataloader_drop_last and len(windows) < step:
         raise InputError(
-            f"{windows.cache_url}: {len(windows)} windows of {windows.window_tokens} tokens are fewer than the {step} "
-            f"of one step over {args.world_size} process(es): take a smaller --windows-per-step, "
-            "per_device_train_batch_size or window"
+            f"{windows.cache_url}: {counted(len(windows), 'window')} of {windows.window_tokens} tokens, fewer "
+            f"than the {step} of one step over {counted(args.world_size, 'process')}: take a smaller "
+            "--windows-per-step, per_device_train_batch_size or window"
         )
 
 

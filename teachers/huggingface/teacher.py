@@ -19,6 +19,7 @@ from torch import Tensor
 from storage.errors import InputError
 from storage.format.manifest import Teacher as TeacherRecord
 from storage.format.manifest import TeacherIdentity
+from storage.text import counted
 from student.models.tokenizer import read_tokenizer
 from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.model_files import ModelFiles, config_sha256, find_model, weights_sha256
@@ -256,7 +257,7 @@ def _load(
         )
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
-        on_message(f"{files.asked}: {len(unused)} tensors in the files are not used, such as {unused[0]}")
+        on_message(f"{files.asked}: not used: {counted(len(unused), 'tensor')} in the files, such as {unused[0]}")
     # Windows are whole and unmasked; otherwise transformers warns of each one that contains the padding id.
     model.config.pad_token_id = None
     return model.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from storage.text import columns, counted, duration, labelled, ranges_in_words, 
         (3, "micro-batch", "3 micro-batches"),
         (2, "entry", "2 entries"),
         (2, "array", "2 arrays"),
+        (2, "reply", "2 replies"),
     ],
 )
 def test_nouns_agree_with_their_number(number: int, noun: str, text: str) -> None:

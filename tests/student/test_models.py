@@ -400,7 +400,7 @@ def damaged(directory: Path, how: str) -> None:
         ("no weights", "weights cannot be loaded"),
         ("truncated weights", "weights cannot be loaded"),
         ("other shapes", "weights cannot be loaded"),
-        ("a layer missing", "9 weights of a LlamaForCausalLM are missing"),
+        ("a layer missing", "the files lack 9 weights of a LlamaForCausalLM"),
     ],
 )
 def test_broken_directories_are_refused(directory: Path, how: str, message: str) -> None:

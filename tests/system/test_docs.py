@@ -6,12 +6,16 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 from support.commands import COMMANDS, LIBRARY, ROOT, Run
 from support.programs import format_page
+from support.servers.s3 import Bucket
+from transformers import AutoModelForCausalLM
 
 import storage.format
 
@@ -84,34 +88,79 @@ def test_the_readme_shows_the_whole_pipeline_and_every_command() -> None:
         assert f"`{name}`" in README
 
 
-@pytest.mark.parametrize("how", ["run", pytest.param("installed", marks=pytest.mark.slow)])
-def test_the_pipeline_of_the_readme_runs(how: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def walk_the_readme(do: Run, folder: Path) -> None:
     """Every command of it in order, as printed but for sizes: a vocabulary of 400 ids, two steps of training."""
-    do: Run = request.getfixturevalue(how)
     for part, name in (("train", "textwrap.py"), ("valid", "bisect.py")):
-        (tmp_path / "corpus" / part).mkdir(parents=True)
-        shutil.copy(LIBRARY / name, tmp_path / "corpus" / part / "library.txt")
-    lines = [line for line in command_lines(README) if shlex.split(line, comments=True)[-1] != "--help"]
-    assert len(lines) >= 10
-    for line in lines:
+        (folder / "corpus" / part).mkdir(parents=True)
+        shutil.copy(LIBRARY / name, folder / "corpus" / part / "library.txt")
+    for line in command_lines(README):
         name, *arguments = shlex.split(line.replace(" 16000 ", " 400 "), comments=True)
         small = ["--set", "max_steps=2"] if name in ("train-teacher", "train-student") else []
-        done = do(name, *arguments, *small, cwd=tmp_path)
+        done = do(name, *arguments, *small, cwd=folder)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
-    assert (tmp_path / "run" / "student" / "config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def pipeline(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the commands of the README were run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    walk_the_readme(run, folder)
+    return folder
+
+
+def test_the_readme_goes_from_text_to_a_report(pipeline: Path) -> None:
+    assert (pipeline / "run" / "student" / "config.json").exists()
+    assert json.loads((pipeline / "run" / "scores.json").read_text(encoding="utf-8"))["held_out"]
+    assert "llama" in (pipeline / "run" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_the_readme_runs_as_installed(installed: Run, tmp_path: Path) -> None:
+    walk_the_readme(installed, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_laboratories_share_a_cache_as_the_page_says(
+    pipeline: Path, run: Run, moto_bucket: Bucket, tmp_path: Path
+) -> None:
+    """Its commands in order, as printed but for the bucket: one side pushes and audits, the other has no cache yet."""
+    pytest.importorskip("model_signing")
+    ours, theirs = shutil.copytree(pipeline, tmp_path / "ours"), tmp_path / "theirs"
+    (theirs / "corpus").mkdir(parents=True)
+    shutil.copy(LIBRARY / "textwrap.py", theirs / "corpus" / "library.txt")
+    theirs_to_do, walked = {"pull", "tokenize", "verify"}, set()
+    for block in blocks(SHARING, "console"):
+        if " pull " in block:
+            shutil.rmtree(theirs / "run", ignore_errors=True)
+        for line in block.replace("\\\n", " ").replace("s3://our-bucket", moto_bucket.url).splitlines():
+            name, *arguments = shlex.split(line, comments=True)
+            if name == "openssl":
+                subprocess.run([name, *arguments], cwd=ours, check=True, capture_output=True)
+                if arguments[-1] == "PUB.pem":
+                    shutil.copy(ours / "PUB.pem", theirs)
+            elif name == "logit-cache" and "hf://" not in line:  # the hub has tests of its own
+                done = run(name, *arguments, cwd=theirs if arguments[0] in theirs_to_do else ours)
+                assert done.returncode == 0, f"{line}\n{done.stderr}"
+                walked.add(arguments[0])
+    assert walked >= theirs_to_do | {"push", "audit", "list", "rename", "remove"}
 
 
 @pytest.mark.parametrize(
     ("page", "number"),
-    [(page, number) for page in ("README.md", "docs/format.md") for number in range(len(blocks(TEXT[page], "python")))],
+    [
+        (page, number)
+        for page in ("README.md", "docs/format.md", "docs/losses.md", "docs/sharing.md")
+        for number in range(len(blocks(TEXT[page], "python")))
+    ],
 )
-def test_python_of_the_pages_runs(page: str, number: int) -> None:
-    golden = str(ROOT / "tests" / "golden" / "v1")
-    code = blocks(TEXT[page], "python")[number]
-    code = code.replace("run/train", golden).replace("llama", "codes").replace("1000", "44")
-    names: dict[str, object] = {}
-    exec(compile(code, page, "exec"), names)
-    assert {"targets", "logprobs"} & set(names)
+def test_python_of_the_pages_runs(page: str, number: int, pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, where the README's commands have been run; `model` is the student that they trained."""
+    monkeypatch.chdir(pipeline)
+    names: dict[str, Any] = {"model": AutoModelForCausalLM.from_pretrained("run/student")}
+    exec(compile(blocks(TEXT[page], "python")[number], page, "exec"), names)
+    if page == "docs/losses.md":
+        assert int(names["sums"].count) == 256
+        assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

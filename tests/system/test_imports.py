@@ -24,8 +24,8 @@ from support.commands import ROOT
 PACKAGES = ("storage", "student", "teachers", "logit_cache")
 ROOMS = {
     "storage": (
-        ("errors", "lazy", "text"), ("files",), ("locks", "config", "progress"), ("format",), ("stores",), ("cache",),
-        ("transfer",),
+        ("errors", "lazy", "text"), ("files",), ("locks", "config", "processes", "progress"), ("format",), ("stores",),
+        ("cache",), ("transfer",),
     ),
     "student": (
         ("labels", "models", "lifeline", "target_batch"), ("cli_command",), ("data", "loss"), ("job",), ("report",),

@@ -513,7 +513,7 @@ def test_unused_tensors_are_mentioned(broken: Path) -> None:
     file = broken / "model.safetensors"
     safetensors.torch.save_file({**safetensors.torch.load_file(file), "score.weight": torch.ones(2)}, file)
     _, messages = load(broken)
-    assert messages == [f"{broken}: 1 tensors in the files are not used, such as score.weight"]
+    assert messages == [f"{broken}: not used: 1 tensor in the files, such as score.weight"]
 
 
 def test_indexes_that_lead_elsewhere(broken: Path) -> None:

@@ -13,6 +13,7 @@ from logit_cache.corpus.conversations.replies import render
 from logit_cache.corpus.conversations.template import RESERVED, ChatTemplate
 from logit_cache.corpus.documents import Chunk, Conversation, UnfitTokenizer, checked_text, reason
 from storage.errors import InputError
+from storage.text import counted
 
 
 class Renderer:
@@ -75,16 +76,19 @@ class Renderer:
         if not self._conversations:
             return []
         lines = [
-            f"{self._conversations:,} conversations; their replies are found by {' and '.join(sorted(self._found_by))}"
+            f"{counted(self._conversations, 'conversation')}; the replies are found by "
+            f"{' and '.join(sorted(self._found_by))}"
         ]
         if self._without_reply:
-            lines.append(f"{self._without_reply:,} conversations have no reply: nothing of them is trained on")
+            lines.append(
+                f"without a reply: {counted(self._without_reply, 'conversation')}, of which nothing is trained on"
+            )
         if self._reasoning_left_out:
-            lines.append(f"{self._reasoning_left_out:,} replies: the chat template leaves out their reasoning")
+            lines.append(f"{counted(self._reasoning_left_out, 'reply')}: the chat template leaves out the reasoning")
         if self._endless:
             lines.append(
-                f"{self._endless:,} replies: the chat template puts nothing after them, so that a student does not "
-                f"learn to end them"
+                f"{counted(self._endless, 'reply')}: the chat template puts nothing after it, so that a student does "
+                f"not learn to end it"
             )
         return lines
 

@@ -34,7 +34,7 @@ from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import NotDone, Outcome
 from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.slurm.parameters import array_parameters
-from logit_cache.engines.slurm.task import ArrayTask, TaskError
+from logit_cache.engines.slurm.task import ArrayTask, RunJob, TaskError
 from storage.cache.failures import FailedShard, failures_of
 from storage.cache.reader import LogitCache
 from storage.errors import InputError, LogitCacheError
@@ -50,8 +50,8 @@ _MOST_LOG_BYTES = 8_192
 _ERROR = re.compile(r"((srun|slurmstepd)\S*: )?error: ")
 
 
-def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping) -> Outcome:
-    """Submit an array of `options.workers` tasks, and wait for its end if `options.wait`.
+def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping, run_job: RunJob) -> Outcome:
+    """Submit an array of `options.workers` tasks, each of which calls `run_job`; wait for its end if `options.wait`.
 
     Raises InputError where there is no Slurm, for parameters that it refuses, and for a refusal of a task; NotDone
     where the array has ended before its work was done, or continues after this process was asked to stop.
@@ -63,7 +63,7 @@ def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stop
     ended = False
     # A signal during the submission takes effect once the job number of the array is known.
     with stopping.on_sigterm():
-        array, folder = _submit(job, options, workers)
+        array, folder = _submit(job, options, workers, run_job)
         hint = f"logit-cache status {job.cache} follows it, scancel {array} ends it"
         log.event(
             "start",
@@ -87,7 +87,7 @@ def run_array(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stop
     return _outcome(job, array, workers, folder, notes)
 
 
-def _submit(job: CacheJob, options: EngineOptions, workers: int) -> tuple[str, Path]:
+def _submit(job: CacheJob, options: EngineOptions, workers: int, run_job: RunJob) -> tuple[str, Path]:
     """Submit the array; returns its job number and the folder of its logs."""
     try:
         import submitit
@@ -96,7 +96,7 @@ def _submit(job: CacheJob, options: EngineOptions, workers: int) -> tuple[str, P
     logging.getLogger("submitit").setLevel(logging.CRITICAL)  # it writes to stdout as well
     parameters = array_parameters(job, options, workers, submitit.SlurmExecutor._valid_parameters())
     own = {"attempts": options.attempts, "grace_seconds": options.grace_seconds, "log_format": options.log_format}
-    task = ArrayTask(job.model_dump(mode="json"), own)
+    task = ArrayTask(run_job, job.model_dump(mode="json"), own)
     folder = None
     try:
         folder = _new_folder(Path(options.slurm_folder), job.name)

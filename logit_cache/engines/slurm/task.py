@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +16,14 @@ from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.survey import survey
 from logit_cache.engines.options import EngineOptions
-from logit_cache.engines.outcome import NotDone
+from logit_cache.engines.outcome import NotDone, Outcome
 from storage.errors import LogitCacheError
 
 # Runs in a row that the time limit ended without progress: the next would be no better.
 _MOST_FRUITLESS = 3
+
+RunJob = Callable[[CacheJob, EngineOptions, JobLog], Outcome]
+"""`logit_cache.engines.run.run_job`, which knows this engine, and not this one it."""
 
 TaskError = tuple[Literal["refused", "failed"], str]
 """How a task failed: the message of a user's error ("refused"), or the reason ("failed")."""
@@ -27,12 +31,13 @@ TaskError = tuple[Literal["refused", "failed"], str]
 
 @dataclass
 class ArrayTask:
-    """The job and its engine options, as plain data.
+    """The job and its engine options, as plain data, and the function that runs them in the task, by its name.
 
     missing: positions that were missing when this run, or the one before, started; fruitless: runs in a row, each
     ended by the time limit, after which no fewer were missing.
     """
 
+    run: RunJob
     job: dict[str, Any]
     options: dict[str, Any]
     missing: int | None = None
@@ -41,15 +46,13 @@ class ArrayTask:
     def __call__(self) -> TaskError | None:
         # submitit has SIGTERM ignored; its default is restored, as nothing needs to drain until a shard is under way.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        from logit_cache.engines.run import run_job  # takes seconds
-
         job = CacheJob.model_validate(self.job)
         how = EngineOptions(**self.options)
         try:
             if self._is_hopeless(job):
                 return _report("failed", f"no shard was done in {self.fruitless} times the time limit: give a longer "
                                f"--slurm time, or a new entry with a smaller --shard-tokens")  # fmt: skip
-            run_job(job, how, JobLog(how.log_format, cache=job.cache, entry=job.name))
+            self.run(job, how, JobLog(how.log_format, cache=job.cache, entry=job.name))
         except LogitCacheError as error:
             return _report("refused", str(error))
         except NotDone as error:
@@ -61,7 +64,7 @@ class ArrayTask:
         """The task that submitit calls in the next run; it asks once the signal before the time limit has arrived."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(ArrayTask(self.job, self.options, self.missing, self.fruitless))
+        return DelayedSubmission(ArrayTask(self.run, self.job, self.options, self.missing, self.fruitless))
 
     def _is_hopeless(self, job: CacheJob) -> bool:
         missing = survey(job).missing

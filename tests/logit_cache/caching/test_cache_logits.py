@@ -288,7 +288,7 @@ def test_inspect(cache: Path, teacher: Path, run: Run) -> None:
     at = json.loads(run("logit-cache", "inspect", cache, "--at", 500, "--json").stdout)
     assert at["next"]["id"] == int(opened.tokens.read(501, 502)[0])
     assert [item["id"] for item in at["teachers"]["a"]["top"]] == read.token_ids[500, :10].tolist()
-    assert at["teachers"]["a"]["head_mass"] == pytest.approx(np.exp(read.logprobs[500]).sum(), rel=1e-5)
+    assert at["teachers"]["a"]["certain_mass"] == pytest.approx(np.exp(read.logprobs[500]).sum(), rel=1e-5)
     text = run("logit-cache", "inspect", cache, "--at", 500).stdout
     assert repr(at["next"]["text"]) in text
     refused(run("logit-cache", "inspect", cache, "--at", total), "--at")

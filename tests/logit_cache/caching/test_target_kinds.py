@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.commands import Run
 from support.jobs import cache_logits, contents, refusal, whole
 from support.models.saved import dense_logprobs
 from transformers import AutoModelForCausalLM
@@ -70,6 +72,31 @@ def test_stored_samples_are_the_model_s(cache: Path, teacher: Path, temperature:
         sampled = (weights * np.isin(stored.token_ids, ids)).sum(1)
         difference = sampled - share[:, ids].sum(1)
         assert abs(difference.mean()) < 5 * difference.std() / np.sqrt(len(difference)) + 1e-5
+
+
+@pytest.mark.parametrize("kind", [TOPK, VAROPT, {**VAROPT, "target_temperature": 2}], ids=["topk", "varopt", "at 2"])
+def test_the_parts_of_a_position_sum_to_one(cache: Path, teacher: Path, kind: dict[str, Any], run: Run) -> None:
+    """Certain, sampled and other ids; in a loss, each sampled id stands for an equal part of what is not certain."""
+    _, stored = cache_logits(cache, "a", teacher, **kind)
+    row = stored.rows(9, 10)
+    certain, masses = int(row.certain[0]), np.exp(row.logprobs[0].astype(np.float64))
+    found = json.loads(run("logit-cache", "inspect", cache, "--at", 9, "--json").stdout)["teachers"]["a"]
+    assert (found["certain"], found["sampled"]) == (certain, K - certain)
+    assert sum(found[f"{part}_mass"] for part in ("certain", "sampled", "outside")) == pytest.approx(1, abs=1e-5)
+    assert found["sampled_mass"] == pytest.approx(masses[certain:].sum())
+    marked = {item["id"] for item in found["top"] if item["sampled"]}
+    assert marked == set(row.token_ids[0, certain : certain + 10].tolist())
+    text = run("logit-cache", "inspect", cache, "--at", 9).stdout
+    assert text.count("  sampled  ") == len(marked)
+    if kind is TOPK:
+        assert (certain, found["sampled_weight"]) == (K, None)
+    else:
+        tempered = masses[:certain] ** (1 / kind.get("target_temperature", 1))
+        share = tempered.sum() / (
+            tempered.sum() + np.exp(row.log_tail_half[0] if kind is not VAROPT else row.log_tail[0])
+        )
+        assert share + (K - certain) * found["sampled_weight"] == pytest.approx(1, rel=1e-6)
+        assert f"each stands for {found['sampled_weight']:.5f}" in text
 
 
 def test_a_sample_depends_on_seed_and_position_alone(cache: Path, teacher: Path) -> None:

@@ -381,9 +381,9 @@ def test_the_log_says_what_a_user_should_know(tmp_path: Path) -> None:
     lines: list[str] = []
     tokenize(config, log=lines.append)
     assert lines == [
-        "3 conversations; their replies are found by its loop over the messages",
-        "1 conversations have no reply: nothing of them is trained on",
-        "1 replies: the chat template leaves out their reasoning",
+        "3 conversations; the replies are found by its loop over the messages",
+        "without a reply: 1 conversation, of which nothing is trained on",
+        "1 reply: the chat template leaves out the reasoning",
         "the tokenizer ends a text with '</s>'; documents here end so with --append-token '</s>'",
     ]
 

@@ -42,11 +42,11 @@ def test_conversations_get_a_loss_mask(small_cache: Path, run: Run, tmp_path: Pa
     ]
     for printed in (done.stdout, run("logit-cache", "inspect", out).stdout):
         assert [line.strip() for line in printed.splitlines() if line.strip() in lines] == lines
-    assert "3 conversations; their replies are found by its loop over the messages" in done.stderr
+    assert "3 conversations; the replies are found by its loop over the messages" in done.stderr
     training = ("--set", "max_steps=1", "--windows-per-step", 1, "--output-dir", tmp_path / "student")
     done = run("train-student", "--cache", out, "--model", "llama-tiny", "--window-tokens", len(tokens) - 1, *training)
     assert done.returncode == 0, done.stderr
-    assert f"{learnt} tokens, of {len(tokens) - 1} read, in 1 steps" in done.stdout
+    assert f" {learnt} tokens, of {len(tokens) - 1} read, in 1 step," in done.stdout
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(

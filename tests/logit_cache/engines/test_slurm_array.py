@@ -20,8 +20,7 @@ from support.clusters.slurm import Cluster, until
 from support.commands import Run, command, environment, in_process, refused
 
 from logit_cache.caching.job import CacheJob
-from logit_cache.engines import run as running
-from logit_cache.engines.outcome import NotDone
+from logit_cache.engines.outcome import NotDone, Outcome
 from logit_cache.engines.slurm import array as engine
 from logit_cache.engines.slurm.task import ArrayTask
 from storage.cache.failures import Failures
@@ -344,12 +343,11 @@ def test_an_entry_without_its_report_is_not_done(ended: tuple[CacheJob, Path]) -
         engine._outcome(without, "7", 2, folder, {})
 
 
-def test_runs_without_progress_end(ended: tuple[CacheJob, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_without_progress_end(ended: tuple[CacheJob, Path]) -> None:
     runs: list[int] = []
-    monkeypatch.setattr(running, "run_job", lambda *arguments: runs.append(1))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        task = ArrayTask(ended[0].model_dump(mode="json"), {})
+        task = ArrayTask(lambda *arguments: Outcome(runs.append(1) or 0), ended[0].model_dump(mode="json"), {})
         for _ in range(3):
             assert task() is None
             task = task.checkpoint().function

@@ -123,5 +123,5 @@ def test_the_commands(cache: Path, run: Run) -> None:
     done = run("logit-cache", "rename", cache, "codes", "k33")
     assert done.stdout == f"{cache}: codes is now k33\n"
     done = run("logit-cache", "remove", cache, "k33", "--yes")
-    assert re.fullmatch(rf"{re.escape(str(cache))}: k33 is removed, [\d,]+ bytes\n", done.stdout), done.stderr
+    assert re.fullmatch(rf"{re.escape(str(cache))}: k33 is removed, [\d.]+ kB\n", done.stdout), done.stderr
     refused(run("logit-cache", "remove", cache, "k33", "--yes"), "no entry 'k33'; it has exact")

@@ -231,7 +231,7 @@ WRONG = {
     "reserved field": (edited(set="label_smoothing_factor=0.1"), "replace the distillation loss"),
     "field of ours": (edited(set="seed=3"), "give --seed"),
     "step of two sizes": (edited(windows_per_step=8, set="gradient_accumulation_steps=2"), "leave one of the two out"),
-    "step larger than the data": (edited(windows_per_step=94), "93 windows of 16 tokens are fewer than the 94 of one"),
+    "step larger than the data": (edited(windows_per_step=94), "93 windows of 16 tokens, fewer than the 94 of one"),
     "batch that finds itself": (edited(set="auto_find_batch_size=true"), "give --windows-per-step"),
     "unknown logger": (edited(set="report_to=paper"), "'paper' is not known"),
     "evaluation without data": (edited(set="eval_strategy=epoch"), "give --eval-cache"),

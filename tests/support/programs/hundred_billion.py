@@ -91,6 +91,9 @@ class Simulated(Store):
     def names(self, prefix: str) -> list[str]:
         raise AssertionError(f"{prefix}: the names of a folder at once")
 
+    def folders(self, folder: str) -> list[str]:
+        raise AssertionError(folder)
+
     def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
         self.listings.append(folder)
         for shard in range(self.committed()):

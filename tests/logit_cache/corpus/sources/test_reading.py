@@ -50,9 +50,9 @@ def test_bad_rows_are_left_out_and_counted(tmp_path: Path, gpt2: str, bad: str) 
     cache, lines = made(tmp_path, gpt2, bad, skip_bad_rows=True)
     assert cache.record.corpus.documents == 9
     assert cache.record.corpus.skipped_rows == 8
-    at = lines.index("8 rows cannot be read and are left out, which the record says; the first:")
+    at = lines.index("left out, which the record says: 8 rows that cannot be read; the first:")
     assert [line.partition(": ")[0] for line in lines[at + 1 : at + 6]] == [f"{bad} line {n}" for n in (2, 4, 6, 8, 10)]
-    assert lines[at + 6].startswith("1 conversations; ")
+    assert lines[at + 6].startswith("1 conversation; ")
 
 
 def test_by_default_the_first_bad_row_is_refused(tmp_path: Path, gpt2: str, bad: str) -> None:
@@ -114,4 +114,4 @@ def test_a_tokenizer_that_does_not_fit_makes_no_row_bad(
 
 def test_files_without_documents_are_named(tmp_path: Path, gpt2: str) -> None:
     good, empty = write_rows(tmp_path / "a.jsonl", GOOD), write_rows(tmp_path / "b.jsonl", {"text": ""})
-    assert "1 of 2 files hold no document: b.jsonl" in made(tmp_path, gpt2, good, empty)[1]
+    assert "without a document: 1 of 2 files: b.jsonl" in made(tmp_path, gpt2, good, empty)[1]

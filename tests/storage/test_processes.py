@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-import storage.cache.processes
-from storage.cache.processes import has_ended, this_process
+import storage.processes
 from storage.errors import CorruptCache, IdentityMismatch, InputError, LogitCacheError, StorageFull
 from storage.locks import LOCK, locked
+from storage.processes import has_ended, this_process
 
-CHILD = "from storage.cache.processes import this_process; print(this_process(), flush=True); input()"
+CHILD = "from storage.processes import this_process; print(this_process(), flush=True); input()"
 
 
 def named_child() -> tuple[subprocess.Popen[str], str]:
@@ -79,7 +79,7 @@ def test_a_clock_that_is_set_ends_no_process(name: str, monkeypatch: pytest.Monk
 def test_nothing_is_known_of_other_machines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, pid, start = name.split("/")
     assert not has_ended(f"another/{pid}/{int(start) - 1}")
-    monkeypatch.setattr(storage.cache.processes.socket, "gethostname", lambda: "another")
+    monkeypatch.setattr(storage.processes.socket, "gethostname", lambda: "another")
     assert not has_ended(name.replace(start, "1"))
 
 
@@ -92,7 +92,7 @@ def test_a_malformed_name_has_not_ended(name: str, rest: str) -> None:
 
 
 def test_without_proc_there_are_no_names(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    monkeypatch.setattr(storage.cache.processes, "_PROC", tmp_path)
+    monkeypatch.setattr(storage.processes, "_PROC", tmp_path)
     assert this_process() is None
     assert not has_ended(name)
 
