@@ -179,9 +179,8 @@ def _opened(folder: Path) -> int:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
-            return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue  # its last holder has just removed it
+            with contextlib.suppress(FileNotFoundError):  # its last holder has just removed it
+                return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
             raise InputError(
                 f"{folder}: {error.strerror}; a copy is staged there: make room for it, or give another target"

@@ -97,7 +97,7 @@ def test_an_entry_in_a_cache_for_reading_only(
     places: dict[str, str], run: Run, monkeypatch: pytest.MonkeyPatch, read_only: None
 ) -> None:
     words = ("cache-logits", "--cache", places["CACHE"], "--teacher", places["TEACHER"], "--name", "a")
-    monkeypatch.setattr("logit_cache.engines.run.run_job_here", never)
+    monkeypatch.setattr("logit_cache.engines.run.run_here", never)
     refused(run(*words), places["CACHE"], "Read-only file system")
     refused(run("logit-cache", "verify", places["CACHE"], "--repair"), "Read-only file system")
     assert run("logit-cache", "verify", places["CACHE"]).returncode == 0
