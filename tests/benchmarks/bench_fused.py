@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import Table, held
+from harness import Table, flat_tail_targets, held
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -248,24 +248,9 @@ def _batch(columns: int, positions: int) -> tuple[Tensor, TargetBatch]:
     """Labels, and top-k targets of teachers whose other columns are flat."""
     import torch
 
-    from student.target_batch import TargetBatch
-
     ids = torch.stack([torch.randperm(columns)[:STORED_IDS].clone() for _ in range(positions)]).to(torch.int32)
     heads = torch.log_softmax(torch.randn(positions, STORED_IDS).sort(1, descending=True).values, 1) - 0.3
-    rest = columns - STORED_IDS
-    log_tail = torch.log1p(-heads.exp().sum(1))
-    counts = torch.full((positions,), STORED_IDS, dtype=torch.int32)
-    targets = TargetBatch(
-        token_ids=ids,
-        logprobs=heads,
-        kept=counts,
-        certain=counts,
-        top_logprob=heads[:, 0],
-        log_tail=log_tail,
-        log_tail_half=(log_tail + torch.tensor(float(rest)).log()) / 2,
-        entropy=torch.full((positions,), 4.0),
-    )
-    return torch.randint(0, columns, (positions,)), targets
+    return torch.randint(0, columns, (positions,)), flat_tail_targets(ids, heads, columns)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -17,7 +18,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from student.target_batch import TargetBatch
 
 ROOT = Path(__file__).parents[2]
 NOT_MEASURED = "not measured"
@@ -68,6 +74,27 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
         return NOT_MEASURED
     middle = f"{statistics.median(values):,.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):,.{digits}f}, {max(values):,.{digits}f})"
+
+
+def flat_tail_targets(ids: Tensor, logprobs: Tensor, columns: int) -> TargetBatch:
+    """Top-k targets [P, K] of teachers whose other columns, of so many in all, are flat."""
+    import torch
+
+    from student.target_batch import TargetBatch
+
+    positions, stored = ids.shape
+    log_tail = torch.log1p(-logprobs.exp().sum(1))
+    counts = torch.full((positions,), stored, dtype=torch.int32, device=ids.device)
+    return TargetBatch(
+        token_ids=ids,
+        logprobs=logprobs,
+        kept=counts,
+        certain=counts,
+        top_logprob=logprobs[:, 0],
+        log_tail=log_tail,
+        log_tail_half=(log_tail + math.log(columns - stored)) / 2,
+        entropy=torch.full((positions,), 4.0, device=ids.device),
+    )
 
 
 def timed_on_gpu(step: Callable[[], object], steps: int = 1) -> Callable[[], float]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import Table, copy_bandwidth, in_turn, ratios, spread, timed_on_gpu
+from harness import Table, copy_bandwidth, flat_tail_targets, in_turn, ratios, spread, timed_on_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -357,26 +357,12 @@ def batch(columns: int, positions: int) -> tuple[Tensor, TargetBatch]:
     """Labels, and top-k targets of teachers whose other columns are flat; on the device."""
     import torch
 
-    from student.target_batch import TargetBatch
-
     # One id from each of K equal ranges of them: distinct, and spread out.
     width = columns // STORED_IDS
     starts = width * torch.arange(STORED_IDS, device=DEVICE)
     ids = (starts + torch.randint(width, (positions, STORED_IDS), device=DEVICE)).to(torch.int32)
     heads = torch.randn(positions, STORED_IDS, device=DEVICE).log_softmax(1).sort(1, descending=True).values - 0.3
-    log_tail = torch.log1p(-heads.exp().sum(1))
-    counts = torch.full((positions,), STORED_IDS, dtype=torch.int32, device=DEVICE)
-    targets = TargetBatch(
-        token_ids=ids,
-        logprobs=heads,
-        kept=counts,
-        certain=counts,
-        top_logprob=heads[:, 0],
-        log_tail=log_tail,
-        log_tail_half=(log_tail + math.log(columns - STORED_IDS)) / 2,
-        entropy=torch.full((positions,), 4.0, device=DEVICE),
-    )
-    return torch.randint(0, columns, (positions,), device=DEVICE), targets
+    return torch.randint(0, columns, (positions,), device=DEVICE), flat_tail_targets(ids, heads, columns)
 
 
 if __name__ == "__main__":
