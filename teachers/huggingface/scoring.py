@@ -48,7 +48,7 @@ class FastPath:
         return hidden.flatten(0, 1)
 
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
-        """See `teachers.base.Teacher.score`."""
+        """Yields the logits [r, C] of the scored rows, r of them at a time within the budget, in order."""
         with torch.inference_mode():
             hidden = self.hidden(windows)
             # With layers on several devices, the hidden states are on the last one.
@@ -75,7 +75,7 @@ class GeneralPath:
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
-        """See `teachers.base.Teacher.score`."""
+        """Yields the logits [r, C] of the scored rows, r of them at a time within the budget, in order."""
         context = windows.shape[1]
         at_once = max(1, budget_bytes // (4 * context * columns))
         step = rows_per_chunk(columns, budget_bytes)

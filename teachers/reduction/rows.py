@@ -52,11 +52,11 @@ class Rows:
         return logits.gather(1, ids)
 
     def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
-        """See `Passes.tail`."""
+        """The columns outside the K first ones, whose logits are `top` [T, K] and ids `ids` int64 [T, K], in order."""
         return self._passes.tail(logits, row_max, top, ids)
 
     def row_sums(self, values: Tensor) -> Tensor:
-        """See `Passes.row_sums`."""
+        """The sums [T] of [T, n], n of any size."""
         return self._passes.row_sums(values)
 
     def far_sums(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
