@@ -211,7 +211,8 @@ def _answer(
 
     try:
         opened = open_job(job)
-        with Worker(opened, stopping, advance, rank=rank, checked=checked) as worker:
+        missing = opened.writer.missing() if checked else None
+        with Worker(opened, stopping, advance, rank=rank, missing=missing) as worker:
             location = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
             pipe.send(("ready", (location, worker.has_share)))
             while True:

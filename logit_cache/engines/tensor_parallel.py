@@ -88,10 +88,11 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
     opened = OpenJob(prepared.cache, prepared.teacher, open_writer(job, prepared.entry))
     entry = opened.writer.entry
     from_first(ranks, entry.model_dump(mode="json"))
-    left = positions_of(opened, opened.writer.pending())
+    missing = opened.writer.pending()
+    left = positions_of(opened, missing)
     with (
         log.progress(f"cache {job.name}", entry.positions, "tokens", entry.positions - left) as advance,
-        Worker(opened, None, advance, rank=group, checked=True, score=score, try_again=False) as worker,
+        Worker(opened, None, advance, rank=group, missing=missing, score=score, try_again=False) as worker,
     ):
         take_turns(worker, Attempts(log, 1, advance), Stopping())
     opened.writer.finish()

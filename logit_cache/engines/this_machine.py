@@ -81,7 +81,7 @@ def run_here(
             tally = Attempts(log, options.attempts, advance)
             try:
                 with Worker(
-                    opened, stopping, advance, rank=rank, help_others=options.help_others, checked=True
+                    opened, stopping, advance, rank=rank, help_others=options.help_others, missing=missing
                 ) as worker:
                     take_turns(worker, tally, stopping)
             finally:

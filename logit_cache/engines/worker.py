@@ -73,8 +73,8 @@ class Worker:
     advance      is called with the number of positions done here since the last call, negative where work is discarded
     rank         this worker among those that were started together
     help_others  whether it takes shards of the others' shares as well, where the store can hold leases
-    checked      whether the committed shards have been compared with their receipts, for which the first worker of a
-                 job takes the time
+    missing      the shards that are not committed, in order, where they have been listed; None: to list them, and to
+                 compare every committed one with its receipt, for which the first worker of a job takes the time
     score        computes the targets of a shard; `score_shard` unless given
     try_again    whether a shard that failed, and the next ones, can be tried by this worker
 
@@ -89,7 +89,7 @@ class Worker:
         *,
         rank: Rank | None = None,
         help_others: bool = True,
-        checked: bool = False,
+        missing: list[int] | None = None,
         score: ScoreShard | None = None,
         try_again: bool = True,
     ) -> None:
@@ -107,7 +107,7 @@ class Worker:
         self._missing: set[int] = set()
         self._free: deque[int] = deque()
         self._there: list[ShardOutcome] = []
-        self._look(self._writer.missing() if checked else self._writer.pending())
+        self._look(self._writer.pending() if missing is None else missing)
 
     def __enter__(self) -> Worker:
         return self
@@ -117,11 +117,6 @@ class Worker:
             self._writer.leases.release(self._taken)
         self._finish()
         self._committer.close()
-
-    @property
-    def missing(self) -> list[int]:
-        """The shards that were not committed when this worker last looked, and are its to build."""
-        return sorted(filter(self.builds, self._missing))
 
     def builds(self, shard: int) -> bool:
         """Whether it is up to this worker to build a shard that nobody else has built."""

@@ -248,7 +248,8 @@ class _Actor:
 
         try:
             opened = open_job(CacheJob.model_validate(self._job))
-            self._worker = Worker(opened, self._stopping, rank=Rank(rank, workers), checked=checked)
+            missing = opened.writer.missing() if checked else None
+            self._worker = Worker(opened, self._stopping, rank=Rank(rank, workers), missing=missing)
         except LogitCacheError as error:
             return error
         location = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
