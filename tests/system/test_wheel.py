@@ -58,7 +58,7 @@ def run(scripts: Path, line: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".html")]
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.*") if path.suffix != ".pyc"]
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {path.relative_to(ROOT).as_posix() for path in files}
 

@@ -44,12 +44,16 @@ def sparse(url: str, *names: str) -> None:
 def receipt(url: str, name: str, shard: int, at: float, seconds: float = 10.0, host: str = "here") -> None:
     """Commit a shard on paper: its receipt is real, its objects are not there."""
     receipts = LogitCache.open(url).teacher(name).receipts
+    objects = {
+        array: ObjectDigest(bytes=spec.index_bytes, sha256=SHA, seal_sha256=SHA)
+        for array, spec in receipts.specs.items()
+    }
     written = ShardReceipt(
         record_sha256=receipts.record_sha256,
         shard=shard,
         start=shard * SHARD,
         stop=min((shard + 1) * SHARD, receipts.first_array.shape[0]),
-        objects={array: ObjectDigest(bytes=1, sha256=SHA, seal_sha256=SHA) for array in receipts.specs},
+        objects=objects,
         seconds=seconds,
         written_at=datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds"),
         host=host,
