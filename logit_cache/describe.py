@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
@@ -97,7 +98,7 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
     return {
         "cross_entropy": loss,
         "perplexity": math.exp(min(loss, 700.0)) if loss is not None else None,
-        "entropy": sums.entropy_nats / sums.positions,
+        "entropy": None if sums.entropy_nats is None else sums.entropy_nats / sums.positions,
         "head_mass": sums.head_mass / sums.positions,
         "positions_with_head_mass_below_0.5": sums.head_mass_below_half / sums.positions,
         "positions_with_head_mass_below_0.9": sums.head_mass_below_90 / sums.positions,
@@ -112,7 +113,13 @@ def targets_in_words(targets: dict[str, Any]) -> str:
         text += f", rows cut at a cumulative mass of {targets['top_p']:g}"
     if targets["seed"] is not None:
         text += f", seed {targets['seed']}, temperature {targets['temperature']:g}"
-    return text if targets["head_ids"] is None else f"{text}, {counted(targets['head_ids'], 'id')} certain"
+    if targets["head_ids"] is not None:
+        text += f", {counted(targets['head_ids'], 'id')} certain"
+    if targets.get("order") == "embeddings":
+        text += ", in the order of the teacher's embeddings"
+    if targets.get("positions") in ("trained", "some"):
+        text += f", at {targets['positions']} positions"
+    return text
 
 
 def windowing_in_words(windowing: dict[str, Any]) -> str:
@@ -152,33 +159,43 @@ def _describe_row(row: SparseTargets, sampled_at: float | None, decode: Any, mos
     id stands for in a loss at the temperature that it was sampled for. At most `most` ids of either kind are listed.
     """
     certain, kept = int(row.certain[0]), int(row.kept[0])
-    logprobs, label = row.logprobs[0, :kept].astype(np.float64), float(row.label_logprob[0])
-    masses = np.exp(logprobs)
+    masses = np.exp(row.logprobs[0, :kept].astype(np.float64))
     sampled_mass = float(masses[certain:].sum())
+    known = {name: _known(getattr(row, name)) for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")}
+    tail = known["log_tail_half" if sampled_at == 2 else "log_tail"]
     weight = None
-    if kept > certain:
-        tempered = logprobs[:certain] / (sampled_at or 1.0)
-        tail = math.exp(float((row.log_tail_half if sampled_at == 2 else row.log_tail)[0]))
-        weight = tail / (float(np.exp(tempered).sum()) + tail) / (kept - certain)
+    if kept > certain and tail is not None:
+        tempered = row.logprobs[0, :certain].astype(np.float64) / (sampled_at or 1.0)
+        weight = math.exp(tail) / (float(np.exp(tempered).sum()) + math.exp(tail)) / (kept - certain)
+    outside = None if known["log_tail"] is None else math.exp(known["log_tail"]) - sampled_mass
     return {
-        "entropy": float(row.entropy[0]),
+        "entropy": known["entropy"],
         "certain": certain,
         "certain_mass": float(masses[:certain].sum()),
         "sampled": kept - certain,
-        "sampled_mass": sampled_mass,
+        "sampled_mass": _number(sampled_mass),
         "sampled_weight": weight,
-        "outside_mass": max(0.0, math.exp(float(row.log_tail[0])) - sampled_mass),
-        "label_logprob": None if math.isnan(label) else label,
+        "outside_mass": None if outside is None or math.isnan(outside) else max(0.0, outside),
+        "label_logprob": known["label_logprob"],
         "top": [
             {
                 "id": int(row.token_ids[0, column]),
                 "text": decode([int(row.token_ids[0, column])]),
-                "probability": float(masses[column]),
+                "probability": _number(float(masses[column])),
                 "sampled": column >= certain,
             }
             for column in (*range(min(certain, most)), *range(certain, min(kept, certain + most)))
         ],
     }
+
+
+def _known(values: NDArray[np.float32] | None) -> float | None:
+    """The value of a row, or None where it has none."""
+    return None if values is None else _number(float(values[0]))
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _decoder(cache: LogitCache) -> Any:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from student.loss.teacher_targets import Member as Member
     from student.models.loading import load_student as load_student
     from student.report import TrainingReport as TrainingReport
+    from student.target_batch import StoredBatch as StoredBatch
     from student.target_batch import TargetBatch as TargetBatch
     from student.training.bound_forward import bind_loss as bind_loss
     from student.training.bound_forward import unbind_loss as unbind_loss
@@ -35,7 +36,7 @@ __all__, __getattr__ = public_names(__name__, {
     "student.loss.teacher_targets": ("Member",),
     "student.models.loading": ("load_student",),
     "student.report": ("TrainingReport",),
-    "student.target_batch": ("TargetBatch",),
+    "student.target_batch": ("StoredBatch", "TargetBatch"),
     "student.training.bound_forward": ("bind_loss", "unbind_loss"),
     "student.training.run": ("train",),
     "student.training.trainer": ("DistillationTrainer",),

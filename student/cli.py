@@ -200,6 +200,7 @@ def _leave_process_group() -> None:
 def table(report: TrainingReport) -> str:
     """The summary printed at the end of a run."""
     from storage.text import counted, labelled
+    from student.loss.objective import TEACHER_CROSS_ENTROPY
     from student.report import quality_rows
 
     rows = [
@@ -207,12 +208,12 @@ def table(report: TrainingReport) -> str:
         ("trained on", f"{_trained(report)} in {counted(report.steps, 'step')}, {report.seconds:,.1f} s"),
     ]
     if report.train_log:
-        last, name = report.train_log[-1], report.job.log_name
+        last = report.train_log[-1]
         rows.append(("last training loss", f"{last['loss']:.4f}, logged at step {last['step']:,}"))
         for teacher, meaning in report.divergence.items():
-            if f"{name}_{teacher}" in last:
-                value = f"{last[f'{name}_{teacher}']:.4f} nats ({meaning})"
-                rows.append((f"its {report.job.loss} to {teacher}", value))
+            for figure in (f"{report.job.log_name}_{teacher}", f"{TEACHER_CROSS_ENTROPY}_{teacher}"):
+                if figure in last:
+                    rows.append((f"its {report.job.loss} to {teacher}", f"{last[figure]:.4f} nats ({meaning})"))
     held = report.held_out
     if held is None:
         rows.append(("held out", "not measured (no --eval-cache)"))

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from storage.config import Frozen, Reported
 from student.job import StudentJob
+from student.loss.objective import TEACHER_CROSS_ENTROPY
 
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 """A duration that a record states. No run takes 30,000 years, and nothing is computed from a number beyond."""
@@ -16,10 +17,17 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 class HeldOutKL(Frozen):
     """KL(teacher || student) in nats per token; `lower_bound` with a tail bucket: not where every id is stored
-    (K = V), nor where sampled ids give an unbiased estimate."""
+    (K = V), nor where sampled ids give an unbiased estimate. `cross_entropy`: where the teacher's entropy is not
+    stored, the cross-entropy to it, which is larger by that entropy."""
 
     nats: float
     lower_bound: bool
+    cross_entropy: bool = False
+
+    @property
+    def log_name(self) -> str:
+        """The prefix to a teacher's name in the names of logged figures."""
+        return TEACHER_CROSS_ENTROPY if self.cross_entropy else "kl"
 
 
 def quality_rows(ece: float, accuracy: float, kl: Mapping[str, HeldOutKL]) -> list[tuple[str, str]]:
@@ -27,7 +35,8 @@ def quality_rows(ece: float, accuracy: float, kl: Mapping[str, HeldOutKL]) -> li
     rows = [("calibration error", f"{ece:.2%}"), ("accuracy", f"{accuracy:.2%}")]
     for name, one in kl.items():
         note = " (a lower bound: the tail counts as one bucket)" if one.lower_bound else ""
-        rows.append((f"KL to {name}", f"{one.nats:.4f} nats{note}"))
+        figure = "cross-entropy to" if one.cross_entropy else "KL to"
+        rows.append((f"{figure} {name}", f"{one.nats:.4f} nats{note}"))
     return rows
 
 
@@ -55,7 +64,7 @@ class HeldOutReport(Frozen):
         found = {"loss": self.cross_entropy, "perplexity": self.perplexity, "ece": self.ece, "accuracy": self.accuracy}
         if self.distillation_loss is not None:
             found["distillation_loss"] = self.distillation_loss
-        found |= {f"kl_{name}": kl.nats for name, kl in self.kl.items()}
+        found |= {f"{kl.log_name}_{name}": kl.nats for name, kl in self.kl.items()}
         return {f"{prefix}_{name}": value for name, value in found.items()}
 
 

@@ -1,72 +1,58 @@
-"""TargetBatch: one teacher's stored targets for a batch of positions, as tensors.
+"""One teacher's targets for a batch of positions, as tensors: `StoredBatch`, as they are stored, and `TargetBatch`.
 
 Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `K` stored ids of a position (the
 columns), `V` vocabulary of the teacher. Rows are [B, T] in a batch, and [P] once `flat`.
+
+A data loader hands out what is stored: decoding it is a scan over K numbers on the training device, and costs as much
+as the decompression on the loader's side. `storage.format.version_1` and `version_2` have the equations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from storage.format.targets import SparseTargets
-
-_COUNTS = ("kept", "certain")
-# Where SparseTargets has another name for a field.
-_STORED_NAMES = {"logprobs": "exact_logprobs"}
+from storage.format.layout import field_array
+from storage.format.manifest import TeacherEntry
+from storage.format.stored import StoredTargets
+from storage.format.version_2 import NONE, NOTHING_INSIDE, NOTHING_OUTSIDE
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TargetBatch:
     """The targets of some rows, [B, T] or [P], all on one device; log-probs and entropies in nats.
 
-    token_ids       int32 (int64 for a cache of 32-bit ids) [rows, K]  most probable first; columns from `kept` on hold
-                    anything, an id beyond the student's columns too
-    kept            int32 [rows]   valid leading columns; 0 in a row without a target: padding, which no label trains on
+    token_ids       int32 or int64 [rows, K]   the certain ids, most probable first, then the sampled ones; columns from
+                    `kept` on hold anything, an id beyond the student's columns too
+    kept            int32 [rows]   valid leading columns; 0 in a row without targets
     certain         int32 [rows]   so many leading ids are certain to be in the row, the others up to `kept` are sampled
-    top_logprob     float32 [rows]   log-prob of column 0
+    logprobs        float32 [rows, K]   of the ids, normalised over all V; NaN for sampled ids whose log-probs are not
+                    stored, anything from `kept` on
     log_tail        float32 [rows]   log of the mass outside the certain ids; -inf where none is
     log_tail_half   float32 [rows]   log of the sum of p**0.5 outside the certain ids (temperature 2)
     entropy         float32 [rows]   of the full distribution
-    codes           uint16 [rows, K]   differences of log-probs in steps of the entry's `step_nats`; None: `logprobs`
-    logprobs        float32 [rows, K]   of the ids, normalised over all V; None: `codes`
 
-    Codes are as stored, and decoded on the training device (`student.loss.teacher_targets`): there it is a scan over K
-    numbers, on the loader's side it costs as much as the decompression. Float fields may be float64. A field that is
-    None is absent, and stays so in what is made of the batch.
-
-    It is no mapping, so that what casts or moves the floats of a batch by their type (FSDP, DeepSpeed) leaves it alone;
-    data loaders and accelerate call `to` and `pin_memory`.
+    Floats may be float64. The last three are None where the entry does not have them, and hold anything in a row
+    without targets. It is no mapping, so that what casts or moves the floats of a batch by their type (FSDP, DeepSpeed)
+    leaves it alone; data loaders and accelerate call `to` and `pin_memory`.
     """
 
     token_ids: Tensor
     kept: Tensor
     certain: Tensor
-    top_logprob: Tensor
-    log_tail: Tensor
-    log_tail_half: Tensor
-    entropy: Tensor
-    codes: Tensor | None = None
-    logprobs: Tensor | None = None
+    logprobs: Tensor
+    log_tail: Tensor | None = None
+    log_tail_half: Tensor | None = None
+    entropy: Tensor | None = None
 
-    @classmethod
-    def of(cls, windows: Sequence[SparseTargets], rows: int, firsts: Sequence[int]) -> TargetBatch:
-        """The targets of some windows as [B, rows], from row `firsts[b]` on; the other rows have none (kept = 0)."""
-        found: dict[str, Tensor] = {}
-        for field in fields(cls):
-            name = _STORED_NAMES.get(field.name, field.name)
-            values = [getattr(window, name) for window in windows]
-            if values[0] is None:
-                continue
-            batch = np.zeros((len(values), rows, *values[0].shape[1:]), _batch_dtype(field.name, values[0].dtype))
-            for row, first, stored in zip(batch, firsts, values, strict=True):
-                row[first : first + len(stored)] = stored
-            found[field.name] = torch.from_numpy(batch)
-        return cls(**found)
+    def decoded(self) -> TargetBatch:
+        """The batch itself; of a `StoredBatch`, what it means."""
+        return self
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TargetBatch:
         """The same targets on a device."""
@@ -88,16 +74,136 @@ class TargetBatch:
         return len(self.kept)
 
     def __repr__(self) -> str:
-        k, form = self.token_ids.shape[-1], "log-probs" if self.codes is None else "codes"
-        return f"TargetBatch({list(self.kept.shape)} rows of {k} ids, {form}, {self.kept.device})"
+        return f"TargetBatch({list(self.kept.shape)} rows of {self.token_ids.shape[-1]} ids, {self.kept.device})"
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TargetBatch:
-        present = {field.name: getattr(self, field.name) for field in fields(self)}
+        present = {each.name: getattr(self, each.name) for each in fields(self)}
         return TargetBatch(**{name: change(values) for name, values in present.items() if values is not None})
 
 
-def _batch_dtype(name: str, stored: np.dtype) -> np.dtype:
-    if name == "token_ids" and stored == np.uint32:
-        # Unused columns hold the type's maximum, and torch cannot index with unsigned types.
-        return np.dtype(np.int64)
-    return np.dtype(np.int32) if name in ("token_ids", *_COUNTS) else stored
+@dataclass(frozen=True, eq=False, repr=False)
+class StoredBatch:
+    """The stored arrays of some rows, by name, each [B, T, ...] or [P, ...], of the `entry` that they belong to.
+
+    Rows that no position of the entry belongs to, as padding, are 0 in all arrays, and so have no targets (kept = 0).
+    As `TargetBatch`, it is no mapping.
+    """
+
+    entry: TeacherEntry
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, windows: Sequence[StoredTargets], rows: int, firsts: Sequence[int]) -> StoredBatch:
+        """What is stored of some windows as [B, rows], from row `firsts[b]` on; the other rows are empty."""
+        found: dict[str, Tensor] = {}
+        for name, first_values in windows[0].arrays.items():
+            batch = np.zeros((len(windows), rows, *first_values.shape[1:]), first_values.dtype)
+            for row, first, stored in zip(batch, firsts, windows, strict=True):
+                row[first : first + len(stored)] = stored.arrays[name]
+            found[name] = torch.from_numpy(batch)
+        return cls(windows[0].entry, found)
+
+    def decoded(self) -> TargetBatch:
+        """What the arrays mean, on their device."""
+        kept, certain = (self.arrays[name].to(torch.int32) for name in ("kept", "certain"))
+        return (self._decoded_1 if self.entry.format_version == 1 else self._decoded_2)(kept, certain)
+
+    def _decoded_1(self, kept: Tensor, certain: Tensor) -> TargetBatch:
+        if self.entry.encoding.step_nats is None:
+            logprobs = self.arrays["logprobs"]
+        else:
+            # Whole numbers below 2**24 are exact in float32; valid rows sum to at most 2**16 (`logprob_floor`).
+            steps = self.arrays["logprob_codes"].to(torch.float32).cumsum(-1)
+            logprobs = self.arrays["top_logprob"][..., None] - self.entry.encoding.step_nats * steps
+        values = {name: self.arrays[name] for name in ("log_tail", "log_tail_half", "entropy")}
+        return TargetBatch(_ids(self.arrays["token_ids"]), kept, certain, logprobs, **values)
+
+    def _decoded_2(self, kept: Tensor, certain: Tensor) -> TargetBatch:
+        raw = _ids(self.arrays["ids"])
+        is_certain = leading_columns(certain, raw.shape[-1])
+        ids = torch.where(is_certain, raw, raw.masked_fill(is_certain, 0).cumsum(-1, dtype=raw.dtype))
+        values = {name: self._value(name) for name in ("tail", "half-tail", "entropy")}
+        logprobs = self._logprobs_2(kept, certain, is_certain, values)
+        return TargetBatch(ids, kept, certain, logprobs, values["tail"], values["half-tail"], values["entropy"])
+
+    def _logprobs_2(
+        self, kept: Tensor, certain: Tensor, is_certain: Tensor, values: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        entry, heads = self.entry, self._array("certain")
+        step = entry.encoding.step_nats
+        if step is not None:
+            below = heads.to(torch.float32).cumsum(-1).mul(-step)
+            total = torch.logsumexp(below.masked_fill(~is_certain, -torch.inf), -1)
+            heads = below + (self._log_head() - total)[..., None]
+        if not entry.targets.has("sampled-logprobs"):
+            return heads.masked_fill(leading_columns(kept, heads.shape[-1]) & ~is_certain, torch.nan)
+        tails = self._array("sampled-logprobs")
+        if step is not None:
+            temperature = entry.targets.temperature
+            outside = values["tail" if temperature == 1.0 else "half-tail"]
+            assert outside is not None
+            reference = temperature * (outside - (kept - certain).clamp(min=1).log()) + step
+            tails = reference[..., None] - (entry.encoding.sampled_step_nats or 0.0) * tails.to(torch.float32)
+        return torch.where(is_certain, heads, tails)
+
+    def _array(self, name: str) -> Tensor:
+        return self.arrays[field_array(self.entry, name)]
+
+    def _value(self, name: str) -> Tensor | None:
+        """A number per position from its codes."""
+        if not self.entry.targets.has(name):
+            return None
+        stored, encoding = self._array(name), self.entry.encoding
+        if encoding.step_nats is None:
+            return stored
+        step = encoding.step_nats if name == "tail" else encoding.value_step_nats
+        values = stored.to(torch.float32) * step  # type: ignore[operator]
+        if name == "tail":
+            values = F.logsigmoid(values).masked_fill(stored == NOTHING_INSIDE, 0.0)
+        values = values.masked_fill(stored == NOTHING_OUTSIDE, -torch.inf)
+        return values.masked_fill(stored == NONE, torch.nan)
+
+    def _log_head(self) -> Tensor:
+        """Log of the mass of the certain ids; 0 where nothing is outside, or the tail is not known."""
+        if not self.entry.targets.has("tail"):
+            return torch.zeros_like(self.arrays["kept"], dtype=torch.float32)
+        stored = self._array("tail")
+        odds = stored.to(torch.float32) * (self.entry.encoding.step_nats or 0.0)
+        return F.logsigmoid(-odds).masked_fill((stored == NOTHING_OUTSIDE) | (stored == NONE), 0.0)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> StoredBatch:
+        """The same arrays on a device."""
+        return self._each(lambda values: values.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> StoredBatch:
+        """The same arrays in page-locked memory, as a DataLoader asks for."""
+        return self._each(Tensor.pin_memory)
+
+    def flat(self) -> StoredBatch:
+        """Rows [B, T] as [P]; rows [P] as they are."""
+        axes = self.arrays["kept"].ndim
+        return self._each(lambda values: values.flatten(0, axes - 1))
+
+    def __getitem__(self, rows: slice) -> StoredBatch:
+        """Some rows, along their first axis."""
+        return self._each(lambda values: values[rows])
+
+    def __len__(self) -> int:
+        return len(self.arrays["kept"])
+
+    def __repr__(self) -> str:
+        kept = self.arrays["kept"]
+        return f"StoredBatch({list(kept.shape)} rows of {', '.join(self.arrays)}, {kept.device})"
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> StoredBatch:
+        return replace(self, arrays={name: change(values) for name, values in self.arrays.items()})
+
+
+def leading_columns(counts: Tensor, columns: int) -> Tensor:
+    """bool [..., columns]: column i < counts [...]."""
+    return torch.arange(columns, device=counts.device) < counts[..., None]
+
+
+def _ids(stored: Tensor) -> Tensor:
+    """Ids in a type that torch sums and indexes with."""
+    return stored.to(torch.int64 if stored.dtype == torch.uint32 else torch.int32)

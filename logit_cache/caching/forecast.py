@@ -41,9 +41,9 @@ from logit_cache.caching.step_cost import (
 )
 from logit_cache.caching.windows import windows
 from storage.errors import FormatError, InputError
+from storage.format.encoding import token_id_dtype
 from storage.format.layout import COMPRESSION, entry_layout, group_metadata, metadata_bytes, teacher_arrays
 from storage.format.manifest import ATTRIBUTE, MAX_INDEX_BYTES, ArrayLayout, ReceiptIndex, ShardReceipt, TeacherEntry
-from storage.format.rules import broken_rule
 from storage.format.sealing import parse_json, sealed, sealed_bytes, unseal
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets
@@ -118,7 +118,8 @@ def forecast(job: CacheJob, question: Question, track: Track) -> dict[str, Any]:
     speed = _speed(probe, entry)
     size = _size(probe, entry)
     cpu_seconds = entry.positions * speed["cpu_seconds_per_token"] + question.workers * loading
-    row_bytes = entry.targets.k * (teacher_arrays(entry)["token_ids"].itemsize + 4) + 32
+    # Of the rows of a shard in memory: ids, float32 log-probs, and a few numbers.
+    row_bytes = entry.targets.k * (np.dtype(token_id_dtype(entry.vocabulary_size)).itemsize + 4) + 32
     return {
         "cache": job.cache,
         "teachers": list(job.teacher),
@@ -180,11 +181,11 @@ def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Pro
             with probe.score.running():
                 targets = score_range(cache, teacher, probed, start, stop, advance)
             with probe.encode.running():
-                broken = broken_rule(targets, probed)
+                stored = shard_values(probed, targets)
+                broken = stored.broken_rule()
                 if broken:
                     raise FormatError(f"{cache.url}: the positions {start}..{stop} could not be stored: {broken}")
-                values = shard_values(probed, targets)
-                objects = encode_objects(specs, slot, values)
+                objects = encode_objects(specs, slot, stored.arrays)
                 digests = {name: object_digest(specs[name], data) for name, data in objects.items()}
                 statistics = shard_statistics(targets)
             probe.positions += stop - start

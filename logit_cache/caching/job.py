@@ -7,9 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from storage.config import Settings
-from storage.format.encoding import DEFAULT_STEP_NATS, MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
+from storage.format.encoding import (
+    DEFAULT_SAMPLED_STEP_NATS,
+    DEFAULT_STEP_NATS,
+    DEFAULT_VALUE_STEP_NATS,
+    MAX_STEP_NATS,
+    MAX_UINT16,
+    MIN_STEP_NATS,
+)
 from storage.format.layout import Profile
-from storage.format.manifest import TEACHER_NAME, Targets
+from storage.format.manifest import TARGET_FIELDS, TEACHER_NAME, Encoding, TargetField, Targets, TeacherEntry
 
 Positive = Annotated[int, Field(ge=1)]
 Source = Annotated[str, Field(min_length=1)]
@@ -17,6 +24,10 @@ EntryName = Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
 KeptIds = Annotated[int, Field(ge=1, le=MAX_UINT16)]
 Mass = Annotated[float, Field(gt=0, le=1)]
 StepNats = Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)]
+FieldName = Literal["lean", "all", "entropy", "half-tail", "label", "sampled-logprobs"]
+
+# By measurement (docs/decisions/0034).
+DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("all",), "topk": ("all",)}
 
 
 class CacheJob(Settings):
@@ -25,6 +36,11 @@ class CacheJob(Settings):
     Several teachers form one ensemble; `weight` and `revision` are given once for each of them, or not at all. A
     `top_p` alone selects top-k targets, which it truncates; else the default is varopt (docs/decisions/0012).
     `fidelity_positions`, the size of a complete entry's fidelity report, is no part of the entry's identity.
+
+    `fields`: what is stored beside ids, certain log-probs and masses: lean (what forward KL reads), all, or names of
+    `storage.format.manifest.TARGET_FIELDS`. `positions`: all rows, or those that the stream's loss mask trains.
+    `sampling` and `order`: how ids are sampled, and in which order they lie then (docs/decisions/0034). What is not
+    given is as an entry of that name has it, which may be one of version 1; else as docs/decisions/0034 says.
     """
 
     cache: str
@@ -48,8 +64,14 @@ class CacheJob(Settings):
     max_memory: tuple[str, ...] = ()
     offload: Literal["cpu", "disk"] | None = None
     tensor_parallel: bool = False
+    fields: tuple[FieldName, ...] = ()
+    positions: Literal["all", "trained"] | None = None
+    sampling: Literal["systematic", "pivotal"] | None = None
+    order: Literal["ids", "embeddings"] | None = None
+    format_version: Literal[1, 2] | None = None
     encoding: Literal["codes", "float32"] = "codes"
     step_nats: StepNats = DEFAULT_STEP_NATS
+    sampled_step_nats: StepNats | None = None
     profile: Profile = "small"
     shard_tokens: Positive | None = None
     chunk_tokens: Positive | None = None
@@ -68,7 +90,8 @@ class CacheJob(Settings):
 
     @model_validator(mode="after")
     def _targets_agree(self) -> CacheJob:
-        of_varopt = {"head_ids": self.head_ids, "seed": self.seed, "target_temperature": self.target_temperature}
+        names = ("head_ids", "seed", "target_temperature", "sampling", "order", "sampled_step_nats")
+        of_varopt = {name: getattr(self, name) for name in names}
         foreign = {"top_p": self.top_p} if self.targets == "varopt" else of_varopt
         for name, value in foreign.items():
             if value is not None:
@@ -135,14 +158,74 @@ class CacheJob(Settings):
         """Tokens from one window to the next; the context length unless given."""
         return self.stride_tokens or self.context_tokens
 
-    def stored_targets(self) -> Targets:
-        """The targets record of the entry: the method, its parameters, and the ids stored per position."""
-        if self.targets == "topk":
-            return Targets(k=self.k, top_p=self.top_p)
+    @model_validator(mode="after")
+    def _fields_agree(self) -> CacheJob:
+        both = sorted({"lean", "all"} & set(self.fields))
+        if both and len(self.fields) > 1:
+            raise ValueError(f"--fields {both[0]} names them all: leave out {', '.join(set(self.fields) - {both[0]})}")
+        if self.targets == "topk" and "sampled-logprobs" in self.fields:
+            raise ValueError("--fields sampled-logprobs goes with --targets varopt: every id of topk is certain")
+        if self.format_version == 1:
+            later = ("fields", "positions", "sampling", "order", "sampled_step_nats")
+            for name in later:
+                if getattr(self, name):
+                    raise ValueError(f"--{name.replace('_', '-')} is of version 2 of the format: leave out one of them")
+        if self.encoding == "float32" and self.sampled_step_nats is not None:
+            raise ValueError("--sampled-step-nats is a unit of codes, and --encoding float32 has none: leave one out")
+        return self
+
+    def stored_targets(self, recorded: TeacherEntry | None = None) -> Targets:
+        """The targets record of the entry: the method, its parameters, and what is stored per position.
+
+        recorded: the entry of that name, if there is one, which decides what is not given.
+        """
+        own: dict[str, Any] = {"k": self.k, "top_p": self.top_p}
+        if self.targets == "varopt":
+            own |= {
+                "method": "varopt",
+                "head_ids": self.head_ids or None,
+                "seed": self.seed or 0,
+                "temperature": self.target_temperature or 1.0,
+            }
+        if self.version(recorded) == 1:
+            return Targets(**own, has_label_logprob=True)
+        before = recorded.targets if recorded is not None and recorded.format_version == 2 else None
+        if self.targets == "varopt":
+            own |= {
+                "sampling": self.sampling or (before and before.sampling) or "systematic",
+                "order": self.order or (before and before.order) or "ids",
+            }
         return Targets(
-            method="varopt",
-            k=self.k,
-            head_ids=self.head_ids or None,
-            seed=self.seed or 0,
-            temperature=self.target_temperature or 1.0,
+            **own,
+            fields=self._stored_fields() if self.fields or before is None else before.fields,
+            positions=self.positions or (before and before.positions) or "all",
+            tail="exact",
+        )
+
+    def version(self, recorded: TeacherEntry | None) -> Literal[1, 2]:
+        """The version of the entry: the one that is asked for, the recorded one, or the latest."""
+        return self.format_version or (2 if recorded is None else recorded.format_version)
+
+    def _stored_fields(self) -> tuple[TargetField, ...]:
+        names = self.fields or DEFAULT_FIELDS[self.targets]
+        wanted = set(TARGET_FIELDS if "all" in names else names) - {"lean"}
+        if self.targets == "topk":
+            wanted -= {"sampled-logprobs"}
+        elif self.target_temperature == 2.0:
+            wanted |= {"half-tail"}  # by which sampled ids weigh at that temperature
+        return tuple(field for field in TARGET_FIELDS if field in wanted)
+
+    def stored_encoding(self, targets: Targets, recorded: TeacherEntry | None = None) -> Encoding:
+        """The encoding record of the entry with these targets."""
+        codes = self.encoding == "codes"
+        step = self.step_nats if codes else None
+        if self.version(recorded) == 1:
+            return Encoding(kind=self.encoding, step_nats=step, mantissa_bits=12 if codes else 23)
+        before = None if recorded is None else recorded.encoding.sampled_step_nats
+        sampled = self.sampled_step_nats or before or DEFAULT_SAMPLED_STEP_NATS
+        return Encoding(
+            kind=self.encoding,
+            step_nats=step,
+            value_step_nats=DEFAULT_VALUE_STEP_NATS if codes else None,
+            sampled_step_nats=sampled if codes and targets.has("sampled-logprobs") else None,
         )

@@ -13,7 +13,7 @@ from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format.layout import COMPRESSION, entry_layout
-from storage.format.manifest import Encoding, Execution, TeacherEntry, Versions, Windowing
+from storage.format.manifest import Execution, TeacherEntry, Versions, Windowing
 from storage.progress import silent
 from storage.stores import open_store
 
@@ -146,28 +146,33 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         isolate_documents=job.isolate_documents,
         begin_id=begin,
     )
+    recorded = stored_entry(job.cache, job.name)
+    targets = job.stored_targets(recorded)
+    version: Literal[1, 2] = job.version(recorded)
+    if targets.positions == "trained" and not cache.record.corpus.has_loss_mask:
+        raise InputError(
+            f"--positions trained: {job.cache} has no loss mask, so all its positions are trained: leave it out"
+        )
     entry = TeacherEntry(
+        format_version=version,
         positions=cache.record.corpus.positions,
         vocabulary_size=vocabulary_size,
         stream_sha256=cache.record.corpus.stream_sha256,
         tokenizer_fingerprint=cache.record.tokenizer.fingerprint,
         teacher=teacher.identity,
-        targets=job.stored_targets(),
+        targets=targets,
         windowing=windowing,
-        encoding=Encoding(
-            kind=job.encoding,
-            step_nats=job.step_nats if job.encoding == "codes" else None,
-            mantissa_bits=12 if job.encoding == "codes" else 23,
-        ),
+        encoding=job.stored_encoding(targets, recorded),
         layout=layout,
         execution=execution_of(
             teacher,
             job.batch_windows or _recorded_batch_windows(job) or choose_batch_windows(teacher, windowing.input_tokens),
         ),
+        made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
     )
     if job.shard_tokens is None and job.chunk_tokens is None:
-        entry = in_recorded_shards(entry, stored_entry(job.cache, job.name))
+        entry = in_recorded_shards(entry, recorded)
     return PreparedJob(cache, teacher, entry)
 
 

@@ -166,7 +166,7 @@ def _encoding(source: TeacherEntry, job: RecompressJob) -> Encoding:
             f"--step-nats {step:g}: {job.name} stores codes of {before.step_nats:g} nat; keep them, or take at least "
             f"{2 * before.step_nats:g}, so that the errors of both stay below one step"
         )
-    return Encoding(kind="codes", step_nats=step, mantissa_bits=min(12, before.mantissa_bits))
+    return Encoding(kind="codes", step_nats=step, mantissa_bits=min(12, before.mantissa_bits or 12))
 
 
 def _layout(source: TeacherEntry, job: RecompressJob, k: int) -> Any:

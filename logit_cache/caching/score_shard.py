@@ -32,7 +32,7 @@ from teachers.reduction.varopt import Sampling, random_bits
 
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
-    """The targets of a shard's positions, with exact log-probs, on the CPU."""
+    """The targets of a shard's positions, all their fields as the teacher has them, on the CPU."""
     entry = opened.writer.entry
     start, stop = entry.layout.shard_range(shard, entry.positions)
     return score_range(opened.cache, opened.teacher, entry, start, stop, progress)
@@ -48,18 +48,32 @@ def score_range(
 ) -> SparseTargets:
     """The targets of the positions `start .. stop` of an entry, which need not be stored; see `score_shard`."""
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    rows = _Rows(entry, start, stop)
+    rows = _Rows(entry, start, stop, _wanted(cache, entry, start, stop))
     copies = HostCopies(teacher.device, rows.put)
-    plan = windows(start, stop, entry.positions, entry.windowing, starts)
+    plan = filter(rows.any_wanted, windows(start, stop, entry.positions, entry.windowing, starts))
+    scored = 0
     while batch := list(islice(plan, entry.execution.batch_windows)):
         low = min(window.start for window in batch)
         high = min(max(window.stop for window in batch) + 1, entry.positions)
         tokens = cache.tokens.read(low, high).astype(np.int64)
-        done = _score_batch(entry, teacher, batch, tokens, low, rows, copies)
+        _score_batch(entry, teacher, batch, tokens, low, rows, copies)
         if progress is not None:
-            progress(done)
+            progress(batch[-1].last - start - scored)
+        scored = batch[-1].last - start
     copies.finish()
+    if progress is not None and scored < stop - start:
+        progress(stop - start - scored)
     return rows.targets()
+
+
+def _wanted(cache: LogitCache, entry: TeacherEntry, start: int, stop: int) -> NDArray[np.bool_] | None:
+    """Which of the positions `start .. stop` have targets in an entry; None: all."""
+    if entry.targets.positions != "trained":
+        return None
+    mask = cache.loss_mask
+    assert mask is not None, "it was checked when the job was prepared"
+    trained: NDArray[np.bool_] = mask.read(start, stop)
+    return trained
 
 
 def _score_batch(
@@ -70,14 +84,16 @@ def _score_batch(
     low: int,
     rows: _Rows,
     copies: HostCopies,
-) -> int:
-    """Score one batch of windows; `tokens` are the stream from position `low` on. Returns the number of rows."""
-    read = [(tokens[window.start - low : window.stop - low], window.offsets) for window in batch]
+) -> None:
+    """Score one batch of windows; `tokens` are the stream from position `low` on."""
+    positions = [rows.wanted(window) for window in batch]
+    read = [
+        (tokens[window.start - low : window.stop - low], scored - window.start)
+        for window, scored in zip(batch, positions, strict=True)
+    ]
     inputs, indices = batch_inputs(read, entry.windowing, entry.execution.batch_windows)
-    positions, labels = [], []
-    for window in batch:
-        scored = np.arange(window.first, window.last)
-        positions.append(scored)
+    labels = []
+    for window, scored in zip(batch, positions, strict=True):
         following = np.minimum(scored + 1, low + len(tokens) - 1)
         labels.append(np.where(scored + 1 < window.end, tokens[following - low], -1))
     position = np.concatenate(positions)
@@ -101,33 +117,44 @@ def _score_batch(
         copies.add(position[chunk], reduced.each(lambda values: values.to(teacher.device)))
         done += len(logits)
     assert done == len(position), "a teacher yields one row of logits per scored row"
-    return done
 
 
 class _Rows:
-    """The arrays of a shard, filled row by row."""
+    """The arrays of a shard, filled row by row; of the positions that are not `wanted` [T], if it is given, none."""
 
-    def __init__(self, entry: TeacherEntry, start: int, stop: int) -> None:
+    def __init__(self, entry: TeacherEntry, start: int, stop: int, wanted: NDArray[np.bool_] | None) -> None:
         count, k = stop - start, entry.targets.k
         self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
         self._start = start
-        self._wanted = entry.targets
+        self._targets = entry.targets
+        self._wanted = wanted
         varopt = entry.targets.method == "varopt"
         self._random = random_bits(entry.targets.seed or 0, start, stop) if varopt else None
-        self._token_ids = np.empty((count, k), dtype=token_id_dtype(entry.vocabulary_size))
-        self._certain = np.empty(count, dtype=np.uint16)
-        self._logprobs = np.empty((count, k), dtype=np.float32)
+        dtype = np.dtype(token_id_dtype(entry.vocabulary_size))
+        self._token_ids = np.full((count, k), np.iinfo(dtype).max, dtype=dtype)
+        self._kept = np.full(count, k, dtype=np.uint16) if wanted is None else (k * wanted).astype(np.uint16)
+        self._certain = np.zeros(count, dtype=np.uint16)
+        self._logprobs = np.full((count, k), -np.inf, dtype=np.float32)
         self._floats: dict[str, Any] = {
-            name: np.empty(count, dtype=np.float32)
+            name: np.full(count, np.nan, dtype=np.float32)
             for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")
         }
+
+    def wanted(self, window: Window) -> NDArray[np.int64]:
+        """The positions of a window that are scored, absolute and ascending."""
+        scored = np.arange(window.first, window.last)
+        return scored if self._wanted is None else scored[self._wanted[scored - self._start]]
+
+    def any_wanted(self, window: Window) -> bool:
+        """Whether any position of a window is scored."""
+        return len(self.wanted(window)) > 0
 
     def sampling(self, position: NDArray[Any], device: torch.device) -> Sampling | None:
         """How the rows of some positions (absolute) are sampled; None for top-k."""
         if self._random is None:
             return None
         random = torch.from_numpy(self._random[position - self._start]).to(device)
-        return Sampling(self._wanted.temperature, self._wanted.head_ids or 0, random)
+        return Sampling(self._targets.temperature, self._targets.head_ids or 0, random)
 
     def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
         """Store the rows of some positions (absolute, ascending), which are on the CPU."""
@@ -140,14 +167,13 @@ class _Rows:
 
     def targets(self) -> SparseTargets:
         """The rows as sparse targets: all K columns are kept, unless rows are cut at a mass."""
-        k = self._wanted.k
+        k, top_p = self._targets.k, self._targets.top_p
         targets = SparseTargets(
             start=self._start,
             token_ids=self._token_ids,
-            kept=np.full(len(self._token_ids), k, dtype=np.uint16),
+            kept=self._kept,
             certain=self._certain,
-            top_logprob=self._logprobs[:, 0].copy(),
-            exact_logprobs=self._logprobs,
+            logprobs=self._logprobs,
             **self._floats,
         )
-        return targets if self._wanted.top_p is None else prune(targets, k, self._wanted.top_p, self.floor)
+        return targets if top_p is None else prune(targets, k, top_p, self.floor)

@@ -21,7 +21,8 @@ from torch import Tensor
 from storage.errors import InputError
 from storage.format.layout import ArraySpec
 from storage.format.manifest import TeacherEntry
-from storage.format.shard import decode_chunk, encode_targets
+from storage.format.shard import decode_chunk
+from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 from student.data.batches import Window, as_read, collate
 from student.data.blocks import Blocks
@@ -101,7 +102,7 @@ def student_windows(
     tokens: int64 [n], from the first target's position on. document_starts: where documents are isolated, the places
     in `tokens` where one starts, the first of them 0.
     """
-    windowing, stored = entry.windowing, _stored(entry, targets)
+    windowing, stored = entry.windowing, StoredTargets.of(entry, targets)
     size = windowing.context_tokens
     if document_starts is None:
         size = min(size, max(1, len(tokens) - 1))
@@ -173,7 +174,7 @@ def student_cost(spec: str, teacher: Teacher, entry: TeacherEntry, windows: Sequ
     batch = {name: whole[name].to(teacher.device) for name in ("input_ids", "labels")}
     stored = {_NAME: whole["targets"][_NAME].to(teacher.device)}
     size = ids_of_student(spec, entry)
-    most = max(_largest_id(window["targets"][_NAME]) for window in windows)
+    most = max(int(window["targets"][_NAME].decoded().largest_ids.max()) for window in windows)
     if most >= size:
         raise InputError(
             f"--student {spec}: its head has {size} columns, and the teacher's targets name id {most}: give the model "
@@ -203,10 +204,6 @@ def _positions(windows: Sequence[Window]) -> int:
     return sum(len(window["targets"][_NAME]) for window in windows)
 
 
-def _largest_id(targets: SparseTargets) -> int:
-    return int(targets.token_ids.max(where=np.arange(targets.k) < targets.kept[:, None], initial=0))
-
-
 def _each(device: torch.device, run: Callable[[], None]) -> float:
     """Paid seconds of one run: the median of a few, after a warm-up."""
     run()
@@ -217,15 +214,3 @@ def _each(device: torch.device, run: Callable[[], None]) -> float:
             run()
         costs.append(meter.paid)
     return median(costs)
-
-
-def _stored(entry: TeacherEntry, targets: SparseTargets) -> SparseTargets:
-    """The targets as a reader of the entry gets them: after a round trip through its encoding."""
-    values = encode_targets(entry, targets)
-    return SparseTargets(
-        start=targets.start,
-        codes=values.pop("logprob_codes", None),
-        exact_logprobs=values.pop("logprobs", None),
-        step_nats=entry.encoding.step_nats,
-        **values,
-    )

@@ -110,8 +110,8 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     if summary:
         if summary["cross_entropy"] is not None:
             lines.append(
-                f"  teacher     loss {summary['cross_entropy']:.4f} nats, perplexity {summary['perplexity']:.2f}, "
-                f"mean entropy {summary['entropy']:.3f} nats"
+                f"  teacher     loss {summary['cross_entropy']:.4f} nats, perplexity {summary['perplexity']:.2f}"
+                + ("" if summary["entropy"] is None else f", mean entropy {summary['entropy']:.3f} nats")
             )
         lines.append(
             f"  head mass   mean {summary['head_mass']:.4f}; below 0.5 in "
@@ -183,14 +183,20 @@ def position_text(found: dict[str, Any]) -> str:
             lines += ["", f"teacher {name}: not cached here yet"]
             continue
         label = "" if row["label_logprob"] is None else f", next token at {row['label_logprob']:.3f} nats"
+        if not row["certain"] + row["sampled"]:
+            lines += ["", f"teacher {name}: no targets here{label}"]
+            continue
         masses = [f"{counted(row['certain'], 'certain id')} {row['certain_mass']:.4f}"]
         if row["sampled"]:
             weight = f"each stands for {row['sampled_weight']:.5f}"
-            masses.append(f"{counted(row['sampled'], 'sampled id')} {row['sampled_mass']:.4f} ({weight})")
-        masses.append(f"all others {row['outside_mass']:.2e}")
-        lines += ["", f"teacher {name}: entropy {row['entropy']:.3f} nats{label}", f"  mass     {', '.join(masses)}"]
-        lines += [
-            f"  {item['probability']:8.5f}  {item['id']:>7}  {'sampled  ' if item['sampled'] else ''}{item['text']!r}"
-            for item in row["top"]
-        ]
+            mass = "" if row["sampled_mass"] is None else f" {row['sampled_mass']:.4f}"
+            masses.append(f"{counted(row['sampled'], 'sampled id')}{mass} ({weight})")
+        if row["outside_mass"] is not None:
+            masses.append(f"all others {row['outside_mass']:.2e}")
+        entropy = "" if row["entropy"] is None else f" entropy {row['entropy']:.3f} nats"
+        lines += ["", f"teacher {name}:{entropy}{label}", f"  mass     {', '.join(masses)}"]
+        for item in row["top"]:
+            probability = f"{'–':>8}" if item["probability"] is None else f"{item['probability']:8.5f}"
+            kind = "sampled  " if item["sampled"] else ""
+            lines.append(f"  {probability}  {item['id']:>7}  {kind}{item['text']!r}")
     return "\n".join(lines)

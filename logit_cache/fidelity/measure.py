@@ -42,7 +42,6 @@ _SPREAD_WINDOWS = 64
 # About ten arrays of this many float64 live at a time: a third of a gigabyte.
 _TILE_LOGITS = 1 << 22
 _QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "q99": 0.99, "maximum": 1.0}
-_PER_ID = ("token_ids", "logprob_codes", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ def _pick(sample: Sample, most: int, rng: np.random.Generator, device: torch.dev
     """At most `most` of a window's positions, at random."""
     window, stored = sample.window, sample.stored
     rows = np.sort(rng.permutation(len(stored))[:most])
+    tail = np.full(len(stored), -np.inf) if stored.log_tail is None else stored.log_tail
 
     def at_rows(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
         wide = values[rows].astype(np.int64 if dtype == torch.int64 else np.float64)
@@ -148,7 +148,7 @@ def _pick(sample: Sample, most: int, rng: np.random.Generator, device: torch.dev
             logprobs=at_rows(stored.logprobs, torch.float64),
             kept=at_rows(stored.kept, torch.int64),
             certain=at_rows(stored.certain, torch.int64),
-            log_tail=at_rows(stored.log_tail, torch.float64),
+            log_tail=at_rows(tail, torch.float64),
         ),
     )
 
@@ -209,7 +209,7 @@ def _size(targets: TeacherTargets, found: Measures, shards: list[int]) -> Size:
         receipt = targets.receipts.recent(shard)
         assert receipt is not None, "the sample was read from this shard"
         whole += sum(item.bytes for item in receipt.objects.values())
-        per_id += sum(item.bytes for name, item in receipt.objects.items() if name in _PER_ID)
+        per_id += sum(item.bytes for name, item in receipt.objects.items() if len(targets.specs[name].shape) == 2)
     mean_kept = float(found.per_position("kept").mean())
     for_ids = bytes_per_token * per_id / whole
     return Size(

@@ -114,13 +114,15 @@ def take_sample(cache: LogitCache, name: str, window: Window) -> Sample:
 
 def stored_values(targets: SparseTargets) -> Values:
     """The stored values of the positions of a sample."""
-    columns = np.arange(targets.k)
+    logprobs = np.where(targets.is_kept, np.maximum(targets.logprobs, _FLOOR), np.nan)
     values = {
-        "logprobs": np.where(columns < targets.kept[:, None], np.maximum(targets.logprobs, _FLOOR), np.nan),
-        "token_ids": np.where(columns < targets.certain[:, None], 0.0, np.nan),
+        "logprobs": logprobs,
+        "token_ids": np.where(targets.is_certain, 0.0, np.nan),
+        "top_logprob": logprobs[:, 0],
     }
-    for name in FIELDS[2:]:
-        value = getattr(targets, name).astype(np.float64)
+    for name in FIELDS[3:]:
+        stored = getattr(targets, name)
+        value = np.full(len(targets), np.nan) if stored is None else stored.astype(np.float64)
         # -inf is the tail of a row that holds every id: the format's rules have compared it with `certain`.
         values[name] = np.where(np.isneginf(value), np.nan, np.maximum(value, _FLOOR))
     return {name: value.astype(np.float64) for name, value in values.items()}

@@ -126,7 +126,9 @@ def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) 
         return np.zeros_like(stored)
     if name == "logprobs" and step:
         return np.full_like(stored, step if derived else step / 2)
-    error: NDArray[np.float64] = np.abs(stored) * 2.0 ** -(entry.encoding.mantissa_bits + (0 if derived else 1))
+    bits = entry.encoding.mantissa_bits
+    assert bits is not None
+    error: NDArray[np.float64] = np.abs(stored) * 2.0 ** -(bits + (0 if derived else 1))
     if derived and name in ("log_tail", "log_tail_half"):
         error += step
     return error

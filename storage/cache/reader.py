@@ -28,11 +28,11 @@ from storage.cache.records import (
 from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
 from storage.files import local_path
 from storage.format.fidelity import FidelityReport
-from storage.format.layout import PER_POSITION_FLOATS, corpus_arrays, teacher_arrays
+from storage.format.layout import corpus_arrays, teacher_arrays
 from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, CacheRecord, ShardStatistics, TeacherEntry
-from storage.format.rules import broken_rule
 from storage.format.sealing import digest, sealed
-from storage.format.targets import SparseTargets, concatenate
+from storage.format.stored import StoredTargets, joined
+from storage.format.targets import SparseTargets
 from storage.stores import Url, open_store
 from storage.stores.base import Store
 
@@ -126,10 +126,8 @@ class TeacherTargets:
         self.arrays = {n: CheckedArray(store, folder, spec, self.receipts) for n, spec in self.specs.items()}
         self._where = store.where(folder.rstrip("/"))
         row_bytes = sum(spec.itemsize * int(np.prod(spec.shape[1:])) for spec in self.specs.values())
-        # Decoded log-probs take 4 bytes per id on top of the stored arrays.
-        chunk_bytes = (row_bytes + 4 * entry.targets.k) * entry.layout.chunk
-        self._most_chunks = max(2, _CHUNK_CACHE_BYTES // chunk_bytes)
-        self._chunks: OrderedDict[int, SparseTargets] = OrderedDict()
+        self._most_chunks = max(2, _CHUNK_CACHE_BYTES // (row_bytes * entry.layout.chunk))
+        self._chunks: OrderedDict[int, StoredTargets] = OrderedDict()
 
     def __len__(self) -> int:
         return self.entry.positions
@@ -160,16 +158,20 @@ class TeacherTargets:
         Raises IndexError outside the stream, IncompleteCache where a shard is missing, CorruptCache where stored bytes
         differ from their receipt or break the format's rules.
         """
+        return self.stored(start, stop).decoded()
+
+    def stored(self, start: int, stop: int) -> StoredTargets:
+        """What is stored of the positions `start .. stop`, checked as for `read` and not decoded."""
         _check_range(start, stop, len(self))
         if start == stop:
             empty = {n: np.empty((0, *spec.shape[1:]), dtype=spec.dtype) for n, spec in self.specs.items()}
-            return self._record(start, empty)
+            return StoredTargets(self.entry, start, empty)
         size = self.entry.layout.chunk
         parts = []
         for chunk in range(start // size, -(-stop // size)):
             targets = self._chunk(chunk)
             parts.append(targets.rows(max(start, targets.start), min(stop, targets.stop)))
-        return parts[0] if len(parts) == 1 else concatenate(parts)
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def first_beyond(self, columns: int) -> tuple[int, int] | None:
         """(position, id) of the first row that names an id from `columns` on, read chunk by chunk; None if none does.
@@ -178,42 +180,27 @@ class TeacherTargets:
         """
         if self.entry.vocabulary_size <= columns:
             return None
-        ids, kept = self.arrays["token_ids"], self.arrays["kept"]
         for start in range(0, len(self), self.entry.layout.chunk):
-            chunk = start // self.entry.layout.chunk
-            count = kept.read_chunk(chunk)
-            named = np.where(np.arange(self.entry.targets.k) < count[:, None], ids.read_chunk(chunk), 0).max(axis=1)
-            named = np.where(count >= columns, np.maximum(named, columns), named)
+            targets = self._chunk(start // self.entry.layout.chunk).decoded()
+            named = targets.largest_ids
+            named = np.where(targets.kept >= columns, np.maximum(named, columns), named)
             found = np.flatnonzero(named >= columns)
             if len(found):
                 return start + int(found[0]), int(named[found[0]])
         return None
 
-    def _chunk(self, chunk: int) -> SparseTargets:
+    def _chunk(self, chunk: int) -> StoredTargets:
         if chunk not in self._chunks:
             start = chunk * self.entry.layout.chunk
             check_shards(self.arrays.values(), start // self.entry.layout.shard)
-            targets = self._record(start, {name: array.read_chunk(chunk) for name, array in self.arrays.items()})
-            starts = None if self._document_starts is None else self._document_starts()
-            broken = broken_rule(targets, self.entry, starts)
+            arrays = {name: array.read_chunk(chunk) for name, array in self.arrays.items()}
+            targets = StoredTargets(self.entry, start, arrays)
+            broken = targets.broken_rule(None if self._document_starts is None else self._document_starts())
             if broken:
                 raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
             _hold(self._chunks, chunk, targets, self._most_chunks)
         self._chunks.move_to_end(chunk)
         return self._chunks[chunk]
-
-    def _record(self, start: int, values: dict[str, NDArray[Any]]) -> SparseTargets:
-        no_label = np.full(len(values["kept"]), np.nan, dtype=np.float32)
-        return SparseTargets(
-            start=start,
-            token_ids=values["token_ids"],
-            kept=values["kept"],
-            certain=values["certain"],
-            codes=values.get("logprob_codes"),
-            exact_logprobs=values.get("logprobs"),
-            step_nats=self.entry.encoding.step_nats,
-            **{name: values.get(name, no_label) for name in PER_POSITION_FLOATS},
-        )
 
 
 class LogitCache:

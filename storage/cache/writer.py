@@ -27,7 +27,6 @@ from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputErr
 from storage.format.fidelity import FIDELITY_FILE, FidelityReport
 from storage.format.layout import ArraySpec, metadata_bytes, record_bytes, teacher_arrays
 from storage.format.manifest import ObjectDigest, ShardReceipt, ShardStatistics, TeacherEntry
-from storage.format.rules import broken_rule
 from storage.format.sealing import Record, differences, digest, parse_json, sealed_bytes
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets
@@ -172,11 +171,12 @@ class EntryWriter:
         return self._shards.is_committed(shard)
 
     def commit(self, shard: int, targets: SparseTargets, began: float | None = None) -> ShardReceipt:
-        """Encode and commit one shard. `targets` hold exact log-probs of the shard's positions, in order."""
-        broken = broken_rule(targets, self.entry)
+        """Encode and commit one shard from the targets of its positions, which hold all that the entry stores."""
+        stored = shard_values(self.entry, targets)
+        broken = stored.broken_rule()
         if broken:
             raise FormatError(f"{self._store.where(teacher_folder(self.name))}: shard {shard} is not written: {broken}")
-        return self._shards.commit(shard, shard_values(self.entry, targets), shard_statistics(targets), began)
+        return self._shards.commit(shard, stored.arrays, shard_statistics(targets), began)
 
     def finish(self) -> None:
         """Write the index of receipts once no shard is missing."""

@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 DEFAULT_STEP_NATS = 1 / 32
 MIN_STEP_NATS = 1 / 128
 MAX_STEP_NATS = 1.0
+DEFAULT_SAMPLED_STEP_NATS = 1 / 2
+# Of the numbers per position in version 2, each a code of 16 bits.
+DEFAULT_VALUE_STEP_NATS = 1 / 256
+MIN_VALUE_STEP_NATS = 1 / 1024
 MAX_UINT16 = 65_535
 
 
@@ -61,15 +65,16 @@ def round_mantissa(values: NDArray[np.float32], bits: int) -> NDArray[np.float32
 def encode_logprobs(
     logprobs: NDArray[np.float32], top_logprob: NDArray[np.float32], kept: NDArray[np.uint16], step_nats: float
 ) -> NDArray[np.uint16]:
-    """Codes [T, K] uint16 of log-probs [T, K] float32 that descend along each row.
+    """Codes [T, K] uint16 of log-probs [T, K] float32, of which the first `kept` descend along each row.
 
     `top_logprob` [T] is the value that will be stored for column 0. Columns from `kept` on get code 0. The
     decoded value differs from the given one by at most `step_nats / 2` in columns 1..kept-1, and by the
     rounding of `top_logprob` in column 0.
     """
-    distance = (top_logprob[:, None].astype(np.float64) - logprobs) / step_nats
     valid = np.arange(logprobs.shape[1]) < kept[:, None]
-    steps = np.where(valid, np.rint(np.where(valid, distance, 0.0)), 0.0).clip(min=0.0)
+    top = top_logprob[:, None].astype(np.float64)
+    distance = np.subtract(top, logprobs, out=np.zeros(logprobs.shape), where=valid) / step_nats
+    steps = np.rint(distance).clip(min=0.0)
     steps[:, 0] = 0.0
     # Rows are sorted, so this only carries the last valid value over the unused columns (code 0 there).
     steps = np.maximum.accumulate(steps, axis=1)

@@ -11,13 +11,24 @@ from typing import Any, Literal
 import numpy as np
 
 from storage.format.encoding import token_id_dtype
-from storage.format.manifest import ATTRIBUTE, MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TeacherEntry
+from storage.format.manifest import ATTRIBUTE, MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TargetField, TeacherEntry
 from storage.format.sealing import Record, sealed
 
 KEY = re.compile(r"^[a-z0-9_./-]+$")
 PER_POSITION_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
 PER_POSITION_COUNTS = ("kept", "certain")
 PER_DOCUMENT = ("document_starts", "document_sources")
+# Of version 2 of an entry: the array of each field, as codes and as float32.
+FIELD_ARRAYS = {
+    "certain": ("certain_codes", "certain_logprobs"),
+    "sampled-logprobs": ("sampled_codes", "sampled_logprobs"),
+    "tail": ("mass_code", "log_tail"),
+    "half-tail": ("half_tail_code", "log_tail_half"),
+    "label": ("label_code", "label_logprob"),
+    "entropy": ("entropy_code", "entropy"),
+}
+PER_POSITION_FIELDS: tuple[TargetField | Literal["tail"], ...] = ("tail", "half-tail", "label", "entropy")
+SAMPLING_ORDER = "sampling_order"
 
 _TARGET_CHUNK_TOKENS = 8_192
 _TARGET_CHUNK_BYTES = 4 << 20
@@ -32,7 +43,7 @@ class ArraySpec:
     """One array of the format: the content of its zarr.json, and the keys of its objects."""
 
     name: str
-    dtype: Literal["uint16", "uint32", "uint64", "float32", "bool"]
+    dtype: Literal["int16", "uint16", "uint32", "uint64", "float32", "bool"]
     shape: tuple[int, ...]
     layout: ArrayLayout
 
@@ -129,21 +140,52 @@ def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
 
 def teacher_arrays(entry: TeacherEntry) -> dict[str, ArraySpec]:
     """The arrays of a teacher entry, by name."""
+    specs = (_arrays_1 if entry.format_version == 1 else _arrays_2)(entry)
+    return {spec.name: spec for spec in specs}
+
+
+def _arrays_1(entry: TeacherEntry) -> list[ArraySpec]:
     n, k, layout = entry.positions, entry.targets.k, entry.layout
     values: tuple[str, Literal["uint16", "float32"]] = (
         ("logprob_codes", "uint16") if entry.encoding.kind == "codes" else ("logprobs", "float32")
     )
-    specs = [
+    return [
         ArraySpec("token_ids", token_id_dtype(entry.vocabulary_size), (n, k), layout),  # type: ignore[arg-type]
         ArraySpec(values[0], values[1], (n, k), layout),
         *(ArraySpec(name, "uint16", (n,), layout) for name in PER_POSITION_COUNTS),
         *(
             ArraySpec(name, "float32", (n,), layout)
             for name in PER_POSITION_FLOATS
-            if name != "label_logprob" or entry.targets.has_label_logprob
+            if name != "label_logprob" or entry.targets.has("label")
         ),
     ]
-    return {spec.name: spec for spec in specs}
+
+
+def _arrays_2(entry: TeacherEntry) -> list[ArraySpec]:
+    n, k, layout = entry.positions, entry.targets.k, entry.layout
+    codes = entry.encoding.kind == "codes"
+    return [
+        ArraySpec("ids", token_id_dtype(entry.vocabulary_size), (n, k), layout),  # type: ignore[arg-type]
+        *(
+            ArraySpec(field_array(entry, field), "uint16" if codes else "float32", (n, k), layout)
+            for field in ("certain", "sampled-logprobs")
+            if field == "certain" or entry.targets.has("sampled-logprobs")
+        ),
+        *(ArraySpec(name, "uint16", (n,), layout) for name in PER_POSITION_COUNTS),
+        *(
+            ArraySpec(field_array(entry, field), "int16" if codes else "float32", (n,), layout)
+            for field in PER_POSITION_FIELDS
+            if entry.targets.has(field)
+        ),
+    ]
+
+
+def field_array(entry: TeacherEntry, field: str) -> str:
+    """The name of the array that holds a field of an entry of version 2; of version 1, the label's."""
+    if entry.format_version == 1:
+        assert field == "label"
+        return "label_logprob"
+    return FIELD_ARRAYS[field][entry.encoding.kind == "float32"]
 
 
 def corpus_arrays(record: CacheRecord) -> dict[str, ArraySpec]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from storage.format.encoding import MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS
+from storage.format.encoding import MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, MIN_VALUE_STEP_NATS
 from storage.format.sealing import Record
 
 ATTRIBUTE = "logit_cache"
@@ -187,10 +187,34 @@ class Teacher(Record):
         return self
 
 
-class Targets(Record):
-    """Which ids are stored for a position. `head_ids`: number of ids kept with certainty before sampling starts;
-    `top_p`: the mass at which a row is pruned; `seed` keys the sampling by absolute position; `temperature`: the one
-    that ids were sampled for."""
+# What an entry of version 2 may store of a row beside its ids, the certain ones' log-probs and the mass outside them.
+TargetField = Literal["entropy", "half-tail", "label", "sampled-logprobs"]
+TARGET_FIELDS: tuple[TargetField, ...] = get_args(TargetField)
+
+
+class Shrunk(Record):
+    """A sample that was sampled again to fewer ids: its K and seed before."""
+
+    k: Annotated[int, Field(ge=1, le=MAX_UINT16)]
+    seed: Count
+
+
+class Targets(Extended):
+    """Which ids are stored for a position, and what of them.
+
+    `head_ids`: number of ids kept with certainty before sampling starts; `top_p`: the mass at which a row is pruned;
+    `seed` keys the sampling by absolute position; `temperature`: the one that ids were sampled for.
+
+    Version 1 has `has_label_logprob`, version 2 in its place: `fields`, what is stored beside the ids, in alphabetical
+    order; `positions`: which rows have targets, all, those that the loss mask trains, or some; `tail`: whether the mass
+    outside the ids is known; of VarOpt, `sampling`, the way in which ids are sampled, `order`, the one in which they
+    lie then, of their ids or of the teacher's output embeddings (array `sampling_order`), and `shrunk_from`, the
+    earlier samples that this one was sampled from, the first one first.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset(
+        {"has_label_logprob", "fields", "positions", "tail", "sampling", "order", "shrunk_from"}
+    )
 
     method: Literal["top-k", "varopt"] = "top-k"
     k: Annotated[int, Field(ge=1, le=MAX_UINT16)]
@@ -198,7 +222,52 @@ class Targets(Record):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Count | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    has_label_logprob: bool = True
+    has_label_logprob: bool | None = None
+    fields: Annotated[tuple[TargetField, ...], Field(max_length=len(TARGET_FIELDS))] | None = None
+    positions: Literal["all", "trained", "some"] | None = None
+    tail: Literal["exact", "unknown"] | None = None
+    sampling: Literal["systematic", "pivotal"] | None = None
+    order: Literal["ids", "embeddings"] | None = None
+    shrunk_from: Annotated[tuple[Shrunk, ...], Field(max_length=16)] | None = None
+
+    def has(self, field: str) -> bool:
+        """Whether a field is stored: one of `TARGET_FIELDS`, or the tail. Version 1 lacks at most the label's."""
+        if field == "tail":
+            return self.tail != "unknown"
+        if self.fields is None:
+            return field != "label" or bool(self.has_label_logprob)
+        return field in self.fields
+
+    def without(self, field: TargetField) -> Targets:
+        """The same targets without a field."""
+        if self.fields is None:
+            assert field == "label"
+            return self.model_copy(update={"has_label_logprob": False})
+        return self.model_copy(update={"fields": tuple(name for name in self.fields if name != field)})
+
+    def of_version(self, version: int) -> None:
+        """Raises ValueError where the record is not one of that version of an entry."""
+        later = {name: getattr(self, name) for name in ("fields", "positions", "tail")}
+        varopt = {name: getattr(self, name) for name in ("sampling", "order")}
+        if version == 1:
+            wrong = [name for name, value in {**later, **varopt}.items() if value is not None]
+            if wrong or self.has_label_logprob is None:
+                raise ValueError(f"targets of version 1 have has_label_logprob, and no {wrong or 'fields'}")
+            return
+        if self.has_label_logprob is not None or None in later.values():
+            raise ValueError("targets of version 2 have fields, positions and tail, and no has_label_logprob")
+        if (self.method == "varopt") != (None not in varopt.values()):
+            raise ValueError("sampling and order go with varopt, and with it only")
+        if list(self.fields or ()) != sorted(set(self.fields or ())):
+            raise ValueError("fields are in alphabetical order, each once")
+        if self.method == "top-k" and self.has("sampled-logprobs"):
+            raise ValueError("sampled-logprobs go with varopt: every id of top-k is certain")
+        if self.tail == "unknown" and (self.method == "varopt" or self.has("half-tail")):
+            raise ValueError("a tail that is not known goes with neither varopt nor half-tail")
+        if self.method == "varopt" and self.temperature != 1.0 and not self.has("half-tail"):
+            raise ValueError(
+                f"ids sampled for temperature {self.temperature:g} weigh by the half-tail, which is missing"
+            )
 
 
 class Windowing(Extended):
@@ -223,19 +292,36 @@ class Windowing(Extended):
         return self
 
 
-class Encoding(Record):
-    """`codes`: log-probs as uint16 differences in units of `step_nats`; `float32`: as they are. Per-position floats
-    keep `mantissa_bits` explicit bits."""
+class Encoding(Extended):
+    """`codes`: log-probs as uint16 differences in units of `step_nats`; `float32`: as they are.
+
+    Version 1: floats per position keep `mantissa_bits` explicit bits. Version 2: with codes they are codes too, the
+    mass in units of `step_nats`, the others of `value_step_nats`; log-probs of sampled ids of `sampled_step_nats`.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset({"mantissa_bits", "value_step_nats", "sampled_step_nats"})
 
     kind: Literal["codes", "float32"] = "codes"
     step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None
-    mantissa_bits: Annotated[int, Field(ge=8, le=23)]
+    mantissa_bits: Annotated[int, Field(ge=8, le=23)] | None = None
+    value_step_nats: Annotated[float, Field(ge=MIN_VALUE_STEP_NATS, le=MAX_STEP_NATS)] | None = None
+    sampled_step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Encoding:
         if (self.kind == "codes") != (self.step_nats is not None):
             raise ValueError("step_nats goes with codes, and with them only")
         return self
+
+    def of_version(self, version: int, targets: Targets) -> None:
+        """Raises ValueError where the record is not one of that version of an entry."""
+        if (version == 1) != (self.mantissa_bits is not None):
+            raise ValueError("mantissa_bits goes with version 1 of an entry, and with it only")
+        codes = version == 2 and self.kind == "codes"
+        if codes != (self.value_step_nats is not None):
+            raise ValueError("value_step_nats goes with codes of version 2, and with them only")
+        if (codes and targets.has("sampled-logprobs")) != (self.sampled_step_nats is not None):
+            raise ValueError("sampled_step_nats goes with codes of sampled-logprobs, and with them only")
 
 
 class Execution(Extended):
@@ -254,14 +340,18 @@ class Execution(Extended):
     tensor_parallel: Positive | None = None
 
 
-class TeacherEntry(Record):
+class TeacherEntry(Extended):
     """attributes["logit_cache"] of teachers/<name>; written once, never rewritten.
 
     `vocabulary_size` is the V of its targets: the tokenizer's, or fewer ids where the teacher has no column for the
-    last ones. No token of the stream is one of those.
+    last ones. No token of the stream is one of those. `made`, since version 2: how the targets were made, by a teacher
+    in process (cached), by one behind a server, from somebody's file, from an entry of another vocabulary, or from
+    another entry of this one.
     """
 
-    format_version: Literal[1] = 1
+    added: ClassVar[frozenset[str]] = frozenset({"made"})
+
+    format_version: Literal[1, 2] = 1
     kind: Literal["teacher"] = "teacher"
     positions: Positive
     vocabulary_size: Annotated[int, Field(ge=1, le=1 << 31)]
@@ -273,11 +363,16 @@ class TeacherEntry(Record):
     encoding: Encoding
     layout: ArrayLayout
     execution: Execution
+    made: Literal["cached", "served", "imported", "projected", "recompressed"] | None = None
     derived_from: Sha256 | None = None
     created_with: Versions
 
     @model_validator(mode="after")
     def _agrees(self) -> TeacherEntry:
+        if (self.format_version == 1) != (self.made is None):
+            raise ValueError("version 2 of an entry states how it was made, and version 1 does not")
+        self.targets.of_version(self.format_version)
+        self.encoding.of_version(self.format_version, self.targets)
         if self.targets.k > self.vocabulary_size:
             raise ValueError(f"k {self.targets.k} is larger than the vocabulary {self.vocabulary_size}")
         if (self.windowing.begin_id or 0) >= self.vocabulary_size:
@@ -306,21 +401,26 @@ class FileDigest(Record):
 
 
 class ShardStatistics(Record):
-    """Sums over the positions of a shard, so that a summary needs no array. Nats, and counts of positions."""
+    """Sums over the positions of a shard, so that a summary needs no array. Nats, and counts of positions.
+
+    `positions` are those with targets. `entropy_nats` is None where whoever wrote the shard did not know it.
+    """
 
     positions: Count
     labelled: Count
     label_nats: float
-    entropy_nats: float
+    entropy_nats: float | None
     head_mass: float
     head_mass_below_half: Count
     head_mass_below_90: Count
     head_mass_below_99: Count
 
     def __add__(self, other: ShardStatistics) -> ShardStatistics:
-        return ShardStatistics(
-            **{name: getattr(self, name) + getattr(other, name) for name in ShardStatistics.model_fields}
-        )
+        sums: dict[str, Any] = {}
+        for name in ShardStatistics.model_fields:
+            one, two = getattr(self, name), getattr(other, name)
+            sums[name] = None if one is None or two is None else one + two
+        return ShardStatistics(**sums)
 
 
 class ShardReceipt(Record):

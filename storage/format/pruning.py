@@ -23,42 +23,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.format.targets import SparseTargets
+from storage.format.targets import SparseTargets, leading_columns
 
 
 def prune(targets: SparseTargets, k: int, top_p: float | None, floor: float) -> SparseTargets:
     """The targets with at most `k` columns, and each row cut where its mass first reaches `top_p` (None: nowhere).
 
     A row whose ids together stay below `top_p` keeps them all. Log-probs and tails under `floor` (nats) become
-    it. Returns exact log-probs; rows with sampled ids (`certain < kept`) must stay whole: dropping some of a sample
+    it. Rows with sampled ids (`certain < kept`) must stay whole: dropping some of a sample
     would bias it, and the caller refuses that.
     """
     logprobs = targets.logprobs.astype(np.float64)  # [T, K], -inf from column kept on
     kept = np.minimum(targets.kept, k)
     if top_p is not None:
         mass = np.cumsum(np.exp(logprobs), axis=1)
-        short = mass < top_p * (mass[:, -1:] + np.exp(targets.log_tail[:, None].astype(np.float64)))
+        outside = np.zeros(len(targets)) if targets.log_tail is None else np.exp(targets.log_tail.astype(np.float64))
+        short = mass < top_p * (mass[:, -1] + outside)[:, None]
         kept = np.minimum(kept, short.sum(axis=1) + 1)
     kept = kept.astype(np.uint16)
     cut = kept < targets.kept
     assert (targets.certain == targets.kept)[cut].all(), "a sample is kept whole"
 
-    columns = np.arange(targets.k)
-    dropped = np.where(columns < kept[:, None], -np.inf, logprobs)
-    valid = columns[:k] < kept[:, None]
-    fill_value = np.iinfo(targets.token_ids.dtype).max
+    dropped = np.where(leading_columns(kept, targets.k), -np.inf, logprobs)
+    valid = leading_columns(kept, k)
+    ids = targets.token_ids[:, :k]
     return replace(
         targets,
-        token_ids=np.where(valid, targets.token_ids[:, :k], fill_value).astype(targets.token_ids.dtype),
+        token_ids=np.where(valid, ids, np.iinfo(ids.dtype).max).astype(ids.dtype),
         kept=kept,
         certain=np.minimum(targets.certain, kept),
-        log_tail=_floored(_joined(targets.log_tail, dropped), floor),
-        log_tail_half=_floored(_joined(targets.log_tail_half, dropped / 2), floor),
-        label_logprob=_floored(targets.label_logprob, floor),
-        codes=None,
-        step_nats=None,
-        # As a reader returns them: 0 where there is no id.
-        exact_logprobs=np.where(valid, _floored(targets.logprobs[:, :k], floor), np.float32(0)),
+        logprobs=np.where(valid, _floored(targets.logprobs[:, :k], floor), np.float32(-np.inf)),
+        log_tail=None if targets.log_tail is None else _floored(_joined(targets.log_tail, dropped), floor),
+        log_tail_half=(
+            None if targets.log_tail_half is None else _floored(_joined(targets.log_tail_half, dropped / 2), floor)
+        ),
+        label_logprob=None if targets.label_logprob is None else _floored(targets.label_logprob, floor),
     )
 
 

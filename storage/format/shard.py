@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.format.encoding import encode_logprobs, round_mantissa
-from storage.format.layout import PER_POSITION_FLOATS, ArraySpec, teacher_arrays
+from storage.format.layout import ArraySpec
 from storage.format.manifest import ObjectDigest, ShardStatistics, TeacherEntry
+from storage.format.stored import StoredTargets, joined
 from storage.format.targets import SparseTargets, head_mass
 
 _BLOSC_HEADER = 16
@@ -192,16 +192,15 @@ class ShardIndex:
         return None
 
 
-def shard_values(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
-    """The stored arrays of a shard's targets, by name, encoded in parallel."""
+def shard_values(entry: TeacherEntry, targets: SparseTargets) -> StoredTargets:
+    """A shard's targets as they are stored, encoded in parallel."""
     # Chunk by chunk: intermediate values stay small, and several threads take part.
     size = entry.layout.chunk
     chunks = [
         targets.rows(start, min(start + size, targets.stop)) for start in range(targets.start, targets.stop, size)
     ]
     with ThreadPoolExecutor(_encoders()) as pool:
-        encoded = list(pool.map(partial(encode_targets, entry), chunks))
-    return {name: np.concatenate([chunk[name] for chunk in encoded]) for name in encoded[0]}
+        return joined(list(pool.map(partial(StoredTargets.of, entry), chunks)))
 
 
 def encode_objects(specs: Mapping[str, ArraySpec], shard: int, values: Mapping[str, NDArray[Any]]) -> dict[str, bytes]:
@@ -210,37 +209,18 @@ def encode_objects(specs: Mapping[str, ArraySpec], shard: int, values: Mapping[s
         return {name: encode_shard(spec, shard, values[name], pool.map) for name, spec in specs.items()}
 
 
-def encode_targets(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
-    """The stored arrays of a range of targets, by name: log-probs encoded, floats rounded."""
-    specs = teacher_arrays(entry)
-    bits = entry.encoding.mantissa_bits
-    values: dict[str, NDArray[Any]] = {
-        "token_ids": targets.token_ids.astype(specs["token_ids"].dtype),
-        "kept": targets.kept,
-        "certain": targets.certain,
-        **{name: round_mantissa(getattr(targets, name), bits) for name in PER_POSITION_FLOATS},
-    }
-    if entry.encoding.kind == "codes":
-        assert entry.encoding.step_nats is not None
-        values["logprob_codes"] = encode_logprobs(
-            targets.logprobs, values["top_logprob"], targets.kept, entry.encoding.step_nats
-        )
-    else:
-        # In memory an unused column is -inf; stored it is 0, because the format keeps infinity for one meaning.
-        used = np.arange(targets.k) < targets.kept[:, None]
-        values["logprobs"] = np.where(used, targets.logprobs, np.float32(0))
-    return {name: values[name] for name in specs}
-
-
 def shard_statistics(targets: SparseTargets) -> ShardStatistics:
-    """The sums over a shard's positions for its receipt."""
-    mass = head_mass(targets)
-    labelled = ~np.isnan(targets.label_logprob)
+    """The sums over a shard's positions with targets, for its receipt."""
+    there = targets.kept > 0
+    mass = head_mass(targets)[there]
+    label = np.empty(0, dtype=np.float32) if targets.label_logprob is None else targets.label_logprob
+    known = label[~np.isnan(label)]
+    entropy = None if targets.entropy is None else float(targets.entropy[there].sum(dtype=np.float64))
     return ShardStatistics(
-        positions=len(targets),
-        labelled=int(labelled.sum()),
-        label_nats=-float(targets.label_logprob[labelled].sum(dtype=np.float64)),
-        entropy_nats=float(targets.entropy.sum(dtype=np.float64)),
+        positions=int(there.sum()),
+        labelled=len(known),
+        label_nats=-float(known.sum(dtype=np.float64)),
+        entropy_nats=entropy,
         head_mass=float(mass.sum()),
         head_mass_below_half=int((mass < 0.5).sum()),
         head_mass_below_90=int((mass < 0.9).sum()),

@@ -238,7 +238,7 @@ def _part(group: Group, copied: Group, source: Source, folder: Path, pool: Threa
             # The stored bytes, white space included: a signature is of these bytes.
             data = theirs.store.read(key)
         else:
-            receipt = receipt_without_label(receipt, ours.record_sha256)
+            receipt = receipt_without_label(receipt, ours.specs, ours.record_sha256)
             data = sealed_bytes(receipt)
         write_file(folder, key, data)
         return sum(item.bytes for item in receipt.objects.values())

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from storage.format.targets import SparseTargets
+from storage.format.stored import StoredTargets
 from student.labels import NOT_TRAINED
-from student.target_batch import TargetBatch
+from student.target_batch import StoredBatch
 
 
 class Window(TypedDict):
@@ -27,14 +27,14 @@ class Window(TypedDict):
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
-    targets: dict[str, SparseTargets]
+    targets: dict[str, StoredTargets]
     first: int
 
 
 def as_read(
     tokens: NDArray[np.int64],
     labels: NDArray[np.int64],
-    targets: dict[str, SparseTargets],
+    targets: dict[str, StoredTargets],
     window_tokens: int,
     begin_id: int | None,
 ) -> Window:
@@ -61,7 +61,7 @@ def collate(windows: Sequence[Window]) -> dict[str, Any]:
     input_ids, labels     int64 [B, T]; label -100 where there is no next token or it is not trained on
     shift_labels          the same tensor as labels, which are aligned already: transformers counts the tokens of an
                           optimizer step over this name as it is, and over `labels` as if it still had to shift them
-    targets               by teacher: `student.target_batch.TargetBatch` of rows [B, T]
+    targets               by teacher: `student.target_batch.StoredBatch` of rows [B, T]
     """
     labels = torch.from_numpy(np.stack([window["labels"] for window in windows]))
     firsts = [window["first"] for window in windows]
@@ -70,7 +70,7 @@ def collate(windows: Sequence[Window]) -> dict[str, Any]:
         "labels": labels,
         "shift_labels": labels,
         "targets": {
-            name: TargetBatch.of([window["targets"][name] for window in windows], labels.shape[1], firsts)
+            name: StoredBatch.of([window["targets"][name] for window in windows], labels.shape[1], firsts)
             for name in windows[0]["targets"]
         },
     }

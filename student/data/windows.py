@@ -9,7 +9,7 @@ positions are trained on (labels that a model shifts itself would lose one of th
 Windows that begin with an id of their own, as their teachers' did, have T + 1 rows: that id and the T positions, or the
 T positions and padding where the first token is that id already. Neither the id put before nor padding is trained on.
 
-Log-probs stay encoded as stored and are decoded on the training device (`student.loss.teacher_targets`).
+Targets stay as stored and are decoded on the training device (`student.target_batch`).
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class _Span:
         trained = None if cache.loss_mask is None else cache.loss_mask.read(start, stop)
         following = self._inputs[1:]
         self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
-        self._targets = {name: cache.teacher(name).read(start, stop) for name in teachers}
+        self._targets = {name: cache.teacher(name).stored(start, stop) for name in teachers}
 
     def window(self, start: int, length: int, window_tokens: int, begin_id: int | None) -> Window:
         cut = slice(start - self._start, start - self._start + length)

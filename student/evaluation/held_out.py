@@ -23,7 +23,7 @@ from student.loss.objective import Tail
 from student.loss.student_logprobs import check_batch
 from student.loss.teacher_targets import Member, targets_of
 from student.report import HeldOutKL, HeldOutReport
-from student.target_batch import TargetBatch
+from student.target_batch import StoredBatch, TargetBatch
 
 BINS = 15
 
@@ -45,14 +45,16 @@ class HeldOutSums:
     def __init__(self, vocabulary_size: int, members: Sequence[Member] = ()) -> None:
         self.vocabulary_size = vocabulary_size
         self.members = tuple(members)
-        sizes = [1, 1, 3 * BINS, 2 * len(self.members)]
+        sizes = [1, 1, 3 * BINS, 3 * len(self.members)]
         self._sums = torch.zeros(sum(sizes), dtype=torch.float64)  # the others are views of it
         self._tokens, self._nats, bins, kl = torch.split(self._sums, sizes)
         self._bins = bins.view(3, BINS)  # count, sum of confidence, number correct
-        self._kl = kl.view(2, len(self.members))  # nats, positions with a bucket
+        self._kl = kl.view(3, len(self.members))  # nats, positions with a bucket, positions with targets
 
     @torch.no_grad()
-    def add(self, logits: Tensor, labels: Tensor, targets: Mapping[str, TargetBatch] | None = None) -> None:
+    def add(
+        self, logits: Tensor, labels: Tensor, targets: Mapping[str, StoredBatch | TargetBatch] | None = None
+    ) -> None:
         """Add a batch: logits [P, W], labels int64 [P] (-100: not scored), and each member's targets.
 
         Raises InputError when the shapes do not fit or a member's targets are missing.
@@ -87,6 +89,7 @@ class HeldOutSums:
             self._kl[0, column] += _kept(kl, keep).sum()
             bucketed = (targets.kept < member.vocabulary_size) & (tail == "bucket")
             self._kl[1, column] += _kept(bucketed, keep).sum()
+            self._kl[2, column] += _kept(targets.kept > 0, keep).sum()
 
     def tensor(self) -> Tensor:
         """All sums, flat float64 on the CPU; the sum of several processes' tensors is the tensor of their union."""
@@ -123,8 +126,13 @@ class HeldOutSums:
             ece=float((correct - confidence).abs().sum()) / tokens,
             accuracy=float(correct.sum()) / tokens,
             kl={
-                member.name: HeldOutKL(nats=float(nats) / tokens, lower_bound=bool(rows > 0))
-                for member, nats, rows in zip(self.members, *self._kl, strict=True)
+                member.name: HeldOutKL(
+                    nats=float(nats) / float(positions),
+                    lower_bound=bool(rows > 0),
+                    cross_entropy=member.sampled_at == 1.0 and not member.knows_constant,
+                )
+                for member, nats, rows, positions in zip(self.members, *self._kl, strict=True)
+                if positions
             },
         )
 

@@ -27,10 +27,10 @@ from torch import Tensor
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
 from student.loss.divergences import Divergence
-from student.loss.objective import Objective, Tail, objective_of
+from student.loss.objective import TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
 from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
-from student.target_batch import TargetBatch
+from student.target_batch import StoredBatch, TargetBatch
 
 # A divergence [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows.
 Term = Callable[[Tensor, Tensor, slice], Tensor]
@@ -71,6 +71,7 @@ class PreparedLoss:
     labels       int64 [P], and trained bool [P]: False where the label is `NOT_TRAINED`
     supports     by member: int32 [P, K_m], the ids whose log-probs `sums` expects; -1 where there is none
     sizes        by member: V_m, the ids of which the others are its tail
+    _taught      by member: bool [P], the trained positions for which it has targets
     """
 
     labels: Tensor
@@ -82,6 +83,7 @@ class PreparedLoss:
     _label_share: float  # alpha, and below (1 - alpha) * tau**2, each times its factor from the loss scale
     _teacher_share: float
     _members: tuple[Member, ...]
+    _taught: tuple[Tensor, ...]
     _terms: tuple[Term, ...]
     _label_weights: Tensor | None  # [P], factors of the positions' cross-entropy; None: 1
     _teacher_weights: Tensor | None  # [P], and of their divergence
@@ -92,19 +94,18 @@ class PreparedLoss:
         cross_entropy [R], 0 where a position is not trained, and by member (ell [R, K_m], theta [R]), as returned by
         `student_buckets` for `supports`. Differentiable in all of them.
         """
-        trained = self.trained[rows]
         # A term of weight zero stays out of the graph: the backward pass then skips its pass over the logits.
-        loss = torch.zeros((), dtype=cross_entropy.dtype, device=trained.device)
+        loss = torch.zeros((), dtype=cross_entropy.dtype, device=cross_entropy.device)
         if self._label_share > 0:
             loss = loss + self._label_share * _weighted(cross_entropy, self._label_weights, rows)
         divergence = {}
-        for member, term, (ell, theta) in zip(self._members, self._terms, buckets, strict=True):
-            values = torch.where(trained, term(ell, theta, rows), 0.0)
+        for member, term, taught, (ell, theta) in zip(self._members, self._terms, self._taught, buckets, strict=True):
+            values = torch.where(taught[rows], term(ell, theta, rows), 0.0)
             divergence[member.name] = values.detach().sum()
             share = self._teacher_share * member.weight
             if share > 0:
                 loss = loss + share * _weighted(values, self._teacher_weights, rows)
-        return LossSums(cross_entropy.detach().sum(), divergence, loss, trained.sum())
+        return LossSums(cross_entropy.detach().sum(), divergence, loss, self.trained[rows].sum())
 
 
 class DistillationLoss:
@@ -180,9 +181,20 @@ class DistillationLoss:
         """
         self.alpha = self.objective.alpha_at(progress)
 
+    def log_name(self, name: str) -> str:
+        """The name of a member's divergence in logs, such as ``kl_<teacher>``."""
+        figure = TEACHER_CROSS_ENTROPY if self._is_cross_entropy(name) else self.objective.log_name
+        return f"{figure}_{name}"
+
+    def _is_cross_entropy(self, name: str) -> bool:
+        (member,) = (each for each in self.members if each.name == name)
+        return self.tails.get(name) in ("sampled", "blend") and not member.knows_constant
+
     def meaning(self, name: str) -> str:
         """A member's reported divergence in a few words: how it relates to the dense one, such as a lower bound."""
         tail = self.tails[name]
+        if self._is_cross_entropy(name):
+            return "a cross-entropy to the teacher, whose entropy is not stored; an estimate from drawn ids"
         if tail == "bucket":
             return "a lower bound: the tail counts as one bucket"
         if tail in ("sampled", "blend"):
@@ -193,7 +205,7 @@ class DistillationLoss:
         self,
         logits: Tensor,
         labels: Tensor,
-        targets: Mapping[str, TargetBatch] | None = None,
+        targets: Mapping[str, StoredBatch | TargetBatch] | None = None,
         position_weights: Tensor | None = None,
         windows: Tensor | None = None,
     ) -> LossSums:
@@ -205,7 +217,10 @@ class DistillationLoss:
         return prepared.sums(slice(None), cross_entropy, buckets)
 
     def prepare(
-        self, labels: Tensor, targets: Mapping[str, TargetBatch] | None = None, position_weights: Tensor | None = None
+        self,
+        labels: Tensor,
+        targets: Mapping[str, StoredBatch | TargetBatch] | None = None,
+        position_weights: Tensor | None = None,
     ) -> PreparedLoss:
         """The part of a batch's loss that needs no logits: labels int64 [P], targets by member, weights float [P]."""
         if position_weights is not None and position_weights.shape != labels.shape:
@@ -229,6 +244,7 @@ class DistillationLoss:
             _label_share=self.alpha * of_label,
             _teacher_share=(1.0 - self.alpha) * self.temperature**2 * of_teacher,
             _members=self.members,
+            _taught=tuple(each.trained for each in tempered),
             _terms=tuple(
                 _term(each, self.tails[member.name], self.objective)
                 for member, each in zip(self.members, tempered, strict=True)
@@ -256,7 +272,8 @@ class DistillationLoss:
         if self.objective.min_entropy is None or not tempered:
             return None
         pairs = zip(self.members, tempered, strict=True)
-        entropy = torch.stack([member.weight * each.entropy for member, each in pairs]).sum(0)
+        known = [member.weight * each.entropy for member, each in pairs if each.entropy is not None]
+        entropy = torch.stack(known).sum(0)
         return entropy >= self.objective.min_entropy
 
 
@@ -301,14 +318,25 @@ def tail_of(member: Member, objective: Objective) -> Tail:
             f"teacher {member.name}: its ids were sampled for temperature {member.sampled_at:g} and are biased at "
             f"{objective.temperature:g}: take that temperature, or cache the teacher again for the other"
         )
-    if objective.tail == "auto":
-        return "sampled" if member.sampled_at is not None and objective.loss == "forward-kl" else "bucket"
-    if objective.tail in ("sampled", "blend") and member.sampled_at is None:
+    tail = objective.tail
+    if tail == "auto":
+        tail = "bucket"
+        if objective.loss == "forward-kl":
+            tail = "sampled" if member.sampled_at is not None else "renormalise" if "tail" in member.absent else tail
+    if tail in ("sampled", "blend") and member.sampled_at is None:
         raise InputError(
-            f"teacher {member.name} stores its top-k ids and no sampled ids, so tail {objective.tail} has no sample of "
+            f"teacher {member.name} stores its top-k ids and no sampled ids, so tail {tail} has no sample of "
             "its tail: take tail bucket, or an entry made with --targets varopt"
         )
-    return objective.tail
+    if tail != "renormalise":
+        member.needs("tail", f"tail {tail}")
+    if tail != "sampled":
+        member.needs("sampled-logprobs", f"{objective.loss} with tail {tail}")
+    if objective.temperature != 1.0:
+        member.needs("half-tail", f"temperature {objective.temperature:g}")
+    if objective.min_entropy is not None:
+        member.needs("entropy", "a threshold of the teacher's entropy (min_entropy)")
+    return tail
 
 
 def _check_linear(members: Sequence[Member], objective: Objective) -> None:

@@ -16,6 +16,8 @@ LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-r
 Tail = Literal["auto", "bucket", "sampled", "blend", "renormalise", "none"]
 
 EXACT_TEMPERATURES = (1.0, 2.0)
+# In names of figures: the cross-entropy to a teacher whose entropy, by which it exceeds the KL, is not stored.
+TEACHER_CROSS_ENTROPY = "teacher_ce"
 DEFAULT_MIX = {"jsd": 0.5, "skew-forward-kl": 0.1, "skew-reverse-kl": 0.1}
 DEFAULT_BLEND = 0.75
 

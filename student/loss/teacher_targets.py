@@ -1,10 +1,10 @@
-"""A teacher's stored targets: decoding, temperature, and the treatments of the tail (the ids that are not stored).
+"""A teacher's stored targets: temperature, and the treatments of the tail (the ids that are not stored).
 
 Legend: `P` positions of a batch (flattened), `K` stored ids per position, `V` vocabulary of the cache, `S` the kept
 ids of a position, the first `certain` of which are certain ids and the others sampled ids (VarOpt, Cohen et al. 2011),
 `tau` the temperature, `F(b) = log sum of p**b outside the certain ids`. Everything is in nats.
 
-`student.target_batch.TargetBatch` has the fields, dtypes and units of what is decoded here.
+`student.target_batch.TargetBatch` has the fields, dtypes and units of what is weighed here.
 
 Forward KL is linear in the teacher, so every treatment of the tail is a set of weights on the student's log-probs::
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from storage.errors import InputError
 from storage.format.manifest import TeacherEntry
 from student.loss.objective import Tail, check_temperature
-from student.target_batch import TargetBatch
+from student.target_batch import StoredBatch, TargetBatch, leading_columns
 
 # Error of a sum of float32 log-probs; see `Tempered.log_rest`.
 _ROUNDING = 1e-6
@@ -42,7 +42,8 @@ class Member:
 
     `weight` is relative to the other members'. `step_nats` is the quantisation step of the entry's codes; None when it
     stores float32 log-probs. `vocabulary_size` is V. `sampled_at` is the temperature for which ids were sampled; None
-    for an entry of top-k targets, in which every id is certain.
+    for an entry of top-k targets, in which every id is certain. `absent` are the fields that the entry does not store:
+    some of entropy, half-tail, sampled-logprobs, tail.
     """
 
     name: str
@@ -50,12 +51,42 @@ class Member:
     step_nats: float | None
     vocabulary_size: int
     sampled_at: float | None = None
+    absent: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0) -> Member:
         """The member for a teacher entry of a cache."""
-        sampled_at = entry.targets.temperature if entry.targets.method == "varopt" else None
-        return cls(name, weight, entry.encoding.step_nats, entry.vocabulary_size, sampled_at)
+        varopt = entry.targets.method == "varopt"
+        wanted = ("entropy", "half-tail", "tail", *(("sampled-logprobs",) if varopt else ()))
+        return cls(
+            name,
+            weight,
+            entry.encoding.step_nats,
+            entry.vocabulary_size,
+            entry.targets.temperature if varopt else None,
+            frozenset(field for field in wanted if not entry.targets.has(field)),
+        )
+
+    def needs(self, field: str, what: str) -> None:
+        """Raise InputError unless the entry stores a field, which something is computed from."""
+        if field not in self.absent:
+            return
+        if field == "tail":
+            raise InputError(
+                f"teacher {self.name}: {what} needs the mass outside its stored ids, which its entry does not know: "
+                f"take forward-kl with tail renormalise"
+            )
+        raise InputError(
+            f"teacher {self.name}: {what} needs {field}, which its entry does not store: cache it with --fields "
+            f"{field}, or --fields all"
+        )
+
+    @property
+    def knows_constant(self) -> bool:
+        """Whether a sampled loss is known as a KL; else it is a cross-entropy to the teacher, a constant larger."""
+        return (
+            self.sampled_at is None or ("entropy" if self.sampled_at == 1.0 else "sampled-logprobs") not in self.absent
+        )
 
 
 @dataclass(frozen=True)
@@ -63,10 +94,12 @@ class Tempered:
     """A teacher's targets at a temperature, not normalised: each treatment of the tail has its own normaliser.
 
     support    int32 [P, K]   the kept ids; -1 beyond them, and at positions that are not trained
-    scores     float [P, K]   log-prob / tau of these; -inf elsewhere
+    scores     float [P, K]   log-prob / tau of these, NaN where it is not stored; -inf elsewhere
     certain    bool [P, K]    the columns of certain ids
-    log_tail   float [P]      F(1 / tau), outside the certain ids; 0 at positions that are not trained
-    entropy    float [P]      of the whole distribution at temperature 1; 0 at positions that are not trained
+    log_tail   float [P]      F(1 / tau), outside the certain ids; -inf where it is not known, 0 at positions that are
+                              not trained
+    entropy    float [P]      of the whole distribution at temperature 1; 0 at positions that are not trained; or None
+    trained    bool [P]       the positions that are trained and have targets
     rounding   error of a sum of scores, in nats
     """
 
@@ -74,11 +107,11 @@ class Tempered:
     scores: Tensor
     certain: Tensor
     log_tail: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     trained: Tensor
     temperature: float
-    vocabulary_size: int
     rounding: float
+    member: Member
 
     @property
     def sampled(self) -> Tensor:
@@ -96,18 +129,24 @@ class Tempered:
         gap = torch.logsumexp(self.scores.masked_fill(self.certain, -math.inf), 1) - self.log_tail
         rest = self.log_tail + torch.log(-torch.expm1(gap.clamp(max=-self.rounding)))
         rest = torch.where(self.sampled.any(1), rest, self.log_tail)
-        return rest.masked_fill((self.support >= 0).sum(1) == self.vocabulary_size, -math.inf)
+        return rest.masked_fill((self.support >= 0).sum(1) == self.member.vocabulary_size, -math.inf)
 
     @cached_property
     def bucketed(self) -> tuple[Tensor, Tensor]:
         """(log-probs of the kept ids [P, K], log-mass of the tail bucket [P]), normalised to sum 1.
 
         -inf where there is no id, and both -inf at positions that are not trained. The normaliser is taken over the
-        decoded values and the tail, so that quantisation moves mass but never adds or loses any.
+        decoded values and the tail, so that quantisation moves mass but never adds or loses any. Sampled ids without
+        stored log-probs are part of the bucket.
         """
-        log_z = _logsumexp(self.scores, self.log_rest)
-        tail = (self.log_rest - log_z).masked_fill(~self.trained, -math.inf)
-        return self.scores - log_z[:, None], tail
+        scores, rest = self.scores, self.log_tail
+        if "sampled-logprobs" in self.member.absent:
+            scores = scores.masked_fill(~self.certain, -math.inf)
+        else:
+            rest = self.log_rest
+        log_z = _logsumexp(scores, rest)
+        tail = (rest - log_z).masked_fill(~self.trained, -math.inf)
+        return scores - log_z[:, None], tail
 
 
 @dataclass(frozen=True)
@@ -129,24 +168,6 @@ class Weights:
         return self.constant[rows] - on_heads - tail * torch.where(tail > 0, theta, 0.0)
 
 
-def decode_logprobs(targets: TargetBatch, step_nats: float | None) -> Tensor:
-    """``top_logprob - step_nats * cumsum(codes)``, or the stored `logprobs`; -inf from column `kept` on.
-
-    Returns float32 [P, K] in nats, normalised over the whole vocabulary (float64 `logprobs` stay float64).
-    Raises InputError when there are codes and no step.
-    """
-    if targets.codes is not None:
-        if step_nats is None:
-            raise InputError("these targets hold codes, so the entry's step_nats is needed to decode them; got None")
-        # Whole numbers below 2**24 are exact in float32; valid rows sum to at most 2**16 (`logprob_floor`).
-        steps = targets.codes.to(torch.float32).cumsum(1)
-        logprobs = targets.top_logprob[:, None] - step_nats * steps
-    else:
-        assert targets.logprobs is not None
-        logprobs = targets.logprobs
-    return logprobs.masked_fill(~_leading_columns(targets.kept, logprobs.shape[1]), -math.inf)
-
-
 def temper(
     targets: TargetBatch,
     member: Member,
@@ -161,23 +182,21 @@ def temper(
     InputError for a temperature without a tail.
     """
     check_temperature(temperature, interpolate_tail)
-    decoded = decode_logprobs(targets, member.step_nats)
-    if trained is None:
-        trained = torch.ones(len(decoded), dtype=torch.bool, device=decoded.device)
-    columns = decoded.shape[1]
-    scores = decoded.masked_fill(~trained[:, None], -math.inf)
-    valid = _leading_columns(targets.kept, columns) & trained[:, None]
-    step = member.step_nats or 0.0
+    columns = targets.token_ids.shape[1]
+    there = targets.kept > 0
+    trained = there if trained is None else trained & there
+    valid = leading_columns(targets.kept, columns) & trained[:, None]
+    scores = targets.logprobs.masked_fill(~valid, -math.inf)
     return Tempered(
         support=torch.where(valid, targets.token_ids, -1).to(torch.int32),
         scores=scores if temperature == 1.0 else scores / temperature,
-        certain=valid & _leading_columns(targets.certain, columns),
-        log_tail=_log_tail(targets, member.vocabulary_size, temperature).masked_fill(~trained, 0.0),
-        entropy=targets.entropy.masked_fill(~trained, 0.0),
+        certain=valid & leading_columns(targets.certain, columns),
+        log_tail=_log_tail(targets, member, temperature).masked_fill(~trained, 0.0),
+        entropy=None if targets.entropy is None else targets.entropy.masked_fill(~trained, 0.0),
         trained=trained,
         temperature=temperature,
-        vocabulary_size=member.vocabulary_size,
-        rounding=max(step / 2, _ROUNDING) / temperature,
+        rounding=max((member.step_nats or 0.0) / 2, _ROUNDING) / temperature,
+        member=member,
     )
 
 
@@ -186,8 +205,9 @@ def weights(tempered: Tempered, tail: Tail, blend: float = 0.0) -> Weights:
 
     The constant makes the loss a KL: with bucket ``KL(p || q)`` of the bucketed distributions, a lower bound of the
     dense one; with sampled an unbiased estimate of the dense one (at temperature 1 by the entropy of the whole
-    distribution, at others by the sampled ids); with renormalise the KL of the renormalised heads; with none the terms
-    of the heads alone.
+    distribution, at others by the sampled ids), or, with a constant of 0, of the cross-entropy to the teacher where
+    these are not stored (`Member.knows_constant`); with renormalise the KL of the renormalised heads; with none the
+    terms of the heads alone.
     """
     if tail == "sampled":
         return _sampled(tempered)
@@ -235,9 +255,11 @@ def _sampled(tempered: Tempered) -> Weights:
     share = log_tail.exp() / number.clamp(min=1)
     w = torch.where(sampled, share[:, None], (heads - log_z[:, None]).exp())
     w_tail = log_tail.exp().masked_fill(any_sampled, 0.0)
+    if not tempered.member.knows_constant:
+        return Weights(w, w_tail, torch.zeros_like(w_tail))
     logp = tempered.scores - log_z[:, None]
     constant = _negative_entropy(w, logp) + w_tail * torch.where(w_tail > 0, log_tail, 0.0)
-    if tempered.temperature == 1.0:
+    if tempered.temperature == 1.0 and tempered.entropy is not None:
         constant = torch.where(any_sampled, -tempered.entropy, constant)
     return Weights(w, w_tail, constant)
 
@@ -247,16 +269,19 @@ def _negative_entropy(w: Tensor, logp: Tensor) -> Tensor:
     return (w * torch.where(w > 0, logp, 0.0)).sum(1)
 
 
-def _log_tail(targets: TargetBatch, vocabulary_size: int, temperature: float) -> Tensor:
+def _log_tail(targets: TargetBatch, member: Member, temperature: float) -> Tensor:
     """F(1 / temperature) [P]: stored, or interpolated by the parabola through F(0), F(1/2) and F(1).
 
-    F is convex, so the parabola is, and lies between the bounds of `tail_bounds` as F itself does.
+    F is convex, so the parabola is, and lies between the bounds of `tail_bounds` as F itself does. -inf where it is not
+    known, as renormalised ids have it.
     """
+    if targets.log_tail is None:
+        return torch.full_like(targets.logprobs[:, 0], -math.inf)
     if temperature == 1.0:
         return targets.log_tail
     if temperature == 2.0:
-        return targets.log_tail_half
-    zero, half, one = _known_tails(targets, vocabulary_size)
+        return _known(targets.log_tail_half, member, "temperature 2")
+    zero, half, one = _known_tails(targets, member)
     b = 1 / temperature
     # All three are -inf where nothing is outside, and their differences are NaN.
     empty = one.isneginf()
@@ -264,13 +289,13 @@ def _log_tail(targets: TargetBatch, vocabulary_size: int, temperature: float) ->
     return parabola.masked_fill(empty, -math.inf)
 
 
-def tail_bounds(targets: TargetBatch, vocabulary_size: int, temperature: float) -> tuple[Tensor, Tensor]:
+def tail_bounds(targets: TargetBatch, member: Member, temperature: float) -> tuple[Tensor, Tensor]:
     """(least, greatest) possible value [P] of F(1 / temperature), for a temperature above 1.
 
     F is convex with F(0) = log(V - certain), F(1/2) and F(1) known: it lies below the chord between the neighbouring
     two, and above the other chord extended.
     """
-    zero, half, one = _known_tails(targets, vocabulary_size)
+    zero, half, one = _known_tails(targets, member)
     b = 1 / temperature
     left, right = half + (2 * b - 1) * (half - zero), half + (2 * b - 1) * (one - half)
     bounds = (left.minimum(right), left.maximum(right))
@@ -282,15 +307,13 @@ def interpolation_bound(targets: TargetBatch, member: Member, temperature: float
     """Bound [P], in 0..1, on the error of the teacher's mass outside the certain ids when the tail is interpolated."""
     tempered = temper(targets, member, temperature, interpolate_tail=True)
     heads = torch.logsumexp(tempered.scores.masked_fill(~tempered.certain, -math.inf), 1)
-    least, greatest = (
-        torch.sigmoid(bound - heads) for bound in tail_bounds(targets, member.vocabulary_size, temperature)
-    )
+    least, greatest = (torch.sigmoid(bound - heads) for bound in tail_bounds(targets, member, temperature))
     taken = torch.sigmoid(tempered.log_tail - heads)
     return torch.maximum(greatest - taken, taken - least)
 
 
-def targets_of(member: Member, targets: Mapping[str, TargetBatch] | None, labels: Tensor) -> TargetBatch:
-    """A member's targets of a batch, flat and beside its labels [P], whose device they are moved to.
+def targets_of(member: Member, targets: Mapping[str, StoredBatch | TargetBatch] | None, labels: Tensor) -> TargetBatch:
+    """A member's targets of a batch, flat and beside its labels [P], whose device they are moved to and decoded on.
 
     Raises InputError where they are missing, naming the teachers present, or are of other positions.
     """
@@ -300,18 +323,20 @@ def targets_of(member: Member, targets: Mapping[str, TargetBatch] | None, labels
     flat = targets[member.name].flat().to(labels.device)
     if len(flat) != len(labels):
         raise InputError(f"teacher {member.name} has targets for {len(flat)} positions, there are {len(labels)} labels")
-    return flat
+    return flat.decoded()
 
 
-def _known_tails(targets: TargetBatch, vocabulary_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    outside = (vocabulary_size - targets.certain).to(targets.log_tail.dtype)
-    return outside.log(), targets.log_tail_half, targets.log_tail
+def _known_tails(targets: TargetBatch, member: Member) -> tuple[Tensor, Tensor, Tensor]:
+    one, half = (_known(tail, member, "a temperature above 1") for tail in (targets.log_tail, targets.log_tail_half))
+    return (member.vocabulary_size - targets.certain).to(one.dtype).log(), half, one
+
+
+def _known(tail: Tensor | None, member: Member, what: str) -> Tensor:
+    if tail is None:
+        member.needs("half-tail", what)
+        raise InputError(f"teacher {member.name}: {what} needs a tail, which these targets do not have")
+    return tail
 
 
 def _logsumexp(scores: Tensor, tail: Tensor) -> Tensor:
     return torch.logsumexp(torch.cat([scores, tail[:, None]], dim=1), dim=1)
-
-
-def _leading_columns(counts: Tensor, columns: int) -> Tensor:
-    """bool [P, K]: column i < counts."""
-    return torch.arange(columns, device=counts.device) < counts[:, None]

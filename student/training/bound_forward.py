@@ -17,7 +17,7 @@ from storage.errors import InputError
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss, LossSums
 from student.loss.output_layer import PlainHead, choose_head
-from student.target_batch import TargetBatch
+from student.target_batch import StoredBatch, TargetBatch
 
 FusedHead = Literal["auto", "on", "off"]
 
@@ -43,8 +43,8 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
     ``model(input_ids, labels=labels, targets=targets).loss`` is ``loss_sum / num_items_in_batch`` of
     `DistillationLoss`; without `num_items_in_batch` the batch's own count divides. Labels are aligned with the logits
     already (`student.data.batches.collate`), unlike those that transformers' models shift themselves. `targets[name]`
-    is a teacher's `TargetBatch`, `position_weights` [B, T] those of the loss, if a data set gives any. Without labels
-    the original forward runs, so `generate` works unchanged.
+    is a teacher's `StoredBatch` or `TargetBatch`, `position_weights` [B, T] those of the loss, if a data set gives any.
+    Without labels the original forward runs, so `generate` works unchanged.
 
     In training mode the output layer is fused with the loss (`student.loss.fused`: the logits [P, W] are never held)
     if the model's output layer allows it, which is tried on a few tokens (`student.loss.output_layer`). fused_head:
@@ -76,7 +76,7 @@ class _BoundForward:
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
-        targets: dict[str, TargetBatch] | None = None,
+        targets: dict[str, StoredBatch | TargetBatch] | None = None,
         position_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
@@ -105,7 +105,7 @@ class _BoundForward:
         head: PlainHead | None,
         computed: Tensor,
         labels: Tensor,
-        targets: dict[str, TargetBatch] | None,
+        targets: dict[str, StoredBatch | TargetBatch] | None,
         position_weights: Tensor | None,
         windows: Tensor | None,
     ) -> LossSums:

@@ -10,6 +10,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from storage.text import duration
+from student.loss.objective import TEACHER_CROSS_ENTROPY
 
 
 class TrainingProgress(TrainerCallback):
@@ -63,6 +64,7 @@ def _figures(logs: dict[str, float]) -> str:
     shown = {
         key: value
         for key, value in logs.items()
-        if key in ("loss", "cross_entropy", "eval_loss", "eval_ece") or key.startswith(("kl_", "eval_kl_"))
+        if key in ("loss", "cross_entropy", "eval_loss", "eval_ece")
+        or key.removeprefix("eval_").startswith(("kl_", TEACHER_CROSS_ENTROPY))
     }
     return ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in shown.items())

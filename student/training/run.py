@@ -227,7 +227,7 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
     targets, trained = batch["targets"], batch["labels"].flatten() != NOT_TRAINED
     found = {}
     for member in loss.members:
-        off = interpolation_bound(targets[member.name].flat(), member, loss.temperature)
+        off = interpolation_bound(targets[member.name].flat().decoded(), member, loss.temperature)
         # The padding of a short window is left out, unless no position is trained at all.
         off = off[trained] if trained.any() else off
         found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))

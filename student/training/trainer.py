@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs and self._parts is not None:
             count, *sums = self.accelerator.reduce(self._parts, reduction="sum").tolist()
             loss = self.distillation_loss
-            names = ["cross_entropy", *(f"{loss.objective.log_name}_{member.name}" for member in loss.members)]
+            names = ["cross_entropy", *(loss.log_name(member.name) for member in loss.members)]
             if loss.objective.alpha_end is not None:
                 logs["alpha"] = loss.alpha
             logs.update({name: value / max(count, 1) for name, value in zip(names, sums, strict=True)})

@@ -98,7 +98,7 @@ def _repeated(rows: Any, shard: int) -> Any:
     from storage import SparseTargets
 
     index = (np.arange(SHARD) + shard * 997) % len(rows)
-    names = ("token_ids", "kept", "certain", "top_logprob", "log_tail", "log_tail_half", "entropy", "exact_logprobs")
+    names = ("token_ids", "kept", "certain", "log_tail", "log_tail_half", "entropy", "logprobs")
     label = rows.label_logprob[index]
     if shard == SHARDS - 1:
         label[-1] = np.nan

@@ -90,7 +90,6 @@ def flat_tail_targets(ids: Tensor, logprobs: Tensor, columns: int) -> TargetBatc
         logprobs=logprobs,
         kept=counts,
         certain=counts,
-        top_logprob=logprobs[:, 0],
         log_tail=log_tail,
         log_tail_half=(log_tail + math.log(columns - stored)) / 2,
         entropy=torch.full((positions,), 4.0, device=ids.device),

@@ -115,7 +115,7 @@ SETTINGS: dict[type[Settings], dict[str, Any]] = {
     Choices: {"choices": 3},
     StudentJob: {"cache": "c", "model": "m", "output_dir": "o"},
 }
-SINGLE = {"weight": 2.0, "seeds": 3, "choices": 3}
+SINGLE = {"weight": 2.0, "seeds": 3, "choices": 3, "fields": "lean"}
 LISTS = [
     (kind, name)
     for kind, fields in SETTINGS.items()

@@ -48,7 +48,7 @@ def test_top_k(cache: LogitCache, name: str) -> None:
     assert (read.certain == K).all()
     relative = 1e-6 if exact else 2**-13
     assert np.allclose(read.logprobs, LOGPROBS, rtol=1e-6, atol=0 if exact else 1 / 64 + 1e-5)
-    assert np.allclose(read.top_logprob, LOGPROBS[:, 0], rtol=relative)
+    assert np.allclose(read.logprobs[:, 0], LOGPROBS[:, 0], rtol=relative)
     assert np.allclose(read.log_tail, TAIL, rtol=relative)
     assert np.allclose(read.log_tail_half, TAIL + 1.5, rtol=2 * relative, atol=1e-4)
     assert np.allclose(read.entropy, 1 + POSITIONS * 0.0625, rtol=relative)
@@ -58,8 +58,7 @@ def test_top_k(cache: LogitCache, name: str) -> None:
 
 
 def test_the_exact_codes(cache: LogitCache) -> None:
-    codes = cache.teacher("codes").read(0, 4).codes
-    assert codes is not None
+    codes = cache.teacher("codes").stored(0, 4).arrays["logprob_codes"]
     # ln 2 · (2, 3, 4) in steps of 1/32 nat is 44.36, 66.54, 88.72: rounded sums, then their differences.
     assert codes.tolist() == [[0, 44, 23, 22]] * 4
 

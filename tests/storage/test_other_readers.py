@@ -199,12 +199,12 @@ def test_zarr_and_xarray_give_the_reader_s_values(opened: Any) -> None:
         + [f"teachers/{name}/{array}" for name in cache.teachers for array in cache.teacher(name).specs]
     )
     for name in cache.teachers:
-        ours, theirs, data = cache.teacher(name).read(0, N), group["teachers"][name], cache.xarray(name)
+        ours, theirs, data = cache.teacher(name).stored(0, N).arrays, group["teachers"][name], cache.xarray(name)
         assert dict(theirs.attrs) == data.attrs == {"logit_cache": sealed(cache.teacher(name).entry)}
         assert np.array_equal(data["tokens"].values, cache.tokens.read(0, N))
         assert (data["tokens"].dims, data["token_ids"].dims) == (("position",), ("position", "rank"))
         for array in ("token_ids", "kept", "certain", "top_logprob", "log_tail", "log_tail_half", "label_logprob"):
-            stored = getattr(ours, array)
+            stored = ours[array]
             assert data[array].dtype == theirs[array].dtype == stored.dtype
             assert np.array_equal(theirs[array][:], stored, equal_nan=stored.dtype.kind == "f")
             assert np.array_equal(data[array][17:300].values, stored[17:300], equal_nan=stored.dtype.kind == "f")

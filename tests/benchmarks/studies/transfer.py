@@ -44,7 +44,7 @@ def make(url: str, gigabytes: float) -> None:
     order = rng.integers(0, 2_048, len(tokens))
     label = rows.label_logprob[order]
     label[-1] = np.nan
-    fields = ("token_ids", "kept", "certain", "top_logprob", "log_tail", "log_tail_half", "entropy", "exact_logprobs")
+    fields = ("token_ids", "kept", "certain", "log_tail", "log_tail_half", "entropy", "logprobs")
     values = {name: getattr(rows, name)[order] for name in fields}
     targets = type(rows)(start=0, label_logprob=label, **values)
     write_entry(url, "a", make_entry(record, K, shard_tokens=SHARD, chunk_tokens=8_192), targets)

@@ -67,7 +67,7 @@ def top(logits: np.ndarray, tokens: np.ndarray, k: int, step: float = STEP) -> S
         name: np.where(
             np.isneginf(getattr(targets, name)) & (k == V), -np.inf, np.maximum(getattr(targets, name), floor)
         )
-        for name in ("log_tail", "log_tail_half", "label_logprob", "exact_logprobs")
+        for name in ("log_tail", "log_tail_half", "label_logprob", "logprobs")
     }
     entropy = np.nan_to_num(targets.entropy)
     return replace(targets, entropy=entropy, **{n: values.astype(np.float32) for n, values in floored.items()})
@@ -103,7 +103,7 @@ def test_fewer_ids_are_what_caching_fewer_would_have_given(
     encoding = "codes" if source == "codes" else "float32"
     write_entry(cache, "direct", make_entry(made[1], 16, encoding=encoding), top(logits, tokens, 16))
     direct = LogitCache.open(str(cache)).teacher("direct").read(0, N)
-    for name in ("token_ids", "kept", "certain", "codes", "exact_logprobs", "top_logprob"):
+    for name in ("token_ids", "kept", "certain", "logprobs"):
         assert np.array_equal(getattr(found, name), getattr(direct, name)), name
     assert np.array_equal(found.label_logprob, direct.label_logprob, equal_nan=True)
     assert np.array_equal(found.entropy, direct.entropy)
@@ -146,13 +146,11 @@ def test_rows_are_cut_where_their_mass_first_suffices(cache: Path, top_p: float)
         assert (found.log_tail[cut] < -30).all()
     beyond = np.arange(K) >= found.kept[:, None]
     assert (found.token_ids[beyond] == 65_535).all()
-    assert found.codes is not None
-    assert (found.codes[beyond] == 0).all()
     assert np.array_equal(found.token_ids[~beyond], source.token_ids[~beyond])
     assert np.array_equal(found.logprobs[~beyond], source.logprobs[~beyond])
     after = np.exp(found.logprobs.astype(np.float64)).sum(axis=1) + np.exp(found.log_tail.astype(np.float64))
     assert np.abs(after - total).max() < 1e-3  # the tail's mantissa
-    assert LogitCache.open(str(cache)).teacher("new").entry.targets == Targets(k=K, top_p=top_p)
+    assert LogitCache.open(str(cache)).teacher("new").entry.targets == Targets(k=K, top_p=top_p, has_label_logprob=True)
 
 
 def test_the_same_step_gives_the_same_codes_byte_for_byte(cache: Path) -> None:
@@ -174,7 +172,6 @@ def test_another_step_is_within_its_bound(
     exact = np.maximum(top(logits, tokens, K).logprobs, logprob_floor(step))
     allowed = step / 2 if source == "exact" else step / 2 + STEP / 2
     assert np.abs(found.logprobs - exact)[:, 1:].max() <= allowed + 1e-4
-    assert found.step_nats == step
     entry = LogitCache.open(str(cache)).teacher("new").entry
     assert entry.encoding == Encoding(kind="codes", step_nats=step, mantissa_bits=12)
     assert found.logprobs.min() >= logprob_floor(step) - step
@@ -214,6 +211,7 @@ def test_the_record_names_its_source_and_keeps_the_rest(cache: Path) -> None:
 def sampled_entry(record: CacheRecord, targets: SparseTargets) -> tuple[TeacherEntry, SparseTargets]:
     """Eight certain ids, and the others as if they had been sampled."""
     entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
+    method = Targets(method="varopt", k=K, head_ids=8, seed=3, has_label_logprob=True)
     rest = targets.logprobs[:, 8:].astype(np.float64)
     changed = replace(
         targets,
@@ -221,7 +219,7 @@ def sampled_entry(record: CacheRecord, targets: SparseTargets) -> tuple[TeacherE
         log_tail=np.logaddexp(targets.log_tail, np.logaddexp.reduce(rest, axis=1)).astype(np.float32),
         log_tail_half=np.logaddexp(targets.log_tail_half, np.logaddexp.reduce(rest / 2, axis=1)).astype(np.float32),
     )
-    return entry.model_copy(update={"targets": Targets(method="varopt", k=K, head_ids=8, seed=3)}), changed
+    return entry.model_copy(update={"targets": method}), changed
 
 
 def test_a_sample_is_kept_whole(
@@ -233,7 +231,7 @@ def test_a_sample_is_kept_whole(
             rewrite(cache, "sampled", **{option: value})
     before = LogitCache.open(str(cache)).teacher("sampled").read(0, N)
     found = rewrite(cache, "sampled", profile="fast", chunk_tokens=128)
-    for name in ("token_ids", "codes", "kept", "certain", "log_tail", "log_tail_half", "entropy", "top_logprob"):
+    for name in ("token_ids", "logprobs", "kept", "certain", "log_tail", "log_tail_half", "entropy"):
         assert np.array_equal(getattr(found, name), getattr(before, name)), name
     with pytest.raises(AssertionError, match="whole"):
         prune(before, 16, None, -2000.0)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from logit_cache.caching.recompress import RecompressJob, recompress
 from storage import LogitCache
 from storage.format.manifest import Targets
-from storage.format.rules import broken_rule
+from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 
 K = 16
@@ -52,7 +52,7 @@ def outside(dense: np.ndarray, stored: SparseTargets, beta: float) -> np.ndarray
 def test_stored_samples_are_the_model_s(cache: Path, teacher: Path, temperature: int) -> None:
     targets, stored = cache_logits(cache, "v", teacher, **VAROPT, head_ids=2, seed=5, target_temperature=temperature)
     assert targets.entry.targets == Targets(method="varopt", k=K, head_ids=2, seed=5, temperature=temperature)
-    assert broken_rule(stored, targets.entry) is None
+    assert StoredTargets.of(targets.entry, stored).broken_rule() is None
     assert (stored.kept == K).all()
     assert stored.certain.min() >= 2
     assert 2 < stored.certain.mean() < K - 1
@@ -129,7 +129,7 @@ def test_top_p_prunes_as_recompress_does(cache: Path, teacher: Path) -> None:
     # A mass alone asks for top-k.
     targets, cut = cache_logits(cache, "cut", teacher, k=K, encoding="float32", top_p=0.9)
     assert (targets.entry.targets.method, targets.entry.targets.top_p) == ("top-k", 0.9)
-    assert broken_rule(cut, targets.entry) is None
+    assert StoredTargets.of(targets.entry, cut).broken_rule() is None
     mass = np.cumsum(np.exp(full.logprobs.astype(np.float64)), axis=1)
     assert np.array_equal(cut.kept, np.minimum((mass < 0.9).sum(1) + 1, K))
     assert 1 < cut.kept.mean() < K

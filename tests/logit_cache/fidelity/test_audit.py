@@ -33,7 +33,6 @@ from storage.cache.corpus_writer import write_corpus
 from storage.errors import CorruptCache, InputError, LogitCacheError
 from storage.format.manifest import ArrayLayout, Encoding, Targets, TeacherEntry, Windowing
 from storage.format.sealing import digest
-from storage.format.targets import concatenate
 
 K, CONTEXT, SHARD = 24, 64, 4096
 BASE: dict[str, Any] = {"targets": "topk", "k": K, "context_tokens": CONTEXT, "shard_tokens": SHARD, "device": "cpu"}
@@ -52,7 +51,13 @@ def scored(cache: Path, teacher: Path, folder: Path, **changes: Any) -> SparseTa
     """A teacher's targets of a whole stream, with exact log-probs; the cache itself is unchanged."""
     copy = Path(shutil.copytree(cache, folder, dirs_exist_ok=True))
     opened = open_job(CacheJob(cache=str(copy), teacher=str(teacher), name="scratch", **(BASE | changes)))
-    return concatenate([score_shard(opened, shard) for shard in range(opened.writer.shards)])
+    return joined([score_shard(opened, shard) for shard in range(opened.writer.shards)])
+
+
+def joined(parts: list[SparseTargets]) -> SparseTargets:
+    """Adjacent ranges of targets as one."""
+    arrays = {name: np.concatenate([part.arrays()[name] for part in parts]) for name in parts[0].arrays()}
+    return SparseTargets(parts[0].start, **arrays)
 
 
 def check(cache: Path, teacher: Path, name: str, **changes: Any) -> Audit:
@@ -164,7 +169,7 @@ def test_the_likeliest_ids_are_no_sample(cache: Path, teacher: Path, world: Worl
         log_tail=np.logaddexp(exact.log_tail, np.logaddexp.reduce(rest, axis=1)),
         log_tail_half=np.logaddexp(exact.log_tail_half, np.logaddexp.reduce(rest / 2, axis=1)),
     )
-    targets = Targets(method="varopt", k=K, head_ids=8, seed=0)
+    targets = Targets(method="varopt", k=K, head_ids=8, seed=0, has_label_logprob=True)
     write_entry(cache, "chosen", entry.model_copy(update={"targets": targets}), chosen)
     found = check(cache, teacher, "chosen", windows=8)
     assert found.differing == []
@@ -231,13 +236,13 @@ def lies(
             moved[0], moved[-1] = values[0], np.nan
         return moved
 
-    arrays = ("token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy", "exact_logprobs")
+    arrays = ("token_ids", "log_tail", "log_tail_half", "label_logprob", "entropy", "logprobs")
     wide = scored(cache, teacher, folder / "wide", k=2 * K)
     below = wide.logprobs[:, :K]
     repeated = np.repeat(exact.logprobs[:, :1], K, axis=1)
     return {
         "another teacher": other,
-        "one shard of another teacher": concatenate(
+        "one shard of another teacher": joined(
             [exact.rows(0, SHARD), other.rows(SHARD, 2 * SHARD), exact.rows(2 * SHARD, len(exact))]
         ),
         "shifted by one position": replace(exact, **{name: shifted(getattr(exact, name)) for name in arrays}),
@@ -251,8 +256,7 @@ def lies(
         "not the best ids": replace(
             wide,
             token_ids=wide.token_ids[:, K:],
-            exact_logprobs=wide.logprobs[:, K:],
-            top_logprob=wide.logprobs[:, K],
+            logprobs=wide.logprobs[:, K:],
             kept=exact.kept,
             certain=exact.certain,
             log_tail=np.logaddexp(wide.log_tail, np.logaddexp.reduce(below, axis=1)),
@@ -262,15 +266,13 @@ def lies(
         "the best id repeated": replace(
             exact,
             token_ids=np.repeat(exact.token_ids[:, :1], K, axis=1),
-            exact_logprobs=repeated,
+            logprobs=repeated,
             log_tail=np.logaddexp(exact.log_tail, np.logaddexp.reduce(exact.logprobs[:, 1:], axis=1)),
             log_tail_half=np.logaddexp(exact.log_tail_half, np.logaddexp.reduce(exact.logprobs[:, 1:] / 2, axis=1)),
         ),
         "tails renormalised": replace(exact, log_tail=exact.log_tail - np.float32(0.05)),
         # Less than half a step, which is the error that any code may have.
-        "log-probs 0.01 nats off": replace(
-            exact, exact_logprobs=exact.logprobs - np.float32(0.01), top_logprob=exact.top_logprob - np.float32(0.01)
-        ),
+        "log-probs 0.01 nats off": replace(exact, logprobs=exact.logprobs - np.float32(0.01)),
     }
 
 
@@ -510,6 +512,6 @@ def test_exact_log_probs_are_held_to_float32(cache: Path, teacher: Path, world: 
     _, entry, exact = world
     encoding = Encoding(kind="float32", step_nats=None, mantissa_bits=23)
     off = exact.logprobs - np.float32(0.005)
-    write_entry(cache, "exact", entry.model_copy(update={"encoding": encoding}), replace(exact, exact_logprobs=off))
+    write_entry(cache, "exact", entry.model_copy(update={"encoding": encoding}), replace(exact, logprobs=off))
     found = check(cache, teacher, "exact", windows=4)
     assert {name for name, item in found.fields.items() if item.windows_differing} == {"logprobs"}

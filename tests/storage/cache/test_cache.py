@@ -31,7 +31,7 @@ from storage.errors import (
 )
 from storage.format.layout import teacher_arrays
 from storage.format.manifest import CacheRecord, TeacherEntry, Windowing
-from storage.format.shard import encode_targets
+from storage.format.stored import StoredTargets
 from storage.stores import open_store
 
 
@@ -57,7 +57,7 @@ def test_round_trip_over_backends(scheme: str, tmp_path: Path, stream: tuple[np.
 
 def test_float32_is_exact(original: Path, stream: tuple[np.ndarray, SparseTargets]) -> None:
     read = LogitCache.open(str(original)).teacher("exact").read(0, N)
-    for name in ("token_ids", "logprobs", "log_tail", "log_tail_half", "entropy", "label_logprob", "top_logprob"):
+    for name in ("token_ids", "logprobs", "log_tail", "log_tail_half", "entropy", "label_logprob"):
         assert np.array_equal(getattr(read, name), getattr(stream[1], name), equal_nan=name == "label_logprob"), name
 
 
@@ -259,7 +259,7 @@ def test_values_that_break_the_format_are_refused_though_their_receipt_is_right(
         assert writer.pending() == [0]
         specs = teacher_arrays(entry)
         foreign = ShardWriter(open_store(url), f"teachers/e{number}/", f"teachers/e{number}/receipts", specs, entry)
-        foreign.commit(0, encode_targets(entry, damaged))
+        foreign.commit(0, StoredTargets.of(entry, damaged).arrays)
         with pytest.raises(CorruptCache, match="breaks the format"):
             LogitCache.open(url).teacher(f"e{number}").read(0, 5)
 

@@ -20,6 +20,7 @@ import storage.cache.reader
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import ArrayLayout, CacheRecord, Windowing
+from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 from student.data.batches import collate
 from student.data.blocks import Blocks
@@ -187,7 +188,7 @@ def test_windows_equal_slices_of_the_stream(
 ) -> None:
     url, tokens, _ = stream
     windows = DistillationWindows(url, ["a", "b"], size, offset, seed=9)  # type: ignore[arg-type]
-    reference = {name: storage.cache.reader.LogitCache.open(url).teacher(name).read(0, 203) for name in ("a", "b")}
+    reference = {name: storage.cache.reader.LogitCache.open(url).teacher(name).stored(0, 203) for name in ("a", "b")}
     indices = [int(i) for i in np.random.default_rng(2).permutation(2 * len(windows))]
     for index, window in zip(indices, windows.__getitems__(indices), strict=True):
         start, length = windows.blocks.span(index % len(windows), index // len(windows))
@@ -198,9 +199,8 @@ def test_windows_equal_slices_of_the_stream(
         for name, whole in reference.items():
             targets = window["targets"][name]
             assert (targets.start, targets.stop, window["first"]) == (start, start + length, 0)
-            assert (targets.token_ids == whole.token_ids[start : start + length]).all()
-            values, stored = (each.codes if name == "a" else each.exact_logprobs for each in (targets, whole))
-            assert (values == stored[start : start + length]).all()
+            for array in ("token_ids", "logprob_codes" if name == "a" else "logprobs"):
+                assert (targets.arrays[array] == whole.arrays[array][start : start + length]).all()
 
 
 def test_fixed_windows_count_every_labelled_position_once(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
@@ -208,7 +208,7 @@ def test_fixed_windows_count_every_labelled_position_once(stream: tuple[str, np.
     windows = DistillationWindows(url, ["a"], 24)
     batch = collate(windows.__getitems__(range(len(windows))))
     trained = batch["labels"] != -100
-    positions = batch["targets"]["a"].entropy[trained]
+    positions = batch["targets"]["a"].arrays["entropy"][trained]
     assert positions.sort().values.tolist() == list(range(202))
     assert batch["labels"][trained].tolist() == tokens[1:].tolist()
     assert batch["shift_labels"] is batch["labels"]
@@ -220,12 +220,13 @@ def test_batch_has_the_stated_types(stream: tuple[str, np.ndarray, CacheRecord])
     assert batch["input_ids"].shape == batch["labels"].shape == (4, 16)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     a, b = batch["targets"]["a"], batch["targets"]["b"]
-    assert (a.codes.dtype, a.codes.shape) == (torch.uint16, (4, 16, 7))
-    assert (b.logprobs.dtype, b.logprobs.shape) == (torch.float32, (4, 16, V))
-    assert a.token_ids.dtype == torch.int32
-    assert {values.dtype for values in (a.kept, a.certain)} == {torch.int32}
-    assert {values.dtype for values in (a.top_logprob, a.log_tail, a.log_tail_half, a.entropy)} == {torch.float32}
-    assert (a.logprobs, b.codes) == (None, None)
+    codes, exact = a.arrays["logprob_codes"], b.arrays["logprobs"]
+    assert (codes.dtype, codes.shape) == (torch.uint16, (4, 16, 7)), "as stored: decoded on the training device"
+    assert (exact.dtype, exact.shape) == (torch.float32, (4, 16, V))
+    for decoded in (a.decoded(), b.decoded()):
+        assert {values.dtype for values in (decoded.token_ids, decoded.kept, decoded.certain)} == {torch.int32}
+        floats = (decoded.logprobs, decoded.log_tail, decoded.log_tail_half, decoded.entropy)
+        assert {values.dtype for values in floats if values is not None} == {torch.float32}
 
 
 def test_neighbouring_windows_are_read_in_one_piece(
@@ -233,13 +234,13 @@ def test_neighbouring_windows_are_read_in_one_piece(
 ) -> None:
     windows = DistillationWindows(stream[0], ["a"], 10)
     asked: list[tuple[int, int]] = []
-    real = storage.cache.reader.TeacherTargets.read
+    real = storage.cache.reader.TeacherTargets.stored
 
-    def read(self: storage.cache.reader.TeacherTargets, start: int, stop: int) -> SparseTargets:
+    def read(self: storage.cache.reader.TeacherTargets, start: int, stop: int) -> StoredTargets:
         asked.append((start, stop))
         return real(self, start, stop)
 
-    monkeypatch.setattr(storage.cache.reader.TeacherTargets, "read", read)
+    monkeypatch.setattr(storage.cache.reader.TeacherTargets, "stored", read)
     windows.__getitems__([7, 3, 2, 8, 15])
     assert asked == [(20, 40), (70, 90), (150, 160)]
 
@@ -277,7 +278,7 @@ def test_objects_say_in_a_line_what_they_are(made: tuple[str, np.ndarray, CacheR
     windows = DistillationWindows(url, ["a"], 16)
     assert repr(windows) == f"DistillationWindows({url!r}, ['a']: 13 windows of 16 tokens, fixed offset)"
     assert repr(cache) == f"LogitCache({url!r}: 203 tokens, 53 ids)"
-    assert repr(cache.teacher("a").read(3, 9)) == "SparseTargets(positions 3..9 of 7 ids, codes of 0.03125 nats)"
+    assert repr(cache.teacher("a").read(3, 9)) == "SparseTargets(positions 3..9 of 7 ids)"
     loss = DistillationLoss(V, 0.25, 2.0, [Member.of("a", windows.entries["a"])])
     assert repr(loss) == "DistillationLoss(forward-kl to a 1; alpha 0.25, temperature 2)"
 
@@ -300,7 +301,7 @@ def test_windows_begin_with_an_id_of_their_own(stream: tuple[str, np.ndarray, Ca
     windows = DistillationWindows(url, ["a"], 24)
     windows.begin_id = begin
     assert windows.input_tokens == 25
-    entropy = collate(windows[:])["targets"]["a"].entropy
+    entropy = collate(windows[:])["targets"]["a"].decoded().entropy
     for number, (old, new) in enumerate(zip(plain, windows, strict=True)):
         length = plain.blocks.span(number)[1]
         lead = int(old["input_ids"][0] != begin)
@@ -329,7 +330,7 @@ def test_isolated_documents_are_not_crossed(tmp_path: Path) -> None:
     assert torch.equal(batch["input_ids"], plain["input_ids"])
     trained = batch["labels"] != -100
     assert batch["labels"][trained].tolist() == [t for t in range(50) if t not in starts]
-    assert batch["targets"]["a"].entropy[trained].tolist() == [t - 1 for t in range(50) if t not in starts]
+    assert batch["targets"]["a"].arrays["entropy"][trained].tolist() == [t - 1 for t in range(50) if t not in starts]
     with pytest.raises(InputError, match="teacher a saw isolated documents"):
         DistillationWindows(url, ["a"], 8, isolate_documents=False)
     write_entry(url, "across", make_entry(record, 5), marked_targets(tokens, 5))
@@ -375,7 +376,7 @@ def test_wide_vocabularies_have_64_bit_ids(tmp_path: Path) -> None:
     targets.token_ids[:, 2] = 4_294_967_295
     write_entry(url, "a", entry, targets)
     batch = collate(DistillationWindows(url, ["a"], 3).__getitems__([0]))
-    ids = batch["targets"]["a"].token_ids
+    ids = batch["targets"]["a"].decoded().token_ids
     assert ids.dtype == torch.int64
     assert ids[0, :, 2].tolist() == [4_294_967_295] * 3
     assert batch["labels"].tolist() == [[69_999, 7, 1]]
@@ -406,4 +407,4 @@ def test_worker_processes_read_the_same_batches(stream: tuple[str, np.ndarray, C
     )
     for one, other in zip(alone, loader, strict=True):
         assert torch.equal(one["labels"], other["labels"])
-        assert torch.equal(one["targets"]["a"].codes.int(), other["targets"]["a"].codes.int())
+        assert torch.equal(*(each["targets"]["a"].arrays["logprob_codes"].int() for each in (one, other)))

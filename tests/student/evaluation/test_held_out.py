@@ -38,7 +38,6 @@ def stored(logp: Tensor, k: int) -> TargetBatch:
         logprobs=values[:, :k].float(),
         kept=counts,
         certain=counts,
-        top_logprob=values[:, 0].float(),
         log_tail=values[:, k:].logsumexp(1).float(),
         log_tail_half=(values[:, k:] / 2).logsumexp(1).float(),
         entropy=-(values.exp() * values).sum(1).float(),

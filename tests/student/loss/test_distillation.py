@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from support.references.dense_targets import (
@@ -32,7 +31,7 @@ from student.labels import NOT_TRAINED
 from student.loss import student_logprobs as buckets
 from student.loss.distillation import DistillationLoss, forward_kl
 from student.loss.student_logprobs import student_buckets
-from student.loss.teacher_targets import decode_logprobs, temper
+from student.loss.teacher_targets import temper
 from student.target_batch import TargetBatch
 
 WIDTHS = [V, V + 13]
@@ -57,21 +56,6 @@ def naive_bucket_kl(z: Tensor, logp: Tensor, k: int, tau: float) -> Tensor:
 @pytest.fixture(params=[1 << 18, 1000], ids=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(buckets._CHUNK_LOGITS, "cpu", request.param)
-
-
-def test_decoding_equals_the_formats_arithmetic() -> None:
-    kept = torch.randint(1, 24, (P,), generator=torch.Generator().manual_seed(0))
-    targets = stored(dense(1, scale=6.0), 23, kept, step=1 / 32)
-    expected = encoding.decode_logprobs(targets.codes.numpy(), targets.top_logprob.numpy(), 1 / 32)
-    expected[np.arange(23) >= kept.numpy()[:, None]] = -np.inf
-    found = decode_logprobs(targets, 1 / 32)
-    assert found.dtype == torch.float32
-    np.testing.assert_array_equal(found.numpy(), expected)
-
-
-def test_codes_without_a_step_are_refused() -> None:
-    with pytest.raises(InputError, match="step_nats"):
-        decode_logprobs(stored(dense(1), 5, step=1 / 32), None)
 
 
 @pytest.mark.usefixtures("chunk")

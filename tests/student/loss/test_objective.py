@@ -35,7 +35,7 @@ from torch import Tensor
 
 from storage.cache.writer import EntryWriter
 from storage.errors import FormatError, InputError
-from storage.format.rules import broken_rule
+from storage.format.stored import StoredTargets
 from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.labels import NOT_TRAINED
@@ -315,8 +315,8 @@ def test_a_varopt_entry_on_disk_is_learnt_from_as_sampled(tmp_path: Path) -> Non
 
 
 BAD = [
-    ("exact_logprobs", math.nan), ("exact_logprobs", math.inf), ("exact_logprobs", -math.inf), ("kept", 0),
-    ("kept", 10), ("certain", 10), ("token_ids", V), ("top_logprob", math.nan), ("top_logprob", -math.inf),
+    ("logprobs", math.nan), ("logprobs", math.inf), ("logprobs", -math.inf), ("kept", 0),
+    ("kept", 10), ("certain", 10), ("token_ids", V),
     ("log_tail", math.nan), ("log_tail", math.inf), ("log_tail", -math.inf), ("log_tail_half", math.nan),
     ("log_tail_half", math.inf), ("log_tail_half", -math.inf), ("entropy", math.nan), ("entropy", math.inf),
     ("label_logprob", math.inf), ("label_logprob", math.nan),
@@ -331,11 +331,11 @@ def test_values_without_a_gradient_are_refused_before_they_reach_one(name: str, 
     record = make_corpus(str(tmp_path / "c"), tokens, V)
     entry = make_entry(record, k, encoding="float32")
     targets = dense_targets(dense(28, n).numpy(), k, np.append(tokens[1:], -1).astype(np.int64))
-    assert broken_rule(targets, entry) is None
+    assert StoredTargets.of(entry, targets).broken_rule() is None
     changed = getattr(targets, name).copy()
     changed[(4, 2) if changed.ndim == 2 else 4] = value
     bad = replace(targets, **{name: changed})
-    assert broken_rule(bad, entry) is not None
+    assert StoredTargets.of(entry, bad).broken_rule() is not None
     writer = EntryWriter.open(str(tmp_path / "c"), "a", entry)
     with pytest.raises(FormatError, match="not written"):
         writer.commit(0, bad)

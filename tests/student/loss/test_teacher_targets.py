@@ -231,7 +231,7 @@ def test_an_interpolated_tail_is_within_its_bounds_and_so_is_the_truth(scale: fl
     logp = dense(21, scale=scale)
     targets = stored(logp, 12, dtype=DOUBLE)
     truth = joined(logp / tau, targets.token_ids.long())[1]
-    least, greatest = tail_bounds(targets, V, tau)
+    least, greatest = tail_bounds(targets, member(), tau)
     assert (least <= truth + 1e-12).all()
     assert (truth <= greatest + 1e-12).all()
     teacher = member()

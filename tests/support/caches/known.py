@@ -22,7 +22,8 @@ from storage.cache.writer import EntryWriter
 from storage.errors import LogitCacheError
 from storage.format.layout import ArraySpec, teacher_arrays
 from storage.format.manifest import ArrayLayout, CacheRecord, ObjectDigest, TeacherEntry
-from storage.format.shard import encode_shard, encode_targets, object_digest
+from storage.format.shard import encode_shard, object_digest
+from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 
 V, N, K = 53, 80, 3
@@ -105,22 +106,8 @@ def write_whole(url: str | Path) -> CacheRecord:
 
 def digests(entry: TeacherEntry, shard: int, variant: int) -> dict[str, ObjectDigest]:
     """What the receipt of a shard's variant lists."""
-    specs, values = teacher_arrays(entry), encode_targets(entry, rows(entry, shard, variant))
+    specs, values = teacher_arrays(entry), StoredTargets.of(entry, rows(entry, shard, variant)).arrays
     return {name: object_digest(spec, encode_once(spec, shard, values[name])) for name, spec in specs.items()}
-
-
-def stored(read: SparseTargets) -> dict[str, np.ndarray]:
-    """Targets as the arrays that hold them."""
-    named = {
-        "token_ids": read.token_ids,
-        "logprob_codes": read.codes,
-        "logprobs": read.exact_logprobs,
-        **{
-            name: getattr(read, name)
-            for name in ("kept", "certain", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
-        },
-    }
-    return {name: values for name, values in named.items() if values is not None}
 
 
 @dataclass(frozen=True)
@@ -216,8 +203,8 @@ def shard_part(name: str, entry: TeacherEntry, shard: int, variant: int = 0) -> 
     }
     return Part(
         f"{name}/{shard}",
-        lambda opened: stored(opened.teacher(name).read(expected.start, expected.stop)),
-        encode_targets(entry, expected),
+        lambda opened: opened.teacher(name).stored(expected.start, expected.stop).arrays,
+        StoredTargets.of(entry, expected).arrays,
         frozenset(keys),
         f"{folder}receipts/index.json",
     )

@@ -13,7 +13,7 @@ from support.caches import known
 
 from storage.format.layout import teacher_arrays
 from storage.format.manifest import TeacherEntry
-from storage.format.shard import encode_targets
+from storage.format.stored import StoredTargets
 
 
 @cache
@@ -27,7 +27,7 @@ def original() -> tuple[dict[str, bytes], dict[str, TeacherEntry]]:
 def objects(name: str, shard: int, variant: int) -> dict[str, bytes]:
     """The objects of a shard by key, as a worker of that variant writes them."""
     entry = original()[1][name]
-    values = encode_targets(entry, known.rows(entry, shard, variant))
+    values = StoredTargets.of(entry, known.rows(entry, shard, variant)).arrays
     return {
         f"teachers/{name}/{spec.shard_key(shard)}": known.encode_once(spec, shard, values[spec.name])
         for spec in teacher_arrays(entry).values()

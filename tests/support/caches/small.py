@@ -52,12 +52,11 @@ def dense_targets(logits: np.ndarray, k: int, labels: np.ndarray, start: int = 0
         token_ids=order.astype(np.uint16 if vocabulary <= 65_535 else np.uint32),
         kept=count,
         certain=count,
-        top_logprob=head[:, 0].astype(np.float32),
         log_tail=tail.astype(np.float32),
         log_tail_half=tail_half.astype(np.float32),
         label_logprob=label.astype(np.float32),
         entropy=-(np.exp(logp) * logp).sum(axis=1).astype(np.float32),
-        exact_logprobs=head.astype(np.float32),
+        logprobs=head.astype(np.float32),
     )
 
 
@@ -151,7 +150,7 @@ def make_entry(record: CacheRecord, k: int, **changes: Any) -> TeacherEntry:
                 ),
             )
         ),
-        targets=Targets(k=k),
+        targets=Targets(k=k, has_label_logprob=True),
         windowing=windowing,
         encoding=Encoding(
             kind=encoding,

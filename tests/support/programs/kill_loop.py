@@ -120,7 +120,7 @@ def check(cache: Path, whole: Path) -> None:
         except IncompleteCache:
             assert ours.receipts.key(shard).rsplit("/", 1)[-1] not in committed
             continue
-        for field in ("token_ids", "codes", "kept", "certain", "top_logprob", "log_tail", "label_logprob", "entropy"):
+        for field in ("token_ids", "logprobs", "kept", "certain", "log_tail", "label_logprob", "entropy"):
             assert np.array_equal(getattr(read, field), getattr(expected, field), equal_nan=True), (shard, field)
 
 

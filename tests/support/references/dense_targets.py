@@ -80,22 +80,23 @@ def _targets(
     targets = {
         "kept": kept.to(torch.int32),
         "certain": certain.to(torch.int32),
-        "top_logprob": values[:, 0],
+        "logprobs": values.masked_fill(unused, math.nan),
         "log_tail": outside.logsumexp(1),
         "log_tail_half": (outside / 2).logsumexp(1),
         "entropy": -(logp.exp() * logp).sum(1),
     }
     targets = {name: value.to(dtype) if value.is_floating_point() else value for name, value in targets.items()}
     targets["token_ids"] = ids.masked_fill(unused, FILL_VALUE).to(torch.int32)
-    if step is None:
-        return TargetBatch(**targets, logprobs=values.masked_fill(unused, math.nan).to(dtype))
-    for name in ("top_logprob", "log_tail", "log_tail_half"):
-        targets[name] = torch.from_numpy(encoding.round_mantissa(targets[name].numpy(), 12))
-    codes = encoding.encode_logprobs(
-        values.float().numpy(), targets["top_logprob"].numpy(), kept.numpy().astype(np.uint16), step
-    )
-    codes[unused.numpy()] = 65_535
-    return TargetBatch(**targets, codes=torch.from_numpy(codes))
+    if step is not None:
+        top, *tails = (
+            encoding.round_mantissa(value.float().numpy(), 12)
+            for value in (values[:, 0], targets["log_tail"], targets["log_tail_half"])
+        )
+        targets["log_tail"], targets["log_tail_half"] = (torch.from_numpy(tail).to(dtype) for tail in tails)
+        codes = encoding.encode_logprobs(values.float().numpy(), top, kept.numpy().astype(np.uint16), step)
+        decoded = torch.from_numpy(encoding.decode_logprobs(codes, top, step))
+        targets["logprobs"] = decoded.masked_fill(unused, math.nan).to(dtype)
+    return TargetBatch(**targets)
 
 
 def spoiled(targets: TargetBatch, rows: Tensor) -> TargetBatch:
@@ -132,14 +133,14 @@ def write_varopt(url: str, name: str, logp: Tensor, k: int, tau: float = 1.0, se
     tokens = cache.tokens.read(0, len(logp)).astype(np.int64)
     sampled = varopt(logp, k, seed, tau)
     base = dense_targets(logp.numpy(), k, np.append(tokens[1:], -1))
-    names = ("kept", "certain", "log_tail", "log_tail_half", "top_logprob")
+    names = ("kept", "certain", "log_tail", "log_tail_half")
     targets = replace(
         base,
         token_ids=sampled.token_ids.numpy().astype(base.token_ids.dtype),
-        exact_logprobs=sampled.logprobs.numpy(),
+        logprobs=sampled.logprobs.numpy(),
         **{name: getattr(sampled, name).numpy().astype(getattr(base, name).dtype) for name in names},
     )
-    method = StoredTargets(method="varopt", k=k, seed=seed, temperature=tau)
+    method = StoredTargets(method="varopt", k=k, seed=seed, temperature=tau, has_label_logprob=True)
     entry = make_entry(cache.record, k, encoding="float32").model_copy(update={"targets": method})
     write_entry(url, name, entry, targets)
     return sampled

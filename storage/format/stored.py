@@ -1,0 +1,94 @@
+"""StoredTargets: the arrays of an entry at a range of positions as they are stored, and what they mean.
+
+Legend: `T` positions, `D` documents. `storage.format.version_1` and `version_2` know the arrays of either version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.format import version_1, version_2
+from storage.format.layout import field_array, teacher_arrays
+from storage.format.manifest import TeacherEntry
+from storage.format.targets import SparseTargets
+
+_VERSIONS: dict[int, ModuleType] = {1: version_1, 2: version_2}
+
+
+@dataclass(frozen=True, repr=False)
+class StoredTargets:
+    """The arrays of the positions `start .. start + T`, by name, each [T, ...], of the `entry` that they belong to."""
+
+    entry: TeacherEntry
+    start: int
+    arrays: dict[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, entry: TeacherEntry, targets: SparseTargets) -> StoredTargets:
+        """Targets as an entry stores them."""
+        specs, values = teacher_arrays(entry), _VERSIONS[entry.format_version].encode(entry, targets)
+        return cls(entry, targets.start, {name: values[name].astype(spec.dtype) for name, spec in specs.items()})
+
+    def decoded(self) -> SparseTargets:
+        """The targets that a reader makes of them."""
+        found: SparseTargets = _VERSIONS[self.entry.format_version].decode(self.entry, self.start, self.arrays)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.arrays["kept"])
+
+    def __repr__(self) -> str:
+        return f"StoredTargets(positions {self.start}..{self.stop}: {', '.join(self.arrays)})"
+
+    @property
+    def stop(self) -> int:
+        """The first position after the range."""
+        return self.start + len(self)
+
+    def rows(self, start: int, stop: int) -> StoredTargets:
+        """The arrays of the absolute positions `start .. stop`, views."""
+        if not self.start <= start <= stop <= self.stop:
+            raise IndexError(f"positions {start}..{stop} are not inside {self.start}..{self.stop}")
+        cut = slice(start - self.start, stop - self.start)
+        return StoredTargets(self.entry, start, {name: values[cut] for name, values in self.arrays.items()})
+
+    def broken_rule(self, document_starts: NDArray[Any] | None = None) -> str | None:
+        """The first rule of the format that stored values break, or None; exposes fill values and foreign data.
+
+        `document_starts` [D] gives, for entries with isolated documents, the positions that no token follows.
+        """
+        broken: str | None = _VERSIONS[self.entry.format_version].broken_rule(self.entry, self.arrays)
+        if broken is None and self.entry.targets.has("label"):
+            return self._broken_label(document_starts)
+        return broken
+
+    def _broken_label(self, document_starts: NDArray[Any] | None) -> str | None:
+        entry, name = self.entry, field_array(self.entry, "label")
+        label = version_2.decoded_value(entry, "label", self.arrays) if entry.format_version == 2 else self.arrays[name]
+        assert label is not None
+        unlabelled = np.isnan(label)
+        at_end = np.arange(self.start, self.stop) == entry.positions - 1
+        if entry.windowing.isolate_documents and document_starts is not None:
+            inside = slice(*np.searchsorted(document_starts, [self.start + 1, self.stop + 1]))
+            at_end[document_starts[inside].astype(np.int64) - 1 - self.start] = True
+        if np.isinf(label).any() or not unlabelled[at_end].all():
+            return f"{name} is infinite, or there where no token follows"
+        if (label > version_2.ROUNDING_NATS).any():
+            return "a log-prob is positive: no probability exceeds 1"
+        known = not entry.windowing.isolate_documents or document_starts is not None
+        if known and (unlabelled & ~at_end & (self.arrays["kept"] > 0)).any():
+            return f"{name} is missing where a token follows"
+        return None
+
+
+def joined(parts: list[StoredTargets]) -> StoredTargets:
+    """Adjacent ranges of one entry, in order, as one range."""
+    assert all(a.stop == b.start for a, b in pairwise(parts)), "ranges must touch"
+    arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
+    return StoredTargets(parts[0].entry, parts[0].start, arrays)
