@@ -152,7 +152,7 @@ def web(made: tuple[Path, SparseTargets], monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_reading_from_a_plain_web_server(web: str, made: tuple[Path, SparseTargets], run: Run) -> None:
     opened = LogitCache.open(web)
-    assert np.array_equal(cached(opened).codes, cached(LogitCache.open(str(made[0]))).codes)
+    assert np.array_equal(cached(opened).logprobs, cached(LogitCache.open(str(made[0]))).logprobs)
     assert np.array_equal(opened.tokens.read(5, 99), LogitCache.open(str(made[0])).tokens.read(5, 99))
     with pytest.raises(LogitCacheError):
         opened.teacher("b")

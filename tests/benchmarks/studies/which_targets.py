@@ -1,9 +1,9 @@
 """Which stored targets, and which loss on them, make the best student at equal bytes: what decides the default.
 
-    python tests/benchmarks/studies/which_targets.py RUN prepare --text train/*.txt --eval-text valid/*.txt python
-    tests/benchmarks/studies/which_targets.py RUN screen python tests/benchmarks/studies/which_targets.py RUN finals
-    --arm varopt --arm rskd --arm blend-0.9 --arm varopt-fresh python tests/benchmarks/studies/which_targets.py RUN
-    report
+    python tests/benchmarks/studies/which_targets.py RUN prepare --text train/*.txt --eval-text valid/*.txt
+    python tests/benchmarks/studies/which_targets.py RUN screen
+    python tests/benchmarks/studies/which_targets.py RUN finals --arm varopt --arm rskd --arm lean
+    python tests/benchmarks/studies/which_targets.py RUN report
 
 One teacher, one student, one order of data; what differs is the *arm*: what is stored of the teacher, and the loss on
 it. `prepare` makes streams, teacher and pilots with the public commands, and chooses for every way of storing the
@@ -14,7 +14,7 @@ all of it can be stopped at any time and goes on. `report` prints Markdown from 
 
 The live teacher of the `dense` arms reads the same windows as the cached ones did, so the only difference is what was
 stored. RS-KD (draws with replacement, weights = counts) is made here: no cache of ours holds such targets. Its bytes
-are those of its ids and counts alone, without the fields for tails, label and entropy that ours carry.
+are those of its ids and counts alone.
 """
 
 from __future__ import annotations
@@ -44,16 +44,34 @@ STUDENT_TOKENS, EVAL_TOKENS, PILOT_TOKENS = 250_000, 64_000, 16_000
 BUDGETS = (48, 96)
 FINAL_EPOCHS = 3
 PILOT_K = (12, 24, 40, 56)
+PILOT_K_LEAN = (16, 32, 48, 80, 112)
 # Draws of RS-KD; the bytes of other numbers are interpolated.
 PILOT_DRAWS = (8, 16, 32, 64, 128)
 EVAL_K = 256
+
+
+_LEAN: tuple[object, ...] = ("--targets", "varopt", "--fields", "lean")
+_BY_EMBEDDINGS: tuple[object, ...] = ("--order", "embeddings")
+_WITH_LOGPROBS: tuple[object, ...] = ("--targets", "varopt", "--fields", "sampled-logprobs", "--sampled-step-nats")
+# The ways of storing: options of cache-logits.
+STORED: dict[str, tuple[object, ...]] = {
+    "topk": ("--targets", "topk", "--format-version", 1),
+    "varopt": ("--targets", "varopt", "--format-version", 1),
+    "head": ("--targets", "varopt", "--format-version", 1),
+    "lean": _LEAN,
+    "ordered": (*_LEAN, *_BY_EMBEDDINGS),
+    "pivotal": (*_LEAN, *_BY_EMBEDDINGS, "--sampling", "pivotal"),
+    "logprobs": (*_WITH_LOGPROBS, 0.5),
+    "logprobs-fine": (*_WITH_LOGPROBS, 0.125),
+    "logprobs-ordered": (*_WITH_LOGPROBS, 0.5, *_BY_EMBEDDINGS),
+}
 
 
 @dataclass(frozen=True)
 class Arm:
     """What a student learns from. `alpha`: share of the cross-entropy; `fresh`: other draws in every pass."""
 
-    stored: str  # none, live, topk, varopt, head, rskd
+    stored: str  # none, live, rskd, or one of `STORED`
     tail: str = "auto"
     alpha: float = 0.0
     blend: float | None = None
@@ -79,6 +97,12 @@ ARMS = {
     "blend-0.9": Arm("varopt", "blend", blend=0.9),
     "blend-0.75+ce": Arm("varopt", "blend", alpha=0.5, blend=0.75),
     "head-blend-0.75": Arm("head", "blend", blend=0.75),
+    "lean": Arm("lean", "sampled"),
+    "ordered": Arm("ordered", "sampled"),
+    "pivotal": Arm("pivotal", "sampled"),
+    "controlled": Arm("logprobs", "controlled"),
+    "controlled-fine": Arm("logprobs-fine", "controlled"),
+    "controlled-ordered": Arm("logprobs-ordered", "controlled"),
     "varopt-fresh": Arm("varopt", "sampled", fresh=True),
     "blend-0.75-fresh": Arm("varopt", "blend", blend=0.75, fresh=True),
 }
@@ -154,9 +178,7 @@ def cache(run: Path, stream: str, name: str, k: int, *options: object, threads: 
 
 
 def entry_options(stored: str, k: int, seed: int) -> tuple[object, ...]:
-    if stored == "topk":
-        return ()
-    options: tuple[object, ...] = ("--targets", "varopt", "--seed", seed)
+    options = STORED[stored] if stored == "topk" else (*STORED[stored], "--seed", seed)
     return (*options, "--head-ids", k // 2) if stored == "head" else options
 
 
@@ -201,20 +223,22 @@ def prepare(run: Path, text: Sequence[str], eval_text: Sequence[str]) -> None:
 
 def choose_sizes(run: Path) -> None:
     """For every budget and way of storing: the largest K (for RS-KD: number of draws) that fits, from a pilot."""
-    if (run / "sizes.json").exists():
-        return
-    measured: dict[str, list[tuple[int, float]]] = {}
-    for stored in ("topk", "varopt", "head"):
+    path = run / "sizes.json"
+    measured: dict[str, list[tuple[int, float]]] = json.loads(path.read_text())["pilot"] if path.exists() else {}
+    for stored in STORED:
+        if stored in measured:
+            continue
         measured[stored] = []
-        for k in PILOT_K:
+        for k in PILOT_K if stored in ("topk", "varopt", "head") else PILOT_K_LEAN:
             name = entry_name(stored, k, 0)
             cache(run, "pilot", name, k, *entry_options(stored, k, 0))
             measured[stored].append((k, bytes_per_token(run, "pilot", name)))
-    measured["rskd"] = [(n, rskd_bytes(*rskd_targets(run, "pilot", n, 0))) for n in PILOT_DRAWS]
+    if "rskd" not in measured:
+        measured["rskd"] = [(n, rskd_bytes(*rskd_targets(run, "pilot", n, 0))) for n in PILOT_DRAWS]
     chosen = {
         str(budget): {stored: _largest(points, budget) for stored, points in measured.items()} for budget in BUDGETS
     }
-    write_json(run / "sizes.json", {"pilot": measured, "chosen": chosen})
+    write_json(path, {"pilot": measured, "chosen": chosen})
 
 
 def _largest(points: list[tuple[int, float]], budget: float) -> int:
@@ -295,7 +319,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
     sizes = None if job.budget is None else json.loads((run / "sizes.json").read_text())["chosen"][str(job.budget)]
     k = None if sizes is None else sizes[arm.stored]
     names, stored_bytes, rskd = [], None, None
-    if arm.stored in ("topk", "varopt", "head"):
+    if arm.stored in STORED:
         for number in range(job.epochs if arm.fresh else 1):
             # Other seeds of draws are those of other students, so that no entry is made for one arm alone.
             seed = 1 + (job.seed + number - 1) % 4 if job.seed else 0
@@ -498,9 +522,10 @@ def report(run: Path) -> str:
     found = list(results(run))
     sizes = json.loads((run / "sizes.json").read_text())
     lines = ["Largest K within a budget, from a pilot (RS-KD: draws):", ""]
-    lines += ["| budget, bytes per token | top-k | VarOpt | head + samples | RS-KD |", "|---|---|---|---|---|"]
+    ways = list(sizes["pilot"])
+    lines += [f"| budget, bytes per token | {' | '.join(ways)} |", "|---|" + "---|" * len(ways)]
     for budget, chosen in sizes["chosen"].items():
-        lines.append(f"| {budget} | " + " | ".join(str(chosen[s]) for s in ("topk", "varopt", "head", "rskd")) + " |")
+        lines.append(f"| {budget} | " + " | ".join(str(chosen[way]) for way in ways) + " |")
     screened = [result for result in found if result["epochs"] == 1 and result["seed"] == 0]
     if screened:
         dense = next((r["loss"] for r in screened if r["arm"] == "dense"), math.nan)

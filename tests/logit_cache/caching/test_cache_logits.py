@@ -123,7 +123,7 @@ def test_shards_are_small_by_default_and_those_of_an_entry_are_kept(cache: Path,
     before = files(cache)
     for name in ("index.json", "00000000.json"):
         (cache / "teachers/old/receipts" / name).unlink()
-    (cache / "teachers/old/token_ids/c/0/0").unlink()
+    (cache / "teachers/old/ids/c/0/0").unlink()
     done = run(*job, "--name", "old")
     assert done.returncode == 0, done.stderr
     assert contents(cache, "old") == {

@@ -83,8 +83,9 @@ def test_a_short_head_is_cached_over_its_own_columns(world: World) -> None:
         targets, stored = whole(world.cache, name)
         assert targets.entry.vocabulary_size == 400
         ids = stored.token_ids[:256].astype(np.int64)
-        tolerance = 0.02 if name == "short" else 1e-5
-        np.testing.assert_allclose(stored.logprobs[:256], np.take_along_axis(dense, ids, 1), atol=tolerance)
+        # Codes of the certain ids are within a step and a half, and of drawn ids within one of theirs.
+        tolerance = np.where(stored.is_certain[:256], 3 / 64, 0.52) if name == "short" else 1e-5
+        assert (np.abs(stored.logprobs[:256] - np.take_along_axis(dense, ids, 1)) <= tolerance).all()
     assert np.isneginf(stored.log_tail).all()
     assert whole(world.cache, "padded")[0].entry.vocabulary_size == V
 

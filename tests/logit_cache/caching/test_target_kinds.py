@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from logit_cache.caching.recompress import RecompressJob, recompress
 from storage import LogitCache
-from storage.format.manifest import Targets
+from storage.format.manifest import TARGET_FIELDS, Targets
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 
@@ -51,7 +51,9 @@ def outside(dense: np.ndarray, stored: SparseTargets, beta: float) -> np.ndarray
 @pytest.mark.parametrize("temperature", [1, 2])
 def test_stored_samples_are_the_model_s(cache: Path, teacher: Path, temperature: int) -> None:
     targets, stored = cache_logits(cache, "v", teacher, **VAROPT, head_ids=2, seed=5, target_temperature=temperature)
-    assert targets.entry.targets == Targets(method="varopt", k=K, head_ids=2, seed=5, temperature=temperature)
+    made = {"method": "varopt", "k": K, "head_ids": 2, "seed": 5, "temperature": temperature}
+    stated = {"sampling": "systematic", "order": "ids", "positions": "all", "tail": "exact", "fields": TARGET_FIELDS}
+    assert targets.entry.targets == Targets(**made, **stated)
     assert StoredTargets.of(targets.entry, stored).broken_rule() is None
     assert (stored.kept == K).all()
     assert stored.certain.min() >= 2
@@ -117,11 +119,13 @@ def test_a_sample_depends_on_seed_and_position_alone(cache: Path, teacher: Path)
 
 
 def test_samples_in_codes(cache: Path, teacher: Path) -> None:
-    """The codes of a row bridge the gap between its certain and its sampled ids within their stated error."""
+    """Log-probs of certain ids are within a step and a half, of sampled ids within one of their own."""
     _, exact = cache_logits(cache, "exact", teacher, **VAROPT)
     _, codes = cache_logits(cache, "codes", teacher, k=K, targets="varopt")
     assert np.array_equal(exact.token_ids, codes.token_ids)
-    assert np.abs(exact.logprobs - codes.logprobs).max() <= 1 / 64 + 1e-3
+    off = np.abs(exact.logprobs - codes.logprobs)
+    assert off[exact.is_certain].max() <= 3 / 64
+    assert off[~exact.is_certain].max() <= 1 / 2 + 1 / 64 + 1e-3
 
 
 def test_top_p_prunes_as_recompress_does(cache: Path, teacher: Path) -> None:
