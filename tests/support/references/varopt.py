@@ -10,19 +10,27 @@ from support.references.reducer import FLOOR
 from torch import Tensor
 
 from teachers.reduction.reduce import ReducedRows, reduce_topk, reduce_varopt
-from teachers.reduction.varopt import Sampling, random_bits
+from teachers.reduction.varopt import Sampling, random_bits, random_words
 
 
-def sampling_of(rows: int, seed: int, temperature: float = 1.0, head_ids: int = 0) -> Sampling:
-    return Sampling(temperature, head_ids, torch.from_numpy(random_bits(seed, 0, rows)))
+def sampling_of(rows: int, seed: int, temperature: float = 1.0, head_ids: int = 0, pivotal: int = 0) -> Sampling:
+    """The sampling of the first positions; pivotal: K for that method, 0 for the systematic one."""
+    random = random_words(seed, 0, rows, pivotal) if pivotal else random_bits(seed, 0, rows)
+    return Sampling(temperature, head_ids, torch.from_numpy(random))
 
 
 def sample(
-    logits: Tensor, k: int, seed: int = 0, head_ids: int = 0, temperature: float = 1.0, vocabulary_size: int = 0
+    logits: Tensor,
+    k: int,
+    seed: int = 0,
+    head_ids: int = 0,
+    temperature: float = 1.0,
+    vocabulary_size: int = 0,
+    pivotal: bool = False,
 ) -> ReducedRows:
     rows, columns = logits.shape
-    sampling, labels = sampling_of(rows, seed, temperature, head_ids), torch.arange(rows) % columns
-    return reduce_varopt(logits, vocabulary_size or columns, k, labels, FLOOR, sampling)
+    sampling = sampling_of(rows, seed, temperature, head_ids, k if pivotal else 0)
+    return reduce_varopt(logits, vocabulary_size or columns, k, torch.arange(rows) % columns, FLOOR, sampling)
 
 
 def dense(logits: Tensor) -> np.ndarray:
