@@ -55,3 +55,18 @@ class Teacher(Protocol):
         every matrix product with the same shapes.
         """
         ...
+
+    def output_embeddings(self) -> Tensor:
+        """The output embedding of each column, float32 [head_columns, H], on the CPU; H is any number.
+
+        The logits are their inner products with a hidden state, but for a bias and layers after that. The same on every
+        rank. Raises InputError for a teacher whose output layer is not linear.
+        """
+        ...
+
+    def in_order(self, order: Tensor) -> Teacher:
+        """This teacher with its logits' first V columns in another order: column c has the id order[c].
+
+        order: int64 [V], a permutation; columns from V on stay where they are. The two share the model.
+        """
+        ...

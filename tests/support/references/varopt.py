@@ -13,10 +13,17 @@ from teachers.reduction.reduce import ReducedRows, reduce_topk, reduce_varopt
 from teachers.reduction.varopt import Sampling, random_bits, random_words
 
 
-def sampling_of(rows: int, seed: int, temperature: float = 1.0, head_ids: int = 0, pivotal: int = 0) -> Sampling:
+def sampling_of(
+    rows: int,
+    seed: int,
+    temperature: float = 1.0,
+    head_ids: int = 0,
+    pivotal: int = 0,
+    order: Tensor | None = None,
+) -> Sampling:
     """The sampling of the first positions; pivotal: K for that method, 0 for the systematic one."""
     random = random_words(seed, 0, rows, pivotal) if pivotal else random_bits(seed, 0, rows)
-    return Sampling(temperature, head_ids, torch.from_numpy(random))
+    return Sampling(temperature, head_ids, torch.from_numpy(random), order)
 
 
 def sample(
