@@ -98,7 +98,7 @@ class GeneralPath:
             # Overlapping windows score their last positions only; the other logits need not be computed.
             last = context - int(position.min())
             with torch.inference_mode():
-                logits = self._forward(windows[first : first + at_once], last if self._keeps_last else None)
+                logits = self.own_logits(windows[first : first + at_once], last if self._keeps_last else None)
                 last = int(logits.shape[1])  # all positions, from a model without logits_to_keep
                 local = (wanted // context - first) * last + position - (context - last)
                 local, logits = local.to(logits.device), logits.flatten(0, 1)
@@ -109,7 +109,8 @@ class GeneralPath:
                         chunk = chunk.index_select(1, self._order.to(chunk.device))
                 yield chunk
 
-    def _forward(self, windows: Tensor, last: int | None) -> Tensor:
+    def own_logits(self, windows: Tensor, last: int | None) -> Tensor:
+        """See `forward`."""
         return forward(self._model, windows, last)
 
 

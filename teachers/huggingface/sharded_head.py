@@ -82,7 +82,8 @@ class ShardedPath(GeneralPath):
         """See `FastPath.in_order`; what comes after the head works on columns one by one."""
         return ShardedPath(self._model, self._linear, self.head.in_order(order))
 
-    def _forward(self, windows: Tensor, last: int | None) -> Tensor:
+    def own_logits(self, windows: Tensor, last: int | None) -> Tensor:
+        """This rank's columns of `forward`."""
         with replaced_forward(self._linear, self.head):
             return forward(self._model, windows, last)
 
@@ -127,7 +128,7 @@ def choose_sharded_path(
         problem = found
     path = ShardedPath(model, linear, head)
     with torch.inference_mode():
-        now = path._forward(windows, None)
+        now = path.own_logits(windows, None)
     if not (same(now, logits) and now.dtype == torch.float32):
         raise InputError(
             f"{source}: after its output layer {type(model).__name__} needs all columns at once, or their dtype, so "

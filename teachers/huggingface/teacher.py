@@ -75,6 +75,7 @@ class HuggingFaceTeacher:
         else:
             self._path, self.shard, problem = choose_sharded_path(model, windows, logits, dtype, ranks, files.asked)
             self._columns = self.shard.widest
+        self._path_by_id = self._path
         self.head: Literal["fast", "general"] = self._path.kind
         if problem is not None:
             on_message(
@@ -164,7 +165,7 @@ class HuggingFaceTeacher:
 
     def output_embeddings(self) -> Tensor:
         """The weights of the output layer; see `teachers.base.Teacher.output_embeddings`."""
-        path = self._path
+        path = self._path_by_id
         if isinstance(path, FastPath | ShardedPath):
             return path.head.embeddings()
         return head_of(linear_of(self._model, self.head_columns, self._files.asked)).embeddings()
@@ -172,7 +173,8 @@ class HuggingFaceTeacher:
     def in_order(self, order: Tensor) -> HuggingFaceTeacher:
         """See `teachers.base.Teacher.in_order`."""
         ordered = copy.copy(self)
-        ordered._path = self._path.in_order(torch.cat([order.cpu(), torch.arange(len(order), self.head_columns)]))
+        padding = torch.arange(len(order), self.head_columns)
+        ordered._path = self._path_by_id.in_order(torch.cat([order.cpu(), padding]))
         return ordered
 
 

@@ -47,14 +47,15 @@ def sampling_order(embeddings: Tensor) -> Tensor:
             for first in torch.split(starts[(sizes == size).to(order.device)], at_once):
                 at = first[:, None] + torch.arange(size, device=order.device)  # [N, n]
                 ids = order[at]
-                order[at] = ids.gather(1, _along_first_direction(embeddings[ids]).argsort(dim=1, stable=True))
+                order[at] = ids.gather(1, _along_first_direction(embeddings, ids).argsort(dim=1, stable=True))
         sizes = torch.stack([(sizes + 1) // 2, sizes // 2], dim=1).flatten()
     return order.cpu()
 
 
-def _along_first_direction(rows: Tensor) -> Tensor:
-    """Where the rows [N, n, H] lie along the first principal direction of each node, float32 [N, n], in any unit."""
-    rows = rows - rows[:, :1]  # rows that are all equal are exactly 0
+def _along_first_direction(embeddings: Tensor, ids: Tensor) -> Tensor:
+    """Where the ids [N, n] lie along the first principal direction of each node, float32 [N, n], in any unit."""
+    rows = embeddings[ids]  # [N, n, H]
+    rows -= rows[:, :1].clone()  # where all are equal, they are exactly 0
     rows -= rows.mean(1, keepdim=True)
     rows /= rows.abs().amax((1, 2), keepdim=True).clamp_min(_TINY)
     count = rows.shape[1]

@@ -12,10 +12,10 @@ R_j = sum_{i > j} a_i::
 
 so that E[w] = a and sum w = sum a, with the least variance that K ids allow (Cohen et al. 2011; Chao 1982). The others
 are laid end to end in the order of their ids, or another that is fixed beforehand (`Sampling.order`), each as long as
-its mass: the line, of K - j intervals one threshold long. No id is longer than an interval. Where at most K ids have
-any mass, all are certain. Two methods sample the line, with the same inclusion probabilities::
+its mass: the line, of K - j intervals one threshold long. No id is longer than an interval, so none is sampled twice.
+Where at most K ids have any mass, all are certain. Two methods sample the line, with the same inclusion probabilities::
 
-    systematic  one point in each interval, all at the same distance from its beginning, samples the id that it falls in
+    systematic  one point in each interval, all equally far from its beginning, samples the id that it falls in
     pivotal     ids compete with their neighbours along the line (Deville and Tille 1998); in each interval one id wins
                 and is sampled, so that it has no period, as the equal distances have
 
@@ -90,7 +90,7 @@ def random_bits(seed: int, start: int, stop: int) -> NDArray[np.int64]:
 def random_words(seed: int, start: int, stop: int, k: int) -> NDArray[np.int64]:
     """64 random bits for each interval of each of the absolute positions `start .. stop`, int64 [stop - start, K].
 
-    Those of interval i, whatever K is, are the words of `random_bits` under a key of its own.
+    Those of interval i, whatever K is, are the words of `random_bits` under a key with 2**32 + i in its upper half.
     """
     words = np.empty((stop - start, k), dtype=np.int64)
     for interval in range(k):
@@ -173,7 +173,8 @@ class BlockMasses(ABC):
         ends = blocks.cumsum(1)
         block = torch.searchsorted(ends, points, right=True).clamp_max_(blocks.shape[1] - 1)
         begin = (ends - blocks).gather(1, block)
-        return block * width, begin, self.lengths(block, top_ids, top_lengths).cumsum(2) + begin[:, :, None]
+        ends = self.lengths(block, top_ids, top_lengths).cumsum(2)  # [T, K, W]
+        return block * width, begin, ends.add_(begin[:, :, None])
 
 
 class TensorMasses(BlockMasses):

@@ -168,12 +168,13 @@ def test_logits_come_in_an_order(
     ordered = teacher.in_order(order)
     torch.testing.assert_close(scored(ordered), before[:, of_head(order)], atol=1e-5, rtol=1e-5)
     assert torch.equal(scored(teacher), before), "the teacher itself keeps its own"
+    torch.testing.assert_close(scored(ordered.in_order(torch.arange(V))), before, atol=1e-5, rtol=1e-5)
     assert (ordered.identity, ordered.head_columns, ordered.head) == (teacher.identity, HEAD, teacher.head)
     path = ordered._path
     assert isinstance(path, FastPath) == (family != "gemma2")
     if device_map is not None and isinstance(path, FastPath) and family != "tied":
         assert isinstance(path.head, OffloadedHead)
-    found = teacher.output_embeddings()
+    found = ordered.output_embeddings()
     assert (found.dtype, found.device.type) == (torch.float32, "cpu")
     assert torch.equal(found, own_embeddings(save(family)).to(getattr(torch, dtype)).float())
 

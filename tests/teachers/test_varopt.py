@@ -18,7 +18,7 @@ from torch import Tensor
 
 import teachers.reduction.rows
 from teachers.reduction.reduce import reduce_topk, reduce_varopt
-from teachers.reduction.varopt import Sampling, random_bits, random_words
+from teachers.reduction.varopt import random_bits, random_words
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -244,13 +244,14 @@ def test_random_words_are_keyed_by_seed_position_and_interval() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pivotal", [False, True])
 @pytest.mark.parametrize(("vocabulary_size", "k"), [(507, 123), (16_003, 64), (131_073, 64)])
-def test_a_gpu_samples_the_same_ids(vocabulary_size: int, k: int) -> None:
+def test_a_gpu_samples_the_same_ids(vocabulary_size: int, k: int, pivotal: bool) -> None:
     logits = spread_logits(200, vocabulary_size, 3.0)
     labels = torch.arange(200)
-    sampling = sampling_of(200, 0)
+    sampling = sampling_of(200, 0, pivotal=k if pivotal else 0)
     here = reduce_varopt(logits, vocabulary_size, k, labels, FLOOR, sampling)
-    on_gpu = Sampling(1.0, 0, sampling.random.cuda())
+    on_gpu = replace(sampling, random=sampling.random.cuda())
     there = [reduce_varopt(logits.cuda(), vocabulary_size, k, labels.cuda(), FLOOR, on_gpu) for _ in range(2)]
     assert_same_bits(*there)
     # exp differs in its last bit between the two, and a point may be that close to an id's end.
