@@ -28,9 +28,10 @@ _TINY = torch.finfo(torch.float32).tiny
 def sampling_order(embeddings: Tensor) -> Tensor:
     """The ids in the order to draw in, int64 [V], on the CPU: a permutation.
 
-    embeddings: float32 [V, H], of the V ids alone, on any device. Equal embeddings keep their ids' order. The result is
-    the same for a repeated call on one machine; last bits differ elsewhere, and a near tie there turns a half, so an
-    order is made once and stored. Takes twice the memory of the embeddings.
+    embeddings: float32 [V, H], of the V ids alone, on any device. Where all are equal, ids ascend. The result is the
+    same for a repeated call on one machine; last bits differ elsewhere, and a near tie there turns a half, so an order
+    is made once and stored. Takes as much memory again as the embeddings, and minutes at most: 9 s to 22 s for V =
+    50,000 and H = 512 on one core of a busy machine, 144 s for 152,000 and 1,024.
     Raises InputError for embeddings that are not finite.
     """
     if not bool(torch.isfinite(embeddings).all()):
@@ -57,7 +58,7 @@ def _along_first_direction(embeddings: Tensor, ids: Tensor) -> Tensor:
     rows = embeddings[ids]  # [N, n, H]
     rows -= rows[:, :1].clone()  # where all are equal, they are exactly 0
     rows -= rows.mean(1, keepdim=True)
-    rows /= rows.abs().amax((1, 2), keepdim=True).clamp_min(_TINY)
+    rows /= torch.linalg.vector_norm(rows, torch.inf, (1, 2), keepdim=True).clamp_min(_TINY)
     count = rows.shape[1]
     along = (_of_few(rows) if count <= _FEW_ROWS else _of_many(rows)).squeeze(2)
     before = torch.arange(count, device=rows.device) - (count - 1) / 2

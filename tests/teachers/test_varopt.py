@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.references.reducer import FLOOR, any_rows, assert_same_bits, spread_logits
-from support.references.varopt import check, check_systematic, sample, sampling_of
+from support.references.varopt import check, check_systematic, duels, sample, sampling_of
 from torch import Tensor
 
 import teachers.reduction.rows
@@ -123,36 +122,6 @@ def test_pivotal_samples_are_those_of_duels() -> None:
     chi2 = sum((counts[ids] - rows * p) ** 2 / (rows * p) for ids, p in expected.items())
     freedom = len(expected) - 1
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
-
-
-def duels(inclusion: Sequence[float]) -> dict[frozenset[int], float]:
-    """The probabilities of the sets that ordered pivotal sampling draws, from inclusion probabilities in order.
-
-    Two ids compete: with p + q < 1 one of them gets p + q and the other 0, else one gets 1 and the other p + q - 1,
-    each so that its mean stays. The one with neither 0 nor 1 meets the next id.
-    """
-    states = {(frozenset[int](), 0): inclusion[0]}  # the sampled ids and the one that goes on, with p of it
-    chances = {(frozenset[int](), 0): 1.0}
-    for rival, q in enumerate(inclusion[1:], 1):
-        next_states: dict[tuple[frozenset[int], int], float] = {}
-        next_chances: dict[tuple[frozenset[int], int], float] = defaultdict(float)
-        for (sampled, id_), p in states.items():
-            chance = chances[sampled, id_]
-            if p + q < 1 - 1e-9:
-                after = {(sampled, id_): p / (p + q), (sampled, rival): q / (p + q)}
-                left = p + q
-            else:
-                wins = (1 - q) / (2 - p - q)
-                after = {(sampled | {id_}, rival): wins, (sampled | {rival}, id_): 1 - wins}
-                left = p + q - 1
-            for state, share in after.items():
-                next_states[state] = left
-                next_chances[state] += chance * share
-        states, chances = next_states, next_chances
-    found: dict[frozenset[int], float] = defaultdict(float)
-    for (sampled, id_), p in states.items():
-        found[sampled | {id_} if p > 0.5 else sampled] += chances[sampled, id_]
-    return found
 
 
 def test_extreme_rows() -> None:
