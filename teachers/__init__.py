@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from teachers.live import load_live as load_live
     from teachers.reduction.reduce import reduce_topk as reduce_topk
     from teachers.reduction.reduce import reduce_varopt as reduce_varopt
+    from teachers.reduction.sampling_order import sampling_order as sampling_order
     from teachers.reduction.varopt import Sampling as Sampling
     from teachers.reduction.varopt import random_bits as random_bits
+    from teachers.reduction.varopt import random_words as random_words
 
 __all__, __getattr__ = public_names(__name__, {
     "teachers.base": ("Teacher",),
@@ -27,5 +29,6 @@ __all__, __getattr__ = public_names(__name__, {
     "teachers.huggingface.teacher": ("HuggingFaceTeacher",),
     "teachers.live": ("LiveTeacher", "load_live"),
     "teachers.reduction.reduce": ("reduce_topk", "reduce_varopt"),
-    "teachers.reduction.varopt": ("Sampling", "random_bits"),
+    "teachers.reduction.sampling_order": ("sampling_order",),
+    "teachers.reduction.varopt": ("Sampling", "random_bits", "random_words"),
 })  # fmt: skip

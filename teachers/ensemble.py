@@ -17,6 +17,7 @@ Members run in step, chunk by chunk: of each, the logits of one chunk of rows ex
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ class EnsembleTeacher:
                 f"{narrow.identity.members[0].source}: its head has {narrow.head_columns} columns, the vocabulary "
                 f"{vocabulary_size} ids: every member of an ensemble must be able to score every id"
             )
-        self._teachers = tuple(teachers)
+        self._teachers: tuple[Teacher, ...] = tuple(teachers)
         self._weights = tuple(weight / sum(weights) for weight in weights)
         self._mixes = combine == "mixture"
         self.identity = TeacherRecord(
@@ -82,6 +83,26 @@ class EnsembleTeacher:
                 combined = self._combine([logits.to(members[0].device) for logits in members])
             yield combined
             left -= count
+
+    def output_embeddings(self) -> Tensor:
+        """The members' output embeddings of the V ids side by side, float32 [V, sum of H], on the CPU.
+
+        Each member's are centred, and scaled so that their mean square norm is the square of its weight: members of any
+        scale count by their weights.
+        """
+        parts = []
+        for teacher, weight in zip(self._teachers, self._weights, strict=True):
+            part = teacher.output_embeddings()[: self.head_columns]
+            part = part - part.mean(0)
+            norm = part.square().sum(1).mean().sqrt()
+            parts.append(part * (weight / norm.clamp_min(torch.finfo(torch.float32).tiny)))
+        return torch.cat(parts, dim=1)
+
+    def in_order(self, order: Tensor) -> EnsembleTeacher:
+        """See `teachers.base.Teacher.in_order`."""
+        ordered = copy.copy(self)
+        ordered._teachers = tuple(teacher.in_order(order) for teacher in self._teachers)
+        return ordered
 
     def _combine(self, logits: list[Tensor]) -> Tensor:
         """The combined logits, float32 [r, V], of the members' [r, V]."""

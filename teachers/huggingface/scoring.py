@@ -42,6 +42,10 @@ class FastPath:
         self._backbone = backbone
         self.head = head
 
+    def in_order(self, order: Tensor) -> FastPath:
+        """The path with its columns in another order, int64 [C]."""
+        return FastPath(self._backbone, self.head.in_order(order))
+
     def hidden(self, windows: Tensor) -> Tensor:
         """The last hidden states of all positions, [B * C, H]."""
         hidden: Tensor = self._backbone(input_ids=windows, use_cache=False).last_hidden_state
@@ -64,15 +68,21 @@ class FastPath:
 class GeneralPath:
     """The model's own forward on as many windows at a time as the budget allows, at least one.
 
-    float32: whether its logits are free of the dtype's rounding.
+    float32: whether its logits are free of the dtype's rounding. order: of the columns of the logits that it yields,
+    int64 [C], where it is not the model's; layers after the head may be made for that one, so logits are copied.
     """
 
     kind: Literal["fast", "general"] = "general"
 
-    def __init__(self, model: Any, float32: bool) -> None:
+    def __init__(self, model: Any, float32: bool, order: Tensor | None = None) -> None:
         self._model = model
         self.float32 = float32
+        self._order = order
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def in_order(self, order: Tensor) -> GeneralPath:
+        """See `FastPath.in_order`."""
+        return GeneralPath(self._model, self.float32, order)
 
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
         """Yields the logits [r, C] of the scored rows, r of them at a time within the budget, in order."""
@@ -88,14 +98,20 @@ class GeneralPath:
             # Overlapping windows score their last positions only; the other logits need not be computed.
             last = context - int(position.min())
             with torch.inference_mode():
-                logits = forward(self._model, windows[first : first + at_once], last if self._keeps_last else None)
+                logits = self.own_logits(windows[first : first + at_once], last if self._keeps_last else None)
                 last = int(logits.shape[1])  # all positions, from a model without logits_to_keep
                 local = (wanted // context - first) * last + position - (context - last)
                 local, logits = local.to(logits.device), logits.flatten(0, 1)
             for start in range(0, len(local), step):
                 with torch.inference_mode():
                     chunk = logits.index_select(0, local[start : start + step]).float()
+                    if self._order is not None:
+                        chunk = chunk.index_select(1, self._order.to(chunk.device))
                 yield chunk
+
+    def own_logits(self, windows: Tensor, last: int | None) -> Tensor:
+        """See `forward`."""
+        return forward(self._model, windows, last)
 
 
 ScoringPath = FastPath | GeneralPath

@@ -17,6 +17,7 @@ windows; the ranks decide together. A model that needs whole rows after its head
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from teachers.huggingface.output_layer import Float32Head
 from teachers.huggingface.scoring import TOLERANCE, FastPath, GeneralPath, ScoringPath, disagreement, forward
 from teachers.ranks import ColumnShard, Ranks, all_true, equal_runs
 
+_GATHERED_ROWS = 64  # of the transposed weights at a time
+
 
 def tensor_parallel_options(ranks: Ranks) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` that shard layers by the model's own tensor-parallel plan."""
@@ -41,6 +44,48 @@ def tensor_parallel_options(ranks: Ranks) -> dict[str, Any]:
             f"transformers {transformers.__version__} cannot spread a model over ranks as --tensor-parallel needs it "
             f"({error}): install a newer one"
         ) from None
+
+
+class ShardedHead(Float32Head):
+    """This rank's columns of a `Head`: weights [n, H] and a bias [n]. All ranks make its calls together."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, shard: ColumnShard) -> None:
+        super().__init__(weight, bias)
+        self._shard = shard
+
+    def embeddings(self) -> Tensor:
+        """The weights of the columns of all ranks, float32 [C, H], on the CPU; the same on every rank."""
+        return torch.cat([part.float().cpu() for part in self._whole_columns()]).t().contiguous()
+
+    def in_order(self, order: Tensor) -> ShardedHead:
+        """This rank's columns of the head in another order, int64 [C], which may be other ranks' now."""
+        own = order.to(self.device)[self._shard.own]
+        weight = torch.cat([part[:, own] for part in self._whole_columns()]).t().contiguous()
+        bias = None if self._bias is None else self._shard.whole(self._bias[None])[0, own]
+        return ShardedHead(weight, bias, self._shard)
+
+    def _whole_columns(self) -> Iterator[Tensor]:
+        """The transposed weights [H, C] of all ranks, some of their rows at a time."""
+        for part in torch.split(self._weight.t(), _GATHERED_ROWS):
+            yield self._shard.whole(part)
+
+
+class ShardedPath(GeneralPath):
+    """The model's own forward with an output layer that returns this rank's columns."""
+
+    def __init__(self, model: Any, linear: nn.Linear, head: ShardedHead) -> None:
+        super().__init__(model, float32=True)
+        self._linear = linear
+        self.head = head
+
+    def in_order(self, order: Tensor) -> ShardedPath:
+        """See `FastPath.in_order`; what comes after the head works on columns one by one."""
+        return ShardedPath(self._model, self._linear, self.head.in_order(order))
+
+    def own_logits(self, windows: Tensor, last: int | None) -> Tensor:
+        """This rank's columns of `forward`."""
+        with replaced_forward(self._linear, self.head):
+            return forward(self._model, windows, last)
 
 
 def choose_sharded_path(
@@ -70,7 +115,8 @@ def choose_sharded_path(
         fits = own.shape == expected.shape and (not own.numel() or agree(own, expected, TOLERANCE[dtype]))
         return all_true(ranks, fits)
 
-    head = Float32Head(_own_rows(linear.weight, shard), None if linear.bias is None else _own_rows(linear.bias, shard))
+    bias = None if linear.bias is None else _own_rows(linear.bias, shard)
+    head = ShardedHead(_own_rows(linear.weight, shard), bias, shard)
     problem = "it has no backbone that can be called by itself"
     if backbone is not model:
         fast = FastPath(backbone, head)
@@ -80,15 +126,15 @@ def choose_sharded_path(
         if found is None:
             return fast, shard, None
         problem = found
-    with replaced_forward(linear, head) as replacement, torch.inference_mode():
-        now = forward(model, windows)
-        replacement.stays = same(now, logits) and now.dtype == torch.float32
-    if not replacement.stays:
+    path = ShardedPath(model, linear, head)
+    with torch.inference_mode():
+        now = path.own_logits(windows, None)
+    if not (same(now, logits) and now.dtype == torch.float32):
         raise InputError(
             f"{source}: after its output layer {type(model).__name__} needs all columns at once, or their dtype, so "
             f"that it cannot be computed on several ranks: use --device-map instead of --tensor-parallel"
         )
-    return GeneralPath(model, float32=True), shard, problem
+    return path, shard, problem
 
 
 def _shard(linear: nn.Linear, ranks: Ranks, source: str) -> ColumnShard:

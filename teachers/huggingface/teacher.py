@@ -6,6 +6,7 @@ The backbone runs in the requested dtype; logits are float32 (how and why: `teac
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import sys
@@ -23,8 +24,9 @@ from storage.text import counted
 from student.models.tokenizer import read_tokenizer
 from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.model_files import ModelFiles, config_sha256, find_model, weights_sha256
-from teachers.huggingface.scoring import choose_path, forward, is_causal
-from teachers.huggingface.sharded_head import choose_sharded_path, tensor_parallel_options
+from teachers.huggingface.output_layer import head_of, linear_of
+from teachers.huggingface.scoring import FastPath, choose_path, forward, is_causal
+from teachers.huggingface.sharded_head import ShardedPath, choose_sharded_path, tensor_parallel_options
 from teachers.ranks import ColumnShard, Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,6 +75,7 @@ class HuggingFaceTeacher:
         else:
             self._path, self.shard, problem = choose_sharded_path(model, windows, logits, dtype, ranks, files.asked)
             self._columns = self.shard.widest
+        self._path_by_id = self._path
         self.head: Literal["fast", "general"] = self._path.kind
         if problem is not None:
             on_message(
@@ -159,6 +162,20 @@ class HuggingFaceTeacher:
     def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
         """Logits float32 [r, columns] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""
         return self._path.score(windows.to(self.device), rows.to(self.device), self._columns, self._budget)
+
+    def output_embeddings(self) -> Tensor:
+        """The weights of the output layer; see `teachers.base.Teacher.output_embeddings`."""
+        path = self._path_by_id
+        if isinstance(path, FastPath | ShardedPath):
+            return path.head.embeddings()
+        return head_of(linear_of(self._model, self.head_columns, self._files.asked)).embeddings()
+
+    def in_order(self, order: Tensor) -> HuggingFaceTeacher:
+        """See `teachers.base.Teacher.in_order`."""
+        ordered = copy.copy(self)
+        padding = torch.arange(len(order), self.head_columns)
+        ordered._path = self._path_by_id.in_order(torch.cat([order.cpu(), padding]))
+        return ordered
 
 
 def _test_windows(model: Any, max_positions: int | None) -> Tensor:

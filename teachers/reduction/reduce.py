@@ -9,7 +9,9 @@ The naive form, with z = logits[:, :V], p = softmax(z) and S the K ids that come
     log_tail = log sum_{j not in S} p_j    log_tail_half = log sum_{j not in S} sqrt(p_j)
 
 VarOpt targets start from the same S: its first ids are certain and stay, the others are replaced by sampled ids
-(`teachers.reduction.varopt`), and the tails then cover all ids that are not certain.
+(`teachers.reduction.varopt`), and the tails then cover all ids that are not certain. Where they are drawn in an order
+of their own (`Sampling.order`), the logits' columns come in it: inside the reducer an id is then a column, and S has
+equal logits by ascending column; labels, and all ids that come out, are the vocabulary's, equal logits by ascending id.
 
 `teachers.reduction.top_k` finds S. All work over the V columns of every row is in `teachers.reduction.passes`; the
 formulas of `_reduce_tile` use numbers per row, per block and per kept id. `Rows` connects the two: for whole rows, or
@@ -49,7 +51,7 @@ _TAIL_UNDERFLOW = math.exp(-60.0)
 class ReducedRows:
     """The stored fields of R rows of logits; all tensors on the logits' device.
 
-    token_ids      int64 [R, K]    most probable first, equal logits by ascending id
+    token_ids      int64 [R, K]    most probable first, equal logits by ascending id, the certain ones before others
     logprobs       float32 [R, K]  of these ids, normalised over all V
     certain        int64 [R]       the number of certain ids, which are the first ones; K for top-k
     log_tail       float32 [R]     log of the mass of the V - certain other ids; -inf exactly when there are none
@@ -141,7 +143,11 @@ def reduce_rows(
     assert logits.dtype == torch.float32
     assert labels.shape == (rows,)
     assert math.isfinite(floor)
-    assert sampling is None or (sampling.random.shape == labels.shape and 0 <= sampling.head_ids < k)
+    order = None if sampling is None else sampling.order
+    if sampling is not None:
+        assert sampling.random.shape in ((rows,), (rows, k))
+        assert 0 <= sampling.head_ids < k
+        assert order is None or order.shape == (vocabulary_size,)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -155,7 +161,7 @@ def reduce_rows(
         label_logprob=empty(rows),
         entropy=empty(rows),
     )
-    size = rows, vocabulary_size, logits.device
+    size = rows, vocabulary_size, logits.device, order
     view = Rows(*size) if shard is None else ShardedRows(*size, shard)
     for start in range(0, rows, view.tile_rows):
         stop = min(start + view.tile_rows, rows)
@@ -196,7 +202,7 @@ def _reduce_tile(
     into.token_ids.copy_(ids)
     into.logprobs.copy_((z - log_sum[:, None]).clamp_min_(floor))
     into.entropy.copy_(log_sum - (view.row_sums(z[:, 1:] * others) + tail.weighted) / (1 + rest))
-    label_z = view.at(logits, labels.clamp_min(0)[:, None]).squeeze(1) - row_max
+    label_z = view.at(logits, view.columns_with(labels.clamp_min(0))[:, None]).squeeze(1) - row_max
     label_logprob = (label_z - log_sum).clamp_min_(floor)
     into.label_logprob.copy_(label_logprob.masked_fill_(labels < 0, math.nan))
 
@@ -208,6 +214,7 @@ def _reduce_tile(
         row = int(invalid.nonzero()[0])
         raise InvalidLogits(first_row + row, view.describe(logits, row))
     if k == view.columns:
+        into.token_ids.copy_(best(top, view.named(ids), k)[0])
         into.log_tail.fill_(-math.inf)
         into.log_tail_half.fill_(-math.inf)
         return
@@ -238,7 +245,8 @@ def _sample_tile(
     left = torch.arange(z.shape[1], device=z.device) >= certain[:, None]
     into.log_tail.copy_(_joined(view, into.log_tail, into.logprobs, left).masked_fill_(certain == 0, 0.0))
     into.log_tail_half.copy_(_joined(view, into.log_tail_half, 0.5 * into.logprobs, left))
-    ids, values = best(view.at(logits, ids), ids, z.shape[1])
+    # Of equal ids some may be certain and others not: an order of columns chooses, and not that of ids.
+    ids, values = best(view.at(logits, ids), view.named(ids), z.shape[1], before=~left)
     into.token_ids.copy_(ids)
     into.logprobs.copy_((values - row_max[:, None] - log_sum[:, None]).clamp_min_(floor))
     into.certain.copy_(certain)

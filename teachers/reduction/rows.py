@@ -1,6 +1,7 @@
 """The operations that the reducer's formulas need on rows of logits, at most `tile_rows` of them at a time.
 
-Legend: `T` rows of one tile, `V` vocabulary size, `K` kept ids. Ids are columns of the vocabulary throughout.
+Legend: `T` rows of one tile, `V` vocabulary size, `K` kept ids. Ids are columns of the logits throughout; where these
+come in an order to draw in, `Rows.named` has the vocabulary's ids of columns, and `Rows.columns_with` the reverse.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _GPU_TILE_LOGITS = 1 << 26
 class Rows:
     """Rows with all columns in one tensor. `columns`: V; `far_rows`: the largest number that `far_sums` takes.
 
-    far_rows, width: this, and the columns of the buffers, where they do not follow from V.
+    order: int64 [V], the vocabulary's ids in the order of the columns; None where it is ascending. far_rows, width:
+    as above, and the columns of the buffers, where they do not follow from V.
     """
 
     _first_id = 0
@@ -31,13 +33,26 @@ class Rows:
         rows: int,
         vocabulary_size: int,
         device: torch.device,
+        order: Tensor | None = None,
         far_rows: int | None = None,
         width: int | None = None,
     ) -> None:
         self.columns = vocabulary_size
+        self._order = order
+        self._column_of = None
+        if order is not None:
+            self._column_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         self.far_rows = far_rows or max(1, _tile_logits(device) // vocabulary_size)
         self._passes = make_passes(rows, min(rows, self.far_rows), width or vocabulary_size, device)
         self.tile_rows = self._passes.tile_rows
+
+    def named(self, columns: Tensor) -> Tensor:
+        """The vocabulary's ids of columns, of any shape."""
+        return columns if self._order is None else self._order[columns]
+
+    def columns_with(self, ids: Tensor) -> Tensor:
+        """The columns of the vocabulary's ids, of any shape."""
+        return ids if self._column_of is None else self._column_of[ids]
 
     def columns_of(self, logits: Tensor) -> Tensor:
         """The vocabulary's columns of the teacher's logits, which are the `logits` of the other methods."""
@@ -74,7 +89,7 @@ class Rows:
         """The reason why a row has no softmax."""
         values = logits[row]
         nan, inf = values.isnan().nonzero(), (values == math.inf).nonzero()
-        firsts = (int(at[0]) + self._first_id if len(at) else self.columns for at in (nan, inf))
+        firsts = (int(self.named(at + self._first_id).min()) if len(at) else self.columns for at in (nan, inf))
         counts, first_nan, first_inf = zip(*self._of_every_rank((len(nan), *firsts)), strict=True)
         if sum(counts):
             return f"{sum(counts)} NaN, the first at id {min(first_nan)}"

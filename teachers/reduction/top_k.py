@@ -22,6 +22,7 @@ _LEAST_FAST_BLOCK = 32
 _LEAST_BLOCK = 8
 _SHORT_ROW = 8192
 _LAST_ID = (1 << 31) - 1
+_BEFORE = 1 << 31  # the bit of a key between its value and its id
 
 BlockMaxima = Callable[[Tensor, int], Tensor]
 
@@ -71,9 +72,11 @@ def block_maxima(values: Tensor, width: int) -> Tensor:
     return values[:, : blocks * width].reshape(len(values), blocks, width).amax(2)
 
 
-def best(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ids and values [T, K] of the K first of [T, n], in order."""
-    return best_of_keys(ordered_keys(values, ids), k)
+def best(values: Tensor, ids: Tensor, k: int, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The ids and values [T, K] of the K first of [T, n], in order; of equal values those first that are `before`,
+    bool [T, n]."""
+    keys = ordered_keys(values, ids)
+    return best_of_keys(keys if before is None else keys | before * _BEFORE, k)
 
 
 def best_of_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -100,4 +103,4 @@ def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     """The ids and values that `ordered_keys` packed."""
     ordered = (keys >> 32).to(torch.int32)
     values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return _LAST_ID - (keys & 0xFFFFFFFF), values
+    return _LAST_ID - (keys & _LAST_ID), values

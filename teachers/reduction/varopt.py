@@ -10,12 +10,22 @@ R_j = sum_{i > j} a_i::
     of the others K - j distinct ids are sampled, id i with the inclusion probability (K - j) a_i / R_j: each weighs
     the threshold R_j / (K - j)
 
-so that E[w] = a and sum w = sum a, with the least variance that K ids allow (Cohen et al. 2011; Chao 1982). The method
-is systematic sampling: the others are laid end to end in the order of their ids, each as long as its mass; K - j points
-one threshold apart, shifted by one uniform number, sample the ids that they fall in. No id is longer than that
-interval, so none is sampled twice. Where at most K ids have any mass, all are certain.
+so that E[w] = a and sum w = sum a, with the least variance that K ids allow (Cohen et al. 2011; Chao 1982). The others
+are laid end to end in the order of their ids, or another that is fixed beforehand (`Sampling.order`), each as long as
+its mass: the line, of K - j intervals one threshold long. No id is longer than an interval, so none is sampled twice.
+Where at most K ids have any mass, all are certain. Two methods sample the line, with the same inclusion probabilities::
 
-The random number is a pure function of the seed and the absolute position, whatever the shard, batch or device.
+    systematic  one point in each interval, all equally far from its beginning, samples the id that it falls in
+    pivotal     ids compete with their neighbours along the line (Deville and Tille 1998); in each interval one id wins
+                and is sampled, so that it has no period, as the equal distances have
+
+In interval i of the pivotal method (Chauvet 2012, On a characterization of ordered pivotal sampling; lengths here in
+intervals), let B be the id on its end, with length a before the end and b beyond it. One of the other ids, W, is at a
+uniform point of the 1 - a before B; where that point lies in an id that began before the interval, W is instead the one
+that interval i - 1 left over. W is sampled with probability (1 - a - b) / (1 - b), otherwise B; the other one is left
+over, for the b of interval i + 1 that belong to B.
+
+Random numbers are pure functions of the seed and the absolute position, whatever the shard, batch or device.
 
 Precision: lengths are whole numbers, 2**30 to an interval, so their sums are exact in any order, on any device; float
 sums only choose the unit. The rule for j holds exactly for the whole numbers, where it makes ids distinct. Rounding
@@ -26,9 +36,11 @@ certain.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +49,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _RANDOM_BITS = 32
+_PIVOTAL_KEY = 1 << 32  # the upper word of the first interval's key; that of `random_bits` is 0
+_LOW_BITS = (1 << _RANDOM_BITS) - 1
 _INTERVAL_BITS = 30  # times K <= 2**16 ids, or times the random bits, an interval fits int64; alone it fits int32
 _LEAST_REST = 2.0**-53
 _LEAST_BLOCK = 8
@@ -48,16 +62,20 @@ class Sampling:
 
     temperature  the one at which the weights are unbiased: ids are sampled by p ** (1 / temperature)
     head_ids     the least number of certain ids, under K
-    random       int64 [R], from `random_bits` at the rows' positions, on the logits' device
+    random       int64 at the rows' positions, on the logits' device: [R] from `random_bits`, for the systematic method,
+                 or [R, K] from `random_words`, for the pivotal one
+    order        int64 [V], on that device: the ids in the order to draw in, which is that of the logits' columns; None
+                 where columns are ids
     """
 
     temperature: float
     head_ids: int
     random: Tensor
+    order: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Sampling:
         """The sampling of the rows `start .. stop`."""
-        return Sampling(self.temperature, self.head_ids, self.random[start:stop])
+        return replace(self, random=self.random[start:stop])
 
 
 def random_bits(seed: int, start: int, stop: int) -> NDArray[np.int64]:
@@ -66,9 +84,23 @@ def random_bits(seed: int, start: int, stop: int) -> NDArray[np.int64]:
     The upper half of word ``position % 4`` of block ``position // 4`` of Philox4x64-10 with the seed as its key, as
     NumPy counts the blocks.
     """
+    return (_words(seed, start, stop) >> np.uint64(64 - _RANDOM_BITS)).astype(np.int64)
+
+
+def random_words(seed: int, start: int, stop: int, k: int) -> NDArray[np.int64]:
+    """64 random bits for each interval of each of the absolute positions `start .. stop`, int64 [stop - start, K].
+
+    Those of interval i, whatever K is, are the words of `random_bits` under a key with 2**32 + i in its upper half.
+    """
+    words = np.empty((stop - start, k), dtype=np.int64)
+    for interval in range(k):
+        words[:, interval] = _words(seed + ((_PIVOTAL_KEY + interval) << 64), start, stop).view(np.int64)
+    return words
+
+
+def _words(key: int, start: int, stop: int) -> NDArray[np.uint64]:
     # NumPy guarantees the stream of a bit generator, unlike those of the distributions on top of it.
-    words = np.random.Philox(key=seed, counter=start // 4).random_raw(stop - start + start % 4)
-    return (words[start % 4 :] >> np.uint64(64 - _RANDOM_BITS)).astype(np.int64)
+    return np.random.Philox(key=key, counter=start // 4).random_raw(stop - start + start % 4)[start % 4 :]
 
 
 class Masses(Protocol):
@@ -91,6 +123,10 @@ class Masses(Protocol):
     def ids_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
         """The ids int64 [T, K] at the points [T, K] of the line, with the K first ids `top_ids` on it as well, of the
         lengths `top_lengths`, int64 [T, K]. Beyond the end of the line the id is arbitrary."""
+        ...
+
+    def spans_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The ids at the points, as `ids_at`, and where each of these begins and ends on the line; int64 [T, K]."""
         ...
 
 
@@ -120,13 +156,25 @@ class BlockMasses(ABC):
         return self._sums_of_blocks.sum(1)
 
     def ids_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
+        first, _, ends = self._block_at(points, top_ids, top_lengths)
+        return first + (ends <= points[:, :, None]).sum(2)
+
+    def spans_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, begin, ends = self._block_at(points, top_ids, top_lengths)
+        passed = ends <= points[:, :, None]
+        begins = torch.where(passed, ends, begin[:, :, None]).amax(2)
+        return first + passed.sum(2), begins, torch.where(passed, ends[:, :, -1:], ends).amin(2)
+
+    def _block_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the block that each point [T, K] is in: its first id and where it begins on the line, int64 [T, K], and
+        where each of its ids ends, int64 [T, K, W]."""
         width, last = self._width_of_blocks, self.columns - 1
         blocks = self._sums_of_blocks.scatter_add(1, top_ids.clamp(0, last) // width, top_lengths)
         ends = blocks.cumsum(1)
         block = torch.searchsorted(ends, points, right=True).clamp_max_(blocks.shape[1] - 1)
-        inside = points - (ends - blocks).gather(1, block)
-        passed = self.lengths(block, top_ids, top_lengths).cumsum(2) <= inside[:, :, None]  # [T, K, W]
-        return block * width + passed.sum(2)
+        begin = (ends - blocks).gather(1, block)
+        ends = self.lengths(block, top_ids, top_lengths).cumsum(2)  # [T, K, W]
+        return block * width, begin, ends.add_(begin[:, :, None])
 
 
 class TensorMasses(BlockMasses):
@@ -187,11 +235,41 @@ def sample(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> 
     top_lengths.masked_fill_(columns < certain[:, None], 0)
 
     interval = rest.gather(1, certain[:, None]) // (k - certain).clamp_min(1)[:, None]  # [T, 1], the threshold
+    at = functools.partial(masses.ids_at, top_ids=top_ids, top_lengths=top_lengths)
     # [T, K]; the first K - certain of them are used
-    points = columns * interval + (sampling.random[:, None] * interval >> _RANDOM_BITS)
-    sampled = masses.ids_at(points, top_ids, top_lengths)
+    if sampling.random.ndim == 1:
+        sampled = at(columns * interval + (sampling.random[:, None] * interval >> _RANDOM_BITS))
+    else:
+        last = masses.spans_at((columns + 1) * interval - 1, top_ids, top_lengths)
+        sampled = _pivotal(interval, sampling.random, *last, at)
     sampled = sampled.gather(1, (columns - certain[:, None]).clamp_min(0))
     return torch.where(columns < certain[:, None], top_ids, sampled), certain
+
+
+def _pivotal(
+    interval: Tensor, random: Tensor, last: Tensor, begin: Tensor, end: Tensor, ids_at: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The id that wins each interval, int64 [T, K]; B, W, a and b are those of the module.
+
+    interval: int64 [T, 1]. random: int64 [T, K], 64 bits each. last: B of each interval; begin, end: where it lies on
+    the line; all int64 [T, K]. ids_at: the ids at points of the line.
+    """
+    columns = torch.arange(random.shape[1], device=random.device)
+    first = columns * interval
+    before = (begin - first).clamp_min(0)  # 1 - a, in whole numbers as the others
+    beyond = end - first - interval  # b
+    where, decides = (random >> _RANDOM_BITS) & _LOW_BITS, random & _LOW_BITS
+    point = where * before >> _RANDOM_BITS
+    other_wins = decides * (interval - beyond) < ((before - beyond).clamp_min(0) << _RANDOM_BITS)
+    left_over_before = torch.nn.functional.pad(beyond, (1, -1))
+    is_left_over = point < left_over_before
+    other = ids_at(first + point)
+    # The id left over by an interval is B, or W; and where that W was left over itself, the one of the interval before.
+    left_over = torch.where(other_wins, last, other)
+    source = torch.where(is_left_over & ~other_wins, 0, columns).cummax(1).values
+    left_over = left_over.gather(1, source)
+    other = torch.where(is_left_over, torch.nn.functional.pad(left_over, (1, -1)), other)
+    return torch.where(other_wins, other, last)
 
 
 def _certain(values: Tensor, rest: Tensor, least: Tensor) -> Tensor:

@@ -105,11 +105,11 @@ def test_varopt_of_random_rows(
     rows: int, vocabulary_size: int, columns: int, k: int, size: int, temperature: float
 ) -> None:
     labels = torch.arange(rows) % vocabulary_size
-    for scale in (0.01, 1.0, 4.0):
+    for scale, pivotal in ((0.01, 0), (1.0, k), (4.0, 0), (4.0, k)):
         logits = spread_logits(rows, columns, scale)
         logits[:, vocabulary_size:] = 1e4
         for head_ids in {0, k // 2}:
-            sampling = sampling_of(rows, 3, temperature, head_ids)
+            sampling = sampling_of(rows, 3, temperature, head_ids, pivotal)
             found = sharded(logits, vocabulary_size, k, labels, equal_runs(columns, size), sampling)
             check_sample(found, logits[:, :vocabulary_size], k, head_ids, temperature)
             whole = reduce_varopt(logits, vocabulary_size, k, labels, FLOOR, sampling)
@@ -127,10 +127,15 @@ def test_uneven_runs_and_ranks_without_columns(size: int) -> None:
     cuts[0] = 0  # the first rank has nothing
     runs = tuple(zip([0, *cuts], [*cuts, 1_000], strict=True))
     check(logits, 990, 20, runs)
-    found = sharded(logits, 990, 20, torch.arange(6), runs, sampling_of(6, 0))
-    assert torch.equal(
-        found.token_ids, reduce_varopt(logits, 990, 20, torch.arange(6), FLOOR, sampling_of(6, 0)).token_ids
-    )
+    order = torch.randperm(990, generator=torch.Generator().manual_seed(0))
+    for sampling in (sampling_of(6, 0), replace(sampling_of(6, 0, pivotal=20), order=order)):
+        found = sharded(logits, 990, 20, torch.arange(6), runs, sampling)
+        whole = reduce_varopt(logits, 990, 20, torch.arange(6), FLOOR, sampling)
+        assert torch.equal(found.token_ids, whole.token_ids)
+        torch.testing.assert_close(found.label_logprob, whole.label_logprob)
+    logits[2, 700:702] = math.nan
+    with pytest.raises(InvalidLogits, match=f"row 2: .*2 NaN, the first at id {int(order[700:702].min())};"):
+        sharded(logits, 990, 20, torch.arange(6), runs, sampling)
 
 
 @pytest.mark.parametrize("vocabulary_size", [507, 16_003])
@@ -208,16 +213,17 @@ def test_a_head_smaller_than_the_vocabulary_is_refused_on_every_rank() -> None:
     on_ranks(2, work)
 
 
+@pytest.mark.parametrize("pivotal", [False, True])
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(("columns", "k"), [(40, 7), (1_000, 16), (9_001, 64), (50, 49)])
-def test_under_one_unit_the_same_ids_are_sampled(columns: int, k: int, size: int) -> None:
+def test_under_one_unit_the_same_ids_are_sampled(columns: int, k: int, size: int, pivotal: bool) -> None:
     """Masses that are whole numbers have sums without rounding, so the unit is equal, and with it everything."""
     rows = 200
     mass = torch.randint(0, 30, (rows, columns), generator=torch.Generator().manual_seed(columns + k)).float()
     order = mass.sort(dim=1, descending=True, stable=True)
     top, top_ids = order.values[:, :k], order.indices[:, :k]
     rest = mass.scatter(1, top_ids, 0.0)
-    sampling = sampling_of(rows, 11)
+    sampling = sampling_of(rows, 11, pivotal=k if pivotal else 0)
     expected = sample(TensorMasses(rest.clone(), torch.empty(rows, columns)), top, top_ids, sampling)
 
     def work(ranks: ThreadRanks) -> tuple[Tensor, Tensor]:

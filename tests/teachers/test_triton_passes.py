@@ -39,7 +39,7 @@ import teachers.reduction.passes
 from storage.errors import InputError
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_topk, reduce_varopt
 from teachers.reduction.top_k import block_maxima
-from teachers.reduction.varopt import Sampling, TensorMasses, random_bits
+from teachers.reduction.varopt import Sampling, TensorMasses, random_bits, random_words
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton has no build for this system"
@@ -128,7 +128,8 @@ class TestInterpreted:
         found = check(logits, vocabulary_size, 64, torch.tensor([2, 11, 0, 200, -1]))
         assert [found.logprobs[1, 10], found.label_logprob[1], found.log_tail[3]] == [FLOOR] * 3
         assert [found.entropy[2], found.logprobs[2, 0]] == [0, 0]
-        check_sample(sample(logits, 64), logits, 64)
+        for pivotal in (False, True):
+            check_sample(sample(logits, 64, pivotal=pivotal), logits, 64)
 
     def test_rows_far_from_flat(self) -> None:
         """Tails that underflow, heads that hold all but 1e-30, and logits at the ends of float32."""
@@ -209,14 +210,16 @@ class TestInterpreted:
     def test_torchs_passes_give_the_same(self, vocabulary_size: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
         logits = torch.cat([spread_logits(3, vocabulary_size), spread_logits(1, vocabulary_size).bfloat16().float()])
         logits[2, 5] = 300.0
-        labels, random = torch.arange(4), torch.from_numpy(random_bits(0, 0, 4))
+        labels = torch.arange(4)
+        systematic, pivotal = torch.from_numpy(random_bits(0, 0, 4)), torch.from_numpy(random_words(0, 0, 4, k))
+        ways = [(systematic, 1.0), (systematic, 2.0), (systematic, 3.0), (pivotal, 1.0)]
         ours = reduce_topk(logits, vocabulary_size, k, labels, FLOOR)
-        ours_sampled = [sampled(logits, k, random, temperature) for temperature in (1.0, 2.0, 3.0)]
+        ours_sampled = [sampled(logits, k, *way) for way in ways]
         by_torch(monkeypatch)
         assert_close(ours, reduce_topk(logits, vocabulary_size, k, labels, FLOOR))
         # The ids may differ where a point is at an id's end within rounding; in these rows none is.
-        for found, temperature in zip(ours_sampled, (1.0, 2.0, 3.0), strict=True):
-            assert_close(found, sampled(logits, k, random, temperature))
+        for found, way in zip(ours_sampled, ways, strict=True):
+            assert_close(found, sampled(logits, k, *way))
 
     @pytest.mark.parametrize(
         ("rows", "vocabulary_size", "k", "head_ids", "temperature"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.references.reducer import FLOOR, any_rows, assert_same_bits, spread_logits
-from support.references.varopt import check, check_systematic, sample, sampling_of
+from support.references.varopt import check, check_systematic, duels, sample, sampling_of
 from torch import Tensor
 
 import teachers.reduction.rows
 from teachers.reduction.reduce import reduce_topk, reduce_varopt
-from teachers.reduction.varopt import Sampling, random_bits
+from teachers.reduction.varopt import random_bits, random_words
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -25,23 +27,24 @@ from teachers.reduction.varopt import Sampling, random_bits
     [(50, 507, 13), (9, 16_003, 64), (3, 131_073, 64), (40, 40, 39), (40, 12, 4), (5, 70_001, 4), (7, 5_000, 1_000)],
 )
 def test_rows_keep_the_rule(rows: int, vocabulary_size: int, k: int, head_ids: int, temperature: float) -> None:
-    for scale in (0.01, 1.0, 4.0):
+    for scale, pivotal in ((0.01, False), (1.0, False), (4.0, False), (0.01, True), (3.0, True)):
         logits = spread_logits(rows, vocabulary_size, scale)
-        found = sample(logits, k, head_ids=head_ids, temperature=temperature)
+        found = sample(logits, k, head_ids=head_ids, temperature=temperature, pivotal=pivotal)
         check(found, logits, k, head_ids, temperature)
         assert bool((found.certain >= head_ids).all())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("pivotal", [False, True])
 @pytest.mark.parametrize(("k", "head_ids"), [(12, 0), (12, 6), (1, 0), (2, 1), (60, 0)])
-def test_the_mean_of_the_weights_is_the_distribution(k: int, head_ids: int, temperature: float) -> None:
+def test_the_mean_of_the_weights_is_the_distribution(k: int, head_ids: int, pivotal: bool, temperature: float) -> None:
     """E[w] = p at the temperature, for every id with 20 expected samples or more, over seeds and positions."""
     vocabulary_size, seeds, positions = 300, 20, 1_000
     row = spread_logits(1, vocabulary_size, scale=2.5, seed=5)
     logits = row.expand(positions, -1)
     total = np.zeros(vocabulary_size)
     for seed in range(seeds):
-        found = sample(logits, k, seed, head_ids, temperature)
+        found = sample(logits, k, seed, head_ids, temperature, pivotal=pivotal)
         assert bool((found.certain == found.certain[0]).all())
         j = int(found.certain[0])
         assert j < k
@@ -79,8 +82,46 @@ def test_any_row_with_ties_and_masks(logits: Tensor, data: st.DataObject) -> Non
     k = data.draw(st.integers(1, logits.shape[1]))
     head_ids = data.draw(st.integers(0, k - 1))
     temperature = data.draw(st.sampled_from([1.0, 2.0]))
-    found = sample(logits, k, data.draw(st.integers(0, 3)), head_ids, temperature)
+    pivotal = data.draw(st.booleans())
+    found = sample(logits, k, data.draw(st.integers(0, 3)), head_ids, temperature, pivotal=pivotal)
     check(found, logits, k, head_ids, temperature)
+
+
+@settings(max_examples=80, deadline=None)
+@given(logits=any_rows(5, 200), data=st.data())
+def test_columns_in_an_order_are_named_by_it(logits: Tensor, data: st.DataObject) -> None:
+    """The same rows are drawn as from the same columns without names; labels and ids are those that columns stand for,
+    also where equal logits and masks leave the order to ids."""
+    rows, columns = logits.shape
+    k = data.draw(st.integers(1, columns))
+    sampling = sampling_of(rows, 0, 1.0, data.draw(st.integers(0, k - 1)), data.draw(st.sampled_from([0, k])))
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    labels = torch.arange(rows) % columns
+    padded = torch.cat([logits, torch.full((rows, 3), 1e4)], dim=1)
+    unnamed = reduce_varopt(padded, columns, k, labels, FLOOR, sampling)
+    named = reduce_varopt(padded, columns, k, order[labels], FLOOR, replace(sampling, order=order))
+    for name, value in vars(named).items():
+        assert name == "token_ids" or torch.equal(value, getattr(unnamed, name)), name
+    for row in range(rows):
+        sampled = [column >= int(named.certain[row]) for column in range(k)]
+        drawn = unnamed.token_ids[row]
+        expected = sorted(zip(sampled, (-logits[row, drawn]).tolist(), order[drawn].tolist(), strict=True))
+        assert named.token_ids[row].tolist() == [key[-1] for key in expected]
+
+
+def test_pivotal_samples_are_those_of_duels() -> None:
+    """The probability of every set of ids, against the duels of Deville and Tille one by one."""
+    mass = [0.1, 0.17, 0.13, 0.2, 0.08, 0.22, 0.1]
+    k, rows = 3, 60_000
+    found = sample(torch.tensor(mass).log().expand(rows, -1), k, pivotal=True)
+    assert not bool(found.certain.any())
+    expected = duels([k * each for each in mass])
+    assert sum(expected.values()) == pytest.approx(1)
+    counts = Counter(frozenset(ids) for ids in found.token_ids.tolist())
+    assert set(counts) <= set(expected)
+    chi2 = sum((counts[ids] - rows * p) ** 2 / (rows * p) for ids, p in expected.items())
+    freedom = len(expected) - 1
+    assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
 
 
 def test_extreme_rows() -> None:
@@ -140,10 +181,11 @@ def test_padded_columns_are_never_sampled() -> None:
 
 def test_the_cut_into_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = spread_logits(37, 9_001, 3.0)
-    whole = sample(logits, 64)
+    whole = [sample(logits, 64, pivotal=pivotal) for pivotal in (False, True)]
     for rows in (1, 5, 36):
         monkeypatch.setattr(teachers.reduction.rows, "_tile_logits", lambda device, rows=rows: 9_001 * rows)
-        assert_same_bits(sample(logits, 64), whole)
+        for pivotal in (False, True):
+            assert_same_bits(sample(logits, 64, pivotal=pivotal), whole[pivotal])
 
 
 def test_random_bits_are_keyed_by_seed_and_position() -> None:
@@ -162,14 +204,23 @@ def test_random_bits_are_keyed_by_seed_and_position() -> None:
     assert np.abs(values - (np.arange(100_000) + 0.5) / 100_000).max() < 2 / math.sqrt(100_000)
 
 
+def test_random_words_are_keyed_by_seed_position_and_interval() -> None:
+    whole = random_words(7, 0, 1_000, 5)
+    assert np.array_equal(random_words(7, 509, 603, 3), whole[509:603, :3]), "K changes none"
+    assert len(np.unique(np.concatenate([whole, random_words(8, 0, 1_000, 5)]))) == 10_000
+    assert not np.intersect1d(whole.view(np.uint64) >> np.uint64(32), random_bits(7, 0, 1_000)).size
+    assert random_words(0, 3, 4, 2).tolist() == [[246619093854210513, -1484087098959424315]]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pivotal", [False, True])
 @pytest.mark.parametrize(("vocabulary_size", "k"), [(507, 123), (16_003, 64), (131_073, 64)])
-def test_a_gpu_samples_the_same_ids(vocabulary_size: int, k: int) -> None:
+def test_a_gpu_samples_the_same_ids(vocabulary_size: int, k: int, pivotal: bool) -> None:
     logits = spread_logits(200, vocabulary_size, 3.0)
     labels = torch.arange(200)
-    sampling = sampling_of(200, 0)
+    sampling = sampling_of(200, 0, pivotal=k if pivotal else 0)
     here = reduce_varopt(logits, vocabulary_size, k, labels, FLOOR, sampling)
-    on_gpu = Sampling(1.0, 0, sampling.random.cuda())
+    on_gpu = replace(sampling, random=sampling.random.cuda())
     there = [reduce_varopt(logits.cuda(), vocabulary_size, k, labels.cuda(), FLOOR, on_gpu) for _ in range(2)]
     assert_same_bits(*there)
     # exp differs in its last bit between the two, and a point may be that close to an id's end.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,19 +12,34 @@ from support.references.reducer import FLOOR
 from torch import Tensor
 
 from teachers.reduction.reduce import ReducedRows, reduce_topk, reduce_varopt
-from teachers.reduction.varopt import Sampling, random_bits
+from teachers.reduction.varopt import Sampling, random_bits, random_words
 
 
-def sampling_of(rows: int, seed: int, temperature: float = 1.0, head_ids: int = 0) -> Sampling:
-    return Sampling(temperature, head_ids, torch.from_numpy(random_bits(seed, 0, rows)))
+def sampling_of(
+    rows: int,
+    seed: int,
+    temperature: float = 1.0,
+    head_ids: int = 0,
+    pivotal: int = 0,
+    order: Tensor | None = None,
+) -> Sampling:
+    """The sampling of the first positions; pivotal: K for that method, 0 for the systematic one."""
+    random = random_words(seed, 0, rows, pivotal) if pivotal else random_bits(seed, 0, rows)
+    return Sampling(temperature, head_ids, torch.from_numpy(random), order)
 
 
 def sample(
-    logits: Tensor, k: int, seed: int = 0, head_ids: int = 0, temperature: float = 1.0, vocabulary_size: int = 0
+    logits: Tensor,
+    k: int,
+    seed: int = 0,
+    head_ids: int = 0,
+    temperature: float = 1.0,
+    vocabulary_size: int = 0,
+    pivotal: bool = False,
 ) -> ReducedRows:
     rows, columns = logits.shape
-    sampling, labels = sampling_of(rows, seed, temperature, head_ids), torch.arange(rows) % columns
-    return reduce_varopt(logits, vocabulary_size or columns, k, labels, FLOOR, sampling)
+    sampling = sampling_of(rows, seed, temperature, head_ids, k if pivotal else 0)
+    return reduce_varopt(logits, vocabulary_size or columns, k, torch.arange(rows) % columns, FLOOR, sampling)
 
 
 def dense(logits: Tensor) -> np.ndarray:
@@ -92,3 +109,29 @@ def check_systematic(found: ReducedRows, logits: Tensor, seed: int, temperature:
             expected = np.searchsorted(ends, points, side="right")
             assert sorted(found.token_ids[row, j:].tolist()) == expected.tolist()
     assert clear > rows / 2
+
+
+def duels(inclusion: Sequence[float]) -> dict[frozenset[int], float]:
+    """The probabilities of the sets that ordered pivotal sampling draws, from inclusion probabilities in order.
+
+    The first id, with p, meets the next, with q: with p + q < 1 one of them gets p + q and the other 0, else one gets 1
+    and the other p + q - 1, each so that its mean stays. The one with neither 0 nor 1 meets the next id.
+    """
+    chances = {(frozenset[int](), 0): 1.0}  # of the sampled ids and the one that goes on
+    p = inclusion[0]
+    for rival, q in enumerate(inclusion[1:], 1):
+        both = p + q
+        after: dict[tuple[frozenset[int], int], float] = defaultdict(float)
+        for (sampled, id_), chance in chances.items():
+            if both < 1 - 1e-9:
+                after[sampled, id_] += chance * p / both
+                after[sampled, rival] += chance * q / both
+            else:
+                wins = (1 - q) / (2 - both)
+                after[sampled | {id_}, rival] += chance * wins
+                after[sampled | {rival}, id_] += chance * (1 - wins)
+        chances, p = after, both if both < 1 - 1e-9 else both - 1
+    found: dict[frozenset[int], float] = defaultdict(float)
+    for (sampled, id_), chance in chances.items():
+        found[sampled | {id_} if p > 0.5 else sampled] += chance
+    return found
