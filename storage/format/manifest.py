@@ -265,6 +265,8 @@ class Targets(Extended):
             raise ValueError("sampled-logprobs go with varopt: every id of top-k is certain")
         if self.tail == "unknown" and (self.method == "varopt" or self.has("half-tail")):
             raise ValueError("a tail that is not known goes with neither varopt nor half-tail")
+        if self.method == "varopt" and self.temperature not in (1.0, 2.0):
+            raise ValueError(f"ids are sampled for temperature 1 or 2, not {self.temperature:g}")
         if self.method == "varopt" and self.temperature != 1.0 and not self.has("half-tail"):
             raise ValueError(
                 f"ids sampled for temperature {self.temperature:g} weigh by the half-tail, which is missing"
@@ -323,6 +325,9 @@ class Encoding(Extended):
             raise ValueError("value_step_nats goes with codes of version 2, and with them only")
         if (codes and targets.has("sampled-logprobs")) != (self.sampled_step_nats is not None):
             raise ValueError("sampled_step_nats goes with codes of sampled-logprobs, and with them only")
+        # Log-probs of sampled ids are counted from a threshold that is itself a code, with `step_nats` to spare.
+        if self.sampled_step_nats is not None and (self.value_step_nats or 0) > (self.step_nats or 0):
+            raise ValueError("value_step_nats is larger than step_nats, from which sampled log-probs are counted")
 
 
 class Execution(Extended):

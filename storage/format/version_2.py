@@ -1,22 +1,7 @@
 """Rows of targets in version 2 of the format: encoding, decoding, and the rules that stored values obey.
 
-Legend: `T` positions, `K` stored ids per position, `V` vocabulary size, `m = kept - certain` sampled ids of a row, `P`
-the mass of its certain ids and `R` that outside them. Arrays are as in `storage.format`, by name; `step` is the
-encoding's `step_nats`.
-
-What is stored of a row, and what a reader makes of it::
-
-    ids            the certain ids by descending probability; then the least sampled id, and the difference of each
-                   further one to the one before:      id_i = sum of ids over columns certain .. i
-    mass_code      round(log(R / P) / step):           x = step * mass_code, log R = -log(1 + exp(-x)),
-                                                       log P = -log(1 + exp(x)), so that P + R = 1
-    certain_codes  as in version 1, over the certain ids, the sum of all being P:
-                   logprob_i = log P - log sum_j exp(-step * cumsum_j) - step * cumsum_i
-    sampled_codes  each by itself, rounded up or down at random so that the mean of 1 / p is that of the teacher:
-                   logprob_i = tau * (log R_tau - log m) + step - sampled_step * code_i
-
-with tau the temperature that ids were sampled for and R_tau the sum of p**(1/tau) outside the certain ids, as decoded.
-No sampled id exceeds its threshold (R_tau / m)**tau, and the `step` leaves room for the rounding of that.
+Legend: `T` positions, `K` stored ids per position, `V` vocabulary size. `storage.format`, "Targets in version 2", has the
+arrays, by name, the equations by which they are read, and the errors of what is read.
 """
 
 from __future__ import annotations
@@ -140,7 +125,8 @@ def _sampled_codes(
 def _reference(
     entry: TeacherEntry, kept: NDArray[Any], certain: NDArray[Any], masses: Mapping[str, NDArray[np.float64] | None]
 ) -> NDArray[np.float64]:
-    """The log-prob [T, 1] from which those of sampled ids are counted down."""
+    """The log-prob [T, 1] from which those of sampled ids are counted down: their threshold, which none exceeds, and
+    one step above it, since the threshold is rounded."""
     temperature = entry.targets.temperature
     outside = masses["tail" if temperature == 1.0 else "half-tail"]
     assert outside is not None
