@@ -24,8 +24,8 @@ has ids: the entry's targets are about the ids below its own V, and every token 
     teachers/<name>/fidelity.json  optional: FidelityReport (storage.format.fidelity)
 
 A folder of receipts also holds `index.json` (ReceiptIndex) once every shard is committed. A cache shared without its
-text has no token stream arrays (`tokens_included` false) and nothing of the label (`has_label_logprob` false, or no field
-"label").
+text has no token stream arrays (`tokens_included` false) and nothing of the label (`has_label_logprob` false, or no
+field "label").
 
 **Targets.** Row `t` of every array is about the teacher's distribution of token `t + 1`, given the tokens of its window
 up to `t`, normalised over the V columns of the vocabulary (`V` is the entry's, also for the type of `token_ids`). All

@@ -1,7 +1,7 @@
 """Rows of targets in version 2 of the format: encoding, decoding, and the rules that stored values obey.
 
-Legend: `T` positions, `K` stored ids per position, `V` vocabulary size. `storage.format`, "Targets in version 2", has the
-arrays, by name, the equations by which they are read, and the errors of what is read.
+Legend: `T` positions, `K` stored ids per position, `V` vocabulary size. `storage.format`, "Targets in version 2", has
+the arrays, by name, the equations by which they are read, and the errors of what is read.
 """
 
 from __future__ import annotations
