@@ -22,6 +22,7 @@ MAX_INDEX_BYTES = 1 << 28
 MAX_SHARDS = 1 << 21  # limit of an index of receipts: 137 billion positions at 65,536 to a shard
 MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
 MAX_SOURCES = 4_096
+MAX_ORDERED_IDS = 1 << 22  # of a sampling order, which is one object
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 _LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
@@ -264,6 +265,8 @@ class Targets(Extended):
             raise ValueError("sampled-logprobs go with varopt: every id of top-k is certain")
         if self.tail == "unknown" and (self.method == "varopt" or self.has("half-tail")):
             raise ValueError("a tail that is not known goes with neither varopt nor half-tail")
+        if self.method == "varopt" and self.temperature not in (1.0, 2.0):
+            raise ValueError(f"ids are sampled for temperature 1 or 2, not {self.temperature:g}")
         if self.method == "varopt" and self.temperature != 1.0 and not self.has("half-tail"):
             raise ValueError(
                 f"ids sampled for temperature {self.temperature:g} weigh by the half-tail, which is missing"
@@ -322,6 +325,9 @@ class Encoding(Extended):
             raise ValueError("value_step_nats goes with codes of version 2, and with them only")
         if (codes and targets.has("sampled-logprobs")) != (self.sampled_step_nats is not None):
             raise ValueError("sampled_step_nats goes with codes of sampled-logprobs, and with them only")
+        # Log-probs of sampled ids are counted from a threshold that is itself a code, with `step_nats` to spare.
+        if self.sampled_step_nats is not None and (self.value_step_nats or 0) > (self.step_nats or 0):
+            raise ValueError("value_step_nats is larger than step_nats, from which sampled log-probs are counted")
 
 
 class Execution(Extended):
@@ -377,6 +383,8 @@ class TeacherEntry(Extended):
             raise ValueError(f"k {self.targets.k} is larger than the vocabulary {self.vocabulary_size}")
         if (self.windowing.begin_id or 0) >= self.vocabulary_size:
             raise ValueError(f"begin_id {self.windowing.begin_id} is not in the vocabulary of {self.vocabulary_size}")
+        if self.targets.order == "embeddings" and self.vocabulary_size > MAX_ORDERED_IDS:
+            raise ValueError(f"an order of embeddings is one of at most {MAX_ORDERED_IDS} ids")
         # Sizes are bounded before anything is allocated from them.
         if 4 * self.targets.k * self.layout.shard > MAX_OBJECT_BYTES:
             raise ValueError(f"a shard of {self.layout.shard} positions with k {self.targets.k} exceeds one object")

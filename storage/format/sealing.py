@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage.errors import CorruptCache, FormatError
 
-FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 1 << 20
 # What an error shows of a value in which two records differ.
 _MOST_SHOWN = 120
@@ -59,7 +58,7 @@ def unseal(kind: type[AnyRecord], data: Any, where: str) -> AnyRecord:
         field = ".".join(str(part) for part in first["loc"]) or "the record"
         raise FormatError(
             f"{where}: {field}: {first['msg']} (found {str(first['input'])[:80]!r}); "
-            f"this is not a format {FORMAT_VERSION} record, or it was written by a newer logit-cache"
+            f"no record of a format that this logit-cache knows: it was changed, or written by a newer one"
         ) from None
     # The digest is of the stored JSON, not of the record that was parsed from it.
     found = hashlib.sha256(canonical_json(body)).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 import zarr
 import zarr.buffer
+from support.caches import known
 from support.caches.known import contents
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.caches.two_entries import K, N, V
+from support.programs import format_page
 
 from storage import CorruptCache, FormatError, IncompleteCache, InputError, LogitCache, SparseTargets
 from storage.cache.verify import verify
@@ -29,57 +32,62 @@ from storage.format.sealing import canonical_json, sealed
 from storage.format.shard import encode_shard
 
 
-def decoded_by_the_format_page(arrays: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs and tail by the arithmetic that storage/format/__init__.py states, from any reader's arrays."""
-    step = arrays["step"]
-    logprobs = arrays["top_logprob"][:, None] - step * np.cumsum(arrays["logprob_codes"].astype(np.int64), axis=1)
-    return logprobs, arrays["log_tail"]
+def decoded_by_the_format_page(arrays: Any, record: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probs by the program that docs/format.md prints, from any reader's arrays."""
+    (program,) = re.findall(r"```python\n(.*?)^entry = ", format_page.page(""), flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    decoded: tuple[np.ndarray, np.ndarray] = names[f"version_{record['format_version']}"](
+        arrays, record["encoding"]["step_nats"]
+    )
+    return decoded
 
 
-ARRAYS = ("token_ids", "logprob_codes", "kept", "certain", "top_logprob", "log_tail", "label_logprob", "entropy")
+def read_with_zarr(path: Path, name: str) -> tuple[Any, Any]:
+    group = zarr.open(str(path), mode="r")[f"teachers/{name}"]
+    return group, group.attrs["logit_cache"]
 
 
-def read_with_zarr(path: Path) -> dict[str, Any]:
-    group = zarr.open(str(path), mode="r")["teachers/codes"]
-    step = group.attrs["logit_cache"]["encoding"]["step_nats"]
-    return {**{name: group[name][:] for name in ARRAYS}, "step": step}
-
-
-def read_with_xarray(path: Path) -> dict[str, Any]:
+def read_with_xarray(path: Path, name: str) -> tuple[Any, Any]:
     import xarray
 
-    data = xarray.open_zarr(str(path), group="teachers/codes", consolidated=False, mask_and_scale=False)
-    assert data["token_ids"].dims == ("position", "rank")
-    step = data.attrs["logit_cache"]["encoding"]["step_nats"]
-    return {**{name: data[name].values for name in ARRAYS}, "step": step}
+    data = xarray.open_zarr(str(path), group=f"teachers/{name}", consolidated=False, mask_and_scale=False)
+    assert data["token_ids" if "token_ids" in data else "ids"].dims == ("position", "rank")
+    assert "sampling_order" not in data or data["sampling_order"].dims == ("place",)
+    return {str(array): values.values for array, values in data.items()}, data.attrs["logit_cache"]
 
 
-def read_with_tensorstore(path: Path) -> dict[str, Any]:
+def read_with_tensorstore(path: Path, name: str) -> tuple[Any, Any]:
     import tensorstore
 
-    def one(name: str) -> np.ndarray:
-        location = {"driver": "file", "path": str(path / "teachers/codes" / name)}
-        return np.asarray(tensorstore.open({"driver": "zarr3", "kvstore": location}).result().read().result())
+    def one(folder: Path) -> np.ndarray:
+        location = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}}
+        return np.asarray(tensorstore.open(location).result().read().result())
 
-    step = json.loads((path / "teachers/codes/zarr.json").read_text())["attributes"]["logit_cache"]["encoding"]
-    return {**{name: one(name) for name in ARRAYS}, "step": step["step_nats"]}
+    folder = path / "teachers" / name
+    record = json.loads((folder / "zarr.json").read_text())["attributes"]["logit_cache"]
+    return {array.parent.name: one(array.parent) for array in folder.glob("*/zarr.json")}, record
 
 
 @pytest.mark.filterwarnings("ignore:Object at receipts")  # zarr's remark on a folder that is no array
+@pytest.mark.parametrize("name", ["a", "v2"])
 @pytest.mark.parametrize("read", [read_with_zarr, read_with_xarray, read_with_tensorstore])
-def test_independent_readers_get_the_same_numbers(
-    read: Any, original: Path, stream: tuple[np.ndarray, SparseTargets]
-) -> None:
-    arrays = read(original)
-    ours = LogitCache.open(str(original)).teacher("codes").read(0, N)
-    logprobs, tail = decoded_by_the_format_page(arrays)
-    assert np.array_equal(logprobs.astype(np.float32), ours.logprobs)
-    assert np.array_equal(arrays["token_ids"], stream[1].token_ids)
-    assert np.array_equal(arrays["kept"], ours.kept)
-    assert np.array_equal(arrays["certain"], ours.certain)
-    assert np.array_equal(arrays["label_logprob"], ours.label_logprob, equal_nan=True)
-    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(tail.astype(np.float64))
-    assert np.abs(mass - 1).max() <= np.expm1(1 / 64)
+def test_independent_readers_get_the_same_numbers(read: Any, name: str, known_whole: Path) -> None:
+    arrays, record = read(known_whole, name)
+    teacher = LogitCache.open(str(known_whole)).teacher(name)
+    assert record["format_version"] == teacher.entry.format_version
+    for array, values in teacher.stored(0, known.N).arrays.items():
+        assert np.array_equal(arrays[array][:], values, equal_nan=values.dtype.kind == "f")
+    ids, logprobs = decoded_by_the_format_page(arrays, record)
+    ours = teacher.read(0, known.N)
+    assert np.array_equal(ids[ours.is_kept], ours.token_ids[ours.is_kept])
+    np.testing.assert_allclose(logprobs[ours.is_certain], ours.logprobs[ours.is_certain], rtol=1e-6)
+    if teacher.order is not None:
+        assert np.array_equal(arrays["sampling_order"][:], known.order())
+    assert ours.log_tail is not None
+    there = ours.kept > 0
+    mass = (np.exp(logprobs) * ours.is_certain).sum(axis=1) + np.exp(ours.log_tail.astype(np.float64))
+    assert np.abs(mass[there] - 1).max() <= (np.expm1(1 / 64) if name == "a" else 1e-6)
 
 
 def test_metadata_is_that_of_zarr_itself(original: Path) -> None:
@@ -93,7 +101,7 @@ def test_metadata_is_that_of_zarr_itself(original: Path) -> None:
         assert [c["name"] for c in theirs["codecs"][0]["configuration"]["codecs"]] == ["bytes", "blosc", "crc32c"]
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "float32", "bool"])
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "uint32", "uint64", "float32", "bool"])
 @pytest.mark.parametrize("rest", [(), (1,), (7,)], ids=str)
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])
 def test_a_shard_s_bytes_are_those_that_zarr_writes(dtype: Any, rest: tuple[int, ...], compression: Any) -> None:

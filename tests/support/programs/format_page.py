@@ -17,12 +17,29 @@ _HEAD = """\
 _TAIL = """
 ## Reading an entry with zarr alone
 
+Ids and log-probs of an entry with codes: of version 1 those in the first `kept` columns of a row, of version 2 ids
+there and log-probs in the first `certain`.
+
 ```python
 import numpy, zarr
 
+def version_1(arrays, step):
+    steps = numpy.cumsum(arrays["logprob_codes"][:], axis=1, dtype=int)
+    return arrays["token_ids"][:], arrays["top_logprob"][:][:, None] - step * steps
+
+def version_2(arrays, step):
+    stored, code = arrays["ids"][:].astype(int), arrays["mass_code"][:].astype(int)
+    is_certain = numpy.arange(stored.shape[1]) < arrays["certain"][:][:, None]
+    ids = numpy.where(is_certain, stored, numpy.cumsum(stored * ~is_certain, axis=1))
+    below = -step * numpy.cumsum(arrays["certain_codes"][:], axis=1, dtype=int)
+    total = (numpy.exp(below) * is_certain).sum(axis=1)
+    head = numpy.where(code <= -32767, 0, -numpy.logaddexp(0, step * code))
+    return ids, below + (head - numpy.log(total.clip(1)))[:, None]
+
 entry = zarr.open("run/train", mode="r")["teachers/llama"]
-step = entry.attrs["logit_cache"]["encoding"]["step_nats"]
-logprobs = entry["top_logprob"][:][:, None] - step * numpy.cumsum(entry["logprob_codes"][:].astype(int), axis=1)
+record = entry.attrs["logit_cache"]
+decode = {1: version_1, 2: version_2}[record["format_version"]]
+ids, logprobs = decode(entry, record["encoding"]["step_nats"])
 ```
 
 Zarr returns the fill value for a missing chunk: read through `storage.LogitCache`, or check the receipts before
