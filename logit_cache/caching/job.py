@@ -174,10 +174,11 @@ class CacheJob(Settings):
             raise ValueError("--sampled-step-nats is a unit of codes, and --encoding float32 has none: leave one out")
         return self
 
-    def stored_targets(self, recorded: TeacherEntry | None = None) -> Targets:
+    def stored_targets(self, recorded: TeacherEntry | None, has_loss_mask: bool) -> Targets:
         """The targets record of the entry: the method, its parameters, and what is stored per position.
 
-        recorded: the entry of that name, if there is one, which decides what is not given.
+        recorded: the entry of that name, if there is one, which decides what is not given. has_loss_mask: whether the
+        stream has one; without it every position is trained.
         """
         own: dict[str, Any] = {"k": self.k, "top_p": self.top_p}
         if self.targets == "varopt":
@@ -198,7 +199,7 @@ class CacheJob(Settings):
         return Targets(
             **own,
             fields=self._stored_fields() if self.fields or before is None else before.fields,
-            positions=self.positions or (before and before.positions) or "all",
+            positions=self.positions or (before and before.positions) or ("trained" if has_loss_mask else "all"),
             tail="exact",
         )
 

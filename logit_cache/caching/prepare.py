@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from logit_cache.caching.job import CacheJob
 from storage.cache.inventory import ROOT_KEY
 from storage.cache.reader import LogitCache
@@ -18,6 +21,8 @@ from storage.progress import silent
 from storage.stores import open_store
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from teachers.base import Teacher
     from teachers.huggingface.teacher import HuggingFaceTeacher
     from teachers.ranks import Ranks
@@ -39,6 +44,15 @@ class OpenJob:
     cache: LogitCache
     teacher: Teacher
     writer: EntryWriter
+    in_order: InOrder | None = None
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """A teacher whose logits come in an entry's sampling order, and this order, int64 [V]."""
+
+    teacher: Teacher
+    order: Tensor
 
 
 def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFaceTeacher, ...]:
@@ -84,7 +98,31 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
     prepared = prepare_job(job, teachers)
-    return OpenJob(prepared.cache, prepared.teacher, open_writer(job, prepared.entry))
+    writer = open_writer(job, prepared.entry)
+    return OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, stored_order(writer, prepared)))
+
+
+def stored_order(writer: EntryWriter, prepared: PreparedJob) -> NDArray[np.uint32] | None:
+    """The sampling order of an entry, uint32 [V], which is made where there is none yet; None where ids are it.
+
+    Of a teacher that is sharded over ranks, all ranks must call this teacher's `output_embeddings` at once.
+    """
+    from teachers.reduction.sampling_order import sampling_order
+
+    if writer.entry.targets.order != "embeddings":
+        return None
+    embeddings = prepared.teacher.output_embeddings()[: writer.entry.vocabulary_size]
+    return writer.sampling_order(lambda: sampling_order(embeddings).numpy())
+
+
+def in_order(teacher: Teacher, order: NDArray[np.uint32] | None) -> InOrder | None:
+    """A teacher in a sampling order; None without one."""
+    import torch
+
+    if order is None:
+        return None
+    columns = torch.from_numpy(order.astype(np.int64))
+    return InOrder(teacher.in_order(columns), columns)
 
 
 def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
@@ -147,9 +185,10 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         begin_id=begin,
     )
     recorded = stored_entry(job.cache, job.name)
-    targets = job.stored_targets(recorded)
+    has_loss_mask = cache.record.corpus.has_loss_mask
+    targets = job.stored_targets(recorded, has_loss_mask)
     version: Literal[1, 2] = job.version(recorded)
-    if targets.positions == "trained" and not cache.record.corpus.has_loss_mask:
+    if targets.positions == "trained" and not has_loss_mask:
         raise InputError(
             f"--positions trained: {job.cache} has no loss mask, so all its positions are trained: leave it out"
         )

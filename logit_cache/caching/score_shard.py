@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from logit_cache.caching.pipeline import HostCopies
-from logit_cache.caching.prepare import OpenJob
+from logit_cache.caching.prepare import InOrder, OpenJob
 from logit_cache.caching.windows import Window, batch_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
@@ -28,14 +28,14 @@ from storage.format.pruning import prune
 from storage.format.targets import SparseTargets
 from teachers.base import Teacher
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_rows
-from teachers.reduction.varopt import Sampling, random_bits
+from teachers.reduction.varopt import Sampling, random_bits, random_words
 
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
     """The targets of a shard's positions, all their fields as the teacher has them, on the CPU."""
     entry = opened.writer.entry
     start, stop = entry.layout.shard_range(shard, entry.positions)
-    return score_range(opened.cache, opened.teacher, entry, start, stop, progress)
+    return score_range(opened.cache, opened.teacher, entry, start, stop, progress, opened.in_order)
 
 
 def score_range(
@@ -45,10 +45,15 @@ def score_range(
     start: int,
     stop: int,
     progress: Callable[[int], None] | None = None,
+    in_order: InOrder | None = None,
 ) -> SparseTargets:
-    """The targets of the positions `start .. stop` of an entry, which need not be stored; see `score_shard`."""
+    """The targets of the positions `start .. stop` of an entry, which need not be stored; see `score_shard`.
+
+    in_order: the teacher in the entry's sampling order; without one, ids are sampled in their own order.
+    """
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    rows = _Rows(entry, start, stop, _wanted(cache, entry, start, stop))
+    teacher, order = (teacher, None) if in_order is None else (in_order.teacher, in_order.order)
+    rows = _Rows(entry, start, stop, _wanted(cache, entry, start, stop), order)
     copies = HostCopies(teacher.device, rows.put)
     plan = filter(rows.any_wanted, windows(start, stop, entry.positions, entry.windowing, starts))
     scored = 0
@@ -120,16 +125,25 @@ def _score_batch(
 
 
 class _Rows:
-    """The arrays of a shard, filled row by row; of the positions that are not `wanted` [T], if it is given, none."""
+    """The arrays of a shard, filled row by row; of the positions that are not `wanted` [T], if it is given, none.
 
-    def __init__(self, entry: TeacherEntry, start: int, stop: int, wanted: NDArray[np.bool_] | None) -> None:
+    order: the sampling order int64 [V] in which the logits come, or None.
+    """
+
+    def __init__(
+        self, entry: TeacherEntry, start: int, stop: int, wanted: NDArray[np.bool_] | None, order: torch.Tensor | None
+    ) -> None:
         count, k = stop - start, entry.targets.k
         self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
         self._start = start
         self._targets = entry.targets
         self._wanted = wanted
-        varopt = entry.targets.method == "varopt"
-        self._random = random_bits(entry.targets.seed or 0, start, stop) if varopt else None
+        self._order = order
+        self._random: NDArray[np.int64] | None = None
+        if entry.targets.method == "varopt":
+            seed = entry.targets.seed or 0
+            pivotal = entry.targets.sampling == "pivotal"
+            self._random = random_words(seed, start, stop, k) if pivotal else random_bits(seed, start, stop)
         dtype = np.dtype(token_id_dtype(entry.vocabulary_size))
         self._token_ids = np.full((count, k), np.iinfo(dtype).max, dtype=dtype)
         self._kept = np.full(count, k, dtype=np.uint16) if wanted is None else (k * wanted).astype(np.uint16)
@@ -154,7 +168,8 @@ class _Rows:
         if self._random is None:
             return None
         random = torch.from_numpy(self._random[position - self._start]).to(device)
-        return Sampling(self._targets.temperature, self._targets.head_ids or 0, random)
+        order = None if self._order is None else self._order.to(device)
+        return Sampling(self._targets.temperature, self._targets.head_ids or 0, random, order)
 
     def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
         """Store the rows of some positions (absolute, ascending), which are on the CPU."""

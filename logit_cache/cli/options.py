@@ -24,7 +24,10 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
         multiple=True,
         help="Stored beside the ids: lean, all, or entropy, half-tail, label, sampled-logprobs. Repeatable.",
     ),
-    _targets("--positions", help="Rows with targets: all, or trained, where the loss mask trains."),
+    _targets(
+        "--positions",
+        help="Rows with targets: all, or trained: where the loss mask trains, if there is one.  [default: trained]",
+    ),
     _targets("--sampling", help="varopt: systematic or pivotal.  [default: systematic]"),
     _targets("--order", help="varopt: ids lie as numbered (ids), or by the teacher's output embeddings (embeddings)."),
     _windows("--stride-tokens", type=int, help="Tokens from one window to the next.  [default: the context]"),

@@ -70,7 +70,7 @@ def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None
 
 
 def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: JobLog) -> dict[str, Any]:
-    from logit_cache.caching.prepare import OpenJob, open_writer
+    from logit_cache.caching.prepare import OpenJob, in_order, open_writer, stored_order
     from logit_cache.caching.score_shard import score_shard
     from logit_cache.describe import describe_entry
     from logit_cache.engines.attempts import Attempts
@@ -85,9 +85,11 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
         from_first(ranks, shard)
         return score_shard(opened, shard, progress)
 
-    opened = OpenJob(prepared.cache, prepared.teacher, open_writer(job, prepared.entry))
-    entry = opened.writer.entry
+    writer = open_writer(job, prepared.entry)
+    entry = writer.entry
     from_first(ranks, entry.model_dump(mode="json"))
+    order = from_first(ranks, stored_order(writer, prepared))
+    opened = OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, order))
     missing = opened.writer.pending()
     left = positions_of(opened, missing)
     with (
@@ -102,6 +104,7 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
 
 
 def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
+    from logit_cache.caching.prepare import in_order
     from logit_cache.caching.score_shard import score_range
     from logit_cache.fidelity.measure import measure_entry
     from storage.cache.reader import LogitCache
@@ -119,8 +122,12 @@ def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
             f"{job.cache}: rank {ranks.rank} sees another cache or teacher than rank 0: {'; '.join(different)}: give "
             f"paths that are the same on every machine"
         )
+    if entry.targets.order == "embeddings":
+        prepared.teacher.output_embeddings()  # rank 0 needs those of all ranks
+    ordered = in_order(prepared.teacher, from_first(ranks))
     while (shard := from_first(ranks)) >= 0:
-        score_range(prepared.cache, prepared.teacher, entry, *entry.layout.shard_range(shard, entry.positions))
+        positions = entry.layout.shard_range(shard, entry.positions)
+        score_range(prepared.cache, prepared.teacher, entry, *positions, in_order=ordered)
     if shard == _MEASURE:
         cache = LogitCache.open(job.cache)
         measure_entry(cache, cache.teacher(job.name), prepared.teacher, job.fidelity_positions)
