@@ -110,7 +110,8 @@ class TrainingReport(Reported):
     tail_bounds         by teacher, at temperatures whose tails are interpolated
     train_log           one entry per logged step, the last step among them: step, epoch, and means over the steps since
                         the entry before it: loss, cross_entropy, kl_<teacher> (under other losses by their name, as
-                        jsd_<teacher>), learning_rate, …
+                        jsd_<teacher>; over positions with targets), learning_rate, …; with tail controlled
+                        control_<teacher>, its coefficient after the step
     eval_log            the evaluations made during training
     live                the teachers that ran beside the student, if any did
     """

@@ -152,7 +152,7 @@ def _eval_loss(caches: Caches, job: StudentJob, objective: dict[str, Any]) -> Di
 def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
     """Whether the gradient on these targets is an unbiased estimate of the dense one; or the weight is 0."""
     holds_all = entry.targets.k == entry.vocabulary_size and entry.targets.top_p is None
-    return not member.weight or holds_all or tail_of(member, job) == "sampled"
+    return not member.weight or holds_all or tail_of(member, job) in ("sampled", "controlled")
 
 
 def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[DistillationWindows, dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from support.references.dense_targets import write_varopt
-from support.runs import V, arguments, job_in, make_world
+from support.runs import KILLED, V, arguments, have_equal_weights, job_in, make_world, ranks
 
 from storage import LogitCache
 from storage.errors import InputError
 from student.cli import train_student
+from student.report import TrainingReport
 from student.training.run import train
 
 
@@ -46,6 +49,7 @@ RUNS: dict[str, tuple[dict[str, Any], str, str]] = {
     "sampled ids": ({"teachers": ["sampled"]}, "kl_sampled", "an estimate from drawn ids"),
     "sampled for 2": ({"teachers": ["sampled2"], "temperature": 2}, "kl_sampled2", "an estimate from drawn ids"),
     "sampled and not": ({"teachers": ["sampled:3", "a"]}, "kl_a", "a lower bound"),
+    "controlled": ({"teachers": ["sampled2"], "tail": "controlled", "temperature": 2}, "kl_sampled2", "an estimate"),
     "blend": ({"teachers": ["sampled"], "tail": "blend", "blend": 0.5}, "kl_sampled", "blended"),
     "bucket of sampled ids": ({"teachers": ["sampled"], "tail": "bucket"}, "kl_sampled", "a lower bound"),
     "renormalised": ({"teachers": ["a"], "tail": "renormalise"}, "kl_a", "of the stored ids alone"),
@@ -69,11 +73,45 @@ def test_runs_name_their_divergence_and_what_it_is(world: Path, tmp_path: Path, 
     assert report.tail_bounds == {}
 
 
+def test_a_controlled_run_is_the_same_however_it_is_cut_killed_and_resumed(world: Path, tmp_path: Path) -> None:
+    """One process in whole steps, and two with two micro-batches each that were killed after a checkpoint."""
+    common = {"teachers": ["sampled"], "temperature": 1, "tail": "controlled", "alpha": 0.1, "windows_per_step": 8,
+              "eval_cache": str(world / "held")}  # fmt: skip
+    training = {"max_steps": 14, "save_steps": 4, "logging_steps": 1, "ddp_backend": "gloo"}
+    alone = train(job_in(world, tmp_path / "alone", training=training, **common))
+    two = job_in(world, tmp_path / "two", training={**training, "per_device_train_batch_size": 2}, **common)
+    killed = ranks(2, KILLED.format(step=10), *arguments(two))
+    assert 9 in [one.returncode for one in killed], killed[0].stderr
+    # A checkpoint from before there were control variates has nothing of them.
+    shutil.copytree(tmp_path / "two", tmp_path / "before")
+    state = tmp_path / "before" / "checkpoint-8" / "trainer_state.json"
+    read = json.loads(state.read_text())
+    del read["stateful_callbacks"]["control_variates"]
+    state.write_text(json.dumps(read))
+
+    done = ranks(2, None, "train-student", *arguments(two))
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    again = TrainingReport.model_validate_json((tmp_path / "two" / "report.json").read_bytes())
+    assert (again.resumed_from_step, again.processes, again.windows_at_once) == (8, 2, 2)
+    figures = ("loss", "kl_sampled", "control_sampled", "cross_entropy")
+    for one, other in zip(alone.train_log, again.train_log, strict=True):
+        assert [one[name] for name in figures] == pytest.approx([other[name] for name in figures], abs=1e-5)
+        assert 0.0 < one["control_sampled"] < 1.0
+    assert again.held_out.distillation_loss == pytest.approx(alone.held_out.distillation_loss, abs=1e-5)
+    assert have_equal_weights(tmp_path / "alone", tmp_path / "two", atol=1e-4)
+
+    before = train(two.model_copy(update={"output_dir": str(tmp_path / "before")}))
+    assert before.resumed_from_step == 8
+    assert before.train_log[7] == again.train_log[7]
+    assert abs(before.train_log[8]["control_sampled"] - alone.train_log[8]["control_sampled"]) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("changes", "alpha"),
     [
         ({"teachers": ["sampled"]}, 0.0),
         ({"teachers": ["b"]}, 0.0),  # all its ids are stored
+        ({"teachers": ["sampled"], "tail": "controlled"}, 0.0),
         ({"teachers": ["sampled", "a:0"]}, 0.0),
         ({"teachers": ["a"]}, 0.5),
         ({"teachers": ["sampled", "a"]}, 0.5),
@@ -120,6 +158,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a mixture of no KL": (["--loss", "jsd"], "loss jsd of several teachers (a, b)"),
     "mix too large": (["--loss", "jsd", "--mix", "2"], "--mix"),
     "nothing sampled": (["--tail", "sampled"], "teacher a stores its top-k ids"),
+    "nothing to control": (
+        ["--tail", "controlled"],
+        "teacher a stores its top-k ids and no sampled ids, so tail contr",
+    ),
 }
 
 

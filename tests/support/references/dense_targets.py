@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from storage import LogitCache
 from storage.format import encoding
 from storage.format.manifest import Targets as StoredTargets
+from storage.format.manifest import TeacherEntry
 from student.labels import NOT_TRAINED
+from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
 from student.target_batch import TargetBatch
 
@@ -150,6 +153,29 @@ def member(
     name: str = "t", weight: float = 1.0, step: float | None = None, sampled_at: float | None = None, size: int = V
 ) -> Member:
     return Member(name, weight, step, size, sampled_at)
+
+
+def of_version_2(
+    entry: TeacherEntry, fields: tuple[str, ...], sampled_at: float | None = None, **changes: Any
+) -> TeacherEntry:
+    """An entry of version 2 like one of version 1, with these fields; `changes` are those of its targets."""
+    codes, record = entry.encoding.kind == "codes", entry.model_dump()
+    targets: dict[str, Any] = {"k": entry.targets.k, "fields": fields, "positions": "all", "tail": "exact"}
+    if sampled_at is not None:
+        targets |= {"method": "varopt", "seed": 0, "temperature": sampled_at, "sampling": "systematic", "order": "ids"}
+    steps = {"value_step_nats": encoding.DEFAULT_VALUE_STEP_NATS} if codes else {}
+    if codes and "sampled-logprobs" in fields:
+        steps["sampled_step_nats"] = encoding.DEFAULT_SAMPLED_STEP_NATS
+    record |= {"format_version": 2, "made": "cached", "targets": targets | changes}
+    record["encoding"] = {"kind": entry.encoding.kind, "step_nats": entry.encoding.step_nats, **steps}
+    return TeacherEntry.model_validate(record)
+
+
+def with_c(loss: DistillationLoss, c: float) -> DistillationLoss:
+    """The loss with this coefficient of all its control variates."""
+    for control in loss.controls.values():
+        control.load([c, 1.0])
+    return loss
 
 
 def dense_kl(z: Tensor, logp: Tensor, tau: float) -> Tensor:
