@@ -226,8 +226,7 @@ def table(report: TrainingReport) -> str:
         ]
         if held.bits_per_byte is not None:
             rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
-        rows += quality_rows(held.ece, held.accuracy, held.kl)
-        rows += [(f"KL to {name}", f"not measured: {why}") for name, why in held.kl_not_measured.items()]
+        rows += quality_rows(held)
     rows.append(("saved in", report.job.output_dir))
     return labelled(rows)
 

@@ -298,13 +298,13 @@ class DistillationLoss:
         return size / (size - 1), float(size), index < size - 1
 
     def _selected(self, tempered: Sequence[Tempered]) -> Tensor | None:
-        """bool [P]: where the weighted mean of the members' entropies reaches `min_entropy`; None: everywhere."""
+        """bool [P]: where the weighted mean entropy of the members that have targets reaches `min_entropy`; None:
+        everywhere."""
         if self.objective.min_entropy is None or not tempered:
             return None
-        pairs = zip(self.members, tempered, strict=True)
-        known = [member.weight * each.entropy for member, each in pairs if each.entropy is not None]
-        entropy = torch.stack(known).sum(0)
-        return entropy >= self.objective.min_entropy
+        known = [(each.member.weight * each.trained, each.entropy) for each in tempered if each.entropy is not None]
+        excess = [weight * (entropy - self.objective.min_entropy) for weight, entropy in known]
+        return torch.stack(excess).sum(0) >= 0
 
 
 def forward_kl(
