@@ -1,4 +1,4 @@
-"""A control variate of sampled targets: a gradient of the same mean, which varies less as the student nears them.
+"""A control variate of sampled targets: the same gradient in the mean, with less noise the nearer the student is.
 
 Legend: `P` positions of a batch, `R` rows of a chunk of it, `K` stored ids per position.
 

@@ -49,8 +49,8 @@ class LossSums:
     taught          by member: number of trained positions with targets, int64
     control         float [C, 3], of the C members with tail controlled, what `DistillationLoss.end_step` takes
 
-    Position weights, the entropy threshold and the loss scale change `loss_sum` alone: the other sums are for the log
-    and keep their meaning under all settings.
+    Position weights and the entropy threshold change `loss_sum` and `control`, the loss scale `loss_sum` alone: the
+    other sums are for the log and keep their meaning under all settings.
     """
 
     cross_entropy: Tensor
@@ -147,6 +147,9 @@ class DistillationLoss:
     members', at most its own) is lower. It is an absolute threshold, not a rank within a batch, which would depend on
     how a step is cut into micro-batches. Both terms are divided by all trained positions.
 
+    tail controlled: `controls` has the coefficient of each member's control variate. It stays 0, which is tail sampled,
+    in a loop that does not call `end_step` after each optimizer step; `DistillationTrainer` does.
+
     loss_scale babyllama, for windows of T = `window_tokens` positions: divergence summed over the window, CE as a mean
     over the T - 1 positions whose label lies in the window. After the division by the count it is exactly
     ``alpha * CE.mean() + (1 - alpha) * KLDivLoss(batchmean)`` of [windows, T, V] where all positions are trained;
@@ -200,8 +203,10 @@ class DistillationLoss:
         self.alpha = self.objective.alpha_at(progress)
 
     def end_step(self, control: Tensor) -> None:
-        """Take what the control variates learn from an optimizer step: `LossSums.control` added up over all its
-        micro-batches and processes. Call it between optimizer steps only, as `set_progress`."""
+        """Take what the control variates learn from an optimizer step.
+
+        control: `LossSums.control`, added up over its micro-batches and processes. Call it between optimizer steps only.
+        """
         for coefficient, sums in zip(self.controls.values(), control, strict=True):
             coefficient.end_step(sums)
 
