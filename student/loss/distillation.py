@@ -205,7 +205,7 @@ class DistillationLoss:
     def end_step(self, control: Tensor) -> None:
         """Take what the control variates learn from an optimizer step.
 
-        control: `LossSums.control`, added up over its micro-batches and processes. Call it between optimizer steps only.
+        control: `LossSums.control`, added up over its micro-batches and processes. Call it between steps only.
         """
         for coefficient, sums in zip(self.controls.values(), control, strict=True):
             coefficient.end_step(sums)
