@@ -80,12 +80,14 @@ def train(
             # One divisor for all of the step's micro-batches, known before the first backward pass.
             count = sum(int((batch["labels"] != NOT_TRAINED).sum()) for batch in step)
             loss.set_progress(len(losses) / max(steps - 1, 1))
-            total = 0.0
+            total, control = 0.0, []
             for batch in step:
                 logits = model(batch["input_ids"].to(device), use_cache=False).logits
                 sums = loss(logits.flatten(0, 1), batch["labels"].flatten().to(device), batch["targets"])
                 (sums.loss_sum / max(count, 1)).backward()
                 total += float(sums.loss_sum.detach()) / max(count, 1)
+                control.append(sums.control)
+            loss.end_step(torch.stack(control).sum(0))
             optimizer.step()
             optimizer.zero_grad()
             losses.append(total)

@@ -103,10 +103,11 @@ OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
     _loss("--mix", type=float, help="beta of jsd [0.5], lambda of the skewed losses [0.1]."),
     _loss(
         "--tail",
-        type=click.Choice(["auto", "bucket", "sampled", "blend", "renormalise", "none"]),
+        type=click.Choice(["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]),
         help="The ids that are not stored, as one outcome (bucket: a lower bound of the dense loss), by the "
-        "sampled ids of a VarOpt entry (sampled: unbiased), by both (blend), or not at all (renormalise, none: "
-        "biased). All but bucket need forward-kl [auto: sampled for entries with sampled ids, else bucket].",
+        "sampled ids of a VarOpt entry (sampled: unbiased; controlled: with a control variate, less noise), by bucket "
+        "and sampled (blend), or not at all (renormalise, none: biased). All but bucket need forward-kl [auto: sampled "
+        "for entries with sampled ids, else bucket].",
     ),
     _loss("--blend", type=float, help="Share of sampled in --tail blend [0.75]."),
     _loss(
@@ -225,8 +226,7 @@ def table(report: TrainingReport) -> str:
         ]
         if held.bits_per_byte is not None:
             rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
-        rows += quality_rows(held.ece, held.accuracy, held.kl)
-        rows += [(f"KL to {name}", f"not measured: {why}") for name, why in held.kl_not_measured.items()]
+        rows += quality_rows(held)
     rows.append(("saved in", report.job.output_dir))
     return labelled(rows)
 

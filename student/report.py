@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -13,6 +12,9 @@ from student.loss.objective import TEACHER_CROSS_ENTROPY
 
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 """A duration that a record states. No run takes 30,000 years, and nothing is computed from a number beyond."""
+
+FIGURES = ("loss", "perplexity", "ece", "accuracy")
+"""The figures of every evaluation, as logs, `metric_for_best_model` and sweeps name them; loss is the cross-entropy."""
 
 
 class HeldOutKL(Frozen):
@@ -30,14 +32,23 @@ class HeldOutKL(Frozen):
         return TEACHER_CROSS_ENTROPY if self.cross_entropy else "kl"
 
 
-def quality_rows(ece: float, accuracy: float, kl: Mapping[str, HeldOutKL]) -> list[tuple[str, str]]:
-    """Held-out figures of a table that do not depend on how text is counted."""
-    rows = [("calibration error", f"{ece:.2%}"), ("accuracy", f"{accuracy:.2%}")]
-    for name, one in kl.items():
+class Quality(Protocol):
+    """Held-out figures that do not depend on how text is counted, as `HeldOutReport` has them."""
+
+    ece: float
+    accuracy: float
+    kl: dict[str, HeldOutKL]
+    kl_not_measured: dict[str, str]
+
+
+def quality_rows(held: Quality) -> list[tuple[str, str]]:
+    """These figures as rows of a table."""
+    rows = [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
+    for name, one in held.kl.items():
         note = " (a lower bound: the tail counts as one bucket)" if one.lower_bound else ""
         figure = "cross-entropy to" if one.cross_entropy else "KL to"
         rows.append((f"{figure} {name}", f"{one.nats:.4f} nats{note}"))
-    return rows
+    return [*rows, *((f"KL to {name}", f"not measured: {why}") for name, why in held.kl_not_measured.items())]
 
 
 class HeldOutReport(Frozen):
@@ -60,8 +71,8 @@ class HeldOutReport(Frozen):
     distillation_loss: float | None = None
 
     def logged(self, prefix: str = "eval") -> dict[str, float]:
-        """The figures by the names that logs, `metric_for_best_model` and sweeps use; loss is the cross-entropy."""
-        found = {"loss": self.cross_entropy, "perplexity": self.perplexity, "ece": self.ece, "accuracy": self.accuracy}
+        """The figures by their names: `FIGURES`, and those of the loss and of the teachers."""
+        found = dict(zip(FIGURES, (self.cross_entropy, self.perplexity, self.ece, self.accuracy), strict=True))
         if self.distillation_loss is not None:
             found["distillation_loss"] = self.distillation_loss
         found |= {f"{kl.log_name}_{name}": kl.nats for name, kl in self.kl.items()}
@@ -110,7 +121,8 @@ class TrainingReport(Reported):
     tail_bounds         by teacher, at temperatures whose tails are interpolated
     train_log           one entry per logged step, the last step among them: step, epoch, and means over the steps since
                         the entry before it: loss, cross_entropy, kl_<teacher> (under other losses by their name, as
-                        jsd_<teacher>), learning_rate, …
+                        jsd_<teacher>; over positions with targets), learning_rate, …; with tail controlled
+                        control_<teacher>, its coefficient after the step
     eval_log            the evaluations made during training
     live                the teachers that ran beside the student, if any did
     """

@@ -104,6 +104,7 @@ def _scores(found: HeldOutReport) -> HeldOutScores:
         ece=found.ece,
         accuracy=found.accuracy,
         kl=found.kl,
+        kl_not_measured=found.kl_not_measured,
     )
 
 

@@ -19,7 +19,7 @@ from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.labels import NOT_TRAINED
 from student.loss.distillation import forward_kl
-from student.loss.objective import Tail
+from student.loss.objective import TEACHER_CROSS_ENTROPY, Tail
 from student.loss.student_logprobs import check_batch
 from student.loss.teacher_targets import Member, targets_of
 from student.report import HeldOutKL, HeldOutReport
@@ -39,12 +39,19 @@ class HeldOutSums:
     ECE is ``sum_b n_b / N * |correct_b / n_b - confidence_b / n_b|`` over 15 bins of equal width (lower end
     excluded) of the confidence q(top-1) (Guo et al. 2017). Top-1 is taken among the columns below V, its
     probability from the same softmax over all W columns as the cross-entropy. `members` are the teachers whose
-    targets come with the batches; their weights are not used.
+    targets come with the batches; their weights are not used. The KL to a teacher is at temperature 1, a mean over the
+    positions that have targets: with a sample of the tail an estimate without bias of the dense one, below it with a
+    bucket, and not measured where the entry does not know the tail.
     """
 
     def __init__(self, vocabulary_size: int, members: Sequence[Member] = ()) -> None:
         self.vocabulary_size = vocabulary_size
-        self.members = tuple(members)
+        self.members = tuple(member for member in members if figure_of(member))
+        self._not_measured = {
+            member.name: "its entry does not know the mass outside its ids"
+            for member in members
+            if not figure_of(member)
+        }
         sizes = [1, 1, 3 * BINS, 3 * len(self.members)]
         self._sums = torch.zeros(sum(sizes), dtype=torch.float64)  # the others are views of it
         self._tokens, self._nats, bins, kl = torch.split(self._sums, sizes)
@@ -83,13 +90,13 @@ class HeldOutSums:
         for row, values in zip(self._bins, (torch.ones_like(confidence), confidence, correct), strict=True):
             row.index_add_(0, bins, values)
         for column, (member, targets) in enumerate(zip(self.members, by_member, strict=True)):
-            # A sample of the tail gives the dense KL without bias; a bucket stays below it.
             tail: Tail = "sampled" if member.sampled_at == 1.0 else "bucket"
             kl = forward_kl(z, targets, member, 1.0, scored, tail)
             self._kl[0, column] += _kept(kl, keep).sum()
-            bucketed = (targets.kept < member.vocabulary_size) & (tail == "bucket")
+            there = targets.kept > 0
+            bucketed = there & (targets.kept < member.vocabulary_size) & (tail == "bucket")
             self._kl[1, column] += _kept(bucketed, keep).sum()
-            self._kl[2, column] += _kept(targets.kept > 0, keep).sum()
+            self._kl[2, column] += _kept(there, keep).sum()
 
     def tensor(self) -> Tensor:
         """All sums, flat float64 on the CPU; the sum of several processes' tensors is the tensor of their union."""
@@ -118,6 +125,8 @@ class HeldOutSums:
         if not math.isfinite(cross_entropy):
             raise Diverged(f"the held-out cross-entropy is {cross_entropy}: the model's logits are not finite")
         _, confidence, correct = self._bins
+        by_member = list(zip(self.members, *self._kl, strict=True))
+        empty = {member.name: "it has no targets of a scored position" for member, *_, rows in by_member if not rows}
         return HeldOutReport(
             tokens=tokens,
             cross_entropy=cross_entropy,
@@ -129,12 +138,24 @@ class HeldOutSums:
                 member.name: HeldOutKL(
                     nats=float(nats) / float(positions),
                     lower_bound=bool(rows > 0),
-                    cross_entropy=member.sampled_at == 1.0 and not member.knows_constant,
+                    cross_entropy=_is_cross_entropy(member),
                 )
-                for member, nats, rows, positions in zip(self.members, *self._kl, strict=True)
+                for member, nats, rows, positions in by_member
                 if positions
             },
+            kl_not_measured=self._not_measured | empty,
         )
+
+
+def figure_of(member: Member) -> str | None:
+    """The name under which evaluations log a teacher's figure; None where there is none."""
+    if "tail" in member.absent:
+        return None
+    return f"{TEACHER_CROSS_ENTROPY if _is_cross_entropy(member) else 'kl'}_{member.name}"
+
+
+def _is_cross_entropy(member: Member) -> bool:
+    return member.sampled_at == 1.0 and not member.knows_constant
 
 
 @torch.no_grad()

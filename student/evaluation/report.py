@@ -18,7 +18,7 @@ class HeldOutScores(Reported):
 
     Cross-entropy in nats. Per byte: of the text's UTF-8 bytes, so that models of different tokenizers compare; None
     where the bytes of the scored positions are not known (a loss mask). ece (expected calibration error of the top-1
-    prediction) and accuracy are fractions. kl: KL(teacher || model) by teacher.
+    prediction) and accuracy are fractions. kl: KL(teacher || model) by teacher, or why it is not measured.
     """
 
     tokens: int
@@ -30,6 +30,7 @@ class HeldOutScores(Reported):
     ece: float
     accuracy: float
     kl: dict[str, HeldOutKL] = Field(default_factory=dict)
+    kl_not_measured: dict[str, str] = Field(default_factory=dict)
 
 
 class GroupScore(Frozen):
@@ -107,7 +108,7 @@ def table(report: EvaluationReport) -> str:
         ]
         if per_byte:
             rows.append(("bits per byte", f"{held.bits_per_byte:.4f}"))
-        rows += quality_rows(held.ece, held.accuracy, held.kl)
+        rows += quality_rows(held)
     scores = report.minimal_pairs
     if scores is not None:
         blimp = scores.is_blimp

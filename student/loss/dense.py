@@ -118,7 +118,9 @@ class DenseLoss(DistillationLoss):
         loss_sum: Tensor = total
         if gradient is not None:
             loss_sum = _WithGradient.apply(logits, total, gradient)  # type: ignore[no-untyped-call]
-        return LossSums(cross_entropy, {LIVE: divergence} if self.members else {}, loss_sum, trained.sum())
+        count, names = trained.sum(), [member.name for member in self.members]
+        by_member = dict.fromkeys(names, divergence)
+        return LossSums(cross_entropy, by_member, loss_sum, count, dict.fromkeys(names, count), logits.new_zeros(0, 3))
 
     def _rows(self, z: Tensor, labels: Tensor, z_teacher: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """Cross-entropy [r], divergence [r], and where the divergence counts, bool [r] or 1."""

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
+from student.loss.control_variate import ControlCoefficient, ControlledTail
 from student.loss.divergences import Divergence
-from student.loss.objective import TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
+from student.loss.objective import SAMPLED_TAILS, TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
 from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
 from student.target_batch import StoredBatch, TargetBatch
@@ -45,15 +46,19 @@ class LossSums:
                     tau**2; carries no gradient. Empty when alpha is 1 at every step
     loss_sum        sum of alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D_m; differentiable
     count           number of trained positions, int64
+    taught          by member: number of trained positions with targets, int64
+    control         float [C, 3], of the C members with tail controlled, what `DistillationLoss.end_step` takes
 
-    Position weights, the entropy threshold and the loss scale change `loss_sum` alone: the other sums are for the log
-    and keep their meaning under all settings.
+    Position weights and the entropy threshold change `loss_sum` and `control`, the loss scale `loss_sum` alone: the
+    other sums are for the log and keep their meaning under all settings.
     """
 
     cross_entropy: Tensor
     divergence: dict[str, Tensor]
     loss_sum: Tensor
     count: Tensor
+    taught: dict[str, Tensor]
+    control: Tensor
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(
@@ -61,6 +66,8 @@ class LossSums:
             {name: value + other.divergence[name] for name, value in self.divergence.items()},
             self.loss_sum + other.loss_sum,
             self.count + other.count,
+            {name: value + other.taught[name] for name, value in self.taught.items()},
+            self.control + other.control,
         )
 
 
@@ -98,14 +105,24 @@ class PreparedLoss:
         loss = torch.zeros((), dtype=cross_entropy.dtype, device=cross_entropy.device)
         if self._label_share > 0:
             loss = loss + self._label_share * _weighted(cross_entropy, self._label_weights, rows)
-        divergence = {}
+        divergence, number, control = {}, {}, []
         for member, term, taught, (ell, theta) in zip(self._members, self._terms, self._taught, buckets, strict=True):
             values = torch.where(taught[rows], term(ell, theta, rows), 0.0)
             divergence[member.name] = values.detach().sum()
+            number[member.name] = taught[rows].sum()
+            if isinstance(term, ControlledTail):
+                sums = term.step_sums(ell, theta, rows)
+                if self._teacher_weights is not None:
+                    # As the variance of the gradient is, to which a position adds by the square of its weight.
+                    sums = sums * self._teacher_weights[rows, None] ** 2
+                control.append(torch.cat([number[member.name][None], sums.sum(0)]))
             share = self._teacher_share * member.weight
             if share > 0:
                 loss = loss + share * _weighted(values, self._teacher_weights, rows)
-        return LossSums(cross_entropy.detach().sum(), divergence, loss, self.trained[rows].sum())
+        by_control = torch.stack(control) if control else loss.new_zeros(0, 3)
+        return LossSums(
+            cross_entropy.detach().sum(), divergence, loss, self.trained[rows].sum(), number, by_control.detach()
+        )
 
 
 class DistillationLoss:
@@ -129,6 +146,9 @@ class DistillationLoss:
     min_entropy (nats) drops the divergence where the teachers' entropy (of a mixture: the weighted mean of its
     members', at most its own) is lower. It is an absolute threshold, not a rank within a batch, which would depend on
     how a step is cut into micro-batches. Both terms are divided by all trained positions.
+
+    tail controlled: `controls` has the coefficient of each member's control variate. It stays 0, which is tail sampled,
+    in a loop that does not call `end_step` after each optimizer step; `DistillationTrainer` does.
 
     loss_scale babyllama, for windows of T = `window_tokens` positions: divergence summed over the window, CE as a mean
     over the T - 1 positions whose label lies in the window. After the division by the count it is exactly
@@ -165,6 +185,7 @@ class DistillationLoss:
         if self.objective.uses_teachers:
             self.members = _normalised(members)
         self.tails: dict[str, Tail] = {member.name: tail_of(member, self.objective) for member in self.members}
+        self.controls = {name: ControlCoefficient() for name, tail in self.tails.items() if tail == "controlled"}
         if self.objective.loss_scale == "babyllama" and (window_tokens is None or window_tokens < 2):
             raise InputError(f"loss_scale babyllama needs window_tokens of 2 or more; got {window_tokens}")
         _check_linear(self.members, self.objective)
@@ -181,6 +202,14 @@ class DistillationLoss:
         """
         self.alpha = self.objective.alpha_at(progress)
 
+    def end_step(self, control: Tensor) -> None:
+        """Take what the control variates learn from an optimizer step.
+
+        control: `LossSums.control`, added up over its micro-batches and processes. Call it between steps only.
+        """
+        for coefficient, sums in zip(self.controls.values(), control, strict=True):
+            coefficient.end_step(sums)
+
     def log_name(self, name: str) -> str:
         """The name of a member's divergence in logs, such as ``kl_<teacher>``."""
         figure = TEACHER_CROSS_ENTROPY if self._is_cross_entropy(name) else self.objective.log_name
@@ -188,7 +217,7 @@ class DistillationLoss:
 
     def _is_cross_entropy(self, name: str) -> bool:
         (member,) = (each for each in self.members if each.name == name)
-        return self.tails.get(name) in ("sampled", "blend") and not member.knows_constant
+        return self.tails.get(name) in SAMPLED_TAILS and not member.knows_constant
 
     def meaning(self, name: str) -> str:
         """A member's reported divergence in a few words: how it relates to the dense one, such as a lower bound."""
@@ -197,7 +226,7 @@ class DistillationLoss:
             return "a cross-entropy to the teacher, whose entropy is not stored; an estimate from drawn ids"
         if tail == "bucket":
             return "a lower bound: the tail counts as one bucket"
-        if tail in ("sampled", "blend"):
+        if tail in SAMPLED_TAILS:
             return "an estimate from drawn ids" + (", blended with a lower bound" if tail == "blend" else "")
         return "of the stored ids alone"
 
@@ -245,13 +274,19 @@ class DistillationLoss:
             _teacher_share=(1.0 - self.alpha) * self.temperature**2 * of_teacher,
             _members=self.members,
             _taught=tuple(each.trained for each in tempered),
-            _terms=tuple(
-                _term(each, self.tails[member.name], self.objective)
-                for member, each in zip(self.members, tempered, strict=True)
-            ),
+            _terms=tuple(map(self._term, tempered)),
             _label_weights=_product(position_weights, in_window),
             _teacher_weights=_product(position_weights, self._selected(tempered)),
         )
+
+    def _term(self, tempered: Tempered) -> Term:
+        objective, name = self.objective, tempered.member.name
+        if name in self.controls:
+            return ControlledTail.of(tempered, self.controls[name].value)
+        if objective.loss == "forward-kl":
+            return weights(tempered, self.tails[name], objective.blending)
+        divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
+        return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
     def _scale(self, labels: Tensor) -> tuple[float, float, Tensor | None]:
         """The loss scale's factors of cross-entropy and divergence, and where the former counts (bool [P])."""
@@ -268,13 +303,13 @@ class DistillationLoss:
         return size / (size - 1), float(size), index < size - 1
 
     def _selected(self, tempered: Sequence[Tempered]) -> Tensor | None:
-        """bool [P]: where the weighted mean of the members' entropies reaches `min_entropy`; None: everywhere."""
+        """bool [P]: where the weighted mean entropy of the members that have targets reaches `min_entropy`; None:
+        everywhere."""
         if self.objective.min_entropy is None or not tempered:
             return None
-        pairs = zip(self.members, tempered, strict=True)
-        known = [member.weight * each.entropy for member, each in pairs if each.entropy is not None]
-        entropy = torch.stack(known).sum(0)
-        return entropy >= self.objective.min_entropy
+        known = [(each.member.weight * each.trained, each.entropy) for each in tempered if each.entropy is not None]
+        excess = [weight * (entropy - self.objective.min_entropy) for weight, entropy in known]
+        return torch.stack(excess).sum(0) >= 0
 
 
 def forward_kl(
@@ -304,13 +339,6 @@ def forward_kl(
     return weights(tempered, tail, blend)(ell, theta)
 
 
-def _term(tempered: Tempered, tail: Tail, objective: Objective) -> Term:
-    if objective.loss == "forward-kl":
-        return weights(tempered, tail, objective.blending)
-    divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
-    return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
-
-
 def tail_of(member: Member, objective: Objective) -> Tail:
     """A member's treatment of the tail, with auto resolved. Raises InputError where its entry does not allow it."""
     if member.sampled_at is not None and member.sampled_at != objective.temperature:
@@ -323,7 +351,7 @@ def tail_of(member: Member, objective: Objective) -> Tail:
         tail = "bucket"
         if objective.loss == "forward-kl":
             tail = "sampled" if member.sampled_at is not None else "renormalise" if "tail" in member.absent else tail
-    if tail in ("sampled", "blend") and member.sampled_at is None:
+    if tail in SAMPLED_TAILS and member.sampled_at is None:
         raise InputError(
             f"teacher {member.name} stores its top-k ids and no sampled ids, so tail {tail} has no sample of "
             "its tail: take tail bucket, or an entry made with --targets varopt"

@@ -13,7 +13,7 @@ from storage.config import Settings, explained
 from storage.errors import InputError
 
 LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]
-Tail = Literal["auto", "bucket", "sampled", "blend", "renormalise", "none"]
+Tail = Literal["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]
 
 EXACT_TEMPERATURES = (1.0, 2.0)
 # In names of figures: the cross-entropy to a teacher whose entropy, by which it exceeds the KL, is not stored.
@@ -21,10 +21,15 @@ TEACHER_CROSS_ENTROPY = "teacher_ce"
 DEFAULT_MIX = {"jsd": 0.5, "skew-forward-kl": 0.1, "skew-reverse-kl": 0.1}
 DEFAULT_BLEND = 0.75
 
+SAMPLED_TAILS = ("sampled", "controlled", "blend")
+"""The treatments of the tail that need sampled ids."""
+
 # The reasons why these tails work with forward KL alone.
+_SAMPLED = "sampled targets are unbiased only where the loss is linear in the teacher's probabilities"
 _LINEAR_ONLY = {
-    "sampled": "sampled targets are unbiased only where the loss is linear in the teacher's probabilities",
-    "blend": "sampled targets are unbiased only where the loss is linear in the teacher's probabilities",
+    "sampled": _SAMPLED,
+    "controlled": _SAMPLED,
+    "blend": _SAMPLED,
     "renormalise": "a student renormalised to the stored ids is not compared outside them",
     "none": "the stored ids without their tail are no distribution to diverge from",
 }
@@ -38,9 +43,10 @@ class Objective(Settings):
     loss               the divergence between teacher and student
     mix                beta of jsd [0.5], lambda of the skewed divergences [0.1]; between 0 and 1
     tail               treatment of the ids that are not stored. bucket: one outcome, a lower bound of the dense loss.
-                       sampled: the sampled ids of a VarOpt entry, unbiased. blend: both. renormalise, none: the stored
-                       ids alone, biased. auto: sampled for entries with sampled ids and loss forward-kl, bucket
-                       elsewhere
+                       sampled: the sampled ids of a VarOpt entry, unbiased. controlled: these with a control variate
+                       (`student.loss.control_variate`), for entries with their log-probs. blend: sampled and bucket.
+                       renormalise, none: the stored ids alone, biased. auto: sampled for entries with sampled ids and
+                       loss forward-kl, bucket elsewhere
     blend              share of `sampled` in tail = blend [0.75]
     alpha, alpha_end   share of the cross-entropy; with `alpha_end`, linear from `alpha` at the first step to it at
                        the last

@@ -304,12 +304,13 @@ def tail_bounds(targets: TargetBatch, member: Member, temperature: float) -> tup
 
 
 def interpolation_bound(targets: TargetBatch, member: Member, temperature: float) -> Tensor:
-    """Bound [P], in 0..1, on the error of the teacher's mass outside the certain ids when the tail is interpolated."""
+    """Bound [P], in 0..1, on the error of the teacher's mass outside the certain ids when the tail is interpolated; 0
+    without targets."""
     tempered = temper(targets, member, temperature, interpolate_tail=True)
     heads = torch.logsumexp(tempered.scores.masked_fill(~tempered.certain, -math.inf), 1)
     least, greatest = (torch.sigmoid(bound - heads) for bound in tail_bounds(targets, member, temperature))
     taken = torch.sigmoid(tempered.log_tail - heads)
-    return torch.maximum(greatest - taken, taken - least)
+    return torch.maximum(greatest - taken, taken - least).masked_fill(~tempered.trained, 0.0)
 
 
 def targets_of(member: Member, targets: Mapping[str, StoredBatch | TargetBatch] | None, labels: Tensor) -> TargetBatch:

@@ -143,21 +143,14 @@ def _check_pruner(search: Search, values: dict[str, Any]) -> None:
 
 
 def _check_metric(job: StudentJob, search: Search, caches: Caches) -> None:
-    known = ["loss", "perplexity", "ece", "accuracy", *(f"kl_{member.name}" for member in caches.eval_members)]
-    if job.teachers and not caches.not_measured:
-        known.append("distillation_loss")
-    asked = search.figure.removeprefix("eval_")
     swept = sorted(OBJECTIVE & search.parameters.keys())
-    if asked == "distillation_loss" and swept:
+    if search.figure == "eval_distillation_loss" and swept:
         raise InputError(
             f"sweep.metric distillation_loss is another figure for every {' and '.join(swept)}: take loss, or leave "
             "these parameters fixed"
         )
-    if asked not in known:
-        why = caches.not_measured.get(asked.removeprefix("kl_"))
-        raise InputError(
-            f"sweep.metric {search.metric!r} is not measured{f' ({why})' if why else ''}; there is: {', '.join(known)}"
-        )
+    has_loss = bool(job.teachers) and not caches.not_measured
+    caches.check_figure("sweep.metric", search.metric, ["distillation_loss"] if has_loss else [])
 
 
 def _identity(job: StudentJob, search: Search, caches: Caches) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Binds the distillation loss into a model's own `forward`, the call that DDP and FSDP hook; and unbinds it.
 
 Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `W` columns of the student's head,
-`M` members of the mixture.
+`M` members of the mixture, `C` of them with tail controlled.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ class DistillationOutput(ModelOutput):
 
     loss      scalar: the sum over trained positions, divided once
     logits    [B, T, W], only outside training: nothing needs them there, and they are the largest tensor
-    parts     float32 [2 + M], without gradient: count of trained positions, sum of the cross-entropy, and of each
-              member's divergence in the loss's order (nats)
+    parts     float32 [1 + M, 2], without gradient: count of trained positions and sum of the cross-entropy, and of
+              each member, in the loss's order, count of those with targets and sum of the divergence (nats)
+    control   float32 [C, 3], without gradient: what `DistillationLoss.end_step` takes
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     parts: Tensor | None = None
+    control: Tensor | None = None
 
 
 def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = "auto") -> str | None:
@@ -93,11 +95,13 @@ class _BoundForward:
         count = sums.count if num_items_in_batch is None else num_items_in_batch
         # A step without a single trained token has the sum 0, and must not become 0/0.
         divisor = torch.as_tensor(count, device=sums.loss_sum.device).clamp(min=1)
-        values = [sums.count, sums.cross_entropy, *(sums.divergence[member.name] for member in self.loss.members)]
+        pairs = [(sums.count, sums.cross_entropy)]
+        pairs += [(sums.taught[name], divergence) for name, divergence in sums.divergence.items()]
         return DistillationOutput(
             loss=sums.loss_sum / divisor,
             logits=None if self.model.training else computed,
-            parts=torch.stack([value.detach().to(torch.float32) for value in values]),
+            parts=torch.stack([torch.stack(pair) for pair in pairs]).to(torch.float32),
+            control=sums.control.to(torch.float32),
         )
 
     def loss_sums(

@@ -5,6 +5,7 @@ Opening is a step of its own, so that the jobs of a sweep share the opened cache
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from storage.format.manifest import TeacherEntry
 from storage.format.sealing import digest
 from storage.progress import Log, silent
 from student.data.windows import DistillationWindows
+from student.evaluation.held_out import figure_of
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
 from student.loss.distillation import DistillationLoss, tail_of
@@ -21,7 +23,7 @@ from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
 from student.models.configuration import stated_columns
 from student.models.tokenizer import model_folder, read_tokenizer
-from student.report import LiveTeachers
+from student.report import FIGURES, LiveTeachers
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class Caches:
     not_measured: dict[str, str]
     provenance: dict[str, str]
     remarks: tuple[str, ...] = ()
+
+    def check_figure(self, field: str, given: str, more: Sequence[str] = ()) -> None:
+        """Raise InputError unless evaluations measure the figure that a field names; `more` are measured too."""
+        by_teacher = [figure for member in self.eval_members if (figure := figure_of(member)) is not None]
+        known = [*FIGURES, *by_teacher, *more]
+        asked = given.removeprefix("eval_")
+        if asked not in known:
+            why = self.not_measured.get(asked.removeprefix("kl_"))
+            note = f" ({why})" if why else ""
+            raise InputError(f"{field} {given!r} is not measured{note}; there is: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ def _eval_loss(caches: Caches, job: StudentJob, objective: dict[str, Any]) -> Di
 def _is_unbiased(member: Member, entry: TeacherEntry, job: StudentJob) -> bool:
     """Whether the gradient on these targets is an unbiased estimate of the dense one; or the weight is 0."""
     holds_all = entry.targets.k == entry.vocabulary_size and entry.targets.top_p is None
-    return not member.weight or holds_all or tail_of(member, job) == "sampled"
+    return not member.weight or holds_all or tail_of(member, job) in ("sampled", "controlled")
 
 
 def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[DistillationWindows, dict[str, str]]:

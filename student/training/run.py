@@ -29,7 +29,7 @@ from student.labels import NOT_TRAINED
 from student.loss.dense import LogitSource
 from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
-from student.loss.teacher_targets import interpolation_bound
+from student.loss.teacher_targets import interpolation_bound, targets_of
 from student.models.loading import load_student
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
@@ -133,9 +133,11 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
         # After the checks of fields and caches, since loading takes long.
         live = load_live(job, args.device)
     data = job_inputs(caches, job, live)
-    best_by = str(values.get("metric_for_best_model")).removeprefix("eval_")
-    if best_by == "distillation_loss" and isinstance(data.eval_loss, str):
+    best_by = values.get("metric_for_best_model")
+    if str(best_by).removeprefix("eval_") == "distillation_loss" and isinstance(data.eval_loss, str):
         raise InputError(f"metric_for_best_model distillation_loss cannot be measured: {data.eval_loss}")
+    if best_by is not None and job.eval_cache is not None:
+        caches.check_figure("metric_for_best_model", best_by, ["distillation_loss"])
     job = data.job
     first = args.process_index == 0
     output = OutputDirectory(job.output_dir, writes=first)
@@ -176,7 +178,7 @@ def _evaluate(run: _Run, trainer: DistillationTrainer) -> HeldOutReport | None:
     # To the loggers of report_to; on the terminal the report follows.
     trainer.remove_callback(TrainingProgress)
     trainer.show_held_out(result)
-    return result.model_copy(update={"kl_not_measured": data.caches.not_measured})
+    return result.model_copy(update={"kl_not_measured": data.caches.not_measured | result.kl_not_measured})
 
 
 def _report(
@@ -224,12 +226,14 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
     number = min(len(windows), _BOUND_WINDOWS)
     chosen = [i * len(windows) // number for i in range(number)]
     batch = collate(windows.__getitems__(chosen))
-    targets, trained = batch["targets"], batch["labels"].flatten() != NOT_TRAINED
+    labels = batch["labels"].flatten()
     found = {}
     for member in loss.members:
-        off = interpolation_bound(targets[member.name].flat().decoded(), member, loss.temperature)
+        targets = targets_of(member, batch["targets"], labels)
+        off = interpolation_bound(targets, member, loss.temperature)
         # The padding of a short window is left out, unless no position is trained at all.
-        off = off[trained] if trained.any() else off
+        taught = (labels != NOT_TRAINED) & (targets.kept > 0)
+        off = off[taught] if taught.any() else off
         found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))
     return found
 

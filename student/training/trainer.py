@@ -40,6 +40,9 @@ CHECKPOINT_SECONDS = 60.0
 CHECKPOINT_SHARE = 0.05
 """Share of the time of a run that they take, at most."""
 
+CONTROL_STATE = "control_variates"
+"""Where the trainer's state in a checkpoint has those of the loss, by teacher."""
+
 
 class DistillationTrainer(Trainer):
     """transformers' Trainer over `DistillationWindows` with a `DistillationLoss`.
@@ -75,6 +78,7 @@ class DistillationTrainer(Trainer):
         self._reading_order: ReadingOrder | None = None
         self._parts: Tensor | None = None
         self._step_loss: Tensor | None = None
+        self._step_control: Tensor | None = None
         self.has_begun = False
         # The base class would drop the fields of a batch that are no arguments of the model's own forward.
         args.remove_unused_columns = False
@@ -112,20 +116,24 @@ class DistillationTrainer(Trainer):
         """The base class's loss; its parts are summed on the device, without a synchronisation."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            parts = outputs["parts"]
-            self._parts = parts if self._parts is None else self._parts + parts
-            self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
+            self._parts = _added(self._parts, outputs["parts"])
+            self._step_loss = _added(self._step_loss, loss.detach())
+            self._step_control = _added(self._step_control, outputs["control"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add cross-entropy and divergences (nats per trained token since the last entry) to the training loss."""
+        """Add cross-entropy and divergences to the training loss, and the coefficients that change from step to step.
+
+        Nats per trained token since the last entry, a divergence per trained token with targets; left out without any.
+        """
         if "loss" in logs and self._parts is not None:
-            count, *sums = self.accelerator.reduce(self._parts, reduction="sum").tolist()
+            parts = self.accelerator.reduce(self._parts, reduction="sum").tolist()
             loss = self.distillation_loss
             names = ["cross_entropy", *(loss.log_name(member.name) for member in loss.members)]
             if loss.objective.alpha_end is not None:
                 logs["alpha"] = loss.alpha
-            logs.update({name: value / max(count, 1) for name, value in zip(names, sums, strict=True)})
+            logs.update({f"control_{name}": float(control.value) for name, control in loss.controls.items()})
+            logs.update({name: value / count for name, (count, value) in zip(names, parts, strict=True) if count})
             self._parts = None
         super().log(logs, start_time)
 
@@ -135,7 +143,9 @@ class DistillationTrainer(Trainer):
         """After each step and each epoch. Raises Diverged before figures or weights of a diverged run are used."""
         if self._step_loss is not None:
             self._steps.add(self.state.global_step, self._step_loss, grad_norm)
-            self._step_loss = None
+            if self.distillation_loss.controls:
+                self.distillation_loss.end_step(self.accelerator.reduce(self._step_control, reduction="sum"))
+            self._step_loss = self._step_control = None
         control = self.control
         if control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True  # so that the log ends with the last step
@@ -145,6 +155,13 @@ class DistillationTrainer(Trainer):
                 figures = f"the loss is {bad.loss:g} and the norm of its gradient {bad.gradient_norm:g}"
                 raise self._diverged(f"{figures} at step {bad.step:,}")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *others, **more)
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        """With the control variates beside the trainer's own state, so that a resumed run continues with them."""
+        states = {name: control.state() for name, control in self.distillation_loss.controls.items()}
+        if states:
+            self.state.stateful_callbacks[CONTROL_STATE] = states  # type: ignore[index, call-overload]
+        super()._save_checkpoint(*arguments, **named)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, as a checkpoint does too. Raises Diverged for weights that are not finite."""
@@ -229,6 +246,10 @@ class DistillationTrainer(Trainer):
         return result.model_copy(update={"distillation_loss": float(objective[0] / objective[1])})
 
 
+def _added(total: Tensor | None, value: Tensor) -> Tensor:
+    return value if total is None else total + value
+
+
 def _ours(dataset: Any) -> DistillationWindows:
     if not isinstance(dataset, DistillationWindows):
         raise InputError(
@@ -269,15 +290,21 @@ class SaveByTime(TrainerCallback):
 
 
 class _FollowRun(TrainerCallback):
-    """Sets the epoch of the reading order, `has_begun` with the first one, and a scheduled alpha before each step.
+    """Sets the epoch of the reading order, `has_begun` with the first one, and a scheduled alpha before each step; and
+    the control variates, as they are in the checkpoint that a run resumes from.
 
-    Both follow from the number of the step alone: they are the same for all its micro-batches and processes, and in a
-    run resumed from a checkpoint. accelerate passes epochs down through a fixed number of wrappers, and resuming in the
-    middle of an epoch with several processes has one more: the order would start again at epoch 0.
+    Epoch and alpha follow from the number of the step alone: they are the same for all its micro-batches and processes,
+    and in a run resumed from a checkpoint. accelerate passes epochs down through a fixed number of wrappers, and
+    resuming in the middle of an epoch with several processes has one more: the order would start again at epoch 0.
     """
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
+        saved: Any = state.stateful_callbacks
+        for name, control in self._trainer.distillation_loss.controls.items():
+            control.load(saved.get(CONTROL_STATE, {}).get(name))
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **others: Any) -> None:
         self._trainer.has_begun = True

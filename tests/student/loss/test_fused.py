@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bench_fused import compare
-from support.references.dense_targets import V, dense, labels_for, member, normal, spoiled, stored, varopt
+from support.references.dense_targets import V, dense, labels_for, member, normal, spoiled, stored, varopt, with_c
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +22,7 @@ from student.loss import fused
 from student.loss import logit_chunk as chunk_module
 from student.loss.distillation import DistillationLoss, LossSums, PreparedLoss
 from student.loss.fused import fused_loss
+from student.loss.objective import SAMPLED_TAILS
 from student.target_batch import TargetBatch
 
 P, H = 36, 19
@@ -62,6 +63,7 @@ def assert_same(
     assert ours.divergence.keys() == theirs.divergence.keys()
     pairs = [(ours.loss_sum.detach(), theirs.loss_sum.detach()), (ours.cross_entropy, theirs.cross_entropy)]
     pairs += [(ours.divergence[name], each) for name, each in theirs.divergence.items()]
+    pairs += [(ours.control, theirs.control)]
     for a, b in pairs:
         assert not a.requires_grad
         torch.testing.assert_close(a, b, rtol=value, atol=value)
@@ -93,6 +95,7 @@ def test_it_is_the_loss_of_the_logits(
 
 OBJECTIVES: list[dict[str, Any]] = [
     {"tail": "sampled"},
+    {"tail": "controlled"},
     {"tail": "blend", "blend": 0.6},
     {"tail": "bucket"},
     {"tail": "renormalise"},
@@ -110,10 +113,10 @@ OBJECTIVES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OBJECTIVES, ids=str)
 def test_every_loss_of_the_family_goes_through(options: dict[str, Any]) -> None:
     tensors, logp, labels = inputs(V + 2), dense(10, P), labels_for(11, P)
-    sampled = options.get("tail") in ("sampled", "blend")
+    sampled = options.get("tail") in SAMPLED_TAILS
     targets = {"t": varopt(logp, 16, 12, dtype=torch.float64) if sampled else stored(logp, 16, dtype=torch.float64)}
     arguments = {"alpha": 0.2, "temperature": 1.0 if sampled else 2.0, **options}
-    loss = DistillationLoss(V, members=[member(sampled_at=1.0 if sampled else None)], **arguments)
+    loss = with_c(DistillationLoss(V, members=[member(sampled_at=1.0 if sampled else None)], **arguments), 0.8)
     weights = torch.rand(P, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
     ours = fused_loss(*tensors, loss.prepare(labels, targets, weights), softcap=8.0)
     assert_same(ours, loss(naive_logits(*tensors, softcap=8.0), labels, targets, weights), tensors)

@@ -29,6 +29,7 @@ from support.references.dense_targets import (
     spoiled,
     stored,
     varopt,
+    with_c,
     write_varopt,
 )
 from torch import Tensor
@@ -48,6 +49,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"tail": "bucket", "min_entropy": 3.0},
     {"tail": "blend", "blend": 0.3},
+    {"tail": "controlled"},
     {"loss": "reverse-kl"},
     {"loss": "jsd", "mix": 0.3},
     {"loss": "skew-forward-kl", "loss_scale": "babyllama", "window_tokens": 6},
@@ -157,7 +159,7 @@ def test_pieces_add_up_through_prepared_sums(options: dict[str, Any]) -> None:
     z, labels = normal(13, rows, V + 4), labels_for(14, rows)
     targets = {"t": varopt(dense(15, rows), 20, seed=6, tau=2.0, dtype=DOUBLE)}
     by_position = torch.rand(rows, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
-    loss = DistillationLoss(V, 0.4, 2.0, [member(sampled_at=2.0)], **options)
+    loss = with_c(DistillationLoss(V, 0.4, 2.0, [member(sampled_at=2.0)], **options), 0.8)
 
     def in_pieces(z: Tensor, cuts: list[int]) -> LossSums:
         prepared = loss.prepare(labels, targets, by_position)
@@ -172,7 +174,7 @@ def test_pieces_add_up_through_prepared_sums(options: dict[str, Any]) -> None:
 
     whole = loss(z, labels, targets, by_position)
     pieces = in_pieces(z, [0, 1, 11, 29, rows])
-    for name in ("cross_entropy", "loss_sum", "count"):
+    for name in ("cross_entropy", "loss_sum", "count", "control"):
         torch.testing.assert_close(getattr(pieces, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pieces.divergence, whole.divergence, rtol=1e-12, atol=1e-12)
     _, expected = gradient(lambda z: loss(z, labels, targets, by_position).loss_sum, z)
@@ -188,7 +190,7 @@ def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[st
     trained = labels != NOT_TRAINED
     targets = varopt(dense(21, rows), 20, seed=7)
     broken = spoiled(targets, ~trained)
-    loss = DistillationLoss(V, 0.4, 1.0, [member(sampled_at=1.0)], **options)
+    loss = with_c(DistillationLoss(V, 0.4, 1.0, [member(sampled_at=1.0)], **options), 0.8)
     value, by_z = gradient(lambda z: loss(z, labels, {"t": broken}).loss_sum, z)
     expected, expected_gradient = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
     assert torch.equal(value, expected)
@@ -201,6 +203,7 @@ def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[st
     [
         ({"loss": "jsd", "tail": "sampled"}, "sampled goes with forward-kl only: .* unbiased only where"),
         ({"loss": "reverse-kl", "tail": "blend"}, "blend goes with forward-kl only"),
+        ({"loss": "jsd", "tail": "controlled"}, "controlled goes with forward-kl only: .* unbiased only where"),
         ({"loss": "skew-reverse-kl", "tail": "renormalise"}, "renormalise goes with forward-kl only"),
         ({"loss": "skew-forward-kl", "tail": "none"}, "none goes with forward-kl only"),
         ({"loss": "js"}, "loss: .*'jsd'"),
@@ -220,6 +223,7 @@ def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[st
             "teacher t stores its top-k ids and no sampled ids, so tail sampled has no sample of its tail",
         ),
         ({"tail": "blend"}, "teacher t stores its top-k ids and no sampled ids, so tail blend"),
+        ({"tail": "controlled"}, "teacher t stores its top-k ids and no sampled ids, so tail controlled"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
@@ -230,7 +234,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: 
 
 def test_sampled_ids_serve_only_the_temperature_they_were_sampled_for() -> None:
     for loss in ("forward-kl", "jsd"):
-        for tail in ("auto", "bucket"):
+        for tail in ("auto", "bucket", *(("controlled",) if loss == "forward-kl" else ())):
             with pytest.raises(
                 InputError, match="teacher v: its ids were sampled for temperature 2 and are biased at 1"
             ):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.models.students import small_model
+from support.references.dense_targets import dense, write_varopt
 from support.runs import job_in
 from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -30,7 +31,7 @@ V, T = 61, 8
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """600 tokens of which about a third is not trained on, and two teachers."""
+    """600 tokens of which about a third is not trained on, two teachers, and two samples of one at temperature 1."""
     url = str(tmp_path_factory.mktemp("trainer") / "cache")
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, V, 600).astype(np.uint16)
@@ -39,6 +40,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     for name, k, encoding in (("a", 9, "codes"), ("b", V, "float32")):
         entry = make_entry(record, k, encoding=encoding)
         write_entry(url, name, entry, dense_targets(2 * rng.normal(size=(600, V)), k, labels))
+    for name, seed in (("s", 0), ("t", 1)):
+        write_varopt(url, name, dense(5, 600, vocabulary_size=V), 12, seed=seed)
     return url
 
 
@@ -101,8 +104,8 @@ def test_bound_forward_is_the_loss_on_the_original_logits(cache: str) -> None:
     output = model(**batch)
     assert output.logits is None
     assert torch.allclose(output.loss, sums.loss_sum / sums.count)
-    expected = [sums.count, sums.cross_entropy, sums.divergence["a"], sums.divergence["b"]]
-    assert torch.allclose(output.parts, torch.stack([value.float() for value in expected]))
+    sizes = [sums.cross_entropy, sums.divergence["a"], sums.divergence["b"]]
+    assert torch.allclose(output.parts, torch.stack([torch.stack([sums.count, size]) for size in sizes]))
     output.loss.backward()
     assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert torch.allclose(model(**batch, num_items_in_batch=7).loss, sums.loss_sum / 7)
@@ -157,6 +160,7 @@ def train_cut_up(cache: str, folder: Path, accumulation: int, **others: Any) -> 
         {"learning_rate": 0.05, "options": {"loss_scale": "babyllama", "tail": "renormalise"}},
         {"teachers": ("a",), "options": {"loss": "jsd", "mix": 0.3}},
         {"teachers": ("b",), "temperature": 1.0, "options": {"loss": "skew-reverse-kl", "alpha_end": 1.0}},
+        {"teachers": ("s", "t"), "temperature": 1.0, "options": {"tail": "controlled", "min_entropy": 1.0}},
     ],
     ids=str,
 )
@@ -165,7 +169,7 @@ def test_loss_and_weights_do_not_depend_on_accumulation(cache: str, tmp_path: Pa
     start = list(small_model("llama").parameters())
     assert not torch.allclose(weights[0], start[0], atol=1e-3), "the model was trained at all"
     keys = [key for key in history[0] if key not in ("epoch", "step", "grad_norm")]
-    assert any(key.endswith(("_a", "_b")) for key in keys)
+    assert any(key.endswith(("_a", "_b", "control_t")) for key in keys)
     for accumulation in (2, 4, 12):
         again, other_history = train_cut_up(cache, tmp_path / str(accumulation), accumulation, **others)
         for one, other in zip(weights, again, strict=True):

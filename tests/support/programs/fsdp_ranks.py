@@ -54,7 +54,7 @@ def gradients(cache: str) -> None:
         if bf16:
             whole.to(torch.bfloat16)
         expected = torch.zeros(())
-        parts = torch.zeros(2 + len(members))
+        parts = torch.zeros(1 + len(members), 2)
         for batch in batches:
             output = whole(**batch, num_items_in_batch=count)
             output.loss.backward()
@@ -65,14 +65,14 @@ def gradients(cache: str) -> None:
         assert all(isinstance(p, DTensor) for p in model.parameters())
         for _ in range(2):  # the second pass meets what the first left behind
             model.zero_grad()
-            sums = torch.zeros(1 + len(parts))
+            sums = torch.zeros(1 + parts.numel())
             for i, batch in enumerate(batches):
                 model.set_requires_gradient_sync(i == len(batches) - 1)
                 mine = of_rank(batch, slice(rank * B // world, (rank + 1) * B // world))
                 output = model(**mine, num_items_in_batch=count)
                 # Gradients are averaged over the processes, as DDP does.
                 (output.loss * world).backward()
-                sums += torch.cat([output.loss.detach().reshape(1), output.parts])
+                sums += torch.cat([output.loss.detach().reshape(1), output.parts.flatten()])
             torch.distributed.all_reduce(sums)
         off = 0.0
         for sharded, plain in zip(model.parameters(), whole.parameters(), strict=True):
@@ -80,7 +80,8 @@ def gradients(cache: str) -> None:
             off = max(off, float((gradient - full).abs().max() / full.abs().max()))
         if rank == 0:
             figures = {"loss": float((sums[0] - expected).abs()), "gradient": off}
-            figures |= {"count": float(sums[1] - parts[0]), "parts": float((sums[1:] / parts - 1).abs().max())}
+            off_parts = sums[1:].reshape(parts.shape) / parts - 1
+            figures |= {"count": float(sums[1] - parts[0, 0]), "parts": float(off_parts.abs().max())}
             print(json.dumps([units, tied, fused, bf16, figures]), flush=True)
     torch.distributed.destroy_process_group()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor
 from storage import LogitCache
 from storage.format import encoding
 from storage.format.manifest import Targets as StoredTargets
+from storage.format.manifest import TeacherEntry
+from storage.format.targets import SparseTargets
 from student.labels import NOT_TRAINED
+from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
 from student.target_batch import TargetBatch
 
@@ -127,8 +131,20 @@ def quantisation_bound(step_nats: float) -> float:
     return math.expm1(step_nats)
 
 
-def write_varopt(url: str, name: str, logp: Tensor, k: int, tau: float = 1.0, seed: int = 0) -> TargetBatch:
-    """Write a VarOpt entry of dense log-probs [N, V] into a cache; returns its targets."""
+def write_varopt(
+    url: str,
+    name: str,
+    logp: Tensor,
+    k: int,
+    tau: float = 1.0,
+    seed: int = 0,
+    fields: tuple[str, ...] | None = None,
+    there: Tensor | None = None,
+) -> TargetBatch:
+    """Write a VarOpt entry of dense log-probs [N, V] into a cache; returns its targets.
+
+    fields: those of an entry of version 2, with codes, and there: bool [N], its rows with targets; else version 1.
+    """
     cache = LogitCache.open(url)
     tokens = cache.tokens.read(0, len(logp)).astype(np.int64)
     sampled = varopt(logp, k, seed, tau)
@@ -140,9 +156,13 @@ def write_varopt(url: str, name: str, logp: Tensor, k: int, tau: float = 1.0, se
         logprobs=sampled.logprobs.numpy(),
         **{name: getattr(sampled, name).numpy().astype(getattr(base, name).dtype) for name in names},
     )
-    method = StoredTargets(method="varopt", k=k, seed=seed, temperature=tau, has_label_logprob=True)
-    entry = make_entry(cache.record, k, encoding="float32").model_copy(update={"targets": method})
-    write_entry(url, name, entry, targets)
+    if fields is None:
+        method = StoredTargets(method="varopt", k=k, seed=seed, temperature=tau, has_label_logprob=True)
+        entry = make_entry(cache.record, k, encoding="float32").model_copy(update={"targets": method})
+    else:
+        positions = "all" if there is None else "some"
+        entry = of_version_2(make_entry(cache.record, k), fields, sampled_at=tau, positions=positions)
+    write_entry(url, name, entry, targets if there is None else without_rows(targets, ~there.numpy()))
     return sampled
 
 
@@ -150,6 +170,38 @@ def member(
     name: str = "t", weight: float = 1.0, step: float | None = None, sampled_at: float | None = None, size: int = V
 ) -> Member:
     return Member(name, weight, step, size, sampled_at)
+
+
+def without_rows(targets: SparseTargets, rows: np.ndarray) -> SparseTargets:
+    """The targets where some rows, bool [T], have none."""
+    values = {"kept": 0, "certain": 0, "log_tail": math.nan, "log_tail_half": math.nan, "entropy": math.nan}
+    arrays = {name: array.copy() for name, array in targets.arrays().items()}
+    for name in values.keys() & arrays.keys():
+        arrays[name][rows] = values[name]
+    return SparseTargets(targets.start, **arrays)
+
+
+def of_version_2(
+    entry: TeacherEntry, fields: tuple[str, ...], sampled_at: float | None = None, **changes: Any
+) -> TeacherEntry:
+    """An entry of version 2 like one of version 1, with these fields; `changes` are those of its targets."""
+    codes, record = entry.encoding.kind == "codes", entry.model_dump()
+    targets: dict[str, Any] = {"k": entry.targets.k, "fields": fields, "positions": "all", "tail": "exact"}
+    if sampled_at is not None:
+        targets |= {"method": "varopt", "seed": 0, "temperature": sampled_at, "sampling": "systematic", "order": "ids"}
+    steps = {"value_step_nats": encoding.DEFAULT_VALUE_STEP_NATS} if codes else {}
+    if codes and "sampled-logprobs" in fields:
+        steps["sampled_step_nats"] = encoding.DEFAULT_SAMPLED_STEP_NATS
+    record |= {"format_version": 2, "made": "cached", "targets": targets | changes}
+    record["encoding"] = {"kind": entry.encoding.kind, "step_nats": entry.encoding.step_nats, **steps}
+    return TeacherEntry.model_validate(record)
+
+
+def with_c(loss: DistillationLoss, c: float) -> DistillationLoss:
+    """The loss with this coefficient of all its control variates."""
+    for control in loss.controls.values():
+        control.load([c, 1.0])
+    return loss
 
 
 def dense_kl(z: Tensor, logp: Tensor, tau: float) -> Tensor:
