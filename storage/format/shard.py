@@ -61,7 +61,8 @@ def _encode_chunk(spec: ArraySpec, chunk: NDArray[Any]) -> bytes:
 
     # One internal thread: with several, the order of blocks inside a chunk would depend on the machine.
     numcodecs.blosc.use_threads = False
-    blosc = numcodecs.Blosc(**{**spec.blosc, "shuffle": numcodecs.Blosc.BITSHUFFLE})
+    shuffles = {"shuffle": numcodecs.Blosc.SHUFFLE, "bitshuffle": numcodecs.Blosc.BITSHUFFLE}
+    blosc = numcodecs.Blosc(**{**spec.blosc, "shuffle": shuffles[spec.blosc["shuffle"]]})
     if len(chunk) < spec.layout.chunk:
         whole = np.full((spec.layout.chunk, *spec.shape[1:]), spec.fill_value, dtype=spec.dtype)
         whole[: len(chunk)] = chunk
