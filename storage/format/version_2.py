@@ -113,7 +113,8 @@ def _sampled_codes(
     step = entry.encoding.sampled_step_nats
     assert step is not None
     masses = {field: _decoded_value(entry, field, found[field]) for field in ("tail", "half-tail") if field in found}
-    below = (_reference(entry, targets.kept, targets.certain, masses) - targets.logprobs) / step
+    logprobs = np.where(sampled, targets.logprobs, np.float32(0))  # of others, both sides may be infinite
+    below = (_reference(entry, targets.kept, targets.certain, masses) - logprobs) / step
     below = np.where(sampled, below, 0.0).clip(0.0)
     codes = np.floor(below)
     chance = np.expm1((below - codes) * step) / np.expm1(step)

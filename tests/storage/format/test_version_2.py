@@ -217,6 +217,17 @@ def test_masses_at_the_ends_of_the_codes() -> None:
     assert math.exp(read[1]) == 0.0
 
 
+def test_a_short_row_of_a_teacher_that_gives_the_other_ids_nothing() -> None:
+    entry = make_entry_2(stream_record(T, V), K, ALL, method="varopt")
+    row, count = top_k().rows(2, 3), np.array([7], dtype=np.uint16)
+    unused = np.arange(K) >= 7
+    ids, logprobs = np.where(unused, 65_535, row.token_ids), np.where(unused, -np.inf, row.logprobs)
+    given = replace(row, token_ids=ids.astype(np.uint16), logprobs=logprobs, kept=count, certain=count)
+    stored = StoredTargets.of(entry, given)
+    assert stored.broken_rule() is None
+    check_row(entry, given, stored.decoded())
+
+
 # --- the rules: an array, what is changed in it, and what is said of it ----------------------------------------------
 
 
