@@ -23,12 +23,12 @@ sampled for, its certain ids weigh ``a_i = p_i**(1/tau)``, the `m` sampled ones 
     the first j ids stay certain; of the others, certain ones before or sampled, k - j ids are sampled, each with the
     inclusion probability (k - j) a_i / R' or (k - j) w / R', and weigh R' / (k - j)
 
-so that the mean of a row's weights is what they were, and their sum is. The others are laid end to end by id, each as
-long as its weight, and k - j points R' / (k - j) apart, shifted by one random number, sample those that they fall in:
-however the ids were sampled first. The masses of ids that are certain no longer join both tails, exactly. Lengths are
-whole numbers, 2**30 to an interval, so that no id is longer than an interval and comes twice; rounding them down
-changes an inclusion probability by less than 2**-30. Where all are certain and those beyond the k first have less than
-2**-53 of the mass, these k stay, and nothing is sampled.
+so that the mean of a row's weights is what they were, and their sum is. The others are laid end to end in the entry's
+order of ids, each as long as its weight, and k - j points R' / (k - j) apart, shifted by one random number, sample
+those that they fall in, however the ids were sampled first. The masses of ids that are certain no longer join both
+tails, exactly. Lengths are whole numbers, 2**30 to an interval, so that no id is longer than an interval and comes
+twice; rounding them down changes an inclusion probability by less than 2**-30. Where all ids are certain and those
+beyond the k first have less than 2**-53 of the mass, these k stay, and nothing is sampled.
 """
 
 from __future__ import annotations
@@ -82,17 +82,28 @@ def prune(targets: SparseTargets, k: int, top_p: float | None, floor: float) -> 
     )
 
 
-def shrink(targets: SparseTargets, k: int, temperature: float, head_ids: int, seed: int) -> SparseTargets:
+def shrink(
+    targets: SparseTargets,
+    k: int,
+    temperature: float,
+    head_ids: int,
+    seed: int,
+    order: NDArray[Any] | None = None,
+) -> SparseTargets:
     """The targets with at most `k` ids per row, sampled again from the rows that have more: the module has the rule.
 
     temperature: 1 or 2, the one that ids were sampled for; head_ids: so many of the certain ids stay certain, under k;
-    seed: keys the random numbers, one for each absolute position, so that a row does not depend on its shard. Sampled
-    ids need no log-probs.
+    seed: keys the random numbers, one for each absolute position, so that a row does not depend on its shard; order
+    [V]: the ids in the order in which they lie, None where that is theirs. Sampled ids need no log-probs.
     """
     assert head_ids < k
     rows = targets.kept > k
     chance = uniforms(seed, SHRINKING, targets.start, targets.stop, 1)[rows, 0]
-    found, chosen = _sampled_again(targets.token_ids[rows], *_weights(targets, rows, temperature), k, head_ids, chance)
+    places = targets.token_ids[rows].astype(np.int64)
+    if order is not None:
+        # Beyond the kept ids stands none, which needs no place.
+        places = np.argsort(order)[np.where(targets.is_kept[rows], places, 0)]
+    found, chosen = _sampled_again(places, *_weights(targets, rows, temperature), k, head_ids, chance)
     columns = np.tile(np.arange(k), (len(targets), 1))
     columns[rows] = chosen
     certain = targets.certain.copy()
@@ -135,27 +146,27 @@ def _weights(
 
 
 def _sampled_again(
-    ids: NDArray[Any],
+    places: NDArray[np.int64],
     weights: NDArray[np.float64],
     is_sampled: NDArray[np.bool_],
     k: int,
     head_ids: int,
     chance: NDArray[np.float64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The number of certain ids [S], and the columns of all that are chosen, [S, k]: the certain ones, then by id."""
-    columns = np.arange(ids.shape[1])
-    certain = _certain(weights, is_sampled, k, np.full(len(ids), head_ids))
+    """The number of certain ids [S], and the columns of those that are chosen, [S, k]: certain ones, then by place."""
+    columns = np.arange(places.shape[1])
+    certain = _certain(weights, is_sampled, k, np.full(len(places), head_ids))
     rest = np.where(columns >= certain[:, None], weights, 0.0)
     left = _suffix_sums(rest)[:, 0]
     certain[(left < _LEAST_REST * _suffix_sums(weights)[:, 0]) & ~is_sampled.any(axis=1)] = k
 
     # The unit: from here on all sums are exact.
-    unit = np.divide((k - certain) * 2.0**_INTERVAL_BITS, left, out=np.zeros(len(ids)), where=certain < k)
+    unit = np.divide((k - certain) * 2.0**_INTERVAL_BITS, left, out=np.zeros(len(places)), where=certain < k)
     lengths = (rest * unit[:, None]).astype(np.int64)
     certain = _certain(lengths, is_sampled, k, certain)
     is_certain = columns < certain[:, None]
-    # By id, in which the certain ones, of no length, come first; beyond the kept ones nothing has a length either.
-    order = np.where(is_certain, columns - len(columns), ids.astype(np.int64)).argsort(axis=1, kind="stable")
+    # Certain ids, of no length, come first, in their own order; beyond the kept ones nothing has a length either.
+    order = np.where(is_certain, columns - len(columns), places).argsort(axis=1, kind="stable")
     ends = np.take_along_axis(np.where(is_certain, 0, lengths), order, axis=1).cumsum(axis=1)
     number = (k - certain)[:, None]
     interval = ends[:, -1:] // number.clip(1)

@@ -132,6 +132,21 @@ def test_a_row_depends_on_seed_and_position_alone() -> None:
     assert (other.token_ids == after.token_ids).all(1).mean() < 0.5
 
 
+def test_ids_lie_in_the_order_of_the_entry() -> None:
+    """Sampled as ids that are numbered in that order would be."""
+    before = sampled_targets(varied_logits(), K)
+    before = without_rows(replace(before, kept=np.where(np.arange(600) % 5, K, 11)), np.arange(600) % 7 > 0)
+    before = replace(before, certain=np.minimum(before.certain, before.kept))
+    order = np.random.default_rng(2).permutation(V)
+    place = np.argsort(order).astype(np.uint16)
+    numbered = np.where(before.is_kept, place[np.where(before.is_kept, before.token_ids, 0)], 65_535)
+    expected = shrink(replace(before, token_ids=numbered), 6, 1.0, 0, seed=1)
+    found = shrink(before, 6, 1.0, 0, seed=1, order=order)
+    kept = found.is_kept
+    assert np.array_equal(found.token_ids[kept], order[expected.token_ids[kept]])
+    assert not np.array_equal(found.token_ids, shrink(before, 6, 1.0, 0, seed=1).token_ids)
+
+
 def test_rows_of_no_more_ids_and_of_none_stay_as_they_are() -> None:
     whole = sampled_targets(varied_logits(40), K)
     few = replace(whole, kept=np.where(np.arange(40) < 20, 7, 16).astype(np.uint16))
