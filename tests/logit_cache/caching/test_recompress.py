@@ -241,6 +241,19 @@ def test_a_sample_is_kept_whole(
         prune(before, 16, None, -2000.0)
 
 
+@pytest.mark.parametrize("source", ["codes", "whole"])
+def test_version_2_has_no_mass_either_where_a_teacher_masks_ids(cache: Path, source: str) -> None:
+    """Row 10 has all but five ids at the floor of version 1; all of them are certain, or those left are at it too."""
+    before = LogitCache.open(str(cache)).teacher(source).read(10, 11)
+    found = rewrite(cache, source, format_version=2, encoding="codes").rows(10, 11)
+    assert np.abs(found.logprobs[0, :5] - before.logprobs[0, :5]).max() <= 2 * STEP
+    assert np.exp(found.logprobs[0].astype(np.float64)).sum() == pytest.approx(1, abs=1e-6)
+    assert (found.logprobs[0, 5:] < -1900).all()
+    assert found.log_tail[0] < -1000
+    assert found.log_tail_half[0] < -100
+    assert np.isneginf(found.log_tail[0]) or source == "codes"
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "more ids": ("codes", {"k": 65}, "holds 64 ids per position: give at most 64"),
     "float32 of codes": ("codes", {"encoding": "float32"}, "be no more exact"),
