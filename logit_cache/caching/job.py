@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from storage.config import Settings
 from storage.format.encoding import (
@@ -23,8 +24,20 @@ Source = Annotated[str, Field(min_length=1)]
 EntryName = Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
 KeptIds = Annotated[int, Field(ge=1, le=MAX_UINT16)]
 Mass = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 48)]
 StepNats = Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)]
 FieldName = Literal["lean", "all", "entropy", "half-tail", "label", "sampled-logprobs"]
+
+
+def _one_or_names(names: tuple[FieldName, ...]) -> tuple[FieldName, ...]:
+    for name in ("lean", "all"):
+        others = sorted(set(names) - {name})
+        if name in names and others:
+            raise ValueError(f"{name} names them all: leave out {', '.join(others)}")
+    return names
+
+
+FieldNames = Annotated[tuple[FieldName, ...], AfterValidator(_one_or_names)]
 
 # By measurement (docs/decisions/0034).
 DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("all",), "topk": ("all",)}
@@ -52,7 +65,7 @@ class CacheJob(Settings):
     k: KeptIds = 64
     top_p: Mass | None = None
     head_ids: Annotated[int, Field(ge=0)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 48)] | None = None
+    seed: Seed | None = None
     target_temperature: float | None = None
     context_tokens: Positive = 128
     stride_tokens: Positive | None = None
@@ -64,7 +77,7 @@ class CacheJob(Settings):
     max_memory: tuple[str, ...] = ()
     offload: Literal["cpu", "disk"] | None = None
     tensor_parallel: bool = False
-    fields: tuple[FieldName, ...] = ()
+    fields: FieldNames = ()
     positions: Literal["all", "trained"] | None = None
     sampling: Literal["systematic", "pivotal"] | None = None
     order: Literal["ids", "embeddings"] | None = None
@@ -160,9 +173,6 @@ class CacheJob(Settings):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CacheJob:
-        both = sorted({"lean", "all"} & set(self.fields))
-        if both and len(self.fields) > 1:
-            raise ValueError(f"--fields {both[0]} names them all: leave out {', '.join(set(self.fields) - {both[0]})}")
         if self.targets == "topk" and "sampled-logprobs" in self.fields:
             raise ValueError("--fields sampled-logprobs goes with --targets varopt: every id of topk is certain")
         if self.format_version == 1:
@@ -208,13 +218,8 @@ class CacheJob(Settings):
         return self.format_version or (2 if recorded is None else recorded.format_version)
 
     def _stored_fields(self) -> tuple[TargetField, ...]:
-        names = self.fields or DEFAULT_FIELDS[self.targets]
-        wanted = set(TARGET_FIELDS if "all" in names else names) - {"lean"}
-        if self.targets == "topk":
-            wanted -= {"sampled-logprobs"}
-        elif self.target_temperature == 2.0:
-            wanted |= {"half-tail"}  # by which sampled ids weigh at that temperature
-        return tuple(field for field in TARGET_FIELDS if field in wanted)
+        possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]
+        return stored_fields(self.fields or DEFAULT_FIELDS[self.targets], possible, self.target_temperature or 1.0)
 
     def stored_encoding(self, targets: Targets, recorded: TeacherEntry | None = None) -> Encoding:
         """The encoding record of the entry with these targets."""
@@ -230,3 +235,14 @@ class CacheJob(Settings):
             value_step_nats=DEFAULT_VALUE_STEP_NATS if codes else None,
             sampled_step_nats=sampled if codes and targets.has("sampled-logprobs") else None,
         )
+
+
+def stored_fields(
+    names: tuple[FieldName, ...], possible: Iterable[TargetField], sampled_at: float
+) -> tuple[TargetField, ...]:
+    """The fields of a record that `names` stand for: all are the `possible` ones, lean is none of them.
+
+    Ids that are sampled at temperature 2 weigh by the half-tail, which is stored with them always.
+    """
+    wanted = set(possible if "all" in names else names) | ({"half-tail"} if sampled_at == 2.0 else set())
+    return tuple(field for field in TARGET_FIELDS if field in wanted)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 DRAWING = 0
 ROUNDING = 1  # of sampled log-probs to a code above or below
 SHRINKING = 2  # of a stored row to fewer ids
+ROUNDING_AGAIN = 3  # as ROUNDING, in an entry made from another
 
 _WORDS = 4  # of a block
 

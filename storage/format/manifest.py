@@ -23,6 +23,7 @@ MAX_SHARDS = 1 << 21  # limit of an index of receipts: 137 billion positions at 
 MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
 MAX_SOURCES = 4_096
 MAX_ORDERED_IDS = 1 << 22  # of a sampling order, which is one object
+MOST_SHRUNK = 16  # samples from which a sample was sampled
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 _LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
@@ -229,7 +230,7 @@ class Targets(Extended):
     tail: Literal["exact", "unknown"] | None = None
     sampling: Literal["systematic", "pivotal"] | None = None
     order: Literal["ids", "embeddings"] | None = None
-    shrunk_from: Annotated[tuple[Shrunk, ...], Field(max_length=16)] | None = None
+    shrunk_from: Annotated[tuple[Shrunk, ...], Field(max_length=MOST_SHRUNK)] | None = None
 
     def has(self, field: str) -> bool:
         """Whether a field is stored: one of `TARGET_FIELDS`, or the tail. Version 1 lacks at most the label's."""

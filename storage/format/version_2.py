@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.format.chance import ROUNDING, uniforms
+from storage.format.chance import ROUNDING, ROUNDING_AGAIN, uniforms
 from storage.format.encoding import MAX_UINT16, ROUNDING_NATS, encode_logprobs
 from storage.format.layout import field_array
 from storage.format.manifest import TeacherEntry
@@ -25,6 +25,7 @@ NONE = -(1 << 15)  # no row of targets; of the label, no next token
 NOTHING_OUTSIDE = NONE + 1  # log 0: no mass outside the certain ids
 NOTHING_INSIDE = (1 << 15) - 2  # of the mass alone: no id is certain
 _LEAST, _MOST = NOTHING_OUTSIDE + 1, NOTHING_INSIDE - 1
+_FLOAT32 = 2.0**-23  # of a number: more than its rounding to float32
 
 _VALUES = {"tail": "log_tail", "half-tail": "log_tail_half", "label": "label_logprob", "entropy": "entropy"}
 
@@ -116,11 +117,22 @@ def _sampled_codes(
     logprobs = np.where(sampled, targets.logprobs, np.float32(0))  # of others, both sides may be infinite
     below = (_reference(entry, targets.kept, targets.certain, masses) - logprobs) / step
     below = np.where(sampled, below, 0.0).clip(0.0)
+    # A log-prob that was decoded is the same code again, as near as its float32 can tell.
+    near = np.abs(below - np.rint(below)) * step <= _FLOAT32 * np.abs(targets.logprobs)
+    below = np.where(near, np.rint(below), below)
     codes = np.floor(below)
     chance = np.expm1((below - codes) * step) / np.expm1(step)
-    drawn = uniforms(entry.targets.seed or 0, ROUNDING, targets.start, targets.stop, targets.k)
+    drawn = uniforms(*_rounding_key(entry), targets.start, targets.stop, targets.k)
     rounded: NDArray[np.float64] = (codes + (drawn < chance)).clip(max=MAX_UINT16 - 1)
     return rounded.astype(np.uint16)
+
+
+def _rounding_key(entry: TeacherEntry) -> tuple[int, int]:
+    """Seed and use of the random numbers of rounding. What was rounded in an entry's source is rounded by others here:
+    the mean would be off if both were the same."""
+    if entry.derived_from is None:
+        return entry.targets.seed or 0, ROUNDING
+    return int(entry.derived_from[:16], 16), ROUNDING_AGAIN
 
 
 def _reference(

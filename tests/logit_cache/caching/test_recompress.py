@@ -209,13 +209,14 @@ def test_the_record_names_its_source_and_keeps_the_rest(cache: Path) -> None:
 
 
 def sampled_entry(record: CacheRecord, targets: SparseTargets) -> tuple[TeacherEntry, SparseTargets]:
-    """Eight certain ids, and the others as if they had been sampled."""
+    """Eight certain ids, and the others as if they had been sampled; all of row 10, where these have no mass."""
     entry = make_entry(record, K, shard_tokens=256, chunk_tokens=64)
     method = Targets(method="varopt", k=K, head_ids=8, seed=3, has_label_logprob=True)
-    rest = targets.logprobs[:, 8:].astype(np.float64)
+    certain = np.where(np.arange(N) == 10, K, 8).astype(np.uint16)
+    rest = np.where(np.arange(K) < certain[:, None], -np.inf, targets.logprobs.astype(np.float64))
     changed = replace(
         targets,
-        certain=np.full(N, 8, dtype=np.uint16),
+        certain=certain,
         log_tail=np.logaddexp(targets.log_tail, np.logaddexp.reduce(rest, axis=1)).astype(np.float32),
         log_tail_half=np.logaddexp(targets.log_tail_half, np.logaddexp.reduce(rest / 2, axis=1)).astype(np.float32),
     )
@@ -226,15 +227,31 @@ def test_a_sample_is_kept_whole(
     cache: Path, made: tuple[Path, CacheRecord], logits: np.ndarray, tokens: np.ndarray
 ) -> None:
     write_entry(cache, "sampled", *sampled_entry(made[1], top(logits, tokens, K)))
-    for option, value in (("k", 16), ("top_p", 0.9), ("step_nats", 0.25), ("encoding", "codes")):
-        with pytest.raises(InputError, match=rf"--?{option.replace('_', '-')} .* sample \(varopt\)"):
-            rewrite(cache, "sampled", **{option: value})
+    for option, value in (("k", 16), ("step_nats", 0.25), ("encoding", "codes")):
+        with pytest.raises(InputError, match=rf"--?{option.replace('_', '-')} makes an entry of version 2"):
+            rewrite(cache, "sampled", format_version=1, **{option: value})
+    with pytest.raises(InputError, match=r"--top-p .* sample \(varopt\)"):
+        rewrite(cache, "sampled", top_p=0.9)
     before = LogitCache.open(str(cache)).teacher("sampled").read(0, N)
     found = rewrite(cache, "sampled", profile="fast", chunk_tokens=128)
+    assert LogitCache.open(str(cache)).teacher("new").entry.format_version == 1
     for name in ("token_ids", "logprobs", "kept", "certain", "log_tail", "log_tail_half", "entropy"):
         assert np.array_equal(getattr(found, name), getattr(before, name)), name
     with pytest.raises(AssertionError, match="whole"):
         prune(before, 16, None, -2000.0)
+
+
+@pytest.mark.parametrize("source", ["codes", "whole"])
+def test_version_2_has_no_mass_either_where_a_teacher_masks_ids(cache: Path, source: str) -> None:
+    """Row 10 has all but five ids at the floor of version 1; all of them are certain, or those left are at it too."""
+    before = LogitCache.open(str(cache)).teacher(source).read(10, 11)
+    found = rewrite(cache, source, format_version=2, encoding="codes").rows(10, 11)
+    assert np.abs(found.logprobs[0, :5] - before.logprobs[0, :5]).max() <= 2 * STEP
+    assert np.exp(found.logprobs[0].astype(np.float64)).sum() == pytest.approx(1, abs=1e-6)
+    assert (found.logprobs[0, 5:] < -1900).all()
+    assert found.log_tail[0] < -1000
+    assert found.log_tail_half[0] < -100
+    assert np.isneginf(found.log_tail[0]) or source == "codes"
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -302,7 +319,7 @@ def test_into_another_cache_of_the_same_tokens_only(
     assert np.array_equal(found.token_ids, rewrite(cache, k=16).token_ids)
     with pytest.raises(IdentityMismatch, match="stream_sha256"):
         rewrite(cache, k=16, out=str(other))
-    with pytest.raises(InputError, match="label_logprob"):
+    with pytest.raises(InputError, match="log-probs of labels"):
         rewrite(cache, k=16, out=str(bare))
     with pytest.raises(LogitCacheError, match="no cache there"):
         rewrite(cache, k=16, out=str(tmp_path / "nowhere"))
@@ -311,7 +328,7 @@ def test_into_another_cache_of_the_same_tokens_only(
 
 
 KILLED = """
-import os, sys
+import json, os, sys
 from storage.stores.local import LocalStore
 from logit_cache.caching.recompress import RecompressJob, recompress
 publish, left = LocalStore.publish, {writes}
@@ -322,26 +339,44 @@ def killed(self, key, data):
     left -= 1
     return publish(self, key, data)
 LocalStore.publish = killed
-recompress(RecompressJob(cache=sys.argv[1], name="codes", to="new", k=16, top_p=0.95, step_nats=0.0625))
+recompress(RecompressJob(cache=sys.argv[1], to="new", **json.loads(sys.argv[2])))
 """
 
 
-def test_killed_at_any_write_it_resumes_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes", "kills"),
+    [
+        ("codes", {"k": 16, "top_p": 0.95, "step_nats": 0.0625}, (1, 6, 13, 19, 27, 39)),
+        ("sampled", {"k": 16, "fields": ["sampled-logprobs"], "sampled_step_nats": 1.0}, (9, 15)),
+    ],
+    ids=["pruned", "sampled again"],
+)
+def test_killed_at_any_write_it_resumes_to_the_same_bytes(
+    cache: Path,
+    made: tuple[Path, CacheRecord],
+    logits: np.ndarray,
+    tokens: np.ndarray,
+    tmp_path: Path,
+    name: str,
+    changes: dict[str, Any],
+    kills: tuple[int, ...],
+) -> None:
     """After the record, within the metadata, between the objects of a shard, before a receipt, before the index."""
-    changes: dict[str, Any] = {"k": 16, "top_p": 0.95, "step_nats": 0.0625}
+    if name == "sampled":
+        write_entry(cache, "sampled", *sampled_entry(made[1], top(logits, tokens, K)))
     whole = Path(shutil.copytree(cache, tmp_path / "whole"))
-    rewrite(whole, **changes)
-    for writes in (1, 6, 13, 19, 27, 39):
+    rewrite(whole, name, **changes)
+    for writes in kills:
         victim = Path(shutil.copytree(cache, tmp_path / f"victim-{writes}"))
         pid = os.fork()
         if pid == 0:  # a child of a process that has imported everything: quick, and killed like any other
-            sys.argv = ["", str(victim)]
+            sys.argv = ["", str(victim), json.dumps({"name": name, **changes})]
             exec(KILLED.format(writes=writes), {})
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
         with pytest.raises(LogitCacheError):
             LogitCache.open(str(victim)).teacher("new").read(0, N)
-        rewrite(victim, **changes)
+        rewrite(victim, name, **changes)
         assert contents(victim, "new") == contents(whole, "new")
         assert verify(str(victim), deep=True).sound
 
@@ -353,10 +388,11 @@ def test_the_loss_takes_pruned_rows(cache: Path, dense: np.ndarray, source: str,
     found = rewrite(cache, source, k=32, top_p=0.8)
     assert len(np.unique(found.kept)) > 5
     batch = collate(DistillationWindows(str(cache), ["new"], window_tokens=N - 1).__getitems__([0]))
-    targets = batch["targets"]["new"].flat()
+    targets = batch["targets"]["new"].flat().decoded()
     rng = np.random.default_rng(4)
     student = torch.from_numpy(rng.normal(size=(N - 1, V)) * 2).requires_grad_()
-    kl = forward_kl(student, targets, Member("new", 1.0, found.step_nats, V), temperature)
+    member = Member.of("new", LogitCache.open(str(cache)).teacher("new").entry)
+    kl = forward_kl(student, targets, member, temperature)
     kl.sum().backward()
     assert student.grad is not None
     assert bool(torch.isfinite(student.grad).all())

@@ -11,6 +11,7 @@ import torch
 from support.references.reducer import FLOOR
 from torch import Tensor
 
+from storage.format.targets import SparseTargets
 from teachers.reduction.reduce import ReducedRows, reduce_topk, reduce_varopt
 from teachers.reduction.varopt import Sampling, random_bits, random_words
 
@@ -40,6 +41,16 @@ def sample(
     rows, columns = logits.shape
     sampling = sampling_of(rows, seed, temperature, head_ids, k if pivotal else 0)
     return reduce_varopt(logits, vocabulary_size or columns, k, torch.arange(rows) % columns, FLOOR, sampling)
+
+
+def sampled_targets(
+    logits: np.ndarray, k: int, seed: int = 0, temperature: float = 1.0, head_ids: int = 0
+) -> SparseTargets:
+    """A sample of K ids of each row, as a teacher's worker has it; the label of row t is t modulo the columns."""
+    found = sample(torch.from_numpy(logits).float(), k, seed, head_ids, temperature)
+    counts = (np.full(len(logits), k, dtype=np.uint16), found.certain.numpy().astype(np.uint16))
+    values = {name: array.numpy() for name, array in vars(found).items() if name not in ("token_ids", "certain")}
+    return SparseTargets(0, found.token_ids.numpy().astype(np.uint16), *counts, **values)
 
 
 def dense(logits: Tensor) -> np.ndarray:
