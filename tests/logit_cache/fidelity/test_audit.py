@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.small import dense_targets, entry_2, make_corpus, make_entry, write_entry
 from support.commands import Run, refused
 from support.models.short_heads import beside, swap_ids
 
@@ -31,7 +31,7 @@ from logit_cache.fidelity.rescore import TargetRows, sample_windows, shard_rows,
 from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
 from storage.errors import CorruptCache, InputError, LogitCacheError
-from storage.format.manifest import ArrayLayout, Encoding, Shrunk, Targets, TeacherEntry, Windowing
+from storage.format.manifest import ArrayLayout, Encoding, Shrunk, TeacherEntry, Windowing
 from storage.format.sealing import digest
 
 K, CONTEXT, SHARD = 24, 64, 4096
@@ -194,21 +194,9 @@ def likeliest(exact: SparseTargets) -> SparseTargets:
     )
 
 
-def varopt_entry(entry: TeacherEntry, *fields: Any, **changes: Any) -> TeacherEntry:
-    """The record of sampled targets in place of the top ones."""
-    targets = Targets(
-        method="varopt", k=K, seed=0, fields=fields, positions="all", tail="exact", sampling="systematic",
-        order="ids", **changes,
-    )  # fmt: skip
-    encoding = Encoding(
-        step_nats=1 / 32, value_step_nats=1 / 256, sampled_step_nats=1 / 2 if "sampled-logprobs" in fields else None
-    )
-    return entry.model_copy(update={"targets": targets, "encoding": encoding})
-
-
 def test_the_likeliest_ids_are_no_sample(cache: Path, teacher: Path, world: World) -> None:
     _, entry, exact = world
-    chosen = varopt_entry(entry, "entropy", "half-tail", "label", "sampled-logprobs", head_ids=8)
+    chosen = entry_2(entry, "entropy", "half-tail", "label", "sampled-logprobs", method="varopt", head_ids=8)
     write_entry(cache, "chosen", chosen, likeliest(exact))
     found = check(cache, teacher, "chosen", windows=8)
     assert found.differing == []
@@ -249,7 +237,7 @@ def test_sampled_ids_are_drawn_again(
     cache: Path, teacher: Path, world: World, samples: dict[str, SparseTargets]
 ) -> None:
     """They have no log-probs; which ids the teacher and the seed give is all that can be wrong with them."""
-    entry = varopt_entry(world[1])
+    entry = entry_2(world[1], method="varopt")
     for name, targets in samples.items():
         write_entry(cache, name.replace(" ", "-"), entry, targets)
         found = check(cache, teacher, name.replace(" ", "-"), windows=12)
@@ -288,7 +276,7 @@ def test_sampled_ids_of_a_half_precision_are_drawn_again(cache: Path, teacher: P
 def test_ids_sampled_from_a_sample_are_not_drawn_again(
     cache: Path, teacher: Path, world: World, samples: dict[str, SparseTargets]
 ) -> None:
-    entry = varopt_entry(world[1], shrunk_from=(Shrunk(k=64, seed=3),))
+    entry = entry_2(world[1], method="varopt", shrunk_from=(Shrunk(k=64, seed=3),))
     shrunk = entry.model_copy(update={"made": "recompressed", "derived_from": "0" * 64})
     write_entry(cache, "shrunk", shrunk, samples["another seed"])
     found = check(cache, teacher, "shrunk")
@@ -469,6 +457,13 @@ def test_every_lie_is_found(
         assert all(first % (2 * CONTEXT) == CONTEXT for first, _ in found.differing)
     else:
         assert len(found.differing) == found.windows
+
+
+def test_a_lie_in_version_1(cache: Path, teacher: Path, lies: dict[str, SparseTargets]) -> None:
+    entry = made(cache, teacher, "first", **VERSION_1)
+    write_entry(cache, "lie", entry, lies["log-probs 0.01 nats off"])
+    found = check(cache, teacher, "lie", windows=8)
+    assert {name for name, item in found.fields.items() if item.windows_differing} == {"logprobs", "top_logprob"}
 
 
 def test_lies_in_a_half_precision_s_record(

@@ -60,6 +60,47 @@ def dense_targets(logits: np.ndarray, k: int, labels: np.ndarray, start: int = 0
     )
 
 
+def sampled_targets(positions: int, vocabulary_size: int, k: int, temperature: float = 1.0) -> SparseTargets:
+    """Sampled targets of random logits, from sharp to flat: some rows have no certain id. The ids in place of the
+    sampled ones are any, with log-probs below the threshold that none exceeds; in the order in which they are stored.
+    """
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(positions, vocabulary_size)) * rng.uniform(0.1, 6, (positions, 1))
+    whole = dense_targets(logits, k, np.append(rng.integers(0, vocabulary_size, positions - 1), -1))
+    certain = rng.integers(0, k - 1, positions).astype(np.uint16)
+    sampled = np.arange(k) >= certain[:, None]
+    left = np.where(sampled, whole.logprobs, -np.inf)
+    tail = np.logaddexp(whole.log_tail, np.logaddexp.reduce(left, axis=1))
+    half = np.logaddexp(whole.log_tail_half, np.logaddexp.reduce(left / 2, axis=1))
+    threshold = temperature * ((tail if temperature == 1 else half) - np.log(k - certain))
+    below = np.where(sampled, threshold[:, None] - rng.exponential(3, (positions, k)), whole.logprobs)
+    order = np.argsort(np.where(sampled, whole.token_ids.astype(np.int64), np.arange(k) - k), axis=1)
+    found = {
+        "token_ids": np.take_along_axis(whole.token_ids, order, axis=1),
+        "certain": certain,
+        "logprobs": np.take_along_axis(below, order, axis=1).astype(np.float32),
+        "log_tail": tail.astype(np.float32),
+        "log_tail_half": half.astype(np.float32),
+    }
+    return SparseTargets(0, **whole.arrays() | found)
+
+
+def entry_2(entry: TeacherEntry, *fields: Any, **changes: Any) -> TeacherEntry:
+    """An entry as one of version 2 that stores some fields; `encoding` is its kind, the rest changes its targets."""
+    codes = changes.pop("encoding", "codes") == "codes"
+    targets = {"positions": "all", "tail": "exact", "fields": fields, "k": entry.targets.k, **changes}
+    if targets.get("method") == "varopt":
+        targets = {"seed": 0, "sampling": "systematic", "order": "ids", **targets}
+    encoding = Encoding(
+        kind="codes" if codes else "float32",
+        step_nats=1 / 32 if codes else None,
+        value_step_nats=1 / 256 if codes else None,
+        sampled_step_nats=1 / 2 if codes and "sampled-logprobs" in fields else None,
+    )
+    changed = {"format_version": 2, "made": "cached", "targets": Targets(**targets), "encoding": encoding}
+    return TeacherEntry.model_validate(dict(entry) | changed)
+
+
 def random_stream(vocabulary_size: int, positions: int, k: int) -> tuple[np.ndarray, SparseTargets]:
     """Tokens uint16 [N], and top-k targets of random logits that have them as labels; always the same."""
     rng = np.random.default_rng(0)
