@@ -134,10 +134,10 @@ def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) 
     """The error that the encoding states, nats; for derived entries with the error that `recompress` adds."""
     if name == "token_ids":
         return np.zeros_like(stored)
+    if entry.format_version == 2:
+        return np.full_like(stored, _stated_error(entry, name))
     derived = entry.derived_from is not None
     step = entry.encoding.step_nats or 0.0
-    if entry.format_version == 2:
-        return np.full_like(stored, _stated_error(entry, name, derived))
     if name in ("logprobs", "sampled_logprobs") and step:
         return np.full_like(stored, step if derived else step / 2)
     bits = entry.encoding.mantissa_bits
@@ -148,14 +148,14 @@ def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) 
     return error
 
 
-def _stated_error(entry: TeacherEntry, name: str, derived: bool) -> float:
+def _stated_error(entry: TeacherEntry, name: str) -> float:
     """The error of a field in version 2; it is 0 with log-probs as float32, all of whose steps are 0.
 
     Log-probs less the first one, and the log-odds of the mass, are whole steps rounded to nearest: half a step. Sampled
-    log-probs are rounded up or down, by less than their step. In a derived entry log-probs are off by a step, as in
-    version 1; the odds count the masses of ids that were cut off, each a step off its neighbours, and round again.
+    log-probs are rounded up or down, by less than their step. In a recompressed entry log-probs are off by a step, as
+    in version 1; the odds count the masses of ids that were cut off, each a step off its neighbours, and round again.
     """
-    encoding = entry.encoding
+    encoding, derived = entry.encoding, entry.made == "recompressed"
     step, value_step = encoding.step_nats or 0.0, encoding.value_step_nats or 0.0
     if name == "sampled_logprobs":
         return (2 if derived else 1) * (encoding.sampled_step_nats or 0.0)
