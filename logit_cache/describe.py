@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
-from storage.format.manifest import Corpus, ShardStatistics
+from storage.format.manifest import TARGET_FIELDS, Corpus, ShardStatistics, Targets
 from storage.format.targets import SparseTargets
 from storage.text import counted
 
@@ -58,15 +58,22 @@ def describe_stream(cache: LogitCache) -> dict[str, Any]:
 
 
 def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
-    """One teacher entry as JSON data: sums from the receipts, `fidelity` from its report; no array is read."""
+    """One teacher entry as JSON data: sums from the receipts, `fidelity` from its report; no array is read.
+
+    bytes_per_token: per cached position; bytes_per_target: per position with targets.
+    """
     entry = targets.entry
     missing = targets.missing()
     covered = entry.positions - sum(stop - start for start, stop in missing)
     stored = targets.stored_bytes()
     statistics, seconds = targets.statistics()
+    with_targets = 0 if statistics is None else statistics.positions
     report = targets.fidelity()
     member = entry.teacher.members[0]
     return {
+        "format_version": entry.format_version,
+        "made": entry.made,
+        "derived_from": entry.derived_from,
         "teacher": [m.model_dump() for m in entry.teacher.members],
         "combine": entry.teacher.combine,
         "weights": list(entry.teacher.weights),
@@ -81,13 +88,15 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "record_sha256": targets.record_sha256,
         "positions": entry.positions,
         "positions_cached": covered,
+        "positions_with_targets": with_targets,
         "complete": not missing,
         "missing": missing[:100],
         "stored_bytes": stored,
         "bytes_per_token": stored / covered if covered else None,
-        "bytes_per_kept_id": stored / (covered * entry.targets.k) if covered else None,
+        "bytes_per_target": stored / with_targets if with_targets else None,
+        "bytes_per_kept_id": stored / (with_targets * entry.targets.k) if with_targets else None,
         "positions_per_second": covered / seconds if seconds else None,
-        "summary": summarise(statistics) if statistics else None,
+        "summary": summarise(statistics) if statistics and with_targets else None,
         "fidelity": report.model_dump() if report else None,
     }
 
@@ -115,11 +124,53 @@ def targets_in_words(targets: dict[str, Any]) -> str:
         text += f", seed {targets['seed']}, temperature {targets['temperature']:g}"
     if targets["head_ids"] is not None:
         text += f", {counted(targets['head_ids'], 'id')} certain"
+    if targets.get("sampling") == "pivotal":
+        text += ", pivotal sampling"
     if targets.get("order") == "embeddings":
         text += ", in the order of the teacher's embeddings"
+    for earlier in targets.get("shrunk_from") or ():
+        text += f", sampled from a sample of {counted(earlier['k'], 'id')} (seed {earlier['seed']})"
     if targets.get("positions") in ("trained", "some"):
         text += f", at {targets['positions']} positions"
     return text
+
+
+def stored_in_words(entry: dict[str, Any]) -> str:
+    """What a described entry stores: `format 2: ids, log-probs of the certain ones, mass outside them, entropy`."""
+    targets = Targets.model_validate(entry["targets"])
+    fields = [name for name in TARGET_FIELDS if targets.has(name)]
+    if targets.method == "top-k":
+        fields = [name for name in fields if name != "sampled-logprobs"]
+    mass = "mass outside them" if targets.has("tail") else "mass outside them not known"
+    return f"format {entry['format_version']}: " + ", ".join(["ids", "log-probs of the certain ones", mass, *fields])
+
+
+def losses_in_words(targets: dict[str, Any]) -> str:
+    """The losses that the `targets` of a described entry serve."""
+    stored = Targets.model_validate(targets)
+    if not stored.has("tail"):
+        return "forward KL with tail renormalise"
+    found = []
+    if stored.method == "varopt":
+        found.append(f"forward KL with tail sampled, at temperature {stored.temperature:g}")
+    if stored.method == "top-k" or stored.has("sampled-logprobs"):
+        temperature = "any temperature from 1 on" if stored.has("half-tail") else "temperature 1"
+        found.append(f"every divergence with tail bucket, at {temperature}")
+    return "; ".join(found)
+
+
+_MADE = {
+    "cached": "by its teacher",
+    "served": "by its teacher behind a server",
+    "imported": "from somebody else's file",
+    "projected": "from an entry in another vocabulary",
+    "recompressed": "from another entry, without its teacher",
+}
+
+
+def made_in_words(entry: dict[str, Any]) -> str:
+    """How the targets of a described entry were made, of which version 1 knows whether from another entry."""
+    return _MADE[entry["made"] or ("recompressed" if entry["derived_from"] else "cached")]
 
 
 def windowing_in_words(windowing: dict[str, Any]) -> str:

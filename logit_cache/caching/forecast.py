@@ -10,7 +10,9 @@ reduce, encode, compress, hash, by the same functions. The rest is arithmetic on
     epochs     until the cache has paid for itself: caching / (live - cached), all per position; `live` is a student's
                step with the teachers beside it, `cached` from the cache; without a student, the teachers' forward alone
 
-A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding. The live step reads the
+A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding. Where only the positions
+that the loss mask trains have targets, all pieces have some, and the bytes and batches of a piece are scaled from its
+share of trained positions to the stream's. The live step reads the
 windows of a student of the entry: inside documents, and padded, where the teacher is to see documents alone.
 """
 
@@ -40,6 +42,7 @@ from logit_cache.caching.step_cost import (
     student_windows,
 )
 from logit_cache.caching.windows import windows
+from storage.cache.reader import Stream
 from storage.errors import FormatError, InputError
 from storage.format.encoding import token_id_dtype
 from storage.format.layout import COMPRESSION, entry_layout, group_metadata, metadata_bytes, teacher_arrays
@@ -74,11 +77,16 @@ class Question:
 
 @dataclass
 class Probe:
-    """Measurements of all pieces. Meters hold seconds; `chunk_bytes` sums the chunks of all pieces, by array."""
+    """Measurements of all pieces. Meters hold seconds; `chunk_bytes` sums the chunks of all pieces, by array.
+
+    share: of the stream's positions, those that will have targets; rows: how many of the probe's have some.
+    """
 
     entry: TeacherEntry
     score: Meter
     encode: Meter
+    share: float = 1.0
+    rows: int = 0
     positions: int = 0
     windows: int = 0
     batches: int = 0
@@ -88,9 +96,14 @@ class Probe:
     reading: float = 0.0
     first: SparseTargets | None = None
 
+    @property
+    def density(self) -> float:
+        """How many positions with targets the stream has for each one of a piece as long."""
+        return self.share * self.positions / self.rows
+
     def bytes_per_position(self, name: str) -> float:
-        """Bytes of an array's chunks per position, without shard indices."""
-        return self.chunk_bytes[name] / self.positions
+        """Bytes of an array's chunks per position of the stream, without shard indices."""
+        return self.density * self.chunk_bytes[name] / self.positions
 
 
 def forecast(job: CacheJob, question: Question, track: Track) -> dict[str, Any]:
@@ -168,9 +181,12 @@ def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> Tea
 def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Probe:
     cache, teacher, entry = prepared.cache, prepared.teacher, prepared.entry
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    probed, pieces = _pieces(entry, starts, most_windows)
+    mask = cache.loss_mask if entry.targets.positions == "trained" else None
+    probed, pieces = _pieces(entry, starts, most_windows, mask)
     specs, size = teacher_arrays(probed), probed.layout.shard
     probe = Probe(probed, Meter(teacher.device), Meter(teacher.device), chunk_bytes=dict.fromkeys(specs, 0))
+    if mask is not None:
+        probe.share = int(mask.count_before(np.array([entry.positions]))[0]) / entry.positions
     # Warm-up: the first pass includes set-up that the others do not pay for.
     begin = next(iter(pieces)) * size
     warm = begin + probed.execution.batch_windows * entry.windowing.stride_tokens
@@ -189,6 +205,7 @@ def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Pro
                 digests = {name: object_digest(specs[name], data) for name, data in objects.items()}
                 statistics = shard_statistics(targets)
             probe.positions += stop - start
+            probe.rows += statistics.positions
             probe.windows += count
             probe.batches += -(-count // probed.execution.batch_windows)
             probe.pieces += 1
@@ -206,9 +223,12 @@ def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Pro
 
 
 def _pieces(
-    entry: TeacherEntry, document_starts: NDArray[np.uint64] | None, most_windows: int | None
+    entry: TeacherEntry, document_starts: NDArray[np.uint64] | None, most_windows: int | None, mask: Stream | None
 ) -> tuple[TeacherEntry, dict[int, int]]:
-    """The probe's entry, in which a piece is a shard, and the windows of each piece, by the shard's number."""
+    """The probe's entry, in which a piece is a shard, and the windows of each piece, by the shard's number.
+
+    mask: which positions have targets, None for all; a piece has some, and windows without any are not scored.
+    """
     layout, stride, batch = entry.layout, entry.windowing.stride_tokens, entry.execution.batch_windows
     piece = min(layout.shard, max(1, -(-batch * stride // layout.chunk)) * layout.chunk)
     wanted = _PIECES * piece if most_windows is None else most_windows * stride
@@ -219,12 +239,18 @@ def _pieces(
             number = min(_PIECES, max(1, wanted // stride))
             size = max(1, wanted // number)
             size = chunk = size - size % stride if size > stride else size
-        slots = max(1, entry.positions // size)
-        number = min(number, slots)
+        slots = np.arange(max(1, entry.positions // size))
+        if mask is not None:
+            edges = np.minimum(np.append(slots, len(slots)) * size, entry.positions)
+            slots = np.flatnonzero(np.diff(mask.count_before(edges)))
+            if not len(slots):
+                raise InputError("no position of the stream is trained by its loss mask, so none would have targets")
+        number = min(number, len(slots))
         counts = {}
-        for slot in [(2 * i + 1) * slots // (2 * number) for i in range(number)]:
+        for slot in slots[[(2 * i + 1) * len(slots) // (2 * number) for i in range(number)]].tolist():
             ends = slot * size, min((slot + 1) * size, entry.positions)
-            counts[slot] = sum(1 for _ in windows(*ends, entry.positions, entry.windowing, document_starts))
+            plan = windows(*ends, entry.positions, entry.windowing, document_starts)
+            counts[slot] = sum(1 for each in plan if mask is None or mask.read(each.first, each.last).any())
         if most_windows is None or sum(counts.values()) <= most_windows or size == 1:
             break
         # Every document has a window of its own, so there are more than positions alone say.
@@ -238,7 +264,7 @@ def _pieces(
 def _speed(probe: Probe, entry: TeacherEntry) -> dict[str, float]:
     """Speed and cost per position of the entry: a shard's windows form whole batches, the last one padded."""
     shard = min(entry.layout.shard, entry.positions)
-    batches = math.ceil(probe.windows / probe.positions * shard / probe.entry.execution.batch_windows)
+    batches = math.ceil(probe.density * probe.windows / probe.positions * shard / probe.entry.execution.batch_windows)
     passes = batches * probe.positions / (probe.batches * shard)  # of this entry, for each pass of the probe
     score, encode = probe.score.seconds * passes / probe.positions, probe.encode.seconds / probe.positions
     seconds = score + encode if probe.score.device.type == "cpu" else max(score, encode)
@@ -248,7 +274,7 @@ def _speed(probe: Probe, entry: TeacherEntry) -> dict[str, float]:
 
 
 def _size(probe: Probe, entry: TeacherEntry) -> dict[str, Any]:
-    """Bytes and counts of all files of the finished entry, without its fidelity report."""
+    """Bytes and counts of all files of the finished entry, without its fidelity report, and by array."""
     specs = teacher_arrays(entry)
     shards = next(iter(specs.values())).shards
     full = min(entry.layout.shard, entry.positions)
@@ -265,6 +291,8 @@ def _size(probe: Probe, entry: TeacherEntry) -> dict[str, Any]:
     return {
         "bytes": round(total),
         "bytes_per_token": total / entry.positions,
+        "positions_with_targets": round(probe.share * entry.positions),
+        "bytes_per_target": total / (probe.share * entry.positions),
         "array_bytes": {name: round(count) for name, count in arrays.items()},
         "receipts_bytes": shards * probe.receipt_bytes,
         "index_bytes": index,

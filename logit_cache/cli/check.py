@@ -129,6 +129,7 @@ def audit_text(found: Audit) -> str:
     lines += [f"  execution   {line}" for line in found.execution]
     lines += [
         f"  compared    {counted(found.positions, 'position')} in {counted(found.windows, 'window')}",
+        *(f"  omitted     {line}" for line in found.uncompared),
         f"  noise       of the teacher against itself, {'; '.join(found.controls)}",
         "  nats beyond the encoding's error:",
     ]
@@ -138,6 +139,13 @@ def audit_text(found: Audit) -> str:
         row = [name, f"{item.encoding_error:.1e}", f"{100 * item.within:.2f} %", *map("{:.2e}".format, beyond)]
         rows.append([*row, str(item.position), str(item.windows_differing)])
     lines += [f"  {line}" for line in columns(rows)]
+    if found.sampled is not None:
+        drawn = found.sampled
+        lines.append(
+            f"  sampled     {counted(drawn.ids, 'id')} drawn again: {drawn.again:.2%} come again, at least "
+            f"{drawn.limit:.2%} expected; of the teacher's own {drawn.teacher:.2%}, of an unrelated sample "
+            f"{drawn.chance:.2%}; {counted(drawn.windows_differing, 'window')} off"
+        )
     if found.differing:
         shown = ", ".join(f"{first}..{last}" for first, last in found.differing[:4])
         more = len(found.differing) - 4

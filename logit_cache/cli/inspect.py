@@ -77,7 +77,13 @@ def stream_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
-    from logit_cache.describe import targets_in_words, windowing_in_words
+    from logit_cache.describe import (
+        losses_in_words,
+        made_in_words,
+        stored_in_words,
+        targets_in_words,
+        windowing_in_words,
+    )
 
     state = "complete"
     if not entry["complete"]:
@@ -91,28 +97,37 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         shares = zip(entry["weights"], made_of, strict=True)
         made_of = [f"{entry['combine']} of " + " and ".join(f"{share:g} {member}" for share, member in shares)]
     digests = ", ".join(f"{member['weights_sha256'][:16]}…" for member in entry["teacher"])
-    lines = [
-        f"teacher {name}: {made_of[0]}",
-        f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}",
-        f"  targets     {targets_in_words(entry['targets'])}, of {entry['vocabulary_size']:,} ids",
-        f"  windows     {windowing_in_words(entry['windowing'])}",
-        f"  weights     sha256 {digests}",
-    ]
-    if entry["positions_cached"]:
-        lines.append(
-            f"  size        {size(entry['stored_bytes'])}, {entry['bytes_per_token']:.1f} bytes per token, "
-            f"{entry['bytes_per_kept_id']:.2f} per id ({entry['encoding']['kind']})"
-        )
+    with_targets, made = entry["positions_with_targets"], made_in_words(entry)
     if entry["positions_per_second"]:
         device = entry["execution"]["device_type"]
-        lines.append(f"  made at     {entry['positions_per_second']:,.0f} positions/s per worker on {device}")
+        made += f", {entry['positions_per_second']:,.0f} positions/s per worker on {device}"
+    lines = [
+        f"teacher {name}: {made_of[0]}",
+        f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}"
+        + ("" if with_targets == entry["positions_cached"] else f"; targets at {with_targets:,} of them"),
+        f"  targets     {targets_in_words(entry['targets'])}, of {entry['vocabulary_size']:,} ids",
+        f"  stored      {stored_in_words(entry)}",
+        f"  serves      {losses_in_words(entry['targets'])}",
+        f"  windows     {windowing_in_words(entry['windowing'])}",
+        f"  weights     sha256 {digests}",
+        f"  made        {made}",
+    ]
+    if with_targets:
+        per_target = f", {entry['bytes_per_target']:.1f} per position with targets"
+        lines.append(
+            f"  size        {size(entry['stored_bytes'])}, {entry['bytes_per_token']:.1f} bytes per token"
+            + ("" if with_targets == entry["positions_cached"] else per_target)
+            + f", {entry['bytes_per_kept_id']:.2f} per id ({entry['encoding']['kind']})"
+        )
     summary = entry["summary"]
     if summary:
-        if summary["cross_entropy"] is not None:
-            lines.append(
-                f"  teacher     loss {summary['cross_entropy']:.4f} nats, perplexity {summary['perplexity']:.2f}"
-                + ("" if summary["entropy"] is None else f", mean entropy {summary['entropy']:.3f} nats")
-            )
+        known = [
+            "" if summary["cross_entropy"] is None else f"loss {summary['cross_entropy']:.4f} nats",
+            "" if summary["perplexity"] is None else f"perplexity {summary['perplexity']:.2f}",
+            "" if summary["entropy"] is None else f"mean entropy {summary['entropy']:.3f} nats",
+        ]
+        if any(known):
+            lines.append(f"  teacher     {', '.join(filter(None, known))}")
         lines.append(
             f"  head mass   mean {summary['head_mass']:.4f}; below 0.5 in "
             f"{100 * summary['positions_with_head_mass_below_0.5']:.1f} % of positions, below 0.9 in "
@@ -126,7 +141,6 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
 
 def _fidelity_lines(found: dict[str, Any]) -> list[str]:
     residual, divergences, stored = found["residual_mass"], found["divergences"], found["size"]
-    even, shaped = divergences["bucket"]["forward"], divergences["bucket-unigram"]["forward"]
 
     def degrees(angle: dict[str, float | None]) -> str:
         return " / ".join("–" if value is None else f"{value:.1f}" for value in (angle["positions"], angle["mean"]))
@@ -139,18 +153,22 @@ def _fidelity_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"  fidelity    on {found['positions']:,} positions: mass outside the stored ids {residual['mean']:.4f} "
         f"(median {residual['q50']:.4f}, 95 % {residual['q95']:.4f}, at most {residual['maximum']:.4f})",
-        f"    KL(full, stored)  {_nats(even)} with an even tail, {_nats(shaped)} with one like the text's; "
-        f"quantisation alone {found['quantisation']:.1e} nats",
-        f"    KL of the means   {', '.join(means)}",
-        "    gradient to dense, degrees, of all positions / of their mean; uniform student | tempered student:",
+        f"    KL(full, stored)  {_distances(divergences)}quantisation alone {found['quantisation']:.1e} nats",
     ]
+    if means:
+        lines.append(f"    KL of the means   {', '.join(means)}")
+    if found["gradients"]:
+        lines.append(
+            "    gradient to dense, degrees, of all positions / of their mean; uniform student | tempered student:"
+        )
     angles = [
         (name, degrees(angle["uniform"]), "|", degrees(angle["tempered"])) for name, angle in found["gradients"].items()
     ]
     lines += [f"      {line}" for line in columns(angles)]
     if found["calibration"]:
-        errors = ", ".join(f"{name} {100 * value:.1f}" for name, value in found["calibration"]["stored"].items())
-        lines.append(f"    calibration error teacher {100 * found['calibration']['full']:.1f} %; {errors}")
+        errors = [f"{name} {100 * value:.1f}" for name, value in found["calibration"]["stored"].items()]
+        full = f"teacher {100 * found['calibration']['full']:.1f} %"
+        lines.append(f"    calibration error {'; '.join([full, *([', '.join(errors)] if errors else [])])}")
     lines.append(
         f"    bytes             {stored['bytes_per_id']:.2f} for each of {stored['mean_kept']:.1f} ids, "
         f"{stored['overhead_bytes_per_token']:.1f} beside them per token"
@@ -165,8 +183,15 @@ def _fidelity_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _nats(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.4f}"
+def _distances(divergences: dict[str, Any]) -> str:
+    """KL(full, stored) of the bucket; none where it is no treatment of these targets."""
+    if "bucket" not in divergences:
+        return ""
+    even, shaped = (
+        "infinite" if value is None else f"{value:.4f}"
+        for value in (divergences[name]["forward"] for name in ("bucket", "bucket-unigram"))
+    )
+    return f"{even} with an even tail, {shaped} with one like the text's; "
 
 
 def position_text(found: dict[str, Any]) -> str:

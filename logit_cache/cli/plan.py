@@ -73,6 +73,10 @@ def forecast_text(found: dict[str, Any]) -> str:
     time, opening, layout = found["time"], found["opening"], found["entry"]["layout"]
     workers = counted(time["workers"], "worker")
     device = "" if memory["device_bytes"] is None else f" and {size(memory['device_bytes'])} on the device"
+    per_target = f", {sizes['bytes_per_target']:.1f} per position with targets"
+    if sizes["positions_with_targets"] == found["tokens"]:
+        per_target = ""
+    by_array = ", ".join(f"{name} {count / found['tokens']:.2f}" for name, count in sizes["array_bytes"].items())
     lines = [
         f"{found['cache']}: {found['tokens']:,} tokens"
         + ("" if found["tokens"] == found["tokens_in_the_cache"] else f" (it has {found['tokens_in_the_cache']:,})"),
@@ -83,7 +87,8 @@ def forecast_text(found: dict[str, Any]) -> str:
         f"{1e6 * speed['cpu_seconds_per_token']:,.1f} µs of processor time per token",
         f"  time        {duration(3600 * time['hours'])} with {workers}, each like this one and as free as it is now; "
         f"{duration(3600 * time['cpu_hours'])} of processor time in all",
-        f"  size        {size(sizes['bytes'])}, {sizes['bytes_per_token']:.1f} bytes per token",
+        f"  size        {size(sizes['bytes'])}, {sizes['bytes_per_token']:.1f} bytes per token{per_target}",
+        f"  by array    {by_array}",
         f"  objects     {counted(sizes['shards'], 'shard')} of {layout['shard']:,} positions: "
         f"{counted(sizes['objects'], 'object')} and {counted(sizes['receipts'], 'receipt')}; "
         f"the largest {size(sizes['largest_object_bytes'])}, never above "

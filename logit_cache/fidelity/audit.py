@@ -12,8 +12,9 @@ batch shape   in the entry's recorded batch shape, and window by window in anoth
 dtype         where that does not explain it and a half precision is involved, the same weights in another dtype:
               the whole effect of its rounding, whatever the device and the kernels that made the entry
 
-One window that differs in one field is enough for the verdict. Digests that differ are named and decide nothing: the
-same weights saved in another way have another one, and other weights have other values.
+One window that differs in one field is enough for the verdict. Sampled ids that are stored without log-probs are drawn
+again, and held against the share that two runs of the live teacher have in common. Digests that differ are named and
+decide nothing: the same weights saved in another way have another one, and other weights have other values.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ import numpy as np
 import torch
 
 from logit_cache.caching.prepare import execution_of
-from logit_cache.fidelity.rescore import Sample, live_values, sample_windows, stored_values, take_sample
-from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
+from logit_cache.fidelity.rescore import (
+    Sample,
+    TargetRows,
+    Values,
+    live_values,
+    sample_windows,
+    stored_values,
+    take_sample,
+)
+from logit_cache.fidelity.tolerance import DrawnAgain, FieldReport, biased_sample, compare, compare_drawn
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IdentityMismatch, IncompleteCache, InputError
-from storage.format.manifest import TeacherEntry, Versions
+from storage.format.manifest import TARGET_FIELDS, TeacherEntry, Versions
 from student.models.vocabulary import check_vocabulary
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
@@ -50,6 +59,8 @@ class Audit:
     """The result of an audit.
 
     drawn       positions sampled, n in the module's formula; `positions` of `windows` windows were compared
+    sampled     of ids that were drawn again, how many came again; None where none were
+    uncompared  what the entry does not store, or cannot be compared of it
     controls    the ways in which the live teacher was compared with itself
     identity    fields in which the live teacher is not the one that the entry names
     execution   settings other than the recorded ones; they explain noise and decide nothing
@@ -69,7 +80,9 @@ class Audit:
     execution: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     differing: list[tuple[int, int]] = field(default_factory=list)
+    uncompared: list[str] = field(default_factory=list)
     fields: dict[str, FieldReport] = field(default_factory=dict)
+    sampled: DrawnAgain | None = None
 
     @property
     def consistent(self) -> bool:
@@ -111,11 +124,17 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     targets = cache.teacher(_entry_name(job, cache))
     entry = targets.entry
     _check_members(job, targets)
+    if entry.made == "projected":
+        raise InputError(
+            f"{job.cache}: {targets.name} was projected into this vocabulary, and its teacher reads another one: audit "
+            f"the entry that it was projected from"
+        )
     seed = secrets.randbits(32) if job.seed is None else job.seed
     found = Audit(job.cache, targets.name, " + ".join(job.teacher), seed)
     found.problems += _wrong_cache(cache, entry)
     samples = _samples(job, cache, targets, found)
-    stored = [stored_values(sample.stored) for sample in samples]
+    stored = [stored_values(entry, sample.stored) for sample in samples]
+    found.uncompared += _uncompared(entry)
     recorded = entry.teacher.members[0].dtype
     dtype: Dtype = job.dtype or recorded
 
@@ -128,10 +147,10 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     live = live_values(teacher, entry, samples, at_once, progress)
     controls = [live_values(teacher, entry, samples[::-1], alone, progress)[::-1]]
     found.controls.append(f"in batches of {at_once} and of {alone} windows")
-    found.fields, differing = compare(entry, samples, stored, live, controls)
+    differing = _judge(entry, samples, stored, live, controls, found)
 
     other: Dtype = "float32" if dtype != "float32" else recorded
-    if differing and other != dtype:
+    if (differing or _drawn_otherwise(found)) and other != dtype:
         del members, teacher
         gc.collect()  # models hold cycles, and two of them may not fit
         try:
@@ -141,10 +160,49 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
             found.execution.append(f"the rounding of {dtype} could not be measured: {error}")
         else:
             found.controls.append(f"the same weights in {other}")
-            found.fields, differing = compare(entry, samples, stored, live, controls)
+            differing = _judge(entry, samples, stored, live, controls, found)
     found.differing = [(samples[number].window.first, samples[number].window.last) for number in differing]
-    bias = biased_sample(live)
-    found.problems += [bias] if bias else []
+    found.problems += filter(None, [_drawn_otherwise(found), biased_sample(live)])
+    return found
+
+
+def _judge(
+    entry: TeacherEntry,
+    samples: list[Sample],
+    stored: list[Values],
+    live: list[Values],
+    controls: list[list[Values]],
+    found: Audit,
+) -> list[int]:
+    """Compare values and sampled ids, and note the figures; returns the numbers of the samples that differ."""
+    found.fields, differing = compare(entry, samples, stored, live, controls)
+    found.sampled, drawn = compare_drawn(stored, live, controls)
+    return sorted({*differing, *drawn})
+
+
+def _drawn_otherwise(found: Audit) -> str | None:
+    """The defect of sampled ids of which too few come again, or None."""
+    if found.sampled is None or not found.sampled.differs:
+        return None
+    return (
+        f"the sampled ids are not those that this teacher and seed give: {found.sampled.again:.2%} of them come again "
+        f"when they are drawn again, at least {found.sampled.limit:.2%} was expected"
+    )
+
+
+def _uncompared(entry: TeacherEntry) -> list[str]:
+    """What an audit cannot compare of an entry."""
+    targets = entry.targets
+    absent = [name for name in ("tail", *TARGET_FIELDS) if not targets.has(name)]
+    if targets.method == "top-k":
+        absent = [name for name in absent if name != "sampled-logprobs"]
+    found = [f"not stored: {', '.join(absent)}"] if absent else []
+    shrunk = targets.shrunk_from
+    if shrunk and not targets.has("sampled-logprobs"):
+        found.append(
+            f"sampled ids: sampled from a stored sample of {shrunk[-1].k} ids, so the teacher does not draw them "
+            f"again; that they are a sample of its tail shows in their mean log-prob"
+        )
     return found
 
 
@@ -186,18 +244,42 @@ def _samples(job: AuditJob, cache: LogitCache, targets: TeacherTargets, found: A
         raise IncompleteCache(f"{job.cache}: {targets.name} has no position yet: run its cache-logits command first")
     _ = cache.tokens  # raises now, not after the teacher was loaded, if the cache was shared without them
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    windows = sample_windows(entry, committed, starts, job.windows, np.random.default_rng(found.seed))
+    rows = TargetRows(targets)
+    counts = rows.counts()
+    if not counts.any():
+        raise InputError(f"{job.cache}: no position of {targets.name} has targets: there is nothing to audit")
+
+    def row(shard: int, number: int) -> int:
+        try:
+            return rows.row(shard, number)
+        except CorruptCache as error:
+            found.problems.append(str(error))
+            return number  # of the windows of a damaged shard any will do
+
+    windows = sample_windows(entry, counts, starts, job.windows, np.random.default_rng(found.seed), row)
     samples = []
     for window in windows:
         try:
             samples.append(take_sample(cache, targets.name, window))
         except CorruptCache as error:
             found.problems.append(str(error))
+        else:
+            found.problems += _untrained(cache, entry, samples[-1])
+    found.problems = list(dict.fromkeys(found.problems))
     if not samples:
         raise CorruptCache(f"{found.problems[-1]}; none of {len(windows)} windows can be read: run logit-cache verify")
     found.drawn, found.windows = job.windows, len(samples)
-    found.positions = sum(len(sample.labels) for sample in samples)
+    found.positions = sum(int((sample.stored.kept > 0).sum()) for sample in samples)
     return samples
+
+
+def _untrained(cache: LogitCache, entry: TeacherEntry, sample: Sample) -> list[str]:
+    """The defect of a window that has targets where the loss mask trains nothing, or none where it does."""
+    first, last = sample.window.first, sample.window.last
+    if entry.targets.positions != "trained" or cache.loss_mask is None:
+        return []
+    wrong = np.flatnonzero((sample.stored.kept > 0) != cache.loss_mask.read(first, last))
+    return [f"position {first + wrong[0]}: it has targets, or none, against the loss mask"] if len(wrong) else []
 
 
 def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceTeacher]:

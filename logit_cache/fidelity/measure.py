@@ -5,11 +5,11 @@ entry is complete, `cache-logits` rescores some `--fidelity-positions` and store
 (`storage.format.fidelity`), with figures that `logit_cache.fidelity.metrics` defines. Stored values are read through
 `LogitCache`, so the quantisation is in them.
 
-The positions follow from the entry alone. `rescore.sample_windows` samples windows, one from each of as many equal
-parts of the stream, seeded by the digest of the entry's record; each window gives the same number of positions, sampled
-likewise: its probability grows with its length, that of its positions does not, so long documents are not
-over-represented. The report holds no time and no host, so a second run, or a second worker, makes the same bytes where
-sums are added in the same order; else the first report is kept.
+The positions follow from the entry alone, and have targets. `rescore.sample_windows` samples windows, one from each of
+as many equal parts of the stream, seeded by the digest of the entry's record; each window gives the same number of
+positions, sampled likewise: its probability grows with its length, that of its positions does not, so long documents
+are not over-represented. The report holds no time and no host, so a second run, or a second worker, makes the same
+bytes where sums are added in the same order; else the first report is kept.
 
 Cost: N positions at the entry's own cost, but at least `_LEAST_WINDOWS` windows, because one window is one document's
 page, and at most `_SPREAD_WINDOWS` where a batch has room for them; batches have the entry's recorded shape, in which
@@ -30,7 +30,7 @@ from torch import Tensor
 from logit_cache.caching.prepare import OpenJob
 from logit_cache.caching.windows import Window, batch_inputs
 from logit_cache.fidelity.metrics import Measures, StoredRows, tidy
-from logit_cache.fidelity.rescore import Sample, sample_windows, scored_tiles, take_sample
+from logit_cache.fidelity.rescore import Sample, TargetRows, sample_windows, scored_tiles, take_sample
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import InputError
 from storage.format.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment
@@ -56,14 +56,14 @@ class _Picked:
 
 
 def is_wanted(opened: OpenJob, positions: int) -> bool:
-    """Whether a report of so many positions is to be made: the entry is complete and has no report.
+    """Whether a report of so many positions is to be made: the entry is complete, has targets and no report.
 
     Raises CorruptCache, FormatError for a damaged report.
     """
     if not positions:
         return False
     targets = _targets(opened)[1]
-    return not targets.missing() and targets.fidelity() is None
+    return not targets.missing() and targets.fidelity() is None and _share(targets) > 0
 
 
 def measure(opened: OpenJob, positions: int, progress: Callable[[int], None] | None = None) -> FidelityReport:
@@ -109,9 +109,24 @@ def _targets(opened: OpenJob) -> tuple[LogitCache, TeacherTargets]:
 
 
 def _treatments(entry: TeacherEntry) -> tuple[Treatment, ...]:
-    """Ids that were sampled for another temperature are no sample at 1, and students refuse them there."""
-    is_sample = entry.targets.method == "varopt" and entry.targets.temperature == 1.0
-    return ("bucket", "renormalise", "none", *(("sampled",) if is_sample else ()))
+    """The treatments that a student can use at temperature 1; see `storage.format.fidelity`.
+
+    Ids that were sampled for another temperature are no sample at 1.
+    """
+    targets = entry.targets
+    if not targets.has("tail"):
+        return ("renormalise",)
+    is_sample = targets.method == "varopt"
+    found: tuple[Treatment, ...] = ("bucket", "renormalise", "none")
+    if is_sample and not targets.has("sampled-logprobs"):
+        found = ()
+    return (*found, "sampled") if is_sample and targets.temperature == 1.0 else found
+
+
+def _share(targets: TeacherTargets) -> float:
+    """The share of a complete entry's positions that have targets."""
+    statistics, _ = targets.statistics()
+    return 1.0 if statistics is None else statistics.positions / targets.entry.positions
 
 
 def _seed(targets: TeacherTargets) -> int:
@@ -124,15 +139,18 @@ def _windows(cache: LogitCache, targets: TeacherTargets, positions: int) -> list
     length = entry.windowing.stride_tokens
     if starts is not None:
         length = min(length, max(1, entry.positions // len(starts)))
+    length = max(1, round(length * _share(targets)))
     spread = max(_LEAST_WINDOWS, min(entry.execution.batch_windows, _SPREAD_WINDOWS))
     count = min(positions, max(spread, -(-positions // length)))
-    return sample_windows(entry, targets.receipts.committed(), starts, count, np.random.default_rng(_seed(targets)))
+    rows = TargetRows(targets)
+    return sample_windows(entry, rows.counts(), starts, count, np.random.default_rng(_seed(targets)), rows.row)
 
 
 def _pick(sample: Sample, most: int, rng: np.random.Generator, device: torch.device) -> _Picked:
-    """At most `most` of a window's positions, at random."""
+    """At most `most` of a window's positions that have targets, at random."""
     window, stored = sample.window, sample.stored
-    rows = np.sort(rng.permutation(len(stored))[:most])
+    there = np.flatnonzero(stored.kept)
+    rows = there[np.sort(rng.permutation(len(there))[:most])]
     tail = np.full(len(stored), -np.inf) if stored.log_tail is None else stored.log_tail
 
     def at_rows(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
@@ -179,10 +197,11 @@ def _report(targets: TeacherTargets, found: Measures, shards: list[int]) -> Fide
         wanted = targets.entry.targets
         if wanted.method != "top-k" or wanted.top_p is not None or not wanted.k / 4 <= item.k <= wanted.k * 4:
             return item
-        cost = tidy(size.overhead_bytes_per_token + item.k * size.bytes_per_id)
+        cost = tidy(size.overhead_bytes_per_token + _share(targets) * item.k * size.bytes_per_id)
         return item.model_copy(update={"bytes_per_token": cost})
 
     return FidelityReport(
+        format_version=targets.entry.format_version,
         record_sha256=targets.record_sha256,
         positions=found.positions,
         windows=len(shards),
@@ -210,11 +229,12 @@ def _size(targets: TeacherTargets, found: Measures, shards: list[int]) -> Size:
         assert receipt is not None, "the sample was read from this shard"
         whole += sum(item.bytes for item in receipt.objects.values())
         per_id += sum(item.bytes for name, item in receipt.objects.items() if len(targets.specs[name].shape) == 2)
-    mean_kept = float(found.per_position("kept").mean())
+    mean_kept, share = float(found.per_position("kept").mean()), _share(targets)
     for_ids = bytes_per_token * per_id / whole
     return Size(
         mean_kept=tidy(mean_kept),
         bytes_per_token=tidy(bytes_per_token),
-        bytes_per_id=tidy(for_ids / mean_kept),
+        bytes_per_id=tidy(for_ids / (share * mean_kept)),
         overhead_bytes_per_token=tidy(bytes_per_token - for_ids),
+        bytes_per_target=None if share == 1.0 else tidy(bytes_per_token / share),
     )

@@ -16,7 +16,12 @@ ids' sum (top-k: m' = m), each treatment of the tail is a set of weights w_i on 
 As a distribution s over V ids, w_t is spread over the ids outside S: evenly, or for `bucket-unigram` in proportion to
 the counts of the sampled windows' tokens plus one, as a student without other information would spread it.
 
-    quantisation    sum_S p_i log(p_i / w_i) + p_t log(p_t / w_t), with the bucket's weights
+Of sampled ids whose log-probs are not stored no l_i is known. A student that reads them has the treatment `sampled`
+alone; of the bucket's weights, which the quantisation takes, they are then part of w_t. Where the mass outside is not
+known, w_t is 0, and there is `renormalise` alone.
+
+    quantisation    sum_i p_i log(p_i / w_i) + p_t log(p_t / w_t), with the bucket's weights, over the ids of known
+                    log-prob; the first sum alone, of p renormalised on them, where w_t = 0
     forward         KL(p || s) = sum_j p_j log(p_j / s_j)         infinite where ids with p_j > 0 have no mass
     reverse         KL(s || p); for `renormalise` -log P(S), up to the quantisation
     mean_forward    KL(mean p || mean s), mean_reverse the other way round
@@ -28,7 +33,7 @@ the counts of the sampled windows' tokens plus one, as a student without other i
                     angle of positions: cos = sum_t <g_t, g'_t> / sqrt(sum_t |g_t|^2 sum_t |g'_t|^2)
                     angle of the mean: between mean_t g_t and mean_t g'_t, the gradient of an output bias
                     students: q uniform, and the tempered teacher q = softmax(z / 2)
-    calibration     sum_b n_b / N * |correct_b / n_b - confidence_b / n_b| over 15 equal bins of w of the first id
+    calibration     sum_b n_b / N * |correct_b / n_b - confidence_b / n_b| over 15 equal bins of the greatest w
     k needed        with p sorted and R_k = sum_{i > k} p_i, for every k at once by cumulative sums from the smallest:
                     residual R_k, and KL of the even bucket sum_{i > k} p_i log p_i - R_k log R_k + R_k log(V - k)
 
@@ -72,8 +77,8 @@ _REFERENCES: tuple[Reference, ...] = get_args(Reference)
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Decoded targets of r positions: ids int64 [r, K], logprobs float64 [r, K] (-inf beyond the kept ones), kept and
-    certain int64 [r], log_tail float64 [r]."""
+    """Decoded targets of r positions: ids int64 [r, K], logprobs float64 [r, K] (-inf beyond the kept ones, NaN where
+    they are not stored), kept and certain int64 [r], log_tail float64 [r] (-inf where it is not known)."""
 
     ids: Tensor
     logprobs: Tensor
@@ -125,7 +130,8 @@ class Measures:
         self._rows: dict[str, list[NDArray[Any]]] = {}
         self._vectors: dict[str, Tensor] = {}
         self._distributions: list[tuple[Distribution, Treatment]] = [(name, name) for name in treatments]
-        self._distributions.insert(1, ("bucket-unigram", "bucket"))
+        if "bucket" in treatments:
+            self._distributions.insert(1, ("bucket-unigram", "bucket"))
 
     def add(self, logits: Tensor, stored: StoredRows, labels: NDArray[np.int64]) -> None:
         """Add r positions: logits float64 [r, V], their stored rows, and the next tokens int64 [r], -1: none."""
@@ -138,10 +144,7 @@ class Measures:
         self._keep("residual", tile.outside)
         self._keep("kept", stored.kept)
         self._add("mean full", p.sum(0))
-        bucket = weights["bucket"]
-        heads = tile.on_heads(tile.p_heads, tile.logp_heads - bucket.log_heads)
-        tail = torch.where(tile.outside > 0, tile.outside * (tile.outside.log() - bucket.log_tail), 0.0)
-        self._keep("quantisation", heads + tail)
+        self._add_quantisation(tile, stored, weights["bucket"])
         for name, treatment in self._distributions:
             self._add_distribution(tile, name, weights[treatment])
         if "sampled" in self.treatments:
@@ -149,13 +152,25 @@ class Measures:
         confidence, guess = p.max(1)
         self._keep("confidence full", confidence)
         self._keep("guess full", guess)
-        self._keep("guess stored", stored.ids[:, 0])
         for name in self.treatments:
-            self._keep(f"confidence {name}", weights[name].log_heads[:, 0].exp())
+            greatest, column = weights[name].log_heads.max(1)
+            self._keep(f"confidence {name}", greatest.exp())
+            self._keep(f"guess {name}", stored.ids.gather(1, column[:, None])[:, 0])
         for reference in _REFERENCES:
             q = torch.full_like(p, 1 / p.shape[1]) if reference == "uniform" else torch.softmax(logits / 2, dim=1)
             self._add_gradients(tile, reference, q, weights)
         self._add_curve(p)
+
+    def _add_quantisation(self, tile: _Tile, stored: StoredRows, bucket: _Weights) -> None:
+        known = tile.is_kept & ~stored.logprobs.isnan()
+        if not bool((known == tile.is_kept).all()):
+            tile = _Tile(tile.logp, tile.p, stored.ids, known)
+        alone = bucket.log_tail.isneginf()
+        log_mass = tile.p_heads.sum(1).log().masked_fill(~alone, 0.0)
+        logp = tile.logp_heads - log_mass[:, None]
+        heads = tile.on_heads(logp.exp(), logp - bucket.log_heads)
+        outside = tile.outside.masked_fill(alone, 0.0)
+        self._keep("quantisation", heads + torch.where(outside > 0, outside * (outside.log() - bucket.log_tail), 0.0))
 
     def _add_distribution(self, tile: _Tile, name: Distribution, weights: _Weights) -> None:
         w, w_t, empty = weights.heads, weights.tail, weights.log_tail.isneginf()
@@ -270,7 +285,7 @@ class Measures:
             correct = np.concatenate(self._rows[f"guess {guess}"])[known] == labels[known]
             return calibration_error(self.per_position(f"confidence {confidence}")[known], correct)
 
-        return Calibration(full=error("full", "full"), stored={name: error(name, "stored") for name in self.treatments})
+        return Calibration(full=error("full", "full"), stored={name: error(name, name) for name in self.treatments})
 
     def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean residual mass and mean KL of the even bucket at k = 1 .. V, each [V]."""
@@ -316,23 +331,26 @@ def _weights(stored: StoredRows, is_kept: Tensor, vocabulary_size: int, step_nat
     heads = stored.logprobs.masked_fill(~certain, -torch.inf)
     sampled = is_kept & ~certain
     number = sampled.sum(1)
+    logprobs = stored.logprobs.masked_fill(stored.logprobs.isnan(), -torch.inf)
     # The tail without the sampled ids; rounded separately, they may exceed it, and then the remainder is not known.
-    gap = torch.logsumexp(stored.logprobs.masked_fill(~sampled, -torch.inf), 1) - stored.log_tail
+    log_sampled = torch.logsumexp(logprobs.masked_fill(certain, -torch.inf), 1)
+    gap = log_sampled - stored.log_tail
     rounding = max(step_nats / 2, _ROUNDING)
     rest = stored.log_tail + torch.log(-torch.expm1(gap.clamp(max=-rounding)))
-    rest = torch.where(number > 0, rest, stored.log_tail).masked_fill(stored.kept == vocabulary_size, -torch.inf)
+    rest = torch.where(log_sampled > -torch.inf, rest, stored.log_tail)
+    rest = rest.masked_fill(stored.kept == vocabulary_size, -torch.inf)
 
     def together(scores: Tensor, tail: Tensor) -> Tensor:
         return torch.logsumexp(torch.cat([scores, tail[:, None]], dim=1), dim=1)
 
     nothing = torch.full_like(rest, -torch.inf)
-    z = together(stored.logprobs, rest)
-    bucket = _Weights(stored.logprobs - z[:, None], rest - z)
+    z = together(logprobs, rest)
+    bucket = _Weights(logprobs - z[:, None], rest - z)
     z = together(heads, stored.log_tail)
     share = (stored.log_tail - z - number.clamp_min(1).log())[:, None]
     return {
         "bucket": bucket,
-        "renormalise": _Weights(torch.log_softmax(stored.logprobs, dim=1), nothing),
+        "renormalise": _Weights(torch.log_softmax(logprobs, dim=1), nothing),
         "none": _Weights(bucket.log_heads, nothing),
         "sampled": _Weights(
             torch.where(sampled, share, heads - z[:, None]), (stored.log_tail - z).masked_fill(number > 0, -torch.inf)

@@ -3,16 +3,30 @@
 Legend: `R` positions of a window that it scores, `K` stored ids per position, `V` vocabulary size, `C` context tokens.
 
 It shares only the plan of the windows with the code that makes entries, or it would repeat that code's mistakes:
-batches are assembled independently, and everything is reduced densely over V in float64, at the stored ids.
+batches are assembled independently, and everything is reduced densely over V in float64, at the stored ids. The one
+exception is `_drawn_again`. Sampled ids that are stored without log-probs hold no number to compare, and which ids they
+are is a convention of the reducer, as the plan of the windows is one: only the reducer itself draws the same ids again.
+A mistake in it is found by another way: the mean of `sampled` below.
 
-`Values` hold, by field, float64 nats, NaN where there is no value to compare::
+`Values` hold, by field, float64, NaN where there is no value to compare. In nats::
 
-    logprobs       [R, K]   of the stored ids
+    logprobs       [R, K]   of the certain ids
+    sampled_logprobs  [R, K]   of the sampled ids
     token_ids      [R, K]   live: how far the stored id of rank i falls short of the live teacher's i-th best; 0 when
                             they are the same id, or tied. Stored: 0. Only for ids that are certain
     top_logprob, log_tail, log_tail_half, label_logprob, entropy    [R]   tails outside the *stored* certain ids
     spread         [R]      live only: the best log-prob less the median one, with which rounding errors scale
     sampled        [R]      live only: the mean log-prob of the sampled ids less its expectation
+
+Codes of version 2 are compared as what they state, each with its own error: `logprobs` less the first of the row, and
+`log_tail` less the log of the mass of the certain ids. Version 2 has no `top_logprob` beside them.
+
+Of entries whose sampled ids have no log-probs::
+
+    sampled_ids    [R, K]   stored, and as the live teacher's reducer samples them
+    rounded_ids    [R, K]   live only: as it samples them from logits that are rounded to `_ROUNDED` nats: at least so
+                            much differs from device to device in float32
+    chance         [R]      live only: the share of its sampled ids that an independent sample has too, on average
 """
 
 from __future__ import annotations
@@ -26,18 +40,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logit_cache.caching.windows import Window, batch_inputs, windows
-from storage.cache.reader import LogitCache
+from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, InputError
 from storage.format.encoding import MIN_STEP_NATS, logprob_floor
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets
+from storage.format.version_2 import NOTHING_OUTSIDE
 from teachers.base import Teacher
+from teachers.reduction.reduce import reduce_rows
+from teachers.reduction.varopt import Sampling, random_bits
 
-FIELDS = ("logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
+_PER_POSITION = ("log_tail", "log_tail_half", "label_logprob", "entropy")
+FIELDS = ("logprobs", "sampled_logprobs", "token_ids", "top_logprob", *_PER_POSITION)
 Values = dict[str, NDArray[np.float64]]
 
 # The highest floor of any step: below it, entries encode "no mass" in different ways.
 _FLOOR = logprob_floor(MIN_STEP_NATS)
+_ROUNDED = 2.0**-15
 # Logits at once in float64; several arrays of that size live at a time.
 _TILE_LOGITS = 1 << 23
 
@@ -52,31 +71,72 @@ class Sample:
     stored: SparseTargets
 
 
+class TargetRows:
+    """Which rows of the committed shards have targets."""
+
+    def __init__(self, targets: TeacherTargets) -> None:
+        self._targets = targets
+        self._all = targets.entry.targets.positions in (None, "all")
+
+    def counts(self) -> NDArray[np.int64]:
+        """Of each shard [shards], the number of its rows with targets; 0 where it is not committed."""
+        receipts = self._targets.receipts
+        counts = shard_rows(self._targets.entry, receipts.committed())
+        if not self._all:
+            for shard in np.flatnonzero(counts).tolist():
+                receipt = receipts.read(shard)
+                if receipt is not None and receipt.statistics is not None:
+                    counts[shard] = receipt.statistics.positions
+        return counts
+
+    def row(self, shard: int, number: int) -> int:
+        """The position of the n-th row with targets of a shard, from the shard's start on. Raises CorruptCache."""
+        if self._all:
+            return number
+        layout = self._targets.entry.layout
+        start, stop = layout.shard_range(shard, self._targets.entry.positions)
+        chunks = range(start // layout.chunk, -(-stop // layout.chunk))
+        kept = np.concatenate([self._targets.arrays["kept"].read_chunk(chunk) for chunk in chunks])
+        rows = np.flatnonzero(kept)
+        if number >= len(rows):
+            raise CorruptCache(
+                f"{self._targets.name}: shard {shard} has {len(rows)} rows with targets, its receipt counts more"
+            )
+        return int(rows[number])
+
+
+def shard_rows(entry: TeacherEntry, committed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The number of rows of each shard [shards]; 0 where it is not `committed` [shards]."""
+    starts = np.arange(len(committed), dtype=np.int64) * entry.layout.shard
+    lengths: NDArray[np.int64] = np.where(committed, np.minimum(entry.layout.shard, entry.positions - starts), 0)
+    return lengths
+
+
 def sample_windows(
     entry: TeacherEntry,
-    committed: NDArray[np.bool_],
+    counts: NDArray[np.int64],
     document_starts: NDArray[np.uint64] | None,
     count: int,
     rng: np.random.Generator,
+    row: Callable[[int, int], int] = lambda shard, number: number,
 ) -> list[Window]:
-    """The windows that score `count` random positions of the committed shards, ascending, each once.
+    """The windows that score `count` random positions, of those that have targets, ascending, each window once.
 
     One position is sampled from each of `count` equal parts, so a stretch of two parts' length is always hit. A window
     has all positions that it scores within one shard. Fewer are returned where two positions share a window.
+
+    counts, row: as `TargetRows` has them.
     """
-    size = entry.layout.shard
-    shards = np.flatnonzero(committed).astype(np.int64)
-    lengths = np.minimum((shards + 1) * size, entry.positions) - shards * size
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(counts)
     total = int(ends[-1])
     count = min(count, total)
     found: dict[int, Window] = {}
     for part in range(count):
         sampled = int(rng.integers(part * total // count, (part + 1) * total // count))
-        at = int(np.searchsorted(ends, sampled, side="right"))
-        start = int(shards[at]) * size
-        position = start + sampled - int(ends[at] - lengths[at])
-        window = _window_of(position, start, start + int(lengths[at]), entry, document_starts)
+        shard = int(np.searchsorted(ends, sampled, side="right"))
+        start, stop = entry.layout.shard_range(shard, entry.positions)
+        position = start + row(shard, sampled - int(ends[shard] - counts[shard]))
+        window = _window_of(position, start, stop, entry, document_starts)
         found[window.first] = window
     return [found[first] for first in sorted(found)]
 
@@ -112,20 +172,49 @@ def take_sample(cache: LogitCache, name: str, window: Window) -> Sample:
     return Sample(window, tokens[: window.stop - window.start], labels, stored)
 
 
-def stored_values(targets: SparseTargets) -> Values:
+def stored_values(entry: TeacherEntry, targets: SparseTargets) -> Values:
     """The stored values of the positions of a sample."""
-    logprobs = np.where(targets.is_kept, np.maximum(targets.logprobs, _FLOOR), np.nan)
+    is_sampled = targets.is_kept & ~targets.is_certain
     values = {
-        "logprobs": logprobs,
+        "logprobs": np.where(targets.is_certain, targets.logprobs, np.nan),
+        "sampled_logprobs": np.where(is_sampled, targets.logprobs, np.nan),
         "token_ids": np.where(targets.is_certain, 0.0, np.nan),
-        "top_logprob": logprobs[:, 0],
+        "top_logprob": np.where(targets.kept > 0, targets.logprobs[:, 0], np.nan),
     }
-    for name in FIELDS[3:]:
+    for name in _PER_POSITION:
         stored = getattr(targets, name)
-        value = np.full(len(targets), np.nan) if stored is None else stored.astype(np.float64)
-        # -inf is the tail of a row that holds every id: the format's rules have compared it with `certain`.
-        values[name] = np.where(np.isneginf(value), np.nan, np.maximum(value, _FLOOR))
-    return {name: value.astype(np.float64) for name, value in values.items()}
+        values[name] = np.full(len(targets), np.nan) if stored is None else stored
+    if draws_again(entry):
+        values["sampled_ids"] = np.where(is_sampled, targets.token_ids, np.nan)
+    return _comparable(entry, {name: value.astype(np.float64) for name, value in values.items()})
+
+
+def _comparable(entry: TeacherEntry, values: Values) -> Values:
+    """Values as the entry's encoding states them, none below what it can hold; see the module."""
+    found = {name: np.maximum(value, _FLOOR) if name in FIELDS else value for name, value in values.items()}
+    if entry.format_version == 1:
+        return found
+    found["top_logprob"] = np.full_like(found["top_logprob"], np.nan)
+    if entry.encoding.step_nats is None:
+        return found
+    logprobs = found["logprobs"]
+    log_head = np.logaddexp.reduce(np.where(np.isnan(logprobs), -np.inf, logprobs), axis=1, initial=-np.inf)
+    # Without certain ids all mass is outside them: nothing is stored of it, and there is nothing to compare.
+    found["log_tail"] = np.where(np.isneginf(log_head), np.nan, found["log_tail"] - log_head)
+    found["logprobs"] = logprobs - logprobs[:, :1]
+    for name in _PER_POSITION:
+        step = entry.encoding.step_nats if name == "log_tail" else entry.encoding.value_step_nats
+        found[name] = found[name].clip((NOTHING_OUTSIDE + 1) * (step or 0.0))
+    return found
+
+
+def draws_again(entry: TeacherEntry) -> bool:
+    """Whether sampled ids have to be drawn again, since no log-probs of them are stored, and can be.
+
+    Ids that were sampled from a stored sample cannot: its random numbers were used on rounded masses.
+    """
+    targets = entry.targets
+    return targets.method == "varopt" and not targets.has("sampled-logprobs") and not targets.shrunk_from
 
 
 def live_values(
@@ -156,11 +245,18 @@ def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], bat
         np.concatenate([sample.labels for sample in batch]),
     ]
     on_device = [torch.from_numpy(array.astype(np.int64)).to(teacher.device) for array in per_row]
+    windows = [sample.window for sample in batch]
+    random = np.concatenate([random_bits(entry.targets.seed or 0, each.first, each.last) for each in windows])
     parts: list[dict[str, Tensor]] = []
     for here, tile in scored_tiles(teacher, entry, inputs, rows, _TILE_LOGITS):
         ids, kept, certain, labels = (array[here] for array in on_device)
         parts.append(_row_values(tile, ids, kept, certain, labels, entry.targets.temperature))
+        if draws_again(entry):
+            # mps has no float64.
+            near = tile.cpu() if tile.device.type == "mps" else tile
+            parts[-1] |= _drawn_again(entry, near, torch.from_numpy(random[here]).to(near.device))
     whole = {name: torch.cat([part[name] for part in parts]).cpu().double().numpy() for name in parts[0]}
+    whole = _comparable(entry, whole)
     ends = np.cumsum([len(targets) for targets in stored])[:-1]
     split = {name: np.split(values, ends) for name, values in whole.items()}
     return [{name: values[number] for name, values in split.items()} for number in range(len(batch))]
@@ -210,7 +306,8 @@ def _row_values(
     is_sampled = is_kept & ~is_certain
     expected = ((outside / sampled_at).softmax(1) * logp.clamp_min(_FLOOR)).sum(1)
     return {
-        "logprobs": at_ids.masked_fill(~is_kept, torch.nan),
+        "logprobs": at_ids.masked_fill(~is_certain, torch.nan),
+        "sampled_logprobs": at_ids.masked_fill(~is_sampled, torch.nan),
         "token_ids": (best - at_ids).masked_fill(~is_certain, torch.nan),
         "top_logprob": at_ids[:, 0],
         "log_tail": torch.logsumexp(outside, dim=1).clamp_min(_FLOOR),
@@ -223,3 +320,30 @@ def _row_values(
         "sampled": (at_ids * is_sampled).sum(1) / is_sampled.sum(1) - expected,
         "spread": best[:, 0] - logp.median(1).values.clamp_min(_FLOOR),
     }
+
+
+def _drawn_again(entry: TeacherEntry, logits: Tensor, random: Tensor) -> dict[str, Tensor]:
+    """`sampled_ids` and `rounded_ids` [r, K], `chance` [r] of rows of logits [r, V]; random int64 [r], by position.
+
+    The one place where an audit samples. Inclusion probabilities are m a_i / R, so two independent samples of m ids
+    share sum (m a_i / R)**2 of them on average.
+    """
+    targets, logits = entry.targets, logits.float()
+    sampling = Sampling(targets.temperature, targets.head_ids or 0, random)
+    none = torch.full((len(logits),), -1, device=logits.device)
+    floor = logprob_floor(entry.encoding.step_nats or 1.0)
+
+    def drawn(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reduced = reduce_rows(logits, entry.vocabulary_size, targets.k, none, floor, sampling, None)
+        certain = torch.arange(targets.k, device=logits.device) < reduced.certain[:, None]
+        return reduced.token_ids, certain, reduced.token_ids.double().masked_fill(certain, torch.nan)
+
+    _, _, rounded = drawn((logits / _ROUNDED).round() * _ROUNDED)
+    ids, is_certain, sampled = drawn(logits)
+    number = targets.k - is_certain.sum(1)
+    scaled = logits.double() / targets.temperature
+    outside = scaled.scatter_add(1, ids, torch.zeros_like(sampled).masked_fill(is_certain, -torch.inf))
+    inclusion = (number[:, None] * outside.softmax(1)).clamp_max(1.0)
+    # 0 / 0 where no id is sampled.
+    chance = (inclusion * inclusion).sum(1) / number
+    return {"sampled_ids": sampled, "rounded_ids": rounded, "chance": chance}

@@ -13,6 +13,15 @@ one of its values is over 8 times the largest noise
 Means detect small differences that are everywhere, and are insensitive to the few large ones that half precision or
 a router of experts makes; the second rule detects a single wrong value where noise has no such tail.
 docs/decisions/0007 has the measurements on both sides of these limits.
+
+Sampled ids that are stored without log-probs are drawn again. A share `again` of them is sampled by the live teacher
+too; `teacher` is the same share between two of its own runs, and `chance` that of two independent samples. Near ties
+move the points of a systematic sample: mostly from one id to its neighbour, and where one id more becomes certain all
+points of a row. `teacher` is at most the share that comes again from logits rounded to 2**-15 nats, as devices differ
+in float32. With the missing shares 1 - again, and noise that of the teacher, an entry, and a window, differs if more is
+missing than
+
+    min(3 noise + max(1 %, two rows' worth) (1 - chance), halfway between noise and 1 - chance)
 """
 
 from __future__ import annotations
@@ -28,6 +37,9 @@ from storage.format.manifest import TeacherEntry
 MEAN_FACTOR = 3.0
 LARGEST_FACTOR = 8.0
 LEAST_NOISE = 2.0**-16
+# Of the sampled ids: the share of the rows that may be drawn otherwise without any noise, and the rows of a window.
+LEAST_MOVED = 0.01
+LEAST_ROWS_MOVED = 2
 # Standard errors by which the sampled ids may be off in the mean: an honest sample exceeds them once in 10**9 audits.
 MOST_STANDARD_ERRORS = 6.0
 _LEAST_ROWS = 64
@@ -120,11 +132,13 @@ def _report(samples: list[Sample], stated: Arrays, beyond: Arrays, noise: Arrays
 
 def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) -> NDArray[np.float64]:
     """The error that the encoding states, nats; for derived entries with the error that `recompress` adds."""
-    derived = entry.derived_from is not None
-    step = entry.encoding.step_nats or 0.0
     if name == "token_ids":
         return np.zeros_like(stored)
-    if name == "logprobs" and step:
+    if entry.format_version == 2:
+        return np.full_like(stored, _stated_error(entry, name))
+    derived = entry.derived_from is not None
+    step = entry.encoding.step_nats or 0.0
+    if name in ("logprobs", "sampled_logprobs") and step:
         return np.full_like(stored, step if derived else step / 2)
     bits = entry.encoding.mantissa_bits
     assert bits is not None
@@ -134,11 +148,111 @@ def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) 
     return error
 
 
+def _stated_error(entry: TeacherEntry, name: str) -> float:
+    """The error of a field in version 2; it is 0 with log-probs as float32, all of whose steps are 0.
+
+    Log-probs less the first one, and the log-odds of the mass, are whole steps rounded to nearest: half a step. Sampled
+    log-probs are rounded up or down, by less than their step. In a recompressed entry log-probs are off by a step, as
+    in version 1; the odds count the masses of ids that were cut off, each a step off its neighbours, and round again.
+    """
+    encoding, derived = entry.encoding, entry.made == "recompressed"
+    step, value_step = encoding.step_nats or 0.0, encoding.value_step_nats or 0.0
+    if name == "sampled_logprobs":
+        return (2 if derived else 1) * (encoding.sampled_step_nats or 0.0)
+    if name == "logprobs":
+        return step if derived else step / 2
+    if name == "log_tail":
+        return 2 * step if derived else step / 2
+    if not derived:
+        return value_step / 2
+    return value_step + (step if name == "log_tail_half" else 0.0)
+
+
+@dataclass(frozen=True)
+class DrawnAgain:
+    """Sampled ids, and how many of them come again when they are drawn again: shares of all `ids`; see the module.
+
+    windows_differing counts windows; `differs` is the verdict on all of them together.
+    """
+
+    ids: int
+    again: float
+    teacher: float
+    chance: float
+    limit: float
+    windows_differing: int
+
+    @property
+    def differs(self) -> bool:
+        return self.again < self.limit
+
+
+def compare_drawn(
+    stored: list[Values], live: list[Values], controls: list[list[Values]]
+) -> tuple[DrawnAgain | None, list[int]]:
+    """The share of sampled ids that come again, and the numbers of the samples in which too few do; None without any.
+
+    live, controls: as for `compare`.
+    """
+    rows, total, missing, noise, unrelated = (np.zeros(len(stored)) for _ in range(5))
+    for number, (values, now) in enumerate(zip(stored, live, strict=True)):
+        if "sampled_ids" not in values:
+            return None, []
+        # Rows without targets hold neither certain nor sampled ids.
+        there = ~np.isnan(np.hstack([values["token_ids"], values["sampled_ids"]])).all(axis=1)
+        own = now["sampled_ids"][there]
+        others = [now["rounded_ids"], *(control[number]["sampled_ids"] for control in controls)]
+        per_row, gone = _missing(own, values["sampled_ids"][there])
+        rows[number], total[number], missing[number] = np.count_nonzero(per_row), per_row.sum(), gone
+        noise[number] = max(_missing(own, other[there])[1] for other in others)
+        # NaN where the teacher samples no id.
+        unrelated[number] = total[number] - np.nansum(now["chance"][there] * np.count_nonzero(~np.isnan(own), axis=1))
+    if not total.any():
+        return None, []
+    noise_mean = float(noise.sum() / total.sum())
+    differing = []
+    for number in np.flatnonzero(total).tolist():
+        at_most = _most_missing(
+            max(noise_mean, noise[number] / total[number]), unrelated[number] / total[number], rows[number]
+        )
+        if missing[number] / total[number] > at_most:
+            differing.append(number)
+    unrelated_mean = float(unrelated.sum() / total.sum())
+    found = DrawnAgain(
+        ids=int(total.sum()),
+        again=1 - float(missing.sum() / total.sum()),
+        teacher=1 - noise_mean,
+        chance=1 - unrelated_mean,
+        limit=1 - _most_missing(noise_mean, unrelated_mean, rows.sum()),
+        windows_differing=len(differing),
+    )
+    return found, differing
+
+
+def _most_missing(noise: float, unrelated: float, rows: float) -> float:
+    """The largest share of sampled ids that may be missing; noise, unrelated: the shares that the teacher's own runs,
+    and independent samples, miss."""
+    moved = max(LEAST_MOVED, LEAST_ROWS_MOVED / rows) * unrelated
+    return min(MEAN_FACTOR * noise + moved, (noise + unrelated) / 2)
+
+
+def _missing(ids: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[NDArray[np.int64], int]:
+    """Of two samples [R, K]: the ids of each row [R], of the one that has more, and how many the other lacks in all."""
+    per_row: NDArray[np.int64] = np.maximum(*(np.count_nonzero(~np.isnan(each), axis=1) for each in (ids, others)))
+    return per_row, int(per_row.sum()) - int(np.isin(_keys(ids), _keys(others)).sum())
+
+
+def _keys(ids: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Numbers that tell row and id, of the sampled ids [R, K]."""
+    keys = np.arange(len(ids))[:, None] * 2.0**32 + ids
+    return keys[~np.isnan(keys)]
+
+
 def biased_sample(live: list[Values]) -> str | None:
     """The defect of the sampled ids, or None: sampled by p, their mean log-prob has a known expectation.
 
-    Which ids were sampled cannot be compared, since it depends on the last bits of cumulative sums. That they are a
-    sample, and not the likeliest ids under that name, shows in the mean over all rows.
+    Which ids were sampled depends on the last bits of cumulative sums. That they are a sample at all, and not the
+    likeliest ids under that name, shows in the mean over all rows.
     """
     off = _numbers([values["sampled"] for values in live])
     if len(off) < _LEAST_ROWS:

@@ -21,7 +21,7 @@ from logit_cache.report.statistics import Spread, spread
 from storage.cache.reader import LogitCache
 from storage.errors import CacheNotFound
 from storage.format.manifest import CacheRecord
-from student.report import TrainingReport
+from student.report import HeldOutKL, TrainingReport
 
 EQUAL_NATS = 0.01
 """Cached and live are called equal if the interval of their difference is within ± this many nats."""
@@ -61,9 +61,12 @@ class Series:
         return self.spread(pairs_mean)
 
     @property
-    def kl_is_bound(self) -> bool:
-        """Whether the KL to a teacher is a lower bound."""
-        return any(kl.lower_bound for model in self.models for kl in kl_of(model).values())
+    def kl_mark(self) -> str:
+        """What stands before the KL to the teachers: whether it is a lower bound, or a cross-entropy to them."""
+        found = [kl for model in self.models for kl in kl_of(model).values()]
+        if any(kl.cross_entropy for kl in found):
+            return "CE "
+        return "≥ " if any(kl.lower_bound for kl in found) else ""
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class HeldOutDistance:
-    """KL(teacher || model) of a series to one entry, over its seeds, in nats per token."""
+    """KL(teacher || model) of a series to one entry, over its seeds, in nats per token; `kind` says how it is meant."""
 
     series: Series
     entry: str
     nats: Spread
-    lower_bound: bool
+    kind: Literal["lower bound", "unbiased estimate", "cross-entropy to it"]
 
 
 @dataclass(frozen=True)
@@ -301,8 +304,11 @@ class RecipeFindings:
             if len(names) > 1 and all(len(kl) == 1 for kl in by_seed):
                 columns = {"its seed's entry": [item for kl in by_seed for item in kl.values()]}
             for name, items in columns.items():
-                nats = Spread(tuple(item.nats for item in items))
-                found.append(HeldOutDistance(series, name, nats, any(item.lower_bound for item in items)))
+                for ours in ([item for item in items if item.cross_entropy == each] for each in (False, True)):
+                    if ours:
+                        found.append(
+                            HeldOutDistance(series, name, Spread(tuple(item.nats for item in ours)), _kind(ours))
+                        )
         return found
 
     @property
@@ -315,6 +321,12 @@ class RecipeFindings:
         """Whether the minimal pairs are BLiMP's."""
         pairs = [model.pairs for model in self.models if model.pairs is not None]
         return bool(pairs) and all(one.is_blimp for one in pairs)
+
+
+def _kind(items: list[HeldOutKL]) -> Literal["lower bound", "unbiased estimate", "cross-entropy to it"]:
+    if items[0].cross_entropy:
+        return "cross-entropy to it"
+    return "lower bound" if any(item.lower_bound for item in items) else "unbiased estimate"
 
 
 def gather_recipe(folder: RecipeFolder) -> RecipeFindings:

@@ -80,6 +80,9 @@ def kl_of(model: Model) -> dict[str, HeldOutKL]:
 
 
 def kl_mean(model: Model) -> float | None:
-    """Held-out KL(teacher || model) in nats per token: the mean over the model's teacher entries."""
-    values = [item.nats for item in kl_of(model).values()]
-    return sum(values) / len(values) if values else None
+    """Held-out KL(teacher || model) in nats per token: the mean over the model's teacher entries; of cross-entropies to
+    them where that is known of all; None where a KL is known of some and a cross-entropy of others."""
+    found = kl_of(model).values()
+    if len({item.cross_entropy for item in found}) != 1:
+        return None
+    return sum(item.nats for item in found) / len(found)

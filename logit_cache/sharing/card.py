@@ -13,7 +13,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from logit_cache.describe import describe_cache, targets_in_words, windowing_in_words
+from logit_cache.describe import (
+    describe_cache,
+    losses_in_words,
+    made_in_words,
+    stored_in_words,
+    targets_in_words,
+    windowing_in_words,
+)
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
 from storage.text import counted
@@ -45,16 +52,21 @@ def card_text(cache: LogitCache, *, license: str | None = None) -> str:
     environment.filters |= {
         "commas": "{:,}".format,
         "counted": counted,
+        "losses": losses_in_words,
+        "made": made_in_words,
         "percent": "{:.2%}".format,
         "quoted": _quoted,
+        "stored": stored_in_words,
         "targets": targets_in_words,
         "windows": windowing_in_words,
     }
+    records = {name: cache.teacher(name).entry for name in found["teachers"]}
     body = environment.get_template("card.md").render(
         found=found,
         title=title,
         stored_bytes=sum(entry["stored_bytes"] for entry in found["teachers"].values()),
-        records={name: cache.teacher(name).entry for name in found["teachers"]},
+        records=records,
+        labelled=any(record.targets.has("label") for record in records.values()),
         example=_example(found["teachers"]),
         most_sources=_MOST_SOURCES,
         license=license,

@@ -4,17 +4,21 @@
 belongs to. It is measured on a sample when an entry has been completed and holds aggregate numbers only. No reader of
 targets uses it. How each figure is computed: `logit_cache.fidelity.measure` and `logit_cache.fidelity.metrics`.
 
+Version 1 is of entries of version 1 of the format, and has every treatment that their method allows. Version 2 has
+those that a student can use: none where sampled ids of another temperature have no log-probs, `sampled` alone where
+those of temperature 1 have none, `renormalise` alone where the mass outside the ids is not known.
+
 Units: masses and calibration errors as fractions, divergences in nats, angles in degrees. A figure that is infinite or
 not defined is null. Floats have 8 significant digits.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from storage.format.manifest import Count, Positive, Sha256
+from storage.format.manifest import Count, Extended, Positive, Sha256
 from storage.format.sealing import Record
 
 FIDELITY_FILE = "fidelity.json"
@@ -75,13 +79,20 @@ class Calibration(Record):
     stored: Annotated[dict[Treatment, Mass], Field(max_length=4)]
 
 
-class Size(Record):
-    """Storage cost of an entry: ``bytes_per_token`` of all arrays is ``overhead + mean_kept * bytes_per_id``."""
+class Size(Extended):
+    """Storage cost of an entry: ``bytes_per_token`` of all arrays is ``overhead + share * mean_kept * bytes_per_id``.
+
+    mean_kept: over the positions with targets, which are a `share` of all. bytes_per_target: of all arrays, per
+    position with targets; None where all positions have some.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset({"bytes_per_target"})
 
     mean_kept: Annotated[float, Field(ge=1, le=1 << 16)]
     bytes_per_token: Bytes
     bytes_per_id: Bytes
     overhead_bytes_per_token: Bytes
+    bytes_per_target: Bytes | None = None
 
 
 class NeededIds(Record):
@@ -107,7 +118,7 @@ class CurvePoint(Record):
 class FidelityReport(Record):
     """`fidelity.json`; `record_sha256` is the digest of the entry's record."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     kind: Literal["fidelity"] = "fidelity"
     record_sha256: Sha256
     positions: Positive
@@ -126,9 +137,9 @@ class FidelityReport(Record):
     @model_validator(mode="after")
     def _is_whole(self) -> FidelityReport:
         treatments = set(self.gradients)
-        if not {"bucket", "renormalise", "none"} <= treatments:
+        if self.format_version == 1 and not {"bucket", "renormalise", "none"} <= treatments:
             raise ValueError("a treatment that every entry has is missing")
-        if set(self.divergences) != treatments | {"bucket-unigram"}:
+        if set(self.divergences) != treatments | ({"bucket-unigram"} if "bucket" in treatments else set()):
             raise ValueError("divergences and gradients are not of the same treatments")
         if any(set(angles) != {"uniform", "tempered"} for angles in self.gradients.values()):
             raise ValueError("gradients are not of both students")

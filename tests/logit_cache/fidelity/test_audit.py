@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.small import dense_targets, entry_2, make_corpus, make_entry, write_entry
 from support.commands import Run, refused
 from support.models.short_heads import beside, swap_ids
 
@@ -27,17 +27,21 @@ from logit_cache.caching.score_shard import score_shard
 from logit_cache.caching.windows import Window, windows
 from logit_cache.engines.this_machine import build_missing
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
-from logit_cache.fidelity.rescore import sample_windows, take_sample
+from logit_cache.fidelity.rescore import TargetRows, sample_windows, shard_rows, take_sample
 from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
 from storage.errors import CorruptCache, InputError, LogitCacheError
-from storage.format.manifest import ArrayLayout, Encoding, Targets, TeacherEntry, Windowing
+from storage.format.manifest import ArrayLayout, Encoding, Shrunk, TeacherEntry, Windowing
 from storage.format.sealing import digest
 
 K, CONTEXT, SHARD = 24, 64, 4096
-BASE: dict[str, Any] = {"targets": "topk", "k": K, "context_tokens": CONTEXT, "shard_tokens": SHARD, "device": "cpu"}
+BASE: dict[str, Any] = {
+    "targets": "topk", "k": K, "context_tokens": CONTEXT, "shard_tokens": SHARD, "device": "cpu", "fields": ("all",),
+}  # fmt: skip
 World = tuple[Path, TeacherEntry, SparseTargets]
-FIELDS = {"logprobs", "token_ids", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy"}
+FIELDS = {"logprobs", "token_ids", "log_tail", "log_tail_half", "label_logprob", "entropy"}
+VERSION_1: dict[str, Any] = {"format_version": 1, "fields": ()}
+LEAN: dict[str, Any] = {"targets": "varopt", "fields": ("lean",)}
 
 
 def made(cache: Path, teacher: Path, name: str, **changes: Any) -> TeacherEntry:
@@ -89,7 +93,26 @@ HONEST: dict[str, dict[str, Any]] = {
     "cut-at-a-mass": {"top_p": 0.7},
     "sampled": {"targets": "varopt", "head_ids": 4},
     "sampled-for-2": {"targets": "varopt", "target_temperature": 2, "head_ids": 2, "k": 12},
+    "sampled-exact": {"targets": "varopt", "encoding": "float32"},
+    "lean": LEAN,
+    "lean-for-2": LEAN | {"target_temperature": 2, "k": 12, "head_ids": 3},
+    "lean-exact": LEAN | {"encoding": "float32", "isolate_documents": True},
+    "lean-topk": {"fields": ("lean",)},
+    "1": VERSION_1,
+    "1-float32": VERSION_1 | {"encoding": "float32"},
+    "1-all-ids": VERSION_1 | {"k": 400},
+    "1-sampled": VERSION_1 | {"targets": "varopt", "head_ids": 4},
 }
+
+
+def compared(entry: TeacherEntry) -> set[str]:
+    """The fields that an audit of an entry compares."""
+    targets = entry.targets
+    found = {"logprobs", "token_ids", "log_tail"} | ({"top_logprob"} if entry.format_version == 1 else set())
+    found |= {"log_tail_half"} if targets.has("half-tail") else set()
+    found |= {"label_logprob"} if targets.has("label") else set()
+    found |= {"entropy"} if targets.has("entropy") else set()
+    return found | ({"sampled_logprobs"} if targets.method == "varopt" and targets.has("sampled-logprobs") else set())
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -102,14 +125,14 @@ def test_honest_entries_pass(cache: Path, teacher: Path, name: str) -> None:
         window.last - window.first
         for window in sample_windows(
             entry,
-            np.ones(-(-entry.positions // SHARD), dtype=bool),
+            shard_rows(entry, np.ones(-(-entry.positions // SHARD), dtype=bool)),
             LogitCache.open(str(cache)).document_starts if entry.windowing.isolate_documents else None,
             12,
             np.random.default_rng(found.seed),
         )
     )
-    # Where all ids are certain there is no tail.
-    assert set(found.fields) == FIELDS - ({"log_tail", "log_tail_half"} if entry.targets.k == 400 else set())
+    assert set(found.fields) == compared(entry)
+    assert (found.sampled is not None) == (name.startswith("lean") and name != "lean-topk")
     assert all(item.values > 0 and item.windows_differing == 0 for item in found.fields.values())
 
 
@@ -149,7 +172,8 @@ def test_where_the_second_model_does_not_fit_the_report_states_it(
 
 
 def test_an_entry_that_was_made_smaller_passes_against_the_same_teacher(cache: Path, teacher: Path) -> None:
-    recompress(RecompressJob(cache=str(cache), name="codes", to="small", k=12, top_p=0.7, step_nats=0.0625))
+    made(cache, teacher, "first", **VERSION_1)
+    recompress(RecompressJob(cache=str(cache), name="first", to="small", k=12, top_p=0.7, step_nats=0.0625))
     recompress(RecompressJob(cache=str(cache), name="small", to="smaller", k=7, step_nats=0.125))
     for name in ("small", "smaller"):
         found = check(cache, teacher, name)
@@ -159,23 +183,140 @@ def test_an_entry_that_was_made_smaller_passes_against_the_same_teacher(cache: P
     assert found.fields["entropy"].encoding_error < 0.01
 
 
-def test_the_likeliest_ids_are_no_sample(cache: Path, teacher: Path, world: World) -> None:
-    """Every value is right, and the ids that are called sampled were not: losses would be biased."""
-    _, entry, exact = world
+def likeliest(exact: SparseTargets) -> SparseTargets:
+    """The best ids as if all but 8 were sampled; every value is right, and losses would be biased."""
     rest = exact.logprobs[:, 8:]
-    chosen = replace(
+    return replace(
         exact,
         certain=np.full(len(exact), 8, dtype=np.uint16),
         log_tail=np.logaddexp(exact.log_tail, np.logaddexp.reduce(rest, axis=1)),
         log_tail_half=np.logaddexp(exact.log_tail_half, np.logaddexp.reduce(rest / 2, axis=1)),
     )
-    targets = Targets(method="varopt", k=K, head_ids=8, seed=0, has_label_logprob=True)
-    write_entry(cache, "chosen", entry.model_copy(update={"targets": targets}), chosen)
+
+
+def test_the_likeliest_ids_are_no_sample(cache: Path, teacher: Path, world: World) -> None:
+    _, entry, exact = world
+    chosen = entry_2(entry, "entropy", "half-tail", "label", "sampled-logprobs", method="varopt", head_ids=8)
+    write_entry(cache, "chosen", chosen, likeliest(exact))
     found = check(cache, teacher, "chosen", windows=8)
     assert found.differing == []
     assert found.fields["token_ids"].values == 8 * found.positions
     assert "no sample" in found.problems[0]
     assert not found.consistent
+
+
+@pytest.fixture(scope="module")
+def samples(
+    world: World, teacher: Path, make_teacher: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, SparseTargets]:
+    """Sampled targets that hold the teacher's certain ids and masses, and not the ids that it samples."""
+    folder, (cache, _, exact) = tmp_path_factory.mktemp("samples"), world
+
+    def drawn(name: str, model: Path = teacher, **changes: Any) -> SparseTargets:
+        return scored(cache, model, folder / name, targets="varopt", **changes)
+
+    honest, other = drawn("honest"), drawn("seed", seed=1)
+    tenth = np.arange(len(honest)) % 10 == 3
+    # Of the row before where it samples as many: inside a shard all values but the sampled ids are those of their row.
+    moved = honest.token_ids.copy()
+    same = np.flatnonzero(honest.certain[1:] == honest.certain[:-1]) + 1
+    sampled = ~honest.is_certain[same]
+    moved[same] = np.where(sampled, honest.token_ids[same - 1], honest.token_ids[same])
+    return {
+        "honest": honest,
+        "another seed": other,
+        "another teacher": drawn("teacher", make_teacher(1)),
+        "a tenth of the rows": replace(honest, token_ids=np.where(tenth[:, None], other.token_ids, honest.token_ids)),
+        "one position on": replace(honest, token_ids=moved),
+        "the likeliest ids": likeliest(exact),
+        "no id": exact,  # the best ids, all of them certain
+    }
+
+
+def test_sampled_ids_are_drawn_again(
+    cache: Path, teacher: Path, world: World, samples: dict[str, SparseTargets]
+) -> None:
+    """They have no log-probs; which ids the teacher and the seed give is all that can be wrong with them."""
+    entry = entry_2(world[1], method="varopt")
+    for name, targets in samples.items():
+        write_entry(cache, name.replace(" ", "-"), entry, targets)
+        found = check(cache, teacher, name.replace(" ", "-"), windows=12)
+        assert found.sampled is not None
+        assert found.consistent == (name == "honest"), name
+        assert found.sampled.differs != found.consistent
+        assert found.sampled.teacher > 0.99
+        assert 0.1 < found.sampled.chance < 0.5
+        if name == "another teacher":
+            continue
+        assert all(item.windows_differing == 0 for item in found.fields.values()), name
+        assert found.sampled.windows_differing == 0 if found.consistent else found.sampled.windows_differing > 9
+        if name == "honest":
+            assert found.sampled.again == 1.0
+        elif name != "a tenth of the rows":
+            assert found.sampled.again < 0.9
+            assert "come again when they are drawn again" in found.problems[0]
+
+
+def test_sampled_ids_of_a_half_precision_are_drawn_again(cache: Path, teacher: Path) -> None:
+    half = LEAN | {"dtype": "bfloat16", "batch_windows": 5}
+    made(cache, teacher, "half", attention="eager", **half)
+    found = check(cache, teacher, "half", windows=24)
+    assert found.consistent, (found.fields, found.sampled)
+    assert found.sampled is not None
+    assert found.sampled.chance < found.sampled.teacher < 0.99
+    entry = made(cache, teacher, "other", seed=5, **half)
+    record = entry.model_copy(update={"targets": entry.targets.model_copy(update={"seed": 0})})
+    write_entry(cache, "seed", record, LogitCache.open(str(cache)).teacher("other").read(0, entry.positions))
+    found = check(cache, teacher, "seed", windows=24)
+    assert not found.consistent
+    assert found.sampled is not None
+    assert found.sampled.differs
+
+
+def test_ids_sampled_from_a_sample_are_not_drawn_again(
+    cache: Path, teacher: Path, world: World, samples: dict[str, SparseTargets]
+) -> None:
+    entry = entry_2(world[1], method="varopt", shrunk_from=(Shrunk(k=64, seed=3),))
+    shrunk = entry.model_copy(update={"made": "recompressed", "derived_from": "0" * 64})
+    write_entry(cache, "shrunk", shrunk, samples["another seed"])
+    found = check(cache, teacher, "shrunk")
+    assert found.consistent
+    assert found.sampled is None
+    assert found.uncompared[0] == "not stored: entropy, half-tail, label, sampled-logprobs"
+    assert "sampled from a stored sample of 64 ids" in found.uncompared[1]
+    write_entry(cache, "chosen", shrunk, samples["the likeliest ids"])
+    assert "no sample" in check(cache, teacher, "chosen").problems[0]
+
+
+def test_rows_without_targets_are_not_compared(world: World, teacher: Path, tmp_path: Path, run: Run) -> None:
+    """One stretch of the stream is trained, and a position here and there."""
+    tokens = LogitCache.open(str(world[0])).tokens.read(0, 3 * SHARD)
+    mask = np.random.default_rng(0).random(len(tokens)) < 0.02
+    mask[SHARD + 100 : SHARD + 500] = True
+    mask[2 * SHARD :] = False
+    cache = tmp_path / "masked"
+    make_corpus(str(cache), tokens, 400, loss_mask=mask)
+    entry = made(cache, teacher, "trained", positions="trained", **LEAN)
+    found = check(cache, teacher, "trained", windows=24)
+    assert found.consistent, found.problems
+    rows = TargetRows(LogitCache.open(str(cache)).teacher("trained"))
+    assert rows.counts().tolist() == [int(mask[at : at + SHARD].sum()) for at in (0, SHARD, 2 * SHARD)]
+    sampled = sample_windows(entry, rows.counts(), None, 24, np.random.default_rng(found.seed), rows.row)
+    assert found.windows == len(sampled) > 12
+    assert found.positions == sum(int(mask[window.first : window.last].sum()) for window in sampled)
+    assert found.sampled is not None
+    assert 0 < found.fields["log_tail"].values <= found.positions
+    assert all(mask[window.first : window.last].any() for window in sampled)
+    # Most of the trained positions lie in that stretch.
+    assert sum(SHARD + 64 <= window.first < SHARD + 512 for window in sampled) > 4
+    assert rows.row(1, 7) == np.flatnonzero(mask[SHARD:])[7]
+
+    targets = LogitCache.open(str(cache)).teacher("trained").read(0, len(tokens))
+    lost = np.where(np.arange(len(tokens)) % 3 == 0, 0, targets.kept).astype(np.uint16)
+    write_entry(cache, "lost", entry, replace(targets, kept=lost, certain=np.minimum(targets.certain, lost)))
+    assert "against the loss mask" in check(cache, teacher, "lost").problems[0]
+    write_entry(cache, "empty", entry, replace(targets, kept=0 * lost, certain=0 * lost))
+    refused(run("logit-cache", "audit", cache, "--teacher", teacher, "--name", "empty"), "nothing to audit")
 
 
 @pytest.mark.parametrize("combine", ["logit-mean", "mixture"])
@@ -291,7 +432,7 @@ LIES: dict[str, tuple[int, set[str]]] = {
     "not the best ids": (8, {"token_ids"}),
     "the best id repeated": (8, {"token_ids"}),
     "tails renormalised": (8, {"log_tail"}),
-    "log-probs 0.01 nats off": (8, {"logprobs", "top_logprob"}),
+    "log-probs 0.01 nats off": (8, {"log_tail"}),  # whose code holds the mass of the others too
 }
 
 
@@ -316,6 +457,13 @@ def test_every_lie_is_found(
         assert all(first % (2 * CONTEXT) == CONTEXT for first, _ in found.differing)
     else:
         assert len(found.differing) == found.windows
+
+
+def test_a_lie_in_version_1(cache: Path, teacher: Path, lies: dict[str, SparseTargets]) -> None:
+    entry = made(cache, teacher, "first", **VERSION_1)
+    write_entry(cache, "lie", entry, lies["log-probs 0.01 nats off"])
+    found = check(cache, teacher, "lie", windows=8)
+    assert {name for name, item in found.fields.items() if item.windows_differing} == {"logprobs", "top_logprob"}
 
 
 def test_lies_in_a_half_precision_s_record(
@@ -348,7 +496,7 @@ def test_an_entry_carried_over_from_another_cache(
 
 
 def test_damage_that_a_window_meets_is_a_finding(cache: Path, teacher: Path) -> None:
-    path = cache / "teachers/codes/entropy/c/1"
+    path = cache / "teachers/codes/entropy_code/c/1"
     path.write_bytes(path.read_bytes()[:-1])
     found = check(cache, teacher, "codes", windows=24)
     assert str(path) in found.problems[0]
@@ -409,27 +557,28 @@ def test_sampled_windows_are_those_of_the_plan(world: World, isolated: bool) -> 
         starts = np.concatenate([[0], inner[inner < positions]]).astype(np.uint64) if isolated else None
         committed = rng.random(-(-positions // shard)) < 0.7
         committed[0] = True
+        rows = shard_rows(entry, committed)
         planned = {
             window
             for number in np.flatnonzero(committed).tolist()
             for window in windows(number * shard, min((number + 1) * shard, positions), positions, windowing, starts)
         }
-        sampled = sample_windows(entry, committed, starts, int(rng.integers(1, 40)), np.random.default_rng(0))
+        sampled = sample_windows(entry, rows, starts, int(rng.integers(1, 40)), np.random.default_rng(0))
         assert set(sampled) <= planned
         assert len(set(sampled)) == len(sampled)
-        assert set(sample_windows(entry, committed, starts, positions, np.random.default_rng(0))) == planned
+        assert set(sample_windows(entry, rows, starts, positions, np.random.default_rng(0))) == planned
 
 
 def test_the_chance_to_escape(world: World) -> None:
     windowing = Windowing(context_tokens=16, stride_tokens=16)
     entry = entry_of(16 * 400, windowing, world[1], 160)
-    committed = np.ones(40, dtype=bool)
+    rows = shard_rows(entry, np.ones(40, dtype=bool))
     rng = np.random.default_rng(5)
     corrupt = set((16 * rng.permutation(400)[:20]).tolist())  # a twentieth of the windows, anywhere
     tries, count = 1500, 24
 
     def sampled(seed: int) -> list[Window]:
-        return sample_windows(entry, committed, None, count, np.random.default_rng(seed))
+        return sample_windows(entry, rows, None, count, np.random.default_rng(seed))
 
     escaped = sum(not any(window.first in corrupt for window in sampled(seed)) for seed in range(tries))
     bound = Audit("", "", "", 0, drawn=count).escape(0.05)
@@ -455,7 +604,7 @@ def test_entries_that_cannot_be_audited(
     bare = tmp_path / "bare"
     record = opened.record.model_copy(update={"corpus": corpus})
     write_corpus(str(bare), record, opened.tokenizer_files(), {})
-    without = entry.model_copy(update={"targets": entry.targets.model_copy(update={"has_label_logprob": False})})
+    without = entry.model_copy(update={"targets": entry.targets.without("label")})
     write_entry(bare, "codes", without, exact)
     write_entry(cache, "other", entry, exact)
     cases: list[tuple[Path, Path, str | None, tuple[str, ...]]] = [
@@ -510,7 +659,7 @@ def test_a_record_cannot_ask_for_more_memory_than_a_batch_needs(cache: Path, tea
 
 def test_exact_log_probs_are_held_to_float32(cache: Path, teacher: Path, world: World) -> None:
     _, entry, exact = world
-    encoding = Encoding(kind="float32", step_nats=None, mantissa_bits=23)
+    encoding = Encoding(kind="float32", step_nats=None)
     off = exact.logprobs - np.float32(0.005)
     write_entry(cache, "exact", entry.model_copy(update={"encoding": encoding}), replace(exact, logprobs=off))
     found = check(cache, teacher, "exact", windows=4)

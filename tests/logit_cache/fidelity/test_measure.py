@@ -50,7 +50,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "varopt-codes": {"k": 12, "targets": "varopt", "head_ids": 4},
     "whole": {"k": V, "targets": "topk", "encoding": "float32"},
     "one": {"k": 1, "targets": "topk"},
+    "lean": {"k": 12, "targets": "varopt", "fields": ("lean",)},
+    "lean-for-2": {"k": 12, "targets": "varopt", "fields": ("lean",), "target_temperature": 2},
+    "trained": {"k": 12, "targets": "varopt", "fields": ("lean",), "encoding": "float32", "positions": "trained"},
+    "1": {"k": 12, "targets": "topk", "fields": (), "format_version": 1},
+    "1-varopt": {"k": 12, "targets": "varopt", "head_ids": 4, "fields": (), "format_version": 1},
 }
+ALL: dict[str, Any] = {"fields": ("all",), "stride_tokens": None, "context_tokens": CONTEXT, "shard_tokens": SHARD}
+WHOLE = {"bucket", "renormalise", "none"}
+TREATMENTS = {"lean": {"sampled"}, "trained": {"sampled"}, "lean-for-2": set(), "varopt": WHOLE | {"sampled"}}
+TREATMENTS |= {"varopt-codes": TREATMENTS["varopt"], "1-varopt": TREATMENTS["varopt"]}
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +67,22 @@ def world(tmp_path_factory: pytest.TempPathFactory, make_teacher: Callable[..., 
     """A stream of random tokens in three documents, a teacher, and an entry of every kind without a report."""
     cache, teacher = tmp_path_factory.mktemp("world") / "cache", make_teacher(3, vocabulary_size=V + 7)
     tokens = np.random.default_rng(1).zipf(1.3, N).clip(max=V) - 1
-    make_corpus(str(cache), tokens.astype(np.uint16), V, document_starts=np.array([0, 70, 75]))
+    trained = np.random.default_rng(2).random(N) < 0.4
+    make_corpus(str(cache), tokens.astype(np.uint16), V, np.array([0, 70, 75]), trained)
     for name, fields in KINDS.items():
-        cache_logits(cache, name, teacher, context_tokens=CONTEXT, shard_tokens=SHARD, **fields)
+        cache_logits(cache, name, teacher, **ALL | fields)
     return cache, teacher
 
 
 def report_of(world: World, name: str, positions: int = 20 * N) -> FidelityReport:
     cache, teacher = world
-    fields = {"stride_tokens": None, **KINDS[name]}
-    job = CacheJob(
-        cache=str(cache), teacher=str(teacher), name=name, context_tokens=CONTEXT, shard_tokens=SHARD, **fields
-    )
+    job = CacheJob(cache=str(cache), teacher=str(teacher), name=name, **ALL | KINDS[name])
     return measure(open_job(job), positions)
 
 
 def dense(world: World, name: str) -> tuple[Tensor, SparseTargets, Tensor]:
-    """The model's own logits [N, V] in float64, the stored targets, and the labels [N] (-100: none)."""
+    """Of the rows with targets, all N but for `trained`: the model's own logits [N, V] in float64, the stored targets,
+    and the labels [N] (-100: none)."""
     cache, teacher = world
     opened = LogitCache.open(str(cache))
     entry = opened.teacher(name).entry
@@ -87,16 +95,21 @@ def dense(world: World, name: str) -> tuple[Tensor, SparseTargets, Tensor]:
         logits[window.first : window.last] = rows[window.first - window.start : window.last - window.start]
         last = min(window.last, window.end - 1)
         labels[window.first : last] = tokens[window.first + 1 : last + 1]
-    return logits, opened.teacher(name).read(0, N), labels
+    stored = opened.teacher(name).read(0, N)
+    rows = stored.kept > 0
+    return logits[rows], SparseTargets(0, **{n: values[rows] for n, values in stored.arrays().items()}), labels[rows]
 
 
 def distributions(stored: SparseTargets, step: float, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """[N, V] of each reading of the stored values, one row after the other, by the definitions."""
-    found = {name: np.zeros((N, V)) for name in ("bucket", "bucket-unigram", "renormalise", "none", "sampled")}
-    for t in range(N):
+    """[N, V] of each reading of the stored values, one row after the other, by the definitions; all but `sampled` of
+    the ids that have log-probs."""
+    names = ("bucket", "bucket-unigram", "renormalise", "none", "sampled")
+    found = {name: np.zeros((len(stored), V)) for name in names}
+    for t in range(len(stored)):
         kept, certain = int(stored.kept[t]), int(stored.certain[t])
-        ids = stored.token_ids[t, :kept].astype(int)
+        every = stored.token_ids[t, :kept].astype(int)
         p = np.exp(stored.logprobs[t, :kept].astype(np.float64))
+        ids, p = every[~np.isnan(p)], p[~np.isnan(p)]
         tail = math.exp(stored.log_tail[t])
         rest, sampled = tail, float(p[certain:].sum())
         if sampled:
@@ -107,11 +120,11 @@ def distributions(stored: SparseTargets, step: float, counts: np.ndarray) -> dic
             found[name][t, ids] = p / total
             found[name][t, outside] = rest / total * shape[outside] / (shape[outside].sum() or 1)
         found["none"][t, ids] = p / total
-        found["renormalise"][t, ids] = p / p.sum()
+        found["renormalise"][t, ids] = p / (p.sum() or 1)
         total = p[:certain].sum() + tail
-        found["sampled"][t, ids[:certain]] = p[:certain] / total
+        found["sampled"][t, every[:certain]] = p[:certain] / total
         if certain < kept:
-            found["sampled"][t, ids[certain:]] = tail / total / (kept - certain)
+            found["sampled"][t, every[certain:]] = tail / total / (kept - certain)
         else:
             found["sampled"][t, outside] = tail / total / max(1, len(outside))
     return found
@@ -140,10 +153,13 @@ def test_masses_and_divergences(world: World, name: str) -> None:
     for start in range(0, N, SHARD):
         for window in windows(start, min(start + SHARD, N), N, entry.windowing, opened.document_starts):
             np.add.at(counts, opened.tokens.read(window.start, window.stop), 1)
-    assert report.positions == N
-    is_stored = np.zeros((N, V), dtype=bool)
-    for t in range(N):
-        is_stored[t, stored.token_ids[t, : stored.kept[t]].astype(int)] = True
+    rows = len(stored)
+    assert report.positions == rows == (int(opened.loss_mask.read(0, N).sum()) if name == "trained" else N)
+    assert report.format_version == entry.format_version
+    is_stored, is_known = np.zeros((rows, V), dtype=bool), np.zeros((rows, V), dtype=bool)
+    for t in range(rows):
+        ids, known = stored.token_ids[t, : stored.kept[t]].astype(int), ~np.isnan(stored.logprobs[t, : stored.kept[t]])
+        is_stored[t, ids], is_known[t, ids] = True, known
     residual = np.where(is_stored, 0, p).sum(1)
     same(report.residual_mass.mean, residual.mean())
     for field, q in (("q05", 0.05), ("q50", 0.5), ("q99", 0.99), ("maximum", 1)):
@@ -152,10 +168,12 @@ def test_masses_and_divergences(world: World, name: str) -> None:
     readings = distributions(stored, entry.encoding.step_nats or 0, counts)
     bucket = readings["bucket"]
     exact, decoded = (
-        np.concatenate([np.where(is_stored, x, 0), np.where(is_stored, 0, x).sum(1)[:, None]], 1) for x in (p, bucket)
+        np.concatenate([np.where(is_known, x, 0), np.where(is_known, 0, x).sum(1)[:, None]], 1) for x in (p, bucket)
     )
     same(report.quantisation, kl(exact, decoded), 1e-7)
-    assert ("sampled" in report.divergences) == name.startswith("varopt")
+    treatments = TREATMENTS.get(name, WHOLE)
+    assert set(report.gradients) == treatments
+    assert set(report.divergences) == treatments | ({"bucket-unigram"} if "bucket" in treatments else set())
     for reading, found in report.divergences.items():
         s = readings[reading]
         if reading == "none" and name != "whole":
@@ -175,17 +193,12 @@ def loss_gradient(world: World, name: str, tail: str, z: Tensor) -> Tensor:
     """[N, V] from autograd of the loss that students are trained with, in float64."""
     _, stored, _ = dense(world, name)
     member = Member.of("a", LogitCache.open(str(world[0])).teacher(name).entry)
-    counts, floats = (
-        ("token_ids", "kept", "certain"),
-        ("logprobs", "top_logprob", "log_tail", "log_tail_half", "entropy"),
-    )
-    batch = TargetBatch(
-        **{field: torch.from_numpy(getattr(stored, field).astype(np.int64)) for field in counts},
-        **{field: torch.from_numpy(getattr(stored, field).astype(np.float64)) for field in floats},
-    )
+    arrays = {field: values for field, values in stored.arrays().items() if field != "label_logprob"}
+    kinds = {field: np.float64 if values.dtype == np.float32 else np.int64 for field, values in arrays.items()}
+    batch = TargetBatch(**{field: torch.from_numpy(values.astype(kinds[field])) for field, values in arrays.items()})
     z = z.clone().requires_grad_()
     loss = DistillationLoss(V, 0.0, 1.0, [member], tail=tail)
-    loss(z, torch.zeros(N, dtype=torch.int64), {"a": batch}).loss_sum.backward()
+    loss(z, torch.zeros(len(stored), dtype=torch.int64), {"a": batch}).loss_sum.backward()
     assert z.grad is not None
     return z.grad
 
@@ -208,20 +221,22 @@ def test_angles_are_those_of_the_students_loss(world: World, name: str) -> None:
             same(angles[reference].mean, degrees(whole.mean(0), sparse.mean(0)), 2e-3)
 
 
-@pytest.mark.parametrize("name", ["exact", "pruned", "isolated", "varopt"])
+@pytest.mark.parametrize("name", ["exact", "pruned", "isolated", "varopt", "trained"])
 def test_calibration(world: World, name: str) -> None:
     report, (logits, stored, labels) = report_of(world, name), dense(world, name)
     p = torch.softmax(logits, 1).numpy()
     known = labels.numpy() >= 0
-    assert report.labelled == known.sum() == (N - 3 if name == "isolated" else N - 1)
-    readings = distributions(stored, 0.0 if name in ("exact", "varopt") else 1 / 32, np.ones(V))
+    assert report.labelled == known.sum()
+    assert known.sum() == (N - 3 if name == "isolated" else N - 1) or name == "trained"
+    readings = distributions(stored, 1 / 32 if name in ("pruned", "isolated") else 0.0, np.ones(V))
     assert report.calibration is not None
     for found, s in (
         (report.calibration.full, p),
         *((value, readings[tail]) for tail, value in report.calibration.stored.items()),
     ):
         # Equal sampled ids alone at the top: the first column's.
-        guess = s.argmax(1) if s is p else stored.token_ids[:, 0]
+        own = np.take_along_axis(s, np.where(stored.is_kept, stored.token_ids, stored.token_ids[:, :1]).astype(int), 1)
+        guess = s.argmax(1) if s is p else np.take_along_axis(stored.token_ids, own.argmax(1)[:, None], 1)[:, 0]
         confidence, correct = s.max(1)[known], (guess == labels.numpy())[known]
         error = 0.0
         for low in range(15):
@@ -269,18 +284,39 @@ def test_all_ids_stored_is_no_distance(world: World) -> None:
         assert error == pytest.approx(report.calibration.full, abs=1e-6)
 
 
-def test_size(world: World) -> None:
-    report, targets = report_of(world, "codes"), LogitCache.open(str(world[0])).teacher("codes")
-    size = report.size
+@pytest.mark.parametrize("name", ["codes", "trained"])
+def test_size(world: World, name: str) -> None:
+    report, targets = report_of(world, name), LogitCache.open(str(world[0])).teacher(name)
+    size, rows = report.size, report.positions
     assert size.bytes_per_token == pytest.approx(targets.stored_bytes() / N)
-    assert size.overhead_bytes_per_token + 12 * size.bytes_per_id == pytest.approx(size.bytes_per_token)
+    assert size.overhead_bytes_per_token + rows / N * 12 * size.bytes_per_id == pytest.approx(size.bytes_per_token)
     stored = sum(
         p.stat().st_size
-        for n in ("token_ids", "logprob_codes")
-        for p in (world[0] / f"teachers/codes/{n}/c").rglob("*")
+        for n in ("ids", "certain_codes", "certain_logprobs")
+        for p in (world[0] / f"teachers/{name}/{n}/c").rglob("*")
         if p.is_file()
     )
-    assert size.bytes_per_id == pytest.approx(stored / N / 12)
+    assert size.bytes_per_id == pytest.approx(stored / rows / 12)
+    assert size.bytes_per_target == (pytest.approx(targets.stored_bytes() / rows) if name == "trained" else None)
+
+
+def test_an_unknown_tail_has_one_treatment() -> None:
+    """Imported ids without the mass outside them: the reader knows nothing but their ratios."""
+    logits = torch.randn(64, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    top = torch.log_softmax(logits, 1).topk(9)
+    stored = StoredRows(
+        top.indices,
+        top.values - 0.3,
+        torch.full((64,), 9),
+        torch.full((64,), 9),
+        torch.full((64,), -torch.inf).double(),
+    )
+    found = Measures(torch.ones(V, dtype=torch.float64), 0.0, ("renormalise",))
+    found.add(logits, stored, np.zeros(64, dtype=np.int64))
+    assert found.per_position("quantisation").max() < 1e-12
+    assert set(found.divergences()) == set(found.gradients()) == {"renormalise"}
+    expected = -top.values.logsumexp(1).mean()
+    assert found.divergences()["renormalise"].reverse == pytest.approx(float(expected))
 
 
 def test_noise_averages_out_and_bias_does_not() -> None:
@@ -324,6 +360,7 @@ def test_ensembles_and_half_precision(world: World, make_teacher: Callable[..., 
     cache = Path(shutil.copytree(world[0], tmp_path / "cache"))
     teachers = [str(world[1]), str(make_teacher(4, vocabulary_size=V))]
     fields = {"context_tokens": CONTEXT, "k": V, "combine": "mixture", "dtype": "bfloat16", "encoding": "float32"}
+    fields |= {"fields": ("lean",)}
     cache_logits(cache, "both", *map(Path, teachers), **fields)
     report = measure(open_job(CacheJob(cache=str(cache), teacher=teachers, name="both", **fields)), 64)
     # In the recorded batch shape, a half precision repeats its values.
@@ -363,7 +400,8 @@ def test_tiles_change_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> 
 
 # --- its lifecycle beside the entry ----------------------------------------------------------------------------------
 
-ARGUMENTS = ("--name", "a", "-k", 8, "--context-tokens", CONTEXT, "--shard-tokens", SHARD)
+ARGUMENTS = ("--name", "a", "-k", 8, "--context-tokens", CONTEXT, "--shard-tokens", SHARD, "--fields", "all")
+JOB: dict[str, Any] = {"k": 8, "context_tokens": CONTEXT, "shard_tokens": SHARD, "fields": ("all",)}
 
 
 @pytest.fixture
@@ -375,7 +413,7 @@ def cache(world: World, tmp_path: Path) -> Path:
 @pytest.fixture
 def reported(cache: Path, world: World) -> Path:
     """A cache with an entry and its report."""
-    cache_logits(cache, "a", world[1], k=8, context_tokens=CONTEXT, shard_tokens=SHARD)
+    cache_logits(cache, "a", world[1], **JOB)
     opened = job(cache, world)
     assert is_wanted(opened, 50)
     assert opened.writer.publish_fidelity(measure(opened, 50))
@@ -383,8 +421,7 @@ def reported(cache: Path, world: World) -> Path:
 
 
 def job(cache: Path, world: World) -> Any:
-    fields = {"k": 8, "context_tokens": CONTEXT, "shard_tokens": SHARD}
-    return open_job(CacheJob(cache=str(cache), teacher=str(world[1]), name="a", **fields))
+    return open_job(CacheJob(cache=str(cache), teacher=str(world[1]), name="a", **JOB))
 
 
 def report_file(cache: Path) -> Path:

@@ -15,6 +15,8 @@ import pytest
 from support import report_folders as invented
 from support.commands import Run, refused
 
+from logit_cache.cli.inspect import cache_text
+from logit_cache.describe import describe_cache
 from logit_cache.report.figures import curve, mean_points, thinned
 from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe
 from logit_cache.report.folders import RecipeFolder, read_folder
@@ -22,6 +24,9 @@ from logit_cache.report.metrics import best_epoch, pairs_mean
 from logit_cache.report.page import make_report
 from logit_cache.report.statistics import Spread, spread, t_quantile
 from logit_cache.report.verdict import pairs_sentences, verdicts
+from storage import LogitCache
+from storage.format.fidelity import Calibration, Treatment
+from storage.format.sealing import sealed_bytes
 from student.sweep.record import SweepReport
 
 HELD_OUT = {
@@ -258,6 +263,28 @@ def test_the_contents_of_the_tables(whole: Path) -> None:
     assert fidelity["ensemble-0"][:5] == ["600", "8.10 %", "24.00 %", "0.0310", "0.00210"]
 
 
+@pytest.mark.parametrize("treatments", [("sampled",), ()])
+def test_an_entry_that_serves_no_bucket_has_no_figures_of_it(recipe: Path, treatments: tuple[Treatment, ...]) -> None:
+    targets = LogitCache.open(str(recipe / "train")).teacher("ensemble-0")
+    report = targets.fidelity()
+    assert report is not None
+    angles, divergence = report.gradients["bucket"], report.divergences["bucket"]
+    lean = {
+        "format_version": 2,
+        "divergences": dict.fromkeys(treatments, divergence),
+        "gradients": dict.fromkeys(treatments, angles),
+        "calibration": Calibration(full=0.014, stored=dict.fromkeys(treatments, 0.02)),
+    }
+    (recipe / "train/teachers/ensemble-0/fidelity.json").write_bytes(sealed_bytes(report.model_copy(update=lean)))
+    tables = tables_of(recipe)
+    (fidelity,) = (rows for title, rows in tables.items() if title.startswith("How close the stored targets are"))
+    missing = "no treatment of these targets"
+    assert fidelity["ensemble-0"][3:5] == [missing, "0.00210" if treatments else missing]
+    assert fidelity["ensemble-0"][6:] == ["2.40°" if treatments else "not defined", "1.40 %"]
+    shown = cache_text(describe_cache(LogitCache.open(str(recipe / "train"))))
+    assert "KL(full, stored)  quantisation alone 4.8e-06 nats" in shown
+
+
 def _mean_perplexity() -> float:
     return sum(math.exp(loss) for loss in invented.LOSSES["student", "student"]) / 3
 
@@ -409,6 +436,24 @@ def test_the_kl_of_a_model_without_teachers_is_that_of_its_scores(recipe: Path) 
     tables = tables_of(recipe)
     assert tables["Held-out KL to the teachers"]["control"] == ["its seed's entry", "0.6000± 0.1000", "lower bound"]
     assert tables["Models"]["control"][8] == "≥ 0.6000± 0.1000"
+
+
+def test_a_cross_entropy_to_a_teacher_is_called_one(recipe: Path) -> None:
+    """Of entries without the teacher's entropy no KL is known; neither is a mean of such and of KLs."""
+    for seed in invented.SEEDS:
+        kl = {f"ensemble-{seed}": {"nats": 2.5, "lower_bound": False, "cross_entropy": True}}
+        (file,) = (recipe / f"seed-{seed}").glob("control-*.scores.json")
+        edit(file, held_out={**HELD_OUT, "kl": kl})
+        (file,) = (recipe / f"seed-{seed}").glob("live-*.scores.json")
+        edit(file, held_out={**HELD_OUT, "kl": kl | {"other": {"nats": 0.5, "lower_bound": False}}})
+    tables = tables_of(recipe)
+    assert tables["Held-out KL to the teachers"]["control"] == [
+        "its seed's entry",
+        "2.5000± 0.0000",
+        "cross-entropy to it",
+    ]
+    assert tables["Models"]["control"][8] == "CE 2.5000± 0.0000"
+    assert tables["Models"]["live teachers"][8] == "not measured"
 
 
 def test_nothing_from_a_folder_becomes_markup(recipe: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import numpy as np
 import pytest
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
-from support.caches.small import SHA, dense_targets, make_corpus, make_entry, write_entry
+from support.caches.small import (
+    SHA,
+    dense_targets,
+    entry_2,
+    make_corpus,
+    make_entry,
+    write_entry,
+)
 from support.commands import TESTS
 
 import logit_cache.cli.main
@@ -192,6 +200,82 @@ def test_its_python_runs(make: Any, monkeypatch: pytest.MonkeyPatch, encoding: s
     assert np.array_equal(theirs["kept"], targets.kept)
     np.testing.assert_allclose(theirs["logprobs"], targets.logprobs, rtol=0, atol=1e-5)
     np.testing.assert_allclose(theirs["tail"], np.exp(targets.log_tail))
+
+
+VERSION_2: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "topk": (("entropy", "label"), {}),
+    "topk-exact": ((), {"encoding": "float32"}),
+    "lean": ((), {"method": "varopt"}),
+    "lean-exact": ((), {"method": "varopt", "encoding": "float32"}),
+    "whole-sample": (("entropy", "half-tail", "label", "sampled-logprobs"), {"method": "varopt"}),
+    "unknown-tail": ((), {"tail": "unknown"}),
+    "some": ((), {"method": "varopt", "positions": "some"}),
+}
+
+
+@pytest.mark.parametrize("kind", VERSION_2)
+def test_the_python_of_version_2_runs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, changes = VERSION_2[kind]
+    tokens = np.random.default_rng(5).integers(0, V, N).astype(np.uint16)
+    made = make_corpus(str(tmp_path), tokens, V)
+    targets = random_sample(N, V, K)
+    # A row of nothing but sampled ids among those of the example, one of certain ids that are all, one of none.
+    certain = np.where(np.arange(N) == 1, 0, targets.certain).astype(np.uint16)
+    kept = np.where((np.arange(N) % 3 == 2) & (kind == "some"), 0, targets.kept).astype(np.uint16)
+    nothing = (np.arange(N) == 3) & (kind == "lean")
+    certain = np.where(nothing, K, np.minimum(certain, kept)).astype(np.uint16)
+    targets = replace(
+        targets, certain=certain, kept=kept, log_tail=np.where(nothing, -np.inf, targets.log_tail).astype(np.float32)
+    )
+    if "method" not in changes:
+        logits = np.random.default_rng(1).normal(size=(N, V))
+        targets = dense_targets(logits, K, np.append(tokens[1:], -1).astype(np.int64))
+    write_entry(tmp_path, "llama", entry_2(make_entry(made, K, shard_tokens=64), *fields, **changes), targets)
+    text = card_text(LogitCache.open(str(tmp_path)))
+    checked, plain = blocks(text, "python")
+    monkeypatch.chdir(tmp_path)
+    ours: dict[str, Any] = {}
+    exec(compile(checked, "README.md", "exec"), ours)
+    theirs: dict[str, Any] = {}
+    exec(compile(plain, "README.md", "exec"), theirs)
+    found = ours["targets"]
+    assert np.array_equal(theirs["kept"], found.kept)
+    assert np.array_equal(theirs["token_ids"][found.is_kept], found.token_ids[found.is_kept])
+    np.testing.assert_allclose(theirs["logprobs"][found.is_certain], found.logprobs[found.is_certain], atol=1e-5)
+    if kind == "unknown-tail":
+        assert "tail" not in theirs
+    else:
+        there = found.kept > 0
+        np.testing.assert_allclose(theirs["tail"][there], np.exp(found.log_tail[there]), rtol=1e-5)
+
+
+def test_a_card_says_what_an_entry_of_version_2_stores_and_serves(tmp_path: Path) -> None:
+    tokens = np.arange(N).astype(np.uint16) % V
+    made = make_corpus(str(tmp_path), tokens, V)
+    targets = random_sample(N, V, K)
+    kept = np.where(np.arange(N) % 4, 0, targets.kept).astype(np.uint16)
+    targets = replace(targets, kept=kept, certain=np.minimum(targets.certain, kept))
+    lean = entry_2(
+        make_entry(made, K, shard_tokens=64), method="varopt", positions="some", shrunk_from=[{"k": 9, "seed": 4}]
+    )
+    write_entry(tmp_path, "lean", lean.model_copy(update={"made": "recompressed"}), targets)
+    cache = LogitCache.open(str(tmp_path))
+    stored = cache.teacher("lean").stored_bytes()
+    both = {
+        "targets": "varopt, k = 6, seed 0, temperature 1, sampled from a sample of 9 ids (seed 4), at some positions",
+        "stored": "format 2: ids, log-probs of the certain ones, mass outside them",
+        "serves": "forward KL with tail sampled, at temperature 1",
+        "made": "from another entry, without its teacher",
+        "size": f"{stored / N:.1f} per token, {stored / 75:.1f} per position with targets",
+        "coverage": "300 of 300 positions",
+    }
+    card, shown = card_text(cache), cache_text(describe_cache(cache))
+    for name, words in both.items():
+        assert re.search(rf"^- {name}: .*{re.escape(words)}", card, re.MULTILINE), name
+        words = words.replace("per token", "bytes per token")
+        assert re.search(rf"^  {name} +.*{re.escape(words)}", shown, re.MULTILINE), name
+    assert "targets at 75 of them" in card
+    assert "targets at 75 of them" in shown
 
 
 def test_an_entry_with_nothing_in_it_yet_has_no_example(make: Any) -> None:

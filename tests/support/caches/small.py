@@ -101,6 +101,30 @@ def without_rows(targets: SparseTargets, rows: np.ndarray) -> SparseTargets:
     )
 
 
+def random_sample(positions: int, vocabulary_size: int, k: int, temperature: float = 1.0) -> SparseTargets:
+    """VarOpt targets of random logits, from sharp to flat: some rows have no certain id."""
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(positions, vocabulary_size)) * rng.uniform(0.1, 6, (positions, 1))
+    labels = np.append(rng.integers(0, vocabulary_size, positions - 1), -1)
+    return sampled_targets(logits, k, labels, temperature)
+
+
+def entry_2(entry: TeacherEntry, *fields: Any, **changes: Any) -> TeacherEntry:
+    """An entry as one of version 2 that stores some fields; `encoding` is its kind, the rest changes its targets."""
+    codes, made = changes.pop("encoding", "codes") == "codes", changes.pop("made", "cached")
+    targets = {"positions": "all", "tail": "exact", "fields": fields, "k": entry.targets.k, **changes}
+    if targets.get("method") == "varopt":
+        targets = {"seed": 0, "sampling": "systematic", "order": "ids", **targets}
+    encoding = Encoding(
+        kind="codes" if codes else "float32",
+        step_nats=1 / 32 if codes else None,
+        value_step_nats=1 / 256 if codes else None,
+        sampled_step_nats=1 / 2 if codes and "sampled-logprobs" in fields else None,
+    )
+    changed = {"format_version": 2, "made": made, "targets": Targets(**targets), "encoding": encoding}
+    return TeacherEntry.model_validate(dict(entry) | changed)
+
+
 def random_stream(vocabulary_size: int, positions: int, k: int) -> tuple[np.ndarray, SparseTargets]:
     """Tokens uint16 [N], and top-k targets of random logits that have them as labels; always the same."""
     rng = np.random.default_rng(0)
@@ -208,26 +232,10 @@ def make_entry(record: CacheRecord, k: int, **changes: Any) -> TeacherEntry:
 
 
 def make_entry_2(record: CacheRecord, k: int, fields: tuple[str, ...] = (), **changes: Any) -> TeacherEntry:
-    """An entry of version 2, with made-up provenance; `changes` of `make_entry` and of `Targets`."""
-    targets = {name: changes.pop(name) for name in Targets.model_fields if name in changes}
-    if targets.get("method") == "varopt":
-        targets = {"sampling": "systematic", "order": "ids", "seed": 3, **targets}
-    codes = changes.get("encoding", "codes") == "codes"
-    made = changes.pop("made", "cached")
-    return TeacherEntry.model_validate(
-        {
-            **make_entry(record, k, **changes).model_dump(),
-            "format_version": 2,
-            "made": made,
-            "targets": {"k": k, "fields": sorted(fields), "positions": "all", "tail": "exact", **targets},
-            "encoding": {
-                "kind": "codes" if codes else "float32",
-                "step_nats": 1 / 32 if codes else None,
-                "value_step_nats": 1 / 256 if codes else None,
-                "sampled_step_nats": 1 / 2 if codes and "sampled-logprobs" in fields else None,
-            },
-        }
-    )
+    """An entry of version 2, with made-up provenance; `changes` of `make_entry` and of `entry_2`."""
+    of_targets = {name: changes.pop(name) for name in ("made", *Targets.model_fields) if name in changes}
+    encoding = changes.get("encoding", "codes")
+    return entry_2(make_entry(record, k, **changes), *sorted(fields), encoding=encoding, **of_targets)
 
 
 def write_entry(url: str | Path, name: str, entry: TeacherEntry, targets: SparseTargets) -> None:
