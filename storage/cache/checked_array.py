@@ -53,6 +53,11 @@ class CheckedArray:
         self._metadata_checked = False
         self._checked: dict[int, _Opened] = {}
 
+    @property
+    def where(self) -> str:
+        """Its address, for messages."""
+        return self._store.where(self._folder + self.spec.name)
+
     def read_chunk(self, chunk: int) -> NDArray[Any]:
         """The entries of one chunk (the last one shorter). Raises IncompleteCache, CorruptCache and FormatError."""
         start = chunk * self.spec.layout.chunk
@@ -114,7 +119,7 @@ class CheckedArray:
             start, stop = self.spec.shard_range(shard)
             command = "cache-logits" if self._folder else "logit-cache tokenize"
             raise IncompleteCache(
-                f"{self._store.where(self._folder + self.spec.name)}: positions {start}..{stop} were asked for, "
+                f"{self.where}: positions {start}..{stop} were asked for, "
                 f"but no receipt covers them; missing: {_ranges(self.receipts.missing_ranges())}. "
                 f"Run the same {command} command again to complete it"
             )

@@ -18,6 +18,7 @@ from storage.cache.records import teacher_folder
 from storage.errors import InputError
 from storage.files import PARTIAL, sync_path
 from storage.format.fidelity import FIDELITY_FILE
+from storage.format.layout import SAMPLING_ORDER
 from storage.format.manifest import TEACHER_NAME
 from storage.progress import Advance
 from storage.stores import open_store
@@ -88,25 +89,30 @@ def _unused_entry(url: str, name: str) -> tuple[Store, str]:
         has = f"it has {', '.join(cache.teachers)}" if cache.teachers else "it has none"
         raise InputError(f"{url}: no entry {name!r}; {has}")
     receipts = f"{teacher_folder(name)}receipts"
-    leases = leases_in(store, receipts)
-    shards = [shard for shard in map(leased_shard, store.names(receipts)) if shard is not None]
-    held = [shard for shard in shards if leases.is_held(shard)]
-    if held:
-        raise InputError(f"{url}: a worker is at work on {name} (shard {held[0]}): stop it first")
+    for folder in (receipts, f"{receipts}/{SAMPLING_ORDER}"):
+        leases = leases_in(store, folder)
+        shards = [shard for shard in map(leased_shard, store.names(folder)) if shard is not None]
+        held = [shard for shard in shards if leases.is_held(shard)]
+        if held:
+            raise InputError(f"{url}: a worker is at work on {name} (shard {held[0]}): stop it first")
     return store, teacher_folder(name)
 
 
 def _in_order_of_writing(folder: str, keys: Iterable[str]) -> list[list[str]]:
-    """Keys of an entry in groups: the record, objects and what describes them, receipts, what sums these up."""
-    groups: list[list[str]] = [[], [], [], []]
+    """Keys of an entry in groups: the record, objects and what describes them, the receipt of the sampling order, those
+    of shards, what sums them up."""
+    order = f"receipts/{SAMPLING_ORDER}/"
+    groups: list[list[str]] = [[], [], [], [], []]
     for key in keys:
         name = key.removeprefix(folder)
         if name == "zarr.json":
             groups[0].append(key)
-        elif name in ("receipts/index.json", FIDELITY_FILE):
-            groups[3].append(key)
+        elif name in ("receipts/index.json", f"{order}index.json", FIDELITY_FILE):
+            groups[4].append(key)
+        elif name.startswith("receipts/"):
+            groups[2 if name.startswith(order) else 3].append(key)
         else:
-            groups[2 if name.startswith("receipts/") else 1].append(key)
+            groups[1].append(key)
     return groups
 
 

@@ -29,15 +29,17 @@ TEACHERS_METADATA = metadata_bytes(group_metadata({}))
 
 @dataclass(frozen=True)
 class Group:
-    """Arrays that share receipts: one of the token stream's, or all of a teacher entry.
+    """Arrays that share receipts: one of the token stream's, the targets of a teacher entry, or its sampling order.
 
-    name      an array of the token stream (`tokens`, …), or `teachers/<name>`
-    folder    key prefix of its arrays: "" or `teachers/<name>/`
+    name        an array of the token stream (`tokens`, …), `teachers/<name>`, or `teachers/<name>/sampling_order`
+    folder      key prefix of its arrays: "" or `teachers/<name>/`
+    needed_by   of a sampling order, the receipts of the targets, none of which is written before it
     """
 
     name: str
     folder: str
     receipts: Receipts
+    needed_by: Receipts | None = None
 
     @property
     def specs(self) -> dict[str, ArraySpec]:
@@ -45,13 +47,13 @@ class Group:
 
     @property
     def record_key(self) -> str | None:
-        """Key of a teacher entry's record; None for the token stream."""
+        """Key of the record of the teacher entry that it belongs to; None for the token stream."""
         return f"{self.folder}{ROOT_KEY}" if self.folder else None
 
     @property
     def fidelity_key(self) -> str | None:
-        """Key of a teacher entry's fidelity report, which is optional; None for the token stream."""
-        return f"{self.folder}{FIDELITY_FILE}" if self.folder else None
+        """Key of the fidelity report of a teacher entry's targets, which is optional; None for other groups."""
+        return f"{self.folder}{FIDELITY_FILE}" if self.name == self.folder.rstrip("/") else None
 
     def metadata(self) -> dict[str, bytes]:
         """The bytes of each array's zarr.json, by key, as the record implies them."""
@@ -84,6 +86,14 @@ def corpus_groups(store: Store, cache: LogitCache) -> list[Group]:
     ]
 
 
-def teacher_group(cache: LogitCache, name: str) -> Group:
-    """A teacher entry's group. Raises CacheNotFound, FormatError and CorruptCache, as `LogitCache.teacher` does."""
-    return Group(f"teachers/{name}", f"teachers/{name}/", cache.teacher(name).receipts)
+def teacher_groups(cache: LogitCache, name: str) -> list[Group]:
+    """A teacher entry's groups, in the order in which they are written: its sampling order, if it has one, its targets.
+
+    Raises CacheNotFound, FormatError and CorruptCache, as `LogitCache.teacher` does.
+    """
+    teacher, entry = cache.teacher(name), f"teachers/{name}"
+    order = teacher.order
+    first = (
+        [] if order is None else [Group(f"{entry}/{order.spec.name}", f"{entry}/", order.receipts, teacher.receipts)]
+    )
+    return [*first, Group(entry, f"{entry}/", teacher.receipts)]

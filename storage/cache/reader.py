@@ -28,11 +28,11 @@ from storage.cache.records import (
 from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
 from storage.files import local_path
 from storage.format.fidelity import FidelityReport
-from storage.format.layout import corpus_arrays, teacher_arrays
+from storage.format.layout import corpus_arrays, order_array, teacher_arrays
 from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, CacheRecord, ShardStatistics, TeacherEntry
 from storage.format.sealing import digest, sealed
 from storage.format.stored import StoredTargets, joined
-from storage.format.targets import SparseTargets
+from storage.format.targets import SparseTargets, is_order
 from storage.stores import Url, open_store
 from storage.stores.base import Store
 
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
     from storage.cache.zarr_store import CheckedStore
 
+ORDER_IS_GONE = (
+    "missing, though ids were sampled in this order, and no other may take its place: get it from another copy of the "
+    "cache with logit-cache pull, or remove the entry"
+)
 _CHUNK_CACHE_BYTES = 192 << 20
 
 
@@ -107,23 +111,18 @@ class Stream:
 
 
 class TeacherTargets:
-    """One teacher's entry. `document_starts` returns those of the cache; None where it was shared without them."""
+    """One teacher's entry of a cache."""
 
-    def __init__(
-        self,
-        store: Store,
-        name: str,
-        entry: TeacherEntry,
-        document_starts: Callable[[], NDArray[Any]] | None = None,
-    ) -> None:
+    def __init__(self, store: Store, name: str, entry: TeacherEntry, cache: LogitCache) -> None:
         self.name = name
-        self._document_starts = document_starts if entry.windowing.isolate_documents else None
         self.entry = entry
+        self._cache = cache
         self.record_sha256 = digest(entry)
         self.specs = teacher_arrays(entry)
         folder = teacher_folder(name)
         self.receipts = Receipts(store, folder + "receipts", self.specs, self.record_sha256)
         self.arrays = {n: CheckedArray(store, folder, spec, self.receipts) for n, spec in self.specs.items()}
+        self.order = checked_order(store, name, entry)
         self._where = store.where(folder.rstrip("/"))
         row_bytes = sum(spec.itemsize * int(np.prod(spec.shape[1:])) for spec in self.specs.values())
         self._most_chunks = max(2, _CHUNK_CACHE_BYTES // (row_bytes * entry.layout.chunk))
@@ -143,7 +142,15 @@ class TeacherTargets:
 
     def stored_bytes(self) -> int:
         """Bytes of all committed objects, from their receipts."""
-        return self.receipts.totals().object_bytes
+        order = 0 if self.order is None else self.order.receipts.totals().object_bytes
+        return self.receipts.totals().object_bytes + order
+
+    def sampling_order(self) -> NDArray[np.uint32] | None:
+        """uint32 [V]: the ids in the order in which they lie when some are sampled; None where that is theirs.
+
+        Raises IncompleteCache where it is missing, CorruptCache where it is damaged, or does not hold each id once.
+        """
+        return None if self.order is None else read_order(self.order)
 
     def fidelity(self) -> FidelityReport | None:
         """How far these targets are from the full distributions, as measured when they were made; None if not measured.
@@ -195,12 +202,37 @@ class TeacherTargets:
             check_shards(self.arrays.values(), start // self.entry.layout.shard)
             arrays = {name: array.read_chunk(chunk) for name, array in self.arrays.items()}
             targets = StoredTargets(self.entry, start, arrays)
-            broken = targets.broken_rule(None if self._document_starts is None else self._document_starts())
+            broken = self._broken_rule(targets)
             if broken:
                 raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
             _hold(self._chunks, chunk, targets, self._most_chunks)
         self._chunks.move_to_end(chunk)
         return self._chunks[chunk]
+
+    def _broken_rule(self, targets: StoredTargets) -> str | None:
+        starts = mask = None
+        if self._cache.record.corpus.tokens_included:
+            starts = self._cache.document_starts if self.entry.windowing.isolate_documents else None
+            mask = self._cache.loss_mask if self.entry.targets.positions == "trained" else None
+        return targets.broken_rule(starts, None if mask is None else mask.read(targets.start, targets.stop))
+
+
+def checked_order(store: Store, name: str, entry: TeacherEntry) -> CheckedArray | None:
+    """The array of an entry's sampling order; None where it has none."""
+    spec, folder = order_array(entry), teacher_folder(name)
+    if spec is None:
+        return None
+    receipts = Receipts(store, f"{folder}receipts/{spec.name}", {spec.name: spec}, digest(entry))
+    return CheckedArray(store, folder, spec, receipts)
+
+
+def read_order(array: CheckedArray) -> NDArray[np.uint32]:
+    """A sampling order, uint32 [V]. Raises IncompleteCache, CorruptCache."""
+    array.check_shard(0)  # first: before it is written there is no metadata either
+    order = Stream(array).read(0, array.spec.shape[0])
+    if not is_order(order):
+        raise CorruptCache(f"{array.where}: it does not hold each of the {len(order)} ids once")
+    return order
 
 
 class LogitCache:
@@ -306,8 +338,9 @@ class LogitCache:
                 raise CacheNotFound(f"{self.url}: no teacher entry {name!r}; there is: {there}") from None
             if entry.positions != self.record.corpus.positions or entry.vocabulary_size > self.vocabulary_size:
                 raise FormatError(f"{self._store.where(key)}: its positions or vocabulary are not this cache's")
-            documents = (lambda: self.document_starts) if self.record.corpus.tokens_included else None
-            self._entries[name] = TeacherTargets(self._store, name, entry, documents)
+            if entry.targets.positions == "trained" and not self.record.corpus.has_loss_mask:
+                raise FormatError(f"{self._store.where(key)}: it is of trained positions, and no loss mask says which")
+            self._entries[name] = TeacherTargets(self._store, name, entry, self)
         return self._entries[name]
 
     def zarr(self) -> Group:
@@ -324,8 +357,9 @@ class LogitCache:
     def xarray(self, name: str) -> Dataset:
         """One teacher's entry as an xarray Dataset, with the token stream's arrays beside its own.
 
-        Dimensions are `position`, `rank` (of the kept ids) and `document`; `attrs` hold the entry's record. Values are
-        those of `zarr()`, read and checked when they are used. Raises as `teacher` does, InputError without xarray.
+        Dimensions are `position`, `rank` (of the kept ids), `document` and `place` (in the sampling order); `attrs`
+        hold the entry's record. Values are those of `zarr()`, read and checked when they are used. Raises as `teacher`
+        does, InputError without xarray.
         """
         from storage.cache.zarr_store import open_dataset
 
@@ -339,7 +373,8 @@ class LogitCache:
         for name in names:
             entry = self.teacher(name)
             groups[f"teachers/{name}"] = {ATTRIBUTE: sealed(entry.entry)}
-            arrays |= {f"teachers/{name}/{array}": checked for array, checked in entry.arrays.items()}
+            checked = [*entry.arrays.values(), *([] if entry.order is None else [entry.order])]
+            arrays |= {f"teachers/{name}/{array.spec.name}": array for array in checked}
         return CheckedStore(self.url, groups, arrays)
 
     def save_tokenizer(self, directory: str | os.PathLike[str]) -> None:

@@ -31,10 +31,11 @@ from storage.cache.inventory import (
     TOKENIZER_RECEIPT_KEY,
     Group,
     corpus_groups,
-    teacher_group,
+    teacher_groups,
 )
 from storage.cache.leases import leased_shard, leases_in
-from storage.cache.reader import LogitCache
+from storage.cache.reader import ORDER_IS_GONE, LogitCache
+from storage.cache.receipts import Receipts
 from storage.cache.records import (
     check_metadata,
     read_fidelity,
@@ -169,7 +170,7 @@ class _Check:
             if name == "zarr.json" or not re.fullmatch(TEACHER_NAME, name):
                 continue
             try:
-                group = teacher_group(cache, name)
+                groups = teacher_groups(cache, name)
             except LogitCacheError as error:
                 below = self.store.walk(f"teachers/{name}")
                 if isinstance(error, CacheNotFound) and all(key.endswith(PARTIAL) for key in below):
@@ -180,7 +181,7 @@ class _Check:
                 self.known.update(below)
                 continue
             self.known.add(key)
-            yield group
+            yield from groups
 
     def check_group(self, group: Group, pool: ThreadPoolExecutor) -> None:
         receipts = group.receipts
@@ -200,7 +201,9 @@ class _Check:
         committed = np.flatnonzero(receipts.committed()).tolist()
         self._check_metadata(group, started=bool(committed))
         missing = receipts.missing_ranges()
-        if missing:
+        if missing and group.needed_by is not None and _any_committed(group.needed_by):
+            self.found.problems.append(f"{self.store.where(group.name)}: {ORDER_IS_GONE}")
+        elif missing:
             self.found.missing[group.name] = missing
         for shard in committed:
             self.known |= group.keys(shard)
@@ -296,6 +299,13 @@ class _Check:
             check_metadata(self.store, key, implied)
         except LogitCacheError as error:
             self.found.problems.append(str(error))
+
+
+def _any_committed(receipts: Receipts) -> bool:
+    try:
+        return bool(receipts.committed().any())
+    except LogitCacheError:  # a damaged index, of what was committed
+        return True
 
 
 def _compare_decoders(where: str, spec: ArraySpec, shard: int, data: bytes) -> tuple[str | None, str | None]:

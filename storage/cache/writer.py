@@ -7,9 +7,10 @@ of a killed worker: equal bytes are kept, others are replaced.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import repeat
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from storage.cache.failures import Failures
 from storage.cache.leases import leases_in
-from storage.cache.reader import LogitCache
+from storage.cache.reader import ORDER_IS_GONE, LogitCache, checked_order, read_order
 from storage.cache.receipts import Receipts
 from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
@@ -29,9 +30,13 @@ from storage.format.layout import ArraySpec, metadata_bytes, record_bytes, teach
 from storage.format.manifest import ObjectDigest, ShardReceipt, ShardStatistics, TeacherEntry
 from storage.format.sealing import Record, differences, digest, parse_json, sealed_bytes
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
-from storage.format.targets import SparseTargets
+from storage.format.targets import SparseTargets, is_order
 from storage.stores import Url, open_store
 from storage.stores.base import Store
+
+
+class OtherBytes(CorruptCache):
+    """A shard is committed already, with other bytes than those that were to be written."""
 
 
 class ShardWriter:
@@ -81,7 +86,7 @@ class ShardWriter:
         """Write one shard of every array, then its receipt; returns the stored receipt, which may be another worker's.
 
         `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`. Raises
-        CorruptCache where the shard was committed with other bytes.
+        OtherBytes where the shard was committed with other bytes.
         """
         encoded = encode_objects(self.specs, shard, values)
         objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
@@ -109,7 +114,7 @@ class ShardWriter:
         if not self._store.publish(self.receipts.key(shard), sealed_bytes(receipt)):
             other = self.receipts.read(shard)
             if other is None or other.objects != objects:
-                raise CorruptCache(
+                raise OtherBytes(
                     f"{self._store.where(self.receipts.key(shard))}: another worker committed this shard with other "
                     f"bytes; workers of one entry must run the same versions on the same type of device"
                 )
@@ -122,7 +127,7 @@ class ShardWriter:
         if self._store.insist(key, "it was there just now", lambda: self._store.read(key)) == data:
             return
         if self.receipts.read(shard) is not None:
-            raise CorruptCache(
+            raise OtherBytes(
                 f"{self._store.where(key)}: already committed with other bytes; workers of one entry must run the "
                 f"same versions on the same type of device"
             )
@@ -139,6 +144,7 @@ class EntryWriter:
         self.failures = Failures(store, shards.receipts.folder)
         self._store = store
         self._shards = shards
+        self._order = checked_order(store, name, entry)
 
     @classmethod
     def open(cls, url: Url, name: str, entry: TeacherEntry) -> EntryWriter:
@@ -170,10 +176,34 @@ class EntryWriter:
         """Whether a shard is committed, by this worker or, a moment ago, by another; see `ShardWriter.is_committed`."""
         return self._shards.is_committed(shard)
 
+    def sampling_order(self, make: Callable[[], NDArray[Any]]) -> NDArray[np.uint32] | None:
+        """uint32 [V]: the ids in the order in which they lie when some are sampled; None where that is theirs.
+
+        Where none is stored yet, the one that `make` gives is, unless another worker is first: all work with the one
+        that is committed. Raises CorruptCache for a damaged one, and where it is gone though shards were sampled by it.
+        """
+        if self._order is None:
+            return None
+        spec, folder = self._order.spec, teacher_folder(self.name)
+        writer = ShardWriter(self._store, folder, self._order.receipts.folder, {spec.name: spec}, self.entry)
+        begun = self._shards.receipts.committed().any()  # looked for first: no shard is committed before the order
+        if not writer.is_committed(0):
+            if begun:
+                raise CorruptCache(f"{self._order.where}: {ORDER_IS_GONE}")
+            order = make()
+            assert is_order(order), "an order holds each id once"
+            writer.prepare()
+            with contextlib.suppress(OtherBytes):  # another worker was first
+                writer.commit(0, {spec.name: order.astype(spec.dtype)})
+        writer.receipts.write_index()
+        return read_order(self._order)
+
     def commit(self, shard: int, targets: SparseTargets, began: float | None = None) -> ShardReceipt:
         """Encode and commit one shard from the targets of its positions, which hold all that the entry stores."""
         stored = shard_values(self.entry, targets)
         broken = stored.broken_rule()
+        if broken is None and self._order is not None and self._order.receipts.recent(0) is None:
+            broken = f"the entry has no {self._order.spec.name} yet"
         if broken:
             raise FormatError(f"{self._store.where(teacher_folder(self.name))}: shard {shard} is not written: {broken}")
         return self._shards.commit(shard, stored.arrays, shard_statistics(targets), began)

@@ -25,6 +25,8 @@ DEFAULT_SAMPLED_STEP_NATS = 1 / 2
 DEFAULT_VALUE_STEP_NATS = 1 / 256
 MIN_VALUE_STEP_NATS = 1 / 1024
 MAX_UINT16 = 65_535
+# Of an exact log-prob: far more than float32 and a rounded mantissa add to log 1.
+ROUNDING_NATS = 1e-3
 
 
 def token_id_dtype(vocabulary_size: int) -> str:

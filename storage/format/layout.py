@@ -104,7 +104,8 @@ class ArraySpec:
     def metadata(self) -> dict[str, Any]:
         """The content of the array's zarr.json. A reader refuses any other."""
         rest = list(self.shape[1:])
-        dimensions = ["document"] if self.name in PER_DOCUMENT else ["position", "rank"][: len(self.shape)]
+        first = "document" if self.name in PER_DOCUMENT else "place" if self.name == SAMPLING_ORDER else "position"
+        dimensions = [first, "rank"][: len(self.shape)]
         serializer: dict[str, Any] = {"name": "bytes"}
         if self.itemsize > 1:
             serializer["configuration"] = {"endian": "little"}
@@ -178,6 +179,14 @@ def _arrays_2(entry: TeacherEntry) -> list[ArraySpec]:
             if entry.targets.has(field)
         ),
     ]
+
+
+def order_array(entry: TeacherEntry) -> ArraySpec | None:
+    """The array of the order in which ids are sampled, where it is not that of the ids: one shard, a single commit."""
+    if entry.targets.order != "embeddings":
+        return None
+    layout = stream_layout(entry.vocabulary_size)
+    return ArraySpec(SAMPLING_ORDER, "uint32", (entry.vocabulary_size,), layout)
 
 
 def field_array(entry: TeacherEntry, field: str) -> str:

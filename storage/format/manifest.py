@@ -23,6 +23,7 @@ MAX_SHARDS = 1 << 21  # limit of an index of receipts: 137 billion positions at 
 MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
 MAX_SOURCES = 4_096
 MOST_SHRUNK = 16  # samples from which a sample was sampled
+MAX_ORDERED_IDS = 1 << 22  # of a sampling order, which is one object
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 _LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
@@ -378,6 +379,8 @@ class TeacherEntry(Extended):
             raise ValueError(f"k {self.targets.k} is larger than the vocabulary {self.vocabulary_size}")
         if (self.windowing.begin_id or 0) >= self.vocabulary_size:
             raise ValueError(f"begin_id {self.windowing.begin_id} is not in the vocabulary of {self.vocabulary_size}")
+        if self.targets.order == "embeddings" and self.vocabulary_size > MAX_ORDERED_IDS:
+            raise ValueError(f"an order of embeddings is one of at most {MAX_ORDERED_IDS} ids")
         # Sizes are bounded before anything is allocated from them.
         if 4 * self.targets.k * self.layout.shard > MAX_OBJECT_BYTES:
             raise ValueError(f"a shard of {self.layout.shard} positions with k {self.targets.k} exceeds one object")

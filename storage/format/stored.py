@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.format import version_1, version_2
+from storage.format.encoding import ROUNDING_NATS
 from storage.format.layout import field_array, teacher_arrays
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets
@@ -33,7 +34,9 @@ class StoredTargets:
     def of(cls, entry: TeacherEntry, targets: SparseTargets) -> StoredTargets:
         """Targets as an entry stores them."""
         specs, values = teacher_arrays(entry), _VERSIONS[entry.format_version].encode(entry, targets)
-        return cls(entry, targets.start, {name: values[name].astype(spec.dtype) for name, spec in specs.items()})
+        return cls(
+            entry, targets.start, {name: values[name].astype(spec.dtype, copy=False) for name, spec in specs.items()}
+        )
 
     def decoded(self) -> SparseTargets:
         """The targets that a reader makes of them."""
@@ -58,12 +61,17 @@ class StoredTargets:
         cut = slice(start - self.start, stop - self.start)
         return StoredTargets(self.entry, start, {name: values[cut] for name, values in self.arrays.items()})
 
-    def broken_rule(self, document_starts: NDArray[Any] | None = None) -> str | None:
+    def broken_rule(
+        self, document_starts: NDArray[Any] | None = None, trained: NDArray[np.bool_] | None = None
+    ) -> str | None:
         """The first rule of the format that stored values break, or None; exposes fill values and foreign data.
 
-        `document_starts` [D] gives, for entries with isolated documents, the positions that no token follows.
+        `document_starts` [D] gives, for entries with isolated documents, the positions that no token follows; `trained`
+        [T], for entries of the positions that are trained on, which ones these are. What is not given is not checked.
         """
         broken: str | None = _VERSIONS[self.entry.format_version].broken_rule(self.entry, self.arrays)
+        if broken is None and trained is not None and not np.array_equal(self.arrays["kept"] > 0, trained):
+            return "the rows with targets are not those that the loss mask trains"
         if broken is None and self.entry.targets.has("label"):
             return self._broken_label(document_starts)
         return broken
@@ -79,7 +87,7 @@ class StoredTargets:
             at_end[document_starts[inside].astype(np.int64) - 1 - self.start] = True
         if np.isinf(label).any() or not unlabelled[at_end].all():
             return f"{name} is infinite, or there where no token follows"
-        if (label > version_2.ROUNDING_NATS).any():
+        if (label > ROUNDING_NATS).any():
             return "a log-prob is positive: no probability exceeds 1"
         known = not entry.windowing.isolate_documents or document_starts is not None
         if known and (unlabelled & ~at_end & (self.arrays["kept"] > 0)).any():

@@ -91,8 +91,13 @@ class SparseTargets:
 
 def leading_columns(counts: NDArray[Any], columns: int) -> NDArray[np.bool_]:
     """bool [T, columns]: column i < counts [T]."""
-    found: NDArray[np.bool_] = np.arange(columns) < counts[:, None]
+    found: NDArray[np.bool_] = np.arange(columns, dtype=counts.dtype) < counts[:, None]
     return found
+
+
+def is_order(ids: NDArray[Any]) -> bool:
+    """Whether ids [V] are each of 0 .. V - 1 once."""
+    return np.array_equal(np.sort(ids), np.arange(len(ids)))
 
 
 def head_mass(targets: SparseTargets) -> NDArray[np.float64]:

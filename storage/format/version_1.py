@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.format.encoding import decode_logprobs, encode_logprobs, round_mantissa
+from storage.format.encoding import ROUNDING_NATS, decode_logprobs, encode_logprobs, round_mantissa
 from storage.format.layout import PER_POSITION_FLOATS
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets, leading_columns
 
 Arrays = Mapping[str, NDArray[Any]]
-
-_ROUNDING = 1e-3  # nats: far more than float32 and a rounded mantissa add to log 1
 
 
 def encode(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
@@ -74,7 +72,7 @@ def broken_rule(entry: TeacherEntry, arrays: Arrays) -> str | None:
     top, tail = arrays["top_logprob"], arrays["log_tail"]
     if not (np.isfinite(top).all() and np.isfinite(arrays["entropy"]).all()):
         return "top_logprob or entropy is not finite"
-    if (top > _ROUNDING).any() or (tail > _ROUNDING).any():
+    if (top > ROUNDING_NATS).any() or (tail > ROUNDING_NATS).any():
         return "a log-prob is positive: no probability exceeds 1"
     whole = certain == entry.vocabulary_size
     for name in ("log_tail", "log_tail_half"):

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.format.chance import ROUNDING, ROUNDING_AGAIN, uniforms
-from storage.format.encoding import MAX_UINT16, encode_logprobs
+from storage.format.encoding import MAX_UINT16, ROUNDING_NATS, encode_logprobs
 from storage.format.layout import field_array
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets, leading_columns
@@ -42,24 +42,23 @@ NOTHING_INSIDE = (1 << 15) - 2  # of the mass alone: no id is certain
 _LEAST, _MOST = NOTHING_OUTSIDE + 1, NOTHING_INSIDE - 1
 _FLOAT32 = 2.0**-23  # of a number: more than its rounding to float32
 
-ROUNDING_NATS = 1e-3  # of an exact log-prob: far more than float32 adds to log 1
 _VALUES = {"tail": "log_tail", "half-tail": "log_tail_half", "label": "label_logprob", "entropy": "entropy"}
 
 
 def encode(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
     """The stored arrays of targets that hold the entry's fields; sampled ids may come in any order."""
     targets = _sampled_ids_ascending(targets)
-    certain, sampled = targets.is_certain, targets.is_kept & ~targets.is_certain
-    ids = targets.token_ids.astype(np.int64)
-    first = np.arange(targets.k) == targets.certain[:, None]
-    before = np.where(first, 0, np.roll(ids, 1, axis=1))
-    arrays: dict[str, NDArray[Any]] = {
-        "ids": np.where(sampled, ids - before, np.where(certain, ids, 0)).astype(targets.token_ids.dtype),
+    certain, kept = targets.is_certain, targets.is_kept
+    ids = targets.token_ids
+    # Before the least sampled id stands 0; the differences beyond `kept`, which may wrap around, are not stored.
+    differences = np.diff(ids * ~certain, axis=1, prepend=ids.dtype.type(0))
+    codes = _codes if entry.encoding.step_nats is not None else _floats
+    return {
+        "ids": np.where(certain, ids, differences) * kept,
         "kept": targets.kept,
         "certain": targets.certain,
+        **codes(entry, targets, certain, kept & ~certain),
     }
-    codes = _codes if entry.encoding.step_nats is not None else _floats
-    return arrays | codes(entry, targets, certain, sampled)
 
 
 def _sampled_ids_ascending(targets: SparseTargets) -> SparseTargets:
@@ -110,11 +109,14 @@ def _value_codes(values: NDArray[np.float32], step: float) -> NDArray[np.int16]:
 
 def _mass_codes(targets: SparseTargets, certain: NDArray[np.bool_], step: float) -> NDArray[np.int16]:
     assert targets.log_tail is not None
-    inside = np.where(certain, targets.logprobs, np.float32(-np.inf)).astype(np.float64)
-    log_head = np.logaddexp.reduce(inside, axis=1, initial=-np.inf)
-    with np.errstate(invalid="ignore"):
-        odds = (targets.log_tail - log_head) / step
-    codes = np.where(odds < _LEAST, NOTHING_OUTSIDE, np.rint(odds).clip(_LEAST, _MOST))
+    top = np.where(targets.certain > 0, targets.logprobs[:, 0], 0.0)[:, None]
+    # In float64, although the targets are float32: a last bit that differs by machine hardly ever changes a code.
+    below = np.subtract(targets.logprobs, top, dtype=np.float64)
+    inside = np.exp(below, where=certain, out=np.zeros(certain.shape))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        odds = targets.log_tail - (top[:, 0] + np.log(inside.sum(axis=1)))
+        codes = np.rint(odds / step).clip(_LEAST, _MOST)
+    codes = np.where(np.isneginf(targets.log_tail), NOTHING_OUTSIDE, codes)
     codes = np.where(targets.certain == 0, NOTHING_INSIDE, codes)
     return np.where(targets.kept == 0, NONE, codes).astype(np.int16)
 
@@ -126,7 +128,7 @@ def _sampled_codes(
     that makes the mean of 1 / p exact, ``(exp(d) - 1) / (exp(step) - 1)`` for the next, d nats below the reference."""
     step = entry.encoding.sampled_step_nats
     assert step is not None
-    masses = {name: _decoded_value(entry, name, found[name]) for name in ("tail", "half-tail") if name in found}
+    masses = {field: _decoded_value(entry, field, found[field]) for field in ("tail", "half-tail") if field in found}
     below = (_reference(entry, targets.kept, targets.certain, masses) - targets.logprobs) / step
     below = np.where(sampled, below, 0.0).clip(0.0)
     # A log-prob that was decoded is the same code again, as near as its float32 can tell.
@@ -148,11 +150,12 @@ def _rounding_key(entry: TeacherEntry) -> tuple[int, int]:
 
 
 def _reference(
-    entry: TeacherEntry, kept: NDArray[Any], certain: NDArray[Any], masses: Mapping[str, NDArray[np.float64]]
+    entry: TeacherEntry, kept: NDArray[Any], certain: NDArray[Any], masses: Mapping[str, NDArray[np.float64] | None]
 ) -> NDArray[np.float64]:
     """The log-prob [T, 1] from which those of sampled ids are counted down."""
     temperature = entry.targets.temperature
     outside = masses["tail" if temperature == 1.0 else "half-tail"]
+    assert outside is not None
     number = np.maximum(kept.astype(np.int64) - certain, 1)
     step = entry.encoding.step_nats or 0.0
     reference: NDArray[np.float64] = (temperature * (outside - np.log(number)) + step)[:, None]
@@ -163,10 +166,11 @@ def decode(entry: TeacherEntry, start: int, arrays: Arrays) -> SparseTargets:
     """The targets of the positions `start .. start + T`."""
     kept, certain, raw = arrays["kept"], arrays["certain"], arrays["ids"]
     is_kept, is_certain = leading_columns(kept, raw.shape[1]), leading_columns(certain, raw.shape[1])
-    sums = np.where(is_certain, 0, raw).cumsum(axis=1, dtype=np.int64)
-    ids = np.where(is_certain, raw, sums)
+    ids = np.where(is_certain, raw, np.cumsum(raw * ~is_certain, axis=1, dtype=raw.dtype))
     values = {field: decoded_value(entry, field, arrays) for field in _VALUES}
-    logprobs = _logprobs(entry, arrays, values, is_kept, is_certain)
+    logprobs = np.where(is_certain, _certain_logprobs(entry, arrays, is_certain), -np.inf)
+    if not np.array_equal(certain, kept):
+        logprobs = np.where(is_kept & ~is_certain, _sampled_logprobs(entry, arrays, values), logprobs)
     return SparseTargets(
         start=start,
         token_ids=np.where(is_kept, ids, np.iinfo(raw.dtype).max).astype(raw.dtype),
@@ -177,32 +181,27 @@ def decode(entry: TeacherEntry, start: int, arrays: Arrays) -> SparseTargets:
     )
 
 
-def _logprobs(
-    entry: TeacherEntry,
-    arrays: Arrays,
-    values: Mapping[str, NDArray[np.float64] | None],
-    is_kept: NDArray[np.bool_],
-    is_certain: NDArray[np.bool_],
-) -> NDArray[np.float64]:
-    heads = arrays[field_array(entry, "certain")]
-    step = entry.encoding.step_nats
-    if step is None:
-        found = np.where(is_certain, heads, -np.inf)
-    else:
-        found = np.where(is_certain, -step * heads.cumsum(axis=1, dtype=np.int64), -np.inf)
-        total = np.logaddexp.reduce(found, axis=1, initial=-np.inf)
-        total = np.where(np.isneginf(total), 0.0, total) - log_head(entry, arrays)
-        found = found - total[:, None]
+def _certain_logprobs(entry: TeacherEntry, arrays: Arrays, is_certain: NDArray[np.bool_]) -> NDArray[Any]:
+    stored = arrays[field_array(entry, "certain")]
+    if entry.encoding.step_nats is None:
+        return stored
+    below = np.cumsum(stored, axis=1, dtype=np.uint32) * -entry.encoding.step_nats
+    # Column 0 adds 1 to the sum; where no id is certain nothing does, and nothing is read from the row.
+    total = np.exp(below, where=is_certain, out=np.zeros(below.shape)).sum(axis=1).clip(1.0)
+    found: NDArray[np.float64] = below + (_log_head(entry, arrays) - np.log(total))[:, None]
+    return found
+
+
+def _sampled_logprobs(
+    entry: TeacherEntry, arrays: Arrays, values: Mapping[str, NDArray[np.float64] | None]
+) -> NDArray[Any] | float:
     if not entry.targets.has("sampled-logprobs"):
-        return np.where(is_kept & ~is_certain, np.nan, found)
-    tails = arrays[field_array(entry, "sampled-logprobs")]
-    if step is None:
-        return np.where(is_kept & ~is_certain, tails, found)
-    masses = {name: value for name, value in values.items() if value is not None}
-    below = (
-        _reference(entry, arrays["kept"], arrays["certain"], masses) - (entry.encoding.sampled_step_nats or 0) * tails
-    )
-    return np.where(is_kept & ~is_certain, below, found)
+        return np.nan
+    stored = arrays[field_array(entry, "sampled-logprobs")]
+    if entry.encoding.sampled_step_nats is None:
+        return stored
+    reference = _reference(entry, arrays["kept"], arrays["certain"], values)
+    return reference - entry.encoding.sampled_step_nats * stored
 
 
 def decoded_value(entry: TeacherEntry, field: str, arrays: Arrays) -> NDArray[np.float64] | None:
@@ -224,13 +223,13 @@ def _decoded_value(entry: TeacherEntry, field: str, stored: NDArray[Any]) -> NDA
     return np.where(stored == NONE, np.nan, values)
 
 
-def log_head(entry: TeacherEntry, arrays: Arrays) -> NDArray[np.float64]:
+def _log_head(entry: TeacherEntry, arrays: Arrays) -> NDArray[np.float64]:
     """Log of the mass of the certain ids [T]; 0 where nothing is outside, or the tail is not known."""
     if not entry.targets.has("tail"):
         return np.zeros(len(arrays["kept"]))
     stored = arrays[field_array(entry, "tail")]
     odds = (entry.encoding.step_nats or 0.0) * stored.astype(np.float64)
-    return np.where((stored == NOTHING_OUTSIDE) | (stored == NONE), 0.0, -np.logaddexp(0.0, odds))
+    return np.where(stored <= NOTHING_OUTSIDE, 0.0, -np.logaddexp(0.0, odds))
 
 
 def broken_rule(entry: TeacherEntry, arrays: Arrays) -> str | None:
@@ -238,72 +237,83 @@ def broken_rule(entry: TeacherEntry, arrays: Arrays) -> str | None:
     kept, certain = arrays["kept"], arrays["certain"]
     if (kept > entry.targets.k).any() or (certain > kept).any():
         return "kept exceeds K, or certain exceeds kept"
-    if entry.targets.positions == "all" and (kept < 1).any():
+    if entry.targets.positions == "all" and not kept.all():
         return "a row is without targets, and the entry says that none is"
-    if entry.targets.method == "top-k" and (certain != kept).any():
+    if entry.targets.method == "top-k" and not np.array_equal(certain, kept):
         return "an id is sampled in an entry of top-k targets"
-    return _broken_columns(entry, arrays) or _broken_values(entry, arrays)
+    return _broken_ids(entry, arrays) or _broken_logprobs(entry, arrays) or _broken_values(entry, arrays)
 
 
-def _broken_columns(entry: TeacherEntry, arrays: Arrays) -> str | None:
+def _broken_ids(entry: TeacherEntry, arrays: Arrays) -> str | None:
     kept, certain, ids = arrays["kept"], arrays["certain"], arrays["ids"]
-    k = entry.targets.k
-    is_certain = leading_columns(certain, k)
-    if (ids >= entry.vocabulary_size).any() or (
-        # All columns together are at least the largest sampled id.
-        np.where(is_certain, 0, ids).sum(axis=1, dtype=np.uint64) >= entry.vocabulary_size
-    ).any():
-        return f"a token id is not below the vocabulary size {entry.vocabulary_size}"
-    whole = not len(kept) or int(kept.min()) == k
-    if not whole and ids[~leading_columns(kept, k)].any():
+    k, size = entry.targets.k, entry.vocabulary_size
+    outside = f"a token id is not below the vocabulary size {size}"
+    if ids.max(initial=0) >= size:
+        return outside
+    # Most entries keep all columns of all rows, and many sample none: they are spared the passes over [T, K].
+    whole = int(kept.min(initial=k)) == k
+    if not whole and (ids * ~leading_columns(kept, k)).any():
         return "an id beyond kept is not 0"
-    if entry.made != "projected" and ((ids == 0) & (np.arange(k) > certain[:, None]) & leading_columns(kept, k)).any():
-        return "an id comes twice in a row"
+    if np.array_equal(certain, kept):
+        return None
+    is_certain = leading_columns(certain, k)
+    # The sum of the differences is the largest sampled id; K of them below V stay below 2**32 where ids are uint16.
+    if (ids * ~is_certain).sum(axis=1, dtype=np.uint32 if ids.itemsize == 2 else np.uint64).max(initial=0) >= size:
+        return outside
+    if entry.made != "projected":
+        # An id that is the difference to no other may be 0, that of column `certain`.
+        differences = np.arange(k, dtype=np.uint16) > certain[:, None]
+        if ((ids == 0) & differences & leading_columns(kept, k)).any():
+            return "an id comes twice in a row"
+    return None
+
+
+def _broken_logprobs(entry: TeacherEntry, arrays: Arrays) -> str | None:
+    kept, certain, k = arrays["kept"], arrays["certain"], entry.targets.k
+    is_certain = leading_columns(certain, k)
+    columns = {"certain": is_certain}
+    if entry.targets.has("sampled-logprobs"):
+        columns["sampled-logprobs"] = leading_columns(kept, k) & ~is_certain
+    for field, own in columns.items():
+        name = field_array(entry, field)
+        stored = arrays[name]
+        if entry.encoding.kind == "float32" and not (np.isfinite(stored).all() and (stored <= ROUNDING_NATS).all()):
+            return "a log-prob is not finite, or positive"
+        if (stored * ~own).any():
+            return f"{name} is not 0 in a column that is none of its own"
     heads = arrays[field_array(entry, "certain")]
-    if np.where(is_certain, 0, heads).any():
-        return f"{field_array(entry, 'certain')} is not 0 beyond the certain ids"
     if entry.encoding.kind == "codes" and heads[:, 0].any():
         return "column 0 of certain_codes is not 0"
-    if entry.encoding.kind == "float32":
-        if not np.isfinite(heads).all() or (heads > ROUNDING_NATS).any():
-            return "a log-prob is not finite, or positive"
-        if ((np.diff(heads, axis=1) > 0) & is_certain[:, 1:]).any():
-            return "log-probs do not descend along a row"
-    if entry.targets.has("sampled-logprobs"):
-        tails = arrays[field_array(entry, "sampled-logprobs")]
-        if np.where(leading_columns(kept, k) & ~is_certain, 0, tails).any():
-            return f"{field_array(entry, 'sampled-logprobs')} is not 0 outside the sampled ids"
-        if entry.encoding.kind == "float32" and not (np.isfinite(tails).all() and (tails <= ROUNDING_NATS).all()):
-            return "a log-prob is not finite, or positive"
+    if entry.encoding.kind == "float32" and ((heads[:, 1:] > heads[:, :-1]) & is_certain[:, 1:]).any():
+        return "log-probs do not descend along a row"
     return None
 
 
 def _broken_values(entry: TeacherEntry, arrays: Arrays) -> str | None:
-    """The rules of the numbers per position, which hold of floats and of codes."""
+    """The rules of the numbers per position, as they are stored."""
     kept, certain = arrays["kept"], arrays["certain"]
-    if entry.encoding.kind == "codes":
-        for field in _VALUES:
-            if entry.targets.has(field) and (arrays[field_array(entry, field)] == NOTHING_INSIDE + 1).any():
-                return f"{field_array(entry, field)} holds the fill value"
-    for field in ("tail", "half-tail", "entropy"):
-        values = decoded_value(entry, field, arrays)
-        if values is None:
+    codes = entry.encoding.kind == "codes"
+    for field in _VALUES:
+        if not entry.targets.has(field):
             continue
         name = field_array(entry, field)
-        if (np.isnan(values) != (kept == 0)).any():
+        stored = arrays[name]
+        if codes and (stored > NOTHING_INSIDE).any():
+            return f"{name} holds the fill value"
+        if field == "label":
+            continue
+        none, empty = (stored == NONE, stored == NOTHING_OUTSIDE) if codes else (np.isnan(stored), np.isneginf(stored))
+        if not np.array_equal(none, kept == 0):
             return f"{name} is there in a row without targets, or none in a row that has some"
         # A teacher that masks ids has no mass outside the others: then none of them was sampled.
-        may_be_empty = certain == kept if field != "entropy" else np.zeros(len(kept), dtype=bool)
-        if np.isposinf(values).any() or (np.isneginf(values) & ~may_be_empty).any():
+        if (stored == np.inf).any() or (empty & (certain < kept) if field != "entropy" else empty).any():
             return f"{name} is infinite where it cannot be"
-        if field != "entropy" and not np.isneginf(values[certain == entry.vocabulary_size]).all():
+        if field != "entropy" and not empty[certain == entry.vocabulary_size].all():
             return f"{name} is not -inf where all ids are certain"
-        if (field == "entropy" and (values < -ROUNDING_NATS).any()) or (
-            field == "tail" and (values > ROUNDING_NATS).any()
-        ):
-            return f"{name} is out of range: an entropy is not negative, and no mass exceeds 1"
-    if entry.targets.has("tail") and entry.encoding.kind == "codes":
-        inside = arrays[field_array(entry, "tail")] == NOTHING_INSIDE
-        if (inside != ((certain == 0) & (kept > 0))).any():
-            return "mass_code says that no id is certain, or does not where it must"
+        if field == "entropy" and ((stored < (0 if codes else -ROUNDING_NATS)) & ~none).any():
+            return f"{name} is negative"
+        if field == "tail" and not codes and (stored > ROUNDING_NATS).any():
+            return f"{name} is positive: no probability exceeds 1"
+        if field == "tail" and codes and not np.array_equal(stored == NOTHING_INSIDE, (certain == 0) & (kept > 0)):
+            return f"{name} says that no id is certain, or does not where it must"
     return None

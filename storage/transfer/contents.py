@@ -24,7 +24,7 @@ from storage.cache.inventory import (
     TOKENIZER_RECEIPT_KEY,
     Group,
     corpus_groups,
-    teacher_group,
+    teacher_groups,
 )
 from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
@@ -41,7 +41,7 @@ from storage.transfer.source import Source, check_record_alone, open_source, wri
 
 @dataclass(frozen=True)
 class Part:
-    """Arrays to copy that share their receipts: one array of the token stream, or a teacher entry.
+    """Arrays to copy that share their receipts: one of the token stream, a teacher entry's targets or sampling order.
 
     group    the group in the manifest
     origin   the store of the objects
@@ -181,8 +181,9 @@ def gather(
         for group, copied in zip(corpus_groups(snapshot, text.cache), corpus_groups(manifest, cache), strict=True):
             parts.append(_part(group, copied, text, folder, pool))
     for name in names:
-        group = _entry(entries, name, folder, redact)
-        parts.append(_part(group, teacher_group(cache, name), entries, folder, pool))
+        groups = _entry(entries, name, folder, redact)
+        for group, copied in zip(groups, teacher_groups(cache, name), strict=True):
+            parts.append(_part(group, copied, entries, folder, pool))
     return Contents(manifest, record, parts, with_root)
 
 
@@ -201,10 +202,11 @@ def fetch_rest(source: Source, pool: ThreadPoolExecutor) -> None:
         list(pool.map(group.receipts.read, np.flatnonzero(group.receipts.committed()).tolist()))
 
 
-def _entry(source: Source, name: str, folder: Path, redact: bool) -> Group:
-    """The source's group of an entry, whose record and fidelity report are written into the manifest."""
+def _entry(source: Source, name: str, folder: Path, redact: bool) -> list[Group]:
+    """The source's groups of an entry, whose record and fidelity report are written into the manifest."""
     snapshot, cache = source.snapshot, source.cache
-    group = teacher_group(cache, name)
+    groups = teacher_groups(cache, name)
+    group = groups[-1]
     entry, key = cache.teacher(name).entry, f"{group.folder}{ROOT_KEY}"
     check_record_alone(snapshot, key)
     pairs = {
@@ -220,7 +222,7 @@ def _entry(source: Source, name: str, folder: Path, redact: bool) -> Group:
     if report is not None and group.fidelity_key is not None:
         redacted = sealed_bytes(report_without_label(report, digest(changed)))
         write_file(folder, group.fidelity_key, snapshot.read(group.fidelity_key) if changed == entry else redacted)
-    return group
+    return groups
 
 
 def _part(group: Group, copied: Group, source: Source, folder: Path, pool: ThreadPoolExecutor) -> Part:

@@ -154,7 +154,8 @@ class Transfer:
         """
         target = self.destination.target
         record = self.existing or self.contents.record
-        names = [part.group.name.partition("/")[2] for part in self.contents.parts if part.group.record_key]
+        folders = dict.fromkeys(part.group.folder for part in self.contents.parts if part.group.record_key)
+        names = [folder.split("/")[1] for folder in folders]
         done = Delivery(target.url, names, record.corpus.tokens_included)
         listing = target.walk()
         for part in self.contents.parts:

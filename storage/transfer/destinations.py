@@ -144,8 +144,8 @@ class FolderDestination(Destination):
         self._receipts.add(shard.key)
 
     def publish(self, contents: Contents, card_files: Mapping[str, bytes]) -> None:
-        entries = [part for part in contents.parts if part.group.record_key is not None]
-        absent = [part.group.folder for part in entries if not self.target.names(part.group.name)]
+        entries = {part.group.folder for part in contents.parts if part.group.record_key is not None}
+        absent = [folder for folder in entries if not self.target.names(folder.rstrip("/"))]
         for key in contents.manifest.walk():
             if self.new or key in self._receipts or key.startswith(tuple(absent)):
                 self._stage(key, contents.manifest.read(key))
@@ -157,8 +157,11 @@ class FolderDestination(Destination):
             self._staging.become_target()
         else:
             self._staging.sync()
+            for folder in absent:
+                self._move_entry(folder.rstrip("/"))
             for part in contents.parts:
-                self._merge(part, whole=part.group.folder in absent)
+                if part.group.folder not in absent:
+                    self._merge(part)
             self._publish_root(contents)
         self._staging.discard()
 
@@ -166,13 +169,12 @@ class FolderDestination(Destination):
         self._staged.add(key)
         self._staging.write(key, data)
 
-    def _merge(self, part: Part, *, whole: bool) -> None:
+    def _move_entry(self, name: str) -> None:
+        (self._staging.target / "teachers").mkdir(exist_ok=True)
+        rename_folder(self._staging.path(name), self._staging.target / name)
+
+    def _merge(self, part: Part) -> None:
         """Move a part into a cache that other processes may be reading or completing."""
-        target = self._staging.target
-        if whole:
-            (target / "teachers").mkdir(exist_ok=True)
-            rename_folder(self._staging.path(part.group.name), target / part.group.name)
-            return
         self._publish_record(part)
         with self.target.exclusive(part.group.receipts.folder):
             there, keys = part.at(self.target).receipts, []

@@ -25,7 +25,7 @@ from support.caches.known import Part, all_parts, contents, entries, write_whole
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.errors import LogitCacheError
-from storage.format.layout import corpus_arrays, teacher_arrays
+from storage.format.layout import corpus_arrays, order_array, teacher_arrays
 from storage.format.manifest import CacheRecord
 from storage.format.sealing import parse_json
 
@@ -64,7 +64,7 @@ def summaries(path: Path, record: CacheRecord) -> list[Part]:
             }
 
         folder = f"teachers/{name}/"
-        receipts = {f"{folder}receipts/{p.name}" for p in (path / folder / "receipts").iterdir()}
+        receipts = {p.relative_to(path).as_posix() for p in (path / folder / "receipts").rglob("*.json")}
         keys = frozenset({"zarr.json", "teachers/zarr.json", f"{folder}zarr.json", *receipts})
         found.append(Part(f"{name}/summary", read, read(LogitCache.open(str(path))), keys))
     return found
@@ -73,7 +73,9 @@ def summaries(path: Path, record: CacheRecord) -> list[Part]:
 def index_lengths(record: CacheRecord) -> dict[str, int]:
     specs = [("", spec) for spec in corpus_arrays(record).values()]
     for name, entry in entries(record).items():
-        specs += [(f"teachers/{name}/", spec) for spec in teacher_arrays(entry).values()]
+        order = order_array(entry)
+        arrays = [*teacher_arrays(entry).values(), *([] if order is None else [order])]
+        specs += [(f"teachers/{name}/", spec) for spec in arrays]
     return {folder + spec.shard_key(s): spec.index_bytes for folder, spec in specs for s in range(spec.shards)}
 
 
@@ -95,7 +97,7 @@ def byte_class(victim: Victim, key: str, at: int) -> str:
     return "group's zarr.json" if key in GROUPS else "array's zarr.json"
 
 
-GROUPS = {"zarr.json", "teachers/zarr.json", "teachers/a/zarr.json", "teachers/b/zarr.json"}
+GROUPS = {"zarr.json", "teachers/zarr.json", *(f"teachers/{name}/zarr.json" for name in ("a", "b", "v2"))}
 CLASSES = {
     "chunk", "checksum of a chunk", "shard index", "checksum of a shard index", "group's zarr.json",
     "array's zarr.json", "receipt", "index of receipts", "tokenizer file",

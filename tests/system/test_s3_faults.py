@@ -22,7 +22,7 @@ from support.servers.fault_proxy import Fault, FaultProxy, Kind
 from support.servers.s3 import Bucket, Server, free_port, new_bucket, remove_bucket, use
 
 from storage import LogitCache, SparseTargets
-from storage.cache.inventory import teacher_group
+from storage.cache.inventory import teacher_groups
 from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter
 from storage.errors import CacheNotFound, CorruptCache, LogitCacheError
@@ -97,7 +97,7 @@ def open_cache(world: World) -> bool:
 def list_cache(world: World) -> bool:
     cache = LogitCache.open(world.url)
     found = open_store(world.url).walk("teachers/a")
-    group = teacher_group(cache, "a")
+    (group,) = teacher_groups(cache, "a")
     expected = {key for shard in range(2) for key in group.keys(shard)} | set(group.metadata())
     return set(found) == expected | {"teachers/a/zarr.json", "teachers/a/receipts/index.json"}
 

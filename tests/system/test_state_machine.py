@@ -1,10 +1,10 @@
 """Anything may happen to a cache in any order; every read gives the truth or an error that says why not.
 
-A hypothesis state machine writes the token stream and two entries, with one worker or several, of the same and of
-other bytes; copies the cache to another folder and back; kills all of them before any step that they take on the disk;
-cuts the power; flips, truncates, extends, deletes, copies and swaps files; verifies, repairs, resumes. After every
-rule, each part of both caches is read through a freshly opened one. What was acknowledged and not damaged must be
-readable; what was damaged must not pass for data.
+A hypothesis state machine writes the token stream and three entries, one of them of version 2, with one worker or
+several, of the same and of other bytes; copies the cache to another folder and back; kills all of them before any step
+that they take on the disk; cuts the power; flips, truncates, extends, deletes, copies and swaps files; verifies,
+repairs, resumes. After every rule, each part of both caches is read through a freshly opened one. What was acknowledged
+and not damaged must be readable; what was damaged must not pass for data.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from storage.errors import LogitCacheError
 from storage.transfer.copy import CopyJob, prepare
 
 pytestmark = pytest.mark.usefixtures("encoded_once")
-NAMES = st.sampled_from(["a", "b"])
+NAMES = st.sampled_from(["a", "b", "v2"])
 VARIANTS = st.integers(0, 1)
 SLOTS = st.integers(0, 1)
 PICK = st.integers(0, 10_000)
@@ -68,6 +68,7 @@ class CacheMachine(RuleBasedStateMachine):
         if begun == "complete":
             self.resume("a", None)
             self.resume("b", None)
+            self.resume("v2", None)
 
     @contextlib.contextmanager
     def process(self, dies_at: int | None, *touched: CacheModel, may_refuse: bool = False) -> Iterator[list[str]]:
@@ -121,6 +122,7 @@ class CacheMachine(RuleBasedStateMachine):
         there = self.home.on_disk(receipt)
         other = there is not None and self.home.variant(name, shard) != variant
         with self.process(dies_at, self.home, may_refuse=other) as ended:
+            writer.sampling_order(known.order)
             writer.commit(shard, known.rows(entry, shard, variant))
         if "killed" in ended:
             del self.workers[slot]
@@ -162,7 +164,7 @@ class CacheMachine(RuleBasedStateMachine):
             # Other bytes of a shard are refused; so is a receipt that its index does not list.
             target.is_committed(part) and target.variant(*numbered(part)) != source.variant(*numbered(part))
             for part in theirs.values()
-            if part.name[:2] in ("a/", "b/") and source.is_committed(part)
+            if part.name.startswith(("a/", "b/", "v2/")) and source.is_committed(part)
         )
         strange |= any(part.name not in source.acknowledged for part in known.corpus_parts())
         for site in (source, target):
@@ -299,6 +301,8 @@ class CacheMachine(RuleBasedStateMachine):
             error = part.outcome(opened)
             if site.is_sound(part):
                 assert error is None, f"{part.name} was acknowledged, nobody damaged it, and now: {error}"
+                if part.name.startswith("v2/"):
+                    assert known.order_part().outcome(opened) is None, "ids were sampled in an order that is gone"
 
     def teardown(self) -> None:
         """Whatever happened: a backup of the records, a repair and the same commands make it whole."""

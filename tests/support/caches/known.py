@@ -2,8 +2,9 @@
 the truth?
 
 It has all that a cache can have: several shards and chunks of tokens, a loss mask, documents, tokenizer files, one
-entry with codes in three shards and one with exact log-probs in one. Each shard comes in two variants, as two workers
-of different machines would write it.
+entry with codes in three shards, one with exact log-probs in one, and one of version 2 in two, with sampled ids, rows
+without targets and a sampling order. Each shard comes in two variants, as two workers of different machines would write
+it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.caches.small import dense_targets, make_corpus, make_entry
+from support.caches.small import (
+    dense_targets,
+    make_corpus,
+    make_entry,
+    make_entry_2,
+    sampled_targets,
+    without_rows,
+)
 
 from storage import LogitCache
 from storage.cache.writer import EntryWriter
@@ -53,11 +61,20 @@ def stream() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def targets(variant: int = 0) -> SparseTargets:
-    """What the teacher says of the whole stream."""
+def targets(variant: int = 0, sampled: bool = False) -> SparseTargets:
+    """What the teacher says of the whole stream; `sampled`: of two thirds of it, with sampled ids."""
     tokens, _ = stream()
     logits = np.random.default_rng(6 + variant).normal(size=(N, V)) * 3
-    return dense_targets(logits, K, np.append(tokens[1:], -1).astype(np.int64))
+    labels = np.append(tokens[1:], -1).astype(np.int64)
+    if not sampled:
+        return dense_targets(logits, K, labels)
+    return without_rows(sampled_targets(logits, K, labels), np.arange(N) % 3 == 1)
+
+
+@cache
+def order() -> np.ndarray:
+    """The order in which ids lie when some are sampled."""
+    return np.random.default_rng(8).permutation(V).astype(np.uint32)
 
 
 def write_stream(url: str | Path) -> CacheRecord:
@@ -68,17 +85,27 @@ def write_stream(url: str | Path) -> CacheRecord:
 
 
 def entries(record: CacheRecord) -> dict[str, TeacherEntry]:
-    """The two teachers' entries."""
+    """The teachers' entries."""
     return {
         "a": make_entry(record, K, shard_tokens=SHARD, chunk_tokens=CHUNK),
         "b": make_entry(record, K, encoding="float32", shard_tokens=96, chunk_tokens=48),
+        "v2": make_entry_2(
+            record,
+            K,
+            ("label", "sampled-logprobs"),
+            method="varopt",
+            order="embeddings",
+            positions="some",
+            shard_tokens=48,
+            chunk_tokens=16,
+        ),
     }
 
 
 def rows(entry: TeacherEntry, shard: int, variant: int = 0) -> SparseTargets:
     """A shard's targets."""
     start = shard * entry.layout.shard
-    return targets(variant).rows(start, min(start + entry.layout.shard, N))
+    return targets(variant, entry.format_version == 2).rows(start, min(start + entry.layout.shard, N))
 
 
 def write_shards(url: str | Path, shards: Iterable[int], variant: int = 0) -> EntryWriter:
@@ -91,13 +118,14 @@ def write_shards(url: str | Path, shards: Iterable[int], variant: int = 0) -> En
 
 def complete(writer: EntryWriter) -> None:
     """All that is missing in an entry, and its index."""
+    writer.sampling_order(order)
     for shard in writer.pending():
         writer.commit(shard, rows(writer.entry, shard))
     writer.finish()
 
 
 def write_whole(url: str | Path) -> CacheRecord:
-    """The stream and both entries, complete."""
+    """The stream and all entries, complete."""
     record = write_stream(url)
     for name, entry in entries(record).items():
         complete(EntryWriter.open(str(url), name, entry))
@@ -210,12 +238,25 @@ def shard_part(name: str, entry: TeacherEntry, shard: int, variant: int = 0) -> 
     )
 
 
+def order_part() -> Part:
+    """The sampling order of `v2`."""
+    folder, name = "teachers/v2/", "sampling_order"
+    keys = {"zarr.json", f"{folder}zarr.json", *(folder + key for key in _array_keys(name, 0))}
+    return Part(
+        f"v2/{name}",
+        lambda opened: {"values": opened.teacher("v2").sampling_order()},
+        {"values": order()},
+        frozenset(keys),
+        f"{folder}receipts/{name}/index.json",
+    )
+
+
 def all_parts(record: CacheRecord) -> list[Part]:
     """Everything a reader hands out of the complete cache."""
     found = corpus_parts()
     for name, entry in entries(record).items():
         found += [shard_part(name, entry, shard) for shard in range(-(-N // entry.layout.shard))]
-    return found
+    return [*found, order_part()]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

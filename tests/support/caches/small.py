@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,46 @@ def dense_targets(logits: np.ndarray, k: int, labels: np.ndarray, start: int = 0
         label_logprob=label.astype(np.float32),
         entropy=-(np.exp(logp) * logp).sum(axis=1).astype(np.float32),
         logprobs=head.astype(np.float32),
+    )
+
+
+def sampled_targets(logits: np.ndarray, k: int, labels: np.ndarray, temperature: float = 1.0) -> SparseTargets:
+    """VarOpt targets of dense logits [T, V], row by row from the definition; always the same."""
+    rng, rows = np.random.default_rng(0), len(logits)
+    every = dense_targets(logits, logits.shape[1], labels)
+    logp = every.logprobs.astype(np.float64)  # [T, V], descending
+    columns, certain = np.empty((rows, k), dtype=np.int64), np.empty(rows, dtype=np.uint16)
+    for row, mass in enumerate(np.exp(logp / temperature)):
+        rest = mass[::-1].cumsum()[::-1]
+        j = next((j for j in range(k) if mass[j] * (k - j) < rest[j]), k)
+        by_id = j + np.argsort(every.token_ids[row, j:])
+        points = (rng.random() + np.arange(k - j)) * rest[min(j, len(rest) - 1)] / max(k - j, 1)
+        drawn = by_id[np.searchsorted(mass[by_id].cumsum(), points).clip(max=max(len(by_id) - 1, 0))]
+        columns[row], certain[row] = [*range(j), *sorted(drawn)], j
+    outside = np.where(np.arange(logits.shape[1]) < certain[:, None], -np.inf, logp)
+    return replace(
+        every,
+        token_ids=np.take_along_axis(every.token_ids, columns, axis=1),
+        logprobs=np.take_along_axis(every.logprobs, columns, axis=1),
+        kept=np.full(rows, k, dtype=np.uint16),
+        certain=certain,
+        log_tail=np.logaddexp.reduce(outside, axis=1).astype(np.float32),
+        log_tail_half=np.logaddexp.reduce(outside / 2, axis=1).astype(np.float32),
+    )
+
+
+def without_rows(targets: SparseTargets, rows: np.ndarray) -> SparseTargets:
+    """The targets without those of some rows, bool [T], as a teacher leaves them that does not score these."""
+    values = {
+        "token_ids": np.iinfo(targets.token_ids.dtype).max, "kept": 0, "certain": 0, "logprobs": -np.inf,
+        "log_tail": np.nan, "log_tail_half": np.nan, "label_logprob": np.nan, "entropy": np.nan,
+    }  # fmt: skip
+    return replace(
+        targets,
+        **{
+            name: np.where(rows.reshape(-1, *[1] * (array.ndim - 1)), values[name], array).astype(array.dtype)
+            for name, array in targets.arrays().items()
+        },
     )
 
 
@@ -166,9 +207,33 @@ def make_entry(record: CacheRecord, k: int, **changes: Any) -> TeacherEntry:
     )
 
 
+def make_entry_2(record: CacheRecord, k: int, fields: tuple[str, ...] = (), **changes: Any) -> TeacherEntry:
+    """An entry of version 2, with made-up provenance; `changes` of `make_entry` and of `Targets`."""
+    targets = {name: changes.pop(name) for name in Targets.model_fields if name in changes}
+    if targets.get("method") == "varopt":
+        targets = {"sampling": "systematic", "order": "ids", "seed": 3, **targets}
+    codes = changes.get("encoding", "codes") == "codes"
+    made = changes.pop("made", "cached")
+    return TeacherEntry.model_validate(
+        {
+            **make_entry(record, k, **changes).model_dump(),
+            "format_version": 2,
+            "made": made,
+            "targets": {"k": k, "fields": sorted(fields), "positions": "all", "tail": "exact", **targets},
+            "encoding": {
+                "kind": "codes" if codes else "float32",
+                "step_nats": 1 / 32 if codes else None,
+                "value_step_nats": 1 / 256 if codes else None,
+                "sampled_step_nats": 1 / 2 if codes and "sampled-logprobs" in fields else None,
+            },
+        }
+    )
+
+
 def write_entry(url: str | Path, name: str, entry: TeacherEntry, targets: SparseTargets) -> None:
     """Commit every shard of an entry from the targets of the whole stream."""
     writer = EntryWriter.open(str(url), name, entry)
+    writer.sampling_order(lambda: np.random.default_rng(1).permutation(entry.vocabulary_size))
     for shard in writer.pending():
         start = shard * entry.layout.shard
         writer.commit(shard, targets.rows(start, min(start + entry.layout.shard, entry.positions)))
