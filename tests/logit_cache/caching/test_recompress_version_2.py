@@ -124,9 +124,8 @@ def test_codes_are_within_their_bounds(cache: Path, kind: str) -> None:
     head, tail = log_masses(after)
     np.testing.assert_allclose(np.exp(head) + np.exp(tail), 1.0, atol=1e-6)
     total = np.logaddexp(old_head, old_tail)
-    assert (
-        np.abs(head - old_head + total)[after.certain > 0] <= (STEP / 2 * np.exp(tail) + 1e-3)[after.certain > 0]
-    ).all()
+    some = after.certain > 0
+    assert (np.abs(head - old_head + total)[some] <= (STEP / 2 * np.exp(tail) + 1e-3)[some]).all()
     if kind == "whole":
         assert np.isneginf(after.log_tail).all()
         assert np.isneginf(after.log_tail_half).all()
@@ -202,7 +201,7 @@ def test_positions_that_are_not_trained_have_no_targets(cache: Path, source: str
     assert np.array_equal(again.kept, 7 * mask)
 
 
-def test_rounding_again_does_not_shift_the_mean(cache: Path, logits: np.ndarray) -> None:
+def test_rounding_again_does_not_shift_the_mean(cache: Path) -> None:
     """Of 1 / p, of which unbiased losses take the mean: the random numbers of the first rounding would shift it."""
     rewrite(cache, "sampled-1-exact", "half", encoding="codes", format_version=2)
     _, exact = read(cache, "sampled-1-exact")
@@ -258,16 +257,10 @@ def test_a_sample_of_a_sample_in_an_order_of_its_own(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1, 2])
-@pytest.mark.parametrize("changes", [{"format_version": 2}, {"fields": "lean"}, {"k": 7}, {"k": 1}], ids=str)
-def test_a_student_learns_the_same(
-    cache: Path, made: Path, logits: np.ndarray, temperature: int, changes: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("changes", [{"format_version": 2}, {"fields": "lean"}, {"k": 7}], ids=str)
+def test_a_student_learns_the_same(cache: Path, logits: np.ndarray, temperature: int, changes: dict[str, Any]) -> None:
     """The sampled loss of both, by its gradient: equal within the codes, or in the mean where ids are sampled again."""
     source = f"sampled-{temperature}-codes"
-    if changes == {"k": 1}:
-        with pytest.raises(LogitCacheError, match="2 likeliest ids"):
-            rewrite(cache, source, **changes)
-        return
     rewrite(cache, source, **changes)
     student = torch.from_numpy(np.random.default_rng(4).normal(size=(N - 1, V)))
     gradients = {}
