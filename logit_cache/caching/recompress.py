@@ -35,6 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from numpy.typing import NDArray
 from pydantic import model_validator
 
 from logit_cache.caching.job import EntryName, FieldNames, KeptIds, Mass, Positive, Seed, StepNats, stored_fields
@@ -132,12 +133,15 @@ def recompress(job: RecompressJob, progress: Callable[[int], None] | None = None
     _check_source(job, source)
     entry = derived_entry(source.entry, job)
     trained = _trained(cache, source.entry, job)
+    order = source.sampling_order()
     _check_destination(job, entry)
     writer = EntryWriter.open(job.destination, job.to, entry)
+    if order is not None:
+        writer.sampling_order(lambda: order)
     for shard in writer.pending():
         began = time.monotonic()
         targets = source.read(*entry.layout.shard_range(shard, entry.positions))
-        writer.commit(shard, _fewer(targets, entry, trained), began)
+        writer.commit(shard, _fewer(targets, entry, trained, order), began)
         if progress is not None:
             progress(len(targets))
     writer.finish()
@@ -156,13 +160,16 @@ def recompress(job: RecompressJob, progress: Callable[[int], None] | None = None
     )
 
 
-def _fewer(targets: SparseTargets, entry: TeacherEntry, trained: Stream | None) -> SparseTargets:
-    """What the new entry keeps of the source's targets; `trained` is the loss mask where only its positions stay."""
+def _fewer(
+    targets: SparseTargets, entry: TeacherEntry, trained: Stream | None, order: NDArray[Any] | None
+) -> SparseTargets:
+    """What the new entry keeps of the source's targets; `trained` is the loss mask where only its positions stay, and
+    `order` the one in which ids are sampled."""
     kept = entry.targets
     if trained is not None:
         targets = without_rows(targets, trained.read(targets.start, targets.stop))
     if kept.method == "varopt" and targets.k > kept.k:
-        targets = shrink(targets, kept.k, kept.temperature, kept.head_ids or 0, kept.seed or 0)
+        targets = shrink(targets, kept.k, kept.temperature, kept.head_ids or 0, kept.seed or 0, order)
     return prune(targets, kept.k, kept.top_p, logprob_floor(entry.encoding.step_nats or MAX_STEP_NATS))
 
 

@@ -22,6 +22,7 @@ from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
 from storage.cache.reader import TeacherTargets
 from storage.cache.verify import verify
+from storage.cache.writer import EntryWriter
 from storage.errors import LogitCacheError
 from storage.format import version_2
 from storage.format.manifest import Encoding, Shrunk, Targets
@@ -236,6 +237,22 @@ def test_a_sample_of_a_sample(cache: Path) -> None:
     assert twice.entry.targets.shrunk_from == (Shrunk(k=K, seed=3), Shrunk(k=9, seed=4))
     assert (twice.entry.targets.k, twice.entry.targets.seed) == (5, 77)
     assert rewrite(cache, "twice", "third", k=4)[0].entry.targets.seed == 78
+    assert verify(str(cache), deep=True).sound
+
+
+def test_a_sample_of_a_sample_in_an_order_of_its_own(cache: Path) -> None:
+    """The new entry has the order too, and is sampled in it."""
+    source, before = rewrite(cache, "sampled-1-exact", "numbered", format_version=2)
+    order = np.random.default_rng(5).permutation(V)
+    targets = source.entry.targets.model_copy(update={"order": "embeddings"})
+    writer = EntryWriter.open(str(cache), "ordered", source.entry.model_copy(update={"targets": targets}))
+    writer.sampling_order(lambda: order)
+    for shard in writer.pending():
+        writer.commit(shard, before.rows(*source.entry.layout.shard_range(shard, N)))
+    writer.finish()
+    made, found = rewrite(cache, "ordered", k=9, fields="lean")
+    assert np.array_equal(made.sampling_order(), order)
+    assert np.array_equal(found.token_ids, by_id(shrink(before, 9, 1.0, 2, seed=4, order=order)).token_ids)
     assert verify(str(cache), deep=True).sound
 
 
