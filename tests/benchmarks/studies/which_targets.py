@@ -366,8 +366,10 @@ def train(run: Path, job: Job) -> dict[str, Any]:
         for step in range(steps_per_epoch):
             chosen = indices[step * job.batch_windows : (step + 1) * job.batch_windows]
             batch = collate(some.__getitems__(chosen))
+            control = None
             if teacher is None and rskd is None:
-                value = student(batch["input_ids"], labels=batch["labels"], targets=batch["targets"]).loss
+                found = student(batch["input_ids"], labels=batch["labels"], targets=batch["targets"])
+                value, control = found.loss, found.control
             else:
                 labels = batch["labels"].flatten()
                 logits = student(batch["input_ids"], use_cache=False).logits.flatten(0, 1)
@@ -381,6 +383,8 @@ def train(run: Path, job: Job) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
+            if control is not None:
+                losses[epoch % len(losses)].end_step(control)
         curve.append(evaluate(run, student))
     return {
         "arm": job.arm,

@@ -19,6 +19,7 @@ from support.caches.small import (
     entry_2,
     make_corpus,
     make_entry,
+    random_sample,
     write_entry,
 )
 from support.commands import TESTS
