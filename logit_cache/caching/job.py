@@ -40,7 +40,7 @@ def _one_or_names(names: tuple[FieldName, ...]) -> tuple[FieldName, ...]:
 FieldNames = Annotated[tuple[FieldName, ...], AfterValidator(_one_or_names)]
 
 # By measurement (docs/decisions/0034).
-DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("all",), "topk": ("all",)}
+DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("entropy",), "topk": ("entropy", "half-tail")}
 
 
 class CacheJob(Settings):
