@@ -79,13 +79,15 @@ class Question:
 class Probe:
     """Measurements of all pieces. Meters hold seconds; `chunk_bytes` sums the chunks of all pieces, by array.
 
-    share: of the stream's positions, those that will have targets; rows: how many of the probe's have some.
+    share, densest: of the stream's positions, and of the shard's that has most, those that will have targets; rows: how
+    many of the probe's have some.
     """
 
     entry: TeacherEntry
     score: Meter
     encode: Meter
     share: float = 1.0
+    densest: float = 1.0
     rows: int = 0
     positions: int = 0
     windows: int = 0
@@ -186,7 +188,11 @@ def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Pro
     specs, size = teacher_arrays(probed), probed.layout.shard
     probe = Probe(probed, Meter(teacher.device), Meter(teacher.device), chunk_bytes=dict.fromkeys(specs, 0))
     if mask is not None:
-        probe.share = int(mask.count_before(np.array([entry.positions]))[0]) / entry.positions
+        shards = -(-entry.positions // entry.layout.shard)
+        edges = np.minimum(np.arange(shards + 1) * entry.layout.shard, entry.positions)
+        before = mask.count_before(edges)
+        probe.share = int(before[-1]) / entry.positions
+        probe.densest = float((np.diff(before) / np.diff(edges)).max())
     # Warm-up: the first pass includes set-up that the others do not pay for.
     begin = next(iter(pieces)) * size
     warm = begin + probed.execution.batch_windows * entry.windowing.stride_tokens
@@ -300,7 +306,8 @@ def _size(probe: Probe, entry: TeacherEntry) -> dict[str, Any]:
         "receipts": shards,
         "objects": shards * len(specs),
         "files": shards * (len(specs) + 1) + len(records) + 1,
-        "largest_object_bytes": round(probe.bytes_per_position(largest) * full) + specs[largest].index_bytes,
+        "largest_object_bytes": round(probe.densest / probe.share * probe.bytes_per_position(largest) * full)
+        + specs[largest].index_bytes,
         "largest_object_bound_bytes": max(spec.most_object_bytes for spec in specs.values()),
     }
 

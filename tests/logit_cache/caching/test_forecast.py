@@ -252,6 +252,20 @@ def test_it_refuses_the_jobs_that_cache_logits_would_refuse(
     assert "weights_sha256" in reason
 
 
+@pytest.mark.parametrize("fields", [{}, {"targets": "topk"}, {"target_temperature": 2}, {"positions": "trained"}])
+def test_a_student_of_lean_targets(fields: dict[str, Any], masked: Path, teacher: Path) -> None:
+    question = Question(student="llama-tiny", probe_windows=16)
+    found = predicted(masked, teacher, k=8, fields=("lean",), question=question, **fields)
+    assert found["break_even"]["student"]["cached"] > 0
+
+
+def test_without_a_trained_position_there_is_nothing_to_plan(corpus: Path, teacher: Path, tmp_path: Path) -> None:
+    tokens = LogitCache.open(str(corpus)).tokens.read(0, 9_000)
+    make_corpus(str(tmp_path / "none"), tokens, 400, loss_mask=np.zeros(9_000, dtype=bool))
+    with pytest.raises(LogitCacheError, match="no position of the stream is trained"):
+        predicted(tmp_path / "none", teacher, k=8, fields=("lean",), positions="trained")
+
+
 def test_refusals_of_the_command(corpus: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
     base = ("logit-cache", "plan", "--cache", corpus)
     refused(run(*base), "--teacher is missing")

@@ -89,3 +89,4 @@ def test_an_entry_states_its_version_its_fields_and_what_serves(cache: Path, run
     assert text.count(bucket) == 2
     assert text.count("  made        by its teacher") == 4
     assert f"; targets at {N // 2} of them" in text
+    assert run("logit-cache", "list", cache).stdout.count("complete") == 4

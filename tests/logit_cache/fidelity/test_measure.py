@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from support.caches.copies import pull, push
 from support.caches.small import make_corpus
 from support.commands import Run
@@ -30,6 +31,7 @@ from logit_cache.caching.windows import windows
 from logit_cache.fidelity import measure as fidelity
 from logit_cache.fidelity.measure import is_wanted, measure
 from logit_cache.fidelity.metrics import FORWARDS, RESIDUALS, Measures, StoredRows
+from logit_cache.sharing.card import card_text
 from storage import LogitCache, SparseTargets
 from storage.cache.verify import verify
 from storage.errors import CorruptCache, FormatError
@@ -300,6 +302,20 @@ def test_size(world: World, name: str) -> None:
     assert size.bytes_per_target == (pytest.approx(targets.stored_bytes() / rows) if name == "trained" else None)
 
 
+def test_reports_of_version_1_stay_as_they_were(world: World) -> None:
+    report = report_of(world, "1-varopt").model_dump()
+    assert report["format_version"] == 1
+    assert set(report["size"]) == {"mean_kept", "bytes_per_token", "bytes_per_id", "overhead_bytes_per_token"}
+    only = {
+        "gradients": {"sampled": report["gradients"]["sampled"]},
+        "divergences": {"sampled": report["divergences"]["sampled"]},
+        "calibration": None,
+    }
+    assert FidelityReport.model_validate(report | only | {"format_version": 2}).format_version == 2
+    with pytest.raises(ValidationError, match="a treatment that every entry has is missing"):
+        FidelityReport.model_validate(report | only)
+
+
 def test_an_unknown_tail_has_one_treatment() -> None:
     """Imported ids without the mass outside them: the reader knows nothing but their ratios."""
     logits = torch.randn(64, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -385,6 +401,17 @@ def test_two_positions(tmp_path: Path, make_teacher: Callable[..., Path]) -> Non
     cache_logits(cache, "a", teacher, **fields)
     report = measure(open_job(CacheJob(cache=str(cache), teacher=str(teacher), name="a", **fields)), 2048)
     assert (report.positions, report.labelled, report.windows) == (2, 1, 1)
+
+
+def test_without_any_targets_there_is_no_report(tmp_path: Path, make_teacher: Callable[..., Path], run: Run) -> None:
+    cache, teacher = tmp_path / "cache", make_teacher(3, vocabulary_size=V)
+    make_corpus(str(cache), np.arange(N).astype(np.uint16) % V, V, loss_mask=np.zeros(N, dtype=bool))
+    fields = {"context_tokens": CONTEXT, "k": 5, "fields": ("lean",), "positions": "trained"}
+    cache_logits(cache, "a", teacher, **fields)
+    assert not is_wanted(open_job(CacheJob(cache=str(cache), teacher=str(teacher), name="a", **fields)), 2048)
+    shown = run("logit-cache", "inspect", cache).stdout
+    assert "300 of 300 positions, complete; targets at 0 of them" in shown
+    assert "coverage: 300 of 300 positions (100.00%); targets at 0 of them" in card_text(LogitCache.open(str(cache)))
 
 
 def test_tiles_change_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
