@@ -58,7 +58,7 @@ def unseal(kind: type[AnyRecord], data: Any, where: str) -> AnyRecord:
         field = ".".join(str(part) for part in first["loc"]) or "the record"
         raise FormatError(
             f"{where}: {field}: {first['msg']} (found {str(first['input'])[:80]!r}); "
-            f"no record of a format that this logit-cache knows: it was changed, or written by a newer one"
+            f"this is no record of a format that this logit-cache knows: it was changed, or written by a newer one"
         ) from None
     # The digest is of the stored JSON, not of the record that was parsed from it.
     found = hashlib.sha256(canonical_json(body)).hexdigest()

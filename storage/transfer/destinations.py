@@ -144,7 +144,7 @@ class FolderDestination(Destination):
         self._receipts.add(shard.key)
 
     def publish(self, contents: Contents, card_files: Mapping[str, bytes]) -> None:
-        entries = {part.group.folder for part in contents.parts if part.group.record_key is not None}
+        entries = dict.fromkeys(part.group.folder for part in contents.parts if part.group.record_key is not None)
         absent = [folder for folder in entries if not self.target.names(folder.rstrip("/"))]
         for key in contents.manifest.walk():
             if self.new or key in self._receipts or key.startswith(tuple(absent)):

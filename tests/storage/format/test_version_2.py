@@ -20,8 +20,8 @@ from support.caches.small import (
     make_corpus,
     make_entry,
     make_entry_2,
-    sampled_targets,
     stream_record,
+    varopt_targets,
     without_rows,
     write_entry,
 )
@@ -72,7 +72,7 @@ def top_k(k: int = K) -> SparseTargets:
 
 @cache
 def varopt(temperature: float = 1.0) -> SparseTargets:
-    found = sampled_targets(logits().clip(-20), K, labels(), temperature)
+    found = varopt_targets(logits().clip(-20), K, labels(), temperature)
     assert found.certain[0] == 0
     assert 0 < found.certain[4] < K or temperature != 1.0
     return found

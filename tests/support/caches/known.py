@@ -21,7 +21,7 @@ from support.caches.small import (
     make_corpus,
     make_entry,
     make_entry_2,
-    sampled_targets,
+    varopt_targets,
     without_rows,
 )
 
@@ -68,7 +68,7 @@ def targets(variant: int = 0, sampled: bool = False) -> SparseTargets:
     labels = np.append(tokens[1:], -1).astype(np.int64)
     if not sampled:
         return dense_targets(logits, K, labels)
-    return without_rows(sampled_targets(logits, K, labels), np.arange(N) % 3 == 1)
+    return without_rows(varopt_targets(logits, K, labels), np.arange(N) % 3 == 1)
 
 
 @cache

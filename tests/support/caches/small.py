@@ -61,7 +61,7 @@ def dense_targets(logits: np.ndarray, k: int, labels: np.ndarray, start: int = 0
     )
 
 
-def sampled_targets(logits: np.ndarray, k: int, labels: np.ndarray, temperature: float = 1.0) -> SparseTargets:
+def varopt_targets(logits: np.ndarray, k: int, labels: np.ndarray, temperature: float = 1.0) -> SparseTargets:
     """VarOpt targets of dense logits [T, V], row by row from the definition; always the same."""
     rng, rows = np.random.default_rng(0), len(logits)
     every = dense_targets(logits, logits.shape[1], labels)
