@@ -77,6 +77,7 @@ class TargetRows:
     def __init__(self, targets: TeacherTargets) -> None:
         self._targets = targets
         self._all = targets.entry.targets.positions in (None, "all")
+        self._held: tuple[int, NDArray[np.int64]] | None = None  # windows are sampled shard after shard
 
     def counts(self) -> NDArray[np.int64]:
         """Of each shard [shards], the number of its rows with targets; 0 where it is not committed."""
@@ -93,16 +94,20 @@ class TargetRows:
         """The position of the n-th row with targets of a shard, from the shard's start on. Raises CorruptCache."""
         if self._all:
             return number
-        layout = self._targets.entry.layout
-        start, stop = layout.shard_range(shard, self._targets.entry.positions)
-        chunks = range(start // layout.chunk, -(-stop // layout.chunk))
-        kept = np.concatenate([self._targets.arrays["kept"].read_chunk(chunk) for chunk in chunks])
-        rows = np.flatnonzero(kept)
+        if self._held is None or self._held[0] != shard:
+            self._held = shard, self._rows(shard)
+        rows = self._held[1]
         if number >= len(rows):
             raise CorruptCache(
                 f"{self._targets.name}: shard {shard} has {len(rows)} rows with targets, its receipt counts more"
             )
         return int(rows[number])
+
+    def _rows(self, shard: int) -> NDArray[np.int64]:
+        layout = self._targets.entry.layout
+        start, stop = layout.shard_range(shard, self._targets.entry.positions)
+        chunks = range(start // layout.chunk, -(-stop // layout.chunk))
+        return np.flatnonzero(np.concatenate([self._targets.arrays["kept"].read_chunk(chunk) for chunk in chunks]))
 
 
 def shard_rows(entry: TeacherEntry, committed: NDArray[np.bool_]) -> NDArray[np.int64]:
