@@ -59,7 +59,7 @@ def test_push_and_pull(source: Path, run: Run, tmp_path: Path) -> None:
     shared, back = tmp_path / "shared", tmp_path / "back"
     done = run("logit-cache", "push", source, shared, "--license", "cc-by-4.0")
     assert done.returncode == 0, done.stderr
-    assert "a, b, with tokens" in done.stdout
+    assert "a, b, v2, with tokens" in done.stdout
     assert " 0 were there" in done.stdout
     assert "kB (100 %)" in done.stderr
     assert (shared / "README.md").read_text().startswith("---\nlicense: cc-by-4.0\n")

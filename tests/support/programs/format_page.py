@@ -23,9 +23,11 @@ there and log-probs in the first `certain`.
 ```python
 import numpy, zarr
 
+
 def version_1(arrays, step):
     steps = numpy.cumsum(arrays["logprob_codes"][:], axis=1, dtype=int)
     return arrays["token_ids"][:], arrays["top_logprob"][:][:, None] - step * steps
+
 
 def version_2(arrays, step):
     stored, code = arrays["ids"][:].astype(int), arrays["mass_code"][:].astype(int)
@@ -35,6 +37,7 @@ def version_2(arrays, step):
     total = (numpy.exp(below) * is_certain).sum(axis=1)
     head = numpy.where(code <= -32767, 0, -numpy.logaddexp(0, step * code))
     return ids, below + (head - numpy.log(total.clip(1)))[:, None]
+
 
 entry = zarr.open("run/train", mode="r")["teachers/llama"]
 record = entry.attrs["logit_cache"]
