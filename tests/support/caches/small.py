@@ -106,7 +106,7 @@ def random_sample(positions: int, vocabulary_size: int, k: int, temperature: flo
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(positions, vocabulary_size)) * rng.uniform(0.1, 6, (positions, 1))
     labels = np.append(rng.integers(0, vocabulary_size, positions - 1), -1)
-    return sampled_targets(logits, k, labels, temperature)
+    return varopt_targets(logits, k, labels, temperature)
 
 
 def entry_2(entry: TeacherEntry, *fields: Any, **changes: Any) -> TeacherEntry:
