@@ -32,13 +32,13 @@ from logit_cache.caching.prepare import execution_of
 from logit_cache.fidelity.rescore import (
     Sample,
     TargetRows,
-    Values,
     live_values,
     sample_windows,
     stored_values,
     take_sample,
 )
-from logit_cache.fidelity.tolerance import DrawnAgain, FieldReport, biased_sample, compare, compare_drawn
+from logit_cache.fidelity.sampled_ids import DrawnAgain, Values, compare_drawn
+from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest import TARGET_FIELDS, TeacherEntry, Versions

@@ -4,9 +4,7 @@ Legend: `R` positions of a window that it scores, `K` stored ids per position, `
 
 It shares only the plan of the windows with the code that makes entries, or it would repeat that code's mistakes:
 batches are assembled independently, and everything is reduced densely over V in float64, at the stored ids. The one
-exception is `_drawn_again`. Sampled ids that are stored without log-probs hold no number to compare, and which ids they
-are is a convention of the reducer, as the plan of the windows is one: only the reducer itself draws the same ids again.
-A mistake in it is found by another way: the mean of `sampled` below.
+exception is `logit_cache.fidelity.sampled_ids`, which says why.
 
 `Values` hold, by field, float64, NaN where there is no value to compare. In nats::
 
@@ -24,8 +22,7 @@ Codes of version 2 are compared as what they state, each with its own error: `lo
 Of entries whose sampled ids have no log-probs::
 
     sampled_ids    [R, K]   stored, and as the live teacher's reducer samples them
-    rounded_ids    [R, K]   live only: as it samples them from logits that are rounded to `_ROUNDED` nats: at least so
-                            much differs from device to device in float32
+    rounded_ids    [R, K]   live only: as it samples them from rounded logits
     chance         [R]      live only: the share of its sampled ids that an independent sample has too, on average
 """
 
@@ -40,6 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logit_cache.caching.windows import Window, batch_inputs, windows
+from logit_cache.fidelity.sampled_ids import Values, drawn_again, draws_again
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, InputError
 from storage.format.encoding import MIN_STEP_NATS, logprob_floor
@@ -47,16 +45,13 @@ from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets
 from storage.format.version_2 import NOTHING_OUTSIDE
 from teachers.base import Teacher
-from teachers.reduction.reduce import reduce_rows
-from teachers.reduction.varopt import Sampling, random_bits
+from teachers.reduction.varopt import random_bits
 
 _PER_POSITION = ("log_tail", "log_tail_half", "label_logprob", "entropy")
 FIELDS = ("logprobs", "sampled_logprobs", "token_ids", "top_logprob", *_PER_POSITION)
-Values = dict[str, NDArray[np.float64]]
 
 # The highest floor of any step: below it, entries encode "no mass" in different ways.
 _FLOOR = logprob_floor(MIN_STEP_NATS)
-_ROUNDED = 2.0**-15
 # Logits at once in float64; several arrays of that size live at a time.
 _TILE_LOGITS = 1 << 23
 
@@ -213,15 +208,6 @@ def _comparable(entry: TeacherEntry, values: Values) -> Values:
     return found
 
 
-def draws_again(entry: TeacherEntry) -> bool:
-    """Whether sampled ids have to be drawn again, since no log-probs of them are stored, and can be.
-
-    Ids that were sampled from a stored sample cannot: its random numbers were used on rounded masses.
-    """
-    targets = entry.targets
-    return targets.method == "varopt" and not targets.has("sampled-logprobs") and not targets.shrunk_from
-
-
 def live_values(
     teacher: Teacher,
     entry: TeacherEntry,
@@ -259,7 +245,7 @@ def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], bat
         if draws_again(entry):
             # mps has no float64.
             near = tile.cpu() if tile.device.type == "mps" else tile
-            parts[-1] |= _drawn_again(entry, near, torch.from_numpy(random[here]).to(near.device))
+            parts[-1] |= drawn_again(entry, near, torch.from_numpy(random[here]).to(near.device))
     whole = {name: torch.cat([part[name] for part in parts]).cpu().double().numpy() for name in parts[0]}
     whole = _comparable(entry, whole)
     ends = np.cumsum([len(targets) for targets in stored])[:-1]
@@ -325,30 +311,3 @@ def _row_values(
         "sampled": (at_ids * is_sampled).sum(1) / is_sampled.sum(1) - expected,
         "spread": best[:, 0] - logp.median(1).values.clamp_min(_FLOOR),
     }
-
-
-def _drawn_again(entry: TeacherEntry, logits: Tensor, random: Tensor) -> dict[str, Tensor]:
-    """`sampled_ids` and `rounded_ids` [r, K], `chance` [r] of rows of logits [r, V]; random int64 [r], by position.
-
-    The one place where an audit samples. Inclusion probabilities are m a_i / R, so two independent samples of m ids
-    share sum (m a_i / R)**2 of them on average.
-    """
-    targets, logits = entry.targets, logits.float()
-    sampling = Sampling(targets.temperature, targets.head_ids or 0, random)
-    none = torch.full((len(logits),), -1, device=logits.device)
-    floor = logprob_floor(entry.encoding.step_nats or 1.0)
-
-    def drawn(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        reduced = reduce_rows(logits, entry.vocabulary_size, targets.k, none, floor, sampling, None)
-        certain = torch.arange(targets.k, device=logits.device) < reduced.certain[:, None]
-        return reduced.token_ids, certain, reduced.token_ids.double().masked_fill(certain, torch.nan)
-
-    _, _, rounded = drawn((logits / _ROUNDED).round() * _ROUNDED)
-    ids, is_certain, sampled = drawn(logits)
-    number = targets.k - is_certain.sum(1)
-    scaled = logits.double() / targets.temperature
-    outside = scaled.scatter_add(1, ids, torch.zeros_like(sampled).masked_fill(is_certain, -torch.inf))
-    inclusion = (number[:, None] * outside.softmax(1)).clamp_max(1.0)
-    # 0 / 0 where no id is sampled.
-    chance = (inclusion * inclusion).sum(1) / number
-    return {"sampled_ids": sampled, "rounded_ids": rounded, "chance": chance}

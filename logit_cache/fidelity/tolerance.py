@@ -13,15 +13,6 @@ one of its values is over 8 times the largest noise
 Means detect small differences that are everywhere, and are insensitive to the few large ones that half precision or
 a router of experts makes; the second rule detects a single wrong value where noise has no such tail.
 docs/decisions/0007 has the measurements on both sides of these limits.
-
-Sampled ids that are stored without log-probs are drawn again. A share `again` of them is sampled by the live teacher
-too; `teacher` is the same share between two of its own runs, and `chance` that of two independent samples. Near ties
-move the points of a systematic sample: mostly from one id to its neighbour, and where one id more becomes certain all
-points of a row. `teacher` is at most the share that comes again from logits rounded to 2**-15 nats, as devices differ
-in float32. With the missing shares 1 - again, and noise that of the teacher, an entry, and a window, differs if more is
-missing than
-
-    min(3 noise + max(1 %, two rows' worth) (1 - chance), halfway between noise and 1 - chance)
 """
 
 from __future__ import annotations
@@ -31,15 +22,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_cache.fidelity.rescore import FIELDS, Sample, Values
+from logit_cache.fidelity.rescore import FIELDS, Sample
+from logit_cache.fidelity.sampled_ids import Values
 from storage.format.manifest import TeacherEntry
 
 MEAN_FACTOR = 3.0
 LARGEST_FACTOR = 8.0
 LEAST_NOISE = 2.0**-16
-# Of the sampled ids: the share of the rows that may be drawn otherwise without any noise, and the rows of a window.
-LEAST_MOVED = 0.01
-LEAST_ROWS_MOVED = 2
 # Standard errors by which the sampled ids may be off in the mean: an honest sample exceeds them once in 10**9 audits.
 MOST_STANDARD_ERRORS = 6.0
 _LEAST_ROWS = 64
@@ -166,86 +155,6 @@ def _stated_error(entry: TeacherEntry, name: str) -> float:
     if not derived:
         return value_step / 2
     return value_step + (step if name == "log_tail_half" else 0.0)
-
-
-@dataclass(frozen=True)
-class DrawnAgain:
-    """Sampled ids, and how many of them come again when they are drawn again: shares of all `ids`; see the module.
-
-    windows_differing counts windows; `differs` is the verdict on all of them together.
-    """
-
-    ids: int
-    again: float
-    teacher: float
-    chance: float
-    limit: float
-    windows_differing: int
-
-    @property
-    def differs(self) -> bool:
-        return self.again < self.limit
-
-
-def compare_drawn(
-    stored: list[Values], live: list[Values], controls: list[list[Values]]
-) -> tuple[DrawnAgain | None, list[int]]:
-    """The share of sampled ids that come again, and the numbers of the samples in which too few do; None without any.
-
-    live, controls: as for `compare`.
-    """
-    rows, total, missing, noise, unrelated = (np.zeros(len(stored)) for _ in range(5))
-    for number, (values, now) in enumerate(zip(stored, live, strict=True)):
-        if "sampled_ids" not in values:
-            return None, []
-        # Rows without targets hold neither certain nor sampled ids.
-        there = ~np.isnan(np.hstack([values["token_ids"], values["sampled_ids"]])).all(axis=1)
-        own = now["sampled_ids"][there]
-        others = [now["rounded_ids"], *(control[number]["sampled_ids"] for control in controls)]
-        per_row, gone = _missing(own, values["sampled_ids"][there])
-        rows[number], total[number], missing[number] = np.count_nonzero(per_row), per_row.sum(), gone
-        noise[number] = max(_missing(own, other[there])[1] for other in others)
-        # NaN where the teacher samples no id.
-        unrelated[number] = total[number] - np.nansum(now["chance"][there] * np.count_nonzero(~np.isnan(own), axis=1))
-    if not total.any():
-        return None, []
-    noise_mean = float(noise.sum() / total.sum())
-    differing = []
-    for number in np.flatnonzero(total).tolist():
-        at_most = _most_missing(
-            max(noise_mean, noise[number] / total[number]), unrelated[number] / total[number], rows[number]
-        )
-        if missing[number] / total[number] > at_most:
-            differing.append(number)
-    unrelated_mean = float(unrelated.sum() / total.sum())
-    found = DrawnAgain(
-        ids=int(total.sum()),
-        again=1 - float(missing.sum() / total.sum()),
-        teacher=1 - noise_mean,
-        chance=1 - unrelated_mean,
-        limit=1 - _most_missing(noise_mean, unrelated_mean, rows.sum()),
-        windows_differing=len(differing),
-    )
-    return found, differing
-
-
-def _most_missing(noise: float, unrelated: float, rows: float) -> float:
-    """The largest share of sampled ids that may be missing; noise, unrelated: the shares that the teacher's own runs,
-    and independent samples, miss."""
-    moved = max(LEAST_MOVED, LEAST_ROWS_MOVED / rows) * unrelated
-    return min(MEAN_FACTOR * noise + moved, (noise + unrelated) / 2)
-
-
-def _missing(ids: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[NDArray[np.int64], int]:
-    """Of two samples [R, K]: the ids of each row [R], of the one that has more, and how many the other lacks in all."""
-    per_row: NDArray[np.int64] = np.maximum(*(np.count_nonzero(~np.isnan(each), axis=1) for each in (ids, others)))
-    return per_row, int(per_row.sum()) - int(np.isin(_keys(ids), _keys(others)).sum())
-
-
-def _keys(ids: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Numbers that tell row and id, of the sampled ids [R, K]."""
-    keys = np.arange(len(ids))[:, None] * 2.0**32 + ids
-    return keys[~np.isnan(keys)]
 
 
 def biased_sample(live: list[Values]) -> str | None:
