@@ -28,7 +28,7 @@ from storage.format.pruning import prune
 from storage.format.targets import SparseTargets
 from teachers.base import Teacher
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_rows
-from teachers.reduction.varopt import Sampling, random_bits, random_words
+from teachers.reduction.varopt import Sampling, random_numbers
 
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
@@ -141,9 +141,7 @@ class _Rows:
         self._order = order
         self._random: NDArray[np.int64] | None = None
         if entry.targets.method == "varopt":
-            seed = entry.targets.seed or 0
-            pivotal = entry.targets.sampling == "pivotal"
-            self._random = random_words(seed, start, stop, k) if pivotal else random_bits(seed, start, stop)
+            self._random = random_numbers(entry.targets, start, stop)
         dtype = np.dtype(token_id_dtype(entry.vocabulary_size))
         self._token_ids = np.full((count, k), np.iinfo(dtype).max, dtype=dtype)
         self._kept = np.full(count, k, dtype=np.uint16) if wanted is None else (k * wanted).astype(np.uint16)

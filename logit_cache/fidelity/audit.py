@@ -135,6 +135,7 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     samples = _samples(job, cache, targets, found)
     stored = [stored_values(entry, sample.stored) for sample in samples]
     found.uncompared += _uncompared(entry)
+    order = targets.sampling_order()
     recorded = entry.teacher.members[0].dtype
     dtype: Dtype = job.dtype or recorded
 
@@ -144,8 +145,8 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     _describe(entry, teacher, found)
     at_once = _batch_windows(entry, teacher, len(samples))
     alone = 1 if at_once > 1 else 2
-    live = live_values(teacher, entry, samples, at_once, progress)
-    controls = [live_values(teacher, entry, samples[::-1], alone, progress)[::-1]]
+    live = live_values(teacher, entry, samples, at_once, progress, order)
+    controls = [live_values(teacher, entry, samples[::-1], alone, progress, order)[::-1]]
     found.controls.append(f"in batches of {at_once} and of {alone} windows")
     differing = _judge(entry, samples, stored, live, controls, found)
 
@@ -155,7 +156,7 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
         gc.collect()  # models hold cycles, and two of them may not fit
         try:
             teacher = _together(entry, _load(job, entry, other))
-            controls.append(live_values(teacher, entry, samples, at_once, progress))
+            controls.append(live_values(teacher, entry, samples, at_once, progress, order))
         except InputError as error:
             found.execution.append(f"the rounding of {dtype} could not be measured: {error}")
         else:

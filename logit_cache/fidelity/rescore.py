@@ -45,7 +45,7 @@ from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets
 from storage.format.version_2 import NOTHING_OUTSIDE
 from teachers.base import Teacher
-from teachers.reduction.varopt import random_bits
+from teachers.reduction.varopt import random_numbers
 
 _PER_POSITION = ("log_tail", "log_tail_half", "label_logprob", "entropy")
 FIELDS = ("logprobs", "sampled_logprobs", "token_ids", "top_logprob", *_PER_POSITION)
@@ -214,18 +214,28 @@ def live_values(
     samples: list[Sample],
     batch_windows: int,
     progress: Callable[[int], None] | None = None,
+    order: NDArray[np.uint32] | None = None,
 ) -> list[Values]:
-    """The teacher's values of each sample, scored in batches of `batch_windows` windows, padded to that shape."""
+    """The teacher's values of each sample, scored in batches of `batch_windows` windows, padded to that shape.
+
+    order: the entry's sampling order [V], if it has one.
+    """
     found: list[Values] = []
     for first in range(0, len(samples), batch_windows):
         batch = samples[first : first + batch_windows]
-        found += _score_batch(teacher, entry, batch, batch_windows)
+        found += _score_batch(teacher, entry, batch, batch_windows, order)
         if progress is not None:
             progress(len(batch))
     return found
 
 
-def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], batch_windows: int) -> list[Values]:
+def _score_batch(
+    teacher: Teacher,
+    entry: TeacherEntry,
+    batch: list[Sample],
+    batch_windows: int,
+    order: NDArray[np.uint32] | None,
+) -> list[Values]:
     read = [(sample.tokens, sample.window.offsets) for sample in batch]
     inputs, rows = batch_inputs(read, entry.windowing, batch_windows)
     stored = [sample.stored for sample in batch]
@@ -237,7 +247,8 @@ def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], bat
     ]
     on_device = [torch.from_numpy(array.astype(np.int64)).to(teacher.device) for array in per_row]
     windows = [sample.window for sample in batch]
-    random = np.concatenate([random_bits(entry.targets.seed or 0, each.first, each.last) for each in windows])
+    random = np.concatenate([random_numbers(entry.targets, each.first, each.last) for each in windows])
+    columns = None if order is None else torch.from_numpy(order.astype(np.int64))
     parts: list[dict[str, Tensor]] = []
     for here, tile in scored_tiles(teacher, entry, inputs, rows, _TILE_LOGITS):
         ids, kept, certain, labels = (array[here] for array in on_device)
@@ -245,7 +256,8 @@ def _score_batch(teacher: Teacher, entry: TeacherEntry, batch: list[Sample], bat
         if draws_again(entry):
             # mps has no float64.
             near = tile.cpu() if tile.device.type == "mps" else tile
-            parts[-1] |= drawn_again(entry, near, torch.from_numpy(random[here]).to(near.device))
+            own = None if columns is None else columns.to(near.device)
+            parts[-1] |= drawn_again(entry, near, torch.from_numpy(random[here]).to(near.device), own)
     whole = {name: torch.cat([part[name] for part in parts]).cpu().double().numpy() for name in parts[0]}
     whole = _comparable(entry, whole)
     ends = np.cumsum([len(targets) for targets in stored])[:-1]

@@ -47,18 +47,22 @@ def draws_again(entry: TeacherEntry) -> bool:
     return targets.method == "varopt" and not targets.has("sampled-logprobs") and not targets.shrunk_from
 
 
-def drawn_again(entry: TeacherEntry, logits: Tensor, random: Tensor) -> dict[str, Tensor]:
-    """`sampled_ids` and `rounded_ids` [r, K], `chance` [r] of rows of logits [r, V]; random int64 [r], by position.
+def drawn_again(entry: TeacherEntry, logits: Tensor, random: Tensor, order: Tensor | None) -> dict[str, Tensor]:
+    """`sampled_ids` and `rounded_ids` [r, K], `chance` [r] of rows of logits [r, V].
+
+    random: the rows' random numbers, as `teachers.reduction.varopt.Sampling` has them; order: int64 [V], the entry's
+    sampling order, or None.
 
     Inclusion probabilities are m a_i / R, so two independent samples of m ids share sum (m a_i / R)**2 of them on
     average.
     """
     targets, logits = entry.targets, logits.float()
-    sampling = Sampling(targets.temperature, targets.head_ids or 0, random)
+    sampling = Sampling(targets.temperature, targets.head_ids or 0, random, order)
     none = torch.full((len(logits),), -1, device=logits.device)
     floor = logprob_floor(entry.encoding.step_nats or 1.0)
 
     def drawn(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = logits if order is None else logits[:, order]
         reduced = reduce_rows(logits, entry.vocabulary_size, targets.k, none, floor, sampling, None)
         certain = torch.arange(targets.k, device=logits.device) < reduced.certain[:, None]
         return reduced.token_ids, certain, reduced.token_ids.double().masked_fill(certain, torch.nan)

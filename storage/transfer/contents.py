@@ -216,7 +216,8 @@ def _entry(source: Source, name: str, folder: Path, redact: bool) -> list[Group]
     differing = [f"{field}: the entry has {a}, the cache {b}" for field, (a, b) in pairs.items() if a != b]
     if differing:
         raise IdentityMismatch(snapshot.where(key), differing, "Its targets belong to other tokens: leave it out")
-    changed = without_label(entry) if redact else entry
+    # Nothing is taken from an entry of a cache that was shared without its text twice.
+    changed = without_label(entry) if redact and cache.record.corpus.tokens_included else entry
     write_file(folder, key, snapshot.read(key) if changed == entry else record_bytes(changed))
     report = read_fidelity(snapshot, group.folder, group.receipts.record_sha256)
     if report is not None and group.fidelity_key is not None:

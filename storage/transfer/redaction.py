@@ -20,8 +20,11 @@ def without_tokens(record: CacheRecord) -> CacheRecord:
 
 
 def without_label(entry: TeacherEntry) -> TeacherEntry:
-    """The same entry without the label's log-probs, derived from the original; itself if it has none."""
-    if not entry.targets.has("label"):
+    """The same entry without the label's log-probs, derived from the original.
+
+    Itself if it is of version 1 and has none; one of version 2 may have sums over them in its receipts all the same.
+    """
+    if entry.format_version == 1 and not entry.targets.has("label"):
         return entry
     return entry.model_copy(update={"targets": entry.targets.without("label"), "derived_from": digest(entry)})
 

@@ -48,6 +48,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.format.manifest import Targets
+
 _RANDOM_BITS = 32
 _PIVOTAL_KEY = 1 << 32  # the upper word of the first interval's key; that of `random_bits` is 0
 _LOW_BITS = (1 << _RANDOM_BITS) - 1
@@ -96,6 +98,14 @@ def random_words(seed: int, start: int, stop: int, k: int) -> NDArray[np.int64]:
     for interval in range(k):
         words[:, interval] = _words(seed + ((_PIVOTAL_KEY + interval) << 64), start, stop).view(np.int64)
     return words
+
+
+def random_numbers(targets: Targets, start: int, stop: int) -> NDArray[np.int64]:
+    """Those by which ids are sampled at the positions `start .. stop`: [T], or [T, K] by the pivotal method."""
+    seed = targets.seed or 0
+    return (
+        random_words(seed, start, stop, targets.k) if targets.sampling == "pivotal" else random_bits(seed, start, stop)
+    )
 
 
 def _words(key: int, start: int, stop: int) -> NDArray[np.uint64]:

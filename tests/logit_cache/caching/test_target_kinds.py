@@ -23,8 +23,8 @@ from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 
 K = 16
-VAROPT = {"k": K, "targets": "varopt", "encoding": "float32"}
-TOPK = {"k": K, "targets": "topk", "encoding": "float32"}
+VAROPT = {"k": K, "targets": "varopt", "encoding": "float32", "fields": "all"}
+TOPK = {"k": K, "targets": "topk", "encoding": "float32", "fields": "all"}
 ARRAYS = ("token_ids", "logprobs", "kept", "certain", "log_tail", "log_tail_half", "entropy")
 
 
@@ -121,7 +121,7 @@ def test_a_sample_depends_on_seed_and_position_alone(cache: Path, teacher: Path)
 def test_samples_in_codes(cache: Path, teacher: Path) -> None:
     """Log-probs of certain ids are within a step and a half, of sampled ids within one of their own."""
     _, exact = cache_logits(cache, "exact", teacher, **VAROPT)
-    _, codes = cache_logits(cache, "codes", teacher, k=K, targets="varopt")
+    _, codes = cache_logits(cache, "codes", teacher, k=K, targets="varopt", fields="all")
     assert np.array_equal(exact.token_ids, codes.token_ids)
     off = np.abs(exact.logprobs - codes.logprobs)
     assert off[exact.is_certain].max() <= 3 / 64
@@ -147,8 +147,8 @@ def test_top_p_prunes_as_recompress_does(cache: Path, teacher: Path) -> None:
 
 
 def test_every_id_is_certain_where_all_are_kept(cache: Path, teacher: Path) -> None:
-    _, found = cache_logits(cache, "v", teacher, k=400, targets="varopt")
-    cache_logits(cache, "t", teacher, k=400, targets="topk")
+    _, found = cache_logits(cache, "v", teacher, k=400, targets="varopt", fields=("entropy", "half-tail", "label"))
+    cache_logits(cache, "t", teacher, k=400, targets="topk", fields="all")
     stored, top = contents(cache, "v"), contents(cache, "t")
     assert {key for key in stored if stored[key] != top[key]} == {"zarr.json"}
     assert (found.certain == 400).all()
@@ -207,3 +207,35 @@ def test_a_student_whose_head_is_padded(tmp_path: Path) -> None:
     with torch.no_grad():
         p = torch.softmax(model(torch.arange(1, 17)[None]).logits[0], 1)
     assert float(p[:, V:].sum(1).max()) < 0.5 * 3 / (V + 3)
+
+
+@pytest.mark.parametrize(
+    ("order", "sampling"), [("embeddings", "systematic"), ("embeddings", "pivotal"), ("ids", "pivotal")]
+)
+def test_ids_sampled_in_an_order_or_by_duels_are_made_read_and_audited(
+    cache: Path, teacher: Path, run: Run, order: str, sampling: str
+) -> None:
+    """Their weights have the teacher's mass as their mean; whoever resumes reads the order and draws the same ids."""
+    kind = {"k": K, "targets": "varopt", "fields": "lean", "order": order, "sampling": sampling}
+    targets, stored = cache_logits(cache, "v", teacher, **kind)
+    made = targets.sampling_order()
+    assert (made is None) == (order == "ids")
+    before = contents(cache, "v")
+    receipts = sorted((cache / "teachers/v/receipts").glob("0*.json"))
+    for path in (receipts[-1], cache / "teachers/v/receipts/index.json"):
+        path.unlink()
+    again, _ = cache_logits(cache, "v", teacher, **kind)
+    assert contents(cache, "v") == before
+    assert np.array_equal(again.sampling_order(), made) if made is not None else again.sampling_order() is None
+    dense = dense_logprobs(teacher, LogitCache.open(str(cache)).tokens.read(0, len(stored)), 64, 64).double().numpy()
+    share = np.exp(dense)
+    tail = np.exp(outside(dense, stored, 1.0))
+    weights = np.where(stored.is_certain, np.take_along_axis(share, stored.token_ids.astype(np.int64), 1), 0.0)
+    number = np.maximum(stored.kept.astype(int) - stored.certain, 1)
+    weights += np.where(stored.is_certain, 0.0, (tail / number)[:, None])
+    for ids in (np.arange(200), np.arange(1, 400, 2)):
+        difference = (weights * np.isin(stored.token_ids, ids)).sum(1) - share[:, ids].sum(1)
+        assert abs(difference.mean()) < 5 * difference.std() / np.sqrt(len(difference)) + 1e-5
+    for check in (("verify", cache, "--deep"), ("audit", cache, "--name", "v", "--teacher", teacher)):
+        done = run("logit-cache", *check)
+        assert done.returncode == 0, done.stderr + done.stdout
