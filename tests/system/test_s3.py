@@ -68,11 +68,11 @@ def test_the_whole_road_by_commands(
     found = json.loads(done.stdout)
     assert (found["problems"], no_leases(found["leftovers"]), found["missing"]) == ([], [], {})
 
-    moto_bucket.put("cache/teachers/a/entropy/c/1", moto_bucket.objects("cache/teachers/a/entropy/c/0")[""])
+    moto_bucket.put("cache/teachers/a/entropy_code/c/1", moto_bucket.objects("cache/teachers/a/entropy_code/c/0")[""])
     done = run("logit-cache", "verify", url, "--json")
     assert done.returncode == 1, done.stdout + done.stderr
     (problem,) = json.loads(done.stdout)["problems"]
-    assert "teachers/a/entropy/c/1" in problem
+    assert "teachers/a/entropy_code/c/1" in problem
 
 
 @pytest.mark.slow

@@ -208,7 +208,7 @@ def test_a_cached_mixture_of_varopt_targets(cache: Path, models: list[Path], run
     job = cache.parent / "job.yaml"
     job.write_text(
         f"cache: {cache}\nname: mixed\nteacher: [{models[0]}, {models[1]}]\ncombine: mixture\nweight: [3, 1]\n"
-        f"targets: varopt\nk: 20\ncontext_tokens: 64\nencoding: float32\n"
+        f"targets: varopt\nk: 20\ncontext_tokens: 64\nencoding: float32\nfields: all\n"
     )
     done = run("cache-logits", "--config", job)
     assert done.returncode == 0, done.stderr

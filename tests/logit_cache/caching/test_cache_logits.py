@@ -33,6 +33,7 @@ def test_stored_targets_are_the_model_s(cache: Path, teacher: Path, run: Run, co
     done = run(
         "cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", "-k", K, "--targets", "topk",
         "--context-tokens", context, "--stride-tokens", stride, "--shard-tokens", 1024, "--encoding", "float32",
+        "--fields", "all",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     opened = LogitCache.open(str(cache))
@@ -268,7 +269,8 @@ def test_a_full_disk(cache: Path, teacher: Path, run: Run) -> None:
 
 
 def test_inspect(cache: Path, teacher: Path, run: Run) -> None:
-    assert run("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *SMALL).returncode == 0
+    line = ("--cache", cache, "--teacher", teacher, "--name", "a", *SMALL, "--fields", "all")
+    assert run("cache-logits", *line).returncode == 0
     found = json.loads(run("logit-cache", "inspect", cache, "--json").stdout)
     opened = LogitCache.open(str(cache))
     total = len(opened.tokens)

@@ -184,7 +184,7 @@ def test_fewer_windows_than_a_chunk_has(corpus: Path, teacher: Path) -> None:
     found = predicted(corpus, teacher, k=16, fields=("lean",), question=Question(probe_windows=10))
     assert (found["probe"]["windows"], found["probe"]["pieces"]) == (8, 4)
     whole = predicted(corpus, teacher, k=16, fields=("lean",))
-    assert found["size"]["bytes"] == pytest.approx(whole["size"]["bytes"], rel=0.15)
+    assert found["size"]["bytes"] == pytest.approx(whole["size"]["bytes"], rel=0.2)
     # One position more than a single window.
     assert predicted(corpus, teacher, k=16, question=Question(probe_windows=1))["probe"]["positions"] == 64
 

@@ -62,7 +62,8 @@ def world(
     found = World(folder, folder / "cache", folder / "with-extra", tokenizer, *models.values())
     assert LogitCache.open(str(found.cache)).vocabulary_size == V
     for name, model in (("short", found.teacher), ("padded", found.padded)):
-        done = run("cache-logits", "--cache", found.cache, "--teacher", model, "--name", name, "-k", 16, *WINDOWS)
+        done = run("cache-logits", "--cache", found.cache, "--teacher", model, "--name", name, "-k", 16,
+                   "--fields", "all", *WINDOWS)  # fmt: skip
         assert done.returncode == 0, done.stderr
     cache_logits(found.cache, "all", found.teacher, targets="topk", k=400, encoding="float32")
     return found
@@ -323,7 +324,8 @@ def test_ids_that_only_one_side_has_are_named(
         ("fewer", world.padded, "id 401: '<second>' here, nothing in the model's"),
         ("more", more, "id 402: nothing here, '<third>' in the model's"),
     ):
-        done = run("cache-logits", "--cache", wide_cache, "--teacher", model, "--name", name, "-k", 16, *WINDOWS)
+        done = run("cache-logits", "--cache", wide_cache, "--teacher", model, "--name", name, "-k", 16,
+                   "--fields", "all", *WINDOWS)  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert [differing in record.message for record in caplog.records] == [True]
         caplog.clear()

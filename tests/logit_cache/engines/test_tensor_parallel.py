@@ -46,7 +46,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0
     ),
 }
-OPTIONS = ("-k", K, "--context-tokens", 64, "--encoding", "float32")
+OPTIONS = ("-k", K, "--context-tokens", 64, "--encoding", "float32", "--fields", "all")
 
 Save = Callable[[str], Path]
 

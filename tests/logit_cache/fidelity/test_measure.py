@@ -55,10 +55,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "lean": {"k": 12, "targets": "varopt", "fields": ("lean",)},
     "lean-for-2": {"k": 12, "targets": "varopt", "fields": ("lean",), "target_temperature": 2},
     "trained": {"k": 12, "targets": "varopt", "fields": ("lean",), "encoding": "float32", "positions": "trained"},
-    "1": {"k": 12, "targets": "topk", "fields": (), "format_version": 1},
-    "1-varopt": {"k": 12, "targets": "varopt", "head_ids": 4, "fields": (), "format_version": 1},
+    "1": {"k": 12, "targets": "topk", "fields": (), "positions": None, "format_version": 1},
+    "1-varopt": {"k": 12, "targets": "varopt", "head_ids": 4, "fields": (), "positions": None, "format_version": 1},
 }
-ALL: dict[str, Any] = {"fields": ("all",), "stride_tokens": None, "context_tokens": CONTEXT, "shard_tokens": SHARD}
+ALL: dict[str, Any] = {
+    "fields": ("all",),
+    "positions": "all",
+    "stride_tokens": None,
+    "context_tokens": CONTEXT,
+    "shard_tokens": SHARD,
+}
 WHOLE = {"bucket", "renormalise", "none"}
 TREATMENTS = {"lean": {"sampled"}, "trained": {"sampled"}, "lean-for-2": set(), "varopt": WHOLE | {"sampled"}}
 TREATMENTS |= {"varopt-codes": TREATMENTS["varopt"], "1-varopt": TREATMENTS["varopt"]}
@@ -427,8 +433,11 @@ def test_tiles_change_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> 
 
 # --- its lifecycle beside the entry ----------------------------------------------------------------------------------
 
-ARGUMENTS = ("--name", "a", "-k", 8, "--context-tokens", CONTEXT, "--shard-tokens", SHARD, "--fields", "all")
-JOB: dict[str, Any] = {"k": 8, "context_tokens": CONTEXT, "shard_tokens": SHARD, "fields": ("all",)}
+ARGUMENTS = ("--name", "a", "-k", 8, "--context-tokens", CONTEXT, "--shard-tokens", SHARD, "--fields", "all",
+             "--positions", "all")  # fmt: skip
+JOB: dict[str, Any] = {
+    "k": 8, "context_tokens": CONTEXT, "shard_tokens": SHARD, "fields": ("all",), "positions": "all",
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -102,11 +102,14 @@ def without_rows(targets: SparseTargets, rows: np.ndarray) -> SparseTargets:
 
 
 def random_sample(positions: int, vocabulary_size: int, k: int, temperature: float = 1.0) -> SparseTargets:
-    """VarOpt targets of random logits, from sharp to flat: some rows have no certain id."""
+    """VarOpt targets of random logits, from sharp to flat, as version 2 lays them out: some rows have no certain id."""
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(positions, vocabulary_size)) * rng.uniform(0.1, 6, (positions, 1))
     labels = np.append(rng.integers(0, vocabulary_size, positions - 1), -1)
-    return varopt_targets(logits, k, labels, temperature)
+    found = varopt_targets(logits, k, labels, temperature)
+    order = np.argsort(np.where(found.is_certain, np.arange(k) - k, found.token_ids.astype(np.int64)), axis=1)
+    per_id = {name: np.take_along_axis(getattr(found, name), order, axis=1) for name in ("token_ids", "logprobs")}
+    return replace(found, **per_id)
 
 
 def entry_2(entry: TeacherEntry, *fields: Any, **changes: Any) -> TeacherEntry:
