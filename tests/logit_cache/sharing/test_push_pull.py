@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from support.caches import known
 from support.caches.copies import pull, push
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.small import dense_targets, make_corpus, make_entry, make_entry_2, write_entry
 from support.commands import Run, command, environment, refused
 from support.processes import start
 from support.servers.s3 import Bucket
@@ -295,19 +295,21 @@ def test_the_pulled_entry_alone_is_verified_against_its_signature_with_another_c
 def test_targets_without_their_text(source: Path, tmp_path: Path) -> None:
     logged: list[str] = []
     shared = tmp_path / "shared"
+    # No log-probs of labels, and their sums in its receipts all the same.
+    write_entry(source, "lean", make_entry_2(LogitCache.open(str(source)).record, known.K), known.targets())
     done = push(str(source), str(shared), without_tokens=True, log=logged.append)
     assert not done.tokens_included
     assert "54 %" in logged[0]
     files = known.contents(shared)
     assert not [key for key in files if key.startswith(("tokens", "document_starts", "loss_mask", "receipts/t/"))]
-    assert not [key for key in files if "label_logprob" in key]
+    assert not [key for key in files if "label_" in key]
     assert sorted(key for key in files if key.startswith("receipts/")) == ["receipts/tokenizer.json"]
     found = verify(str(shared), deep=True)
     assert (found.problems, found.leftovers, found.missing) == ([], [], {})
     cache, original = LogitCache.open(str(shared)), LogitCache.open(str(source))
     with pytest.raises(CacheNotFound, match="without its tokens"):
         _ = cache.tokens
-    for name in ("a", "b"):
+    for name in ("a", "b", "lean", "v2"):
         here, there = cache.teacher(name), original.teacher(name)
         assert here.entry.derived_from == digest(there.entry)
         assert not here.entry.targets.has("label")
@@ -321,7 +323,7 @@ def test_targets_without_their_text(source: Path, tmp_path: Path) -> None:
         assert (statistics.labelled, statistics.label_nats) == (0, 0.0)
         assert statistics.head_mass == expected.head_mass
         for key, data in known.contents(source).items():
-            if key.startswith(f"teachers/{name}/") and "/c/" in key and "label_logprob" not in key:
+            if key.startswith(f"teachers/{name}/") and "/c/" in key and "label_" not in key:
                 assert files[key] == data, key
     again = push(str(source), str(shared), without_tokens=True)
     assert again.copied == 0
