@@ -42,6 +42,8 @@ FieldNames = Annotated[tuple[FieldName, ...], AfterValidator(_one_or_names)]
 # By measurement (docs/decisions/0034).
 DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("entropy",), "topk": ("entropy", "half-tail")}
 
+_OF_VERSION_2 = ("fields", "positions", "sampling", "order", "sampled_step_nats")
+
 
 class CacheJob(Settings):
     """The fields of `cache-logits`, as flags or in a YAML file. Lengths are in tokens, steps in nats.
@@ -176,8 +178,7 @@ class CacheJob(Settings):
         if self.targets == "topk" and "sampled-logprobs" in self.fields:
             raise ValueError("--fields sampled-logprobs goes with --targets varopt: every id of topk is certain")
         if self.format_version == 1:
-            later = ("fields", "positions", "sampling", "order", "sampled_step_nats")
-            for name in later:
+            for name in _OF_VERSION_2:
                 if getattr(self, name):
                     raise ValueError(f"--{name.replace('_', '-')} is of version 2 of the format: leave out one of them")
         if self.encoding == "float32" and self.sampled_step_nats is not None:
@@ -190,8 +191,9 @@ class CacheJob(Settings):
         recorded: the entry of that name, if there is one, which decides what is not given. has_loss_mask: whether the
         stream has one; without it every position is trained.
         """
+        varopt = self.targets == "varopt"
         own: dict[str, Any] = {"k": self.k, "top_p": self.top_p}
-        if self.targets == "varopt":
+        if varopt:
             own |= {
                 "method": "varopt",
                 "head_ids": self.head_ids or None,
@@ -200,26 +202,32 @@ class CacheJob(Settings):
             }
         if self.version(recorded) == 1:
             return Targets(**own, has_label_logprob=True)
-        before = recorded.targets if recorded is not None and recorded.format_version == 2 else None
-        if self.targets == "varopt":
-            own |= {
-                "sampling": self.sampling or (before and before.sampling) or "systematic",
-                "order": self.order or (before and before.order) or "ids",
-            }
-        return Targets(
-            **own,
-            fields=self._stored_fields() if self.fields or before is None else before.fields,
-            positions=self.positions or (before and before.positions) or ("trained" if has_loss_mask else "all"),
-            tail="exact",
-        )
+        chosen: dict[str, Any] = {
+            "fields": self._stored_fields(self.fields or DEFAULT_FIELDS[self.targets]),
+            "positions": "trained" if has_loss_mask else "all",
+            **({"sampling": "systematic", "order": "ids"} if varopt else {}),
+        }
+        of_kind = {"method": own.get("method", "top-k"), "temperature": own.get("temperature", 1.0)}
+        if recorded is not None and all(getattr(recorded.targets, name) == value for name, value in of_kind.items()):
+            # An entry of the other kind is another job, whatever its fields are.
+            stored = {name: getattr(recorded.targets, name) for name in chosen}
+            chosen |= {name: value for name, value in stored.items() if value is not None}
+        given = {name: getattr(self, name) for name in chosen if name != "fields"}
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        if self.fields:
+            chosen["fields"] = self._stored_fields(self.fields)
+        return Targets(**own, **chosen, tail="exact")
 
     def version(self, recorded: TeacherEntry | None) -> Literal[1, 2]:
         """The version of the entry: the one that is asked for, the recorded one, or the latest."""
-        return self.format_version or (2 if recorded is None else recorded.format_version)
+        if self.format_version is not None:
+            return self.format_version
+        later = any(getattr(self, name) for name in _OF_VERSION_2)
+        return 2 if recorded is None or later else recorded.format_version
 
-    def _stored_fields(self) -> tuple[TargetField, ...]:
+    def _stored_fields(self, names: tuple[FieldName, ...]) -> tuple[TargetField, ...]:
         possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]
-        return stored_fields(self.fields or DEFAULT_FIELDS[self.targets], possible, self.target_temperature or 1.0)
+        return stored_fields(names, possible, self.target_temperature or 1.0)
 
     def stored_encoding(self, targets: Targets, recorded: TeacherEntry | None = None) -> Encoding:
         """The encoding record of the entry with these targets."""

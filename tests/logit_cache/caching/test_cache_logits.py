@@ -134,6 +134,36 @@ def test_shards_are_small_by_default_and_those_of_an_entry_are_kept(cache: Path,
     }
 
 
+@pytest.mark.parametrize(
+    ("made", "others"),
+    [
+        (
+            ("--format-version", 1),
+            [(("--fields", "lean"), "format_version"), (("--format-version", 2), "format_version")],
+        ),
+        (
+            ("--fields", "all", "--sampled-step-nats", 0.25, "--sampling", "pivotal"),
+            [(("--fields", "lean"), "targets.fields"), (("--sampling", "systematic"), "targets.sampling"),
+             (("--targets", "topk"), "targets.method"), (("--target-temperature", 2), "targets.temperature")],
+        ),
+        (("--fields", "lean", "--order", "embeddings"), [(("--order", "ids"), "targets.order")]),
+    ],
+    ids=["version 1", "all fields", "an order"],
+)  # fmt: skip
+def test_what_an_entry_has_holds_where_nothing_is_said(
+    made: tuple[object, ...], others: list[tuple[tuple[object, ...], str]], cache: Path, teacher: Path, run: Run
+) -> None:
+    size = ("-k", 16, "--context-tokens", 64, "--shard-tokens", 512, "--fidelity-positions", 0)
+    job = ("cache-logits", "--cache", cache, "--teacher", teacher, "--name", "a", *size)
+    assert run(*job, *made, "--worker", "0/2", "--no-help-others").returncode == 0
+    record = (cache / "teachers/a/zarr.json").read_bytes()
+    for options, field in others:
+        refused(run(*job, *options), field)
+    assert run(*job).returncode == 0
+    assert (cache / "teachers/a/zarr.json").read_bytes() == record
+    assert LogitCache.open(str(cache)).teacher("a").missing() == []
+
+
 def test_another_identity_under_the_same_name(
     cache: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run
 ) -> None:
