@@ -203,7 +203,7 @@ class CacheJob(Settings):
         if self.version(recorded) == 1:
             return Targets(**own, has_label_logprob=True)
         chosen: dict[str, Any] = {
-            "fields": self._stored_fields(self.fields or DEFAULT_FIELDS[self.targets]),
+            "fields": self._stored_fields(self.fields or self._default_fields()),
             "positions": "trained" if has_loss_mask else "all",
             **({"sampling": "systematic", "order": "ids"} if varopt else {}),
         }
@@ -224,6 +224,11 @@ class CacheJob(Settings):
             return self.format_version
         later = any(getattr(self, name) for name in _OF_VERSION_2)
         return 2 if recorded is None or later else recorded.format_version
+
+    def _default_fields(self) -> tuple[FieldName, ...]:
+        # The constant by which a loss at temperature 2 is a KL is known from the sampled ids alone.
+        more: tuple[FieldName, ...] = ("sampled-logprobs",) if self.target_temperature == 2.0 else ()
+        return DEFAULT_FIELDS[self.targets] + more
 
     def _stored_fields(self, names: tuple[FieldName, ...]) -> tuple[TargetField, ...]:
         possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]

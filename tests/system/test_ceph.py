@@ -216,11 +216,11 @@ def test_uploads_damaged_or_unanswered_on_their_way(ceph_bucket: Bucket, monkeyp
         use(monkeypatch, ceph_bucket.server, proxy.url)
         record = make_corpus(url, tokens, vocabulary)
         proxy.faults += [
-            Fault("flipped upload", "PUT", "/ids/c/0", count=1),
+            Fault("flipped upload", "PUT", "/token_ids/c/0", count=1),
             Fault("flipped upload", "PUT", "/receipts/00000001", count=1),
             Fault("lost", "PUT", "/kept/c/1", count=1),
             Fault("lost", "PUT", "/receipts/00000002", count=1),
-            Fault("reset", "PUT", "/entropy_code/c/2", count=2),
+            Fault("reset", "PUT", "/entropy/c/2", count=2),
         ]
         write_entry(url, "a", make_entry(record, k, shard_tokens=256, chunk_tokens=128, encoding="float32"), targets)
         assert [fault.hits for fault in proxy.faults] == [1, 1, 1, 1, 2]
