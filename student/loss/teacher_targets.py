@@ -43,7 +43,8 @@ class Member:
     `weight` is relative to the other members'. `step_nats` is the quantisation step of the entry's codes; None when it
     stores float32 log-probs. `vocabulary_size` is V. `sampled_at` is the temperature for which ids were sampled; None
     for an entry of top-k targets, in which every id is certain. `absent` are the fields that the entry does not store:
-    some of entropy, half-tail, sampled-logprobs, tail.
+    some of entropy, half-tail, sampled-logprobs, tail. `log_rounding`: what the stored log-probs of sampled ids are above
+    the teacher's in the mean, nats: they are rounded for the mean of 1 / p.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Member:
     vocabulary_size: int
     sampled_at: float | None = None
     absent: frozenset[str] = frozenset()
+    log_rounding: float = 0.0
 
     @classmethod
     def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0) -> Member:
@@ -65,6 +67,7 @@ class Member:
             entry.vocabulary_size,
             entry.targets.temperature if varopt else None,
             frozenset(field for field in wanted if not entry.targets.has(field)),
+            mean_rounding(entry.encoding.sampled_step_nats or 0.0),
         )
 
     def needs(self, field: str, what: str) -> None:
@@ -257,11 +260,18 @@ def _sampled(tempered: Tempered) -> Weights:
     w_tail = log_tail.exp().masked_fill(any_sampled, 0.0)
     if not tempered.member.knows_constant:
         return Weights(w, w_tail, torch.zeros_like(w_tail))
-    logp = tempered.scores - log_z[:, None]
+    logp = tempered.scores - log_z[:, None] - sampled * (tempered.member.log_rounding / tempered.temperature)
     constant = _negative_entropy(w, logp) + w_tail * torch.where(w_tail > 0, log_tail, 0.0)
     if tempered.temperature == 1.0 and tempered.entropy is not None:
         constant = torch.where(any_sampled, -tempered.entropy, constant)
     return Weights(w, w_tail, constant)
+
+
+def mean_rounding(step: float) -> float:
+    """``step / 2 + step / (exp(step) - 1) - 1``: the mean error, nats, of a log-prob that is anywhere between two codes
+    and is rounded to the lower one with the probability that makes the mean of 1 / p exact
+    (`storage.format.version_2`)."""
+    return step / 2 + step / math.expm1(step) - 1 if step else 0.0
 
 
 def _negative_entropy(w: Tensor, logp: Tensor) -> Tensor:

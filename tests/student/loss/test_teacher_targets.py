@@ -31,7 +31,7 @@ from storage.errors import InputError
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss, forward_kl
 from student.loss.objective import Tail
-from student.loss.teacher_targets import interpolation_bound, tail_bounds, temper, weights
+from student.loss.teacher_targets import interpolation_bound, mean_rounding, tail_bounds, temper, weights
 from student.target_batch import TargetBatch
 
 TAILS: list[Tail] = ["bucket", "sampled", "blend", "renormalise", "none"]
@@ -292,3 +292,10 @@ def test_other_temperatures_are_refused(tau: float, flag: bool, words: str) -> N
     if math.isfinite(tau):
         with pytest.raises(InputError, match=words):
             temper(stored(dense(1), 5), member(), tau, interpolate_tail=flag)
+
+
+@pytest.mark.parametrize("step", [1 / 8, 1 / 2, 1.0])
+def test_the_mean_error_of_log_probs_that_are_rounded_for_the_mean_of_their_inverse(step: float) -> None:
+    below = torch.linspace(0, step, 100_001, dtype=DOUBLE)  # nats below a code
+    chance = torch.expm1(below) / math.expm1(step)  # of the next one
+    assert float((below - step * chance).mean()) == pytest.approx(mean_rounding(step), abs=1e-6)
