@@ -43,8 +43,8 @@ class Member:
     `weight` is relative to the other members'. `step_nats` is the quantisation step of the entry's codes; None when it
     stores float32 log-probs. `vocabulary_size` is V. `sampled_at` is the temperature for which ids were sampled; None
     for an entry of top-k targets, in which every id is certain. `absent` are the fields that the entry does not store:
-    some of entropy, half-tail, sampled-logprobs, tail. `log_rounding`: what the stored log-probs of sampled ids are above
-    the teacher's in the mean, nats: they are rounded for the mean of 1 / p.
+    some of entropy, half-tail, sampled-logprobs, tail. `log_rounding` is what the stored log-probs of sampled ids are
+    above the teacher's in the mean, nats: they are rounded for the mean of 1 / p.
     """
 
     name: str
