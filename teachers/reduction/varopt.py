@@ -48,10 +48,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.format.chance import DRAWING, PIVOTAL, words
 from storage.format.manifest import Targets
 
 _RANDOM_BITS = 32
-_PIVOTAL_KEY = 1 << 32  # the upper word of the first interval's key; that of `random_bits` is 0
 _LOW_BITS = (1 << _RANDOM_BITS) - 1
 _INTERVAL_BITS = 30  # times K <= 2**16 ids, or times the random bits, an interval fits int64; alone it fits int32
 _LEAST_REST = 2.0**-53
@@ -86,7 +86,7 @@ def random_bits(seed: int, start: int, stop: int) -> NDArray[np.int64]:
     The upper half of word ``position % 4`` of block ``position // 4`` of Philox4x64-10 with the seed as its key, as
     NumPy counts the blocks.
     """
-    return (_words(seed, start, stop) >> np.uint64(64 - _RANDOM_BITS)).astype(np.int64)
+    return (words(seed, DRAWING, start, stop) >> np.uint64(64 - _RANDOM_BITS)).astype(np.int64)
 
 
 def random_words(seed: int, start: int, stop: int, k: int) -> NDArray[np.int64]:
@@ -94,10 +94,10 @@ def random_words(seed: int, start: int, stop: int, k: int) -> NDArray[np.int64]:
 
     Those of interval i, whatever K is, are the words of `random_bits` under a key with 2**32 + i in its upper half.
     """
-    words = np.empty((stop - start, k), dtype=np.int64)
+    found = np.empty((stop - start, k), dtype=np.int64)
     for interval in range(k):
-        words[:, interval] = _words(seed + ((_PIVOTAL_KEY + interval) << 64), start, stop).view(np.int64)
-    return words
+        found[:, interval] = words(seed, PIVOTAL + interval, start, stop).view(np.int64)
+    return found
 
 
 def random_numbers(targets: Targets, start: int, stop: int) -> NDArray[np.int64]:
@@ -106,11 +106,6 @@ def random_numbers(targets: Targets, start: int, stop: int) -> NDArray[np.int64]
     return (
         random_words(seed, start, stop, targets.k) if targets.sampling == "pivotal" else random_bits(seed, start, stop)
     )
-
-
-def _words(key: int, start: int, stop: int) -> NDArray[np.uint64]:
-    # NumPy guarantees the stream of a bit generator, unlike those of the distributions on top of it.
-    return np.random.Philox(key=key, counter=start // 4).random_raw(stop - start + start % 4)[start % 4 :]
 
 
 class Masses(Protocol):
