@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -99,20 +99,18 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
     """
     prepared = prepare_job(job, teachers)
     writer = open_writer(job, prepared.entry)
-    return OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, stored_order(writer, prepared)))
+    order = stored_order(writer, prepared.teacher.output_embeddings)
+    return OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, order))
 
 
-def stored_order(writer: EntryWriter, prepared: PreparedJob) -> NDArray[np.uint32] | None:
+def stored_order(writer: EntryWriter, embeddings: Callable[[], Tensor]) -> NDArray[np.uint32] | None:
     """The sampling order of an entry, uint32 [V], which is made where there is none yet; None where ids are it.
 
-    Of a teacher that is sharded over ranks, all ranks must call this teacher's `output_embeddings` at once.
+    embeddings: those of the teacher's head, asked for only where the order is made.
     """
     from teachers.reduction.sampling_order import sampling_order
 
-    if writer.entry.targets.order != "embeddings":
-        return None
-    embeddings = prepared.teacher.output_embeddings()[: writer.entry.vocabulary_size]
-    return writer.sampling_order(lambda: sampling_order(embeddings).numpy())
+    return writer.sampling_order(lambda: sampling_order(embeddings()[: writer.entry.vocabulary_size]).numpy())
 
 
 def in_order(teacher: Teacher, order: NDArray[np.uint32] | None) -> InOrder | None:

@@ -24,6 +24,8 @@ from logit_cache.engines.worker_index import Rank, rank_of
 from storage.errors import InputError, LogitCacheError, one_line_errors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from logit_cache.caching.job import CacheJob
     from logit_cache.caching.prepare import OpenJob, PreparedJob
     from logit_cache.engines.options import EngineOptions
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _TIMEOUT = timedelta(minutes=30)
 _TIME_TO_MEET = timedelta(seconds=60)
 _END, _MEASURE = -1, -2  # broadcast instead of a shard number
+_EMBEDDINGS = -3  # and instead of a sampling order, which is made from those of all ranks
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -88,7 +91,12 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
     writer = open_writer(job, prepared.entry)
     entry = writer.entry
     from_first(ranks, entry.model_dump(mode="json"))
-    order = from_first(ranks, stored_order(writer, prepared))
+
+    def embeddings() -> Tensor:
+        from_first(ranks, _EMBEDDINGS)
+        return prepared.teacher.output_embeddings()
+
+    order = from_first(ranks, stored_order(writer, embeddings))
     opened = OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, order))
     missing = opened.writer.pending()
     left = positions_of(opened, missing)
@@ -122,9 +130,11 @@ def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
             f"{job.cache}: rank {ranks.rank} sees another cache or teacher than rank 0: {'; '.join(different)}: give "
             f"paths that are the same on every machine"
         )
-    if entry.targets.order == "embeddings":
-        prepared.teacher.output_embeddings()  # rank 0 needs those of all ranks
-    ordered = in_order(prepared.teacher, from_first(ranks))
+    order = from_first(ranks)
+    if isinstance(order, int) and order == _EMBEDDINGS:
+        prepared.teacher.output_embeddings()
+        order = from_first(ranks)
+    ordered = in_order(prepared.teacher, order)
     while (shard := from_first(ranks)) >= 0:
         positions = entry.layout.shard_range(shard, entry.positions)
         score_range(prepared.cache, prepared.teacher, entry, *positions, in_order=ordered)

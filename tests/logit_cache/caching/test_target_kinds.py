@@ -21,6 +21,7 @@ from storage import LogitCache
 from storage.format.manifest import TARGET_FIELDS, Targets
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
+from teachers.huggingface.teacher import HuggingFaceTeacher
 
 K = 16
 VAROPT = {"k": K, "targets": "varopt", "encoding": "float32", "fields": "all"}
@@ -213,7 +214,7 @@ def test_a_student_whose_head_is_padded(tmp_path: Path) -> None:
     ("order", "sampling"), [("embeddings", "systematic"), ("embeddings", "pivotal"), ("ids", "pivotal")]
 )
 def test_ids_sampled_in_an_order_or_by_duels_are_made_read_and_audited(
-    cache: Path, teacher: Path, run: Run, order: str, sampling: str
+    cache: Path, teacher: Path, run: Run, order: str, sampling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their weights have the teacher's mass as their mean; whoever resumes reads the order and draws the same ids."""
     kind = {"k": K, "targets": "varopt", "fields": "lean", "order": order, "sampling": sampling}
@@ -224,7 +225,9 @@ def test_ids_sampled_in_an_order_or_by_duels_are_made_read_and_audited(
     receipts = sorted((cache / "teachers/v/receipts").glob("0*.json"))
     for path in (receipts[-1], cache / "teachers/v/receipts/index.json"):
         path.unlink()
-    again, _ = cache_logits(cache, "v", teacher, **kind)
+    with monkeypatch.context() as patched:
+        patched.setattr(HuggingFaceTeacher, "output_embeddings", pytest.fail)  # an order that is stored is read
+        again, _ = cache_logits(cache, "v", teacher, **kind)
     assert contents(cache, "v") == before
     assert np.array_equal(again.sampling_order(), made) if made is not None else again.sampling_order() is None
     dense = dense_logprobs(teacher, LogitCache.open(str(cache)).tokens.read(0, len(stored)), 64, 64).double().numpy()

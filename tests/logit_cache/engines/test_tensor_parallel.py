@@ -151,6 +151,7 @@ def test_two_ranks_give_the_cache_of_one_process(run: Run, stream: Path, save: S
         (2, "llama", ("--targets", "topk", "--isolate-documents")),
         (2, "llama", ("--stride-tokens", 32, "--target-temperature", 2, "--head-ids", 4)),
         (2, "qwen2", ()),
+        (2, "llama", ("--order", "embeddings", "--sampling", "pivotal")),
         (2, "tied", ("--targets", "topk", "--top-p", 0.9)),
         (2, "phi", ()),
         (2, "gemma2", ()),
