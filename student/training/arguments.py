@@ -129,12 +129,16 @@ def training_values(job: StudentJob) -> dict[str, Any]:
 
 
 def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingArguments:
-    """Build the TrainingArguments, which joins the process group, if there is one. Raises InputError."""
+    """Build the TrainingArguments, which joins the process group, if there is one. Raises InputError.
+
+    Returns when every process has joined: the first keeps the addresses of all, and a refusal would end it while the
+    others still ask for them.
+    """
     if not any(os.environ.get(name) for name in _LAUNCHED):
         # A single process, which may resume a run of several, has no process group to choose a backend for.
         values = {name: value for name, value in values.items() if name != "ddp_backend"}
     with one_line_refusals():
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=job.output_dir,
             seed=job.seed,
             remove_unused_columns=False,
@@ -142,6 +146,9 @@ def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingAr
             disable_tqdm=True,
             **values,
         )
+    if args.distributed_state is not None:
+        args.distributed_state.wait_for_everyone()
+    return args
 
 
 def checked_arguments(
