@@ -4,6 +4,9 @@ The cache repeats the targets of `bench_sizes`'s teacher over a million position
 reader can hold it in memory whole. What is compared holds the same ids and log-probs. All of it is in the page cache of
 the operating system: processor time is compared, not disks.
 
+The entries are VarOpt: one of version 2 with nothing but what a forward KL needs (`--fields lean`), and one of version 1,
+whose arrays zarr, Parquet and raw files hold too.
+
 Legend: `K` stored ids per position.
 """
 
@@ -17,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_sizes import K, V, exact_entry
+from bench_sizes import K, V, cached, exact_entry, teacher
 from harness import NOT_MEASURED, Table, in_turn, ratios, spread
 
 SHARD, SHARDS, CHUNK = 65_536, 16, 8_192
@@ -34,6 +38,7 @@ FEW_WINDOWS = 32
 ROUNDS, S3_ROUNDS = 5, 3
 # Of a corpus that is large against the buffer of the reading order.
 ORDERED_POSITIONS = 100_000_000
+LEAN, V1 = "lean", "v1"
 _TRAINING = "logit-cache, training order"
 
 Run = Callable[[], int]  # what one round does; returns how many positions it read
@@ -53,29 +58,33 @@ def make(folder: Path) -> None:
     """The cache, and the same ids and log-probs as Parquet and as raw arrays."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from support.caches.small import make_corpus
+    from support.caches.small import entry_2, make_corpus
 
     from storage import LogitCache
     from storage.cache.writer import EntryWriter
     from storage.format.layout import entry_layout
-    from storage.format.manifest import Encoding
 
-    url, name = exact_entry("topk")
-    source = LogitCache.open(str(url))
-    entry, rows = source.teacher(name).entry, source.teacher(name).read(0, SHARD // 2)
-    tokens = np.resize(source.tokens.read(0, len(rows)), N)
+    cache = LogitCache.open(str(teacher()[0]))
+    exact = cache.teacher(exact_entry("varopt")[1])
+    rows = exact.read(0, SHARD // 2)
+    tokens = np.resize(cache.tokens.read(0, len(rows)), N)
     record = make_corpus(str(folder / "cache"), tokens, V)
-    entry = entry.model_copy(
-        update={
-            "positions": N,
-            "stream_sha256": record.corpus.stream_sha256,
-            "tokenizer_fingerprint": record.tokenizer.fingerprint,
-            "encoding": Encoding(kind="codes", step_nats=1 / 32, mantissa_bits=12),
-            "layout": entry_layout(N, K, WINDOW),
-        }
-    )
-    assert (entry.layout.shard, entry.layout.chunk) == (SHARD, CHUNK)
-    writer = EntryWriter.open(str(folder / "cache"), "a", entry)
+    entries = {
+        LEAN: entry_2(exact.entry, method="varopt", head_ids=0),
+        V1: cache.teacher(cached("varopt-v1", "varopt", "--format-version", "1")[1]).entry,
+    }
+    writers = {}
+    for name, entry in entries.items():
+        changed = entry.model_copy(
+            update={
+                "positions": N,
+                "stream_sha256": record.corpus.stream_sha256,
+                "tokenizer_fingerprint": record.tokenizer.fingerprint,
+                "layout": entry_layout(N, K, WINDOW),
+            }
+        )
+        assert (changed.layout.shard, changed.layout.chunk) == (SHARD, CHUNK)
+        writers[name] = EntryWriter.open(str(folder / "cache"), name, changed)
     schema = pa.schema({"token_ids": pa.list_(pa.int32(), K), "logprobs": pa.list_(pa.float16(), K)})
     with (
         pq.ParquetWriter(folder / "a.parquet", schema, compression="zstd") as parquet,
@@ -84,13 +93,18 @@ def make(folder: Path) -> None:
     ):
         for shard in range(SHARDS):
             targets = _repeated(rows, shard)
-            writer.commit(shard, targets)
+            writers[LEAN].commit(shard, targets)
+            # Version 1 has the ids of a row in descending order, and stores each of them: all rows are whole.
+            order = np.argsort(-targets.logprobs, axis=1, kind="stable")
+            descending = {name: np.take_along_axis(getattr(targets, name), order, 1) for name in ("token_ids", "logprobs")}
+            writers[V1].commit(shard, replace(targets, **descending))
             ids, logprobs = targets.token_ids.astype(np.int32), targets.logprobs.astype(np.float16)
             lists = [pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), K) for part in (ids, logprobs)]
             parquet.write_table(pa.table(lists, schema=schema), row_group_size=CHUNK)
             ids.tofile(raw_ids)
             logprobs.tofile(raw_logprobs)
-    writer.finish()
+    for writer in writers.values():
+        writer.finish()
 
 
 def _repeated(rows: Any, shard: int) -> Any:
@@ -112,7 +126,8 @@ def _local(folder: Path) -> Table:
     # One thread each: pyarrow would decode columns side by side, and what is compared is processor time.
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    ways = _ours(folder / "cache") | _zarr(folder / "cache") | _parquet(folder) | _raw(folder)
+    cache = folder / "cache"
+    ways = _ours(cache) | _decoded_by_zarr(cache) | _zarr(cache) | _parquet(folder) | _raw(folder)
     positions: dict[str, int] = {}
     for run in ways.values():
         run()  # imports, and files that were not read yet, do not count
@@ -120,8 +135,8 @@ def _local(folder: Path) -> Table:
     per_position = {name: [t / positions[name] for t in found] for name, found in taken.items()}
     base = per_position[_TRAINING]
     size = {
-        "logit-cache": _bytes(folder / "cache/teachers/a"),
-        "zarr": sum(_bytes(folder / "cache/teachers/a" / array) for array in ("token_ids", "logprob_codes")),
+        "logit-cache": _bytes(cache / "teachers" / LEAN),
+        "zarr": _bytes(cache / "teachers" / LEAN),
         "Parquet": (folder / "a.parquet").stat().st_size,
         "datasets": _bytes(folder / "arrow"),
         "numpy": _bytes(folder / "ids") + _bytes(folder / "logprobs"),
@@ -130,17 +145,20 @@ def _local(folder: Path) -> Table:
     for name in ways:
         found = per_position[name]
         cells = (spread(ratios(base, found)), spread([1e-6 / t for t in found]))
-        rows.append((name, *cells, f"{size[name.partition(',')[0]] / N:.0f}"))
+        stored = _bytes(cache / "teachers" / V1) if name.endswith("version 1") else size[name.partition(",")[0]]
+        rows.append((name, *cells, f"{stored / N:.0f}"))
     if importlib.util.find_spec("zarrs") is None:
         rows.append(("zarr, whole shards, Rust pipeline", *[f"{NOT_MEASURED}: zarrs is not installed"] * 2, "–"))
     return Table(
-        f"Reading ids and log-probs from a local disk, K = {K}, V = {V:,}",
+        f"Reading targets from a local disk, VarOpt, K = {K}, V = {V:,}",
         ("way", "positions/s, of training order's", "M positions/s of a core", "bytes per position"),
         rows,
         f"""{N:,} positions in {SHARDS} shards, {ROUNDS} rounds, positions per second of processor time, one thread,
-files in the page cache; the first column says how many times as many as in training order. Ours and zarr's end with
-ids and codes, which the training device decodes, Parquet and numpy with int32 ids and float16 log-probs; ours read
-all nine arrays of an entry and check them, zarr two and their checksums. Training order: {BATCH} windows of {WINDOW}
+files in the page cache; the first column says how many times as many as in training order. Ours and zarr's are the
+arrays of a lean entry, in one row those of version 1, and end with ids and codes as stored but for "decoded", which ends
+with what the loss reads; Parquet and numpy end with int32 ids and float16 log-probs. Ours checks each array against its
+receipt, each chunk against its checksum and each value against the rules of the format; where zarr decodes for ours, all
+of that is as it was, and zarr opens the shard and decodes the chunk. zarr alone checks the checksums. Training order: {BATCH} windows of {WINDOW}
 positions at a time, by `DistillationWindows` in the order of `reading_order`, opening the cache included. Random
 windows: {RANDOM_WINDOWS} (of readers that hold nothing: {FEW_WINDOWS}) of {WINDOW} positions anywhere, after as many
 that do not count; a reader that holds decoded chunks meets some of them again, the others cost {CHUNK:,} positions
@@ -164,18 +182,21 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def training_order(url: str, collated: bool = False, most: int | None = None) -> int:
-    """Read an epoch, or about the first `most` positions of it, as a student does; returns how many it read."""
+def training_order(url: str, decoded: bool = False, most: int | None = None, name: str = LEAN) -> int:
+    """Read an epoch, or about the first `most` positions of it, as a student does; returns how many it read.
+
+    decoded: collate the windows and decode the batch, as a training device does with it.
+    """
     from student.data.batches import collate
     from student.data.windows import DistillationWindows, reading_order
 
-    windows = DistillationWindows(url, ["a"], WINDOW)
+    windows = DistillationWindows(url, [name], WINDOW)
     order = iter(reading_order(windows, BATCH))
     read = 0
     while batch := [index for index, _ in zip(order, range(BATCH), strict=False)]:
         found = windows.__getitems__(batch)
-        if collated:
-            collate(found)
+        if decoded:
+            collate(found)["targets"][name].decoded()
         read += len(found) * WINDOW
         if most is not None and read >= most:
             break
@@ -186,21 +207,83 @@ def _ours(cache: Path) -> dict[str, Run]:
     from storage import LogitCache
 
     def whole_shards() -> int:
-        targets = LogitCache.open(str(cache)).teacher("a")
+        targets = LogitCache.open(str(cache)).teacher(LEAN)
         for start in range(0, N, SHARD):
-            targets.read(start, start + SHARD)
+            targets.stored(start, start + SHARD)
         return N
 
     def random_windows() -> Run:
-        targets = LogitCache.open(str(cache)).teacher("a")
-        return _random(lambda start: targets.read(start, start + WINDOW))
+        targets = LogitCache.open(str(cache)).teacher(LEAN)
+        return _random(lambda start: targets.stored(start, start + WINDOW))
 
     return {
         _TRAINING: lambda: training_order(str(cache)),
-        "logit-cache, training order, as tensors of a batch": lambda: training_order(str(cache), collated=True),
+        f"{_TRAINING}, decoded": lambda: training_order(str(cache), decoded=True),
+        f"{_TRAINING}, version 1": lambda: training_order(str(cache), name=V1),
+        f"{_TRAINING}, decoded, version 1": lambda: training_order(str(cache), decoded=True, name=V1),
         "logit-cache, whole shards": whole_shards,
         "logit-cache, random windows": random_windows(),
     }
+
+
+def _decoded_by_zarr(cache: Path) -> dict[str, Run]:
+    """The same arrays in the same order with the same checks, each chunk opened and decoded by zarr."""
+    ways = {f"{_TRAINING}, zarr decodes": _PLAIN}
+    if importlib.util.find_spec("zarrs") is not None:
+        ways[f"{_TRAINING}, zarr decodes, Rust pipeline"] = _RUST
+
+    def run(config: Mapping[str, Any]) -> int:
+        with _zarr_decodes(config):
+            return training_order(str(cache))
+
+    return {name: lambda config=config: run(config) for name, config in ways.items()}
+
+
+_PLAIN: Mapping[str, Any] = {"threading.max_workers": 1}
+_RUST: Mapping[str, Any] = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": 1}
+
+
+@contextlib.contextmanager
+def _zarr_decodes(config: Mapping[str, Any]) -> Iterator[None]:
+    """Let zarr open and decode every chunk that a reader asks for, between the reader's own checks."""
+    from storage.cache.checked_array import CheckedArray
+
+    arrays: dict[str, Any] = {}
+
+    def read_chunk(self: CheckedArray, chunk: int) -> Any:
+        start, shard = chunk * self.spec.layout.chunk, chunk * self.spec.layout.chunk // self.spec.layout.shard
+        if self.where not in arrays:
+            arrays[self.where] = _opened(Path(self.where))
+        stop = min(start + self.spec.layout.chunk, self.spec.shape[0])
+        return self._of_checked(shard, lambda _: arrays[self.where][start:stop], "zarr cannot decode it")
+
+    ours = CheckedArray.read_chunk
+    with _zarr_config(config):
+        CheckedArray.read_chunk = read_chunk  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            CheckedArray.read_chunk = ours  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _zarr_config(config: Mapping[str, Any]) -> Iterator[None]:
+    import zarr
+
+    if config is _RUST:
+        import zarrs  # noqa: F401  (registers its pipeline)
+    with zarr.config.set(dict(config)):
+        yield
+
+
+def _opened(path: Path) -> Any:
+    import zarr
+
+    array = zarr.open_array(str(path), mode="r")
+    wanted = str(zarr.config.get("codec_pipeline.path")).rpartition(".")[2]
+    found = type(array._async_array.codec_pipeline).__name__
+    assert found == wanted, f"{found} has silently taken the place of {wanted}"
+    return array
 
 
 def _random(read: Callable[[int], object], count: int = RANDOM_WINDOWS) -> Run:
@@ -216,30 +299,24 @@ def _random(read: Callable[[int], object], count: int = RANDOM_WINDOWS) -> Run:
 
 
 def _zarr(cache: Path) -> dict[str, Run]:
-    import zarr
+    from storage import LogitCache
+
+    names = list(LogitCache.open(str(cache)).teacher(LEAN).specs)
 
     def opened() -> list[Any]:
-        return [zarr.open_array(str(cache / "teachers/a" / name), mode="r") for name in ("token_ids", "logprob_codes")]
+        return [_opened(cache / "teachers" / LEAN / name) for name in names]
 
-    def whole_shards() -> int:
-        for array in opened():
-            for start in range(0, N, SHARD):
-                array[start : start + SHARD]
+    def whole_shards(config: Mapping[str, Any]) -> int:
+        with _zarr_config(config):
+            for array in opened():
+                for start in range(0, N, SHARD):
+                    array[start : start + SHARD]
         return N
 
-    def rust() -> int:
-        import zarrs  # noqa: F401  (registers its pipeline)
-
-        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": 1}):
-            pipeline = type(opened()[0]._async_array.codec_pipeline).__name__
-            # It is silently replaced where it cannot work.
-            assert pipeline == "ZarrsCodecPipeline", pipeline
-            return whole_shards()
-
     arrays = opened()
-    found: dict[str, Run] = {"zarr, whole shards": whole_shards}
+    found: dict[str, Run] = {"zarr, whole shards": lambda: whole_shards(_PLAIN)}
     if importlib.util.find_spec("zarrs") is not None:
-        found["zarr, whole shards, Rust pipeline"] = rust
+        found["zarr, whole shards, Rust pipeline"] = lambda: whole_shards(_RUST)
     found["zarr, random windows"] = _random(
         lambda start: [array[start : start + WINDOW] for array in arrays], FEW_WINDOWS
     )

@@ -59,7 +59,10 @@ CODECS: tuple[tuple[Codec, Codec], ...] = (
     (("zstd", 3, "noshuffle", CHUNK_BYTES), ("zstd", 3, "bitshuffle", CHUNK_BYTES)),
     (("zstd", 5, "noshuffle", CHUNK_BYTES), ("zstd", 5, "bitshuffle", CHUNK_BYTES)),
 )
-_PER_POSITION = ("kept", "certain", "top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
+_PER_POSITION = ("kept", "certain", "log_tail", "log_tail_half", "label_logprob", "entropy")
+# The arrays of either version of the format that hold ids and log-probs.
+_IDS = ("token_ids", "ids")
+_LOGPROBS = ("logprob_codes", "logprobs", "certain_codes", "certain_logprobs", "sampled_codes", "sampled_logprobs")
 
 
 def tables() -> Iterator[Table]:
@@ -67,7 +70,7 @@ def tables() -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         stored = {way.name: way for way in _cached_ways()}
-        exact = {"topk": stored["top-k, float32"], "varopt": stored["VarOpt, float32"]}
+        exact = {kind: stored[f"{word}, all fields, float32"] for kind, word in _WORDS.items()}
         others = [
             *(_parquet(folder, f"Parquet, {word}", exact[kind].targets) for kind, word in _WORDS.items()),
             _parquet(folder, "Parquet, top-k, with the fields per position", exact["topk"].targets, _PER_POSITION),
@@ -75,7 +78,7 @@ def tables() -> Iterator[Table]:
         ]
         yield _sizes([*stored.values(), *others])
         yield _losses([*stored.values(), *others], {kind: way.targets for kind, way in exact.items()})
-        yield _codecs(stored["top-k, codes 1/32, zstd"].targets)
+        yield _codecs()
 
 
 _WORDS = {"topk": "top-k", "varopt": "VarOpt"}
@@ -117,12 +120,17 @@ def teacher() -> tuple[Path, Path]:
 
 @functools.cache
 def exact_entry(kind: str) -> tuple[Path, str]:
-    """The teacher's float32 entry of `kind` (topk, varopt): its cache and its name."""
+    """The teacher's float32 entry of `kind` (topk, varopt) with all fields: its cache and its name."""
+    return cached(kind, kind, "--fields", "all", "--encoding", "float32")
+
+
+@functools.cache
+def cached(name: str, kind: str, *options: str) -> tuple[Path, str]:
+    """An entry of the teacher: its cache and its name."""
     cache, model = teacher()
-    options = ("--targets", kind, "-k", str(K), "--encoding", "float32")
-    fidelity = ("--fidelity-positions", str(FIDELITY_POSITIONS))
-    command(["cache-logits", "--cache", cache, "--teacher", model, "--name", kind, *options, *fidelity])
-    return cache, kind
+    options = ("--targets", kind, "-k", str(K), "--fidelity-positions", str(FIDELITY_POSITIONS), *options)
+    command(["cache-logits", "--cache", cache, "--teacher", model, "--name", name, *options])
+    return cache, name
 
 
 def _excerpt(out: Path, most_bytes: int) -> dict[str, list[str]]:
@@ -171,53 +179,58 @@ class Way:
 
 
 def _cached_ways() -> Iterator[Way]:
-    """The two float32 entries of the teacher, and what the writer makes of the same targets in other forms."""
+    """The two float32 entries of the teacher, its entries of version 1, and the same targets in forms of version 2."""
+    from support.caches.small import entry_2
+
     from storage import LogitCache
     from storage.cache.writer import EntryWriter
     from storage.format.encoding import logprob_floor
-    from storage.format.manifest import Encoding, TeacherEntry
+    from storage.format.manifest import TARGET_FIELDS, TeacherEntry
     from storage.format.pruning import prune
 
-    sources = {}
-    for kind in _WORDS:
-        url, name = exact_entry(kind)
-        sources[kind] = LogitCache.open(str(url)).teacher(name)
+    cache = LogitCache.open(str(teacher()[0]))
+    exact = {kind: cache.teacher(exact_entry(kind)[1]) for kind in _WORDS}
 
-    def codes(entry: TeacherEntry, step: float, compression: str, top_p: float | None = None) -> TeacherEntry:
-        return entry.model_copy(
-            update={
-                "encoding": Encoding(kind="codes", step_nats=step, mantissa_bits=12),
-                "layout": entry.layout.model_copy(update={"compression": compression}),
-                "targets": entry.targets.model_copy(update={"top_p": top_p}),
-            }
-        )
+    def version_2(kind: str, *fields: str, compression: str = "zstd", step: float = 1 / 32, **changes: Any) -> TeacherEntry:
+        source = exact[kind].entry
+        entry = entry_2(source, *fields, **{**_OF_KIND[kind], **changes})
+        encoding = entry.encoding.model_copy(update={"step_nats": step})
+        layout = source.layout.model_copy(update={"compression": compression})
+        return entry.model_copy(update={"encoding": encoding, "layout": layout})
 
-    top, drawn = sources["topk"].entry, sources["varopt"].entry
-    wanted = {
-        "top-k, codes 1/32, zstd": ("topk", codes(top, 1 / 32, "zstd")),
-        "top-k, codes 1/32, lz4": ("topk", codes(top, 1 / 32, "lz4")),
-        "top-k, codes 1/16, zstd": ("topk", codes(top, 1 / 16, "zstd")),
-        "top-k, codes 1/64, zstd": ("topk", codes(top, 1 / 64, "zstd")),
-        "top-k, float32": ("topk", top),
-        **{f"{_CUT} {cut}, codes 1/32, zstd": ("topk", codes(top, 1 / 32, "zstd", cut)) for cut in CUTS},
-        "VarOpt, codes 1/32, zstd": ("varopt", codes(drawn, 1 / 32, "zstd")),
-        "VarOpt, codes 1/32, lz4": ("varopt", codes(drawn, 1 / 32, "lz4")),
-        "VarOpt, float32": ("varopt", drawn),
-    }
+    all_fields = {"topk": [name for name in TARGET_FIELDS if name != "sampled-logprobs"], "varopt": TARGET_FIELDS}
+    wanted: dict[str, tuple[str, TeacherEntry | None]] = {}
+    for kind, word in _WORDS.items():
+        default = ("entropy", "half-tail") if kind == "topk" else ("entropy",)
+        wanted |= {
+            f"{word}, v1": (kind, None),
+            f"{word}, all fields": (kind, version_2(kind, *all_fields[kind])),
+            f"{word}, default": (kind, version_2(kind, *default)),
+            f"{word}, lean": (kind, version_2(kind)),
+            f"{word}, lean, lz4": (kind, version_2(kind, compression="lz4")),
+            f"{word}, lean, codes of 1/16": (kind, version_2(kind, step=1 / 16)),
+            f"{word}, lean, codes of 1/64": (kind, version_2(kind, step=1 / 64)),
+            f"{word}, all fields, float32": (kind, exact[kind].entry),
+        }
+    wanted |= {f"{_CUT} {cut}, lean": ("topk", version_2("topk", top_p=cut)) for cut in CUTS}
     for number, (name, (kind, entry)) in enumerate(wanted.items()):
-        url = exact_entry(kind)[0]
-        targets = sources[kind].read(0, entry.positions)
-        if entry.targets.top_p is not None:
-            targets = prune(targets, K, entry.targets.top_p, logprob_floor(1 / 32))
+        targets = exact[kind].read(0, exact[kind].entry.positions)
         called = kind
-        if entry is not sources[kind].entry:
+        if entry is None:
+            called = cached(f"{kind}-v1", kind, "--format-version", "1")[1]
+        elif entry is not exact[kind].entry:
+            if entry.targets.top_p is not None:
+                targets = prune(targets, K, entry.targets.top_p, logprob_floor(1 / 32))
             called = f"way-{number}"
-            writer = EntryWriter.open(str(url), called, entry)
+            writer = EntryWriter.open(cache.url, called, entry)
             for shard in writer.pending():
                 start = shard * entry.layout.shard
                 writer.commit(shard, targets.rows(start, min(start + entry.layout.shard, entry.positions)))
             writer.finish()
-        yield _entry_way(name, kind, url, called, targets)
+        yield _entry_way(name, kind, Path(cache.url), called, targets)
+
+
+_OF_KIND: dict[str, dict[str, Any]] = {"topk": {"method": "top-k"}, "varopt": {"method": "varopt", "head_ids": 0}}
 
 
 def _entry_way(name: str, kind: str, url: Path, entry_name: str, exact: Any) -> Way:
@@ -231,15 +244,15 @@ def _entry_way(name: str, kind: str, url: Path, entry_name: str, exact: Any) -> 
         return sum(path.stat().st_size for path in (folder / array / "c").rglob("*") if path.is_file())
 
     by_array = {array: size(array) for array in opened.specs}
-    logprobs = by_array["logprob_codes"] if "logprob_codes" in by_array else by_array["logprobs"]
+    ids, logprobs = (sum(by_array.get(array, 0) for array in some) for some in (_IDS, _LOGPROBS))
     return Way(
         name=name,
         kind=kind,
         positions=len(opened),
         kept=int(found.kept.sum(dtype=np.int64)),
-        ids=by_array["token_ids"],
+        ids=ids,
         logprobs=logprobs,
-        per_position=sum(by_array[array] for array in _PER_POSITION),
+        per_position=sum(by_array.values()) - ids - logprobs,
         rest=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) - sum(by_array.values()),
         targets=found,
         encode=functools.partial(_encode, opened.entry, exact),
@@ -250,13 +263,14 @@ def _entry_way(name: str, kind: str, url: Path, entry_name: str, exact: Any) -> 
 def _encode(entry: Any, exact: Any) -> None:
     """What the writer does before it publishes."""
     from storage.format.layout import teacher_arrays
-    from storage.format.shard import encode_shard, encode_targets
+    from storage.format.shard import encode_shard
+    from storage.format.stored import StoredTargets
 
     for shard in range(-(-entry.positions // entry.layout.shard)):
         start = shard * entry.layout.shard
-        values = encode_targets(entry, exact.rows(start, min(start + entry.layout.shard, entry.positions)))
+        stored = StoredTargets.of(entry, exact.rows(start, min(start + entry.layout.shard, entry.positions)))
         for name, spec in teacher_arrays(entry).items():
-            encode_shard(spec, shard, values[name])
+            encode_shard(spec, shard, stored.arrays[name])
 
 
 def _parquet(folder: Path, name: str, exact: Any, fields: Sequence[str] = ()) -> Way:
@@ -289,7 +303,7 @@ def _parquet(folder: Path, name: str, exact: Any, fields: Sequence[str] = ()) ->
             column = groups.row_group(group).column(number)
             array = column.path_in_schema.partition(".")[0]
             sizes[array] = sizes.get(array, 0) + column.total_compressed_size
-    read = replace(exact, exact_logprobs=decode()[1].astype(np.float32))
+    read = replace(exact, logprobs=decode()[1].astype(np.float32))
     return Way(
         name=name,
         kind="varopt" if "VarOpt" in name else "topk",
@@ -330,7 +344,7 @@ def _packed(name: str, exact: Any) -> Way:
         logprobs=levels.nbytes + ends.nbytes,
         per_position=0,
         rest=0,
-        targets=replace(exact, exact_logprobs=first - levels * ((first - last) / np.float32(255))),
+        targets=replace(exact, logprobs=first - levels * ((first - last) / np.float32(255))),
         encode=None,
         decode=None,
     )
@@ -464,17 +478,21 @@ def _distribution(logprobs: NDArray[Any], certain: NDArray[np.bool_], tail: NDAr
     return whole / whole.sum(axis=1, keepdims=True)
 
 
-def _codecs(targets: Any) -> Table:
-    """Blosc alone on the ids and the codes, chunk by chunk as the format cuts them."""
+def _codecs() -> Table:
+    """Blosc alone on the ids and the codes of the top-k entry of version 1, chunk by chunk as the format cuts them."""
     import numcodecs
     import numcodecs.blosc
 
+    from storage import LogitCache
+
+    entry = LogitCache.open(str(teacher()[0])).teacher("topk-v1")
+    targets = entry.stored(0, len(entry)).arrays
     numcodecs.blosc.use_threads = False
     chunk = 8_192
-    count = len(targets) // chunk * chunk
+    count = len(entry) // chunk * chunk
     chunks = {
         name: [np.ascontiguousarray(values[start : start + chunk]) for start in range(0, count, chunk)]
-        for name, values in (("ids", targets.token_ids), ("codes", targets.codes))
+        for name, values in (("ids", targets["token_ids"]), ("codes", targets["logprob_codes"]))
     }
     shuffles = {"noshuffle": numcodecs.Blosc.NOSHUFFLE, "shuffle": numcodecs.Blosc.SHUFFLE}
     shuffles["bitshuffle"] = numcodecs.Blosc.BITSHUFFLE
@@ -520,12 +538,12 @@ def _codecs(targets: Any) -> Table:
             )
         )
     return Table(
-        "Codecs on ids and codes (top-k, 1/32)",
+        "Codecs on ids and codes (top-k, version 1, 1/32)",
         ("Blosc", "bytes, ratio", "ids, bytes", "codes, bytes", "encode, ratio", "decode, ratio"),
         rows,
         f"""Chunks of {chunk:,} positions, {chunk * K * 2 >> 20} MiB each of ids and of codes, {count:,} positions,
-one thread; bytes per position. Blosc's levels 3, 5 and 7 are 5, 9 and 13 of zstd itself. Format v1 can write the two
-ways that are marked; the others are here to be chosen from. One block is a whole chunk; Blosc itself cuts smaller
+one thread; bytes per position. Blosc's levels 3, 5 and 7 are 5, 9 and 13 of zstd itself. Version 1 can write the two
+ways that are marked; version 2 packs ids and certain codes by zstd 5 after a shuffle of bytes. One block is a whole chunk; Blosc itself cuts smaller
 ones.""",
     )
 
