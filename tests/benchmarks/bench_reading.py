@@ -96,7 +96,9 @@ def make(folder: Path) -> None:
             writers[LEAN].commit(shard, targets)
             # Version 1 has the ids of a row in descending order, and stores each of them: all rows are whole.
             order = np.argsort(-targets.logprobs, axis=1, kind="stable")
-            descending = {name: np.take_along_axis(getattr(targets, name), order, 1) for name in ("token_ids", "logprobs")}
+            descending = {
+                name: np.take_along_axis(getattr(targets, name), order, 1) for name in ("token_ids", "logprobs")
+            }
             writers[V1].commit(shard, replace(targets, **descending))
             ids, logprobs = targets.token_ids.astype(np.int32), targets.logprobs.astype(np.float16)
             lists = [pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), K) for part in (ids, logprobs)]
@@ -155,13 +157,13 @@ def _local(folder: Path) -> Table:
         rows,
         f"""{N:,} positions in {SHARDS} shards, {ROUNDS} rounds, positions per second of processor time, one thread,
 files in the page cache; the first column says how many times as many as in training order. Ours and zarr's are the
-arrays of a lean entry, in one row those of version 1, and end with ids and codes as stored but for "decoded", which ends
-with what the loss reads; Parquet and numpy end with int32 ids and float16 log-probs. Ours checks each array against its
-receipt, each chunk against its checksum and each value against the rules of the format; where zarr decodes for ours, all
-of that is as it was, and zarr opens the shard and decodes the chunk. zarr alone checks the checksums. Training order: {BATCH} windows of {WINDOW}
-positions at a time, by `DistillationWindows` in the order of `reading_order`, opening the cache included. Random
-windows: {RANDOM_WINDOWS} (of readers that hold nothing: {FEW_WINDOWS}) of {WINDOW} positions anywhere, after as many
-that do not count; a reader that holds decoded chunks meets some of them again, the others cost {CHUNK:,} positions
+arrays of a lean entry, or of one of version 1, and end with ids and codes as they are stored, or, decoded, with what
+the loss reads; Parquet and numpy end with int32 ids and float16 log-probs. Ours checks each object against its receipt,
+each chunk against its checksum and each value against the rules of the format; where zarr decodes for ours, all of that
+is as it was, and zarr opens the shard and decodes the chunk. zarr alone checks the checksums. Training order: {BATCH}
+windows of {WINDOW} positions at a time, by `DistillationWindows` in the order of `reading_order`, opening the cache
+included. Random windows: {RANDOM_WINDOWS} (of readers that hold nothing: {FEW_WINDOWS}) of {WINDOW} positions anywhere,
+after as many that do not count; a reader that holds decoded chunks meets some of them again, the others cost {CHUNK:,} positions
 each, which is why there is a reading order. `datasets` reads Parquet from front to back as it is; for random access
 it first writes all of it as Arrow, uncompressed, which is not in these figures.""",
     )

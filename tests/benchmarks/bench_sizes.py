@@ -191,7 +191,9 @@ def _cached_ways() -> Iterator[Way]:
     cache = LogitCache.open(str(teacher()[0]))
     exact = {kind: cache.teacher(exact_entry(kind)[1]) for kind in _WORDS}
 
-    def version_2(kind: str, *fields: str, compression: str = "zstd", step: float = 1 / 32, **changes: Any) -> TeacherEntry:
+    def version_2(
+        kind: str, *fields: str, compression: str = "zstd", step: float = 1 / 32, **changes: Any
+    ) -> TeacherEntry:
         source = exact[kind].entry
         entry = entry_2(source, *fields, **{**_OF_KIND[kind], **changes})
         encoding = entry.encoding.model_copy(update={"step_nats": step})
@@ -542,9 +544,9 @@ def _codecs() -> Table:
         ("Blosc", "bytes, ratio", "ids, bytes", "codes, bytes", "encode, ratio", "decode, ratio"),
         rows,
         f"""Chunks of {chunk:,} positions, {chunk * K * 2 >> 20} MiB each of ids and of codes, {count:,} positions,
-one thread; bytes per position. Blosc's levels 3, 5 and 7 are 5, 9 and 13 of zstd itself. Version 1 can write the two
-ways that are marked; version 2 packs ids and certain codes by zstd 5 after a shuffle of bytes. One block is a whole chunk; Blosc itself cuts smaller
-ones.""",
+one thread; bytes per position. Blosc's levels 3, 5 and 7 are 5, 9 and 13 of zstd itself. Version 1 of an entry can be
+written in the two ways that are marked; version 2 packs ids and certain codes by zstd 5 after a shuffle of bytes. One
+block is a whole chunk; Blosc itself cuts smaller ones.""",
     )
 
 
