@@ -4,8 +4,8 @@ The cache repeats the targets of `bench_sizes`'s teacher over a million position
 reader can hold it in memory whole. What is compared holds the same ids and log-probs. All of it is in the page cache of
 the operating system: processor time is compared, not disks.
 
-The entries are VarOpt: one of version 2 with nothing but what a forward KL needs (`--fields lean`), and one of version 1,
-whose arrays zarr, Parquet and raw files hold too.
+The entries are VarOpt: one of version 2 with nothing but what a forward KL needs (`--fields lean`), and one of
+version 1, whose arrays zarr, Parquet and raw files hold too.
 
 Legend: `K` stored ids per position.
 """
@@ -163,9 +163,9 @@ each chunk against its checksum and each value against the rules of the format; 
 is as it was, and zarr opens the shard and decodes the chunk. zarr alone checks the checksums. Training order: {BATCH}
 windows of {WINDOW} positions at a time, by `DistillationWindows` in the order of `reading_order`, opening the cache
 included. Random windows: {RANDOM_WINDOWS} (of readers that hold nothing: {FEW_WINDOWS}) of {WINDOW} positions anywhere,
-after as many that do not count; a reader that holds decoded chunks meets some of them again, the others cost {CHUNK:,} positions
-each, which is why there is a reading order. `datasets` reads Parquet from front to back as it is; for random access
-it first writes all of it as Arrow, uncompressed, which is not in these figures.""",
+after as many that do not count; a reader that holds decoded chunks meets some of them again, the others cost
+{CHUNK:,} positions each, which is why there is a reading order. `datasets` reads Parquet from front to back as it is;
+for random access it first writes all of it as Arrow, uncompressed, which is not in these figures.""",
     )
 
 
