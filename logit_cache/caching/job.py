@@ -42,7 +42,7 @@ FieldNames = Annotated[tuple[FieldName, ...], AfterValidator(_one_or_names)]
 # By measurement (docs/decisions/0034).
 DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("entropy",), "topk": ("entropy", "half-tail")}
 
-_OF_VERSION_2 = ("fields", "positions", "sampling", "order", "sampled_step_nats")
+_OF_VERSION_2 = ("fields", "positions", "sampling", "order", "sample_size", "sampled_step_nats")
 
 
 class CacheJob(Settings):
@@ -83,6 +83,7 @@ class CacheJob(Settings):
     positions: Literal["all", "trained"] | None = None
     sampling: Literal["systematic", "pivotal"] | None = None
     order: Literal["ids", "embeddings"] | None = None
+    sample_size: Literal["fixed", "threshold"] | None = None
     format_version: Literal[1, 2] | None = None
     encoding: Literal["codes", "float32"] = "codes"
     step_nats: StepNats = DEFAULT_STEP_NATS
@@ -105,7 +106,7 @@ class CacheJob(Settings):
 
     @model_validator(mode="after")
     def _targets_agree(self) -> CacheJob:
-        names = ("head_ids", "seed", "target_temperature", "sampling", "order", "sampled_step_nats")
+        names = ("head_ids", "seed", "target_temperature", "sampling", "order", "sample_size", "sampled_step_nats")
         of_varopt = {name: getattr(self, name) for name in names}
         foreign = {"top_p": self.top_p} if self.targets == "varopt" else of_varopt
         for name, value in foreign.items():
@@ -205,15 +206,18 @@ class CacheJob(Settings):
         chosen: dict[str, Any] = {
             "fields": self._stored_fields(self.fields or self._default_fields()),
             "positions": "trained" if has_loss_mask else "all",
-            **({"sampling": "systematic", "order": "ids"} if varopt else {}),
+            **({"sampling": "systematic", "order": "ids", "sample_size": "threshold"} if varopt else {}),
         }
         of_kind = {"method": own.get("method", "top-k"), "temperature": own.get("temperature", 1.0)}
         if recorded is not None and all(getattr(recorded.targets, name) == value for name, value in of_kind.items()):
             # An entry of the other kind is another job, whatever its fields are.
             stored = {name: getattr(recorded.targets, name) for name in chosen}
-            chosen |= {name: value for name, value in stored.items() if value is not None}
+            # Of the sample's size, none is a value: K ids in every row.
+            chosen |= {name: value for name, value in stored.items() if value is not None or name == "sample_size"}
         given = {name: getattr(self, name) for name in chosen if name != "fields"}
         chosen |= {name: value for name, value in given.items() if value is not None}
+        if self.sample_size == "fixed":
+            chosen["sample_size"] = None
         if self.fields:
             chosen["fields"] = self._stored_fields(self.fields)
         return Targets(**own, **chosen, tail="exact")

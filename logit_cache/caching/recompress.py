@@ -169,7 +169,8 @@ def _fewer(
     if trained is not None:
         targets = without_rows(targets, trained.read(targets.start, targets.stop))
     if kept.method == "varopt" and targets.k > kept.k:
-        targets = shrink(targets, kept.k, kept.temperature, kept.head_ids or 0, kept.seed or 0, order)
+        threshold = kept.sample_size == "threshold"
+        targets = shrink(targets, kept.k, kept.temperature, kept.head_ids or 0, kept.seed or 0, order, threshold)
     return prune(targets, kept.k, kept.top_p, logprob_floor(entry.encoding.step_nats or MAX_STEP_NATS))
 
 

@@ -25,10 +25,10 @@ from storage.errors import InputError
 from storage.format.encoding import logprob_floor, token_id_dtype
 from storage.format.manifest import TeacherEntry
 from storage.format.pruning import prune
-from storage.format.targets import SparseTargets
+from storage.format.targets import SparseTargets, leading_columns
 from teachers.base import Teacher
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_rows
-from teachers.reduction.varopt import Sampling, random_numbers
+from teachers.reduction.varopt import Sampling, random_numbers, sampling_of
 
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
@@ -144,7 +144,7 @@ class _Rows:
             self._random = random_numbers(entry.targets, start, stop)
         dtype = np.dtype(token_id_dtype(entry.vocabulary_size))
         self._token_ids = np.full((count, k), np.iinfo(dtype).max, dtype=dtype)
-        self._kept = np.full(count, k, dtype=np.uint16) if wanted is None else (k * wanted).astype(np.uint16)
+        self._kept = np.zeros(count, dtype=np.uint16)
         self._certain = np.zeros(count, dtype=np.uint16)
         self._logprobs = np.full((count, k), -np.inf, dtype=np.float32)
         self._floats: dict[str, Any] = {
@@ -167,19 +167,23 @@ class _Rows:
             return None
         random = torch.from_numpy(self._random[position - self._start]).to(device)
         order = None if self._order is None else self._order.to(device)
-        return Sampling(self._targets.temperature, self._targets.head_ids or 0, random, order)
+        return sampling_of(self._targets, random, order)
 
     def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
         """Store the rows of some positions (absolute, ascending), which are on the CPU."""
         at = position - self._start
-        self._token_ids[at] = reduced.token_ids.numpy()
+        kept = reduced.kept.numpy()
+        is_kept = leading_columns(kept, self._targets.k)
+        self._kept[at] = kept
         self._certain[at] = reduced.certain.numpy()
-        self._logprobs[at] = reduced.logprobs.numpy()
+        # Where no id is, the array is as it was made.
+        self._token_ids[at] = np.where(is_kept, reduced.token_ids.numpy(), self._token_ids[at])
+        self._logprobs[at] = np.where(is_kept, reduced.logprobs.numpy(), -np.inf)
         for name, values in self._floats.items():
             values[at] = getattr(reduced, name).numpy()
 
     def targets(self) -> SparseTargets:
-        """The rows as sparse targets: all K columns are kept, unless rows are cut at a mass."""
+        """The rows as sparse targets, cut at a mass where the entry asks for that."""
         k, top_p = self._targets.k, self._targets.top_p
         targets = SparseTargets(
             start=self._start,

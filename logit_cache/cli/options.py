@@ -11,7 +11,7 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
     _job("--cache", help="Path or URL of a cache that holds the token stream."),
     _job("--teacher", multiple=True, help="Model directory or hub id (AutoModelForCausalLM, safetensors). Repeatable."),
     _job("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'."),
-    _job("-k", "--k", type=int, help="Ids stored per position.  [default: 64]"),
+    _job("-k", "--k", type=int, help="Ids stored per position, at most.  [default: 64]"),
     _job("--targets", help="varopt: likely ids and an unbiased sample of the others; or topk.  [default: varopt]"),
     _job("--context-tokens", type=int, help="Length of the windows that the teacher reads.  [default: 128]"),
     _job("--config", type=str, help="YAML file with these fields; flags override it."),
@@ -29,6 +29,11 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
         help="Rows with targets: all, or trained: where the loss mask trains, if there is one.  [default: trained]",
     ),
     _targets("--sampling", help="varopt: systematic or pivotal.  [default: systematic]"),
+    _targets(
+        "--sample-size",
+        help="varopt: K ids in each row (fixed), or fewer, none sampled that stands for more than 1 / K of the mass "
+        "(threshold).  [default: threshold]",
+    ),
     _targets("--order", help="varopt: ids lie as numbered (ids), or by the teacher's output embeddings (embeddings)."),
     _windows("--stride-tokens", type=int, help="Tokens from one window to the next.  [default: the context]"),
     _windows("--isolate-documents/--no-isolate-documents", default=None, help="Windows do not cross documents."),

@@ -27,7 +27,7 @@ from torch import Tensor
 from storage.format.encoding import logprob_floor
 from storage.format.manifest import TeacherEntry
 from teachers.reduction.reduce import reduce_rows
-from teachers.reduction.varopt import Sampling
+from teachers.reduction.varopt import sampling_of
 
 NOISE_FACTOR = 3.0
 # The share of the rows that may be drawn otherwise without any noise, and the rows of a window.
@@ -57,20 +57,22 @@ def drawn_again(entry: TeacherEntry, logits: Tensor, random: Tensor, order: Tens
     average.
     """
     targets, logits = entry.targets, logits.float()
-    sampling = Sampling(targets.temperature, targets.head_ids or 0, random, order)
+    sampling = sampling_of(targets, random, order)
     none = torch.full((len(logits),), -1, device=logits.device)
     floor = logprob_floor(entry.encoding.step_nats or 1.0)
 
     def drawn(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits if order is None else logits[:, order]
         reduced = reduce_rows(logits, entry.vocabulary_size, targets.k, none, floor, sampling, None)
-        certain = torch.arange(targets.k, device=logits.device) < reduced.certain[:, None]
-        return reduced.token_ids, certain, reduced.token_ids.double().masked_fill(certain, torch.nan)
+        columns = torch.arange(targets.k, device=logits.device)
+        certain, kept = columns < reduced.certain[:, None], columns < reduced.kept[:, None]
+        return reduced.token_ids, certain, reduced.token_ids.double().masked_fill(certain | ~kept, torch.nan)
 
     _, _, rounded = drawn((logits / _ROUNDED).round() * _ROUNDED)
     ids, is_certain, sampled = drawn(logits)
-    number = targets.k - is_certain.sum(1)
+    number = sampled.isfinite().sum(1)
     scaled = logits.double() / targets.temperature
+    ids = ids.masked_fill(~is_certain, 0)  # any: nothing is added to it
     outside = scaled.scatter_add(1, ids, torch.zeros_like(sampled).masked_fill(is_certain, -torch.inf))
     inclusion = (number[:, None] * outside.softmax(1)).clamp_max(1.0)
     # 0 / 0 where no id is sampled.

@@ -210,12 +210,13 @@ class Targets(Extended):
     Version 1 has `has_label_logprob`, version 2 in its place: `fields`, what is stored beside the ids, in alphabetical
     order; `positions`: which rows have targets, all, those that the loss mask trains, or some; `tail`: whether the mass
     outside the ids is known; of VarOpt, `sampling`, the way in which ids are sampled, `order`, the one in which they
-    lie then, of their ids or of the teacher's output embeddings (array `sampling_order`), and `shrunk_from`, the
-    earlier samples that this one was sampled from, the first one first.
+    lie then, of their ids or of the teacher's output embeddings (array `sampling_order`), `sample_size`, where a row
+    holds as many ids as a threshold of 1 / K of its mass asks for, and not K, and `shrunk_from`, the earlier samples
+    that this one was sampled from, the first one first.
     """
 
     added: ClassVar[frozenset[str]] = frozenset(
-        {"has_label_logprob", "fields", "positions", "tail", "sampling", "order", "shrunk_from"}
+        {"has_label_logprob", "fields", "positions", "tail", "sampling", "order", "sample_size", "shrunk_from"}
     )
 
     method: Literal["top-k", "varopt"] = "top-k"
@@ -230,6 +231,7 @@ class Targets(Extended):
     tail: Literal["exact", "unknown"] | None = None
     sampling: Literal["systematic", "pivotal"] | None = None
     order: Literal["ids", "embeddings"] | None = None
+    sample_size: Literal["threshold"] | None = None
     shrunk_from: Annotated[tuple[Shrunk, ...], Field(max_length=MOST_SHRUNK)] | None = None
 
     def has(self, field: str) -> bool:
@@ -251,6 +253,8 @@ class Targets(Extended):
         """Raises ValueError where the record is not one of that version of an entry."""
         later = {name: getattr(self, name) for name in ("fields", "positions", "tail")}
         varopt = {name: getattr(self, name) for name in ("sampling", "order")}
+        if self.sample_size is not None and (self.method != "varopt" or version == 1):
+            raise ValueError("sample_size goes with varopt of version 2")
         if version == 1:
             wrong = [name for name, value in {**later, **varopt}.items() if value is not None]
             if wrong or self.has_label_logprob is None:

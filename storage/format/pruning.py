@@ -19,16 +19,18 @@ the only error of a new one is that of the log-probs that joined it: half a step
 sampled for, its certain ids weigh ``a_i = p_i**(1/tau)``, the `m` sampled ones ``w = R / m`` each, R the mass
 ``sum p**(1/tau)`` outside the certain ids. The rule is that of the first sample (VarOpt, Cohen et al. 2011)::
 
-    j = the least number, head_ids at least, with max(a_{j+1}, w) (k - j) <= R'  for  R' = R + sum_{i>j} a_i
-    the first j ids stay certain; of the others, certain ones before or sampled, k - j ids are sampled, each with the
-    inclusion probability (k - j) a_i / R' or (k - j) w / R', and weigh R' / (k - j)
+    n  = the number of certain ids with a_i >= (R + sum a) / k
+    k' = n + ceil(k (1 - sum_{i<=n} a_i / (R + sum a))), rounded up to a multiple of 8, k at most; of fixed samples k
+    j  = the least number, head_ids at least, with max(a_{j+1}, w) (k' - j) <= R'  for  R' = R + sum_{i>j} a_i
+    the first j ids stay certain; of the others, certain ones before or sampled, k' - j ids are sampled, each with the
+    inclusion probability (k' - j) a_i / R' or (k' - j) w / R', and weigh R' / (k' - j)
 
 so that the mean of a row's weights is what they were, and their sum is. The others are laid end to end in the entry's
-order of ids, each as long as its weight, and k - j points R' / (k - j) apart, shifted by one random number, sample
+order of ids, each as long as its weight, and k' - j points R' / (k' - j) apart, shifted by one random number, sample
 those that they fall in, however the ids were sampled first. The masses of ids that are certain no longer join both
 tails, exactly. Lengths are whole numbers, 2**30 to an interval, so that no id is longer than an interval and comes
 twice; rounding them down changes an inclusion probability by less than 2**-30. Where all ids are certain and those
-beyond the k first have less than 2**-53 of the mass, these k stay, and nothing is sampled.
+beyond the k' first have less than 2**-53 of the mass, these k' stay, and nothing is sampled.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from numpy.typing import NDArray
 from storage.format.chance import SHRINKING, uniforms
 from storage.format.targets import SparseTargets, leading_columns
 
+SIZE_UNIT = 8
+"""Rows of threshold sampling hold a multiple of so many ids, or K."""
 _INTERVAL_BITS = 30  # times k <= 2**16 ids an interval fits int64
 _LEAST_REST = 2.0**-53
 _LEAST_LOG_WEIGHT = -600.0  # below the largest of a row: neither it nor the unit of such a rest leaves float64
@@ -89,32 +93,41 @@ def shrink(
     head_ids: int,
     seed: int,
     order: NDArray[Any] | None = None,
+    threshold: bool = False,
 ) -> SparseTargets:
     """The targets with at most `k` ids per row, sampled again from the rows that have more: the module has the rule.
 
     temperature: 1 or 2, the one that ids were sampled for; head_ids: so many of the certain ids stay certain, under k;
     seed: keys the random numbers, one for each absolute position, so that a row does not depend on its shard; order
-    [V]: the ids in the order in which they lie, None where that is theirs. Sampled ids need no log-probs.
+    [V]: the ids in the order in which they lie, None where that is theirs; threshold: whether the sample is one by a
+    threshold. Sampled ids need no log-probs.
     """
     assert head_ids < k
-    rows = targets.kept > k
+    kept = np.minimum(targets.kept, k)
+    if threshold:
+        weights, is_sampled = _weights(targets, targets.kept > 0, temperature)
+        kept[targets.kept > 0] = np.minimum(kept[targets.kept > 0], _sizes(weights, is_sampled, k, head_ids))
+    rows = targets.kept > kept
     chance = uniforms(seed, SHRINKING, targets.start, targets.stop, 1)[rows, 0]
     places = targets.token_ids[rows].astype(np.int64)
     if order is not None:
         # Beyond the kept ids stands none, which needs no place.
         places = np.argsort(order)[np.where(targets.is_kept[rows], places, 0)]
-    found, chosen = _sampled_again(places, *_weights(targets, rows, temperature), k, head_ids, chance)
+    sizes = kept[rows].astype(np.int64)
+    found, chosen = _sampled_again(places, *_weights(targets, rows, temperature), sizes, head_ids, chance)
     columns = np.tile(np.arange(k), (len(targets), 1))
-    columns[rows] = chosen
+    columns[rows] = chosen[:, :k]
     certain = targets.certain.copy()
     certain[rows] = found
     shrunk = _with_more_outside(targets, targets.is_certain & ~leading_columns(certain, targets.k))
+    ids, logprobs = (np.take_along_axis(values, columns, axis=1) for values in (targets.token_ids, targets.logprobs))
+    valid = leading_columns(kept, k)
     return replace(
         shrunk,
-        token_ids=np.take_along_axis(targets.token_ids, columns, axis=1),
-        kept=np.minimum(targets.kept, np.uint16(k)),
+        token_ids=np.where(valid, ids, np.iinfo(ids.dtype).max).astype(ids.dtype),
+        kept=kept,
         certain=certain,
-        logprobs=np.take_along_axis(targets.logprobs, columns, axis=1),
+        logprobs=np.where(valid, logprobs, np.float32(-np.inf)),
     )
 
 
@@ -145,20 +158,32 @@ def _weights(
     return np.where(is_kept, np.exp(below), 0.0), is_sampled
 
 
+def _sizes(weights: NDArray[np.float64], is_sampled: NDArray[np.bool_], k: int, head_ids: int) -> NDArray[np.int64]:
+    """How many ids each row holds by a threshold of 1 / k, int64 [S], of weights [S, K]; the module has the rule."""
+    total = weights.sum(axis=1)
+    likely = ((weights * k >= total[:, None]) & ~is_sampled).sum(axis=1).clip(head_ids)
+    left = np.where(np.arange(weights.shape[1]) >= likely[:, None], weights, 0.0).sum(axis=1)
+    wanted = likely + np.ceil(left * k / total).astype(np.int64)
+    found: NDArray[np.int64] = (-(-wanted // SIZE_UNIT) * SIZE_UNIT).clip(max=k)
+    return found
+
+
 def _sampled_again(
     places: NDArray[np.int64],
     weights: NDArray[np.float64],
     is_sampled: NDArray[np.bool_],
-    k: int,
+    k: NDArray[np.int64],
     head_ids: int,
     chance: NDArray[np.float64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The number of certain ids [S], and the columns of those that are chosen, [S, k]: certain ones, then by place."""
+    """The number of certain ids [S], and the columns [S, K], of which the k [S] that are chosen come first: certain
+    ones, then by place."""
     columns = np.arange(places.shape[1])
     certain = _certain(weights, is_sampled, k, np.full(len(places), head_ids))
     rest = np.where(columns >= certain[:, None], weights, 0.0)
     left = _suffix_sums(rest)[:, 0]
-    certain[(left < _LEAST_REST * _suffix_sums(weights)[:, 0]) & ~is_sampled.any(axis=1)] = k
+    nothing_left = (left < _LEAST_REST * _suffix_sums(weights)[:, 0]) & ~is_sampled.any(axis=1)
+    certain = np.where(nothing_left, k, certain)
 
     # The unit: from here on all sums are exact.
     unit = np.divide((k - certain) * 2.0**_INTERVAL_BITS, left, out=np.zeros(len(places)), where=certain < k)
@@ -174,19 +199,21 @@ def _sampled_again(
     # How many of the points shift, shift + interval, … lie before each end.
     passed = (-((shift - ends) // interval.clip(1))).clip(0, number)
     is_chosen = is_certain | (np.diff(passed, axis=1, prepend=0) > 0)
-    return certain, order[is_chosen].reshape(-1, k)
+    assert np.array_equal(is_chosen.sum(axis=1), k), "no id is longer than an interval"
+    return certain, np.take_along_axis(order, np.argsort(~is_chosen, axis=1, kind="stable"), axis=1)
 
 
 def _certain(
-    weights: NDArray[Any], is_sampled: NDArray[np.bool_], k: int, least: NDArray[np.int64]
+    weights: NDArray[Any], is_sampled: NDArray[np.bool_], k: NDArray[np.int64], least: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """The least j >= `least` [S] with max(a_{j+1}, w) (k - j) <= R', or k; it holds for every larger j then.
 
     R' is no less than k - j times the largest weight in it: less one weight, it is no less than k - j - 1 times that.
     """
-    columns = np.arange(k)
-    largest = np.maximum(weights, np.where(is_sampled, weights, 0).max(axis=1, keepdims=True))[:, :k]
-    holds = (largest * (k - columns) <= _suffix_sums(weights)[:, :k]) & (columns >= least[:, None])
+    columns = np.arange(weights.shape[1])
+    number = k[:, None] - columns
+    largest = np.maximum(weights, np.where(is_sampled, weights, 0).max(axis=1, keepdims=True))
+    holds = (largest * number <= _suffix_sums(weights)) & (columns >= least[:, None]) & (number > 0)
     found: NDArray[np.int64] = k - holds.sum(axis=1)
     return found
 

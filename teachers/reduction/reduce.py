@@ -53,7 +53,8 @@ class ReducedRows:
 
     token_ids      int64 [R, K]    most probable first, equal logits by ascending id, the certain ones before others
     logprobs       float32 [R, K]  of these ids, normalised over all V
-    certain        int64 [R]       the number of certain ids, which are the first ones; K for top-k
+    kept           int64 [R]       the number of valid ids, which are the first ones; others hold anything
+    certain        int64 [R]       the number of certain ids, the first of these; K for top-k
     log_tail       float32 [R]     log of the mass of the V - certain other ids; -inf exactly when there are none
     log_tail_half  float32 [R]     log of their sum of p**0.5; -inf exactly when there are none
     label_logprob  float32 [R]     log-prob of the label; NaN exactly where the label is -1
@@ -64,6 +65,7 @@ class ReducedRows:
 
     token_ids: Tensor
     logprobs: Tensor
+    kept: Tensor
     certain: Tensor
     log_tail: Tensor
     log_tail_half: Tensor
@@ -155,6 +157,7 @@ def reduce_rows(
     result = ReducedRows(
         token_ids=empty(rows, k, dtype=torch.int64),
         logprobs=empty(rows, k),
+        kept=empty(rows, dtype=torch.int64).fill_(k),
         certain=empty(rows, dtype=torch.int64).fill_(k),
         log_tail=empty(rows),
         log_tail_half=empty(rows),
@@ -241,14 +244,17 @@ def _sample_tile(
 ) -> None:
     """Replace the top-k in `into` by VarOpt samples; z [T, K] and log_sum [T] are those of `_reduce_tile`."""
     beta = 1.0 / sampling.temperature
-    ids, certain = sample(tail.masses(beta), (beta * z).exp(), into.token_ids, sampling)
-    left = torch.arange(z.shape[1], device=z.device) >= certain[:, None]
+    ids, kept, certain = sample(tail.masses(beta), (beta * z).exp(), into.token_ids, sampling)
+    columns = torch.arange(z.shape[1], device=z.device)
+    left, unused = columns >= certain[:, None], columns >= kept[:, None]
     into.log_tail.copy_(_joined(view, into.log_tail, into.logprobs, left).masked_fill_(certain == 0, 0.0))
     into.log_tail_half.copy_(_joined(view, into.log_tail_half, 0.5 * into.logprobs, left))
     # Of equal ids some may be certain and others not: an order of columns chooses, and not that of ids.
-    ids, values = best(view.at(logits, ids), view.named(ids), z.shape[1], before=~left)
+    values = view.at(logits, ids).masked_fill_(unused, -math.inf)
+    ids, values = best(values, view.named(ids).masked_fill_(unused, view.columns), z.shape[1], before=~left)
     into.token_ids.copy_(ids)
     into.logprobs.copy_((values - row_max[:, None] - log_sum[:, None]).clamp_min_(floor))
+    into.kept.copy_(kept)
     into.certain.copy_(certain)
 
 

@@ -10,10 +10,20 @@ R_j = sum_{i > j} a_i::
     of the others K - j distinct ids are sampled, id i with the inclusion probability (K - j) a_i / R_j: each weighs
     the threshold R_j / (K - j)
 
-so that E[w] = a and sum w = sum a, with the least variance that K ids allow (Cohen et al. 2011; Chao 1982). The others
-are laid end to end in the order of their ids, or another that is fixed beforehand (`Sampling.order`), each as long as
-its mass: the line, of K - j intervals one threshold long. No id is longer than an interval, so none is sampled twice.
-Where at most K ids have any mass, all are certain. Two methods sample the line, with the same inclusion probabilities::
+With `Sampling.threshold` a row holds fewer than K ids where fewer will do, K' in the place of K::
+
+    n  = the number of ids with a_i >= R_0 / K
+    K' = n + ceil(K R_n / R_0), rounded up to a multiple of 8, K at most
+
+so that no sampled id weighs more than 1 / K of the row's mass. Of all ways of giving so many ids to the rows of a text,
+one threshold for all of them has the least variance (Neyman's allocation): K ids in every row are more than a sure row
+needs, and fewer than a flat one does. The multiples of 8 cost few ids, and rows of equal size compress better.
+
+By either rule E[w] = a and sum w = sum a, with the least variance that so many ids allow (Cohen et al. 2011; Chao
+1982). The others are laid end to end in the order of their ids, or another that is fixed beforehand (`Sampling.order`),
+each as long as its mass: the line, of K - j intervals one threshold long. No id is longer than an interval, so none is
+sampled twice. Where at most K ids have any mass, all are certain. Two methods sample the line, with the same inclusion
+probabilities::
 
     systematic  one point in each interval, all equally far from its beginning, samples the id that it falls in
     pivotal     ids compete with their neighbours along the line (Deville and Tille 1998); in each interval one id wins
@@ -50,6 +60,7 @@ from torch import Tensor
 
 from storage.format.chance import DRAWING, PIVOTAL, words
 from storage.format.manifest import Targets
+from storage.format.pruning import SIZE_UNIT
 
 _RANDOM_BITS = 32
 _LOW_BITS = (1 << _RANDOM_BITS) - 1
@@ -64,6 +75,7 @@ class Sampling:
 
     temperature  the one at which the weights are unbiased: ids are sampled by p ** (1 / temperature)
     head_ids     the least number of certain ids, under K
+    threshold    whether rows hold as many ids as their threshold asks for, else K
     random       int64 at the rows' positions, on the logits' device: [R] from `random_bits`, for the systematic method,
                  or [R, K] from `random_words`, for the pivotal one
     order        int64 [V], on that device: the ids in the order to draw in, which is that of the logits' columns; None
@@ -74,6 +86,7 @@ class Sampling:
     head_ids: int
     random: Tensor
     order: Tensor | None = None
+    threshold: bool = False
 
     def rows(self, start: int, stop: int) -> Sampling:
         """The sampling of the rows `start .. stop`."""
@@ -106,6 +119,12 @@ def random_numbers(targets: Targets, start: int, stop: int) -> NDArray[np.int64]
     return (
         random_words(seed, start, stop, targets.k) if targets.sampling == "pivotal" else random_bits(seed, start, stop)
     )
+
+
+def sampling_of(targets: Targets, random: Tensor, order: Tensor | None) -> Sampling:
+    """How an entry's rows are sampled, by their random numbers, of `random_numbers`, and the entry's order of ids."""
+    threshold = targets.sample_size == "threshold"
+    return Sampling(targets.temperature, targets.head_ids or 0, random, order, threshold)
 
 
 class Masses(Protocol):
@@ -218,37 +237,41 @@ def with_top_lengths(lengths: Tensor, ids: Tensor, top_ids: Tensor, top_lengths:
     return torch.where(sorted_ids.gather(1, at) == ids, replaced, lengths)
 
 
-def sample(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """VarOpt samples of T rows: ids int64 [T, K] and the number of certain ones, int64 [T].
+def sample(masses: Masses, top: Tensor, top_ids: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """VarOpt samples of T rows: ids int64 [T, K]; the numbers of the valid and of the certain ones, both int64 [T].
 
     top: float32 [T, K], the masses of the K first ids, in order, in the unit of the others' `masses`; top_ids: int64
-    [T, K]. The certain ids come first, in the order of `top_ids`; the sampled ones follow by ascending id.
+    [T, K]. The certain ids come first, in the order of `top_ids`; the sampled ones follow by ascending id. Columns
+    beyond the valid ones hold any id.
     """
     k = top.shape[1]
     columns = torch.arange(k, device=top.device)
     rest = _suffix_sums(torch.cat([top, masses.total[:, None]], dim=1))  # [T, K + 1], R_j in column j
-    certain = _certain(top, rest, torch.full_like(top_ids[:, 0], sampling.head_ids))
+    least = torch.full_like(top_ids[:, 0], sampling.head_ids)
+    kept = _sizes(top, rest, least) if sampling.threshold else torch.full_like(least, k)
+    certain = _certain(top, rest, kept, least)
     left = rest.gather(1, certain[:, None]).squeeze(1)
-    certain.masked_fill_(left < _LEAST_REST * rest[:, 0], k)
+    certain = torch.where(left < _LEAST_REST * rest[:, 0], kept, certain)
 
     # The unit: from here on all sums are exact.
-    unit = ((k - certain) * 2**_INTERVAL_BITS / left).masked_fill_(certain == k, 0.0)
+    unit = ((kept - certain) * 2**_INTERVAL_BITS / left).masked_fill_(certain == kept, 0.0)
     top_lengths = (top * unit[:, None]).to(torch.int64).masked_fill_(columns < certain[:, None], 0)
     others = masses.length(unit, k)[:, None]
     rest = torch.cat([top_lengths, others], dim=1).flip(1).cumsum(1).flip(1)
-    certain = _certain(top_lengths, rest, certain)
+    certain = _certain(top_lengths, rest, kept, certain)
     top_lengths.masked_fill_(columns < certain[:, None], 0)
 
-    interval = rest.gather(1, certain[:, None]) // (k - certain).clamp_min(1)[:, None]  # [T, 1], the threshold
+    interval = rest.gather(1, certain[:, None]) // (kept - certain).clamp_min(1)[:, None]  # [T, 1], the threshold
     at = functools.partial(masses.ids_at, top_ids=top_ids, top_lengths=top_lengths)
-    # [T, K]; the first K - certain of them are used
+    # [T, K]; the first of them, as many as ids are sampled, are used
     if sampling.random.ndim == 1:
         sampled = at(columns * interval + (sampling.random[:, None] * interval >> _RANDOM_BITS))
     else:
         last = masses.spans_at((columns + 1) * interval - 1, top_ids, top_lengths)
         sampled = _pivotal(interval, sampling.random, *last, at)
     sampled = sampled.gather(1, (columns - certain[:, None]).clamp_min(0))
-    return torch.where(columns < certain[:, None], top_ids, sampled), certain
+    is_sampled = (columns >= certain[:, None]) & (columns < kept[:, None])
+    return torch.where(is_sampled, sampled, top_ids), kept, certain
 
 
 def _pivotal(
@@ -277,15 +300,26 @@ def _pivotal(
     return torch.where(other_wins, other, last)
 
 
-def _certain(values: Tensor, rest: Tensor, least: Tensor) -> Tensor:
-    """The least j >= `least` [T] with a_{j+1} (K - j) < R_j, or K; values [T, K] descend, rest [T, K + 1] is R.
+def _sizes(top: Tensor, rest: Tensor, least: Tensor) -> Tensor:
+    """How many ids each row holds by its threshold, int64 [T]; the module has the rule. Of them `least` [T] are certain
+    at any rate."""
+    k = top.shape[1]
+    likely = (top * k >= rest[:, :1]).sum(1).maximum(least)
+    left = rest.gather(1, likely[:, None]).squeeze(1)
+    wanted = likely + (left * k / rest[:, 0]).ceil().to(torch.int64)
+    return (-(-wanted // SIZE_UNIT) * SIZE_UNIT).clamp_max(k)
+
+
+def _certain(values: Tensor, rest: Tensor, kept: Tensor, least: Tensor) -> Tensor:
+    """The least j >= `least` [T] with a_{j+1} (k - j) < R_j, or k, with k = `kept` [T]; values [T, K] descend, rest
+    [T, K + 1] is R.
 
     Once the rule holds, it holds for every larger j: removing an id of at most the mean leaves no smaller mean.
     """
-    k = values.shape[1]
-    columns = torch.arange(k, device=values.device)
-    sampled = (values * (k - columns) < rest[:, :k]) & (columns >= least[:, None])
-    return k - sampled.sum(1)
+    columns = torch.arange(values.shape[1], device=values.device)
+    number = kept[:, None] - columns
+    sampled = (values * number < rest[:, :-1]) & (columns >= least[:, None]) & (number > 0)
+    return kept - sampled.sum(1)
 
 
 def _suffix_sums(values: Tensor) -> Tensor:

@@ -26,34 +26,64 @@ from teachers.reduction.varopt import random_bits, random_words
     ("rows", "vocabulary_size", "k"),
     [(50, 507, 13), (9, 16_003, 64), (3, 131_073, 64), (40, 40, 39), (40, 12, 4), (5, 70_001, 4), (7, 5_000, 1_000)],
 )
-def test_rows_keep_the_rule(rows: int, vocabulary_size: int, k: int, head_ids: int, temperature: float) -> None:
+@pytest.mark.parametrize("threshold", [False, True])
+def test_rows_keep_the_rule(
+    rows: int, vocabulary_size: int, k: int, threshold: bool, head_ids: int, temperature: float
+) -> None:
     for scale, pivotal in ((0.01, False), (1.0, False), (4.0, False), (0.01, True), (3.0, True)):
         logits = spread_logits(rows, vocabulary_size, scale)
-        found = sample(logits, k, head_ids=head_ids, temperature=temperature, pivotal=pivotal)
-        check(found, logits, k, head_ids, temperature)
+        found = sample(logits, k, 0, head_ids, temperature, pivotal=pivotal, threshold=threshold)
+        check(found, logits, k, head_ids, temperature, threshold)
         assert bool((found.certain >= head_ids).all())
+
+
+def test_a_threshold_gives_ids_to_the_rows_that_need_them() -> None:
+    """As many ids in all as a fixed number, spread by the threshold: less variance over the rows together."""
+    logits = spread_logits(400, 2_000, 3.0) * torch.linspace(0.3, 2.5, 400)[:, None]
+    p = torch.softmax(logits.double(), 1)
+    found = sample(logits, 96, threshold=True)
+
+    def variance(kept: Tensor, certain: Tensor, ids: Tensor) -> float:
+        """The sum over the rows and ids of the variance of the weights, p (s - p) with s the weight of sampled ids."""
+        columns = torch.arange(ids.shape[1])
+        rest = p.scatter(1, torch.where(columns < certain[:, None], ids, ids[:, :1]), 0.0)
+        rest = torch.where(certain[:, None] > 0, rest, p)
+        s = rest.sum(1, keepdim=True) / (kept - certain).clamp_min(1)[:, None]
+        return float((rest * (s - rest)).sum())
+
+    mean = int(found.kept.double().mean())
+    assert 24 < mean < 72
+    fixed = sample(logits, mean)
+    by_threshold = variance(found.kept, found.certain, found.token_ids)
+    assert by_threshold < 0.8 * variance(fixed.kept, fixed.certain, fixed.token_ids)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("pivotal", [False, True])
-@pytest.mark.parametrize(("k", "head_ids"), [(12, 0), (12, 6), (1, 0), (2, 1), (60, 0)])
-def test_the_mean_of_the_weights_is_the_distribution(k: int, head_ids: int, pivotal: bool, temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("k", "head_ids", "threshold"),
+    [(12, 0, False), (12, 6, False), (1, 0, False), (2, 1, False), (60, 0, False), (90, 0, True)],
+)
+def test_the_mean_of_the_weights_is_the_distribution(
+    k: int, head_ids: int, threshold: bool, pivotal: bool, temperature: float
+) -> None:
     """E[w] = p at the temperature, for every id with 20 expected samples or more, over seeds and positions."""
     vocabulary_size, seeds, positions = 300, 20, 1_000
     row = spread_logits(1, vocabulary_size, scale=2.5, seed=5)
     logits = row.expand(positions, -1)
-    total = np.zeros(vocabulary_size)
+    total, columns = np.zeros(vocabulary_size), k
     for seed in range(seeds):
-        found = sample(logits, k, seed, head_ids, temperature, pivotal=pivotal)
+        found = sample(logits, columns, seed, head_ids, temperature, pivotal=pivotal, threshold=threshold)
         assert bool((found.certain == found.certain[0]).all())
-        j = int(found.certain[0])
+        j, k = int(found.certain[0]), int(found.kept[0])
         assert j < k
-        logs = found.logprobs.double() / temperature
+        assert (k < columns) == threshold
+        logs = found.logprobs[:, :k].double() / temperature
         tail = float(found.log_tail[0] if temperature == 1.0 else found.log_tail_half[0])
         weights = np.where(np.arange(k) < j, logs.exp().numpy(), math.exp(tail) / (k - j))
         weights /= np.exp(logs[0, :j].numpy()).sum() + math.exp(tail)  # 1 at temperature 1
         assert np.abs(weights.sum(1) - 1).max() < 1e-12
-        np.add.at(total, found.token_ids.numpy(), weights)
+        np.add.at(total, found.token_ids[:, :k].numpy(), weights)
     samples = seeds * positions
     p = torch.softmax(row[0].double() / temperature, 0).numpy()
     order = np.argsort(-p)
@@ -82,9 +112,10 @@ def test_any_row_with_ties_and_masks(logits: Tensor, data: st.DataObject) -> Non
     k = data.draw(st.integers(1, logits.shape[1]))
     head_ids = data.draw(st.integers(0, k - 1))
     temperature = data.draw(st.sampled_from([1.0, 2.0]))
-    pivotal = data.draw(st.booleans())
-    found = sample(logits, k, data.draw(st.integers(0, 3)), head_ids, temperature, pivotal=pivotal)
-    check(found, logits, k, head_ids, temperature)
+    pivotal, threshold = data.draw(st.booleans()), data.draw(st.booleans())
+    seed = data.draw(st.integers(0, 3))
+    found = sample(logits, k, seed, head_ids, temperature, pivotal=pivotal, threshold=threshold)
+    check(found, logits, k, head_ids, temperature, threshold and k < logits.shape[1])
 
 
 @settings(max_examples=80, deadline=None)

@@ -12,9 +12,9 @@ largest K that fits each budget of bytes per token. `screen` trains every arm on
 weights, order of data and draws, the same for all arms. Every result is a file; what is there is not done again, so
 all of it can be stopped at any time and goes on. `report` prints Markdown from what there is.
 
-The live teacher of the `dense` arms reads the same windows as the cached ones did, so the only difference is what was
-stored. RS-KD (draws with replacement, weights = counts) is made here: no cache of ours holds such targets. Its bytes
-are those of its ids and counts alone.
+The `dense` arms learn from the teacher's whole distribution, which is computed once, in float32, in the windows that
+the cached ones were computed in, so the only difference is what was stored. RS-KD (draws with replacement, weights =
+counts) is made here: no cache of ours holds such targets. Its bytes are those of its ids and counts alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any
 VOCABULARY = 4_096
 WINDOW = 128
 BATCH_WINDOWS = 8
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 2e-3  # of steps of `BATCH_WINDOWS`; of larger ones by the square root of their size
 TEACHER_MODEL, TEACHER_STEPS, TEACHER_BATCH = "llama-mini", 1_500, 16
 STUDENT_MODEL = "llama-tiny"
 STUDENT_TOKENS, EVAL_TOKENS, PILOT_TOKENS = 250_000, 64_000, 16_000
@@ -50,20 +50,25 @@ PILOT_DRAWS = (8, 16, 32, 64, 128)
 EVAL_K = 256
 
 
-_LEAN: tuple[object, ...] = ("--targets", "varopt", "--fields", "lean")
+_FIXED: tuple[object, ...] = ("--targets", "varopt", "--sample-size", "fixed", "--fields")
+_THRESHOLD: tuple[object, ...] = ("--targets", "varopt", "--sample-size", "threshold", "--fields")
 _BY_EMBEDDINGS: tuple[object, ...] = ("--order", "embeddings")
-_WITH_LOGPROBS: tuple[object, ...] = ("--targets", "varopt", "--fields", "sampled-logprobs", "--sampled-step-nats")
+_SAMPLED: tuple[object, ...] = ("sampled-logprobs", "--sampled-step-nats")
 # The ways of storing: options of cache-logits.
 STORED: dict[str, tuple[object, ...]] = {
     "topk": ("--targets", "topk", "--format-version", 1),
     "varopt": ("--targets", "varopt", "--format-version", 1),
     "head": ("--targets", "varopt", "--format-version", 1),
-    "lean": _LEAN,
-    "ordered": (*_LEAN, *_BY_EMBEDDINGS),
-    "pivotal": (*_LEAN, *_BY_EMBEDDINGS, "--sampling", "pivotal"),
-    "logprobs": (*_WITH_LOGPROBS, 0.5),
-    "logprobs-fine": (*_WITH_LOGPROBS, 0.125),
-    "logprobs-ordered": (*_WITH_LOGPROBS, 0.5, *_BY_EMBEDDINGS),
+    "lean": (*_FIXED, "lean"),
+    "ordered": (*_FIXED, "lean", *_BY_EMBEDDINGS),
+    "pivotal": (*_FIXED, "lean", *_BY_EMBEDDINGS, "--sampling", "pivotal"),
+    "logprobs": (*_FIXED, *_SAMPLED, 0.5),
+    "logprobs-fine": (*_FIXED, *_SAMPLED, 0.125),
+    "logprobs-ordered": (*_FIXED, *_SAMPLED, 0.5, *_BY_EMBEDDINGS),
+    "threshold": (*_THRESHOLD, "lean"),
+    "threshold-ordered": (*_THRESHOLD, "lean", *_BY_EMBEDDINGS),
+    "threshold-pivotal": (*_THRESHOLD, "lean", *_BY_EMBEDDINGS, "--sampling", "pivotal"),
+    "threshold-logprobs": (*_THRESHOLD, *_SAMPLED, 0.5, *_BY_EMBEDDINGS),
 }
 
 
@@ -103,6 +108,10 @@ ARMS = {
     "controlled": Arm("logprobs", "controlled"),
     "controlled-fine": Arm("logprobs-fine", "controlled"),
     "controlled-ordered": Arm("logprobs-ordered", "controlled"),
+    "threshold": Arm("threshold", "sampled"),
+    "threshold-ordered": Arm("threshold-ordered", "sampled"),
+    "threshold-pivotal": Arm("threshold-pivotal", "sampled"),
+    "threshold-controlled": Arm("threshold-logprobs", "controlled"),
     "varopt-fresh": Arm("varopt", "sampled", fresh=True),
     "blend-0.75-fresh": Arm("varopt", "blend", blend=0.75, fresh=True),
 }
@@ -120,6 +129,10 @@ class Job:
     epochs: int
     budget: int | None
     batch_windows: int = BATCH_WINDOWS
+
+    @property
+    def learning_rate(self) -> float:
+        return LEARNING_RATE * math.sqrt(self.batch_windows / BATCH_WINDOWS)
 
     @property
     def name(self) -> str:
@@ -254,6 +267,33 @@ def load_teacher(run: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(run / "teacher").eval().requires_grad_(False)
 
 
+def dense_targets(run: Path) -> Any:
+    """float32 [N, V]: the teacher's log-probs at every position of the student's stream, on the disk."""
+    import numpy as np
+    import torch
+
+    from storage import LogitCache
+
+    path = run / "dense.npy"
+    with (run / "dense.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            tokens = LogitCache.open(str(run / "student")).tokens
+            teacher, count = load_teacher(run), len(tokens)
+            partial = path.with_suffix(".partial")
+            table = np.lib.format.open_memmap(partial, "w+", np.float32, (count, VOCABULARY))
+            for start in range(0, count, WINDOW * 32):
+                end = min(start + WINDOW * 32, count)
+                read = np.zeros(WINDOW * 32, dtype=np.int64)
+                read[: end - start] = tokens.read(start, end)
+                with torch.no_grad():
+                    logits = teacher(torch.from_numpy(read).view(32, WINDOW), use_cache=False).logits.flatten(0, 1)
+                table[start:end] = logits[: end - start, :VOCABULARY].log_softmax(1).numpy()
+            table.flush()
+            os.replace(partial, path)
+    return np.load(path, mmap_mode="r")
+
+
 def rskd_targets(run: Path, stream: str, draws: int, seed: int) -> tuple[Any, Any]:
     """Ids uint16 and counts uint8, [N, draws]; counts of 0 fill rows up. Draws keyed by seed and position."""
     import numpy as np
@@ -328,7 +368,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
     elif arm.stored == "rskd":
         rskd = rskd_targets(run, "student", k, job.seed)
         stored_bytes = rskd_bytes(*rskd)
-    teacher = load_teacher(run) if arm.stored == "live" else None
+    dense = dense_targets(run) if arm.stored == "live" else None
 
     url = str(run / "student")
     per_epoch = [
@@ -351,7 +391,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
     order = reading_order(windows, job.batch_windows)
     steps_per_epoch = len(windows) // job.batch_windows
     steps = steps_per_epoch * job.epochs
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=job.learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
@@ -367,17 +407,19 @@ def train(run: Path, job: Job) -> dict[str, Any]:
             chosen = indices[step * job.batch_windows : (step + 1) * job.batch_windows]
             batch = collate(some.__getitems__(chosen))
             control = None
-            if teacher is None and rskd is None:
+            if dense is None and rskd is None:
                 found = student(batch["input_ids"], labels=batch["labels"], targets=batch["targets"])
                 value, control = found.loss, found.control
             else:
                 labels = batch["labels"].flatten()
                 logits = student(batch["input_ids"], use_cache=False).logits.flatten(0, 1)
-                if teacher is not None:
-                    value = dense_loss(logits, labels, batch["input_ids"], teacher, arm.alpha)
+                rows = rows_of(
+                    [some.blocks.span(index % len(some), epoch) for index in chosen], some.record.corpus.positions
+                )
+                if dense is not None:
+                    value = dense_loss(logits, labels, torch.from_numpy(dense[rows]), arm.alpha)
                 else:
-                    places = [some.blocks.span(index % len(some), epoch) for index in chosen]
-                    value = rskd_loss(logits, labels, places, rskd, arm.alpha)
+                    value = rskd_loss(logits, labels, rows, rskd, arm.alpha)
             value.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
@@ -401,26 +443,29 @@ def train(run: Path, job: Job) -> dict[str, Any]:
     }
 
 
-def dense_loss(logits: Any, labels: Any, input_ids: Any, teacher: Any, alpha: float) -> Any:
-    """alpha * CE + (1 - alpha) * KL(p || q) with the live teacher's whole distribution."""
-    import torch
+def rows_of(places: list[tuple[int, int]], positions: int) -> Any:
+    """The positions of some windows, int64 [B * T], as many of each; those behind the end are the last one."""
+    import numpy as np
+
+    return np.concatenate([np.minimum(start + np.arange(WINDOW), positions - 1) for start, _ in places])
+
+
+def dense_loss(logits: Any, labels: Any, log_p: Any, alpha: float) -> Any:
+    """alpha * CE + (1 - alpha) * KL(p || q) with the teacher's whole distribution log_p [B * T, V]."""
     import torch.nn.functional as F
 
-    with torch.no_grad():
-        log_p = teacher(input_ids, use_cache=False).logits.flatten(0, 1).log_softmax(1)
     log_q = logits.log_softmax(1)
     trained = labels >= 0
     kl = F.kl_div(log_q[trained], log_p[trained], reduction="sum", log_target=True) / trained.sum()
     return (1 - alpha) * kl + (alpha * F.nll_loss(log_q, labels) if alpha else 0.0)
 
 
-def rskd_loss(logits: Any, labels: Any, places: list[tuple[int, int]], rskd: tuple[Any, Any], alpha: float) -> Any:
+def rskd_loss(logits: Any, labels: Any, rows: Any, rskd: tuple[Any, Any], alpha: float) -> Any:
     """alpha * CE - (1 - alpha) * sum_i w_i log q_i with w the counts over the number of draws."""
     import numpy as np
     import torch
     import torch.nn.functional as F
 
-    rows = np.concatenate([np.minimum(start + np.arange(WINDOW), len(rskd[0]) - 1) for start, _ in places])
     ids = torch.from_numpy(rskd[0][rows].astype(np.int64))
     counts = torch.from_numpy(rskd[1][rows].astype(np.float32))
     log_q = logits.log_softmax(1)
@@ -498,10 +543,12 @@ def screen_jobs() -> list[Job]:
     return [Job(arm, 0, 1, budgeted(arm, BUDGETS[0])) for arm in SCREENED]
 
 
-def final_jobs(arms: Sequence[str], seeds: int, budgets: Sequence[int], batch_windows: int) -> list[Job]:
+def final_jobs(
+    arms: Sequence[str], seeds: int, budgets: Sequence[int], batch_windows: int, passes: int = FINAL_EPOCHS
+) -> list[Job]:
     """Seed by seed, so that whatever is finished is paired."""
     return [
-        Job(arm, seed, FINAL_EPOCHS, budgeted(arm, budget), batch_windows)
+        Job(arm, seed, passes, budgeted(arm, budget), batch_windows)
         for budget in budgets
         for seed in range(1, seeds + 1)
         for arm in arms
@@ -597,6 +644,7 @@ def main() -> None:
     finals.add_argument("--arm", action="append", required=True, choices=list(ARMS))
     finals.add_argument("--without-controls", action="store_true")
     finals.add_argument("--batch-windows", type=int, default=BATCH_WINDOWS)
+    finals.add_argument("--passes", type=int, default=FINAL_EPOCHS)
     finals.add_argument("--seeds", type=int, default=4)
     finals.add_argument("--budget", type=int, action="append", choices=BUDGETS)
     one = stages.add_parser("one")
@@ -609,7 +657,7 @@ def main() -> None:
         run_jobs(given.run, screen_jobs(), given.workers)
     elif given.stage == "finals":
         arms = given.arm if given.without_controls else [*CONTROLS, *given.arm]
-        jobs = final_jobs(arms, given.seeds, given.budget or BUDGETS, given.batch_windows)
+        jobs = final_jobs(arms, given.seeds, given.budget or BUDGETS, given.batch_windows, given.passes)
         run_jobs(given.run, jobs, given.workers)
     elif given.stage == "report":
         print(report(given.run))

@@ -49,30 +49,43 @@ def outside(dense: np.ndarray, stored: SparseTargets, beta: float) -> np.ndarray
     return np.log(np.where(mask, 0.0, np.exp(beta * dense)).sum(1))
 
 
-@pytest.mark.parametrize("temperature", [1, 2])
-def test_stored_samples_are_the_model_s(cache: Path, teacher: Path, temperature: int) -> None:
-    targets, stored = cache_logits(cache, "v", teacher, **VAROPT, head_ids=2, seed=5, target_temperature=temperature)
-    made = {"method": "varopt", "k": K, "head_ids": 2, "seed": 5, "temperature": temperature}
+def at_ids(values: np.ndarray, stored: SparseTargets) -> np.ndarray:
+    """values [T, V] at the ids of each row, [T, K]; NaN where no id is kept."""
+    ids = np.where(stored.is_kept, stored.token_ids, 0).astype(np.int64)
+    return np.where(stored.is_kept, np.take_along_axis(values, ids, 1), np.nan)
+
+
+def weights(share: np.ndarray, stored: SparseTargets) -> np.ndarray:
+    """What each stored id stands for, [T, K], of shares [T, V] that sum to one."""
+    certain = np.where(stored.is_certain, at_ids(share, stored), 0.0)
+    number = np.maximum(stored.kept.astype(int) - stored.certain, 1)
+    sampled = stored.is_kept & ~stored.is_certain
+    return np.where(sampled, ((1 - certain.sum(1)) / number)[:, None], certain)
+
+
+@pytest.mark.parametrize(("temperature", "sizes"), [(1, "fixed"), (2, "fixed"), (1, None), (2, None)])
+def test_stored_samples_are_the_model_s(cache: Path, teacher: Path, temperature: int, sizes: str | None) -> None:
+    k = K if sizes else 4 * K
+    kind = {**VAROPT, "k": k, "head_ids": 2, "seed": 5, "target_temperature": temperature}
+    targets, stored = cache_logits(cache, "v", teacher, **kind, **({"sample_size": sizes} if sizes else {}))
+    made = {"method": "varopt", "k": k, "head_ids": 2, "seed": 5, "temperature": temperature}
     stated = {"sampling": "systematic", "order": "ids", "positions": "all", "tail": "exact", "fields": TARGET_FIELDS}
-    assert targets.entry.targets == Targets(**made, **stated)
+    assert targets.entry.targets == Targets(**made, **stated, sample_size=None if sizes else "threshold")
     assert StoredTargets.of(targets.entry, stored).broken_rule() is None
-    assert (stored.kept == K).all()
+    assert (stored.kept == k).all() if sizes else (stored.kept < k).mean() > 0.9
     assert stored.certain.min() >= 2
-    assert 2 < stored.certain.mean() < K - 1
+    assert 2 < stored.certain.mean() < stored.kept.mean() - 1
     dense = dense_logprobs(teacher, LogitCache.open(str(cache)).tokens.read(0, len(stored)), 64, 64).double().numpy()
-    exact = np.take_along_axis(dense, stored.token_ids.astype(np.int64), 1)
+    exact = np.where(stored.is_kept, at_ids(dense, stored), -np.inf)
     np.testing.assert_allclose(stored.logprobs, exact, atol=1e-4)
     np.testing.assert_allclose(stored.log_tail, outside(dense, stored, 1.0), atol=1e-4)
     np.testing.assert_allclose(stored.log_tail_half, outside(dense, stored, 0.5), atol=1e-4)
     # Over 10,000 positions the sampled weights have the teacher's mass of any set of ids as their mean.
     share = np.exp(dense / temperature)
     share /= share.sum(1, keepdims=True)
-    is_certain = np.arange(K) < stored.certain[:, None]
-    at_ids = np.take_along_axis(share, stored.token_ids.astype(np.int64), 1)
-    left = 1 - np.where(is_certain, at_ids, 0.0).sum(1)
-    weights = np.where(is_certain, at_ids, (left / np.maximum(K - stored.certain.astype(int), 1))[:, None])
+    weighed = weights(share, stored)
     for ids in (np.arange(200), np.arange(1, 400, 2), np.arange(50, 90)):
-        sampled = (weights * np.isin(stored.token_ids, ids)).sum(1)
+        sampled = (weighed * np.isin(stored.token_ids, ids)).sum(1)
         difference = sampled - share[:, ids].sum(1)
         assert abs(difference.mean()) < 5 * difference.std() / np.sqrt(len(difference)) + 1e-5
 
@@ -122,9 +135,10 @@ def test_a_sample_depends_on_seed_and_position_alone(cache: Path, teacher: Path)
 def test_samples_in_codes(cache: Path, teacher: Path) -> None:
     """Log-probs of certain ids are within a step and a half, of sampled ids within one of their own."""
     _, exact = cache_logits(cache, "exact", teacher, **VAROPT)
+    kept = exact.is_kept
     _, codes = cache_logits(cache, "codes", teacher, k=K, targets="varopt", fields="all")
     assert np.array_equal(exact.token_ids, codes.token_ids)
-    off = np.abs(exact.logprobs - codes.logprobs)
+    off = np.abs(np.where(kept, exact.logprobs, 0) - np.where(kept, codes.logprobs, 0))
     assert off[exact.is_certain].max() <= 3 / 64
     assert off[~exact.is_certain].max() <= 1 / 2 + 1 / 64 + 1e-3
 
@@ -182,14 +196,15 @@ def test_a_teacher_whose_head_is_padded(cache: Path, make_teacher: Callable[...,
     for name, fields in (("varopt", VAROPT), ("topk", TOPK)):
         targets, stored = cache_logits(cache, name, padded, **fields)
         assert targets.entry.teacher.members[0].head_columns == 416
-        assert stored.token_ids.max() < 400
+        assert stored.token_ids[stored.is_kept].max() < 400
         windows = torch.from_numpy(LogitCache.open(str(cache)).tokens.read(0, 256).astype(np.int64)).view(4, 64)
         with torch.no_grad():
             logits = AutoModelForCausalLM.from_pretrained(padded).eval()(windows).logits.flatten(0, 1)
         dense = torch.log_softmax(logits[:, :400].double(), 1).numpy()
-        ids = stored.token_ids[:256].astype(np.int64)
-        np.testing.assert_allclose(stored.logprobs[:256], np.take_along_axis(dense, ids, 1), atol=1e-4)
-        np.testing.assert_allclose(stored.log_tail[:256], outside(dense, stored.rows(0, 256), 1.0), atol=1e-4)
+        stored = stored.rows(0, 256)
+        exact = np.where(stored.is_kept, at_ids(dense, stored), -np.inf)
+        np.testing.assert_allclose(stored.logprobs, exact, atol=1e-4)
+        np.testing.assert_allclose(stored.log_tail, outside(dense, stored, 1.0), atol=1e-4)
 
 
 def test_a_student_whose_head_is_padded(tmp_path: Path) -> None:
@@ -232,12 +247,9 @@ def test_ids_sampled_in_an_order_or_by_duels_are_made_read_and_audited(
     assert np.array_equal(again.sampling_order(), made) if made is not None else again.sampling_order() is None
     dense = dense_logprobs(teacher, LogitCache.open(str(cache)).tokens.read(0, len(stored)), 64, 64).double().numpy()
     share = np.exp(dense)
-    tail = np.exp(outside(dense, stored, 1.0))
-    weights = np.where(stored.is_certain, np.take_along_axis(share, stored.token_ids.astype(np.int64), 1), 0.0)
-    number = np.maximum(stored.kept.astype(int) - stored.certain, 1)
-    weights += np.where(stored.is_certain, 0.0, (tail / number)[:, None])
+    weighed = weights(share, stored)
     for ids in (np.arange(200), np.arange(1, 400, 2)):
-        difference = (weights * np.isin(stored.token_ids, ids)).sum(1) - share[:, ids].sum(1)
+        difference = (weighed * np.isin(stored.token_ids, ids)).sum(1) - share[:, ids].sum(1)
         assert abs(difference.mean()) < 5 * difference.std() / np.sqrt(len(difference)) + 1e-5
     for check in (("verify", cache, "--deep"), ("audit", cache, "--name", "v", "--teacher", teacher)):
         done = run("logit-cache", *check)

@@ -219,8 +219,9 @@ def samples(
     tenth = np.arange(len(honest)) % 10 == 3
     # Of the row before where it samples as many: inside a shard all values but the sampled ids are those of their row.
     moved = honest.token_ids.copy()
-    same = np.flatnonzero(honest.certain[1:] == honest.certain[:-1]) + 1
-    sampled = ~honest.is_certain[same]
+    alike = (honest.certain[1:] == honest.certain[:-1]) & (honest.kept[1:] == honest.kept[:-1])
+    same = np.flatnonzero(alike) + 1
+    sampled = (honest.is_kept & ~honest.is_certain)[same]
     moved[same] = np.where(sampled, honest.token_ids[same - 1], honest.token_ids[same])
     return {
         "honest": honest,
@@ -237,7 +238,7 @@ def test_sampled_ids_are_drawn_again(
     cache: Path, teacher: Path, world: World, samples: dict[str, SparseTargets]
 ) -> None:
     """They have no log-probs; which ids the teacher and the seed give is all that can be wrong with them."""
-    entry = entry_2(world[1], method="varopt")
+    entry = entry_2(world[1], method="varopt", sample_size="threshold")
     for name, targets in samples.items():
         write_entry(cache, name.replace(" ", "-"), entry, targets)
         found = check(cache, teacher, name.replace(" ", "-"), windows=12)
@@ -276,7 +277,7 @@ def test_sampled_ids_of_a_half_precision_are_drawn_again(cache: Path, teacher: P
 def test_ids_sampled_from_a_sample_are_not_drawn_again(
     cache: Path, teacher: Path, world: World, samples: dict[str, SparseTargets]
 ) -> None:
-    entry = entry_2(world[1], method="varopt", shrunk_from=(Shrunk(k=64, seed=3),))
+    entry = entry_2(world[1], method="varopt", sample_size="threshold", shrunk_from=(Shrunk(k=64, seed=3),))
     shrunk = entry.model_copy(update={"made": "recompressed", "derived_from": "0" * 64})
     write_entry(cache, "shrunk", shrunk, samples["another seed"])
     found = check(cache, teacher, "shrunk")

@@ -297,14 +297,15 @@ def test_size(world: World, name: str) -> None:
     report, targets = report_of(world, name), LogitCache.open(str(world[0])).teacher(name)
     size, rows = report.size, report.positions
     assert size.bytes_per_token == pytest.approx(targets.stored_bytes() / N)
-    assert size.overhead_bytes_per_token + rows / N * 12 * size.bytes_per_id == pytest.approx(size.bytes_per_token)
+    ids = rows / N * size.mean_kept
+    assert size.overhead_bytes_per_token + ids * size.bytes_per_id == pytest.approx(size.bytes_per_token)
     stored = sum(
         p.stat().st_size
         for n in ("ids", "certain_codes", "certain_logprobs")
         for p in (world[0] / f"teachers/{name}/{n}/c").rglob("*")
         if p.is_file()
     )
-    assert size.bytes_per_id == pytest.approx(stored / rows / 12)
+    assert size.bytes_per_id == pytest.approx(stored / rows / size.mean_kept)
     assert size.bytes_per_target == (pytest.approx(targets.stored_bytes() / rows) if name == "trained" else None)
 
 

@@ -107,12 +107,48 @@ def test_ids_are_included_in_proportion_to_their_weights(k: int, temperature: fl
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected).clip(0) / count) + 1e-6).all()
 
 
-@pytest.mark.parametrize(("temperature", "head_ids"), [(1.0, 0), (1.0, 3), (2.0, 0)])
-def test_the_mean_over_both_samples_is_the_teacher_s(temperature: float, head_ids: int) -> None:
-    count = 60_000
-    once = sampled_targets(np.tile(ROW, (count, 1)), K, 3, temperature, head_ids)
-    twice = shrink(once, 9, temperature, head_ids, seed=4)
-    thrice = shrink(twice, 5, temperature, head_ids, seed=5)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_smaller_sample_by_a_threshold_has_sizes_by_it(temperature: float) -> None:
+    k = 27
+    before = sampled_targets(varied_logits(), 60, 0, temperature, threshold=True)
+    before = without_rows(before, np.arange(600) % 5 > 0)
+    after = shrink(before, k, temperature, 0, seed=1, threshold=True)
+    old, new = weights(before, temperature), weights(after, temperature)
+    there = before.kept > 0
+    np.testing.assert_allclose(new[there].sum(1), old[there].sum(1), rtol=1e-6)
+    is_certain = np.zeros(old.shape, dtype=bool)
+    rows, columns = np.nonzero(before.is_certain)
+    is_certain[rows, before.token_ids[rows, columns]] = True
+    share = old / np.where(there, old.sum(1), 1)[:, None]
+    for row in np.flatnonzero(there):
+        allowed = set()
+        for slack in (1 - 1e-6, 1 + 1e-6):
+            likely = is_certain[row] & (share[row] * k * slack >= 1)
+            units = np.ceil((likely.sum() + np.ceil(k * slack * share[row][~likely].sum())) / 8)
+            allowed.add(min(int(8 * units), k, int(before.kept[row])))
+        assert int(after.kept[row]) in allowed
+    assert len(np.unique(after.kept)) > 3
+    sampled = after.is_kept & ~after.is_certain
+    rows, columns = np.nonzero(sampled)
+    of_row = (new / np.where(there, new.sum(1), 1)[:, None])[rows, after.token_ids[rows, columns]]
+    assert of_row.max() <= 1 / k * (1 + 1e-6)
+    assert (after.token_ids[~after.is_kept] == 65_535).all()
+    assert np.isneginf(after.logprobs[~after.is_kept]).all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "head_ids", "sizes"),
+    [(1.0, 0, (K, 9, 5)), (1.0, 3, (K, 9, 5)), (2.0, 0, (K, 9, 5)), (1.0, 0, (80, 40, 15)), (2.0, 0, (80, 40, 15))],
+)
+def test_the_mean_over_both_samples_is_the_teacher_s(
+    temperature: float, head_ids: int, sizes: tuple[int, int, int]
+) -> None:
+    """Of K ids in each row, or, with more of them, by a threshold."""
+    count, threshold = 60_000, sizes[0] > K
+    once = sampled_targets(np.tile(ROW, (count, 1)), sizes[0], 3, temperature, head_ids, threshold)
+    twice = shrink(once, sizes[1], temperature, head_ids, 4, threshold=threshold)
+    thrice = shrink(twice, sizes[2], temperature, head_ids, 5, threshold=threshold)
+    assert (once.kept[0] < sizes[0]) == threshold
     p = np.exp(ROW / temperature)
     for targets in (once, twice, thrice):
         found = weights(targets, temperature)
@@ -151,6 +187,7 @@ def test_rows_of_no_more_ids_and_of_none_stay_as_they_are() -> None:
     whole = sampled_targets(varied_logits(40), K)
     few = replace(whole, kept=np.where(np.arange(40) < 20, 7, 16).astype(np.uint16))
     few = replace(few, certain=np.minimum(few.certain, 5), logprobs=np.where(few.is_kept, few.logprobs, -np.inf))
+    few = replace(few, token_ids=np.where(few.is_kept, few.token_ids, np.uint16(65_535)))
     few = without_rows(few, np.arange(40) % 4 > 0)
     for k, rows in ((K, slice(None)), (7, slice(0, 20))):
         after = shrink(few, k, 1.0, 0, seed=1)

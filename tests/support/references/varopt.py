@@ -23,10 +23,11 @@ def sampling_of(
     head_ids: int = 0,
     pivotal: int = 0,
     order: Tensor | None = None,
+    threshold: bool = False,
 ) -> Sampling:
     """The sampling of the first positions; pivotal: K for that method, 0 for the systematic one."""
     random = random_words(seed, 0, rows, pivotal) if pivotal else random_bits(seed, 0, rows)
-    return Sampling(temperature, head_ids, torch.from_numpy(random), order)
+    return Sampling(temperature, head_ids, torch.from_numpy(random), order, threshold)
 
 
 def sample(
@@ -37,25 +38,40 @@ def sample(
     temperature: float = 1.0,
     vocabulary_size: int = 0,
     pivotal: bool = False,
+    threshold: bool = False,
 ) -> ReducedRows:
     rows, columns = logits.shape
-    sampling = sampling_of(rows, seed, temperature, head_ids, k if pivotal else 0)
+    sampling = sampling_of(rows, seed, temperature, head_ids, k if pivotal else 0, threshold=threshold)
     return reduce_varopt(logits, vocabulary_size or columns, k, torch.arange(rows) % columns, FLOOR, sampling)
 
 
 def sampled_targets(
-    logits: np.ndarray, k: int, seed: int = 0, temperature: float = 1.0, head_ids: int = 0
+    logits: np.ndarray, k: int, seed: int = 0, temperature: float = 1.0, head_ids: int = 0, threshold: bool = False
 ) -> SparseTargets:
     """A sample of K ids of each row, as a teacher's worker has it; the label of row t is t modulo the columns."""
-    found = sample(torch.from_numpy(logits).float(), k, seed, head_ids, temperature)
-    counts = (np.full(len(logits), k, dtype=np.uint16), found.certain.numpy().astype(np.uint16))
-    values = {name: array.numpy() for name, array in vars(found).items() if name not in ("token_ids", "certain")}
-    return SparseTargets(0, found.token_ids.numpy().astype(np.uint16), *counts, **values)
+    found = sample(torch.from_numpy(logits).float(), k, seed, head_ids, temperature, threshold=threshold)
+    kept, certain = (values.numpy().astype(np.uint16) for values in (found.kept, found.certain))
+    valid = np.arange(k) < kept[:, None]
+    ids = np.where(valid, found.token_ids.numpy(), np.iinfo(np.uint16).max).astype(np.uint16)
+    logprobs = np.where(valid, found.logprobs.numpy(), np.float32(-np.inf))
+    floats = {name: getattr(found, name).numpy() for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")}
+    return SparseTargets(0, ids, kept, certain, logprobs, **floats)
 
 
 def dense(logits: Tensor) -> np.ndarray:
     """float64 log-probs."""
     return torch.log_softmax(logits.double(), dim=1).numpy()
+
+
+def sizes(logp: np.ndarray, k: int, head_ids: int, temperature: float) -> set[int]:
+    """How many ids a row may hold by a threshold of 1 / K: one number, or more where rounding decides."""
+    mass = np.sort(np.exp(logp / temperature))[::-1]
+    found = set()
+    for slack in (1 - 4e-6, 1, 1 + 4e-6):
+        likely = max(head_ids, int((mass * k * slack >= mass.sum()).sum()))
+        units = math.ceil((likely + math.ceil(k * slack * mass[likely:].sum() / mass.sum())) / 8)
+        found.add(min(k, 8 * units))
+    return found
 
 
 def certain_ids(logp: np.ndarray, k: int, head_ids: int, temperature: float) -> tuple[np.ndarray, np.ndarray, int, int]:
@@ -76,7 +92,9 @@ def certain_ids(logp: np.ndarray, k: int, head_ids: int, temperature: float) -> 
     return order, mass, *bounds
 
 
-def check(found: ReducedRows, logits: Tensor, k: int, head_ids: int = 0, temperature: float = 1.0) -> None:
+def check(
+    found: ReducedRows, logits: Tensor, k: int, head_ids: int = 0, temperature: float = 1.0, threshold: bool = False
+) -> None:
     """The rule of every sample, whichever ids it has."""
     logp = dense(logits)
     vocabulary_size = logp.shape[1]
@@ -84,16 +102,19 @@ def check(found: ReducedRows, logits: Tensor, k: int, head_ids: int = 0, tempera
     top = reduce_topk(logits, vocabulary_size, k, torch.arange(len(ids)) % vocabulary_size, FLOOR)
     assert torch.equal(found.entropy, top.entropy)
     assert torch.equal(found.label_logprob, top.label_logprob)
-    exact = np.maximum(np.take_along_axis(logp, ids, axis=1), FLOOR)
-    np.testing.assert_allclose(found.logprobs.numpy(), exact, atol=1e-6, rtol=3e-7)
-    assert (np.diff(found.logprobs.numpy(), axis=1) <= 0).all()
+    widest = k
     for row in range(len(ids)):
-        assert len(set(ids[row])) == k
+        k = int(found.kept[row])
+        assert k in (sizes(logp[row], widest, head_ids, temperature) if threshold else {widest})
+        exact = np.maximum(logp[row, ids[row, :k]], FLOOR)
+        np.testing.assert_allclose(found.logprobs[row, :k].numpy(), exact, atol=1e-6, rtol=3e-7)
+        assert (np.diff(found.logprobs[row, :k].numpy()) <= 0).all()
+        assert len(set(ids[row, :k])) == k
         order, mass, low, high = certain_ids(logp[row], k, head_ids, temperature)
         j = int(certain[row])
         assert low <= j <= high
         assert (ids[row, :j] == order[:j]).all()
-        ranks = np.argsort(order)[ids[row]]
+        ranks = np.argsort(order)[ids[row, :k]]
         assert (np.diff(ranks) > 0).all(), "by log-prob, equal ones by id"
         for name, beta in (("log_tail", 1.0), ("log_tail_half", 0.5)):
             value = float(getattr(found, name)[row])
