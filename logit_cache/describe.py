@@ -118,6 +118,8 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
 def targets_in_words(targets: dict[str, Any]) -> str:
     """The `targets` of a described entry: `varopt, k = 64, seed 7, temperature 2, 24 ids certain`."""
     text = f"{targets['method']}, k = {targets['k']}"
+    if targets.get("sample_size") == "threshold":
+        text += " or fewer by a threshold"
     if targets["top_p"] is not None:
         text += f", rows cut at a cumulative mass of {targets['top_p']:g}"
     if targets["seed"] is not None:
