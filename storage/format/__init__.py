@@ -67,10 +67,10 @@ the certain ones and the mass outside them::
     label              label_code       int16  [N]       label_logprob     float32 [N]
     entropy            entropy_code     int16  [N]       entropy           float32 [N]
 
-A row has `certain` ids that are there with certainty, by descending log-prob, equal ones by ascending id, and then ``m
-= kept - certain`` sampled ones, by ascending id. Top-k samples none. Where `targets.sample_size` is "threshold", rows
-differ in size: ids of at least 1 / K of a row's mass are certain, and no sampled one stands for more. `kept` = 0 means
-that the row has no targets: then `certain` is 0 too, and every number but the label's is none. Where
+A row has `certain` ids that are there with certainty, by descending log-prob, equal ones by ascending id, and then
+sampled ones, ``m = kept - certain``, by ascending id. Top-k samples none. Where `targets.sample_size` is "threshold",
+rows differ in size: ids of at least 1 / K of a row's mass are certain, and no sampled one stands for more. `kept` = 0
+means that the row has no targets: then `certain` is 0 too, and every number but the label's is none. Where
 `targets.positions` is "all" there are no such rows, where it is "trained" they are those in which the loss mask is
 False, where it is "some" they may be any. With `targets.tail` "unknown" nothing is stored of the mass outside the ids,
 and log-probs are relative to that of the ids. Columns are::
