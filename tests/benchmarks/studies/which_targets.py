@@ -3,14 +3,15 @@
     python tests/benchmarks/studies/which_targets.py RUN prepare --text train/*.txt --eval-text valid/*.txt
     python tests/benchmarks/studies/which_targets.py RUN screen
     python tests/benchmarks/studies/which_targets.py RUN finals --arm varopt --arm rskd --arm lean
-    python tests/benchmarks/studies/which_targets.py RUN report
+    python tests/benchmarks/studies/which_targets.py RUN report [--figure docs/images/which-targets.svg]
 
 One teacher, one student, one order of data; what differs is the *arm*: what is stored of the teacher, and the loss on
 it. `prepare` makes streams, teacher and pilots with the public commands, and chooses for every way of storing the
 largest K that fits each budget of bytes per token. `screen` trains every arm once at the first budget, one pass.
 `finals` trains some of them and the controls with several paired seeds, several passes, at every budget; a seed sets
 weights, order of data and draws, the same for all arms. Every result is a file; what is there is not done again, so
-all of it can be stopped at any time and goes on. `report` prints Markdown from what there is.
+all of it can be stopped at any time and goes on. `report` prints Markdown from what there is, and draws the finals:
+loss above the dense arm by bytes per token.
 
 The `dense` arms learn from the teacher's whole distribution, which is computed once, in float32, in the windows that
 the cached ones were computed in, so the only difference is what was stored. RS-KD (draws with replacement, weights =
@@ -597,6 +598,54 @@ def report(run: Path) -> str:
     return "\n".join(lines)
 
 
+# In the figure: the arms, their names and their colours.
+DRAWN = {
+    "varopt": ("VarOpt, K ids, version 1", "#8c8c8c"),
+    "rskd": ("RS-KD (draws with replacement)", "#c44e52"),
+    "lean": ("VarOpt, K ids, lean", "#dd8452"),
+    "ordered": ("the same, in the order of embeddings", "#937860"),
+    "controlled": ("the same, with a control variate", "#8172b3"),
+    "threshold": ("VarOpt, threshold, lean (default)", "#4c72b0"),
+    "threshold-ordered": ("the same, in the order of embeddings", "#55a868"),
+}
+_STYLE = """text { font: 12px system-ui, sans-serif; fill: #333 } .grid { stroke: #ddd } .axis { stroke: #888 }
+.line { fill: none; stroke: var(--c); stroke-width: 2 } .dot { fill: var(--c) } .target { fill: none }"""
+
+
+def figure(run: Path) -> str:
+    """An SVG: mean held-out loss above dense of each drawn arm, with the same seeds, by bytes per token."""
+    from logit_cache.report.svg import HEIGHT, WIDTH, Line, line_chart
+
+    finals = [r for r in results(run) if (r["epochs"], r["batch_windows"]) == (FINAL_EPOCHS, BATCH_WINDOWS)]
+    dense = {r["seed"]: r["loss"] for r in finals if r["arm"] == "dense"}
+    lines = []
+    for arm, (name, _) in DRAWN.items():
+        points = []
+        for budget in BUDGETS:
+            found = [r for r in finals if (r["arm"], r["budget"]) == (arm, budget) and r["seed"] in dense]
+            if found:
+                above = statistics.mean(r["loss"] - dense[r["seed"]] for r in found)
+                points.append((statistics.mean(r["bytes_per_token"] for r in found), above))
+        lines.append(Line(f"{name}, nats above the live teacher's student", arm, tuple(points), dots=True))
+    chart = line_chart(
+        lines, "Loss above the live teacher's student", "bytes per token", x_name="bytes", from_zero=True
+    )
+    drawn = [line.style for line in lines if line.points]
+    colours = "".join(f".s-{arm} {{ --c: {colour} }}" for arm, (_, colour) in DRAWN.items())
+    legend = "".join(
+        f'<g class="s-{arm}"><circle cx="12" cy="{HEIGHT + 16 + 18 * row}" r="4" class="dot"/>'
+        f'<text x="24" y="{HEIGHT + 20 + 18 * row}">{DRAWN[arm][0]}</text></g>'
+        for row, arm in enumerate(drawn)
+    )
+    height = HEIGHT + 24 + 18 * len(drawn)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
+    body = str(chart).partition(">")[2].rpartition("</svg>")[0]
+    return (
+        f'{head} aria-label="Loss above the live teacher\'s student by bytes per token"><style>{_STYLE}\n{colours}'
+        f'</style><rect width="{WIDTH}" height="{height}" fill="#fff"/>{body}{legend}</svg>\n'
+    )
+
+
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
@@ -639,7 +688,8 @@ def main() -> None:
     preparation.add_argument("--text", nargs="+", required=True)
     preparation.add_argument("--eval-text", nargs="+", required=True)
     stages.add_parser("screen")
-    stages.add_parser("report")
+    reported = stages.add_parser("report")
+    reported.add_argument("--figure", type=Path)
     finals = stages.add_parser("finals")
     finals.add_argument("--arm", action="append", required=True, choices=list(ARMS))
     finals.add_argument("--without-controls", action="store_true")
@@ -661,6 +711,9 @@ def main() -> None:
         run_jobs(given.run, jobs, given.workers)
     elif given.stage == "report":
         print(report(given.run))
+        if given.figure is not None:
+            given.figure.parent.mkdir(parents=True, exist_ok=True)
+            given.figure.write_text(figure(given.run), encoding="utf-8")
     else:
         arm, seed, epochs, budget, batch = given.job
         job = Job(arm, int(seed), int(epochs), int(budget) or None, int(batch))
