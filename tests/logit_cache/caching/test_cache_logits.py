@@ -147,8 +147,9 @@ def test_shards_are_small_by_default_and_those_of_an_entry_are_kept(cache: Path,
              (("--targets", "topk"), "targets.method"), (("--target-temperature", 2), "targets.temperature")],
         ),
         (("--fields", "lean", "--order", "embeddings"), [(("--order", "ids"), "targets.order")]),
+        (("--sample-size", "fixed"), [(("--sample-size", "threshold"), "targets.sample_size")]),
     ],
-    ids=["version 1", "all fields", "an order"],
+    ids=["version 1", "all fields", "an order", "a fixed size"],
 )  # fmt: skip
 def test_what_an_entry_has_holds_where_nothing_is_said(
     made: tuple[object, ...], others: list[tuple[tuple[object, ...], str]], cache: Path, teacher: Path, run: Run

@@ -176,6 +176,8 @@ def test_wrong_targets_are_one_line(cache: Path, teacher: Path) -> None:
         ({"targets": "topk", "seed": 1}, ("--seed", "--targets varopt")),
         ({"top_p": 0.9, "seed": 1}, ("--seed", "--targets varopt")),
         ({"targets": "topk", "head_ids": 1}, ("--head-ids", "--targets varopt")),
+        ({"targets": "topk", "sample_size": "fixed"}, ("--sample-size", "--targets varopt")),
+        ({"format_version": 1, "sample_size": "threshold"}, ("--sample-size", "version 2")),
         ({"targets": "topk", "target_temperature": 2}, ("--target-temperature", "--targets varopt")),
         ({"top_p": 1.5}, ("--top-p",)),
         ({"targets": "varopt", "top_p": 0.9}, ("--top-p", "--targets topk")),
