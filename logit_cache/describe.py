@@ -60,7 +60,8 @@ def describe_stream(cache: LogitCache) -> dict[str, Any]:
 def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
     """One teacher entry as JSON data: sums from the receipts, `fidelity` from its report; no array is read.
 
-    bytes_per_token: per cached position; bytes_per_target: per position with targets.
+    bytes_per_token: per cached position; bytes_per_target: per position with targets; bytes_per_kept_id: K in each row,
+    or, where rows differ in size, as many as the fidelity report found, None without one.
     """
     entry = targets.entry
     missing = targets.missing()
@@ -69,6 +70,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
     statistics, seconds = targets.statistics()
     with_targets = 0 if statistics is None else statistics.positions
     report = targets.fidelity()
+    kept = float(entry.targets.k) if entry.targets.whole_rows else report.size.mean_kept if report else None
     member = entry.teacher.members[0]
     return {
         "format_version": entry.format_version,
@@ -94,7 +96,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "stored_bytes": stored,
         "bytes_per_token": stored / covered if covered else None,
         "bytes_per_target": stored / with_targets if with_targets else None,
-        "bytes_per_kept_id": stored / (with_targets * entry.targets.k) if with_targets else None,
+        "bytes_per_kept_id": stored / (with_targets * kept) if with_targets and kept else None,
         "positions_per_second": covered / seconds if seconds else None,
         "summary": summarise(statistics) if statistics and with_targets else None,
         "fidelity": report.model_dump() if report else None,

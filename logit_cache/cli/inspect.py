@@ -114,10 +114,12 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     ]
     if with_targets:
         per_target = f", {entry['bytes_per_target']:.1f} per position with targets"
+        per_id = entry["bytes_per_kept_id"]
         lines.append(
             f"  size        {size(entry['stored_bytes'])}, {entry['bytes_per_token']:.1f} bytes per token"
             + ("" if with_targets == entry["positions_cached"] else per_target)
-            + f", {entry['bytes_per_kept_id']:.2f} per id ({entry['encoding']['kind']})"
+            + ("" if per_id is None else f", {per_id:.2f} per id")
+            + f" ({entry['encoding']['kind']})"
         )
     summary = entry["summary"]
     if summary:

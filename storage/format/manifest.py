@@ -242,6 +242,11 @@ class Targets(Extended):
             return field != "label" or bool(self.has_label_logprob)
         return field in self.fields
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether every row with targets holds K ids."""
+        return self.top_p is None and self.sample_size is None
+
     def without(self, field: TargetField) -> Targets:
         """The same targets without a field."""
         if self.fields is None:
