@@ -78,8 +78,7 @@ class StoredTargets:
 
     def _broken_label(self, document_starts: NDArray[Any] | None) -> str | None:
         entry, name = self.entry, field_array(self.entry, "label")
-        label = version_2.decoded_value(entry, "label", self.arrays) if entry.format_version == 2 else self.arrays[name]
-        assert label is not None
+        label = version_2.decoded_value(entry, "label", self.arrays[name])
         unlabelled = np.isnan(label)
         at_end = np.arange(self.start, self.stop) == entry.positions - 1
         if entry.windowing.isolate_documents and document_starts is not None:
