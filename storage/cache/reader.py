@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +46,7 @@ ORDER_IS_GONE = (
     "cache with logit-cache pull, or remove the entry"
 )
 _CHUNK_CACHE_BYTES = 192 << 20
+_STREAM_CHUNKS = 64  # of an array of the token stream, held in memory
 
 
 class Stream:
@@ -55,7 +55,7 @@ class Stream:
     def __init__(self, array: CheckedArray, check: Callable[[NDArray[Any], int], None] | None = None) -> None:
         self._array = array
         self._check = check
-        self._chunks: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self._chunk = lru_cache(_STREAM_CHUNKS)(self._read_chunk)
 
     def __len__(self) -> int:
         return self._array.spec.shape[0]
@@ -100,14 +100,11 @@ class Stream:
             total += int(counts[-1])
         return before[where].reshape(positions.shape)
 
-    def _chunk(self, chunk: int) -> NDArray[Any]:
-        if chunk not in self._chunks:
-            values = self._array.read_chunk(chunk)
-            if self._check is not None:
-                self._check(values, chunk)
-            _hold(self._chunks, chunk, values, most=64)
-        self._chunks.move_to_end(chunk)
-        return self._chunks[chunk]
+    def _read_chunk(self, chunk: int) -> NDArray[Any]:
+        values = self._array.read_chunk(chunk)
+        if self._check is not None:
+            self._check(values, chunk)
+        return values
 
 
 class TeacherTargets:
@@ -125,8 +122,7 @@ class TeacherTargets:
         self.order = checked_order(store, name, entry)
         self._where = store.where(folder.rstrip("/"))
         row_bytes = sum(spec.itemsize * int(np.prod(spec.shape[1:])) for spec in self.specs.values())
-        self._most_chunks = max(2, _CHUNK_CACHE_BYTES // (row_bytes * entry.layout.chunk))
-        self._chunks: OrderedDict[int, StoredTargets] = OrderedDict()
+        self._chunk = lru_cache(max(2, _CHUNK_CACHE_BYTES // (row_bytes * entry.layout.chunk)))(self._read_chunk)
 
     def __len__(self) -> int:
         return self.entry.positions
@@ -196,18 +192,15 @@ class TeacherTargets:
                 return start + int(found[0]), int(named[found[0]])
         return None
 
-    def _chunk(self, chunk: int) -> StoredTargets:
-        if chunk not in self._chunks:
-            start = chunk * self.entry.layout.chunk
-            check_shards(self.arrays.values(), start // self.entry.layout.shard)
-            arrays = {name: array.read_chunk(chunk) for name, array in self.arrays.items()}
-            targets = StoredTargets(self.entry, start, arrays)
-            broken = self._broken_rule(targets)
-            if broken:
-                raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
-            _hold(self._chunks, chunk, targets, self._most_chunks)
-        self._chunks.move_to_end(chunk)
-        return self._chunks[chunk]
+    def _read_chunk(self, chunk: int) -> StoredTargets:
+        start = chunk * self.entry.layout.chunk
+        check_shards(self.arrays.values(), start // self.entry.layout.shard)
+        arrays = {name: array.read_chunk(chunk) for name, array in self.arrays.items()}
+        targets = StoredTargets(self.entry, start, arrays)
+        broken = self._broken_rule(targets)
+        if broken:
+            raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
+        return targets
 
     def _broken_rule(self, targets: StoredTargets) -> str | None:
         starts = mask = None
@@ -393,9 +386,3 @@ class LogitCache:
 def _check_range(start: int, stop: int, length: int) -> None:
     if not 0 <= start <= stop <= length:
         raise IndexError(f"positions {start}..{stop} are not inside 0..{length}")
-
-
-def _hold(held: OrderedDict[int, Any], key: int, value: Any, most: int) -> None:
-    held[key] = value
-    while len(held) > most:
-        held.popitem(last=False)
