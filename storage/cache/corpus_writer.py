@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache.inventory import TEACHERS_KEY, TEACHERS_METADATA
+from storage.cache.reader import LogitCache
 from storage.cache.records import read_record, read_tokenizer_file, read_tokenizer_receipt, tokenizer_key
 from storage.cache.writer import ShardWriter, publish_same
 from storage.errors import IdentityMismatch, InputError
@@ -36,15 +37,15 @@ def write_corpus(
     """
     store = open_store(url)
     # Receipts hold the stored record's digest; that record may name other library versions than this process.
-    record = _create_root(store, record)
+    cache = LogitCache(store, _create_root(store, record))
     _publish_tokenizer(store, tokenizer_files)
     publish_same(store, TEACHERS_KEY, TEACHERS_METADATA)
 
     # Tokens are written last: a cache whose tokens are complete is complete.
-    for name, spec in sorted(corpus_arrays(record).items(), key=lambda item: item[0] == "tokens"):
+    for name, spec in sorted(corpus_arrays(cache.record).items(), key=lambda item: item[0] == "tokens"):
         values = arrays[name]
         assert len(values) == spec.shape[0], f"{name} is as long as the record states"
-        writer = ShardWriter(store, "", f"receipts/{name}", {name: spec}, record)
+        writer = ShardWriter(cache.receipts(name))
         writer.prepare()
         for shard in range(spec.shards):
             start, stop = spec.shard_range(shard)

@@ -14,8 +14,6 @@ from storage.cache.receipts import Receipts
 from storage.format.fidelity import FIDELITY_FILE
 from storage.format.layout import ArraySpec, corpus_arrays, group_metadata, metadata_bytes
 from storage.format.manifest import ShardReceipt
-from storage.format.sealing import digest
-from storage.stores.base import Store
 
 ROOT_KEY = "zarr.json"
 TEACHERS_KEY = "teachers/zarr.json"
@@ -32,14 +30,17 @@ class Group:
     """Arrays that share receipts: one of the token stream's, the targets of a teacher entry, or its sampling order.
 
     name        an array of the token stream (`tokens`, …), `teachers/<name>`, or `teachers/<name>/sampling_order`
-    folder      key prefix of its arrays: "" or `teachers/<name>/`
     needed_by   of a sampling order, the receipts of the targets, none of which is written before it
     """
 
     name: str
-    folder: str
     receipts: Receipts
     needed_by: Receipts | None = None
+
+    @property
+    def folder(self) -> str:
+        """Key prefix of its arrays: "" or `teachers/<name>/`."""
+        return self.receipts.group
 
     @property
     def specs(self) -> dict[str, ArraySpec]:
@@ -55,21 +56,13 @@ class Group:
         """Key of the fidelity report of a teacher entry's targets, which is optional; None for other groups."""
         return f"{self.folder}{FIDELITY_FILE}" if self.name == self.folder.rstrip("/") else None
 
-    def metadata(self) -> dict[str, bytes]:
-        """The bytes of each array's zarr.json, by key, as the record implies them."""
-        return {f"{self.folder}{spec.name}/zarr.json": metadata_bytes(spec.metadata()) for spec in self.specs.values()}
-
-    def object_key(self, name: str, shard: int) -> str:
-        """Key of the object that holds a shard of an array."""
-        return self.folder + self.specs[name].shard_key(shard)
-
     def keys(self, shard: int) -> set[str]:
-        return {self.receipts.key(shard), *(self.object_key(name, shard) for name in self.specs)}
+        return {self.receipts.key(shard), *(self.receipts.object_key(name, shard) for name in self.specs)}
 
     def objects(self, receipt: ShardReceipt) -> Iterator[tuple[str, ArraySpec]]:
         """Key and array specification of every object that a receipt commits."""
         for name in receipt.objects:
-            yield self.object_key(name, receipt.shard), self.specs[name]
+            yield self.receipts.object_key(name, receipt.shard), self.specs[name]
 
     def owns(self, key: str) -> bool:
         """Whether a key lies below this group's arrays or receipts."""
@@ -77,13 +70,9 @@ class Group:
         return any(key.startswith(folder + "/") for folder in folders)
 
 
-def corpus_groups(store: Store, cache: LogitCache) -> list[Group]:
+def corpus_groups(cache: LogitCache) -> list[Group]:
     """One group per array of the token stream; none when the cache was shared without it."""
-    record_sha256 = digest(cache.record)
-    return [
-        Group(name, "", Receipts(store, f"receipts/{name}", {name: spec}, record_sha256))
-        for name, spec in corpus_arrays(cache.record).items()
-    ]
+    return [Group(name, cache.receipts(name)) for name in corpus_arrays(cache.record)]
 
 
 def teacher_groups(cache: LogitCache, name: str) -> list[Group]:
@@ -93,7 +82,5 @@ def teacher_groups(cache: LogitCache, name: str) -> list[Group]:
     """
     teacher, entry = cache.teacher(name), f"teachers/{name}"
     order = teacher.order
-    first = (
-        [] if order is None else [Group(f"{entry}/{order.spec.name}", f"{entry}/", order.receipts, teacher.receipts)]
-    )
-    return [*first, Group(entry, f"{entry}/", teacher.receipts)]
+    first = [] if order is None else [Group(f"{entry}/{order.spec.name}", order.receipts, teacher.receipts)]
+    return [*first, Group(entry, teacher.receipts)]

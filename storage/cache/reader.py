@@ -118,7 +118,7 @@ class TeacherTargets:
         self.specs = teacher_arrays(entry)
         folder = teacher_folder(name)
         self.receipts = Receipts(store, folder + "receipts", self.specs, self.record_sha256)
-        self.arrays = {n: CheckedArray(store, folder, spec, self.receipts) for n, spec in self.specs.items()}
+        self.arrays = {n: CheckedArray(n, self.receipts) for n in self.specs}
         self.order = checked_order(store, name, entry)
         self._where = store.where(folder.rstrip("/"))
         row_bytes = sum(spec.itemsize * int(np.prod(spec.shape[1:])) for spec in self.specs.values())
@@ -212,11 +212,11 @@ class TeacherTargets:
 
 def checked_order(store: Store, name: str, entry: TeacherEntry) -> CheckedArray | None:
     """The array of an entry's sampling order; None where it has none."""
-    spec, folder = order_array(entry), teacher_folder(name)
+    spec = order_array(entry)
     if spec is None:
         return None
-    receipts = Receipts(store, f"{folder}receipts/{spec.name}", {spec.name: spec}, digest(entry))
-    return CheckedArray(store, folder, spec, receipts)
+    receipts = Receipts(store, f"{teacher_folder(name)}receipts/{spec.name}", {spec.name: spec}, digest(entry))
+    return CheckedArray(spec.name, receipts)
 
 
 def read_order(array: CheckedArray) -> NDArray[np.uint32]:
@@ -265,7 +265,7 @@ class LogitCache:
 
     def missing_tokens(self) -> list[tuple[int, int]]:
         """Ranges of the token stream that no receipt covers, as an interrupted `logit-cache tokenize` leaves them."""
-        return self._receipts("tokens").missing_ranges()
+        return self.receipts("tokens").missing_ranges()
 
     @cached_property
     def loss_mask(self) -> Stream | None:
@@ -294,13 +294,10 @@ class LogitCache:
         return numbers
 
     def _stream(self, name: str, check: Callable[[NDArray[Any], int], None] | None = None) -> Stream:
-        return Stream(self._checked_array(name), check)
+        return Stream(CheckedArray(name, self.receipts(name)), check)
 
-    def _checked_array(self, name: str) -> CheckedArray:
-        receipts = self._receipts(name)  # raises for an array that the cache was shared without
-        return CheckedArray(self._store, "", self._specs[name], receipts)
-
-    def _receipts(self, name: str) -> Receipts:
+    def receipts(self, name: str) -> Receipts:
+        """Those of an array of the token stream. Raises CacheNotFound when the cache was shared without it."""
         if name not in self._specs:
             raise CacheNotFound(f"{self.url}: this cache was shared without its {name}; attach the corpus first")
         return Receipts(self._store, f"receipts/{name}", {name: self._specs[name]}, self.record_sha256)
@@ -362,7 +359,7 @@ class LogitCache:
         from storage.cache.zarr_store import CheckedStore
 
         groups: dict[str, dict[str, Any]] = {"": {ATTRIBUTE: sealed(self.record)}, "teachers": {}}
-        arrays = {name: self._checked_array(name) for name in self._specs}
+        arrays = {name: CheckedArray(name, self.receipts(name)) for name in self._specs}
         for name in names:
             entry = self.teacher(name)
             groups[f"teachers/{name}"] = {ATTRIBUTE: sealed(entry.entry)}

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from storage.errors import CorruptCache
-from storage.format.layout import ArraySpec
+from storage.format.layout import ArraySpec, metadata_bytes
 from storage.format.manifest import MAX_INDEX_BYTES, ReceiptIndex, ShardReceipt, ShardStatistics
 from storage.format.sealing import sealed, sealed_bytes, unseal
 from storage.stores.base import Store
@@ -30,6 +30,8 @@ class Receipts:
     def __init__(self, store: Store, folder: str, specs: Mapping[str, ArraySpec], record_sha256: str) -> None:
         self.store = store
         self.folder = folder
+        entry = re.match(r"teachers/[^/]+/", folder)
+        self.group = entry[0] if entry else ""  # key prefix of the arrays
         self.specs = dict(specs)
         self.record_sha256 = record_sha256
         # Whose object a writer publishes first; all arrays have the same shards.
@@ -41,6 +43,14 @@ class Receipts:
 
     def key(self, shard: int) -> str:
         return f"{self.folder}/{shard:08d}.json"
+
+    def object_key(self, name: str, shard: int) -> str:
+        """Key of the object that holds a shard of an array."""
+        return self.group + self.specs[name].shard_key(shard)
+
+    def metadata(self) -> dict[str, bytes]:
+        """The bytes of each array's zarr.json, by key, as the record implies them."""
+        return {f"{self.group}{spec.name}/zarr.json": metadata_bytes(spec.metadata()) for spec in self.specs.values()}
 
     def shard_of(self, name: str) -> int | None:
         """The shard of a receipt, from its file name; None for anything else."""

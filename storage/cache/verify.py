@@ -164,7 +164,7 @@ class _Check:
         self.found.repaired.append(self.store.where(key))
 
     def groups(self, cache: LogitCache) -> Iterator[Group]:
-        yield from corpus_groups(self.store, cache)
+        yield from corpus_groups(cache)
         for name in self.store.names("teachers"):
             key = f"teachers/{name}/zarr.json"
             if name == "zarr.json" or not re.fullmatch(TEACHER_NAME, name):
@@ -185,7 +185,7 @@ class _Check:
 
     def check_group(self, group: Group, pool: ThreadPoolExecutor) -> None:
         receipts = group.receipts
-        self.known.update(group.metadata())
+        self.known.update(receipts.metadata())
         self.known.add(receipts.index_key)
         try:
             _ = receipts.index
@@ -250,13 +250,13 @@ class _Check:
 
     def _check_metadata(self, group: Group, started: bool = True) -> None:
         """Check the arrays' zarr.json; before a shard is committed (not `started`), it may not have been written."""
-        for key, data in group.metadata().items():
+        for key, data in group.receipts.metadata().items():
             if started or self.store.size(key) is not None:
                 self.check_bytes(key, data)
 
     def _check_object(self, group: Group, receipt: ShardReceipt, spec: ArraySpec) -> tuple[str | None, str | None]:
         """As `_check_shard`, for one object."""
-        store, key = self.store, group.object_key(spec.name, receipt.shard)
+        store, key = self.store, group.receipts.object_key(spec.name, receipt.shard)
         expected = receipt.objects[spec.name]
         try:
             if store.local_path is None:

@@ -72,7 +72,7 @@ class Part:
     def at(self, target: Store) -> Group:
         ours = self.group.receipts
         receipts = Receipts(target, ours.folder, ours.specs, ours.record_sha256)
-        return Group(self.group.name, self.group.folder, receipts)
+        return Group(self.group.name, receipts)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def gather(
     cache = LogitCache(manifest, record)
     parts = []
     if with_root and not redact:
-        for group, copied in zip(corpus_groups(snapshot, text.cache), corpus_groups(manifest, cache), strict=True):
+        for group, copied in zip(corpus_groups(text.cache), corpus_groups(cache), strict=True):
             parts.append(_part(group, copied, text, folder, pool))
     for name in names:
         groups = _entry(entries, name, folder, redact)
@@ -198,7 +198,7 @@ def fetch_rest(source: Source, pool: ThreadPoolExecutor) -> None:
     """Fetch the records and receipts besides those of entries: a signature lists all of them."""
     source.cache.tokenizer_files()
     source.snapshot.read(TEACHERS_KEY)
-    for group in corpus_groups(source.snapshot, source.cache):
+    for group in corpus_groups(source.cache):
         list(pool.map(group.receipts.read, np.flatnonzero(group.receipts.committed()).tolist()))
 
 
@@ -252,7 +252,7 @@ def _part(group: Group, copied: Group, source: Source, folder: Path, pool: Threa
         write_file(folder, ours.index_key, theirs.store.read(theirs.index_key))
     elif len(shards) == ours.shards:
         ours.write_index()
-    for key, data in copied.metadata().items():
+    for key, data in ours.metadata().items():
         # A job that was stopped at once may have left no more than a record.
         if shards:
             check_metadata(theirs.store, key, data)

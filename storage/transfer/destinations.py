@@ -53,7 +53,7 @@ class Destination(ABC):
         return None
 
     def _publish_record(self, part: Part) -> None:
-        for key in (*part.group.metadata(), part.group.record_key):
+        for key in (*part.group.receipts.metadata(), part.group.record_key):
             if key is not None:
                 publish_same(self.target, key, part.manifest.read(key))
 

@@ -29,10 +29,8 @@ from storage.errors import (
     InputError,
     LogitCacheError,
 )
-from storage.format.layout import teacher_arrays
 from storage.format.manifest import CacheRecord, TeacherEntry, Windowing
 from storage.format.stored import StoredTargets
-from storage.stores import open_store
 
 
 @pytest.mark.parametrize("scheme", ["path", "file", "memory"])
@@ -257,9 +255,8 @@ def test_values_that_break_the_format_are_refused_though_their_receipt_is_right(
         with pytest.raises(FormatError, match="is not written"):
             writer.commit(0, damaged)
         assert writer.pending() == [0]
-        specs = teacher_arrays(entry)
-        foreign = ShardWriter(open_store(url), f"teachers/e{number}/", f"teachers/e{number}/receipts", specs, entry)
-        foreign.commit(0, StoredTargets.of(entry, damaged).arrays)
+        receipts = LogitCache.open(url).teacher(f"e{number}").receipts
+        ShardWriter(receipts).commit(0, StoredTargets.of(entry, damaged).arrays)
         with pytest.raises(CorruptCache, match="breaks the format"):
             LogitCache.open(url).teacher(f"e{number}").read(0, 5)
 
