@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import storage.stores.remote
-from storage.errors import CorruptCache, InputError, LogitCacheError, MissingObject, StorageFull
+from storage.errors import CorruptCache, InputError, MissingObject, StorageFull
 from storage.locks import LOCK, locked
 from storage.stores import open_store
 from storage.stores.base import check_key
@@ -240,9 +240,3 @@ def test_publishing_a_new_object_checks_first_only_where_puts_have_no_condition(
 def test_keys_that_could_leave_the_cache(key: str) -> None:
     with pytest.raises(InputError):
         check_key(key)
-
-
-@pytest.mark.parametrize("url", ["", "memory://a::memory://b", "nonsense://x"])
-def test_urls_that_name_no_store(url: str) -> None:
-    with pytest.raises(LogitCacheError):
-        open_store(url)
