@@ -197,20 +197,16 @@ def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt)
     return _check_index(where, size, lambda ranges: store.read_ranges(key, ranges), spec, receipt)
 
 
-def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt) -> None:
-    """`check_object` for an object in memory, which checks its sha256 too. `where` is its address, for messages."""
-    _check_index(where, len(data), reads_of(data), spec, receipt)
-    found = hashlib.sha256(data).hexdigest()
-    if found != receipt.objects[spec.name].sha256:
-        raise CorruptCache(f"{where}: expected sha256 {receipt.objects[spec.name].sha256}, found {found}")
-
-
 def fetch_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> bytes:
-    """The bytes of an object, checked against its receipt by `check_bytes`. Raises CorruptCache."""
+    """The bytes of an object, checked as `check_object` does, and their sha256. Raises CorruptCache."""
+    expected, where = receipt.objects[spec.name], store.where(key)
 
     def request() -> bytes:
-        data = store.read(key, receipt.objects[spec.name].bytes)
-        check_bytes(store.where(key), data, spec, receipt)
+        data = store.read(key, expected.bytes)
+        _check_index(where, len(data), reads_of(data), spec, receipt)
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected.sha256:
+            raise CorruptCache(f"{where}: expected sha256 {expected.sha256}, found {found}")
         return data
 
     return store.insist(key, "its receipt exists", request)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from storage.cache.inventory import TEACHERS_KEY, TEACHERS_METADATA
 from storage.cache.reader import LogitCache
-from storage.cache.records import read_record, read_tokenizer_file, read_tokenizer_receipt, tokenizer_key
+from storage.cache.records import read_record, tokenizer_key
 from storage.cache.writer import ShardWriter, publish_same
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL
@@ -38,7 +38,7 @@ def write_corpus(
     store = open_store(url)
     # Receipts hold the stored record's digest; that record may name other library versions than this process.
     cache = LogitCache(store, _create_root(store, record))
-    _publish_tokenizer(store, tokenizer_files)
+    _publish_tokenizer(store, cache, tokenizer_files)
     publish_same(store, TEACHERS_KEY, TEACHERS_METADATA)
 
     # Tokens are written last: a cache whose tokens are complete is complete.
@@ -74,7 +74,7 @@ def is_new(store: Store) -> bool:
     return not names
 
 
-def _publish_tokenizer(store: Store, files: Mapping[str, bytes]) -> None:
+def _publish_tokenizer(store: Store, cache: LogitCache, files: Mapping[str, bytes]) -> None:
     """Write the tokenizer's files and their receipt, unless the cache has them; CorruptCache if it has damaged ones.
 
     The root's fingerprint says that they are the same tokenizer; the settings beside it may be written otherwise by
@@ -82,8 +82,7 @@ def _publish_tokenizer(store: Store, files: Mapping[str, bytes]) -> None:
     """
     key = "receipts/tokenizer.json"
     if store.size(key) is not None:
-        for name, expected in read_tokenizer_receipt(store).files.items():
-            read_tokenizer_file(store, name, expected)
+        cache.tokenizer_files()
         return
     for name, data in files.items():
         # Without a receipt, they are leftovers.

@@ -43,10 +43,6 @@ class Group:
         return self.receipts.group
 
     @property
-    def specs(self) -> dict[str, ArraySpec]:
-        return self.receipts.specs
-
-    @property
     def record_key(self) -> str | None:
         """Key of the record of the teacher entry that it belongs to; None for the token stream."""
         return f"{self.folder}{ROOT_KEY}" if self.folder else None
@@ -57,16 +53,16 @@ class Group:
         return f"{self.folder}{FIDELITY_FILE}" if self.name == self.folder.rstrip("/") else None
 
     def keys(self, shard: int) -> set[str]:
-        return {self.receipts.key(shard), *(self.receipts.object_key(name, shard) for name in self.specs)}
+        return {self.receipts.key(shard), *(self.receipts.object_key(name, shard) for name in self.receipts.specs)}
 
     def objects(self, receipt: ShardReceipt) -> Iterator[tuple[str, ArraySpec]]:
         """Key and array specification of every object that a receipt commits."""
         for name in receipt.objects:
-            yield self.receipts.object_key(name, receipt.shard), self.specs[name]
+            yield self.receipts.object_key(name, receipt.shard), self.receipts.specs[name]
 
     def owns(self, key: str) -> bool:
         """Whether a key lies below this group's arrays or receipts."""
-        folders = [self.receipts.folder, *(self.folder + name for name in self.specs)]
+        folders = [self.receipts.folder, *(self.folder + name for name in self.receipts.specs)]
         return any(key.startswith(folder + "/") for folder in folders)
 
 

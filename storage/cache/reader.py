@@ -340,9 +340,9 @@ class LogitCache:
         receipt before zarr reads it; a read that touches positions without a receipt raises IncompleteCache, one of a
         damaged object CorruptCache, or zarr's ValueError for a chunk's own checksum.
         """
-        from storage.cache.zarr_store import open_group
+        import zarr
 
-        return open_group(self._zarr_store(self.teachers))
+        return zarr.open_group(self._zarr_store(self.teachers), mode="r", zarr_format=3, use_consolidated=False)
 
     def xarray(self, name: str) -> Dataset:
         """One teacher's entry as an xarray Dataset, with the token stream's arrays beside its own.

@@ -242,14 +242,7 @@ def publish_same(store: Store, key: str, data: bytes) -> None:
     """Publish an object whose bytes follow from the record; CorruptCache if an existing one differs."""
     if store.publish(key, data):
         return
-    found = store.insist(key, "it was there just now", lambda: store.read(key))
-    where = store.where(key)
-    if found == data:
-        return
-    if (
-        key.endswith(".json")
-        and not key.startswith("tokenizer/")
-        and parse_json(found, where) == parse_json(data, where)
-    ):
-        return
-    raise CorruptCache(f"{where}: not what this cache's record implies; it was changed or belongs to another cache")
+    found, where = store.insist(key, "it was there just now", lambda: store.read(key)), store.where(key)
+    is_ours = key.endswith(".json") and not key.startswith("tokenizer/")
+    if found != data and not (is_ours and parse_json(found, where) == parse_json(data, where)):
+        raise CorruptCache(f"{where}: not what this cache's record implies; it was changed or belongs to another cache")

@@ -7,6 +7,7 @@ the array's name and the shard's number.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 from typing import Annotated, Any, Literal, get_args
@@ -128,10 +129,8 @@ class Versions(Record):
         """The installed versions of Python and of the libraries that a result depends on."""
         found = {"python": platform.python_version()}
         for name in _LIBRARIES:
-            try:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
         return cls(libraries=found)
 
 

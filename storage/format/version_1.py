@@ -75,9 +75,7 @@ def broken_rule(entry: TeacherEntry, arrays: Arrays) -> str | None:
 
 
 def _broken_columns(entry: TeacherEntry, arrays: Arrays) -> str | None:
-    kept, ids, codes, exact = (arrays.get(name) for name in ("kept", "token_ids", "logprob_codes", "logprobs"))
-    assert kept is not None
-    assert ids is not None
+    kept, ids, logprobs = arrays["kept"], arrays["token_ids"], arrays[field_array(entry, "certain")]
     # Most entries keep all columns of all rows; picking the valid ones out of them would cost as much as decoding.
     whole = not len(kept) or int(kept.min()) == entry.targets.k
     valid: Any = slice(None) if whole else leading_columns(kept, entry.targets.k)
@@ -85,12 +83,13 @@ def _broken_columns(entry: TeacherEntry, arrays: Arrays) -> str | None:
         return f"a token id is not below the vocabulary size {entry.vocabulary_size}"
     if not whole and (ids[~valid] != np.iinfo(ids.dtype).max).any():
         return "an id beyond kept is not the type's maximum"
-    if codes is not None and (codes[:, 0].any() or (not whole and codes[~valid].any())):
-        return "column 0 of logprob_codes, or a column beyond kept, is not 0"
-    if exact is not None:
-        if not np.isfinite(exact[valid]).all():
-            return "a log-prob is not finite"
-        falls = np.diff(exact, axis=1) <= 0
-        if not (falls if whole else falls[valid[:, 1:]]).all():
-            return "log-probs do not descend along a row"
+    if entry.encoding.kind == "codes":
+        if logprobs[:, 0].any() or (not whole and logprobs[~valid].any()):
+            return "column 0 of logprob_codes, or a column beyond kept, is not 0"
+        return None
+    if not np.isfinite(logprobs[valid]).all():
+        return "a log-prob is not finite"
+    falls = np.diff(logprobs, axis=1) <= 0
+    if not (falls if whole else falls[valid[:, 1:]]).all():
+        return "log-probs do not descend along a row"
     return None

@@ -99,19 +99,19 @@ class LocalStore(Store):
 
     def names(self, prefix: str) -> list[str]:
         try:
-            return sorted(os.listdir(self._path(prefix) if prefix else self._root))
+            return sorted(os.listdir(self._path(prefix)))
         except FileNotFoundError:
             return []
         except NotADirectoryError:
             raise InputError(f"{self.url} is a file; a cache is a folder: give another path") from None
 
     def folders(self, folder: str) -> list[str]:
-        with os.scandir(self._path(folder) if folder else self._root) as entries:
+        with os.scandir(self._path(folder)) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
 
     def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
         try:
-            entries = os.scandir(self._path(folder) if folder else self._root)
+            entries = os.scandir(self._path(folder))
         except FileNotFoundError:
             return
         with entries:
@@ -120,7 +120,7 @@ class LocalStore(Store):
                     yield entry.name, entry.stat(follow_symlinks=False).st_mtime
 
     def walk(self, prefix: str = "") -> dict[str, int]:
-        folder = self._path(prefix) if prefix else self._root
+        folder = self._path(prefix)
         # Links are listed and not followed.
         found = {}
         for parent, folders, names in os.walk(folder, onerror=_raise_unless_gone):

@@ -164,7 +164,7 @@ class Transfer:
             for copied in self.pool.map(copy.shard, part.shards):
                 done.copied += len(copied)
                 done.copied_bytes += sum(copied)
-                done.kept += len(part.group.specs) - len(copied)
+                done.kept += len(part.group.receipts.specs) - len(copied)
             if not part.complete:
                 done.missing[part.group.name] = part.group.receipts.missing_ranges()
         self.destination.publish(self.contents, card_files or {})
