@@ -55,7 +55,7 @@ class CheckedArray:
     @property
     def where(self) -> str:
         """Its address, for messages."""
-        return self._store.where(self.receipts.group + self.spec.name)
+        return self._store.where(self.receipts.prefix + self.spec.name)
 
     def read_chunk(self, chunk: int) -> NDArray[Any]:
         """The entries of one chunk (the last one shorter). Raises IncompleteCache, CorruptCache and FormatError."""
@@ -116,7 +116,7 @@ class CheckedArray:
         receipt = self.receipts.recent(shard)
         if receipt is None:
             start, stop = self.spec.shard_range(shard)
-            command = "cache-logits" if self.receipts.group else "logit-cache tokenize"
+            command = "cache-logits" if self.receipts.prefix else "logit-cache tokenize"
             raise IncompleteCache(
                 f"{self.where}: positions {start}..{stop} were asked for, "
                 f"but no receipt covers them; missing: {_ranges(self.receipts.missing_ranges())}. "
@@ -166,7 +166,7 @@ class CheckedArray:
 
     def _check_metadata(self) -> None:
         if not self._metadata_checked:
-            key = f"{self.receipts.group}{self.spec.name}/zarr.json"
+            key = f"{self.receipts.prefix}{self.spec.name}/zarr.json"
             check_metadata(self._store, key, metadata_bytes(self.spec.metadata()))
             self._metadata_checked = True
 
