@@ -54,7 +54,6 @@ class CheckedArray:
 
     @property
     def where(self) -> str:
-        """Its address, for messages."""
         return self._store.where(self.receipts.prefix + self.spec.name)
 
     def read_chunk(self, chunk: int) -> NDArray[Any]:

@@ -56,7 +56,6 @@ class Receipts:
         return f"{self.folder}/{shard:08d}.json"
 
     def object_key(self, name: str, shard: int) -> str:
-        """Key of the object that holds a shard of an array."""
         return self.prefix + self.specs[name].shard_key(shard)
 
     def metadata(self) -> dict[str, bytes]:

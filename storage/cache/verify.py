@@ -233,7 +233,6 @@ class _Check:
         return damaged, doubtful
 
     def check_fidelity(self, group: Receipts) -> None:
-        """Check a teacher entry's fidelity report, which is optional."""
         key = group.fidelity_key
         if key is None:
             return

@@ -37,7 +37,6 @@ _BLOCK = 1 << 20  # entries of a token stream that are hashed at a time
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder contains the files of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 

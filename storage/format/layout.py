@@ -138,7 +138,6 @@ def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def teacher_arrays(entry: TeacherEntry) -> dict[str, ArraySpec]:
-    """The arrays of a teacher entry, by name."""
     n, k, codes, first = entry.positions, entry.targets.k, entry.encoding.kind == "codes", entry.format_version == 1
     arrays: list[tuple[str, Any, tuple[int, ...]]] = [
         ("token_ids" if first else "ids", token_id_dtype(entry.vocabulary_size), (n, k)),
@@ -170,7 +169,6 @@ def order_array(entry: TeacherEntry) -> ArraySpec | None:
 
 
 def field_array(entry: TeacherEntry, field: str) -> str:
-    """The name of the array that holds a field of an entry."""
     return _field_arrays(entry)[field]
 
 

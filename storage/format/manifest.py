@@ -232,7 +232,6 @@ class Targets(Record):
         return field in self.fields
 
     def without(self, field: TargetField) -> Targets:
-        """The same targets without a field."""
         if self.fields is None:
             assert field == "label"
             return self.model_copy(update={"has_label_logprob": False})

@@ -32,14 +32,12 @@ class StoredTargets:
 
     @classmethod
     def of(cls, entry: TeacherEntry, targets: SparseTargets) -> StoredTargets:
-        """Targets as an entry stores them."""
         specs, values = teacher_arrays(entry), _VERSIONS[entry.format_version].encode(entry, targets)
         return cls(
             entry, targets.start, {name: values[name].astype(spec.dtype, copy=False) for name, spec in specs.items()}
         )
 
     def decoded(self) -> SparseTargets:
-        """The targets that a reader makes of them."""
         found: SparseTargets = _VERSIONS[self.entry.format_version].decode(self.entry, self.start, self.arrays)
         return found
 
@@ -51,7 +49,6 @@ class StoredTargets:
 
     @property
     def stop(self) -> int:
-        """The first position after the range."""
         return self.start + len(self)
 
     def rows(self, start: int, stop: int) -> StoredTargets:

@@ -57,7 +57,6 @@ class SparseTargets:
 
     @property
     def k(self) -> int:
-        """Stored ids per position, K."""
         return int(self.token_ids.shape[1])
 
     @property

@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
@@ -32,20 +33,12 @@ class LocalStore(Store):
         self.url = str(path)
         self._plain_folders: set[Path] = set()
         self._synced_folders: set[Path] = set()
-        self._paths: dict[str, Path] = {}
+        # A reader of chunks uses the same few hundred paths all the time, and pathlib is slow.
+        self._path = lru_cache(_MOST_PATHS)(lambda key: path.joinpath(*key.split("/")))
 
     @property
     def local_path(self) -> Path:
         return self._root
-
-    def _path(self, key: str) -> Path:
-        # Cached: a reader of chunks uses the same few hundred paths all the time, and pathlib is slow.
-        found = self._paths.get(key)
-        if found is None:
-            if len(self._paths) >= _MOST_PATHS:
-                self._paths.clear()
-            found = self._paths[key] = self._root.joinpath(*key.split("/"))
-        return found
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
         with self.opened(key) as descriptor:

@@ -81,7 +81,6 @@ class Shard:
         return self.part.group.key(self.receipt.shard)
 
     def objects(self) -> Iterator[Object]:
-        """The objects that the receipt commits."""
         group = self.part.group
         for name in self.receipt.objects:
             yield Object(group.object_key(name, self.receipt.shard), group.specs[name], self)
@@ -143,7 +142,6 @@ class Contents:
 
     @property
     def size(self) -> int:
-        """Bytes of all objects that receipts list."""
         return sum(part.size for part in self.parts)
 
     def root_files(self) -> list[str]:

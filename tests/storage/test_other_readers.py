@@ -20,10 +20,10 @@ import zarr.buffer
 from support.caches import known
 from support.caches.known import contents
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
-from support.caches.two_entries import K, N, V
+from support.caches.two_entries import K, N, Stream, V
 from support.programs import format_page
 
-from storage import CorruptCache, FormatError, IncompleteCache, InputError, LogitCache, SparseTargets
+from storage import CorruptCache, FormatError, IncompleteCache, InputError, LogitCache
 from storage.cache.verify import verify
 from storage.errors import CacheNotFound
 from storage.format.layout import ArraySpec, metadata_bytes
@@ -133,7 +133,7 @@ def test_chunks_that_hold_nothing_but_the_fill_value_are_stored(tmp_path: Path) 
 
 
 @pytest.fixture
-def short(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> Path:
+def short(cache: Path, stream: Stream) -> Path:
     """The first 840 positions, in shards of 256 and chunks of 64: of the last shard, two chunks lie behind the end."""
     path = cache / "short"
     record = make_corpus(str(path), stream[0][:840], V)
@@ -155,9 +155,7 @@ def test_the_seal_of_a_last_shard_covers_its_chunks(short: Path) -> None:
         LogitCache.open(short).teacher("a").read(768, 770)
 
 
-def test_a_last_shard_that_was_sealed_by_its_index_alone_is_read(
-    short: Path, stream: tuple[np.ndarray, SparseTargets]
-) -> None:
+def test_a_last_shard_that_was_sealed_by_its_index_alone_is_read(short: Path, stream: Stream) -> None:
     path = short / "teachers/a/receipts/00000003.json"
     receipt = json.loads(path.read_text())
     for name, spec in LogitCache.open(short).teacher("a").specs.items():

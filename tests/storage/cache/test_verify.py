@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 from support.caches.known import contents
 from support.caches.small import write_entry
-from support.caches.two_entries import K, N
+from support.caches.two_entries import K, N, Stream
 from support.commands import Run
 
 import storage.cache.verify
 import storage.format.shard
-from storage import LogitCache, SparseTargets
+from storage import LogitCache
 from storage.cache.verify import verify
 from storage.cache.zarr_store import decode_with_zarr
 from storage.errors import MissingObject
-
-Stream = tuple[np.ndarray, SparseTargets]
 
 
 def complete(cache: Path, stream: Stream) -> None:
