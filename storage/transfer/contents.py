@@ -107,13 +107,9 @@ class Object:
     def size(self) -> int:
         return self.shard.receipt.objects[self.spec.name].bytes
 
-    @property
-    def origin(self) -> Store:
-        return self.shard.part.origin
-
     def fetch(self) -> bytes:
         """All of its bytes, compared with its receipt. Raises CorruptCache."""
-        return fetch_object(self.origin, self.key, self.spec, self.shard.receipt)
+        return fetch_object(self.shard.part.origin, self.key, self.spec, self.shard.receipt)
 
     def is_whole(self, store: LocalStore) -> bool:
         """Whether a local store has all of its bytes, compared block by block."""

@@ -132,7 +132,7 @@ class FolderDestination(Destination):
         self._staged.add(item.key)
         if item.is_whole(self._staging.cache):
             return  # an earlier run's
-        source = item.origin
+        source = item.shard.part.origin
         if isinstance(source, LocalStore) and source.size(item.key) == item.size:
             # By the kernel, then compared block by block: cheaper than whole objects in memory.
             self._staging.copy(source, item.key, item.size, link=self._link)

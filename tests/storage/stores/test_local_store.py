@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,24 +186,23 @@ def test_an_object_that_must_exist_is_retried_across_a_network_only(
 ) -> None:
     monkeypatch.setattr(storage.stores.remote, "_INSIST_PAUSE_S", 0.0)
     store = open_store(str(tmp_path) if kind == "folder" else f"memory://{tmp_path.name}")
-    most = 1 if kind == "folder" else 3
-    for failures in range(most + 1):
-        answers = [failure] * failures
-        asked: list[int] = []
+    most, promise = 1 if kind == "folder" else 3, "its receipt exists"
 
-        def request(answers: list[Exception] = answers, asked: list[int] = asked) -> str:
-            asked.append(1)
+    def failing(times: int) -> Callable[[], str]:
+        answers = [failure] * times
+
+        def request() -> str:
             if answers:
                 raise answers.pop()
             return "right"
 
-        if failures < most:
-            assert store.insist("key", "its receipt exists", request) == "right"
-            continue
-        with pytest.raises(expected, match=message + (r" \(asked 3 times\)$" if most == 3 else "$")) as raised:
-            store.insist("key", "its receipt exists", request)
-        assert type(raised.value) is expected
-        assert len(asked) == most
+        return request
+
+    for times in range(most):
+        assert store.insist("key", promise, failing(times)) == "right"
+    with pytest.raises(expected, match=message + (r" \(asked 3 times\)$" if most == 3 else "$")) as raised:
+        store.insist("key", promise, failing(most))
+    assert type(raised.value) is expected
 
 
 @pytest.mark.parametrize("conditional", [True, False])
