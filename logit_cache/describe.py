@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
-from storage.format.manifest import TARGET_FIELDS, Corpus, ShardStatistics, Targets
+from storage.format.manifest import TARGET_FIELDS, ShardStatistics, Targets
 from storage.format.targets import SparseTargets
 from storage.text import counted
 
@@ -36,7 +36,7 @@ def describe_cache(cache: LogitCache, lengths: bool = False) -> dict[str, Any]:
             "tokens_included": corpus.tokens_included,
             "complete": not missing,
             "sources": [source.model_dump() for source in corpus.sources],
-            **{name: value for name, value in corpus.model_dump().items() if name in Corpus.added},
+            **corpus.added(),
             **(describe_stream(cache) if lengths and corpus.tokens_included and not missing else {}),
         },
         "tokenizer": record.tokenizer.model_dump(),

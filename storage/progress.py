@@ -97,8 +97,6 @@ class Lines(ABC):
 
 
 class TextLines(Lines):
-    """Progress as lines of text, on stderr."""
-
     def _emit(self, rate: float, final: bool) -> None:
         line = f"{self._description}: "
         if self._total:

@@ -42,11 +42,10 @@ class _Opened:
 class CheckedArray:
     """Read access to one array; a shard exists only if its receipt does."""
 
-    def __init__(self, store: Store, group: str, spec: ArraySpec, receipts: Receipts) -> None:
-        self.spec = spec
-        self._store = store
-        self._folder = group  # "" or "teachers/<name>/"
+    def __init__(self, name: str, receipts: Receipts) -> None:
+        self.spec = receipts.specs[name]
         self.receipts = receipts
+        self._store = store = receipts.store
         self._mirror = Mirror(store) if store.local_path is None else None
         # The store that is read: the cache itself, or the local copies of a remote one.
         self._local = store if self._mirror is None else self._mirror.local
@@ -55,8 +54,7 @@ class CheckedArray:
 
     @property
     def where(self) -> str:
-        """Its address, for messages."""
-        return self._store.where(self._folder + self.spec.name)
+        return self._store.where(self.receipts.prefix + self.spec.name)
 
     def read_chunk(self, chunk: int) -> NDArray[Any]:
         """The entries of one chunk (the last one shorter). Raises IncompleteCache, CorruptCache and FormatError."""
@@ -117,7 +115,7 @@ class CheckedArray:
         receipt = self.receipts.recent(shard)
         if receipt is None:
             start, stop = self.spec.shard_range(shard)
-            command = "cache-logits" if self._folder else "logit-cache tokenize"
+            command = "cache-logits" if self.receipts.prefix else "logit-cache tokenize"
             raise IncompleteCache(
                 f"{self.where}: positions {start}..{stop} were asked for, "
                 f"but no receipt covers them; missing: {_ranges(self.receipts.missing_ranges())}. "
@@ -143,17 +141,14 @@ class CheckedArray:
             except CorruptCache:
                 if attempt == fetches:
                     raise
-                self._fetch(key, receipt)
+                assert self._mirror is not None
+                self._mirror.fetch(key, receipt.objects[self.spec.name])
             else:
                 if found is not None:
                     ends = zip(index.offsets, index.lengths, strict=True)
                     self._checked[shard] = _Opened(found, [(start, start + length) for start, length in ends])
                     return self._checked[shard]
         raise CorruptCache(f"{self._store.where(key)}: it appeared while it was opened; read it again")
-
-    def _fetch(self, key: str, receipt: ShardReceipt) -> None:
-        assert self._mirror is not None
-        self._mirror.fetch(key, receipt.objects[self.spec.name])
 
     def _identity(self, shard: int) -> _Identity | None:
         """Distinguishes a file from another one under the same name; None where there is no file."""
@@ -166,11 +161,11 @@ class CheckedArray:
         return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _key(self, shard: int) -> str:
-        return self._folder + self.spec.shard_key(shard)
+        return self.receipts.object_key(self.spec.name, shard)
 
     def _check_metadata(self) -> None:
         if not self._metadata_checked:
-            key = f"{self._folder}{self.spec.name}/zarr.json"
+            key = f"{self.receipts.prefix}{self.spec.name}/zarr.json"
             check_metadata(self._store, key, metadata_bytes(self.spec.metadata()))
             self._metadata_checked = True
 
@@ -201,20 +196,16 @@ def check_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt)
     return _check_index(where, size, lambda ranges: store.read_ranges(key, ranges), spec, receipt)
 
 
-def check_bytes(where: str, data: bytes, spec: ArraySpec, receipt: ShardReceipt) -> None:
-    """`check_object` for an object in memory, which checks its sha256 too. `where` is its address, for messages."""
-    _check_index(where, len(data), reads_of(data), spec, receipt)
-    found = hashlib.sha256(data).hexdigest()
-    if found != receipt.objects[spec.name].sha256:
-        raise CorruptCache(f"{where}: expected sha256 {receipt.objects[spec.name].sha256}, found {found}")
-
-
 def fetch_object(store: Store, key: str, spec: ArraySpec, receipt: ShardReceipt) -> bytes:
-    """The bytes of an object, checked against its receipt by `check_bytes`. Raises CorruptCache."""
+    """The bytes of an object, checked as `check_object` does, and their sha256. Raises CorruptCache."""
+    expected, where = receipt.objects[spec.name], store.where(key)
 
     def request() -> bytes:
-        data = store.read(key, receipt.objects[spec.name].bytes)
-        check_bytes(store.where(key), data, spec, receipt)
+        data = store.read(key, expected.bytes)
+        _check_index(where, len(data), reads_of(data), spec, receipt)
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected.sha256:
+            raise CorruptCache(f"{where}: expected sha256 {expected.sha256}, found {found}")
         return data
 
     return store.insist(key, "its receipt exists", request)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache.inventory import TEACHERS_KEY, TEACHERS_METADATA
-from storage.cache.records import read_record, read_tokenizer_file, read_tokenizer_receipt, tokenizer_key
+from storage.cache.reader import LogitCache
+from storage.cache.records import read_record, tokenizer_key
 from storage.cache.writer import ShardWriter, publish_same
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL
@@ -36,15 +37,15 @@ def write_corpus(
     """
     store = open_store(url)
     # Receipts hold the stored record's digest; that record may name other library versions than this process.
-    record = _create_root(store, record)
-    _publish_tokenizer(store, tokenizer_files)
+    cache = LogitCache(store, _create_root(store, record))
+    _publish_tokenizer(store, cache, tokenizer_files)
     publish_same(store, TEACHERS_KEY, TEACHERS_METADATA)
 
     # Tokens are written last: a cache whose tokens are complete is complete.
-    for name, spec in sorted(corpus_arrays(record).items(), key=lambda item: item[0] == "tokens"):
+    for name, spec in sorted(corpus_arrays(cache.record).items(), key=lambda item: item[0] == "tokens"):
         values = arrays[name]
         assert len(values) == spec.shape[0], f"{name} is as long as the record states"
-        writer = ShardWriter(store, "", f"receipts/{name}", {name: spec}, record)
+        writer = ShardWriter(cache.receipts(name))
         writer.prepare()
         for shard in range(spec.shards):
             start, stop = spec.shard_range(shard)
@@ -73,7 +74,7 @@ def is_new(store: Store) -> bool:
     return not names
 
 
-def _publish_tokenizer(store: Store, files: Mapping[str, bytes]) -> None:
+def _publish_tokenizer(store: Store, cache: LogitCache, files: Mapping[str, bytes]) -> None:
     """Write the tokenizer's files and their receipt, unless the cache has them; CorruptCache if it has damaged ones.
 
     The root's fingerprint says that they are the same tokenizer; the settings beside it may be written otherwise by
@@ -81,8 +82,7 @@ def _publish_tokenizer(store: Store, files: Mapping[str, bytes]) -> None:
     """
     key = "receipts/tokenizer.json"
     if store.size(key) is not None:
-        for name, expected in read_tokenizer_receipt(store).files.items():
-            read_tokenizer_file(store, name, expected)
+        cache.tokenizer_files()
         return
     for name, data in files.items():
         # Without a receipt, they are leftovers.

@@ -83,7 +83,6 @@ class Failures:
 
 
 def failures_of(url: str, name: str) -> Failures:
-    """The notes of the teacher entry `name` in the cache at `url`."""
     return Failures(open_store(url), f"{teacher_folder(name)}receipts")
 
 

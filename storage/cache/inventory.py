@@ -6,16 +6,9 @@ does not belong to the cache, even if it is stored there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
-from storage.format.fidelity import FIDELITY_FILE
-from storage.format.layout import ArraySpec, corpus_arrays, group_metadata, metadata_bytes
-from storage.format.manifest import ShardReceipt
-from storage.format.sealing import digest
-from storage.stores.base import Store
+from storage.format.layout import corpus_arrays, group_metadata, metadata_bytes
 
 ROOT_KEY = "zarr.json"
 TEACHERS_KEY = "teachers/zarr.json"
@@ -27,73 +20,18 @@ CARD_FILES = (CARD_KEY, ".gitattributes", SIGNATURE_KEY)
 TEACHERS_METADATA = metadata_bytes(group_metadata({}))
 
 
-@dataclass(frozen=True)
-class Group:
-    """Arrays that share receipts: one of the token stream's, the targets of a teacher entry, or its sampling order.
-
-    name        an array of the token stream (`tokens`, …), `teachers/<name>`, or `teachers/<name>/sampling_order`
-    folder      key prefix of its arrays: "" or `teachers/<name>/`
-    needed_by   of a sampling order, the receipts of the targets, none of which is written before it
-    """
-
-    name: str
-    folder: str
-    receipts: Receipts
-    needed_by: Receipts | None = None
-
-    @property
-    def specs(self) -> dict[str, ArraySpec]:
-        return self.receipts.specs
-
-    @property
-    def record_key(self) -> str | None:
-        """Key of the record of the teacher entry that it belongs to; None for the token stream."""
-        return f"{self.folder}{ROOT_KEY}" if self.folder else None
-
-    @property
-    def fidelity_key(self) -> str | None:
-        """Key of the fidelity report of a teacher entry's targets, which is optional; None for other groups."""
-        return f"{self.folder}{FIDELITY_FILE}" if self.name == self.folder.rstrip("/") else None
-
-    def metadata(self) -> dict[str, bytes]:
-        """The bytes of each array's zarr.json, by key, as the record implies them."""
-        return {f"{self.folder}{spec.name}/zarr.json": metadata_bytes(spec.metadata()) for spec in self.specs.values()}
-
-    def object_key(self, name: str, shard: int) -> str:
-        """Key of the object that holds a shard of an array."""
-        return self.folder + self.specs[name].shard_key(shard)
-
-    def keys(self, shard: int) -> set[str]:
-        return {self.receipts.key(shard), *(self.object_key(name, shard) for name in self.specs)}
-
-    def objects(self, receipt: ShardReceipt) -> Iterator[tuple[str, ArraySpec]]:
-        """Key and array specification of every object that a receipt commits."""
-        for name in receipt.objects:
-            yield self.object_key(name, receipt.shard), self.specs[name]
-
-    def owns(self, key: str) -> bool:
-        """Whether a key lies below this group's arrays or receipts."""
-        folders = [self.receipts.folder, *(self.folder + name for name in self.specs)]
-        return any(key.startswith(folder + "/") for folder in folders)
+def corpus_groups(cache: LogitCache) -> list[Receipts]:
+    """Those of each array of the token stream; none when the cache was shared without it."""
+    return [cache.receipts(name) for name in corpus_arrays(cache.record)]
 
 
-def corpus_groups(store: Store, cache: LogitCache) -> list[Group]:
-    """One group per array of the token stream; none when the cache was shared without it."""
-    record_sha256 = digest(cache.record)
-    return [
-        Group(name, "", Receipts(store, f"receipts/{name}", {name: spec}, record_sha256))
-        for name, spec in corpus_arrays(cache.record).items()
-    ]
-
-
-def teacher_groups(cache: LogitCache, name: str) -> list[Group]:
-    """A teacher entry's groups, in the order in which they are written: its sampling order, if it has one, its targets.
+def teacher_groups(cache: LogitCache, name: str) -> list[Receipts]:
+    """Those of a teacher entry, in the order in which they are written: its sampling order, if it has one, its targets.
 
     Raises CacheNotFound, FormatError and CorruptCache, as `LogitCache.teacher` does.
     """
-    teacher, entry = cache.teacher(name), f"teachers/{name}"
-    order = teacher.order
-    first = (
-        [] if order is None else [Group(f"{entry}/{order.spec.name}", f"{entry}/", order.receipts, teacher.receipts)]
-    )
-    return [*first, Group(entry, f"{entry}/", teacher.receipts)]
+    teacher = cache.teacher(name)
+    if teacher.order is None:
+        return [teacher.receipts]
+    teacher.order.receipts.needed_by = teacher.receipts
+    return [teacher.order.receipts, teacher.receipts]

@@ -153,11 +153,12 @@ class _LocalLocks(Leases):
                     self.release(shard)
 
     def is_held(self, shard: int) -> bool:
-        with contextlib.suppress(OSError), _opened(self._path / lease_name(shard)) as file:
+        path = self._path / lease_name(shard)
+        with contextlib.suppress(OSError), open(path, "rb", opener=_opened_unless_link) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
-                return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) and not _has_expired(file)
+                return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) and not _has_expired(file.fileno())
         return False
 
     def _take(self, shard: int) -> bool:
@@ -222,13 +223,8 @@ class _LocalLocks(Leases):
         return True
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        yield file
-    finally:
-        os.close(file)
+def _opened_unless_link(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NOFOLLOW)
 
 
 def _is_still(path: Path, file: int) -> bool:

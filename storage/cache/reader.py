@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +46,7 @@ ORDER_IS_GONE = (
     "cache with logit-cache pull, or remove the entry"
 )
 _CHUNK_CACHE_BYTES = 192 << 20
+_STREAM_CHUNKS = 64  # of an array of the token stream, held in memory
 
 
 class Stream:
@@ -55,7 +55,7 @@ class Stream:
     def __init__(self, array: CheckedArray, check: Callable[[NDArray[Any], int], None] | None = None) -> None:
         self._array = array
         self._check = check
-        self._chunks: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self._chunk = lru_cache(_STREAM_CHUNKS)(self._read_chunk)
 
     def __len__(self) -> int:
         return self._array.spec.shape[0]
@@ -100,14 +100,11 @@ class Stream:
             total += int(counts[-1])
         return before[where].reshape(positions.shape)
 
-    def _chunk(self, chunk: int) -> NDArray[Any]:
-        if chunk not in self._chunks:
-            values = self._array.read_chunk(chunk)
-            if self._check is not None:
-                self._check(values, chunk)
-            _hold(self._chunks, chunk, values, most=64)
-        self._chunks.move_to_end(chunk)
-        return self._chunks[chunk]
+    def _read_chunk(self, chunk: int) -> NDArray[Any]:
+        values = self._array.read_chunk(chunk)
+        if self._check is not None:
+            self._check(values, chunk)
+        return values
 
 
 class TeacherTargets:
@@ -121,12 +118,11 @@ class TeacherTargets:
         self.specs = teacher_arrays(entry)
         folder = teacher_folder(name)
         self.receipts = Receipts(store, folder + "receipts", self.specs, self.record_sha256)
-        self.arrays = {n: CheckedArray(store, folder, spec, self.receipts) for n, spec in self.specs.items()}
+        self.arrays = {n: CheckedArray(n, self.receipts) for n in self.specs}
         self.order = checked_order(store, name, entry)
         self._where = store.where(folder.rstrip("/"))
         row_bytes = sum(spec.itemsize * int(np.prod(spec.shape[1:])) for spec in self.specs.values())
-        self._most_chunks = max(2, _CHUNK_CACHE_BYTES // (row_bytes * entry.layout.chunk))
-        self._chunks: OrderedDict[int, StoredTargets] = OrderedDict()
+        self._chunk = lru_cache(max(2, _CHUNK_CACHE_BYTES // (row_bytes * entry.layout.chunk)))(self._read_chunk)
 
     def __len__(self) -> int:
         return self.entry.positions
@@ -196,18 +192,15 @@ class TeacherTargets:
                 return start + int(found[0]), int(named[found[0]])
         return None
 
-    def _chunk(self, chunk: int) -> StoredTargets:
-        if chunk not in self._chunks:
-            start = chunk * self.entry.layout.chunk
-            check_shards(self.arrays.values(), start // self.entry.layout.shard)
-            arrays = {name: array.read_chunk(chunk) for name, array in self.arrays.items()}
-            targets = StoredTargets(self.entry, start, arrays)
-            broken = self._broken_rule(targets)
-            if broken:
-                raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
-            _hold(self._chunks, chunk, targets, self._most_chunks)
-        self._chunks.move_to_end(chunk)
-        return self._chunks[chunk]
+    def _read_chunk(self, chunk: int) -> StoredTargets:
+        start = chunk * self.entry.layout.chunk
+        check_shards(self.arrays.values(), start // self.entry.layout.shard)
+        arrays = {name: array.read_chunk(chunk) for name, array in self.arrays.items()}
+        targets = StoredTargets(self.entry, start, arrays)
+        broken = self._broken_rule(targets)
+        if broken:
+            raise CorruptCache(f"{self._where}: chunk {chunk} breaks the format: {broken}")
+        return targets
 
     def _broken_rule(self, targets: StoredTargets) -> str | None:
         starts = mask = None
@@ -219,11 +212,11 @@ class TeacherTargets:
 
 def checked_order(store: Store, name: str, entry: TeacherEntry) -> CheckedArray | None:
     """The array of an entry's sampling order; None where it has none."""
-    spec, folder = order_array(entry), teacher_folder(name)
+    spec = order_array(entry)
     if spec is None:
         return None
-    receipts = Receipts(store, f"{folder}receipts/{spec.name}", {spec.name: spec}, digest(entry))
-    return CheckedArray(store, folder, spec, receipts)
+    receipts = Receipts(store, f"{teacher_folder(name)}receipts/{spec.name}", {spec.name: spec}, digest(entry))
+    return CheckedArray(spec.name, receipts)
 
 
 def read_order(array: CheckedArray) -> NDArray[np.uint32]:
@@ -272,7 +265,7 @@ class LogitCache:
 
     def missing_tokens(self) -> list[tuple[int, int]]:
         """Ranges of the token stream that no receipt covers, as an interrupted `logit-cache tokenize` leaves them."""
-        return self._receipts("tokens").missing_ranges()
+        return self.receipts("tokens").missing_ranges()
 
     @cached_property
     def loss_mask(self) -> Stream | None:
@@ -301,13 +294,10 @@ class LogitCache:
         return numbers
 
     def _stream(self, name: str, check: Callable[[NDArray[Any], int], None] | None = None) -> Stream:
-        return Stream(self._checked_array(name), check)
+        return Stream(CheckedArray(name, self.receipts(name)), check)
 
-    def _checked_array(self, name: str) -> CheckedArray:
-        receipts = self._receipts(name)  # raises for an array that the cache was shared without
-        return CheckedArray(self._store, "", self._specs[name], receipts)
-
-    def _receipts(self, name: str) -> Receipts:
+    def receipts(self, name: str) -> Receipts:
+        """Those of an array of the token stream. Raises CacheNotFound when the cache was shared without it."""
         if name not in self._specs:
             raise CacheNotFound(f"{self.url}: this cache was shared without its {name}; attach the corpus first")
         return Receipts(self._store, f"receipts/{name}", {name: self._specs[name]}, self.record_sha256)
@@ -350,9 +340,9 @@ class LogitCache:
         receipt before zarr reads it; a read that touches positions without a receipt raises IncompleteCache, one of a
         damaged object CorruptCache, or zarr's ValueError for a chunk's own checksum.
         """
-        from storage.cache.zarr_store import open_group
+        import zarr
 
-        return open_group(self._zarr_store(self.teachers))
+        return zarr.open_group(self._zarr_store(self.teachers), mode="r", zarr_format=3, use_consolidated=False)
 
     def xarray(self, name: str) -> Dataset:
         """One teacher's entry as an xarray Dataset, with the token stream's arrays beside its own.
@@ -369,7 +359,7 @@ class LogitCache:
         from storage.cache.zarr_store import CheckedStore
 
         groups: dict[str, dict[str, Any]] = {"": {ATTRIBUTE: sealed(self.record)}, "teachers": {}}
-        arrays = {name: self._checked_array(name) for name in self._specs}
+        arrays = {name: CheckedArray(name, self.receipts(name)) for name in self._specs}
         for name in names:
             entry = self.teacher(name)
             groups[f"teachers/{name}"] = {ATTRIBUTE: sealed(entry.entry)}
@@ -393,9 +383,3 @@ class LogitCache:
 def _check_range(start: int, stop: int, length: int) -> None:
     if not 0 <= start <= stop <= length:
         raise IndexError(f"positions {start}..{stop} are not inside 0..{length}")
-
-
-def _hold(held: OrderedDict[int, Any], key: int, value: Any, most: int) -> None:
-    held[key] = value
-    while len(held) > most:
-        held.popitem(last=False)

@@ -15,7 +15,8 @@ from functools import cached_property
 import numpy as np
 
 from storage.errors import CorruptCache
-from storage.format.layout import ArraySpec
+from storage.format.fidelity import FIDELITY_FILE
+from storage.format.layout import ArraySpec, metadata_bytes
 from storage.format.manifest import MAX_INDEX_BYTES, ReceiptIndex, ShardReceipt, ShardStatistics
 from storage.format.sealing import sealed, sealed_bytes, unseal
 from storage.stores.base import Store
@@ -25,11 +26,23 @@ _NAME = re.compile(r"^(\d{8,})\.json$")
 
 
 class Receipts:
-    """Receipts under `folder` for arrays with the same shards, which belong to the record of digest `record_sha256`."""
+    """Receipts under `folder` for arrays with the same shards, which belong to the record of digest `record_sha256`.
+
+    The arrays are one of the token stream's, the targets of a teacher entry, or its sampling order.
+
+    prefix      key prefix of the arrays: "" or `teachers/<name>/`
+    name        an array of the token stream (`tokens`, …), `teachers/<name>`, or `teachers/<name>/sampling_order`
+    needed_by   of a sampling order, the receipts of the targets, none of which is written before it
+    """
 
     def __init__(self, store: Store, folder: str, specs: Mapping[str, ArraySpec], record_sha256: str) -> None:
         self.store = store
         self.folder = folder
+        entry = re.match(r"teachers/[^/]+/", folder)
+        self.prefix = entry[0] if entry else ""
+        array = folder.removeprefix(f"{self.prefix}receipts").lstrip("/")
+        self.name = f"{self.prefix}{array}".rstrip("/")
+        self.needed_by: Receipts | None = None
         self.specs = dict(specs)
         self.record_sha256 = record_sha256
         # Whose object a writer publishes first; all arrays have the same shards.
@@ -41,6 +54,35 @@ class Receipts:
 
     def key(self, shard: int) -> str:
         return f"{self.folder}/{shard:08d}.json"
+
+    def object_key(self, name: str, shard: int) -> str:
+        return self.prefix + self.specs[name].shard_key(shard)
+
+    def metadata(self) -> dict[str, bytes]:
+        """The bytes of each array's zarr.json, by key, as the record implies them."""
+        return {f"{self.prefix}{spec.name}/zarr.json": metadata_bytes(spec.metadata()) for spec in self.specs.values()}
+
+    @property
+    def record_key(self) -> str | None:
+        """Key of the record of the teacher entry that the arrays belong to; None for the token stream."""
+        return f"{self.prefix}zarr.json" if self.prefix else None
+
+    @property
+    def fidelity_key(self) -> str | None:
+        """Key of the fidelity report of a teacher entry's targets, which is optional; None for other arrays."""
+        return f"{self.prefix}{FIDELITY_FILE}" if self.name == self.prefix.rstrip("/") else None
+
+    def keys(self, shard: int) -> set[str]:
+        return {self.key(shard), *(self.object_key(name, shard) for name in self.specs)}
+
+    def owns(self, key: str) -> bool:
+        """Whether a key lies below the arrays or their receipts."""
+        folders = (self.folder, *(self.prefix + name for name in self.specs))
+        return key.startswith(tuple(f"{folder}/" for folder in folders))
+
+    def at(self, store: Store) -> Receipts:
+        """Those of the same arrays in another store."""
+        return Receipts(store, self.folder, self.specs, self.record_sha256)
 
     def shard_of(self, name: str) -> int | None:
         """The shard of a receipt, from its file name; None for anything else."""

@@ -29,7 +29,6 @@ from storage.cache.inventory import (
     TEACHERS_KEY,
     TEACHERS_METADATA,
     TOKENIZER_RECEIPT_KEY,
-    Group,
     corpus_groups,
     teacher_groups,
 )
@@ -136,13 +135,13 @@ class _Check:
     progress: Advance | None
     known: set[str] = field(default_factory=lambda: {ROOT_KEY, TEACHERS_KEY, *CARD_FILES})
 
-    def remove_leftovers(self, groups: list[Group], leftovers: list[str]) -> None:
+    def remove_leftovers(self, groups: list[Receipts], leftovers: list[str]) -> None:
         left = set(leftovers)
         for group in groups:
             # A worker holds this lock from its first object to its receipt; then they are not leftovers any more.
-            with self.store.exclusive(group.receipts.folder):
-                group.receipts.forget_index()
-                left -= {key for shard in np.flatnonzero(group.receipts.committed()) for key in group.keys(int(shard))}
+            with self.store.exclusive(group.folder):
+                group.forget_index()
+                left -= {key for shard in np.flatnonzero(group.committed()) for key in group.keys(int(shard))}
                 for key in sorted(key for key in left if group.owns(key)):
                     if not self._is_held(group, key):
                         self._remove(key)
@@ -150,10 +149,10 @@ class _Check:
         for key in sorted(left):
             self._remove(key)
 
-    def _is_held(self, group: Group, key: str) -> bool:
+    def _is_held(self, group: Receipts, key: str) -> bool:
         """Whether an object is a lease that a worker holds now."""
         folder, _, name = key.rpartition("/")
-        shard = leased_shard(name) if folder == group.receipts.folder else None
+        shard = leased_shard(name) if folder == group.folder else None
         return shard is not None and leases_in(self.store, folder).is_held(shard)
 
     def _remove(self, key: str) -> None:
@@ -163,8 +162,8 @@ class _Check:
             return
         self.found.repaired.append(self.store.where(key))
 
-    def groups(self, cache: LogitCache) -> Iterator[Group]:
-        yield from corpus_groups(self.store, cache)
+    def groups(self, cache: LogitCache) -> Iterator[Receipts]:
+        yield from corpus_groups(cache)
         for name in self.store.names("teachers"):
             key = f"teachers/{name}/zarr.json"
             if name == "zarr.json" or not re.fullmatch(TEACHER_NAME, name):
@@ -183,31 +182,30 @@ class _Check:
             self.known.add(key)
             yield from groups
 
-    def check_group(self, group: Group, pool: ThreadPoolExecutor) -> None:
-        receipts = group.receipts
-        self.known.update(group.metadata())
+    def check_group(self, receipts: Receipts, pool: ThreadPoolExecutor) -> None:
+        self.known.update(receipts.metadata())
         self.known.add(receipts.index_key)
         try:
             _ = receipts.index
         except LogitCacheError as error:
             self.found.problems.append(str(error))
             if not self.repair:
-                self._check_metadata(group)
-                self.known.update(self.store.walk(group.folder.rstrip("/") or group.name))
+                self._check_metadata(receipts)
+                self.known.update(self.store.walk(receipts.prefix.rstrip("/") or receipts.name))
                 self.known.update(self.store.walk(receipts.folder))
                 return
             # The index only repeats the receipts; the next run of the command that made it writes it again.
             self._remove(receipts.index_key)
         committed = np.flatnonzero(receipts.committed()).tolist()
-        self._check_metadata(group, started=bool(committed))
+        self._check_metadata(receipts, started=bool(committed))
         missing = receipts.missing_ranges()
-        if missing and group.needed_by is not None and _any_committed(group.needed_by):
-            self.found.problems.append(f"{self.store.where(group.name)}: {ORDER_IS_GONE}")
+        if missing and receipts.needed_by is not None and _any_committed(receipts.needed_by):
+            self.found.problems.append(f"{self.store.where(receipts.name)}: {ORDER_IS_GONE}")
         elif missing:
-            self.found.missing[group.name] = missing
+            self.found.missing[receipts.name] = missing
         for shard in committed:
-            self.known |= group.keys(shard)
-            damaged, doubtful = self._check_shard(group, shard, pool)
+            self.known |= receipts.keys(shard)
+            damaged, doubtful = self._check_shard(receipts, shard, pool)
             self.found.problems += damaged + doubtful
             # Where the decoders differ the program is wrong and the bytes are not; repair leaves these alone.
             if damaged and self.repair:
@@ -217,16 +215,15 @@ class _Check:
                         self._remove(key)
                 receipts.forget_index()
 
-    def _check_shard(self, group: Group, shard: int, pool: ThreadPoolExecutor) -> tuple[list[str], list[str]]:
+    def _check_shard(self, receipts: Receipts, shard: int, pool: ThreadPoolExecutor) -> tuple[list[str], list[str]]:
         """The damage of a shard, which repair mends, and differences between the decoders, which it does not."""
-        receipts = group.receipts
         try:
             receipt = receipts.read(shard)
         except LogitCacheError as error:
             return [str(error)], []
         if receipt is None:  # it was listed by the index, which the repair of an earlier shard has removed
             return [f"{self.store.where(receipts.key(shard))}: missing, though the index listed it"], []
-        checks = list(pool.map(partial(self._check_object, group, receipt), receipts.specs.values()))
+        checks = list(pool.map(partial(self._check_object, receipts, receipt), receipts.specs.values()))
         size = sum(item.bytes for item in receipt.objects.values())
         self.found.objects += len(receipt.objects)
         self.found.bytes += size
@@ -235,26 +232,25 @@ class _Check:
         damaged, doubtful = ([text for text in texts if text is not None] for texts in zip(*checks, strict=True))
         return damaged, doubtful
 
-    def check_fidelity(self, group: Group) -> None:
-        """Check a teacher entry's fidelity report, which is optional."""
+    def check_fidelity(self, group: Receipts) -> None:
         key = group.fidelity_key
         if key is None:
             return
         self.known.add(key)
         try:
-            read_fidelity(self.store, group.folder, group.receipts.record_sha256)
+            read_fidelity(self.store, group.prefix, group.record_sha256)
         except LogitCacheError as error:
             self.found.problems.append(str(error))
             if self.repair:
                 self._remove(key)
 
-    def _check_metadata(self, group: Group, started: bool = True) -> None:
+    def _check_metadata(self, group: Receipts, started: bool = True) -> None:
         """Check the arrays' zarr.json; before a shard is committed (not `started`), it may not have been written."""
         for key, data in group.metadata().items():
             if started or self.store.size(key) is not None:
                 self.check_bytes(key, data)
 
-    def _check_object(self, group: Group, receipt: ShardReceipt, spec: ArraySpec) -> tuple[str | None, str | None]:
+    def _check_object(self, group: Receipts, receipt: ShardReceipt, spec: ArraySpec) -> tuple[str | None, str | None]:
         """As `_check_shard`, for one object."""
         store, key = self.store, group.object_key(spec.name, receipt.shard)
         expected = receipt.objects[spec.name]

@@ -26,9 +26,9 @@ from storage.cache.receipts import Receipts
 from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
 from storage.format.fidelity import FIDELITY_FILE, FidelityReport
-from storage.format.layout import ArraySpec, metadata_bytes, record_bytes, teacher_arrays
+from storage.format.layout import record_bytes, teacher_arrays
 from storage.format.manifest import ObjectDigest, ShardReceipt, ShardStatistics, TeacherEntry
-from storage.format.sealing import Record, differences, digest, parse_json, sealed_bytes
+from storage.format.sealing import differences, digest, parse_json, sealed_bytes
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets, is_order
 from storage.stores import Url, open_store
@@ -42,21 +42,17 @@ class OtherBytes(CorruptCache):
 class ShardWriter:
     """Commits shards of arrays that have the same shards. Safe to use by several workers on one cache."""
 
-    def __init__(
-        self, store: Store, group: str, receipts_folder: str, specs: Mapping[str, ArraySpec], record: Record
-    ) -> None:
-        self.specs = dict(specs)
-        self._store = store
-        self._group = group
+    def __init__(self, receipts: Receipts) -> None:
+        self.receipts = receipts
+        self.leases = leases_in(receipts.store, receipts.folder)
+        self._store = receipts.store
         # A local disk syncs one file at a time; on other stores most of the time is spent waiting for responses.
-        self._at_once = 1 if store.local_path is not None else len(self.specs)
-        self.receipts = Receipts(store, receipts_folder, specs, digest(record))
-        self.leases = leases_in(store, receipts_folder)
+        self._at_once = 1 if self._store.local_path is not None else len(receipts.specs)
 
     def prepare(self) -> None:
         """Write each array's zarr.json unless it exists; CorruptCache if an existing one differs."""
-        for spec in self.specs.values():
-            publish_same(self._store, f"{self._group}{spec.name}/zarr.json", metadata_bytes(spec.metadata()))
+        for key, data in self.receipts.metadata().items():
+            publish_same(self._store, key, data)
 
     def is_committed(self, shard: int) -> bool:
         """Whether the shard has a receipt and objects of the lengths that it states; CorruptCache if they differ."""
@@ -64,7 +60,7 @@ class ShardWriter:
         if receipt is None:
             return False
         for name, expected in receipt.objects.items():
-            key = self._group + self.specs[name].shard_key(shard)
+            key = self.receipts.object_key(name, shard)
             try:
                 found = f"{self._store.known_size(key, 'its receipt exists')} bytes"
             except MissingObject:
@@ -88,18 +84,19 @@ class ShardWriter:
         `began` is the `time.monotonic()` at which work on the shard began, for the receipt's `seconds`. Raises
         OtherBytes where the shard was committed with other bytes.
         """
-        encoded = encode_objects(self.specs, shard, values)
-        objects = {name: object_digest(self.specs[name], data) for name, data in encoded.items()}
+        specs = self.receipts.specs
+        encoded = encode_objects(specs, shard, values)
+        objects = {name: object_digest(specs[name], data) for name, data in encoded.items()}
         # From the first object to the receipt, no other writer may replace these objects as leftovers.
         with self.leases.committing(shard), ThreadPoolExecutor(self._at_once) as pool:
-            keys = [self._group + self.specs[name].shard_key(shard) for name in encoded]
+            keys = [self.receipts.object_key(name, shard) for name in encoded]
             list(pool.map(self._publish_object, keys, repeat(shard), encoded.values()))
             return self._publish_receipt(shard, objects, statistics, began)
 
     def _publish_receipt(
         self, shard: int, objects: dict[str, ObjectDigest], statistics: ShardStatistics | None, began: float | None
     ) -> ShardReceipt:
-        start, stop = next(iter(self.specs.values())).shard_range(shard)
+        start, stop = self.receipts.first_array.shard_range(shard)
         receipt = ShardReceipt(
             record_sha256=self.receipts.record_sha256,
             shard=shard,
@@ -155,7 +152,7 @@ class EntryWriter:
         store.publish(key, record_bytes(entry))
         stored = read_record(store, key, TeacherEntry)
         refuse_other(store, name, stored, entry)
-        shards = ShardWriter(store, folder, folder + "receipts", teacher_arrays(stored), stored)
+        shards = ShardWriter(Receipts(store, folder + "receipts", teacher_arrays(stored), digest(stored)))
         shards.prepare()
         return cls(store, name, stored, shards)
 
@@ -184,8 +181,7 @@ class EntryWriter:
         """
         if self._order is None:
             return None
-        spec, folder = self._order.spec, teacher_folder(self.name)
-        writer = ShardWriter(self._store, folder, self._order.receipts.folder, {spec.name: spec}, self.entry)
+        spec, writer = self._order.spec, ShardWriter(self._order.receipts)
         begun = self._shards.receipts.committed().any()  # looked for first: no shard is committed before the order
         if not writer.is_committed(0):
             if begun:
@@ -246,14 +242,7 @@ def publish_same(store: Store, key: str, data: bytes) -> None:
     """Publish an object whose bytes follow from the record; CorruptCache if an existing one differs."""
     if store.publish(key, data):
         return
-    found = store.insist(key, "it was there just now", lambda: store.read(key))
-    where = store.where(key)
-    if found == data:
-        return
-    if (
-        key.endswith(".json")
-        and not key.startswith("tokenizer/")
-        and parse_json(found, where) == parse_json(data, where)
-    ):
-        return
-    raise CorruptCache(f"{where}: not what this cache's record implies; it was changed or belongs to another cache")
+    found, where = store.insist(key, "it was there just now", lambda: store.read(key)), store.where(key)
+    is_ours = key.endswith(".json") and not key.startswith("tokenizer/")
+    if found != data and not (is_ours and parse_json(found, where) == parse_json(data, where)):
+        raise CorruptCache(f"{where}: not what this cache's record implies; it was changed or belongs to another cache")

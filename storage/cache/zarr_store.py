@@ -116,11 +116,6 @@ def _bounds(wanted: ByteRequest | None, size: int) -> tuple[int, int]:
     return 0, size
 
 
-def open_group(store: CheckedStore) -> zarr.Group:
-    """The root group, read-only."""
-    return zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
-
-
 def open_dataset(store: CheckedStore, path: str) -> xarray.Dataset:
     """The arrays of a group and of the root as one Dataset, read when they are used. Raises InputError without xarray.
 

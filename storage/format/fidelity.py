@@ -14,11 +14,11 @@ not defined is null. Floats have 8 significant digits.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from storage.format.manifest import Count, Extended, Positive, Sha256
+from storage.format.manifest import ADDED, Count, Positive, Sha256
 from storage.format.sealing import Record
 
 FIDELITY_FILE = "fidelity.json"
@@ -79,20 +79,18 @@ class Calibration(Record):
     stored: Annotated[dict[Treatment, Mass], Field(max_length=4)]
 
 
-class Size(Extended):
+class Size(Record):
     """Storage cost of an entry: ``bytes_per_token`` of all arrays is ``overhead + share * mean_kept * bytes_per_id``.
 
     mean_kept: over the positions with targets, which are a `share` of all. bytes_per_target: of all arrays, per
     position with targets; None where all positions have some.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"bytes_per_target"})
-
     mean_kept: Annotated[float, Field(ge=1, le=1 << 16)]
     bytes_per_token: Bytes
     bytes_per_id: Bytes
     overhead_bytes_per_token: Bytes
-    bytes_per_target: Bytes | None = None
+    bytes_per_target: Bytes | None = ADDED
 
 
 class NeededIds(Record):

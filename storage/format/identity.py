@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ _BLOCK = 1 << 20  # entries of a token stream that are hashed at a time
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder contains the files of a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
@@ -115,19 +114,12 @@ def stream_sha256(tokens: NDArray[Any], document_starts: NDArray[Any], loss_mask
     that the digest depends on neither the machine nor the width in which ids are stored. Arrays may be memory maps:
     they are read block by block.
     """
-    digest = hashlib.sha256(b"tokens")
-    for block in _blocks(tokens):
-        digest.update(block.astype("<u4").tobytes())
-    digest.update(b"documents")
-    for block in _blocks(document_starts):
-        digest.update(block.astype("<u8").tobytes())
+    parts = [(b"tokens", tokens, "<u4"), (b"documents", document_starts, "<u8")]
     if loss_mask is not None:
-        digest.update(b"loss_mask")
-        for block in _blocks(loss_mask):
-            digest.update(block.astype(bool).astype("u1").tobytes())
+        parts.append((b"loss_mask", loss_mask, "?"))
+    digest = hashlib.sha256()
+    for name, values, dtype in parts:
+        digest.update(name)
+        for start in range(0, len(values), _BLOCK):
+            digest.update(np.asarray(values[start : start + _BLOCK]).astype(dtype).tobytes())
     return digest.hexdigest()
-
-
-def _blocks(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    for start in range(0, len(values), _BLOCK):
-        yield np.asarray(values[start : start + _BLOCK])

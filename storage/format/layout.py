@@ -11,23 +11,22 @@ from typing import Any, Literal
 import numpy as np
 
 from storage.format.encoding import token_id_dtype
-from storage.format.manifest import ATTRIBUTE, MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TargetField, TeacherEntry
+from storage.format.manifest import ATTRIBUTE, MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TeacherEntry
 from storage.format.sealing import Record, sealed
 
 KEY = re.compile(r"^[a-z0-9_./-]+$")
-PER_POSITION_FLOATS = ("top_logprob", "log_tail", "log_tail_half", "label_logprob", "entropy")
-PER_POSITION_COUNTS = ("kept", "certain")
 PER_DOCUMENT = ("document_starts", "document_sources")
-# Of version 2 of an entry: the array of each field, as codes and as float32.
-FIELD_ARRAYS = {
-    "certain": ("certain_codes", "certain_logprobs"),
-    "sampled-logprobs": ("sampled_codes", "sampled_logprobs"),
-    "tail": ("mass_code", "log_tail"),
-    "half-tail": ("half_tail_code", "log_tail_half"),
-    "label": ("label_code", "label_logprob"),
-    "entropy": ("entropy_code", "entropy"),
+# The numbers per position by their field, as `SparseTargets` calls them, and so the arrays that hold them as float32.
+VALUES = {"tail": "log_tail", "half-tail": "log_tail_half", "label": "label_logprob", "entropy": "entropy"}
+_FLOATS = {"certain": "certain_logprobs", "sampled-logprobs": "sampled_logprobs", **VALUES}
+_CODES = {
+    "certain": "certain_codes",
+    "sampled-logprobs": "sampled_codes",
+    "tail": "mass_code",
+    "half-tail": "half_tail_code",
+    "label": "label_code",
+    "entropy": "entropy_code",
 }
-PER_POSITION_FIELDS: tuple[TargetField | Literal["tail"], ...] = ("tail", "half-tail", "label", "entropy")
 # Small differences, of which zstd makes less in bytes than in bits: 5 % and 28 % (docs/decisions/0034).
 _SHUFFLED_BY_BYTES = ("ids", "certain_codes")
 SAMPLING_ORDER = "sampling_order"
@@ -55,11 +54,6 @@ class ArraySpec:
         if self.dtype == "bool":
             return False
         return math.nan if self.dtype == "float32" else int(np.iinfo(self.dtype).max)
-
-    @property
-    def fill_value_json(self) -> Any:
-        """The fill value as it is in zarr.json: NaN is the string "NaN"."""
-        return "NaN" if self.dtype == "float32" else self.fill_value
 
     @property
     def blosc(self) -> dict[str, Any]:
@@ -122,7 +116,7 @@ class ArraySpec:
             "data_type": self.dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.layout.shard, *rest]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": self.fill_value_json,
+            "fill_value": "NaN" if self.dtype == "float32" else self.fill_value,
             "codecs": [
                 {
                     "name": "sharding_indexed",
@@ -144,45 +138,26 @@ def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def teacher_arrays(entry: TeacherEntry) -> dict[str, ArraySpec]:
-    """The arrays of a teacher entry, by name."""
-    specs = (_arrays_1 if entry.format_version == 1 else _arrays_2)(entry)
-    return {spec.name: spec for spec in specs}
-
-
-def _arrays_1(entry: TeacherEntry) -> list[ArraySpec]:
-    n, k, layout = entry.positions, entry.targets.k, entry.layout
-    values: tuple[str, Literal["uint16", "float32"]] = (
-        ("logprob_codes", "uint16") if entry.encoding.kind == "codes" else ("logprobs", "float32")
-    )
-    return [
-        ArraySpec("token_ids", token_id_dtype(entry.vocabulary_size), (n, k), layout),  # type: ignore[arg-type]
-        ArraySpec(values[0], values[1], (n, k), layout),
-        *(ArraySpec(name, "uint16", (n,), layout) for name in PER_POSITION_COUNTS),
-        *(
-            ArraySpec(name, "float32", (n,), layout)
-            for name in PER_POSITION_FLOATS
-            if name != "label_logprob" or entry.targets.has("label")
-        ),
+    n, k, codes, first = entry.positions, entry.targets.k, entry.encoding.kind == "codes", entry.format_version == 1
+    arrays: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("token_ids" if first else "ids", token_id_dtype(entry.vocabulary_size), (n, k)),
+        ("kept", "uint16", (n,)),
+        ("certain", "uint16", (n,)),
     ]
+    for field, name in _field_arrays(entry).items():
+        if field == "certain" or (field == "sampled-logprobs" and entry.targets.has(field)):
+            arrays.append((name, "uint16" if codes else "float32", (n, k)))
+        elif entry.targets.has(field):
+            arrays.append((name, "int16" if codes and not first else "float32", (n,)))
+    return {name: ArraySpec(name, dtype, shape, entry.layout) for name, dtype, shape in arrays}
 
 
-def _arrays_2(entry: TeacherEntry) -> list[ArraySpec]:
-    n, k, layout = entry.positions, entry.targets.k, entry.layout
+def _field_arrays(entry: TeacherEntry) -> dict[str, str]:
+    """The array of every field that an entry of this version and encoding may have."""
     codes = entry.encoding.kind == "codes"
-    return [
-        ArraySpec("ids", token_id_dtype(entry.vocabulary_size), (n, k), layout),  # type: ignore[arg-type]
-        *(
-            ArraySpec(field_array(entry, field), "uint16" if codes else "float32", (n, k), layout)
-            for field in ("certain", "sampled-logprobs")
-            if field == "certain" or entry.targets.has("sampled-logprobs")
-        ),
-        *(ArraySpec(name, "uint16", (n,), layout) for name in PER_POSITION_COUNTS),
-        *(
-            ArraySpec(field_array(entry, field), "int16" if codes else "float32", (n,), layout)
-            for field in PER_POSITION_FIELDS
-            if entry.targets.has(field)
-        ),
-    ]
+    if entry.format_version == 1:
+        return {"certain": "logprob_codes" if codes else "logprobs", "top": "top_logprob", **VALUES}
+    return _CODES if codes else _FLOATS
 
 
 def order_array(entry: TeacherEntry) -> ArraySpec | None:
@@ -194,11 +169,7 @@ def order_array(entry: TeacherEntry) -> ArraySpec | None:
 
 
 def field_array(entry: TeacherEntry, field: str) -> str:
-    """The name of the array that holds a field of an entry of version 2; of version 1, the label's."""
-    if entry.format_version == 1:
-        assert field == "label"
-        return "label_logprob"
-    return FIELD_ARRAYS[field][entry.encoding.kind == "float32"]
+    return _field_arrays(entry)[field]
 
 
 def corpus_arrays(record: CacheRecord) -> dict[str, ArraySpec]:

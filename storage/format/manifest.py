@@ -7,11 +7,12 @@ the array's name and the shard's number.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from storage.format.encoding import MAX_STEP_NATS, MAX_UINT16, MIN_STEP_NATS, MIN_VALUE_STEP_NATS
 from storage.format.sealing import Record
@@ -34,16 +35,13 @@ Count = Annotated[int, Field(ge=0, le=1 << 48)]
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 
 
-class Extended(Record):
-    """A record that gained fields: its JSON leaves out those of `added` that are None, so that records from before they
-    existed keep their digests. A version that does not know such a field refuses the record that has it."""
+def _is_none(value: object) -> bool:
+    return value is None
 
-    added: ClassVar[frozenset[str]]
 
-    @model_serializer(mode="wrap")
-    def _leave_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = serialize(self)
-        return {name: value for name, value in fields.items() if value is not None or name not in self.added}
+# The default of a field that a record gained: JSON leaves it out where it is None, so that records from before it keep
+# their digests. A version that does not know the field refuses the record that has it.
+ADDED: Any = Field(default=None, exclude_if=_is_none)
 
 
 class CorpusSource(Record):
@@ -54,7 +52,7 @@ class CorpusSource(Record):
     text_bytes: Count
 
 
-class Corpus(Extended):
+class Corpus(Record):
     """The token stream. `stream_sha256` covers tokens (as uint32), document starts (uint64) and loss mask.
 
     Since version 2 of the CacheRecord, and None before: `begins_with_bos`: whether documents of text begin with the ids
@@ -62,10 +60,6 @@ class Corpus(Extended):
     by NUL characters; `template_variables` and `date`: what they were given; `skipped_rows`: rows left out because they
     cannot be read; `document_sources`: whether there is an array of that name.
     """
-
-    added: ClassVar[frozenset[str]] = frozenset(
-        {"begins_with_bos", "template_sha256", "template_variables", "date", "skipped_rows", "document_sources"}
-    )
 
     positions: Positive
     documents: Positive
@@ -75,12 +69,16 @@ class Corpus(Extended):
     tokens_included: bool = True
     document_separator: Text | None
     sources: Annotated[tuple[CorpusSource, ...], Field(max_length=MAX_SOURCES)]
-    begins_with_bos: bool | None = None
-    template_sha256: Sha256 | None = None
-    template_variables: Annotated[dict[Text, JsonValue], Field(max_length=256)] | None = None
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
-    skipped_rows: Count | None = None
-    document_sources: bool | None = None
+    begins_with_bos: bool | None = ADDED
+    template_sha256: Sha256 | None = ADDED
+    template_variables: Annotated[dict[Text, JsonValue], Field(max_length=256)] | None = ADDED
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = ADDED
+    skipped_rows: Count | None = ADDED
+    document_sources: bool | None = ADDED
+
+    def added(self) -> dict[str, Any]:
+        """What a record of version 1 does not have."""
+        return {name: value for name, value in self.model_dump().items() if Corpus.model_fields[name].exclude_if}
 
 
 class Tokenizer(Record):
@@ -131,10 +129,8 @@ class Versions(Record):
         """The installed versions of Python and of the libraries that a result depends on."""
         found = {"python": platform.python_version()}
         for name in _LIBRARIES:
-            try:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
         return cls(libraries=found)
 
 
@@ -153,9 +149,8 @@ class CacheRecord(Record):
     def _bounded(self) -> CacheRecord:
         if self.corpus.documents > self.corpus.positions:
             raise ValueError(f"{self.corpus.documents} documents in {self.corpus.positions} tokens")
-        later = [name for name in sorted(Corpus.added) if getattr(self.corpus, name) is not None]
-        if self.format_version == 1 and later:
-            raise ValueError(f"a record of version 1 has no {later[0]}")
+        if self.format_version == 1 and self.corpus.added():
+            raise ValueError(f"a record of version 1 has no {min(self.corpus.added())}")
         self.tokens_layout.check_length(self.corpus.positions)
         self.documents_layout.check_length(self.corpus.documents)
         return self
@@ -201,7 +196,7 @@ class Shrunk(Record):
     seed: Count
 
 
-class Targets(Extended):
+class Targets(Record):
     """Which ids are stored for a position, and what of them.
 
     `head_ids`: number of ids kept with certainty before sampling starts; `top_p`: the mass at which a row is pruned;
@@ -215,24 +210,20 @@ class Targets(Extended):
     that this one was sampled from, the first one first.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset(
-        {"has_label_logprob", "fields", "positions", "tail", "sampling", "order", "sample_size", "shrunk_from"}
-    )
-
     method: Literal["top-k", "varopt"] = "top-k"
     k: Annotated[int, Field(ge=1, le=MAX_UINT16)]
     head_ids: Count | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Count | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    has_label_logprob: bool | None = None
-    fields: Annotated[tuple[TargetField, ...], Field(max_length=len(TARGET_FIELDS))] | None = None
-    positions: Literal["all", "trained", "some"] | None = None
-    tail: Literal["exact", "unknown"] | None = None
-    sampling: Literal["systematic", "pivotal"] | None = None
-    order: Literal["ids", "embeddings"] | None = None
-    sample_size: Literal["threshold"] | None = None
-    shrunk_from: Annotated[tuple[Shrunk, ...], Field(max_length=MOST_SHRUNK)] | None = None
+    has_label_logprob: bool | None = ADDED
+    fields: Annotated[tuple[TargetField, ...], Field(max_length=len(TARGET_FIELDS))] | None = ADDED
+    positions: Literal["all", "trained", "some"] | None = ADDED
+    tail: Literal["exact", "unknown"] | None = ADDED
+    sampling: Literal["systematic", "pivotal"] | None = ADDED
+    order: Literal["ids", "embeddings"] | None = ADDED
+    sample_size: Literal["threshold"] | None = ADDED
+    shrunk_from: Annotated[tuple[Shrunk, ...], Field(max_length=MOST_SHRUNK)] | None = ADDED
 
     def has(self, field: str) -> bool:
         """Whether a field is stored: one of `TARGET_FIELDS`, or the tail. Version 1 lacks at most the label's."""
@@ -248,7 +239,6 @@ class Targets(Extended):
         return self.top_p is None and self.sample_size is None
 
     def without(self, field: TargetField) -> Targets:
-        """The same targets without a field."""
         if self.fields is None:
             assert field == "label"
             return self.model_copy(update={"has_label_logprob": False})
@@ -283,15 +273,13 @@ class Targets(Extended):
             )
 
 
-class Windowing(Extended):
+class Windowing(Record):
     """The windows that a teacher read: see `storage.format`, "Windows"."""
-
-    added: ClassVar[frozenset[str]] = frozenset({"begin_id"})
 
     context_tokens: Positive
     stride_tokens: Positive
     isolate_documents: bool = False
-    begin_id: Count | None = None
+    begin_id: Count | None = ADDED
 
     @property
     def input_tokens(self) -> int:
@@ -305,20 +293,18 @@ class Windowing(Extended):
         return self
 
 
-class Encoding(Extended):
+class Encoding(Record):
     """`codes`: log-probs as uint16 differences in units of `step_nats`; `float32`: as they are.
 
     Version 1: floats per position keep `mantissa_bits` explicit bits. Version 2: with codes they are codes too, the
     mass in units of `step_nats`, the others of `value_step_nats`; log-probs of sampled ids of `sampled_step_nats`.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"mantissa_bits", "value_step_nats", "sampled_step_nats"})
-
     kind: Literal["codes", "float32"] = "codes"
     step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None
-    mantissa_bits: Annotated[int, Field(ge=8, le=23)] | None = None
-    value_step_nats: Annotated[float, Field(ge=MIN_VALUE_STEP_NATS, le=MAX_STEP_NATS)] | None = None
-    sampled_step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None = None
+    mantissa_bits: Annotated[int, Field(ge=8, le=23)] | None = ADDED
+    value_step_nats: Annotated[float, Field(ge=MIN_VALUE_STEP_NATS, le=MAX_STEP_NATS)] | None = ADDED
+    sampled_step_nats: Annotated[float, Field(ge=MIN_STEP_NATS, le=MAX_STEP_NATS)] | None = ADDED
 
     @model_validator(mode="after")
     def _agrees(self) -> Encoding:
@@ -340,23 +326,21 @@ class Encoding(Extended):
             raise ValueError("value_step_nats is larger than step_nats, from which sampled log-probs are counted")
 
 
-class Execution(Extended):
+class Execution(Record):
     """The settings that can change the last bits of a result: all workers of an entry must agree on them.
 
     `tensor_parallel`: the number of ranks that the teacher was sharded over.
     """
-
-    added: ClassVar[frozenset[str]] = frozenset({"tensor_parallel"})
 
     device_type: Text
     batch_windows: Positive
     attention: Text
     compile_mode: Text | None = None
     head: Literal["fast", "general"]
-    tensor_parallel: Positive | None = None
+    tensor_parallel: Positive | None = ADDED
 
 
-class TeacherEntry(Extended):
+class TeacherEntry(Record):
     """attributes["logit_cache"] of teachers/<name>; written once, never rewritten.
 
     `vocabulary_size` is the V of its targets: the tokenizer's, or fewer ids where the teacher has no column for the
@@ -364,8 +348,6 @@ class TeacherEntry(Extended):
     in process (cached), by one behind a server, from somebody's file, from an entry of another vocabulary, or from
     another entry of this one.
     """
-
-    added: ClassVar[frozenset[str]] = frozenset({"made"})
 
     format_version: Literal[1, 2] = 1
     kind: Literal["teacher"] = "teacher"
@@ -379,7 +361,7 @@ class TeacherEntry(Extended):
     encoding: Encoding
     layout: ArrayLayout
     execution: Execution
-    made: Literal["cached", "served", "imported", "projected", "recompressed"] | None = None
+    made: Literal["cached", "served", "imported", "projected", "recompressed"] | None = ADDED
     derived_from: Sha256 | None = None
     created_with: Versions
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from storage.format.layout import ArraySpec
 from storage.format.manifest import ObjectDigest, ShardStatistics, TeacherEntry
 from storage.format.stored import StoredTargets, joined
-from storage.format.targets import SparseTargets, head_mass
+from storage.format.targets import SparseTargets
 
 _BLOSC_HEADER = 16
 _LEAST_CHUNK = _BLOSC_HEADER + 4
@@ -213,7 +213,8 @@ def encode_objects(specs: Mapping[str, ArraySpec], shard: int, values: Mapping[s
 def shard_statistics(targets: SparseTargets) -> ShardStatistics:
     """The sums over a shard's positions with targets, for its receipt."""
     there = targets.kept > 0
-    mass = head_mass(targets)[there]
+    # Sampled ids whose log-probs are not stored count for nothing.
+    mass = np.nansum(np.exp(targets.logprobs[there].astype(np.float64)), axis=1)
     label = np.empty(0, dtype=np.float32) if targets.label_logprob is None else targets.label_logprob
     known = label[~np.isnan(label)]
     entropy = None if targets.entropy is None else float(targets.entropy[there].sum(dtype=np.float64))

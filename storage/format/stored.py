@@ -32,14 +32,12 @@ class StoredTargets:
 
     @classmethod
     def of(cls, entry: TeacherEntry, targets: SparseTargets) -> StoredTargets:
-        """Targets as an entry stores them."""
         specs, values = teacher_arrays(entry), _VERSIONS[entry.format_version].encode(entry, targets)
         return cls(
             entry, targets.start, {name: values[name].astype(spec.dtype, copy=False) for name, spec in specs.items()}
         )
 
     def decoded(self) -> SparseTargets:
-        """The targets that a reader makes of them."""
         found: SparseTargets = _VERSIONS[self.entry.format_version].decode(self.entry, self.start, self.arrays)
         return found
 
@@ -51,7 +49,6 @@ class StoredTargets:
 
     @property
     def stop(self) -> int:
-        """The first position after the range."""
         return self.start + len(self)
 
     def rows(self, start: int, stop: int) -> StoredTargets:
@@ -78,8 +75,7 @@ class StoredTargets:
 
     def _broken_label(self, document_starts: NDArray[Any] | None) -> str | None:
         entry, name = self.entry, field_array(self.entry, "label")
-        label = version_2.decoded_value(entry, "label", self.arrays) if entry.format_version == 2 else self.arrays[name]
-        assert label is not None
+        label = version_2.decoded_value(entry, "label", self.arrays[name])
         unlabelled = np.isnan(label)
         at_end = np.arange(self.start, self.stop) == entry.positions - 1
         if entry.windowing.isolate_documents and document_starts is not None:

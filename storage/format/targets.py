@@ -57,7 +57,6 @@ class SparseTargets:
 
     @property
     def k(self) -> int:
-        """Stored ids per position, K."""
         return int(self.token_ids.shape[1])
 
     @property
@@ -98,9 +97,3 @@ def leading_columns(counts: NDArray[Any], columns: int) -> NDArray[np.bool_]:
 def is_order(ids: NDArray[Any]) -> bool:
     """Whether ids [V] are each of 0 .. V - 1 once."""
     return np.array_equal(np.sort(ids), np.arange(len(ids)))
-
-
-def head_mass(targets: SparseTargets) -> NDArray[np.float64]:
-    """Sum of the stored probabilities, float64 [T]; where sampled ids have none, of the certain ids."""
-    mass: NDArray[np.float64] = np.nansum(np.exp(targets.logprobs.astype(np.float64)), axis=1)
-    return mass

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.format.encoding import ROUNDING_NATS, decode_logprobs, encode_logprobs, round_mantissa
-from storage.format.layout import PER_POSITION_FLOATS
+from storage.format.layout import VALUES, field_array
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets, leading_columns
 
@@ -21,8 +21,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 def encode(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
     """The stored arrays of targets that hold all fields, their ids in descending order."""
-    top = targets.logprobs[:, 0]
-    floats = {name: top if name == "top_logprob" else getattr(targets, name) for name in PER_POSITION_FLOATS}
+    floats = {"top_logprob": targets.logprobs[:, 0], **{name: getattr(targets, name) for name in VALUES.values()}}
     bits = entry.encoding.mantissa_bits
     assert bits is not None
     values: dict[str, NDArray[Any]] = {
@@ -31,22 +30,18 @@ def encode(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any
         "certain": targets.certain,
         **{name: round_mantissa(value, bits) for name, value in floats.items() if value is not None},
     }
-    if entry.encoding.step_nats is not None:
-        values["logprob_codes"] = encode_logprobs(
-            targets.logprobs, values["top_logprob"], targets.kept, entry.encoding.step_nats
-        )
-    else:
-        # In memory an unused column is -inf; stored it is 0, because the format keeps infinity for one meaning.
-        values["logprobs"] = np.where(targets.is_kept, targets.logprobs, np.float32(0))
-    return values
+    step = entry.encoding.step_nats
+    if step is not None:
+        return {**values, "logprob_codes": encode_logprobs(targets.logprobs, values["top_logprob"], targets.kept, step)}
+    # In memory an unused column is -inf; stored it is 0, because the format keeps infinity for one meaning.
+    return {**values, "logprobs": np.where(targets.is_kept, targets.logprobs, np.float32(0))}
 
 
 def decode(entry: TeacherEntry, start: int, arrays: Arrays) -> SparseTargets:
     """The targets of the positions `start .. start + T`."""
+    logprobs = arrays[field_array(entry, "certain")]
     if entry.encoding.step_nats is not None:
-        logprobs = decode_logprobs(arrays["logprob_codes"], arrays["top_logprob"], entry.encoding.step_nats)
-    else:
-        logprobs = arrays["logprobs"]
+        logprobs = decode_logprobs(logprobs, arrays["top_logprob"], entry.encoding.step_nats)
     valid = leading_columns(arrays["kept"], logprobs.shape[1])
     return SparseTargets(
         start=start,
@@ -54,10 +49,7 @@ def decode(entry: TeacherEntry, start: int, arrays: Arrays) -> SparseTargets:
         kept=arrays["kept"],
         certain=arrays["certain"],
         logprobs=np.where(valid, logprobs, np.float32(-np.inf)),
-        log_tail=arrays["log_tail"],
-        log_tail_half=arrays["log_tail_half"],
-        label_logprob=arrays.get("label_logprob"),
-        entropy=arrays["entropy"],
+        **{name: arrays.get(name) for name in VALUES.values()},
     )
 
 
@@ -83,9 +75,7 @@ def broken_rule(entry: TeacherEntry, arrays: Arrays) -> str | None:
 
 
 def _broken_columns(entry: TeacherEntry, arrays: Arrays) -> str | None:
-    kept, ids, codes, exact = (arrays.get(name) for name in ("kept", "token_ids", "logprob_codes", "logprobs"))
-    assert kept is not None
-    assert ids is not None
+    kept, ids, logprobs = arrays["kept"], arrays["token_ids"], arrays[field_array(entry, "certain")]
     # Most entries keep all columns of all rows; picking the valid ones out of them would cost as much as decoding.
     whole = not len(kept) or int(kept.min()) == entry.targets.k
     valid: Any = slice(None) if whole else leading_columns(kept, entry.targets.k)
@@ -93,12 +83,13 @@ def _broken_columns(entry: TeacherEntry, arrays: Arrays) -> str | None:
         return f"a token id is not below the vocabulary size {entry.vocabulary_size}"
     if not whole and (ids[~valid] != np.iinfo(ids.dtype).max).any():
         return "an id beyond kept is not the type's maximum"
-    if codes is not None and (codes[:, 0].any() or (not whole and codes[~valid].any())):
-        return "column 0 of logprob_codes, or a column beyond kept, is not 0"
-    if exact is not None:
-        if not np.isfinite(exact[valid]).all():
-            return "a log-prob is not finite"
-        falls = np.diff(exact, axis=1) <= 0
-        if not (falls if whole else falls[valid[:, 1:]]).all():
-            return "log-probs do not descend along a row"
+    if entry.encoding.kind == "codes":
+        if logprobs[:, 0].any() or (not whole and logprobs[~valid].any()):
+            return "column 0 of logprob_codes, or a column beyond kept, is not 0"
+        return None
+    if not np.isfinite(logprobs[valid]).all():
+        return "a log-prob is not finite"
+    falls = np.diff(logprobs, axis=1) <= 0
+    if not (falls if whole else falls[valid[:, 1:]]).all():
+        return "log-probs do not descend along a row"
     return None

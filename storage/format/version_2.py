@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from storage.format.chance import ROUNDING, ROUNDING_AGAIN, uniforms
 from storage.format.encoding import MAX_UINT16, ROUNDING_NATS, encode_logprobs
-from storage.format.layout import field_array
+from storage.format.layout import VALUES, field_array
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets, leading_columns
 
@@ -26,8 +26,6 @@ NOTHING_OUTSIDE = NONE + 1  # log 0: no mass outside the certain ids
 NOTHING_INSIDE = (1 << 15) - 2  # of the mass alone: no id is certain
 _LEAST, _MOST = NOTHING_OUTSIDE + 1, NOTHING_INSIDE - 1
 _FLOAT32 = 2.0**-23  # of a number: more than its rounding to float32
-
-_VALUES = {"tail": "log_tail", "half-tail": "log_tail_half", "label": "label_logprob", "entropy": "entropy"}
 
 
 def encode(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any]]:
@@ -42,7 +40,10 @@ def encode(entry: TeacherEntry, targets: SparseTargets) -> dict[str, NDArray[Any
         "ids": np.where(certain, ids, differences) * kept,
         "kept": targets.kept,
         "certain": targets.certain,
-        **codes(entry, targets, certain, kept & ~certain),
+        **{
+            field_array(entry, field): values
+            for field, values in codes(entry, targets, certain, kept & ~certain).items()
+        },
     }
 
 
@@ -59,11 +60,11 @@ def _sampled_ids_ascending(targets: SparseTargets) -> SparseTargets:
 def _floats(
     entry: TeacherEntry, targets: SparseTargets, certain: NDArray[np.bool_], sampled: NDArray[np.bool_]
 ) -> dict[str, NDArray[Any]]:
-    values = {field: getattr(targets, name) for field, name in _VALUES.items() if entry.targets.has(field)}
+    values = {field: getattr(targets, name) for field, name in VALUES.items() if entry.targets.has(field)}
     values["certain"] = np.where(certain, targets.logprobs, np.float32(0))
     if entry.targets.has("sampled-logprobs"):
         values["sampled-logprobs"] = np.where(sampled, targets.logprobs, np.float32(0))
-    return {field_array(entry, field): array for field, array in values.items()}
+    return values
 
 
 def _codes(
@@ -77,12 +78,12 @@ def _codes(
     }
     for field in ("half-tail", "label", "entropy"):
         if entry.targets.has(field):
-            found[field] = _value_codes(getattr(targets, _VALUES[field]), value_step)
+            found[field] = _value_codes(getattr(targets, VALUES[field]), value_step)
     if entry.targets.has("tail"):
         found["tail"] = _mass_codes(targets, certain, step)
     if entry.targets.has("sampled-logprobs"):
         found["sampled-logprobs"] = _sampled_codes(entry, targets, found, sampled)
-    return {field_array(entry, field): codes for field, codes in found.items()}
+    return found
 
 
 def _value_codes(values: NDArray[np.float32], step: float) -> NDArray[np.int16]:
@@ -113,7 +114,7 @@ def _sampled_codes(
     that makes the mean of 1 / p exact, ``(exp(d) - 1) / (exp(step) - 1)`` for the next, d nats below the reference."""
     step = entry.encoding.sampled_step_nats
     assert step is not None
-    masses = {field: _decoded_value(entry, field, found[field]) for field in ("tail", "half-tail") if field in found}
+    masses = {field: decoded_value(entry, field, found[field]) for field in ("tail", "half-tail") if field in found}
     logprobs = np.where(sampled, targets.logprobs, np.float32(0))  # of others, both sides may be infinite
     below = (_reference(entry, targets.kept, targets.certain, masses) - logprobs) / step
     below = np.where(sampled, below, 0.0).clip(0.0)
@@ -135,14 +136,11 @@ def _rounding_key(entry: TeacherEntry) -> tuple[int, int]:
     return int(entry.derived_from[:16], 16), ROUNDING_AGAIN
 
 
-def _reference(
-    entry: TeacherEntry, kept: NDArray[Any], certain: NDArray[Any], masses: Mapping[str, NDArray[np.float64] | None]
-) -> NDArray[np.float64]:
+def _reference(entry: TeacherEntry, kept: NDArray[Any], certain: NDArray[Any], masses: Arrays) -> NDArray[np.float64]:
     """The log-prob [T, 1] from which those of sampled ids are counted down: their threshold, which none exceeds, and
     one step above it, since the threshold is rounded."""
     temperature = entry.targets.temperature
     outside = masses["tail" if temperature == 1.0 else "half-tail"]
-    assert outside is not None
     number = np.maximum(kept.astype(np.int64) - certain, 1)
     step = entry.encoding.step_nats or 0.0
     reference: NDArray[np.float64] = (temperature * (outside - np.log(number)) + step)[:, None]
@@ -154,7 +152,11 @@ def decode(entry: TeacherEntry, start: int, arrays: Arrays) -> SparseTargets:
     kept, certain, raw = arrays["kept"], arrays["certain"], arrays["ids"]
     is_kept, is_certain = leading_columns(kept, raw.shape[1]), leading_columns(certain, raw.shape[1])
     ids = np.where(is_certain, raw, np.cumsum(raw * ~is_certain, axis=1, dtype=raw.dtype))
-    values = {field: decoded_value(entry, field, arrays) for field in _VALUES}
+    values = {
+        field: decoded_value(entry, field, arrays[field_array(entry, field)])
+        for field in VALUES
+        if entry.targets.has(field)
+    }
     logprobs = np.where(is_certain, _certain_logprobs(entry, arrays, is_certain), -np.inf)
     if not np.array_equal(certain, kept):
         logprobs = np.where(is_kept & ~is_certain, _sampled_logprobs(entry, arrays, values), logprobs)
@@ -164,7 +166,7 @@ def decode(entry: TeacherEntry, start: int, arrays: Arrays) -> SparseTargets:
         kept=kept,
         certain=certain,
         logprobs=logprobs.astype(np.float32),
-        **{_VALUES[field]: None if value is None else value.astype(np.float32) for field, value in values.items()},
+        **{VALUES[field]: value.astype(np.float32) for field, value in values.items()},
     )
 
 
@@ -179,9 +181,7 @@ def _certain_logprobs(entry: TeacherEntry, arrays: Arrays, is_certain: NDArray[n
     return found
 
 
-def _sampled_logprobs(
-    entry: TeacherEntry, arrays: Arrays, values: Mapping[str, NDArray[np.float64] | None]
-) -> NDArray[Any] | float:
+def _sampled_logprobs(entry: TeacherEntry, arrays: Arrays, values: Arrays) -> NDArray[Any] | float:
     if not entry.targets.has("sampled-logprobs"):
         return np.nan
     stored = arrays[field_array(entry, "sampled-logprobs")]
@@ -191,17 +191,11 @@ def _sampled_logprobs(
     return reference - entry.encoding.sampled_step_nats * stored
 
 
-def decoded_value(entry: TeacherEntry, field: str, arrays: Arrays) -> NDArray[np.float64] | None:
-    """A number per position [T] from its codes, NaN for "none"; None where the entry does not have it."""
-    if not entry.targets.has(field):
-        return None
-    return _decoded_value(entry, field, arrays[field_array(entry, field)])
-
-
-def _decoded_value(entry: TeacherEntry, field: str, stored: NDArray[Any]) -> NDArray[np.float64]:
-    if entry.encoding.step_nats is None:
-        return stored.astype(np.float64)
+def decoded_value(entry: TeacherEntry, field: str, stored: NDArray[Any]) -> NDArray[Any]:
+    """The numbers per position [T] that stored ones stand for, NaN for "none"; codes as float64."""
     step = entry.encoding.step_nats if field == "tail" else entry.encoding.value_step_nats
+    if entry.encoding.value_step_nats is None:
+        return stored
     assert step is not None
     values = step * stored.astype(np.float64)
     if field == "tail":
@@ -280,7 +274,7 @@ def _broken_values(entry: TeacherEntry, arrays: Arrays) -> str | None:
     """The rules of the numbers per position, as they are stored."""
     kept, certain = arrays["kept"], arrays["certain"]
     codes = entry.encoding.kind == "codes"
-    for field in _VALUES:
+    for field in VALUES:
         if not entry.targets.has(field):
             continue
         name = field_array(entry, field)

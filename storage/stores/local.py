@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
@@ -32,20 +33,12 @@ class LocalStore(Store):
         self.url = str(path)
         self._plain_folders: set[Path] = set()
         self._synced_folders: set[Path] = set()
-        self._paths: dict[str, Path] = {}
+        # A reader of chunks uses the same few hundred paths all the time, and pathlib is slow.
+        self._path = lru_cache(_MOST_PATHS)(lambda key: path.joinpath(*key.split("/")))
 
     @property
     def local_path(self) -> Path:
         return self._root
-
-    def _path(self, key: str) -> Path:
-        # Cached: a reader of chunks uses the same few hundred paths all the time, and pathlib is slow.
-        found = self._paths.get(key)
-        if found is None:
-            if len(self._paths) >= _MOST_PATHS:
-                self._paths.clear()
-            found = self._paths[key] = self._root.joinpath(*key.split("/"))
-        return found
 
     def read(self, key: str, at_most: int = MOST_BYTES) -> bytes:
         with self.opened(key) as descriptor:
@@ -99,19 +92,19 @@ class LocalStore(Store):
 
     def names(self, prefix: str) -> list[str]:
         try:
-            return sorted(os.listdir(self._path(prefix) if prefix else self._root))
+            return sorted(os.listdir(self._path(prefix)))
         except FileNotFoundError:
             return []
         except NotADirectoryError:
             raise InputError(f"{self.url} is a file; a cache is a folder: give another path") from None
 
     def folders(self, folder: str) -> list[str]:
-        with os.scandir(self._path(folder) if folder else self._root) as entries:
+        with os.scandir(self._path(folder)) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
 
     def listing(self, folder: str) -> Iterator[tuple[str, float | None]]:
         try:
-            entries = os.scandir(self._path(folder) if folder else self._root)
+            entries = os.scandir(self._path(folder))
         except FileNotFoundError:
             return
         with entries:
@@ -120,7 +113,7 @@ class LocalStore(Store):
                     yield entry.name, entry.stat(follow_symlinks=False).st_mtime
 
     def walk(self, prefix: str = "") -> dict[str, int]:
-        folder = self._path(prefix) if prefix else self._root
+        folder = self._path(prefix)
         # Links are listed and not followed.
         found = {}
         for parent, folders, names in os.walk(folder, onerror=_raise_unless_gone):

@@ -30,8 +30,7 @@ class S3Store(RemoteStore):
         return {"config_kwargs": config, "use_listings_cache": False}
 
     def names(self, prefix: str) -> list[str]:
-        folder = self._below_bucket(prefix)
-        return sorted({key[len(folder) :].split("/")[0] for key in self._listed(prefix, "/")} - {""})
+        return sorted({name for name, _ in self.listing(prefix)} - {""})
 
     def folders(self, folder: str) -> list[str]:
         below = len(self._below_bucket(folder))
@@ -47,20 +46,13 @@ class S3Store(RemoteStore):
                 yield item["Key"][below:], item["LastModified"].timestamp()
 
     def walk(self, prefix: str = "") -> dict[str, int]:
-        root = self._below_bucket("")
-        return {key[len(root) :]: size for key, size in sorted(self._listed(prefix, "").items())}
+        root = len(self._below_bucket(""))
+        items = (item for page in self._pages(prefix, "") for item in page.get("Contents", ()))
+        return dict(sorted((item["Key"][root:], int(item["Size"])) for item in items))
 
     def _below_bucket(self, prefix: str) -> str:
         folder = str(self._fs.split_path(self._path(prefix.rstrip("/")))[1])
         return folder + "/" if folder else ""
-
-    def _listed(self, prefix: str, delimiter: str) -> dict[str, int]:
-        """Keys below a folder in its bucket (and, with a delimiter, folders) with their lengths."""
-        found: dict[str, int] = {}
-        for page in self._pages(prefix, delimiter):
-            found.update((item["Prefix"], 0) for item in page.get("CommonPrefixes", ()))
-            found.update((item["Key"], int(item["Size"])) for item in page.get("Contents", ()))
-        return found
 
     def _pages(self, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
         bucket = self._fs.split_path(self._path(prefix))[0]

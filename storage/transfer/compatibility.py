@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from storage.cache.inventory import CARD_FILES, ROOT_KEY, TEACHERS_KEY, TOKENIZER_RECEIPT_KEY
+from storage.cache.inventory import CARD_FILES, ROOT_KEY
 from storage.cache.reader import LogitCache
 from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, IdentityMismatch, InputError
@@ -21,8 +21,7 @@ from storage.transfer.contents import Contents, Part
 _TOP_LEVEL = {
     ROOT_KEY,
     *CARD_FILES,
-    *(key.split("/")[0] for key in (TEACHERS_KEY, TOKENIZER_RECEIPT_KEY)),
-    *("tokens", *PER_DOCUMENT, "loss_mask", "tokenizer"),
+    *("tokens", *PER_DOCUMENT, "loss_mask", "tokenizer", "receipts", "teachers"),
 }
 
 

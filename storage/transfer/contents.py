@@ -22,7 +22,6 @@ from storage.cache.inventory import (
     TEACHERS_KEY,
     TEACHERS_METADATA,
     TOKENIZER_RECEIPT_KEY,
-    Group,
     corpus_groups,
     teacher_groups,
 )
@@ -49,7 +48,7 @@ class Part:
     size     bytes of all objects
     """
 
-    group: Group
+    group: Receipts
     origin: Store
     shards: list[int]
     size: int
@@ -57,22 +56,17 @@ class Part:
     @property
     def manifest(self) -> Store:
         """The store of all but the objects."""
-        return self.group.receipts.store
+        return self.group.store
 
     @property
     def complete(self) -> bool:
         """Whether all shards are there; the manifest has an index of receipts then."""
-        return len(self.shards) == self.group.receipts.shards
+        return len(self.shards) == self.group.shards
 
     def shard(self, number: int) -> Shard:
-        receipt = self.group.receipts.read(number)
+        receipt = self.group.read(number)
         assert receipt is not None, "the manifest has the receipts of all shards"
         return Shard(self, receipt)
-
-    def at(self, target: Store) -> Group:
-        ours = self.group.receipts
-        receipts = Receipts(target, ours.folder, ours.specs, ours.record_sha256)
-        return Group(self.group.name, self.group.folder, receipts)
 
 
 @dataclass(frozen=True)
@@ -84,12 +78,12 @@ class Shard:
 
     @property
     def key(self) -> str:
-        return self.part.group.receipts.key(self.receipt.shard)
+        return self.part.group.key(self.receipt.shard)
 
     def objects(self) -> Iterator[Object]:
-        """The objects that the receipt commits."""
-        for key, spec in self.part.group.objects(self.receipt):
-            yield Object(key, spec, self)
+        group = self.part.group
+        for name in self.receipt.objects:
+            yield Object(group.object_key(name, self.receipt.shard), group.specs[name], self)
 
     def committed(self, there: Receipts) -> ShardReceipt | None:
         """The receipt that the target has of this shard. Raises CorruptCache if it commits other bytes."""
@@ -113,13 +107,9 @@ class Object:
     def size(self) -> int:
         return self.shard.receipt.objects[self.spec.name].bytes
 
-    @property
-    def origin(self) -> Store:
-        return self.shard.part.origin
-
     def fetch(self) -> bytes:
         """All of its bytes, compared with its receipt. Raises CorruptCache."""
-        return fetch_object(self.origin, self.key, self.spec, self.shard.receipt)
+        return fetch_object(self.shard.part.origin, self.key, self.spec, self.shard.receipt)
 
     def is_whole(self, store: LocalStore) -> bool:
         """Whether a local store has all of its bytes, compared block by block."""
@@ -148,7 +138,6 @@ class Contents:
 
     @property
     def size(self) -> int:
-        """Bytes of all objects that receipts list."""
         return sum(part.size for part in self.parts)
 
     def root_files(self) -> list[str]:
@@ -178,7 +167,7 @@ def gather(
     cache = LogitCache(manifest, record)
     parts = []
     if with_root and not redact:
-        for group, copied in zip(corpus_groups(snapshot, text.cache), corpus_groups(manifest, cache), strict=True):
+        for group, copied in zip(corpus_groups(text.cache), corpus_groups(cache), strict=True):
             parts.append(_part(group, copied, text, folder, pool))
     for name in names:
         groups = _entry(entries, name, folder, redact)
@@ -198,16 +187,16 @@ def fetch_rest(source: Source, pool: ThreadPoolExecutor) -> None:
     """Fetch the records and receipts besides those of entries: a signature lists all of them."""
     source.cache.tokenizer_files()
     source.snapshot.read(TEACHERS_KEY)
-    for group in corpus_groups(source.snapshot, source.cache):
-        list(pool.map(group.receipts.read, np.flatnonzero(group.receipts.committed()).tolist()))
+    for group in corpus_groups(source.cache):
+        list(pool.map(group.read, np.flatnonzero(group.committed()).tolist()))
 
 
-def _entry(source: Source, name: str, folder: Path, redact: bool) -> list[Group]:
+def _entry(source: Source, name: str, folder: Path, redact: bool) -> list[Receipts]:
     """The source's groups of an entry, whose record and fidelity report are written into the manifest."""
     snapshot, cache = source.snapshot, source.cache
     groups = teacher_groups(cache, name)
     group = groups[-1]
-    entry, key = cache.teacher(name).entry, f"{group.folder}{ROOT_KEY}"
+    entry, key = cache.teacher(name).entry, f"{group.prefix}{ROOT_KEY}"
     check_record_alone(snapshot, key)
     pairs = {
         "stream_sha256": (entry.stream_sha256, cache.record.corpus.stream_sha256),
@@ -219,16 +208,15 @@ def _entry(source: Source, name: str, folder: Path, redact: bool) -> list[Group]
     # Nothing is taken from an entry of a cache that was shared without its text twice.
     changed = without_label(entry) if redact and cache.record.corpus.tokens_included else entry
     write_file(folder, key, snapshot.read(key) if changed == entry else record_bytes(changed))
-    report = read_fidelity(snapshot, group.folder, group.receipts.record_sha256)
+    report = read_fidelity(snapshot, group.prefix, group.record_sha256)
     if report is not None and group.fidelity_key is not None:
         redacted = sealed_bytes(report_without_label(report, digest(changed)))
         write_file(folder, group.fidelity_key, snapshot.read(group.fidelity_key) if changed == entry else redacted)
     return groups
 
 
-def _part(group: Group, copied: Group, source: Source, folder: Path, pool: ThreadPoolExecutor) -> Part:
-    """Fetch and check a group's receipts, and write them into the manifest, where they are those of `copied`."""
-    theirs, ours = group.receipts, copied.receipts
+def _part(theirs: Receipts, ours: Receipts, source: Source, folder: Path, pool: ThreadPoolExecutor) -> Part:
+    """Fetch and check the source's receipts, and write them into the manifest, where they are ours."""
     unchanged = theirs.record_sha256 == ours.record_sha256
 
     def gather_receipt(shard: int) -> int:
@@ -252,9 +240,9 @@ def _part(group: Group, copied: Group, source: Source, folder: Path, pool: Threa
         write_file(folder, ours.index_key, theirs.store.read(theirs.index_key))
     elif len(shards) == ours.shards:
         ours.write_index()
-    for key, data in copied.metadata().items():
+    for key, data in ours.metadata().items():
         # A job that was stopped at once may have left no more than a record.
         if shards:
             check_metadata(theirs.store, key, data)
         write_file(folder, key, data)
-    return Part(copied, source.snapshot.source, shards, size)
+    return Part(ours, source.snapshot.source, shards, size)

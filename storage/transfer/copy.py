@@ -154,7 +154,7 @@ class Transfer:
         """
         target = self.destination.target
         record = self.existing or self.contents.record
-        folders = dict.fromkeys(part.group.folder for part in self.contents.parts if part.group.record_key)
+        folders = dict.fromkeys(part.group.prefix for part in self.contents.parts if part.group.record_key)
         names = [folder.split("/")[1] for folder in folders]
         done = Delivery(target.url, names, record.corpus.tokens_included)
         listing = target.walk()
@@ -166,7 +166,7 @@ class Transfer:
                 done.copied_bytes += sum(copied)
                 done.kept += len(part.group.specs) - len(copied)
             if not part.complete:
-                done.missing[part.group.name] = part.group.receipts.missing_ranges()
+                done.missing[part.group.name] = part.group.missing_ranges()
         self.destination.publish(self.contents, card_files or {})
         return done
 
@@ -182,7 +182,7 @@ class _PartCopy:
         self._held_bytes = 0
         self._changed = threading.Condition()
         self._target = destination.target
-        self._there = part.at(self._target).receipts
+        self._there = part.group.at(self._target)
         # Where the indexes are the same bytes, so are all receipts.
         key = self._there.index_key
         self._same = part.complete and key in listing and self._target.read(key) == part.manifest.read(key)

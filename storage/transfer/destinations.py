@@ -59,13 +59,13 @@ class Destination(ABC):
 
     def _publish_index(self, part: Part) -> None:
         """Publish the index of a part's receipts, and its fidelity report."""
-        there = part.at(self.target)
+        there = part.group.at(self.target)
         if part.complete and part.group.name not in self.mixed:
-            key = there.receipts.index_key
+            key = there.index_key
             if not self.target.publish(key, part.manifest.read(key)):
-                _ = there.receipts.index  # raises if it is another entry's, or damaged
-        elif there.receipts.committed().all():
-            there.receipts.write_index()
+                _ = there.index  # raises if it is another entry's, or damaged
+        elif there.committed().all():
+            there.write_index()
         report = part.group.fidelity_key
         if report is not None and part.manifest.size(report) is not None:
             # An existing report was measured too; either may be kept.
@@ -89,13 +89,13 @@ class StoreDestination(Destination):
         data = item.fetch()
         if not self.target.publish_new(item.key, data) and not self._holds(item.key, data):
             # A killed run's leftover, or damage, unless a worker has committed it since the target was listed.
-            item.shard.committed(item.shard.part.at(self.target).receipts)
+            item.shard.committed(item.shard.part.group.at(self.target))
             self.target.replace(item.key, data)
 
     def put_receipt(self, shard: Shard) -> None:
         data = shard.part.manifest.read(shard.key)
         if not self.target.publish_new(shard.key, data) and not self._holds(shard.key, data):
-            shard.committed(shard.part.at(self.target).receipts)
+            shard.committed(shard.part.group.at(self.target))
             self.mixed.add(shard.part.group.name)
 
     def publish(self, contents: Contents, card_files: Mapping[str, bytes]) -> None:
@@ -132,7 +132,7 @@ class FolderDestination(Destination):
         self._staged.add(item.key)
         if item.is_whole(self._staging.cache):
             return  # an earlier run's
-        source = item.origin
+        source = item.shard.part.origin
         if isinstance(source, LocalStore) and source.size(item.key) == item.size:
             # By the kernel, then compared block by block: cheaper than whole objects in memory.
             self._staging.copy(source, item.key, item.size, link=self._link)
@@ -144,7 +144,7 @@ class FolderDestination(Destination):
         self._receipts.add(shard.key)
 
     def publish(self, contents: Contents, card_files: Mapping[str, bytes]) -> None:
-        entries = dict.fromkeys(part.group.folder for part in contents.parts if part.group.record_key is not None)
+        entries = dict.fromkeys(part.group.prefix for part in contents.parts if part.group.record_key is not None)
         absent = [folder for folder in entries if not self.target.names(folder.rstrip("/"))]
         for key in contents.manifest.walk():
             if self.new or key in self._receipts or key.startswith(tuple(absent)):
@@ -160,7 +160,7 @@ class FolderDestination(Destination):
             for folder in absent:
                 self._move_entry(folder.rstrip("/"))
             for part in contents.parts:
-                if part.group.folder not in absent:
+                if part.group.prefix not in absent:
                     self._merge(part)
             self._publish_root(contents)
         self._staging.discard()
@@ -176,8 +176,8 @@ class FolderDestination(Destination):
     def _merge(self, part: Part) -> None:
         """Move a part into a cache that other processes may be reading or completing."""
         self._publish_record(part)
-        with self.target.exclusive(part.group.receipts.folder):
-            there, keys = part.at(self.target).receipts, []
+        with self.target.exclusive(part.group.folder):
+            there, keys = part.group.at(self.target), []
             for number in part.shards:
                 if there.key(number) in self._receipts and part.shard(number).committed(there):
                     self.mixed.add(part.group.name)

@@ -141,7 +141,6 @@ class StagingFolder:
                     os.rename(path, self.path(path.name))
 
     def sync(self) -> None:
-        """fsync all files and folders of the copy."""
         folders = [parent for parent, _, _ in os.walk(self.cache.local_path)]
         files = [os.path.join(parent, name) for parent, _, names in os.walk(self.cache.local_path) for name in names]
         # In one pass at the end, when the system has written most of it already, and in parallel.

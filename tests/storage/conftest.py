@@ -5,21 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support.caches.small import make_corpus, make_entry, random_stream, write_entry
-from support.caches.two_entries import K, N, V
-
-from storage import SparseTargets
+from support.caches.two_entries import K, N, Stream, V
 
 
 @pytest.fixture(scope="module")
-def stream() -> tuple[np.ndarray, SparseTargets]:
+def stream() -> Stream:
     return random_stream(V, N, K)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, stream: tuple[np.ndarray, SparseTargets]) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory, stream: Stream) -> Path:
     path = tmp_path_factory.mktemp("original") / "cache"
     record = make_corpus(str(path), stream[0], V)
     write_entry(path, "codes", make_entry(record, K, shard_tokens=256, chunk_tokens=64), stream[1])

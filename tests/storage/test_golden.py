@@ -7,6 +7,8 @@ order, rows without targets, a tail that is not known.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from support.commands import TESTS
@@ -24,14 +26,9 @@ TAIL = np.log1p(-np.exp(LOGPROBS).sum(axis=1))
 LABELS = -(0.5 + POSITIONS * 0.125)
 
 
-@pytest.fixture(scope="module")
-def cache() -> LogitCache:
-    return LogitCache.open(str(GOLDEN / "v1"))
-
-
-@pytest.fixture(scope="module")
-def second() -> LogitCache:
-    return LogitCache.open(str(GOLDEN / "v2"))
+@functools.cache
+def golden(version: str) -> LogitCache:
+    return LogitCache.open(str(GOLDEN / version))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +36,7 @@ def second() -> LogitCache:
     [("v1", ("codes", "exact", "incomplete", "sampled")), ("v2", ("all", "exact", "imported", "lean"))],
 )
 def test_the_stream(version: str, names: tuple[str, ...]) -> None:
-    cache = LogitCache.open(str(GOLDEN / version))
+    cache = golden(version)
     assert cache.tokens.read(0, N).tolist() == [(7 * position) % V for position in range(N)]
     assert cache.document_starts.tolist() == [0, 10, 29]
     assert cache.loss_mask is not None
@@ -51,8 +48,8 @@ def test_the_stream(version: str, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", ["codes", "exact"])
-def test_top_k(cache: LogitCache, name: str) -> None:
-    targets = cache.teacher(name)
+def test_top_k(name: str) -> None:
+    targets = golden("v1").teacher(name)
     read = targets.read(0, N)
     exact = name == "exact"
     labels = LABELS.copy()
@@ -71,20 +68,20 @@ def test_top_k(cache: LogitCache, name: str) -> None:
     assert targets.statistics()[0] is not None
 
 
-def test_the_exact_codes(cache: LogitCache) -> None:
-    codes = cache.teacher("codes").stored(0, 4).arrays["logprob_codes"]
+def test_the_exact_codes() -> None:
+    codes = golden("v1").teacher("codes").stored(0, 4).arrays["logprob_codes"]
     # ln 2 · (2, 3, 4) in steps of 1/32 nat is 44.36, 66.54, 88.72: rounded sums, then their differences.
     assert codes.tolist() == [[0, 44, 23, 22]] * 4
 
 
-def test_sampled_and_pruned_rows(cache: LogitCache) -> None:
-    entry = cache.teacher("sampled").entry
+def test_sampled_and_pruned_rows() -> None:
+    entry = golden("v1").teacher("sampled").entry
     assert (entry.targets.method, entry.targets.seed, entry.targets.head_ids, entry.targets.top_p) == (
         "varopt", 7, 1, 0.95,
     )  # fmt: skip
     assert entry.teacher.combine == "logit-mean"
     assert [member.dtype for member in entry.teacher.members] == ["float32", "bfloat16"]
-    read = cache.teacher("sampled").read(0, N)
+    read = golden("v1").teacher("sampled").read(0, N)
     kept = 2 + POSITIONS % 3
     assert read.kept.tolist() == kept.tolist()
     assert read.certain.tolist() == np.minimum(kept, 1 + POSITIONS % 2).tolist()
@@ -95,8 +92,8 @@ def test_sampled_and_pruned_rows(cache: LogitCache) -> None:
     assert np.isneginf(read.logprobs[~used]).all()
 
 
-def test_an_incomplete_entry(cache: LogitCache) -> None:
-    targets = cache.teacher("incomplete")
+def test_an_incomplete_entry() -> None:
+    targets = golden("v1").teacher("incomplete")
     assert targets.missing() == [(0, 16), (32, 44)]
     assert np.array_equal(targets.read(16, 32).token_ids, IDS[16:32])
     with pytest.raises(IncompleteCache):
@@ -117,8 +114,8 @@ ARRAYS = {
 }
 
 
-def test_the_codes_of_version_2(second: LogitCache) -> None:
-    stored = second.teacher("all").stored(0, 5).arrays
+def test_the_codes_of_version_2() -> None:
+    stored = golden("v2").teacher("all").stored(0, 5).arrays
     assert {name: values[:4].tolist() for name, values in stored.items()} == ARRAYS
     without = {name: values[4].tolist() for name, values in stored.items() if values.ndim == 1}
     values = ("mass_code", "half_tail_code", "label_code", "entropy_code")
@@ -126,8 +123,8 @@ def test_the_codes_of_version_2(second: LogitCache) -> None:
 
 
 @pytest.mark.parametrize("name", ["all", "lean", "exact", "imported"])
-def test_version_2(second: LogitCache, name: str) -> None:
-    teacher = second.teacher(name)
+def test_version_2(name: str) -> None:
+    teacher = golden("v2").teacher(name)
     read, sampled = teacher.read(0, N), name in ("all", "lean")
     certain = 1 + POSITIONS % 2 if sampled else np.full(N, K)
     there = {"all": POSITIONS % 5 != 4, "imported": POSITIONS % 3 != 0}.get(name, np.ones(N, dtype=bool))

@@ -20,10 +20,10 @@ import zarr.buffer
 from support.caches import known
 from support.caches.known import contents
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
-from support.caches.two_entries import K, N, V
+from support.caches.two_entries import K, N, Stream, V
 from support.programs import format_page
 
-from storage import CorruptCache, FormatError, IncompleteCache, InputError, LogitCache, SparseTargets
+from storage import CorruptCache, FormatError, IncompleteCache, InputError, LogitCache
 from storage.cache.verify import verify
 from storage.errors import CacheNotFound
 from storage.format.layout import ArraySpec, metadata_bytes
@@ -90,17 +90,6 @@ def test_independent_readers_get_the_same_numbers(read: Any, name: str, known_wh
     assert np.abs(mass[there] - 1).max() <= (np.expm1(1 / 64) if name == "a" else 1e-6)
 
 
-def test_metadata_is_that_of_zarr_itself(original: Path) -> None:
-    for array in ("tokens", "document_starts", "teachers/codes/token_ids", "teachers/exact/logprobs"):
-        opened = zarr.open_array(str(original / array), mode="r")
-        ours = json.loads((original / array / "zarr.json").read_text())
-        theirs = json.loads(json.dumps(opened.metadata.to_dict(), default=str))
-        assert theirs["shape"] == ours["shape"]
-        assert [codec["name"] for codec in theirs["codecs"]] == ["sharding_indexed"]
-        assert theirs["codecs"][0]["configuration"]["index_location"] == "end"
-        assert [c["name"] for c in theirs["codecs"][0]["configuration"]["codecs"]] == ["bytes", "blosc", "crc32c"]
-
-
 @pytest.mark.parametrize("dtype", ["int16", "uint16", "uint32", "uint64", "float32", "bool"])
 @pytest.mark.parametrize("rest", [(), (1,), (7,)], ids=str)
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])
@@ -144,7 +133,7 @@ def test_chunks_that_hold_nothing_but_the_fill_value_are_stored(tmp_path: Path) 
 
 
 @pytest.fixture
-def short(cache: Path, stream: tuple[np.ndarray, SparseTargets]) -> Path:
+def short(cache: Path, stream: Stream) -> Path:
     """The first 840 positions, in shards of 256 and chunks of 64: of the last shard, two chunks lie behind the end."""
     path = cache / "short"
     record = make_corpus(str(path), stream[0][:840], V)
@@ -166,9 +155,7 @@ def test_the_seal_of_a_last_shard_covers_its_chunks(short: Path) -> None:
         LogitCache.open(short).teacher("a").read(768, 770)
 
 
-def test_a_last_shard_that_was_sealed_by_its_index_alone_is_read(
-    short: Path, stream: tuple[np.ndarray, SparseTargets]
-) -> None:
+def test_a_last_shard_that_was_sealed_by_its_index_alone_is_read(short: Path, stream: Stream) -> None:
     path = short / "teachers/a/receipts/00000003.json"
     receipt = json.loads(path.read_text())
     for name, spec in LogitCache.open(short).teacher("a").specs.items():

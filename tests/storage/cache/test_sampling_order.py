@@ -16,7 +16,6 @@ from storage.cache.entries import remove_entry, rename_entry
 from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter, ShardWriter
 from storage.errors import CorruptCache, FormatError, IncompleteCache
-from storage.format.layout import order_array
 from storage.stores import open_store
 from storage.transfer.copy import CopyJob, prepare
 
@@ -127,16 +126,13 @@ def test_one_that_is_missing_before_any_shard_is_no_damage(tmp_path: Path) -> No
 
 def test_one_that_is_no_order_is_refused(tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
-    spec = order_array(writer.entry)
-    assert spec is not None
+    array = LogitCache.open(str(tmp_path)).teacher("v2").order
+    assert array is not None
     twice = known.order().copy()
     twice[3] = twice[4]
-    folder = "teachers/v2/"
-    foreign = ShardWriter(
-        open_store(str(tmp_path)), folder, f"{folder}receipts/sampling_order", {spec.name: spec}, writer.entry
-    )
+    foreign = ShardWriter(array.receipts)
     foreign.prepare()
-    foreign.commit(0, {spec.name: twice})
+    foreign.commit(0, {array.spec.name: twice})
     for read in (lambda: order_of(tmp_path), lambda: writer.sampling_order(never)):
         with pytest.raises(CorruptCache, match=f"sampling_order: it does not hold each of the {known.V} ids once"):
             read()

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.caches.known import contents
-from support.caches.small import make_corpus, make_entry, random_stream, write_entry
+from support.caches.small import write_entry
+from support.caches.two_entries import K, N, Stream
 from support.commands import Run
 
 import storage.cache.verify
 import storage.format.shard
-from storage import LogitCache, SparseTargets
+from storage import LogitCache
 from storage.cache.verify import verify
 from storage.cache.zarr_store import decode_with_zarr
 from storage.errors import MissingObject
-from storage.format.manifest import TeacherEntry
-
-V, N, K = 101, 600, 12
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TeacherEntry, SparseTargets]:
-    path = tmp_path_factory.mktemp("made") / "cache"
-    tokens, targets = random_stream(V, N, K)
-    record = make_corpus(str(path), tokens, V)
-    entry = make_entry(record, K, shard_tokens=128, chunk_tokens=64)
-    write_entry(path, "a", entry, targets)
-    return path, entry, targets
-
-
-@pytest.fixture
-def cache(made: tuple[Path, TeacherEntry, SparseTargets], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made[0], tmp_path / "cache"))
+def complete(cache: Path, stream: Stream) -> None:
+    """What the command does that made the entry."""
+    write_entry(cache, "codes", LogitCache.open(str(cache)).teacher("codes").entry, stream[1])
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -53,11 +40,10 @@ def test_a_sound_cache_is_sound(cache: Path, deep: bool) -> None:
 
 
 def test_every_file_that_is_missing_is_named(cache: Path) -> None:
-    # Without these an entry is not complete, or not there, rather than damaged.
-    undamaged = {"teachers/a/receipts/index.json", "receipts/tokens/index.json", "receipts/document_starts/index.json"}
     for key in contents(cache):
         data = (cache / key).read_bytes()
-        if key in undamaged or key == "zarr.json":
+        # Without an index an entry is not complete, and without the root record not there, rather than damaged.
+        if key == "zarr.json" or key.endswith("/index.json"):
             continue
         (cache / key).unlink()
         found = verify(str(cache))
@@ -67,7 +53,7 @@ def test_every_file_that_is_missing_is_named(cache: Path) -> None:
 
 
 def test_swapped_objects_are_found_by_a_quick_look(cache: Path) -> None:
-    a, b = cache / "teachers/a/token_ids/c/0/0", cache / "teachers/a/token_ids/c/1/0"
+    a, b = cache / "teachers/codes/token_ids/c/0/0", cache / "teachers/codes/token_ids/c/1/0"
     a_bytes, b_bytes = a.read_bytes(), b.read_bytes()
     a.write_bytes(b_bytes)
     b.write_bytes(a_bytes)
@@ -77,9 +63,7 @@ def test_swapped_objects_are_found_by_a_quick_look(cache: Path) -> None:
 
 def test_leftovers_are_reported_and_never_touched_without_repair(cache: Path) -> None:
     strays = [
-        cache / "teachers/a/kept/c/0.4711-ab.partial",
-        cache / "teachers/a/kept/c/99",
-        cache / "notes.txt",
+        cache / name for name in ("teachers/codes/kept/c/0.4711-ab.partial", "teachers/codes/kept/c/99", "notes.txt")
     ]
     for stray in strays:
         stray.write_bytes(b"x")
@@ -92,18 +76,18 @@ def test_leftovers_are_reported_and_never_touched_without_repair(cache: Path) ->
 
 
 def test_repair_leaves_alone_a_shard_that_a_worker_commits_meanwhile(
-    made: tuple[Path, TeacherEntry, SparseTargets], cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Objects without a receipt when they are listed and checked, with one when they would be removed."""
-    entry = cache / "teachers/a"
+    entry = cache / "teachers/codes"
     (entry / "receipts/index.json").unlink()
     (entry / "receipts/00000002.json").unlink()
     check = storage.cache.verify._Check.check_group
 
     def then_commit(self: Any, group: Any, pool: Any) -> None:
         check(self, group, pool)
-        if group.name == "teachers/a":
-            write_entry(cache, "a", made[1], made[2])
+        if group.name == "teachers/codes":
+            complete(cache, stream)
 
     monkeypatch.setattr(storage.cache.verify._Check, "check_group", then_commit)
     found = verify(str(cache), repair=True)
@@ -115,13 +99,13 @@ def test_repair_leaves_alone_a_shard_that_a_worker_commits_meanwhile(
 
 
 @pytest.mark.parametrize(
-    "victim", ["token_ids/c/2/0", "entropy/c/0", "receipts/00000003.json", "receipts/index.json", "kept/c/4"]
+    "victim", ["token_ids/c/2/0", "entropy/c/0", "receipts/00000003.json", "receipts/index.json", "kept/c/3"]
 )
 @pytest.mark.parametrize("fault", ["emptied", "flipped", "deleted"])
 def test_repair_and_the_same_command_make_it_whole(
-    made: tuple[Path, TeacherEntry, SparseTargets], cache: Path, victim: str, fault: str
+    original: Path, cache: Path, stream: Stream, victim: str, fault: str
 ) -> None:
-    path = cache / "teachers/a" / victim
+    path = cache / "teachers/codes" / victim
     if fault == "deleted":
         path.unlink()
     elif fault == "emptied":
@@ -131,33 +115,33 @@ def test_repair_and_the_same_command_make_it_whole(
         data[len(data) // 2] ^= 16
         path.write_bytes(bytes(data))
     verify(str(cache), deep=True, repair=True)
-    write_entry(cache, "a", made[1], made[2])
+    complete(cache, stream)
     found = verify(str(cache), deep=True)
     assert found.sound, found.problems
     assert (found.missing, found.leftovers) == ({}, [])
     arrays = {key: data for key, data in contents(cache).items() if "receipts/" not in key}
-    assert arrays == {key: data for key, data in contents(made[0]).items() if "receipts/" not in key}
-    assert np.array_equal(LogitCache.open(str(cache)).teacher("a").read(0, N).token_ids, made[2].token_ids)
+    assert arrays == {key: data for key, data in contents(original).items() if "receipts/" not in key}
+    assert np.array_equal(LogitCache.open(str(cache)).teacher("codes").read(0, N).token_ids, stream[1].token_ids)
 
 
 def test_the_command(cache: Path, run: Run) -> None:
     done = run("logit-cache", "verify", cache, "--deep", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sound"]
-    (cache / "teachers/a/kept/c/1").write_bytes(b"")
+    (cache / "teachers/codes/kept/c/1").write_bytes(b"")
     done = run("logit-cache", "verify", cache)
     assert done.returncode == 1
-    assert str(cache / "teachers/a/kept/c/1") in done.stdout
+    assert str(cache / "teachers/codes/kept/c/1") in done.stdout
     assert run("logit-cache", "verify", cache, "--repair").returncode == 1
     after = json.loads(run("logit-cache", "verify", cache, "--json").stdout)
     assert after["sound"]
-    assert after["missing"] == {"teachers/a": [[128, 256]]}
+    assert after["missing"] == {"teachers/codes": [[256, 512]]}
     assert run("logit-cache", "verify", cache / "nowhere").returncode == 2
 
 
 def test_words_say_what_was_checked_and_repair_checks_all(cache: Path, run: Run) -> None:
     """A flipped chunk is seen by whoever reads it: a quick look does not say that it is sound, and a repair reads."""
-    path = cache / "teachers/a/token_ids/c/1/0"
+    path = cache / "teachers/codes/token_ids/c/1/0"
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 4
     path.write_bytes(bytes(data))
@@ -211,8 +195,8 @@ def test_a_mistake_of_one_decoder_is_found_and_nothing_is_removed_for_it(
 
 
 def test_zarr_raises_where_it_would_give_the_fill_value(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = LogitCache.open(str(cache)).teacher("a").specs["kept"]
-    data = (cache / "teachers/a/kept/c/1").read_bytes()
+    spec = LogitCache.open(str(cache)).teacher("codes").specs["kept"]
+    data = (cache / "teachers/codes/kept/c/1").read_bytes()
     assert (decode_with_zarr(spec, 1, data) == K).all()
     monkeypatch.setattr(type(spec), "shard_key", lambda self, shard: f"{self.name}/c/{shard + 1}")
     with pytest.raises(MissingObject, match="zarr looks for c/1"):

@@ -34,7 +34,6 @@ from storage.format.chance import ROUNDING, SHRINKING, uniforms
 from storage.format.layout import teacher_arrays
 from storage.format.manifest import TARGET_FIELDS, TeacherEntry
 from storage.format.stored import StoredTargets
-from storage.stores import open_store
 
 V, T, K = 61, 48, 9
 STEP, VALUE_STEP, SAMPLED_STEP = 1 / 32, 1 / 256, 1 / 2
@@ -299,9 +298,7 @@ def test_values_that_break_a_rule_are_neither_written_nor_read(
     monkeypatch.setattr("storage.cache.writer.shard_values", lambda *given: damaged)
     with pytest.raises(FormatError, match=f"shard 0 is not written: .*{message}"):
         writer.commit(0, top_k())
-    folder = "teachers/a/"
-    foreign = ShardWriter(open_store(str(tmp_path)), folder, f"{folder}receipts", teacher_arrays(entry), entry)
-    foreign.commit(0, damaged.arrays)
+    ShardWriter(LogitCache.open(str(tmp_path)).teacher("a").receipts).commit(0, damaged.arrays)
     with pytest.raises(CorruptCache, match=f"breaks the format: .*{message}"):
         LogitCache.open(str(tmp_path)).teacher("a").read(0, 5)
 

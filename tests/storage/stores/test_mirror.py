@@ -15,9 +15,10 @@ import fsspec
 import numpy as np
 import pytest
 from support.caches.small import make_corpus, make_entry, random_stream, write_entry
+from support.caches.two_entries import Stream
 from support.servers.web import serving
 
-from storage import LogitCache, SparseTargets
+from storage import LogitCache
 from storage.errors import CorruptCache, InputError, LogitCacheError
 from storage.stores.mirror import _sweep
 from storage.stores.remote import RemoteStore
@@ -27,7 +28,7 @@ OBJECT = "teachers/a/token_ids/c/1/0"
 
 
 @pytest.fixture(scope="module")
-def truth() -> tuple[np.ndarray, SparseTargets]:
+def truth() -> Stream:
     return random_stream(V, N, K)
 
 
@@ -39,7 +40,7 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def url(tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]) -> str:
+def url(tmp_path: Path, copies: Path, truth: Stream) -> str:
     url = f"memory://{tmp_path.name}/cache"
     record = make_corpus(url, truth[0], V)
     write_entry(url, "a", make_entry(record, K, shard_tokens=128, chunk_tokens=32), truth[1])
@@ -69,7 +70,7 @@ def ids(url: str) -> np.ndarray:
     return LogitCache.open(url).teacher("a").read(0, N).token_ids
 
 
-def test_every_object_is_fetched_once(url: str, asked: list[str], truth: tuple[np.ndarray, SparseTargets]) -> None:
+def test_every_object_is_fetched_once(url: str, asked: list[str], truth: Stream) -> None:
     for _ in range(2):
         assert np.array_equal(ids(url), truth[1].token_ids)
         assert np.array_equal(LogitCache.open(url).tokens.read(0, N), truth[0])
@@ -88,9 +89,7 @@ def read_in_a_process(url: str, start: Any, results: Any) -> None:
 
 
 @pytest.mark.parametrize("fault", ["flipped", "emptied", "deleted", "swapped"])
-def test_a_damaged_copy_is_fetched_again(
-    url: str, copies: Path, asked: list[str], truth: tuple[np.ndarray, SparseTargets], fault: str
-) -> None:
+def test_a_damaged_copy_is_fetched_again(url: str, copies: Path, asked: list[str], truth: Stream, fault: str) -> None:
     ids(url)
     path = copy_of(copies, OBJECT)
     data = bytearray(path.read_bytes())
@@ -105,9 +104,7 @@ def test_a_damaged_copy_is_fetched_again(
     assert asked.count(OBJECT) == 1
 
 
-def test_a_copy_that_is_evicted_under_its_reader_is_fetched_again(
-    url: str, copies: Path, truth: tuple[np.ndarray, SparseTargets]
-) -> None:
+def test_a_copy_that_is_evicted_under_its_reader_is_fetched_again(url: str, copies: Path, truth: Stream) -> None:
     cache = LogitCache.open(url)
     cache.teacher("a").read(128, 160)
     for path in copy_of(copies, "teachers/a").rglob("c/1*"):
@@ -133,9 +130,7 @@ def test_a_wrong_object_of_the_store_is_an_error_that_names_it(url: str, make: C
     assert np.array_equal(LogitCache.open(url).teacher("a").read(0, 128).start, 0)
 
 
-def test_a_spurious_answer_is_retried(
-    url: str, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets]
-) -> None:
+def test_a_spurious_answer_is_retried(url: str, monkeypatch: pytest.MonkeyPatch, truth: Stream) -> None:
     read = RemoteStore.read
     answers: dict[str, int] = {}
 
@@ -160,7 +155,7 @@ def test_copies_are_bounded(url: str, copies: Path, monkeypatch: pytest.MonkeyPa
         assert held < 3000 + 9 * 1400, "the bound, and the copies in use at the last sweep"
 
 
-def test_processes_fetch_one_object_once(tmp_path: Path, copies: Path, truth: tuple[np.ndarray, SparseTargets]) -> None:
+def test_processes_fetch_one_object_once(tmp_path: Path, copies: Path, truth: Stream) -> None:
     # memory:// belongs to one process, so a web server serves as the store.
     folder = tmp_path / "served"
     record = make_corpus(str(folder), truth[0], V)
@@ -213,7 +208,7 @@ def refusing(
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EROFS])
 def test_copies_that_another_user_made_are_read(
-    url: str, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets], error: int
+    url: str, monkeypatch: pytest.MonkeyPatch, truth: Stream, error: int
 ) -> None:
     """Nobody else may set their time of access, nor may anybody on a mount for reading only."""
     ids(url)
@@ -223,7 +218,7 @@ def test_copies_that_another_user_made_are_read(
 
 
 def test_what_another_user_holds_is_left_there(
-    url: str, copies: Path, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets]
+    url: str, copies: Path, monkeypatch: pytest.MonkeyPatch, truth: Stream
 ) -> None:
     ids(url)
     path = copy_of(copies, OBJECT)
@@ -238,7 +233,7 @@ def test_what_another_user_holds_is_left_there(
 
 
 def test_the_lock_of_another_user_is_held_for_reading(
-    url: str, copies: Path, monkeypatch: pytest.MonkeyPatch, truth: tuple[np.ndarray, SparseTargets]
+    url: str, copies: Path, monkeypatch: pytest.MonkeyPatch, truth: Stream
 ) -> None:
     mask = os.umask(0o002)
     try:

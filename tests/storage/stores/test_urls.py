@@ -67,6 +67,9 @@ def test_the_folder_that_is_meant(home: Path, url: Any, folder: str) -> None:
         ("~no-such-user-9/a", "no home folder"),
         (PurePosixPath("s3://bucket/cache"), "s3://"),
         ("hf:/datasets/a/b", "hf://"),
+        ("", "not a location of a cache"),
+        ("memory://a::memory://b", "not a location of a cache"),
+        ("nonsense://x", "nonsense"),
     ],
 )
 def test_what_names_no_folder_is_one_line(home: Path, url: Any, words: str) -> None:

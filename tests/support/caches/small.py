@@ -136,18 +136,17 @@ def random_stream(vocabulary_size: int, positions: int, k: int) -> tuple[np.ndar
     return tokens, dense_targets(rng.normal(size=(positions, vocabulary_size)) * 3, k, labels)
 
 
-def stream_record(positions: int, vocabulary_size: int) -> CacheRecord:
-    """The record of a cache of that many tokens in one document, none of which need exist."""
+def stream_record(positions: int, vocabulary_size: int, documents: int = 1, **corpus: Any) -> CacheRecord:
+    """The record of a cache of that many tokens, none of which need exist; `corpus`: what else is known of them."""
+    made_up = {"stream_sha256": SHA, "has_loss_mask": False, "document_separator": None, "sources": ()}
+    sizes = {"positions": positions, "documents": documents, "text_bytes": 4 * positions}
     return CacheRecord(
-        corpus=Corpus(
-            positions=positions, documents=1, text_bytes=4 * positions, stream_sha256=SHA, has_loss_mask=False,
-            document_separator=None, sources=(),
-        ),
+        corpus=Corpus.model_validate({**made_up, **sizes, **corpus}),
         tokenizer=Tokenizer(vocabulary_size=vocabulary_size, vocabulary_sha256=SHA, fingerprint=SHA),
         tokens_layout=stream_layout(positions),
-        documents_layout=stream_layout(1),
+        documents_layout=stream_layout(documents),
         created_with=Versions(libraries={}),
-    )  # fmt: skip
+    )
 
 
 def make_corpus(
@@ -163,21 +162,16 @@ def make_corpus(
     starts = np.zeros(1, dtype=np.uint64) if document_starts is None else document_starts.astype(np.uint64)
     if tokenizer_files is None:
         tokenizer_files = word_tokenizer(vocabulary_size)
-    record = CacheRecord(
-        corpus=Corpus(
-            positions=len(tokens),
-            documents=len(starts),
-            text_bytes=4 * len(tokens),
-            stream_sha256=stream_sha256(tokens, starts, loss_mask),
-            has_loss_mask=loss_mask is not None,
-            document_separator=None,
-            sources=(CorpusSource(name="made-up", documents=len(starts), text_bytes=4 * len(tokens)),),
-        ),
-        tokenizer=Tokenizer(vocabulary_size=vocabulary_size, vocabulary_sha256=SHA, fingerprint=SHA),
-        tokens_layout=tokens_layout or stream_layout(len(tokens)),
-        documents_layout=stream_layout(len(starts)),
-        created_with=Versions(libraries={}),
+    record = stream_record(
+        len(tokens),
+        vocabulary_size,
+        len(starts),
+        stream_sha256=stream_sha256(tokens, starts, loss_mask),
+        has_loss_mask=loss_mask is not None,
+        sources=(CorpusSource(name="made-up", documents=len(starts), text_bytes=4 * len(tokens)),),
     )
+    if tokens_layout is not None:
+        record = record.model_copy(update={"tokens_layout": tokens_layout})
     arrays = {"tokens": tokens, "document_starts": starts, "loss_mask": loss_mask}
     write_corpus(url, record, tokenizer_files, {name: a for name, a in arrays.items() if a is not None})
     return record
