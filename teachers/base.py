@@ -26,6 +26,7 @@ class Teacher(Protocol):
     head          "fast" (backbone, then the LM head on the requested rows in float32) or "general" (the model's own
                   forward); it can change the last bits of a result
     attention     the attention implementation that runs, such as "sdpa" or "eager"
+    order         int64 [V], the ids in the order of the logits' columns; None where these are by id
     """
 
     @property
@@ -45,6 +46,9 @@ class Teacher(Protocol):
 
     @property
     def attention(self) -> str: ...
+
+    @property
+    def order(self) -> Tensor | None: ...
 
     def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
         """The logits of the rows `rows` of the flattened windows, in chunks.

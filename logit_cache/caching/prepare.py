@@ -39,20 +39,12 @@ class PreparedJob:
 
 @dataclass(frozen=True)
 class OpenJob:
-    """A checked job with its writer open: ready to score shards."""
+    """A checked job with its writer open: ready to score shards. `scorer`: the teacher in the sampling order."""
 
     cache: LogitCache
     teacher: Teacher
+    scorer: Teacher
     writer: EntryWriter
-    in_order: InOrder | None = None
-
-
-@dataclass(frozen=True)
-class InOrder:
-    """A teacher whose logits come in an entry's sampling order, and this order, int64 [V]."""
-
-    teacher: Teacher
-    order: Tensor
 
 
 def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFaceTeacher, ...]:
@@ -99,8 +91,8 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
     """
     prepared = prepare_job(job, teachers)
     writer = open_writer(job, prepared.entry)
-    order = stored_order(writer, prepared.teacher.output_embeddings)
-    return OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, order))
+    teacher = prepared.teacher
+    return OpenJob(prepared.cache, teacher, in_order(teacher, stored_order(writer, teacher.output_embeddings)), writer)
 
 
 def stored_order(writer: EntryWriter, embeddings: Callable[[], Tensor]) -> NDArray[np.uint32] | None:
@@ -113,14 +105,11 @@ def stored_order(writer: EntryWriter, embeddings: Callable[[], Tensor]) -> NDArr
     return writer.sampling_order(lambda: sampling_order(embeddings()[: writer.entry.vocabulary_size]).numpy())
 
 
-def in_order(teacher: Teacher, order: NDArray[np.uint32] | None) -> InOrder | None:
-    """A teacher in a sampling order; None without one."""
+def in_order(teacher: Teacher, order: NDArray[np.uint32] | None) -> Teacher:
+    """A teacher in a sampling order, uint32 [V]; as it is without one."""
     import torch
 
-    if order is None:
-        return None
-    columns = torch.from_numpy(order.astype(np.int64))
-    return InOrder(teacher.in_order(columns), columns)
+    return teacher if order is None else teacher.in_order(torch.from_numpy(order.astype(np.int64)))
 
 
 def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
@@ -183,6 +172,10 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         begin_id=begin,
     )
     recorded = stored_entry(job.cache, job.name)
+    if recorded is not None and job.shard_tokens is None and job.chunk_tokens is None:
+        # Another version of this program may have chosen other shards.
+        layout = recorded.layout.model_copy(update={"compression": layout.compression})
+    batch_windows = job.batch_windows or (recorded.execution.batch_windows if recorded else None)
     has_loss_mask = cache.record.corpus.has_loss_mask
     targets = job.stored_targets(recorded, has_loss_mask)
     version: Literal[1, 2] = job.version(recorded)
@@ -203,13 +196,11 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         layout=layout,
         execution=execution_of(
             teacher,
-            job.batch_windows or _recorded_batch_windows(job) or choose_batch_windows(teacher, windowing.input_tokens),
+            batch_windows or choose_batch_windows(teacher, windowing.input_tokens),
         ),
         made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
     )
-    if job.shard_tokens is None and job.chunk_tokens is None:
-        entry = in_recorded_shards(entry, recorded)
     return PreparedJob(cache, teacher, entry)
 
 
@@ -229,18 +220,12 @@ def open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
     try:
         return EntryWriter.open(job.cache, job.name, entry)
     except IdentityMismatch:
-        recorded = _recorded_batch_windows(job)
-        if job.batch_windows is not None or recorded in (None, entry.execution.batch_windows):
+        stored = stored_entry(job.cache, job.name)
+        if stored is None or job.batch_windows is not None:
             raise
     # Another worker has just created the entry, with the batch size that suits its device.
-    execution = entry.execution.model_copy(update={"batch_windows": recorded})
+    execution = entry.execution.model_copy(update={"batch_windows": stored.execution.batch_windows})
     return EntryWriter.open(job.cache, job.name, entry.model_copy(update={"execution": execution}))
-
-
-def _recorded_batch_windows(job: CacheJob) -> int | None:
-    """The batch size of the stored entry; None where there is none."""
-    stored = stored_entry(job.cache, job.name)
-    return None if stored is None else stored.execution.batch_windows
 
 
 def stored_entry(url: str, name: str) -> TeacherEntry | None:
@@ -249,14 +234,6 @@ def stored_entry(url: str, name: str) -> TeacherEntry | None:
         return read_record(open_store(url), f"{teacher_folder(name)}{ROOT_KEY}", TeacherEntry)
     except CacheNotFound:
         return None
-
-
-def in_recorded_shards(entry: TeacherEntry, stored: TeacherEntry | None) -> TeacherEntry:
-    """The entry with the shards and chunks of a stored one, which another version may have chosen otherwise."""
-    if stored is None:
-        return entry
-    layout = stored.layout.model_copy(update={"compression": entry.layout.compression})
-    return entry.model_copy(update={"layout": layout})
 
 
 def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:

@@ -104,7 +104,7 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
         return prepared.teacher.output_embeddings()
 
     order = from_first(ranks, stored_order(writer, embeddings))
-    opened = OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, order))
+    opened = OpenJob(prepared.cache, prepared.teacher, in_order(prepared.teacher, order), writer)
     missing = opened.writer.pending()
     left = positions_of(opened, missing)
     with (
@@ -137,10 +137,9 @@ def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
     if isinstance(order, int) and order == _EMBEDDINGS:
         prepared.teacher.output_embeddings()
         order = from_first(ranks)
-    ordered = in_order(prepared.teacher, order)
+    scorer = in_order(prepared.teacher, order)
     while (shard := from_first(ranks)) >= 0:
-        positions = entry.layout.shard_range(shard, entry.positions)
-        score_range(prepared.cache, prepared.teacher, entry, *positions, in_order=ordered)
+        score_range(prepared.cache, scorer, entry, *entry.layout.shard_range(shard, entry.positions))
     if shard == _MEASURE:
         cache = LogitCache.open(job.cache)
         measure_entry(cache, cache.teacher(job.name), prepared.teacher, job.fidelity_positions)
