@@ -194,10 +194,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         windowing=windowing,
         encoding=job.stored_encoding(targets, recorded),
         layout=layout,
-        execution=execution_of(
-            teacher,
-            batch_windows or choose_batch_windows(teacher, windowing.input_tokens),
-        ),
+        execution=execution_of(teacher, batch_windows or choose_batch_windows(teacher, windowing.input_tokens)),
         made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
     )

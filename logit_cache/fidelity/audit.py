@@ -29,14 +29,7 @@ import numpy as np
 import torch
 
 from logit_cache.caching.prepare import execution_of
-from logit_cache.fidelity.rescore import (
-    Sample,
-    TargetRows,
-    live_values,
-    sample_windows,
-    stored_values,
-    take_sample,
-)
+from logit_cache.fidelity.rescore import Sample, TargetRows, live_values, sample_windows, stored_values, take_sample
 from logit_cache.fidelity.sampled_ids import DrawnAgain, Values, compare_drawn
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets

@@ -32,12 +32,7 @@ _HUB = "hf://"
 
 
 def push(
-    job: CopyJob,
-    *,
-    license: str | None = None,
-    sign: str | None = None,
-    track: Track = untracked,
-    log: Log = silent,
+    job: CopyJob, *, license: str | None = None, sign: str | None = None, track: Track = untracked, log: Log = silent
 ) -> Delivery:
     """Copy a cache, or some of its entries, to a store from which others pull it.
 
