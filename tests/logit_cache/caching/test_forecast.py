@@ -6,7 +6,6 @@ No test looks at how long anything takes: docs/planning.md has the figures of pr
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.caches.small import make_corpus
-from support.commands import LIBRARY, Run, refused
+from support.commands import LIBRARY, Run, refused, succeeded
 from support.jobs import cache_logits, refusal
 from torch import Tensor
 
@@ -51,11 +50,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     text = "".join((LIBRARY / f"{name}.py").read_text(encoding="utf-8") for name in MODULES)
     (folder / "library.txt").write_text(text, encoding="utf-8")
-    done = run(
+    succeeded(run(
         "logit-cache", "tokenize", "--text", folder / "library.txt", "--train-tokenizer", 400,
         "--document-separator", r"\n\n\n", "--out", folder / "cache",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    ))  # fmt: skip
     return folder / "cache"
 
 
@@ -127,8 +125,7 @@ def test_by_command_with_a_student_and_nothing_is_written(
         "logit-cache", "plan", "--cache", corpus, "--teacher", teacher, "--teacher", other, "-k", 16,
         "--config", tmp_path / "job.yaml", "--runs", 3, "--epochs", 2, "--workers", 4, "--probe-windows", 160,
     )  # fmt: skip
-    done = run(*arguments, "--student", tmp_path / "student.json", "--json", cwd=tmp_path / "here")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run(*arguments, "--student", tmp_path / "student.json", "--json", cwd=tmp_path / "here"))
     found = json.loads(done.stdout)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [corpus, *corpus.rglob("*")]} == before
     assert list((tmp_path / "here").iterdir()) == []
@@ -152,8 +149,7 @@ def test_by_command_with_a_student_and_nothing_is_written(
         assert paid["epochs_until_paid"] is None
     assert found["memory"]["process_bytes"] > 50 << 20
 
-    text = run(*arguments, cwd=tmp_path / "here")
-    assert text.returncode == 0, text.stderr
+    text = succeeded(run(*arguments, cwd=tmp_path / "here"))
     assert "the teachers' share alone" in text.stdout
     assert "is not compared (--student does)" in text.stdout
     assert f"{found['tokens']:,} tokens" in text.stdout
@@ -275,11 +271,3 @@ def test_refusals_of_the_command(corpus: Path, teacher: Path, run: Run, tmp_path
     refused(run("logit-cache", "plan", "--cache", tmp_path, "--teacher", teacher), "no cache there")
     student = run(*base, "--teacher", teacher, "--student", "llama-tyny", "--probe-windows", 4)
     refused(student, "llama-tyny", "did you mean 'llama-tiny'")
-
-
-def test_the_cost_of_a_batch_that_is_not_full(corpus: Path, teacher: Path) -> None:
-    """Shards of 10 windows in batches of 8: every shard has a second pass with two windows in it."""
-    found = predicted(corpus, teacher, k=4, shard_tokens=640, chunk_tokens=640, batch_windows=8)
-    assert found["probe"]["positions"] == 4 * 640
-    assert found["speed"]["positions_per_second"] > 0
-    assert math.isfinite(found["break_even"]["live_hours"])

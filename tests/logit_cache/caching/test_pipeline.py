@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from contextlib import closing
@@ -119,10 +118,7 @@ def job(cache: Path, teacher: Path, name: str) -> OpenJob:
     return open_job(CacheJob(cache=str(cache), teacher=(str(teacher),), name=name, **fields))
 
 
-def test_a_failing_commit_ends_the_job_and_the_next_run_completes_it(
-    small_cache: Path, teacher: Path, tmp_path: Path
-) -> None:
-    cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))
+def test_a_failing_commit_ends_the_job_and_the_next_run_completes_it(cache: Path, teacher: Path) -> None:
     opened = job(cache, teacher, "a")
     assert opened.writer.shards > 2
     commit, calls = opened.writer.commit, []

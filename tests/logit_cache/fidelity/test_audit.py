@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.caches.small import dense_targets, entry_2, make_corpus, make_entry, write_entry
-from support.commands import Run, refused
+from support.commands import Run, refused, succeeded
 from support.models.short_heads import beside, swap_ids
 
 import logit_cache.fidelity.audit
@@ -347,10 +347,7 @@ def test_an_entry_that_is_not_complete_is_audited_where_it_is(cache: Path, teach
 
 @pytest.fixture(scope="module")
 def lies(
-    world: World,
-    teacher: Path,
-    make_teacher: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    world: World, teacher: Path, make_teacher: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, SparseTargets]:
     """Targets other than the record of `codes` states."""
     import torch
@@ -438,13 +435,7 @@ LIES: dict[str, tuple[int, set[str]]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_every_lie_is_found(
-    cache: Path,
-    teacher: Path,
-    world: World,
-    lies: dict[str, SparseTargets],
-    lie: str,
-) -> None:
+def test_every_lie_is_found(cache: Path, teacher: Path, world: World, lies: dict[str, SparseTargets], lie: str) -> None:
     count, fields = LIES[lie]
     write_entry(cache, "lie", world[1], lies[lie])
     found = check(cache, teacher, "lie", windows=count)
@@ -468,10 +459,7 @@ def test_a_lie_in_version_1(cache: Path, teacher: Path, lies: dict[str, SparseTa
 
 
 def test_lies_in_a_half_precision_s_record(
-    cache: Path,
-    teacher: Path,
-    world: World,
-    lies: dict[str, SparseTargets],
+    cache: Path, teacher: Path, world: World, lies: dict[str, SparseTargets]
 ) -> None:
     """A record of bfloat16 gets the tolerance of bfloat16, and no more."""
     _, entry, exact = world
@@ -484,11 +472,7 @@ def test_lies_in_a_half_precision_s_record(
     assert check(cache, teacher, "rounded", windows=8).consistent
 
 
-def test_an_entry_carried_over_from_another_cache(
-    cache: Path,
-    teacher: Path,
-    world: World,
-) -> None:
+def test_an_entry_carried_over_from_another_cache(cache: Path, teacher: Path, world: World) -> None:
     _, entry, exact = world
     write_entry(cache, "carried", entry.model_copy(update={"stream_sha256": "1" * 64}), exact)
     found = check(cache, teacher, "carried")
@@ -592,12 +576,7 @@ def test_the_chance_to_escape(world: World) -> None:
 
 
 def test_entries_that_cannot_be_audited(
-    cache: Path,
-    teacher: Path,
-    make_teacher: Callable[..., Path],
-    world: World,
-    tmp_path: Path,
-    run: Run,
+    cache: Path, teacher: Path, make_teacher: Callable[..., Path], world: World, tmp_path: Path, run: Run
 ) -> None:
     _, entry, exact = world
     opened = LogitCache.open(str(cache))
@@ -625,8 +604,7 @@ def test_entries_that_cannot_be_audited(
 
 def test_the_command(cache: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run) -> None:
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    done = run("logit-cache", "audit", cache, "--teacher", teacher, "--device", "cpu", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "audit", cache, "--teacher", teacher, "--device", "cpu", "--json"))
     found = json.loads(done.stdout)
     assert found["consistent"]
     assert found["positions"] == 16 * CONTEXT == found["fields"]["entropy"]["values"]

@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from support.caches.copies import pull, push
 from support.caches.small import make_corpus
-from support.commands import Run
+from support.commands import Run, succeeded
 from support.crash_disk import Crash, Disk
 from support.jobs import cache_logits
 from torch import Tensor
@@ -471,8 +471,7 @@ def test_the_command_makes_it_once(cache: Path, world: World, run: Run, tmp_path
     assert run(*base, "--cache", cache, "--fidelity-positions", 0).returncode == 0
     assert not report_file(cache).exists()
     assert LogitCache.open(str(cache)).teacher("a").fidelity() is None
-    done = run(*base, "--cache", cache)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run(*base, "--cache", cache))
     assert "fidelity of a: 300 positions" in done.stderr
     found = report_file(cache).read_bytes()
     again = run(*base, "--cache", cache, "--fidelity-positions", 20)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
-from support.commands import environment, refused
+from support.commands import environment, refused, succeeded
 from support.servers.fake_hub import TOKEN, FakeHub
 
 from logit_cache.sharing.card import card_text
@@ -112,8 +112,7 @@ def pushed(hub: FakeHub, revision: str = "main") -> dict[str, bytes]:
 def test_a_pushed_cache_is_the_cache(hub: FakeHub, on_hub: Any, cache: Path, xet: bool) -> None:
     hub.lfs = not xet
     before = contents(cache)
-    done = on_hub(PUSH, cache, URL, **({} if xet else {"HF_HUB_DISABLE_XET": "1"}))
-    assert done.returncode == 0, done.stderr
+    done = succeeded(on_hub(PUSH, cache, URL, **({} if xet else {"HF_HUB_DISABLE_XET": "1"})))
     assert pushed(hub) == before
     assert contents(cache) == before, "the folder is left as it was"
     assert sum(map(int, done.stdout.split())) == sum(map(len, before.values()))
@@ -136,8 +135,7 @@ def test_a_pushed_cache_reads_and_verifies(hub: FakeHub, on_hub: Any, cache: Pat
 
 def test_the_command_pushes_with_a_card_and_leaves_nothing_behind(hub: FakeHub, on_hub: Any, cache: Path) -> None:
     before = contents(cache)
-    done = on_hub(COMMAND, "push", cache, URL, "--teacher", "a", "--license", "cc-by-4.0")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(on_hub(COMMAND, "push", cache, URL, "--teacher", "a", "--license", "cc-by-4.0"))
     card = pushed(hub)["README.md"].decode()
     assert card.startswith("---\nlicense: cc-by-4.0\n")
     unlisted = {"README.md", "model.sig"}

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from support.caches import known
 from support.caches.copies import pull, push
 from support.caches.small import dense_targets, make_corpus, make_entry, make_entry_2, write_entry
-from support.commands import Run, command, environment, refused
+from support.commands import Run, command, environment, refused, succeeded
 from support.processes import start
 from support.servers.s3 import Bucket
 from support.signing_keys import Keys, write_key
@@ -57,18 +57,15 @@ def arrays(path: Path) -> dict[str, bytes]:
 
 def test_push_and_pull(source: Path, run: Run, tmp_path: Path) -> None:
     shared, back = tmp_path / "shared", tmp_path / "back"
-    done = run("logit-cache", "push", source, shared, "--license", "cc-by-4.0")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "push", source, shared, "--license", "cc-by-4.0"))
     assert "a, b, v2, with tokens" in done.stdout
     assert " 0 were there" in done.stdout
     assert "kB (100 %)" in done.stderr
     assert (shared / "README.md").read_text().startswith("---\nlicense: cc-by-4.0\n")
-    done = run("logit-cache", "pull", shared, back, "--teacher", "b", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "pull", shared, back, "--teacher", "b", "--json"))
     found = json.loads(done.stdout)
     assert (found["teachers"], found["tokens_included"], found["missing"]) == (["b"], True, {})
-    done = run("logit-cache", "pull", shared, back)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "pull", shared, back))
     assert arrays(back) == arrays(source)
     assert (back / "README.md").read_bytes() == (shared / "README.md").read_bytes()
     done = run("logit-cache", "verify", back, "--deep", "--json")
@@ -80,8 +77,7 @@ def test_an_incomplete_entry_is_reported(tmp_path: Path, run: Run) -> None:
     record = known.write_stream(source)
     writer = known.EntryWriter.open(str(source), "a", known.entries(record)["a"])
     writer.commit(1, known.rows(writer.entry, 1))
-    done = run("logit-cache", "push", source, tmp_path / "shared")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "push", source, tmp_path / "shared"))
     assert "not complete at the source: teachers/a lacks 2 ranges, the first 0..32" in done.stdout
 
 
@@ -207,10 +203,8 @@ def test_a_page_too_long_to_be_a_card_is_not_copied(source: Path, tmp_path: Path
 def test_signed_and_verified(source: Path, keys: Keys, run: Run, tmp_path: Path) -> None:
     private, public = keys
     shared = tmp_path / "shared"
-    done = run("logit-cache", "push", source, shared, "--sign", private)
-    assert done.returncode == 0, done.stderr
-    done = run("logit-cache", "pull", shared, tmp_path / "all", "--verify-key", public)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "push", source, shared, "--sign", private))
+    succeeded(run("logit-cache", "pull", shared, tmp_path / "all", "--verify-key", public))
     # The pulled cache still carries the signature: it can be pulled from again.
     pull(str(tmp_path / "all"), str(tmp_path / "one"), teachers=["b"], verify_key=str(public))
     pull(str(tmp_path / "one"), str(tmp_path / "again"), verify_key=str(public))
@@ -337,11 +331,9 @@ def test_targets_without_their_text(source: Path, tmp_path: Path) -> None:
 
 def test_commands_on_a_cache_without_tokens(source: Path, run: Run, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
-    done = run("logit-cache", "push", source, shared, "--without-tokens")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "push", source, shared, "--without-tokens"))
     assert "warning: targets reveal text" in done.stderr
-    done = run("logit-cache", "inspect", shared)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "inspect", shared))
     assert "shared without its tokens" in done.stdout
     refused(run("logit-cache", "inspect", shared, "--at", 3), "without its tokens")
 
@@ -356,8 +348,7 @@ def test_the_text_is_attached_again_on_the_other_side(
         ("tokenize", "--text", text_file, "--tokenizer", got / "tokenizer", "--out", text),
         ("pull", shared, target, "--corpus", text),
     ):
-        done = run("logit-cache", *arguments)
-        assert done.returncode == 0, done.stderr
+        succeeded(run("logit-cache", *arguments))
     found = verify(str(target), deep=True)
     assert (found.problems, found.leftovers, found.missing) == ([], [], {})
     cache, original = LogitCache.open(str(target)), LogitCache.open(str(labelled))
@@ -367,8 +358,7 @@ def test_the_text_is_attached_again_on_the_other_side(
         cache.teacher("made-up").read(0, size).token_ids, original.teacher("made-up").read(0, size).token_ids
     )
     # Pulling into the cache that has the text gives the same.
-    done = run("logit-cache", "pull", shared, text)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "pull", shared, text))
     assert arrays(text) == arrays(target)
 
 
@@ -427,13 +417,11 @@ def reseal(path: Path, body: dict[str, Any]) -> None:
 def test_through_an_object_store(moto_bucket: Bucket, source: Path, keys: Keys, run: Run, tmp_path: Path) -> None:
     private, public = keys
     url = f"{moto_bucket.url}/shared"
-    done = run("logit-cache", "push", source, url, "--teacher", "a")
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "push", source, url, "--teacher", "a"))
     push(str(source), url, sign=str(private))
     there = moto_bucket.objects("shared/")
     assert {key: data for key, data in there.items() if key not in ("README.md", "model.sig")} == arrays(source)
-    done = run("logit-cache", "pull", url, tmp_path / "back", "--verify-key", public)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "pull", url, tmp_path / "back", "--verify-key", public))
     assert arrays(tmp_path / "back") == arrays(source)
     pull(url, f"{moto_bucket.url}/copy")
     assert moto_bucket.objects("copy/") == there
@@ -456,8 +444,7 @@ def test_a_killed_push_to_an_object_store_resumes(moto_bucket: Bucket, run: Run,
     process.send_signal(signal.SIGKILL)
     process.wait()
     refused(run("logit-cache", "inspect", url), "no cache there")
-    done = run("logit-cache", "push", source, url, "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "push", source, url, "--json"))
     assert json.loads(done.stdout)["kept"] >= 9, "objects with a receipt are not sent again"
     there = moto_bucket.objects("shared/")
     assert {key: data for key, data in there.items() if key != "README.md"} == arrays(source)
