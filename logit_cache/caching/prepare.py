@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from logit_cache.caching.job import CacheJob
 from storage.cache.inventory import ROOT_KEY
-from storage.cache.reader import LogitCache
+from storage.cache.reader import LogitCache, Stream
 from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
@@ -176,13 +176,10 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         # Another version of this program may have chosen other shards.
         layout = recorded.layout.model_copy(update={"compression": layout.compression})
     batch_windows = job.batch_windows or (recorded.execution.batch_windows if recorded else None)
-    has_loss_mask = cache.record.corpus.has_loss_mask
-    targets = job.stored_targets(recorded, has_loss_mask)
+    targets = job.stored_targets(recorded, cache.record.corpus.has_loss_mask)
     version: Literal[1, 2] = job.version(recorded)
-    if targets.positions == "trained" and not has_loss_mask:
-        raise InputError(
-            f"--positions trained: {job.cache} has no loss mask, so all its positions are trained: leave it out"
-        )
+    if targets.positions == "trained":
+        loss_mask(cache, job.cache)
     entry = TeacherEntry(
         format_version=version,
         positions=cache.record.corpus.positions,
@@ -199,6 +196,14 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         created_with=Versions.of_this_process(),
     )
     return PreparedJob(cache, teacher, entry)
+
+
+def loss_mask(cache: LogitCache, url: str) -> Stream:
+    """Which positions are trained. Raises InputError for a cache, named by its URL, that has no loss mask."""
+    mask = cache.loss_mask
+    if mask is None:
+        raise InputError(f"--positions trained: {url} has no loss mask, so all its positions are trained: leave it out")
+    return mask
 
 
 def execution_of(teacher: Teacher, batch_windows: int) -> Execution:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from logit_cache.caching.pipeline import HostCopies
-from logit_cache.caching.prepare import OpenJob
+from logit_cache.caching.prepare import OpenJob, loss_mask
 from logit_cache.caching.windows import Window, batch_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
@@ -51,7 +51,8 @@ def score_range(
     Ids are sampled in the order of the teacher's logits.
     """
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    rows = _Rows(entry, start, stop, _wanted(cache, entry, start, stop), teacher.order)
+    wanted = loss_mask(cache, cache.url).read(start, stop) if entry.targets.positions == "trained" else None
+    rows = _Rows(entry, start, stop, wanted, teacher.order)
     copies = HostCopies(teacher.device, rows.put)
     plan = filter(rows.any_wanted, windows(start, stop, entry.positions, entry.windowing, starts))
     scored = 0
@@ -67,16 +68,6 @@ def score_range(
     if progress is not None and scored < stop - start:
         progress(stop - start - scored)
     return rows.targets()
-
-
-def _wanted(cache: LogitCache, entry: TeacherEntry, start: int, stop: int) -> NDArray[np.bool_] | None:
-    """Which of the positions `start .. stop` have targets in an entry; None: all."""
-    if entry.targets.positions != "trained":
-        return None
-    mask = cache.loss_mask
-    assert mask is not None, "it was checked when the job was prepared"
-    trained: NDArray[np.bool_] = mask.read(start, stop)
-    return trained
 
 
 def _score_batch(
@@ -156,7 +147,6 @@ class _Rows:
         return scored if self._wanted is None else scored[self._wanted[scored - self._start]]
 
     def any_wanted(self, window: Window) -> bool:
-        """Whether any position of a window is scored."""
         return len(self.wanted(window)) > 0
 
     def sampling(self, position: NDArray[Any], device: torch.device) -> Sampling | None:
