@@ -58,7 +58,6 @@ class Teacher(Protocol):
         within the teacher's byte budget, and the sizes follow from the arguments alone, so that a repeated call repeats
         every matrix product with the same shapes.
         """
-        ...
 
     def output_embeddings(self) -> Tensor:
         """The output embedding of each column, float32 [head_columns, H], on the CPU; H is any number.
@@ -67,7 +66,6 @@ class Teacher(Protocol):
         whatever order the logits come in, and the same on every rank. Not to be changed: they may be the model's.
         Raises InputError for a teacher whose output layer is not linear.
         """
-        ...
 
     def in_order(self, order: Tensor) -> Teacher:
         """This teacher with the logits of id order[c] in column c, whatever order they come in now.
@@ -75,4 +73,3 @@ class Teacher(Protocol):
         order: int64 [V], a permutation; columns from V on stay where they are. The two share the model; a head in
         memory is copied.
         """
-        ...

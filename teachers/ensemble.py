@@ -100,7 +100,6 @@ class EnsembleTeacher:
         return torch.cat(parts, dim=1)
 
     def in_order(self, order: Tensor) -> EnsembleTeacher:
-        """See `teachers.base.Teacher.in_order`."""
         ordered = copy.copy(self)
         ordered.order = order
         ordered._teachers = tuple(teacher.in_order(order) for teacher in self._teachers)

@@ -16,7 +16,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from types import TracebackType
 from typing import Any
 
 from logit_cache.caching.job import CacheJob
@@ -61,9 +60,7 @@ class LocalPool:
     def __enter__(self) -> LocalPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *others: object) -> None:
         if kind is KeyboardInterrupt:
             self.stop()  # rather than killed: what multiprocessing holds for a process is then released without a word
         for child in self._children.values():
@@ -165,7 +162,6 @@ class LocalPool:
         return Gone(name, why, refusal)
 
     def _join(self, child: _Child) -> None:
-        """Wait for the end of a process, which is killed after the grace period."""
         child.process.join(self._grace)
         if child.process.is_alive():
             child.process.kill()
@@ -173,7 +169,6 @@ class LocalPool:
 
 
 def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, rank: Rank, checked: bool) -> None:
-    """The main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if rank.index:
         # Warnings about the teacher are the same in all workers.
@@ -227,9 +222,13 @@ def _answer(
         return traceback_of(error), None
 
 
-def local_devices(device: str) -> list[str]:
-    """Devices for the workers of this machine: each GPU, unless one device was requested."""
-    if device not in ("auto", "cuda"):
+def local_devices(job: CacheJob) -> list[str]:
+    """Devices for the workers of this machine: each GPU, unless one device was requested.
+
+    A teacher whose layers are spread over all devices is one worker.
+    """
+    device = job.device
+    if device not in ("auto", "cuda") or job.device_map is not None:
         return [device]
     import torch
 

@@ -264,7 +264,6 @@ class Worker:
 
 
 def positions_of(opened: OpenJob, shards: Iterable[int]) -> int:
-    """Total number of positions of some shards."""
     entry = opened.writer.entry
     ranges = (entry.layout.shard_range(shard, entry.positions) for shard in shards)
     return sum(stop - start for start, stop in ranges)

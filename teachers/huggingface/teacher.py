@@ -172,7 +172,6 @@ class HuggingFaceTeacher:
         return head_of(linear_of(self._model, self.head_columns, self._files.asked)).embeddings()
 
     def in_order(self, order: Tensor) -> HuggingFaceTeacher:
-        """See `teachers.base.Teacher.in_order`."""
         ordered = copy.copy(self)
         ordered.order = order
         padding = torch.arange(len(order), self.head_columns)

@@ -33,7 +33,6 @@ class Tail(Protocol):
 
     def masses(self, beta: float) -> Masses:
         """Their masses e^(beta z)."""
-        ...
 
 
 class Passes(Protocol):
@@ -44,15 +43,12 @@ class Passes(Protocol):
     def block_maxima(self, logits: Tensor, width: int) -> Tensor:
         """The maxima of blocks of `width` columns, [T, V // width], NaN where one has a NaN; a shorter last block is
         left out."""
-        ...
 
     def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
         """The columns outside the K first ones, whose logits are `top` [T, K] and ids `ids` int64 [T, K], in order."""
-        ...
 
     def row_sums(self, values: Tensor) -> Tensor:
         """The sums [T] of [T, n], n of any size."""
-        ...
 
 
 def make_passes(rows: int, tile_rows: int, width: int, device: torch.device) -> Passes:

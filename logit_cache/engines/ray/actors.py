@@ -193,7 +193,6 @@ class RayPool:
         self._calls[getattr(self._actors[worker], method).remote(*arguments)] = (worker, method)
 
     def _fits(self, resources: dict[str, float]) -> bool:
-        """Whether a node with these resources could run an actor."""
         gpus = 1 if self._on_gpu else 0
         return resources.get("CPU", 0) >= self._options.worker_cpus and resources.get("GPU", 0) >= gpus
 
@@ -243,15 +242,12 @@ class _Actor:
         return made.location | {"node": self.begin()}, made.has_share
 
     def turn(self, given_up: Collection[int]) -> Any:
-        """What `Worker.turn` returns, or the error to raise."""
         return or_error(self._worker.turn, given_up)
 
     def conclude(self, fidelity_positions: int) -> Any:
-        """See `Worker.conclude`; returns the error to raise, if there is one."""
         return or_error(self._worker.conclude, fidelity_positions)
 
     def stop(self) -> None:
-        """Ask the worker to stop, while it builds."""
         self._stopping.ask()
 
 
