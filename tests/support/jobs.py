@@ -44,6 +44,7 @@ def refusal(cache: Path, name: str, *teachers: Path, **fields: Any) -> str:
     """The error line of a job that is refused."""
     with pytest.raises(LogitCacheError) as caught:
         cache_logits(cache, name, *teachers, **fields)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.caches.small import dense_targets, entry_2, make_corpus, make_entry, write_entry
 from support.commands import Run, refused, succeeded
+from support.jobs import cache_logits
 from support.models.short_heads import beside, swap_ids
 
 import logit_cache.fidelity.audit
@@ -25,7 +26,6 @@ from logit_cache.caching.prepare import open_job
 from logit_cache.caching.recompress import RecompressJob, recompress
 from logit_cache.caching.score_shard import score_shard
 from logit_cache.caching.windows import Window, windows
-from logit_cache.engines.this_machine import build_missing
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
 from logit_cache.fidelity.rescore import TargetRows, sample_windows, shard_rows, take_sample
 from storage import LogitCache, SparseTargets
@@ -46,9 +46,7 @@ LEAN: dict[str, Any] = {"targets": "varopt", "fields": ("lean",)}
 
 def made(cache: Path, teacher: Path, name: str, **changes: Any) -> TeacherEntry:
     """Caches a teacher for real; returns the entry's record."""
-    opened = open_job(CacheJob(**{"cache": str(cache), "teacher": str(teacher), "name": name, **BASE, **changes}))
-    build_missing(opened)
-    return opened.writer.entry
+    return cache_logits(cache, name, teacher, **BASE | changes)[0].entry
 
 
 def scored(cache: Path, teacher: Path, folder: Path, **changes: Any) -> SparseTargets:
@@ -324,9 +322,7 @@ def test_rows_without_targets_are_not_compared(world: World, teacher: Path, tmp_
 def test_an_ensemble_is_run_as_one(cache: Path, teacher: Path, make_teacher: Callable[..., Path], combine: str) -> None:
     other = make_teacher(1)
     both = (str(teacher), str(other))
-    fields = {"cache": str(cache), "teacher": both, "name": "both", "combine": combine, "weight": (1.0, 3.0)}
-    opened = open_job(CacheJob(**BASE, **fields))
-    build_missing(opened)
+    cache_logits(cache, "both", teacher, other, **BASE, combine=combine, weight=(1.0, 3.0))
     assert audit(AuditJob(str(cache), both, windows=4, name="both")).consistent
     swapped = audit(AuditJob(str(cache), both[::-1], windows=4, name="both"))
     assert len(swapped.differing) == swapped.windows

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from support.caches import known
+from support.caches.billion import Linked, write_receipt
 from support.caches.copies import pull, push
 from support.caches.small import dense_targets, make_corpus, make_entry, make_entry_2, write_entry
 from support.commands import Run, command, environment, refused, succeeded
@@ -25,6 +26,7 @@ from support.signing_keys import Keys, write_key
 
 from storage import LogitCache
 from storage.cache.verify import verify
+from storage.cache.writer import EntryWriter
 from storage.errors import CacheNotFound, CorruptCache, InputError
 from storage.format.sealing import digest
 from storage.stores.local import LocalStore
@@ -135,38 +137,18 @@ def staged(target: Path) -> list[str]:
 
 def large_cache(path: Path, shards: int = 24) -> None:
     """An entry whose shards are one encoded shard many times over, in about 30 MB."""
-    from storage.cache.receipts import Receipts
-    from storage.cache.writer import EntryWriter
-    from storage.format.layout import teacher_arrays
-    from storage.format.manifest import ShardReceipt
-    from storage.format.sealing import sealed_bytes
-    from storage.format.shard import encode_shard, object_digest
-    from storage.stores import open_store
-
-    rng, size, k = np.random.default_rng(0), 8192, 64
+    rng, size = np.random.default_rng(0), 8192
     record = make_corpus(str(path), rng.integers(0, 16_000, size * shards).astype(np.uint16), 16_000)
-    entry = make_entry(record, k, shard_tokens=size)
-    EntryWriter.open(str(path), "a", entry)
-    specs = teacher_arrays(entry)
-    objects = {}
-    for name, spec in specs.items():
+    EntryWriter.open(str(path), "a", make_entry(record, 64, shard_tokens=size))
+    receipts = LogitCache.open(str(path)).teacher("a").receipts
+    arrays = {}
+    for name, spec in receipts.specs.items():
         shape = (size, *spec.shape[1:])
         values = rng.normal(size=shape) if spec.dtype == "float32" else rng.integers(0, 16_000, shape)
-        objects[name] = encode_shard(spec, 0, values.astype(spec.dtype))
-    digests = {name: object_digest(specs[name], data) for name, data in objects.items()}
-    receipts = Receipts(open_store(str(path)), "teachers/a/receipts", specs, digest(entry))
+        arrays[name] = Linked(path / "teachers/a", spec), values.astype(spec.dtype)
     for shard in range(shards):
-        for name, data in objects.items():
-            file = path / "teachers/a" / specs[name].shard_key(shard)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
-        start, stop = specs["kept"].shard_range(shard)
-        receipt = ShardReceipt(
-            record_sha256=digest(entry), shard=shard, start=start, stop=stop, objects=digests, written_at="", host=""
-        )
-        file = path / receipts.key(shard)
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(sealed_bytes(receipt))
+        objects = {name: linked.put(shard, 0, values) for name, (linked, values) in arrays.items()}
+        write_receipt(receipts, path, shard, objects, None)
     receipts.write_index()
 
 
