@@ -16,7 +16,7 @@ from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format.layout import COMPRESSION, entry_layout
-from storage.format.manifest import Execution, TeacherEntry, Versions, Windowing
+from storage.format.manifest import CacheRecord, Execution, TeacherEntry, Versions, Windowing
 from storage.progress import silent
 from storage.stores import open_store
 
@@ -53,6 +53,8 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
     ranks: the processes of a tensor-parallel job, all of which call this.
     Raises InputError.
     """
+    import torch
+
     from teachers.huggingface.device_map import DeviceMap
     from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 
@@ -60,12 +62,16 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
         raise InputError(
             "--tensor-parallel is for cache-logits itself, started by torchrun: leave it out here, or use --device-map"
         )
-    device_type, dtype = _device_and_dtype(job)
+    device = job.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # float32 on a CPU, where bfloat16 is often emulated; bfloat16 on CUDA devices, which are built for it.
+    dtype = job.dtype if job.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     teachers = tuple(
         HuggingFaceTeacher.load(
             source,
             dtype=dtype,
-            device=device_type if job.device == "auto" else job.device,
+            device=device,
             revision=revision or None,
             attention=job.attention,
             trust_remote_code=job.trust_remote_code,
@@ -172,9 +178,6 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         begin_id=begin,
     )
     recorded = stored_entry(job.cache, job.name)
-    if recorded is not None and job.shard_tokens is None and job.chunk_tokens is None:
-        # Another version of this program may have chosen other shards.
-        layout = recorded.layout.model_copy(update={"compression": layout.compression})
     batch_windows = job.batch_windows or (recorded.execution.batch_windows if recorded else None)
     targets = job.stored_targets(recorded, cache.record.corpus.has_loss_mask)
     version: Literal[1, 2] = job.version(recorded)
@@ -195,7 +198,20 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
     )
+    if recorded is not None and job.shard_tokens is None and job.chunk_tokens is None:
+        # Another version of this program may have chosen other shards.
+        layout = recorded.layout.model_copy(update={"compression": layout.compression})
+        entry = entry.model_copy(update={"layout": layout})
     return PreparedJob(cache, teacher, entry)
+
+
+def other_tokens(entry: TeacherEntry, record: CacheRecord) -> dict[str, tuple[str, str]]:
+    """The digests in which an entry and a cache differ, as each of them has it; none where the entry belongs there."""
+    pairs = {
+        "stream_sha256": (entry.stream_sha256, record.corpus.stream_sha256),
+        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, record.tokenizer.fingerprint),
+    }
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
 
 
 def loss_mask(cache: LogitCache, url: str) -> Stream:
@@ -236,13 +252,3 @@ def stored_entry(url: str, name: str) -> TeacherEntry | None:
         return read_record(open_store(url), f"{teacher_folder(name)}{ROOT_KEY}", TeacherEntry)
     except CacheNotFound:
         return None
-
-
-def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
-    import torch
-
-    device = job.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    # float32 on a CPU, where bfloat16 is often emulated; bfloat16 on CUDA devices, which are built for it.
-    return device, job.dtype if job.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")

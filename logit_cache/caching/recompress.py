@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from logit_cache.caching.job import EntryName, FieldNames, KeptIds, Mass, Positive, Seed, StepNats, stored_fields
-from logit_cache.caching.prepare import loss_mask
+from logit_cache.caching.prepare import loss_mask, other_tokens
 from storage.cache.reader import LogitCache, Stream, TeacherTargets
 from storage.cache.writer import EntryWriter, check_destination
 from storage.config import Settings
@@ -358,15 +358,11 @@ def _check_source(job: RecompressJob, source: TeacherTargets) -> None:
 def _check_destination(job: RecompressJob, entry: TeacherEntry) -> None:
     check_destination(job.destination, job.to)
     cache = LogitCache.open(job.destination)
-    pairs = {
-        "stream_sha256": (entry.stream_sha256, cache.record.corpus.stream_sha256),
-        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, cache.record.tokenizer.fingerprint),
-    }
-    differing = [f"{name}: {job.name} has {a!r}, the cache {b!r}" for name, (a, b) in pairs.items() if a != b]
+    differing = other_tokens(entry, cache.record)
     if differing:
         raise IdentityMismatch(
             job.destination,
-            differing,
+            [f"{name}: {job.name} has {a!r}, the cache {b!r}" for name, (a, b) in differing.items()],
             "An entry belongs to the tokens that its teacher read: give --out a cache of the same stream, or leave it "
             "out and push the new entry afterwards",
         )
