@@ -26,6 +26,7 @@ class Teacher(Protocol):
     head          "fast" (backbone, then the LM head on the requested rows in float32) or "general" (the model's own
                   forward); it can change the last bits of a result
     attention     the attention implementation that runs, such as "sdpa" or "eager"
+    order         int64 [V], the ids in the order of the logits' columns; None where these are by id
     """
 
     @property
@@ -46,6 +47,9 @@ class Teacher(Protocol):
     @property
     def attention(self) -> str: ...
 
+    @property
+    def order(self) -> Tensor | None: ...
+
     def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
         """The logits of the rows `rows` of the flattened windows, in chunks.
 
@@ -54,7 +58,6 @@ class Teacher(Protocol):
         within the teacher's byte budget, and the sizes follow from the arguments alone, so that a repeated call repeats
         every matrix product with the same shapes.
         """
-        ...
 
     def output_embeddings(self) -> Tensor:
         """The output embedding of each column, float32 [head_columns, H], on the CPU; H is any number.
@@ -63,7 +66,6 @@ class Teacher(Protocol):
         whatever order the logits come in, and the same on every rank. Not to be changed: they may be the model's.
         Raises InputError for a teacher whose output layer is not linear.
         """
-        ...
 
     def in_order(self, order: Tensor) -> Teacher:
         """This teacher with the logits of id order[c] in column c, whatever order they come in now.
@@ -71,4 +73,3 @@ class Teacher(Protocol):
         order: int64 [V], a permutation; columns from V on stay where they are. The two share the model; a head in
         memory is copied.
         """
-        ...

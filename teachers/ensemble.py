@@ -68,6 +68,7 @@ class EnsembleTeacher:
         self.shard: None = None  # members that are sharded over ranks were refused earlier
         self.head: Literal["fast", "general"] = "fast" if all(t.head == "fast" for t in teachers) else "general"
         self.attention = ", ".join(dict.fromkeys(teacher.attention for teacher in teachers))
+        self.order: Tensor | None = None
 
     def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
         """Combined logits float32 [r, V] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""
@@ -99,8 +100,8 @@ class EnsembleTeacher:
         return torch.cat(parts, dim=1)
 
     def in_order(self, order: Tensor) -> EnsembleTeacher:
-        """See `teachers.base.Teacher.in_order`."""
         ordered = copy.copy(self)
+        ordered.order = order
         ordered._teachers = tuple(teacher.in_order(order) for teacher in self._teachers)
         return ordered
 

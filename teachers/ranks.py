@@ -55,7 +55,6 @@ def from_first(ranks: Ranks, value: Any = None) -> Any:
 
 
 def all_true(ranks: Ranks, mine: bool) -> bool:
-    """Whether `mine` is true on every rank."""
     return all(ranks.objects(mine))
 
 
@@ -89,7 +88,6 @@ class ColumnShard:
 
     @property
     def own(self) -> slice:
-        """This rank's columns."""
         return slice(*self.runs[self.ranks.rank])
 
     @property

@@ -101,6 +101,12 @@ def small_cache(tmp_path_factory: pytest.TempPathFactory, text_file: Path, run: 
     return path
 
 
+@pytest.fixture
+def cache(small_cache: Path, tmp_path: Path) -> Path:
+    """A copy of it in the test's own folder."""
+    return Path(shutil.copytree(small_cache, tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def make_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Saves a random GPT-2 with spread-out logits; another seed gives other weights."""

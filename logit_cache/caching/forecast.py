@@ -22,7 +22,7 @@ import logging
 import math
 import time
 import tracemalloc
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,6 @@ from logit_cache.caching.prepare import PreparedJob, check_entry, prepare_job
 from logit_cache.caching.score_shard import score_range
 from logit_cache.caching.step_cost import (
     Meter,
-    StepCost,
     forward_cost,
     ids_of_student,
     new_student,
@@ -357,7 +356,7 @@ def _break_even(
         starts = np.append(0, inside[(inside > 0) & (inside < len(tokens))]).astype(np.uint64)
     read = student_windows(entry, tokens, probe.first, starts)
     forward = forward_cost(teacher, read[: probe.entry.execution.batch_windows])
-    step: StepCost | None = None
+    step: dict[str, Any] | None = None
     cached, live = probe.reading, forward
     if question.student is not None:
         context = entry.windowing.context_tokens
@@ -366,7 +365,7 @@ def _break_even(
                 f"--student needs text for a window of {context} tokens and one more, there are {len(tokens)} tokens"
             )
         step = student_cost(question.student, teacher, entry, read)
-        cached, live = step.cached + probe.reading, step.live
+        cached, live = step["cached"] + probe.reading, step["live"]
     caching = speed["paid_seconds_per_token"]
     epochs = question.runs * question.epochs
     hours = positions / 3600
@@ -374,7 +373,7 @@ def _break_even(
         "paid_for": "processor time" if teacher.device.type == "cpu" else f"time of {teacher.device}",
         "teacher_forward_seconds_per_token": forward,
         "reading_cpu_seconds_per_token": probe.reading,
-        "student": None if step is None else asdict(step),
+        "student": step,
         "runs": question.runs,
         "epochs": question.epochs,
         "caching_hours": caching * hours,

@@ -106,12 +106,10 @@ class CacheJob(Settings):
 
     @model_validator(mode="after")
     def _targets_agree(self) -> CacheJob:
-        names = ("head_ids", "seed", "target_temperature", "sampling", "order", "sample_size", "sampled_step_nats")
-        of_varopt = {name: getattr(self, name) for name in names}
-        foreign = {"top_p": self.top_p} if self.targets == "varopt" else of_varopt
-        for name, value in foreign.items():
-            if value is not None:
-                other = "topk" if self.targets == "varopt" else "varopt"
+        of_varopt = ("head_ids", "seed", "target_temperature", "sampling", "order", "sample_size", "sampled_step_nats")
+        foreign, other = (("top_p",), "topk") if self.targets == "varopt" else (of_varopt, "varopt")
+        for name in foreign:
+            if getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} goes with --targets {other}: leave one of them out")
         if self.target_temperature not in (None, 1.0, 2.0):
             raise ValueError(
@@ -192,35 +190,32 @@ class CacheJob(Settings):
         recorded: the entry of that name, if there is one, which decides what is not given. has_loss_mask: whether the
         stream has one; without it every position is trained.
         """
-        varopt = self.targets == "varopt"
+        kind: dict[str, Any] = {"method": "top-k", "temperature": self.target_temperature or 1.0}
         own: dict[str, Any] = {"k": self.k, "top_p": self.top_p}
-        if varopt:
-            own |= {
-                "method": "varopt",
-                "head_ids": self.head_ids or None,
-                "seed": self.seed or 0,
-                "temperature": self.target_temperature or 1.0,
-            }
-        if self.version(recorded) == 1:
-            return Targets(**own, has_label_logprob=True)
         chosen: dict[str, Any] = {
-            "fields": self._stored_fields(self.fields or self._default_fields()),
+            "fields": DEFAULT_FIELDS[self.targets],
             "positions": "trained" if has_loss_mask else "all",
-            **({"sampling": "systematic", "order": "ids", "sample_size": "threshold"} if varopt else {}),
         }
-        of_kind = {"method": own.get("method", "top-k"), "temperature": own.get("temperature", 1.0)}
-        if recorded is not None and all(getattr(recorded.targets, name) == value for name, value in of_kind.items()):
+        if self.targets == "varopt":
+            kind["method"] = "varopt"
+            own |= {"head_ids": self.head_ids or None, "seed": self.seed or 0}
+            chosen |= {"sampling": "systematic", "order": "ids", "sample_size": "threshold"}
+        if self.version(recorded) == 1:
+            return Targets(**kind, **own, has_label_logprob=True)
+        if self.target_temperature == 2.0:
+            # The constant by which a loss at temperature 2 is a KL is known from the sampled ids alone.
+            chosen["fields"] += ("sampled-logprobs",)
+        if recorded is not None and all(getattr(recorded.targets, name) == value for name, value in kind.items()):
             # An entry of the other kind is another job, whatever its fields are.
             stored = {name: getattr(recorded.targets, name) for name in chosen}
             # Of the sample's size, none is a value: K ids in every row.
             chosen |= {name: value for name, value in stored.items() if value is not None or name == "sample_size"}
-        given = {name: getattr(self, name) for name in chosen if name != "fields"}
-        chosen |= {name: value for name, value in given.items() if value is not None}
+        chosen |= {name: getattr(self, name) for name in chosen if getattr(self, name)}
         if self.sample_size == "fixed":
             chosen["sample_size"] = None
-        if self.fields:
-            chosen["fields"] = self._stored_fields(self.fields)
-        return Targets(**own, **chosen, tail="exact")
+        possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]
+        chosen["fields"] = stored_fields(chosen["fields"], possible, self.target_temperature or 1.0)
+        return Targets(**kind, **own, **chosen, tail="exact")
 
     def version(self, recorded: TeacherEntry | None) -> Literal[1, 2]:
         """The version of the entry: the one that is asked for, the recorded one, or the latest."""
@@ -228,15 +223,6 @@ class CacheJob(Settings):
             return self.format_version
         later = any(getattr(self, name) for name in _OF_VERSION_2)
         return 2 if recorded is None or later else recorded.format_version
-
-    def _default_fields(self) -> tuple[FieldName, ...]:
-        # The constant by which a loss at temperature 2 is a KL is known from the sampled ids alone.
-        more: tuple[FieldName, ...] = ("sampled-logprobs",) if self.target_temperature == 2.0 else ()
-        return DEFAULT_FIELDS[self.targets] + more
-
-    def _stored_fields(self, names: tuple[FieldName, ...]) -> tuple[TargetField, ...]:
-        possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]
-        return stored_fields(names, possible, self.target_temperature or 1.0)
 
     def stored_encoding(self, targets: Targets, recorded: TeacherEntry | None = None) -> Encoding:
         """The encoding record of the entry with these targets."""

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent import futures
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -84,11 +83,11 @@ def _pinned(value: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
 
 
 class Committer:
-    """Commits shards in a background thread, one after the other; a context manager.
+    """Commits shards in a background thread, one after the other.
 
     `put` returns when the previous shard has its receipt, so at most one commit is in flight. An error of a commit is
-    raised by the next `put`, by `wait`, or at the end of the context. A commit in flight when something else fails is
-    finished: its shard is complete, and worth keeping.
+    raised by the next `put` or by `wait`. `close` finishes a commit in flight, whose shard is complete and worth
+    keeping.
     """
 
     def __init__(self, writer: EntryWriter) -> None:
@@ -114,17 +113,5 @@ class Committer:
         return running.result()
 
     def close(self) -> None:
-        """Wait for the commit in flight and end the thread."""
+        """End the thread after the commit in flight."""
         self._pool.shutdown(wait=True)
-
-    def __enter__(self) -> Committer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self.wait()
-        finally:
-            self.close()

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from logit_cache.caching.job import CacheJob
 from storage.cache.inventory import ROOT_KEY
-from storage.cache.reader import LogitCache
+from storage.cache.reader import LogitCache, Stream
 from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format.layout import COMPRESSION, entry_layout
-from storage.format.manifest import Execution, TeacherEntry, Versions, Windowing
+from storage.format.manifest import CacheRecord, Execution, TeacherEntry, Versions, Windowing
 from storage.progress import silent
 from storage.stores import open_store
 
@@ -39,20 +39,12 @@ class PreparedJob:
 
 @dataclass(frozen=True)
 class OpenJob:
-    """A checked job with its writer open: ready to score shards."""
+    """A checked job with its writer open: ready to score shards. `scorer`: the teacher in the sampling order."""
 
     cache: LogitCache
     teacher: Teacher
+    scorer: Teacher
     writer: EntryWriter
-    in_order: InOrder | None = None
-
-
-@dataclass(frozen=True)
-class InOrder:
-    """A teacher whose logits come in an entry's sampling order, and this order, int64 [V]."""
-
-    teacher: Teacher
-    order: Tensor
 
 
 def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFaceTeacher, ...]:
@@ -61,6 +53,8 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
     ranks: the processes of a tensor-parallel job, all of which call this.
     Raises InputError.
     """
+    import torch
+
     from teachers.huggingface.device_map import DeviceMap
     from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
 
@@ -68,12 +62,16 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
         raise InputError(
             "--tensor-parallel is for cache-logits itself, started by torchrun: leave it out here, or use --device-map"
         )
-    device_type, dtype = _device_and_dtype(job)
+    device = job.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # float32 on a CPU, where bfloat16 is often emulated; bfloat16 on CUDA devices, which are built for it.
+    dtype = job.dtype if job.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     teachers = tuple(
         HuggingFaceTeacher.load(
             source,
             dtype=dtype,
-            device=device_type if job.device == "auto" else job.device,
+            device=device,
             revision=revision or None,
             attention=job.attention,
             trust_remote_code=job.trust_remote_code,
@@ -99,8 +97,8 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
     """
     prepared = prepare_job(job, teachers)
     writer = open_writer(job, prepared.entry)
-    order = stored_order(writer, prepared.teacher.output_embeddings)
-    return OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, order))
+    teacher = prepared.teacher
+    return OpenJob(prepared.cache, teacher, in_order(teacher, stored_order(writer, teacher.output_embeddings)), writer)
 
 
 def stored_order(writer: EntryWriter, embeddings: Callable[[], Tensor]) -> NDArray[np.uint32] | None:
@@ -113,14 +111,11 @@ def stored_order(writer: EntryWriter, embeddings: Callable[[], Tensor]) -> NDArr
     return writer.sampling_order(lambda: sampling_order(embeddings()[: writer.entry.vocabulary_size]).numpy())
 
 
-def in_order(teacher: Teacher, order: NDArray[np.uint32] | None) -> InOrder | None:
-    """A teacher in a sampling order; None without one."""
+def in_order(teacher: Teacher, order: NDArray[np.uint32] | None) -> Teacher:
+    """A teacher in a sampling order, uint32 [V]; as it is without one."""
     import torch
 
-    if order is None:
-        return None
-    columns = torch.from_numpy(order.astype(np.int64))
-    return InOrder(teacher.in_order(columns), columns)
+    return teacher if order is None else teacher.in_order(torch.from_numpy(order.astype(np.int64)))
 
 
 def check_entry(job: CacheJob, entry: TeacherEntry) -> None:
@@ -183,13 +178,11 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         begin_id=begin,
     )
     recorded = stored_entry(job.cache, job.name)
-    has_loss_mask = cache.record.corpus.has_loss_mask
-    targets = job.stored_targets(recorded, has_loss_mask)
+    batch_windows = job.batch_windows or (recorded.execution.batch_windows if recorded else None)
+    targets = job.stored_targets(recorded, cache.record.corpus.has_loss_mask)
     version: Literal[1, 2] = job.version(recorded)
-    if targets.positions == "trained" and not has_loss_mask:
-        raise InputError(
-            f"--positions trained: {job.cache} has no loss mask, so all its positions are trained: leave it out"
-        )
+    if targets.positions == "trained":
+        loss_mask(cache, job.cache)
     entry = TeacherEntry(
         format_version=version,
         positions=cache.record.corpus.positions,
@@ -201,16 +194,32 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         windowing=windowing,
         encoding=job.stored_encoding(targets, recorded),
         layout=layout,
-        execution=execution_of(
-            teacher,
-            job.batch_windows or _recorded_batch_windows(job) or choose_batch_windows(teacher, windowing.input_tokens),
-        ),
+        execution=execution_of(teacher, batch_windows or choose_batch_windows(teacher, windowing.input_tokens)),
         made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
     )
-    if job.shard_tokens is None and job.chunk_tokens is None:
-        entry = in_recorded_shards(entry, recorded)
+    if recorded is not None and job.shard_tokens is None and job.chunk_tokens is None:
+        # Another version of this program may have chosen other shards.
+        layout = recorded.layout.model_copy(update={"compression": layout.compression})
+        entry = entry.model_copy(update={"layout": layout})
     return PreparedJob(cache, teacher, entry)
+
+
+def other_tokens(entry: TeacherEntry, record: CacheRecord) -> dict[str, tuple[str, str]]:
+    """The digests in which an entry and a cache differ, as each of them has it; none where the entry belongs there."""
+    pairs = {
+        "stream_sha256": (entry.stream_sha256, record.corpus.stream_sha256),
+        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, record.tokenizer.fingerprint),
+    }
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
+def loss_mask(cache: LogitCache, url: str) -> Stream:
+    """Which positions are trained. Raises InputError for a cache, named by its URL, that has no loss mask."""
+    mask = cache.loss_mask
+    if mask is None:
+        raise InputError(f"--positions trained: {url} has no loss mask, so all its positions are trained: leave it out")
+    return mask
 
 
 def execution_of(teacher: Teacher, batch_windows: int) -> Execution:
@@ -229,18 +238,12 @@ def open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
     try:
         return EntryWriter.open(job.cache, job.name, entry)
     except IdentityMismatch:
-        recorded = _recorded_batch_windows(job)
-        if job.batch_windows is not None or recorded in (None, entry.execution.batch_windows):
+        stored = stored_entry(job.cache, job.name)
+        if stored is None or job.batch_windows is not None:
             raise
     # Another worker has just created the entry, with the batch size that suits its device.
-    execution = entry.execution.model_copy(update={"batch_windows": recorded})
+    execution = entry.execution.model_copy(update={"batch_windows": stored.execution.batch_windows})
     return EntryWriter.open(job.cache, job.name, entry.model_copy(update={"execution": execution}))
-
-
-def _recorded_batch_windows(job: CacheJob) -> int | None:
-    """The batch size of the stored entry; None where there is none."""
-    stored = stored_entry(job.cache, job.name)
-    return None if stored is None else stored.execution.batch_windows
 
 
 def stored_entry(url: str, name: str) -> TeacherEntry | None:
@@ -249,21 +252,3 @@ def stored_entry(url: str, name: str) -> TeacherEntry | None:
         return read_record(open_store(url), f"{teacher_folder(name)}{ROOT_KEY}", TeacherEntry)
     except CacheNotFound:
         return None
-
-
-def in_recorded_shards(entry: TeacherEntry, stored: TeacherEntry | None) -> TeacherEntry:
-    """The entry with the shards and chunks of a stored one, which another version may have chosen otherwise."""
-    if stored is None:
-        return entry
-    layout = stored.layout.model_copy(update={"compression": entry.layout.compression})
-    return entry.model_copy(update={"layout": layout})
-
-
-def _device_and_dtype(job: CacheJob) -> tuple[str, Literal["float32", "bfloat16", "float16"]]:
-    import torch
-
-    device = job.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    # float32 on a CPU, where bfloat16 is often emulated; bfloat16 on CUDA devices, which are built for it.
-    return device, job.dtype if job.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")

@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from logit_cache.caching.job import EntryName, FieldNames, KeptIds, Mass, Positive, Seed, StepNats, stored_fields
+from logit_cache.caching.prepare import loss_mask, other_tokens
 from storage.cache.reader import LogitCache, Stream, TeacherTargets
 from storage.cache.writer import EntryWriter, check_destination
 from storage.config import Settings
@@ -101,7 +102,6 @@ class RecompressJob(Settings):
 
     @property
     def destination(self) -> str:
-        """The cache that receives the new entry."""
         return self.out or self.cache
 
 
@@ -132,7 +132,7 @@ def recompress(job: RecompressJob, progress: Callable[[int], None] | None = None
     source = cache.teacher(job.name)
     _check_source(job, source)
     entry = derived_entry(source.entry, job)
-    trained = _trained(cache, source.entry, job)
+    trained = loss_mask(cache, job.cache) if _drops_rows(source.entry, job) else None
     order = source.sampling_order()
     _check_destination(job, entry)
     writer = EntryWriter.open(job.destination, job.to, entry)
@@ -215,7 +215,9 @@ def _targets(source: TeacherEntry, job: RecompressJob, version: int) -> Targets:
     targets, sampled = source.targets, source.targets.method == "varopt"
     if version != source.format_version:
         targets = _as_version_2(targets)
-    changes: dict[str, Any] = {"k": _k(targets, job), "top_p": _top_p(targets, job)}
+    if job.k is not None and job.k > targets.k:
+        raise InputError(f"-k {job.k}: {job.name} holds {targets.k} ids per position: give at most {targets.k}")
+    changes: dict[str, Any] = {"k": job.k or targets.k, "top_p": _top_p(targets, job)}
     if sampled and changes["k"] < targets.k:
         changes |= _shrunk(targets, job)
     elif job.seed is not None:
@@ -250,24 +252,6 @@ def _fields(targets: Targets, job: RecompressJob) -> tuple[TargetField, ...]:
 
 def _drops_rows(source: TeacherEntry, job: RecompressJob) -> bool:
     return job.positions == "trained" and source.targets.positions != "trained"
-
-
-def _trained(cache: LogitCache, source: TeacherEntry, job: RecompressJob) -> Stream | None:
-    """The loss mask, where rows that it does not train are to be dropped."""
-    if not _drops_rows(source, job):
-        return None
-    mask = cache.loss_mask
-    if mask is None:
-        raise InputError(
-            f"--positions trained: {job.cache} has no loss mask, so all its positions are trained: leave it out"
-        )
-    return mask
-
-
-def _k(targets: Targets, job: RecompressJob) -> int:
-    if job.k is not None and job.k > targets.k:
-        raise InputError(f"-k {job.k}: {job.name} holds {targets.k} ids per position: give at most {targets.k}")
-    return job.k or targets.k
 
 
 def _shrunk(targets: Targets, job: RecompressJob) -> dict[str, Any]:
@@ -375,15 +359,11 @@ def _check_source(job: RecompressJob, source: TeacherTargets) -> None:
 def _check_destination(job: RecompressJob, entry: TeacherEntry) -> None:
     check_destination(job.destination, job.to)
     cache = LogitCache.open(job.destination)
-    pairs = {
-        "stream_sha256": (entry.stream_sha256, cache.record.corpus.stream_sha256),
-        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, cache.record.tokenizer.fingerprint),
-    }
-    differing = [f"{name}: {job.name} has {a!r}, the cache {b!r}" for name, (a, b) in pairs.items() if a != b]
+    differing = other_tokens(entry, cache.record)
     if differing:
         raise IdentityMismatch(
             job.destination,
-            differing,
+            [f"{name}: {job.name} has {a!r}, the cache {b!r}" for name, (a, b) in differing.items()],
             "An entry belongs to the tokens that its teacher read: give --out a cache of the same stream, or leave it "
             "out and push the new entry afterwards",
         )

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from logit_cache.caching.pipeline import HostCopies
-from logit_cache.caching.prepare import InOrder, OpenJob
+from logit_cache.caching.prepare import OpenJob, loss_mask
 from logit_cache.caching.windows import Window, batch_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
@@ -35,7 +35,7 @@ def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | N
     """The targets of a shard's positions, all their fields as the teacher has them, on the CPU."""
     entry = opened.writer.entry
     start, stop = entry.layout.shard_range(shard, entry.positions)
-    return score_range(opened.cache, opened.teacher, entry, start, stop, progress, opened.in_order)
+    return score_range(opened.cache, opened.scorer, entry, start, stop, progress)
 
 
 def score_range(
@@ -45,15 +45,14 @@ def score_range(
     start: int,
     stop: int,
     progress: Callable[[int], None] | None = None,
-    in_order: InOrder | None = None,
 ) -> SparseTargets:
     """The targets of the positions `start .. stop` of an entry, which need not be stored; see `score_shard`.
 
-    in_order: the teacher in the entry's sampling order; without one, ids are sampled in their own order.
+    Ids are sampled in the order of the teacher's logits.
     """
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    teacher, order = (teacher, None) if in_order is None else (in_order.teacher, in_order.order)
-    rows = _Rows(entry, start, stop, _wanted(cache, entry, start, stop), order)
+    wanted = loss_mask(cache, cache.url).read(start, stop) if entry.targets.positions == "trained" else None
+    rows = _Rows(entry, start, stop, wanted, teacher.order)
     copies = HostCopies(teacher.device, rows.put)
     plan = filter(rows.any_wanted, windows(start, stop, entry.positions, entry.windowing, starts))
     scored = 0
@@ -69,16 +68,6 @@ def score_range(
     if progress is not None and scored < stop - start:
         progress(stop - start - scored)
     return rows.targets()
-
-
-def _wanted(cache: LogitCache, entry: TeacherEntry, start: int, stop: int) -> NDArray[np.bool_] | None:
-    """Which of the positions `start .. stop` have targets in an entry; None: all."""
-    if entry.targets.positions != "trained":
-        return None
-    mask = cache.loss_mask
-    assert mask is not None, "it was checked when the job was prepared"
-    trained: NDArray[np.bool_] = mask.read(start, stop)
-    return trained
 
 
 def _score_batch(
@@ -158,7 +147,6 @@ class _Rows:
         return scored if self._wanted is None else scored[self._wanted[scored - self._start]]
 
     def any_wanted(self, window: Window) -> bool:
-        """Whether any position of a window is scored."""
         return len(self.wanted(window)) > 0
 
     def sampling(self, position: NDArray[Any], device: torch.device) -> Sampling | None:

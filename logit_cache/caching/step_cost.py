@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from storage.errors import InputError
 from storage.format.layout import ArraySpec
@@ -33,7 +32,7 @@ from student.models.configuration import stated_columns
 from student.models.loading import load_student
 from student.training.bound_forward import bind_loss, unbind_loss
 from teachers.base import Teacher
-from teachers.live import LiveTeacher, chunk_bytes
+from teachers.live import LiveTeacher
 
 # The defaults of `train-student`.
 _STEP_WINDOWS = 32
@@ -67,31 +66,6 @@ class Meter:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Cost of a student's step, per position: from the cache (without reading it), and with the teachers beside it."""
-
-    model: str
-    parameters: int
-    windows: int
-    cached: float
-    live: float
-
-
-class _Pieces:
-    """A `LiveTeacher` with the chunk size that it has beside a student; the loss is slower with others (on a CPU)."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._source = LiveTeacher(teacher)
-        self.columns, self.provenance = self._source.columns, self._source.provenance
-        self._rows = max(1, chunk_bytes(teacher.device) // (4 * self.columns))
-
-    def __call__(self, windows: Tensor) -> Iterator[Tensor]:
-        for chunk in self._source(windows):
-            for start in range(0, len(chunk), self._rows):
-                yield chunk[start : start + self._rows]
 
 
 def student_windows(
@@ -161,8 +135,9 @@ def new_student(spec: str, entry: TeacherEntry) -> Any:
     )
 
 
-def student_cost(spec: str, teacher: Teacher, entry: TeacherEntry, windows: Sequence[Window]) -> StepCost:
-    """Cost of a student's step (forward, backward, AdamW) on windows of at most `context_tokens` positions.
+def student_cost(spec: str, teacher: Teacher, entry: TeacherEntry, windows: Sequence[Window]) -> dict[str, Any]:
+    """Cost of a student's step (forward, backward, AdamW) on windows of at most `context_tokens` positions, per
+    position, as JSON data: `cached`, from the cache without reading it, and `live`, with the teachers beside it.
 
     Raises InputError for a model that train-student would refuse.
     """
@@ -184,7 +159,7 @@ def student_cost(spec: str, teacher: Teacher, entry: TeacherEntry, windows: Sequ
     costs = {}
     for kind, loss, given in (
         ("cached", DistillationLoss(size, 0.0, tau, [member], window_tokens=t), {"targets": stored}),
-        ("live", DenseLoss(_Pieces(teacher), size, 0.0, tau, window_tokens=t), {}),
+        ("live", DenseLoss(LiveTeacher(teacher), size, 0.0, tau, window_tokens=t), {}),
     ):  # fmt: skip
         bind_loss(model, loss)
 
@@ -197,7 +172,7 @@ def student_cost(spec: str, teacher: Teacher, entry: TeacherEntry, windows: Sequ
         costs[kind] = _each(teacher.device, step) / positions
         unbind_loss(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return StepCost(spec, parameters, len(windows), costs["cached"], costs["live"])
+    return {"model": spec, "parameters": parameters, "windows": len(windows), **costs}
 
 
 def _positions(windows: Sequence[Window]) -> int:

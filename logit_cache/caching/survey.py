@@ -22,7 +22,6 @@ class Survey:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing."""
         return not self.missing
 
     def workers(self, asked: int) -> int:

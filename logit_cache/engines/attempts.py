@@ -42,7 +42,6 @@ class Attempts:
         self._log_at = 0.0
 
     def record(self, item: ShardOutcome, worker: str) -> None:
-        """Record an outcome."""
         if item.state == "built":
             self._built += 1
             self._done.add(item.shard)
@@ -85,9 +84,7 @@ class Attempts:
         return min(max(LOOK_SECONDS, (now - self._waiting_since) / 10), _MOST_LOOK_SECONDS)
 
     def working(self) -> None:
-        """Note that there is a shard to build."""
         self._waiting_since = None
 
     def outcome(self, stopped: bool) -> Outcome:
-        """The outcome of a job that has ended."""
         return Outcome(self._built, dict(self.failed), stopped)

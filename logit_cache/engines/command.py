@@ -78,6 +78,8 @@ def _job_of_text(
             "(logit-cache tokenize), and give it with --cache"
         )
     check_corpus_destination(job.cache)
+    import torch
+
     from logit_cache.engines.this_machine import local_workers
     from teachers.vocabulary import check_members
 
@@ -91,14 +93,7 @@ def _job_of_text(
     # Several workers each load their own, and these would take memory beside them.
     opened = open_job(job, teachers) if options.engine == "local" and local_workers(job, options) == 1 else None
     del teachers
-    _free_gpu_memory()
-    return job, opened
-
-
-def _free_gpu_memory() -> None:
-    """Return the GPU memory of a teacher that is no longer referenced."""
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return job, opened

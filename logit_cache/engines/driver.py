@@ -66,23 +66,18 @@ class Pool(Protocol):
 
     def start(self, rank: int) -> str:
         """Start a worker and return its name. `Ready` or `Gone` follows."""
-        ...
 
     def turn(self, worker: str, given_up: Collection[int]) -> None:
         """Have a worker take a turn (`Worker.turn`); `Reported` or `Gone` follows."""
-        ...
 
     def events(self, timeout: float) -> Sequence[Event]:
         """The events since the last call; waits up to `timeout` seconds for one."""
-        ...
 
     def stop(self) -> None:
         """Ask all workers to finish or drop their shards; the outcomes still arrive as events."""
-        ...
 
     def conclude(self, worker: str, fidelity_positions: int) -> None:
         """Have a worker write the index and the report of a complete entry; raises its error, or WorkersLost."""
-        ...
 
 
 @dataclass
@@ -127,7 +122,6 @@ class Driver:
 
     @property
     def failed(self) -> dict[int, str]:
-        """The shards that have failed permanently, with their last error."""
         return self._tally.failed
 
     def run(self) -> Outcome:

@@ -12,22 +12,19 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from types import TracebackType
 from typing import Any
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
-from logit_cache.caching.prepare import open_job
 from logit_cache.engines.driver import Event, Gone, Ready, Reported
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import WorkersLost
 from logit_cache.engines.shutdown import Stopping
-from logit_cache.engines.worker import Worker, traceback_of
+from logit_cache.engines.worker import Worker, or_error, traceback_of
 from logit_cache.engines.worker_index import Rank
 from storage.errors import LogitCacheError
 
@@ -63,9 +60,7 @@ class LocalPool:
     def __enter__(self) -> LocalPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *others: object) -> None:
         if kind is KeyboardInterrupt:
             self.stop()  # rather than killed: what multiprocessing holds for a process is then released without a word
         for child in self._children.values():
@@ -78,7 +73,6 @@ class LocalPool:
         self._children.clear()
 
     def start(self, rank: int) -> str:
-        """Start a process, at first or as a replacement."""
         name = str(rank) if self._made < self.workers else f"{rank}.{self._made}"
         self._made += 1
         ours, theirs = self._context.Pipe()
@@ -109,15 +103,10 @@ class LocalPool:
         return name
 
     def turn(self, worker: str, given_up: Collection[int]) -> None:
-        """Ask a worker for a turn."""
         self._children[worker].busy = True
         self._send(worker, ("turn", given_up))
 
     def conclude(self, worker: str, fidelity_positions: int) -> None:
-        """Have a worker write the index of receipts and the fidelity report of a complete entry.
-
-        Raises the worker's LogitCacheError, and WorkersLost where it is lost meanwhile.
-        """
         self._send(worker, ("conclude", fidelity_positions))
         while worker in self._children and worker not in self._concluded:
             for event in self.events(1.0):
@@ -128,7 +117,6 @@ class LocalPool:
             raise error
 
     def events(self, timeout: float) -> Sequence[Event]:
-        """The events that came through the pipes; waits up to `timeout` seconds for one."""
         events: list[Event] = []
         by_pipe = {child.pipe: name for name, child in self._children.items()}
         for pipe in wait(list(by_pipe), timeout):
@@ -174,7 +162,6 @@ class LocalPool:
         return Gone(name, why, refusal)
 
     def _join(self, child: _Child) -> None:
-        """Wait for the end of a process, which is killed after the grace period."""
         child.process.join(self._grace)
         if child.process.is_alive():
             child.process.kill()
@@ -182,7 +169,6 @@ class LocalPool:
 
 
 def _serve(pipe: Connection, job: CacheJob, threads: int, options: EngineOptions, rank: Rank, checked: bool) -> None:
-    """The main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if rank.index:
         # Warnings about the teacher are the same in all workers.
@@ -210,18 +196,15 @@ def _answer(
             os._exit(1)
 
     try:
-        opened = open_job(job)
-        missing = opened.writer.missing() if checked else None
-        with Worker(opened, stopping, advance, rank=rank, missing=missing) as worker:
-            location = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
-            pipe.send(("ready", (location, worker.has_share)))
+        with Worker.of_pool(job, rank, checked, stopping, advance) as worker:
+            pipe.send(("ready", (worker.location, worker.has_share)))
             while True:
                 while not (pipe.poll(0.2) or stopping.wanted):
                     pass
                 if not stopping.wanted:
                     kind, content = pipe.recv()
                     if kind == "conclude":
-                        pipe.send(("concluded", _conclude(worker, content, log)))
+                        pipe.send(("concluded", or_error(worker.conclude, content, log)))
                         continue
                 # Asked to stop, it drops the shard that it has taken, and reports the one that is being committed.
                 turn = worker.turn(() if stopping.wanted else content)
@@ -239,17 +222,13 @@ def _answer(
         return traceback_of(error), None
 
 
-def _conclude(worker: Worker, fidelity_positions: int, log: JobLog) -> LogitCacheError | None:
-    try:
-        worker.conclude(fidelity_positions, log)
-    except LogitCacheError as error:
-        return error
-    return None
+def local_devices(job: CacheJob) -> list[str]:
+    """Devices for the workers of this machine: each GPU, unless one device was requested.
 
-
-def local_devices(device: str) -> list[str]:
-    """Devices for the workers of this machine: each GPU, unless one device was requested."""
-    if device not in ("auto", "cuda"):
+    A teacher whose layers are spread over all devices is one worker.
+    """
+    device = job.device
+    if device not in ("auto", "cuda") or job.device_map is not None:
         return [device]
     import torch
 

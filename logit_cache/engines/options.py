@@ -54,18 +54,13 @@ class EngineOptions(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> EngineOptions:
-        def refuse(flag: str, engine: str) -> None:
-            raise ValueError(f"--{flag} requires --engine {engine}, and this is --engine {self.engine}")
-
         if self.worker is not None and (self.engine != "local" or self.workers is not None):
             raise ValueError("--worker i/n is for processes of another launcher: leave out --engine and --workers")
-        if self.ray_address is not None and self.engine != "ray":
-            refuse("ray-address", "ray")
-        if self.engine != "slurm":
-            if self.slurm:
-                refuse("slurm", "slurm")
-            if not self.wait:
-                refuse("no-wait", "slurm")
+        given = {"ray-address": self.ray_address is not None, "slurm": bool(self.slurm), "no-wait": not self.wait}
+        for flag, is_given in given.items():
+            engine = "ray" if flag == "ray-address" else "slurm"
+            if is_given and self.engine != engine:
+                raise ValueError(f"--{flag} requires --engine {engine}, and this is --engine {self.engine}")
         return self
 
 

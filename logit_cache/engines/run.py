@@ -18,10 +18,11 @@ from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, check_stream
 from logit_cache.caching.survey import Survey, survey
 from logit_cache.engines.driver import Driver, Pool
+from logit_cache.engines.local_processes import LocalPool, local_devices, threads_for
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import NotDone, Outcome, WorkersLost
 from logit_cache.engines.shutdown import Stopping
-from logit_cache.engines.this_machine import local_pool, local_workers, run_here
+from logit_cache.engines.this_machine import local_workers, run_here
 from storage.cache.failures import failures_of
 from storage.errors import InputError
 from storage.text import counted
@@ -59,7 +60,7 @@ def _run(job: CacheJob, options: EngineOptions, log: JobLog, stopping: Stopping,
         workers = found.workers(workers)
     if workers == 1:
         return run_here(job, options, log, stopping, opened)
-    with local_pool(job, options, workers) as pool:
+    with LocalPool(job, workers, local_devices(job), threads_for(workers), options) as pool:
         return _run_pool(pool, job, options, log, stopping, found)
 
 
@@ -98,7 +99,6 @@ def _run_pool(
 
 
 def _raise_unless_done(job: CacheJob, outcome: Outcome) -> None:
-    """Raise NotDone where the job was stopped or shards failed permanently."""
     if outcome.stopped:
         raise NotDone(f"{job.cache}: {job.name} was stopped with {survey(job)}: run the same command again to resume")
     if outcome.failed:

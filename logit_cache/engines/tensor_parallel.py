@@ -19,17 +19,32 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
+from logit_cache.caching.prepare import (
+    OpenJob,
+    PreparedJob,
+    in_order,
+    load_teachers,
+    open_writer,
+    prepare_job,
+    stored_order,
+)
+from logit_cache.describe import describe_entry
+from logit_cache.engines.options import EngineOptions
+from logit_cache.engines.outcome import WorkersLost
+from logit_cache.engines.shutdown import Stopping
 from logit_cache.engines.worker_index import Rank, rank_of
+from storage.cache.reader import LogitCache
+from storage.config import build_config
 from storage.errors import InputError, LogitCacheError, one_line_errors
+from storage.format.manifest import TeacherEntry
+from storage.format.sealing import differences
+from storage.format.targets import SparseTargets
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from logit_cache.caching.job import CacheJob
-    from logit_cache.caching.prepare import OpenJob, PreparedJob
-    from logit_cache.engines.options import EngineOptions
-    from storage.format.targets import SparseTargets
     from teachers.ranks import Ranks
 
 # How long a rank waits for another, which may load from a slow disk, or as rank 0 wait for a store.
@@ -47,10 +62,6 @@ def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None
     InputError where torchrun did not start it.
     """
     with _printed_once(_meet()) as store:
-        from logit_cache.caching.job import CacheJob
-        from logit_cache.caching.prepare import load_teachers, prepare_job
-        from storage.config import build_config
-
         if {"text", "out"} & fields.keys():
             raise InputError(
                 "cache-logits: --tensor-parallel reads a token stream: make one first (logit-cache tokenize)"
@@ -73,15 +84,11 @@ def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None
 
 
 def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: JobLog) -> dict[str, Any]:
-    from logit_cache.caching.prepare import OpenJob, in_order, open_writer, stored_order
     from logit_cache.caching.score_shard import score_shard
-    from logit_cache.describe import describe_entry
     from logit_cache.engines.attempts import Attempts
-    from logit_cache.engines.shutdown import Stopping
     from logit_cache.engines.this_machine import take_turns
     from logit_cache.engines.worker import Worker, positions_of
     from logit_cache.fidelity.measure import is_wanted
-    from storage.cache.reader import LogitCache
     from teachers.ranks import from_first
 
     def score(opened: OpenJob, shard: int, progress: Callable[[int], None]) -> SparseTargets:
@@ -97,7 +104,7 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
         return prepared.teacher.output_embeddings()
 
     order = from_first(ranks, stored_order(writer, embeddings))
-    opened = OpenJob(prepared.cache, prepared.teacher, writer, in_order(prepared.teacher, order))
+    opened = OpenJob(prepared.cache, prepared.teacher, in_order(prepared.teacher, order), writer)
     missing = opened.writer.pending()
     left = positions_of(opened, missing)
     with (
@@ -112,12 +119,8 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
 
 
 def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
-    from logit_cache.caching.prepare import in_order
     from logit_cache.caching.score_shard import score_range
     from logit_cache.fidelity.measure import measure_entry
-    from storage.cache.reader import LogitCache
-    from storage.format.manifest import TeacherEntry
-    from storage.format.sealing import differences
     from teachers.ranks import from_first
 
     entry = TeacherEntry.model_validate(from_first(ranks))
@@ -134,10 +137,9 @@ def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
     if isinstance(order, int) and order == _EMBEDDINGS:
         prepared.teacher.output_embeddings()
         order = from_first(ranks)
-    ordered = in_order(prepared.teacher, order)
+    scorer = in_order(prepared.teacher, order)
     while (shard := from_first(ranks)) >= 0:
-        positions = entry.layout.shard_range(shard, entry.positions)
-        score_range(prepared.cache, prepared.teacher, entry, *positions, in_order=ordered)
+        score_range(prepared.cache, scorer, entry, *entry.layout.shard_range(shard, entry.positions))
     if shard == _MEASURE:
         cache = LogitCache.open(job.cache)
         measure_entry(cache, cache.teacher(job.name), prepared.teacher, job.fidelity_positions)
@@ -189,8 +191,6 @@ def _printed_once(store: Any) -> Iterator[Any]:
 
 def _print_error(error: BaseException) -> int:
     """Print an error as a command does; returns its exit status."""
-    from logit_cache.engines.outcome import WorkersLost
-
     try:
         with one_line_errors():
             raise error

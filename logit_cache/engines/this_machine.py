@@ -9,7 +9,7 @@ from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.prepare import OpenJob, open_job
 from logit_cache.engines.attempts import Attempts
-from logit_cache.engines.local_processes import LocalPool, local_devices, threads_for
+from logit_cache.engines.local_processes import local_devices
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import Outcome, WorkersLost
 from logit_cache.engines.shutdown import Stopping
@@ -56,7 +56,7 @@ def take_turns(worker: Worker, tally: Attempts, stopping: Stopping) -> None:
 
 def local_workers(job: CacheJob, options: EngineOptions) -> int:
     """Processes of a job on this machine: `workers`, else one per device; a process of another launcher is one."""
-    return options.workers or (len(_devices(job)) if _rank(options).count == 1 else 1)
+    return options.workers or (len(local_devices(job)) if _rank(options).count == 1 else 1)
 
 
 def _rank(options: EngineOptions) -> Rank:
@@ -91,17 +91,7 @@ def run_here(
     return tally.outcome(stopping.wanted)
 
 
-def local_pool(job: CacheJob, options: EngineOptions, workers: int) -> LocalPool:
-    """Processes of this machine for a job."""
-    return LocalPool(job, workers, _devices(job), threads_for(workers), options)
-
-
-def _devices(job: CacheJob) -> list[str]:
-    """The devices of this machine's workers; a teacher whose layers are spread over all devices is one worker."""
-    return local_devices(job.device) if job.device_map is None else [job.device]
-
-
 def _device(job: CacheJob, rank: Rank) -> str:
     """The device of a process of another launcher: those of one machine take its GPUs in turn."""
-    devices = _devices(job)
+    devices = local_devices(job)
     return job.device if rank.count == 1 else devices[rank.local % len(devices)]

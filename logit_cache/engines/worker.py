@@ -16,15 +16,18 @@ A shard is committed while the next one is computed, so its outcome is known one
 
 from __future__ import annotations
 
+import os
+import socket
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+from logit_cache.caching.job import CacheJob
 from logit_cache.caching.log import JobLog
 from logit_cache.caching.pipeline import Committer
-from logit_cache.caching.prepare import OpenJob
+from logit_cache.caching.prepare import OpenJob, open_job
 from logit_cache.caching.score_shard import score_shard
 from logit_cache.engines.shutdown import Stopped, Stopping
 from logit_cache.engines.worker_index import Rank
@@ -32,6 +35,7 @@ from logit_cache.fidelity.measure import is_wanted, measure
 from storage.errors import LogitCacheError
 from storage.format.targets import SparseTargets
 
+Result = TypeVar("Result")
 ShardState = Literal["built", "there", "dropped", "failed", "ended"]
 ScoreShard = Callable[[OpenJob, int, Callable[[int], None]], SparseTargets]
 
@@ -108,6 +112,20 @@ class Worker:
         self._free: deque[int] = deque()
         self._there: list[ShardOutcome] = []
         self._look(self._writer.pending() if missing is None else missing)
+
+    @classmethod
+    def of_pool(
+        cls, job: CacheJob, rank: Rank, checked: bool, stopping: Stopping, advance: Callable[[int], None] | None = None
+    ) -> Worker:
+        """A worker in a process of its own. checked: whether another has compared all shards with their receipts."""
+        opened = open_job(job)
+        missing = opened.writer.missing() if checked else None
+        return cls(opened, stopping, advance, rank=rank, missing=missing)
+
+    @property
+    def location(self) -> dict[str, str | int]:
+        """Where it runs, for the log."""
+        return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self.opened.teacher.device)}
 
     def __enter__(self) -> Worker:
         return self
@@ -246,10 +264,17 @@ class Worker:
 
 
 def positions_of(opened: OpenJob, shards: Iterable[int]) -> int:
-    """Total number of positions of some shards."""
     entry = opened.writer.entry
     ranges = (entry.layout.shard_range(shard, entry.positions) for shard in shards)
     return sum(stop - start for start, stop in ranges)
+
+
+def or_error(call: Callable[..., Result], *arguments: Any) -> Result | LogitCacheError:
+    """What a call returns, or the error for the user that it raises: a process sends either to another."""
+    try:
+        return call(*arguments)
+    except LogitCacheError as error:
+        return error
 
 
 def traceback_of(error: BaseException) -> str:

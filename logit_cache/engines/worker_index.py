@@ -31,19 +31,13 @@ class Rank:
         return shard % self.count == self.index
 
 
-def parse_worker(text: str) -> tuple[int, int]:
-    """`i/n` as (i, n), 0 <= i < n. Raises InputError."""
-    parts = text.split("/")
-    if len(parts) == 2 and all(part.isdecimal() for part in parts) and int(parts[0]) < int(parts[1]):
-        return int(parts[0]), int(parts[1])
-    raise InputError(f"--worker {text!r}: expected i/n with 0 <= i < n, such as 0/4")
-
-
 def rank_of(worker: str | None, environment: Mapping[str, str]) -> Rank:
     """The rank of this process. Raises InputError for an invalid flag or invalid variables."""
     if worker is not None:
-        index, count = parse_worker(worker)
-        return Rank(index, count, 0, "--worker")
+        parts = worker.split("/")
+        if len(parts) == 2 and all(part.isdecimal() for part in parts) and int(parts[0]) < int(parts[1]):
+            return Rank(int(parts[0]), int(parts[1]), 0, "--worker")
+        raise InputError(f"--worker {worker!r}: expected i/n with 0 <= i < n, such as 0/4")
     if "RANK" in environment and "WORLD_SIZE" in environment:
         index, count, local = (_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return _checked(Rank(index, count, local, "RANK and WORLD_SIZE"))

@@ -28,15 +28,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from logit_cache.caching.prepare import execution_of
-from logit_cache.fidelity.rescore import (
-    Sample,
-    TargetRows,
-    live_values,
-    sample_windows,
-    stored_values,
-    take_sample,
-)
+from logit_cache.caching.prepare import execution_of, other_tokens
+from logit_cache.fidelity.rescore import Sample, TargetRows, live_values, sample_windows, stored_values, take_sample
 from logit_cache.fidelity.sampled_ids import DrawnAgain, Values, compare_drawn
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
@@ -131,7 +124,8 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
         )
     seed = secrets.randbits(32) if job.seed is None else job.seed
     found = Audit(job.cache, targets.name, " + ".join(job.teacher), seed)
-    found.problems += _wrong_cache(cache, entry)
+    foreign = other_tokens(entry, cache.record)
+    found.problems += [f"{name}: the entry has {a}, its cache {b}" for name, (a, b) in foreign.items()]
     samples = _samples(job, cache, targets, found)
     stored = [stored_values(entry, sample.stored) for sample in samples]
     found.uncompared += _uncompared(entry)
@@ -226,15 +220,6 @@ def _check_members(job: AuditJob, targets: TeacherTargets) -> None:
         raise InputError(f"--revision is given {len(job.revision)} times: give it once per --teacher, or not at all")
     if min(teacher.weights) <= 0:
         raise InputError(f"{job.cache}: {targets.name} records a weight of {min(teacher.weights):g} for a member")
-
-
-def _wrong_cache(cache: LogitCache, entry: TeacherEntry) -> list[str]:
-    record = cache.record
-    pairs = {
-        "stream_sha256": (entry.stream_sha256, record.corpus.stream_sha256),
-        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, record.tokenizer.fingerprint),
-    }
-    return [f"{name}: the entry has {a}, its cache {b}" for name, (a, b) in pairs.items() if a != b]
 
 
 def _samples(job: AuditJob, cache: LogitCache, targets: TeacherTargets, found: Audit) -> list[Sample]:

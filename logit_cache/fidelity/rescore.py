@@ -230,11 +230,7 @@ def live_values(
 
 
 def _score_batch(
-    teacher: Teacher,
-    entry: TeacherEntry,
-    batch: list[Sample],
-    batch_windows: int,
-    order: NDArray[np.uint32] | None,
+    teacher: Teacher, entry: TeacherEntry, batch: list[Sample], batch_windows: int, order: NDArray[np.uint32] | None
 ) -> list[Values]:
     read = [(sample.tokens, sample.window.offsets) for sample in batch]
     inputs, rows = batch_inputs(read, entry.windowing, batch_windows)

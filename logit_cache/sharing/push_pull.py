@@ -32,12 +32,7 @@ _HUB = "hf://"
 
 
 def push(
-    job: CopyJob,
-    *,
-    license: str | None = None,
-    sign: str | None = None,
-    track: Track = untracked,
-    log: Log = silent,
+    job: CopyJob, *, license: str | None = None, sign: str | None = None, track: Track = untracked, log: Log = silent
 ) -> Delivery:
     """Copy a cache, or some of its entries, to a store from which others pull it.
 
@@ -117,7 +112,6 @@ def _push_to_hub(job: CopyJob, license: str | None, sign: str | None, track: Tra
 
 
 def _new_card_files(manifest: LocalStore, license: str | None, sign: str | None) -> dict[str, bytes]:
-    """Card and signature of a cache, from its records and receipts in a folder."""
     from logit_cache.sharing.card import card_text
 
     folder = manifest.local_path

@@ -71,7 +71,6 @@ class OffloadedHead:
         return logits if self._order is None else logits.index_select(-1, self._order)
 
     def embeddings(self) -> Tensor:
-        """See `Float32Head.embeddings`."""
         with self._loaded(self._linear):
             return Float32Head(self._linear.weight, None).embeddings()
 

@@ -81,11 +81,9 @@ class GeneralPath:
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def in_order(self, order: Tensor) -> GeneralPath:
-        """See `FastPath.in_order`."""
         return GeneralPath(self._model, self.float32, order)
 
     def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
-        """Yields the logits [r, C] of the scored rows, r of them at a time within the budget, in order."""
         context = windows.shape[1]
         at_once = max(1, budget_bytes // (4 * context * columns))
         step = rows_per_chunk(columns, budget_bytes)
@@ -110,7 +108,6 @@ class GeneralPath:
                 yield chunk
 
     def own_logits(self, windows: Tensor, last: int | None) -> Tensor:
-        """See `forward`."""
         return forward(self._model, windows, last)
 
 

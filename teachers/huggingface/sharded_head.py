@@ -83,7 +83,6 @@ class ShardedPath(GeneralPath):
         return ShardedPath(self._model, self._linear, self.head.in_order(order))
 
     def own_logits(self, windows: Tensor, last: int | None) -> Tensor:
-        """This rank's columns of `forward`."""
         with replaced_forward(self._linear, self.head):
             return forward(self._model, windows, last)
 
@@ -110,7 +109,6 @@ def choose_sharded_path(
         )
 
     def same(own: Tensor, whole: Tensor) -> bool:
-        """Whether each rank's own columns are the model's."""
         expected = whole[..., shard.own]
         fits = own.shape == expected.shape and (not own.numel() or agree(own, expected, TOLERANCE[dtype]))
         return all_true(ranks, fits)

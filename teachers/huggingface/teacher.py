@@ -76,6 +76,7 @@ class HuggingFaceTeacher:
             self._path, self.shard, problem = choose_sharded_path(model, windows, logits, dtype, ranks, files.asked)
             self._columns = self.shard.widest
         self._path_by_id = self._path
+        self.order: Tensor | None = None
         self.head: Literal["fast", "general"] = self._path.kind
         if problem is not None:
             on_message(
@@ -171,8 +172,8 @@ class HuggingFaceTeacher:
         return head_of(linear_of(self._model, self.head_columns, self._files.asked)).embeddings()
 
     def in_order(self, order: Tensor) -> HuggingFaceTeacher:
-        """See `teachers.base.Teacher.in_order`."""
         ordered = copy.copy(self)
+        ordered.order = order
         padding = torch.arange(len(order), self.head_columns)
         ordered._path = self._path_by_id.in_order(torch.cat([order.cpu(), padding]))
         return ordered

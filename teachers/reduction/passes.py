@@ -33,7 +33,6 @@ class Tail(Protocol):
 
     def masses(self, beta: float) -> Masses:
         """Their masses e^(beta z)."""
-        ...
 
 
 class Passes(Protocol):
@@ -44,15 +43,12 @@ class Passes(Protocol):
     def block_maxima(self, logits: Tensor, width: int) -> Tensor:
         """The maxima of blocks of `width` columns, [T, V // width], NaN where one has a NaN; a shorter last block is
         left out."""
-        ...
 
     def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
         """The columns outside the K first ones, whose logits are `top` [T, K] and ids `ids` int64 [T, K], in order."""
-        ...
 
     def row_sums(self, values: Tensor) -> Tensor:
         """The sums [T] of [T, n], n of any size."""
-        ...
 
 
 def make_passes(rows: int, tile_rows: int, width: int, device: torch.device) -> Passes:
@@ -89,19 +85,16 @@ class TorchPasses:
     """`Passes` of torch operators. `width`: the columns of its buffers, V or more; with more, the id V is of no
     column."""
 
+    block_maxima = staticmethod(block_maxima)
+    row_sums = staticmethod(row_sums)
+
     def __init__(self, tile_rows: int, width: int, device: torch.device) -> None:
         self.tile_rows = tile_rows
         # Two buffers for all tiles: fresh ones would cost a page fault per 4 KiB in every pass.
         self._buffers = torch.empty(2, tile_rows, width, dtype=torch.float32, device=device)
 
-    def block_maxima(self, logits: Tensor, width: int) -> Tensor:
-        return block_maxima(logits, width)
-
     def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
         return _TorchTail(logits, row_max, ids, self._buffers[:, : len(logits)])
-
-    def row_sums(self, values: Tensor) -> Tensor:
-        return row_sums(values)
 
 
 class _TorchTail:

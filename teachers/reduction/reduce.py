@@ -73,7 +73,6 @@ class ReducedRows:
     entropy: Tensor
 
     def each(self, change: Callable[[Tensor], Tensor]) -> ReducedRows:
-        """The rows with `change` applied to every field."""
         return ReducedRows(**{name: change(value) for name, value in vars(self).items()})
 
 

@@ -67,11 +67,9 @@ class Rows:
         return logits.gather(1, ids)
 
     def tail(self, logits: Tensor, row_max: Tensor, top: Tensor, ids: Tensor) -> Tail:
-        """The columns outside the K first ones, whose logits are `top` [T, K] and ids `ids` int64 [T, K], in order."""
         return self._passes.tail(logits, row_max, top, ids)
 
     def row_sums(self, values: Tensor) -> Tensor:
-        """The sums [T] of [T, n], n of any size."""
         return self._passes.row_sums(values)
 
     def far_sums(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -89,7 +89,6 @@ class Sampling:
     threshold: bool = False
 
     def rows(self, start: int, stop: int) -> Sampling:
-        """The sampling of the rows `start .. stop`."""
         return replace(self, random=self.random[start:stop])
 
 
@@ -142,16 +141,13 @@ class Masses(Protocol):
 
     def length(self, unit: Tensor, k: int) -> Tensor:
         """The sums of all lengths, int64 [T]; from this call on a length is mass times `unit` [T]."""
-        ...
 
     def ids_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> Tensor:
         """The ids int64 [T, K] at the points [T, K] of the line, with the K first ids `top_ids` on it as well, of the
         lengths `top_lengths`, int64 [T, K]. Beyond the end of the line the id is arbitrary."""
-        ...
 
     def spans_at(self, points: Tensor, top_ids: Tensor, top_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The ids at the points, as `ids_at`, and where each of these begins and ends on the line; int64 [T, K]."""
-        ...
 
 
 class BlockMasses(ABC):

@@ -61,6 +61,12 @@ def in_process(*arguments: object, cwd: Path | None = None) -> subprocess.Comple
     return subprocess.CompletedProcess([name, *words], status, done.stdout, error)
 
 
+def succeeded(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    """What a command did that ended with exit status 0."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """One clear line, exit status 2."""
     assert done.returncode == 2, done.stdout + done.stderr

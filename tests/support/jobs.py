@@ -44,6 +44,7 @@ def refusal(cache: Path, name: str, *teachers: Path, **fields: Any) -> str:
     """The error line of a job that is refused."""
     with pytest.raises(LogitCacheError) as caught:
         cache_logits(cache, name, *teachers, **fields)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -52,9 +53,10 @@ SMALL = ("-k", 16, "--context-tokens", 64, "--shard-tokens", 512, "--chunk-token
 
 
 def contents(cache: Path, name: str = "a") -> dict[str, bytes]:
-    """The files that are equal whichever workers made an entry: all but its receipts, which hold times and hosts."""
+    """The files that are equal whichever workers made an entry: all but its receipts, which hold times and hosts, and
+    what killed workers left behind."""
     found = files(cache / "teachers" / name)
-    return {key: data for key, data in found.items() if not key.startswith("receipts/")}
+    return {key: data for key, data in found.items() if not key.startswith("receipts/") and ".partial" not in key}
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,9 @@ def test_on_a_cpu_it_is_a_constant() -> None:
 
 
 def test_two_workers_that_choose_differently_at_the_same_time_agree(
-    small_cache: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one makes the entry after this one looked for it."""
-    cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))
     job = CacheJob(cache=str(cache), teacher=(str(teacher),), name="a", k=8, context_tokens=64)
 
     def choose(*_: Any) -> int:

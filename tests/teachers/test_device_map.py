@@ -16,7 +16,8 @@ import torch
 import transformers
 from support.caches import small as fakes
 from support.jobs import cache_logits, refusal
-from support.models.saved import saver
+from support.models.families import COMMON, families
+from support.models.saved import load, saver
 from torch import Tensor, nn
 
 from storage.errors import InputError
@@ -24,25 +25,13 @@ from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.output_layer import Float32Head, OffloadedHead
 from teachers.huggingface.scoring import FastPath
-from teachers.huggingface.teacher import HuggingFaceTeacher
 
 V, HEAD = 400, 403
-COMMON: dict[str, Any] = {
-    "vocab_size": HEAD, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": 0,
-    "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**COMMON),
-    "tied": lambda: transformers.LlamaConfig(**COMMON, tie_word_embeddings=True),
-    "phi": lambda: transformers.PhiConfig(**COMMON),  # a head with a bias
-    "gemma2": lambda: transformers.Gemma2Config(
-        **COMMON, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=10.0
-    ),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=HEAD, initializer_range=0.3, **GPT2),
+FAMILIES = families(HEAD)
+CONFIGS = FAMILIES | {
+    "tied": lambda: FAMILIES["llama"](tie_word_embeddings=True),
     # Does not state which of its layers must stay whole.
-    "biogpt": lambda: transformers.BioGptConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
+    "biogpt": lambda: transformers.BioGptConfig(**COMMON, vocab_size=HEAD),
 }
 SPREAD = DeviceMap("sequential", ("cpu=60KB",), "disk")
 
@@ -51,12 +40,6 @@ SPREAD = DeviceMap("sequential", ("cpu=60KB",), "disk")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Saves a random model of a family once."""
     return saver(tmp_path_factory.mktemp("spread"), CONFIGS)
-
-
-def load(directory: Path, dtype: Any = "float32", device_map: DeviceMap | None = None) -> HuggingFaceTeacher:
-    return HuggingFaceTeacher.load(
-        str(directory), dtype=dtype, device="cpu", device_map=device_map, on_message=lambda _: None
-    )
 
 
 def logits(teacher: Any) -> Tensor:
@@ -68,9 +51,9 @@ def logits(teacher: Any) -> Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "tied", "phi", "gemma2", "gpt2"])
 def test_offloaded_layers_give_the_numbers_of_one_device(family: str, dtype: str, save: Callable[[str], Path]) -> None:
-    one = load(save(family), dtype)
+    one = load(save(family), dtype=dtype)
     for device_map in (SPREAD, DeviceMap("sequential", ("cpu=30KB",), "disk"), DeviceMap("auto")):
-        spread = load(save(family), dtype, device_map)
+        spread = load(save(family), dtype=dtype, device_map=device_map)
         used = set(getattr(spread._model, "hf_device_map", {}).values())
         assert "disk" in used or device_map.offload is None, "nothing was offloaded, so nothing was tested"
         assert torch.equal(logits(spread), logits(one))
@@ -79,7 +62,7 @@ def test_offloaded_layers_give_the_numbers_of_one_device(family: str, dtype: str
 
 
 def test_a_head_on_the_disk_is_fetched_for_each_chunk(save: Callable[[str], Path]) -> None:
-    spread = load(save("llama"), "bfloat16", SPREAD)
+    spread = load(save("llama"), dtype="bfloat16", device_map=SPREAD)
     assert isinstance(spread._path, FastPath)
     assert isinstance(spread._path.head, OffloadedHead)
     linear = spread._model.get_output_embeddings()

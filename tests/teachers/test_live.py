@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.commands import Run, refused
+from support.commands import Run, refused, succeeded
+from support.models.short_heads import beside, swap_ids
 from support.references.divergences import definition
 from support.references.live_runs import STEPS, TRAINING, T, V, cached_losses, live_losses, world
 from torch import Tensor
@@ -213,8 +214,7 @@ def test_the_command(world: Path, tmp_path: Path, run: Run) -> None:
     line = ["train-teacher", "--cache", world / "cache", "--model", world / "student.json", "--window-tokens", T]
     live = ["--live-teacher", world / "a", "--live-teacher", world / "b", "--combine", "logit-mean"]
     steps = ["--set", "max_steps=2", "--set", "logging_steps=1"]
-    done = run(*line, *live, *steps, "--alpha", "0.5", "--temperature", "2", "--output-dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    succeeded(run(*line, *live, *steps, "--alpha", "0.5", "--temperature", "2", "--output-dir", tmp_path / "out"))
     report = TrainingReport.model_validate(json.loads((tmp_path / "out" / "report.json").read_text()))
     assert report.live.combine == "logit-mean"
     assert report.live.provenance.keys() >= {"combine", "0/weights_sha256", "1/weights_sha256"}
@@ -257,15 +257,8 @@ def test_train_student_runs_no_live_teacher(world: Path, tmp_path: Path, run: Ru
 def test_a_teacher_of_another_tokenizer_is_refused(
     small_cache: Path, make_teacher: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from transformers import AutoTokenizer
-
-    teacher = make_teacher(5)
-    AutoTokenizer.from_pretrained(small_cache / "tokenizer").save_pretrained(teacher)
-    data = json.loads((teacher / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = data["model"]["vocab"]
-    one, two = list(vocabulary)[300:302]
-    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
-    (teacher / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    teacher = beside(make_teacher(5), small_cache / "tokenizer", tmp_path / "teacher")
+    swap_ids(teacher)
     job = StudentJob(
         cache=str(small_cache), live_teachers=(str(teacher),), model="llama-tiny", output_dir=str(tmp_path / "o")
     )

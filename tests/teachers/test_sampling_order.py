@@ -6,13 +6,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from support.clusters.thread_ranks import ThreadRanks, on_ranks
-from support.models.saved import saver
+from support.models.families import families
+from support.models.saved import load, saver
 from support.references.reducer import FLOOR
 from support.references.varopt import sampling_of
 from torch import Tensor
@@ -31,19 +31,9 @@ from teachers.reduction.reduce import reduce_varopt
 from teachers.reduction.sampling_order import sampling_order
 
 V, HEAD = 400, 403
-COMMON: dict[str, Any] = {
-    "vocab_size": HEAD, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": 0,
-    "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**COMMON),
-    "tied": lambda: transformers.LlamaConfig(**COMMON, tie_word_embeddings=True),
-    "phi": lambda: transformers.PhiConfig(**COMMON),  # a head with a bias
-    "gemma2": lambda: transformers.Gemma2Config(  # the general path
-        **COMMON, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=10.0
-    ),
-}
+FAMILIES = families(HEAD)
+CONFIGS = {name: FAMILIES[name] for name in ("llama", "phi", "gemma2")}
+CONFIGS["tied"] = lambda: FAMILIES["llama"](tie_word_embeddings=True)
 OFFLOADED = DeviceMap("sequential", ("cpu=60KB",), "disk")
 
 
@@ -132,12 +122,6 @@ def test_the_error_that_reaches_a_student_is_smaller(pivotal: bool, most: float)
 @pytest.fixture(scope="session")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return saver(tmp_path_factory.mktemp("ordered"), CONFIGS)
-
-
-def load(directory: Path, **options: Any) -> HuggingFaceTeacher:
-    return HuggingFaceTeacher.load(
-        str(directory), **{"dtype": "float32", "device": "cpu", "on_message": lambda _: None, **options}
-    )
 
 
 def scored(teacher: Teacher) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -23,6 +22,8 @@ from logit_cache.caching.survey import Survey
 from logit_cache.engines.driver import Event, Gone, Ready, Reported
 from logit_cache.engines.options import EngineOptions
 from logit_cache.engines.outcome import WorkersLost
+from logit_cache.engines.shutdown import Stopping
+from logit_cache.engines.worker import Worker, or_error
 from logit_cache.engines.worker_index import Rank
 from storage.errors import InputError, LogitCacheError
 from storage.text import counted
@@ -100,14 +101,9 @@ class RayPool:
         return name
 
     def turn(self, worker: str, given_up: Collection[int]) -> None:
-        """Ask an actor for a turn."""
         self._call(worker, "turn", given_up)
 
     def conclude(self, worker: str, fidelity_positions: int) -> None:
-        """Have an actor write the index of receipts and the fidelity report of a complete entry.
-
-        Raises the actor's LogitCacheError, and WorkersLost where it is lost meanwhile.
-        """
         try:
             answer = self._ray.get(self._actors[worker].conclude.remote(fidelity_positions))
         except self._ray.exceptions.RayError as error:
@@ -116,13 +112,11 @@ class RayPool:
             raise answer
 
     def stop(self) -> None:
-        """Ask every actor to stop; the outcomes of their shards still arrive as events."""
         self._due.clear()
         for actor in self._actors.values():
             actor.stop.options(concurrency_group="control").remote()
 
     def events(self, timeout: float) -> Sequence[Event]:
-        """The answers of the actors; waits up to `timeout` seconds for one."""
         self._make_due()
         self._log_wait_for_room()
         events: list[Event] = []
@@ -199,7 +193,6 @@ class RayPool:
         self._calls[getattr(self._actors[worker], method).remote(*arguments)] = (worker, method)
 
     def _fits(self, resources: dict[str, float]) -> bool:
-        """Whether a node with these resources could run an actor."""
         gpus = 1 if self._on_gpu else 0
         return resources.get("CPU", 0) >= self._options.worker_cpus and resources.get("GPU", 0) >= gpus
 
@@ -227,8 +220,6 @@ class _Actor:
     """A worker in a process of its own, on any node of the cluster."""
 
     def __init__(self, job: dict[str, Any], grace_seconds: float, folder: str) -> None:
-        from logit_cache.engines.shutdown import Stopping
-
         self._job = job
         self._stopping = Stopping(grace_seconds)
         # Where the folder exists here, on a shared disk, relative paths mean the same as for the command.
@@ -243,35 +234,20 @@ class _Actor:
 
     def open(self, rank: int, workers: int, checked: bool) -> Any:
         """Load the teacher and open the job; returns (location, whether it has a share), or the error to raise."""
-        from logit_cache.caching.prepare import open_job
-        from logit_cache.engines.worker import Worker
-
-        try:
-            opened = open_job(CacheJob.model_validate(self._job))
-            missing = opened.writer.missing() if checked else None
-            self._worker = Worker(opened, self._stopping, rank=Rank(rank, workers), missing=missing)
-        except LogitCacheError as error:
-            return error
-        location = {"host": socket.gethostname(), "pid": os.getpid(), "device": str(opened.teacher.device)}
-        return location | {"node": self.begin()}, self._worker.has_share
+        job = CacheJob.model_validate(self._job)
+        made = or_error(Worker.of_pool, job, Rank(rank, workers), checked, self._stopping)
+        if isinstance(made, LogitCacheError):
+            return made
+        self._worker = made
+        return made.location | {"node": self.begin()}, made.has_share
 
     def turn(self, given_up: Collection[int]) -> Any:
-        """What `Worker.turn` returns, or the error to raise."""
-        try:
-            return self._worker.turn(given_up)
-        except LogitCacheError as error:
-            return error
+        return or_error(self._worker.turn, given_up)
 
-    def conclude(self, fidelity_positions: int) -> LogitCacheError | None:
-        """See `Worker.conclude`; returns the error to raise, if there is one."""
-        try:
-            self._worker.conclude(fidelity_positions)
-        except LogitCacheError as error:
-            return error
-        return None
+    def conclude(self, fidelity_positions: int) -> Any:
+        return or_error(self._worker.conclude, fidelity_positions)
 
     def stop(self) -> None:
-        """Ask the worker to stop, while it builds."""
         self._stopping.ask()
 
 

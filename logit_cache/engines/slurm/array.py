@@ -214,7 +214,6 @@ def _is_concluded(job: CacheJob) -> bool:
 
 
 def _task_errors(folder: Path) -> list[TaskError]:
-    """The errors of the tasks, from the results that submitit has written for them."""
     errors: list[TaskError] = []
     for path in sorted(folder.glob("*_result.pkl")):
         outcome, result = pickle.loads(path.read_bytes())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def until(condition: Any) -> None:
 
 def test_one_shard_is_committed_while_the_next_is_computed_and_no_more() -> None:
     writer: Any = Recorder()
-    with Committer(writer) as committer:
+    with closing(Committer(writer)) as committer:
         committer.put(0, None, 0.0)  # type: ignore[arg-type]
         until(lambda: writer.started == [0])
         assert writer.done == []  # `put` came back before the shard had its receipt
@@ -67,13 +67,13 @@ def test_one_shard_is_committed_while_the_next_is_computed_and_no_more() -> None
         writer.let.release(2)
         second.join(WAIT_S)
         assert not second.is_alive()
-    assert writer.done == [0, 1]
+    assert writer.done == [0, 1], "its end waits for the last one"
 
 
 def test_leases_are_renewed_while_a_commit_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logit_cache.caching.pipeline, "_SECONDS_BETWEEN_RENEWALS", 0.01)
     writer: Any = Recorder()
-    with Committer(writer) as committer:
+    with closing(Committer(writer)) as committer:
         committer.put(0, None, 0.0)  # type: ignore[arg-type]
         waiting = threading.Thread(target=committer.wait)
         waiting.start()
@@ -84,11 +84,12 @@ def test_leases_are_renewed_while_a_commit_takes_long(monkeypatch: pytest.Monkey
 
 
 def commit_all(writer: Any, shards: int, then: Any = None) -> None:
-    with Committer(writer) as committer:
+    with closing(Committer(writer)) as committer:
         for shard in range(shards):
             committer.put(shard, None, 0.0)  # type: ignore[arg-type]
         if then is not None:
             then()
+        committer.wait()
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -117,10 +118,7 @@ def job(cache: Path, teacher: Path, name: str) -> OpenJob:
     return open_job(CacheJob(cache=str(cache), teacher=(str(teacher),), name=name, **fields))
 
 
-def test_a_failing_commit_ends_the_job_and_the_next_run_completes_it(
-    small_cache: Path, teacher: Path, tmp_path: Path
-) -> None:
-    cache = Path(shutil.copytree(small_cache, tmp_path / "cache"))
+def test_a_failing_commit_ends_the_job_and_the_next_run_completes_it(cache: Path, teacher: Path) -> None:
     opened = job(cache, teacher, "a")
     assert opened.writer.shards > 2
     commit, calls = opened.writer.commit, []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
-from support.commands import Run, refused
+from support.commands import Run, refused, succeeded
 from support.jobs import files
 from support.references.varopt import sampled_targets
 
@@ -338,8 +338,9 @@ def test_what_a_stream_lacks(cache: Path, tmp_path: Path) -> None:
 
 def test_the_command(cache: Path, run: Run) -> None:
     arguments = ("logit-cache", "recompress", cache, "--name", "sampled-1-codes", "--to", "new", "-k", 9)
-    done = run(*arguments, "--fields", "sampled-logprobs", "--fields", "label", "--sampled-step-nats", 1, "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(
+        run(*arguments, "--fields", "sampled-logprobs", "--fields", "label", "--sampled-step-nats", 1, "--json")
+    )
     assert json.loads(done.stdout)["k_after"] == 9
     entry = LogitCache.open(str(cache)).teacher("new").entry
     assert entry.targets.fields == ("label", "sampled-logprobs")

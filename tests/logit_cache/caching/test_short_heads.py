@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.commands import Run, refused
+from support.commands import Run, refused, succeeded
 from support.jobs import cache_logits, copy_of, whole
 from support.models.short_heads import EXTRA, add_tokens, beside
 from transformers import AutoModelForCausalLM
@@ -53,8 +53,7 @@ def world(
     tokenizer = add_tokens(small_cache / "tokenizer", folder / "tokenizer", EXTRA, pad=True)
     line = ("logit-cache", "tokenize", "--text", text_file, "--tokenizer", tokenizer)
     for name, options in (("cache", ()), ("with-extra", ("--append-token", EXTRA))):
-        done = run(*line, *options, "--out", folder / name)
-        assert done.returncode == 0, done.stderr
+        succeeded(run(*line, *options, "--out", folder / name))
     models = {
         name: beside(make_teacher(seed, vocabulary_size=size), tokenizer, folder / name)
         for seed, (name, size) in enumerate({"teacher": 400, "padded": 416, "student": 400}.items())
@@ -62,9 +61,8 @@ def world(
     found = World(folder, folder / "cache", folder / "with-extra", tokenizer, *models.values())
     assert LogitCache.open(str(found.cache)).vocabulary_size == V
     for name, model in (("short", found.teacher), ("padded", found.padded)):
-        done = run("cache-logits", "--cache", found.cache, "--teacher", model, "--name", name, "-k", 16,
-                   "--fields", "all", *WINDOWS)  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        succeeded(run("cache-logits", "--cache", found.cache, "--teacher", model, "--name", name, "-k", 16,
+                   "--fields", "all", *WINDOWS))  # fmt: skip
     cache_logits(found.cache, "all", found.teacher, targets="topk", k=400, encoding="float32")
     return found
 
@@ -103,8 +101,7 @@ def test_everything_that_reads_an_entry_reads_one_of_a_short_head(world: World, 
         (("verify", tmp_path / "pushed", "--deep"), ""),
         (("plan", "--cache", cache, "--teacher", world.teacher, "--student", world.student, *WINDOWS[:2]), "objects"),
     ):
-        done = run("logit-cache", *line)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(run("logit-cache", *line))
         assert words in done.stdout
     assert whole(tmp_path / "pushed", "less")[0].entry.vocabulary_size == 400
 
@@ -112,8 +109,7 @@ def test_everything_that_reads_an_entry_reads_one_of_a_short_head(world: World, 
 def test_a_text_is_tokenized_and_cached_by_one_command(world: World, text_file: Path, run: Run, tmp_path: Path) -> None:
     """With the teacher's own tokenizer, which is what the refusal of a short head once advised."""
     line = ("cache-logits", "--text", text_file, "--out", tmp_path / "c", "--teacher", world.teacher, "--name", "a")
-    done = run(*line, "-k", 16, *WINDOWS)
-    assert done.returncode == 0, done.stderr
+    succeeded(run(*line, "-k", 16, *WINDOWS))
     assert whole(tmp_path / "c", "a")[0].entry.vocabulary_size == 400
     refused(run(*line[:-1], "b", "-k", V, *WINDOWS), f"--k {V}", "400 columns")
 
@@ -155,14 +151,14 @@ def test_a_student_with_a_short_head_learns_from_it(world: World, run: Run, tmp_
     """Its KL is the dense one, in training and in `evaluate`; the saved model is without the pad id, and loads."""
     cache, out = world.cache, tmp_path / "out"
     line = ("--cache", cache, "--teacher", "all", "--model", world.student, "--eval-cache", cache, *STUDENT)
-    done = run("train-student", *line, "--output-dir", out, "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("train-student", *line, "--output-dir", out, "--json"))
     assert done.stderr.count(f"id 400 ({EXTRA!r})") == 1
     assert json.loads((out / "config.json").read_text())["pad_token_id"] is None
     found = json.loads(done.stdout)["held_out"]["kl"]["all"]
     assert not found["lower_bound"]
-    done = run("logit-cache", "evaluate", out, "--cache", cache, "--teacher", "all", "--window-tokens", 64, "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(
+        run("logit-cache", "evaluate", out, "--cache", cache, "--teacher", "all", "--window-tokens", 64, "--json")
+    )
     assert done.stderr.count(f"id 400 ({EXTRA!r})") == 1
     kl = json.loads(done.stdout)["held_out"]["kl"]["all"]["nats"]
     positions = len(LogitCache.open(str(cache)).tokens) // 64 * 64
@@ -178,8 +174,7 @@ def test_a_student_with_a_short_head_learns_from_it(world: World, run: Run, tmp_
 def test_teachers_of_different_sizes_are_mixed(world: World, run: Run, tmp_path: Path, fused: str) -> None:
     """For a new student, which has all ids of the tokenizer."""
     line = ("--cache", world.cache, "--teacher", "short", "--teacher", "padded:2", "--model", "llama-tiny", *STUDENT)
-    done = run("train-student", *line, "--fused-head", fused, "--output-dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    succeeded(run("train-student", *line, "--fused-head", fused, "--output-dir", tmp_path / "out"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == V
 
 
@@ -187,8 +182,7 @@ def test_live_teachers_and_students_with_short_heads(world: World, run: Run, tmp
     line = ("train-teacher", "--cache", world.cache, *STUDENT, "--combine", "logit-mean")
     for number, model in enumerate((world.student, "llama-tiny")):
         teachers = ("--live-teacher", world.teacher, "--live-teacher", world.padded)
-        done = run(*line, *teachers, "--model", model, "--output-dir", tmp_path / str(number))
-        assert done.returncode == 0, done.stderr
+        succeeded(run(*line, *teachers, "--model", model, "--output-dir", tmp_path / str(number)))
 
 
 def test_a_text_with_the_id_is_refused(world: World, run: Run, tmp_path: Path) -> None:
@@ -220,8 +214,9 @@ def test_windows_that_begin_with_the_id_are_refused(world: World, text_file: Pat
     settings = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
     (tokenizer / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": EXTRA}))
     cache, out = ("--cache", tmp_path / "cache", "--bos-each-window"), ("--output-dir", tmp_path / "out")
-    done = run("logit-cache", "tokenize", "--text", text_file, "--tokenizer", tokenizer, "--no-bos", "--out", cache[1])
-    assert done.returncode == 0, done.stderr
+    succeeded(
+        run("logit-cache", "tokenize", "--text", text_file, "--tokenizer", tokenizer, "--no-bos", "--out", cache[1])
+    )
     before = {path: path.stat().st_mtime_ns for path in cache[1].rglob("*")}
     live = ("train-teacher", *cache, *STUDENT, *out, "--live-teacher")
     words = ("400 columns", f"windows begin with id 400 ({EXTRA!r})", "--bos-each-window")
@@ -276,8 +271,7 @@ def test_a_student_lacks_an_id_that_no_target_names(world: World, run: Run, tmp_
     targets, _ = cache_logits(cache, "mute", tmp_path / "teacher", targets="topk", k=8)
     assert targets.entry.vocabulary_size == V
     line = ("--cache", cache, "--teacher", "mute", "--teacher", "short", "--model", world.student, *STUDENT)
-    done = run("train-student", *line, "--eval-cache", cache, "--output-dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    succeeded(run("train-student", *line, "--eval-cache", cache, "--output-dir", tmp_path / "out"))
 
 
 def test_a_row_that_leaves_only_ids_without_a_column_names_them(world: World, tmp_path: Path) -> None:
@@ -310,8 +304,9 @@ def with_strings(world: World, folder: Path, model: Path, *added: str, **renamed
 def wide_cache(world: World, text_file: Path, run: Run) -> Path:
     """A stream of a tokenizer of 402 ids, where all models of 416 columns have a column for each."""
     tokenizer = add_tokens(world.tokenizer, world.folder / "two", EXTRA, "<second>")
-    done = run("logit-cache", "tokenize", "--text", text_file, "--tokenizer", tokenizer, "--out", world.folder / "wide")
-    assert done.returncode == 0, done.stderr
+    succeeded(
+        run("logit-cache", "tokenize", "--text", text_file, "--tokenizer", tokenizer, "--out", world.folder / "wide")
+    )
     return world.folder / "wide"
 
 
@@ -324,20 +319,18 @@ def test_ids_that_only_one_side_has_are_named(
         ("fewer", world.padded, "id 401: '<second>' here, nothing in the model's"),
         ("more", more, "id 402: nothing here, '<third>' in the model's"),
     ):
-        done = run("cache-logits", "--cache", wide_cache, "--teacher", model, "--name", name, "-k", 16,
-                   "--fields", "all", *WINDOWS)  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        succeeded(run("cache-logits", "--cache", wide_cache, "--teacher", model, "--name", name, "-k", 16,
+                   "--fields", "all", *WINDOWS))  # fmt: skip
         assert [differing in record.message for record in caplog.records] == [True]
         caplog.clear()
         line = ("--cache", wide_cache, "--teacher", name)
-        done = run("train-student", *line, "--model", model, *STUDENT, "--output-dir", tmp_path / name / "out")
-        assert done.returncode == 0, done.stderr
+        done = succeeded(
+            run("train-student", *line, "--model", model, *STUDENT, "--output-dir", tmp_path / name / "out")
+        )
         assert done.stderr.count(differing) == 1
-        done = run("logit-cache", "evaluate", model, *line, *STUDENT[:2])
-        assert done.returncode == 0, done.stderr
+        done = succeeded(run("logit-cache", "evaluate", model, *line, *STUDENT[:2]))
         assert done.stderr.count(differing) == 1
-        done = run("logit-cache", "audit", wide_cache, "--name", name, "--teacher", model, "--windows", 4)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(run("logit-cache", "audit", wide_cache, "--name", name, "--teacher", model, "--windows", 4))
         assert differing in done.stdout
 
 
@@ -364,8 +357,7 @@ def test_strings_that_contradict_each_other_are_refused_where_targets_can_name_t
     # No target of a teacher of 400 columns is about that id.
     short = with_strings(world, tmp_path / "short", world.teacher, "<second>", second="tool")
     caplog.clear()
-    done = run(*line, "--teacher", short)
-    assert done.returncode == 0, done.stderr
+    succeeded(run(*line, "--teacher", short))
     assert any(words[0] in record.message for record in caplog.records)
     shutil.rmtree(wide_cache / "teachers" / "b")
 
@@ -378,16 +370,14 @@ def test_members_may_contradict_each_other_where_the_cache_has_no_id(
     tool = with_strings(world, tmp_path / "tool", world.padded, "<second>", second="tool")
     members = ("--teacher", second, "--teacher", tool, "--combine", "mixture", "--name", "c", "-k", 16, *WINDOWS)
     refused(run("cache-logits", "--cache", wide_cache, *members), f"{tool}: its tokenizer is not the one of {second}")
-    done = run("cache-logits", "--cache", copy_of(world.cache, tmp_path / "cache"), *members)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("cache-logits", "--cache", copy_of(world.cache, tmp_path / "cache"), *members))
 
 
 def test_a_cache_shared_without_its_text_is_refused_where_the_text_would_tell(
     world: World, wide_cache: Path, run: Run, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
-    done = run("logit-cache", "push", wide_cache, shared, "--without-tokens")
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "push", wide_cache, shared, "--without-tokens"))
     words = ("shared without its tokens",)
     refused(run("cache-logits", "--cache", shared, "--teacher", world.padded, "--name", "a", *WINDOWS), *words)
     output = ("--output-dir", tmp_path / "out")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.caches.small import SHA, make_corpus, make_entry
-from support.commands import PYTHONPATH, TESTS, Run, command, environment, refused
+from support.commands import PYTHONPATH, TESTS, Run, command, environment, refused, succeeded
 from support.servers.s3 import Bucket
 from support.servers.web import serving
 
@@ -204,8 +204,7 @@ def test_by_command_on_a_disk_and_on_s3(
     (path / "teachers/a/receipts/index.json").unlink()
     (path / "teachers/a/receipts/00000001.json").unlink()
     for url in (str(path), moto_bucket.upload(path, "cache")):
-        done = run("logit-cache", "status", url, "--json")
-        assert done.returncode == 0, done.stderr
+        done = succeeded(run("logit-cache", "status", url, "--json"))
         found = json.loads(done.stdout)
         entry = found["teachers"]["a"]
         assert (found["url"], found["complete"], entry["complete"]) == (url, False, False)
@@ -215,8 +214,7 @@ def test_by_command_on_a_disk_and_on_s3(
         assert entry["positions_per_second"] > 0
 
     for url in (str(cached_here), moto_bucket.upload(cached_here, "whole")):
-        done = run("logit-cache", "status", url, "--teacher", "a")
-        assert done.returncode == 0, done.stderr
+        done = succeeded(run("logit-cache", "status", url, "--teacher", "a"))
         assert done.stdout.startswith("teacher a: complete\n")
         assert f"{whole.shards} done, 0 missing" in done.stdout
     refused(run("logit-cache", "status", path, "--teacher", "b"), "no teacher entry 'b'", "there is: a")
@@ -235,8 +233,7 @@ def test_a_web_server(web: str, cache: str, run: Run) -> None:
         receipt(cache, "a", shard, NOW - 150 + 10 * shard)
     found = one(web)
     assert (found.state, found.shards_done, found.shards_begun) == ("not known", None, None)
-    done = run("logit-cache", "status", web, "--teacher", "a")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "status", web, "--teacher", "a"))
     assert "not known: the server cannot list" in done.stdout
     refused(run("logit-cache", "status", web), "name the teacher entry")
     receipt(cache, "a", 15, NOW)

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 from support.clusters.ray_nodes import RayNodes, kill, until
-from support.commands import TESTS, Run, command, environment, refused
+from support.commands import TESTS, Run, command, environment, refused, succeeded
+from support.jobs import contents
 from support.processes import start
 
 # Where two workers share the tests, one of them has the nodes.
@@ -49,9 +50,8 @@ def teacher(make_teacher: Callable[..., Path]) -> Path:
 def expected(small_cache: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory, run: Run) -> dict[str, bytes]:
     """The objects that one process stores."""
     path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("expected") / "cache"))
-    done = run("cache-logits", "--cache", path, "--teacher", teacher, *JOB)
-    assert done.returncode == 0, done.stderr
-    return objects(path)
+    succeeded(run("cache-logits", "--cache", path, "--teacher", teacher, *JOB))
+    return contents(path)
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +62,6 @@ def nodes() -> Iterator[RayNodes]:
         yield started
     finally:
         started.stop()
-
-
-@pytest.fixture
-def cache(small_cache: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(small_cache, tmp_path / "cache"))
-
-
-def objects(cache: Path) -> dict[str, bytes]:
-    """All objects of an entry, without the leftovers of a killed worker. Of the receipts, which hold times, only the
-    names."""
-    folder = cache / "teachers" / NAME
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".claim", ".partial")]
-    return {str(p.relative_to(folder)): b"" if p.parent.name == "receipts" else p.read_bytes() for p in paths}
 
 
 class Job:
@@ -127,9 +114,8 @@ class Job:
 def whole(job: Job, cache: Path, expected: dict[str, bytes], run: Run) -> None:
     """The job is done, with the bytes of one process, and all of it can be verified."""
     assert job.end() == 0, job.log
-    assert objects(cache) == expected
-    verified = run("logit-cache", "verify", cache, "--deep")
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert contents(cache) == expected
+    succeeded(run("logit-cache", "verify", cache, "--deep"))
 
 
 # Refusals
@@ -185,9 +171,9 @@ def test_jobs_that_do_not_fit(
     assert "is lost" not in done.stderr, "the user's error is reported once"
     assert not (cache / "teachers" / NAME).exists()
     assert run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--shard-tokens", 8192).returncode == 0
-    before = objects(cache)
+    before = contents(cache)
     refused(job(make_teacher(seed=1, n_embd=64, n_layer=4), "--shard-tokens", 8192), NAME, "weights")
-    assert objects(cache) == before
+    assert contents(cache) == before
 
 
 @pytest.mark.slow
@@ -208,9 +194,8 @@ def test_a_wait_for_room_is_logged(nodes: RayNodes, cache: Path, teacher: Path) 
 def test_a_cluster_of_its_own(cache: Path, teacher: Path, expected: dict[str, bytes], run: Run) -> None:
     job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
     refused(run(*job, "--worker-cpus", 1000), "a worker needs 1,000 CPUs", "on this machine")
-    done = run(*job, "--workers", 2)
-    assert done.returncode == 0, done.stderr
-    assert objects(cache) == expected
+    succeeded(run(*job, "--workers", 2))
+    assert contents(cache) == expected
 
 
 @pytest.mark.slow
@@ -249,9 +234,8 @@ def test_a_driver_that_is_asked_to_stop(
     assert "was stopped with" in job.log
     assert 10 < job.built() < SHARDS
     # By another engine, on this machine alone.
-    done = run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB)
-    assert done.returncode == 0, done.stderr
-    assert objects(cache) == expected
+    succeeded(run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB))
+    assert contents(cache) == expected
 
 
 @pytest.mark.slow

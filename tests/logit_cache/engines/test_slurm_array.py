@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from support.clusters.slurm import Cluster, until
-from support.commands import Run, command, environment, in_process, refused
+from support.commands import Run, command, environment, in_process, refused, succeeded
+from support.jobs import contents
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.engines.outcome import NotDone, Outcome
@@ -41,37 +42,12 @@ SHARDS = 33
 ARRAY = ("--engine", "slurm", "--workers", 2, "--slurm", "partition=main", "--slurm", "time=10")
 
 
-@pytest.fixture
-def cache(small_cache: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(small_cache, tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def whole(small_cache: Path, teacher: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache whose entry one undisturbed process of this machine made."""
     path = Path(shutil.copytree(small_cache, tmp_path_factory.mktemp("whole") / "cache"))
-    done = run("cache-logits", "--cache", path, "--teacher", teacher, *JOB)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("cache-logits", "--cache", path, "--teacher", teacher, *JOB))
     return path
-
-
-def contents(cache: Path) -> dict[str, object]:
-    """Every file of the entry but a killed task's leftovers; receipts without times, host and their own digest."""
-    folder = cache / "teachers/a"
-    found: dict[str, object] = {}
-    for path in folder.rglob("*"):
-        if path.is_file() and path.suffix not in (".claim", ".partial"):
-            name = path.relative_to(folder).as_posix()
-            found[name] = path.read_bytes()
-            if name == "receipts/index.json":
-                found[name] = len(json.loads(path.read_bytes())["receipts"])
-            elif name.startswith("receipts/"):
-                receipt = json.loads(path.read_bytes())
-                found[name] = {key: value for key, value in receipt.items() if key not in _OF_A_RUN}
-    return found
-
-
-_OF_A_RUN = {"seconds", "written_at", "host", "sha256"}
 
 
 def receipts(cache: Path, task: int | None = None) -> int:
@@ -145,16 +121,14 @@ def pythons(array: int, task: int) -> list[int]:
 
 
 def clean(run: Run, cache: Path) -> None:
-    done = run("logit-cache", "verify", cache, "--deep")
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeded(run("logit-cache", "verify", cache, "--deep"))
 
 
 @pytest.mark.slurm
 def test_an_array_makes_the_entry_of_one_process(
     start: Callable[..., Waiting], cache: Path, whole: Path, run: Run
 ) -> None:
-    done = start("--json", "--worker-cpus", 1, "--slurm-folder", "slurm-logs").ended()
-    assert done.returncode == 0, done.stderr
+    done = succeeded(start("--json", "--worker-cpus", 1, "--slurm-folder", "slurm-logs").ended())
     assert json.loads(done.stdout)["complete"]
     assert contents(cache) == contents(whole)
     clean(run, cache)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.caches.small import dense_targets, entry_2, make_corpus, make_entry, write_entry
-from support.commands import Run, refused
+from support.commands import Run, refused, succeeded
+from support.jobs import cache_logits
 from support.models.short_heads import beside, swap_ids
 
 import logit_cache.fidelity.audit
@@ -25,7 +26,6 @@ from logit_cache.caching.prepare import open_job
 from logit_cache.caching.recompress import RecompressJob, recompress
 from logit_cache.caching.score_shard import score_shard
 from logit_cache.caching.windows import Window, windows
-from logit_cache.engines.this_machine import build_missing
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
 from logit_cache.fidelity.rescore import TargetRows, sample_windows, shard_rows, take_sample
 from storage import LogitCache, SparseTargets
@@ -46,9 +46,7 @@ LEAN: dict[str, Any] = {"targets": "varopt", "fields": ("lean",)}
 
 def made(cache: Path, teacher: Path, name: str, **changes: Any) -> TeacherEntry:
     """Caches a teacher for real; returns the entry's record."""
-    opened = open_job(CacheJob(**{"cache": str(cache), "teacher": str(teacher), "name": name, **BASE, **changes}))
-    build_missing(opened)
-    return opened.writer.entry
+    return cache_logits(cache, name, teacher, **BASE | changes)[0].entry
 
 
 def scored(cache: Path, teacher: Path, folder: Path, **changes: Any) -> SparseTargets:
@@ -325,9 +323,7 @@ def test_rows_without_targets_are_not_compared(world: World, teacher: Path, tmp_
 def test_an_ensemble_is_run_as_one(cache: Path, teacher: Path, make_teacher: Callable[..., Path], combine: str) -> None:
     other = make_teacher(1)
     both = (str(teacher), str(other))
-    fields = {"cache": str(cache), "teacher": both, "name": "both", "combine": combine, "weight": (1.0, 3.0)}
-    opened = open_job(CacheJob(**BASE, **fields))
-    build_missing(opened)
+    cache_logits(cache, "both", teacher, other, **BASE, combine=combine, weight=(1.0, 3.0))
     assert audit(AuditJob(str(cache), both, windows=4, name="both")).consistent
     swapped = audit(AuditJob(str(cache), both[::-1], windows=4, name="both"))
     assert len(swapped.differing) == swapped.windows
@@ -348,10 +344,7 @@ def test_an_entry_that_is_not_complete_is_audited_where_it_is(cache: Path, teach
 
 @pytest.fixture(scope="module")
 def lies(
-    world: World,
-    teacher: Path,
-    make_teacher: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    world: World, teacher: Path, make_teacher: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, SparseTargets]:
     """Targets other than the record of `codes` states."""
     import torch
@@ -439,13 +432,7 @@ LIES: dict[str, tuple[int, set[str]]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_every_lie_is_found(
-    cache: Path,
-    teacher: Path,
-    world: World,
-    lies: dict[str, SparseTargets],
-    lie: str,
-) -> None:
+def test_every_lie_is_found(cache: Path, teacher: Path, world: World, lies: dict[str, SparseTargets], lie: str) -> None:
     count, fields = LIES[lie]
     write_entry(cache, "lie", world[1], lies[lie])
     found = check(cache, teacher, "lie", windows=count)
@@ -469,10 +456,7 @@ def test_a_lie_in_version_1(cache: Path, teacher: Path, lies: dict[str, SparseTa
 
 
 def test_lies_in_a_half_precision_s_record(
-    cache: Path,
-    teacher: Path,
-    world: World,
-    lies: dict[str, SparseTargets],
+    cache: Path, teacher: Path, world: World, lies: dict[str, SparseTargets]
 ) -> None:
     """A record of bfloat16 gets the tolerance of bfloat16, and no more."""
     _, entry, exact = world
@@ -485,11 +469,7 @@ def test_lies_in_a_half_precision_s_record(
     assert check(cache, teacher, "rounded", windows=8).consistent
 
 
-def test_an_entry_carried_over_from_another_cache(
-    cache: Path,
-    teacher: Path,
-    world: World,
-) -> None:
+def test_an_entry_carried_over_from_another_cache(cache: Path, teacher: Path, world: World) -> None:
     _, entry, exact = world
     write_entry(cache, "carried", entry.model_copy(update={"stream_sha256": "1" * 64}), exact)
     found = check(cache, teacher, "carried")
@@ -593,12 +573,7 @@ def test_the_chance_to_escape(world: World) -> None:
 
 
 def test_entries_that_cannot_be_audited(
-    cache: Path,
-    teacher: Path,
-    make_teacher: Callable[..., Path],
-    world: World,
-    tmp_path: Path,
-    run: Run,
+    cache: Path, teacher: Path, make_teacher: Callable[..., Path], world: World, tmp_path: Path, run: Run
 ) -> None:
     _, entry, exact = world
     opened = LogitCache.open(str(cache))
@@ -626,8 +601,7 @@ def test_entries_that_cannot_be_audited(
 
 def test_the_command(cache: Path, teacher: Path, make_teacher: Callable[..., Path], run: Run) -> None:
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    done = run("logit-cache", "audit", cache, "--teacher", teacher, "--device", "cpu", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "audit", cache, "--teacher", teacher, "--device", "cpu", "--json"))
     found = json.loads(done.stdout)
     assert found["consistent"]
     assert found["positions"] == 16 * CONTEXT == found["fields"]["entropy"]["values"]

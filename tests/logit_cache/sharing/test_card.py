@@ -14,12 +14,12 @@ import pytest
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 from support.caches.small import (
-    SHA,
     dense_targets,
     entry_2,
     make_corpus,
     make_entry,
     random_sample,
+    stream_record,
     write_entry,
 )
 from support.commands import TESTS
@@ -28,20 +28,9 @@ import logit_cache.cli.main
 from logit_cache.cli.inspect import cache_text
 from logit_cache.describe import describe_cache
 from logit_cache.sharing.card import card_text
-from storage import LogitCache
+from storage import LogitCache, SparseTargets
 from storage.errors import InputError
-from storage.format.layout import stream_layout
-from storage.format.manifest import (
-    CacheRecord,
-    Corpus,
-    CorpusSource,
-    Targets,
-    Teacher,
-    TeacherEntry,
-    TeacherIdentity,
-    Tokenizer,
-    Versions,
-)
+from storage.format.manifest import CacheRecord, CorpusSource, Targets, TeacherEntry
 from storage.stores import open_store
 
 GOLDEN = TESTS / "golden" / "v1"
@@ -63,12 +52,7 @@ def make(tmp_path: Path) -> Any:
         record = make_corpus(str(path), tokens, V)
         entry = changed(make_entry(record, K, shard_tokens=64, chunk_tokens=32, encoding=encoding), **fields)
         labels = np.append(tokens[1:], -1).astype(np.int64) if entry.targets.has_label_logprob else np.full(N, -1)
-        write_entry(path, "llama", entry, dense_targets(rng.normal(size=(N, V)) * 3, K, labels))
-        for shard in missing:
-            (path / "teachers/llama/receipts/index.json").unlink(missing_ok=True)
-            (path / f"teachers/llama/receipts/{shard:08d}.json").unlink()
-            for item in (path / "teachers/llama").glob(f"*/c/{shard}*"):
-                (item / "0" if item.is_dir() else item).unlink()
+        write_entry(path, "llama", entry, dense_targets(rng.normal(size=(N, V)) * 3, K, labels), missing)
         return path
 
     return cache
@@ -78,23 +62,17 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def results(text: str) -> tuple[SparseTargets, dict[str, Any]]:
+    """What the two programs of a card have read: the targets of ours, and the variables of plain Zarr's."""
+    found: list[dict[str, Any]] = [{}, {}]
+    for program, variables in zip(blocks(text, "python"), found, strict=True):
+        exec(compile(program, "README.md", "exec"), variables)
+    return found[0]["targets"], found[1]
+
+
 def record(positions: int = 1000, **corpus: Any) -> CacheRecord:
-    return CacheRecord(
-        corpus=Corpus(
-            positions=positions,
-            documents=1,
-            text_bytes=4 * positions,
-            stream_sha256=SHA,
-            has_loss_mask=False,
-            tokens_included=False,
-            document_separator=None,
-            **{"sources": (), **corpus},
-        ),
-        tokenizer=Tokenizer(vocabulary_size=V, vocabulary_sha256=SHA, fingerprint=SHA),
-        tokens_layout=stream_layout(positions),
-        documents_layout=stream_layout(1),
-        created_with=Versions(libraries={}),
-    )
+    made = stream_record(positions, V)
+    return made.model_copy(update={"corpus": made.corpus.model_copy(update={"tokens_included": False, **corpus})})
 
 
 def card_of(record: CacheRecord, **options: Any) -> str:
@@ -188,15 +166,10 @@ def test_without_tokens_the_card_warns_of_leaks(make: Any, labelled: bool) -> No
 def test_its_python_runs(make: Any, monkeypatch: pytest.MonkeyPatch, encoding: str, missing: tuple[int, ...]) -> None:
     path = make(encoding=encoding, missing=missing)
     text = card_text(LogitCache.open(str(path)))
-    checked, plain = blocks(text, "python")
     monkeypatch.chdir(path)
-    ours: dict[str, Any] = {}
-    exec(compile(checked, "README.md", "exec"), ours)
-    targets = ours["targets"]
+    targets, theirs = results(text)
     assert len(targets.kept) == 8
     assert targets.start == 64 * (0 in missing) + 64 * (missing == (0, 1, 4))
-    theirs: dict[str, Any] = {}
-    exec(compile(plain, "README.md", "exec"), theirs)
     assert np.array_equal(theirs["token_ids"], targets.token_ids)
     assert np.array_equal(theirs["kept"], targets.kept)
     np.testing.assert_allclose(theirs["logprobs"], targets.logprobs, rtol=0, atol=1e-5)
@@ -233,13 +206,8 @@ def test_the_python_of_version_2_runs(kind: str, tmp_path: Path, monkeypatch: py
         targets = dense_targets(logits, K, np.append(tokens[1:], -1).astype(np.int64))
     write_entry(tmp_path, "llama", entry_2(make_entry(made, K, shard_tokens=64), *fields, **changes), targets)
     text = card_text(LogitCache.open(str(tmp_path)))
-    checked, plain = blocks(text, "python")
     monkeypatch.chdir(tmp_path)
-    ours: dict[str, Any] = {}
-    exec(compile(checked, "README.md", "exec"), ours)
-    theirs: dict[str, Any] = {}
-    exec(compile(plain, "README.md", "exec"), theirs)
-    found = ours["targets"]
+    found, theirs = results(text)
     assert np.array_equal(theirs["kept"], found.kept)
     assert np.array_equal(theirs["token_ids"][found.is_kept], found.token_ids[found.is_kept])
     np.testing.assert_allclose(theirs["logprobs"][found.is_certain], found.logprobs[found.is_certain], atol=1e-5)
@@ -321,18 +289,9 @@ def hostile_card(tmp_path: Path, text: str) -> str:
     path = tmp_path / "cache"
     tokens = np.arange(N).astype(np.uint16) % V
     made = make_corpus(str(path), tokens, V)
-    identity = TeacherIdentity(
-        source=text,
-        revision=text,
-        architecture=text,
-        weights_sha256=SHA,
-        config_sha256=SHA,
-        dtype="float32",
-        head_columns=V,
-        parameters=1,
-        trust_remote_code=True,
-    )
-    entry = changed(make_entry(made, K), teacher=Teacher(members=(identity,)))
+    entry = make_entry(made, K)
+    free_text = {"source": text, "revision": text, "architecture": text, "trust_remote_code": True}
+    entry = changed(entry, teacher={"members": [entry.teacher.members[0].model_dump() | free_text]})
     write_entry(path, "a", entry, dense_targets(np.zeros((N, V)), K, np.append(tokens[1:], -1).astype(np.int64)))
     cache = LogitCache.open(str(path))
     sources = tuple(CorpusSource(name=text, documents=1, text_bytes=1) for _ in range(2))

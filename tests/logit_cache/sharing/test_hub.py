@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
-from support.commands import environment, refused
+from support.commands import environment, refused, succeeded
+from support.jobs import files
 from support.servers.fake_hub import TOKEN, FakeHub
 
 from logit_cache.sharing.card import card_text
@@ -100,10 +101,6 @@ def on_hub(hub: FakeHub, tmp_path: Path) -> Any:
     return call
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    return {item.relative_to(path).as_posix(): item.read_bytes() for item in path.rglob("*") if item.is_file()}
-
-
 def pushed(hub: FakeHub, revision: str = "main") -> dict[str, bytes]:
     return {key: data for key, data in hub.files["lab/cache"][revision].items() if key != ".gitattributes"}
 
@@ -111,11 +108,10 @@ def pushed(hub: FakeHub, revision: str = "main") -> dict[str, bytes]:
 @pytest.mark.parametrize("xet", [True, False], ids=["pipeline", "lfs"])
 def test_a_pushed_cache_is_the_cache(hub: FakeHub, on_hub: Any, cache: Path, xet: bool) -> None:
     hub.lfs = not xet
-    before = contents(cache)
-    done = on_hub(PUSH, cache, URL, **({} if xet else {"HF_HUB_DISABLE_XET": "1"}))
-    assert done.returncode == 0, done.stderr
+    before = files(cache)
+    done = succeeded(on_hub(PUSH, cache, URL, **({} if xet else {"HF_HUB_DISABLE_XET": "1"})))
     assert pushed(hub) == before
-    assert contents(cache) == before, "the folder is left as it was"
+    assert files(cache) == before, "the folder is left as it was"
     assert sum(map(int, done.stdout.split())) == sum(map(len, before.values()))
     assert hub.private == {"lab/cache": True}
     if not xet:
@@ -135,16 +131,15 @@ def test_a_pushed_cache_reads_and_verifies(hub: FakeHub, on_hub: Any, cache: Pat
 
 
 def test_the_command_pushes_with_a_card_and_leaves_nothing_behind(hub: FakeHub, on_hub: Any, cache: Path) -> None:
-    before = contents(cache)
-    done = on_hub(COMMAND, "push", cache, URL, "--teacher", "a", "--license", "cc-by-4.0")
-    assert done.returncode == 0, done.stderr
+    before = files(cache)
+    done = succeeded(on_hub(COMMAND, "push", cache, URL, "--teacher", "a", "--license", "cc-by-4.0"))
     card = pushed(hub)["README.md"].decode()
     assert card.startswith("---\nlicense: cc-by-4.0\n")
     unlisted = {"README.md", "model.sig"}
     assert {key: data for key, data in pushed(hub).items() if key not in unlisted} == {
         key: data for key, data in before.items() if key not in unlisted
     }
-    assert contents(cache) == before
+    assert files(cache) == before
     assert [path.name for path in cache.parent.iterdir() if path.name.startswith(".")] == []
     assert TOKEN not in done.stdout + done.stderr + card
 
@@ -172,7 +167,7 @@ def test_an_interrupted_push_shows_no_cache_and_resumes(hub: FakeHub, on_hub: An
     sent = len(hub.commits)
     hub.refuse = lambda method, path: None
     assert on_hub(PUSH, cache, URL).returncode == 0
-    assert pushed(hub) == contents(cache)
+    assert pushed(hub) == files(cache)
     again = [key for _, _, keys in hub.commits[sent:] for key in keys]
     assert stage(again) == {1, 2}, "files that were committed are not committed again"
 
@@ -182,7 +177,7 @@ def test_a_second_entry_follows_and_nothing_else_is_sent_again(hub: FakeHub, on_
     sent = len(hub.commits)
     write_targets(cache, "b", 1)
     assert on_hub(PUSH, cache, URL).returncode == 0
-    assert pushed(hub) == contents(cache)
+    assert pushed(hub) == files(cache)
     again = [key for _, _, keys in hub.commits[sent:] for key in keys]
     assert again
     assert all(key.startswith("teachers/b/") for key in again)
@@ -194,7 +189,7 @@ def test_a_second_entry_follows_and_nothing_else_is_sent_again(hub: FakeHub, on_
 def test_a_revision_is_a_branch_that_is_created_if_needed(hub: FakeHub, on_hub: Any, cache: Path) -> None:
     for _ in range(2):
         assert on_hub(PUSH, cache, f"{URL}@k-64").returncode == 0
-    assert pushed(hub, "k-64") == contents(cache)
+    assert pushed(hub, "k-64") == files(cache)
     assert pushed(hub) == {}
     assert on_hub(READ, f"{URL}@k-64").stdout == on_hub(READ, cache).stdout
 

@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from support.caches import known
+from support.caches.billion import Linked, write_receipt
 from support.caches.copies import pull, push
 from support.caches.small import dense_targets, make_corpus, make_entry, make_entry_2, write_entry
-from support.commands import Run, command, environment, refused
+from support.commands import Run, command, environment, refused, succeeded
 from support.processes import start
 from support.servers.s3 import Bucket
 from support.signing_keys import Keys, write_key
 
 from storage import LogitCache
 from storage.cache.verify import verify
+from storage.cache.writer import EntryWriter
 from storage.errors import CacheNotFound, CorruptCache, InputError
 from storage.format.sealing import digest
 from storage.stores.local import LocalStore
@@ -57,18 +59,15 @@ def arrays(path: Path) -> dict[str, bytes]:
 
 def test_push_and_pull(source: Path, run: Run, tmp_path: Path) -> None:
     shared, back = tmp_path / "shared", tmp_path / "back"
-    done = run("logit-cache", "push", source, shared, "--license", "cc-by-4.0")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "push", source, shared, "--license", "cc-by-4.0"))
     assert "a, b, v2, with tokens" in done.stdout
     assert " 0 were there" in done.stdout
     assert "kB (100 %)" in done.stderr
     assert (shared / "README.md").read_text().startswith("---\nlicense: cc-by-4.0\n")
-    done = run("logit-cache", "pull", shared, back, "--teacher", "b", "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "pull", shared, back, "--teacher", "b", "--json"))
     found = json.loads(done.stdout)
     assert (found["teachers"], found["tokens_included"], found["missing"]) == (["b"], True, {})
-    done = run("logit-cache", "pull", shared, back)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "pull", shared, back))
     assert arrays(back) == arrays(source)
     assert (back / "README.md").read_bytes() == (shared / "README.md").read_bytes()
     done = run("logit-cache", "verify", back, "--deep", "--json")
@@ -80,8 +79,7 @@ def test_an_incomplete_entry_is_reported(tmp_path: Path, run: Run) -> None:
     record = known.write_stream(source)
     writer = known.EntryWriter.open(str(source), "a", known.entries(record)["a"])
     writer.commit(1, known.rows(writer.entry, 1))
-    done = run("logit-cache", "push", source, tmp_path / "shared")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "push", source, tmp_path / "shared"))
     assert "not complete at the source: teachers/a lacks 2 ranges, the first 0..32" in done.stdout
 
 
@@ -139,38 +137,18 @@ def staged(target: Path) -> list[str]:
 
 def large_cache(path: Path, shards: int = 24) -> None:
     """An entry whose shards are one encoded shard many times over, in about 30 MB."""
-    from storage.cache.receipts import Receipts
-    from storage.cache.writer import EntryWriter
-    from storage.format.layout import teacher_arrays
-    from storage.format.manifest import ShardReceipt
-    from storage.format.sealing import sealed_bytes
-    from storage.format.shard import encode_shard, object_digest
-    from storage.stores import open_store
-
-    rng, size, k = np.random.default_rng(0), 8192, 64
+    rng, size = np.random.default_rng(0), 8192
     record = make_corpus(str(path), rng.integers(0, 16_000, size * shards).astype(np.uint16), 16_000)
-    entry = make_entry(record, k, shard_tokens=size)
-    EntryWriter.open(str(path), "a", entry)
-    specs = teacher_arrays(entry)
-    objects = {}
-    for name, spec in specs.items():
+    EntryWriter.open(str(path), "a", make_entry(record, 64, shard_tokens=size))
+    receipts = LogitCache.open(str(path)).teacher("a").receipts
+    arrays = {}
+    for name, spec in receipts.specs.items():
         shape = (size, *spec.shape[1:])
         values = rng.normal(size=shape) if spec.dtype == "float32" else rng.integers(0, 16_000, shape)
-        objects[name] = encode_shard(spec, 0, values.astype(spec.dtype))
-    digests = {name: object_digest(specs[name], data) for name, data in objects.items()}
-    receipts = Receipts(open_store(str(path)), "teachers/a/receipts", specs, digest(entry))
+        arrays[name] = Linked(path / "teachers/a", spec), values.astype(spec.dtype)
     for shard in range(shards):
-        for name, data in objects.items():
-            file = path / "teachers/a" / specs[name].shard_key(shard)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(data)
-        start, stop = specs["kept"].shard_range(shard)
-        receipt = ShardReceipt(
-            record_sha256=digest(entry), shard=shard, start=start, stop=stop, objects=digests, written_at="", host=""
-        )
-        file = path / receipts.key(shard)
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(sealed_bytes(receipt))
+        objects = {name: linked.put(shard, 0, values) for name, (linked, values) in arrays.items()}
+        write_receipt(receipts, path, shard, objects, None)
     receipts.write_index()
 
 
@@ -207,10 +185,8 @@ def test_a_page_too_long_to_be_a_card_is_not_copied(source: Path, tmp_path: Path
 def test_signed_and_verified(source: Path, keys: Keys, run: Run, tmp_path: Path) -> None:
     private, public = keys
     shared = tmp_path / "shared"
-    done = run("logit-cache", "push", source, shared, "--sign", private)
-    assert done.returncode == 0, done.stderr
-    done = run("logit-cache", "pull", shared, tmp_path / "all", "--verify-key", public)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "push", source, shared, "--sign", private))
+    succeeded(run("logit-cache", "pull", shared, tmp_path / "all", "--verify-key", public))
     # The pulled cache still carries the signature: it can be pulled from again.
     pull(str(tmp_path / "all"), str(tmp_path / "one"), teachers=["b"], verify_key=str(public))
     pull(str(tmp_path / "one"), str(tmp_path / "again"), verify_key=str(public))
@@ -337,11 +313,9 @@ def test_targets_without_their_text(source: Path, tmp_path: Path) -> None:
 
 def test_commands_on_a_cache_without_tokens(source: Path, run: Run, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
-    done = run("logit-cache", "push", source, shared, "--without-tokens")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "push", source, shared, "--without-tokens"))
     assert "warning: targets reveal text" in done.stderr
-    done = run("logit-cache", "inspect", shared)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "inspect", shared))
     assert "shared without its tokens" in done.stdout
     refused(run("logit-cache", "inspect", shared, "--at", 3), "without its tokens")
 
@@ -356,8 +330,7 @@ def test_the_text_is_attached_again_on_the_other_side(
         ("tokenize", "--text", text_file, "--tokenizer", got / "tokenizer", "--out", text),
         ("pull", shared, target, "--corpus", text),
     ):
-        done = run("logit-cache", *arguments)
-        assert done.returncode == 0, done.stderr
+        succeeded(run("logit-cache", *arguments))
     found = verify(str(target), deep=True)
     assert (found.problems, found.leftovers, found.missing) == ([], [], {})
     cache, original = LogitCache.open(str(target)), LogitCache.open(str(labelled))
@@ -367,8 +340,7 @@ def test_the_text_is_attached_again_on_the_other_side(
         cache.teacher("made-up").read(0, size).token_ids, original.teacher("made-up").read(0, size).token_ids
     )
     # Pulling into the cache that has the text gives the same.
-    done = run("logit-cache", "pull", shared, text)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "pull", shared, text))
     assert arrays(text) == arrays(target)
 
 
@@ -427,13 +399,11 @@ def reseal(path: Path, body: dict[str, Any]) -> None:
 def test_through_an_object_store(moto_bucket: Bucket, source: Path, keys: Keys, run: Run, tmp_path: Path) -> None:
     private, public = keys
     url = f"{moto_bucket.url}/shared"
-    done = run("logit-cache", "push", source, url, "--teacher", "a")
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "push", source, url, "--teacher", "a"))
     push(str(source), url, sign=str(private))
     there = moto_bucket.objects("shared/")
     assert {key: data for key, data in there.items() if key not in ("README.md", "model.sig")} == arrays(source)
-    done = run("logit-cache", "pull", url, tmp_path / "back", "--verify-key", public)
-    assert done.returncode == 0, done.stderr
+    succeeded(run("logit-cache", "pull", url, tmp_path / "back", "--verify-key", public))
     assert arrays(tmp_path / "back") == arrays(source)
     pull(url, f"{moto_bucket.url}/copy")
     assert moto_bucket.objects("copy/") == there
@@ -456,8 +426,7 @@ def test_a_killed_push_to_an_object_store_resumes(moto_bucket: Bucket, run: Run,
     process.send_signal(signal.SIGKILL)
     process.wait()
     refused(run("logit-cache", "inspect", url), "no cache there")
-    done = run("logit-cache", "push", source, url, "--json")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(run("logit-cache", "push", source, url, "--json"))
     assert json.loads(done.stdout)["kept"] >= 9, "objects with a receipt are not sent again"
     there = moto_bucket.objects("shared/")
     assert {key: data for key, data in there.items() if key != "README.md"} == arrays(source)

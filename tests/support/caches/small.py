@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,11 +236,13 @@ def make_entry_2(record: CacheRecord, k: int, fields: tuple[str, ...] = (), **ch
     return entry_2(make_entry(record, k, **changes), *sorted(fields), encoding=encoding, **of_targets)
 
 
-def write_entry(url: str | Path, name: str, entry: TeacherEntry, targets: SparseTargets) -> None:
-    """Commit every shard of an entry from the targets of the whole stream."""
+def write_entry(
+    url: str | Path, name: str, entry: TeacherEntry, targets: SparseTargets, missing: Collection[int] = ()
+) -> None:
+    """Commit the shards of an entry, but for some that are to be missing, from the targets of the whole stream."""
     writer = EntryWriter.open(str(url), name, entry)
     writer.sampling_order(lambda: np.random.default_rng(1).permutation(entry.vocabulary_size))
-    for shard in writer.pending():
+    for shard in sorted(set(writer.pending()).difference(missing)):
         start = shard * entry.layout.shard
         writer.commit(shard, targets.rows(start, min(start + entry.layout.shard, entry.positions)))
     writer.finish()

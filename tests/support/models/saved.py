@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from logit_cache.corpus.tokenizer import train_tokenizer
+from teachers.huggingface.teacher import HuggingFaceTeacher
 
 
 def saver(folder: Path, configs: Mapping[str, Callable[..., Any]]) -> Callable[..., Path]:
@@ -36,6 +37,20 @@ def saver(folder: Path, configs: Mapping[str, Callable[..., Any]]) -> Callable[.
         return path
 
     return save
+
+
+def load(directory: Path, **options: Any) -> HuggingFaceTeacher:
+    """A saved model as a teacher, in float32 on the CPU unless asked otherwise, without a remark."""
+    return HuggingFaceTeacher.load(
+        str(directory), **{"dtype": "float32", "device": "cpu", "on_message": lambda _: None, **options}
+    )
+
+
+def own_logits(directory: Path, windows: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The model's own logits of all positions of windows [B, C], in order."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    with torch.no_grad():
+        return model(input_ids=windows).logits.flatten(0, 1)
 
 
 def dense_logprobs(
