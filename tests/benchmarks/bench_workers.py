@@ -93,7 +93,7 @@ def _cached(folder: str, workers: int) -> tuple[float, float]:
         def events(self, timeout: float) -> list[Any]:
             told = list(super().events(timeout))
             if any(isinstance(event, Ready) for event in told):
-                while self._loading:
+                while any(child.busy for child in self._children.values()):
                     told += super().events(1.0)
                 self.began, self.cpu = time.perf_counter(), self.processor()
             return told
