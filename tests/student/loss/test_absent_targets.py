@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.caches.small import make_entry, stream_record
+from support.caches.small import make_entry, make_entry_2, stream_record
 from support.references.dense_targets import (
     V,
     dense,
@@ -18,7 +18,6 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
-    of_version_2,
     spoiled,
     stored,
     varopt,
@@ -134,10 +133,10 @@ def test_a_tail_that_is_not_known_leaves_the_renormalised_ids() -> None:
     ("fields", "changes", "absent", "figure"),
     [
         (None, {}, set(), "kl_t"),
-        (TARGET_FIELDS, {"sampled_at": 1.0}, set(), "kl_t"),
-        ((), {"sampled_at": 1.0}, {"entropy", "half-tail", "sampled-logprobs"}, "teacher_ce_t"),
-        (("entropy",), {"sampled_at": 1.0}, {"half-tail", "sampled-logprobs"}, "kl_t"),
-        (("half-tail",), {"sampled_at": 2.0}, {"entropy", "sampled-logprobs"}, "kl_t"),
+        (TARGET_FIELDS, {"method": "varopt", "temperature": 1.0}, set(), "kl_t"),
+        ((), {"method": "varopt", "temperature": 1.0}, {"entropy", "half-tail", "sampled-logprobs"}, "teacher_ce_t"),
+        (("entropy",), {"method": "varopt", "temperature": 1.0}, {"half-tail", "sampled-logprobs"}, "kl_t"),
+        (("half-tail",), {"method": "varopt", "temperature": 2.0}, {"entropy", "sampled-logprobs"}, "kl_t"),
         ((), {}, {"entropy", "half-tail"}, "kl_t"),
         ((), {"tail": "unknown"}, {"entropy", "half-tail", "tail"}, None),
     ],
@@ -145,8 +144,8 @@ def test_a_tail_that_is_not_known_leaves_the_renormalised_ids() -> None:
 def test_a_member_knows_what_its_entry_lacks(
     fields: tuple[str, ...] | None, changes: dict[str, Any], absent: set[str], figure: str | None
 ) -> None:
-    entry = make_entry(stream_record(50, V), 9)
-    teacher = Member.of("t", entry if fields is None else of_version_2(entry, fields, **changes))
+    record = stream_record(50, V)
+    teacher = Member.of("t", make_entry(record, 9) if fields is None else make_entry_2(record, 9, fields, **changes))
     assert teacher.absent == absent
     assert figure_of(teacher) == figure
 

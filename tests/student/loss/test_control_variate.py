@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.caches.small import make_entry, stream_record
+from support.caches.small import make_entry_2, stream_record
 from support.references.dense_targets import (
     P,
     V,
@@ -21,7 +21,6 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
-    of_version_2,
     stored,
     varopt,
     with_c,
@@ -165,7 +164,7 @@ def test_stored_log_probs_are_right_in_the_mean(rounding: str) -> None:
     total = tail.exp().cumsum(0)
     sampled = 1 + torch.searchsorted(total, (uniforms + torch.arange(m)) * total[-1] / m)
     ids = torch.cat([torch.zeros(rows, 1, dtype=torch.int64), sampled], 1)
-    entry = of_version_2(make_entry(stream_record(rows, v), m + 1), ("sampled-logprobs",), sampled_at=1.0)
+    entry = make_entry_2(stream_record(rows, v), m + 1, ("sampled-logprobs",), method="varopt")
     written = SparseTargets(
         start=0,
         token_ids=ids.numpy().astype(np.uint16),

@@ -39,7 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_varopt(url, entry, logp, 12, tau)
         for entry, fields in (("lean", ()), ("all", TARGET_FIELDS)):
             write_varopt(url, entry, logp, 12, fields=fields)
-        write_varopt(url, "some", logp, 12, fields=("entropy",), there=torch.arange(len(tokens)) % 3 == 0)
+        write_varopt(url, "some", logp, 12, fields=("entropy",), there=np.arange(len(tokens)) % 3 == 0)
     return folder
 
 
