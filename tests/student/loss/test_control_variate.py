@@ -21,6 +21,7 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
+    samples_of_one,
     stored,
     varopt,
     with_c,
@@ -32,7 +33,7 @@ from storage.format.targets import SparseTargets
 from student.labels import NOT_TRAINED
 from student.loss.control_variate import ControlCoefficient
 from student.loss.distillation import DistillationLoss
-from student.target_batch import StoredBatch, TargetBatch
+from student.target_batch import StoredBatch
 
 K = 24
 DOUBLE = torch.float64
@@ -100,20 +101,6 @@ def test_where_the_tails_agree_every_sample_has_the_dense_gradient() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
     _, sampled = gradient(lambda z: loss_of(0.0)(z, every(P), {"t": targets}).loss_sum, z)
     assert (sampled - expected).abs().max() > 1e-3
-
-
-def samples_of_one(logp: Tensor, k: int, tau: float) -> list[tuple[Tensor, TargetBatch]]:
-    """All samples with one sampled id beside k - 1 certain ones, each with its probability [P]."""
-    order = logp.argsort(dim=1, descending=True, stable=True)
-    chances = torch.softmax((logp / tau).gather(1, order[:, k - 1 :]), 1)
-    found = []
-    for choice in range(chances.shape[1]):
-        ids = torch.cat([order[:, : k - 1], order[:, k - 1 + choice, None]], 1)
-        heads = stored(logp, k - 1, dtype=DOUBLE)
-        kept = torch.full((len(logp),), k, dtype=torch.int32)
-        targets = replace(heads, kept=kept, token_ids=ids.to(torch.int32), logprobs=logp.gather(1, ids))
-        found.append((chances[:, choice], targets))
-    return found
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])

@@ -50,6 +50,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"tail": "bucket", "min_entropy": 3.0},
     {"tail": "blend", "blend": 0.3},
     {"tail": "controlled"},
+    {"tail": "renormalise"},
+    {"tail": "none"},
     {"loss": "reverse-kl"},
     {"loss": "jsd", "mix": 0.3},
     {"loss": "skew-forward-kl", "loss_scale": "babyllama", "window_tokens": 6},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -56,6 +57,20 @@ def varopt(
     found = varopt_targets(logp.numpy(), k, np.full(len(logp), -1), tau, seed)
     ids, certain = (torch.from_numpy(each.astype(np.int64)) for each in (found.token_ids, found.certain))
     return _targets(logp, ids, torch.full((len(logp),), k), certain, step, dtype)
+
+
+def samples_of_one(logp: Tensor, k: int, tau: float) -> list[tuple[Tensor, TargetBatch]]:
+    """All samples with one sampled id beside k - 1 certain ones, each with its probability [P]."""
+    order = logp.argsort(dim=1, descending=True, stable=True)
+    chances = torch.softmax((logp / tau).gather(1, order[:, k - 1 :]), 1)
+    found = []
+    for choice in range(chances.shape[1]):
+        ids = torch.cat([order[:, : k - 1], order[:, k - 1 + choice, None]], 1)
+        heads = stored(logp, k - 1, dtype=torch.float64)
+        kept = torch.full((len(logp),), k, dtype=torch.int32)
+        targets = replace(heads, kept=kept, token_ids=ids.to(torch.int32), logprobs=logp.gather(1, ids))
+        found.append((chances[:, choice], targets))
+    return found
 
 
 def _targets(
