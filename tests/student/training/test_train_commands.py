@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -156,15 +157,11 @@ def test_what_the_command_says_of_a_run(world: Path, run: Run, tmp_path: Path) -
     assert "lower bound" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["student.cli", "teachers.cli"])
-def test_help_has_an_example_and_presets_and_loads_no_torch(module: str) -> None:
-    code = f"import sys; sys.argv = ['x', '--help']; import runpy; runpy.run_module({module!r}, run_name='__main__')"
-    done = python("-X", "importtime", "-c", code)
-    assert done.returncode == 0, done.stderr
-    assert "Example:" in done.stdout
-    assert "llama-58m" in done.stdout
-    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
-    assert not loaded & {"torch", "transformers", "zarr"}
+@pytest.mark.parametrize("command", [train_student, train_teacher], ids=lambda command: command.name)
+def test_help_has_an_example_and_presets(command: click.Command) -> None:
+    shown = CliRunner().invoke(command, ["--help"]).stdout
+    assert "Example:" in shown
+    assert "llama-58m" in shown
 
 
 def test_train_teacher_trains_on_tokens_alone(world: Path, tmp_path: Path) -> None:
