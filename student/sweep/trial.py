@@ -167,7 +167,6 @@ def write_settings(settings: Mapping[str, Any], output_dir: str) -> str:
 
 
 def shown(values: Mapping[str, Any]) -> str:
-    """Values as a line of text."""
     return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 

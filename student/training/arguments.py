@@ -114,7 +114,7 @@ def training_values(job: StudentJob) -> dict[str, Any]:
     metric = str(values.get("metric_for_best_model") or "loss")
     # The base class takes every metric for better when larger unless its name ends in "loss".
     values.setdefault("greater_is_better", metric.removeprefix("eval_") == "accuracy")
-    if not _has_accelerator():
+    if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)
     if values.get("use_cpu"):
         values.setdefault("dataloader_pin_memory", False)
@@ -201,7 +201,3 @@ def _check_reporting(asked: Any) -> None:
         installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
         for name in sorted(names - {*installed, *_NOT_LISTED}):
             raise InputError(f"report_to {name} needs a package that is not installed: pip install {name}")
-
-
-def _has_accelerator() -> bool:
-    return bool(torch.accelerator.is_available())

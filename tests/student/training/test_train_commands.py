@@ -18,12 +18,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from support.caches import small as fakes
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
-from support.commands import Run
+from support.commands import Run, refused
 from support.processes import start_code
 from support.runs import KILLED, LLAMA, V, arguments, have_equal_weights, job_in, python, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import student.training.arguments
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, InputError, StorageFull
 from storage.format.manifest import Windowing
@@ -248,13 +247,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_line_and_leaves_nothing(world: Path, tmp_path: Path, case: str) -> None:
+def test_wrong_input_is_one_line_and_leaves_nothing(world: Path, tmp_path: Path, run: Run, case: str) -> None:
     build, expected = WRONG[case]
-    done = CliRunner().invoke(train_student, build(world, tmp_path / "out"))
-    assert done.exit_code == 2, done.output
-    assert expected in done.stderr
+    done = run("train-student", *build(world, tmp_path / "out"))
+    refused(done, expected)
     assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -520,9 +517,9 @@ def test_a_foreign_package_named_storage_is_named(tmp_path: Path) -> None:
 
 
 def test_a_process_reads_ahead_of_a_gpu(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(student.training.arguments, "_has_accelerator", lambda: True)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert training_values(job_in(world, tmp_path / "out"))["dataloader_num_workers"] == 1
     values = training_values(job_in(world, tmp_path / "out", training={"dataloader_num_workers": 0}))
     assert "dataloader_prefetch_factor" not in values  # torch takes it with workers only
-    monkeypatch.setattr(student.training.arguments, "_has_accelerator", lambda: False)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert "dataloader_num_workers" not in training_values(job_in(world, tmp_path / "out"))
