@@ -111,7 +111,7 @@ def test_splitting_into_batches_changes_nothing(batch: Batch, monkeypatch: pytes
         part = {name: each[cut] for name, each in targets.items()}
         pieces.add(z[cut], labels[cut], part)
     close(pieces.result(), whole(batch).result())
-    monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", 10 * W)
+    monkeypatch.setitem(evaluate._CHUNK_LOGITS, "elsewhere", 10 * W)
     close(whole(batch).result(), pieces.result())
 
 
