@@ -78,16 +78,6 @@ def test_the_gradient_is_that_of_the_definition_and_the_value_that_of_the_sample
     assert torch.equal(loss_of(c, tau)(z, labels, {"t": targets}).divergence["t"], plain.divergence["t"])
 
 
-def test_without_a_coefficient_it_is_the_sampled_loss() -> None:
-    z, labels, targets = normal(5, P, V), labels_for(6), {"t": varopt(dense(7), K, seed=8)}
-    ours, theirs = (
-        gradient(lambda z, loss=loss: loss(z, labels, targets).loss_sum, z.float())
-        for loss in (loss_of(0.0), DistillationLoss(V, 0.0, 1.0, [member(sampled_at=1.0)]))
-    )
-    assert torch.equal(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
-
-
 def test_where_the_tails_agree_every_sample_has_the_dense_gradient() -> None:
     logp = dense(9)
     targets = varopt(logp, K, seed=10, dtype=DOUBLE)

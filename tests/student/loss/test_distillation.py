@@ -31,6 +31,7 @@ from storage.format import encoding
 from student.labels import NOT_TRAINED
 from student.loss import student_logprobs as buckets
 from student.loss.distillation import DistillationLoss, forward_kl
+from student.loss.objective import Tail
 from student.loss.student_logprobs import student_buckets
 from student.loss.teacher_targets import temper
 from student.target_batch import TargetBatch
@@ -59,14 +60,15 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("tail", ["bucket", "sampled", "blend", "renormalise", "none"])
 @pytest.mark.parametrize("tau", TEMPERATURES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_at_k_equal_v_loss_and_gradient_are_the_dense_kl(width: int, tau: float) -> None:
-    z, logp = normal(3, P, width), dense(4)
-    exact = stored(logp, V, dtype=torch.float64)
-    assert_same_loss(lambda z: forward_kl(z, exact, member(), tau), lambda z: dense_kl(z, logp, tau), z)
+def test_at_k_equal_v_loss_and_gradient_are_the_dense_kl(width: int, tau: float, tail: Tail) -> None:
+    z, logp, teacher = normal(3, P, width), dense(4), member(sampled_at=tau)
+    exact, single = (stored(logp, V, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    assert_same_loss(lambda z: forward_kl(z, exact, teacher, tau, None, tail, 0.4), lambda z: dense_kl(z, logp, tau), z)
     expected, expected_gradient = gradient(lambda z: dense_kl(z, logp, tau), z)
-    value, by_z = gradient(lambda z: forward_kl(z, stored(logp, V), member(), tau), z.float())
+    value, by_z = gradient(lambda z: forward_kl(z, single, teacher, tau, None, tail, 0.4), z.float())
     torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(by_z, expected_gradient.float(), rtol=1e-5, atol=3e-7)
 

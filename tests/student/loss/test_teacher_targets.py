@@ -30,11 +30,9 @@ from torch import Tensor
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss, forward_kl
-from student.loss.objective import Tail
 from student.loss.teacher_targets import interpolation_bound, mean_rounding, tail_bounds, temper, weights
 from student.target_batch import TargetBatch
 
-TAILS: list[Tail] = ["bucket", "sampled", "blend", "renormalise", "none"]
 TEMPERATURES = [1.0, 2.0]
 DOUBLE = torch.float64
 
@@ -42,19 +40,6 @@ DOUBLE = torch.float64
 def mixed_entry(logp: Tensor, tau: float, step: float | None = None) -> TargetBatch:
     dtype = torch.float32 if step else DOUBLE
     return varopt(logp, 24, seed=5, tau=tau, step=step, dtype=dtype)
-
-
-@pytest.mark.parametrize("tau", TEMPERATURES)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("width", [V, V + 13])
-def test_at_k_equal_v_every_tail_is_the_dense_kl(tail: Tail, tau: float, width: int) -> None:
-    z, logp = normal(1, P, width), dense(2)
-    targets = stored(logp, V, dtype=DOUBLE)
-    assert_same_loss(
-        lambda z: forward_kl(z, targets, member(sampled_at=tau), tau, None, tail, 0.4),
-        lambda z: dense_kl(z, logp, tau),
-        z,
-    )
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
