@@ -150,9 +150,30 @@ def test_a_member_knows_what_its_entry_lacks(
     assert figure_of(teacher) == figure
 
 
+LEAN = replace(member(sampled_at=1.0), absent=frozenset({"entropy", "half-tail", "sampled-logprobs"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        *(
+            ({"tail": tail}, f"forward-kl with tail {tail}")
+            for tail in ("bucket", "blend", "controlled", "renormalise")
+        ),
+        ({"loss": "jsd"}, "jsd with tail bucket"),
+        ({"min_entropy": 1.0}, "a threshold of the teacher's entropy (min_entropy)"),
+    ],
+)
+def test_what_needs_a_field_that_is_not_stored_is_refused(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError) as caught:
+        DistillationLoss(V, 0.5, 1.0, [LEAN], **options)
+    field = "entropy" if "min_entropy" in options else "sampled-logprobs"
+    expected = f"teacher t: {what} needs {field}, which its entry does not store: cache it with --fields {field}, or"
+    assert str(caught.value) == f"{expected} --fields all"
+
+
 def test_a_name_says_whether_the_constant_is_known() -> None:
-    lean = replace(member(sampled_at=1.0), absent=frozenset({"entropy", "sampled-logprobs"}))
-    loss = DistillationLoss(V, 0.0, 1.0, [lean])
+    loss = DistillationLoss(V, 0.0, 1.0, [LEAN])
     assert (loss.log_name("t"), loss.meaning("t").split(",")[0]) == ("teacher_ce_t", "a cross-entropy to the teacher")
     z, labels, targets = normal(16, P, V), labels_for(17, P), varopt(dense(18, P), 20, seed=19, dtype=DOUBLE)
     full = DistillationLoss(V, 0.0, 1.0, [member(sampled_at=1.0)])

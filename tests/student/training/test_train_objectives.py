@@ -171,28 +171,6 @@ def test_wrong_choices_are_one_line_and_leave_nothing(world: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-LEAN: dict[str, tuple[list[str], str]] = {
-    "bucket": (["--tail", "bucket"], "forward-kl with tail bucket needs sampled-logprobs"),
-    "blend": (["--tail", "blend"], "forward-kl with tail blend needs sampled-logprobs"),
-    "control": (["--tail", "controlled"], "forward-kl with tail controlled needs sampled-logprobs"),
-    "renormalise": (["--tail", "renormalise"], "forward-kl with tail renormalise needs sampled-logprobs"),
-    "another loss": (["--loss", "jsd"], "jsd with tail bucket needs sampled-logprobs"),
-    "selection": (["--min-entropy", "1"], "(min_entropy) needs entropy"),
-}
-
-
-@pytest.mark.parametrize("case", LEAN)
-def test_what_needs_a_field_that_is_not_stored_is_one_line_and_leaves_nothing(
-    world: Path, tmp_path: Path, case: str
-) -> None:
-    more, expected = LEAN[case]
-    done = invoke(world, tmp_path / "out", *more, teachers=["lean"])
-    refused(done, f"cache it with --fields {expected.rpartition(' ')[2]}, or --fields all")
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert f"teacher lean: {expected}" in done.stderr.replace("a threshold of the teacher's entropy ", "")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_lean_entry_trains_the_student_of_a_full_one(world: Path, tmp_path: Path) -> None:
     """To the last bit; what is held out is measured under the name of what it is."""
     training = {"max_steps": 3, "logging_steps": 1}
