@@ -215,7 +215,7 @@ WRONG = {
     "weight is no number": (edited(teacher=["a:much"]), "'much' is not a number"),
     "no weight at all": (edited(teacher=["a:0", "b:0"]), "every teacher's weight is 0"),
     "alpha too large": (edited(alpha=1.5), "less than or equal to 1"),
-    "alpha without teachers": (edited(teacher=[], alpha=0.5), "no teacher is named"),
+    "alpha without teachers": (edited(teacher=[], alpha=0), "alpha is 0 but no teacher is named"),
     "unknown preset": (edited(model="lama-tiny"), "did you mean 'llama-tiny'"),
     "missing model file": (edited(model="WORLD/none.json"), "no such file"),
     "window longer than the model": (edited(window_tokens=33), "32 positions"),
