@@ -199,7 +199,6 @@ def _leave_process_group() -> None:
 
 
 def table(report: TrainingReport) -> str:
-    """The summary printed at the end of a run."""
     from storage.text import counted, labelled
     from student.loss.objective import TEACHER_CROSS_ENTROPY
     from student.report import quality_rows

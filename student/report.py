@@ -42,7 +42,6 @@ class Quality(Protocol):
 
 
 def quality_rows(held: Quality) -> list[tuple[str, str]]:
-    """These figures as rows of a table."""
     rows = [("calibration error", f"{held.ece:.2%}"), ("accuracy", f"{held.accuracy:.2%}")]
     for name, one in held.kl.items():
         note = " (a lower bound: the tail counts as one bucket)" if one.lower_bound else ""

@@ -86,7 +86,7 @@ class StoredBatch:
     """The stored arrays of some rows, by name, each [B, T, ...] or [P, ...], of the `entry` that they belong to.
 
     Rows that no position of the entry belongs to, as padding, are 0 in all arrays, and so have no targets (kept = 0).
-    As `TargetBatch`, it is no mapping.
+    As `TargetBatch`, it is no mapping, and moves and is cut alike.
     """
 
     entry: TeacherEntry
@@ -172,20 +172,16 @@ class StoredBatch:
         return F.logsigmoid(-odds).masked_fill((stored == NOTHING_OUTSIDE) | (stored == NONE), 0.0)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> StoredBatch:
-        """The same arrays on a device."""
         return self._each(lambda values: values.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> StoredBatch:
-        """The same arrays in page-locked memory, as a DataLoader asks for."""
         return self._each(Tensor.pin_memory)
 
     def flat(self) -> StoredBatch:
-        """Rows [B, T] as [P]; rows [P] as they are."""
         axes = self.arrays["kept"].ndim
         return self._each(lambda values: values.flatten(0, axes - 1))
 
     def __getitem__(self, rows: slice) -> StoredBatch:
-        """Some rows, along their first axis."""
         return self._each(lambda values: values[rows])
 
     def __len__(self) -> int:

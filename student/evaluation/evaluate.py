@@ -30,7 +30,7 @@ from student.evaluation.minimal_pairs import (
     tally,
 )
 from student.evaluation.report import EvaluationReport, HeldOutScores
-from student.models.configuration import stated_columns
+from student.models.configuration import positions_of, stated_columns
 from student.models.loading import load_student
 from student.models.tokenizer import read_tokenizer
 from student.report import HeldOutReport
@@ -141,8 +141,8 @@ def _load(
         window_tokens=1 if windows is None else windows.input_tokens,
         seed=0,
     )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < longest:
+    positions = positions_of(model.config)
+    if positions is not None and positions < longest:
         raise InputError(
             f"{job.pairs}: its longest sentence has {longest} tokens, and {job.model} reads at most {positions}: "
             "leave out longer sentences, or take a model of more positions"

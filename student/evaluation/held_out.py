@@ -19,6 +19,7 @@ from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.labels import NOT_TRAINED
 from student.loss.distillation import forward_kl
+from student.loss.logit_chunk import row_slices
 from student.loss.objective import TEACHER_CROSS_ENTROPY, Tail
 from student.loss.student_logprobs import check_batch
 from student.loss.teacher_targets import Member, targets_of
@@ -28,7 +29,7 @@ from student.target_batch import StoredBatch, TargetBatch
 BINS = 15
 
 # Evaluation needs no backward pass, so a few megabytes of float32 at a time are enough, whatever the batch.
-_CHUNK_LOGITS = 1 << 24
+_CHUNK_LOGITS = {"elsewhere": 1 << 24}
 # Logits that one forward pass may return, at most, where the batch size is ours to choose.
 BATCH_LOGITS = 1 << 26
 
@@ -67,10 +68,8 @@ class HeldOutSums:
         Raises InputError when the shapes do not fit or a member's targets are missing.
         """
         check_batch(logits, labels, self.vocabulary_size)
-        rows = max(1, _CHUNK_LOGITS // logits.shape[1])
         by_member = [targets_of(member, targets, labels) for member in self.members]
-        for start in range(0, len(logits), rows):
-            cut = slice(start, start + rows)
+        for cut in row_slices(logits, _CHUNK_LOGITS):
             self._add_rows(logits[cut], labels[cut], [each[cut] for each in by_member])
 
     def _add_rows(self, logits: Tensor, labels: Tensor, by_member: Sequence[TargetBatch]) -> None:
@@ -200,11 +199,9 @@ def next_token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     logits [P, W], labels int64 [P]. Softmax over all W columns in float32 (float64 for logits of that type), a few
     rows at a time.
     """
-    rows = max(1, _CHUNK_LOGITS // logits.shape[1])
     parts = []
-    for start in range(0, len(logits), rows):
-        z, label = logits[start : start + rows], labels[start : start + rows]
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+    for rows in row_slices(logits, _CHUNK_LOGITS):
+        z, label = logits[rows].to(torch.promote_types(logits.dtype, torch.float32)), labels[rows]
         found = z.gather(1, label.clamp(min=0)[:, None])[:, 0] - z.logsumexp(1)
         parts.append(found.masked_fill(label == NOT_TRAINED, 0.0).cpu().to(torch.float64))
     return torch.cat(parts)

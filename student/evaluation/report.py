@@ -87,7 +87,6 @@ class EvaluationReport(Reported):
 
 
 def table(report: EvaluationReport) -> str:
-    """The figures for a terminal."""
     about = f"{report.job.model}, {report.architecture}, {report.parameters:,} parameters"
     rows = [("model", f"{about}, {report.job.dtype} on {report.device}")]
     held = report.held_out

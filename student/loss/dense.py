@@ -71,7 +71,6 @@ class DenseLoss(DistillationLoss):
         self._divergence = Divergence(self.objective.loss, self.objective.mixing)
 
     def meaning(self, name: str) -> str:
-        """The reported divergence in a few words."""
         del name
         return "of the teachers' whole distributions"
 

@@ -267,7 +267,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _rows_at_once(hidden: Tensor, weight: Tensor) -> int:
-    """Rows of the buffer, at least 1."""
     logits = _BUFFER_LOGITS.get(hidden.device.type, _BUFFER_LOGITS["elsewhere"])
     return max(1, min(len(hidden), logits // len(weight)))
 

@@ -57,7 +57,6 @@ class Member:
 
     @classmethod
     def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0) -> Member:
-        """The member for a teacher entry of a cache."""
         varopt = entry.targets.method == "varopt"
         wanted = ("entropy", "half-tail", "tail", *(("sampled-logprobs",) if varopt else ()))
         return cls(

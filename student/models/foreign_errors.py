@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from storage.errors import InputError, LogitCacheError
 
@@ -22,7 +21,7 @@ def explained(what: str, hint: str = "") -> Iterator[None]:
         raise InputError(f"{what} ({reason[:400] or type(error).__name__}){hint}") from error
 
 
-def closest(name: str, known: Mapping[str, Any]) -> str:
+def closest(name: str, known: Iterable[str]) -> str:
     """'; did you mean ...?', or an empty string without a close match."""
     match = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

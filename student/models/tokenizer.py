@@ -125,7 +125,6 @@ def tokenizer_of(files: Mapping[str, bytes], where: str) -> Any:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write files by their paths below a folder."""
     for name, data in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

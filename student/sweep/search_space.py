@@ -7,7 +7,6 @@ searches 1 − x where that is the scale that matters (Adam's betas).
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from statistics import NormalDist
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from storage.config import Settings, explained, read_yaml
 from storage.errors import InputError
+from student.models.foreign_errors import closest
 
 Scalar = bool | int | float | str
 
@@ -236,9 +236,8 @@ def _parse_parameter(name: str, data: Any) -> Parameter:
     if "distribution" in data:
         asked = str(data["distribution"])
         if asked not in _DISTRIBUTIONS:
-            close = difflib.get_close_matches(asked, _DISTRIBUTIONS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(_DISTRIBUTIONS)}"
-            raise ValueError(f"{name}: there is no distribution {asked!r}; {hint}")
+            hint = closest(asked, _DISTRIBUTIONS) or f"; there are {', '.join(_DISTRIBUTIONS)}"
+            raise ValueError(f"{name}: there is no distribution {asked!r}{hint}")
         kind = _DISTRIBUTIONS[asked]
     try:
         parsed: Any = kind.model_validate(data)

@@ -25,6 +25,7 @@ from storage.progress import Log
 from student.job import StudentJob
 from student.loss.objective import Objective
 from student.models.configuration import check_settings, read_settings
+from student.models.foreign_errors import closest
 from student.models.presets import PRESETS, preset_settings
 from student.sweep.search_space import Choices, Search
 from student.training.arguments import PRESENTATION, RESERVED, checked_arguments, training_values
@@ -83,9 +84,8 @@ def check_names(job: StudentJob, search: Search) -> None:
             )
         elif name not in training:
             others = [*sorted(training - RESERVED.keys()), *OBJECTIVE, *WINDOWS, STEP]
-            close = difflib.get_close_matches(name, others, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "fields of the model are written model.NAME"
-            raise InputError(f"{where}: there is no such parameter; {hint}")
+            hint = closest(name, others) or "; fields of the model are written model.NAME"
+            raise InputError(f"{where}: there is no such parameter{hint}")
         elif name in job.training:
             raise InputError(f"{where}: it is also fixed as training: {name}: leave one of the two out")
 
@@ -167,7 +167,6 @@ def write_settings(settings: Mapping[str, Any], output_dir: str) -> str:
 
 
 def shown(values: Mapping[str, Any]) -> str:
-    """Values as a line of text."""
     return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from storage.errors import InputError
 from student.data.windows import DistillationWindows
 from student.job import StudentJob
+from student.models.foreign_errors import closest
 from student.training.field_checks import NOTES, TYPES, one_line_refusals, rehearse
 from student.training.fsdp import check_fsdp
 from student.training.step import check_step, divide_step, steps_of
@@ -105,16 +105,13 @@ def training_values(job: StudentJob) -> dict[str, Any]:
         if name in RESERVED:
             raise InputError(f"training field {name!r} cannot be set: {RESERVED[name]}")
         if name not in fields:
-            close = difflib.get_close_matches(name, [n for n in fields if n not in RESERVED], n=1)
-            raise InputError(
-                f"there is no training field {name!r}"
-                + (f"; did you mean {close[0]!r}?" if close else "; see transformers.TrainingArguments")
-            )
+            hint = closest(name, [n for n in fields if n not in RESERVED]) or "; see transformers.TrainingArguments"
+            raise InputError(f"there is no training field {name!r}{hint}")
         values[name] = _checked(name, TYPES.get(name, fields[name].type), given)
     metric = str(values.get("metric_for_best_model") or "loss")
     # The base class takes every metric for better when larger unless its name ends in "loss".
     values.setdefault("greater_is_better", metric.removeprefix("eval_") == "accuracy")
-    if not _has_accelerator():
+    if not torch.accelerator.is_available():
         values.setdefault("use_cpu", True)
     if values.get("use_cpu"):
         values.setdefault("dataloader_pin_memory", False)
@@ -201,7 +198,3 @@ def _check_reporting(asked: Any) -> None:
         installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
         for name in sorted(names - {*installed, *_NOT_LISTED}):
             raise InputError(f"report_to {name} needs a package that is not installed: pip install {name}")
-
-
-def _has_accelerator() -> bool:
-    return bool(torch.accelerator.is_available())

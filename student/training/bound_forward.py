@@ -123,5 +123,5 @@ class _BoundForward:
 
 def unbind_loss(model: nn.Module) -> None:
     """Restore the forward of the model's class; does nothing to a model without a bound loss."""
-    for name in ("forward", "_original_forward", "accepts_loss_kwargs"):
+    for name in ("forward", "accepts_loss_kwargs"):
         model.__dict__.pop(name, None)

@@ -67,11 +67,6 @@ class Data:
     provenance: dict[str, str]
     live: LiveTeachers | None = None
 
-    @property
-    def measured_loss(self) -> DistillationLoss | None:
-        """The loss to average over the held-out text; None where it cannot be measured."""
-        return None if isinstance(self.eval_loss, str) else self.eval_loss
-
 
 def open_caches(job: StudentJob) -> Caches:
     """Open the caches of a job and check that they, their entries and its windows fit together."""
@@ -178,18 +173,13 @@ def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[Distilla
             [f"fingerprint: {ours.fingerprint} and {theirs.fingerprint}"],
             "Make the held-out cache with the tokenizer of the first",
         )
-    measured, not_measured = [], {}
-    for name, entry in windows.entries.items():
-        reason = _not_comparable(cache, name, entry)
-        if reason is None:
-            measured.append(name)
-        else:
-            not_measured[name] = reason
+    reasons = {name: _not_comparable(cache, name, entry) for name, entry in windows.entries.items()}
+    measured = [name for name, reason in reasons.items() if reason is None]
     begun = windows.begin_id is not None
     held_out = DistillationWindows(
         job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents, begun
     )
-    return held_out, not_measured
+    return held_out, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | None:

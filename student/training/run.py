@@ -269,7 +269,7 @@ def _trainer(run: _Run, model: PreTrainedModel, callbacks: Sequence[TrainerCallb
             eval_dataset=data.eval_windows,
             loss=data.loss,
             eval_members=data.caches.eval_members,
-            eval_loss=data.measured_loss,
+            eval_loss=None if isinstance(data.eval_loss, str) else data.eval_loss,
             fused_head=job.fused_head,
             callbacks=[*own, *callbacks],
         )

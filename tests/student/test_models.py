@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,10 @@ def config_file(folder: Path, **changes: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps({name: value for name, value in {**LLAMA, **changes}.items() if value is not None}))
     return path
+
+
+def change(path: Path, **members: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | members))
 
 
 @pytest.fixture
@@ -183,8 +189,7 @@ def test_a_model_with_weights_keeps_its_special_ids(
 ) -> None:
     """What it lacks is added, and said; whether its ids are in config.json or in generation_config.json."""
     for file in ("config.json", "generation_config.json"):
-        path = directory / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | own))
+        change(directory / file, **own)
     said: list[str] = []
     load(directory, log=said.append).save_pretrained(tmp_path / "again")
     for file in ("config.json", "generation_config.json"):
@@ -237,9 +242,8 @@ def test_a_wrapped_text_model_has_its_own_ids(tmp_path: Path) -> None:
 
 
 def test_a_generation_config_that_cannot_be_saved_is_put_right_and_said(directory: Path, tmp_path: Path) -> None:
-    path = directory / "generation_config.json"
-    shipped = json.loads(path.read_text()) | {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_length": 99}
-    path.write_text(json.dumps(shipped))
+    shipped = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_length": 99}
+    change(directory / "generation_config.json", **shipped)
     said: list[str] = []
     load(directory, log=said.append).save_pretrained(tmp_path / "again")
     (line,) = [one for one in said if "generation_config.json" in one]
@@ -294,9 +298,8 @@ def test_the_dtype_of_stored_weights(directory: Path, tmp_path: Path) -> None:
     said: list[str] = []
     assert stored_dtype("llama-tiny", said.append) == "float32"
     assert stored_dtype(str(config_file(tmp_path, dtype="bfloat16")), said.append) == "float32"
-    config = json.loads((directory / "config.json").read_text())
     for named in ("bfloat16", "float32", None):
-        (directory / "config.json").write_text(json.dumps({**config, "dtype": named}))
+        change(directory / "config.json", dtype=named)
         assert stored_dtype(str(directory), said.append) == "bfloat16"
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
@@ -374,37 +377,23 @@ def test_directories_that_do_not_fit_are_refused(directory: Path) -> None:
     assert "48 positions, fewer than the 49" in refused(directory, window_tokens=49)
 
 
-def damaged(directory: Path, how: str) -> None:
-    weights = directory / "model.safetensors"
-    if how == "no config":
-        (directory / "config.json").unlink()
-    elif how == "broken config":
-        (directory / "config.json").write_text("{")
-    elif how == "no weights":
-        weights.unlink()
-    elif how == "truncated weights":
-        weights.write_bytes(weights.read_bytes()[:100])
-    elif how == "other shapes":
-        config = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 44}))
-    else:
-        config = json.loads((directory / "config.json").read_text())
-        (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no model directory"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "no model directory"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "weights cannot be loaded"),
+    "truncated weights": (lambda folder: os.truncate(folder / "model.safetensors", 100), "weights cannot be loaded"),
+    "other shapes": (lambda folder: change(folder / "config.json", intermediate_size=44), "weights cannot be loaded"),
+    "a layer missing": (
+        lambda folder: change(folder / "config.json", num_hidden_layers=3),
+        "the files lack 9 weights of a LlamaForCausalLM",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("no config", "no model directory"),
-        ("broken config", "no model directory"),
-        ("no weights", "weights cannot be loaded"),
-        ("truncated weights", "weights cannot be loaded"),
-        ("other shapes", "weights cannot be loaded"),
-        ("a layer missing", "the files lack 9 weights of a LlamaForCausalLM"),
-    ],
-)
-def test_broken_directories_are_refused(directory: Path, how: str, message: str) -> None:
-    damaged(directory, how)
+@pytest.mark.parametrize("how", DAMAGED)
+def test_broken_directories_are_refused(directory: Path, how: str) -> None:
+    damage, message = DAMAGED[how]
+    damage(directory)
     found = refused(directory)
     assert message in found
     assert str(directory) in found

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support import processes
+from support.caches.known import contents as files
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import open_job
@@ -57,11 +58,6 @@ def contents(cache: Path, name: str = "a") -> dict[str, bytes]:
     what killed workers left behind."""
     found = files(cache / "teachers" / name)
     return {key: data for key, data in found.items() if not key.startswith("receipts/") and ".partial" not in key}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What a folder holds, by path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def committed(cache: Path, name: str = "a") -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.references.dense_targets import dense, normal, stored
 from torch import Tensor
 
 from storage.errors import InputError
@@ -26,34 +27,16 @@ Batch = tuple[Tensor, Tensor, dict[str, TargetBatch], Tensor]
 MEMBERS = [Member("whole", 1.0, None, V), Member("top", 0.0, None, V)]
 
 
-def random(seed: int, *shape: int, scale: float) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def stored(logp: Tensor, k: int) -> TargetBatch:
-    values, ids = logp.sort(dim=1, descending=True)
-    counts = torch.full((len(logp),), k, dtype=torch.int32)
-    return TargetBatch(
-        token_ids=ids[:, :k].to(torch.int32),
-        logprobs=values[:, :k].float(),
-        kept=counts,
-        certain=counts,
-        log_tail=values[:, k:].logsumexp(1).float(),
-        log_tail_half=(values[:, k:] / 2).logsumexp(1).float(),
-        entropy=-(values.exp() * values).sum(1).float(),
-    )
-
-
 @pytest.fixture
 def batch() -> Batch:
     """Logits, labels that follow them half of the time, targets by member, and the teacher's dense log-probs."""
-    z = random(0, P, W, scale=2.5)
+    z = normal(0, P, W, scale=2.5)
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, V, (P,), generator=generator)
     agree = torch.rand(P, generator=generator) < 0.5
     labels = torch.where(agree, z[:, :V].argmax(1), labels)
     labels[::7] = NOT_TRAINED
-    teacher = torch.log_softmax(random(2, P, V, scale=2.0), 1)
+    teacher = dense(2, P, vocabulary_size=V)
     return z.float(), labels, {"whole": stored(teacher, V), "top": stored(teacher, 5)}, teacher
 
 
@@ -128,7 +111,7 @@ def test_splitting_into_batches_changes_nothing(batch: Batch, monkeypatch: pytes
         part = {name: each[cut] for name, each in targets.items()}
         pieces.add(z[cut], labels[cut], part)
     close(pieces.result(), whole(batch).result())
-    monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", 10 * W)
+    monkeypatch.setitem(evaluate._CHUNK_LOGITS, "elsewhere", 10 * W)
     close(whole(batch).result(), pieces.result())
 
 

@@ -31,6 +31,7 @@ from student.evaluation.blimp import PHENOMENA
 from student.evaluation.evaluate import evaluate as measure
 from student.evaluation.job import EvaluationJob
 from student.evaluation.minimal_pairs import Pair, encode, read_pairs, score_pairs, sentence_logprobs, tally
+from student.evaluation.report import HeldOutScores
 from student.job import StudentJob
 from student.training.run import train
 
@@ -79,7 +80,7 @@ def test_order_batches_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(shuffled, expected[order], rtol=1e-6, atol=1e-5)
     alone = torch.cat([sentence_logprobs(model, [sentence]) for sentence in sentences])
     torch.testing.assert_close(alone, expected, rtol=1e-6, atol=1e-5)
-    monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", 7 * W)
+    monkeypatch.setitem(evaluate._CHUNK_LOGITS, "elsewhere", 7 * W)
     torch.testing.assert_close(sentence_logprobs(model, sentences), expected, rtol=1e-6, atol=1e-5)
 
 
@@ -274,23 +275,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, small_cache: Path) -> Path:
     return folder
 
 
-def test_held_out_figures_are_those_of_the_training_report(world: Path, small_cache: Path) -> None:
-    job = EvaluationJob(model=str(world / "model"), cache=str(small_cache), window_tokens=48, batch_size=5)
-    found = measure(job).held_out
-    reported = json.loads((world / "model" / "report.json").read_text())["held_out"]
-    assert found.tokens == reported["tokens"]
-    assert found.accuracy == reported["accuracy"]
-    assert found.cross_entropy_per_token == pytest.approx(reported["cross_entropy"], rel=1e-6)
-    assert found.perplexity_per_token == pytest.approx(reported["perplexity"], rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(reported["bits_per_byte"], rel=1e-6)
-    assert found.ece == pytest.approx(reported["ece"], rel=1e-5)
-    corpus = LogitCache.open(str(small_cache)).record.corpus
-    per_byte = found.cross_entropy_per_token * corpus.positions / corpus.text_bytes
-    assert found.cross_entropy_per_byte == pytest.approx(per_byte, rel=1e-9)
-    assert found.perplexity_per_byte == pytest.approx(math.exp(per_byte), rel=1e-9)
-    assert found.bits_per_byte == pytest.approx(per_byte / math.log(2), rel=1e-9)
-
-
 def test_the_command(world: Path, small_cache: Path, tmp_path: Path, run: Run) -> None:
     options = ["--pairs", world / "pairs", "--cache", small_cache, "--window-tokens", 48, "--limit", 2]
     out, tasks = tmp_path / "report.json", tmp_path / "tasks"
@@ -329,23 +313,34 @@ def test_json_and_the_space_in_front(world: Path) -> None:
     assert report["minimal_pairs"]["pairs"] == 6
 
 
-def test_the_kl_to_cached_teachers_is_that_of_the_training_report(tmp_path: Path, run: Run) -> None:
+def test_held_out_figures_are_those_of_the_training_report(tmp_path: Path, run: Run) -> None:
     make_world(tmp_path)
-    trained = train(job_in(tmp_path, tmp_path / "model", eval_cache=str(tmp_path / "held")), log=lambda line: None)
+    held, model = tmp_path / "held", tmp_path / "model"
+    reported = train(job_in(tmp_path, model, eval_cache=str(held)), log=lambda line: None).held_out
     # The world's corpus is made without its tokenizer; a model without one is not checked.
-    for file in (tmp_path / "model").glob("tokenizer*"):
+    for file in model.glob("tokenizer*"):
         file.unlink()
-    options = ["--cache", tmp_path / "held", "--window-tokens", 16, "--out", tmp_path / "scores.json"]
-    done = run("logit-cache", "evaluate", tmp_path / "model", "--teacher", "a", "--teacher", "b", *options)
+    options = ["--cache", held, "--window-tokens", 16, "--batch-size", 5, "--out", tmp_path / "scores.json"]
+    done = run("logit-cache", "evaluate", model, "--teacher", "a", "--teacher", "b", *options)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "scores.json").read_text())["held_out"]["kl"]
-    assert found.keys() == {"a", "b"}
-    for name, expected in trained.held_out.kl.items():
-        assert found[name]["nats"] == pytest.approx(expected.nats, rel=1e-5)
-        assert found[name]["lower_bound"] == expected.lower_bound
+    found = HeldOutScores.model_validate(json.loads((tmp_path / "scores.json").read_text())["held_out"])
+    assert (found.tokens, found.accuracy) == (reported.tokens, reported.accuracy)
+    assert found.cross_entropy_per_token == pytest.approx(reported.cross_entropy, rel=1e-6)
+    assert found.perplexity_per_token == pytest.approx(reported.perplexity, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(reported.bits_per_byte, rel=1e-6)
+    assert found.ece == pytest.approx(reported.ece, rel=1e-5)
+    corpus = LogitCache.open(str(held)).record.corpus
+    per_byte = found.cross_entropy_per_token * corpus.positions / corpus.text_bytes
+    assert found.cross_entropy_per_byte == pytest.approx(per_byte, rel=1e-9)
+    assert found.perplexity_per_byte == pytest.approx(math.exp(per_byte), rel=1e-9)
+    assert found.bits_per_byte == pytest.approx(per_byte / math.log(2), rel=1e-9)
+    assert found.kl.keys() == {"a", "b"}
+    for name, expected in reported.kl.items():
+        assert found.kl[name].nats == pytest.approx(expected.nats, rel=1e-5)
+        assert found.kl[name].lower_bound == expected.lower_bound
         assert f"KL to {name}" in done.stdout
-    refused(run("logit-cache", "evaluate", tmp_path / "model", "--teacher", "c", *options), "'c'")
-    refused(run("logit-cache", "evaluate", tmp_path / "model", "--teacher", "a"), "--cache")
+    refused(run("logit-cache", "evaluate", model, "--teacher", "c", *options), "'c'")
+    refused(run("logit-cache", "evaluate", model, "--teacher", "a"), "--cache")
 
 
 def refusal(**fields: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.caches.small import make_entry, stream_record
+from support.caches.small import make_entry, make_entry_2, stream_record
 from support.references.dense_targets import (
     V,
     dense,
@@ -18,7 +18,6 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
-    of_version_2,
     spoiled,
     stored,
     varopt,
@@ -134,10 +133,10 @@ def test_a_tail_that_is_not_known_leaves_the_renormalised_ids() -> None:
     ("fields", "changes", "absent", "figure"),
     [
         (None, {}, set(), "kl_t"),
-        (TARGET_FIELDS, {"sampled_at": 1.0}, set(), "kl_t"),
-        ((), {"sampled_at": 1.0}, {"entropy", "half-tail", "sampled-logprobs"}, "teacher_ce_t"),
-        (("entropy",), {"sampled_at": 1.0}, {"half-tail", "sampled-logprobs"}, "kl_t"),
-        (("half-tail",), {"sampled_at": 2.0}, {"entropy", "sampled-logprobs"}, "kl_t"),
+        (TARGET_FIELDS, {"method": "varopt", "temperature": 1.0}, set(), "kl_t"),
+        ((), {"method": "varopt", "temperature": 1.0}, {"entropy", "half-tail", "sampled-logprobs"}, "teacher_ce_t"),
+        (("entropy",), {"method": "varopt", "temperature": 1.0}, {"half-tail", "sampled-logprobs"}, "kl_t"),
+        (("half-tail",), {"method": "varopt", "temperature": 2.0}, {"entropy", "sampled-logprobs"}, "kl_t"),
         ((), {}, {"entropy", "half-tail"}, "kl_t"),
         ((), {"tail": "unknown"}, {"entropy", "half-tail", "tail"}, None),
     ],
@@ -145,15 +144,36 @@ def test_a_tail_that_is_not_known_leaves_the_renormalised_ids() -> None:
 def test_a_member_knows_what_its_entry_lacks(
     fields: tuple[str, ...] | None, changes: dict[str, Any], absent: set[str], figure: str | None
 ) -> None:
-    entry = make_entry(stream_record(50, V), 9)
-    teacher = Member.of("t", entry if fields is None else of_version_2(entry, fields, **changes))
+    record = stream_record(50, V)
+    teacher = Member.of("t", make_entry(record, 9) if fields is None else make_entry_2(record, 9, fields, **changes))
     assert teacher.absent == absent
     assert figure_of(teacher) == figure
 
 
+LEAN = replace(member(sampled_at=1.0), absent=frozenset({"entropy", "half-tail", "sampled-logprobs"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        *(
+            ({"tail": tail}, f"forward-kl with tail {tail}")
+            for tail in ("bucket", "blend", "controlled", "renormalise")
+        ),
+        ({"loss": "jsd"}, "jsd with tail bucket"),
+        ({"min_entropy": 1.0}, "a threshold of the teacher's entropy (min_entropy)"),
+    ],
+)
+def test_what_needs_a_field_that_is_not_stored_is_refused(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError) as caught:
+        DistillationLoss(V, 0.5, 1.0, [LEAN], **options)
+    field = "entropy" if "min_entropy" in options else "sampled-logprobs"
+    expected = f"teacher t: {what} needs {field}, which its entry does not store: cache it with --fields {field}, or"
+    assert str(caught.value) == f"{expected} --fields all"
+
+
 def test_a_name_says_whether_the_constant_is_known() -> None:
-    lean = replace(member(sampled_at=1.0), absent=frozenset({"entropy", "sampled-logprobs"}))
-    loss = DistillationLoss(V, 0.0, 1.0, [lean])
+    loss = DistillationLoss(V, 0.0, 1.0, [LEAN])
     assert (loss.log_name("t"), loss.meaning("t").split(",")[0]) == ("teacher_ce_t", "a cross-entropy to the teacher")
     z, labels, targets = normal(16, P, V), labels_for(17, P), varopt(dense(18, P), 20, seed=19, dtype=DOUBLE)
     full = DistillationLoss(V, 0.0, 1.0, [member(sampled_at=1.0)])

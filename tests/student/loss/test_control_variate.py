@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.caches.small import make_entry, stream_record
+from support.caches.small import make_entry_2, stream_record
 from support.references.dense_targets import (
     P,
     V,
@@ -21,7 +21,7 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
-    of_version_2,
+    samples_of_one,
     stored,
     varopt,
     with_c,
@@ -33,7 +33,7 @@ from storage.format.targets import SparseTargets
 from student.labels import NOT_TRAINED
 from student.loss.control_variate import ControlCoefficient
 from student.loss.distillation import DistillationLoss
-from student.target_batch import StoredBatch, TargetBatch
+from student.target_batch import StoredBatch
 
 K = 24
 DOUBLE = torch.float64
@@ -78,16 +78,6 @@ def test_the_gradient_is_that_of_the_definition_and_the_value_that_of_the_sample
     assert torch.equal(loss_of(c, tau)(z, labels, {"t": targets}).divergence["t"], plain.divergence["t"])
 
 
-def test_without_a_coefficient_it_is_the_sampled_loss() -> None:
-    z, labels, targets = normal(5, P, V), labels_for(6), {"t": varopt(dense(7), K, seed=8)}
-    ours, theirs = (
-        gradient(lambda z, loss=loss: loss(z, labels, targets).loss_sum, z.float())
-        for loss in (loss_of(0.0), DistillationLoss(V, 0.0, 1.0, [member(sampled_at=1.0)]))
-    )
-    assert torch.equal(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
-
-
 def test_where_the_tails_agree_every_sample_has_the_dense_gradient() -> None:
     logp = dense(9)
     targets = varopt(logp, K, seed=10, dtype=DOUBLE)
@@ -101,20 +91,6 @@ def test_where_the_tails_agree_every_sample_has_the_dense_gradient() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
     _, sampled = gradient(lambda z: loss_of(0.0)(z, every(P), {"t": targets}).loss_sum, z)
     assert (sampled - expected).abs().max() > 1e-3
-
-
-def samples_of_one(logp: Tensor, k: int, tau: float) -> list[tuple[Tensor, TargetBatch]]:
-    """All samples with one sampled id beside k - 1 certain ones, each with its probability [P]."""
-    order = logp.argsort(dim=1, descending=True, stable=True)
-    chances = torch.softmax((logp / tau).gather(1, order[:, k - 1 :]), 1)
-    found = []
-    for choice in range(chances.shape[1]):
-        ids = torch.cat([order[:, : k - 1], order[:, k - 1 + choice, None]], 1)
-        heads = stored(logp, k - 1, dtype=DOUBLE)
-        kept = torch.full((len(logp),), k, dtype=torch.int32)
-        targets = replace(heads, kept=kept, token_ids=ids.to(torch.int32), logprobs=logp.gather(1, ids))
-        found.append((chances[:, choice], targets))
-    return found
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])
@@ -165,7 +141,7 @@ def test_stored_log_probs_are_right_in_the_mean(rounding: str) -> None:
     total = tail.exp().cumsum(0)
     sampled = 1 + torch.searchsorted(total, (uniforms + torch.arange(m)) * total[-1] / m)
     ids = torch.cat([torch.zeros(rows, 1, dtype=torch.int64), sampled], 1)
-    entry = of_version_2(make_entry(stream_record(rows, v), m + 1), ("sampled-logprobs",), sampled_at=1.0)
+    entry = make_entry_2(stream_record(rows, v), m + 1, ("sampled-logprobs",), method="varopt")
     written = SparseTargets(
         start=0,
         token_ids=ids.numpy().astype(np.uint16),

@@ -83,29 +83,6 @@ def test_derivatives_are_the_written_ones(name: LossName, mix: float) -> None:
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
-@every_case
-def test_the_gradient_by_the_logits_is_the_one_rule(name: LossName, mix: float, tau: float) -> None:
-    """g_i - q_i G on the stored ids, q_j / q_t (h - G q_t) outside them, -q_j G on padded ids, over tau."""
-    z, logp = normal(3, P, V + 13), dense(4)
-    targets = stored(logp, 17, dtype=DOUBLE)
-    ids = targets.token_ids.long()
-    loss, labels = loss_of(name, mix, tau), torch.zeros(P, dtype=torch.int64)
-    _, found = gradient(lambda z: loss(z, labels, {"t": targets}).loss_sum, z)
-
-    q = torch.softmax(z / tau, 1)
-    _, ((ell, theta),) = student_buckets(z, labels, [targets.token_ids], [V], tau)
-    ell, theta = ell.requires_grad_(), theta.requires_grad_()
-    teacher = joined(torch.log_softmax(logp / tau, 1), ids)
-    g, h = torch.autograd.grad(Divergence(name, mix)(teacher, (ell, theta)).sum(), (ell, theta))
-    total = (g.sum(1) + h)[:, None]
-    rule = -q * total
-    outside = torch.ones(P, V, dtype=torch.bool).scatter(1, ids, False)
-    q_t = (q[:, :V] * outside).sum(1, keepdim=True)
-    rule[:, :V] = torch.where(outside, q[:, :V] / q_t * (h[:, None] - total * q_t), rule[:, :V].scatter_add(1, ids, g))
-    torch.testing.assert_close(found, tau**2 * rule / tau, rtol=1e-9, atol=1e-13)
-
-
-@pytest.mark.parametrize("tau", TEMPERATURES)
 @pytest.mark.parametrize("padding", [0, 13])
 @every_case
 def test_at_k_equal_v_value_and_gradient_are_the_dense_ones(
@@ -122,29 +99,30 @@ def test_at_k_equal_v_value_and_gradient_are_the_dense_ones(
             return (definition(name, mix, p[:, :V], q) + empty)[trained].sum()
         return definition(name, mix, p, q)[trained].sum()
 
-    for tail in ("auto", "bucket"):
-        loss = loss_of(name, mix, tau, tail=tail)
-        targets = {"t": stored(logp, V, dtype=DOUBLE)}
-    assert_same_loss(lambda z, loss=loss, t=targets: loss(z, labels, t).loss_sum / tau**2, reference, z)
+    loss, targets = loss_of(name, mix, tau), {"t": stored(logp, V, dtype=DOUBLE)}
+    assert_same_loss(lambda z: loss(z, labels, targets).loss_sum / tau**2, reference, z)
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
+@pytest.mark.parametrize("padding", [0, 13])
 @pytest.mark.parametrize("rows", [1 << 18, 1000], ids=["one chunk", "many chunks"])
 @every_case
 def test_below_v_it_is_the_divergence_of_joined_outcomes(
-    name: LossName, mix: float, tau: float, rows: int, monkeypatch: pytest.MonkeyPatch
+    name: LossName, mix: float, padding: int, tau: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for sampled ids: any ids with their own probabilities will do."""
+    """And the cost of padded ids. Also for sampled ids: any ids with their own probabilities will do."""
     monkeypatch.setitem(buckets._CHUNK_LOGITS, "cpu", rows)
-    z, logp, labels = normal(8, P, V), dense(9), labels_for(10)
-    trained = labels != NOT_TRAINED
-    for targets in (stored(logp, 11, dtype=DOUBLE), varopt(logp, 20, seed=3, tau=tau, dtype=DOUBLE)):
+    z, logp, labels = normal(8, P, V + padding), dense(9), labels_for(10)
+    trained, cost = labels != NOT_TRAINED, Divergence(name, mix).padding_cost
+    top_k = [stored(logp, k, dtype=DOUBLE) for k in (1, 11, V - 1)]
+    for targets in (*top_k, varopt(logp, 20, seed=3, tau=tau, dtype=DOUBLE)):
         ids = targets.token_ids.long()
 
         def reference(z: Tensor, ids: Tensor = ids) -> Tensor:
-            p, q = (joined(torch.log_softmax(x / tau, 1), ids) for x in (logp, z))
+            log_q = torch.log_softmax(z / tau, 1)
+            p, q = (joined(each, ids) for each in (torch.log_softmax(logp / tau, 1), log_q[:, :V]))
             p, q = (torch.cat([heads, tail[:, None]], 1).exp() for heads, tail in (p, q))
-            return definition(name, mix, p, q)[trained].sum()
+            return (definition(name, mix, p, q) + cost * log_q[:, V:].exp().sum(1))[trained].sum()
 
         loss = loss_of(name, mix, tau, tail="bucket", sampled_at=tau)
         assert_same_loss(lambda z, loss=loss, t=targets: loss(z, labels, {"t": t}).loss_sum / tau**2, reference, z)

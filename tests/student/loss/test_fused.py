@@ -111,12 +111,18 @@ OBJECTIVES: list[dict[str, Any]] = [
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("options", OBJECTIVES, ids=str)
-def test_every_loss_of_the_family_goes_through(options: dict[str, Any]) -> None:
-    tensors, logp, labels = inputs(V + 2), dense(10, P), labels_for(11, P)
+@pytest.mark.parametrize(("columns", "size"), [(V + 2, V), (V - 1, V), (V + 13, V - 1)])
+def test_every_loss_of_the_family_goes_through(columns: int, size: int, options: dict[str, Any]) -> None:
+    """Also where the teacher has another number of ids than the student."""
+    tensors, shared = inputs(columns), min(columns, size)
+    # Next to no mass where the student has no column.
+    logp = torch.log_softmax(normal(10, P, size).index_fill(1, torch.arange(shared, size), -30.0), 1)
+    labels = labels_for(11, P, shared)
     sampled = options.get("tail") in SAMPLED_TAILS
     targets = {"t": varopt(logp, 16, 12, dtype=torch.float64) if sampled else stored(logp, 16, dtype=torch.float64)}
     arguments = {"alpha": 0.2, "temperature": 1.0 if sampled else 2.0, **options}
-    loss = with_c(DistillationLoss(V, members=[member(sampled_at=1.0 if sampled else None)], **arguments), 0.8)
+    teacher = member(size=size, sampled_at=1.0 if sampled else None)
+    loss = with_c(DistillationLoss(shared, members=[teacher], **arguments), 0.8)
     weights = torch.rand(P, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
     ours = fused_loss(*tensors, loss.prepare(labels, targets, weights), softcap=8.0)
     assert_same(ours, loss(naive_logits(*tensors, softcap=8.0), labels, targets, weights), tensors)

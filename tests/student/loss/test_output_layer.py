@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from support.models.students import FAMILIES, IDS, SMALL, V, batch_of, loss_of, small_model
-from support.references.dense_targets import member
-from support.runs import arguments, job_in, make_world, ranks
+from support.runs import arguments, job_in, ranks
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from storage.errors import InputError
 from student.cli import train_student
-from student.data.windows import DistillationWindows
 from student.loss.output_layer import PlainHead, choose_head, plain_head
 from student.training.bound_forward import bind_loss
 from student.training.run import train
@@ -153,13 +151,6 @@ def test_a_compiled_model_has_the_same_loss(fused_head: str) -> None:
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
-
-
 def test_a_fused_run_is_the_run_that_holds_its_logits(world: Path, tmp_path: Path) -> None:
     common = {"model": str(world / "gpt2.json"), "eval_cache": str(world / "held")}
     reports = {}
@@ -174,28 +165,6 @@ def test_a_fused_run_is_the_run_that_holds_its_logits(world: Path, tmp_path: Pat
     assert off.held_out is not None
     assert on.held_out.cross_entropy == pytest.approx(off.held_out.cross_entropy, abs=1e-5)
     assert on.held_out.kl["b"].nats == pytest.approx(off.held_out.kl["b"].nats, abs=1e-5)
-
-
-def test_evaluation_does_not_know_of_it(world: Path, tmp_path: Path) -> None:
-    from transformers import TrainingArguments
-
-    from student.training.trainer import DistillationTrainer
-
-    windows = DistillationWindows(str(world / "held"), ["b"], 16)
-    results = []
-    for choice in ("on", "off"):
-        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
-        trainer = DistillationTrainer(
-            small_model("llama"),
-            args,
-            eval_dataset=windows,
-            loss=loss_of(),
-            eval_members=[member("b", size=V)],
-            fused_head=choice,
-        )
-        assert (trainer.not_fused is None) == (choice == "on")
-        results.append(trainer.held_out(windows))
-    assert results[0] == results[1]
 
 
 def test_the_command_refuses_before_it_writes_anything(world: Path, tmp_path: Path) -> None:

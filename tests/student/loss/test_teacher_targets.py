@@ -21,7 +21,7 @@ from support.references.dense_targets import (
     labels_for,
     member,
     normal,
-    spoiled,
+    samples_of_one,
     stored,
     varopt,
 )
@@ -30,11 +30,9 @@ from torch import Tensor
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss, forward_kl
-from student.loss.objective import Tail
 from student.loss.teacher_targets import interpolation_bound, mean_rounding, tail_bounds, temper, weights
 from student.target_batch import TargetBatch
 
-TAILS: list[Tail] = ["bucket", "sampled", "blend", "renormalise", "none"]
 TEMPERATURES = [1.0, 2.0]
 DOUBLE = torch.float64
 
@@ -42,19 +40,6 @@ DOUBLE = torch.float64
 def mixed_entry(logp: Tensor, tau: float, step: float | None = None) -> TargetBatch:
     dtype = torch.float32 if step else DOUBLE
     return varopt(logp, 24, seed=5, tau=tau, step=step, dtype=dtype)
-
-
-@pytest.mark.parametrize("tau", TEMPERATURES)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("width", [V, V + 13])
-def test_at_k_equal_v_every_tail_is_the_dense_kl(tail: Tail, tau: float, width: int) -> None:
-    z, logp = normal(1, P, width), dense(2)
-    targets = stored(logp, V, dtype=DOUBLE)
-    assert_same_loss(
-        lambda z: forward_kl(z, targets, member(sampled_at=tau), tau, None, tail, 0.4),
-        lambda z: dense_kl(z, logp, tau),
-        z,
-    )
 
 
 @pytest.mark.parametrize("tau", TEMPERATURES)
@@ -84,46 +69,18 @@ def test_a_sampled_tail_shares_the_mass_outside_the_certain_ids(tau: float) -> N
 def test_the_mean_over_all_samples_is_the_dense_kl_and_its_gradient(tau: float) -> None:
     """With one sampled id, all samples can be listed with their probability: p_i over the mass outside the heads."""
     rows, v, k = 3, 29, 6
-    z, logp = normal(5, rows, v + 2), dense(6, rows, vocabulary_size=v)
-    order = logp.argsort(dim=1, descending=True, stable=True)
-    p = torch.softmax(logp / tau, 1)
-    chances = p.gather(1, order[:, k - 1 :])
-    chances = chances / chances.sum(1, keepdim=True)
+    z, logp, teacher = normal(5, rows, v + 2), dense(6, rows, vocabulary_size=v), member(sampled_at=tau, size=v)
     total, total_gradient = torch.zeros(rows, dtype=DOUBLE), torch.zeros_like(z)
     bucketed = torch.zeros(rows, dtype=DOUBLE)
-    heads = stored(logp, k - 1, dtype=DOUBLE)
-    for choice in range(v - k + 1):
-        ids = torch.cat([order[:, : k - 1], order[:, k - 1 + choice, None]], 1)
-        targets = replace(
-            heads,
-            kept=torch.full((rows,), k, dtype=torch.int32),
-            token_ids=ids.to(torch.int32),
-            logprobs=logp.gather(1, ids),
-        )
-        teacher = member(sampled_at=tau, size=v)
-        value, by_z = gradient(lambda z, t=targets, m=teacher: forward_kl(z, t, m, tau, None, "sampled"), z)
-        total += chances[:, choice] * value
-        total_gradient += chances[:, choice, None] * by_z
-        bucketed += chances[:, choice] * forward_kl(z, targets, teacher, tau, None, "bucket")
+    for chance, targets in samples_of_one(logp, k, tau):
+        value, by_z = gradient(lambda z, t=targets: forward_kl(z, t, teacher, tau, None, "sampled"), z)
+        total += chance * value
+        total_gradient += chance[:, None] * by_z
+        bucketed += chance * forward_kl(z, targets, teacher, tau, None, "bucket")
     expected, expected_gradient = gradient(lambda z: dense_kl(z, logp, tau), z)
     torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(total_gradient, expected_gradient, rtol=1e-9, atol=1e-14)
     assert (bucketed < 0.95 * expected).all(), "the bucket is biased here, so unbiasedness is not trivial"
-
-
-@pytest.mark.parametrize("tau", TEMPERATURES)
-def test_a_bucket_takes_every_stored_id_with_its_own_probability(tau: float) -> None:
-    z, logp = normal(7, P, V + 3), dense(8)
-    targets = mixed_entry(logp, tau)
-    ids = targets.token_ids.long()
-    p_i, p_t = joined(torch.log_softmax(logp / tau, 1), ids)
-
-    def reference(z: Tensor) -> Tensor:
-        log_q = torch.log_softmax(z / tau, 1)
-        q_i, q_t = joined(log_q[:, :V], ids)
-        return (p_i.exp() * (p_i - q_i)).sum(1) + p_t.exp() * (p_t - q_t)
-
-    assert_same_loss(lambda z: forward_kl(z, targets, member(sampled_at=tau), tau), reference, z)
 
 
 def test_a_blend_is_linear_in_its_share() -> None:
@@ -206,23 +163,6 @@ def test_a_row_without_sampled_ids_keeps_its_small_tail_bucket() -> None:
     bucket = weights(temper(targets, member(), 1.0), "bucket")
     for one, other in zip(vars(found).values(), vars(bucket).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("tau", TEMPERATURES)
-@pytest.mark.parametrize("tail", TAILS)
-def test_positions_that_are_not_trained_are_ignored_by_every_tail(tail: Tail, tau: float) -> None:
-    z, logp, labels = normal(18, P, V + 1).float(), dense(19), labels_for(20)
-    trained = labels != NOT_TRAINED
-    targets = varopt(logp, 12, seed=2, tau=tau)
-    broken = spoiled(targets, ~trained)
-    teacher = member(sampled_at=tau)
-    value, by_z = gradient(lambda z: forward_kl(z, broken, teacher, tau, trained, tail, 0.5), z)
-    assert not value[~trained].any()
-    assert not by_z[~trained].any()
-    few = targets[trained]
-    expected, expected_gradient = gradient(lambda z: forward_kl(z, few, teacher, tau, None, tail, 0.5), z[trained])
-    torch.testing.assert_close(value[trained], expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(by_z[trained], expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("tau", [1.01, 1.25, 1.5, 1.9, 2.5, 4.0, 50.0])

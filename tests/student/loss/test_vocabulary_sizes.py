@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.references.dense_targets import P, V, gradient, labels_for, member, normal, stored, varopt, with_c
+from support.references.dense_targets import P, V, gradient, labels_for, member, normal, stored
 from torch import Tensor
 
 from student.labels import NOT_TRAINED
@@ -92,22 +92,3 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(
             torch.testing.assert_close(found.divergence[name], each.sum(), rtol=1e-11, atol=0)
         _, ours = gradient(lambda w, sums=sums: sums(w).loss_sum, weight)
         torch.testing.assert_close(ours, by_weight, rtol=1e-9, atol=1e-11 * float(by_weight.abs().max()))
-
-
-@pytest.mark.parametrize(
-    "objective",
-    [{"loss": "reverse-kl"}, {"loss": "jsd"}, {"tail": "sampled"}, {"tail": "blend"}, {"tail": "controlled"}],
-)
-@pytest.mark.parametrize(("columns", "size"), [(V - 1, V), (V + 13, V - 1)])
-def test_other_objectives_are_the_same_fused_and_not(columns: int, size: int, objective: dict[str, Any]) -> None:
-    logp = teacher(2, size, columns)
-    sampled = "tail" in objective
-    targets = {"t": (varopt(logp, 12, 1, dtype=torch.float64) if sampled else stored(logp, 12, dtype=torch.float64))}
-    teachers = [member(size=size, sampled_at=1.0 if sampled else None)]
-    loss = with_c(DistillationLoss(V - 1, ALPHA, 1.0, teachers, **objective), 0.8)
-    labels, hidden, weight = labels_for(3, vocabulary_size=V - 1), normal(7, P, H), normal(8, columns, H, scale=0.6)
-    value, by_weight = gradient(lambda w: loss(hidden @ w.t(), labels, targets).loss_sum, weight)
-    fused, ours = gradient(lambda w: fused_loss(hidden, w, None, loss.prepare(labels, targets)).loss_sum, weight)
-    assert bool(value.isfinite())
-    torch.testing.assert_close(fused, value, rtol=1e-11, atol=0)
-    torch.testing.assert_close(ours, by_weight, rtol=1e-9, atol=1e-11 * float(by_weight.abs().max()))

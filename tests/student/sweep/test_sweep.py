@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 from support.commands import ROOT, Run, refused
 from support.processes import Process, start
 from support.runs import LLAMA
 from transformers import AutoModelForCausalLM
 
 from storage.errors import IdentityMismatch, InputError
-from student.cli import build_job, train_student
+from student.cli import build_job
 from student.job import StudentJob
 from student.report import TrainingReport
 from student.sweep.record import INTERRUPTED, SweepReport, TrialRecord
@@ -155,14 +154,12 @@ UNFIT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_parameters_that_do_not_fit_are_refused_before_anything_runs(world: Path, tmp_path: Path, case: str) -> None:
+def test_parameters_that_do_not_fit_are_refused_before_anything_runs(
+    world: Path, tmp_path: Path, run: Run, case: str
+) -> None:
     parameters, changes, words = UNFIT[case]
     data = fields(world, tmp_path / "out", parameters or None, **copy.deepcopy(changes))
-    result = CliRunner().invoke(train_student, ["--sweep", written(tmp_path / "sweep.yaml", data)])
-    assert result.exit_code == 2, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert words in errors[0], errors[0]
+    refused(run("train-student", "--sweep", written(tmp_path / "sweep.yaml", data)), words)
     assert not (tmp_path / "out").exists()
 
 
@@ -182,10 +179,8 @@ def test_weights_held_out_text_and_processes(world: Path, tmp_path: Path, monkey
         with pytest.raises(InputError, match=r"needs optuna: pip install 'logit-cache\[tune\]'"):
             swept(tmp_path / "sweep.yaml", data)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = CliRunner().invoke(train_student, ["--sweep", written(tmp_path / "sweep.yaml", data)])
-    assert result.exit_code == 2
-    assert "one process" in result.stderr
-    assert "torchrun" in result.stderr
+    with pytest.raises(InputError, match="a trial runs in one process: start the sweep without torchrun"):
+        swept(tmp_path / "sweep.yaml", data)
 
 
 # What a trial had
@@ -247,11 +242,11 @@ def test_a_seed_repeats_a_sweep_and_another_does_not(world: Path, done: Path, tm
     assert other.trials[0].parameters != first.trials[0].parameters
 
 
-def test_the_table_is_best_first_and_a_finished_sweep_is_not_run_again(done: Path) -> None:
+def test_the_table_is_best_first_and_a_finished_sweep_is_not_run_again(done: Path, run: Run) -> None:
     kept = list(done.glob("trial-*/*"))
     before = [path.stat().st_mtime_ns for path in kept]
-    result = CliRunner().invoke(train_student, ["--sweep", str(done.parent / "sweep.yaml")])
-    assert result.exit_code == 0, result.stderr
+    result = run("train-student", "--sweep", done.parent / "sweep.yaml")
+    assert result.returncode == 0, result.stderr
     assert "all 4 trials are done" in result.stderr
     values = [float(line.split()[2]) for line in result.stdout.splitlines()[1:5]]
     assert values == sorted(values)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from support.commands import in_process, refused
 from support.references.dense_targets import write_varopt
 from support.runs import KILLED, V, arguments, have_equal_weights, job_in, make_world, ranks
 
 from storage import LogitCache
 from storage.errors import InputError
 from storage.format.manifest import TARGET_FIELDS
-from student.cli import train_student
 from student.data.windows import DistillationWindows
 from student.report import TrainingReport
 from student.training.run import train
@@ -39,13 +39,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_varopt(url, entry, logp, 12, tau)
         for entry, fields in (("lean", ()), ("all", TARGET_FIELDS)):
             write_varopt(url, entry, logp, 12, fields=fields)
-        write_varopt(url, "some", logp, 12, fields=("entropy",), there=torch.arange(len(tokens)) % 3 == 0)
+        write_varopt(url, "some", logp, 12, fields=("entropy",), there=np.arange(len(tokens)) % 3 == 0)
     return folder
 
 
-def invoke(world: Path, out: Path, *more: str, **changes: Any) -> Result:
+def invoke(world: Path, out: Path, *more: str, **changes: Any) -> subprocess.CompletedProcess[str]:
     changes = {"training": {"max_steps": 2}, "temperature": 1, **changes}
-    return CliRunner().invoke(train_student, [*arguments(job_in(world, out, **changes)), *more])
+    return in_process("train-student", *arguments(job_in(world, out, **changes)), *more)
 
 
 RUNS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -73,7 +73,7 @@ RUNS: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_runs_name_their_divergence_and_what_it_is(world: Path, tmp_path: Path, case: str) -> None:
     changes, name, meaning = RUNS[case]
     done = invoke(world, tmp_path / "out", **changes)
-    assert done.exit_code == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     teacher = name.rpartition("_")[2]
     (line,) = [line for line in done.stdout.splitlines() if f" to {teacher}  " in line]
     assert meaning in line
@@ -142,14 +142,6 @@ def test_alpha_follows_the_targets_where_it_is_left_open(
         assert entry["loss"] == pytest.approx(parts[0] if parts else entry["cross_entropy"], rel=1e-5)
 
 
-def test_held_out_divergence_from_sampled_ids_is_no_bound(world: Path, tmp_path: Path) -> None:
-    job = job_in(world, tmp_path / "out", teachers=["sampled", "a"], temperature=1, eval_cache=str(world / "held"),
-                 training={"max_steps": 1})  # fmt: skip
-    held = train(job).held_out
-    assert (held.kl["sampled"].lower_bound, held.kl["a"].lower_bound) == (False, True)
-    assert held.kl["sampled"].nats > 0
-
-
 def test_an_interpolated_temperature_reports_its_error_bound(world: Path, tmp_path: Path) -> None:
     job = job_in(world, tmp_path / "out", temperature=1.5, interpolate_tail=True, training={"max_steps": 1})
     lines: list[str] = []
@@ -164,14 +156,9 @@ def test_an_interpolated_temperature_reports_its_error_bound(world: Path, tmp_pa
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "temperature": (["--temperature", "1.5"], "exact only at 1 and 2; take one of them, or --interpolate-tail"),
-    "sharpened": (["--temperature", "0.5", "--interpolate-tail"], "cannot be bounded below 1"),
     "a mixture of no KL": (["--loss", "jsd"], "loss jsd of several teachers (a, b)"),
     "mix too large": (["--loss", "jsd", "--mix", "2"], "--mix"),
     "nothing sampled": (["--tail", "sampled"], "teacher a stores its top-k ids"),
-    "nothing to control": (
-        ["--tail", "controlled"],
-        "teacher a stores its top-k ids and no sampled ids, so tail contr",
-    ),
 }
 
 
@@ -179,32 +166,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
 def test_wrong_choices_are_one_line_and_leave_nothing(world: Path, tmp_path: Path, case: str) -> None:
     more, expected = WRONG[case]
     done = invoke(world, tmp_path / "out", *more)
-    assert done.exit_code == 2, done.output
-    assert expected in done.stderr
+    refused(done, expected)
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-LEAN: dict[str, tuple[list[str], str]] = {
-    "bucket": (["--tail", "bucket"], "forward-kl with tail bucket needs sampled-logprobs"),
-    "blend": (["--tail", "blend"], "forward-kl with tail blend needs sampled-logprobs"),
-    "control": (["--tail", "controlled"], "forward-kl with tail controlled needs sampled-logprobs"),
-    "renormalise": (["--tail", "renormalise"], "forward-kl with tail renormalise needs sampled-logprobs"),
-    "another loss": (["--loss", "jsd"], "jsd with tail bucket needs sampled-logprobs"),
-    "selection": (["--min-entropy", "1"], "(min_entropy) needs entropy"),
-}
-
-
-@pytest.mark.parametrize("case", LEAN)
-def test_what_needs_a_field_that_is_not_stored_is_one_line_and_leaves_nothing(
-    world: Path, tmp_path: Path, case: str
-) -> None:
-    more, expected = LEAN[case]
-    done = invoke(world, tmp_path / "out", *more, teachers=["lean"])
-    assert (done.exit_code, len(done.stderr.strip().splitlines())) == (2, 1), done.output
-    field = expected.rpartition(" ")[2]
-    assert f"teacher lean: {expected}" in done.stderr.replace("a threshold of the teacher's entropy ", "")
-    assert f"cache it with --fields {field}, or --fields all" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

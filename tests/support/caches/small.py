@@ -62,9 +62,11 @@ def dense_targets(logits: np.ndarray, k: int, labels: np.ndarray, start: int = 0
     )
 
 
-def varopt_targets(logits: np.ndarray, k: int, labels: np.ndarray, temperature: float = 1.0) -> SparseTargets:
-    """VarOpt targets of dense logits [T, V], row by row from the definition; always the same."""
-    rng, rows = np.random.default_rng(0), len(logits)
+def varopt_targets(
+    logits: np.ndarray, k: int, labels: np.ndarray, temperature: float = 1.0, seed: int = 0
+) -> SparseTargets:
+    """VarOpt targets of dense logits [T, V], row by row from the definition."""
+    rng, rows = np.random.default_rng(seed), len(logits)
     every = dense_targets(logits, logits.shape[1], labels)
     logp = every.logprobs.astype(np.float64)  # [T, V], descending
     columns, certain = np.empty((rows, k), dtype=np.int64), np.empty(rows, dtype=np.uint16)

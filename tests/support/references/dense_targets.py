@@ -8,18 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from support.caches.small import dense_targets, make_entry, write_entry
+from support.caches.small import make_entry, make_entry_2, varopt_targets, without_rows, write_entry
 from torch import Tensor
 
 from storage import LogitCache
 from storage.format import encoding
-from storage.format.manifest import Targets as StoredTargets
-from storage.format.manifest import TeacherEntry
-from storage.format.targets import SparseTargets
+from storage.format.manifest import Targets
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
@@ -56,22 +53,24 @@ def stored(
 def varopt(
     logp: Tensor, k: int, seed: int, tau: float = 1.0, step: float | None = None, dtype: torch.dtype = torch.float32
 ) -> TargetBatch:
-    """VarOpt targets of dense log-probs [P, V] for a temperature, row by row, from the definition."""
-    uniforms = torch.rand(len(logp), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    columns, certain = [], []
-    for row, uniform in zip(torch.softmax(logp / tau, 1), uniforms, strict=True):
-        p, order = row.sort(descending=True, stable=True)
-        rest = p.flip(0).cumsum(0).flip(0)  # rest[j] = the sum of p[j:]
-        j = next(j for j in range(k) if p[j] * (k - j) < rest[j])
-        light = order[j:].sort().values
-        total = row[light].cumsum(0)
-        points = (uniform + torch.arange(k - j)) * total[-1] / (k - j)
-        sampled = light[torch.searchsorted(total, points).clamp(max=len(light) - 1)]
-        assert len(sampled.unique()) == k - j
-        sampled = sampled[logp[len(columns)][sampled].sort(descending=True, stable=True).indices]
-        columns.append(torch.cat([order[:j], sampled]))
-        certain.append(j)
-    return _targets(logp, torch.stack(columns), torch.full((len(logp),), k), torch.tensor(certain), step, dtype)
+    """VarOpt targets of dense log-probs [P, V] for a temperature."""
+    found = varopt_targets(logp.numpy(), k, np.full(len(logp), -1), tau, seed)
+    ids, certain = (torch.from_numpy(each.astype(np.int64)) for each in (found.token_ids, found.certain))
+    return _targets(logp, ids, torch.full((len(logp),), k), certain, step, dtype)
+
+
+def samples_of_one(logp: Tensor, k: int, tau: float) -> list[tuple[Tensor, TargetBatch]]:
+    """All samples with one sampled id beside k - 1 certain ones, each with its probability [P]."""
+    order = logp.argsort(dim=1, descending=True, stable=True)
+    chances = torch.softmax((logp / tau).gather(1, order[:, k - 1 :]), 1)
+    found = []
+    for choice in range(chances.shape[1]):
+        ids = torch.cat([order[:, : k - 1], order[:, k - 1 + choice, None]], 1)
+        heads = stored(logp, k - 1, dtype=torch.float64)
+        kept = torch.full((len(logp),), k, dtype=torch.int32)
+        targets = replace(heads, kept=kept, token_ids=ids.to(torch.int32), logprobs=logp.gather(1, ids))
+        found.append((chances[:, choice], targets))
+    return found
 
 
 def _targets(
@@ -139,62 +138,28 @@ def write_varopt(
     tau: float = 1.0,
     seed: int = 0,
     fields: tuple[str, ...] | None = None,
-    there: Tensor | None = None,
-) -> TargetBatch:
-    """Write a VarOpt entry of dense log-probs [N, V] into a cache; returns its targets.
+    there: np.ndarray | None = None,
+) -> None:
+    """Write a VarOpt entry of dense log-probs [N, V] into a cache, with the ids of `varopt`.
 
     fields: those of an entry of version 2, with codes, and there: bool [N], its rows with targets; else version 1.
     """
     cache = LogitCache.open(url)
     tokens = cache.tokens.read(0, len(logp)).astype(np.int64)
-    sampled = varopt(logp, k, seed, tau)
-    base = dense_targets(logp.numpy(), k, np.append(tokens[1:], -1))
-    names = ("kept", "certain", "log_tail", "log_tail_half")
-    targets = replace(
-        base,
-        token_ids=sampled.token_ids.numpy().astype(base.token_ids.dtype),
-        logprobs=sampled.logprobs.numpy(),
-        **{name: getattr(sampled, name).numpy().astype(getattr(base, name).dtype) for name in names},
-    )
+    targets = varopt_targets(logp.numpy(), k, np.append(tokens[1:], -1), tau, seed)
     if fields is None:
-        method = StoredTargets(method="varopt", k=k, seed=seed, temperature=tau, has_label_logprob=True)
+        method = Targets(method="varopt", k=k, seed=seed, temperature=tau, has_label_logprob=True)
         entry = make_entry(cache.record, k, encoding="float32").model_copy(update={"targets": method})
     else:
         positions = "all" if there is None else "some"
-        entry = of_version_2(make_entry(cache.record, k), fields, sampled_at=tau, positions=positions)
-    write_entry(url, name, entry, targets if there is None else without_rows(targets, ~there.numpy()))
-    return sampled
+        entry = make_entry_2(cache.record, k, fields, method="varopt", temperature=tau, positions=positions)
+    write_entry(url, name, entry, targets if there is None else without_rows(targets, ~there))
 
 
 def member(
     name: str = "t", weight: float = 1.0, step: float | None = None, sampled_at: float | None = None, size: int = V
 ) -> Member:
     return Member(name, weight, step, size, sampled_at)
-
-
-def without_rows(targets: SparseTargets, rows: np.ndarray) -> SparseTargets:
-    """The targets where some rows, bool [T], have none."""
-    values = {"kept": 0, "certain": 0, "log_tail": math.nan, "log_tail_half": math.nan, "entropy": math.nan}
-    arrays = {name: array.copy() for name, array in targets.arrays().items()}
-    for name in values.keys() & arrays.keys():
-        arrays[name][rows] = values[name]
-    return SparseTargets(targets.start, **arrays)
-
-
-def of_version_2(
-    entry: TeacherEntry, fields: tuple[str, ...], sampled_at: float | None = None, **changes: Any
-) -> TeacherEntry:
-    """An entry of version 2 like one of version 1, with these fields; `changes` are those of its targets."""
-    codes, record = entry.encoding.kind == "codes", entry.model_dump()
-    targets: dict[str, Any] = {"k": entry.targets.k, "fields": fields, "positions": "all", "tail": "exact"}
-    if sampled_at is not None:
-        targets |= {"method": "varopt", "seed": 0, "temperature": sampled_at, "sampling": "systematic", "order": "ids"}
-    steps = {"value_step_nats": encoding.DEFAULT_VALUE_STEP_NATS} if codes else {}
-    if codes and "sampled-logprobs" in fields:
-        steps["sampled_step_nats"] = encoding.DEFAULT_SAMPLED_STEP_NATS
-    record |= {"format_version": 2, "made": "cached", "targets": targets | changes}
-    record["encoding"] = {"kind": entry.encoding.kind, "step_nats": entry.encoding.step_nats, **steps}
-    return TeacherEntry.model_validate(record)
 
 
 def with_c(loss: DistillationLoss, c: float) -> DistillationLoss:
