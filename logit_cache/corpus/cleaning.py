@@ -197,18 +197,14 @@ def _bytes_taken(location: str, limit: int | None) -> int:
     if limit is None or size <= limit:
         return size
     with open(location, "rb") as file:
-        stop = limit
-        while stop:
+        for stop in range(limit, 0, -PIECE_BYTES):
             start = max(0, stop - PIECE_BYTES)
             file.seek(start)
-            end = file.read(stop - start).rfind(b"\n") + 1
-            if end:
+            if end := file.read(stop - start).rfind(b"\n") + 1:
                 return start + end
-            stop = start
         file.seek(limit)
-        while piece := file.readline(PIECE_BYTES):
-            if piece.endswith(b"\n"):
-                break
+        while (piece := file.readline(PIECE_BYTES)) and not piece.endswith(b"\n"):
+            pass
         return file.tell()
 
 

@@ -70,11 +70,6 @@ class UnfitTokenizer(InputError):
     """The tokenizer does not go with rows of such a kind, whatever the single row holds."""
 
 
-def reason(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def checked_text(text: Any, where: str) -> str:
     """The text itself; raises InputError if it is not Unicode text (JSON can spell half a surrogate pair)."""
     if not isinstance(text, str):

@@ -11,8 +11,8 @@ from typing import Any
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.replies import render
 from logit_cache.corpus.conversations.template import RESERVED, ChatTemplate
-from logit_cache.corpus.documents import Chunk, Conversation, UnfitTokenizer, checked_text, reason
-from storage.errors import InputError
+from logit_cache.corpus.documents import Chunk, Conversation, UnfitTokenizer, checked_text
+from storage.errors import InputError, error_text
 from storage.text import counted
 
 
@@ -120,7 +120,8 @@ class Renderer:
             except Exception as error:
                 # Jinja has errors of its own for what is no template.
                 raise UnfitTokenizer(
-                    f"the chat template is not valid ({reason(error)}); correct it, or give --chat-template FILE"
+                    f"the chat template is not valid ({error_text(error, 300)}); correct it, or give "
+                    f"--chat-template FILE"
                 ) from None
         return self._templates[source]
 

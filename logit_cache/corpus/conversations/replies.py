@@ -19,8 +19,8 @@ from typing import Any
 from logit_cache.corpus.conversations.messages import REASONING
 from logit_cache.corpus.conversations.shown import forms, lost
 from logit_cache.corpus.conversations.template import PROBE, ChatTemplate, Inputs, Messages, Rendered
-from logit_cache.corpus.documents import Conversation, Ranges, reason
-from storage.errors import InputError
+from logit_cache.corpus.documents import Conversation, Ranges
+from storage.errors import InputError, error_text
 
 _MARK_THE_REPLIES = "give a template that marks the replies with {% generation %}: --chat-template FILE"
 _PRINTS = "take a template that prints it (--chat-template FILE), or remove it from the row"
@@ -89,7 +89,7 @@ def _rendered(template: ChatTemplate, messages: Messages, inputs: Inputs, where:
     except Exception as error:
         # Templates are programs: they raise errors of any type, and fail in any way on fields that they did not expect.
         raise InputError(
-            f"{where}: the chat template refuses these messages ({reason(error)}); correct the row"
+            f"{where}: the chat template refuses these messages ({error_text(error, 300)}); correct the row"
         ) from None
 
 
@@ -265,7 +265,7 @@ def _by_prefixes(
         except Exception as error:
             raise InputError(
                 f"{where}: message {index} cannot be found in the template's text, and the template refuses the "
-                f"messages up to it ({reason(error)}); {_MARK_THE_REPLIES}"
+                f"messages up to it ({error_text(error, 300)}); {_MARK_THE_REPLIES}"
             ) from None
         if not after.startswith(before) or not whole.startswith(after):
             raise InputError(
