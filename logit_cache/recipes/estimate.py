@@ -160,16 +160,9 @@ def table(stages: Sequence[Stage], machine: Machine) -> str:
     """The estimate as a text table for a terminal: a row for every stage, and the sum of their times."""
     rows = [("stage", "work", "time", "memory", "disk")]
     for stage in stages:
-        cost = stage.cost
-        rows.append(
-            (
-                stage.title,
-                f"{2 * cost.products:.1e} FLOP" if cost.products else "–",
-                duration(seconds(cost, machine)),
-                size(cost.memory_bytes),
-                size(cost.disk_bytes),
-            )
-        )
+        cost, time = stage.cost, duration(seconds(stage.cost, machine))
+        work = f"{2 * cost.products:.1e} FLOP" if cost.products else "–"
+        rows.append((stage.title, work, time, size(cost.memory_bytes), size(cost.disk_bytes)))
     lines = columns(rows)
     lines.append(
         f"about {duration(sum(seconds(stage.cost, machine) for stage in stages))}, on {machine.name} "
