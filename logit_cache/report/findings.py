@@ -372,14 +372,14 @@ def _open(path: Path | None) -> LogitCache | None:
 def _entry(name: str, train: LogitCache | None, held_out: LogitCache | None) -> Entry:
     if train is None or name not in train.teachers:
         return Entry(name, None, None, None)
-    targets = train.teacher(name)
-    found = describe_entry(targets)
-    # A derived entry's receipts count the seconds of its derivation, not the teacher's.
-    counts = found["complete"] and targets.entry.derived_from is None
-    seconds = targets.statistics()[1] if counts else 0.0
-    held_out_seconds = 0.0
-    if held_out is not None and name in held_out.teachers:
-        other = held_out.teacher(name)
-        held_out_seconds = 0.0 if other.missing() or other.entry.derived_from else other.statistics()[1]
-    # Receipts of 0 seconds come from writers that did not measure them.
-    return Entry(name, found, seconds or None, held_out_seconds or None)
+    seconds = (_caching_seconds(name, cache) for cache in (train, held_out))
+    return Entry(name, describe_entry(train.teacher(name)), *seconds)
+
+
+def _caching_seconds(name: str, cache: LogitCache | None) -> float | None:
+    if cache is None or name not in cache.teachers:
+        return None
+    targets = cache.teacher(name)
+    # A derived entry's receipts count the seconds of its derivation, not the teacher's; receipts of 0 seconds come from
+    # writers that did not measure them.
+    return None if targets.missing() or targets.entry.derived_from else targets.statistics()[1] or None

@@ -127,7 +127,7 @@ def _recipe(found: RecipeFindings) -> Article:
             if entry.fidelity is not None
         ],
         break_even_sentence=_break_even(found.break_even),
-        cost_figures=figures.cost_figures(found),
+        cost_figures=[*figures.break_even_figures(found), *figures.memory_figures(found)],
         cost_legend=[(one.style, one.label) for one in found.series if one.role != "teacher" and one.runs],
         digests=facts.recipe_digests(found),
         software=facts.software(found.runs, [entry.found["created_with"] for entry in found.entries if entry.found]),
