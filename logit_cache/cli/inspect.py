@@ -189,7 +189,6 @@ def _distances(divergences: dict[str, Any]) -> str:
 
 
 def position_text(found: dict[str, Any]) -> str:
-    """One position on a screen."""
     following = found["next"]
     lines = [
         f"position {found['position']}",

@@ -68,7 +68,6 @@ def plan(
 
 
 def forecast_text(found: dict[str, Any]) -> str:
-    """The forecast of `plan`, as text."""
     speed, sizes, memory, probe = found["speed"], found["size"], found["memory"], found["probe"]
     time, opening, layout = found["time"], found["opening"], found["entry"]["layout"]
     workers = counted(time["workers"], "worker")

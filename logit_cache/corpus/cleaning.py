@@ -71,8 +71,6 @@ ChosenBy = Literal["--family", "name", "no family in the name"]
 
 
 class Outcome(Frozen):
-    """The outcome of one input, for the command to show."""
-
     name: str
     input: str
     chosen_by: ChosenBy
@@ -235,7 +233,6 @@ def _is_there(out: Path, record: Cleaning, one: _Input, advance: Advance) -> boo
 
 
 def _clean_file(out: Path, record: Cleaning, one: _Input, advance: Advance) -> Cleaning:
-    """Clean one file; returns the record with its entry."""
     sha256_in, sha256_out = hashlib.sha256(), hashlib.sha256()
     bytes_out = 0
     cleaner = Cleaner(one.family, one.location)

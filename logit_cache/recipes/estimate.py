@@ -43,7 +43,6 @@ _MEMORY_SHARE = 0.9
 
 
 def tokens_of(text_bytes: int, vocabulary_size: int) -> int:
-    """Estimated number of tokens of a text."""
     return int(text_bytes / _BYTES_PER_TOKEN.get(vocabulary_size, _BYTES_PER_TOKEN_ELSEWHERE))
 
 
@@ -151,7 +150,6 @@ def peak_disk(stages: Sequence[Stage], recipe: Recipe) -> int:
 
 
 def seconds(cost: Cost, machine: Machine) -> float:
-    """Estimated duration of a stage."""
     work = cost.products / (machine.products_per_second * _REACHED)
     return work + cost.text_bytes / _TEXT_BYTES_PER_SECOND + _START_SECONDS
 

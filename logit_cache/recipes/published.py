@@ -135,7 +135,6 @@ def _gpt2(layers: int, hidden: int, heads: int) -> Network:
 def model(
     name: str, network: Network, lr: float, batch: int, epochs: int, warmup: int = 100, decay: float = 0.0
 ) -> Model:
-    """A network with its schedule."""
     schedule = Training(learning_rate=lr, batch=batch, epochs=epochs, warmup_steps=warmup, weight_decay=decay)
     return Model(name=name, network=network, training=schedule)
 

@@ -43,16 +43,13 @@ class Series:
 
     @property
     def runs(self) -> list[tuple[int, TrainingReport]]:
-        """The finished runs, each with its seed."""
         return [(model.seed, model.run) for model in self.models if model.run is not None]
 
     @property
     def parameters(self) -> int | None:
-        """Weights of a model; None before one is finished."""
         return max((run.parameters for _, run in self.runs), default=None)
 
     def spread(self, metric: Metric) -> Spread | None:
-        """A metric over the seeds that have it."""
         return spread(map(metric, self.models))
 
     @property
@@ -142,8 +139,6 @@ class BreakEven:
 
 @dataclass(frozen=True)
 class RecipeFindings:
-    """All data of the page about a recipe."""
-
     recipe: RecipeRecord
     models: tuple[Model, ...]
     series: tuple[Series, ...]
@@ -176,7 +171,6 @@ class RecipeFindings:
         return {} if own is None else own.model_dump(include={"cross_entropy", "perplexity", "bits_per_byte", "ece"})
 
     def metric(self, name: str) -> Metric:
-        """The metric that is one of the figures of `held_out`."""
         return lambda model: self.held_out(model).get(name)
 
     @property
@@ -313,12 +307,10 @@ class RecipeFindings:
 
     @property
     def groups(self) -> list[str]:
-        """Sorted names of the groups of minimal pairs that any model was scored on."""
         return sorted({name for model in self.models if model.pairs is not None for name in model.pairs.groups})
 
     @property
     def is_blimp(self) -> bool:
-        """Whether the minimal pairs are BLiMP's."""
         pairs = [model.pairs for model in self.models if model.pairs is not None]
         return bool(pairs) and all(one.is_blimp for one in pairs)
 

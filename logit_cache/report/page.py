@@ -71,7 +71,6 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
 
 
 def render(articles: Sequence[Article]) -> str:
-    """The page as HTML."""
     title = articles[0].title if len(articles) == 1 else f"{len(articles)} reports"
     return _from_template("report", title=title, articles=articles)
 

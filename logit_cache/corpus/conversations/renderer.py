@@ -72,7 +72,6 @@ class Renderer:
         return record
 
     def notes(self) -> list[str]:
-        """Lines for the log."""
         if not self._conversations:
             return []
         lines = [

@@ -111,7 +111,6 @@ def _in_a_form(template: ChatTemplate, messages: Messages, inputs: Inputs, where
 
 
 def _check_inputs(template: ChatTemplate, conversation: Conversation) -> None:
-    """Refuse what the template would not read."""
     where = conversation.where
     given = {"tools": conversation.tools, "documents": conversation.documents, **conversation.variables}
     for name, value in given.items():

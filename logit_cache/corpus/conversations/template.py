@@ -149,11 +149,9 @@ class _Marks:
         return self._here()
 
     def after(self, loop: int) -> str:
-        """A loop has ended."""
         return self._here() if self._leave(loop) else ""
 
     def mark(self, what: str) -> str:
-        """A mark in the text."""
         return f"{self._opening}{what}{self._closing}"
 
     def _leave(self, loop: int) -> bool:
@@ -198,7 +196,6 @@ def _ranges(parts: Sequence[str]) -> Rendered:
 
 
 def _marked_tree(tree: nodes.Template) -> nodes.Template:
-    """The syntax tree of a template, with marks."""
     environment = tree.environment
     assert environment is not None
     tree.body = _with_marks(tree.body, itertools.count())
