@@ -417,7 +417,8 @@ JSON_BOMBS = {
 @pytest.mark.parametrize("name", JSON_BOMBS)
 def test_json_that_is_none_of_ours(place: Place, name: str, key: str) -> None:
     (place.source / key).write_bytes(JSON_BOMBS[name])
-    refused_here(place, key)
+    refusal = refused_quietly if name in ("deep", "wide") and "receipts" in key else refused_here
+    refusal(place, key)
 
 
 @pytest.mark.parametrize(
@@ -429,12 +430,6 @@ def test_a_record_without_its_digest(place: Place, key: str) -> None:
     del (data["attributes"][ATTRIBUTE] if path.name == "zarr.json" else data)["sha256"]
     path.write_text(json.dumps(data))
     refused_here(place, path.name, "sha256")
-
-
-@pytest.mark.parametrize("name", ["deep", "wide"])
-def test_json_bombs_take_little_memory(place: Place, name: str) -> None:
-    (place.source / f"{ENTRY}/receipts/00000001.json").write_bytes(JSON_BOMBS[name])
-    refused_quietly(place, "00000001.json")
 
 
 def test_tokens_that_the_targets_were_not_made_from(place: Place) -> None:

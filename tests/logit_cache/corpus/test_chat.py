@@ -12,7 +12,6 @@ from support.models.saved import sample_text
 
 from logit_cache.corpus import pieces
 from logit_cache.corpus.config import CorpusConfig
-from logit_cache.corpus.conversations.replies import message_texts
 from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 from storage.errors import InputError
@@ -114,30 +113,10 @@ def test_text_rows_are_trained_on_wholly_and_never_across_documents(tmp_path: Pa
     assert learnt(tokenizer, tokens, mask) == "It is four, naïvely.<|im_end|>"
 
 
-def test_parts_of_content_and_calls_of_tools_reach_the_template(tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m.tool_calls is defined %}"
-        "CALL {{ m.tool_calls[0]['name'] }}{% elif m['content'] is string %}{{ m['content'] }}"
-        "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer = chat_tokenizer(template)
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "text", "text": "part one"}, {"type": "text", "text": " and two"}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]},
-        {"role": "tool", "content": "12:00"},
-        {"role": "assistant", "content": "Noon.", "tool_calls": None},
-    ]
-    cache = stream(tmp_path, tokenizer, {"messages": messages})
-    [(tokens, mask)] = documents(cache)
-    assert "part one and two" in tokenizer.decode(tokens)
-    assert learnt(tokenizer, tokens, mask) == "CALL clock<|im_end|>Noon.<|im_end|>"
-    assert list(message_texts(messages)) == ["part one", " and two", "12:00", "Noon."]
-
-
 def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text(CHATML, encoding="utf-8")
-    row = {"messages": messages_of([("user", sample_text()[:3_000]), ("assistant", "fine, thanks")])}
+    parts = [{"type": "text", "text": text} for text in (sample_text()[:2_000], sample_text()[2_000:3_000])]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "fine, thanks"}]}
     config = CorpusConfig(
         text=(write_rows(tmp_path / "chat.jsonl", row),),
         out=str(tmp_path / "cache"),
@@ -147,6 +126,7 @@ def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(tmp_path
     )
     tokenize(config)
     cache = LogitCache.open(config.out)
+    assert cache.vocabulary_size == 400, "all of the messages' text was trained on"
     assert cache.tokenizer_files()["chat_template.jinja"].decode() == CHATML
     vocabulary = json.loads(cache.tokenizer_files()["tokenizer.json"])["model"]["vocab"]
     assert {"<pad>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": 3, "<|im_end|>": 4}.items() <= vocabulary.items()
