@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from logit_cache.describe import describe_entry
-from logit_cache.recipes.record import RecipeRecord, Role
+from logit_cache.recipes.record import Role
 from logit_cache.report.folders import Model, RecipeFolder
 from logit_cache.report.metrics import Metric, kl_of, pairs_mean, run_seconds
 from logit_cache.report.statistics import Spread, spread
@@ -138,9 +138,7 @@ class BreakEven:
 
 
 @dataclass(frozen=True)
-class RecipeFindings:
-    recipe: RecipeRecord
-    models: tuple[Model, ...]
+class RecipeFindings(RecipeFolder):
     series: tuple[Series, ...]
     cache: CacheRecord | None
     entries: tuple[Entry, ...]
@@ -326,11 +324,9 @@ def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
 
     A cache or an entry that does not exist yet becomes None; a damaged one raises CorruptCache or FormatError.
     """
-    train = _open(folder.train_cache)
-    held_out = _open(folder.held_out_cache)
+    train, held_out = _open(folder.train_cache), _open(folder.held_out_cache)
     return RecipeFindings(
-        recipe=folder.recipe,
-        models=folder.models,
+        **vars(folder),
         series=series_of(folder.models),
         cache=None if train is None else train.record,
         entries=tuple(_entry(name, train, held_out) for name in folder.recipe.entries),

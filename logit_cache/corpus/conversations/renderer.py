@@ -38,18 +38,15 @@ class Renderer:
     def chunk(self, conversation: Conversation) -> Chunk:
         """The text of a conversation, with the ranges that are trained on."""
         template = self._template_for(conversation)
-        variables = {**self._variables, **conversation.variables}
-        clash = sorted(RESERVED & conversation.variables.keys())
+        own = conversation.inputs.variables
+        clash = sorted(RESERVED & own.keys())
         if clash:
             raise InputError(
                 f"{conversation.where}: chat_template_kwargs has {clash[0]!r}, which the row or the tokenizer has"
             )
-        used = {
-            name: value
-            for name, value in variables.items()
-            if name in template.variables | conversation.variables.keys()
-        }
-        written = render(template, replace(conversation, variables=used), self._version_1)
+        given = {name: value for name, value in self._variables.items() if name in template.variables}
+        inputs = replace(conversation.inputs, variables={**given, **own})
+        written = render(template, replace(conversation, inputs=inputs), self._version_1)
         self._used[template.source] = template
         self._conversations += 1
         self._without_reply += not written.replies
@@ -104,7 +101,7 @@ class Renderer:
                 f"--chat-template FILE, or take the tokenizer of an instruction model"
             )
         try:
-            source = tokenizer.get_chat_template(tools=conversation.tools)
+            source = tokenizer.get_chat_template(tools=conversation.inputs.tools)
         except ValueError:
             raise UnfitTokenizer(
                 f"{where}: of the tokenizer's chat templates ({', '.join(sorted(tokenizer.chat_template))}) none is "

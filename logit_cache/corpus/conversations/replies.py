@@ -18,8 +18,8 @@ from typing import Any
 
 from logit_cache.corpus.conversations.messages import REASONING
 from logit_cache.corpus.conversations.shown import forms, lost
-from logit_cache.corpus.conversations.template import PROBE, ChatTemplate, Inputs, Messages, Rendered
-from logit_cache.corpus.documents import Conversation, Ranges
+from logit_cache.corpus.conversations.template import PROBE, ChatTemplate, Messages, Rendered
+from logit_cache.corpus.documents import Conversation, Inputs, Ranges
 from storage.errors import InputError, error_text
 
 _MARK_THE_REPLIES = "give a template that marks the replies with {% generation %}: --chat-template FILE"
@@ -50,13 +50,12 @@ def render(template: ChatTemplate, conversation: Conversation, version_1: bool =
     the replies cannot be found in its text.
     """
     where = conversation.where
-    inputs = Inputs(conversation.tools, conversation.documents, conversation.variables)
+    messages, inputs = conversation.messages, conversation.inputs
     if version_1:
-        messages = conversation.messages
         rendered = _rendered(template, messages, inputs, where)
     else:
         _check_inputs(template, conversation)
-        messages, rendered = _in_a_form(template, conversation.messages, inputs, where)
+        messages, rendered = _in_a_form(template, messages, inputs, where)
     found_by, replies = _replies(template, messages, inputs, rendered, where, version_1)
     trained = _trained(replies, rendered, conversation)
     return Written(
@@ -112,8 +111,7 @@ def _in_a_form(template: ChatTemplate, messages: Messages, inputs: Inputs, where
 
 def _check_inputs(template: ChatTemplate, conversation: Conversation) -> None:
     where = conversation.where
-    given = {"tools": conversation.tools, "documents": conversation.documents, **conversation.variables}
-    for name, value in given.items():
+    for name, value in conversation.inputs.by_name.items():
         if value is not None and name not in template.variables:
             raise InputError(
                 f"{where}: the row has {name!r}, and the chat template reads no such variable; take a template that "
