@@ -78,8 +78,7 @@ def message_texts(messages: Messages) -> Iterator[str]:
         if isinstance(content, str):
             yield content
         elif isinstance(content, list):
-            texts = (part.get("text") for part in content if isinstance(part, dict))
-            yield from (text for text in texts if isinstance(text, str))
+            yield from (part["text"] for part in content)
 
 
 def _rendered(template: ChatTemplate, messages: Messages, inputs: Inputs, where: str) -> Rendered:
