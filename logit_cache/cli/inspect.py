@@ -77,13 +77,7 @@ def stream_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
-    from logit_cache.describe import (
-        losses_in_words,
-        made_in_words,
-        stored_in_words,
-        targets_in_words,
-        windowing_in_words,
-    )
+    from logit_cache import describe
 
     state = "complete"
     if not entry["complete"]:
@@ -97,7 +91,7 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         shares = zip(entry["weights"], made_of, strict=True)
         made_of = [f"{entry['combine']} of " + " and ".join(f"{share:g} {member}" for share, member in shares)]
     digests = ", ".join(f"{member['weights_sha256'][:16]}…" for member in entry["teacher"])
-    with_targets, made = entry["positions_with_targets"], made_in_words(entry)
+    with_targets, made = entry["positions_with_targets"], describe.made_in_words(entry)
     if entry["positions_per_second"]:
         device = entry["execution"]["device_type"]
         made += f", {entry['positions_per_second']:,.0f} positions/s per worker on {device}"
@@ -105,10 +99,10 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         f"teacher {name}: {made_of[0]}",
         f"  coverage    {entry['positions_cached']:,} of {entry['positions']:,} positions, {state}"
         + ("" if with_targets == entry["positions_cached"] else f"; targets at {with_targets:,} of them"),
-        f"  targets     {targets_in_words(entry['targets'])}, of {entry['vocabulary_size']:,} ids",
-        f"  stored      {stored_in_words(entry)}",
-        f"  serves      {losses_in_words(entry['targets'])}",
-        f"  windows     {windowing_in_words(entry['windowing'])}",
+        f"  targets     {describe.targets_in_words(entry['targets'])}, of {entry['vocabulary_size']:,} ids",
+        f"  stored      {describe.stored_in_words(entry)}",
+        f"  serves      {describe.losses_in_words(entry['targets'])}",
+        f"  windows     {describe.windowing_in_words(entry['windowing'])}",
         f"  weights     sha256 {digests}",
         f"  made        {made}",
     ]
@@ -197,7 +191,6 @@ def _distances(divergences: dict[str, Any]) -> str:
 
 
 def position_text(found: dict[str, Any]) -> str:
-    """One position on a screen."""
     following = found["next"]
     lines = [
         f"position {found['position']}",

@@ -30,25 +30,9 @@ def main() -> None:
 
 
 for _command in (
-    audit,
-    clean,
-    demo,
-    doctor,
-    evaluate,
-    inspect,
-    list_caches,
-    plan,
-    pull,
-    push,
-    recipe,
-    recompress,
-    remove,
-    rename,
-    report,
-    status,
-    tokenize,
-    verify,
-):
+    audit, clean, demo, doctor, evaluate, inspect, list_caches, plan, pull, push, recipe, recompress, remove, rename,
+    report, status, tokenize, verify,
+):  # fmt: skip
     main.add_command(_command)
 
 

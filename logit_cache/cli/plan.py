@@ -29,17 +29,7 @@ _plan = under("Plan")
     help="Windows to score, at most.  [default: of four chunks]",
 )
 @json_option()
-def plan(
-    config: str | None,
-    tokens: int | None,
-    workers: int,
-    runs: int,
-    epochs: float,
-    student: str | None,
-    probe_windows: int | None,
-    as_json: bool,
-    **flags: Any,
-) -> None:
+def plan(config: str | None, as_json: bool, **flags: Any) -> None:
     """Predict the time, bytes and memory of cache-logits, and its break-even, from a short probe of the real teacher.
 
     Takes the options of cache-logits and refuses the same input. Writes nothing anywhere.
@@ -49,26 +39,16 @@ def plan(
         from storage.config import build_config, given, read_yaml
         from storage.progress import progress
 
+        asked = {name: flags.pop(name) for name in ("tokens", "workers", "runs", "epochs", "student", "probe_windows")}
         fields = (read_yaml(config) if config else {}) | given(flags)
-        named = "name" in fields
         job = build_config(CacheJob, {"name": "not-named-yet", **fields}, {}, "logit-cache plan")
         from logit_cache.caching.forecast import Question, forecast
 
-        question = Question(
-            named=named,
-            tokens=tokens,
-            workers=workers,
-            runs=runs,
-            epochs=epochs,
-            student=student,
-            probe_windows=probe_windows,
-        )
-        found = forecast(job, question, progress)
+        found = forecast(job, Question(named="name" in fields, **asked), progress)
         click.echo(json.dumps(found, indent=2) if as_json else forecast_text(found))
 
 
 def forecast_text(found: dict[str, Any]) -> str:
-    """The forecast of `plan`, as text."""
     speed, sizes, memory, probe = found["speed"], found["size"], found["memory"], found["probe"]
     time, opening, layout = found["time"], found["opening"], found["entry"]["layout"]
     workers = counted(time["workers"], "worker")

@@ -47,8 +47,6 @@ def recipe(name: str, dry_run: bool, **flags: Any) -> None:
         from logit_cache.recipes.run import RecipeRun
         from storage.config import build_config
 
-        flags["seeds"] = flags["seeds"] or None
-        flags["live"] = flags["live"] or None
         run = RecipeRun(build_config(RecipeJob, {"recipe": name}, flags, "logit-cache recipe"))
         click.echo(run.forecast, err=not dry_run)
         if dry_run:

@@ -77,7 +77,6 @@ def _screen(drawn: bool) -> Iterator[Callable[[str], None] | None]:
 
 
 def status_text(url: str, entries: Sequence[EntryStatus]) -> str:
-    """The status of each entry of a cache."""
     if not entries:
         return f"{url}: no teacher entry yet"
     return "\n\n".join("\n".join(_status_lines(entry)) for entry in entries)
@@ -129,7 +128,6 @@ def _status_rows(entry: EntryStatus) -> Iterator[tuple[str, str]]:
 
 
 def status_line(entry: EntryStatus) -> str:
-    """The status of an entry in one line."""
     text = f"{entry.name}: {_how_far(entry)}"
     if entry.shards_done is not None:
         text += f", {entry.shards_done:,} of {counted(entry.shards, 'shard')}"

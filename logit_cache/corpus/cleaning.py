@@ -71,8 +71,6 @@ ChosenBy = Literal["--family", "name", "no family in the name"]
 
 
 class Outcome(Frozen):
-    """The outcome of one input, for the command to show."""
-
     name: str
     input: str
     chosen_by: ChosenBy
@@ -197,18 +195,14 @@ def _bytes_taken(location: str, limit: int | None) -> int:
     if limit is None or size <= limit:
         return size
     with open(location, "rb") as file:
-        stop = limit
-        while stop:
+        for stop in range(limit, 0, -PIECE_BYTES):
             start = max(0, stop - PIECE_BYTES)
             file.seek(start)
-            end = file.read(stop - start).rfind(b"\n") + 1
-            if end:
+            if end := file.read(stop - start).rfind(b"\n") + 1:
                 return start + end
-            stop = start
         file.seek(limit)
-        while piece := file.readline(PIECE_BYTES):
-            if piece.endswith(b"\n"):
-                break
+        while (piece := file.readline(PIECE_BYTES)) and not piece.endswith(b"\n"):
+            pass
         return file.tell()
 
 
@@ -239,7 +233,6 @@ def _is_there(out: Path, record: Cleaning, one: _Input, advance: Advance) -> boo
 
 
 def _clean_file(out: Path, record: Cleaning, one: _Input, advance: Advance) -> Cleaning:
-    """Clean one file; returns the record with its entry."""
     sha256_in, sha256_out = hashlib.sha256(), hashlib.sha256()
     bytes_out = 0
     cleaner = Cleaner(one.family, one.location)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from logit_cache.corpus.config import CorpusConfig
 from storage import LogitCache
 from storage.errors import CacheNotFound, InputError
 from storage.format.manifest import CacheRecord
@@ -31,21 +32,19 @@ class Conventions:
     date: datetime.date | None = None
 
     @classmethod
-    def of(
-        cls, out: str, tokenizer: str | None, bos: bool | None, variables: Mapping[str, Any], date: datetime.date | None
-    ) -> Conventions:
-        """Those of a new or resumed stream at `out`, with what was given."""
-        there = _record(out)
+    def of(cls, config: CorpusConfig) -> Conventions:
+        """Those of a new or resumed stream, with what was given."""
+        there = _record(config.out)
         # A tokenizer is taken from a cache by the cache's URL, or by its folder `tokenizer`.
-        origin = None if tokenizer is None else cache_of_tokenizer(tokenizer)
+        origin = None if config.tokenizer is None else cache_of_tokenizer(config.tokenizer)
         found = there or (None if origin is None else _record(origin))
         recorded = _recorded(found) if found is not None else cls()
         return cls(
             version=2 if there is None else there.format_version,
             tokenizer=None if there is None else there.tokenizer.fingerprint,
-            bos=recorded.bos if bos is None else bos,
-            variables={**recorded.variables, **variables},
-            date=date or recorded.date,
+            bos=recorded.bos if config.bos is None else config.bos,
+            variables={**recorded.variables, **config.template_variables},
+            date=config.date or recorded.date,
         )
 
     def prefix(self, tokenizer: Any) -> tuple[int, ...]:

@@ -35,20 +35,30 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
-    """A row with messages. `where` names it in errors.
+class Inputs:
+    """What a chat template is rendered with, besides messages."""
 
-    untrained: the indices of replies that are not trained on. tools, documents: for the template. variables: further
-    values for it, of this row alone.
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def by_name(self) -> dict[str, Any]:
+        return {"tools": self.tools, "documents": self.documents, **self.variables}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row with messages, and its own inputs of the template. `where` names it in errors.
+
+    untrained: the indices of replies that are not trained on.
     """
 
     source: int
     messages: list[dict[str, Any]]
     where: str
     untrained: frozenset[int] = frozenset()
-    tools: list[dict[str, Any]] | None = None
-    documents: list[dict[str, Any]] | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Inputs = Inputs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +78,6 @@ Document = Chunk | Conversation | Tokens
 
 class UnfitTokenizer(InputError):
     """The tokenizer does not go with rows of such a kind, whatever the single row holds."""
-
-
-def reason(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def checked_text(text: Any, where: str) -> str:

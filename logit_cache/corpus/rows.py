@@ -31,7 +31,7 @@ from logit_cache.corpus.conversations.messages import (
     read_message,
     read_objects,
 )
-from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, checked_text
+from logit_cache.corpus.documents import Chunk, Conversation, Document, Inputs, Tokens, checked_text
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
 
@@ -198,15 +198,9 @@ class RowReader:
         variables = read_json(values.get("chat_template_kwargs"), "chat_template_kwargs", dict, where) or {}
         if from_arrow:  # absent fields of other rows
             variables = {name: value for name, value in variables.items() if value is not None}
-        return Conversation(
-            source,
-            messages,
-            where,
-            frozenset(untrained | before),
-            read_objects(values.get("tools"), "tools", where, from_arrow),
-            read_objects(values.get("documents"), "documents", where, from_arrow),
-            variables,
-        )
+        tools, documents = (read_objects(values.get(name), name, where, from_arrow) for name in ("tools", "documents"))
+        inputs = Inputs(tools, documents, variables)
+        return Conversation(source, messages, where, frozenset(untrained | before), inputs)
 
 
 def _first(values: Row, names: Sequence[str]) -> Any:

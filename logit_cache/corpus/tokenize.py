@@ -25,9 +25,8 @@ from logit_cache.corpus.conversations.renderer import Renderer
 from logit_cache.corpus.conversations.replies import message_texts
 from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, UnfitTokenizer, checked_text
 from logit_cache.corpus.pieces import Encoder, cut, encode
-from logit_cache.corpus.rows import Form, RowReader
 from logit_cache.corpus.sources.find import Source, find_sources
-from logit_cache.corpus.sources.reading import Reading, SkippedRows, read_sources
+from logit_cache.corpus.sources.reading import SkippedRows, read_sources
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import stored_tokenizer, train_tokenizer
 from storage import LogitCache
@@ -66,8 +65,7 @@ def tokenize(config: CorpusConfig, track: Track = untracked, log: Log = silent) 
 
 def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log: Log) -> CacheRecord:
     check_destination(config.out)
-    conventions = Conventions.of(config.out, config.tokenizer, config.bos, config.template_variables, config.date)
-    skipped = SkippedRows() if config.skip_bad_rows else None
+    conventions, skipped = Conventions.of(config), SkippedRows()
     if config.tokenizer is None:
         tokenizer, files = _new_tokenizer(config, sources, advance)
     else:
@@ -76,12 +74,12 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
     append = _append_ids(config, vocabulary)
     prefix = conventions.prefix(tokenizer)
     old = conventions.version == 1
-    renderer = Renderer(tokenizer, conventions, config.template_variables.keys(), config.date is not None)
+    renderer = Renderer(tokenizer, conventions, config)
     ids = vocabulary_size(vocabulary)
     make = functools.partial(_tokenisable, tokenizer=tokenizer, ids=ids, renderer=renderer)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         with Spool(Path(folder), token_id_dtype(ids), len(sources), prefix, append) as spool:
-            chunks = read_sources(sources, _reading(config), make, advance, skipped)
+            chunks = read_sources(sources, config, make, advance, skipped)
             for piece, tokens, trained in encode(cut(chunks), Encoder(tokenizer)):
                 spool.add(piece, tokens, trained)
         _check_trained(config, spool)
@@ -91,7 +89,7 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
         added = {
             "begins_with_bos": bool(prefix),
             "document_sources": True,
-            "skipped_rows": (skipped and skipped.count) or None,
+            "skipped_rows": skipped.count or None,
             **renderer.record,
         }
         record = CacheRecord(
@@ -203,14 +201,6 @@ def _append_ids(config: CorpusConfig, vocabulary: dict[str, int]) -> tuple[int, 
     return (vocabulary[config.append_token],)
 
 
-def _reading(config: CorpusConfig) -> Reading:
-    # A form is chosen by naming its field, too.
-    forms: tuple[Form, ...] = ("text", "messages")
-    named = [name for name in forms if f"{name}_field" in config.model_fields_set]
-    form = config.row_form or (named[0] if len(named) == 1 else None)
-    return Reading(RowReader(config.text_field, config.messages_field, form), config.split, config.document_separator)
-
-
 def _tokenisable(item: Document, tokenizer: Any, ids: int, renderer: Renderer) -> Iterator[Chunk | Tokens]:
     """A document as text or tokens; ids: how many the tokenizer has."""
     if isinstance(item, Conversation):
@@ -241,8 +231,8 @@ def _check_trained(config: CorpusConfig, spool: Spool) -> None:
         )
 
 
-def _notes_on_sources(sources: list[Source], spool: Spool, skipped: SkippedRows | None) -> Iterator[str]:
-    if skipped and skipped.count:
+def _notes_on_sources(sources: list[Source], spool: Spool, skipped: SkippedRows) -> Iterator[str]:
+    if skipped.count:
         yield f"left out, which the record says: {counted(skipped.count, 'row')} that cannot be read; the first:"
         yield from skipped.errors
     empty = [source.name for source, count in zip(sources, spool.source_documents, strict=True) if not count]
@@ -261,8 +251,8 @@ def _notes(config: CorpusConfig, tokenizer: Any) -> Iterator[str]:
 def _lines(config: CorpusConfig, sources: list[Source], advance: Advance) -> Iterator[str]:
     """The text in lines, with their line feeds, for training a tokenizer."""
     make = functools.partial(_trainable, has_template=config.chat_template is not None)
-    skipped = SkippedRows() if config.skip_bad_rows else None  # counted when the text is tokenised
-    for piece in cut(read_sources(sources, _reading(config), make, advance, skipped)):
+    skipped = SkippedRows()  # counted when the text is tokenised
+    for piece in cut(read_sources(sources, config, make, advance, skipped)):
         yield from re.findall(r"[^\n]*\n|[^\n]+", piece.own)
 
 

@@ -124,29 +124,24 @@ class RecipeCommands:
             *("--temperature", f"{recipe.temperature:g}", "--alpha", f"{recipe.alpha:g}"),
             *("--loss-scale", recipe.loss_scale),
         )
-        student, beside = (*data, "--seed", str(seed)), f"students {seed}"
-        distilled = self._training(recipe.student, "distillation_loss")
+        students = [
+            ("student", "student from the cache, no teacher loaded", "train-student", ("--teacher", entry, *objective)),
+            ("control", "the same student without distillation", "train-student", ()),
+        ]
         if self.job.live:
             # The longest first, so that the others run beside it.
             live = (*_repeated("--live-teacher", teachers), "--combine", "logit-mean", *objective)
-            settings = self._training(recipe.student, "distillation_loss", "live")
-            arguments = ("train-teacher", *student, *settings, *live)
+            students.insert(0, ("live", "the same student with live teachers", "train-teacher", live))
+        for name, title, program, learns_from in students:
+            best_by = "distillation_loss" if learns_from else "loss"
+            settings = self._training(recipe.student, best_by, live=name == "live")
             yield _training_stage(
-                f"the same student with live teachers{of_seed}",
-                arguments,
-                costs.training(recipe.student, live=True),
-                home / "live",
-                beside,
+                f"{title}{of_seed}",
+                (program, *data, "--seed", str(seed), *settings, *learns_from),
+                costs.training(recipe.student, live=name == "live"),
+                home / name,
+                f"students {seed}",
             )
-        cost = costs.training(recipe.student)
-        arguments = ("train-student", *student, *distilled, "--teacher", entry, *objective)
-        yield _training_stage(
-            f"student from the cache, no teacher loaded{of_seed}", arguments, cost, home / "student", beside
-        )
-        arguments = ("train-student", *student, *self._training(recipe.student, "loss"))
-        yield _training_stage(
-            f"the same student without distillation{of_seed}", arguments, cost, home / "control", beside
-        )
         if not recipe.scored:
             return
         measured: tuple[str, ...] = ("--cache", valid, "--teacher", entry, "--window-tokens", str(WINDOW_TOKENS))
@@ -170,9 +165,9 @@ class RecipeCommands:
         roles |= {"student": "student", "control": "control"}
         return roles | {"live": "live"} if self.job.live else roles
 
-    def _training(self, model: Model, best_by: str, batch_of: str | None = None) -> tuple[str, ...]:
+    def _training(self, model: Model, best_by: str, live: bool = False) -> tuple[str, ...]:
         """Options of a training command: network and schedule; `best_by` is the held-out loss that selects an epoch."""
-        schedule, micro = model.training, self.costs.batches[batch_of or model.name]
+        schedule, micro = model.training, self.costs.batches["live" if live else model.name]
         fields = {
             "learning_rate": f"{schedule.learning_rate:g}",
             "num_train_epochs": schedule.epochs,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,14 +78,8 @@ def _library() -> tuple[str, str]:
 
 
 def _take(files: Sequence[Path], least_bytes: int) -> list[Path]:
-    taken: list[Path] = []
-    size = 0
-    for path in files:
-        if size >= least_bytes:
-            break
-        taken.append(path)
-        size += path.stat().st_size
-    return taken
+    sizes_before = itertools.accumulate((path.stat().st_size for path in files), initial=0)
+    return [path for path, before in zip(files, sizes_before, strict=False) if before < least_bytes]
 
 
 def _joined(files: Sequence[Path]) -> str:

@@ -43,7 +43,6 @@ _MEMORY_SHARE = 0.9
 
 
 def tokens_of(text_bytes: int, vocabulary_size: int) -> int:
-    """Estimated number of tokens of a text."""
     return int(text_bytes / _BYTES_PER_TOKEN.get(vocabulary_size, _BYTES_PER_TOKEN_ELSEWHERE))
 
 
@@ -151,7 +150,6 @@ def peak_disk(stages: Sequence[Stage], recipe: Recipe) -> int:
 
 
 def seconds(cost: Cost, machine: Machine) -> float:
-    """Estimated duration of a stage."""
     work = cost.products / (machine.products_per_second * _REACHED)
     return work + cost.text_bytes / _TEXT_BYTES_PER_SECOND + _START_SECONDS
 
@@ -160,16 +158,9 @@ def table(stages: Sequence[Stage], machine: Machine) -> str:
     """The estimate as a text table for a terminal: a row for every stage, and the sum of their times."""
     rows = [("stage", "work", "time", "memory", "disk")]
     for stage in stages:
-        cost = stage.cost
-        rows.append(
-            (
-                stage.title,
-                f"{2 * cost.products:.1e} FLOP" if cost.products else "–",
-                duration(seconds(cost, machine)),
-                size(cost.memory_bytes),
-                size(cost.disk_bytes),
-            )
-        )
+        cost, time = stage.cost, duration(seconds(stage.cost, machine))
+        work = f"{2 * cost.products:.1e} FLOP" if cost.products else "–"
+        rows.append((stage.title, work, time, size(cost.memory_bytes), size(cost.disk_bytes)))
     lines = columns(rows)
     lines.append(
         f"about {duration(sum(seconds(stage.cost, machine) for stage in stages))}, on {machine.name} "

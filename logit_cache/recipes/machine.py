@@ -43,14 +43,8 @@ class Machine(Frozen):
 
 def probe() -> Machine:
     """Probe this machine in a subprocess. Takes a few seconds, for the import of torch."""
-    done = subprocess.run(
-        [sys.executable, "-m", "logit_cache.recipes.machine"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    return Machine.model_validate_json(done.stdout)
+    line = [sys.executable, "-m", "logit_cache.recipes.machine"]
+    return Machine.model_validate_json(subprocess.check_output(line, timeout=300))
 
 
 def _measure() -> Machine:

@@ -11,13 +11,12 @@ Sources: Timiryasov and Tastet 2023, "Baby Llama"; Tastet and Timiryasov 2024, "
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from storage.config import Frozen
 from storage.errors import InputError
 
 Scale = Literal["tiny", "small", "paper"]
-SCALES: tuple[Scale, ...] = get_args(Scale)
 
 # All windows have 128 tokens; the models' position limit is twice that.
 WINDOW_TOKENS = 128
@@ -136,7 +135,6 @@ def _gpt2(layers: int, hidden: int, heads: int) -> Network:
 def model(
     name: str, network: Network, lr: float, batch: int, epochs: int, warmup: int = 100, decay: float = 0.0
 ) -> Model:
-    """A network with its schedule."""
     schedule = Training(learning_rate=lr, batch=batch, epochs=epochs, warmup_steps=warmup, weight_decay=decay)
     return Model(name=name, network=network, training=schedule)
 

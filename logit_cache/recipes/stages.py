@@ -102,7 +102,7 @@ class Pipeline:
             time.sleep(0.02)
             # Before the stages, which Ctrl-C reaches as well, are found to have failed.
             if self._asked_to_stop:
-                self._say(f"error: interrupted: what is finished is kept; {self.again}")
+                _say(f"error: interrupted: what is finished is kept; {self.again}")
                 raise SystemExit(_STOPPED)
             for one in list(self._running):
                 if (status := one.process.poll()) is not None:
@@ -116,7 +116,7 @@ class Pipeline:
         program = Path(sysconfig.get_path("scripts")) / name
         if not program.exists():
             raise InputError(f"{program} is not installed: install logit-cache in this environment")
-        self._say(f"[{number}/{len(self.stages)}] {stage.title}")
+        _say(f"[{number}/{len(self.stages)}] {stage.title}")
         variables = {**os.environ, **lifeline.variables()}
         if stage.beside is not None and self._at_once > 1:
             # Also where it is the last one left: the number of threads changes the last digits of a result.
@@ -128,12 +128,6 @@ class Pipeline:
             [str(program), *arguments], env=variables, pass_fds=(lifeline.descriptor, *self._held), **output
         )
         self._running.append(_Running(stage, process, f"[{number}] "))
-
-    def _say(self, line: str) -> None:
-        # One write, as the neighbours write to the same stream; a closed terminal takes none.
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -187,7 +181,13 @@ class _Running:
 
 
 def _copy_lines(lines: IO[bytes], mark: str) -> None:
-    with lines, contextlib.suppress(OSError):
+    with lines:
         for line in lines:
-            sys.stderr.write(f"{mark}{line.decode(errors='replace').rstrip()}\n")
-            sys.stderr.flush()
+            _say(f"{mark}{line.decode(errors='replace').rstrip()}")
+
+
+def _say(line: str) -> None:
+    # One write, as the neighbours write to the same stream; a closed terminal takes none.
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

@@ -42,7 +42,6 @@ def setup(findings: RecipeFindings) -> Facts:
 
 
 def settings(findings: RecipeFindings) -> Facts:
-    """The recipe's own settings."""
     return [(name, scalar(value)) for name, value in findings.recipe.settings.items()]
 
 

@@ -189,12 +189,7 @@ def fidelity_figures(findings: RecipeFindings) -> list[Figure]:
     return found
 
 
-def cost_figures(findings: RecipeFindings) -> list[Figure]:
-    """The time of students and their peak memory, where they were measured."""
-    return [*_break_even_figure(findings), *_memory_figure(findings)]
-
-
-def _break_even_figure(findings: RecipeFindings) -> list[Figure]:
+def break_even_figures(findings: RecipeFindings) -> list[Figure]:
     """Time of n students, from the cache and with live teachers, in the unit that fits."""
     found = findings.break_even
     if found is None:
@@ -206,15 +201,12 @@ def _break_even_figure(findings: RecipeFindings) -> list[Figure]:
     cached = tuple((float(n), seconds / size) for n, seconds, _ in found.rows())
     live = tuple((float(n), seconds / size) for n, _, seconds in found.rows())
     title = f"Cost of n students, {unit}"
-    lines = [
-        Line("from the cache", "student", cached, dots=True),
-        Line("with live teachers", "live", live, dots=True),
-    ]
+    lines = [Line("from the cache", "student", cached, dots=True), Line("with live teachers", "live", live, dots=True)]
     chart = line_chart(lines, title, "students", from_zero=True, x_name="students")
     return [Figure(title, chart)]
 
 
-def _memory_figure(findings: RecipeFindings) -> list[Figure]:
+def memory_figures(findings: RecipeFindings) -> list[Figure]:
     """Peak memory of student, control and live runs: of the device if two or more measured it, else of the process."""
     series = [one for one in findings.series if one.role != "teacher"]
     for name, of in (("device", peak_memory("device_bytes")), ("process", peak_memory("process_bytes"))):

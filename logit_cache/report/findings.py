@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from logit_cache.describe import describe_entry
-from logit_cache.recipes.record import RecipeRecord, Role
+from logit_cache.recipes.record import Role
 from logit_cache.report.folders import Model, RecipeFolder
 from logit_cache.report.metrics import Metric, kl_of, pairs_mean, run_seconds
 from logit_cache.report.statistics import Spread, spread
@@ -43,16 +43,13 @@ class Series:
 
     @property
     def runs(self) -> list[tuple[int, TrainingReport]]:
-        """The finished runs, each with its seed."""
         return [(model.seed, model.run) for model in self.models if model.run is not None]
 
     @property
     def parameters(self) -> int | None:
-        """Weights of a model; None before one is finished."""
         return max((run.parameters for _, run in self.runs), default=None)
 
     def spread(self, metric: Metric) -> Spread | None:
-        """A metric over the seeds that have it."""
         return spread(map(metric, self.models))
 
     @property
@@ -141,11 +138,7 @@ class BreakEven:
 
 
 @dataclass(frozen=True)
-class RecipeFindings:
-    """All data of the page about a recipe."""
-
-    recipe: RecipeRecord
-    models: tuple[Model, ...]
+class RecipeFindings(RecipeFolder):
     series: tuple[Series, ...]
     cache: CacheRecord | None
     entries: tuple[Entry, ...]
@@ -176,7 +169,6 @@ class RecipeFindings:
         return {} if own is None else own.model_dump(include={"cross_entropy", "perplexity", "bits_per_byte", "ece"})
 
     def metric(self, name: str) -> Metric:
-        """The metric that is one of the figures of `held_out`."""
         return lambda model: self.held_out(model).get(name)
 
     @property
@@ -313,12 +305,10 @@ class RecipeFindings:
 
     @property
     def groups(self) -> list[str]:
-        """Sorted names of the groups of minimal pairs that any model was scored on."""
         return sorted({name for model in self.models if model.pairs is not None for name in model.pairs.groups})
 
     @property
     def is_blimp(self) -> bool:
-        """Whether the minimal pairs are BLiMP's."""
         pairs = [model.pairs for model in self.models if model.pairs is not None]
         return bool(pairs) and all(one.is_blimp for one in pairs)
 
@@ -334,11 +324,9 @@ def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
 
     A cache or an entry that does not exist yet becomes None; a damaged one raises CorruptCache or FormatError.
     """
-    train = _open(folder.train_cache)
-    held_out = _open(folder.held_out_cache)
+    train, held_out = _open(folder.train_cache), _open(folder.held_out_cache)
     return RecipeFindings(
-        recipe=folder.recipe,
-        models=folder.models,
+        **vars(folder),
         series=series_of(folder.models),
         cache=None if train is None else train.record,
         entries=tuple(_entry(name, train, held_out) for name in folder.recipe.entries),
@@ -372,14 +360,14 @@ def _open(path: Path | None) -> LogitCache | None:
 def _entry(name: str, train: LogitCache | None, held_out: LogitCache | None) -> Entry:
     if train is None or name not in train.teachers:
         return Entry(name, None, None, None)
-    targets = train.teacher(name)
-    found = describe_entry(targets)
-    # A derived entry's receipts count the seconds of its derivation, not the teacher's.
-    counts = found["complete"] and targets.entry.derived_from is None
-    seconds = targets.statistics()[1] if counts else 0.0
-    held_out_seconds = 0.0
-    if held_out is not None and name in held_out.teachers:
-        other = held_out.teacher(name)
-        held_out_seconds = 0.0 if other.missing() or other.entry.derived_from else other.statistics()[1]
-    # Receipts of 0 seconds come from writers that did not measure them.
-    return Entry(name, found, seconds or None, held_out_seconds or None)
+    seconds = (_caching_seconds(name, cache) for cache in (train, held_out))
+    return Entry(name, describe_entry(train.teacher(name)), *seconds)
+
+
+def _caching_seconds(name: str, cache: LogitCache | None) -> float | None:
+    if cache is None or name not in cache.teachers:
+        return None
+    targets = cache.teacher(name)
+    # A derived entry's receipts count the seconds of its derivation, not the teacher's; receipts of 0 seconds come from
+    # writers that did not measure them.
+    return None if targets.missing() or targets.entry.derived_from else targets.statistics()[1] or None

@@ -35,7 +35,6 @@ class Model:
 
     @property
     def pairs(self) -> PairScores | None:
-        """Its scores on minimal pairs, if it was scored on any."""
         return None if self.scores is None else self.scores.minimal_pairs
 
 
@@ -51,8 +50,6 @@ class RecipeFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder with a single training run."""
-
     name: str
     run: TrainingReport
 

@@ -39,7 +39,6 @@ def distinct(values: Iterable[Any]) -> str:
 
 
 def scalar(value: Any) -> str:
-    """A setting's value as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -71,7 +71,6 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
 
 
 def render(articles: Sequence[Article]) -> str:
-    """The page as HTML."""
     title = articles[0].title if len(articles) == 1 else f"{len(articles)} reports"
     return _from_template("report", title=title, articles=articles)
 
@@ -127,7 +126,7 @@ def _recipe(found: RecipeFindings) -> Article:
             if entry.fidelity is not None
         ],
         break_even_sentence=_break_even(found.break_even),
-        cost_figures=figures.cost_figures(found),
+        cost_figures=[*figures.break_even_figures(found), *figures.memory_figures(found)],
         cost_legend=[(one.style, one.label) for one in found.series if one.role != "teacher" and one.runs],
         digests=facts.recipe_digests(found),
         software=facts.software(found.runs, [entry.found["created_with"] for entry in found.entries if entry.found]),

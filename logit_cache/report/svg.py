@@ -66,8 +66,6 @@ class Mark:
 
 @dataclass(frozen=True)
 class Row:
-    """A named row of marks."""
-
     label: str
     marks: tuple[Mark, ...]
 

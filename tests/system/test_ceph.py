@@ -1,6 +1,6 @@
 """Against a real S3 server, Ceph's gateway: what moto waves through is refused here. `make test-ceph` runs these.
 
-The whole pipeline, races, kills, wrong credentials, and uploads that are damaged on their way.
+Races, kills, wrong credentials, and uploads that are damaged on their way; the whole pipeline is in `test_s3`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.caches.known import contents
 from support.caches.small import make_corpus, make_entry, random_stream, write_entry
-from support.commands import PYTHONPATH, ROOT, Run, command, environment, refused
-from support.runs import LLAMA, weights
+from support.commands import PYTHONPATH, ROOT, command, environment, refused
 from support.servers.fault_proxy import Fault, FaultProxy
-from support.servers.s3 import (
-    SMALL,
-    Bucket,
-    Server,
-    assert_same_cache,
-    kill_after_a_receipt,
-    no_leases,
-    use,
-)
+from support.servers.s3 import Bucket, use
 
 from storage import LogitCache
 from storage.cache.verify import verify
@@ -45,67 +35,6 @@ print("ready", flush=True)
 for line in sys.stdin:
     print(store.create(f"race/{int(line)}", bytes([me]) * 20_000), flush=True)
 """
-
-
-def assert_no_credentials(server: Server, *places: Path, said: list[str], stored: dict[str, bytes]) -> None:
-    """Neither key nor secret in what was printed, stored or left in folders."""
-    words = [server.secret.encode(), server.key.encode()]
-    for text in said:
-        assert not [word for word in words if word in text.encode()], text
-    for key, data in stored.items():
-        assert not [word for word in words if word in data], key
-    for place in places:
-        for path in place.rglob("*"):
-            if path.is_file():
-                assert not [word for word in words if word in path.read_bytes()], path
-
-
-def test_the_whole_road_by_commands(
-    ceph_bucket: Bucket, cached_here: Path, slow_teacher: Path, text_file: Path, run: Run, tmp_path: Path
-) -> None:
-    url = f"{ceph_bucket.url}/cache"
-    said: list[str] = []
-
-    def do(*arguments: object) -> str:
-        done = run(*arguments)
-        said.extend((done.stdout, done.stderr))
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    do("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", url)
-    arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
-    kill_after_a_receipt(ceph_bucket, *arguments)
-    assert LogitCache.open(url).teacher("a").missing()
-    do(*arguments)
-    stored = ceph_bucket.objects("cache/")
-    assert_same_cache(stored, contents(cached_here))
-    found = json.loads(do("logit-cache", "verify", url, "--deep", "--json"))
-    assert (found["problems"], no_leases(found["leftovers"]), found["missing"]) == ([], [], {})
-    do("logit-cache", "inspect", url)
-
-    (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
-    for place, name in ((cached_here, "here"), (url, "there")):
-        do(
-            "train-student", "--cache", place, "--teacher", "a", "--model", tmp_path / "llama.json", "--output-dir",
-            tmp_path / name, "--window-tokens", 32, "--seed", 3, "--set", "max_steps=4",
-        )  # fmt: skip
-    here, there = weights(tmp_path / "here"), weights(tmp_path / "there")
-    assert all((here[name] == there[name]).all() for name in here)
-    assert (tmp_path / "fetched").exists()
-    assert_no_credentials(ceph_bucket.server, tmp_path, said=said, stored=stored)
-
-
-def test_two_workers_at_once(
-    ceph_bucket: Bucket, small_cache: Path, cached_here: Path, slow_teacher: Path, tmp_path: Path
-) -> None:
-    url = ceph_bucket.upload(small_cache, "cache")
-    arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
-    workers = [subprocess.Popen(command(*arguments, "--worker", f"{i}/2"), env=environment()) for i in range(2)]
-    # A credential in an argument could be read by every user of the machine.
-    for worker in workers:
-        assert ceph_bucket.server.secret.encode() not in Path(f"/proc/{worker.pid}/cmdline").read_bytes()
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    assert_same_cache(ceph_bucket.objects("cache/"), contents(cached_here))
 
 
 def test_of_eight_processes_that_create_one_object_one_wins(ceph_bucket: Bucket) -> None:

@@ -98,12 +98,13 @@ def check_whole(path: Path, record: CacheRecord, whole: dict[str, bytes]) -> Non
     assert all(address.endswith((".partial", SUFFIX)) for address in found.leftovers)
     others = ("teachers/b/", "teachers/v2/")
     arrays = {key: data for key, data in known.without_receipts(whole).items() if not key.startswith(others)}
-    ours = {
-        k: data
-        for k, data in known.without_receipts(known.contents(path)).items()
-        if not k.endswith((".partial", SUFFIX))
-    }
-    assert ours == arrays
+    assert arrays_in(path) == arrays
+
+
+def arrays_in(path: Path) -> dict[str, bytes]:
+    """The files of a cache but receipts, leases and partial files."""
+    files = known.without_receipts(known.contents(path))
+    return {key: data for key, data in files.items() if not key.endswith((".partial", SUFFIX))}
 
 
 def test_a_process_killed_at_each_step_of_a_commit(
@@ -194,9 +195,7 @@ def test_every_step_of_making_a_whole_cache(whole: dict[str, bytes], tmp_path: P
         found = verify(str(path), deep=True, workers=1)
         assert (found.problems, found.missing) == ([], {}), (at, fault)
         assert all(address.endswith((".partial", SUFFIX)) for address in found.leftovers)
-        ours = known.without_receipts(known.contents(path))
-        ours = {key: data for key, data in ours.items() if not key.endswith((".partial", SUFFIX))}
-        assert ours == expected
+        assert arrays_in(path) == expected
         shutil.rmtree(top)
 
 

@@ -1,12 +1,13 @@
-"""A cache on an object store does what one on a local disk does: the whole pipeline by commands, on moto.
+"""A cache on an object store does what one on a local disk does: the whole pipeline by commands, on moto and on Ceph.
 
-moto accepts any credentials and checksums, so nothing here is evidence about those: the tests on Ceph are. Other stores
-that fsspec reaches come last: a plain web server.
+moto accepts any credentials and checksums: what shows those is in `test_ceph`. Other stores that fsspec reaches come
+last: a plain web server.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,10 @@ import numpy as np
 import pytest
 from support.caches.known import contents
 from support.caches.small import make_corpus, make_entry, random_stream, write_entry
-from support.commands import Run, refused
-from support.processes import start
+from support.commands import Run, command, environment, refused
 from support.runs import LLAMA, python, weights
 from support.servers.fault_proxy import FaultProxy
-from support.servers.s3 import SMALL, Bucket, assert_same_cache, kill_after_a_receipt, no_leases, use
+from support.servers.s3 import SMALL, Bucket, Server, assert_same_cache, kill_after_a_receipt, no_leases, use
 from support.servers.web import serving
 
 from storage import LogitCache, SparseTargets
@@ -43,50 +43,73 @@ def cached(opened: LogitCache) -> SparseTargets:
     return opened.teacher("a").read(0, len(opened.teacher("a")))
 
 
+@pytest.fixture
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    """A bucket on the server that the test names."""
+    found: Bucket = request.getfixturevalue(f"{request.param}_bucket")
+    return found
+
+
+CEPH = pytest.param("ceph", marks=pytest.mark.ceph)
+MOTO_SLOWLY = pytest.param("moto", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("bucket", ["moto", CEPH], indirect=True)
 def test_the_whole_road_by_commands(
-    moto_bucket: Bucket, cached_here: Path, slow_teacher: Path, text_file: Path, run: Run, tmp_path: Path
+    bucket: Bucket, cached_here: Path, slow_teacher: Path, text_file: Path, run: Run, tmp_path: Path
 ) -> None:
-    url = f"{moto_bucket.url}/cache"
-    done = run("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", url)
-    assert done.returncode == 0, done.stderr
+    url, said = f"{bucket.url}/cache", []
+
+    def do(*arguments: object, status: int = 0) -> str:
+        done = run(*arguments)
+        said.append(done.stdout + done.stderr)
+        assert done.returncode == status, said[-1]
+        return done.stdout
+
+    do("logit-cache", "tokenize", "--text", text_file, "--train-tokenizer", 400, "--out", url)
     arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
-    kill_after_a_receipt(moto_bucket, *arguments)
+    kill_after_a_receipt(bucket, *arguments)
     left = LogitCache.open(url).teacher("a").missing()
     assert left
     assert left[0][0] > 0
-    done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["complete"]
-    assert_same_cache(moto_bucket.objects("cache/"), contents(cached_here))
+    assert json.loads(do(*arguments, "--json"))["complete"]
+    objects = bucket.objects("cache/")
+    assert_same_cache(objects, contents(cached_here))
 
-    done = run("logit-cache", "inspect", url, "--json")
-    assert done.returncode == 0, done.stderr
     stored = LogitCache.open(str(cached_here)).teacher("a").stored_bytes()
-    assert json.loads(done.stdout)["teachers"]["a"]["stored_bytes"] == stored
-    done = run("logit-cache", "verify", url, "--deep", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
+    assert json.loads(do("logit-cache", "inspect", url, "--json"))["teachers"]["a"]["stored_bytes"] == stored
+    found = json.loads(do("logit-cache", "verify", url, "--deep", "--json"))
     assert (found["problems"], no_leases(found["leftovers"]), found["missing"]) == ([], [], {})
 
-    moto_bucket.put("cache/teachers/a/entropy_code/c/1", moto_bucket.objects("cache/teachers/a/entropy_code/c/0")[""])
-    done = run("logit-cache", "verify", url, "--json")
-    assert done.returncode == 1, done.stdout + done.stderr
-    (problem,) = json.loads(done.stdout)["problems"]
+    bucket.put("cache/teachers/a/entropy_code/c/1", objects["teachers/a/entropy_code/c/0"])
+    (problem,) = json.loads(do("logit-cache", "verify", url, "--json", status=1))["problems"]
     assert "teachers/a/entropy_code/c/1" in problem
+    assert_no_credentials(bucket.server, tmp_path, *said, *objects.values())
 
 
-@pytest.mark.slow
-def test_two_workers_at_once(moto_bucket: Bucket, small_cache: Path, cached_here: Path, slow_teacher: Path) -> None:
-    url = moto_bucket.upload(small_cache, "cache")
+def assert_no_credentials(server: Server, folder: Path, *printed_or_stored: str | bytes) -> None:
+    """Neither key nor secret in what was printed, stored or left in a folder."""
+    words = [server.secret.encode(), server.key.encode()]
+    for data in (*printed_or_stored, *(path.read_bytes() for path in folder.rglob("*") if path.is_file())):
+        found = data.encode() if isinstance(data, str) else data
+        assert not [word for word in words if word in found], found[:2000]
+
+
+@pytest.mark.parametrize("bucket", [MOTO_SLOWLY, CEPH], indirect=True)
+def test_two_workers_at_once(bucket: Bucket, small_cache: Path, cached_here: Path, slow_teacher: Path) -> None:
+    url = bucket.upload(small_cache, "cache")
     arguments = ("cache-logits", "--cache", url, "--teacher", slow_teacher, "--name", "a", *SMALL)
-    workers = [start(*arguments, "--worker", f"{i}/2") for i in range(2)]
+    workers = [subprocess.Popen(command(*arguments, "--worker", f"{i}/2"), env=environment()) for i in range(2)]
+    # A credential in an argument could be read by every user of the machine.
+    for worker in workers:
+        assert bucket.server.secret.encode() not in Path(f"/proc/{worker.pid}/cmdline").read_bytes()
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    assert_same_cache(moto_bucket.objects("cache/"), contents(cached_here))
+    assert_same_cache(bucket.objects("cache/"), contents(cached_here))
 
 
-@pytest.mark.slow
-def test_a_student_learns_the_same_from_s3(moto_bucket: Bucket, cached_here: Path, run: Run, tmp_path: Path) -> None:
-    url = moto_bucket.upload(cached_here, "cache")
+@pytest.mark.parametrize("bucket", [MOTO_SLOWLY, CEPH], indirect=True)
+def test_a_student_learns_the_same_from_s3(bucket: Bucket, cached_here: Path, run: Run, tmp_path: Path) -> None:
+    url = bucket.upload(cached_here, "cache")
     (tmp_path / "llama.json").write_text(json.dumps(LLAMA))
     # From S3 by a process of its own, forked after the cache was opened: connections do not survive that.
     for place, name, workers in ((str(cached_here), "here", 0), (url, "there", 1)):
@@ -99,6 +122,8 @@ def test_a_student_learns_the_same_from_s3(moto_bucket: Bucket, cached_here: Pat
     here, there = weights(tmp_path / "here"), weights(tmp_path / "there")
     assert here.keys() == there.keys()
     assert all((here[name] == there[name]).all() for name in here)
+    assert (tmp_path / "fetched").exists()
+    assert_no_credentials(bucket.server, tmp_path, done.stdout, done.stderr)
 
 
 def test_a_shard_moves_in_one_request(

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.conventions import Conventions
 from logit_cache.corpus.conversations.replies import render
 from logit_cache.corpus.conversations.template import RESERVED, ChatTemplate
-from logit_cache.corpus.documents import Chunk, Conversation, UnfitTokenizer, checked_text, reason
-from storage.errors import InputError
+from logit_cache.corpus.documents import Chunk, Conversation, UnfitTokenizer, checked_text
+from storage.errors import InputError, error_text
 from storage.text import counted
 
 
 class Renderer:
     """Renders conversations, and keeps count of what a reader of the log should know about them.
 
-    given: names of the variables that a user gives, which some template of the tokenizer must read, where recorded ones
-    need not be. given_date: whether a user gives the date, likewise. Raises InputError where none does.
+    The variables and the date that a user gives must be read by some template of the tokenizer, where recorded ones
+    need not be. Raises InputError where none does.
     """
 
-    def __init__(self, tokenizer: Any, conventions: Conventions, given: Collection[str], given_date: bool) -> None:
+    def __init__(self, tokenizer: Any, conventions: Conventions, config: CorpusConfig) -> None:
         self._tokenizer = tokenizer
         self._variables, self._version_1 = conventions.variables, conventions.version == 1
         self._date = conventions.date or datetime.date.today()
@@ -31,25 +31,22 @@ class Renderer:
         self._used: dict[str, ChatTemplate] = {}  # those that rendered a conversation
         self._conversations = self._without_reply = self._reasoning_left_out = self._endless = 0
         self._found_by: set[str] = set()
-        self._record = {"date": self._date.isoformat()} if given_date else {}
-        if given or given_date:
-            self._check(given, given_date)
+        self._record = {"date": self._date.isoformat()} if config.date is not None else {}
+        if config.template_variables or config.date is not None:
+            self._check(config)
 
     def chunk(self, conversation: Conversation) -> Chunk:
         """The text of a conversation, with the ranges that are trained on."""
         template = self._template_for(conversation)
-        variables = {**self._variables, **conversation.variables}
-        clash = sorted(RESERVED & conversation.variables.keys())
+        own = conversation.inputs.variables
+        clash = sorted(RESERVED & own.keys())
         if clash:
             raise InputError(
                 f"{conversation.where}: chat_template_kwargs has {clash[0]!r}, which the row or the tokenizer has"
             )
-        used = {
-            name: value
-            for name, value in variables.items()
-            if name in template.variables | conversation.variables.keys()
-        }
-        written = render(template, replace(conversation, variables=used), self._version_1)
+        given = {name: value for name, value in self._variables.items() if name in template.variables}
+        inputs = replace(conversation.inputs, variables={**given, **own})
+        written = render(template, replace(conversation, inputs=inputs), self._version_1)
         self._used[template.source] = template
         self._conversations += 1
         self._without_reply += not written.replies
@@ -72,7 +69,6 @@ class Renderer:
         return record
 
     def notes(self) -> list[str]:
-        """Lines for the log."""
         if not self._conversations:
             return []
         lines = [
@@ -105,7 +101,7 @@ class Renderer:
                 f"--chat-template FILE, or take the tokenizer of an instruction model"
             )
         try:
-            source = tokenizer.get_chat_template(tools=conversation.tools)
+            source = tokenizer.get_chat_template(tools=conversation.inputs.tools)
         except ValueError:
             raise UnfitTokenizer(
                 f"{where}: of the tokenizer's chat templates ({', '.join(sorted(tokenizer.chat_template))}) none is "
@@ -120,18 +116,19 @@ class Renderer:
             except Exception as error:
                 # Jinja has errors of its own for what is no template.
                 raise UnfitTokenizer(
-                    f"the chat template is not valid ({reason(error)}); correct it, or give --chat-template FILE"
+                    f"the chat template is not valid ({error_text(error, 300)}); correct it, or give "
+                    f"--chat-template FILE"
                 ) from None
         return self._templates[source]
 
-    def _check(self, given: Collection[str], given_date: bool) -> None:
+    def _check(self, config: CorpusConfig) -> None:
         own = self._tokenizer.chat_template or {}
         templates = [self._template(source) for source in (own.values() if isinstance(own, dict) else [own])]
         read = frozenset[str]().union(*(template.variables for template in templates)) - RESERVED
-        for name in sorted(set(given) - read):
+        for name in sorted(config.template_variables.keys() - read):
             raise InputError(
                 f"--template-variable {name}: the chat template reads no such variable; it reads "
                 f"{', '.join(sorted(read)) or 'none'}"
             )
-        if given_date and not any(template.prints_date for template in templates):
+        if config.date is not None and not any(template.prints_date for template in templates):
             raise InputError("--date: no chat template of this tokenizer prints a date; leave the flag out")

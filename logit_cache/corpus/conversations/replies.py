@@ -18,9 +18,9 @@ from typing import Any
 
 from logit_cache.corpus.conversations.messages import REASONING
 from logit_cache.corpus.conversations.shown import forms, lost
-from logit_cache.corpus.conversations.template import PROBE, ChatTemplate, Inputs, Messages, Rendered
-from logit_cache.corpus.documents import Conversation, Ranges, reason
-from storage.errors import InputError
+from logit_cache.corpus.conversations.template import PROBE, ChatTemplate, Messages, Rendered
+from logit_cache.corpus.documents import Conversation, Inputs, Ranges
+from storage.errors import InputError, error_text
 
 _MARK_THE_REPLIES = "give a template that marks the replies with {% generation %}: --chat-template FILE"
 _PRINTS = "take a template that prints it (--chat-template FILE), or remove it from the row"
@@ -50,13 +50,12 @@ def render(template: ChatTemplate, conversation: Conversation, version_1: bool =
     the replies cannot be found in its text.
     """
     where = conversation.where
-    inputs = Inputs(conversation.tools, conversation.documents, conversation.variables)
+    messages, inputs = conversation.messages, conversation.inputs
     if version_1:
-        messages = conversation.messages
         rendered = _rendered(template, messages, inputs, where)
     else:
         _check_inputs(template, conversation)
-        messages, rendered = _in_a_form(template, conversation.messages, inputs, where)
+        messages, rendered = _in_a_form(template, messages, inputs, where)
     found_by, replies = _replies(template, messages, inputs, rendered, where, version_1)
     trained = _trained(replies, rendered, conversation)
     return Written(
@@ -79,8 +78,7 @@ def message_texts(messages: Messages) -> Iterator[str]:
         if isinstance(content, str):
             yield content
         elif isinstance(content, list):
-            texts = (part.get("text") for part in content if isinstance(part, dict))
-            yield from (text for text in texts if isinstance(text, str))
+            yield from (part["text"] for part in content)
 
 
 def _rendered(template: ChatTemplate, messages: Messages, inputs: Inputs, where: str) -> Rendered:
@@ -89,7 +87,7 @@ def _rendered(template: ChatTemplate, messages: Messages, inputs: Inputs, where:
     except Exception as error:
         # Templates are programs: they raise errors of any type, and fail in any way on fields that they did not expect.
         raise InputError(
-            f"{where}: the chat template refuses these messages ({reason(error)}); correct the row"
+            f"{where}: the chat template refuses these messages ({error_text(error, 300)}); correct the row"
         ) from None
 
 
@@ -111,10 +109,8 @@ def _in_a_form(template: ChatTemplate, messages: Messages, inputs: Inputs, where
 
 
 def _check_inputs(template: ChatTemplate, conversation: Conversation) -> None:
-    """Refuse what the template would not read."""
     where = conversation.where
-    given = {"tools": conversation.tools, "documents": conversation.documents, **conversation.variables}
-    for name, value in given.items():
+    for name, value in conversation.inputs.by_name.items():
         if value is not None and name not in template.variables:
             raise InputError(
                 f"{where}: the row has {name!r}, and the chat template reads no such variable; take a template that "
@@ -265,7 +261,7 @@ def _by_prefixes(
         except Exception as error:
             raise InputError(
                 f"{where}: message {index} cannot be found in the template's text, and the template refuses the "
-                f"messages up to it ({reason(error)}); {_MARK_THE_REPLIES}"
+                f"messages up to it ({error_text(error, 300)}); {_MARK_THE_REPLIES}"
             ) from None
         if not after.startswith(before) or not whole.startswith(after):
             raise InputError(

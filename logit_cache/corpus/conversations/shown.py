@@ -12,7 +12,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from logit_cache.corpus.conversations.template import ChatTemplate, Inputs, Messages
+from logit_cache.corpus.conversations.template import ChatTemplate, Messages
+from logit_cache.corpus.documents import Inputs
 
 _CALLS = ("tool_calls", "function_call")
 # Of a document, the fields that templates print.

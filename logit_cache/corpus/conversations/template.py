@@ -13,14 +13,14 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import meta, nodes
 
 from logit_cache.corpus.conversations.messages import REASONING
-from logit_cache.corpus.documents import Ranges
+from logit_cache.corpus.documents import Inputs, Ranges
 from logit_cache.corpus.tokenizer import template_environment
 
 Messages = list[dict[str, Any]]
@@ -32,15 +32,6 @@ RESERVED = frozenset(
 PROBE = "logit cache probe"
 # Private-use characters: two that a text does not have stand around a mark in it.
 _PRIVATE = range(0xE000, 0xF900)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a template is rendered with, besides messages."""
-
-    tools: list[dict[str, Any]] | None = None
-    documents: list[dict[str, Any]] | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,12 +67,10 @@ class ChatTemplate:
             return str(self._plain.render(**self._values(messages, inputs, prompt)))
         text: str = self._tokenizer.apply_chat_template(
             messages,
-            tools=inputs.tools,
-            documents=inputs.documents,
             chat_template=self.source,
             tokenize=False,
             add_generation_prompt=prompt,
-            **inputs.variables,
+            **inputs.by_name,
         )
         return text
 
@@ -124,10 +113,8 @@ class ChatTemplate:
         return {
             **self._tokenizer.special_tokens_map,
             "messages": [_with_reasoning(message) for message in messages],
-            "tools": inputs.tools,
-            "documents": inputs.documents,
             "add_generation_prompt": prompt,
-            **inputs.variables,
+            **inputs.by_name,
         }
 
 
@@ -149,11 +136,9 @@ class _Marks:
         return self._here()
 
     def after(self, loop: int) -> str:
-        """A loop has ended."""
         return self._here() if self._leave(loop) else ""
 
     def mark(self, what: str) -> str:
-        """A mark in the text."""
         return f"{self._opening}{what}{self._closing}"
 
     def _leave(self, loop: int) -> bool:
@@ -198,7 +183,6 @@ def _ranges(parts: Sequence[str]) -> Rendered:
 
 
 def _marked_tree(tree: nodes.Template) -> nodes.Template:
-    """The syntax tree of a template, with marks."""
     environment = tree.environment
     assert environment is not None
     tree.body = _with_marks(tree.body, itertools.count())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.documents import Chunk, Document, Tokens, UnfitTokenizer
-from logit_cache.corpus.rows import RowReader
+from logit_cache.corpus.rows import Form, RowReader
 from logit_cache.corpus.sources.find import Source
 from logit_cache.corpus.sources.row_files import read_rows
 from logit_cache.corpus.sources.text_files import cut_at, decoded, read_blocks
@@ -14,15 +15,6 @@ from storage.errors import InputError
 from storage.progress import Advance
 
 _EXAMPLES = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How sources are read: the rows of data sets, the split of those of the hub, and where plain text is cut."""
-
-    rows: RowReader
-    split: str
-    document_separator: str | None
 
 
 @dataclass(slots=True)
@@ -43,18 +35,18 @@ Make = Callable[[Document], Iterable[Chunk | Tokens]]
 
 
 def read_sources(
-    sources: Iterable[Source], reading: Reading, make: Make, advance: Advance, skipped: SkippedRows | None
+    sources: Iterable[Source], config: CorpusConfig, make: Make, advance: Advance, skipped: SkippedRows
 ) -> Iterator[Chunk | Tokens]:
     """What `make` makes of the documents of all sources; `advance` receives the bytes that were read.
 
     Raises InputError naming the file and the byte, line or row that is wrong. A row that cannot be read, or for which
-    `make` raises, goes to `skipped` instead, where there is one and other rows of the source can be read.
+    `make` raises, goes to `skipped` instead, where the config says so and other rows of the source can be read.
     """
     for index, source in enumerate(sources):
         if source.kind == "text":
-            yield from _text(index, source, reading.document_separator, advance)
+            yield from _text(index, source, config.document_separator, advance)
         else:
-            yield from _rows(index, source, reading, make, advance, skipped)
+            yield from _rows(index, source, config, make, advance, skipped)
 
 
 def _text(index: int, source: Source, separator: str | None, advance: Advance) -> Iterator[Chunk]:
@@ -69,18 +61,23 @@ def _text(index: int, source: Source, separator: str | None, advance: Advance) -
 
 
 def _rows(
-    index: int, source: Source, reading: Reading, make: Make, advance: Advance, skipped: SkippedRows | None
+    index: int, source: Source, config: CorpusConfig, make: Make, advance: Advance, skipped: SkippedRows
 ) -> Iterator[Chunk | Tokens]:
+    # A form is chosen by naming its field, too.
+    forms: tuple[Form, ...] = ("text", "messages")
+    named = [name for name in forms if f"{name}_field" in config.model_fields_set]
+    form = config.row_form or (named[0] if len(named) == 1 else None)
+    reader = RowReader(config.text_field, config.messages_field, form)
     from_arrow = source.kind not in ("jsonl", "csv", "tsv")
     read = bad = 0
     first: InputError | None = None
-    for where, row in read_rows(source, reading.rows, reading.split, advance):
+    for where, row in read_rows(source, reader, config.split, advance):
         try:
-            made = [*make(reading.rows.document(index, row(), where, from_arrow))]
+            made = [*make(reader.document(index, row(), where, from_arrow))]
         except UnfitTokenizer:
             raise
         except InputError as error:
-            if skipped is None:
+            if not config.skip_bad_rows:
                 raise InputError(f"{error} (--skip-bad-rows leaves such rows out)") from None
             first = first or error
             bad += 1

@@ -14,11 +14,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from logit_cache.corpus.documents import reason
 from logit_cache.corpus.rows import Row, RowReader
 from logit_cache.corpus.sources.find import HUB, Source
 from logit_cache.corpus.sources.text_files import not_utf8, read_blocks
-from storage.errors import InputError
+from storage.errors import InputError, error_text
 from storage.progress import Advance
 
 Rows = Iterator[tuple[str, Callable[[], Row]]]
@@ -130,8 +129,8 @@ def _table_rows(source: Source, reader: RowReader, advance: Advance) -> Rows:
             counted = int(size * share)
         advance(size - counted)
     except (pyarrow.ArrowException, OSError) as error:
-        called = "Parquet" if source.kind == "parquet" else "Arrow"
-        raise InputError(f"{where}: cannot be read as {called} ({reason(error)}); fetch or make it again") from None
+        called, found = "Parquet" if source.kind == "parquet" else "Arrow", error_text(error, 300)
+        raise InputError(f"{where}: cannot be read as {called} ({found}); fetch or make it again") from None
 
 
 def _parquet_batches(where: str, reader: RowReader) -> Iterator[tuple[Any, float]]:
@@ -173,7 +172,7 @@ def _table_row(batch: Any, where: str) -> Row:
         [row] = batch.to_pylist(maps_as_pydicts="strict")
     except (ValueError, KeyError, OverflowError) as error:
         # A text that is no UTF-8, a map with a key twice, a date that Python has not.
-        raise InputError(f"{where}: cannot be read ({reason(error)}); correct or remove the row") from None
+        raise InputError(f"{where}: cannot be read ({error_text(error, 300)}); correct or remove the row") from None
     return dict(row)
 
 
@@ -198,6 +197,6 @@ def _hub_rows(source: Source, reader: RowReader, split: str, advance: Advance) -
         # a gated data set, and for network failures.
         at = f" after {done} rows" if done else ""
         raise InputError(
-            f"{source.name}, split {split!r}: cannot be read{at} ({reason(error)}); "
+            f"{source.name}, split {split!r}: cannot be read{at} ({error_text(error, 300)}); "
             f"check name, config, split and network"
         ) from None

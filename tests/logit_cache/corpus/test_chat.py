@@ -7,15 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.caches.streams import CHATML, chat_tokenizer, documents, learnt, write_rows
-from support.models.saved import sample_text, tiny_tokenizer
+from support.caches.streams import CHATML, chat_tokenizer, documents, learnt, stream, write_rows
+from support.models.saved import sample_text
 
 from logit_cache.corpus import pieces
 from logit_cache.corpus.config import CorpusConfig
-from logit_cache.corpus.conventions import Conventions
-from logit_cache.corpus.conversations.renderer import Renderer
-from logit_cache.corpus.conversations.replies import message_texts
-from logit_cache.corpus.documents import Conversation
 from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 from storage.errors import InputError
@@ -48,13 +44,6 @@ def messages_of(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def build(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> LogitCache:
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    path, url = write_rows(tmp_path / "chat.jsonl", *rows), str(tmp_path / "cache")
-    tokenize(CorpusConfig(text=(path,), out=url, tokenizer=str(tmp_path / "tokenizer"), **options))
-    return LogitCache.open(url)
-
-
 @pytest.mark.parametrize(
     ("template", "end"),
     [(CHATML, "<|im_end|>"), (MARKED, "<|im_end|>"), (PLAIN, "\n")],
@@ -63,7 +52,7 @@ def build(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], **options:
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "seeds", "unigram", "llama2", "metaspace"])
 def test_the_mask_marks_the_replies_and_nothing_else(tmp_path: Path, template: str, end: str, kind: str) -> None:
     tokenizer = chat_tokenizer(template, kind)
-    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)} for turns in CONVERSATIONS])
+    cache = stream(tmp_path, tokenizer, *({"messages": messages_of(turns)} for turns in CONVERSATIONS))
     text_bytes = 0
     for (tokens, mask), turns in zip(documents(cache), CONVERSATIONS, strict=True):
         expected = "".join(content + end for role, content in turns if role == "assistant")
@@ -84,7 +73,7 @@ def test_the_mask_marks_the_replies_and_nothing_else(tmp_path: Path, template: s
 def test_white_space_of_a_reply_is_trained_on(tmp_path: Path, kind: str, reply: str) -> None:
     tokenizer = chat_tokenizer(MARKED, kind)
     turns = [("user", "Hi"), ("assistant", reply), ("user", "more"), ("assistant", "the end")]
-    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)}])
+    cache = stream(tmp_path, tokenizer, {"messages": messages_of(turns)})
     [(tokens, mask)] = documents(cache)
     text = learnt(tokenizer, tokens, mask)
     assert text.count("<|im_end|>") == 2
@@ -100,7 +89,7 @@ def test_a_conversation_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.
     tokenizer = chat_tokenizer(CHATML)
     lines = sample_text()
     turns = [(("user", "assistant")[i % 2], lines[i * 700 : (i + 1) * 700]) for i in range(14)]
-    cache = build(tmp_path, tokenizer, [{"messages": messages_of(turns)}])
+    cache = stream(tmp_path, tokenizer, {"messages": messages_of(turns)})
     [(tokens, mask)] = documents(cache)
     assert learnt(tokenizer, tokens, mask) == "".join(f"{text}<|im_end|>" for role, text in turns[1::2])
 
@@ -113,7 +102,7 @@ def test_text_rows_are_trained_on_wholly_and_never_across_documents(tmp_path: Pa
         {"text": "x"},
         {"text": "And the last one."},
     ]
-    cache = build(tmp_path, tokenizer, rows, append_token="</s>")
+    cache = stream(tmp_path, tokenizer, *rows, append_token="</s>")
     found = documents(cache)
     last = tokenizer.get_vocab()["</s>"]
     assert [tokens[-1] for tokens, _ in found] == [last] * 4
@@ -124,30 +113,10 @@ def test_text_rows_are_trained_on_wholly_and_never_across_documents(tmp_path: Pa
     assert learnt(tokenizer, tokens, mask) == "It is four, naïvely.<|im_end|>"
 
 
-def test_parts_of_content_and_calls_of_tools_reach_the_template(tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m.tool_calls is defined %}"
-        "CALL {{ m.tool_calls[0]['name'] }}{% elif m['content'] is string %}{{ m['content'] }}"
-        "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer = chat_tokenizer(template)
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "text", "text": "part one"}, {"type": "text", "text": " and two"}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]},
-        {"role": "tool", "content": "12:00"},
-        {"role": "assistant", "content": "Noon.", "tool_calls": None},
-    ]
-    cache = build(tmp_path, tokenizer, [{"messages": messages}])
-    [(tokens, mask)] = documents(cache)
-    assert "part one and two" in tokenizer.decode(tokens)
-    assert learnt(tokenizer, tokens, mask) == "CALL clock<|im_end|>Noon.<|im_end|>"
-    assert list(message_texts(messages)) == ["part one", " and two", "12:00", "Noon."]
-
-
 def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(tmp_path: Path) -> None:
     (tmp_path / "template.jinja").write_text(CHATML, encoding="utf-8")
-    row = {"messages": messages_of([("user", sample_text()[:3_000]), ("assistant", "fine, thanks")])}
+    parts = [{"type": "text", "text": text} for text in (sample_text()[:2_000], sample_text()[2_000:3_000])]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "fine, thanks"}]}
     config = CorpusConfig(
         text=(write_rows(tmp_path / "chat.jsonl", row),),
         out=str(tmp_path / "cache"),
@@ -157,6 +126,7 @@ def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(tmp_path
     )
     tokenize(config)
     cache = LogitCache.open(config.out)
+    assert cache.vocabulary_size == 400, "all of the messages' text was trained on"
     assert cache.tokenizer_files()["chat_template.jinja"].decode() == CHATML
     vocabulary = json.loads(cache.tokenizer_files()["tokenizer.json"])["model"]["vocab"]
     assert {"<pad>": 0, "<s>": 1, "</s>": 2, "<|im_start|>": 3, "<|im_end|>": 4}.items() <= vocabulary.items()
@@ -167,14 +137,14 @@ def test_a_template_from_a_file_and_a_tokenizer_trained_on_the_messages(tmp_path
 
 def _refused(tmp_path: Path, tokenizer: Any, messages: Any) -> str:
     with pytest.raises(InputError) as caught:
-        build(tmp_path, tokenizer, [{"text": "a document before"}, {"messages": messages}])
+        stream(tmp_path, tokenizer, {"text": "a document before"}, {"messages": messages})
     assert not (tmp_path / "cache").exists()
     return str(caught.value)
 
 
 def test_messages_that_cannot_be_rendered_are_refused_with_their_row(tmp_path: Path) -> None:
     good = messages_of(CONVERSATIONS[1])
-    where = f"{tmp_path / 'chat.jsonl'} line 2"
+    where = f"{tmp_path / 'rows.jsonl'} line 2"
     # Earlier turns are rewritten once a later one follows, and no loop stands at the messages themselves.
     forgetful = (
         "{% for i in range(messages|length) %}{{ messages[i]['content'] }}{% if loop.last %}END{% endif %}{% endfor %}"
@@ -186,9 +156,3 @@ def test_messages_that_cannot_be_rendered_are_refused_with_their_row(tmp_path: P
     assert message.startswith(f"{where}: message 0 cannot be found")
     message = _refused(tmp_path, chat_tokenizer("{{ raise_exception('roles must\nalternate') }}"), good)
     assert message.startswith(f"{where}: the chat template refuses these messages (roles must alternate)")
-
-
-def test_a_tokenizer_without_offsets_is_refused() -> None:
-    renderer = Renderer(tiny_tokenizer("bytes"), Conventions(), (), given_date=False)
-    with pytest.raises(InputError, match=r"row 7: .*character offsets.*ByT5Tokenizer.*tokenizer\.json"):
-        renderer.chunk(Conversation(0, messages_of(CONVERSATIONS[0]), "row 7"))

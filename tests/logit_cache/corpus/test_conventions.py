@@ -13,7 +13,7 @@ from typing import Any
 import click
 import pytest
 from pydantic import ValidationError
-from support.caches.streams import CHATML, chat_tokenizer, documents, learnt, write_rows
+from support.caches.streams import CHATML, chat_tokenizer, documents, learnt, stream, write_rows
 from support.commands import COMMANDS, ROOT
 from support.models.saved import make_tokenizer, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -54,8 +54,12 @@ def make(out: Path, tokenizer: str, *text: str, **options: Any) -> LogitCache:
     return LogitCache.open(str(out))
 
 
-def texts(cache: LogitCache, tokenizer: str) -> list[str]:
-    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+def tokenizer_of(cache: LogitCache) -> Any:
+    return AutoTokenizer.from_pretrained(f"{cache.url}/tokenizer")
+
+
+def texts(cache: LogitCache) -> list[str]:
+    decode = tokenizer_of(cache).decode
     return [decode(tokens) for tokens, _ in documents(cache)]
 
 
@@ -63,10 +67,10 @@ def trained(cache: LogitCache) -> list[bool]:
     return [wanted for _, mask in documents(cache) for wanted in mask.tolist()]
 
 
-def learnt_of(cache: LogitCache, tokenizer: str) -> str:
+def learnt_of(cache: LogitCache) -> str:
     """The text that is trained on in a stream of one document."""
     [(tokens, mask)] = documents(cache)
-    return learnt(AutoTokenizer.from_pretrained(tokenizer), tokens, mask)
+    return learnt(tokenizer_of(cache), tokens, mask)
 
 
 def digest(folder: Path) -> str:
@@ -85,29 +89,27 @@ def test_documents_begin_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
             {"input_ids": [5, 6]}]  # fmt: skip
     path = write_rows(tmp_path / "rows.jsonl", *rows)
     cache = make(tmp_path / "cache", tokenizer, path)
-    found = texts(cache, tokenizer)
+    found = texts(cache)
     assert found[:3] == ["<s>one", "<s>two", "<s>1+1"]
     assert found[3].startswith("<|im_start|>user")
     assert cache.tokens.read(len(cache.tokens) - 2, len(cache.tokens)).tolist() == [5, 6]
     assert cache.record.format_version == 2
     assert cache.record.corpus.begins_with_bos is True
     without = make(tmp_path / "without", tokenizer, path, bos=False)
-    assert texts(without, tokenizer)[:3] == ["one", "<s>two", "1+1"]
+    assert texts(without)[:3] == ["one", "<s>two", "1+1"]
     assert without.record.corpus.begins_with_bos is False
 
 
 def test_a_tokenizer_without_a_beginning_adds_none_unless_asked(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok", begins=False)
     path = write_rows(tmp_path / "rows.jsonl", {"text": "one"})
-    assert texts(make(tmp_path / "a", tokenizer, path), tokenizer) == ["one"]
-    assert texts(make(tmp_path / "b", tokenizer, path, bos=True), tokenizer) == ["<s>one"]
+    assert texts(make(tmp_path / "a", tokenizer, path)) == ["one"]
+    assert texts(make(tmp_path / "b", tokenizer, path, bos=True)) == ["<s>one"]
 
 
 def test_an_appended_token_is_trained_on_after_a_completion(tmp_path: Path) -> None:
-    tokenizer = save(tmp_path / "tok")
-    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "ab cd", "completion": " ef"})
-    cache = make(tmp_path / "cache", tokenizer, path, append_token="</s>")
-    assert texts(cache, tokenizer) == ["<s>ab cd ef</s>"]
+    cache = stream(tmp_path, save(tmp_path / "tok"), {"prompt": "ab cd", "completion": " ef"}, append_token="</s>")
+    assert texts(cache) == ["<s>ab cd ef</s>"]
     mask = trained(cache)
     assert mask[-3:] == [True, True, False]
     assert sum(mask) == len(make_tokenizer("gpt2")(" ef")["input_ids"]) + 1
@@ -115,8 +117,7 @@ def test_an_appended_token_is_trained_on_after_a_completion(tmp_path: Path) -> N
 
 def test_tokens_keep_their_mask(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok")
-    path = write_rows(tmp_path / "rows.jsonl", {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8]})
-    cache = make(tmp_path / "cache", tokenizer, path)
+    cache = stream(tmp_path, tokenizer, {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8]})
     assert cache.tokens.read(0, 4).tolist() == [5, 6, 7, 8]
     assert trained(cache) == [False, True, False, False]
     assert cache.record.corpus.text_bytes > 0
@@ -144,7 +145,7 @@ def test_a_stream_of_version_1_stays_as_it_is(tmp_path: Path, monkeypatch: pytes
     again = make(tmp_path / "linked", str(tmp_path / "link"), path)
     assert again.record.corpus.begins_with_bos is False
     held_out = make(tmp_path / "held-out", str(tmp_path / "old" / "tokenizer"), path)
-    assert texts(held_out, tokenizer)[0] == "one"
+    assert texts(held_out)[0] == "one"
     assert held_out.record.corpus.begins_with_bos is False
 
 
@@ -167,7 +168,7 @@ def test_a_date_is_recorded_and_holds(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS})
     day = datetime.date(2020, 2, 3)
     cache = make(tmp_path / "cache", tokenizer, path, date=day)
-    assert texts(cache, tokenizer)[0].startswith("<s>Today is 03 February 2020.")
+    assert texts(cache)[0].startswith("<s>Today is 03 February 2020.")
     assert cache.record.corpus.date == "2020-02-03"
     before = digest(tmp_path / "cache")
     make(tmp_path / "cache", tokenizer, path)
@@ -185,7 +186,7 @@ def test_variables_of_templates_are_recorded_and_hold(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl", {"messages": TURNS}, {"messages": TURNS, "chat_template_kwargs": {"style": 3}}
     )
     cache = make(tmp_path / "cache", tokenizer, path, template_variables=("style=dry",))
-    first, second = texts(cache, tokenizer)
+    first, second = texts(cache)
     assert (first[-3:], second[-1]) == ("dry", "3")
     assert cache.record.corpus.template_variables == {"style": "dry"}
     assert cache.record.corpus.template_sha256 == hashlib.sha256(NAMED.encode()).hexdigest()
@@ -201,7 +202,7 @@ def test_a_tokenizer_with_several_templates(tmp_path: Path) -> None:
     tokenizer = save(tmp_path / "tok", named)
     path = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS}, {"messages": TURNS, "tools": [{"name": "f"}]})
     cache = make(tmp_path / "cache", tokenizer, path)
-    plain, with_tools = texts(cache, tokenizer)
+    plain, with_tools = texts(cache)
     assert (plain[:12], with_tools[:13]) == ("<|im_start|>", "f<|im_start|>")
     assert cache.record.corpus.template_sha256 is not None
     before = digest(tmp_path / "cache")
@@ -209,13 +210,13 @@ def test_a_tokenizer_with_several_templates(tmp_path: Path) -> None:
     assert digest(tmp_path / "cache") == before
     # Held-out text has both again; plain text needs none of them.
     again = make(tmp_path / "held-out", str(tmp_path / "cache"), path)
-    assert texts(again, tokenizer) == [plain, with_tools]
+    assert texts(again) == [plain, with_tools]
     only = write_rows(tmp_path / "tools.jsonl", {"messages": TURNS, "tools": [{"name": "f"}]})
-    assert texts(make(tmp_path / "b", tokenizer, only, chat_template="tool_use"), tokenizer) == [with_tools]
+    assert texts(make(tmp_path / "b", tokenizer, only, chat_template="tool_use")) == [with_tools]
     without_default = save(tmp_path / "tok-2", {"rag": CHATML, "tool_use": CHATML})
     with pytest.raises(InputError, match=r"line 1: of the tokenizer's chat templates \(rag, tool_use\) none is"):
         make(tmp_path / "c", without_default, path)
-    assert texts(make(tmp_path / "d", without_default, write_rows(tmp_path / "t.jsonl", {"text": "a"})), tokenizer)
+    assert texts(make(tmp_path / "d", without_default, write_rows(tmp_path / "t.jsonl", {"text": "a"})))
 
 
 @pytest.mark.parametrize(
@@ -228,12 +229,7 @@ def test_a_tokenizer_with_several_templates(tmp_path: Path) -> None:
 )
 def test_what_no_template_reads_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make(
-            tmp_path / "cache",
-            save(tmp_path / "tok", NAMED),
-            write_rows(tmp_path / "a.jsonl", {"text": "a"}),
-            **options,
-        )
+        stream(tmp_path, save(tmp_path / "tok", NAMED), {"text": "a"}, **options)
     assert not (tmp_path / "cache").exists()
 
 
@@ -264,9 +260,8 @@ def test_what_no_template_reads_is_refused(tmp_path: Path, options: dict[str, An
     ],
 )
 def test_what_would_be_lost_is_refused(tmp_path: Path, template: str, row: dict[str, Any], message: str) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", row)
     with pytest.raises(InputError, match=message):
-        make(tmp_path / "cache", save(tmp_path / "tok", template), path)
+        stream(tmp_path, save(tmp_path / "tok", template), row)
     assert not (tmp_path / "cache").exists()
 
 
@@ -275,9 +270,8 @@ def test_content_is_given_as_the_template_takes_it(tmp_path: Path) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}, TURNS[1]]
     expected = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
     for name, template, messages in (("a", CHATML, parts), ("b", of_parts, TURNS), ("c", of_parts, parts)):
-        tokenizer = save(tmp_path / f"tok-{name}", template)
-        cache = make(tmp_path / name, tokenizer, write_rows(tmp_path / f"{name}.jsonl", {"messages": messages}))
-        assert texts(cache, tokenizer) == [expected]
+        folder = tmp_path / name
+        assert texts(stream(folder, save(folder / "tok", template), {"messages": messages})) == [expected]
 
 
 @pytest.mark.parametrize("arguments", ['{"b": 2, "a": null}', {"b": 2, "a": None}])
@@ -288,8 +282,7 @@ def test_arguments_of_calls_are_not_quoted_twice(tmp_path: Path, arguments: Any)
     )
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     row = {"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
-    tokenizer = save(tmp_path / "tok", template)
-    [text] = texts(make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", row)), tokenizer)
+    [text] = texts(stream(tmp_path, save(tmp_path / "tok", template), row))
     assert 'assistant\nf{"b": 2, "a": null}<|im_end|>' in text
 
 
@@ -302,16 +295,14 @@ def test_calls_are_given_in_the_form_that_the_template_prints(tmp_path: Path, co
     )
     call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     row = {"messages": [TURNS[0], {"role": "assistant", "content": content, "tool_calls": [call]}]}
-    tokenizer = save(tmp_path / "tok", template)
-    [text] = texts(make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", row)), tokenizer)
+    [text] = texts(stream(tmp_path, save(tmp_path / "tok", template), row))
     assert text.endswith('assistant\n`f{"a": 1}`<|im_end|>\n')
 
 
 def test_content_like_the_end_marker_and_private_characters(tmp_path: Path) -> None:
     turns = [TURNS[0], {"role": "assistant", "content": "a >"}, {"role": "user", "content": "\ue0f0 \ue0f1"}, TURNS[1]]
-    tokenizer = save(tmp_path / "tok", CHATML)
-    cache = make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", {"messages": turns}))
-    assert learnt_of(cache, tokenizer) == "a ><|im_end|>yo<|im_end|>"
+    cache = stream(tmp_path, save(tmp_path / "tok", CHATML), {"messages": turns})
+    assert learnt_of(cache) == "a ><|im_end|>yo<|im_end|>"
 
 
 def test_a_prompt_that_depends_on_the_question(tmp_path: Path) -> None:
@@ -322,9 +313,8 @@ def test_a_prompt_that_depends_on_the_question(tmp_path: Path) -> None:
         "{% if 'brief' in messages[-1].content %}BRIEF {% endif %}{% endif %}"
     )
     turns = [*TURNS, {"role": "user", "content": "be brief"}, TURNS[1], *TURNS]
-    tokenizer = save(tmp_path / "tok", template)
-    cache = make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", {"messages": turns}))
-    assert learnt_of(cache, tokenizer).replace(" ", "") == "yo<|im_end|>" * 3
+    cache = stream(tmp_path, save(tmp_path / "tok", template), {"messages": turns})
+    assert learnt_of(cache).replace(" ", "") == "yo<|im_end|>" * 3
 
 
 @pytest.mark.parametrize(
@@ -346,12 +336,13 @@ def test_other_values_are_refused(field: dict[str, Any]) -> None:
 
 
 def test_a_mask_needs_offsets(tmp_path: Path) -> None:
-    tiny_tokenizer("bytes").save_pretrained(tmp_path / "bytes")
-    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
-    with pytest.raises(InputError, match=r"rows\.jsonl line 1: .*character offsets"):
-        make(tmp_path / "cache", str(tmp_path / "bytes"), path)
-    ids = write_rows(tmp_path / "ids.jsonl", {"input_ids": [5, 6], "labels": [-100, 6]})
-    assert trained(make(tmp_path / "cache", str(tmp_path / "bytes"), ids)) == [True, False]
+    for row in ({"prompt": "a", "completion": "b"}, {"messages": TURNS}):
+        with pytest.raises(
+            InputError, match=r"rows\.jsonl line 1: .*character offsets.*ByT5Tokenizer.*tokenizer\.json"
+        ):
+            stream(tmp_path, tiny_tokenizer("bytes"), row)
+    cache = stream(tmp_path, tiny_tokenizer("bytes"), {"input_ids": [5, 6], "labels": [-100, 6]})
+    assert trained(cache) == [True, False]
 
 
 def test_the_template_is_rendered_a_fixed_number_of_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,12 +389,11 @@ def test_the_page_s_example_is_true(tmp_path: Path) -> None:
         "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    tokenizer = save(tmp_path / "tok", template)
-    cache = make(tmp_path / "cache", tokenizer, write_rows(tmp_path / "rows.jsonl", row))
+    cache = stream(tmp_path, save(tmp_path / "tok", template), row)
     schema = json.dumps(row["tools"][0])
-    [text] = texts(cache, tokenizer)
+    [text] = texts(cache)
     assert text.replace(schema, schema[: schema.index('"parameters"')] + "…}}") == re.sub("[‹›]", "", shown)
-    assert learnt_of(cache, tokenizer) == "".join(re.findall("‹(.*?)›", shown))
+    assert learnt_of(cache) == "".join(re.findall("‹(.*?)›", shown))
 
 
 def test_the_page_names_every_option_of_the_command() -> None:

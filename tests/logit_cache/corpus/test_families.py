@@ -8,13 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.caches.streams import documents, write_rows
+from support.caches.streams import documents, stream
 from support.models.saved import make_tokenizer, sample_text
 from support.references.chat_families import FAMILIES, SPECIAL, Family
-
-from logit_cache.corpus.config import CorpusConfig
-from logit_cache.corpus.tokenize import tokenize
-from storage import LogitCache
 
 DATE = datetime.date(2026, 2, 3)
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "default": None}}}]
@@ -55,18 +51,11 @@ def long_conversation() -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
-def stream(folder: Path, family: Family, rows: list[dict[str, Any]], **options: Any) -> tuple[LogitCache, Any]:
+def check(folder: Path, family: Family, rows: list[dict[str, Any]], **options: Any) -> None:
     tokenizer = make_tokenizer("gpt2")
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL), "bos_token": "<s>", "eos_token": "</s>"})
     tokenizer.chat_template = family.template
-    tokenizer.save_pretrained(folder / "tokenizer")
-    path, out = write_rows(folder / "rows.jsonl", *rows), str(folder / "cache")
-    tokenize(CorpusConfig(text=(path,), out=out, tokenizer=str(folder / "tokenizer"), **options))
-    return LogitCache.open(out), tokenizer
-
-
-def check(folder: Path, family: Family, rows: list[dict[str, Any]], **options: Any) -> None:
-    cache, tokenizer = stream(folder, family, rows, **options)
+    cache = stream(folder, tokenizer, *rows, **options)
     variables = options.get("template_variables", {})
     assert cache.loss_mask is not None
     for row, (tokens, mask) in zip(rows, documents(cache), strict=True):

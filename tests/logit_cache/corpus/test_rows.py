@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens
+from logit_cache.corpus.documents import Chunk, Conversation, Document, Inputs, Tokens
 from logit_cache.corpus.rows import RowReader
 from storage.errors import InputError
 
@@ -62,10 +62,9 @@ def test_conversations(row: dict[str, Any], messages: list[dict[str, Any]]) -> N
 
 def test_what_stands_beside_the_messages_reaches_the_template() -> None:
     row = {"messages": TURNS, "tools": TOOLS, "documents": [{"text": "d"}], "chat_template_kwargs": {"think": None}}
-    found = conversation(row)
-    assert (found.tools, found.documents, found.variables) == (TOOLS, [{"text": "d"}], {"think": None})
-    assert conversation({"messages": TURNS, "tools": json.dumps(TOOLS)}).tools == TOOLS
-    assert conversation({"messages": TURNS, "tools": []}).tools is None
+    assert conversation(row).inputs == Inputs(TOOLS, [{"text": "d"}], {"think": None})
+    assert conversation({"messages": TURNS, "tools": json.dumps(TOOLS)}).inputs.tools == TOOLS
+    assert conversation({"messages": TURNS, "tools": []}).inputs.tools is None
 
 
 def test_a_null_is_kept_where_it_is_a_value() -> None:
@@ -76,7 +75,7 @@ def test_a_null_is_kept_where_it_is_a_value() -> None:
     # Arrow has nulls for absent fields, too: which one this is cannot be known.
     assert "message 1: 'arguments' holds a null" in refused({"messages": [TURNS[0], reply]}, from_arrow=True)
     assert "'tools' holds a null" in refused({"messages": TURNS, "tools": TOOLS}, from_arrow=True)
-    assert conversation({"messages": TURNS, "tools": json.dumps(TOOLS)}, from_arrow=True).tools == TOOLS
+    assert conversation({"messages": TURNS, "tools": json.dumps(TOOLS)}, from_arrow=True).inputs.tools == TOOLS
 
 
 def test_a_shared_gpt_function_call_is_a_tool_call() -> None:
@@ -221,8 +220,8 @@ def test_what_exports_write_for_absent_and_nested_values() -> None:
     # Fields of other rows of a table.
     variables = {"enable_thinking": None, "style": "dry"}
     row = {"messages": TURNS, "chat_template_kwargs": variables}
-    assert conversation(row, from_arrow=True).variables == {"style": "dry"}
-    assert conversation(row).variables == variables
+    assert conversation(row, from_arrow=True).inputs.variables == {"style": "dry"}
+    assert conversation(row).inputs.variables == variables
 
 
 def test_a_weight_of_what_is_no_reply_changes_nothing() -> None:

@@ -13,7 +13,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import psutil
@@ -29,7 +29,7 @@ from logit_cache.recipes import run as recipe_module
 from logit_cache.recipes.commands import RecipeJob
 from logit_cache.recipes.estimate import seconds
 from logit_cache.recipes.machine import Machine, free_memory, probe
-from logit_cache.recipes.published import RECIPES, SCALES, Recipe, find_recipe
+from logit_cache.recipes.published import RECIPES, Recipe, Scale, find_recipe
 from logit_cache.recipes.run import RecipeRun
 from logit_cache.recipes.stages import Pipeline, Stage
 from storage.errors import IdentityMismatch, InputError
@@ -42,7 +42,7 @@ from teachers.cli import train_teacher
 
 GIB = 1 << 30
 LARGE = Machine(device="cpu", name="a machine", memory_bytes=64 * GIB, products_per_second=1e11)
-ALL = [(name, scale) for name in RECIPES for scale in SCALES]
+ALL = [(name, scale) for name in RECIPES for scale in get_args(Scale)]
 COMMANDS: dict[str, click.Command] = {
     "train-teacher": train_teacher,
     "train-student": train_student,
@@ -128,7 +128,7 @@ def test_the_weight_decay_per_step_is_kept(name: str) -> None:
     def pull(recipe: Recipe) -> list[float]:
         return [m.training.learning_rate * m.training.weight_decay for m in (*recipe.teachers, recipe.student)]
 
-    for scale in SCALES:
+    for scale in get_args(Scale):
         assert pull(find_recipe(name, scale)) == pytest.approx(pull(find_recipe(name, "paper")), rel=0.02)
 
 

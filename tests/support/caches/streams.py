@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from support.models.saved import make_tokenizer
 
+from logit_cache.corpus.config import CorpusConfig
+from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
 
 CHATML = (
@@ -26,6 +28,16 @@ def write(path: Path, text: str) -> str:
 def write_rows(path: Path, *rows: object) -> str:
     """A file of JSON lines; a row that is a text is written as it is."""
     return write(path, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def stream(folder: Path, tokenizer: Any, *rows: object, **options: Any) -> LogitCache:
+    """A cache in a folder, of rows that are written there; so is the tokenizer, where it is not given by its folder."""
+    if not isinstance(tokenizer, str):
+        tokenizer.save_pretrained(folder / "tokenizer")
+        tokenizer = str(folder / "tokenizer")
+    path, out = write_rows(folder / "rows.jsonl", *rows), str(folder / "cache")
+    tokenize(CorpusConfig(text=(path,), out=out, tokenizer=tokenizer, **options))
+    return LogitCache.open(out)
 
 
 def chat_tokenizer(template: Any, kind: str = "gpt2") -> Any:

@@ -229,7 +229,7 @@ def moto() -> Iterator[Server]:
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(url, process)
-        yield Server(url, "moto", "anything")
+        yield Server(url, "MOTOKEY", "MOTOSECRET")
     finally:
         process.kill()
         process.wait()
