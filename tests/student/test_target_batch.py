@@ -83,4 +83,4 @@ def test_accelerate_moves_them_and_casts_nothing(batch: StoredBatch) -> None:
             name: values.dtype for name, values in before.items()
         }
     assert repr(moved["t"]) == "TargetBatch([3] rows of 5 ids, meta)"
-    assert repr(moved["s"]).startswith("StoredBatch([3, 4] rows of token_ids, logprob")
+    assert repr(moved["s"]) == f"StoredBatch([3, 4] rows of {', '.join(batch.arrays)}, meta)"
