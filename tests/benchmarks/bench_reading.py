@@ -80,7 +80,7 @@ def make(folder: Path) -> None:
                 "positions": N,
                 "stream_sha256": record.corpus.stream_sha256,
                 "tokenizer_fingerprint": record.tokenizer.fingerprint,
-                "layout": entry_layout(N, K, WINDOW),
+                "layout": entry_layout(N, K, WINDOW, shard_tokens=SHARD, chunk_tokens=CHUNK),
             }
         )
         assert (changed.layout.shard, changed.layout.chunk) == (SHARD, CHUNK)
