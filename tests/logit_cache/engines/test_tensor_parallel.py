@@ -107,7 +107,7 @@ def check_alike(found: SparseTargets, expected: SparseTargets, sampled: bool) ->
         return
     (ids, logprobs), (theirs, of_theirs) = by_id(found), by_id(expected)
     alike = (ids == theirs).all(axis=1)
-    assert alike.mean() > 0.999, "another id only where a tooth falls on the border of two"
+    assert alike.mean() > 0.998, "another id only where a tooth falls on the border of two"
     np.testing.assert_allclose(logprobs[alike], of_theirs[alike], atol=1e-5, rtol=1e-5)
 
 
