@@ -268,28 +268,36 @@ def load_teacher(run: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(run / "teacher").eval().requires_grad_(False)
 
 
-def dense_targets(run: Path) -> Any:
-    """float32 [N, V]: the teacher's log-probs at every position of the student's stream, on the disk."""
+def teacher_logits(run: Path, stream: str) -> Iterator[tuple[int, int, Any]]:
+    """(start, end, logits [end - start, V]) of a stream's positions in order, in windows one behind the other."""
     import numpy as np
     import torch
 
     from storage import LogitCache
 
+    tokens, teacher = LogitCache.open(str(run / stream)).tokens, load_teacher(run)
+    for start in range(0, len(tokens), WINDOW * 32):
+        end = min(start + WINDOW * 32, len(tokens))
+        read = np.zeros(WINDOW * 32, dtype=np.int64)
+        read[: end - start] = tokens.read(start, end)
+        with torch.no_grad():
+            logits = teacher(torch.from_numpy(read).view(32, WINDOW), use_cache=False).logits.flatten(0, 1)
+        yield start, end, logits[: end - start, :VOCABULARY]
+
+
+def dense_targets(run: Path) -> Any:
+    """float32 [N, V]: the teacher's log-probs at every position of the student's stream, on the disk."""
+    import numpy as np
+
     path = run / "dense.npy"
     with (run / "dense.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            tokens = LogitCache.open(str(run / "student")).tokens
-            teacher, count = load_teacher(run), len(tokens)
             partial = path.with_suffix(".partial")
-            table = np.lib.format.open_memmap(partial, "w+", np.float32, (count, VOCABULARY))
-            for start in range(0, count, WINDOW * 32):
-                end = min(start + WINDOW * 32, count)
-                read = np.zeros(WINDOW * 32, dtype=np.int64)
-                read[: end - start] = tokens.read(start, end)
-                with torch.no_grad():
-                    logits = teacher(torch.from_numpy(read).view(32, WINDOW), use_cache=False).logits.flatten(0, 1)
-                table[start:end] = logits[: end - start, :VOCABULARY].log_softmax(1).numpy()
+            shape = positions(run / "student"), VOCABULARY
+            table = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+            for start, end, logits in teacher_logits(run, "student"):
+                table[start:end] = logits.log_softmax(1).numpy()
             table.flush()
             os.replace(partial, path)
     return np.load(path, mmap_mode="r")
@@ -300,24 +308,15 @@ def rskd_targets(run: Path, stream: str, draws: int, seed: int) -> tuple[Any, An
     import numpy as np
     import torch
 
-    from storage import LogitCache
-
     path = run / "rskd" / f"{stream}-{draws}-seed{seed}.npz"
     if path.exists():
         found = np.load(path)
         return found["ids"], found["counts"]
-    tokens = LogitCache.open(str(run / stream)).tokens
-    stop = len(tokens)
-    teacher = load_teacher(run)
+    stop = positions(run / stream)
     ids = np.zeros((stop, draws), dtype=np.uint16)
     counts = np.zeros((stop, draws), dtype=np.uint8)
-    for start in range(0, stop, WINDOW * 32):
-        end = min(start + WINDOW * 32, stop)
-        read = np.zeros(WINDOW * 32, dtype=np.int64)
-        read[: end - start] = tokens.read(start, end)
-        with torch.no_grad():
-            logits = teacher(torch.from_numpy(read).view(32, WINDOW), use_cache=False).logits.flatten(0, 1)
-            ends = logits[: end - start, :VOCABULARY].double().softmax(1).cumsum(1)
+    for start, end, logits in teacher_logits(run, stream):
+        ends = logits.double().softmax(1).cumsum(1)
         uniform = np.random.Generator(np.random.Philox(key=[seed, start])).random((end - start, draws))
         drawn = torch.searchsorted(ends, torch.from_numpy(uniform)).clamp_max_(VOCABULARY - 1).numpy()
         for row, some in enumerate(drawn):
