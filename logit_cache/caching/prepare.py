@@ -16,7 +16,7 @@ from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format.layout import COMPRESSION, entry_layout
-from storage.format.manifest import CacheRecord, Execution, TeacherEntry, Versions, Windowing
+from storage.format.manifest import Execution, TeacherEntry, Versions, Windowing
 from storage.progress import silent
 from storage.stores import open_store
 
@@ -203,15 +203,6 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         layout = recorded.layout.model_copy(update={"compression": layout.compression})
         entry = entry.model_copy(update={"layout": layout})
     return PreparedJob(cache, teacher, entry)
-
-
-def other_tokens(entry: TeacherEntry, record: CacheRecord) -> dict[str, tuple[str, str]]:
-    """The digests in which an entry and a cache differ, as each of them has it; none where the entry belongs there."""
-    pairs = {
-        "stream_sha256": (entry.stream_sha256, record.corpus.stream_sha256),
-        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, record.tokenizer.fingerprint),
-    }
-    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
 
 
 def loss_mask(cache: LogitCache, url: str) -> Stream:

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from logit_cache.caching.job import EntryName, FieldNames, KeptIds, Mass, Positive, Seed, StepNats, stored_fields
-from logit_cache.caching.prepare import loss_mask, other_tokens
+from logit_cache.caching.prepare import loss_mask
 from storage.cache.reader import LogitCache, Stream, TeacherTargets
 from storage.cache.writer import EntryWriter, check_destination
 from storage.config import Settings
@@ -51,6 +51,7 @@ from storage.format.encoding import (
     MAX_STEP_NATS,
     logprob_floor,
 )
+from storage.format.identity import other_tokens
 from storage.format.layout import COMPRESSION, Profile, entry_layout
 from storage.format.manifest import (
     MOST_SHRUNK,

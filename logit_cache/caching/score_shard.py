@@ -164,8 +164,7 @@ class _Rows:
         is_kept = leading_columns(kept, self._targets.k)
         self._kept[at] = kept
         self._certain[at] = reduced.certain.numpy()
-        # Where no id is, the array is as it was made.
-        self._token_ids[at] = np.where(is_kept, reduced.token_ids.numpy(), self._token_ids[at])
+        self._token_ids[at] = np.where(is_kept, reduced.token_ids.numpy(), np.iinfo(self._token_ids.dtype).max)
         self._logprobs[at] = np.where(is_kept, reduced.logprobs.numpy(), -np.inf)
         for name, values in self._floats.items():
             values[at] = getattr(reduced, name).numpy()

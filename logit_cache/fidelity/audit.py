@@ -28,12 +28,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from logit_cache.caching.prepare import execution_of, other_tokens
+from logit_cache.caching.prepare import execution_of
 from logit_cache.fidelity.rescore import Sample, TargetRows, live_values, sample_windows, stored_values, take_sample
 from logit_cache.fidelity.sampled_ids import DrawnAgain, Values, compare_drawn
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IdentityMismatch, IncompleteCache, InputError
+from storage.format.identity import other_tokens
 from storage.format.manifest import TARGET_FIELDS, TeacherEntry, Versions
 from student.models.vocabulary import check_vocabulary
 from teachers.base import Teacher

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import InputError
+from storage.format.manifest import CacheRecord, TeacherEntry
 from storage.format.sealing import canonical_json
 from storage.text import counted
 
@@ -123,3 +124,12 @@ def stream_sha256(tokens: NDArray[Any], document_starts: NDArray[Any], loss_mask
         for start in range(0, len(values), _BLOCK):
             digest.update(np.asarray(values[start : start + _BLOCK]).astype(dtype).tobytes())
     return digest.hexdigest()
+
+
+def other_tokens(entry: TeacherEntry, record: CacheRecord) -> dict[str, tuple[str, str]]:
+    """The digests in which an entry and a cache differ, as each of them has it; none where the entry belongs there."""
+    pairs = {
+        "stream_sha256": (entry.stream_sha256, record.corpus.stream_sha256),
+        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, record.tokenizer.fingerprint),
+    }
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}

@@ -29,6 +29,7 @@ from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
 from storage.cache.records import check_metadata, read_fidelity, tokenizer_key
 from storage.errors import CorruptCache, IdentityMismatch
+from storage.format.identity import other_tokens
 from storage.format.layout import ArraySpec, record_bytes
 from storage.format.manifest import CacheRecord, ShardReceipt
 from storage.format.sealing import digest, sealed_bytes
@@ -198,12 +199,9 @@ def _entry(source: Source, name: str, folder: Path, redact: bool) -> list[Receip
     group = groups[-1]
     entry, key = cache.teacher(name).entry, f"{group.prefix}{ROOT_KEY}"
     check_record_alone(snapshot, key)
-    pairs = {
-        "stream_sha256": (entry.stream_sha256, cache.record.corpus.stream_sha256),
-        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, cache.record.tokenizer.fingerprint),
-    }
-    differing = [f"{field}: the entry has {a}, the cache {b}" for field, (a, b) in pairs.items() if a != b]
-    if differing:
+    foreign = other_tokens(entry, cache.record)
+    if foreign:
+        differing = [f"{field}: the entry has {a}, the cache {b}" for field, (a, b) in foreign.items()]
         raise IdentityMismatch(snapshot.where(key), differing, "Its targets belong to other tokens: leave it out")
     # Nothing is taken from an entry of a cache that was shared without its text twice.
     changed = without_label(entry) if redact and cache.record.corpus.tokens_included else entry

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from storage import LogitCache
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
+from storage.format.identity import other_tokens
 from storage.format.manifest import TeacherEntry
 from storage.progress import Log
 from student.data.batches import Window, as_read
@@ -259,12 +260,9 @@ def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
     """A complete entry of this cache's own stream and tokenizer; raises IdentityMismatch or IncompleteCache."""
     targets = cache.teacher(name)
     entry = targets.entry
-    pairs = {
-        "stream_sha256": (entry.stream_sha256, cache.record.corpus.stream_sha256),
-        "tokenizer_fingerprint": (entry.tokenizer_fingerprint, cache.record.tokenizer.fingerprint),
-    }
-    differing = [f"{key}: the entry has {a}, the cache {b}" for key, (a, b) in pairs.items() if a != b]
-    if differing:
+    foreign = other_tokens(entry, cache.record)
+    if foreign:
+        differing = [f"{key}: the entry has {a}, the cache {b}" for key, (a, b) in foreign.items()]
         raise IdentityMismatch(
             f"{cache.url}: teacher {name}", differing, "Its targets belong to other tokens: cache this teacher again"
         )
