@@ -50,10 +50,15 @@ class Teacher(Protocol):
     @property
     def order(self) -> Tensor | None: ...
 
-    def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    def packs(self, length: int) -> bool:
+        """Whether documents may share a row of so many tokens, kept apart by their positions: tested on the model."""
+        ...
+
+    def score(self, windows: Tensor, rows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
         """The logits of the rows `rows` of the flattened windows, in chunks.
 
-        windows: int64 [B, C], token ids. rows: int64 [R], ascending indices into the B * C positions.
+        windows: int64 [B, C], token ids. rows: int64 [R], ascending indices into the B * C positions. positions: int64
+        [B, C], which restart where a document of its own begins; None where each window is one. Only where it `packs`.
         Yields float32 [r, head_columns], or of this rank's columns only, in the order of `rows`; every chunk stays
         within the teacher's byte budget, and the sizes follow from the arguments alone, so that a repeated call repeats
         every matrix product with the same shapes.

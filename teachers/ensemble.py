@@ -70,9 +70,13 @@ class EnsembleTeacher:
         self.attention = ", ".join(dict.fromkeys(teacher.attention for teacher in teachers))
         self.order: Tensor | None = None
 
-    def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    def packs(self, length: int) -> bool:
+        """Whether all members do; each is asked, so that each says why it does not."""
+        return all([teacher.packs(length) for teacher in self._teachers])
+
+    def score(self, windows: Tensor, rows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
         """Combined logits float32 [r, V] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""
-        streams = [_Rows(teacher.score(windows, rows)) for teacher in self._teachers]
+        streams = [_Rows(teacher.score(windows, rows, positions)) for teacher in self._teachers]
         left = len(rows)
         while left:
             # Members chunk their rows differently; the rows that all of them have ready are combined.

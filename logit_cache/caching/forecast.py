@@ -267,10 +267,13 @@ def _pieces(
 
 
 def _speed(probe: Probe, entry: TeacherEntry) -> dict[str, float]:
-    """Speed and cost per position of the entry: a shard's windows form whole batches, the last one padded."""
-    shard = min(entry.layout.shard, entry.positions)
-    batches = math.ceil(probe.density * probe.windows / probe.positions * shard / probe.entry.execution.batch_windows)
-    passes = batches * probe.positions / (probe.batches * shard)  # of this entry, for each pass of the probe
+    """Speed and cost per position of the entry: a shard's windows form whole batches, the last one padded, or rows that
+    are filled as far as they go."""
+    passes = probe.density
+    if entry.execution.rows is None:
+        shard, at_once = min(entry.layout.shard, entry.positions), probe.entry.execution.batch_windows
+        batches = math.ceil(probe.density * probe.windows / probe.positions * shard / at_once)
+        passes = batches * probe.positions / (probe.batches * shard)  # of this entry, for each pass of the probe
     score, encode = probe.score.seconds * passes / probe.positions, probe.encode.seconds / probe.positions
     seconds = score + encode if probe.score.device.type == "cpu" else max(score, encode)
     cpu = (probe.score.cpu_seconds * passes + probe.encode.cpu_seconds) / probe.positions

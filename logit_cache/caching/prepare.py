@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.caching.job import CacheJob
+from logit_cache.caching.packing import row_lengths
 from storage.cache.inventory import ROOT_KEY
 from storage.cache.reader import LogitCache, Stream
 from storage.cache.records import read_record, teacher_folder
@@ -194,7 +195,11 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         windowing=windowing,
         encoding=job.stored_encoding(targets, recorded),
         layout=layout,
-        execution=execution_of(teacher, batch_windows or choose_batch_windows(teacher, windowing.input_tokens)),
+        execution=execution_of(
+            teacher,
+            batch_windows or choose_batch_windows(teacher, windowing.input_tokens),
+            _rows(teacher, windowing, recorded),
+        ),
         made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
     )
@@ -213,7 +218,17 @@ def loss_mask(cache: LogitCache, url: str) -> Stream:
     return mask
 
 
-def execution_of(teacher: Teacher, batch_windows: int) -> Execution:
+def _rows(teacher: Teacher, windowing: Windowing, recorded: TeacherEntry | None) -> dict[str, Any]:
+    """How documents that must not see each other are read: fields of `Execution`; none for an entry that was begun with
+    a window for each of them."""
+    before = None if recorded is None else recorded.execution
+    if not windowing.isolate_documents or (before is not None and before.rows is None):
+        return {}
+    lengths = (before and before.row_tokens) or row_lengths(windowing.input_tokens)
+    return {"rows": "packed", "row_tokens": lengths} if teacher.packs(lengths[0]) else {"rows": "sorted"}
+
+
+def execution_of(teacher: Teacher, batch_windows: int, rows: Mapping[str, Any]) -> Execution:
     """How a teacher runs here: what an entry records of it, as it can change the last bits of targets."""
     return Execution(
         device_type=teacher.device.type,
@@ -221,6 +236,7 @@ def execution_of(teacher: Teacher, batch_windows: int) -> Execution:
         attention=teacher.attention,
         head=teacher.head,
         tensor_parallel=None if teacher.shard is None else teacher.shard.ranks.size,
+        **rows,
     )
 
 

@@ -3,13 +3,14 @@
 Legend: `B` windows in a batch, `C` context tokens, `R` scored rows of a batch, `K` stored ids.
 
 `score_shard` is a pure function of the job and the shard: the composition and shape of every batch follow from the
-shard alone (the last batch is padded with windows that score nothing), because half-precision results change with
-the batch's shape.
+shard alone (of windows of one length, the last batch is padded with windows that score nothing), because half-precision
+results change with the batch's shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from logit_cache.caching.packing import Row, one_by_one, packed
 from logit_cache.caching.pipeline import HostCopies
 from logit_cache.caching.prepare import OpenJob, loss_mask
-from logit_cache.caching.windows import Window, batch_inputs, windows
+from logit_cache.caching.windows import Window, row_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
 from storage.format.encoding import logprob_floor, token_id_dtype
@@ -56,45 +58,74 @@ def score_range(
     copies = HostCopies(teacher.device, rows.put)
     plan = filter(rows.any_wanted, windows(start, stop, entry.positions, entry.windowing, starts))
     scored = 0
-    while batch := list(islice(plan, entry.execution.batch_windows)):
-        low = min(window.start for window in batch)
-        high = min(max(window.stop for window in batch) + 1, entry.positions)
-        tokens = cache.tokens.read(low, high).astype(np.int64)
-        _score_batch(entry, teacher, batch, tokens, low, rows, copies)
+    for batch in _batches(entry, plan):
+        _score_batch(entry, teacher, batch, cache, rows, copies)
+        # Windows without a scored position are in no batch; with the next one, or the end, they are done.
+        done = sum(window.last - window.first for row in batch.rows for window in row)
         if progress is not None:
-            progress(batch[-1].last - start - scored)
-        scored = batch[-1].last - start
+            progress(done)
+        scored += done
     copies.finish()
     if progress is not None and scored < stop - start:
         progress(stop - start - scored)
     return rows.targets()
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of windows that are read together, padded to `count` rows of `length` tokens."""
+
+    rows: list[Row]
+    length: int
+    count: int
+
+
+def _batches(entry: TeacherEntry, plan: Iterator[Window]) -> Iterator[_Batch]:
+    windowing, execution = entry.windowing, entry.execution
+    if execution.rows is None:
+        while batch := list(islice(plan, execution.batch_windows)):
+            yield _Batch([(window,) for window in batch], windowing.input_tokens, execution.batch_windows)
+        return
+    lead = windowing.input_tokens - windowing.context_tokens
+    batch_tokens = execution.batch_windows * windowing.input_tokens
+    if execution.rows == "packed":
+        found = packed(list(plan), execution.row_tokens or (), lead)
+    else:
+        found = one_by_one(list(plan), lead, batch_tokens)
+    for length, rows in found:
+        count = max(1, batch_tokens // length)
+        for first in range(0, len(rows), count):
+            some = rows[first : first + count]
+            yield _Batch(some, length, len(some))
+
+
 def _score_batch(
     entry: TeacherEntry,
     teacher: Teacher,
-    batch: list[Window],
-    tokens: NDArray[np.int64],
-    low: int,
+    batch: _Batch,
+    cache: LogitCache,
     rows: _Rows,
     copies: HostCopies,
 ) -> None:
-    """Score one batch of windows; `tokens` are the stream from position `low` on."""
-    positions = [rows.wanted(window) for window in batch]
-    read = [
-        (tokens[window.start - low : window.stop - low], scored - window.start)
-        for window, scored in zip(batch, positions, strict=True)
-    ]
-    inputs, indices = batch_inputs(read, entry.windowing, entry.execution.batch_windows)
-    labels = []
-    for window, scored in zip(batch, positions, strict=True):
-        following = np.minimum(scored + 1, low + len(tokens) - 1)
-        labels.append(np.where(scored + 1 < window.end, tokens[following - low], -1))
+    """Score one batch."""
+    in_batch = [window for row in batch.rows for window in row]
+    low = min(window.start for window in in_batch)
+    tokens = cache.tokens.read(low, min(max(window.stop for window in in_batch) + 1, entry.positions)).astype(np.int64)
+    positions, labels, read = [], [], []
+    for row in batch.rows:
+        read.append([])
+        for window in row:
+            scored = rows.wanted(window)
+            following = np.minimum(scored + 1, low + len(tokens) - 1)
+            labels.append(np.where(scored + 1 < window.end, tokens[following - low], -1))
+            positions.append(scored)
+            read[-1].append((tokens[window.start - low : window.stop - low], scored - window.start))
+    packs = entry.execution.rows == "packed"
+    inputs = row_inputs(read, entry.windowing.begin_id, batch.length, batch.count, packs)
     position = np.concatenate(positions)
     label = torch.from_numpy(np.concatenate(labels)).to(teacher.device)
-    index = torch.from_numpy(indices).to(teacher.device)
     done = 0
-    for logits in teacher.score(torch.from_numpy(inputs).to(teacher.device), index):
+    for logits in teacher.score(*inputs.tensors(teacher.device)):
         chunk = slice(done, done + len(logits))
         try:
             # The logits may be on another device than the windows.

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from storage.format.manifest import Windowing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Pads windows to their shape; a causal model never attends to it from a scored position.
 _FILL_TOKEN = 0
@@ -72,22 +77,57 @@ def windows(
             first = scored
 
 
-def batch_inputs(
-    batch: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], windowing: Windowing, batch_windows: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What a teacher reads of some windows, and the rows of it that are scored.
+Read = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Of a window: its tokens int64 [<= C], and the ascending offsets in it of the positions that are scored."""
 
-    batch: of each window its tokens int64 [<= C], and the ascending offsets in it of the positions that are scored.
-    Returns ids int64 [batch_windows, C], or [batch_windows, C + 1] where windows begin with an id of their own, padded;
-    and int64 [R], ascending indices into its flattened positions.
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a teacher reads of some windows.
+
+    ids        int64 [B, L], padded
+    scored     int64 [R], ascending indices into the flattened ids
+    positions  int64 [B, L], which restart at each of several windows in a row; None where rows hold one
     """
-    begin, width = windowing.begin_id, windowing.input_tokens
-    inputs = np.full((batch_windows, width), _FILL_TOKEN, dtype=np.int64)
-    rows = []
-    for number, (tokens, offsets) in enumerate(batch):
-        lead = int(begin is not None and tokens[0] != begin)
-        if lead and begin is not None:
-            inputs[number, 0] = begin
-        inputs[number, lead : lead + len(tokens)] = tokens
-        rows.append(number * width + lead + offsets)
-    return inputs, np.concatenate(rows)
+
+    ids: NDArray[np.int64]
+    scored: NDArray[np.int64]
+    positions: NDArray[np.int64] | None = None
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The arguments of a teacher's `score`, on its device."""
+        import torch
+
+        ids, scored = (torch.from_numpy(array).to(device) for array in (self.ids, self.scored))
+        return ids, scored, None if self.positions is None else torch.from_numpy(self.positions).to(device)
+
+
+def batch_inputs(batch: Sequence[Read], windowing: Windowing, batch_windows: int) -> Inputs:
+    """The inputs of rows of one window each, [batch_windows, C], or [batch_windows, C + 1] where windows begin with an
+    id of their own."""
+    return row_inputs([[read] for read in batch], windowing.begin_id, windowing.input_tokens, batch_windows)
+
+
+def row_inputs(
+    rows: Sequence[Sequence[Read]], begin: int | None, length: int, count: int, packed: bool = False
+) -> Inputs:
+    """The inputs of `count` rows of `length` tokens, some with several windows each, one behind the other.
+
+    begin: the id that is put before windows that do not begin with it. packed: whether positions are needed; those of
+    the padding are 0, as the model may have embeddings for no more than the longest window.
+    """
+    ids = np.full((count, length), _FILL_TOKEN, dtype=np.int64)
+    positions = np.zeros_like(ids)
+    scored = []
+    for number, reads in enumerate(rows):
+        at = 0
+        for tokens, offsets in reads:
+            lead = int(begin is not None and tokens[0] != begin)
+            stop = at + lead + len(tokens)
+            if lead and begin is not None:
+                ids[number, at] = begin
+            ids[number, at + lead : stop] = tokens
+            positions[number, at:stop] = np.arange(stop - at)
+            scored.append(number * length + at + lead + offsets)
+            at = stop
+    return Inputs(ids, np.concatenate(scored), positions if packed else None)

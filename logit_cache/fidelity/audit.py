@@ -316,7 +316,9 @@ def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
             for name, (a, b) in pairs.items()
             if a != b
         ]
-    here = execution_of(teacher, entry.execution.batch_windows)
+    # Samples are scored in windows of their own, whatever the rows were in which the entry's were.
+    rows = entry.execution.model_dump(include={"rows", "row_tokens"})
+    here = execution_of(teacher, entry.execution.batch_windows, rows)
     found.execution += [
         f"{name}: recorded {getattr(entry.execution, name)!r}, now {value!r}"
         for name, value in here

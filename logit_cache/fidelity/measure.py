@@ -175,10 +175,10 @@ def _add_batch(
     found: Measures, teacher: Teacher, entry: TeacherEntry, batch: list[_Picked], device: torch.device
 ) -> None:
     read = [(item.tokens, item.offsets) for item in batch]
-    inputs, index = batch_inputs(read, entry.windowing, entry.execution.batch_windows)
+    inputs = batch_inputs(read, entry.windowing, entry.execution.batch_windows)
     labels = np.concatenate([item.labels for item in batch])
     stored = StoredRows.together([item.stored for item in batch])
-    for here, logits in scored_tiles(teacher, entry, inputs, index, _TILE_LOGITS):
+    for here, logits in scored_tiles(teacher, entry, inputs, _TILE_LOGITS):
         tile = logits.to(device, torch.float64)
         if not bool(torch.isfinite(tile.amax(1)).all()):
             raise InputError(

@@ -36,7 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logit_cache.caching.windows import Window, batch_inputs, windows
+from logit_cache.caching.windows import Inputs, Window, batch_inputs, windows
 from logit_cache.fidelity.sampled_ids import Values, drawn_again, draws_again
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, InputError
@@ -233,7 +233,7 @@ def _score_batch(
     teacher: Teacher, entry: TeacherEntry, batch: list[Sample], batch_windows: int, order: NDArray[np.uint32] | None
 ) -> list[Values]:
     read = [(sample.tokens, sample.window.offsets) for sample in batch]
-    inputs, rows = batch_inputs(read, entry.windowing, batch_windows)
+    inputs = batch_inputs(read, entry.windowing, batch_windows)
     stored = [sample.stored for sample in batch]
     per_row = [
         np.concatenate([targets.token_ids for targets in stored]),
@@ -246,7 +246,7 @@ def _score_batch(
     random = np.concatenate([random_numbers(entry.targets, each.first, each.last) for each in windows])
     columns = None if order is None else torch.from_numpy(order.astype(np.int64))
     parts: list[dict[str, Tensor]] = []
-    for here, tile in scored_tiles(teacher, entry, inputs, rows, _TILE_LOGITS):
+    for here, tile in scored_tiles(teacher, entry, inputs, _TILE_LOGITS):
         ids, kept, certain, labels = (array[here] for array in on_device)
         parts.append(_row_values(tile, ids, kept, certain, labels, entry.targets.temperature))
         if draws_again(entry):
@@ -262,22 +262,23 @@ def _score_batch(
 
 
 def scored_tiles(
-    teacher: Teacher, entry: TeacherEntry, inputs: NDArray[np.int64], rows: NDArray[np.int64], tile_logits: int
+    teacher: Teacher, entry: TeacherEntry, inputs: Inputs, tile_logits: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The logits [r, V] of a batch of windows, and which of `rows` [R] they are, r * V at most about `tile_logits`.
+    """The logits [r, V] of a batch of windows, and which of its scored rows [R] they are, r * V at most about
+    `tile_logits`.
 
-    inputs, rows: of `batch_inputs`. Of a teacher that is sharded over ranks, whole rows are gathered.
+    Of a teacher that is sharded over ranks, whole rows are gathered.
     """
     step = max(1, tile_logits // entry.vocabulary_size)
     done = 0
-    for logits in teacher.score(*(torch.from_numpy(array).to(teacher.device) for array in (inputs, rows))):
+    for logits in teacher.score(*inputs.tensors(teacher.device)):
         for start in range(0, len(logits), step):
             tile = logits[start : start + step]
             if teacher.shard is not None:
                 tile = teacher.shard.whole(tile)
             yield slice(done, done + len(tile)), tile[:, : entry.vocabulary_size]
             done += len(tile)
-    assert done == len(rows), "a teacher yields one row of logits per scored row"
+    assert done == len(inputs.scored), "a teacher yields one row of logits per scored row"
 
 
 def _row_values(

@@ -329,7 +329,9 @@ class Encoding(Record):
 class Execution(Record):
     """The settings that can change the last bits of a result: all workers of an entry must agree on them.
 
-    `tensor_parallel`: the number of ranks that the teacher was sharded over.
+    `tensor_parallel`: the number of ranks that the teacher was sharded over. `rows`, of isolated documents: several share
+    a row, of a length in `row_tokens`, kept apart by their positions (packed), or rows of one document each are read by
+    their lengths (sorted); absent in entries in which each window was padded to the context.
     """
 
     device_type: Text
@@ -338,6 +340,15 @@ class Execution(Record):
     compile_mode: Text | None = None
     head: Literal["fast", "general"]
     tensor_parallel: Positive | None = ADDED
+    rows: Literal["packed", "sorted"] | None = ADDED
+    row_tokens: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=32)] | None = ADDED
+
+    @model_validator(mode="after")
+    def _rows_agree(self) -> Execution:
+        lengths = self.row_tokens or ()
+        if (self.rows == "packed") != bool(lengths) or list(lengths) != sorted(set(lengths)):
+            raise ValueError("packed rows, and they only, have row_tokens, ascending")
+        return self
 
 
 class TeacherEntry(Record):

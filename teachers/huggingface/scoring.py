@@ -18,6 +18,7 @@ the logits reach hundreds, where a soft cap or a factor shows in any model, trai
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -46,15 +47,17 @@ class FastPath:
         """The path with its columns in another order, int64 [C]."""
         return FastPath(self._backbone, self.head.in_order(order))
 
-    def hidden(self, windows: Tensor) -> Tensor:
+    def hidden(self, windows: Tensor, positions: Tensor | None = None) -> Tensor:
         """The last hidden states of all positions, [B * C, H]."""
-        hidden: Tensor = self._backbone(input_ids=windows, use_cache=False).last_hidden_state
+        hidden: Tensor = self._backbone(**_inputs(windows, positions)).last_hidden_state
         return hidden.flatten(0, 1)
 
-    def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
+    def score(
+        self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int, positions: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Yields the logits [r, C] of the scored rows, r of them at a time within the budget, in order."""
         with torch.inference_mode():
-            hidden = self.hidden(windows)
+            hidden = self.hidden(windows, positions)
             # With layers on several devices, the hidden states are on the last one.
             hidden = hidden.index_select(0, rows.to(hidden.device)).to(self.head.device)  # [R, H]
         step = rows_per_chunk(columns, budget_bytes)
@@ -83,7 +86,9 @@ class GeneralPath:
     def in_order(self, order: Tensor) -> GeneralPath:
         return GeneralPath(self._model, self.float32, order)
 
-    def score(self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int) -> Iterator[Tensor]:
+    def score(
+        self, windows: Tensor, rows: Tensor, columns: int, budget_bytes: int, positions: Tensor | None = None
+    ) -> Iterator[Tensor]:
         context = windows.shape[1]
         at_once = max(1, budget_bytes // (4 * context * columns))
         step = rows_per_chunk(columns, budget_bytes)
@@ -96,7 +101,9 @@ class GeneralPath:
             # Overlapping windows score their last positions only; the other logits need not be computed.
             last = context - int(position.min())
             with torch.inference_mode():
-                logits = self.own_logits(windows[first : first + at_once], last if self._keeps_last else None)
+                here = slice(first, first + at_once)
+                own = None if positions is None else positions[here]
+                logits = self.own_logits(windows[here], last if self._keeps_last else None, own)
                 last = int(logits.shape[1])  # all positions, from a model without logits_to_keep
                 local = (wanted // context - first) * last + position - (context - last)
                 local, logits = local.to(logits.device), logits.flatten(0, 1)
@@ -107,21 +114,54 @@ class GeneralPath:
                         chunk = chunk.index_select(1, self._order.to(chunk.device))
                 yield chunk
 
-    def own_logits(self, windows: Tensor, last: int | None) -> Tensor:
-        return forward(self._model, windows, last)
+    def own_logits(self, windows: Tensor, last: int | None, positions: Tensor | None = None) -> Tensor:
+        return forward(self._model, windows, last, positions)
 
 
 ScoringPath = FastPath | GeneralPath
 
 
-def forward(model: Any, windows: Tensor, last: int | None = None) -> Tensor:
-    """The model's own logits [B, C, columns], or of the `last` positions only, in the dtype of its output.
-
-    No attention mask is passed: windows are full, and a causal model needs none.
-    """
+def forward(model: Any, windows: Tensor, last: int | None = None, positions: Tensor | None = None) -> Tensor:
+    """The model's own logits [B, C, columns], or of the `last` positions only, in the dtype of its output."""
     keep = {} if last is None else {"logits_to_keep": last}
-    logits: Tensor = model(input_ids=windows, use_cache=False, **keep).logits
+    logits: Tensor = model(**_inputs(windows, positions), **keep).logits
     return logits
+
+
+def _inputs(windows: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    """No attention mask is passed: windows are full, and a causal model needs none. Without one, and without a cache,
+    transformers keeps documents apart where positions restart."""
+    at = {} if positions is None else {"position_ids": positions}
+    return {"input_ids": windows, "use_cache": False, **at}
+
+
+def mixes_documents(model: Any, length: int, longest: int | None, dtype: str, device: torch.device) -> str | None:
+    """Why documents can not share rows of `length` tokens, kept apart by positions that restart; None where they can.
+
+    longest: the tokens that the model reads at most, None for no limit. In two rows of random ids, cut in different
+    places, each document must have the logits that it has alone. Models that do not hand their positions to their mask
+    are wrong here without a word.
+    """
+    ids = int(model.get_input_embeddings().weight.shape[0])
+    windows = torch.randint(ids, (2, length), generator=torch.Generator().manual_seed(1)).to(device)
+    size = min(max(1, length // 3), longest or length)
+    cuts = [range(0, length, size), (0, *range(min(7, size), length, size))]
+    begins = torch.zeros(2, length, dtype=torch.long)
+    for row, cut in enumerate(cuts):
+        begins[row, list(cut)] = torch.tensor(cut)
+    positions = (torch.arange(length) - begins.cummax(1).values).to(device)
+    try:
+        with torch.inference_mode():
+            together = forward(model, windows, positions=positions).float()
+            for row, cut in enumerate(cuts):
+                for start, stop in itertools.pairwise((*cut, length)):
+                    alone = forward(model, windows[row : row + 1, start:stop]).float()
+                    own = together[row : row + 1, start:stop]
+                    if not agree(own, alone, 4 * TOLERANCE[dtype]):
+                        return f"with others in its row, logits of a document differ by {difference(own, alone)}"
+    except Exception as error:  # models that take no positions
+        return f"it fails with positions that restart ({type(error).__name__}: {error!s:.200})"
+    return None
 
 
 def is_causal(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> bool:

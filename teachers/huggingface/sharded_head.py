@@ -82,9 +82,9 @@ class ShardedPath(GeneralPath):
         """See `FastPath.in_order`; what comes after the head works on columns one by one."""
         return ShardedPath(self._model, self._linear, self.head.in_order(order))
 
-    def own_logits(self, windows: Tensor, last: int | None) -> Tensor:
+    def own_logits(self, windows: Tensor, last: int | None, positions: Tensor | None = None) -> Tensor:
         with replaced_forward(self._linear, self.head):
-            return forward(self._model, windows, last)
+            return forward(self._model, windows, last, positions)
 
 
 def choose_sharded_path(

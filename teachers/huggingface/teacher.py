@@ -25,7 +25,7 @@ from student.models.tokenizer import read_tokenizer
 from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.model_files import ModelFiles, config_sha256, find_model, weights_sha256
 from teachers.huggingface.output_layer import head_of, linear_of
-from teachers.huggingface.scoring import FastPath, choose_path, forward, is_causal
+from teachers.huggingface.scoring import FastPath, choose_path, forward, is_causal, mixes_documents
 from teachers.huggingface.sharded_head import ShardedPath, choose_sharded_path, tensor_parallel_options
 from teachers.ranks import ColumnShard, Ranks
 
@@ -56,6 +56,7 @@ class HuggingFaceTeacher:
         self._files = files
         self._trust_remote_code = trust_remote_code
         self._budget = logit_budget_bytes
+        self._on_message = on_message
         self.device: torch.device = input_device(model)
         self.attention = str(getattr(model.config, "_attn_implementation", None) or "none")
         self.max_positions = _max_positions(model.config)
@@ -160,9 +161,19 @@ class HuggingFaceTeacher:
             tokenizer = read_tokenizer(self._files.directory, self._files.asked, self._trust_remote_code)
         return None if tokenizer is None else dict(tokenizer.get_vocab())
 
-    def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    def packs(self, length: int) -> bool:
+        """See `teachers.base.Teacher.packs`; all ranks ask together. Says why not, if so."""
+        dtype = self.identity.members[0].dtype
+        problem = mixes_documents(self._model, length, self.max_positions, dtype, self.device)
+        if problem is not None:
+            self._on_message(f"{self._files.asked}: documents are read in rows of their own, not packed: {problem}")
+        return problem is None
+
+    def score(self, windows: Tensor, rows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
         """Logits float32 [r, columns] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""
-        return self._path.score(windows.to(self.device), rows.to(self.device), self._columns, self._budget)
+        positions = None if positions is None else positions.to(self.device)
+        read = windows.to(self.device), rows.to(self.device)
+        return self._path.score(*read, self._columns, self._budget, positions)
 
     def output_embeddings(self) -> Tensor:
         """The weights of the output layer; see `teachers.base.Teacher.output_embeddings`."""
