@@ -74,6 +74,11 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         help="Put BOS before windows that start elsewhere [as the teachers did; else not].",
     ),
     _windows(
+        "--pack-documents/--pad-documents",
+        default=None,
+        help="Whether documents that windows stay inside share windows [yes; padded for --loss-scale babyllama].",
+    ),
+    _windows(
         "--fused-head",
         type=click.Choice(["auto", "on", "off"]),
         help="Fuse LM head and loss, without holding the logits [auto: where the model allows it].",

@@ -32,6 +32,8 @@ class StudentJob(Objective):
     offset              fixed blocks, or a random offset for every block and epoch
     isolate_documents   whether windows stay inside documents; by default as for the teachers
     bos_each_window     whether BOS is put before windows that start elsewhere; by default as for the teachers
+    pack_documents      whether documents that windows stay inside share windows, or each is padded to a window; by
+                        default they share them, but for loss_scale babyllama, which sums over windows
     fused_head          fuse LM head and loss, without ever holding the logits of a batch; auto: if the model's LM head
                         allows it. The same loss and gradients up to rounding
     windows_per_step    windows of an optimizer step over all processes and micro-batches; gradient accumulation follows
@@ -60,6 +62,7 @@ class StudentJob(Objective):
     offset: Literal["fixed", "random"] = "fixed"
     isolate_documents: bool | None = None
     bos_each_window: bool | None = None
+    pack_documents: bool | None = None
     fused_head: Literal["auto", "on", "off"] = "auto"
     windows_per_step: Annotated[int, Field(ge=1)] | None = None
     output_dir: Annotated[Folder, Field(min_length=1)]
@@ -104,6 +107,8 @@ class StudentJob(Objective):
         elif not names and self.uses_teachers:
             asked = self.alpha if self.alpha < 1 else self.alpha_end
             raise ValueError(f"alpha is {asked:g} but no teacher is named: name one, or leave alpha at 1")
+        if self.pack_documents and self.loss_scale == "babyllama":
+            raise ValueError("loss_scale babyllama sums over windows, which packed documents share: leave one out")
         if names and self.uses_teachers and not any(teacher.weight for teacher in self.teachers):
             raise ValueError("every teacher's weight is 0: give at least one a weight above 0")
         if self.windows_per_step is not None and "gradient_accumulation_steps" in self.training:

@@ -93,15 +93,18 @@ class StoredBatch:
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, windows: Sequence[StoredTargets], rows: int, firsts: Sequence[int]) -> StoredBatch:
-        """What is stored of some windows as [B, rows], from row `firsts[b]` on; the other rows are empty."""
+    def of(cls, windows: Sequence[Sequence[StoredTargets]], rows: int, firsts: Sequence[Sequence[int]]) -> StoredBatch:
+        """What is stored of the documents of some windows as [B, rows], of document d from row `firsts[b][d]` on; the
+        other rows are empty."""
         found: dict[str, Tensor] = {}
-        for name, first_values in windows[0].arrays.items():
-            batch = np.zeros((len(windows), rows, *first_values.shape[1:]), first_values.dtype)
-            for row, first, stored in zip(batch, firsts, windows, strict=True):
-                row[first : first + len(stored)] = stored.arrays[name]
+        example = windows[0][0]
+        for name, values in example.arrays.items():
+            batch = np.zeros((len(windows), rows, *values.shape[1:]), values.dtype)
+            for window, documents, starts in zip(batch, windows, firsts, strict=True):
+                for stored, first in zip(documents, starts, strict=True):
+                    window[first : first + len(stored)] = stored.arrays[name]
             found[name] = torch.from_numpy(batch)
-        return cls(windows[0].entry, found)
+        return cls(example.entry, found)
 
     def decoded(self) -> TargetBatch:
         """What the arrays mean, on their device."""
@@ -181,7 +184,7 @@ class StoredBatch:
         axes = self.arrays["kept"].ndim
         return self._each(lambda values: values.flatten(0, axes - 1))
 
-    def __getitem__(self, rows: slice) -> StoredBatch:
+    def __getitem__(self, rows: slice | Tensor) -> StoredBatch:
         return self._each(lambda values: values[rows])
 
     def __len__(self) -> int:

@@ -72,7 +72,7 @@ class EnsembleTeacher:
 
     def packs(self, length: int) -> bool:
         """Whether all members do; each is asked, so that each says why it does not."""
-        return all([teacher.packs(length) for teacher in self._teachers])
+        return False not in [teacher.packs(length) for teacher in self._teachers]
 
     def score(self, windows: Tensor, rows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
         """Combined logits float32 [r, V] of the rows, chunk by chunk; see `teachers.base.Teacher.score`."""

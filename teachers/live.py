@@ -45,10 +45,15 @@ class LiveTeacher:
             for name in ("weights_sha256", "config_sha256", "dtype")
         }
 
-    def __call__(self, windows: Tensor) -> Iterator[Tensor]:
-        """Logits float32 [r, columns] of all positions of the windows int64 [B, T], in order, chunk by chunk."""
+    def packs(self, length: int) -> bool:
+        """See `teachers.base.Teacher.packs`."""
+        return self._teacher.packs(length)
+
+    def __call__(self, windows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
+        """See `student.loss.dense.LogitSource`."""
         windows = windows.to(self._teacher.device)
-        chunks = self._teacher.score(windows, torch.arange(windows.numel(), device=windows.device))
+        rows = torch.arange(windows.numel(), device=windows.device)
+        chunks = self._teacher.score(windows, rows, positions)
         while True:
             # The student's mixed precision is not the teachers'. Entered per chunk, as a mode held across a yield
             # would leak into the caller's code.

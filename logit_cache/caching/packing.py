@@ -1,66 +1,65 @@
-"""Which windows share a row: documents that must not see each other, one behind the other. Integers, and nothing else.
+"""The rows in which a teacher reads the windows of isolated documents: integers, and nothing else.
 
-Legend: `C` tokens of the longest window. A row is what a teacher reads as one sequence; the windows in it are kept apart
-by positions that restart at each of them (`teachers.huggingface.packed_rows`), or, where a model cannot do that, it
-holds one window, and rows of about equal length are read together. Both follow from the windows of a shard alone, so
-that its bytes do not depend on workers and restarts.
+Windows share a row, kept apart by positions that restart, or, where a model cannot do that, a row holds one window, and
+rows of about equal length are read together (`student.loss.documents`). Both follow from the windows of a shard alone,
+so that its bytes do not depend on workers and restarts.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator, Sequence
 
 from logit_cache.caching.windows import Window
+from student.data.packing import Rows
 
 Row = tuple[Window, ...]
 
 SHORTEST_ROW = 512
-"""Attention costs the square of a row's length: short documents are packed into rows no longer than this."""
+"""Attention costs the square of a row's length, so short documents share short rows."""
 _SORTED_UNIT = 32
 
 
 def row_lengths(longest: int) -> tuple[int, ...]:
-    """The lengths of rows of an entry whose windows have at most so many tokens: doubling, up to that number."""
-    lengths = [longest]
-    while lengths[0] >= 2 * SHORTEST_ROW:
-        lengths.insert(0, lengths[0] // 2)
+    """The lengths of rows of an entry whose windows have at most so many tokens: doubling, up to that number.
+
+    >>> row_lengths(100), row_lengths(1_500)
+    ((512,), (512, 1024, 1500))
+    """
+    lengths = [SHORTEST_ROW]
+    while lengths[-1] < longest:
+        lengths.append(min(2 * lengths[-1], longest))
     return tuple(lengths)
 
 
 def packed(windows: Sequence[Window], lengths: Sequence[int], lead: int) -> Iterator[tuple[int, list[Row]]]:
     """(length, rows) of windows packed by best fit, the longest first; equal ones in the order of the stream.
 
-    lengths: ascending, the last one no shorter than any window; lead: tokens put before each window. A window goes into
-    the fullest row that has room for it, else into a new one of the least length that has.
+    lengths: of rows, ascending, the last one no shorter than any window; lead: tokens put before each window.
     """
-    rows: list[list[Window]] = []
-    length_of: list[int] = []
-    free: list[tuple[int, int]] = []  # (tokens that are free, number of the row), ascending
-    for window in sorted(windows, key=lambda each: (each.start - each.stop, each.start)):
-        needed = window.stop - window.start + lead
-        at = bisect.bisect_left(free, (needed, 0))
-        if at < len(free):
-            room, number = free.pop(at)
-        else:
-            room, number = next(length for length in lengths if length >= needed), len(rows)
-            rows.append([])
-            length_of.append(room)
-        rows[number].append(window)
-        bisect.insort(free, (room - needed, number))
+    ordered = _longest_first(windows)
+    rows = Rows(lengths)
+    for number, window in enumerate(ordered):
+        rows.add(number, window.stop - window.start + lead)
+    found = [tuple(ordered[number] for number in row) for row in rows.items]
     for length in lengths:
-        yield length, [tuple(row) for row, own in zip(rows, length_of, strict=True) if own == length]
+        yield length, [row for row, own in zip(found, rows.lengths, strict=True) if own == length]
 
 
-def one_by_one(windows: Sequence[Window], lead: int, batch_tokens: int) -> Iterator[tuple[int, list[Row]]]:
+def one_by_one(
+    windows: Sequence[Window], longest: int, lead: int, batch_tokens: int
+) -> Iterator[tuple[int, list[Row]]]:
     """(length, rows) of rows of one window each, those of about equal length together: as many as `batch_tokens` hold.
 
-    The length is that of the longest of them, rounded up.
+    The length is that of the largest of them with its `lead`, rounded up, at most `longest`.
     """
-    waiting = sorted(windows, key=lambda each: (each.start - each.stop, each.start))
+    waiting = _longest_first(windows)
     while waiting:
-        longest = waiting[0].stop - waiting[0].start + lead
-        length = -(-longest // _SORTED_UNIT) * _SORTED_UNIT
+        needed = waiting[0].stop - waiting[0].start + lead
+        length = min(-(-needed // _SORTED_UNIT) * _SORTED_UNIT, longest)
         count = max(1, batch_tokens // length)
         yield length, [(window,) for window in waiting[:count]]
         waiting = waiting[count:]
+
+
+def _longest_first(windows: Sequence[Window]) -> list[Window]:
+    return sorted(windows, key=lambda window: (window.start - window.stop, window.start))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from logit_cache.caching.packing import Row, one_by_one, packed
 from logit_cache.caching.pipeline import HostCopies
 from logit_cache.caching.prepare import OpenJob, loss_mask
-from logit_cache.caching.windows import Window, row_inputs, windows
+from logit_cache.caching.windows import Read, Window, row_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
 from storage.format.encoding import logprob_floor, token_id_dtype
@@ -91,7 +91,7 @@ def _batches(entry: TeacherEntry, plan: Iterator[Window]) -> Iterator[_Batch]:
     if execution.rows == "packed":
         found = packed(list(plan), execution.row_tokens or (), lead)
     else:
-        found = one_by_one(list(plan), lead, batch_tokens)
+        found = one_by_one(list(plan), windowing.input_tokens, lead, batch_tokens)
     for length, rows in found:
         count = max(1, batch_tokens // length)
         for first in range(0, len(rows), count):
@@ -111,7 +111,8 @@ def _score_batch(
     in_batch = [window for row in batch.rows for window in row]
     low = min(window.start for window in in_batch)
     tokens = cache.tokens.read(low, min(max(window.stop for window in in_batch) + 1, entry.positions)).astype(np.int64)
-    positions, labels, read = [], [], []
+    positions, labels = [], []
+    read: list[list[Read]] = []
     for row in batch.rows:
         read.append([])
         for window in row:

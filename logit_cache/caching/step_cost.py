@@ -23,8 +23,9 @@ from storage.format.manifest import TeacherEntry
 from storage.format.shard import decode_chunk
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
-from student.data.batches import Window, as_read, collate
+from student.data.batches import Piece, Window, as_read, collate
 from student.data.blocks import Blocks
+from student.data.packing import Packing
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
@@ -71,7 +72,7 @@ class Meter:
 def student_windows(
     entry: TeacherEntry, tokens: NDArray[np.int64], targets: SparseTargets, document_starts: NDArray[np.uint64] | None
 ) -> list[Window]:
-    """The windows of some targets as a student of the entry reads them: padded where they end with a document.
+    """The windows of some targets as a student of the entry reads them: documents that are isolated share them.
 
     tokens: int64 [n], from the first target's position on. document_starts: where documents are isolated, the places
     in `tokens` where one starts, the first of them 0.
@@ -82,27 +83,31 @@ def student_windows(
         size = min(size, max(1, len(tokens) - 1))
     blocks = Blocks.of(len(tokens), document_starts, size, "fixed", seed=0)
     following = np.append(tokens[1:], tokens[-1])
-    return [
-        as_read(
+    # A piece of documents of one token has no window; the first of them stands for one.
+    spans = blocks.spans(range(len(blocks))) or [(0, 1)]
+    pieces = [
+        Piece(
             tokens[start : start + count],
             following[start : start + count],
             {_NAME: stored.rows(stored.start + start, stored.start + start + count)},
-            size,
-            windowing.begin_id,
         )
-        # A piece of documents of one token has no window; the first of them stands for one.
-        for start, count in blocks.spans(range(len(blocks))) or [(0, 1)]
+        for start, count in spans
     ]
+    if document_starts is None:
+        return [as_read([piece], size, windowing.begin_id) for piece in pieces]
+    sizes = np.array([len(piece.tokens) + windowing.input_tokens - size for piece in pieces])
+    packing = Packing.of(sizes, windowing.input_tokens, group_tokens=len(tokens))
+    rows = np.split(packing.windows, packing.first[1:-1])
+    return [as_read([pieces[i] for i in row], size, windowing.begin_id, packed=True) for row in rows]
 
 
 def forward_cost(teacher: Teacher, windows: Sequence[Window]) -> float:
     """Cost of the teacher alone, per position: it scores the windows whole, padding included, as beside a student."""
-    inputs = torch.from_numpy(np.stack([window["input_ids"] for window in windows]))
-    source = LiveTeacher(teacher)
+    batch, source = collate(windows), LiveTeacher(teacher)
 
     def run() -> None:
         with torch.no_grad():
-            for _ in source(inputs):
+            for _ in source(batch["input_ids"], batch.get("position_ids")):
                 pass
 
     return _each(teacher.device, run) / _positions(windows)
@@ -146,10 +151,11 @@ def student_cost(spec: str, teacher: Teacher, entry: TeacherEntry, windows: Sequ
     model = new_student(spec, entry).to(teacher.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     whole = collate(windows)
-    batch = {name: whole[name].to(teacher.device) for name in ("input_ids", "labels")}
+    read = {name: whole[name] for name in ("input_ids", "labels", "position_ids") if name in whole}
+    batch = {name: values.to(teacher.device) for name, values in read.items()}
     stored = {_NAME: whole["targets"][_NAME].to(teacher.device)}
     size = ids_of_student(spec, entry)
-    most = max(int(window["targets"][_NAME].decoded().largest_ids.max()) for window in windows)
+    most = max(int(each.decoded().largest_ids.max()) for window in windows for each in window["targets"][_NAME])
     if most >= size:
         raise InputError(
             f"--student {spec}: its head has {size} columns, and the teacher's targets name id {most}: give the model "
@@ -176,7 +182,7 @@ def student_cost(spec: str, teacher: Teacher, entry: TeacherEntry, windows: Sequ
 
 
 def _positions(windows: Sequence[Window]) -> int:
-    return sum(len(window["targets"][_NAME]) for window in windows)
+    return sum(len(each) for window in windows for each in window["targets"][_NAME])
 
 
 def _each(device: torch.device, run: Callable[[], None]) -> float:

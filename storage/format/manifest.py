@@ -329,9 +329,9 @@ class Encoding(Record):
 class Execution(Record):
     """The settings that can change the last bits of a result: all workers of an entry must agree on them.
 
-    `tensor_parallel`: the number of ranks that the teacher was sharded over. `rows`, of isolated documents: several share
-    a row, of a length in `row_tokens`, kept apart by their positions (packed), or rows of one document each are read by
-    their lengths (sorted); absent in entries in which each window was padded to the context.
+    `tensor_parallel`: the number of ranks that the teacher was sharded over. `rows`, of isolated documents: packed,
+    where several share a row, of a length in `row_tokens`, kept apart by their positions; sorted, where each has a row
+    of its own and those of about equal length are read together; absent where each was padded to the context.
     """
 
     device_type: Text

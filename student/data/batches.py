@@ -6,7 +6,7 @@ Legend: `B` windows of a batch, `T` rows of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -17,42 +17,54 @@ from student.labels import NOT_TRAINED
 from student.target_batch import StoredBatch
 
 
+class Piece(NamedTuple):
+    """Positions of one document, or of the stream: their tokens and labels, int64 [n], and their targets by teacher."""
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    targets: dict[str, StoredTargets]
+
+
 class Window(TypedDict):
     """One item of a data set of windows.
 
     input_ids, labels   int64 [T]; label -100 where there is no next token or it is not trained on
-    targets             by teacher: of the window's positions, fewer than T where it was padded
-    first               the row of the first of these positions; 1 where an id was put before them
+    position_ids        int64 [T], beginning at 0 with each document, where several may share a window
+    targets             by teacher: those of each document in it, fewer positions than T where it was padded
+    firsts              the rows of the first of these positions; one later where an id was put before a document
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
-    targets: dict[str, StoredTargets]
-    first: int
+    position_ids: NotRequired[NDArray[np.int64]]
+    targets: dict[str, list[StoredTargets]]
+    firsts: list[int]
 
 
-def as_read(
-    tokens: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    targets: dict[str, StoredTargets],
-    window_tokens: int,
-    begin_id: int | None,
-) -> Window:
-    """A window of at most `window_tokens` positions as a model reads it.
+def as_read(pieces: Sequence[Piece], window_tokens: int, begin_id: int | None, packed: bool = False) -> Window:
+    """A window of some pieces, one behind the other, as a model reads it.
 
-    After an id of its own, unless it begins with that, and padded: to `window_tokens` rows, or one more.
+    Each comes after an id of its own, unless it begins with that; they are padded to `window_tokens` rows, or one more
+    where there is such an id. packed: whether the window has positions.
     """
-    first = int(begin_id is not None and tokens[0] != begin_id)
     rows = window_tokens + (begin_id is not None)
-    if rows > len(tokens):
-        inside = slice(first, first + len(tokens))
-        # With the last token and not with a padding id, which some models detect and warn about.
-        read, trained = np.full(rows, tokens[-1]), np.full(rows, NOT_TRAINED)
-        read[inside], trained[inside] = tokens, labels
-        if first:
-            read[0] = begin_id
-        tokens, labels = read, trained
-    return {"input_ids": tokens, "labels": labels, "targets": targets, "first": first}
+    # Padded with the last token and not with a padding id, which some models detect and warn about.
+    ids, labels = np.full(rows, pieces[-1].tokens[-1]), np.full(rows, NOT_TRAINED)
+    positions = np.empty(rows, dtype=np.int64)
+    firsts, at = [], 0
+    for piece in pieces:
+        first = at + int(begin_id is not None and piece.tokens[0] != begin_id)
+        stop = first + len(piece.tokens)
+        if first > at:
+            ids[at] = begin_id
+        ids[first:stop], labels[first:stop] = piece.tokens, piece.labels
+        positions[at:stop] = np.arange(stop - at)
+        firsts.append(first)
+        at = stop
+    positions[at:] = np.arange(rows - at)  # as a document of its own
+    targets = {name: [piece.targets[name] for piece in pieces] for name in pieces[0].targets}
+    window: Window = {"input_ids": ids, "labels": labels, "targets": targets, "firsts": firsts}
+    return {**window, "position_ids": positions} if packed else window
 
 
 def collate(windows: Sequence[Window]) -> dict[str, Any]:
@@ -62,10 +74,12 @@ def collate(windows: Sequence[Window]) -> dict[str, Any]:
     shift_labels          the same tensor as labels, which are aligned already: transformers counts the tokens of an
                           optimizer step over this name as it is, and over `labels` as if it still had to shift them
     targets               by teacher: `student.target_batch.StoredBatch` of rows [B, T]
+    position_ids          int64 [B, T], where several documents may share a window; and `use_cache` False with it, as
+                          models with a cache attend across documents
     """
     labels = torch.from_numpy(np.stack([window["labels"] for window in windows]))
-    firsts = [window["first"] for window in windows]
-    return {
+    firsts = [window["firsts"] for window in windows]
+    batch: dict[str, Any] = {
         "input_ids": torch.from_numpy(np.stack([window["input_ids"] for window in windows])),
         "labels": labels,
         "shift_labels": labels,
@@ -74,3 +88,12 @@ def collate(windows: Sequence[Window]) -> dict[str, Any]:
             for name in windows[0]["targets"]
         },
     }
+    if "position_ids" in windows[0]:
+        batch["position_ids"] = torch.from_numpy(np.stack([window["position_ids"] for window in windows]))
+        batch["use_cache"] = False
+    return batch
+
+
+def read_by_model(batch: dict[str, Any]) -> dict[str, Any]:
+    """Of a batch what a model reads: its arguments for the logits of all positions."""
+    return {name: batch[name] for name in ("input_ids", "position_ids", "use_cache") if name in batch}

@@ -9,6 +9,9 @@ positions are trained on (labels that a model shifts itself would lose one of th
 Windows that begin with an id of their own, as their teachers' did, have T + 1 rows: that id and the T positions, or the
 T positions and padding where the first token is that id already. Neither the id put before nor padding is trained on.
 
+Where windows stay inside documents, several documents share one, as far as they fit (`student.data.packing`), each with
+positions that begin at 0. A document longer than a window is cut into blocks (`student.data.blocks`).
+
 Targets stay as stored and are decoded on the training device (`student.target_batch`).
 """
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import copy
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
 
 import numpy as np
@@ -28,9 +31,10 @@ from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.identity import other_tokens
 from storage.format.manifest import TeacherEntry
 from storage.progress import Log
-from student.data.batches import Window, as_read
+from student.data.batches import Piece, Window, as_read
 from student.data.blocks import Blocks, Offset
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
+from student.data.packing import GROUP_ROWS, Packing
 from student.labels import NOT_TRAINED
 from student.models.tokenizer import begin_id
 from student.models.vocabulary import check_vocabulary, ids_in_common
@@ -48,6 +52,7 @@ class DistillationWindows(Dataset[Window]):
     isolate_documents    whether windows stay inside documents; None follows the teachers (False without any)
     bos_each_window      whether BOS is put before windows that do not begin with it; None follows the teachers (False
                          without any)
+    pack_documents       whether isolated documents share windows; else each is padded to a window
 
     A sequence of the first epoch's windows (`student.data.batches.Window`): `windows[-1]`, `windows[:4]`, a `for` loop;
     `collate` makes a batch of some. A DataLoader reads by `__getitems__`, whose indices are ``epoch * len(self) +
@@ -70,6 +75,7 @@ class DistillationWindows(Dataset[Window]):
         seed: int = 0,
         isolate_documents: bool | None = None,
         bos_each_window: bool | None = None,
+        pack_documents: bool = True,
     ) -> None:
         if window_tokens < 1:
             raise InputError(f"a window has at least one position; got {window_tokens}")
@@ -86,8 +92,10 @@ class DistillationWindows(Dataset[Window]):
         self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
         self.isolate_documents = _isolation(self.entries, isolate_documents)
         self.begin_id = _beginning(self.entries, bos_each_window, self.cache_url)
+        self.packed = self.isolate_documents and pack_documents
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
         self.blocks = self._blocks(offset)
+        self._packing = self._packing_of(self.blocks)
 
     def cut(self, window_tokens: int, offset: Offset) -> DistillationWindows:
         """Other windows over the same tokens and targets; only the length is checked again, nothing is reopened."""
@@ -95,6 +103,7 @@ class DistillationWindows(Dataset[Window]):
             return self
         other = self._with(window_tokens=window_tokens)
         other.blocks = other._blocks(offset)
+        other._packing = other._packing_of(other.blocks)
         return other
 
     def within(
@@ -145,21 +154,46 @@ class DistillationWindows(Dataset[Window]):
             )
         return blocks
 
-    def trained_positions(self, indices: Sequence[int]) -> int:
-        """How many positions of some windows are trained on, by the loss mask, which is read once."""
-        mask = self._cache().loss_mask
+    @property
+    def group_tokens(self) -> int:
+        """Positions of neighbouring windows that are packed, and read, together."""
+        return max(GROUP_TOKENS, GROUP_ROWS * self.window_tokens) if self.packed else GROUP_TOKENS
+
+    def _packing_of(self, blocks: Blocks) -> Packing | None:
+        if not self.packed:
+            return None
+        # Room for an id put before each, also where it is not needed: the text is not read for this.
+        sizes = blocks.lengths(np.arange(len(blocks))) + (self.begin_id is not None)
+        return Packing.of(sizes, self.input_tokens, self.group_tokens)
+
+    def spans(self, indices: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """(first absolute position, number of positions) of each block in some windows, by index as `__getitems__`."""
+        if self._packing is None:
+            return [[span] for span in self.blocks.spans(indices)]
+        packing, numbers = self._packing, np.asarray(indices, dtype=None if len(indices) else np.int64)
+        if numbers.dtype.kind not in "iu":
+            raise TypeError(f"windows are chosen by whole numbers, not by {numbers.dtype}")
+        found = []
+        for epoch, window in zip(*np.divmod(numbers.astype(np.int64), len(self)), strict=True):
+            blocks = packing.windows[packing.first[window] : packing.first[window + 1]]
+            found.append(self.blocks.spans(blocks + epoch * len(self.blocks)))
+        return found
+
+    def positions_read(self, indices: Sequence[int]) -> tuple[int, int]:
+        """How many positions some windows have, and how many of them the loss mask trains, which is read once."""
+        spans = np.array([span for window in self.spans(indices) for span in window], dtype=np.int64).reshape(-1, 2)
+        total, mask = int(spans[:, 1].sum()), self._cache().loss_mask
         if mask is None:
-            return int(self.blocks.lengths(np.asarray(indices, dtype=np.int64) % len(self)).sum())
-        spans = np.asarray(self.blocks.spans(indices), dtype=np.int64).reshape(-1, 2)
+            return total, total
         first, last = mask.count_before(np.stack([spans[:, 0], spans.sum(axis=1)]))
-        return int((last - first).sum())
+        return total, int((last - first).sum())
 
     def without_targets(self) -> DistillationWindows:
         """The same windows of the same tokens, reading no targets."""
         return self._with(teachers=(), entries={})
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.blocks if self._packing is None else self._packing)
 
     def __repr__(self) -> str:
         return (
@@ -192,20 +226,27 @@ class DistillationWindows(Dataset[Window]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Window]:
         """The windows of a batch, in the order of the indices; adjacent or overlapping ranges share one read."""
-        spans = self.blocks.spans(indices)
-        windows: list[Any] = [None for _ in indices]
-        by_start = sorted(range(len(spans)), key=lambda i: spans[i])
+        spans = self.spans(indices)
+        pieces = self._pieces({span for window in spans for span in window})
+        return [
+            as_read([pieces[span] for span in window], self.window_tokens, self.begin_id, self.packed)
+            for window in spans
+        ]
+
+    def _pieces(self, spans: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Piece]:
+        """What is read of some ranges, (first position, number of positions)."""
+        found: dict[tuple[int, int], Piece] = {}
+        waiting = sorted(spans)
         first = 0
-        while first < len(by_start):
-            start, stop, last = spans[by_start[first]][0], sum(spans[by_start[first]]), first + 1
-            while last < len(by_start) and spans[by_start[last]][0] <= stop:
-                stop = max(stop, sum(spans[by_start[last]]))
+        while first < len(waiting):
+            start, stop, last = waiting[first][0], sum(waiting[first]), first + 1
+            while last < len(waiting) and waiting[last][0] <= stop:
+                stop = max(stop, sum(waiting[last]))
                 last += 1
             merged = _Span(self._cache(), self.teachers, start, stop)
-            for i in by_start[first:last]:
-                windows[i] = merged.window(*spans[i], self.window_tokens, self.begin_id)
+            found.update({span: merged.piece(*span) for span in waiting[first:last]})
             first = last
-        return windows
+        return found
 
     def _cache(self) -> LogitCache:
         if self._handle is None or self._handle[0] != os.getpid():
@@ -223,7 +264,7 @@ class DistillationWindows(Dataset[Window]):
 
 
 class _Span:
-    """Tokens, labels and targets of the positions `start .. stop`, read once and cut into windows."""
+    """Tokens, labels and targets of the positions `start .. stop`, read once and cut into pieces."""
 
     def __init__(self, cache: LogitCache, teachers: Sequence[str], start: int, stop: int) -> None:
         self._start = start
@@ -233,10 +274,10 @@ class _Span:
         self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
         self._targets = {name: cache.teacher(name).stored(start, stop) for name in teachers}
 
-    def window(self, start: int, length: int, window_tokens: int, begin_id: int | None) -> Window:
+    def piece(self, start: int, length: int) -> Piece:
         cut = slice(start - self._start, start - self._start + length)
         targets = {name: each.rows(start, start + length) for name, each in self._targets.items()}
-        return as_read(self._inputs[cut], self._labels[cut], targets, window_tokens, begin_id)
+        return Piece(self._inputs[cut], self._labels[cut], targets)
 
 
 def reading_order(
@@ -249,7 +290,7 @@ def reading_order(
     """
     return ReadingOrder(
         len(windows),
-        group_windows=max(1, GROUP_TOKENS // windows.window_tokens),
+        group_windows=max(1, windows.group_tokens // windows.window_tokens),
         seed=windows.seed,
         windows_per_step=windows_per_step,
         whole_steps=whole_steps,

@@ -19,6 +19,7 @@ from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.labels import NOT_TRAINED
 from student.loss.distillation import forward_kl
+from student.loss.documents import DocumentReader, model_inputs
 from student.loss.logit_chunk import row_slices
 from student.loss.objective import TEACHER_CROSS_ENTROPY, Tail
 from student.loss.student_logprobs import check_batch
@@ -175,9 +176,12 @@ def held_out(
     sums = HeldOutSums(windows.vocabulary_size, [Member.of(name, windows.entries[name]) for name in windows.teachers])
     was_training = model.training
     model.eval()
+    reader = DocumentReader(model)
     for start in range(0, len(windows), rows):
         batch = collate(windows[start : start + rows])
-        logits = model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+        positions = batch.get("position_ids")
+        ids, positions = batch["input_ids"].to(device), None if positions is None else positions.to(device)
+        logits = reader(lambda *read: model(**model_inputs(*read)).logits, ids, positions)
         sums.add(logits.flatten(0, 1), batch["labels"].flatten().to(device), batch["targets"])
         if advance is not None:
             advance(len(batch["labels"]))

@@ -41,8 +41,15 @@ class LogitSource(Protocol):
     @property
     def columns(self) -> int: ...
 
-    def __call__(self, windows: Tensor) -> Iterator[Tensor]:
-        """Logits float32 [r, columns] of all positions of the windows int64 [B, T], in order, chunk by chunk."""
+    def packs(self, length: int) -> bool:
+        """Whether documents may share windows of so many tokens: each has the logits that it has alone."""
+        ...
+
+    def __call__(self, windows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
+        """Logits float32 [r, columns] of all positions of the windows int64 [B, T], in order, chunk by chunk.
+
+        positions: int64 [B, T], where several documents share a window.
+        """
         ...
 
 
@@ -81,6 +88,7 @@ class DenseLoss(DistillationLoss):
         targets: object = None,
         position_weights: Tensor | None = None,
         windows: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> LossSums:
         """The sums of one batch; the class states shapes and errors. Stored targets are not read."""
         if windows is None:
@@ -100,7 +108,7 @@ class DenseLoss(DistillationLoss):
         total, cross_entropy, divergence = (logits.new_zeros((), dtype=dtype) for _ in range(3))
         start = 0
         # One chunk without columns, where no step needs the teachers.
-        for z_teacher in self._source(windows) if self.members else [logits.new_empty((len(logits), 0))]:
+        for z_teacher in self._source(windows, positions) if self.members else [logits.new_empty((len(logits), 0))]:
             rows = slice(start, start + len(z_teacher))
             z = logits[rows].detach().to(dtype)
             z.requires_grad_(gradient is not None)

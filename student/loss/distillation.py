@@ -237,27 +237,45 @@ class DistillationLoss:
         targets: Mapping[str, StoredBatch | TargetBatch] | None = None,
         position_weights: Tensor | None = None,
         windows: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> LossSums:
-        """The sums of one batch; the class states shapes and errors. `windows` int64 [B, T] are for live teachers."""
-        del windows
+        """The sums of one batch; the class states shapes and errors.
+
+        windows, and positions that restart at each of several documents in one, int64 [B, T], are for live teachers.
+        """
+        del windows, positions
         check_batch(logits, labels, self.vocabulary_size)
         prepared = self.prepare(labels, targets, position_weights)
         cross_entropy, buckets = student_buckets(logits, labels, prepared.supports, prepared.sizes, self.temperature)
         return prepared.sums(slice(None), cross_entropy, buckets)
+
+    def needed_rows(self, labels: Tensor) -> Tensor | None:
+        """int64 [R]: the rows of labels [P] that the loss depends on, ascending; None where it has to see all."""
+        if self.objective.loss_scale == "babyllama":  # knows a row by its place in a window
+            return None
+        rows = (labels != NOT_TRAINED).nonzero()[:, 0]
+        return None if len(rows) == len(labels) else rows
 
     def prepare(
         self,
         labels: Tensor,
         targets: Mapping[str, StoredBatch | TargetBatch] | None = None,
         position_weights: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> PreparedLoss:
-        """The part of a batch's loss that needs no logits: labels int64 [P], targets by member, weights float [P]."""
+        """The part of a batch's loss that needs no logits: labels int64 [P], targets by member, weights float [P].
+
+        rows: of `needed_rows`, those that there will be logits of; None for all.
+        """
         if position_weights is not None and position_weights.shape != labels.shape:
             raise InputError(
                 f"position_weights must be {list(labels.shape)}, one for each label; got {list(position_weights.shape)}"
             )
+        by_member = [targets_of(member, targets, labels, rows) for member in self.members]
+        if rows is not None:
+            labels = labels[rows]
+            position_weights = None if position_weights is None else position_weights[rows]
         trained = labels != NOT_TRAINED
-        by_member = [targets_of(member, targets, labels) for member in self.members]
         tempered = [
             temper(each, member, self.temperature, trained, self.objective.interpolate_tail)
             for member, each in zip(self.members, by_member, strict=True)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _SCALES = {"logit_scale": (1,), "logits_scaling": (-1, 1), "lm_head_multiplier": (1,)}
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-# Error of one rounding of the logits to the dtype and of another order of summation, relative to the largest logit.
 _TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-9}
 _TOLERANCE_OF_FLOAT32 = 2e-5
 _TEST_TOKENS = (2, 6)
@@ -78,6 +77,11 @@ class PlainHead:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Error of one rounding of the logits to a dtype and of another order of summation, relative to the largest."""
+    return _TOLERANCE.get(dtype, _TOLERANCE_OF_FLOAT32)
+
+
 def choose_head(model: nn.Module, fused: Literal["auto", "on", "off"]) -> PlainHead | str:
     """The head to fuse with the loss, or the reason not to: it was turned off, or is no `plain_head`.
 
@@ -95,7 +99,7 @@ def plain_head(model: nn.Module) -> PlainHead | str:
     Runs the model on a few tokens, on its own device. Restores its training modes and the random state.
     """
     try:
-        with torch.no_grad(), _training(model):
+        with torch.no_grad(), in_mode(model, training=True):
             return _tested_head(model)
     except Exception as error:  # architectures and remote code fail in ways of their own; their forward remains
         return f"its head cannot be tested by itself ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
@@ -123,7 +127,7 @@ def _tested_head(model: Any) -> PlainHead | str:
     with amplified(linear, factor), _same_random_numbers(tokens.device):
         larger: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
     config = model.config.get_text_config(decoder=True)
-    tolerance = _TOLERANCE.get(linear.weight.dtype, _TOLERANCE_OF_FLOAT32)
+    tolerance = tolerance_of(linear.weight.dtype)
     found = ""
     for scale, softcap in _guesses(config):
         head = PlainHead(linear, backbone, scale, softcap)
@@ -147,10 +151,10 @@ def _number(config: Any, name: str) -> float | None:
 
 
 @contextlib.contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; restores every module's own mode."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode inside; restores every module's own mode."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
+    model.train(training)
     try:
         yield
     finally:

@@ -322,8 +322,15 @@ def interpolation_bound(targets: TargetBatch, member: Member, temperature: float
     return torch.maximum(greatest - taken, taken - least).masked_fill(~tempered.trained, 0.0)
 
 
-def targets_of(member: Member, targets: Mapping[str, StoredBatch | TargetBatch] | None, labels: Tensor) -> TargetBatch:
+def targets_of(
+    member: Member,
+    targets: Mapping[str, StoredBatch | TargetBatch] | None,
+    labels: Tensor,
+    rows: Tensor | None = None,
+) -> TargetBatch:
     """A member's targets of a batch, flat and beside its labels [P], whose device they are moved to and decoded on.
+
+    rows: int64 [R], those that are wanted, None for all.
 
     Raises InputError where they are missing, naming the teachers present, or are of other positions.
     """
@@ -333,7 +340,7 @@ def targets_of(member: Member, targets: Mapping[str, StoredBatch | TargetBatch] 
     flat = targets[member.name].flat().to(labels.device)
     if len(flat) != len(labels):
         raise InputError(f"teacher {member.name} has targets for {len(flat)} positions, there are {len(labels)} labels")
-    return flat.decoded()
+    return (flat if rows is None else flat[rows]).decoded()
 
 
 def _known_tails(targets: TargetBatch, member: Member) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 from storage.errors import InputError
 from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss, LossSums
+from student.loss.documents import DocumentReader
 from student.loss.output_layer import PlainHead, choose_head
 from student.target_batch import StoredBatch, TargetBatch
 
@@ -46,7 +48,8 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
     `DistillationLoss`; without `num_items_in_batch` the batch's own count divides. Labels are aligned with the logits
     already (`student.data.batches.collate`), unlike those that transformers' models shift themselves. `targets[name]`
     is a teacher's `StoredBatch` or `TargetBatch`, `position_weights` [B, T] those of the loss, if a data set gives any.
-    Without labels the original forward runs, so `generate` works unchanged.
+    Without labels the original forward runs, so `generate` works unchanged. A batch with positions is of documents that
+    share rows: the model is tried out with the first one, and where it mixes them, it reads each in a row of its own.
 
     In training mode the output layer is fused with the loss (`student.loss.fused`: the logits [P, W] are never held)
     if the model's output layer allows it, which is tried on a few tokens (`student.loss.output_layer`). fused_head:
@@ -70,6 +73,7 @@ class _BoundForward:
 
     def __init__(self, model: nn.Module, loss: DistillationLoss, head: PlainHead | str) -> None:
         self.model, self.original, self.loss, self.head = model, model.forward, loss, head
+        self.documents = DocumentReader(model, self.original)
         # Loops over chunks and teachers on small tensors, which torch.compile handles badly and could not speed up.
         self._loss_sums = torch.compiler.disable(self.loss_sums)  # type: ignore[no-untyped-call]
 
@@ -81,17 +85,22 @@ class _BoundForward:
         targets: dict[str, StoredBatch | TargetBatch] | None = None,
         position_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
         **others: Any,
     ) -> Any:
         aligned = shift_labels if shift_labels is not None else labels
         if aligned is None:
+            if input_ids is not None and position_ids is not None and use_cache is False and not others:
+                # A batch of `collate` without its labels.
+                return DistillationOutput(logits=self.documents(partial(self._read, None, {}), input_ids, position_ids))
+            given = {"position_ids": position_ids, "use_cache": use_cache}
+            others |= {name: value for name, value in given.items() if value is not None}
             return self.original(input_ids=input_ids, **others)
         head = self.head if self.model.training and isinstance(self.head, PlainHead) else None
-        if head is not None:
-            computed = head.hidden(input_ids, **others)
-        else:
-            computed = self.original(input_ids=input_ids, use_cache=False, **others).logits
-        sums: LossSums = self._loss_sums(head, computed, aligned, targets, position_weights, input_ids)
+        read = partial(self._read, head, others)
+        computed = read(None) if input_ids is None else self.documents(read, input_ids, position_ids)
+        sums: LossSums = self._loss_sums(head, computed, aligned, targets, position_weights, input_ids, position_ids)
         count = sums.count if num_items_in_batch is None else num_items_in_batch
         # A step without a single trained token has the sum 0, and must not become 0/0.
         divisor = torch.as_tensor(count, device=sums.loss_sum.device).clamp(min=1)
@@ -104,6 +113,16 @@ class _BoundForward:
             control=sums.control.to(torch.float32),
         )
 
+    def _read(
+        self, head: PlainHead | None, others: dict[str, Any], ids: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
+        """What `head` takes, hidden states [B, T, H], or logits [B, T, W]."""
+        given = others if positions is None else {"position_ids": positions, **others}
+        if head is not None:
+            return head.hidden(ids, **given)
+        logits: Tensor = self.original(input_ids=ids, use_cache=False, **given).logits
+        return logits
+
     def loss_sums(
         self,
         head: PlainHead | None,
@@ -112,13 +131,19 @@ class _BoundForward:
         targets: dict[str, StoredBatch | TargetBatch] | None,
         position_weights: Tensor | None,
         windows: Tensor | None,
+        positions: Tensor | None,
     ) -> LossSums:
-        """The sums of a batch; `computed` are what `head` takes, hidden states [B, T, H], or logits [B, T, W]."""
-        flat = labels.flatten()
+        """The sums of a batch; `computed` are what `head` takes, hidden states [B, T, H], or logits [B, T, W].
+
+        Hidden states of rows that the loss does not depend on, such as prompts, get no logits.
+        """
+        flat, by_row = labels.flatten(), computed.flatten(0, 1)
         by_position = None if position_weights is None else position_weights.flatten()
-        if head is not None:
-            return head.loss_sums(computed, self.loss.prepare(flat, targets, by_position))
-        return self.loss(computed.flatten(0, 1), flat, targets, by_position, windows)
+        if head is None:
+            return self.loss(by_row, flat, targets, by_position, windows, positions)
+        rows = self.loss.needed_rows(flat)
+        by_row = by_row if rows is None else by_row.index_select(0, rows)
+        return head.loss_sums(by_row, self.loss.prepare(flat, targets, by_position, rows))
 
 
 def unbind_loss(model: nn.Module) -> None:

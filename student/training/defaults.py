@@ -10,46 +10,53 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from storage import LogitCache
 from student.data.blocks import Blocks
+from student.data.packing import Packing
 from student.job import StudentJob
 from student.models.configuration import has_weights, positions_of, read_config
 from student.training.arguments import DEFAULTS, training_values
+from student.training.inputs import packs_documents
 
 _FINE_TUNING = {"learning_rate": 2e-5, "weight_decay": 0.0}
 _WINDOW = "window_tokens"
+_PACK = "pack_documents"
 # Tokens of a window where no cached teacher has a context.
 _WINDOW_TOKENS = 1024
 
 
 def open_fields(job: StudentJob, record: Mapping[str, Any], swept: Collection[str] = ()) -> dict[str, Any]:
-    """Values of the fields that a job from weights leaves open: learning rate, weight decay, positions of a window.
+    """Values of the fields that a job leaves open: whether documents share windows; and, of one from weights, learning
+    rate, weight decay, positions of a window.
 
     record: of the run or sweep that the output directory holds (empty: none); what it was started with holds, as what
     earlier versions started has the defaults of a new student.
     swept: parameters of a sweep, which are not open.
     Raises the errors of opening the job's caches and of reading its model's configuration.
     """
-    if not has_weights(job.model):
-        return {}
     given = {*job.training, *job.model_fields_set, *swept}
-    names = [name for name in (*_FINE_TUNING, _WINDOW) if name not in given]
+    of_weights = (*_FINE_TUNING, _WINDOW) if has_weights(job.model) else ()
+    names = [name for name in (_PACK, *of_weights) if name not in given]
     if record:
         return {name: _recorded(record, name) for name in names}
-    return {name: _FINE_TUNING[name] if name in _FINE_TUNING else _window_tokens(job) for name in names}
+    chosen: dict[str, Any] = {_PACK: packs_documents(job), **_FINE_TUNING}
+    return {name: chosen[name] if name in chosen else _window_tokens(job) for name in names}
 
 
 def filled(job: StudentJob, values: Mapping[str, Any]) -> StudentJob:
     """The job with the values of `open_fields`."""
     if not values:
         return job
-    training = {name: value for name, value in values.items() if name != _WINDOW}
-    window = {_WINDOW: values[_WINDOW]} if _WINDOW in values else {}
-    return job.model_copy(update={**window, "training": {**job.training, **training}})
+    own = {name: value for name, value in values.items() if name in StudentJob.model_fields}
+    training = {name: value for name, value in values.items() if name not in own}
+    return job.model_copy(update={**own, "training": {**job.training, **training}})
 
 
 def described(job: StudentJob, values: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """The line for the log about the values of `open_fields`; [] where none was open."""
+    """The line for the log about the values of `open_fields` of a job from weights; [] where none was open."""
+    values = {name: value for name, value in values.items() if name != _PACK}
     if not values:
         return []
     words = {
@@ -65,8 +72,9 @@ def described(job: StudentJob, values: Mapping[str, Any], record: Mapping[str, A
 def _recorded(record: Mapping[str, Any], name: str) -> Any:
     """A run's identity has every field; a sweep's launch has those that were open, if this version started it."""
     found = record["identity"] | record.get("launch", {})
-    earlier = DEFAULTS.get(name, StudentJob.model_fields[_WINDOW].default)
-    return found.get(f"training.{name}", found.get(name, earlier))
+    earlier = {_PACK: False, _WINDOW: StudentJob.model_fields[_WINDOW].default, **DEFAULTS}[name]
+    value = found.get(f"training.{name}", found.get(name))
+    return earlier if value is None else value
 
 
 def _window_tokens(job: StudentJob) -> int:
@@ -84,10 +92,17 @@ def _window_tokens(job: StudentJob) -> int:
     starts = cache.document_starts if isolated else None
     total, step = cache.record.corpus.positions, _step_windows(job)
     window = min(window, max(1, (total - 1) // step))
-    # Windows at a random offset, and documents shorter than a window, leave fewer.
-    while window > 1 and len(Blocks.of(total, starts, window, job.offset, job.seed)) < step:
+    # Windows at a random offset, and documents shorter than a window, leave fewer, or share some.
+    while window > 1 and _windows(Blocks.of(total, starts, window, job.offset, job.seed), job) < step:
         window = window * 15 // 16
     return window
+
+
+def _windows(blocks: Blocks, job: StudentJob) -> int:
+    if len(blocks.starts) == 1 or not packs_documents(job):
+        return len(blocks)
+    sizes = blocks.lengths(np.arange(len(blocks)))
+    return len(Packing.of(sizes, blocks.window_tokens, group_tokens=int(sizes.sum()) + 1))
 
 
 def _step_windows(job: StudentJob) -> int:

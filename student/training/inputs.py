@@ -72,8 +72,9 @@ def open_caches(job: StudentJob) -> Caches:
     """Open the caches of a job and check that they, their entries and its windows fit together."""
     names = [teacher.name for teacher in job.teachers]
     windows = DistillationWindows(
-        job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, job.bos_each_window
-    )
+        job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, job.bos_each_window,
+        packs_documents(job),
+    )  # fmt: skip
     remarks: list[str] = []
     windows = _for_student(job, windows, remarks.append)
     provenance = {"cache": digest(windows.record)}
@@ -88,6 +89,11 @@ def open_caches(job: StudentJob) -> Caches:
         provenance["eval_cache"] = digest(eval_windows.record)
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
     return Caches(windows, eval_windows, eval_members, not_measured, provenance, tuple(remarks))
+
+
+def packs_documents(job: StudentJob) -> bool:
+    """Whether isolated documents share the windows of a job."""
+    return job.loss_scale != "babyllama" if job.pack_documents is None else job.pack_documents
 
 
 def _for_student(job: StudentJob, windows: DistillationWindows, log: Log) -> DistillationWindows:
@@ -177,8 +183,9 @@ def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[Distilla
     measured = [name for name, reason in reasons.items() if reason is None]
     begun = windows.begin_id is not None
     held_out = DistillationWindows(
-        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents, begun
-    )
+        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents, begun,
+        packs_documents(job),
+    )  # fmt: skip
     return held_out, {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -132,6 +132,9 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
             )
         # After the checks of fields and caches, since loading takes long.
         live = load_live(job, args.device)
+        if windows.packed and not live.packs(windows.input_tokens):
+            job = job.model_copy(update={"pack_documents": False})
+            caches = open_caches(job)
     data = job_inputs(caches, job, live)
     best_by = values.get("metric_for_best_model")
     if str(best_by).removeprefix("eval_") == "distillation_loss" and isinstance(data.eval_loss, str):

@@ -54,6 +54,7 @@ def identity_of(job: StudentJob, values: Mapping[str, Any], data: Data, step_win
     asked = job.model_dump(mode="json", exclude=_NOT_THE_RUN)
     asked["isolate_documents"] = data.windows.isolate_documents
     asked["bos_each_window"] = data.windows.begin_id is not None or None  # absent in runs from before there was one
+    asked["pack_documents"] = data.windows.packed or None  # absent in runs from before there were any
     asked["windows_per_step"] = step_windows
     asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}

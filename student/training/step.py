@@ -140,6 +140,6 @@ def positions_seen(windows: DistillationWindows, args: TrainingArguments, steps:
         done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
         read = min(done * step, len(order))
         numbers = order.permutation(epoch)[:read]
-        total += int(windows.blocks.lengths(numbers).sum())
-        trained += windows.trained_positions((numbers + epoch * len(windows)).tolist())
+        in_epoch = windows.positions_read((numbers + epoch * len(windows)).tolist())
+        total, trained = total + in_epoch[0], trained + in_epoch[1]
     return total, trained

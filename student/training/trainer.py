@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from storage.errors import Diverged, InputError
-from student.data.batches import collate
+from student.data.batches import collate, read_by_model
 from student.data.order import ReadingOrder
 from student.data.windows import DistillationWindows, reading_order
 from student.evaluation.held_out import HeldOutSums, bytes_per_token
@@ -226,11 +226,12 @@ class DistillationTrainer(Trainer):
             read["labels"][max(0, len(mine) - start) :] = NOT_TRAINED
             batch: dict[str, Any] = self._prepare_inputs(read)
             with self.accelerator.autocast():
-                logits = model(input_ids=batch["input_ids"]).logits
+                logits = model(**read_by_model(batch)).logits
             flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
             sums.add(flat, labels, batch["targets"])
             if self.eval_loss is not None:
-                found = self.eval_loss(flat, labels, batch["targets"], windows=batch["input_ids"])
+                read = batch["input_ids"], batch.get("position_ids")
+                found = self.eval_loss(flat, labels, batch["targets"], None, *read)
                 objective += torch.stack([found.loss_sum.double(), found.count.double()]).cpu()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)

@@ -18,13 +18,13 @@ the logits reach hundreds, where a soft cap or a factor shows in any model, trai
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from student.loss.documents import model_inputs
 from student.models.logit_agreement import MASKED, agree, amplification, amplified, difference, replaced_forward
 from teachers.huggingface.output_layer import Head, head_of
 
@@ -49,7 +49,7 @@ class FastPath:
 
     def hidden(self, windows: Tensor, positions: Tensor | None = None) -> Tensor:
         """The last hidden states of all positions, [B * C, H]."""
-        hidden: Tensor = self._backbone(**_inputs(windows, positions)).last_hidden_state
+        hidden: Tensor = self._backbone(**model_inputs(windows, positions)).last_hidden_state
         return hidden.flatten(0, 1)
 
     def score(
@@ -122,46 +122,13 @@ ScoringPath = FastPath | GeneralPath
 
 
 def forward(model: Any, windows: Tensor, last: int | None = None, positions: Tensor | None = None) -> Tensor:
-    """The model's own logits [B, C, columns], or of the `last` positions only, in the dtype of its output."""
-    keep = {} if last is None else {"logits_to_keep": last}
-    logits: Tensor = model(**_inputs(windows, positions), **keep).logits
-    return logits
+    """The model's own logits [B, C, columns], or of the `last` positions only, in the dtype of its output.
 
-
-def _inputs(windows: Tensor, positions: Tensor | None) -> dict[str, Any]:
-    """No attention mask is passed: windows are full, and a causal model needs none. Without one, and without a cache,
-    transformers keeps documents apart where positions restart."""
-    at = {} if positions is None else {"position_ids": positions}
-    return {"input_ids": windows, "use_cache": False, **at}
-
-
-def mixes_documents(model: Any, length: int, longest: int | None, dtype: str, device: torch.device) -> str | None:
-    """Why documents can not share rows of `length` tokens, kept apart by positions that restart; None where they can.
-
-    longest: the tokens that the model reads at most, None for no limit. In two rows of random ids, cut in different
-    places, each document must have the logits that it has alone. Models that do not hand their positions to their mask
-    are wrong here without a word.
+    No attention mask is passed: windows are full, and a causal model needs none.
     """
-    ids = int(model.get_input_embeddings().weight.shape[0])
-    windows = torch.randint(ids, (2, length), generator=torch.Generator().manual_seed(1)).to(device)
-    size = min(max(1, length // 3), longest or length)
-    cuts = [range(0, length, size), (0, *range(min(7, size), length, size))]
-    begins = torch.zeros(2, length, dtype=torch.long)
-    for row, cut in enumerate(cuts):
-        begins[row, list(cut)] = torch.tensor(cut)
-    positions = (torch.arange(length) - begins.cummax(1).values).to(device)
-    try:
-        with torch.inference_mode():
-            together = forward(model, windows, positions=positions).float()
-            for row, cut in enumerate(cuts):
-                for start, stop in itertools.pairwise((*cut, length)):
-                    alone = forward(model, windows[row : row + 1, start:stop]).float()
-                    own = together[row : row + 1, start:stop]
-                    if not agree(own, alone, 4 * TOLERANCE[dtype]):
-                        return f"with others in its row, logits of a document differ by {difference(own, alone)}"
-    except Exception as error:  # models that take no positions
-        return f"it fails with positions that restart ({type(error).__name__}: {error!s:.200})"
-    return None
+    keep = {} if last is None else {"logits_to_keep": last}
+    logits: Tensor = model(**model_inputs(windows, positions), **keep).logits
+    return logits
 
 
 def is_causal(model: Any, windows: Tensor, logits: Tensor, dtype: str) -> bool:

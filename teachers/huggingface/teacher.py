@@ -21,11 +21,12 @@ from storage.errors import InputError
 from storage.format.manifest import Teacher as TeacherRecord
 from storage.format.manifest import TeacherIdentity
 from storage.text import counted
+from student.loss.documents import mixes_documents
 from student.models.tokenizer import read_tokenizer
 from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.model_files import ModelFiles, config_sha256, find_model, weights_sha256
 from teachers.huggingface.output_layer import head_of, linear_of
-from teachers.huggingface.scoring import FastPath, choose_path, forward, is_causal, mixes_documents
+from teachers.huggingface.scoring import TOLERANCE, FastPath, choose_path, forward, is_causal
 from teachers.huggingface.sharded_head import ShardedPath, choose_sharded_path, tensor_parallel_options
 from teachers.ranks import ColumnShard, Ranks
 
@@ -163,8 +164,9 @@ class HuggingFaceTeacher:
 
     def packs(self, length: int) -> bool:
         """See `teachers.base.Teacher.packs`; all ranks ask together. Says why not, if so."""
-        dtype = self.identity.members[0].dtype
-        problem = mixes_documents(self._model, length, self.max_positions, dtype, self.device)
+        ids = int(self._model.get_input_embeddings().weight.shape[0])
+        tolerance = 4 * TOLERANCE[self.identity.members[0].dtype]
+        problem = mixes_documents(self._model, ids, length, tolerance, self.device, self.max_positions)
         if problem is not None:
             self._on_message(f"{self._files.asked}: documents are read in rows of their own, not packed: {problem}")
         return problem is None

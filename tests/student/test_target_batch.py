@@ -33,9 +33,11 @@ def entry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def batch(entry: TeacherEntry) -> StoredBatch:
-    """Three windows of four rows: of all, of two at their end, of one in their middle."""
+    """Three windows of four rows: of two documents, of one at their end, of one in their middle."""
     rows = StoredTargets.of(entry, whole())
-    return StoredBatch.of([rows.rows(0, 4), rows.rows(4, 6), rows.rows(6, 7)], T, [0, 2, 1])
+    return StoredBatch.of(
+        [[rows.rows(0, 3), rows.rows(3, 4)], [rows.rows(4, 6)], [rows.rows(6, 7)]], T, [[0, 3], [2], [1]]
+    )
 
 
 def tensors(batch: Any) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.streams import chat_lengths
 from torch.utils.data import DataLoader
 
 import storage.cache.reader
@@ -25,7 +26,7 @@ from storage.format.targets import SparseTargets
 from student.data.batches import collate
 from student.data.blocks import Blocks
 from student.data.order import BUFFER_GROUPS, ReadingOrder
-from student.data.windows import DistillationWindows
+from student.data.windows import DistillationWindows, reading_order
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
 
@@ -197,8 +198,8 @@ def test_windows_equal_slices_of_the_stream(
         assert (window["labels"][length:] == -100).all()
         assert len(window["labels"]) == len(window["input_ids"]) == size
         for name, whole in reference.items():
-            targets = window["targets"][name]
-            assert (targets.start, targets.stop, window["first"]) == (start, start + length, 0)
+            (targets,) = window["targets"][name]
+            assert (targets.start, targets.stop, window["firsts"]) == (start, start + length, [0])
             for array in ("token_ids", "logprob_codes" if name == "a" else "logprobs"):
                 assert (targets.arrays[array] == whole.arrays[array][start : start + length]).all()
 
@@ -291,7 +292,8 @@ def test_trained_positions_are_those_with_a_label(tmp_path: Path, offset: Litera
     windows = DistillationWindows(str(tmp_path / "c"), (), 8, offset)
     indices = [3, 0, 7, 1]
     labels = collate(windows.__getitems__(indices))["labels"]
-    assert windows.trained_positions(indices) == int((labels != -100).sum())
+    read = sum(length for window in windows.spans(indices) for _, length in window)
+    assert windows.positions_read(indices) == (read, int((labels != -100).sum()))
 
 
 def test_windows_begin_with_an_id_of_their_own(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
@@ -329,13 +331,57 @@ def test_isolated_documents_are_not_crossed(tmp_path: Path) -> None:
     assert torch.equal(batch["labels"], plain["labels"])
     assert torch.equal(batch["input_ids"], plain["input_ids"])
     trained = batch["labels"] != -100
-    assert batch["labels"][trained].tolist() == [t for t in range(50) if t not in starts]
-    assert batch["targets"]["a"].arrays["entropy"][trained].tolist() == [t - 1 for t in range(50) if t not in starts]
+    labels = batch["labels"][trained]
+    assert labels.sort().values.tolist() == [t for t in range(50) if t not in starts]
+    assert torch.equal(batch["targets"]["a"].arrays["entropy"][trained], labels.float() - 1)
     with pytest.raises(InputError, match="teacher a saw isolated documents"):
         DistillationWindows(url, ["a"], 8, isolate_documents=False)
     write_entry(url, "across", make_entry(record, 5), marked_targets(tokens, 5))
     with pytest.raises(InputError, match="cannot be mixed"):
         DistillationWindows(url, ["a", "across"], 8)
+
+
+@pytest.mark.parametrize("offset", ["fixed", "random"])
+@pytest.mark.parametrize("begin", [None, 0])
+def test_documents_share_windows_and_keep_what_they_have_alone(
+    tmp_path: Path, offset: Literal["fixed", "random"], begin: int | None
+) -> None:
+    url, lengths = str(tmp_path / "c"), chat_lengths(60, 9, 40)
+    starts = np.cumsum(lengths) - lengths
+    tokens = (1 + np.arange(lengths.sum()) % (V - 1)).astype(np.uint16)
+    tokens[starts[::2]] = 0
+    mask = np.random.default_rng(4).random(len(tokens)) < 0.5
+    record = make_corpus(url, tokens, V, document_starts=starts, loss_mask=mask)
+    entry = make_entry(record, 5, windowing=ISOLATED)
+    write_entry(url, "a", entry, marked_targets(tokens, 5, starts.tolist()))
+    packed = DistillationWindows(url, ["a"], 16, offset, 3)
+    alone = DistillationWindows(url, ["a"], 16, offset, 3, pack_documents=False)
+    packed.begin_id = alone.begin_id = begin
+    packed = packed.cut(20, offset).cut(16, offset)  # packed again, with room for the id
+    assert len(packed) < 0.7 * len(alone)
+    indices = (np.arange(len(packed)) + 2 * len(packed)).tolist()
+    third = (np.arange(len(alone)) + 2 * len(alone)).tolist()
+    expected = {span: window for (span,), window in zip(alone.spans(third), alone.__getitems__(third), strict=True)}
+    batch, seen = collate(packed.__getitems__(indices)), 0
+    assert batch["use_cache"] is False
+    entropy = batch["targets"]["a"].decoded().entropy
+    for row, spans in enumerate(packed.spans(indices)):
+        at = 0
+        for start, length in spans:
+            window = expected.pop((start, length))
+            size = length + window["firsts"][0]
+            inside = slice(at, at + size)
+            assert batch["input_ids"][row, inside].tolist() == window["input_ids"][:size].tolist()
+            assert batch["labels"][row, inside].tolist() == window["labels"][:size].tolist()
+            assert batch["position_ids"][row, inside].tolist() == list(range(size))
+            assert entropy[row, at + size - length : at + size].tolist() == list(range(start, start + length))
+            at += size
+            seen += length
+        assert set(batch["labels"][row, at:].tolist()) <= {-100}
+        assert batch["position_ids"][row, at:].tolist() == list(range(packed.input_tokens - at))
+    assert not expected
+    assert packed.positions_read(indices) == (seen, int((batch["labels"] != -100).sum()))
+    assert sorted(reading_order(packed, 4)) == list(range(len(packed)))
 
 
 def test_incomplete_entry_is_refused_with_the_missing_range(

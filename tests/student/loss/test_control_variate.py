@@ -150,7 +150,7 @@ def test_stored_log_probs_are_right_in_the_mean(rounding: str) -> None:
         logprobs=logp[ids].numpy().astype(np.float32),
         log_tail=np.full(rows, log_mass, np.float32),
     )
-    batch = StoredBatch.of([StoredTargets.of(entry, written)], rows, [0])
+    batch = StoredBatch.of([[StoredTargets.of(entry, written)]], rows, [[0]])
     if rounding == "to the nearest":
         below = (log_mass - math.log(m) + step - logp) / entry.encoding.sampled_step_nats
         codes = torch.where(torch.arange(m + 1) < 1, 0.0, below[batch.flat().decoded().token_ids.long()].round())

@@ -65,3 +65,9 @@ def learnt(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> str:
     assert not mask[-1]
     text: str = tokenizer.decode(tokens[1:][mask[:-1]], clean_up_tokenization_spaces=False)
     return text
+
+
+def chat_lengths(number: int, mean: float, longest: int) -> np.ndarray:
+    """Tokens of some conversations, int64: most are short, some long, none shorter than 2."""
+    drawn = np.random.default_rng(number).gamma(2.0, mean / 2, number).astype(np.int64) + 2
+    return np.minimum(drawn, longest)
