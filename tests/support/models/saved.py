@@ -58,7 +58,7 @@ def dense_logprobs(
 ) -> torch.Tensor:
     """float32 log-softmax of the model's own logits, window by window after `begin`, for every position."""
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
-    rows = torch.full((len(tokens), 400), torch.nan)
+    rows = torch.full((len(tokens), model.config.vocab_size), torch.nan)
     ids = torch.from_numpy(tokens.astype(np.int64))
     with torch.no_grad():
         for block in range(0, len(tokens), stride):
