@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.caching.job import CacheJob
-from logit_cache.caching.prepare import PreparedJob, check_entry, prepare_job
+from logit_cache.caching.prepare import PreparedJob, aligned_to, check_entry, prepare_job
 from logit_cache.caching.score_shard import score_range
 from logit_cache.caching.step_cost import (
     Meter,
@@ -172,7 +172,8 @@ def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> Tea
     if tokens is None:
         return entry
     try:
-        layout = entry_layout(tokens, job.k, job.stride, COMPRESSION[job.profile], job.shard_tokens, job.chunk_tokens)
+        aligned, compression = aligned_to(entry.windowing), COMPRESSION[job.profile]
+        layout = entry_layout(tokens, job.k, aligned, compression, job.shard_tokens, job.chunk_tokens)
         layout.check_length(tokens)
     except ValueError as error:
         raise InputError(f"--tokens {tokens}: {error}: give larger --shard-tokens") from None

@@ -54,6 +54,7 @@ class CacheJob(Settings):
 
     `fields`: what is stored beside ids, certain log-probs and masses: lean (what forward KL reads), all, or names of
     `storage.format.manifest.TARGET_FIELDS`. `positions`: all rows, or those that the stream's loss mask trains.
+    Windows (`context_tokens`, `isolate_documents`) that are not given are chosen by `logit_cache.caching.contexts`.
     `sampling` and `order`: how ids are sampled, and in which order they lie then (docs/decisions/0034). What is not
     given is as an entry of that name has it, which may be one of version 1; else as docs/decisions/0034 says.
     """
@@ -69,9 +70,9 @@ class CacheJob(Settings):
     head_ids: Annotated[int, Field(ge=0)] | None = None
     seed: Seed | None = None
     target_temperature: float | None = None
-    context_tokens: Positive = 128
+    context_tokens: Positive | None = None
     stride_tokens: Positive | None = None
-    isolate_documents: bool = False
+    isolate_documents: bool | None = None
     bos_each_window: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
@@ -157,20 +158,6 @@ class CacheJob(Settings):
             if getattr(self, name) and not self.device_map:
                 raise ValueError(f"--{name.replace('_', '-')} goes with --device-map: give it, or leave this out")
         return self
-
-    @model_validator(mode="after")
-    def _stride_fits(self) -> CacheJob:
-        if self.stride > self.context_tokens:
-            raise ValueError(
-                f"--stride-tokens {self.stride} is larger than --context-tokens {self.context_tokens}: "
-                f"positions between the windows would have no teacher"
-            )
-        return self
-
-    @property
-    def stride(self) -> int:
-        """Tokens from one window to the next; the context length unless given."""
-        return self.stride_tokens or self.context_tokens
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CacheJob:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from logit_cache.caching.contexts import windowing_of
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.packing import row_lengths
 from storage.cache.inventory import ROOT_KEY
@@ -31,11 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A job that has passed every check, with nothing written yet; `entry` is the one to create or resume."""
+    """A job that has passed every check, with nothing written yet; `entry` is the one to create or resume.
+
+    remarks: lines for the log of whoever creates the entry.
+    """
 
     cache: LogitCache
     teacher: Teacher
     entry: TeacherEntry
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
         for source, revision in zip(job.teacher, job.revision or ("",) * len(job.teacher), strict=True)
     )
     for source, teacher in zip(job.teacher, teachers, strict=True):
-        teacher.check_context(job.context_tokens, job.bos_each_window)
+        if job.context_tokens is not None:
+            teacher.check_context(job.context_tokens, job.bos_each_window)
         if job.k > teacher.head_columns:
             raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
     return teachers
@@ -97,7 +104,7 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
     prepared = prepare_job(job, teachers)
-    writer = open_writer(job, prepared.entry)
+    writer = open_writer(job, prepared)
     teacher = prepared.teacher
     return OpenJob(prepared.cache, teacher, in_order(teacher, stored_order(writer, teacher.output_embeddings)), writer)
 
@@ -155,30 +162,25 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
     from teachers.vocabulary import common_vocabulary
 
     cache = check_stream(job)
-    try:
-        layout = entry_layout(
-            cache.record.corpus.positions,
-            job.k,
-            job.stride,
-            COMPRESSION[job.profile],
-            job.shard_tokens,
-            job.chunk_tokens,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from None
     teachers = teachers or load_teachers(job)
     begin = begin_id(job.cache) if job.bos_each_window else None
     vocabulary_size = common_vocabulary(cache, job.teacher, teachers, begin)
     teacher: Teacher = teachers[0]
     if job.combine is not None:
         teacher = EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)
-    windowing = Windowing(
-        context_tokens=job.context_tokens,
-        stride_tokens=job.stride,
-        isolate_documents=job.isolate_documents,
-        begin_id=begin,
-    )
     recorded = stored_entry(job.cache, job.name)
+    windowing, remark = windowing_of(job, cache, teachers, begin, recorded)
+    try:
+        layout = entry_layout(
+            cache.record.corpus.positions,
+            job.k,
+            aligned_to(windowing),
+            COMPRESSION[job.profile],
+            job.shard_tokens,
+            job.chunk_tokens,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
     batch_windows = job.batch_windows or (recorded.execution.batch_windows if recorded else None)
     targets = job.stored_targets(recorded, cache.record.corpus.has_loss_mask)
     version: Literal[1, 2] = job.version(recorded)
@@ -203,11 +205,16 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
     )
-    if recorded is not None and job.shard_tokens is None and job.chunk_tokens is None:
-        # Another version of this program may have chosen other shards.
+    if recorded is not None and job.shard_tokens in (None, recorded.layout.shard) and job.chunk_tokens is None:
+        # Another version of this program may have chosen others.
         layout = recorded.layout.model_copy(update={"compression": layout.compression})
         entry = entry.model_copy(update={"layout": layout})
-    return PreparedJob(cache, teacher, entry)
+    return PreparedJob(cache, teacher, entry, () if remark is None else (remark,))
+
+
+def aligned_to(windowing: Windowing) -> int:
+    """Positions of which chunks are multiples, so that no window is cut; documents end where they do."""
+    return 1 if windowing.isolate_documents else windowing.stride_tokens
 
 
 def loss_mask(cache: LogitCache, url: str) -> Stream:
@@ -240,10 +247,14 @@ def execution_of(teacher: Teacher, batch_windows: int, rows: Mapping[str, Any]) 
     )
 
 
-def open_writer(job: CacheJob, entry: TeacherEntry) -> EntryWriter:
+def open_writer(job: CacheJob, prepared: PreparedJob) -> EntryWriter:
     """Create the entry of a prepared job, or resume it. Raises IdentityMismatch for another entry of that name."""
+    entry = prepared.entry
     try:
-        return EntryWriter.open(job.cache, job.name, entry)
+        writer = EntryWriter.open(job.cache, job.name, entry)
+        for remark in prepared.remarks if writer.created else ():
+            logging.getLogger(__name__).warning("%s: %s", job.cache, remark)
+        return writer
     except IdentityMismatch:
         stored = stored_entry(job.cache, job.name)
         if stored is None or job.batch_windows is not None:

@@ -95,7 +95,7 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
         from_first(ranks, shard)
         return score_shard(opened, shard, progress)
 
-    writer = open_writer(job, prepared.entry)
+    writer = open_writer(job, prepared)
     entry = writer.entry
     from_first(ranks, entry.model_dump(mode="json"))
 

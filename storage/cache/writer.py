@@ -132,11 +132,15 @@ class ShardWriter:
 
 
 class EntryWriter:
-    """One teacher's entry: its record, shards and index, its leases, and the notes on permanently failed shards."""
+    """One teacher's entry: its record, shards and index, its leases, and the notes on permanently failed shards.
 
-    def __init__(self, store: Store, name: str, entry: TeacherEntry, shards: ShardWriter) -> None:
+    `created`: whether it was not there before.
+    """
+
+    def __init__(self, store: Store, name: str, entry: TeacherEntry, shards: ShardWriter, created: bool) -> None:
         self.name = name
         self.entry = entry
+        self.created = created
         self.leases = shards.leases
         self.failures = Failures(store, shards.receipts.folder)
         self._store = store
@@ -149,12 +153,12 @@ class EntryWriter:
         store = open_store(url)
         folder = teacher_folder(name)
         key = folder + "zarr.json"
-        store.publish(key, record_bytes(entry))
+        created = store.publish(key, record_bytes(entry))
         stored = read_record(store, key, TeacherEntry)
         refuse_other(store, name, stored, entry)
         shards = ShardWriter(Receipts(store, folder + "receipts", teacher_arrays(stored), digest(stored)))
         shards.prepare()
-        return cls(store, name, stored, shards)
+        return cls(store, name, stored, shards, created)
 
     @property
     def shards(self) -> int:
