@@ -32,6 +32,8 @@ from teachers.base import Teacher
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_rows
 from teachers.reduction.varopt import Sampling, random_numbers, sampling_of
 
+_PADDING_SHARDS = 8
+
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
     """The targets of a shard's positions, all their fields as the teacher has them, on the CPU."""
@@ -52,13 +54,11 @@ def score_range(
 
     Ids are sampled in the order of the teacher's logits.
     """
-    starts = cache.document_starts if entry.windowing.isolate_documents else None
-    wanted = loss_mask(cache, cache.url).read(start, stop) if entry.targets.positions == "trained" else None
+    wanted = _wanted(cache, entry, start, stop)
     rows = _Rows(entry, start, stop, wanted, teacher.order)
     copies = HostCopies(teacher.device, rows.put)
-    plan = filter(rows.any_wanted, windows(start, stop, entry.positions, entry.windowing, starts))
     scored = 0
-    for batch in _batches(entry, plan):
+    for batch in _batches(entry, _plan(cache, entry, start, stop, wanted)):
         _score_batch(entry, teacher, batch, cache, rows, copies)
         # Windows without a scored position are in no batch; with the next one, or the end, they are done.
         done = sum(window.last - window.first for row in batch.rows for window in row)
@@ -69,6 +69,33 @@ def score_range(
     if progress is not None and scored < stop - start:
         progress(stop - start - scored)
     return rows.targets()
+
+
+def padding_share(cache: LogitCache, entry: TeacherEntry) -> float:
+    """The share of padding among the tokens that a teacher reads for an entry, by some of its shards."""
+    shards = -(-entry.positions // entry.layout.shard)
+    read = inside = 0
+    for number in range(min(shards, _PADDING_SHARDS)):
+        start, stop = entry.layout.shard_range(number * shards // min(shards, _PADDING_SHARDS), entry.positions)
+        for batch in _batches(entry, _plan(cache, entry, start, stop, _wanted(cache, entry, start, stop))):
+            read += batch.count * batch.length
+            inside += sum(window.stop - window.start for row in batch.rows for window in row)
+    return 1 - inside / read if read else 0.0
+
+
+def _wanted(cache: LogitCache, entry: TeacherEntry, start: int, stop: int) -> NDArray[np.bool_] | None:
+    """Which of the positions `start .. stop` have targets; None: all."""
+    return loss_mask(cache, cache.url).read(start, stop) if entry.targets.positions == "trained" else None
+
+
+def _plan(
+    cache: LogitCache, entry: TeacherEntry, start: int, stop: int, wanted: NDArray[np.bool_] | None
+) -> Iterator[Window]:
+    """The windows that score the wanted ones of the positions `start .. stop`."""
+    starts = cache.document_starts if entry.windowing.isolate_documents else None
+    for window in windows(start, stop, entry.positions, entry.windowing, starts):
+        if wanted is None or wanted[window.first - start : window.last - start].any():
+            yield window
 
 
 @dataclass(frozen=True)
@@ -177,9 +204,6 @@ class _Rows:
         """The positions of a window that are scored, absolute and ascending."""
         scored = np.arange(window.first, window.last)
         return scored if self._wanted is None else scored[self._wanted[scored - self._start]]
-
-    def any_wanted(self, window: Window) -> bool:
-        return len(self.wanted(window)) > 0
 
     def sampling(self, position: NDArray[Any], device: torch.device) -> Sampling | None:
         """How the rows of some positions (absolute) are sampled; None for top-k."""

@@ -72,4 +72,5 @@ def _print_entry(found: FinishedEntry, as_json: bool) -> None:
     click.echo(
         f"{found.cache}: {found.name} has {described['positions_cached']:,} of {described['positions']:,} positions, "
         f"{described['bytes_per_token'] or 0:.1f} bytes per token"
+        + (f"; {described['padding']:.1%} of what its teacher read is padding" if "padding" in described else "")
     )

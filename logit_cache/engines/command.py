@@ -62,7 +62,14 @@ def run_command(fields: dict[str, Any]) -> FinishedEntry | None:
     outcome = run_job(job, options, JobLog(options.log_format, cache=job.cache, entry=job.name), opened)
     if outcome.submitted:
         return None
-    return FinishedEntry(job.cache, job.name, describe_entry(LogitCache.open(job.cache).teacher(job.name)))
+    from logit_cache.caching.score_shard import padding_share
+
+    cache = LogitCache.open(job.cache)
+    targets = cache.teacher(job.name)
+    described = describe_entry(targets)
+    if targets.entry.execution.rows is not None:
+        described["padding"] = round(padding_share(cache, targets.entry), 4)
+    return FinishedEntry(job.cache, job.name, described)
 
 
 def _job_of_text(

@@ -30,6 +30,7 @@ PARTS = {
     "reading": "Reading",
     "student": "The student's step",
     "fused": "Head and loss in one walk",
+    "conversations": "Conversations",
     "scaling": "What grows with the corpus",
     "startup": "Start-up",
 }
