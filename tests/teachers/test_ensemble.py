@@ -51,7 +51,10 @@ class Table:
             )
         )
 
-    def score(self, windows: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    def packs(self, length: int) -> bool:
+        return True
+
+    def score(self, windows: Tensor, rows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
         wanted = self.logits[rows]
         for start in range(0, len(rows), self.chunk):
             self.given = min(start + self.chunk, len(rows))

@@ -42,7 +42,10 @@ class Fixed:
         self.logits, self.rows, self.columns = logits, rows, logits.shape[1]
         self.calls = 0
 
-    def __call__(self, windows: Tensor) -> Iterator[Tensor]:
+    def packs(self, length: int) -> bool:
+        return True
+
+    def __call__(self, windows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:
         assert windows.numel() == len(self.logits)
         self.calls += 1
         yield from self.logits.split(self.rows)
