@@ -41,18 +41,21 @@ class Attempts:
         self._waiting_since: float | None = None
         self._log_at = 0.0
 
-    def record(self, item: ShardOutcome, worker: str) -> None:
+    def record(self, item: ShardOutcome, worker: str) -> bool:
+        """Whether the shard was not known to be committed: another worker may find it before its builder says so."""
+        is_new = item.shard not in self._done
         if item.state == "built":
             self._built += 1
             self._done.add(item.shard)
             self.failed.pop(item.shard, None)  # another worker had begun it before the last failure was known
             fields = {"worker": worker, "positions": item.positions, "seconds": item.seconds}
             self._log.event("shard", "", shard=item.shard, **fields)
-        elif item.state == "there" and item.shard not in self._done:
+        elif item.state == "there" and is_new:
             self._done.add(item.shard)
             self._advance(item.positions)
         elif item.state in ("failed", "ended") and item.cause is None:
             self.count(item.shard, item.error or "unknown", worker)
+        return is_new
 
     def count(self, shard: int, error: str, worker: str) -> None:
         """Record a failure of a shard, of which `error` ends with the line for people."""

@@ -202,9 +202,9 @@ class Driver:
             self._look_at = time.monotonic() + self._tally.waiting(left)
 
     def _record(self, item: ShardOutcome, worker: str) -> None:
-        self._tally.record(item, worker)
+        is_new = self._tally.record(item, worker)
         if item.state == "built":
-            self._advance(item.positions)
+            self._advance(item.positions if is_new else 0)
             self._losses, self._refusal = 0, None
         # A full or unreachable store is perhaps a fault of this worker's machine alone; its `Gone` follows.
         if item.cause is not None and not isinstance(item.cause, StorageFull | StoreUnavailable):

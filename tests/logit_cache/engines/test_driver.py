@@ -290,3 +290,14 @@ def test_a_stop_hands_out_no_more_shards_and_receives_the_outcomes_under_way() -
     assert outcome.stopped
     assert 0 < outcome.built == len(pool.committed) < 12
     assert not any(shard is not None for shard in (*pool.taken.values(), *pool.committing.values()))
+
+
+@pytest.mark.parametrize("states", [("built", "there"), ("there", "built")])
+def test_a_shard_counts_once_whoever_reports_it_first(states: tuple[str, str]) -> None:
+    """Another worker may find it committed before the one that built it says so."""
+    advanced: list[int] = []
+    driver = Driver(FakePool(1, 2, {}), JobLog("json"), Stopping(1.0), advance=advanced.append)
+    with redirect_stderr(io.StringIO()):
+        for worker, state in enumerate(states):
+            driver._record(ShardOutcome(0, state, positions=10), str(worker))  # type: ignore[arg-type]
+    assert sum(advanced) == 10
