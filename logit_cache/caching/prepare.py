@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from logit_cache.caching.job import CacheJob
 from storage.cache.inventory import ROOT_KEY
+from storage.cache.positions import source_numbers
 from storage.cache.reader import LogitCache, Stream
 from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
@@ -140,6 +141,8 @@ def check_stream(job: CacheJob) -> LogitCache:
             f"{job.cache}: its token stream is not complete ({missing[0][0]}..{missing[-1][1]} is missing): "
             f"run the same logit-cache tokenize command again first"
         )
+    if job.sources:
+        source_numbers(cache.record, job.sources, job.cache)
     return cache
 
 

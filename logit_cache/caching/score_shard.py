@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from logit_cache.caching.pipeline import HostCopies
-from logit_cache.caching.prepare import OpenJob, loss_mask
+from logit_cache.caching.prepare import OpenJob
 from logit_cache.caching.windows import Window, batch_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
@@ -51,7 +51,8 @@ def score_range(
     Ids are sampled in the order of the teacher's logits.
     """
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    wanted = loss_mask(cache, cache.url).read(start, stop) if entry.targets.positions == "trained" else None
+    with_targets = cache.rows_with_targets(entry.targets)
+    wanted = None if with_targets is None else with_targets.read(start, stop)
     rows = _Rows(entry, start, stop, wanted, teacher.order)
     copies = HostCopies(teacher.device, rows.put)
     plan = filter(rows.any_wanted, windows(start, stop, entry.positions, entry.windowing, starts))

@@ -24,6 +24,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from storage import LogitCache
+from storage.cache.positions import source_numbers
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.identity import other_tokens
 from storage.format.manifest import TeacherEntry
@@ -45,6 +46,8 @@ class DistillationWindows(Dataset[Window]):
     teachers             names of complete teacher entries that agree on the isolation of documents
     window_tokens        T; may differ from the teachers' context length
     offset               "fixed" or "random", see `student.data.blocks`; take "fixed" for evaluation
+    sources              by teacher: the sources in whose documents it teaches; of others it reads no targets. Teachers
+                         that are not named teach wherever they have targets
     isolate_documents    whether windows stay inside documents; None follows the teachers (False without any)
     bos_each_window      whether BOS is put before windows that do not begin with it; None follows the teachers (False
                          without any)
@@ -57,8 +60,8 @@ class DistillationWindows(Dataset[Window]):
     Holds the URL and opens the cache in each process on first use (handles of remote stores do not survive a fork).
 
     Raises CacheNotFound, IncompleteCache (naming the missing ranges), IdentityMismatch (an entry of another stream
-    or tokenizer), InputError (entries of different isolation or beginnings, a window longer than the corpus, a
-    tokenizer without BOS).
+    or tokenizer), InputError (entries of different isolation or beginnings, sources without documents or targets, a
+    window longer than the corpus, a tokenizer without BOS).
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class DistillationWindows(Dataset[Window]):
         seed: int = 0,
         isolate_documents: bool | None = None,
         bos_each_window: bool | None = None,
+        sources: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if window_tokens < 1:
             raise InputError(f"a window has at least one position; got {window_tokens}")
@@ -84,6 +88,10 @@ class DistillationWindows(Dataset[Window]):
         self.window_tokens = window_tokens
         self.seed = seed
         self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
+        strangers = [name for name in sources or {} if name not in self.entries]
+        if strangers:
+            raise InputError(f"sources are given for {strangers[0]!r}, which is none of the teachers: leave them out")
+        self.sources = {name: usable_sources(cache, name, given) for name, given in (sources or {}).items()}
         self.isolate_documents = _isolation(self.entries, isolate_documents)
         self.begin_id = _beginning(self.entries, bos_each_window, self.cache_url)
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
@@ -145,18 +153,33 @@ class DistillationWindows(Dataset[Window]):
             )
         return blocks
 
-    def trained_positions(self, indices: Sequence[int]) -> int:
-        """How many positions of some windows are trained on, by the loss mask, which is read once."""
-        mask = self._cache().loss_mask
-        if mask is None:
+    def trained_positions(self, indices: Sequence[int], sources: Sequence[str] | None = None) -> int:
+        """How many positions of some windows are trained on, by the loss mask, which is read once; in documents of some
+        sources, where they are given."""
+        cache = self._cache()
+        if cache.loss_mask is None and sources is None:
             return int(self.blocks.lengths(np.asarray(indices, dtype=np.int64) % len(self)).sum())
         spans = np.asarray(self.blocks.spans(indices), dtype=np.int64).reshape(-1, 2)
-        first, last = mask.count_before(np.stack([spans[:, 0], spans.sum(axis=1)]))
+        trained = cache.positions(trained=True, sources=sources)
+        first, last = trained.count_before(np.stack([spans[:, 0], spans.sum(axis=1)]))
         return int((last - first).sum())
+
+    def taught_sources(self, teacher: str) -> tuple[str, ...] | None:
+        """The sources in whose documents a teacher teaches, by what was asked or its entry; None: in all."""
+        return self.sources.get(teacher, self.entries[teacher].targets.sources)
+
+    def untaught_sources(self) -> list[str]:
+        """The sources with documents in which no teacher teaches."""
+        taught = [self.taught_sources(name) for name in self.teachers]
+        if None in taught or not taught:
+            return []
+        covered = {source for sources in taught for source in sources or ()}
+        there = dict.fromkeys(source.name for source in self.record.corpus.sources if source.documents)
+        return [name for name in there if name not in covered]
 
     def without_targets(self) -> DistillationWindows:
         """The same windows of the same tokens, reading no targets."""
-        return self._with(teachers=(), entries={})
+        return self._with(teachers=(), entries={}, sources={})
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -201,7 +224,7 @@ class DistillationWindows(Dataset[Window]):
             while last < len(by_start) and spans[by_start[last]][0] <= stop:
                 stop = max(stop, sum(spans[by_start[last]]))
                 last += 1
-            merged = _Span(self._cache(), self.teachers, start, stop)
+            merged = _Span(self._cache(), self.teachers, self.sources, start, stop)
             for i in by_start[first:last]:
                 windows[i] = merged.window(*spans[i], self.window_tokens, self.begin_id)
             first = last
@@ -225,13 +248,18 @@ class DistillationWindows(Dataset[Window]):
 class _Span:
     """Tokens, labels and targets of the positions `start .. stop`, read once and cut into windows."""
 
-    def __init__(self, cache: LogitCache, teachers: Sequence[str], start: int, stop: int) -> None:
+    def __init__(
+        self, cache: LogitCache, teachers: Sequence[str], sources: Mapping[str, Sequence[str]], start: int, stop: int
+    ) -> None:
         self._start = start
         self._inputs = cache.tokens.read(start, stop + 1).astype(np.int64)
         trained = None if cache.loss_mask is None else cache.loss_mask.read(start, stop)
         following = self._inputs[1:]
         self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
         self._targets = {name: cache.teacher(name).stored(start, stop) for name in teachers}
+        for name, given in sources.items():
+            others = ~cache.positions(trained=False, sources=given).read(start, stop)
+            self._targets[name] = self._targets[name].without(others)
 
     def window(self, start: int, length: int, window_tokens: int, begin_id: int | None) -> Window:
         cut = slice(start - self._start, start - self._start + length)
@@ -275,6 +303,19 @@ def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
             f"run the same cache-logits command again to complete it"
         )
     return entry
+
+
+def usable_sources(cache: LogitCache, name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Sources of this cache of which an entry has targets; raises InputError for another."""
+    source_numbers(cache.record, given, cache.url)
+    there = cache.teacher(name).entry.targets.sources
+    missing = [] if there is None else [source for source in given if source not in there]
+    if missing:
+        raise InputError(
+            f"{cache.url}: teacher {name} has targets of {', '.join(there or ())} alone, and none of {missing[0]!r}: "
+            f"leave that source out, or cache the teacher for it under another name"
+        )
+    return tuple(given)
 
 
 def _isolation(entries: dict[str, TeacherEntry], wanted: bool | None) -> bool:

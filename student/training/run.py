@@ -159,6 +159,14 @@ def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
     )
     for note in run.notes:
         run.log(note)
+    untaught = windows.untaught_sources()
+    if untaught:
+        learnt = (
+            "nothing is learnt there, as alpha is 0"
+            if not (job.alpha or job.alpha_end)
+            else "only the cross-entropy counts there"
+        )
+        run.log(f"no teacher teaches the documents of {', '.join(untaught[:8])}{' …' * (len(untaught) > 8)}: {learnt}")
     tail_bounds = _tail_bounds(run.data)
     for name, bound in tail_bounds.items():
         run.log(
@@ -191,7 +199,7 @@ def _report(
     held_out: HeldOutReport | None,
 ) -> TrainingReport:
     data, args, state = run.data, run.args, trainer.state
-    seen, trained = positions_seen(data.windows, args, state.global_step)
+    seen, trained, taught = positions_seen(data.windows, args, state.global_step)
     return TrainingReport(
         job=run.job.model_copy(update={"training": run.values}),
         provenance=data.provenance,
@@ -202,6 +210,7 @@ def _report(
         windows_at_once=args.train_batch_size,
         tokens_seen=seen,
         tokens_trained=trained,
+        tokens_taught=taught,
         seconds=round(seconds, 3),
         resumed_from_step=resumed_from,
         device=str(args.device),
