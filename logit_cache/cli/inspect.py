@@ -41,7 +41,7 @@ def cache_text(found: dict[str, Any]) -> str:
         + ("" if corpus["complete"] else ", INCOMPLETE: run logit-cache tokenize again")
         + ("" if corpus["tokens_included"] else ", not in here: shared without its tokens"),
         f"  text        {counted(corpus['text_bytes'], 'byte')}, {corpus['text_bytes_per_token']:.2f} per token",
-        *_source_lines(corpus),
+        *(f"  {line}" for line in source_lines(corpus["sources"], corpus.get("source_tokens"))),
         f"  tokenizer   {counted(tokenizer['vocabulary_size'], 'id')}, fingerprint {tokenizer['fingerprint'][:16]}…",
     ]
     made = {
@@ -64,16 +64,15 @@ def cache_text(found: dict[str, Any]) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _source_lines(corpus: dict[str, Any], most: int = 8) -> list[str]:
+def source_lines(sources: list[dict[str, Any]], tokens: list[int] | None, most: int = 8) -> list[str]:
     """The first sources with their documents and, where they are known, tokens."""
-    sources, tokens = corpus["sources"], corpus.get("source_tokens")
     rows = [[source["name"], counted(source["documents"], "document")] for source in sources[:most]]
     for row, number in zip(rows, tokens or (), strict=False):
         row.append(counted(number, "token"))
     lines = columns(rows) if rows else ["not recorded"]
     if len(sources) > most:
         lines.append(f"and {len(sources) - most:,} more")
-    return [f"  {'' if number else 'sources':12}{line}" for number, line in enumerate(lines)]
+    return [f"{'' if number else 'sources':12}{line}" for number, line in enumerate(lines)]
 
 
 def stream_lines(found: dict[str, Any]) -> list[str]:

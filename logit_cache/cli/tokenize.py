@@ -51,7 +51,7 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
     A validation cache is the same command with the first cache's tokenizer: --tokenizer CACHE/tokenizer.
     """
     with one_line_errors():
-        from logit_cache.cli.inspect import stream_lines
+        from logit_cache.cli.inspect import source_lines, stream_lines
         from logit_cache.corpus.tokenize import tokenize_text
         from logit_cache.describe import describe_stream
 
@@ -65,5 +65,7 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
             f"{corpus.text_bytes / corpus.positions:.2f} bytes of text per token, "
             f"vocabulary {cache.vocabulary_size:,}"
         )
-        for line in stream_lines(describe_stream(cache)):
+        found = describe_stream(cache)
+        sources = [source.model_dump() for source in corpus.sources]
+        for line in (*source_lines(sources, found["source_tokens"]), *stream_lines(found)):
             click.echo(f"  {line}")

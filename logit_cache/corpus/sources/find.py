@@ -85,7 +85,7 @@ def _named(item: str, log: Log) -> list[Source]:
 
 def _is_there(item: str) -> bool:
     path = local_path(item)
-    return path.exists() or (glob.has_magic(item) and bool(glob.glob(str(path), recursive=True)))
+    return os.path.exists(path) or (glob.has_magic(item) and bool(glob.glob(str(path), recursive=True)))
 
 
 def _find(item: str, log: Log) -> list[Source]:
