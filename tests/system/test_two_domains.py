@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,9 @@ def test_each_document_is_learnt_from_its_own_teacher(
 
     page = run("logit-cache", "report", out, "-o", tmp_path / "page.html")
     assert page.returncode == 0, page.stderr
+    shown = re.sub(r"<[^>]*>", " ", (tmp_path / "page.html").read_text(encoding="utf-8"))
+    for name, weight in (("math", "3.00"), ("code", "1.00")):
+        assert f"{name} {weight} {name} {taught[name]:,}" in " ".join(shown.split())
     refused(
         run(*line, "--teacher", "math@source=news", "--output-dir", tmp_path / "x"),
         "no document is from the source 'news'",

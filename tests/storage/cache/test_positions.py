@@ -11,7 +11,8 @@ from support.caches.small import make_corpus
 from storage import LogitCache
 from storage.cache import positions as chosen
 from storage.cache.positions import Positions, in_documents
-from storage.errors import InputError
+from storage.cache.verify import verify
+from storage.errors import CorruptCache, InputError
 
 N = 101
 
@@ -42,3 +43,15 @@ def test_sources_are_named_or_refused(tmp_path: Path) -> None:
     make_corpus(str(tmp_path / "old"), tokens, 7, starts)
     with pytest.raises(InputError, match="does not say where its documents are from"):
         LogitCache.open(str(tmp_path / "old")).positions(trained=False, sources=["made-up"])
+
+
+def test_a_flipped_bit_of_the_sources_is_found(tmp_path: Path) -> None:
+    starts = np.array([0, 2, 5])
+    make_corpus(str(tmp_path), np.zeros(9, dtype=np.uint16), 7, starts, document_sources=("web", "math", "web"))
+    path = tmp_path / "document_sources/c/0"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(CorruptCache):
+            LogitCache.open(str(tmp_path)).positions(trained=False, sources=["web"])
+        assert any("document_sources" in problem for problem in verify(tmp_path, deep=True).problems)
