@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -120,8 +121,11 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
     }
 
 
-def targets_in_words(targets: dict[str, Any]) -> str:
-    """The `targets` of a described entry: `varopt, k = 64, seed 7, temperature 2, 24 ids certain`."""
+def targets_in_words(targets: dict[str, Any], quoted: Callable[[str], str] = str) -> str:
+    """The `targets` of a described entry: `varopt, k = 64, seed 7, temperature 2, 24 ids certain`.
+
+    quoted: how names that somebody else gave are shown.
+    """
     text = f"{targets['method']}, k = {targets['k']}"
     if targets.get("sample_size") == "threshold":
         text += " or fewer by a threshold"
@@ -140,7 +144,7 @@ def targets_in_words(targets: dict[str, Any]) -> str:
     if targets.get("positions") in ("trained", "some"):
         text += f", at {targets['positions']} positions"
     if targets.get("sources"):
-        text += f", in documents of {', '.join(targets['sources'])}"
+        text += f", in documents of {', '.join(map(quoted, targets['sources']))}"
     return text
 
 

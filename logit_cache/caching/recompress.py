@@ -66,7 +66,7 @@ from storage.format.manifest import (
 from storage.format.pruning import prune, shrink, without_rows
 from storage.format.sealing import digest
 from storage.format.targets import SparseTargets
-from storage.text import ranges_in_words
+from storage.text import quoted, ranges_in_words
 
 
 class RecompressJob(Settings):
@@ -363,7 +363,7 @@ def _check_destination(job: RecompressJob, entry: TeacherEntry, source: LogitCac
     pairs = other_tokens(entry, cache.record)
     differing = [f"{name}: {job.name} has {a!r}, the cache {b!r}" for name, (a, b) in pairs.items()]
     if not same_sources(entry, source.record, cache.record):
-        differing.append(f"sources of documents: {job.name} has targets of {', '.join(entry.targets.sources or ())}")
+        differing.append(f"sources of documents: {job.name} has targets of {quoted(entry.targets.sources or ())}")
     if differing:
         raise IdentityMismatch(
             job.destination,

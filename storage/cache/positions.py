@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from storage.errors import InputError
 from storage.format.manifest import CacheRecord
+from storage.text import quoted
 
 Mask = Callable[[int, int], NDArray[np.bool_]]
 """bool [stop - start], of the positions `start .. stop`."""
 
 _BLOCK = 1 << 16
-_NAMED = 8  # sources in an error
 
 
 class Positions:
@@ -62,20 +62,24 @@ def in_documents(document_starts: NDArray[np.uint64], chosen: NDArray[np.bool_])
     return read
 
 
+def named_sources(record: CacheRecord) -> set[str]:
+    """The names of the sources that documents are from; none where a stream does not say so of each."""
+    corpus = record.corpus
+    return {source.name for source in corpus.sources if source.documents and corpus.document_sources}
+
+
 def source_numbers(record: CacheRecord, names: Collection[str], url: str) -> list[int]:
     """The numbers of the sources of some names in a record; several may have one name.
 
     Raises InputError for a stream that does not say which documents are from where, and for a name without documents.
     """
-    corpus = record.corpus
-    if not corpus.document_sources:
+    there = named_sources(record)
+    if not there:
         raise InputError(
             f"{url}: its stream does not say where its documents are from, as one of version 1: make it again with "
             f"logit-cache tokenize, in a new folder"
         )
-    there = {source.name for source in corpus.sources if source.documents}
     for name in names:
         if name not in there:
-            known = ", ".join(map(repr, sorted(there)[:_NAMED])) + " …" * (len(there) > _NAMED)
-            raise InputError(f"{url}: no document is from the source {name!r}; there is: {known}")
-    return [number for number, source in enumerate(corpus.sources) if source.name in names]
+            raise InputError(f"{url}: no document is from the source {name!r}; there is: {quoted(sorted(there))}")
+    return [number for number, source in enumerate(record.corpus.sources) if source.name in names]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache.checked_array import CheckedArray, check_shards
-from storage.cache.positions import Mask, Positions, in_documents, source_numbers
+from storage.cache.positions import Mask, Positions, in_documents, named_sources, source_numbers
 from storage.cache.receipts import Receipts
 from storage.cache.records import (
     read_fidelity,
@@ -25,7 +25,7 @@ from storage.cache.records import (
     read_tokenizer_receipt,
     teacher_folder,
 )
-from storage.errors import CacheNotFound, CorruptCache, FormatError, InputError, MissingObject
+from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObject
 from storage.files import local_path
 from storage.format.fidelity import FidelityReport
 from storage.format.layout import corpus_arrays, order_array, teacher_arrays
@@ -118,7 +118,7 @@ class TeacherTargets:
         return self.entry.positions
 
     @cached_property
-    def rows(self) -> Positions | None:
+    def rows_with_targets(self) -> Positions | None:
         """`LogitCache.rows_with_targets` of the entry's record."""
         return self._cache.rows_with_targets(self.entry.targets)
 
@@ -201,7 +201,7 @@ class TeacherTargets:
         starts = rows = None
         if self._cache.record.corpus.tokens_included:
             starts = self._cache.document_starts if self.entry.windowing.isolate_documents else None
-            rows = self.rows
+            rows = self.rows_with_targets
         return targets.broken_rule(starts, None if rows is None else rows.read(targets.start, targets.stop))
 
 
@@ -349,13 +349,9 @@ class LogitCache:
                 raise FormatError(f"{self._store.where(key)}: its positions or vocabulary are not this cache's")
             if entry.targets.positions == "trained" and not self.record.corpus.has_loss_mask:
                 raise FormatError(f"{self._store.where(key)}: it is of trained positions, and no loss mask says which")
-            if entry.targets.sources is not None:
-                try:
-                    source_numbers(self.record, entry.targets.sources, self.url)
-                except InputError as error:
-                    raise FormatError(
-                        f"{self._store.where(key)}: it is of sources that are not here ({error})"
-                    ) from None
+            strange = set(entry.targets.sources or ()) - named_sources(self.record)
+            if strange:
+                raise FormatError(f"{self._store.where(key)}: no document here is from its source {min(strange)!r}")
             self._entries[name] = TeacherTargets(self._store, name, entry, self)
         return self._entries[name]
 

@@ -16,6 +16,7 @@ from storage.format.layout import PER_DOCUMENT
 from storage.format.manifest import CacheRecord, TeacherEntry
 from storage.format.sealing import differences, digest
 from storage.stores.base import Store
+from storage.text import quoted
 from storage.transfer.contents import Contents, Part
 
 _TOP_LEVEL = {
@@ -114,7 +115,7 @@ def check_sources(target: Store, record: CacheRecord, source: LogitCache, names:
         if not same_sources(entry, source.record, record):
             raise IdentityMismatch(
                 target.url,
-                [f"sources of documents: teacher {name} has targets of {', '.join(entry.targets.sources or ())}"],
+                [f"sources of documents: teacher {name} has targets of {quoted(entry.targets.sources or ())}"],
                 f"Its stream has other sources than that of {source.url}: give another target, or leave the entry out",
             )
 

@@ -24,11 +24,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from storage import LogitCache
-from storage.cache.positions import source_numbers
+from storage.cache.positions import named_sources, source_numbers
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.identity import other_tokens
 from storage.format.manifest import TeacherEntry
 from storage.progress import Log
+from storage.text import quoted
 from student.data.batches import Window, as_read
 from student.data.blocks import Blocks, Offset
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
@@ -173,9 +174,7 @@ class DistillationWindows(Dataset[Window]):
         taught = [self.taught_sources(name) for name in self.teachers]
         if None in taught or not taught:
             return []
-        covered = {source for sources in taught for source in sources or ()}
-        there = dict.fromkeys(source.name for source in self.record.corpus.sources if source.documents)
-        return [name for name in there if name not in covered]
+        return sorted(named_sources(self.record).difference(*(sources or () for sources in taught)))
 
     def without_targets(self) -> DistillationWindows:
         """The same windows of the same tokens, reading no targets."""
@@ -312,7 +311,7 @@ def usable_sources(cache: LogitCache, name: str, given: Sequence[str]) -> tuple[
     missing = [] if there is None else [source for source in given if source not in there]
     if missing:
         raise InputError(
-            f"{cache.url}: teacher {name} has targets of {', '.join(there or ())} alone, and none of {missing[0]!r}: "
+            f"{cache.url}: teacher {name} has targets of {quoted(there or ())} alone, and none of {missing[0]!r}: "
             f"leave that source out, or cache the teacher for it under another name"
         )
     return tuple(given)

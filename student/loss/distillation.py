@@ -142,10 +142,10 @@ class DistillationLoss:
 
     Mixtures: forward KL is linear in p, so the weighted sum is the KL of the mixture ``p = sum_m w_m p_m`` (each
     member tempered, then mixed) up to a constant in the student: same gradient at K = V, and at K < V that of the
-    members' own tail buckets. The other divergences are not linear, so they take one member with a weight above 0, or
-    several that teach the documents of different sources;
-    for a mixture, cache the teachers as one ensemble entry. Where some members have no targets at a position, the
-    mixture there is of the others, their weights normalised to sum 1; where none has, only CE counts.
+    members' own tail buckets. Where some members have no targets at a position, the mixture there is of the others,
+    their weights normalised to sum 1; where none has, only CE counts. The other divergences are not linear: they take
+    one member with a weight above 0, or several that teach the documents of different sources; for a mixture, cache the
+    teachers as one ensemble entry.
 
     min_entropy (nats) drops the divergence where the teachers' entropy (of a mixture: the weighted mean of its
     members', at most its own) is lower. It is an absolute threshold, not a rank within a batch, which would depend on

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from storage import LogitCache
 from storage.errors import InputError
 from storage.progress import Log, silent, to_stderr
-from storage.text import counted
+from storage.text import counted, quoted
 from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.job import StudentJob
@@ -161,12 +161,10 @@ def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
         run.log(note)
     untaught = windows.untaught_sources()
     if untaught:
-        learnt = (
-            "nothing is learnt there, as alpha is 0"
-            if not (job.alpha or job.alpha_end)
-            else "only the cross-entropy counts there"
-        )
-        run.log(f"no teacher teaches the documents of {', '.join(untaught[:8])}{' …' * (len(untaught) > 8)}: {learnt}")
+        learnt = "only the cross-entropy counts there"
+        if not (job.alpha or job.alpha_end):
+            learnt = "nothing is learnt there, as alpha is 0"
+        run.log(f"no teacher teaches the documents of {quoted(untaught)}: {learnt}")
     tail_bounds = _tail_bounds(run.data)
     for name, bound in tail_bounds.items():
         run.log(

@@ -68,7 +68,7 @@ def test_each_document_is_learnt_from_its_own_teacher(
         "--loss", "forward-kl", "--set", "max_steps=3", "--set", "logging_steps=1", "--windows-per-step", 8,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "no teacher teaches the documents of web: nothing is learnt there, as alpha is 0" in done.stderr
+    assert "no teacher teaches the documents of 'web': nothing is learnt there, as alpha is 0" in done.stderr
     report = json.loads((out / "report.json").read_text())
     assert [(each["name"], each["sources"]) for each in report["job"]["teachers"]] == [
         ("math", ["math"]), ("code", ["code"])
@@ -120,7 +120,7 @@ def test_each_document_is_learnt_from_its_own_teacher(
         run(*line, "--teacher", "math@source=news", "--output-dir", tmp_path / "x"),
         "no document is from the source 'news'",
     )
-    refused(run(*line, "--teacher", "math@source=code", "--output-dir", tmp_path / "x"), "has targets of math alone")
+    refused(run(*line, "--teacher", "math@source=code", "--output-dir", tmp_path / "x"), "has targets of 'math' alone")
     again = ("--teacher", "math@source=math", "--teacher", "math@source=code")
     refused(run(*line, *again, "--output-dir", tmp_path / "x"), "each teacher may be named once")
     twice = ("--teacher", "math@source=math@source=math", "--output-dir", tmp_path / "x")

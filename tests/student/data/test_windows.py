@@ -315,7 +315,7 @@ def test_sources_that_nothing_is_from_are_refused(tmp_path: Path) -> None:
     write_entry(url, "t", entry, without_rows(marked_targets(tokens, 7), np.arange(40) < 20))
     for sources, message in (
         ({"t": ["web"]}, "no document is from the source 'web'; there is: 'code', 'math'"),
-        ({"t": ["code", "math"]}, "teacher t has targets of code alone, and none of 'math'"),
+        ({"t": ["code", "math"]}, "teacher t has targets of 'code' alone, and none of 'math'"),
         ({"u": ["code"]}, "sources are given for 'u', which is none of the teachers"),
     ):
         with pytest.raises(InputError, match=message):
