@@ -30,9 +30,9 @@ class TeacherWeight(Settings):
         return self
 
     @property
-    def of_sources(self) -> str:
-        """`, documents of math, code`; nothing for a teacher of all documents."""
-        return "" if self.sources is None else f", documents of {', '.join(self.sources)}"
+    def in_documents(self) -> str:
+        """` in documents of math, code`; nothing for a teacher of all documents."""
+        return "" if self.sources is None else f" in documents of {', '.join(self.sources)}"
 
 
 class StudentJob(Objective):

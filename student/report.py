@@ -155,6 +155,6 @@ class TrainingReport(Reported):
     peak_memory: PeakMemory | None = None
 
     def taught_by(self, teacher: TeacherWeight) -> str:
-        """`120,000 positions, documents of math`."""
+        """`120,000 positions in documents of math`."""
         number = self.tokens_taught.get(teacher.name)
-        return ("positions with targets" if number is None else counted(number, "position")) + teacher.of_sources
+        return ("positions with targets" if number is None else counted(number, "position")) + teacher.in_documents

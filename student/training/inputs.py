@@ -75,7 +75,7 @@ def open_caches(job: StudentJob) -> Caches:
     windows = DistillationWindows(
         job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, job.bos_each_window, sources
     )
-    remarks = [f"teacher {teacher.name}{teacher.of_sources}" for teacher in job.teachers if teacher.sources]
+    remarks = [f"teacher {teacher.name} teaches{teacher.in_documents}" for teacher in job.teachers if teacher.sources]
     windows = _for_student(job, windows, remarks.append)
     provenance = {"cache": digest(windows.record)}
     provenance |= {f"cache/{name}": digest(entry) for name, entry in windows.entries.items()}

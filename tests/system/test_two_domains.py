@@ -78,7 +78,7 @@ def test_each_document_is_learnt_from_its_own_teacher(
     assert sum(taught.values()) < report["tokens_trained"]
     printed = " ".join(done.stdout.split())
     for name in models:
-        assert f"taught by {name} {taught[name]:,} positions, documents of {name}" in printed
+        assert f"taught by {name} {taught[name]:,} positions in documents of {name}" in printed
 
     windows = DistillationWindows(both, ["math", "code"], WINDOW, sources={name: [name] for name in models})
     members = [
