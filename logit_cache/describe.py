@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,17 @@ def describe_cache(cache: LogitCache, lengths: bool = False) -> dict[str, Any]:
 
 
 def describe_stream(cache: LogitCache) -> dict[str, Any]:
-    """Lengths of documents in tokens, and the number of tokens that are trained on, of a complete stream."""
+    """Lengths of documents in tokens, the tokens of each source in the record, and those that are trained on, of a
+    complete stream."""
     positions, starts = cache.record.corpus.positions, cache.document_starts.astype(np.int64)
     lengths = np.diff(starts, append=positions)
     median, most = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.95))
-    mask = cache.loss_mask
+    mask, numbers, sources = cache.loss_mask, cache.document_sources, cache.record.corpus.sources
+    by_source = None if numbers is None else np.bincount(numbers, weights=lengths, minlength=len(sources))
     return {
         "document_tokens": {"median": median, "percentile_95": most, "longest": int(lengths.max())},
-        "trained_tokens": None if mask is None else int(mask.count_before(np.array([positions]))[0]),
+        "source_tokens": None if by_source is None else by_source.astype(np.int64).tolist(),
+        "trained_tokens": None if mask is None else int(cache.positions(True).count_before(np.array([positions]))[0]),
     }
 
 
@@ -117,8 +121,11 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
     }
 
 
-def targets_in_words(targets: dict[str, Any]) -> str:
-    """The `targets` of a described entry: `varopt, k = 64, seed 7, temperature 2, 24 ids certain`."""
+def targets_in_words(targets: dict[str, Any], quoted: Callable[[str], str] = str) -> str:
+    """The `targets` of a described entry: `varopt, k = 64, seed 7, temperature 2, 24 ids certain`.
+
+    quoted: how names that somebody else gave are shown.
+    """
     text = f"{targets['method']}, k = {targets['k']}"
     if targets.get("sample_size") == "threshold":
         text += " or fewer by a threshold"
@@ -136,6 +143,8 @@ def targets_in_words(targets: dict[str, Any]) -> str:
         text += f", sampled from a sample of {counted(earlier['k'], 'id')} (seed {earlier['seed']})"
     if targets.get("positions") in ("trained", "some"):
         text += f", at {targets['positions']} positions"
+    if targets.get("sources"):
+        text += f", in documents of {', '.join(map(quoted, targets['sources']))}"
     return text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def counted(number: int, noun: str) -> str:
@@ -42,6 +42,11 @@ def duration(seconds: float) -> str:
 def printable(text: str) -> str:
     """Text that somebody else wrote, in one line, without the characters that a terminal obeys."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def quoted(names: Collection[str], most: int = 8) -> str:
+    """`'code', 'math'`: the first of some names that anybody may have given, ` …` behind them where there are more."""
+    return ", ".join(map(repr, [*names][:most])) + " …" * (len(names) > most)
 
 
 def ranges_in_words(ranges: Sequence[Sequence[int]]) -> str:

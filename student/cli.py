@@ -219,6 +219,7 @@ def table(report: TrainingReport) -> str:
             for figure in (f"{report.job.log_name}_{teacher}", f"{TEACHER_CROSS_ENTROPY}_{teacher}"):
                 if figure in last:
                     rows.append((f"its {report.job.loss} to {teacher}", f"{last[figure]:.4f} nats ({meaning})"))
+    rows += [(f"taught by {teacher.name}", report.taught_by(teacher)) for teacher in report.job.teachers]
     held = report.held_out
     if held is None:
         rows.append(("held out", "not measured (no --eval-cache)"))
@@ -255,8 +256,9 @@ class PresetCommand(Command):
 @_run(
     "--teacher",
     multiple=True,
-    metavar="NAME[:WEIGHT]",
-    help="Teacher entry to learn from; repeat for a mixture with these weights.",
+    metavar="NAME[:WEIGHT][@source=SOURCE]",
+    help="Teacher entry to learn from, in the documents of a source alone where one is named; repeat for a mixture "
+    "with these weights.",
 )
 @applied(RUN_OPTIONS)
 @applied(OBJECTIVE_OPTIONS)

@@ -7,22 +7,40 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from storage.config import Folder, Settings, name_values, parse_yaml
-from storage.format.manifest import TEACHER_NAME
+from storage.format.manifest import ADDED, TEACHER_NAME
 from student.loss.objective import Objective
 
 
 class TeacherWeight(Settings):
-    """One member of the mixture. Weights are relative: they are normalised to sum 1."""
+    """One member of the mixture. Weights are relative: they are normalised to sum 1.
+
+    sources: those in whose documents it teaches; by default in all for which it has targets.
+    """
 
     name: Annotated[str, Field(pattern=f"^{TEACHER_NAME}$")]
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    sources: tuple[Annotated[str, Field(min_length=1)], ...] | None = ADDED
+
+    @model_validator(mode="after")
+    def _names_sources_once(self) -> TeacherWeight:
+        if self.sources is not None and len(set(self.sources)) != max(1, len(self.sources)):
+            raise ValueError(
+                f"teacher {self.name}: name each source once, and one at least; got {', '.join(self.sources) or 'none'}"
+            )
+        return self
+
+    @property
+    def in_documents(self) -> str:
+        """` in documents of math, code`; nothing for a teacher of all documents."""
+        return "" if self.sources is None else f" in documents of {', '.join(self.sources)}"
 
 
 class StudentJob(Objective):
     """A training run. Without teachers it is plain cross-entropy: a teacher, or the control without distillation.
 
     cache               path or URL of the cache to train on
-    teachers            entries of the cache to learn from; "NAME" and "NAME:WEIGHT" are understood
+    teachers            entries of the cache to learn from; "NAME[:WEIGHT][@source=SOURCE]", with one source or several,
+                        is understood
     model               preset, JSON configuration, model directory or hub id
     attention           implementation of attention for transformers to use; by default its own choice
     save_dtype          of the saved weights; by default that of a student's own weights on disk, float32 for a new one.
@@ -133,13 +151,18 @@ class StudentJob(Objective):
 def _parse_teacher(item: Any) -> Any:
     if not isinstance(item, str):
         return item
-    name, colon, weight = item.partition(":")
+    # A source may have any name, one with a colon too, so it comes last.
+    member, *sources = item.split("@source=")
+    name, colon, weight = member.partition(":")
+    found: dict[str, Any] = {"name": name} | ({"sources": sources} if sources else {})
     if not colon:
-        return {"name": name}
+        return found
     try:
-        return {"name": name, "weight": float(weight)}
+        return found | {"weight": float(weight)}
     except ValueError:
-        raise ValueError(f"{item!r}: expected NAME or NAME:WEIGHT, and {weight!r} is not a number") from None
+        raise ValueError(
+            f"{item!r}: expected NAME or NAME:WEIGHT, then @source=SOURCE, and {weight!r} is not a number"
+        ) from None
 
 
 def scalar(text: str) -> Any:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field
 
 from storage.config import Frozen, Reported
-from student.job import StudentJob
+from storage.text import counted
+from student.job import StudentJob, TeacherWeight
 from student.loss.objective import TEACHER_CROSS_ENTROPY
 
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -114,6 +115,8 @@ class TrainingReport(Reported):
     windows_at_once     windows of a process in one of the step's micro-batches
     tokens_seen         positions read for training, all epochs together
     tokens_trained      those of them that are trained on; None in reports from before there was a loss mask
+    tokens_taught       by teacher: those of these for which it has targets and, where it teaches the documents of some
+                        sources, in these; without a teacher of which its entry's record does not say where it has some
     seconds             training time of the process that finished, since `resumed_from_step`
     fused_head          whether the LM head was fused with the loss
     divergence          by teacher: how the divergence in `train_log` relates to the dense one
@@ -136,6 +139,7 @@ class TrainingReport(Reported):
     windows_at_once: int | None = None
     tokens_seen: int
     tokens_trained: int | None = None
+    tokens_taught: dict[str, int] = Field(default_factory=dict)
     seconds: Seconds
     resumed_from_step: int = 0
     device: str
@@ -149,3 +153,8 @@ class TrainingReport(Reported):
     held_out: HeldOutReport | None
     live: LiveTeachers | None = None
     peak_memory: PeakMemory | None = None
+
+    def taught_by(self, teacher: TeacherWeight) -> str:
+        """`120,000 positions in documents of math`."""
+        number = self.tokens_taught.get(teacher.name)
+        return ("positions with targets" if number is None else counted(number, "position")) + teacher.in_documents

@@ -10,10 +10,10 @@ reduce, encode, compress, hash, by the same functions. The rest is arithmetic on
     epochs     until the cache has paid for itself: caching / (live - cached), all per position; `live` is a student's
                step with the teachers beside it, `cached` from the cache; without a student, the teachers' forward alone
 
-A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding. Where only the positions
-that the loss mask trains have targets, all pieces have some, and the bytes and batches of a piece are scaled from its
-share of trained positions to the stream's. The live step reads the
-windows of a student of the entry: inside documents, and padded, where the teacher is to see documents alone.
+A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding. Where only some
+positions have targets, those that the loss mask trains or in documents of some sources, all pieces have some, and the
+bytes and batches of a piece are scaled from its share of them to the stream's. The live step reads the windows of a
+student of the entry: inside documents, and padded, where the teacher is to see documents alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from logit_cache.caching.step_cost import (
     student_windows,
 )
 from logit_cache.caching.windows import windows
-from storage.cache.reader import Stream
+from storage.cache.positions import Positions
 from storage.errors import FormatError, InputError
 from storage.format.encoding import token_id_dtype
 from storage.format.layout import COMPRESSION, entry_layout, group_metadata, metadata_bytes, teacher_arrays
@@ -183,7 +183,7 @@ def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> Tea
 def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Probe:
     cache, teacher, entry = prepared.cache, prepared.teacher, prepared.entry
     starts = cache.document_starts if entry.windowing.isolate_documents else None
-    mask = cache.loss_mask if entry.targets.positions == "trained" else None
+    mask = cache.rows_with_targets(entry.targets)
     probed, pieces = _pieces(entry, starts, most_windows, mask)
     specs, size = teacher_arrays(probed), probed.layout.shard
     probe = Probe(probed, Meter(teacher.device), Meter(teacher.device), chunk_bytes=dict.fromkeys(specs, 0))
@@ -229,7 +229,7 @@ def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Pro
 
 
 def _pieces(
-    entry: TeacherEntry, document_starts: NDArray[np.uint64] | None, most_windows: int | None, mask: Stream | None
+    entry: TeacherEntry, document_starts: NDArray[np.uint64] | None, most_windows: int | None, mask: Positions | None
 ) -> tuple[TeacherEntry, dict[int, int]]:
     """The probe's entry, in which a piece is a shard, and the windows of each piece, by the shard's number.
 
@@ -250,7 +250,10 @@ def _pieces(
             edges = np.minimum(np.append(slots, len(slots)) * size, entry.positions)
             slots = np.flatnonzero(np.diff(mask.count_before(edges)))
             if not len(slots):
-                raise InputError("no position of the stream is trained by its loss mask, so none would have targets")
+                raise InputError(
+                    "no position of the stream is trained by its loss mask in the documents that the teacher is asked "
+                    "for, so none would have targets"
+                )
         number = min(number, len(slots))
         counts = {}
         for slot in slots[[(2 * i + 1) * len(slots) // (2 * number) for i in range(number)]].tolist():

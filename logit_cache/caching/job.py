@@ -42,7 +42,7 @@ FieldNames = Annotated[tuple[FieldName, ...], AfterValidator(_one_or_names)]
 # By measurement (docs/decisions/0034).
 DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("entropy",), "topk": ("entropy", "half-tail")}
 
-_OF_VERSION_2 = ("fields", "positions", "sampling", "order", "sample_size", "sampled_step_nats")
+_OF_VERSION_2 = ("fields", "positions", "sources", "sampling", "order", "sample_size", "sampled_step_nats")
 
 
 class CacheJob(Settings):
@@ -53,7 +53,8 @@ class CacheJob(Settings):
     `fidelity_positions`, the size of a complete entry's fidelity report, is no part of the entry's identity.
 
     `fields`: what is stored beside ids, certain log-probs and masses: lean (what forward KL reads), all, or names of
-    `storage.format.manifest.TARGET_FIELDS`. `positions`: all rows, or those that the stream's loss mask trains.
+    `storage.format.manifest.TARGET_FIELDS`. `positions`: all rows, or those that the stream's loss mask trains; of
+    these, `sources` leaves those in documents of the sources that are named.
     Windows (`context_tokens`, `isolate_documents`) that are not given are chosen by `logit_cache.caching.contexts`.
     `sampling` and `order`: how ids are sampled, and in which order they lie then (docs/decisions/0034). What is not
     given is as an entry of that name has it, which may be one of version 1; else as docs/decisions/0034 says.
@@ -82,6 +83,7 @@ class CacheJob(Settings):
     tensor_parallel: bool = False
     fields: FieldNames = ()
     positions: Literal["all", "trained"] | None = None
+    sources: tuple[Source, ...] = ()
     sampling: Literal["systematic", "pivotal"] | None = None
     order: Literal["ids", "embeddings"] | None = None
     sample_size: Literal["fixed", "threshold"] | None = None
@@ -182,6 +184,7 @@ class CacheJob(Settings):
         chosen: dict[str, Any] = {
             "fields": DEFAULT_FIELDS[self.targets],
             "positions": "trained" if has_loss_mask else "all",
+            "sources": None,
         }
         if self.targets == "varopt":
             kind["method"] = "varopt"
@@ -200,6 +203,8 @@ class CacheJob(Settings):
         chosen |= {name: getattr(self, name) for name in chosen if getattr(self, name)}
         if self.sample_size == "fixed":
             chosen["sample_size"] = None
+        if self.sources:
+            chosen["sources"] = tuple(sorted(set(self.sources)))
         possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]
         chosen["fields"] = stored_fields(chosen["fields"], possible, self.target_temperature or 1.0)
         return Targets(**kind, **own, **chosen, tail="exact")

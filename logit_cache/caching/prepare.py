@@ -14,6 +14,7 @@ from logit_cache.caching.contexts import windowing_of
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.packing import row_lengths
 from storage.cache.inventory import ROOT_KEY
+from storage.cache.positions import source_numbers
 from storage.cache.reader import LogitCache, Stream
 from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
@@ -148,6 +149,8 @@ def check_stream(job: CacheJob) -> LogitCache:
             f"{job.cache}: its token stream is not complete ({missing[0][0]}..{missing[-1][1]} is missing): "
             f"run the same logit-cache tokenize command again first"
         )
+    if job.sources:
+        source_numbers(cache.record, job.sources, job.cache)
     return cache
 
 

@@ -51,7 +51,7 @@ from storage.format.encoding import (
     MAX_STEP_NATS,
     logprob_floor,
 )
-from storage.format.identity import other_tokens
+from storage.format.identity import other_tokens, same_sources
 from storage.format.layout import COMPRESSION, Profile, entry_layout
 from storage.format.manifest import (
     MOST_SHRUNK,
@@ -66,7 +66,7 @@ from storage.format.manifest import (
 from storage.format.pruning import prune, shrink, without_rows
 from storage.format.sealing import digest
 from storage.format.targets import SparseTargets
-from storage.text import ranges_in_words
+from storage.text import quoted, ranges_in_words
 
 
 class RecompressJob(Settings):
@@ -135,7 +135,7 @@ def recompress(job: RecompressJob, progress: Callable[[int], None] | None = None
     entry = derived_entry(source.entry, job)
     trained = loss_mask(cache, job.cache) if _drops_rows(source.entry, job) else None
     order = source.sampling_order()
-    _check_destination(job, entry)
+    _check_destination(job, entry, cache)
     writer = EntryWriter.open(job.destination, job.to, entry)
     if order is not None:
         writer.sampling_order(lambda: order)
@@ -357,14 +357,17 @@ def _check_source(job: RecompressJob, source: TeacherTargets) -> None:
         )
 
 
-def _check_destination(job: RecompressJob, entry: TeacherEntry) -> None:
+def _check_destination(job: RecompressJob, entry: TeacherEntry, source: LogitCache) -> None:
     check_destination(job.destination, job.to)
     cache = LogitCache.open(job.destination)
-    differing = other_tokens(entry, cache.record)
+    pairs = other_tokens(entry, cache.record)
+    differing = [f"{name}: {job.name} has {a!r}, the cache {b!r}" for name, (a, b) in pairs.items()]
+    if not same_sources(entry, source.record, cache.record):
+        differing.append(f"sources of documents: {job.name} has targets of {quoted(entry.targets.sources or ())}")
     if differing:
         raise IdentityMismatch(
             job.destination,
-            [f"{name}: {job.name} has {a!r}, the cache {b!r}" for name, (a, b) in differing.items()],
+            differing,
             "An entry belongs to the tokens that its teacher read: give --out a cache of the same stream, or leave it "
             "out and push the new entry afterwards",
         )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from logit_cache.caching.packing import Row, one_by_one, packed
 from logit_cache.caching.pipeline import HostCopies
-from logit_cache.caching.prepare import OpenJob, loss_mask
+from logit_cache.caching.prepare import OpenJob
 from logit_cache.caching.windows import Read, Window, row_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
@@ -85,7 +85,8 @@ def padding_share(cache: LogitCache, entry: TeacherEntry) -> float:
 
 def _wanted(cache: LogitCache, entry: TeacherEntry, start: int, stop: int) -> NDArray[np.bool_] | None:
     """Which of the positions `start .. stop` have targets; None: all."""
-    return loss_mask(cache, cache.url).read(start, stop) if entry.targets.positions == "trained" else None
+    with_targets = cache.rows_with_targets(entry.targets)
+    return None if with_targets is None else with_targets.read(start, stop)
 
 
 def _plan(

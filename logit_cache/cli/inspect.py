@@ -35,15 +35,13 @@ def inspect(url: str, at: int | None, as_json: bool) -> None:
 def cache_text(found: dict[str, Any]) -> str:
     """A cache on a screen: one block for the stream, one for each teacher."""
     corpus, tokenizer = found["corpus"], found["tokenizer"]
-    sources = ", ".join(source["name"] for source in corpus["sources"][:4])
-    more = len(corpus["sources"]) - 4
     lines = [
         f"{found['url']}  (format {found['format_version']})",
         f"  tokens      {corpus['tokens']:,} in {counted(corpus['documents'], 'document')}"
         + ("" if corpus["complete"] else ", INCOMPLETE: run logit-cache tokenize again")
         + ("" if corpus["tokens_included"] else ", not in here: shared without its tokens"),
         f"  text        {counted(corpus['text_bytes'], 'byte')}, {corpus['text_bytes_per_token']:.2f} per token",
-        f"  sources     {sources}{f' and {more} more' if more > 0 else ''}",
+        *(f"  {line}" for line in source_lines(corpus["sources"], corpus.get("source_tokens"))),
         f"  tokenizer   {counted(tokenizer['vocabulary_size'], 'id')}, fingerprint {tokenizer['fingerprint'][:16]}…",
     ]
     made = {
@@ -64,6 +62,17 @@ def cache_text(found: dict[str, Any]) -> str:
         lines += ["", "  no teacher yet: run cache-logits"]
     # Sources, architectures and revisions are text of whoever made the cache.
     return "\n".join(map(printable, lines))
+
+
+def source_lines(sources: list[dict[str, Any]], tokens: list[int] | None, most: int = 8) -> list[str]:
+    """The first sources with their documents and, where they are known, tokens."""
+    rows = [[source["name"], counted(source["documents"], "document")] for source in sources[:most]]
+    for row, number in zip(rows, tokens or (), strict=False):
+        row.append(counted(number, "token"))
+    lines = columns(rows) if rows else ["not recorded"]
+    if len(sources) > most:
+        lines.append(f"and {len(sources) - most:,} more")
+    return [f"{'' if number else 'sources':12}{line}" for number, line in enumerate(lines)]
 
 
 def stream_lines(found: dict[str, Any]) -> list[str]:

@@ -32,6 +32,7 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
         "--positions",
         help="Rows with targets: all, or trained: where the loss mask trains, if there is one.  [default: trained]",
     ),
+    _targets("--sources", multiple=True, metavar="NAME", help="Targets in documents of this source alone. Repeatable."),
     _targets("--sampling", help="varopt: systematic or pivotal.  [default: systematic]"),
     _targets(
         "--sample-size",

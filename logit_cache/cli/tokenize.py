@@ -13,7 +13,7 @@ from student.cli_command import Decorator, applied, command, json_option, under
 
 _text = under("Text")
 CORPUS_OPTIONS: tuple[Decorator, ...] = (
-    _text("--text", multiple=True, help="File of text or rows, folder, glob, or hub:NAME. Repeatable."),
+    _text("--text", multiple=True, help="[SOURCE=] file of text or rows, folder, glob, or hub:NAME. Repeatable."),
     _text("--tokenizer", help="Directory, cache or hub id of an existing tokenizer."),
     _text("--train-tokenizer", type=int, metavar="SIZE", help="Train a byte-level BPE of SIZE ids on the text."),
     _text("--tokenizer-revision", help="Revision of a hub tokenizer."),
@@ -32,6 +32,7 @@ CORPUS_OPTIONS: tuple[Decorator, ...] = (
     _text("--append-token", help="Token to put after every document, such as '</s>'."),
     _text("--text-field", help="Field of a row that holds its text.  [default: text]"),
     _text("--messages-field", help="Field of a row that holds a conversation.  [default: messages, conversations]"),
+    _text("--source-column", metavar="FIELD", help="Field of a row that names its source.  [default: its file does]"),
     _text("--row-form", help="Of rows: text, messages, completion, instruction or input_ids.  [default: by fields]"),
     _text("--split", help="Split of a hub data set.  [default: train]"),
     _text("--skip-bad-rows", is_flag=True, default=None, help="Leave out rows that cannot be read; recorded."),
@@ -50,7 +51,7 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
     A validation cache is the same command with the first cache's tokenizer: --tokenizer CACHE/tokenizer.
     """
     with one_line_errors():
-        from logit_cache.cli.inspect import stream_lines
+        from logit_cache.cli.inspect import source_lines, stream_lines
         from logit_cache.corpus.tokenize import tokenize_text
         from logit_cache.describe import describe_stream
 
@@ -64,5 +65,7 @@ def tokenize(config: str | None, as_json: bool, **flags: Any) -> None:
             f"{corpus.text_bytes / corpus.positions:.2f} bytes of text per token, "
             f"vocabulary {cache.vocabulary_size:,}"
         )
-        for line in stream_lines(describe_stream(cache)):
+        found = describe_stream(cache)
+        sources = [source.model_dump() for source in corpus.sources]
+        for line in (*source_lines(sources, found["source_tokens"]), *stream_lines(found)):
             click.echo(f"  {line}")

@@ -130,6 +130,8 @@ def _inputs(job: CleaningJob) -> list[_Input]:
     found: dict[str, str] = {}
     for source in find_sources(job.text):
         name = Path(source.location).name
+        if source.named:
+            raise InputError(f"{source.name}={source.location}: files are cleaned under their own names: give the path")
         if source.kind != "text" or Path(name).suffix.lower() in COMPRESSIONS:
             raise InputError(
                 f"{source.location}: expected a plain text file, as BabyLM's are; write the text into one first"

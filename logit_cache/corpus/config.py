@@ -33,7 +33,8 @@ def _json_value(text: str) -> Any:
 class CorpusConfig(Settings):
     """The fields of `logit-cache tokenize`.
 
-    text: sources (see `logit_cache.corpus.sources`), read in this order.
+    text: sources (see `logit_cache.corpus.sources`), read in this order; source_column: the field of a row that names
+    its source, for files that are not named by themselves.
     out: path or URL of the cache.
     tokenizer: a folder, a cache or a hub id; or train_tokenizer: the vocabulary size of a new one.
     special_tokens: further special tokens of a new one.
@@ -61,6 +62,7 @@ class CorpusConfig(Settings):
     row_form: Form | None = None
     text_field: str = "text"
     messages_field: str = "messages"
+    source_column: Annotated[str, Field(min_length=1)] | None = None
     split: str = "train"
     skip_bad_rows: bool = False
     trust_remote_code: bool = False

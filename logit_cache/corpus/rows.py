@@ -32,6 +32,7 @@ from logit_cache.corpus.conversations.messages import (
     read_objects,
 )
 from logit_cache.corpus.documents import Chunk, Conversation, Document, Inputs, Tokens, checked_text
+from logit_cache.corpus.sources.names import check_source_name
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
 
@@ -75,21 +76,40 @@ _FORMS = frozenset({"prompt", "instruction", "input_ids", "chosen", *_CONVERSATI
 
 class RowReader:
     """Rows as documents. text_field, messages_field: names of the fields; chosen: the form of rows that can be read in
-    several ways. columns: the fields that are looked for."""
+    several ways; source_column: the name of the field that names a row's source. columns: the fields that are looked
+    for."""
 
-    def __init__(self, text_field: str, messages_field: str, chosen: Form | None = None) -> None:
-        self.text_field, self.messages_field = text_field, messages_field
-        self.columns = _FIELDS.keys() | {text_field, messages_field}
+    def __init__(
+        self, text_field: str, messages_field: str, chosen: Form | None = None, source_column: str | None = None
+    ) -> None:
+        self.text_field, self.messages_field, self.source_column = text_field, messages_field, source_column
+        self.columns = _FIELDS.keys() | {text_field, messages_field} | ({source_column} if source_column else set())
         self._chosen = chosen
 
     def columns_of(self, names: Sequence[str], where: str) -> list[str]:
         """Those of a table's columns that are looked for. Raises InputError for a table without any document."""
         if not (_FORMS | {self.text_field, self.messages_field}) & set(names):
             raise self._unknown(where, f"columns {', '.join(names[:12])}")
+        if self.source_column is not None and self.source_column not in names:
+            raise InputError(
+                f"{where}: expected a column {self.source_column!r} with the source of each row, found columns "
+                f"{', '.join(names[:12])}; correct --source-column"
+            )
         found = [name for name in names if name in self.columns]
         if len(set(found)) < len(found):
             raise InputError(f"{where}: two columns have the same name ({', '.join(found)}); rename one of them")
         return found
+
+    def source_of(self, row: Row, where: str) -> str:
+        """The source that a row names. Raises InputError naming the row."""
+        value = row.get(self.source_column or "")
+        if not isinstance(value, str):
+            raise InputError(
+                f"{where}: expected a text in {self.source_column!r}, the source of the row, found "
+                f"{'nothing' if value is None else type(value).__name__}; correct the row or --source-column"
+            )
+        check_source_name(value, f"{where}, {self.source_column!r}")
+        return value
 
     def _unknown(self, where: str, found: str) -> InputError:
         return InputError(

@@ -6,6 +6,7 @@ Legend: `N` tokens, `D` documents, `n` tokens of a piece.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -30,14 +31,12 @@ class Spool:
     append: the ids put after every document.
     """
 
-    def __init__(
-        self, folder: Path, token_dtype: str, sources: int, prefix: Sequence[int] = (), append: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, folder: Path, token_dtype: str, prefix: Sequence[int] = (), append: Sequence[int] = ()) -> None:
         self.positions = 0
         self.documents = 0
         self.trained = 0  # positions whose next token is trained on
-        self.source_documents = [0] * sources
-        self.source_bytes = [0] * sources
+        self.source_documents: Counter[int] = Counter()
+        self.source_bytes: Counter[int] = Counter()
         self._folder = folder
         self._dtypes = {
             "tokens": token_dtype, "document_starts": "uint64", "document_sources": "uint16", "loss_mask": "bool"

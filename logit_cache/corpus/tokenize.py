@@ -26,7 +26,8 @@ from logit_cache.corpus.conversations.replies import message_texts
 from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, UnfitTokenizer, checked_text
 from logit_cache.corpus.pieces import Encoder, cut, encode
 from logit_cache.corpus.sources.find import Source, find_sources
-from logit_cache.corpus.sources.reading import SkippedRows, read_sources
+from logit_cache.corpus.sources.names import SourceNames
+from logit_cache.corpus.sources.reading import SkippedRows, check_column, read_sources
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import stored_tokenizer, train_tokenizer
 from storage import LogitCache
@@ -56,6 +57,7 @@ def tokenize(config: CorpusConfig, track: Track = untracked, log: Log = silent) 
     the temporary folder is full. Nothing has been written at `out` then.
     """
     sources = find_sources(config.text, log)
+    check_column(sources, config)
     sizes = [source.file_bytes for source in sources]
     known = [size for size in sizes if size is not None]  # that of a hub data set is not
     passes = 1 if config.train_tokenizer is None else 2
@@ -65,7 +67,13 @@ def tokenize(config: CorpusConfig, track: Track = untracked, log: Log = silent) 
 
 def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log: Log) -> CacheRecord:
     check_destination(config.out)
-    conventions, skipped = Conventions.of(config), SkippedRows()
+    conventions, skipped, names = Conventions.of(config), SkippedRows(), SourceNames()
+    old = conventions.version == 1
+    if old and (config.source_column is not None or any(source.named for source in sources)):
+        raise InputError(
+            f"{config.out} holds a stream of version 1, which does not say where its documents are from: give another "
+            f"--out, or leave the names of sources out"
+        )
     if config.tokenizer is None:
         tokenizer, files = _new_tokenizer(config, sources, advance)
     else:
@@ -73,13 +81,12 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
     vocabulary = tokenizer.get_vocab()
     append = _append_ids(config, vocabulary)
     prefix = conventions.prefix(tokenizer)
-    old = conventions.version == 1
     renderer = Renderer(tokenizer, conventions, config)
     ids = vocabulary_size(vocabulary)
     make = functools.partial(_tokenisable, tokenizer=tokenizer, ids=ids, renderer=renderer)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
-        with Spool(Path(folder), token_id_dtype(ids), len(sources), prefix, append) as spool:
-            chunks = read_sources(sources, config, make, advance, skipped)
+        with Spool(Path(folder), token_id_dtype(ids), prefix, append) as spool:
+            chunks = read_sources(sources, config, make, advance, skipped, names)
             for piece, tokens, trained in encode(cut(chunks), Encoder(tokenizer)):
                 spool.add(piece, tokens, trained)
         _check_trained(config, spool)
@@ -97,11 +104,11 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
             corpus=Corpus(
                 positions=spool.positions,
                 documents=spool.documents,
-                text_bytes=sum(spool.source_bytes),
+                text_bytes=spool.source_bytes.total(),
                 stream_sha256=stream_sha256(arrays["tokens"], arrays["document_starts"], arrays.get("loss_mask")),
                 has_loss_mask="loss_mask" in arrays,
                 document_separator=config.document_separator,
-                sources=_source_records(sources, spool),
+                sources=_source_records(names, spool),
                 **({} if old else added),
             ),
             tokenizer=Tokenizer(
@@ -114,7 +121,7 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
             created_with=Versions.of_this_process(),
         )
         write_corpus(config.out, record, files, arrays)
-    for line in (*_notes_on_sources(sources, spool, skipped), *renderer.notes(), *_notes(config, tokenizer)):
+    for line in (*_notes_on_sources(names, spool, skipped), *renderer.notes(), *_notes(config, tokenizer)):
         log(line)
     return LogitCache.open(config.out).record
 
@@ -231,14 +238,14 @@ def _check_trained(config: CorpusConfig, spool: Spool) -> None:
         )
 
 
-def _notes_on_sources(sources: list[Source], spool: Spool, skipped: SkippedRows) -> Iterator[str]:
+def _notes_on_sources(names: SourceNames, spool: Spool, skipped: SkippedRows) -> Iterator[str]:
     if skipped.count:
         yield f"left out, which the record says: {counted(skipped.count, 'row')} that cannot be read; the first:"
         yield from skipped.errors
-    empty = [source.name for source, count in zip(sources, spool.source_documents, strict=True) if not count]
+    empty = [name for number, name in enumerate(names.names) if not spool.source_documents[number]]
     if empty:
-        names = ", ".join(empty[:3]) + " …" * (len(empty) > 3)
-        yield f"without a document: {len(empty):,} of {counted(len(sources), 'file')}: {names}"
+        listed = ", ".join(empty[:3]) + " …" * (len(empty) > 3)
+        yield f"without a document: {len(empty):,} of {counted(len(names.names), names.noun)}: {listed}"
 
 
 def _notes(config: CorpusConfig, tokenizer: Any) -> Iterator[str]:
@@ -252,7 +259,7 @@ def _lines(config: CorpusConfig, sources: list[Source], advance: Advance) -> Ite
     """The text in lines, with their line feeds, for training a tokenizer."""
     make = functools.partial(_trainable, has_template=config.chat_template is not None)
     skipped = SkippedRows()  # counted when the text is tokenised
-    for piece in cut(read_sources(sources, config, make, advance, skipped)):
+    for piece in cut(read_sources(sources, config, make, advance, skipped, SourceNames())):
         yield from re.findall(r"[^\n]*\n|[^\n]+", piece.own)
 
 
@@ -274,11 +281,11 @@ def _trainable(item: Document, has_template: bool) -> Iterator[Chunk]:
         yield Chunk(item.source, checked_text(text, item.where), True)
 
 
-def _source_records(sources: list[Source], spool: Spool) -> tuple[CorpusSource, ...]:
+def _source_records(names: SourceNames, spool: Spool) -> tuple[CorpusSource, ...]:
     """The records of the sources; where there are more files than a record may list, the rest is one entry."""
     records = [
-        CorpusSource(name=source.name, documents=documents, text_bytes=text_bytes)
-        for source, documents, text_bytes in zip(sources, spool.source_documents, spool.source_bytes, strict=True)
+        CorpusSource(name=name, documents=spool.source_documents[number], text_bytes=spool.source_bytes[number])
+        for number, name in enumerate(names.names)
     ]
     if len(records) <= MAX_SOURCES:
         return tuple(records)

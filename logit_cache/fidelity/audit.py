@@ -250,23 +250,12 @@ def _samples(job: AuditJob, cache: LogitCache, targets: TeacherTargets, found: A
             samples.append(take_sample(cache, targets.name, window))
         except CorruptCache as error:
             found.problems.append(str(error))
-        else:
-            found.problems += _untrained(cache, entry, samples[-1])
     found.problems = list(dict.fromkeys(found.problems))
     if not samples:
         raise CorruptCache(f"{found.problems[-1]}; none of {len(windows)} windows can be read: run logit-cache verify")
     found.drawn, found.windows = job.windows, len(samples)
     found.positions = sum(int((sample.stored.kept > 0).sum()) for sample in samples)
     return samples
-
-
-def _untrained(cache: LogitCache, entry: TeacherEntry, sample: Sample) -> list[str]:
-    """The defect of a window that has targets where the loss mask trains nothing, or none where it does."""
-    first, last = sample.window.first, sample.window.last
-    if entry.targets.positions != "trained" or cache.loss_mask is None:
-        return []
-    wrong = np.flatnonzero((sample.stored.kept > 0) != cache.loss_mask.read(first, last))
-    return [f"position {first + wrong[0]}: it has targets, or none, against the loss mask"] if len(wrong) else []
 
 
 def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceTeacher]:

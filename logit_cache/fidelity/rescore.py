@@ -71,7 +71,8 @@ class TargetRows:
 
     def __init__(self, targets: TeacherTargets) -> None:
         self._targets = targets
-        self._all = targets.entry.targets.positions in (None, "all")
+        stored = targets.entry.targets
+        self._all = stored.positions in (None, "all") and stored.sources is None
         self._held: tuple[int, NDArray[np.int64]] | None = None  # windows are sampled shard after shard
 
     def counts(self) -> NDArray[np.int64]:

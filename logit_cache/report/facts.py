@@ -94,9 +94,14 @@ def _alpha(run: TrainingReport) -> str:
 
 
 def _learns_from(run: TrainingReport) -> str:
-    if len(run.job.teachers) == 1:
-        return run.job.teachers[0].name
-    return ", ".join(f"{teacher.name} (weight {teacher.weight:g})" for teacher in run.job.teachers)
+    teachers = run.job.teachers
+    if len(teachers) == 1 and teachers[0].sources is None:
+        return teachers[0].name
+    found = []
+    for teacher in teachers:
+        taught = "" if teacher.sources is None else f", {run.taught_by(teacher)}"
+        found.append(f"{teacher.name} (weight {teacher.weight:g}{taught})")
+    return ", ".join(found)
 
 
 def _teachers(found: dict[str, Any]) -> str:

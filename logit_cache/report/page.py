@@ -209,6 +209,12 @@ def _runs(runs: Sequence[RunFolder]) -> Article:
     body = _from_template(
         "runs",
         runs=styled,
+        by_source=[
+            (style, folder, teacher)
+            for style, folder in styled
+            for teacher in folder.run.job.teachers
+            if any(other.sources for other in folder.run.job.teachers)
+        ],
         legend=[(style, run.name) for style, run in styled],
         training_figure=figures.training_figure(curves),
         held_out_figure=figures.held_out_figure(curves),

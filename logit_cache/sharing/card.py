@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -57,7 +58,7 @@ def card_text(cache: LogitCache, *, license: str | None = None) -> str:
         "percent": "{:.2%}".format,
         "quoted": _quoted,
         "stored": stored_in_words,
-        "targets": targets_in_words,
+        "targets": partial(targets_in_words, quoted=_quoted),
         "windows": windowing_in_words,
     }
     records = {name: cache.teacher(name).entry for name in found["teachers"]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache.checked_array import CheckedArray, check_shards
+from storage.cache.positions import Mask, Positions, in_documents, named_sources, source_numbers
 from storage.cache.receipts import Receipts
 from storage.cache.records import (
     read_fidelity,
@@ -28,7 +29,7 @@ from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObje
 from storage.files import local_path
 from storage.format.fidelity import FidelityReport
 from storage.format.layout import corpus_arrays, order_array, teacher_arrays
-from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, CacheRecord, ShardStatistics, TeacherEntry
+from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, CacheRecord, ShardStatistics, Targets, TeacherEntry
 from storage.format.sealing import digest, sealed
 from storage.format.stored import StoredTargets, joined
 from storage.format.targets import SparseTargets, is_order
@@ -89,17 +90,6 @@ class Stream:
                 return start + int(found[0]), int(values[found[0]])
         return None
 
-    def count_before(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many entries before each of some positions are True; the stream, a mask, is read once, block by block."""
-        edges, where = np.unique(positions, return_inverse=True)
-        block, before, total = self._array.spec.layout.chunk, np.zeros(len(edges), dtype=np.int64), 0
-        for start in range(0, len(self), block):
-            counts = np.cumsum(self.read(start, min(start + block, len(self))), dtype=np.int64)
-            inside = slice(*np.searchsorted(edges, [start, start + len(counts)], side="right"))
-            before[inside] = total + counts[edges[inside] - start - 1]
-            total += int(counts[-1])
-        return before[where].reshape(positions.shape)
-
     def _read_chunk(self, chunk: int) -> NDArray[Any]:
         values = self._array.read_chunk(chunk)
         if self._check is not None:
@@ -126,6 +116,11 @@ class TeacherTargets:
 
     def __len__(self) -> int:
         return self.entry.positions
+
+    @cached_property
+    def rows_with_targets(self) -> Positions | None:
+        """`LogitCache.rows_with_targets` of the entry's record."""
+        return self._cache.rows_with_targets(self.entry.targets)
 
     def missing(self) -> list[tuple[int, int]]:
         """Ranges of positions that no receipt covers yet; empty when the entry is complete."""
@@ -203,11 +198,11 @@ class TeacherTargets:
         return targets
 
     def _broken_rule(self, targets: StoredTargets) -> str | None:
-        starts = mask = None
+        starts = rows = None
         if self._cache.record.corpus.tokens_included:
             starts = self._cache.document_starts if self.entry.windowing.isolate_documents else None
-            mask = self._cache.loss_mask if self.entry.targets.positions == "trained" else None
-        return targets.broken_rule(starts, None if mask is None else mask.read(targets.start, targets.stop))
+            rows = self.rows_with_targets
+        return targets.broken_rule(starts, None if rows is None else rows.read(targets.start, targets.stop))
 
 
 def checked_order(store: Store, name: str, entry: TeacherEntry) -> CheckedArray | None:
@@ -238,6 +233,7 @@ class LogitCache:
         self._store = store
         self._specs = corpus_arrays(record)
         self._entries: dict[str, TeacherTargets] = {}
+        self._positions: dict[tuple[bool, frozenset[str] | None], Positions] = {}
 
     @classmethod
     def open(cls, url: Url) -> LogitCache:
@@ -293,6 +289,29 @@ class LogitCache:
             raise CorruptCache(f"{self._store.where('document_sources')}: it names a source that the record lacks")
         return numbers
 
+    def positions(self, trained: bool, sources: Collection[str] | None = None) -> Positions:
+        """The positions that the loss mask trains (`trained`; all without a mask), in documents of some sources.
+
+        Raises InputError for a source that no document is from.
+        """
+        key = trained, None if sources is None else frozenset(sources)
+        if key not in self._positions:
+            self._positions[key] = self._chosen(trained, sources)
+        return self._positions[key]
+
+    def _chosen(self, trained: bool, sources: Collection[str] | None) -> Positions:
+        masks: list[Mask] = [self.loss_mask.read] if trained and self.loss_mask is not None else []
+        if sources is not None:
+            numbers = source_numbers(self.record, sources, self.url)
+            masks.append(in_documents(self.document_starts, np.isin(np.asarray(self.document_sources), numbers)))
+        return Positions(self.record.corpus.positions, masks)
+
+    def rows_with_targets(self, targets: Targets) -> Positions | None:
+        """The positions that have targets by an entry's record; None where all have, or it does not say which."""
+        if targets.sources is None and targets.positions != "trained":
+            return None
+        return self.positions(targets.positions == "trained", targets.sources)
+
     def _stream(self, name: str, check: Callable[[NDArray[Any], int], None] | None = None) -> Stream:
         return Stream(CheckedArray(name, self.receipts(name)), check)
 
@@ -330,6 +349,9 @@ class LogitCache:
                 raise FormatError(f"{self._store.where(key)}: its positions or vocabulary are not this cache's")
             if entry.targets.positions == "trained" and not self.record.corpus.has_loss_mask:
                 raise FormatError(f"{self._store.where(key)}: it is of trained positions, and no loss mask says which")
+            strange = set(entry.targets.sources or ()) - named_sources(self.record)
+            if strange:
+                raise FormatError(f"{self._store.where(key)}: no document here is from its source {min(strange)!r}")
             self._entries[name] = TeacherTargets(self._store, name, entry, self)
         return self._entries[name]
 

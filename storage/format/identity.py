@@ -126,6 +126,12 @@ def stream_sha256(tokens: NDArray[Any], document_starts: NDArray[Any], loss_mask
     return digest.hexdigest()
 
 
+def same_sources(entry: TeacherEntry, one: CacheRecord, other: CacheRecord) -> bool:
+    """Whether two caches of a stream agree on where its documents are from, or the entry has targets of all of them."""
+    named = [(record.corpus.document_sources, record.corpus.sources) for record in (one, other)]
+    return entry.targets.sources is None or named[0] == named[1]
+
+
 def other_tokens(entry: TeacherEntry, record: CacheRecord) -> dict[str, tuple[str, str]]:
     """The digests in which an entry and a cache differ, as each of them has it; none where the entry belongs there."""
     pairs = {

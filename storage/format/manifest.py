@@ -203,9 +203,10 @@ class Targets(Record):
     `seed` keys the sampling by absolute position; `temperature`: the one that ids were sampled for.
 
     Version 1 has `has_label_logprob`, version 2 in its place: `fields`, what is stored beside the ids, in alphabetical
-    order; `positions`: which rows have targets, all, those that the loss mask trains, or some; `tail`: whether the mass
-    outside the ids is known; of VarOpt, `sampling`, the way in which ids are sampled, `order`, the one in which they
-    lie then, of their ids or of the teacher's output embeddings (array `sampling_order`), `sample_size`, where a row
+    order; `positions`: which rows have targets, all, those that the loss mask trains, or some; `sources`: of these rows
+    only those in documents of the sources of these names, in alphabetical order; `tail`: whether the mass outside the
+    ids is known; of VarOpt, `sampling`, the way in which ids are sampled, `order`, the one in which they lie then, of
+    their ids or of the teacher's output embeddings (array `sampling_order`), `sample_size`, where a row
     holds as many ids as a threshold of 1 / K of its mass asks for, and not K, and `shrunk_from`, the earlier samples
     that this one was sampled from, the first one first.
     """
@@ -219,6 +220,7 @@ class Targets(Record):
     has_label_logprob: bool | None = ADDED
     fields: Annotated[tuple[TargetField, ...], Field(max_length=len(TARGET_FIELDS))] | None = ADDED
     positions: Literal["all", "trained", "some"] | None = ADDED
+    sources: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MAX_SOURCES)] | None = ADDED
     tail: Literal["exact", "unknown"] | None = ADDED
     sampling: Literal["systematic", "pivotal"] | None = ADDED
     order: Literal["ids", "embeddings"] | None = ADDED
@@ -251,7 +253,7 @@ class Targets(Record):
         if self.sample_size is not None and (self.method != "varopt" or version == 1):
             raise ValueError("sample_size goes with varopt of version 2")
         if version == 1:
-            wrong = [name for name, value in {**later, **varopt}.items() if value is not None]
+            wrong = [name for name, value in {**later, **varopt, "sources": self.sources}.items() if value is not None]
             if wrong or self.has_label_logprob is None:
                 raise ValueError(f"targets of version 1 have has_label_logprob, and no {wrong or 'fields'}")
             return
@@ -261,6 +263,8 @@ class Targets(Record):
             raise ValueError("sampling and order go with varopt, and with it only")
         if list(self.fields or ()) != sorted(set(self.fields or ())):
             raise ValueError("fields are in alphabetical order, each once")
+        if list(self.sources or ()) != sorted(set(self.sources or ())) or (self.sources and self.positions == "some"):
+            raise ValueError("sources are in alphabetical order, each once, and go with all or trained positions")
         if self.method == "top-k" and self.has("sampled-logprobs"):
             raise ValueError("sampled-logprobs go with varopt: every id of top-k is certain")
         if self.tail == "unknown" and (self.method == "varopt" or self.has("half-tail")):

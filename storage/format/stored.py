@@ -19,6 +19,7 @@ from storage.format.layout import field_array, teacher_arrays
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets
 
+_COUNTS = ("kept", "certain")  # of a row's columns; without targets both are 0
 _VERSIONS: dict[int, ModuleType] = {1: version_1, 2: version_2}
 
 
@@ -58,17 +59,22 @@ class StoredTargets:
         cut = slice(start - self.start, stop - self.start)
         return StoredTargets(self.entry, start, {name: values[cut] for name, values in self.arrays.items()})
 
+    def without(self, dropped: NDArray[np.bool_]) -> StoredTargets:
+        """The same, where the rows that are `dropped` [T] have no targets."""
+        none = {name: np.where(dropped, 0, self.arrays[name]).astype(self.arrays[name].dtype) for name in _COUNTS}
+        return StoredTargets(self.entry, self.start, self.arrays | none)
+
     def broken_rule(
-        self, document_starts: NDArray[Any] | None = None, trained: NDArray[np.bool_] | None = None
+        self, document_starts: NDArray[Any] | None = None, wanted: NDArray[np.bool_] | None = None
     ) -> str | None:
         """The first rule of the format that stored values break, or None; exposes fill values and foreign data.
 
-        `document_starts` [D] gives, for entries with isolated documents, the positions that no token follows; `trained`
-        [T], for entries of the positions that are trained on, which ones these are. What is not given is not checked.
+        `document_starts` [D] gives, for entries with isolated documents, the positions that no token follows; `wanted`
+        [T], for entries of some positions, which ones their record says. What is not given is not checked.
         """
         broken: str | None = _VERSIONS[self.entry.format_version].broken_rule(self.entry, self.arrays)
-        if broken is None and trained is not None and not np.array_equal(self.arrays["kept"] > 0, trained):
-            return "the rows with targets are not those that the loss mask trains"
+        if broken is None and wanted is not None and not np.array_equal(self.arrays["kept"] > 0, wanted):
+            return "the rows with targets are not those of the record's positions and sources"
         if broken is None and self.entry.targets.has("label"):
             return self._broken_label(document_starts)
         return broken

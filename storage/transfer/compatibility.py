@@ -11,11 +11,12 @@ from storage.cache.reader import LogitCache
 from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, IdentityMismatch, InputError
 from storage.files import PARTIAL, STAGING
-from storage.format.identity import stream_sha256
+from storage.format.identity import same_sources, stream_sha256
 from storage.format.layout import PER_DOCUMENT
 from storage.format.manifest import CacheRecord, TeacherEntry
 from storage.format.sealing import differences, digest
 from storage.stores.base import Store
+from storage.text import quoted
 from storage.transfer.contents import Contents, Part
 
 _TOP_LEVEL = {
@@ -103,6 +104,19 @@ def check_entries(target: Store, parts: Sequence[Part]) -> None:
                 differences(there, here, ignore=(), names=("that one", "this one")),
                 "An entry is one teacher's targets made in one way: give another target, or remove the entry that is "
                 "there",
+            )
+
+
+def check_sources(target: Store, record: CacheRecord, source: LogitCache, names: Sequence[str]) -> None:
+    """Raise IdentityMismatch where an entry is of the documents of some sources, and the record that the target has, or
+    will have, names others."""
+    for name in names:
+        entry = source.teacher(name).entry
+        if not same_sources(entry, source.record, record):
+            raise IdentityMismatch(
+                target.url,
+                [f"sources of documents: teacher {name} has targets of {quoted(entry.targets.sources or ())}"],
+                f"Its stream has other sources than that of {source.url}: give another target, or leave the entry out",
             )
 
 

@@ -39,6 +39,7 @@ from storage.transfer.compatibility import (
     check_apart,
     check_corpus,
     check_entries,
+    check_sources,
     check_target,
     chosen_entries,
     existing_record,
@@ -124,6 +125,7 @@ def prepare(job: CopyJob) -> Iterator[Transfer]:
             check_target(target, existing, record, with_corpus=with_corpus, without_tokens=job.without_tokens)
         same_root = existing is None or digest(existing) == digest(record)
         names = chosen_entries(job.teachers, source.cache)
+        check_sources(target, existing or record, source.cache, names)
         contents = gather(text, source, names, pool, redact=job.without_tokens, with_root=same_root)
         if existing is not None:
             check_entries(target, contents.parts)

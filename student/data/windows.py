@@ -24,13 +24,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from storage import LogitCache
+from storage.cache.positions import named_sources, source_numbers
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.identity import other_tokens
 from storage.format.manifest import TeacherEntry
 from storage.progress import Log
+from storage.text import quoted
 from student.data.batches import Piece, Window, as_read
 from student.data.blocks import Blocks, Offset
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
@@ -49,6 +52,8 @@ class DistillationWindows(Dataset[Window]):
     teachers             names of complete teacher entries that agree on the isolation of documents
     window_tokens        T; may differ from the teachers' context length
     offset               "fixed" or "random", see `student.data.blocks`; take "fixed" for evaluation
+    sources              by teacher: the sources in whose documents it teaches; of others it reads no targets. Teachers
+                         that are not named teach wherever they have targets
     isolate_documents    whether windows stay inside documents; None follows the teachers (False without any)
     bos_each_window      whether BOS is put before windows that do not begin with it; None follows the teachers (False
                          without any)
@@ -62,8 +67,8 @@ class DistillationWindows(Dataset[Window]):
     Holds the URL and opens the cache in each process on first use (handles of remote stores do not survive a fork).
 
     Raises CacheNotFound, IncompleteCache (naming the missing ranges), IdentityMismatch (an entry of another stream
-    or tokenizer), InputError (entries of different isolation or beginnings, a window longer than the corpus, a
-    tokenizer without BOS).
+    or tokenizer), InputError (entries of different isolation or beginnings, sources without documents or targets, a
+    window longer than the corpus, a tokenizer without BOS).
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class DistillationWindows(Dataset[Window]):
         seed: int = 0,
         isolate_documents: bool | None = None,
         bos_each_window: bool | None = None,
+        sources: Mapping[str, Sequence[str]] | None = None,
         pack_documents: bool = True,
     ) -> None:
         if window_tokens < 1:
@@ -90,6 +96,10 @@ class DistillationWindows(Dataset[Window]):
         self.window_tokens = window_tokens
         self.seed = seed
         self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
+        strangers = [name for name in sources or {} if name not in self.entries]
+        if strangers:
+            raise InputError(f"sources are given for {strangers[0]!r}, which is none of the teachers: leave them out")
+        self.sources = {name: usable_sources(cache, name, given) for name, given in (sources or {}).items()}
         self.isolate_documents = _isolation(self.entries, isolate_documents)
         self.begin_id = _beginning(self.entries, bos_each_window, self.cache_url)
         self.packed = self.isolate_documents and pack_documents
@@ -179,18 +189,38 @@ class DistillationWindows(Dataset[Window]):
             found.append(self.blocks.spans(blocks + epoch * len(self.blocks)))
         return found
 
-    def positions_read(self, indices: Sequence[int]) -> tuple[int, int]:
-        """How many positions some windows have, and how many of them the loss mask trains, which is read once."""
-        spans = np.array([span for window in self.spans(indices) for span in window], dtype=np.int64).reshape(-1, 2)
-        total, mask = int(spans[:, 1].sum()), self._cache().loss_mask
-        if mask is None:
-            return total, total
-        first, last = mask.count_before(np.stack([spans[:, 0], spans.sum(axis=1)]))
-        return total, int((last - first).sum())
+    def positions_read(self, indices: Sequence[int]) -> int:
+        """How many positions some windows have."""
+        return int(self._ranges(indices)[:, 1].sum())
+
+    def trained_positions(self, indices: Sequence[int], sources: Sequence[str] | None = None) -> int:
+        """How many positions of some windows are trained on, by the loss mask, which is read once; in documents of some
+        sources, where they are given."""
+        cache, ranges = self._cache(), self._ranges(indices)
+        if cache.loss_mask is None and sources is None:
+            return int(ranges[:, 1].sum())
+        trained = cache.positions(trained=True, sources=sources)
+        first, last = trained.count_before(np.stack([ranges[:, 0], ranges.sum(axis=1)]))
+        return int((last - first).sum())
+
+    def _ranges(self, indices: Sequence[int]) -> NDArray[np.int64]:
+        """The spans of some windows, int64 [n, 2]."""
+        return np.array([span for window in self.spans(indices) for span in window], dtype=np.int64).reshape(-1, 2)
+
+    def taught_sources(self, teacher: str) -> tuple[str, ...] | None:
+        """The sources in whose documents a teacher teaches, by what was asked or its entry; None: in all."""
+        return self.sources.get(teacher, self.entries[teacher].targets.sources)
+
+    def untaught_sources(self) -> list[str]:
+        """The sources with documents in which no teacher teaches."""
+        taught = [self.taught_sources(name) for name in self.teachers]
+        if None in taught or not taught:
+            return []
+        return sorted(named_sources(self.record).difference(*(sources or () for sources in taught)))
 
     def without_targets(self) -> DistillationWindows:
         """The same windows of the same tokens, reading no targets."""
-        return self._with(teachers=(), entries={})
+        return self._with(teachers=(), entries={}, sources={})
 
     def __len__(self) -> int:
         return len(self.blocks if self._packing is None else self._packing)
@@ -243,7 +273,7 @@ class DistillationWindows(Dataset[Window]):
             while last < len(waiting) and waiting[last][0] <= stop:
                 stop = max(stop, sum(waiting[last]))
                 last += 1
-            merged = _Span(self._cache(), self.teachers, start, stop)
+            merged = _Span(self._cache(), self.teachers, self.sources, start, stop)
             found.update({span: merged.piece(*span) for span in waiting[first:last]})
             first = last
         return found
@@ -266,13 +296,18 @@ class DistillationWindows(Dataset[Window]):
 class _Span:
     """Tokens, labels and targets of the positions `start .. stop`, read once and cut into pieces."""
 
-    def __init__(self, cache: LogitCache, teachers: Sequence[str], start: int, stop: int) -> None:
+    def __init__(
+        self, cache: LogitCache, teachers: Sequence[str], sources: Mapping[str, Sequence[str]], start: int, stop: int
+    ) -> None:
         self._start = start
         self._inputs = cache.tokens.read(start, stop + 1).astype(np.int64)
         trained = None if cache.loss_mask is None else cache.loss_mask.read(start, stop)
         following = self._inputs[1:]
         self._labels = following if trained is None else np.where(trained, following, NOT_TRAINED)
         self._targets = {name: cache.teacher(name).stored(start, stop) for name in teachers}
+        for name, given in sources.items():
+            others = ~cache.positions(trained=False, sources=given).read(start, stop)
+            self._targets[name] = self._targets[name].without(others)
 
     def piece(self, start: int, length: int) -> Piece:
         cut = slice(start - self._start, start - self._start + length)
@@ -316,6 +351,19 @@ def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
             f"run the same cache-logits command again to complete it"
         )
     return entry
+
+
+def usable_sources(cache: LogitCache, name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Sources of this cache of which an entry has targets; raises InputError for another."""
+    source_numbers(cache.record, given, cache.url)
+    there = cache.teacher(name).entry.targets.sources
+    missing = [] if there is None else [source for source in given if source not in there]
+    if missing:
+        raise InputError(
+            f"{cache.url}: teacher {name} has targets of {quoted(there or ())} alone, and none of {missing[0]!r}: "
+            f"leave that source out, or cache the teacher for it under another name"
+        )
+    return tuple(given)
 
 
 def _isolation(entries: dict[str, TeacherEntry], wanted: bool | None) -> bool:

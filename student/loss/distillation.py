@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class LossSums:
     cross_entropy   sum of -log q(label), nats, temperature 1; carries no gradient
     divergence      by member: sum of the divergence at the loss's temperature, nats, neither weighted nor times
                     tau**2; carries no gradient. Empty when alpha is 1 at every step
-    loss_sum        sum of alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D_m; differentiable
+    loss_sum        sum of alpha * CE + (1 - alpha) * tau**2 * sum_m w_m D_m, the sum over the members that have targets
+                    at a position, their weights normalised; differentiable
     count           number of trained positions, int64
     taught          by member: number of trained positions with targets, int64
     control         float [C, 3], of the C members with tail controlled, what `DistillationLoss.end_step` takes
@@ -140,8 +142,10 @@ class DistillationLoss:
 
     Mixtures: forward KL is linear in p, so the weighted sum is the KL of the mixture ``p = sum_m w_m p_m`` (each
     member tempered, then mixed) up to a constant in the student: same gradient at K = V, and at K < V that of the
-    members' own tail buckets. The other divergences are not linear, so they take one member with a weight above 0;
-    for a mixture, cache the teachers as one ensemble entry.
+    members' own tail buckets. Where some members have no targets at a position, the mixture there is of the others,
+    their weights normalised to sum 1; where none has, only CE counts. The other divergences are not linear: they take
+    one member with a weight above 0, or several that teach the documents of different sources; for a mixture, cache the
+    teachers as one ensemble entry.
 
     min_entropy (nats) drops the divergence where the teachers' entropy (of a mixture: the weighted mean of its
     members', at most its own) is lower. It is an absolute threshold, not a rank within a batch, which would depend on
@@ -294,7 +298,7 @@ class DistillationLoss:
             _taught=tuple(each.trained for each in tempered),
             _terms=tuple(map(self._term, tempered)),
             _label_weights=_product(position_weights, in_window),
-            _teacher_weights=_product(position_weights, self._selected(tempered)),
+            _teacher_weights=_product(_product(position_weights, self._selected(tempered)), _renormalised(tempered)),
         )
 
     def _term(self, tempered: Tempered) -> Term:
@@ -386,10 +390,12 @@ def tail_of(member: Member, objective: Objective) -> Tail:
 
 
 def _check_linear(members: Sequence[Member], objective: Objective) -> None:
-    mixed = [member.name for member in members if member.weight > 0]
-    if objective.loss != "forward-kl" and len(mixed) > 1:
+    weighing = [member for member in members if member.weight > 0]
+    mixed = [pair for pair in combinations(weighing, 2) if pair[0].meets(pair[1])]
+    if objective.loss != "forward-kl" and mixed:
+        names = ", ".join(dict.fromkeys(member.name for pair in mixed for member in pair))
         raise InputError(
-            f"loss {objective.loss} of several teachers ({', '.join(mixed)}): only forward-kl is linear in the "
+            f"loss {objective.loss} of several teachers ({names}): only forward-kl is linear in the "
             "teacher, so that a mixture can be made of separate entries; take forward-kl, one teacher, or an ensemble "
             "entry (cache-logits with several --teacher)"
         )
@@ -401,6 +407,17 @@ def _weighted(values: Tensor, by_position: Tensor | None, rows: slice) -> Tensor
 
 def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one * other if one is not None and other is not None else one if other is None else other
+
+
+def _renormalised(tempered: Sequence[Tempered]) -> Tensor | None:
+    """``1 / sum of w_m over the members m that have targets`` [P], 1 where none has; None for a single member."""
+    if len(tempered) < 2:
+        return None
+    there = torch.stack([each.trained for each in tempered])
+    weight = tempered[0].scores.new_tensor([each.member.weight for each in tempered])
+    total = (weight[:, None] * there).sum(0)
+    # Exactly 1 with targets of all, whose weights sum to 1 but for the rounding.
+    return torch.where(there.all(0) | (total == 0), 1.0, 1.0 / total)
 
 
 def _normalised(members: Sequence[Member]) -> tuple[Member, ...]:

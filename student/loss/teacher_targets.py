@@ -20,7 +20,7 @@ Forward KL is linear in the teacher, so every treatment of the tail is a set of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,7 +44,8 @@ class Member:
     stores float32 log-probs. `vocabulary_size` is V. `sampled_at` is the temperature for which ids were sampled; None
     for an entry of top-k targets, in which every id is certain. `absent` are the fields that the entry does not store:
     some of entropy, half-tail, sampled-logprobs, tail. `log_rounding` is what the stored log-probs of sampled ids are
-    above the teacher's in the mean, nats: they are rounded for the mean of 1 / p.
+    above the teacher's in the mean, nats: they are rounded for the mean of 1 / p. `sources` are those of the documents
+    that it teaches, None for all.
     """
 
     name: str
@@ -54,9 +55,12 @@ class Member:
     sampled_at: float | None = None
     absent: frozenset[str] = frozenset()
     log_rounding: float = 0.0
+    sources: frozenset[str] | None = None
 
     @classmethod
-    def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0) -> Member:
+    def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0, sources: Collection[str] | None = None) -> Member:
+        """The member that an entry is; `sources` as the windows are read with, by default those of the entry."""
+        taught = entry.targets.sources if sources is None else sources
         varopt = entry.targets.method == "varopt"
         wanted = ("entropy", "half-tail", "tail", *(("sampled-logprobs",) if varopt else ()))
         return cls(
@@ -67,7 +71,12 @@ class Member:
             entry.targets.temperature if varopt else None,
             frozenset(field for field in wanted if not entry.targets.has(field)),
             mean_rounding(entry.encoding.sampled_step_nats or 0.0),
+            None if taught is None else frozenset(taught),
         )
+
+    def meets(self, other: Member) -> bool:
+        """Whether both may have targets at one position."""
+        return self.sources is None or other.sources is None or not self.sources.isdisjoint(other.sources)
 
     def needs(self, field: str, what: str) -> None:
         """Raise InputError unless the entry stores a field, which something is computed from."""

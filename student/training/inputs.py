@@ -14,7 +14,7 @@ from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest import TeacherEntry
 from storage.format.sealing import digest
 from storage.progress import Log, silent
-from student.data.windows import DistillationWindows
+from student.data.windows import DistillationWindows, usable_sources
 from student.evaluation.held_out import figure_of
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
@@ -71,11 +71,12 @@ class Data:
 def open_caches(job: StudentJob) -> Caches:
     """Open the caches of a job and check that they, their entries and its windows fit together."""
     names = [teacher.name for teacher in job.teachers]
+    sources = {teacher.name: teacher.sources for teacher in job.teachers if teacher.sources}
     windows = DistillationWindows(
-        job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, job.bos_each_window,
+        job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, job.bos_each_window, sources,
         packs_documents(job),
     )  # fmt: skip
-    remarks: list[str] = []
+    remarks = [f"teacher {teacher.name} teaches{teacher.in_documents}" for teacher in job.teachers if teacher.sources]
     windows = _for_student(job, windows, remarks.append)
     provenance = {"cache": digest(windows.record)}
     provenance |= {f"cache/{name}": digest(entry) for name, entry in windows.entries.items()}
@@ -85,7 +86,9 @@ def open_caches(job: StudentJob) -> Caches:
     if job.eval_cache is not None:
         eval_windows, not_measured = _check_eval(job, windows)
         eval_windows = _for_student(job, eval_windows, silent)  # the same ids differ
-        eval_members = tuple(Member.of(name, entry) for name, entry in eval_windows.entries.items())
+        eval_members = tuple(
+            Member.of(name, entry, sources=sources.get(name)) for name, entry in eval_windows.entries.items()
+        )
         provenance["eval_cache"] = digest(eval_windows.record)
         provenance |= {f"eval_cache/{name}": digest(entry) for name, entry in eval_windows.entries.items()}
     return Caches(windows, eval_windows, eval_members, not_measured, provenance, tuple(remarks))
@@ -121,7 +124,9 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
     if eval_windows is not None:
         eval_windows = eval_windows.cut(job.window_tokens, "fixed")
     entries = windows.entries
-    members = [Member.of(teacher.name, entries[teacher.name], teacher.weight) for teacher in job.teachers]
+    members = [
+        Member.of(teacher.name, entries[teacher.name], teacher.weight, teacher.sources) for teacher in job.teachers
+    ]
     if job.leaves_alpha_open and all(_is_unbiased(member, entries[member.name], job) for member in members):
         # The cross-entropy would only add the noise of a single label; with a bucket it reduces the bias
         # (docs/decisions/0012-sampled-targets-by-default.md).
@@ -179,11 +184,15 @@ def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[Distilla
             [f"fingerprint: {ours.fingerprint} and {theirs.fingerprint}"],
             "Make the held-out cache with the tokenizer of the first",
         )
-    reasons = {name: _not_comparable(cache, name, entry) for name, entry in windows.entries.items()}
+    reasons = {
+        name: _not_comparable(cache, name, entry) or _no_documents(cache, name, windows.sources.get(name))
+        for name, entry in windows.entries.items()
+    }
     measured = [name for name, reason in reasons.items() if reason is None]
     begun = windows.begin_id is not None
+    sources = {name: given for name, given in windows.sources.items() if name in measured}
     held_out = DistillationWindows(
-        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents, begun,
+        job.eval_cache, measured, job.window_tokens, "fixed", job.seed, windows.isolate_documents, begun, sources,
         packs_documents(job),
     )  # fmt: skip
     return held_out, {name: reason for name, reason in reasons.items() if reason is not None}
@@ -201,4 +210,15 @@ def _not_comparable(cache: LogitCache, name: str, entry: TeacherEntry) -> str | 
         return "the teacher's windows begin with BOS in one of the caches and not in the other"
     if there.missing():
         return "its entry in the held-out cache is incomplete"
+    return None
+
+
+def _no_documents(cache: LogitCache, name: str, sources: Sequence[str] | None) -> str | None:
+    """Why a teacher of some sources cannot be compared in a held-out cache; None where it can, or is of all."""
+    if sources is None:
+        return None
+    try:
+        usable_sources(cache, name, sources)
+    except InputError as error:
+        return str(error)
     return None

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from storage import LogitCache
 from storage.errors import InputError
 from storage.progress import Log, silent, to_stderr
-from storage.text import counted
+from storage.text import counted, quoted
 from student.data.batches import collate
 from student.data.windows import DistillationWindows
 from student.job import StudentJob
@@ -162,6 +162,12 @@ def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
     )
     for note in run.notes:
         run.log(note)
+    untaught = windows.untaught_sources()
+    if untaught:
+        learnt = "only the cross-entropy counts there"
+        if not (job.alpha or job.alpha_end):
+            learnt = "nothing is learnt there, as alpha is 0"
+        run.log(f"no teacher teaches the documents of {quoted(untaught)}: {learnt}")
     tail_bounds = _tail_bounds(run.data)
     for name, bound in tail_bounds.items():
         run.log(
@@ -194,7 +200,7 @@ def _report(
     held_out: HeldOutReport | None,
 ) -> TrainingReport:
     data, args, state = run.data, run.args, trainer.state
-    seen, trained = positions_seen(data.windows, args, state.global_step)
+    seen, trained, taught = positions_seen(data.windows, args, state.global_step)
     return TrainingReport(
         job=run.job.model_copy(update={"training": run.values}),
         provenance=data.provenance,
@@ -205,6 +211,7 @@ def _report(
         windows_at_once=args.train_batch_size,
         tokens_seen=seen,
         tokens_trained=trained,
+        tokens_taught=taught,
         seconds=round(seconds, 3),
         resumed_from_step=resumed_from,
         device=str(args.device),

@@ -58,6 +58,7 @@ def identity_of(job: StudentJob, values: Mapping[str, Any], data: Data, step_win
     asked["windows_per_step"] = step_windows
     asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
+    asked |= {f"teachers.{teacher.name}.sources": list(teacher.sources) for teacher in job.teachers if teacher.sources}
     training = {name: value for name, value in values.items() if name not in PRESENTATION | COMPUTE_ONLY}
     asked |= {f"training.{name}": value for name, value in training.items()}
     return asked | {f"provenance.{name}": value for name, value in data.provenance.items()}

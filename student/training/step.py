@@ -129,17 +129,28 @@ def steps_of(windows: DistillationWindows, args: TrainingArguments) -> int:
     return math.ceil(args.num_train_epochs * per_epoch)
 
 
-def positions_seen(windows: DistillationWindows, args: TrainingArguments, steps: int) -> tuple[int, int]:
-    """Positions read in the first `steps` steps, and those of them that are trained on: their numbers follow from the
-    order, also for a resumed run."""
+def positions_seen(
+    windows: DistillationWindows, args: TrainingArguments, steps: int
+) -> tuple[int, int, dict[str, int]]:
+    """Positions read in the first `steps` steps, those of them that are trained on, and, by teacher, those that it
+    teaches: their numbers follow from the order, also for a resumed run.
+
+    A teacher whose record does not say where it has targets is not among them.
+    """
     step = windows_per_step(args)
     order = reading_order(windows, step, whole_steps=args.dataloader_drop_last)
     steps_per_epoch = -(-len(order) // step)
     total = trained = 0
+    taught = {name: 0 for name, entry in windows.entries.items() if entry.targets.positions != "some"}
     for epoch in range(-(-steps // steps_per_epoch)):
         done = min(steps_per_epoch, steps - epoch * steps_per_epoch)
         read = min(done * step, len(order))
         numbers = order.permutation(epoch)[:read]
-        in_epoch = windows.positions_read((numbers + epoch * len(windows)).tolist())
-        total, trained = total + in_epoch[0], trained + in_epoch[1]
-    return total, trained
+        indices = (numbers + epoch * len(windows)).tolist()
+        total += windows.positions_read(indices)
+        of_epoch = windows.trained_positions(indices)
+        trained += of_epoch
+        for name in taught:
+            sources = windows.taught_sources(name)
+            taught[name] += of_epoch if sources is None else windows.trained_positions(indices, sources)
+    return total, trained, taught

@@ -202,7 +202,7 @@ def training(folder: str, window: int) -> dict[str, list[float]]:
             optimizer.zero_grad()
         took = time.process_time() - began
         model.forward = bound
-        return took / windows.positions_read(order)[1]
+        return took / windows.trained_positions(order)
 
     runs = {JOINED: lambda: epoch("joined"), ALONE: lambda: epoch("alone"), IDEAL: lambda: epoch("alone", "apart")}
     runs[ALONE]()

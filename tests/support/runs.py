@@ -33,17 +33,22 @@ LLAMA = {
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
 
 
-def fill(url: str, positions: int, seed: int, names: tuple[str, ...], **entry_changes: Any) -> None:
-    """A cache of random tokens with teachers a (top 9, codes) and b (all ids, float32), both bigram tables."""
+def fill(
+    url: str, positions: int, seed: int, names: tuple[str, ...], corpus: dict[str, Any] | None = None, **entry: Any
+) -> None:
+    """A cache of random tokens with teachers a (top 9, codes) and b (all ids, float32), both bigram tables.
+
+    corpus: further arguments of `make_corpus`; entry: changes of `make_entry`.
+    """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, V, positions).astype(np.uint16)
-    record = make_corpus(url, tokens, V)
+    record = make_corpus(url, tokens, V, **(corpus or {}))
     labels = np.append(tokens[1:], -1).astype(np.int64)
     for name in names:
         k, encoding = (9, "codes") if name == "a" else (V, "float32")
-        entry = make_entry(record, k, encoding=encoding, **entry_changes)
+        made = make_entry(record, k, encoding=encoding, **entry)
         table = 2 * np.random.default_rng(len(name) + ord(name)).normal(size=(V, V))
-        write_entry(url, name, entry, dense_targets(table[tokens], k, labels))
+        write_entry(url, name, made, dense_targets(table[tokens], k, labels))
 
 
 def make_world(folder: Path) -> None:

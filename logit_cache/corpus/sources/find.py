@@ -12,11 +12,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from logit_cache.corpus.sources.names import check_source_name
 from logit_cache.corpus.sources.text_files import COMPRESSIONS
 from storage.errors import InputError
 from storage.files import local_path
@@ -45,12 +46,14 @@ _SPLIT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file or data set. `name` is its name in the cache record: a base name or hub id, never a folder."""
+    """One file or data set. `name` is its name in the cache record: a base name or hub id, never a folder; or, where it
+    is `named`, the name that it was given, which it may share with others."""
 
     name: str
     kind: Kind
     location: str
     file_bytes: int | None
+    named: bool = False
 
 
 def find_sources(text: Iterable[str], log: Log = silent) -> list[Source]:
@@ -58,12 +61,31 @@ def find_sources(text: Iterable[str], log: Log = silent) -> list[Source]:
 
     `log` receives what was found in each folder and by each pattern, what was left out, and what is read twice.
     """
-    sources = [source for item in text for source in _find(item, log)]
-    places = Counter(s.name if s.kind == "hub" else os.path.realpath(s.location) for s in sources)
+    sources = [source for item in text for source in _named(item, log)]
+    places = Counter(s.location if s.kind == "hub" else os.path.realpath(s.location) for s in sources)
     for place, times in places.items():
         if times > 1:
             log(f"{place} is read {times} times, as it is named")
     return sources
+
+
+def _named(item: str, log: Log) -> list[Source]:
+    """The sources of PATH or NAME=PATH; what is there under the whole text is a path."""
+    name, equals, rest = item.partition("=")
+    if not equals or "/" in name or name.startswith("hub:") or _is_there(item):
+        return _find(item, log)
+    check_source_name(name, item)
+    if not rest:
+        raise InputError(f"{item!r}: expected NAME=PATH, and there is no path; give a file, a folder, or a pattern")
+    try:
+        return [replace(source, name=name, named=True) for source in _find(rest, log)]
+    except InputError as error:
+        raise InputError(f"{error} ({item!r} was read as SOURCE=PATH)") from None
+
+
+def _is_there(item: str) -> bool:
+    path = local_path(item)
+    return os.path.exists(path) or (glob.has_magic(item) and bool(glob.glob(str(path), recursive=True)))
 
 
 def _find(item: str, log: Log) -> list[Source]:

@@ -188,7 +188,7 @@ def _hub_rows(source: Source, reader: RowReader, split: str, advance: Advance) -
         )
         columns = [name for name in rows.column_names or () if name in reader.columns]
         for row in rows.select_columns(columns) if columns else rows:
-            yield f"{source.name} row {done}", functools.partial(dict, row)
+            yield f"{source.location} row {done}", functools.partial(dict, row)
             done += 1
             text = row.get(reader.text_field)
             advance(len(text) if isinstance(text, str) else 0)
@@ -197,6 +197,6 @@ def _hub_rows(source: Source, reader: RowReader, split: str, advance: Advance) -
         # a gated data set, and for network failures.
         at = f" after {done} rows" if done else ""
         raise InputError(
-            f"{source.name}, split {split!r}: cannot be read{at} ({error_text(error, 300)}); "
+            f"{source.location}, split {split!r}: cannot be read{at} ({error_text(error, 300)}); "
             f"check name, config, split and network"
         ) from None

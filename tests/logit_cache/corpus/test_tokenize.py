@@ -25,9 +25,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from logit_cache.corpus import pieces, spool
 from logit_cache.corpus import tokenize as corpus
 from logit_cache.corpus.config import CorpusConfig
-from logit_cache.corpus.sources import text_files
+from logit_cache.corpus.sources import names, text_files
 from logit_cache.corpus.tokenize import tokenize
 from storage import LogitCache
+from storage.errors import InputError
 from student.models.vocabulary import cache_vocabulary
 
 
@@ -104,6 +105,88 @@ def test_many_files_are_folded_into_one_source(tmp_path: Path, gpt2: str, monkey
     assert source_counts(cache) == [("0.txt", 1, 1), ("1.txt", 1, 2), ("4 more files", 4, 3 + 4 + 5 + 6)]
     assert cache.document_sources is not None
     assert cache.document_sources.tolist() == [0, 1, 2, 2, 2, 2]
+
+
+def sources_of(cache: LogitCache) -> list[str]:
+    """The name of the source of each document."""
+    assert cache.document_sources is not None
+    return [cache.record.corpus.sources[number].name for number in cache.document_sources]
+
+
+def test_named_inputs_of_one_name_are_one_source(tmp_path: Path, gpt2: str) -> None:
+    (tmp_path / "code").mkdir()
+    for name in ("code/a.py", "code/b.py", "math.txt", "more.txt", "plain.txt"):
+        write(tmp_path / name, name)
+    text = [
+        f"math={tmp_path}/math.txt",
+        f"code={tmp_path}/code",
+        str(tmp_path / "plain.txt"),
+        f"math={tmp_path}/m*e.txt",
+    ]
+    cache = made(tmp_path, gpt2, *text)
+    assert source_counts(cache) == [("math", 2, 16), ("code", 2, 18), ("plain.txt", 1, 9)]
+    assert sources_of(cache) == ["math", "code", "code", "plain.txt", "math"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_column_names_the_source_of_each_row(tmp_path: Path, gpt2: str, kind: str) -> None:
+    rows = [{"text": f"text {n}", "domain": domain} for n, domain in enumerate(["b", "a", "b", "c d", "a"])]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "csv":
+        path.write_text("text,domain\n" + "".join(f"{row['text']},{row['domain']}\n" for row in rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = write(tmp_path / "own.txt", "other")
+    cache = made(tmp_path, gpt2, f"c d={own}", str(path), source_column="domain")
+    assert sources_of(cache) == ["c d", "b", "a", "b", "c d", "a"]
+    assert source_counts(cache) == [("c d", 2, 5 + 6), ("b", 2, 12), ("a", 2, 12)]
+
+
+def test_rows_whose_column_names_no_source(tmp_path: Path, gpt2: str) -> None:
+    rows = [{"text": "x", "domain": "a"}, {"text": "y"}, {"text": "z", "domain": 3}, {"text": "u", "domain": " "}]
+    path = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"rows.jsonl line 2: expected a text in 'domain', .* found nothing"):
+        made(tmp_path, gpt2, path, source_column="domain")
+    cache = made(tmp_path, gpt2, path, source_column="domain", skip_bad_rows=True)
+    assert (sources_of(cache), cache.record.corpus.skipped_rows) == (["a"], 3)
+
+
+def test_names_of_sources_are_never_merged(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (corpus, spool, names):
+        monkeypatch.setattr(module, "MAX_SOURCES", 3)
+    rows = write(tmp_path / "rows.jsonl", "".join(json.dumps({"text": "x", "d": f"n{n}"}) + "\n" for n in range(4)))
+    with pytest.raises(InputError, match="more than 3 sources, the last one 'n3'"):
+        made(tmp_path, gpt2, rows, source_column="d", skip_bad_rows=True)
+    for index in range(3):
+        write(tmp_path / f"{index}.txt", "x")
+    with pytest.raises(InputError, match="more than 3 sources, the last one 'named'"):
+        made(tmp_path, gpt2, f"{tmp_path}/?.txt", f"named={rows}")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "message"),
+    [
+        (("{}/a.txt",), "domain", "a.txt: a text has no column 'domain': name it, with --text NAME="),
+        (("one={}/rows.jsonl",), "domain", "every --text has a name of its own"),
+        (("{}/rows.csv",), "domain", "expected a column 'domain' with the source of each row, found columns text"),
+        (("one={}/none.txt",), None, r"none.txt: no such file; .* was read as SOURCE=PATH"),
+        (("={}/a.txt",), None, "expected the name of a source, of 1 to 256 characters"),
+        (("x" * 257 + "={}/a.txt",), None, "expected the name of a source, of 1 to 256 characters"),
+        (("one=",), None, "expected NAME=PATH, and there is no path"),
+    ],
+)
+def test_sources_that_cannot_be_named(
+    tmp_path: Path, gpt2: str, text: tuple[str, ...], column: str | None, message: str
+) -> None:
+    write(tmp_path / "a.txt", "x")
+    write(tmp_path / "rows.jsonl", '{"text": "x", "domain": "a"}\n')
+    write(tmp_path / "rows.csv", "text\nx\n")
+    with pytest.raises(InputError, match=message):
+        made(tmp_path, gpt2, *(each.format(tmp_path) for each in text), source_column=column)
+    assert not (tmp_path / "cache").exists()
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def test_rows_without_targets_are_not_compared(world: World, teacher: Path, tmp_
     targets = LogitCache.open(str(cache)).teacher("trained").read(0, len(tokens))
     lost = np.where(np.arange(len(tokens)) % 3 == 0, 0, targets.kept).astype(np.uint16)
     write_entry(cache, "lost", entry, replace(targets, kept=lost, certain=np.minimum(targets.certain, lost)))
-    with pytest.raises(CorruptCache, match="not those that the loss mask trains"):
+    with pytest.raises(CorruptCache, match="not those of the record"):
         check(cache, teacher, "lost")
     write_entry(cache, "empty", entry, replace(targets, kept=0 * lost, certain=0 * lost))
     refused(run("logit-cache", "audit", cache, "--teacher", teacher, "--name", "empty"), "nothing to audit")

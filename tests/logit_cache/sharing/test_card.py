@@ -18,6 +18,7 @@ from support.caches.small import (
     entry_2,
     make_corpus,
     make_entry,
+    make_entry_2,
     random_sample,
     stream_record,
     write_entry,
@@ -288,8 +289,8 @@ HOSTILE = [
 def hostile_card(tmp_path: Path, text: str) -> str:
     path = tmp_path / "cache"
     tokens = np.arange(N).astype(np.uint16) % V
-    made = make_corpus(str(path), tokens, V)
-    entry = make_entry(made, K)
+    made = make_corpus(str(path), tokens, V, document_sources=[text])
+    entry = make_entry_2(made, K, sources=(text,))
     free_text = {"source": text, "revision": text, "architecture": text, "trust_remote_code": True}
     entry = changed(entry, teacher={"members": [entry.teacher.members[0].model_dump() | free_text]})
     write_entry(path, "a", entry, dense_targets(np.zeros((N, V)), K, np.append(tokens[1:], -1).astype(np.int64)))

@@ -327,8 +327,30 @@ def test_rows_of_trained_positions_are_those_of_the_loss_mask(tmp_path: Path, ha
     assert np.array_equal(opened.teacher("a").read(0, T).kept > 0, mask)
     write_entry(url, "b", entry, without_rows(given, np.arange(T) == 20))
     assert len(opened.teacher("b").read(0, 16)) == 16
-    with pytest.raises(CorruptCache, match="the rows with targets are not those that the loss mask trains"):
+    with pytest.raises(CorruptCache, match="the rows with targets are not those of the record"):
         opened.teacher("b").read(16, 32)
+
+
+@pytest.mark.parametrize("positions", ["all", "trained"])
+def test_rows_of_sources_are_those_of_their_documents(tmp_path: Path, positions: str) -> None:
+    url, mask, starts = str(tmp_path), ~EVERY_THIRD, np.array([0, 7, 20, 33])
+    names = ("b", "a", "c", "a")
+    record = make_corpus(url, tokens(), V, starts, loss_mask=mask, document_sources=names)
+    entry = make_entry_2(record, K, positions=positions, sources=("a", "c"), shard_tokens=32, chunk_tokens=16)
+    wanted = np.arange(T) >= 7
+    wanted &= mask if positions == "trained" else True
+    given = without_rows(top_k(), ~wanted)
+    write_entry(url, "x", entry, given)
+    opened = LogitCache.open(url)
+    assert np.array_equal(opened.teacher("x").read(0, T).kept > 0, wanted)
+    assert np.array_equal(opened.rows_with_targets(entry.targets).read(3, 25), wanted[3:25])
+    write_entry(url, "y", entry, without_rows(given, np.arange(T) == 23))
+    with pytest.raises(CorruptCache, match="the rows with targets are not those of the record"):
+        opened.teacher("y").read(0, T)
+    elsewhere = make_entry_2(record, K, positions=positions, sources=("d",), shard_tokens=32, chunk_tokens=16)
+    write_entry(url, "z", elsewhere, given)
+    with pytest.raises(FormatError, match="no document here is from its source 'd'"):
+        opened.teacher("z")
 
 
 @pytest.mark.parametrize(
@@ -341,6 +363,8 @@ def test_rows_of_trained_positions_are_those_of_the_loss_mask(tmp_path: Path, ha
         ({"targets": {"fields": ["label", "entropy"]}}, "alphabetical order"),
         ({"targets": {"fields": ["sampled-logprobs"]}}, "go with varopt"),
         ({"targets": {"order": "ids", "sampling": "systematic"}}, "go with varopt"),
+        ({"targets": {"sources": ["b", "a"]}}, "sources are in alphabetical order"),
+        ({"targets": {"sources": ["a"], "positions": "some"}}, "go with all or trained positions"),
         ({"targets": {"tail": "unknown", "fields": ["half-tail"]}}, "goes with neither varopt nor half-tail"),
         ({"encoding": {"mantissa_bits": 12}}, "mantissa_bits goes with version 1"),
         ({"encoding": {"value_step_nats": None}}, "value_step_nats goes with codes"),

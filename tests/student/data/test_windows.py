@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import tracemalloc
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.small import dense_targets, make_corpus, make_entry, make_entry_2, without_rows, write_entry
 from support.caches.streams import chat_lengths
 from torch.utils.data import DataLoader
 
@@ -284,6 +285,44 @@ def test_objects_say_in_a_line_what_they_are(made: tuple[str, np.ndarray, CacheR
     assert repr(loss) == "DistillationLoss(forward-kl to a 1; alpha 0.25, temperature 2)"
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_teacher_of_sources_has_targets_in_their_documents_alone(tmp_path: Path, version: int) -> None:
+    url, starts, names = str(tmp_path / "c"), np.array([0, 37, 38, 90]), ("math", "code", "web", "math")
+    tokens = np.random.default_rng(1).integers(0, V, 150).astype(np.uint16)
+    record = make_corpus(url, tokens, V, starts, document_sources=names)
+    make = make_entry if version == 1 else partial(make_entry_2, fields=("entropy", "label"))
+    entry = make(record, 7, encoding="float32", shard_tokens=64, chunk_tokens=16)
+    write_entry(url, "t", entry, marked_targets(tokens, 7))
+    write_entry(url, "all", entry, marked_targets(tokens, 7))
+    windows = DistillationWindows(url, ["t", "all"], 16, sources={"t": ["math"]})
+    batch = collate(windows[:])
+    found, others = (batch["targets"][name].decoded() for name in ("t", "all"))
+    position = others.entropy.long()
+    math = (position < 37) | (position >= 90)
+    assert torch.equal(found.kept > 0, math & (others.kept > 0))
+    assert torch.equal(found.logprobs[math], others.logprobs[math])
+    assert (found.certain[~math] == 0).all()
+    indices = range(len(windows))
+    assert windows.trained_positions(indices, ["math"]) == int((math & (batch["labels"] != -100)).sum())
+    assert windows.taught_sources("t") == ("math",)
+    assert windows.untaught_sources() == []
+    assert DistillationWindows(url, ["t"], 16, sources={"t": ["math"]}).untaught_sources() == ["code", "web"]
+
+
+def test_sources_that_nothing_is_from_are_refused(tmp_path: Path) -> None:
+    url, tokens = str(tmp_path / "c"), np.arange(40, dtype=np.uint16)
+    record = make_corpus(url, tokens, V, np.array([0, 20]), document_sources=("math", "code"))
+    entry = make_entry_2(record, 7, sources=("code",), chunk_tokens=16, shard_tokens=32)
+    write_entry(url, "t", entry, without_rows(marked_targets(tokens, 7), np.arange(40) < 20))
+    for sources, message in (
+        ({"t": ["web"]}, "no document is from the source 'web'; there is: 'code', 'math'"),
+        ({"t": ["code", "math"]}, "teacher t has targets of 'code' alone, and none of 'math'"),
+        ({"u": ["code"]}, "sources are given for 'u', which is none of the teachers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            DistillationWindows(url, ["t"], 8, sources=sources)
+
+
 @pytest.mark.parametrize("offset", ["fixed", "random"])
 def test_trained_positions_are_those_with_a_label(tmp_path: Path, offset: Literal["fixed", "random"]) -> None:
     mask = np.random.default_rng(4).random(40) < 0.5
@@ -293,7 +332,8 @@ def test_trained_positions_are_those_with_a_label(tmp_path: Path, offset: Litera
     indices = [3, 0, 7, 1]
     labels = collate(windows.__getitems__(indices))["labels"]
     read = sum(length for window in windows.spans(indices) for _, length in window)
-    assert windows.positions_read(indices) == (read, int((labels != -100).sum()))
+    assert windows.positions_read(indices) == read
+    assert windows.trained_positions(indices) == int((labels != -100).sum())
 
 
 def test_windows_begin_with_an_id_of_their_own(stream: tuple[str, np.ndarray, CacheRecord]) -> None:
@@ -380,7 +420,8 @@ def test_documents_share_windows_and_keep_what_they_have_alone(
         assert set(batch["labels"][row, at:].tolist()) <= {-100}
         assert batch["position_ids"][row, at:].tolist() == list(range(packed.input_tokens - at))
     assert not expected
-    assert packed.positions_read(indices) == (seen, int((batch["labels"] != -100).sum()))
+    assert packed.positions_read(indices) == seen
+    assert packed.trained_positions(indices) == int((batch["labels"] != -100).sum())
     assert sorted(reading_order(packed, 4)) == list(range(len(packed)))
 
 

@@ -76,6 +76,39 @@ def test_a_row_without_targets_has_its_cross_entropy_and_nothing_else(options: d
     torch.testing.assert_close(sums.control, some.control)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (3.0, 0.5, 0.0)], ids=str)
+def test_a_mixture_is_of_the_teachers_that_have_targets_at_a_row(weights: tuple[float, ...]) -> None:
+    """By hand in float64: at each row the weights of those with targets, normalised; none of them: no divergence."""
+    z, labels, teachers = normal(21, P, V), labels_for(22, P), [dense(23 + n, P) for n in range(3)]
+    there = torch.stack([torch.arange(P) % 3 != 0, torch.arange(P) % 4 < 2, torch.arange(P) % 5 != 3])
+    names = ("a", "b", "c")
+    targets = {}
+    for name, logp, at in zip(names, teachers, there, strict=True):
+        full = stored(logp, V, dtype=DOUBLE)
+        targets[name] = replace(spoiled(full, ~at), kept=full.kept.where(at, 0), certain=full.certain.where(at, 0))
+    members = [member(name, weight) for name, weight in zip(names, weights, strict=True)]
+    kl = torch.stack([(logp.exp() * (logp - torch.log_softmax(z, 1))).sum(1) for logp in teachers])
+    share = torch.tensor(weights, dtype=DOUBLE)[:, None] * there
+    taught = (kl * share).sum(0) / share.sum(0).clamp(min=1e-9)
+    nats = -torch.log_softmax(z, 1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    expected = ((0.3 * nats + 0.7 * taught) * (labels != NOT_TRAINED)).sum()
+    found = DistillationLoss(V, 0.3, 1.0, members)(z, labels, targets)
+    torch.testing.assert_close(found.loss_sum, expected, rtol=1e-10, atol=0)
+    counts = (there & (labels != NOT_TRAINED)).sum(1)
+    assert [int(found.taught[name]) for name in names] == counts.tolist()
+
+
+def test_a_loss_that_is_not_linear_takes_teachers_that_never_meet() -> None:
+    math, code, both = (
+        replace(member(name), sources=frozenset(sources))
+        for name, sources in (("a", ["math"]), ("b", ["code"]), ("c", ["math", "web"]))
+    )
+    DistillationLoss(V, 0.3, 1.0, [math, code], loss="jsd")
+    for others in ([math, code, both], [math, member("everywhere")]):
+        with pytest.raises(InputError, match=r"loss jsd of several teachers \(a, (c|everywhere)\)"):
+            DistillationLoss(V, 0.3, 1.0, others, loss="jsd")
+
+
 def test_a_teacher_without_targets_at_a_row_is_not_sure_of_itself_there() -> None:
     z, labels, a, b = normal(5, P, V), torch.zeros(P, dtype=torch.int64), dense(6, P), dense(7, P)
     targets = {"a": with_holes(stored(a, 9, dtype=DOUBLE)), "b": stored(b, 9, dtype=DOUBLE)}
@@ -84,7 +117,7 @@ def test_a_teacher_without_targets_at_a_row_is_not_sure_of_itself_there() -> Non
     alone = DistillationLoss(V, 0.0, 1.0, [member("b")], min_entropy=least)
     _, found = gradient(lambda z: both(z, labels, targets).loss_sum, z)
     _, expected = gradient(lambda z: alone(z, labels, targets).loss_sum, z)
-    torch.testing.assert_close(found[~THERE], 0.5 * expected[~THERE], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found[~THERE], expected[~THERE], rtol=1e-12, atol=1e-15)
     assert found[~THERE].any()
 
 

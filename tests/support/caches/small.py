@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,12 @@ def make_corpus(
     loss_mask: np.ndarray | None = None,
     tokenizer_files: dict[str, bytes] | None = None,
     tokens_layout: ArrayLayout | None = None,
+    document_sources: Sequence[str] = (),
 ) -> CacheRecord:
-    """A cache of a token stream with a word-level tokenizer whose words are `t0`, `t1`, …"""
+    """A cache of a token stream with a word-level tokenizer whose words are `t0`, `t1`, …
+
+    document_sources: the names of the documents' sources; of none, the stream is one of version 1.
+    """
     starts = np.zeros(1, dtype=np.uint64) if document_starts is None else document_starts.astype(np.uint64)
     if tokenizer_files is None:
         tokenizer_files = word_tokenizer(vocabulary_size)
@@ -173,9 +178,16 @@ def make_corpus(
         has_loss_mask=loss_mask is not None,
         sources=(CorpusSource(name="made-up", documents=len(starts), text_bytes=4 * len(tokens)),),
     )
+    names = sorted(set(document_sources))
+    if names:
+        counts = Counter(document_sources)
+        sources = tuple(CorpusSource(name=name, documents=counts[name], text_bytes=0) for name in names)
+        corpus = record.corpus.model_copy(update={"sources": sources, "document_sources": True})
+        record = record.model_copy(update={"format_version": 2, "corpus": corpus})
     if tokens_layout is not None:
         record = record.model_copy(update={"tokens_layout": tokens_layout})
-    arrays = {"tokens": tokens, "document_starts": starts, "loss_mask": loss_mask}
+    numbers = np.array([names.index(name) for name in document_sources], dtype=np.uint16) if names else None
+    arrays = {"tokens": tokens, "document_starts": starts, "document_sources": numbers, "loss_mask": loss_mask}
     write_corpus(url, record, tokenizer_files, {name: a for name, a in arrays.items() if a is not None})
     return record
 

@@ -48,6 +48,18 @@ def test_folders_and_patterns_are_sorted_and_repeats_are_said(tmp_path: Path) ->
     ]
 
 
+def test_an_equals_sign_in_a_path_that_is_there_names_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "math=a.txt", "a.txt", "lang=en/b.txt", "deep/lang=en/c.txt")
+    monkeypatch.chdir(tmp_path)
+    given = ("math=a.txt", "lang=en", "lang=*/b.txt", f"{tmp_path}/deep/lang=en/c.txt", "x=math=a.txt", "math=./a.txt")
+    sources = find_sources(given)
+    assert [(source.name, source.named) for source in sources] == [
+        ("math=a.txt", False), ("b.txt", False), ("b.txt", False), ("c.txt", False), ("x", True), ("math", True)
+    ]  # fmt: skip
+    [hub] = find_sources(["web=hub:org/set"])
+    assert (hub.name, hub.location, hub.kind) == ("web", "hub:org/set", "hub")
+
+
 BESIDE = ("README.md", "LICENSE", ".gitattributes", "dataset_infos.json", "_SUCCESS", ".cache/x.parquet", "a.crc",
           "data/licence.txt", "cache-0123456789abcdef.arrow")  # fmt: skip
 
