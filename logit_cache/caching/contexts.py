@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from logit_cache.caching.job import CacheJob
 from storage.cache.reader import LogitCache
@@ -33,19 +34,21 @@ def windowing_of(
     """The windows of a job, and a line for the log where the stream decided them.
 
     begin: the id that is put before windows, if any. recorded: the entry of the job's name, if there is one; it decides
-    what is not given. Raises InputError for windows that a teacher cannot read.
+    what is not given. Raises InputError for windows that a teacher cannot read, and for documents that are too long.
     """
     before = None if recorded is None else recorded.windowing
     masked = cache.record.corpus.has_loss_mask
-    isolated, context, stride, line = job.isolate_documents, job.context_tokens, job.stride_tokens, None
+    isolated, context, stride = job.isolate_documents, job.context_tokens, job.stride_tokens
     if isolated is None:
         isolated = masked if before is None else before.isolate_documents
     if context is None and before is not None:
         context, stride = before.context_tokens, stride or before.stride_tokens
+    lengths = _lengths(cache) if isolated else np.zeros(0, dtype=np.int64)
     if context is None:
         context = CONTEXT_TOKENS
         if masked and isolated:
-            context, line = _longest(cache, teachers, begin is not None)
+            limits = [teacher.max_positions - (begin is not None) for teacher in teachers if teacher.max_positions]
+            context = min([int(lengths.max()), *limits])
     if stride is not None and stride > context:
         raise InputError(
             f"--stride-tokens {stride} is larger than the context of {context} tokens: positions between the windows "
@@ -56,20 +59,36 @@ def windowing_of(
     windowing = Windowing(
         context_tokens=context, stride_tokens=stride or context, isolate_documents=isolated, begin_id=begin
     )
-    return windowing, line
+    return windowing, _of_lengths(job, lengths, context)
 
 
-def _longest(cache: LogitCache, teachers: Sequence[HuggingFaceTeacher], begun: bool) -> tuple[int, str]:
-    """The tokens of the longest document, or as many as all teachers read; and a line that says so."""
-    lengths = np.diff(np.append(cache.document_starts.astype(np.int64), cache.record.corpus.positions))
-    longest = int(lengths.max())
-    limits = [teacher.max_positions - begun for teacher in teachers if teacher.max_positions is not None]
-    context = min([longest, *limits])
+def _lengths(cache: LogitCache) -> NDArray[np.int64]:
+    """Tokens of each document, int64 [D]."""
+    return np.diff(np.append(cache.document_starts.astype(np.int64), cache.record.corpus.positions))
+
+
+def _of_lengths(job: CacheJob, lengths: NDArray[np.int64], context: int) -> str | None:
+    """The line about documents that are read by themselves, of these `lengths`; None where they are not."""
+    if not len(lengths):
+        if job.long_documents is not None:
+            raise InputError(
+                f"--long-documents {job.long_documents} is about documents that are read by themselves: give "
+                "--isolate-documents too, or leave it out"
+            )
+        return None
     line = f"each of {counted(len(lengths), 'document')} is read by itself, in a context of {context:,} tokens: "
-    if context == longest:
-        return context, line + "the longest has as many"
-    longer = int((lengths > context).sum())
-    return (
-        context,
-        line + f"the teacher reads no more, and {counted(longer, 'longer one')} of up to {longest:,} are cut",
-    )
+    longest, number = int(lengths.max()), int((lengths > context).sum())
+    if not number:
+        return line + f"the longest has {longest:,}"
+    longer = f"{counted(number, 'longer one')} of up to {longest:,}"
+    if job.long_documents == "refuse":
+        raise InputError(
+            f"{job.cache}: {longer} tokens than the context of {context:,}: give a larger --context-tokens, or "
+            "--long-documents cut, truncate or drop"
+        )
+    said = {
+        "truncate": f"have targets at their first {context:,} positions",
+        "drop": "have no targets",
+        "cut": "are cut into windows, of which later ones do not see the beginning",
+    }
+    return line + f"{longer} {said[job.long_documents or 'cut']}"

@@ -42,7 +42,16 @@ FieldNames = Annotated[tuple[FieldName, ...], AfterValidator(_one_or_names)]
 # By measurement (docs/decisions/0034).
 DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("entropy",), "topk": ("entropy", "half-tail")}
 
-_OF_VERSION_2 = ("fields", "positions", "sources", "sampling", "order", "sample_size", "sampled_step_nats")
+_OF_VERSION_2 = (
+    "fields",
+    "positions",
+    "sources",
+    "long_documents",
+    "sampling",
+    "order",
+    "sample_size",
+    "sampled_step_nats",
+)
 
 
 class CacheJob(Settings):
@@ -54,7 +63,8 @@ class CacheJob(Settings):
 
     `fields`: what is stored beside ids, certain log-probs and masses: lean (what forward KL reads), all, or names of
     `storage.format.manifest.TARGET_FIELDS`. `positions`: all rows, or those that the stream's loss mask trains; of
-    these, `sources` leaves those in documents of the sources that are named.
+    these, `sources` leaves those in documents of the sources that are named. `long_documents`: those longer than the
+    context are cut into windows, have targets at as many first positions (truncate) or none (drop), or are refused.
     Windows (`context_tokens`, `isolate_documents`) that are not given are chosen by `logit_cache.caching.contexts`.
     `sampling` and `order`: how ids are sampled, and in which order they lie then (docs/decisions/0034). What is not
     given is as an entry of that name has it, which may be one of version 1; else as docs/decisions/0034 says.
@@ -84,6 +94,7 @@ class CacheJob(Settings):
     fields: FieldNames = ()
     positions: Literal["all", "trained"] | None = None
     sources: tuple[Source, ...] = ()
+    long_documents: Literal["cut", "truncate", "drop", "refuse"] | None = None
     sampling: Literal["systematic", "pivotal"] | None = None
     order: Literal["ids", "embeddings"] | None = None
     sample_size: Literal["fixed", "threshold"] | None = None
@@ -173,7 +184,7 @@ class CacheJob(Settings):
             raise ValueError("--sampled-step-nats is a unit of codes, and --encoding float32 has none: leave one out")
         return self
 
-    def stored_targets(self, recorded: TeacherEntry | None, has_loss_mask: bool) -> Targets:
+    def stored_targets(self, recorded: TeacherEntry | None, has_loss_mask: bool, context_tokens: int) -> Targets:
         """The targets record of the entry: the method, its parameters, and what is stored per position.
 
         recorded: the entry of that name, if there is one, which decides what is not given. has_loss_mask: whether the
@@ -185,6 +196,7 @@ class CacheJob(Settings):
             "fields": DEFAULT_FIELDS[self.targets],
             "positions": "trained" if has_loss_mask else "all",
             "sources": None,
+            "long_documents": None,
         }
         if self.targets == "varopt":
             kind["method"] = "varopt"
@@ -203,6 +215,10 @@ class CacheJob(Settings):
         chosen |= {name: getattr(self, name) for name in chosen if getattr(self, name)}
         if self.sample_size == "fixed":
             chosen["sample_size"] = None
+        if chosen["long_documents"] in ("cut", "refuse"):
+            chosen["long_documents"] = None
+        if chosen["long_documents"] is not None:
+            chosen["document_tokens"] = context_tokens
         if self.sources:
             chosen["sources"] = tuple(sorted(set(self.sources)))
         possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]

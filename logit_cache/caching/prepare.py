@@ -185,7 +185,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
     except ValueError as error:
         raise InputError(str(error)) from None
     batch_windows = job.batch_windows or (recorded.execution.batch_windows if recorded else None)
-    targets = job.stored_targets(recorded, cache.record.corpus.has_loss_mask)
+    targets = job.stored_targets(recorded, cache.record.corpus.has_loss_mask, windowing.context_tokens)
     version: Literal[1, 2] = job.version(recorded)
     if targets.positions == "trained":
         loss_mask(cache, job.cache)

@@ -46,6 +46,11 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
         default=None,
         help="Windows do not cross documents.  [default: where a loss mask makes them conversations]",
     ),
+    _windows(
+        "--long-documents",
+        help="Isolated ones longer than the context: cut (into windows), truncate or drop (without targets behind it, "
+        "or at all), refuse.  [default: cut]",
+    ),
     _windows("--bos-each-window", is_flag=True, default=None, help="Put BOS before windows that start elsewhere."),
     _windows("--batch-windows", type=int, help="Windows in one pass; recorded in the entry.  [default: measured]"),
     _teacher("--combine", help="Combine several teachers: logit-mean (of their logits) or mixture."),

@@ -62,6 +62,23 @@ def in_documents(document_starts: NDArray[np.uint64], chosen: NDArray[np.bool_])
     return read
 
 
+def at_most(document_starts: NDArray[np.uint64], positions: int, tokens: int) -> NDArray[np.bool_]:
+    """bool [D]: the documents with at most so many tokens, of a stream of `positions` tokens."""
+    return np.diff(np.append(document_starts.astype(np.int64), positions)) <= tokens
+
+
+def first_of_documents(document_starts: NDArray[np.uint64], tokens: int) -> Mask:
+    """The first `tokens` positions of each document; `document_starts` [D]."""
+    starts = document_starts.astype(np.int64)
+
+    def read(start: int, stop: int) -> NDArray[np.bool_]:
+        at = np.arange(start, stop)
+        found: NDArray[np.bool_] = at - starts[np.searchsorted(starts, at, side="right") - 1] < tokens
+        return found
+
+    return read
+
+
 def named_sources(record: CacheRecord) -> set[str]:
     """The names of the sources that documents are from; none where a stream does not say so of each."""
     corpus = record.corpus

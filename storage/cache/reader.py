@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache.checked_array import CheckedArray, check_shards
-from storage.cache.positions import Mask, Positions, in_documents, named_sources, source_numbers
+from storage.cache.positions import (
+    Mask,
+    Positions,
+    at_most,
+    first_of_documents,
+    in_documents,
+    named_sources,
+    source_numbers,
+)
 from storage.cache.receipts import Receipts
 from storage.cache.records import (
     read_fidelity,
@@ -29,7 +37,15 @@ from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObje
 from storage.files import local_path
 from storage.format.fidelity import FidelityReport
 from storage.format.layout import corpus_arrays, order_array, teacher_arrays
-from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, CacheRecord, ShardStatistics, Targets, TeacherEntry
+from storage.format.manifest import (
+    ATTRIBUTE,
+    TEACHER_NAME,
+    CacheRecord,
+    LongDocuments,
+    ShardStatistics,
+    Targets,
+    TeacherEntry,
+)
 from storage.format.sealing import digest, sealed
 from storage.format.stored import StoredTargets, joined
 from storage.format.targets import SparseTargets, is_order
@@ -233,7 +249,7 @@ class LogitCache:
         self._store = store
         self._specs = corpus_arrays(record)
         self._entries: dict[str, TeacherTargets] = {}
-        self._positions: dict[tuple[bool, frozenset[str] | None], Positions] = {}
+        self._positions: dict[tuple[Any, ...], Positions] = {}
 
     @classmethod
     def open(cls, url: Url) -> LogitCache:
@@ -289,28 +305,46 @@ class LogitCache:
             raise CorruptCache(f"{self._store.where('document_sources')}: it names a source that the record lacks")
         return numbers
 
-    def positions(self, trained: bool, sources: Collection[str] | None = None) -> Positions:
+    def positions(
+        self,
+        trained: bool,
+        sources: Collection[str] | None = None,
+        long_documents: LongDocuments | None = None,
+        document_tokens: int | None = None,
+    ) -> Positions:
         """The positions that the loss mask trains (`trained`; all without a mask), in documents of some sources.
 
-        Raises InputError for a source that no document is from.
+        long_documents: of documents of more than `document_tokens` tokens only so many first positions (truncate), or
+        none (drop). Raises InputError for a source that no document is from.
         """
-        key = trained, None if sources is None else frozenset(sources)
+        key = trained, None if sources is None else frozenset(sources), long_documents, document_tokens
         if key not in self._positions:
-            self._positions[key] = self._chosen(trained, sources)
+            masks = self._masks(trained, sources)
+            if document_tokens is not None:
+                masks.append(self._short(long_documents, document_tokens))
+            self._positions[key] = Positions(self.record.corpus.positions, masks)
         return self._positions[key]
 
-    def _chosen(self, trained: bool, sources: Collection[str] | None) -> Positions:
+    def _short(self, long_documents: LongDocuments | None, tokens: int) -> Mask:
+        starts = self.document_starts
+        if long_documents == "truncate":
+            return first_of_documents(starts, tokens)
+        return in_documents(starts, at_most(starts, self.record.corpus.positions, tokens))
+
+    def _masks(self, trained: bool, sources: Collection[str] | None) -> list[Mask]:
         masks: list[Mask] = [self.loss_mask.read] if trained and self.loss_mask is not None else []
         if sources is not None:
             numbers = source_numbers(self.record, sources, self.url)
             masks.append(in_documents(self.document_starts, np.isin(np.asarray(self.document_sources), numbers)))
-        return Positions(self.record.corpus.positions, masks)
+        return masks
 
     def rows_with_targets(self, targets: Targets) -> Positions | None:
         """The positions that have targets by an entry's record; None where all have, or it does not say which."""
-        if targets.sources is None and targets.positions != "trained":
+        if targets.sources is None and targets.positions != "trained" and targets.long_documents is None:
             return None
-        return self.positions(targets.positions == "trained", targets.sources)
+        return self.positions(
+            targets.positions == "trained", targets.sources, targets.long_documents, targets.document_tokens
+        )
 
     def _stream(self, name: str, check: Callable[[NDArray[Any], int], None] | None = None) -> Stream:
         return Stream(CheckedArray(name, self.receipts(name)), check)

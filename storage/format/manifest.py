@@ -187,6 +187,7 @@ class Teacher(Record):
 # What an entry of version 2 may store of a row beside its ids, the certain ones' log-probs and the mass outside them.
 TargetField = Literal["entropy", "half-tail", "label", "sampled-logprobs"]
 TARGET_FIELDS: tuple[TargetField, ...] = get_args(TargetField)
+LongDocuments = Literal["truncate", "drop"]
 
 
 class Shrunk(Record):
@@ -204,11 +205,12 @@ class Targets(Record):
 
     Version 1 has `has_label_logprob`, version 2 in its place: `fields`, what is stored beside the ids, in alphabetical
     order; `positions`: which rows have targets, all, those that the loss mask trains, or some; `sources`: of these rows
-    only those in documents of the sources of these names, in alphabetical order; `tail`: whether the mass outside the
-    ids is known; of VarOpt, `sampling`, the way in which ids are sampled, `order`, the one in which they lie then, of
-    their ids or of the teacher's output embeddings (array `sampling_order`), `sample_size`, where a row
-    holds as many ids as a threshold of 1 / K of its mass asks for, and not K, and `shrunk_from`, the earlier samples
-    that this one was sampled from, the first one first.
+    only those in documents of the sources of these names, in alphabetical order; `long_documents`: of documents of more
+    than `document_tokens` tokens, only so many first rows (truncate), or none (drop); `tail`: whether the mass
+    outside the ids is known; of VarOpt, `sampling`, the way in which ids are sampled, `order`, the one in which
+    they lie then, of their ids or of the teacher's output embeddings (array `sampling_order`), `sample_size`, where
+    a row holds as many ids as a threshold of 1 / K of its mass asks for, and not K, and `shrunk_from`, the earlier
+    samples that this one was sampled from, the first one first.
     """
 
     method: Literal["top-k", "varopt"] = "top-k"
@@ -221,6 +223,8 @@ class Targets(Record):
     fields: Annotated[tuple[TargetField, ...], Field(max_length=len(TARGET_FIELDS))] | None = ADDED
     positions: Literal["all", "trained", "some"] | None = ADDED
     sources: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MAX_SOURCES)] | None = ADDED
+    long_documents: LongDocuments | None = ADDED
+    document_tokens: Positive | None = ADDED
     tail: Literal["exact", "unknown"] | None = ADDED
     sampling: Literal["systematic", "pivotal"] | None = ADDED
     order: Literal["ids", "embeddings"] | None = ADDED
@@ -250,10 +254,11 @@ class Targets(Record):
         """Raises ValueError where the record is not one of that version of an entry."""
         later = {name: getattr(self, name) for name in ("fields", "positions", "tail")}
         varopt = {name: getattr(self, name) for name in ("sampling", "order")}
+        chosen = {name: getattr(self, name) for name in ("sources", "long_documents", "document_tokens")}
         if self.sample_size is not None and (self.method != "varopt" or version == 1):
             raise ValueError("sample_size goes with varopt of version 2")
         if version == 1:
-            wrong = [name for name, value in {**later, **varopt, "sources": self.sources}.items() if value is not None]
+            wrong = [name for name, value in {**later, **varopt, **chosen}.items() if value is not None]
             if wrong or self.has_label_logprob is None:
                 raise ValueError(f"targets of version 1 have has_label_logprob, and no {wrong or 'fields'}")
             return
@@ -263,6 +268,10 @@ class Targets(Record):
             raise ValueError("sampling and order go with varopt, and with it only")
         if list(self.fields or ()) != sorted(set(self.fields or ())):
             raise ValueError("fields are in alphabetical order, each once")
+        if (self.long_documents is None) != (self.document_tokens is None) or (
+            self.long_documents and self.positions == "some"
+        ):
+            raise ValueError("long_documents and document_tokens go together, with all or trained positions")
         if list(self.sources or ()) != sorted(set(self.sources or ())) or (self.sources and self.positions == "some"):
             raise ValueError("sources are in alphabetical order, each once, and go with all or trained positions")
         if self.method == "top-k" and self.has("sampled-logprobs"):
