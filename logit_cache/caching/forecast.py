@@ -13,7 +13,7 @@ reduce, encode, compress, hash, by the same functions. The rest is arithmetic on
 A piece is as many whole chunks as a batch of windows fills, so that no pass is mostly padding. Where only some
 positions have targets, those that the loss mask trains or in documents of some sources, all pieces have some, and the
 bytes and batches of a piece are scaled from its share of them to the stream's. The live step reads the windows of a
-student of the entry: inside documents, and padded, where the teacher is to see documents alone.
+student of the entry: documents that the teacher is to see alone share them.
 """
 
 from __future__ import annotations

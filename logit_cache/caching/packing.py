@@ -14,20 +14,29 @@ from student.data.packing import Rows
 
 Row = tuple[Window, ...]
 
-SHORTEST_ROW = 512
-"""Attention costs the square of a row's length, so short documents share short rows."""
+# Attention costs the square of a row's length, so the shortest rows are taken that leave no more padding than this.
+_SHORTEST_ROWS, _MOST_PADDING = (128, 256, 512), 0.03
 _SORTED_UNIT = 32
 
 
-def row_lengths(longest: int) -> tuple[int, ...]:
-    """The lengths of rows of an entry whose windows have at most so many tokens: doubling, up to that number.
+def row_lengths(longest: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The lengths of rows of an entry whose windows have at most `longest` tokens: doubling, up to that number.
 
-    >>> row_lengths(100), row_lengths(1_500)
-    ((512,), (512, 1024, 1500))
+    sizes: tokens of some windows that are packed together, such as those of a shard.
+
+    >>> row_lengths(100, [32] * 16), row_lengths(100, [70] * 14), row_lengths(1_500, [70])
+    ((128,), (512,), (512, 1024, 1500))
     """
-    lengths = [SHORTEST_ROW]
-    while lengths[-1] < longest:
-        lengths.append(min(2 * lengths[-1], longest))
+    lengths: list[int] = []
+    for shortest in _SHORTEST_ROWS:
+        lengths = [shortest]
+        while lengths[-1] < longest:
+            lengths.append(min(2 * lengths[-1], longest))
+        rows = Rows(lengths)
+        for number, size in enumerate(sorted(sizes, reverse=True)):
+            rows.add(number, size)
+        if sum(sizes) >= (1 - _MOST_PADDING) * sum(rows.lengths):
+            break
     return tuple(lengths)
 
 

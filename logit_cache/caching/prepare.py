@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from logit_cache.caching.contexts import windowing_of
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.packing import row_lengths
+from logit_cache.caching.windows import windows
 from storage.cache.inventory import ROOT_KEY
 from storage.cache.positions import source_numbers
 from storage.cache.reader import LogitCache, Stream
@@ -20,7 +21,7 @@ from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format.layout import COMPRESSION, entry_layout
-from storage.format.manifest import Execution, TeacherEntry, Versions, Windowing
+from storage.format.manifest import ArrayLayout, Execution, TeacherEntry, Versions, Windowing
 from storage.progress import silent
 from storage.stores import open_store
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from teachers.base import Teacher
     from teachers.huggingface.teacher import HuggingFaceTeacher
     from teachers.ranks import Ranks
+
+# Tokens of the row in which a teacher is tried out, at most.
+_TESTED_ROW = 512
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         execution=execution_of(
             teacher,
             batch_windows or choose_batch_windows(teacher, windowing.input_tokens),
-            _rows(teacher, windowing, recorded),
+            _rows(cache, teacher, windowing, layout, recorded),
         ),
         made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
@@ -228,14 +232,24 @@ def loss_mask(cache: LogitCache, url: str) -> Stream:
     return mask
 
 
-def _rows(teacher: Teacher, windowing: Windowing, recorded: TeacherEntry | None) -> dict[str, Any]:
+def _rows(
+    cache: LogitCache, teacher: Teacher, windowing: Windowing, layout: ArrayLayout, recorded: TeacherEntry | None
+) -> dict[str, Any]:
     """How documents that must not see each other are read: fields of `Execution`; none for an entry that was begun with
     a window for each of them."""
     before = None if recorded is None else recorded.execution
     if not windowing.isolate_documents or (before is not None and before.rows is None):
         return {}
-    lengths = (before and before.row_tokens) or row_lengths(windowing.input_tokens)
-    return {"rows": "packed", "row_tokens": lengths} if teacher.packs(lengths[0]) else {"rows": "sorted"}
+    if before is not None and before.rows == "sorted":
+        return {"rows": "sorted"}
+    lengths = None if before is None else before.row_tokens
+    if lengths is None:
+        positions, lead = cache.record.corpus.positions, windowing.input_tokens - windowing.context_tokens
+        first = windows(0, min(layout.shard, positions), positions, windowing, cache.document_starts)
+        sizes = [window.stop - window.start + lead for window in first]
+        lengths = row_lengths(windowing.input_tokens, sizes)
+    packs = teacher.packs(max(lengths[0], min(lengths[-1], _TESTED_ROW)))
+    return {"rows": "packed", "row_tokens": lengths} if packs else {"rows": "sorted"}
 
 
 def execution_of(teacher: Teacher, batch_windows: int, rows: Mapping[str, Any]) -> Execution:

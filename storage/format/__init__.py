@@ -116,7 +116,7 @@ isolated) of `L` positions, position `r` is scored by the one window ``[s, min(s
 ``s = max(0, (r // stride + 1) * stride - context)``: the window whose last `stride` positions include `r`, so that
 every position but the first ones has at least `context - stride` tokens of left context. Where the record has a
 `begin_id`, the teacher reads this id before the tokens of every window whose first token is another, and nothing is
-stored for it.
+stored for it. How windows lie in the teacher's batches (`execution.rows`) changes the last bits of targets at most.
 
 **Versions.** Version 2 of the CacheRecord has the array `document_sources` and fields about how the stream was made:
 `begins_with_bos`, `template_sha256`, `template_variables`, `date`, `skipped_rows`. Fields that are absent, there and
