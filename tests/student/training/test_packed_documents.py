@@ -1,0 +1,102 @@
+"""Runs whose windows are shared by documents that must not see each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.streams import chat_lengths
+from support.models.students import GPT
+from support.runs import GPT2, KILLED, LLAMA, V, arguments, have_equal_weights, job_in, ranks
+
+from storage.errors import IdentityMismatch
+from storage.format.manifest import Windowing
+from student.data.windows import DistillationWindows
+from student.evaluation.held_out import held_out
+from student.job import StudentJob
+from student.models.loading import load_student
+from student.training.run import train
+
+ISOLATED = Windowing(context_tokens=40, stride_tokens=40, isolate_documents=True)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches `train` and `held` of short documents, each read by itself, whose last part is trained; configurations."""
+    folder = tmp_path_factory.mktemp("chats")
+    for name, documents in (("train", 150), ("held", 40)):
+        lengths = chat_lengths(documents, 9, 40)
+        starts = np.cumsum(lengths) - lengths
+        tokens = np.random.default_rng(documents).integers(0, V, int(lengths.sum())).astype(np.uint16)
+        mask = (np.arange(len(tokens)) - np.repeat(starts, lengths)) * 2 >= np.repeat(lengths, lengths)
+        record = make_corpus(str(folder / name), tokens, V, document_starts=starts, loss_mask=mask)
+        labels = np.append(tokens[1:], -1).astype(np.int64)
+        labels[starts[1:] - 1] = -1
+        targets = dense_targets(np.random.default_rng(4).normal(size=(V, V))[tokens], 9, labels)
+        write_entry(str(folder / name), "a", make_entry(record, 9, windowing=ISOLATED), targets)
+    opt = {"model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for family, config in {"llama": LLAMA, "gpt2": GPT2 | GPT, "opt": opt | {"dropout": 0.0}}.items():
+        (folder / f"{family}.json").write_text(json.dumps({k: v for k, v in config.items() if k != "vocab_size"}))
+    return folder
+
+
+def job_of(chats: Path, output: Path, **changes: Any) -> StudentJob:
+    training = {"per_device_train_batch_size": 4, "max_steps": 12, "save_steps": 4, **changes.pop("training", {})}
+    return job_in(chats, output, teachers=["a"], temperature=1, eval_cache=str(chats / "held"), training=training,
+                  **changes)  # fmt: skip
+
+
+def held(chats: Path) -> DistillationWindows:
+    return DistillationWindows(str(chats / "held"), ["a"], 16, pack_documents=False)
+
+
+@pytest.mark.parametrize(("family", "how"), [("llama", "packed"), ("opt", "not packed")])
+def test_a_run_packs_and_measures_what_windows_of_one_document_each_do(
+    chats: Path, tmp_path: Path, family: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = train(job_of(chats, tmp_path / "out", model=str(chats / f"{family}.json")))
+    assert report.isolated_documents
+    assert (how in caplog.text) == (family == "opt")
+    alone = held(chats)
+    assert report.tokens_trained / report.tokens_seen == pytest.approx(0.5, abs=0.1)
+    assert report.tokens_seen > 12 * 4 * 16 * 0.85, "rows are nearly full"
+    model = load_student(str(tmp_path / "out"), vocabulary_size=V, special_ids={}, window_tokens=16, seed=0).eval()
+    found = held_out(model, alone)
+    assert found.tokens == report.held_out.tokens == alone.trained_positions(range(len(alone)))
+    assert found.cross_entropy == pytest.approx(report.held_out.cross_entropy, abs=1e-5)
+    assert found.kl["a"].nats == pytest.approx(report.held_out.kl["a"].nats, abs=1e-5)
+    assert held_out(model, DistillationWindows(str(chats / "held"), ["a"], 16)).cross_entropy == pytest.approx(
+        found.cross_entropy, abs=1e-5
+    )
+
+
+def test_a_run_that_was_begun_with_padded_windows_ends_so(chats: Path, tmp_path: Path) -> None:
+    """As one of an earlier version, whose record does not name them."""
+    padded = train(job_of(chats, tmp_path / "out", pack_documents=False))
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    del record["identity"]["pack_documents"]
+    (tmp_path / "out/run.json").write_text(json.dumps(record))
+    assert train(job_of(chats, tmp_path / "out")) == padded
+    assert padded.tokens_seen < 12 * 4 * 16 * 0.7
+    with pytest.raises(IdentityMismatch, match="pack_documents: the run has None, this job True"):
+        train(job_of(chats, tmp_path / "out", pack_documents=True))
+
+
+@pytest.mark.slow
+def test_processes_kills_and_restarts_leave_the_same_run(chats: Path, tmp_path: Path) -> None:
+    jobs = [
+        job_of(chats, tmp_path / name, training={"per_device_train_batch_size": at_once, "ddp_backend": "gloo"})
+        for name, at_once in (("alone", 4), ("two", 2))
+    ]
+    train(jobs[0])
+    killed = ranks(2, KILLED.replace("{step}", "6"), *arguments(jobs[1]))
+    assert {one.returncode for one in killed} & {9}
+    ended = ranks(2, None, "train-student", *arguments(jobs[1]))
+    assert [one.returncode for one in ended] == [0, 0], ended[0].stderr
+    assert have_equal_weights(tmp_path / "alone", tmp_path / "two", atol=1e-4)
+    shutil.rmtree(tmp_path / "two")
