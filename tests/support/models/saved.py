@@ -56,15 +56,15 @@ def own_logits(directory: Path, windows: torch.Tensor, dtype: torch.dtype = torc
 def dense_logprobs(
     teacher: Path, tokens: np.ndarray, context: int, stride: int, begin: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """float32 log-softmax of the model's own logits, window by window after `begin`, for every position."""
+    """float64 log-softmax of the model's own logits, window by window after `begin`, for every position."""
     model = AutoModelForCausalLM.from_pretrained(teacher).eval()
-    rows = torch.full((len(tokens), model.config.vocab_size), torch.nan)
+    rows = torch.full((len(tokens), model.config.vocab_size), torch.nan, dtype=torch.float64)
     ids = torch.from_numpy(tokens.astype(np.int64))
     with torch.no_grad():
         for block in range(0, len(tokens), stride):
             start = max(0, block + stride - context)
             read = torch.cat([torch.tensor(begin, dtype=torch.int64), ids[start : start + context]])
-            logits = model(read[None]).logits[0, len(begin) :].float()
+            logits = model(read[None]).logits[0, len(begin) :].double()
             rows[block : block + stride] = torch.log_softmax(logits, -1)[block - start : block - start + stride]
     return rows
 
