@@ -155,7 +155,8 @@ def test_a_planted_breach_is_found(file: str, tmp_path: Path) -> None:
     text, said = PLANTED[file]
     planted = _copy(tmp_path) / file
     planted.write_text((planted.read_text(encoding="utf-8") if planted.exists() else "") + f"\n{text}\n")
-    (line,) = breaches(tmp_path)
+    # A folder may be full, and have one entry too many with the planted file.
+    (line,) = (line for line in breaches(tmp_path) if not line.endswith(" entries"))
     assert said in line
 
 

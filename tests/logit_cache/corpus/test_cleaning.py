@@ -340,6 +340,7 @@ def test_refusals_of_the_command(tmp_path: Path, corpus: Path, run: Run) -> None
     refused(clean("--family", "qed=*.dev"), "--family qed=*.dev", "matches none")
     refused(clean("--family", "qed=*", "--family", "cbt=child*"), "childes.train cannot be both qed and cbt")
     refused(clean("--text", "hub:babylm"), "hub:babylm: expected a plain text file")
+    refused(clean(text=f"name={corpus}/*.train"), "files are cleaned under their own names")
     refused(run("logit-cache", "clean", "--out", out), "--text is missing")
     refused(run("logit-cache", "clean", "--text", corpus, "--out", "s3://bucket/x"), "a folder of this machine")
     refused(run("logit-cache", "clean", "--text", corpus, "--out", corpus / "notes.txt"), "a folder was expected")

@@ -139,6 +139,9 @@ def test_a_stream_of_version_1_stays_as_it_is(tmp_path: Path, monkeypatch: pytes
     assert digest(tmp_path / "old") == before
     with pytest.raises(IdentityMismatch, match="stream_sha256"):
         make(tmp_path / "old", tokenizer, path, bos=True)
+    for named, column in ((f"rows.jsonl={path}", None), (path, "domain")):
+        with pytest.raises(InputError, match="a stream of version 1, which does not say where its documents are from"):
+            make(tmp_path / "old", tokenizer, named, source_column=column)
     assert digest(tmp_path / "old") == before
     # Held-out text is made as the first stream was, wherever its tokenizer is looked for.
     (tmp_path / "link").symlink_to(tmp_path / "old" / "tokenizer")

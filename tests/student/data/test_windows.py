@@ -285,15 +285,19 @@ def test_objects_say_in_a_line_what_they_are(made: tuple[str, np.ndarray, CacheR
     assert repr(loss) == "DistillationLoss(forward-kl to a 1; alpha 0.25, temperature 2)"
 
 
+@pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_teacher_of_sources_has_targets_in_their_documents_alone(tmp_path: Path, version: int) -> None:
+def test_a_teacher_of_sources_has_targets_in_their_documents_alone(
+    tmp_path: Path, version: int, isolated: bool
+) -> None:
     url, starts, names = str(tmp_path / "c"), np.array([0, 37, 38, 90]), ("math", "code", "web", "math")
     tokens = np.random.default_rng(1).integers(0, V, 150).astype(np.uint16)
     record = make_corpus(url, tokens, V, starts, document_sources=names)
     make = make_entry if version == 1 else partial(make_entry_2, fields=("entropy", "label"))
-    entry = make(record, 7, encoding="float32", shard_tokens=64, chunk_tokens=16)
-    write_entry(url, "t", entry, marked_targets(tokens, 7))
-    write_entry(url, "all", entry, marked_targets(tokens, 7))
+    windowing = ISOLATED if isolated else Windowing(context_tokens=16, stride_tokens=16)
+    entry = make(record, 7, encoding="float32", shard_tokens=64, chunk_tokens=16, windowing=windowing)
+    for name in ("t", "all"):
+        write_entry(url, name, entry, marked_targets(tokens, 7, starts.tolist() if isolated else None))
     windows = DistillationWindows(url, ["t", "all"], 16, sources={"t": ["math"]})
     batch = collate(windows[:])
     found, others = (batch["targets"][name].decoded() for name in ("t", "all"))
