@@ -32,7 +32,7 @@ from student.evaluation.minimal_pairs import (
 from student.evaluation.report import EvaluationReport, HeldOutScores
 from student.models.configuration import positions_of, stated_columns
 from student.models.loading import load_student
-from student.models.tokenizer import read_tokenizer
+from student.models.tokenizer import model_folder, read_tokenizer
 from student.report import HeldOutReport
 
 
@@ -49,7 +49,7 @@ def evaluate(job: EvaluationJob, track: Track = untracked, log: Log = silent) ->
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
     if job.lm_eval_tasks is not None:
         check_folder(job.lm_eval_tasks)
-    tokenizer = read_tokenizer(local_path(job.model), job.model, log=log)
+    tokenizer = read_tokenizer(model_folder(job.model) or local_path(job.model), job.model, log=log)
     if pairs and tokenizer is None:
         raise InputError(
             f"{job.model}: expected a tokenizer beside the model, to read sentences with, found none: "

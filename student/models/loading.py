@@ -14,8 +14,11 @@ from storage.errors import InputError
 from storage.files import local_path
 from storage.progress import Log
 from storage.text import counted
+from student.foreign_errors import explained
+from student.models.adapters.attach import with_adapter, with_lora
+from student.models.adapters.files import find_adapter
+from student.models.adapters.lora import Lora
 from student.models.configuration import check_config, config_of, has_weights, read_config, read_settings
-from student.models.foreign_errors import explained
 from student.models.presets import PRESETS, preset_settings
 from student.models.special_ids import add_missing_ids, check_generation_file, make_generation_valid
 
@@ -32,6 +35,7 @@ def load_student(
     seed: int,
     attention: str | None = None,
     log: Log | None = None,
+    lora: Lora | None = None,
 ) -> PreTrainedModel:
     """A causal language model in float32 on the CPU, in training mode.
 
@@ -49,6 +53,8 @@ def load_student(
     embedding at zero.
     window_tokens: positions that a training window reads.
     attention: one of transformers' implementations, None for its own choice.
+    lora: an adapter to put on a model with weights. `spec` may also be the directory of an adapter, loaded on its base.
+    Both give peft's wrapper of the model, in which the adapter alone can be trained.
     log: receives a line for each thing about a model with weights that differs from what its files say.
 
     Raises InputError for an unknown name, a broken file or directory, a model type that transformers does not know
@@ -57,9 +63,20 @@ def load_student(
     """
     spec = os.fspath(spec)
     if has_weights(spec):
-        model = _from_weights(spec, vocabulary_size, window_tokens, attention)
-        add_missing_ids(model, spec, special_ids, log)
-        make_generation_valid(model, spec, log)
+        adapter = find_adapter(spec)
+        base = spec if adapter is None else adapter.base
+        if adapter is not None and adapter.revision is not None:
+            raise InputError(
+                f"{spec}: its adapter was trained on revision {adapter.revision} of {base}: download that, and name "
+                "its directory as base_model_name_or_path in adapter_config.json"
+            )
+        model = _from_weights(base, vocabulary_size, window_tokens, attention)
+        add_missing_ids(model, base, special_ids, log)
+        make_generation_valid(model, base, log)
+        if adapter is not None:
+            model = with_adapter(model, adapter, trained=True)
+        elif lora is not None:
+            model = with_lora(model, lora, base, seed)
     else:
         settings = preset_settings(spec) if spec in PRESETS else read_settings(local_path(spec))
         config = config_of(settings, str(local_path(spec)), vocabulary_size, special_ids)

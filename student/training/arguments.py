@@ -14,8 +14,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from storage.errors import InputError
 from student.data.windows import DistillationWindows
+from student.foreign_errors import closest
 from student.job import StudentJob
-from student.models.foreign_errors import closest
+from student.models.adapters.attach import check_same
+from student.models.adapters.files import find_adapter
+from student.models.configuration import has_weights
 from student.training.field_checks import NOTES, TYPES, one_line_refusals, rehearse
 from student.training.fsdp import check_fsdp
 from student.training.step import check_step, divide_step, steps_of
@@ -120,9 +123,36 @@ def training_values(job: StudentJob) -> dict[str, Any]:
         values["dataloader_num_workers"] = 1
         values.setdefault("dataloader_prefetch_factor", 4)
         values.setdefault("dataloader_persistent_workers", True)
+    _check_adapter(job, values)
     _check_evaluation(job, values)
     _check_reporting(values["report_to"])
     return values
+
+
+def trains_adapter(job: StudentJob) -> bool:
+    """Whether a job trains an adapter: a new one, or that in the directory of its model."""
+    return has_weights(job.model) and (job.lora is not None or find_adapter(job.model) is not None)
+
+
+def _check_adapter(job: StudentJob, values: Mapping[str, Any]) -> None:
+    if not trains_adapter(job):
+        if job.lora is not None:
+            raise InputError(
+                f"{job.model}: --lora trains an adapter on a model's weights, and a new model has random ones: give a "
+                "model directory or hub id, or leave --lora out"
+            )
+        if job.merge:
+            raise InputError(f"--merge merges a LoRA, and {job.model} is trained whole: leave it out, or give --lora")
+        return
+    adapter = find_adapter(job.model)
+    if adapter is not None and job.lora is not None:
+        check_same(job.lora, adapter)
+    sharded = [name for name in ("fsdp", "deepspeed") if values.get(name)]
+    if sharded:
+        raise InputError(
+            f"training field {sharded[0]!r} cannot be set for a LoRA: of a frozen model there is no optimizer state "
+            "to shard; start several processes without it"
+        )
 
 
 def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingArguments:

@@ -14,9 +14,12 @@ from storage import LogitCache
 from student.data.blocks import Blocks
 from student.job import StudentJob
 from student.models.configuration import has_weights, positions_of, read_config
-from student.training.arguments import DEFAULTS, training_values
+from student.training.arguments import DEFAULTS, training_values, trains_adapter
 
 _FINE_TUNING = {"learning_rate": 2e-5, "weight_decay": 0.0}
+# The best rate of a LoRA is about ten times that of all weights, at every rank (Schulman et al. 2025, "LoRA Without
+# Regret").
+_ADAPTER = {**_FINE_TUNING, "learning_rate": 2e-4}
 _WINDOW = "window_tokens"
 # Tokens of a window where no cached teacher has a context.
 _WINDOW_TOKENS = 1024
@@ -36,7 +39,8 @@ def open_fields(job: StudentJob, record: Mapping[str, Any], swept: Collection[st
     names = [name for name in (*_FINE_TUNING, _WINDOW) if name not in given]
     if record:
         return {name: _recorded(record, name) for name in names}
-    return {name: _FINE_TUNING[name] if name in _FINE_TUNING else _window_tokens(job) for name in names}
+    values = _ADAPTER if trains_adapter(job) else _FINE_TUNING
+    return {name: values[name] if name in values else _window_tokens(job) for name in names}
 
 
 def filled(job: StudentJob, values: Mapping[str, Any]) -> StudentJob:

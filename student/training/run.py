@@ -30,12 +30,13 @@ from student.loss.dense import LogitSource
 from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound, targets_of
+from student.models.adapters.attach import check_checkpoint_adapter, check_mergeable, trained_parameters
 from student.models.loading import load_student
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids
-from student.report import HeldOutReport, PeakMemory, TailBound, TrainingReport
-from student.training.arguments import checked_arguments, training_values
+from student.report import HeldOutReport, PeakMemory, TailBound, TrainingReport, parameters_in_words
+from student.training.arguments import checked_arguments, training_values, trains_adapter
 from student.training.defaults import described, filled, open_fields
 from student.training.field_checks import one_line_refusals
 from student.training.fsdp import check_checkpoint
@@ -91,23 +92,25 @@ def train(
         return finished
     tokenizer = saved_tokenizer(LogitCache.open(job.cache), job.model, run.log)
     model = _load_model(run.job, run.data.windows, special_ids(tokenizer, job.model), run.log)
-    dtype = run.job.save_dtype or stored_dtype(run.job.model, run.log)
+    # An adapter's weights are few and never were in another dtype.
+    is_adapter = trains_adapter(run.job) and not run.job.merge
+    dtype = run.job.save_dtype or ("float32" if is_adapter else stored_dtype(run.job.model, run.log))
     # No process may look at the folder while the first one starts to write there.
     PartialState().wait_for_everyone()
     with run.output.reserved(run.identity, processes=run.args.world_size):
         use_cache = bool(getattr(model.config, "use_cache", True))
-        parameters = sum(p.numel() for p in model.parameters())
-        tail_bounds = _announce(run, parameters)
+        parameters, trained = sum(p.numel() for p in model.parameters()), trained_parameters(model)
+        tail_bounds = _announce(run, parameters, trained)
         trainer = _trainer(run, model, callbacks)
         started = time.monotonic()
         with full_disk_is_reported(job.output_dir):
             resumed_from = _train_or_resume(trainer, run.output, run.log)
         seconds = time.monotonic() - started
         held_out = _evaluate(run, trainer)
-        report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
+        report = _report(run, trainer, parameters, trained, tail_bounds, seconds, resumed_from, held_out)
         with full_disk_is_reported(job.output_dir):
-            publish(trainer, run.output, report, use_cache, dtype, tokenizer)
-    run.log(f"{job.output_dir}: the model in {dtype}, its tokenizer and report.json")
+            publish(trainer, run.output, report, use_cache, dtype, tokenizer, run.job.merge)
+    run.log(f"{job.output_dir}: the {'adapter' if is_adapter else 'model'} in {dtype}, its tokenizer and report.json")
     # Says it where transformers opens the tokenizer with rules of the model's family.
     read_tokenizer(Path(job.output_dir), job.output_dir, log=run.log)
     return report
@@ -149,12 +152,12 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     return _Run(job, values, data, args, step_windows, output, identity, notes, log)
 
 
-def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
+def _announce(run: _Run, parameters: int, trained: int) -> dict[str, TailBound]:
     """Log the size of the run and how it is computed; returns the tail bounds, which it logs too."""
     job, args, windows = run.job, run.args, run.data.windows
     run.log(
-        f"{job.model}: {parameters:,} parameters; {counted(len(windows), 'window')} of {job.window_tokens} tokens, "
-        f"{run.step_windows} to a step: {counted(args.world_size, 'process')}, "
+        f"{job.model}: {parameters_in_words(parameters, trained)}; {counted(len(windows), 'window')} of "
+        f"{job.window_tokens} tokens, {run.step_windows} to a step: {counted(args.world_size, 'process')}, "
         f"{counted(args.gradient_accumulation_steps, 'micro-batch')} of {args.train_batch_size}"
     )
     for note in run.notes:
@@ -185,6 +188,7 @@ def _report(
     run: _Run,
     trainer: DistillationTrainer,
     parameters: int,
+    trained: int,
     tail_bounds: dict[str, TailBound],
     seconds: float,
     resumed_from: int,
@@ -197,6 +201,7 @@ def _report(
         provenance=data.provenance,
         isolated_documents=data.windows.isolate_documents,
         parameters=parameters,
+        trained_parameters=trained,
         steps=state.global_step,
         windows_per_step=run.step_windows,
         windows_at_once=args.train_batch_size,
@@ -249,7 +254,10 @@ def _load_model(
         seed=job.seed,
         attention=job.attention,
         log=log,
+        lora=job.lora,
     )
+    if job.merge:
+        check_mergeable(model, job.model)
     choose_head(model, job.fused_head)
     return model
 
@@ -293,6 +301,7 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
         return 0
     folder, state = checkpoint
     check_checkpoint(folder, trainer.is_fsdp_enabled)
+    check_checkpoint_adapter(folder, trainer.model)
     step = int(state["global_step"])
     if step >= int(state["max_steps"]):
         # Trained, but killed before the model was published. The base class would take one step too many.
