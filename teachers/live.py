@@ -42,7 +42,7 @@ class LiveTeacher:
         self.provenance: Mapping[str, str] = {"combine": identity.combine} | {
             f"{number}/{name}": str(getattr(member, name))
             for number, member in enumerate(identity.members)
-            for name in ("weights_sha256", "config_sha256", "dtype")
+            for name in (*member.digests, "dtype")
         }
 
     def __call__(self, windows: Tensor) -> Iterator[Tensor]:

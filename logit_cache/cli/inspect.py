@@ -76,6 +76,10 @@ def stream_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _named(member: dict[str, Any]) -> str:
+    return f"{member['source']} with {member['adapter']}" if member.get("adapter") else str(member["source"])
+
+
 def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     from logit_cache import describe
 
@@ -84,7 +88,7 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         first, last = entry["missing"][0]
         state = f"{100 * entry['positions_cached'] / entry['positions']:.1f} % cached, first missing {first}..{last}"
     made_of = [
-        f"{member['source']} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
+        f"{_named(member)} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
         for member in entry["teacher"]
     ]
     if entry["combine"] != "single":

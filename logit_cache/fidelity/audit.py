@@ -45,7 +45,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 # The largest batch that the fields of a foreign record may request: 32 MiB of token ids, before the model runs.
 _MOST_BATCH_TOKENS = 1 << 22
-_IDENTITY = ("weights_sha256", "config_sha256", "architecture", "dtype", "head_columns", "parameters")
+_IDENTITY = (
+    *("weights_sha256", "config_sha256", "adapter_sha256", "adapter_config_sha256"),
+    *("architecture", "dtype", "head_columns", "parameters"),
+)
 
 
 @dataclass

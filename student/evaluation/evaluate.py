@@ -30,6 +30,7 @@ from student.evaluation.minimal_pairs import (
     tally,
 )
 from student.evaluation.report import EvaluationReport, HeldOutScores
+from student.models.adapters.attach import inner_model
 from student.models.configuration import positions_of, stated_columns
 from student.models.loading import load_student
 from student.models.tokenizer import model_folder, read_tokenizer
@@ -81,7 +82,7 @@ def evaluate(job: EvaluationJob, track: Track = untracked, log: Log = silent) ->
             scores = tally(pairs, sentence_logprobs(model, sentences, job.batch_size, advance).view(-1, 2))
     return EvaluationReport(
         job=job,
-        architecture=type(model).__name__,
+        architecture=type(inner_model(model)).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         device=str(device),
         libraries={name: version(name) for name in ("torch", "transformers", "tokenizers")},

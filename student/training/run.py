@@ -30,7 +30,7 @@ from student.loss.dense import LogitSource
 from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound, targets_of
-from student.models.adapters.attach import check_checkpoint_adapter, check_mergeable, trained_parameters
+from student.models.adapters.attach import check_checkpoint_adapter, check_mergeable, count_trained
 from student.models.loading import load_student
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
@@ -99,7 +99,7 @@ def train(
     PartialState().wait_for_everyone()
     with run.output.reserved(run.identity, processes=run.args.world_size):
         use_cache = bool(getattr(model.config, "use_cache", True))
-        parameters, trained = sum(p.numel() for p in model.parameters()), trained_parameters(model)
+        parameters, trained = sum(p.numel() for p in model.parameters()), count_trained(model)
         tail_bounds = _announce(run, parameters, trained)
         trainer = _trainer(run, model, callbacks)
         started = time.monotonic()
@@ -188,7 +188,7 @@ def _report(
     run: _Run,
     trainer: DistillationTrainer,
     parameters: int,
-    trained: int,
+    trained_parameters: int,
     tail_bounds: dict[str, TailBound],
     seconds: float,
     resumed_from: int,
@@ -201,7 +201,7 @@ def _report(
         provenance=data.provenance,
         isolated_documents=data.windows.isolate_documents,
         parameters=parameters,
-        trained_parameters=trained,
+        trained_parameters=trained_parameters,
         steps=state.global_step,
         windows_per_step=run.step_windows,
         windows_at_once=args.train_batch_size,

@@ -114,7 +114,7 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def trained_parameters(model: Any) -> int:
+def count_trained(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

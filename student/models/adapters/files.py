@@ -15,6 +15,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _MAX_JSON_BYTES = 64 << 20
+# The first names a module to import; with the others, which weights hold depends on the text.
+_UNSUPPORTED = ("megatron_config", "alora_invocation_tokens", "arrow_config")
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ def find_adapter(spec: str | os.PathLike[str]) -> AdapterFiles | None:
     config = _read(path)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{asked}: an adapter of type {config.get('peft_type')}, and only LORA is supported")
-    if config.get("megatron_config"):
-        raise InputError(f"{path}: megatron_config names a module to import, which is not done: remove it")
+    unsupported = [name for name in _UNSUPPORTED if config.get(name)]
+    if unsupported:
+        raise InputError(f"{path}: an adapter with {unsupported[0]} is not supported")
     if not (directory / ADAPTER_WEIGHTS).is_file():
         others = f"only {_PICKLE}, a pickle, which can run code" if (directory / _PICKLE).is_file() else "no weights"
         raise InputError(
