@@ -20,7 +20,7 @@ from student.models.adapters.attach import check_same
 from student.models.adapters.files import find_adapter
 from student.models.configuration import has_weights
 from student.training.field_checks import NOTES, TYPES, one_line_refusals, rehearse
-from student.training.fsdp import check_fsdp
+from student.training.fsdp import check_fsdp, fsdp_is_asked_for
 from student.training.step import check_step, divide_step, steps_of
 
 # From scratch, on small models: the recipes of BabyLlama-2 have this shape at 7e-4. A step always has the same number
@@ -147,12 +147,8 @@ def _check_adapter(job: StudentJob, values: Mapping[str, Any]) -> None:
     adapter = find_adapter(job.model)
     if adapter is not None and job.lora is not None:
         check_same(job.lora, adapter)
-    sharded = [name for name in ("fsdp", "deepspeed") if values.get(name)]
-    if sharded:
-        raise InputError(
-            f"training field {sharded[0]!r} cannot be set for a LoRA: of a frozen model there is no optimizer state "
-            "to shard; start several processes without it"
-        )
+    if values.get("deepspeed"):
+        raise InputError("training field 'deepspeed' cannot be set for a LoRA: start several processes without it")
 
 
 def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingArguments:
@@ -187,6 +183,11 @@ def checked_arguments(
     """
     args = training_arguments(job, values)
     check_fsdp(args)
+    if job.merge and fsdp_is_asked_for(args):
+        raise InputError(
+            "--merge needs the whole model in one process, and fsdp shards it: leave --merge out, and merge the saved "
+            "adapter (merge_and_unload in peft)"
+        )
     note = divide_step(job, args, recorded)
     check_step(windows, args)
     rehearse(args, steps_of(windows, args))

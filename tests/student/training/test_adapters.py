@@ -326,7 +326,7 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "none of the targets": (("--lora", "r=4,targets=q_porj"), ("no LoRA can be put on it", "q_porj")),
     "merge": (("--merge",), ("--merge merges a LoRA",)),
     "the head, fused": (("--lora", "r=4,targets=lm_head", "--fused-head", "on"), ("Linear of peft, not a plain",)),
-    "sharded": (("--lora", "r=4", "--set", "fsdp=full_shard"), ("'fsdp' cannot be set for a LoRA",)),
+    "deepspeed": (("--lora", "r=4", "--set", "deepspeed=d.json"), ("'deepspeed' cannot be set for a LoRA",)),
 }  # fmt: skip
 
 
