@@ -16,9 +16,7 @@ from storage.errors import InputError
 from student.data.windows import DistillationWindows
 from student.foreign_errors import closest
 from student.job import StudentJob
-from student.models.adapters.attach import check_same
-from student.models.adapters.files import find_adapter
-from student.models.configuration import has_weights
+from student.models.loading import adapter_of
 from student.training.field_checks import NOTES, TYPES, one_line_refusals, rehearse
 from student.training.fsdp import check_fsdp, fsdp_is_asked_for
 from student.training.step import check_step, divide_step, steps_of
@@ -130,24 +128,15 @@ def training_values(job: StudentJob) -> dict[str, Any]:
 
 
 def trains_adapter(job: StudentJob) -> bool:
-    """Whether a job trains an adapter: a new one, or that in the directory of its model."""
-    return has_weights(job.model) and (job.lora is not None or find_adapter(job.model) is not None)
+    """Whether a job trains an adapter: a new one, or that in the directory of its model. Raises InputError."""
+    return adapter_of(job.model, job.lora) is not None or job.lora is not None
 
 
 def _check_adapter(job: StudentJob, values: Mapping[str, Any]) -> None:
-    if not trains_adapter(job):
-        if job.lora is not None:
-            raise InputError(
-                f"{job.model}: --lora trains an adapter on a model's weights, and a new model has random ones: give a "
-                "model directory or hub id, or leave --lora out"
-            )
-        if job.merge:
-            raise InputError(f"--merge merges a LoRA, and {job.model} is trained whole: leave it out, or give --lora")
-        return
-    adapter = find_adapter(job.model)
-    if adapter is not None and job.lora is not None:
-        check_same(job.lora, adapter)
-    if values.get("deepspeed"):
+    adapts = trains_adapter(job)
+    if job.merge and not adapts:
+        raise InputError(f"--merge merges a LoRA, and {job.model} is trained whole: leave it out, or give --lora")
+    if adapts and values.get("deepspeed"):
         raise InputError("training field 'deepspeed' cannot be set for a LoRA: start several processes without it")
 
 

@@ -91,9 +91,10 @@ def train(
         run.log(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
         return finished
     tokenizer = saved_tokenizer(LogitCache.open(job.cache), job.model, run.log)
-    model = _load_model(run.job, run.data.windows, special_ids(tokenizer, job.model), run.log)
-    # An adapter's weights are few and never were in another dtype.
     is_adapter = trains_adapter(run.job) and not run.job.merge
+    # Beside an adapter nothing is saved of its base, so what is missing there is not worth a line.
+    log = silent if is_adapter else run.log
+    model = _load_model(run.job, run.data.windows, special_ids(tokenizer, job.model), log)
     dtype = run.job.save_dtype or ("float32" if is_adapter else stored_dtype(run.job.model, run.log))
     # No process may look at the folder while the first one starts to write there.
     PartialState().wait_for_everyone()

@@ -6,6 +6,7 @@ Legend: `W` a layer's weight [outputs, inputs], `A` [r, inputs], `B` [outputs, r
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -22,9 +23,11 @@ from support.runs import KILLED, LLAMA, V, arguments, job_in, ranks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from storage.config import build_config
+from storage.errors import IdentityMismatch, InputError
 from student.job import StudentJob
 from student.models.adapters.attach import inner_model, with_lora
 from student.models.adapters.lora import Lora
+from student.models.loading import _from_weights
 from student.models.tokenizer import write_files
 from student.sweep.run import sweep
 from student.sweep.search_space import Search
@@ -269,7 +272,7 @@ def test_another_base_under_the_same_name_is_another_run(world: Path, trained: P
     model = AutoModelForCausalLM.from_pretrained(own)
     model.lm_head.weight.data += 1
     model.save_pretrained(own)
-    with pytest.raises(Exception, match="model_sha256"):
+    with pytest.raises(IdentityMismatch, match="model_sha256"):
         train(job)
 
 
@@ -347,6 +350,26 @@ def test_a_head_that_is_adapted_keeps_its_own_forward(world: Path, base: Path, t
     train(job_in(world, tmp_path / "more", model=str(tmp_path / "out"), training={"max_steps": 2}), lines.append)
     out, more = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "more"))
     assert {name for name in out if not torch.equal(out[name], more[name])} == {n for n in out if "lora" in n}
+
+
+def test_an_adapter_beside_a_whole_model_is_not_loaded_unasked(base: Path, trained: Path, tmp_path: Path) -> None:
+    """As transformers does, of the hub's repositories too, where peft is installed."""
+    both = shutil.copytree(base, tmp_path / "both")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(trained / name, both)
+    with pytest.raises(InputError, match="holds an adapter: download it"):
+        _from_weights(str(both), V, 16, None)
+
+
+def test_without_peft_the_extra_is_named(
+    world: Path, base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
+    for model, lora in ((base, LORA), (trained, None)):
+        with pytest.raises(InputError, match=r"adapters need peft: pip install 'logit-cache\[peft\]'"):
+            train(lora_job(world, tmp_path / "out", model, lora=lora))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_head_is_not_merged(run: Run, world: Path, tmp_path: Path) -> None:
