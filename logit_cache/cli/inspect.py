@@ -94,7 +94,8 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     if entry["combine"] != "single":
         shares = zip(entry["weights"], made_of, strict=True)
         made_of = [f"{entry['combine']} of " + " and ".join(f"{share:g} {member}" for share, member in shares)]
-    digests = ", ".join(f"{member['weights_sha256'][:16]}…" for member in entry["teacher"])
+    kinds = ("weights_sha256", "adapter_sha256")
+    digests = ", ".join(f"{member[kind][:16]}…" for member in entry["teacher"] for kind in kinds if member.get(kind))
     with_targets, made = entry["positions_with_targets"], describe.made_in_words(entry)
     if entry["positions_per_second"]:
         device = entry["execution"]["device_type"]

@@ -215,7 +215,7 @@ def _entry_name(job: AuditJob, cache: LogitCache) -> str:
 def _check_members(job: AuditJob, targets: TeacherTargets) -> None:
     teacher, count = targets.entry.teacher, len(job.teacher)
     if count != len(teacher.members):
-        sources = ", ".join(member.source for member in teacher.members)
+        sources = ", ".join(member.name for member in teacher.members)
         raise InputError(
             f"{job.cache}: {targets.name} was made by {len(teacher.members)} models and --teacher is given {count} "
             f"times: give it for each of them, in the order of the record ({sources})"
