@@ -181,8 +181,7 @@ class TeacherIdentity(Record):
         return self.source if self.adapter is None else f"{self.source} with {self.adapter}"
 
     @property
-    def digests(self) -> tuple[str, ...]:
-        """The fields that identify the model."""
+    def digest_fields(self) -> tuple[str, ...]:
         adapter = ("adapter_sha256", "adapter_config_sha256")
         return ("weights_sha256", "config_sha256", *(adapter if self.adapter is not None else ()))
 

@@ -15,7 +15,7 @@ from storage.files import local_path
 from storage.progress import Log
 from storage.text import counted
 from student.foreign_errors import explained
-from student.models.adapters.attach import check_same, with_adapter, with_lora
+from student.models.adapters.attach import check_installed, check_same, with_adapter, with_lora
 from student.models.adapters.files import AdapterFiles, find_adapter
 from student.models.adapters.lora import Lora
 from student.models.configuration import check_config, config_of, has_weights, read_config, read_settings
@@ -96,6 +96,8 @@ def adapter_of(spec: str, lora: Lora | None) -> AdapterFiles | None:
             )
         return None
     adapter = find_adapter(spec)
+    if adapter is not None or lora is not None:
+        check_installed(spec)
     if adapter is not None and lora is not None:
         check_same(lora, adapter)
     if adapter is not None and adapter.revision is not None:

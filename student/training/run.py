@@ -213,7 +213,10 @@ def _report(
         device=str(args.device),
         fused_head=trainer.not_fused is None,
         processes=args.world_size,
-        libraries={name: version(name) for name in ("torch", "transformers", "accelerate")},
+        libraries={
+            name: version(name)
+            for name in ("torch", "transformers", "accelerate", *(["peft"] if trains_adapter(run.job) else []))
+        },
         divergence={member.name: data.loss.meaning(member.name) for member in data.loss.members},
         tail_bounds=tail_bounds,
         train_log=[entry for entry in state.log_history if "loss" in entry],

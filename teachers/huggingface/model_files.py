@@ -54,6 +54,7 @@ _VOLATILE_KEYS = {
     "transformers_version",
     "use_cache",
 }
+# The same of adapter_config.json; the base has digests of its own, and dropout is of training.
 _VOLATILE_ADAPTER_KEYS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -143,11 +144,12 @@ def config_sha256(config: dict[str, Any]) -> str:
 
 
 def adapter_config_sha256(config: dict[str, Any]) -> str:
-    """The digest of the part of an adapter_config.json that decides the computation; the base has digests of its own.
+    """The digest of the part of an adapter_config.json that decides the computation.
 
-    peft writes sets of names as lists in any order.
+    peft writes sets of names as lists in any order, and an option that is off as null, false or nothing, where an
+    earlier peft did not have it.
     """
-    kept = {name: value for name, value in config.items() if name not in _VOLATILE_ADAPTER_KEYS}
+    kept = {name: value for name, value in config.items() if value and name not in _VOLATILE_ADAPTER_KEYS}
     ordered = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in kept.items()}
     return hashlib.sha256(canonical_json(ordered)).hexdigest()
 

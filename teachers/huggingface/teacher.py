@@ -22,7 +22,7 @@ from storage.format.identity import has_tokenizer
 from storage.format.manifest import Teacher as TeacherRecord
 from storage.format.manifest import TeacherIdentity
 from storage.text import counted
-from student.models.adapters.attach import merged, with_adapter
+from student.models.adapters.attach import check_installed, merged, with_adapter
 from student.models.tokenizer import read_tokenizer
 from teachers.huggingface.device_map import DeviceMap, input_device
 from teachers.huggingface.model_files import (
@@ -141,11 +141,13 @@ class HuggingFaceTeacher:
         target = None if device_map is not None or ranks is not None else _device(device)
         source = os.fspath(source)
         files = find_model(source, revision, trust_remote_code)
-        if files.adapter is not None and (device_map is not None or ranks is not None):
-            raise InputError(
-                f"{source}: an adapter is merged into its base in the memory of one device: for --device-map and "
-                "--tensor-parallel merge it first (merge_and_unload in peft), and save that"
-            )
+        if files.adapter is not None:
+            check_installed(source)
+            if device_map is not None or ranks is not None:
+                raise InputError(
+                    f"{source}: an adapter is merged into its base in the memory of one device: for --device-map and "
+                    "--tensor-parallel merge it first (merge_and_unload in peft), and save that"
+                )
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         if device_map is not None:
             options |= device_map.options()

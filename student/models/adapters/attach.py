@@ -21,7 +21,6 @@ from student.models.adapters.files import ADAPTER_CONFIG, AdapterFiles
 from student.models.adapters.lora import ALL_LINEAR, Lora
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from transformers import PreTrainedModel
 
 _NAME = "default"
@@ -34,8 +33,6 @@ def with_lora(model: PreTrainedModel, lora: Lora, base: str, seed: int) -> PreTr
     Raises InputError for a target that no layer is called by, or that peft cannot adapt.
     """
     import torch
-
-    _check_installed(base)
     from peft import LoraConfig, PeftModelForCausalLM, TaskType
 
     targets: Any = lora.targets
@@ -62,10 +59,12 @@ def with_adapter(model: PreTrainedModel, adapter: AdapterFiles, trained: bool) -
 
     Raises InputError where the files lack a weight of the adapter, hold others, or do not fit the model.
     """
-    _check_installed(adapter.asked)
-    from peft import PeftModelForCausalLM
+    from peft import LoraConfig, PeftModelForCausalLM
 
-    config = read_config(adapter, trained)
+    with _by_peft(f"{adapter.asked}: peft cannot read its configuration"):
+        config: LoraConfig = LoraConfig.from_pretrained(str(adapter.directory))
+    config.base_model_name_or_path = adapter.base
+    config.inference_mode = not trained
     with _by_peft(f"{adapter.asked}: the adapter does not fit its base {adapter.base}"):
         adapted = PeftModelForCausalLM(model, config)
         report = adapted.load_adapter(str(adapter.directory), _NAME, is_trainable=trained, torch_device="cpu")
@@ -79,17 +78,6 @@ def with_adapter(model: PreTrainedModel, adapter: AdapterFiles, trained: bool) -
     return cast("PreTrainedModel", adapted)
 
 
-def read_config(adapter: AdapterFiles, trained: bool) -> LoraConfig:
-    """peft's configuration of an adapter, with the base where it is here."""
-    from peft import LoraConfig
-
-    with _by_peft(f"{adapter.asked}: peft cannot read its configuration"):
-        config: LoraConfig = LoraConfig.from_pretrained(str(adapter.directory))
-    config.base_model_name_or_path = adapter.base
-    config.inference_mode = not trained
-    return config
-
-
 def check_same(lora: Lora, adapter: AdapterFiles) -> None:
     """Raise InputError where a job asks for another LoRA than the adapter that it continues with."""
     own = adapter.config
@@ -98,8 +86,7 @@ def check_same(lora: Lora, adapter: AdapterFiles) -> None:
     if "dropout" in lora.model_fields_set:
         found["dropout"], asked["dropout"] = own.get("lora_dropout", 0.0), lora.dropout
     if lora.targets is not None and lora.targets != (ALL_LINEAR,):
-        named = own.get("target_modules")
-        found["targets"] = [named] if isinstance(named, str) else sorted(named or ())
+        found["targets"] = _named(own.get("target_modules"))
         asked["targets"] = sorted(lora.targets)
     differing = [f"{name} {found[name]}, not {asked[name]}" for name in asked if found[name] != asked[name]]
     if differing:
@@ -123,10 +110,11 @@ def check_checkpoint_adapter(folder: Path, model: Any) -> None:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return
-    then, now = (set(targets) for targets in (json.loads(path.read_bytes())["target_modules"], _targets(model)))
+    then = _named(json.loads(path.read_bytes())["target_modules"])
+    now = _named(model.peft_config[_NAME].target_modules)
     if then != now:
         raise InputError(
-            f"{folder}: its adapter is on {'+'.join(sorted(then))}, and this peft puts one on {'+'.join(sorted(now))}: "
+            f"{folder}: its adapter is on {'+'.join(then)}, and this peft puts one on {'+'.join(now)}: "
             "install the peft that the run was started with, or give another --output-dir"
         )
 
@@ -135,8 +123,9 @@ def _adapted_layers(model: Any) -> list[str]:
     return list(model.base_model.targeted_module_names)
 
 
-def _targets(model: Any) -> Any:
-    return model.peft_config[_NAME].target_modules
+def _named(targets: Any) -> list[str]:
+    """The targets of a configuration in alphabetical order; a pattern for them is one."""
+    return [targets] if isinstance(targets, str) else sorted(targets or ())
 
 
 def check_mergeable(model: Any, where: str) -> None:
@@ -180,7 +169,8 @@ def _by_peft(what: str) -> Iterator[None]:
         yield
 
 
-def _check_installed(asked: str) -> None:
+def check_installed(asked: str) -> None:
+    """Raise InputError where peft is not installed; the functions here need it. `asked` is the model, for the error."""
     if importlib.util.find_spec("peft") is None:
         raise InputError(f"{asked}: adapters need peft: pip install 'logit-cache[peft]'")
 

@@ -221,6 +221,16 @@ def test_a_killed_run_resumes_to_the_same_adapter(world: Path, base: Path, tmp_p
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=0 if processes == 1 else 1e-5)
 
 
+def test_a_run_killed_before_its_model_is_published_publishes_it(world: Path, base: Path, tmp_path: Path) -> None:
+    job = lora_job(world, tmp_path / "out", base, merge=True, training={"max_steps": 4})
+    train(job)
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    for name in ("report.json", "config.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    assert train(job).resumed_from_step == 4
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
+
+
 def test_the_best_checkpoint_is_loaded_at_the_end(world: Path, base: Path, tmp_path: Path) -> None:
     training = {
         "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True,
