@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import InputError
@@ -100,6 +101,11 @@ def adapter_of(spec: str, lora: Lora | None) -> AdapterFiles | None:
         check_installed(spec)
     if adapter is not None and lora is not None:
         check_same(lora, adapter)
+    if adapter is not None and not Path(adapter.base).is_dir() and "/" not in adapter.base:
+        raise InputError(
+            f"{spec}: its adapter names the base model {adapter.base}, which is no directory here: set "
+            "base_model_name_or_path in adapter_config.json to one, or to a hub id owner/name"
+        )
     if adapter is not None and adapter.revision is not None:
         raise InputError(
             f"{spec}: its adapter was trained on revision {adapter.revision} of {adapter.base}: download that, and "

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support.models.adapters import save_adapter
+from support.caches.small import word_tokenizer
+from support.models.adapters import rename_base, save_adapter
 from support.models.families import families
 from support.models.saved import load, saver
 from transformers import AutoModelForCausalLM
 
 from storage.errors import InputError
+from student.models.tokenizer import write_files
 from teachers.huggingface.device_map import DeviceMap
 from teachers.live import LiveTeacher
 
@@ -86,14 +88,9 @@ def test_what_decides_the_computation_is_in_the_digest(adapter: Path, change: di
 
 
 def test_its_tokenizer_is_its_own_or_that_of_its_base(save: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
-    from support.caches.small import word_tokenizer
-
-    from student.models.tokenizer import write_files
-
     base = shutil.copytree(save("llama"), tmp_path / "base")
     write_files(word_tokenizer(20), base)
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(base)}))
+    rename_base(adapter, str(base))
     assert len(load(adapter).vocabulary()) == 20
     write_files(word_tokenizer(30), adapter)
     assert len(load(adapter).vocabulary()) == 30

@@ -14,21 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
-from safetensors.torch import load_file, save_file
-from support.caches.small import word_tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file
 from support.commands import Run, refused, succeeded
+from support.models.adapters import rename_base, save_base
 from support.models.students import batch_of, loss_of, small_model
-from support.runs import KILLED, LLAMA, V, arguments, job_in, ranks
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from support.runs import KILLED, V, arguments, job_in, ranks
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.config import build_config
 from storage.errors import IdentityMismatch, InputError
 from student.job import StudentJob
 from student.models.adapters.attach import inner_model, with_lora
 from student.models.adapters.lora import Lora
-from student.models.loading import _from_weights
-from student.models.tokenizer import write_files
 from student.sweep.run import sweep
 from student.sweep.search_space import Search
 from student.training.bound_forward import bind_loss, unbind_loss
@@ -39,18 +37,6 @@ from student.training.run_folder import OutputDirectory
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 LORA = "r=4,alpha=8,targets=q_proj+v_proj"
-TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-
-
-def save_base(folder: Path, **config: Any) -> Path:
-    """A model with weights and a tokenizer with a chat template."""
-    settings = {**{name: value for name, value in LLAMA.items() if name != "model_type"}, "vocab_size": V, **config}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings)).save_pretrained(folder)
-    files = word_tokenizer(V)
-    settings = json.loads(files["tokenizer_config.json"]) | {"chat_template": TEMPLATE}
-    write_files({**files, "tokenizer_config.json": json.dumps(settings).encode()}, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -286,11 +272,6 @@ def test_another_base_under_the_same_name_is_another_run(world: Path, trained: P
         train(job)
 
 
-def rename_base(adapter: Path, base: str | None) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
-
-
 def test_a_relative_base_is_relative_to_the_current_directory(
     world: Path, base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,15 +343,6 @@ def test_a_head_that_is_adapted_keeps_its_own_forward(world: Path, base: Path, t
     assert {name for name in out if not torch.equal(out[name], more[name])} == {n for n in out if "lora" in n}
 
 
-def test_an_adapter_beside_a_whole_model_is_not_loaded_unasked(base: Path, trained: Path, tmp_path: Path) -> None:
-    """As transformers does, of the hub's repositories too, where peft is installed."""
-    both = shutil.copytree(base, tmp_path / "both")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(trained / name, both)
-    with pytest.raises(InputError, match="holds an adapter: download it"):
-        _from_weights(str(both), V, 16, None)
-
-
 def test_without_peft_the_extra_is_named(
     world: Path, base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,55 +362,11 @@ def test_a_tied_head_is_not_merged(run: Run, world: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def save_prefix(folder: Path, base: Path) -> None:
-    shutil.rmtree(folder)
-    config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
-
-
-BROKEN: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "pickle": (
-        lambda d, base: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
-        ("only adapter_model.bin, a pickle", "safetensors"),
-    ),
-    "no weights": (lambda d, base: (d / "adapter_model.safetensors").unlink(), ("found no weights",)),
-    "no base": (lambda d, base: rename_base(d, None), ("names no base model", "base_model_name_or_path")),
-    "base not there": (lambda d, base: rename_base(d, "./nowhere/x"), ("./nowhere/x", "there is no such directory in")),
-    "base is an adapter": (lambda d, base: rename_base(d, str(d)), ("is an adapter, too",)),
-    "another type": (lambda d, base: save_prefix(d, base), ("of type PREFIX_TUNING, and only LORA",)),
-    "another base": (
-        lambda d, base: rename_base(d, str(save_base(d / "b", hidden_size=32))), ("does not fit its base",)
-    ),
-    "a weight short": (
-        lambda d, base: save_file(
-            dict(list(load_file(d / "adapter_model.safetensors").items())[1:]), d / "adapter_model.safetensors"
-        ),
-        ("lacks", "not the whole adapter"),
-    ),
-    "no JSON": (lambda d, base: (d / "adapter_config.json").write_text("{"), ("no configuration of an adapter",)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_what_is_no_whole_adapter_is_refused(
-    run: Run, world: Path, base: Path, trained: Path, tmp_path: Path, case: str
+def test_a_broken_adapter_is_refused_before_anything_is_written(
+    run: Run, world: Path, trained: Path, tmp_path: Path
 ) -> None:
-    spoil, said = BROKEN[case]
-    adapter = tmp_path / "adapter"
-    shutil.copytree(trained, adapter)
-    spoil(adapter, base)
-    job = job_in(world, tmp_path / "out", model=str(adapter), training={"max_steps": 1})
-    refused(run("train-student", *arguments(job)), *said)
+    adapter = shutil.copytree(trained, tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    job = job_in(world, tmp_path / "out", model=str(adapter))
+    refused(run("train-student", *arguments(job)), "only adapter_model.bin, a pickle", "safetensors")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [("r=8", "r 4, not 8"), ("r=4,alpha=9", "alpha 8, not 9"), ("r=4,dropout=0.5", "dropout 0.0, not 0.5"),
-     ("r=4,targets=q_proj", "['q_proj', 'v_proj'], not ['q_proj']")],
-)  # fmt: skip
-def test_another_lora_than_that_of_the_adapter_is_refused(
-    run: Run, world: Path, trained: Path, tmp_path: Path, asked: str, said: str
-) -> None:
-    job = job_in(world, tmp_path / "out", model=str(trained))
-    refused(run("train-student", *arguments(job), "--lora", asked), said, "leave --lora out")
