@@ -6,6 +6,7 @@ Legend: `W` a layer's weight [outputs, inputs], `A` [r, inputs], `B` [outputs, r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -57,10 +58,18 @@ def with_lora(model: PreTrainedModel, lora: Lora, base: str, seed: int) -> PreTr
 def with_adapter(model: PreTrainedModel, adapter: AdapterFiles, trained: bool) -> PreTrainedModel:
     """peft's wrapper of the base model with an adapter's weights; `trained`: they, and nothing else, can be trained.
 
-    Raises InputError where the files lack a weight of the adapter, hold others, or do not fit the model.
+    Raises InputError where the files lack a weight of the adapter, hold others, do not fit the model, or ask for
+    something that the installed peft does not have.
     """
     from peft import LoraConfig, PeftModelForCausalLM
 
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = [name for name, value in adapter.config.items() if value and name not in known]
+    if unknown:  # which peft leaves out, with a warning
+        raise InputError(
+            f"{adapter.asked}: its configuration has {unknown[0]}, which the installed peft does not know: install a "
+            "newer one"
+        )
     with _by_peft(f"{adapter.asked}: peft cannot read its configuration"):
         config: LoraConfig = LoraConfig.from_pretrained(str(adapter.directory))
     config.base_model_name_or_path = adapter.base

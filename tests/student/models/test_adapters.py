@@ -71,6 +71,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a revision": (lambda d, base: with_field(d, base_model_name_or_path="o/n", revision="v1"), "revision v1 of o/n"),
     "another type": (as_prefix_tuning, "of type PREFIX_TUNING, and only LORA"),
     "a router": (lambda d, base: with_field(d, arrow_config={"top_k": 1}), "arrow_config is not supported"),
+    "of a later peft": (lambda d, base: with_field(d, use_more=True), "use_more, which the installed peft does not"),
     "another base": (lambda d, base: rename_base(d, str(save_base(d / "b", hidden_size=32))), "does not fit its base"),
     "a weight short": (without_a_weight, "lacks base_model"),
 }
