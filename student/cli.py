@@ -28,10 +28,12 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     _run("--model", metavar="PRESET|JSON|DIR", help="Preset, config.json, or model directory or hub id."),
     _run("--output-dir", metavar="DIR", help="Directory of this run alone; the model is saved there."),
     _run("--attention", metavar="NAME", help="Implementation of attention, as sdpa or eager [transformers' choice]."),
+    _run("--lora", metavar="r=16,…", help="Train a LoRA on the model: r; alpha [2r], dropout [0], targets [peft's]."),
+    _run("--merge", is_flag=True, default=None, help="Save the LoRA merged into a whole model [the adapter alone]."),
     _run(
         "--save-dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Of the saved weights [as the student's own weights are; float32 for a new one].",
+        help="Of the saved weights [as the student's own weights are; float32 for a new one and for an adapter].",
     ),
     _run("--eval-cache", metavar="URL", help="Held-out cache of the same tokenizer, for the final figures."),
     _run(
@@ -40,8 +42,9 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         multiple=True,
         metavar="KEY=VALUE",
         help="A field of TrainingArguments; repeatable "
-        "[learning_rate=1e-3 and weight_decay=0.1; 2e-5 and 0 for a model with weights; a checkpoint every 500 steps "
-        "and every minute, of which the last is kept: save_steps, save_strategy, save_total_limit].",
+        "[learning_rate=1e-3 and weight_decay=0.1; 2e-5 and 0 for a model with weights, 2e-4 for a LoRA; "
+        "a checkpoint every 500 steps and every minute, of which the last is kept: save_steps, save_strategy, "
+        "save_total_limit].",
     ),
     _run("--config", metavar="YAML", help="File with these fields; `training:` holds TrainingArguments."),
     _run("--seed", type=int, help="Seed of weights, order, offsets and dropout [0]."),
@@ -206,10 +209,10 @@ def _leave_process_group() -> None:
 def table(report: TrainingReport) -> str:
     from storage.text import counted, labelled
     from student.loss.objective import TEACHER_CROSS_ENTROPY
-    from student.report import quality_rows
+    from student.report import parameters_in_words, quality_rows
 
     rows = [
-        ("model", f"{report.job.model}, {report.parameters:,} parameters"),
+        ("model", f"{report.job.model}, {parameters_in_words(report.parameters, report.trained_parameters)}"),
         ("trained on", f"{_trained(report)} in {counted(report.steps, 'step')}, {report.seconds:,.1f} s"),
     ]
     if report.train_log:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from storage.config import Folder, Settings, name_values, parse_yaml
 from storage.format.manifest import ADDED, TEACHER_NAME
 from student.loss.objective import Objective
+from student.models.adapters.lora import Lora
 
 
 class TeacherWeight(Settings):
@@ -43,8 +44,11 @@ class StudentJob(Objective):
                         is understood
     model               preset, JSON configuration, model directory or hub id
     attention           implementation of attention for transformers to use; by default its own choice
-    save_dtype          of the saved weights; by default that of a student's own weights on disk, float32 for a new one.
-                        Training computes in float32, or as the training fields say
+    lora                train a LoRA on the model's weights, which stay as they are; where the model is the directory of
+                        an adapter, training continues with that one
+    merge               save a whole model, the LoRA merged into its weights, in place of the adapter
+    save_dtype          of the saved weights; by default that of a student's own weights on disk, float32 for a new one
+                        and for an adapter. Training computes in float32, or as the training fields say
     window_tokens       positions of a training window; by default 128, and for a model with weights as long as the
                         cached teachers' longest context (1,024 without any), within what the model and the texts have
     offset              fixed blocks, or a random offset for every block and epoch
@@ -75,6 +79,8 @@ class StudentJob(Objective):
     teachers: tuple[TeacherWeight, ...] = ()
     model: str
     attention: str | None = None
+    lora: Lora | None = None
+    merge: bool = False
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     window_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 128
     offset: Literal["fixed", "random"] = "fixed"

@@ -104,6 +104,12 @@ class TailBound(Frozen):
     positions: int
 
 
+def parameters_in_words(parameters: int, trained: int | None) -> str:
+    if trained in (None, parameters):
+        return f"{parameters:,} parameters"
+    return f"{parameters:,} parameters, of which {trained:,} ({trained / parameters:.2%}) are trained"
+
+
 class TrainingReport(Reported):
     """The figures and provenance of a run; `report.json` in its output directory.
 
@@ -111,6 +117,7 @@ class TrainingReport(Reported):
     provenance          sha256 of the records of the caches and entries that it read, by `cache`,
                         `cache/<teacher>`, `eval_cache`, `eval_cache/<teacher>`
     isolated_documents  whether windows stayed inside documents
+    parameters          those of the model, of which `trained_parameters` are trained (None: all, in earlier reports)
     steps               optimizer steps, of `windows_per_step` windows each over all processes
     windows_at_once     windows of a process in one of the step's micro-batches
     tokens_seen         positions read for training, all epochs together
@@ -134,6 +141,7 @@ class TrainingReport(Reported):
     provenance: dict[str, str]
     isolated_documents: bool
     parameters: int
+    trained_parameters: int | None = None
     steps: int
     windows_per_step: int
     windows_at_once: int | None = None

@@ -52,7 +52,7 @@ class EnsembleTeacher:
         narrow = min(teachers, key=lambda teacher: teacher.head_columns)
         if narrow.head_columns < vocabulary_size:
             raise InputError(
-                f"{narrow.identity.members[0].source}: its head has {narrow.head_columns} columns, the vocabulary "
+                f"{narrow.identity.members[0].name}: its head has {narrow.head_columns} columns, the vocabulary "
                 f"{vocabulary_size} ids: every member of an ensemble must be able to score every id"
             )
         self._teachers: tuple[Teacher, ...] = tuple(teachers)

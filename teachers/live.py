@@ -42,7 +42,7 @@ class LiveTeacher:
         self.provenance: Mapping[str, str] = {"combine": identity.combine} | {
             f"{number}/{name}": str(getattr(member, name))
             for number, member in enumerate(identity.members)
-            for name in ("weights_sha256", "config_sha256", "dtype")
+            for name in (*member.digest_fields, "dtype")
         }
 
     def packs(self, length: int) -> bool:

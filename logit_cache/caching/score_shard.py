@@ -164,7 +164,7 @@ def _score_batch(
         except InvalidLogits as error:
             members = entry.teacher.members
             raise InputError(
-                f"teacher {' + '.join(member.source for member in members)}: at position "
+                f"teacher {' + '.join(member.name for member in members)}: at position "
                 f"{position[done + error.row]} its logits have no softmax ({error.found}); it diverged, or overflowed "
                 f"in {members[0].dtype}: try --dtype float32 and another --name, or check its weights"
             ) from None

@@ -42,9 +42,7 @@ def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> N
 
 @command("logit-cache audit run/train --teacher run/llama --name llama --windows 32")
 @click.argument("url")
-@click.option(
-    "--teacher", required=True, multiple=True, help="Model directory or hub id that the entry names. Repeatable."
-)
+@click.option("--teacher", required=True, multiple=True, help="The model or adapter that the entry names. Repeatable.")
 @click.option("--name", help="Entry to audit.  [default: the only one]")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Windows to sample.")
 @click.option("--seed", type=click.IntRange(min=0), help="Sample the same windows again.  [default: a fresh seed]")

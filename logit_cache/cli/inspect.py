@@ -85,6 +85,10 @@ def stream_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _named(member: dict[str, Any]) -> str:
+    return f"{member['source']} with {member['adapter']}" if member.get("adapter") else str(member["source"])
+
+
 def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     from logit_cache import describe
 
@@ -93,13 +97,14 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         first, last = entry["missing"][0]
         state = f"{100 * entry['positions_cached'] / entry['positions']:.1f} % cached, first missing {first}..{last}"
     made_of = [
-        f"{member['source']} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
+        f"{_named(member)} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
         for member in entry["teacher"]
     ]
     if entry["combine"] != "single":
         shares = zip(entry["weights"], made_of, strict=True)
         made_of = [f"{entry['combine']} of " + " and ".join(f"{share:g} {member}" for share, member in shares)]
-    digests = ", ".join(f"{member['weights_sha256'][:16]}…" for member in entry["teacher"])
+    kinds = ("weights_sha256", "adapter_sha256")
+    digests = ", ".join(f"{member[kind][:16]}…" for member in entry["teacher"] for kind in kinds if member.get(kind))
     with_targets, made = entry["positions_with_targets"], describe.made_in_words(entry)
     if entry["positions_per_second"]:
         device = entry["execution"]["device_type"]

@@ -9,7 +9,7 @@ _teacher, _device, _output = under("Teacher"), under("Device"), under("Output")
 
 JOB_OPTIONS: tuple[Decorator, ...] = (
     _job("--cache", help="Path or URL of a cache that holds the token stream."),
-    _job("--teacher", multiple=True, help="Model directory or hub id (AutoModelForCausalLM, safetensors). Repeatable."),
+    _job("--teacher", multiple=True, help="Directory of a model or adapter, or hub id (safetensors). Repeatable."),
     _job("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'."),
     _job("-k", "--k", type=int, help="Ids stored per position, at most.  [default: 64]"),
     _job("--targets", help="varopt: likely ids and an unbiased sample of the others; or topk.  [default: varopt]"),

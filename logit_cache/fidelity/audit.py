@@ -45,7 +45,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 # The largest batch that the fields of a foreign record may request: 32 MiB of token ids, before the model runs.
 _MOST_BATCH_TOKENS = 1 << 22
-_IDENTITY = ("weights_sha256", "config_sha256", "architecture", "dtype", "head_columns", "parameters")
+_IDENTITY = (
+    *("weights_sha256", "config_sha256", "adapter_sha256", "adapter_config_sha256"),
+    *("architecture", "dtype", "head_columns", "parameters"),
+)
 
 
 @dataclass
@@ -212,7 +215,7 @@ def _entry_name(job: AuditJob, cache: LogitCache) -> str:
 def _check_members(job: AuditJob, targets: TeacherTargets) -> None:
     teacher, count = targets.entry.teacher, len(job.teacher)
     if count != len(teacher.members):
-        sources = ", ".join(member.source for member in teacher.members)
+        sources = ", ".join(member.name for member in teacher.members)
         raise InputError(
             f"{job.cache}: {targets.name} was made by {len(teacher.members)} models and --teacher is given {count} "
             f"times: give it for each of them, in the order of the record ({sources})"

@@ -157,7 +157,11 @@ class CacheRecord(Record):
 
 
 class TeacherIdentity(Record):
-    """One model. `source` is a hub id or the last part of a local path; only the digests identify the model."""
+    """One model. `source` is a hub id or the last part of a local path; only the digests identify the model.
+
+    `adapter`: the last part of the path of a LoRA that is merged into that model, `adapter_sha256` and
+    `adapter_config_sha256` its digests; None without one.
+    """
 
     source: Text
     revision: Text | None = None
@@ -168,6 +172,18 @@ class TeacherIdentity(Record):
     head_columns: Positive
     parameters: Count
     trust_remote_code: bool = False
+    adapter: Text | None = ADDED
+    adapter_sha256: Sha256 | None = ADDED
+    adapter_config_sha256: Sha256 | None = ADDED
+
+    @property
+    def name(self) -> str:
+        return self.source if self.adapter is None else f"{self.source} with {self.adapter}"
+
+    @property
+    def digest_fields(self) -> tuple[str, ...]:
+        adapter = ("adapter_sha256", "adapter_config_sha256")
+        return ("weights_sha256", "config_sha256", *(adapter if self.adapter is not None else ()))
 
 
 class Teacher(Record):

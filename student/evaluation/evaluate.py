@@ -30,9 +30,10 @@ from student.evaluation.minimal_pairs import (
     tally,
 )
 from student.evaluation.report import EvaluationReport, HeldOutScores
+from student.models.adapters.attach import inner_model
 from student.models.configuration import positions_of, stated_columns
 from student.models.loading import load_student
-from student.models.tokenizer import read_tokenizer
+from student.models.tokenizer import model_folder, read_tokenizer
 from student.report import HeldOutReport
 
 
@@ -49,7 +50,7 @@ def evaluate(job: EvaluationJob, track: Track = untracked, log: Log = silent) ->
     pairs = [] if job.pairs is None else read_pairs(job.pairs, job.limit)
     if job.lm_eval_tasks is not None:
         check_folder(job.lm_eval_tasks)
-    tokenizer = read_tokenizer(local_path(job.model), job.model, log=log)
+    tokenizer = read_tokenizer(model_folder(job.model) or local_path(job.model), job.model, log=log)
     if pairs and tokenizer is None:
         raise InputError(
             f"{job.model}: expected a tokenizer beside the model, to read sentences with, found none: "
@@ -81,7 +82,7 @@ def evaluate(job: EvaluationJob, track: Track = untracked, log: Log = silent) ->
             scores = tally(pairs, sentence_logprobs(model, sentences, job.batch_size, advance).view(-1, 2))
     return EvaluationReport(
         job=job,
-        architecture=type(model).__name__,
+        architecture=type(inner_model(model)).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         device=str(device),
         libraries={name: version(name) for name in ("torch", "transformers", "tokenizers")},

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from storage.errors import InputError
 from student.loss.fused import fused_loss
+from student.models.adapters.attach import inner_model
 from student.models.logit_agreement import agree, amplification, amplified, difference, replaced_forward
 
 if TYPE_CHECKING:
@@ -85,8 +86,10 @@ def tolerance_of(dtype: torch.dtype) -> float:
 def choose_head(model: nn.Module, fused: Literal["auto", "on", "off"]) -> PlainHead | str:
     """The head to fuse with the loss, or the reason not to: it was turned off, or is no `plain_head`.
 
-    Raises InputError, naming the model's class, if fusing was turned on and the head is no `plain_head`.
+    The head of a model in peft's wrapper is that of the model inside. Raises InputError, naming the model's class, if
+    fusing was turned on and the head is no `plain_head`.
     """
+    model = inner_model(model)
     head = "it was turned off" if fused == "off" else plain_head(model)
     if fused == "on" and isinstance(head, str):
         raise InputError(f"{type(model).__name__}: the fused head was asked for, but {head}; take auto or off")
@@ -109,7 +112,9 @@ def _tested_head(model: Any) -> PlainHead | str:
     linear, backbone = model.get_output_embeddings(), model.base_model
     # Subclasses of Linear are quantised or adapted layers with another product, and a hook may do anything.
     if type(linear) is not nn.Linear:
-        return f"its output layer is a {type(linear).__name__}, not a plain Linear"
+        kind = type(linear)
+        name = f"{kind.__name__} of {kind.__module__.split('.')[0]}" if kind.__name__ == "Linear" else kind.__name__
+        return f"its output layer is a {name}, not a plain Linear"
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
         return "its output layer has hooks, which would not be called"
     if backbone is model:

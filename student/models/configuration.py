@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from storage.errors import InputError
 from storage.files import local_path
-from student.models.foreign_errors import closest, explained
+from student.foreign_errors import closest, explained
+from student.models.adapters.files import base_of
 from student.models.presets import PRESETS
 from student.models.special_ids import token_ids
 
@@ -25,11 +26,12 @@ def has_weights(spec: str) -> bool:
 
 
 def read_config(spec: str) -> PretrainedConfig:
-    """The configuration of a model directory or hub id. Raises InputError where there is none."""
+    """The configuration of a model directory or hub id; of an adapter, that of its base. InputError where none is."""
     from transformers import AutoConfig
 
     if not spec.strip():
         raise InputError(f"no model was named: give a preset ({', '.join(PRESETS)}), a config JSON or a directory")
+    spec = base_of(spec)
     path = local_path(spec)
     local = path.is_dir()
     if not local:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import InputError
 from storage.files import local_path
 from storage.progress import Log
 from storage.text import counted
+from student.foreign_errors import explained
+from student.models.adapters.attach import check_installed, check_same, with_adapter, with_lora
+from student.models.adapters.files import AdapterFiles, find_adapter
+from student.models.adapters.lora import Lora
 from student.models.configuration import check_config, config_of, has_weights, read_config, read_settings
-from student.models.foreign_errors import explained
 from student.models.presets import PRESETS, preset_settings
 from student.models.special_ids import add_missing_ids, check_generation_file, make_generation_valid
 
@@ -32,6 +36,7 @@ def load_student(
     seed: int,
     attention: str | None = None,
     log: Log | None = None,
+    lora: Lora | None = None,
 ) -> PreTrainedModel:
     """A causal language model in float32 on the CPU, in training mode.
 
@@ -49,6 +54,8 @@ def load_student(
     embedding at zero.
     window_tokens: positions that a training window reads.
     attention: one of transformers' implementations, None for its own choice.
+    lora: an adapter to put on a model with weights. `spec` may also be the directory of an adapter, loaded on its base.
+    Both give peft's wrapper of the model, in which the adapter alone can be trained; given both, they must agree.
     log: receives a line for each thing about a model with weights that differs from what its files say.
 
     Raises InputError for an unknown name, a broken file or directory, a model type that transformers does not know
@@ -56,10 +63,16 @@ def load_student(
     depends on later tokens (an encoder would learn to copy the answer).
     """
     spec = os.fspath(spec)
+    adapter = adapter_of(spec, lora)
     if has_weights(spec):
-        model = _from_weights(spec, vocabulary_size, window_tokens, attention)
-        add_missing_ids(model, spec, special_ids, log)
-        make_generation_valid(model, spec, log)
+        base = spec if adapter is None else adapter.base
+        model = _from_weights(base, vocabulary_size, window_tokens, attention)
+        add_missing_ids(model, base, special_ids, log)
+        make_generation_valid(model, base, log)
+        if adapter is not None:
+            model = with_adapter(model, adapter, trained=True)
+        elif lora is not None:
+            model = with_lora(model, lora, base, seed)
     else:
         settings = preset_settings(spec) if spec in PRESETS else read_settings(local_path(spec))
         config = config_of(settings, str(local_path(spec)), vocabulary_size, special_ids)
@@ -69,6 +82,36 @@ def load_student(
         _probe(model, spec, vocabulary_size, window_tokens)
     model.train()
     return model
+
+
+def adapter_of(spec: str, lora: Lora | None) -> AdapterFiles | None:
+    """The adapter in a model's directory, None where there is none.
+
+    Raises InputError where `lora`, what is asked of an adapter, is not that one, or the model has no weights for one.
+    """
+    if not has_weights(spec):
+        if lora is not None:
+            raise InputError(
+                f"{spec}: --lora trains an adapter on a model's weights, and a new model has random ones: give a "
+                "model directory or hub id, or leave --lora out"
+            )
+        return None
+    adapter = find_adapter(spec)
+    if adapter is not None or lora is not None:
+        check_installed(spec)
+    if adapter is not None and lora is not None:
+        check_same(lora, adapter)
+    if adapter is not None and not Path(adapter.base).is_dir() and "/" not in adapter.base:
+        raise InputError(
+            f"{spec}: its adapter names the base model {adapter.base}, which is no directory here: set "
+            "base_model_name_or_path in adapter_config.json to one, or to a hub id owner/name"
+        )
+    if adapter is not None and adapter.revision is not None:
+        raise InputError(
+            f"{spec}: its adapter was trained on revision {adapter.revision} of {adapter.base}: download that, and "
+            "name its directory as base_model_name_or_path in adapter_config.json"
+        )
+    return adapter
 
 
 def _from_scratch(config: PretrainedConfig, spec: str, seed: int, attention: str | None) -> PreTrainedModel:
@@ -109,6 +152,8 @@ def _from_weights(spec: str, vocabulary_size: int, window_tokens: int, attention
             attn_implementation=attention,
             output_loading_info=True,
         )
+    if getattr(model, "_hf_peft_config_loaded", False):  # which transformers loads beside a config.json, unasked
+        raise InputError(f"{spec}: holds an adapter: download it (hf download), and give its directory")
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from storage.errors import InputError
 from storage.files import local_path
 from storage.progress import Log
-from student.models.foreign_errors import explained
+from student.foreign_errors import explained
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from storage.files import local_path
 from storage.progress import Log
+from student.models.adapters.files import base_of
 from student.models.configuration import has_weights, read_config
 
 _SAVED = ("float32", "bfloat16", "float16")
@@ -22,10 +23,12 @@ _OF_SAFETENSORS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16"
 def stored_dtype(spec: str, log: Log) -> str:
     """The dtype of most of a model's weights on disk, whatever its configuration says; float32 for a new model.
 
-    Where there are several, that is logged. Where the files do not tell, the configuration does, or it is float32.
+    An adapter's base has the weights. Where there are several, that is logged. Where the files do not tell, the
+    configuration does, or it is float32.
     """
     if not has_weights(spec):
         return "float32"
+    spec = base_of(spec)
     config = read_config(spec)
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     sizes: Counter[str] = Counter()

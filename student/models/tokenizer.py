@@ -18,8 +18,9 @@ from storage.errors import InputError
 from storage.files import local_path
 from storage.format.identity import TOKENIZER_FILES, has_tokenizer
 from storage.progress import Log
+from student.foreign_errors import explained
+from student.models.adapters.files import base_of
 from student.models.configuration import has_weights
-from student.models.foreign_errors import explained
 from student.models.sentencepiece_model import is_tiktoken, read_sentencepiece, sentencepiece_file
 from student.models.tokenizer_file import FILE, as_transformers_does, read_file, same_every_time
 from student.models.tokenizer_settings import SETTINGS_FILE, class_name, read_settings
@@ -93,8 +94,14 @@ def cache_of_tokenizer(name: str) -> str | None:
 
 
 def model_folder(model: str) -> Path | None:
-    """The folder with the tokenizer files of a model directory or of a hub id; None for anything else."""
+    """The folder with the tokenizer files of a model directory or of a hub id; None for anything else.
+
+    Of an adapter, its own directory where it has a tokenizer, and else that of its base.
+    """
     path = local_path(model)
+    if has_weights(model) and path.is_dir() and not has_tokenizer(path):
+        model = base_of(model)
+        path = local_path(model)
     if not has_weights(model) or path.exists() or "/" not in model:
         return path if has_weights(model) and path.is_dir() else None
     try:

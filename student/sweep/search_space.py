@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from storage.config import Settings, explained, read_yaml
 from storage.errors import InputError
-from student.models.foreign_errors import closest
+from student.foreign_errors import closest
 
 Scalar = bool | int | float | str
 

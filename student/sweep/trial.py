@@ -22,10 +22,10 @@ from storage.config import build_config
 from storage.errors import InputError
 from storage.files import local_path, replace_file
 from storage.progress import Log
+from student.foreign_errors import closest
 from student.job import StudentJob
 from student.loss.objective import Objective
 from student.models.configuration import check_settings, read_settings
-from student.models.foreign_errors import closest
 from student.models.presets import PRESETS, preset_settings
 from student.sweep.search_space import Choices, Search
 from student.training.arguments import PRESENTATION, RESERVED, checked_arguments, training_values

@@ -14,10 +14,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from storage.errors import InputError
 from student.data.windows import DistillationWindows
+from student.foreign_errors import closest
 from student.job import StudentJob
-from student.models.foreign_errors import closest
+from student.models.loading import adapter_of
 from student.training.field_checks import NOTES, TYPES, one_line_refusals, rehearse
-from student.training.fsdp import check_fsdp
+from student.training.fsdp import check_fsdp, fsdp_is_asked_for
 from student.training.step import check_step, divide_step, steps_of
 
 # From scratch, on small models: the recipes of BabyLlama-2 have this shape at 7e-4. A step always has the same number
@@ -120,9 +121,23 @@ def training_values(job: StudentJob) -> dict[str, Any]:
         values["dataloader_num_workers"] = 1
         values.setdefault("dataloader_prefetch_factor", 4)
         values.setdefault("dataloader_persistent_workers", True)
+    _check_adapter(job, values)
     _check_evaluation(job, values)
     _check_reporting(values["report_to"])
     return values
+
+
+def trains_adapter(job: StudentJob) -> bool:
+    """Whether a job trains an adapter: a new one, or that in the directory of its model. Raises InputError."""
+    return adapter_of(job.model, job.lora) is not None or job.lora is not None
+
+
+def _check_adapter(job: StudentJob, values: Mapping[str, Any]) -> None:
+    adapts = trains_adapter(job)
+    if job.merge and not adapts:
+        raise InputError(f"--merge merges a LoRA, and {job.model} is trained whole: leave it out, or give --lora")
+    if adapts and values.get("deepspeed"):
+        raise InputError("training field 'deepspeed' cannot be set for a LoRA: start several processes without it")
 
 
 def training_arguments(job: StudentJob, values: Mapping[str, Any]) -> TrainingArguments:
@@ -157,6 +172,11 @@ def checked_arguments(
     """
     args = training_arguments(job, values)
     check_fsdp(args)
+    if job.merge and fsdp_is_asked_for(args):
+        raise InputError(
+            "--merge needs the whole model in one process, and fsdp shards it: leave --merge out, and merge the saved "
+            "adapter (merge_and_unload in peft)"
+        )
     note = divide_step(job, args, recorded)
     check_step(windows, args)
     rehearse(args, steps_of(windows, args))

@@ -19,6 +19,7 @@ from student.loss.dense import DenseLoss
 from student.loss.distillation import DistillationLoss, LossSums
 from student.loss.documents import DocumentReader
 from student.loss.output_layer import PlainHead, choose_head
+from student.models.adapters.attach import inner_model
 from student.target_batch import StoredBatch, TargetBatch
 
 FusedHead = Literal["auto", "on", "off"]
@@ -56,8 +57,11 @@ def bind_loss(model: nn.Module, loss: DistillationLoss, fused_head: FusedHead = 
     auto, on (raises InputError where it does not) or off. Returns the reason why they are not fused, None where they
     are. A `DenseLoss` takes no targets: its teachers read the batch's own windows, and it is never fused.
 
+    In a model that peft wraps, the forward of the model inside is replaced, which the wrapper's calls.
+
     Nothing is added to the weights or the configuration: `save_pretrained` writes the files of an unbound model.
     """
+    model = inner_model(model)
     is_live = isinstance(loss, DenseLoss)
     if is_live and fused_head == "on":
         raise InputError("the fused head was asked for, but live teachers give whole logits; take auto or off")
@@ -149,4 +153,4 @@ class _BoundForward:
 def unbind_loss(model: nn.Module) -> None:
     """Restore the forward of the model's class; does nothing to a model without a bound loss."""
     for name in ("forward", "accepts_loss_kwargs"):
-        model.__dict__.pop(name, None)
+        inner_model(model).__dict__.pop(name, None)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from storage.files import atomic_file, replace_file
+from student.models.adapters.attach import merged
 from student.models.tokenizer import write_files
 from student.report import TrainingReport
 from student.training.run_folder import OutputDirectory
@@ -43,27 +44,36 @@ def publish(
     use_cache: bool,
     dtype: str,
     tokenizer: Mapping[str, bytes],
+    merge: bool = False,
 ) -> None:
-    """Save the model in the output directory, with its tokenizer's files and the report; all processes call it."""
+    """Save the model in the output directory, with its tokenizer's files and the report; all processes call it.
+
+    Of a model with an adapter, the adapter alone in peft's form; or, to `merge`, the whole model that the two make.
+    """
     # The base class switches the key-value cache off for training; a saved model would generate slowly.
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = use_cache
     if trainer.is_fsdp_enabled:
         # Checkpoints may be sharded; the published model is whole, gathered by all processes.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if merge:
+        trainer.model = merged(model, str(output.path))
     trainer.save_model(str(output.stage))
     if trainer.args.process_index == 0:
         # A pickle, and nothing in it that the report lacks.
         (output.stage / "training_args.bin").unlink(missing_ok=True)
         cast_weights(output.stage, dtype)
-        add_earlier_fields(output.stage)
+        if (output.stage / "config.json").exists():
+            add_earlier_fields(output.stage)
+        else:
+            (output.stage / "README.md").unlink(missing_ok=True)  # peft's template of a card, with its blanks
         write_files(tokenizer, output.stage)
         output.publish(report)
     trainer.accelerator.wait_for_everyone()
 
 
 def cast_weights(folder: Path, dtype: str) -> None:
-    """Rewrite the float32 tensors of a saved model in another dtype, one file after the other.
+    """Rewrite the float32 tensors of a saved model or adapter in another dtype, one file after the other.
 
     dtype: float32 (nothing to do), bfloat16 or float16. Its name goes into config.json, and the size into the index.
     """
@@ -83,6 +93,8 @@ def cast_weights(folder: Path, dtype: str) -> None:
         content = json.loads(index.read_bytes())
         content["metadata"]["total_size"] = total
         _write(index, content)
+    if not (folder / "config.json").exists():  # an adapter
+        return
     config = json.loads((folder / "config.json").read_bytes())
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if part.get("dtype") == "float32":

@@ -30,12 +30,13 @@ from student.loss.dense import LogitSource
 from student.loss.objective import EXACT_TEMPERATURES
 from student.loss.output_layer import choose_head
 from student.loss.teacher_targets import interpolation_bound, targets_of
+from student.models.adapters.attach import check_checkpoint_adapter, check_mergeable, count_trained
 from student.models.loading import load_student
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids
-from student.report import HeldOutReport, PeakMemory, TailBound, TrainingReport
-from student.training.arguments import checked_arguments, training_values
+from student.report import HeldOutReport, PeakMemory, TailBound, TrainingReport, parameters_in_words
+from student.training.arguments import checked_arguments, training_values, trains_adapter
 from student.training.defaults import described, filled, open_fields
 from student.training.field_checks import one_line_refusals
 from student.training.fsdp import check_checkpoint
@@ -90,24 +91,27 @@ def train(
         run.log(f"{job.output_dir}: this run is finished; remove the folder, or give another, to train again")
         return finished
     tokenizer = saved_tokenizer(LogitCache.open(job.cache), job.model, run.log)
-    model = _load_model(run.job, run.data.windows, special_ids(tokenizer, job.model), run.log)
-    dtype = run.job.save_dtype or stored_dtype(run.job.model, run.log)
+    is_adapter = trains_adapter(run.job) and not run.job.merge
+    # Beside an adapter nothing is saved of its base, so what is missing there is not worth a line.
+    log = silent if is_adapter else run.log
+    model = _load_model(run.job, run.data.windows, special_ids(tokenizer, job.model), log)
+    dtype = run.job.save_dtype or ("float32" if is_adapter else stored_dtype(run.job.model, run.log))
     # No process may look at the folder while the first one starts to write there.
     PartialState().wait_for_everyone()
     with run.output.reserved(run.identity, processes=run.args.world_size):
         use_cache = bool(getattr(model.config, "use_cache", True))
-        parameters = sum(p.numel() for p in model.parameters())
-        tail_bounds = _announce(run, parameters)
+        parameters, trained = sum(p.numel() for p in model.parameters()), count_trained(model)
+        tail_bounds = _announce(run, parameters, trained)
         trainer = _trainer(run, model, callbacks)
         started = time.monotonic()
         with full_disk_is_reported(job.output_dir):
             resumed_from = _train_or_resume(trainer, run.output, run.log)
         seconds = time.monotonic() - started
         held_out = _evaluate(run, trainer)
-        report = _report(run, trainer, parameters, tail_bounds, seconds, resumed_from, held_out)
+        report = _report(run, trainer, parameters, trained, tail_bounds, seconds, resumed_from, held_out)
         with full_disk_is_reported(job.output_dir):
-            publish(trainer, run.output, report, use_cache, dtype, tokenizer)
-    run.log(f"{job.output_dir}: the model in {dtype}, its tokenizer and report.json")
+            publish(trainer, run.output, report, use_cache, dtype, tokenizer, run.job.merge)
+    run.log(f"{job.output_dir}: the {'adapter' if is_adapter else 'model'} in {dtype}, its tokenizer and report.json")
     # Says it where transformers opens the tokenizer with rules of the model's family.
     read_tokenizer(Path(job.output_dir), job.output_dir, log=run.log)
     return report
@@ -152,12 +156,12 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     return _Run(job, values, data, args, step_windows, output, identity, notes, log)
 
 
-def _announce(run: _Run, parameters: int) -> dict[str, TailBound]:
+def _announce(run: _Run, parameters: int, trained: int) -> dict[str, TailBound]:
     """Log the size of the run and how it is computed; returns the tail bounds, which it logs too."""
     job, args, windows = run.job, run.args, run.data.windows
     run.log(
-        f"{job.model}: {parameters:,} parameters; {counted(len(windows), 'window')} of {job.window_tokens} tokens, "
-        f"{run.step_windows} to a step: {counted(args.world_size, 'process')}, "
+        f"{job.model}: {parameters_in_words(parameters, trained)}; {counted(len(windows), 'window')} of "
+        f"{job.window_tokens} tokens, {run.step_windows} to a step: {counted(args.world_size, 'process')}, "
         f"{counted(args.gradient_accumulation_steps, 'micro-batch')} of {args.train_batch_size}"
     )
     for note in run.notes:
@@ -194,6 +198,7 @@ def _report(
     run: _Run,
     trainer: DistillationTrainer,
     parameters: int,
+    trained_parameters: int,
     tail_bounds: dict[str, TailBound],
     seconds: float,
     resumed_from: int,
@@ -206,6 +211,7 @@ def _report(
         provenance=data.provenance,
         isolated_documents=data.windows.isolate_documents,
         parameters=parameters,
+        trained_parameters=trained_parameters,
         steps=state.global_step,
         windows_per_step=run.step_windows,
         windows_at_once=args.train_batch_size,
@@ -217,7 +223,10 @@ def _report(
         device=str(args.device),
         fused_head=trainer.not_fused is None,
         processes=args.world_size,
-        libraries={name: version(name) for name in ("torch", "transformers", "accelerate")},
+        libraries={
+            name: version(name)
+            for name in ("torch", "transformers", "accelerate", *(["peft"] if trains_adapter(run.job) else []))
+        },
         divergence={member.name: data.loss.meaning(member.name) for member in data.loss.members},
         tail_bounds=tail_bounds,
         train_log=[entry for entry in state.log_history if "loss" in entry],
@@ -259,7 +268,10 @@ def _load_model(
         seed=job.seed,
         attention=job.attention,
         log=log,
+        lora=job.lora,
     )
+    if job.merge:
+        check_mergeable(model, job.model)
     choose_head(model, job.fused_head)
     return model
 
@@ -303,6 +315,7 @@ def _train_or_resume(trainer: DistillationTrainer, output: OutputDirectory, log:
         return 0
     folder, state = checkpoint
     check_checkpoint(folder, trainer.is_fsdp_enabled)
+    check_checkpoint_adapter(folder, trainer.model)
     step = int(state["global_step"])
     if step >= int(state["max_steps"]):
         # Trained, but killed before the model was published. The base class would take one step too many.

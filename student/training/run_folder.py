@@ -6,9 +6,10 @@
     logit-cache.lock  held by the process that trains
     checkpoint-<n>/   transformers' checkpoints, while it runs
     report.json       written last: the run is finished
-    config.json, model.safetensors, tokenizer.json, …    the model, renamed into the folder, config.json last
+    config.json, model.safetensors, tokenizer.json, …    the model, renamed into the folder, config.json last;
+                      of an adapter adapter_model.safetensors, …, adapter_config.json last
 
-A folder without config.json is no model to any library, so a run that stops early never looks like a finished one.
+A folder without either is no model to any library, so a run that stops early never looks like a finished one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from storage.errors import IdentityMismatch, InputError, StorageFull, is_out_of_
 from storage.files import PARTIAL, check_writable, local_path, replace_file
 from storage.locks import LOCK, locked
 from student.job import StudentJob
+from student.models.adapters.files import ADAPTER_CONFIG, find_adapter
 from student.models.presets import PRESETS
 from student.report import TrainingReport
 from student.training.arguments import PRESENTATION, RESERVED
@@ -56,6 +58,7 @@ def identity_of(job: StudentJob, values: Mapping[str, Any], data: Data, step_win
     asked["bos_each_window"] = data.windows.begin_id is not None or None  # absent in runs from before there was one
     asked["pack_documents"] = data.windows.packed or None  # absent in runs from before there were any
     asked["windows_per_step"] = step_windows
+    asked["merge"] = job.merge or None
     asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
     asked |= {f"teachers.{teacher.name}.sources": list(teacher.sources) for teacher in job.teachers if teacher.sources}
@@ -65,7 +68,10 @@ def identity_of(job: StudentJob, values: Mapping[str, Any], data: Data, step_win
 
 
 def model_digest(model: str) -> str | None:
-    """sha256 of a model's local files, which may change under one name; None for presets and hub ids."""
+    """sha256 of a model's local files, and those of an adapter's base, which may change under one name.
+
+    None for presets and hub ids.
+    """
     path = local_path(model)
     if model in PRESETS or not path.exists():
         return None
@@ -75,6 +81,9 @@ def model_digest(model: str) -> str | None:
         if file.is_file() and file.suffix in (".json", ".safetensors", ".bin"):
             with file.open("rb") as opened:
                 total.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    adapter = find_adapter(path)
+    if adapter is not None:
+        total.update(f"base {model_digest(adapter.base)}\n".encode())
     return total.hexdigest()
 
 
@@ -236,7 +245,7 @@ class OutputDirectory:
 
     def publish(self, report: TrainingReport) -> None:
         """Rename the staged model into the folder and write the report, in an order that is safe to interrupt."""
-        names = sorted(os.listdir(self.stage), key=lambda name: (name == "config.json", name))
+        names = sorted(os.listdir(self.stage), key=lambda name: (name in ("config.json", ADAPTER_CONFIG), name))
         for name in names:
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)

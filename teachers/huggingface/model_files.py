@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from storage.errors import InputError
 from storage.files import local_path
 from storage.format.sealing import canonical_json
+from student.models.adapters.files import AdapterFiles, find_adapter
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,6 +54,16 @@ _VOLATILE_KEYS = {
     "transformers_version",
     "use_cache",
 }
+# The same of adapter_config.json; the base has digests of its own, and dropout is of training.
+_VOLATILE_ADAPTER_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_dropout",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class ModelFiles:
 
     asked: the source as the user named it, for messages. source: as a cache records it, the hub id or the last part of
     the directory's path. revision: the hub's commit. weights: the safetensors files that transformers loads, and no
-    others.
+    others. adapter: the LoRA on that model, where the user named one; all others are about its base then.
     """
 
     asked: str
@@ -70,14 +81,23 @@ class ModelFiles:
     revision: str | None
     config: dict[str, Any]
     weights: tuple[Path, ...]
+    adapter: AdapterFiles | None = None
 
 
 def find_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFiles:
     """The files of a local model directory, or of a hub id (downloaded, or found in the hub's local cache).
 
-    Raises `InputError` for anything that is no model with safetensors weights.
+    Of the directory of an adapter, its files and those of the base that it names. Raises `InputError` for anything that
+    is no model with safetensors weights.
     """
     path = local_path(source)
+    adapter = find_adapter(path) if path.is_dir() else None
+    if adapter is not None:
+        if revision is not None:
+            raise InputError(f"{source}: a revision belongs to a hub id, and this is an adapter: leave it out")
+        base = find_model(adapter.base, adapter.revision, trust_remote_code)
+        _read_header(adapter.weights)
+        return replace(base, asked=source, adapter=adapter)
     if path.is_dir():
         if revision is not None:
             raise InputError(f"{source}: a revision belongs to a hub id, and this is a directory: leave it out")
@@ -121,6 +141,17 @@ def weights_sha256(files: Iterable[Path]) -> str:
 def config_sha256(config: dict[str, Any]) -> str:
     """The digest of the part of a config.json that decides the computation: canonical JSON without volatile keys."""
     return hashlib.sha256(canonical_json(_without_volatile(config))).hexdigest()
+
+
+def adapter_config_sha256(config: dict[str, Any]) -> str:
+    """The digest of the part of an adapter_config.json that decides the computation.
+
+    peft writes sets of names as lists in any order, and an option that is off as null, false or nothing, where an
+    earlier peft did not have it.
+    """
+    kept = {name: value for name, value in config.items() if value and name not in _VOLATILE_ADAPTER_KEYS}
+    ordered = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in kept.items()}
+    return hashlib.sha256(canonical_json(ordered)).hexdigest()
 
 
 def _without_volatile(value: Any) -> Any:
@@ -191,10 +222,7 @@ def _tensor_digest(tensor: _Tensor) -> bytes:
 
 def _config(directory: Path, source: str) -> dict[str, Any]:
     if (directory / "adapter_config.json").is_file():
-        raise InputError(
-            f"{source}: holds an adapter, and no recorded digest would cover its base model: merge the adapter into "
-            f"the base model (merge_and_unload in peft), save that, and use it"
-        )
+        raise InputError(f"{source}: holds an adapter: download it (hf download), and give its directory")
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{source}: expected a model directory, found no config.json in it")

@@ -18,13 +18,21 @@ import transformers
 from torch import Tensor
 
 from storage.errors import InputError
+from storage.format.identity import has_tokenizer
 from storage.format.manifest import Teacher as TeacherRecord
 from storage.format.manifest import TeacherIdentity
 from storage.text import counted
 from student.loss.documents import mixes_documents
+from student.models.adapters.attach import check_installed, merged, with_adapter
 from student.models.tokenizer import read_tokenizer
 from teachers.huggingface.device_map import DeviceMap, input_device
-from teachers.huggingface.model_files import ModelFiles, config_sha256, find_model, weights_sha256
+from teachers.huggingface.model_files import (
+    ModelFiles,
+    adapter_config_sha256,
+    config_sha256,
+    find_model,
+    weights_sha256,
+)
 from teachers.huggingface.output_layer import head_of, linear_of
 from teachers.huggingface.scoring import TOLERANCE, FastPath, choose_path, forward, is_causal
 from teachers.huggingface.sharded_head import ShardedPath, choose_sharded_path, tensor_parallel_options
@@ -97,6 +105,7 @@ class HuggingFaceTeacher:
                     head_columns=self.head_columns,
                     parameters=_parameters(model),
                     trust_remote_code=trust_remote_code,
+                    **_adapter_identity(files),
                 ),
             )
         )
@@ -116,7 +125,7 @@ class HuggingFaceTeacher:
         device_map: DeviceMap | None = None,
         ranks: Ranks | None = None,
     ) -> HuggingFaceTeacher:
-        """A teacher from a model directory or a hub id.
+        """A teacher from a model directory or a hub id; or from the directory of an adapter, merged into its base.
 
         dtype: of the backbone; the head's output and everything after it are float32. attention: one of
         transformers' implementations, None for its own choice. logit_budget_bytes: the most that one chunk of
@@ -134,6 +143,13 @@ class HuggingFaceTeacher:
         target = None if device_map is not None or ranks is not None else _device(device)
         source = os.fspath(source)
         files = find_model(source, revision, trust_remote_code)
+        if files.adapter is not None:
+            check_installed(source)
+            if device_map is not None or ranks is not None:
+                raise InputError(
+                    f"{source}: an adapter is merged into its base in the memory of one device: for --device-map and "
+                    "--tensor-parallel merge it first (merge_and_unload in peft), and save that"
+                )
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         if device_map is not None:
             options |= device_map.options()
@@ -158,8 +174,11 @@ class HuggingFaceTeacher:
 
         Raises `InputError` for one that cannot be read.
         """
+        folder = self._files.directory
+        if self._files.adapter is not None and has_tokenizer(self._files.adapter.directory):
+            folder = self._files.adapter.directory
         with _quiet_transformers():
-            tokenizer = read_tokenizer(self._files.directory, self._files.asked, self._trust_remote_code)
+            tokenizer = read_tokenizer(folder, self._files.asked, self._trust_remote_code)
         return None if tokenizer is None else dict(tokenizer.get_vocab())
 
     def packs(self, length: int) -> bool:
@@ -218,6 +237,16 @@ def _weights_sha256(files: ModelFiles, ranks: Ranks | None) -> str:
     return str(found[0])
 
 
+def _adapter_identity(files: ModelFiles) -> dict[str, Any]:
+    if files.adapter is None:
+        return {}
+    return {
+        "adapter": files.adapter.directory.name,
+        "adapter_sha256": weights_sha256([files.adapter.weights]),
+        "adapter_config_sha256": adapter_config_sha256(files.adapter.config),
+    }
+
+
 def _test_forward(model: Any, windows: Tensor, source: str, ranks: Ranks | None) -> Tensor:
     try:
         with torch.inference_mode():
@@ -257,6 +286,8 @@ def _load(
                 ignore_mismatched_sizes=True,  # reported, so that the error below can name them
                 **options,
             )
+        if files.adapter is not None:
+            model = merged(with_adapter(model, files.adapter, trained=False), files.asked)
         if device is not None:
             model = model.to(device)
     except torch.OutOfMemoryError as error:
@@ -264,6 +295,8 @@ def _load(
             f"{files.asked}: does not fit on {device or 'the devices'} in {dtype} ({_first_line(error)}): take a "
             f"smaller dtype, or a device with more memory"
         ) from error
+    except InputError:  # of the adapter
+        raise
     except Exception as error:
         if "distributed_config" in options and "tp_plan" in str(error):
             raise InputError(

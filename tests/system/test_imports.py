@@ -28,7 +28,8 @@ ROOMS = {
         ("cache",), ("transfer",),
     ),
     "student": (
-        ("labels", "models", "lifeline", "target_batch"), ("cli_command",), ("data", "loss"), ("job",), ("report",),
+        ("labels", "foreign_errors", "lifeline", "target_batch"), ("models",), ("cli_command",), ("data", "loss"),
+        ("job",), ("report",),
         ("evaluation",), ("training",), ("sweep",), ("cli",),
     ),
     "teachers": (

@@ -494,11 +494,6 @@ def test_indexes_that_lead_elsewhere(broken: Path) -> None:
         digest(broken)
 
 
-def test_adapters_are_refused(broken: Path) -> None:
-    (broken / "adapter_config.json").write_text("{}")
-    assert "merge" in refusal(broken)
-
-
 def test_code_in_a_model_directory_is_not_run(broken: Path, tmp_path: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config |= {"model_type": "their_own", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}}

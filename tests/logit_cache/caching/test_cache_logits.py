@@ -12,12 +12,16 @@ import pytest
 import torch
 from support.commands import Run, refused, succeeded
 from support.jobs import contents, files
+from support.models.adapters import save_adapter
 from support.models.saved import dense_logprobs
 from support.models.short_heads import beside
 from support.processes import start_code
+from transformers import AutoModelForCausalLM
 
 from storage import LogitCache
 from storage.cache.verify import verify
+from student.models.adapters.attach import merged, with_adapter
+from student.models.adapters.files import find_adapter
 
 K = 40
 SMALL = ("--targets", "topk", "--context-tokens", 64, "--shard-tokens", 1024, "-k", K)
@@ -172,6 +176,29 @@ def test_another_identity_under_the_same_name(
     for arguments, field in cases:
         refused(run(*base, *arguments), field, "--name")
     assert files(cache) == before
+
+
+def test_an_adapter_as_a_teacher(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
+    """The targets of base and adapter; another adapter on the same base is another teacher."""
+    one, other = (save_adapter(tmp_path / f"adapter-{seed}", teacher, seed=seed) for seed in (0, 1))
+    base = ("cache-logits", "--cache", cache, *SMALL, "--encoding", "float32")
+    succeeded(run(*base, "--teacher", one, "--name", "adapted"))
+    before = files(cache)
+    refused(run(*base, "--teacher", other, "--name", "adapted"), "teacher.members.0.adapter_sha256", "--name")
+    refused(run(*base, "--teacher", teacher, "--name", "adapted"), "teacher.members.0.adapter", "--name")
+    assert files(cache) == before
+    whole = tmp_path / "whole"
+    model = with_adapter(AutoModelForCausalLM.from_pretrained(teacher), find_adapter(one), trained=False)
+    merged(model, "").save_pretrained(whole)
+    succeeded(run(*base, "--teacher", whole, "--name", "merged"))
+    opened = LogitCache.open(str(cache))
+    stored = [opened.teacher(name).read(0, len(opened.tokens)) for name in ("adapted", "merged")]
+    for field in ("token_ids", "logprobs", "log_tail"):
+        np.testing.assert_array_equal(getattr(stored[0], field), getattr(stored[1], field))
+    assert f"{teacher.name} with adapter-0" in run("logit-cache", "inspect", cache).stdout
+    audit = ("logit-cache", "audit", cache, "--name", "adapted", "--windows", 2)
+    succeeded(run(*audit, "--teacher", one))
+    assert "adapter_sha256" in run(*audit, "--teacher", other).stdout
 
 
 def wrong_inputs(cache: Path, teacher: Path, make: Callable[..., Path], tmp: Path) -> dict[str, tuple[tuple, tuple]]:

@@ -106,7 +106,7 @@ def test_bytes_and_files_are_those_of_the_real_job(
     assert size["largest_object_bytes"] == pytest.approx(max(objects.values()), rel=0.1)
     assert max(objects.values()) <= size["largest_object_bound_bytes"]
     assert found["entry"]["layout"] == targets.entry.layout.model_dump()
-    assert found["entry"]["execution"] == targets.entry.execution.model_dump()
+    assert found["entry"]["execution"] == targets.entry.execution.model_dump(mode="json")
 
 
 def test_by_command_with_a_student_and_nothing_is_written(

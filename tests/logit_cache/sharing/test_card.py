@@ -292,6 +292,7 @@ def hostile_card(tmp_path: Path, text: str) -> str:
     made = make_corpus(str(path), tokens, V, document_sources=[text])
     entry = make_entry_2(made, K, sources=(text,))
     free_text = {"source": text, "revision": text, "architecture": text, "trust_remote_code": True}
+    free_text |= {"adapter": text, "adapter_sha256": "a" * 64, "adapter_config_sha256": "b" * 64}
     entry = changed(entry, teacher={"members": [entry.teacher.members[0].model_dump() | free_text]})
     write_entry(path, "a", entry, dense_targets(np.zeros((N, V)), K, np.append(tokens[1:], -1).astype(np.int64)))
     cache = LogitCache.open(str(path))

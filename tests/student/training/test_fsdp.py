@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.programs import fsdp_ranks
-from support.runs import NOTED, arguments, have_equal_weights, job_in, ranks
+from support.runs import LLAMA, NOTED, arguments, have_equal_weights, job_in, ranks
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from storage.errors import InputError
 from student.job import StudentJob
@@ -53,6 +55,34 @@ def test_the_casts_of_accelerates_policy_would_show(world: Path) -> None:
 def sharded_job(world: Path, output: Path, **training: Any) -> StudentJob:
     common = {"num_train_epochs": 2, "save_steps": 4, "per_device_train_batch_size": 2}
     return job_in(world, output, windows_per_step=G, eval_cache=str(world / "held"), training={**common, **training})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_sharded_adapter_is_killed_resumes_and_is_that_of_one_process(
+    world: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **{n: v for n, v in LLAMA.items() if n != "model_type"}, vocab_size=61)
+    ).save_pretrained(tmp_path / "base")
+    job, lora = sharded_job(world, tmp_path / "run"), "r=4,targets=q_proj+v_proj"
+    job = job.model_copy(update={"model": str(tmp_path / "base")})
+    train(StudentJob.model_validate({**dict(job), "lora": lora, "output_dir": str(tmp_path / "alone")}))
+    line = [*arguments(job), "--lora", lora, "--set", "fsdp=true"]
+    line += ["--set", f"fsdp_config={{state_dict_type: {kind}}}", "--json"]
+    killed = ranks(2, SHARDED, *line, NOTES=str(tmp_path / "first"), STOP="17")
+    assert 9 in [one.returncode for one in killed], killed[0].stderr
+    done = ranks(2, SHARDED, *line, NOTES=str(tmp_path / "then"))
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    assert json.loads(done[0].stdout)["resumed_from_step"] == 16
+    run, alone = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "alone"))
+    assert run.keys() == alone.keys()
+    for name in run:
+        torch.testing.assert_close(run[name], alone[name], rtol=0, atol=1e-5)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("student.training.arguments.check_fsdp", lambda args: None)
+    with pytest.raises(InputError, match="--merge needs the whole model in one process"):
+        train(StudentJob.model_validate({**dict(job), "lora": lora, "merge": True, "output_dir": str(tmp_path / "m")}))
 
 
 @pytest.mark.slow
