@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from student.report import TrainingReport as TrainingReport
     from student.target_batch import StoredBatch as StoredBatch
     from student.target_batch import TargetBatch as TargetBatch
+    from student.training.bound_forward import LossFigures as LossFigures
     from student.training.bound_forward import bind_loss as bind_loss
     from student.training.bound_forward import unbind_loss as unbind_loss
     from student.training.run import train as train
@@ -37,7 +38,7 @@ __all__, __getattr__ = public_names(__name__, {
     "student.models.loading": ("load_student",),
     "student.report": ("TrainingReport",),
     "student.target_batch": ("StoredBatch", "TargetBatch"),
-    "student.training.bound_forward": ("bind_loss", "unbind_loss"),
+    "student.training.bound_forward": ("LossFigures", "bind_loss", "unbind_loss"),
     "student.training.run": ("train",),
     "student.training.trainer": ("DistillationTrainer",),
 })  # fmt: skip
