@@ -6,6 +6,9 @@
 On several devices Lightning averages gradients over the processes, so a step's loss is multiplied by their number and
 divided by the trained positions of all of them. Accumulated batches are averaged too, each as if it had as many
 trained positions as the others; where that is not so, take `student.DistillationTrainer`.
+
+Isolated documents, as conversations, share windows: the model's bound forward (`bind_loss`) keeps them apart by the
+batch's positions, and a model that cannot reads each document in a row of its own, and says so.
 """
 
 from __future__ import annotations
@@ -22,7 +25,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from storage import LogitCache
-from student import DistillationLoss, DistillationWindows, Member, collate, load_student, reading_order
+from student import (
+    NOT_TRAINED,
+    DistillationLoss,
+    DistillationWindows,
+    Member,
+    bind_loss,
+    collate,
+    load_student,
+    reading_order,
+)
 
 
 class Distillation(lightning.LightningModule):
@@ -31,16 +43,15 @@ class Distillation(lightning.LightningModule):
     def __init__(self, model: torch.nn.Module, loss: DistillationLoss, steps: int, learning_rate: float = 1e-3) -> None:
         super().__init__()
         self.model = model
+        bind_loss(model, loss)
         self.loss = loss
         self.steps = steps
         self.learning_rate = learning_rate
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
         self.loss.set_progress(self.global_step / max(self.steps - 1, 1))
-        logits = self.model(batch["input_ids"], use_cache=False).logits
-        sums = self.loss(logits.flatten(0, 1), batch["labels"].flatten(), batch["targets"])
-        count = self.all_gather(sums.count).sum().clamp(min=1)
-        loss = sums.loss_sum * self.trainer.world_size / count
+        count = self.all_gather((batch["labels"] != NOT_TRAINED).sum()).sum()
+        loss = self.model(**batch, num_items_in_batch=count).loss * self.trainer.world_size
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 

@@ -2,9 +2,11 @@
 
     python examples/plain_torch.py run/train --teacher llama --model llama-tiny --steps 200 --out run/plain
 
-The three things that a loop must get right are here in full: windows and targets come from one range of positions
-(`DistillationWindows`); the loss is a sum and a count, so that a step cut into micro-batches divides once, by the
-trained positions of all of them; labels are aligned with the logits already and are not shifted again.
+What a loop must get right is here in full: windows and targets come from one range of positions
+(`DistillationWindows`); a step cut into micro-batches divides once, by the trained positions of all of them; labels are
+aligned with the logits already and are not shifted again. The model's own forward computes the loss (`bind_loss`) and
+takes a batch as it is. Isolated documents, as conversations, share windows: the bound forward keeps them apart by the
+batch's positions, and a model that cannot reads each document in a row of its own, and says so.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
@@ -22,7 +25,9 @@ from student import (
     NOT_TRAINED,
     DistillationLoss,
     DistillationWindows,
+    LossFigures,
     Member,
+    bind_loss,
     collate,
     load_student,
     reading_order,
@@ -63,6 +68,8 @@ def train(
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
+    bind_loss(model, loss)
+    figures = LossFigures(loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     order = reading_order(windows, batch_windows)
     loader = DataLoader(windows, batch_windows // micro_batches, sampler=order, collate_fn=collate, drop_last=True)
@@ -82,17 +89,18 @@ def train(
             loss.set_progress(len(losses) / max(steps - 1, 1))
             total, control = 0.0, []
             for batch in step:
-                logits = model(batch["input_ids"].to(device), use_cache=False).logits
-                sums = loss(logits.flatten(0, 1), batch["labels"].flatten().to(device), batch["targets"])
-                (sums.loss_sum / max(count, 1)).backward()
-                total += float(sums.loss_sum.detach()) / max(count, 1)
-                control.append(sums.control)
+                output = model(**send_to_device(batch, device), num_items_in_batch=count)
+                output.loss.backward()
+                total += float(output.loss.detach())
+                control.append(output.control)
+                figures.add(output)
             loss.end_step(torch.stack(control).sum(0))
             optimizer.step()
             optimizer.zero_grad()
             losses.append(total)
             if len(losses) % 20 == 0 or len(losses) == steps:
-                print(f"step {len(losses)}: loss {total:.4f}", flush=True)
+                shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.take().items())
+                print(f"step {len(losses)}: loss {total:.4f}; since the last line: {shown}", flush=True)
             if len(losses) == steps:
                 break
         epoch += 1
@@ -110,12 +118,14 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--window-tokens", type=int, default=128)
     parser.add_argument("--batch-windows", type=int, default=32)
     parser.add_argument("--out")
     given = parser.parse_args()
     train(
         given.cache, given.teacher, given.model, given.out,
-        alpha=given.alpha, temperature=given.temperature, steps=given.steps, batch_windows=given.batch_windows,
+        alpha=given.alpha, temperature=given.temperature, steps=given.steps, window_tokens=given.window_tokens,
+        batch_windows=given.batch_windows,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from storage.lazy import public_names
 
 if TYPE_CHECKING:
     from student.data.batches import collate as collate
+    from student.data.iterable import IterableWindows as IterableWindows
     from student.data.windows import DistillationWindows as DistillationWindows
     from student.data.windows import reading_order as reading_order
     from student.job import StudentJob as StudentJob
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from student.report import TrainingReport as TrainingReport
     from student.target_batch import StoredBatch as StoredBatch
     from student.target_batch import TargetBatch as TargetBatch
+    from student.training.bound_forward import LossFigures as LossFigures
     from student.training.bound_forward import bind_loss as bind_loss
     from student.training.bound_forward import unbind_loss as unbind_loss
     from student.training.run import train as train
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__, __getattr__ = public_names(__name__, {
     "student.data.batches": ("collate",),
+    "student.data.iterable": ("IterableWindows",),
     "student.data.windows": ("DistillationWindows", "reading_order"),
     "student.job": ("StudentJob",),
     "student.labels": ("NOT_TRAINED",),
@@ -37,7 +40,7 @@ __all__, __getattr__ = public_names(__name__, {
     "student.models.loading": ("load_student",),
     "student.report": ("TrainingReport",),
     "student.target_batch": ("StoredBatch", "TargetBatch"),
-    "student.training.bound_forward": ("bind_loss", "unbind_loss"),
+    "student.training.bound_forward": ("LossFigures", "bind_loss", "unbind_loss"),
     "student.training.run": ("train",),
     "student.training.trainer": ("DistillationTrainer",),
 })  # fmt: skip

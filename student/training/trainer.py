@@ -29,7 +29,7 @@ from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
 from student.report import HeldOutReport
-from student.training.bound_forward import FusedHead, bind_loss
+from student.training.bound_forward import FusedHead, LossFigures, bind_loss
 from student.training.divergence import FiniteSteps, are_finite
 from student.training.fsdp import FSDPIsOn, keep_precision
 from student.training.step import take_one_device, windows_per_step
@@ -76,7 +76,7 @@ class DistillationTrainer(Trainer):
         self.eval_members = tuple(eval_members)
         self.eval_loss = eval_loss
         self._reading_order: ReadingOrder | None = None
-        self._parts: Tensor | None = None
+        self._figures = LossFigures(loss)
         self._step_loss: Tensor | None = None
         self._step_control: Tensor | None = None
         self.has_begun = False
@@ -116,25 +116,15 @@ class DistillationTrainer(Trainer):
         """The base class's loss; its parts are summed on the device, without a synchronisation."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            self._parts = _added(self._parts, outputs["parts"])
+            self._figures.add(outputs)
             self._step_loss = _added(self._step_loss, loss.detach())
             self._step_control = _added(self._step_control, outputs["control"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add cross-entropy and divergences to the training loss, and the coefficients that change from step to step.
-
-        Nats per trained token since the last entry, a divergence per trained token with targets; left out without any.
-        """
-        if "loss" in logs and self._parts is not None:
-            parts = self.accelerator.reduce(self._parts, reduction="sum").tolist()
-            loss = self.distillation_loss
-            names = ["cross_entropy", *(loss.log_name(member.name) for member in loss.members)]
-            if loss.objective.alpha_end is not None:
-                logs["alpha"] = loss.alpha
-            logs.update({f"control_{name}": float(control.value) for name, control in loss.controls.items()})
-            logs.update({name: value / count for name, (count, value) in zip(names, parts, strict=True) if count})
-            self._parts = None
+        """Add `LossFigures` to the training loss."""
+        if "loss" in logs:
+            logs.update(self._figures.take())
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(

@@ -3,25 +3,57 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from itertools import islice, pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
+from support.caches.streams import chat_lengths
 from support.commands import ROOT
 from support.processes import start_code
-from support.runs import V, job_in, make_world
+from support.runs import LLAMA, V, have_equal_weights, job_in, make_world
 from transformers import AutoModelForCausalLM
 
+from storage.format.manifest import Windowing
+from student import DistillationLoss, DistillationWindows, Member, collate, load_student, reading_order
 from student.training.run import train
 
 EXAMPLES = ROOT / "examples"
+# Attention that is spread out by its initial weights, so that a document which sees others gets other logits.
+PACKS = {**LLAMA, "initializer_range": 0.4}
+MIXES = {
+    "model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "max_position_embeddings": 32, "word_embed_proj_dim": 16, "dropout": 0.0, "init_std": 0.4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches of a stream, and `chats`, of isolated conversations; a model that can keep these apart, and one not."""
     folder = tmp_path_factory.mktemp("examples")
     make_world(folder)
+    rng, lengths = np.random.default_rng(0), chat_lengths(60, 9, 20)
+    starts, tokens = np.cumsum(lengths) - lengths, rng.integers(0, V, lengths.sum()).astype(np.uint16)
+    labels = np.append(tokens[1:], -1).astype(np.int64)
+    labels[starts[1:] - 1] = -1
+    url, mask = str(folder / "chats"), rng.random(len(tokens)) < 0.6
+    record = make_corpus(url, tokens, V, document_starts=starts, loss_mask=mask)
+    entry = make_entry(record, 9, windowing=Windowing(context_tokens=24, stride_tokens=24, isolate_documents=True))
+    write_entry(url, "a", entry, dense_targets(2 * rng.normal(size=(V, V))[tokens], 9, labels))
+    for name, model in (("packs", PACKS), ("mixes", MIXES)):
+        (folder / f"{name}.json").write_text(json.dumps(model))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL reports its use to the hub otherwise."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def load(name: str) -> ModuleType:
@@ -33,35 +65,108 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_plain_loop_trains_as_the_trainer_does(world: Path, tmp_path: Path, micro_batches: int) -> None:
+def first_loss(name: str, cache: str, model: str, out: Path) -> float:
+    """The loss of the first step of an example, of 4 windows of 24 positions."""
+    given: dict[str, Any] = {"window_tokens": 24, "batch_windows": 4, "steps": 1}
+    if name == "plain_torch":
+        return float(load(name).train(cache, ["a"], model, None, **given)[0])
+    if name == "lightning_module":
+        module = load(name).train(cache, ["a"], model, accelerator="cpu", **given)
+        return float(module.trainer.logged_metrics["train_loss"])
+    trainer = load(name).train(cache, ["a"], model, str(out), bf16=False, logging_steps=1, **given)
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx((first["cross_entropy"] + first["kl_a"]) / 2, abs=1e-5)
+    return float(first["loss"])
+
+
+def loss_of_documents_alone(cache: str, model_name: str) -> float:
+    """The same, of every document by itself, from logits."""
+    windows = DistillationWindows(cache, ["a"], 24, "random")
+    batch = collate(windows.__getitems__(list(islice(reading_order(windows, 4), 4))))
+    ids, special = batch["input_ids"].flatten(), {"bos": 1, "eos": 1, "pad": 0}
+    model = load_student(model_name, vocabulary_size=V, special_ids=special, window_tokens=24, seed=0)
+    begins = (batch["position_ids"].flatten() == 0).nonzero()[:, 0].tolist()
+    assert len(begins) > 2 * len(batch["labels"])
+    logits = [model(ids[None, start:stop]).logits[0] for start, stop in pairwise([*begins, len(ids)])]
+    members = [Member.of(name, entry) for name, entry in windows.entries.items()]
+    sums = DistillationLoss(V, 0.5, 1.0, members)(torch.cat(logits), batch["labels"].flatten(), batch["targets"])
+    return float(sums.loss_sum / sums.count)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["packs", "mixes"])
+@pytest.mark.parametrize(
+    ("name", "package"), [("plain_torch", "torch"), ("lightning_module", "lightning"), ("trl_sft", "trl")]
+)
+def test_documents_that_share_windows_are_learnt_as_if_each_were_alone(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, package: str, model: str
+) -> None:
+    pytest.importorskip(package)
+    cache, model_name = str(world / "chats"), str(world / f"{model}.json")
+    expected = loss_of_documents_alone(cache, model_name)
+    assert first_loss(name, cache, model_name, tmp_path / "out") == pytest.approx(expected, rel=1e-5)
+    assert ("rows of their own, not packed" in caplog.text) == (model == "mixes")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", [5, 9])
+def test_a_run_under_trl_resumes_with_the_windows_that_it_would_have_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Epochs have 6 steps, and checkpoints are of steps 4 and 8: in the middle of the first and of the second epoch."""
+    pytest.importorskip("trl")
+    example, read = load("trl_sft"), []
+    arguments = (str(world / "chats"), ["a"], str(world / "packs.json"))
+    options = {
+        "steps": 11, "window_tokens": 24, "batch_windows": 2, "gradient_accumulation_steps": 2, "bf16": False,
+        "save_steps": 4, "learning_rate": 0.01,
+    }  # fmt: skip
+    trained = example.DistillingSFTTrainer.training_step
+
+    def noted(self: Any, model: Any, inputs: Any, *others: Any) -> Any:
+        read.append((self.state.global_step, inputs["input_ids"].tolist()))
+        if self.state.global_step == stop:
+            raise KeyboardInterrupt
+        return trained(self, model, inputs, *others)
+
+    monkeypatch.setattr(example.DistillingSFTTrainer, "training_step", noted)
+    stop = None
+    example.train(*arguments, str(tmp_path / "whole"), **options)
+    whole, read = read, []
+    assert len({str(windows) for _, windows in whole}) == 22, "an epoch's windows are cut elsewhere than another's"
+    stop = step
+    with pytest.raises(KeyboardInterrupt):
+        example.train(*arguments, str(tmp_path / "cut"), **options)
+    stop, read = None, []
+    example.train(*arguments, str(tmp_path / "cut"), **options)
+    assert read == [found for found in whole if found[0] >= step - step % 4]
+    assert have_equal_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(("cache", "micro_batches"), [("train", 1), ("chats", 2)])
+def test_a_plain_loop_trains_as_the_trainer_does(world: Path, tmp_path: Path, cache: str, micro_batches: int) -> None:
     options = {"loss": "jsd", "mix": 0.3, "alpha_end": 0.9}
     losses = load("plain_torch").train(
-        str(world / "train"), ["a"], str(world / "llama.json"), str(tmp_path / "plain"), alpha=0.25, temperature=2.0,
+        str(world / cache), ["a"], str(world / "llama.json"), str(tmp_path / "plain"), alpha=0.25, temperature=2.0,
         window_tokens=16, batch_windows=8, micro_batches=micro_batches, steps=15, learning_rate=0.01, seed=5, **options,
     )  # fmt: skip
     training = {
         "max_steps": 15, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0,
         "max_grad_norm": 0.0, "logging_steps": 1,
     }  # fmt: skip
-    report = train(job_in(world, tmp_path / "out", teachers=["a"], alpha=0.25, training=training, **options))
+    options |= {"cache": str(world / cache), "teachers": ["a"], "alpha": 0.25}
+    report = train(job_in(world, tmp_path / "out", training=training, **options))
     assert losses == pytest.approx([entry["loss"] for entry in report.train_log], abs=1e-4)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").config.model_type == "llama"
 
 
-def test_the_plain_loop_is_a_command(world: Path, tmp_path: Path) -> None:
-    arguments = ["--teacher", "a", "--teacher", "b", "--steps", "2", "--batch-windows", "4", "--out", tmp_path / "out"]
-    code = f"import runpy; runpy.run_path({str(EXAMPLES / 'plain_torch.py')!r}, run_name='__main__')"
-    done = start_code(code, world / "train", *arguments).end()
+@pytest.mark.parametrize(("name", "package"), [("plain_torch", "torch"), ("trl_sft", "trl")])
+def test_an_example_is_a_command(world: Path, tmp_path: Path, name: str, package: str) -> None:
+    pytest.importorskip(package)
+    code = f"import runpy; runpy.run_path({str(EXAMPLES / name)!r} + '.py', run_name='__main__')"
+    sizes = ["--steps", "10", "--window-tokens", "24", "--batch-windows", "4"]
+    teachers = ["--teacher", "a", "--teacher", "b"]
+    done = start_code(code, world / "train", *teachers, *sizes, "--out", tmp_path / "out").end()
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("step 2: loss ")
+    assert "kl_a" in done.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == V
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_trains_where_it_is_installed(world: Path) -> None:
-    pytest.importorskip("lightning")
-    module = load("lightning_module").train(
-        str(world / "train"), ["a", "b"], "llama-tiny", 2, window_tokens=16, batch_windows=4, accelerator="cpu"
-    )
-    assert module.global_step == 2

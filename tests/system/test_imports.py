@@ -141,7 +141,7 @@ PLANTED = {
     ),
     "logit_cache/report/planted.py": ("from logit_cache.caching import job", "imports logit_cache.caching.job"),
     "logit_cache/recipes/planted.py": ("import logit_cache.report.page", "imports logit_cache.report.page"),
-    "logit_cache/caching/planted.py": ("import logit_cache.report.page", "imports logit_cache.report.page"),
+    "logit_cache/caching/job.py": ("import logit_cache.report.page", "imports logit_cache.report.page"),
     "student/loss/planted.py": ("from student import load_student", "student.loss.planted imports student"),
     "logit_cache/corpus/planted.py": ("import click", "logit_cache.corpus.planted imports click"),
     "student/data/plantedtoo.py": ("import triton.language", "student.data.plantedtoo imports triton"),
