@@ -12,10 +12,12 @@ from typing import Any
 
 import click
 import pytest
+import torch
+from support.caches.streams import CHATML, chat_tokenizer, write_rows
 from support.commands import COMMANDS, LIBRARY, ROOT, Run
 from support.programs import format_page
 from support.servers.s3 import Bucket
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import storage.format
 
@@ -161,6 +163,47 @@ def test_python_of_the_pages_runs(page: str, number: int, pipeline: Path, monkey
     if page == "docs/losses.md":
         assert int(names["output"].parts[0, 0]) == 256
         assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft reads it
+def test_chats_become_an_adapter_as_the_page_says(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The worked example as printed, on two tiny models that share a tokenizer."""
+    pytest.importorskip("peft")
+    section = TEXT["docs/conversations.md"].split("## From chats to an adapter")[1].split("\n## ")[0]
+    tokenizer = chat_tokenizer(CHATML)
+    for number, name in enumerate(("teacher-chat", "small-chat")):
+        torch.manual_seed(number)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32 >> number, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=256,
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "models" / name)
+        tokenizer.save_pretrained(tmp_path / "models" / name)
+    for name, count in (("chats", 120), ("held", 12)):
+        write_rows(tmp_path / f"{name}.jsonl", *(
+            {"messages": [{"role": "user", "content": f"Is {i} even?"},
+                          {"role": "assistant", "content": f"No, {i} is odd." if i % 2 else "Yes. " * (1 + i % 7)}]}
+            for i in range(count)
+        ))  # fmt: skip
+    said = []
+    for line in command_lines(section):
+        done = run(*shlex.split(line), cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        said.append(done.stdout + done.stderr)
+    assert "each of 120 documents is read by itself, in a context of 59 tokens" in caplog.text
+    assert "of what its teacher read is padding" in said[2]
+    assert json.loads(done.stdout)["held_out"]["kl"]["chat"]
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks(section, "python")[0], "docs/conversations.md", "exec"), {})
+    assert "Rome?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
