@@ -71,8 +71,7 @@ class TargetRows:
 
     def __init__(self, targets: TeacherTargets) -> None:
         self._targets = targets
-        stored = targets.entry.targets
-        self._all = stored.positions in (None, "all") and stored.sources is None
+        self._all = targets.entry.targets.in_every_row
         self._held: tuple[int, NDArray[np.int64]] | None = None  # windows are sampled shard after shard
 
     def counts(self) -> NDArray[np.int64]:

@@ -73,7 +73,9 @@ rows differ in size: ids of at least 1 / K of a row's mass are certain, and no s
 means that the row has no targets: then `certain` is 0 too, and every number but the label's is none. Where
 `targets.positions` is "all" there are no such rows, where it is "trained" they are those in which the loss mask is
 False, where it is "some" they may be any. Where the record has `targets.sources`, rows in documents of sources with
-other names have none either; a row is in the document of its own token. With `targets.tail` "unknown" nothing is stored
+other names have none either; a row is in the document of its own token. Of documents of more than
+`targets.document_tokens` tokens, `targets.long_documents` leaves targets to as many first rows (truncate) or to none
+(drop). With `targets.tail` "unknown" nothing is stored
 of the mass outside the ids, and log-probs are relative to that of the ids. Columns are::
 
     column i           ids                                      certain_*      sampled_*

@@ -256,6 +256,11 @@ class Targets(Record):
         return field in self.fields
 
     @property
+    def in_every_row(self) -> bool:
+        """Whether every row has targets."""
+        return self.positions in (None, "all") and self.sources is None and self.long_documents is None
+
+    @property
     def whole_rows(self) -> bool:
         """Whether every row with targets holds K ids."""
         return self.top_p is None and self.sample_size is None

@@ -218,7 +218,7 @@ def broken_rule(entry: TeacherEntry, arrays: Arrays) -> str | None:
     kept, certain = arrays["kept"], arrays["certain"]
     if (kept > entry.targets.k).any() or (certain > kept).any():
         return "kept exceeds K, or certain exceeds kept"
-    if entry.targets.positions == "all" and entry.targets.sources is None and not kept.all():
+    if entry.targets.in_every_row and not kept.all():
         return "a row is without targets, and the entry says that none is"
     if entry.targets.method == "top-k" and not np.array_equal(certain, kept):
         return "an id is sampled in an entry of top-k targets"

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from storage import LogitCache
-from storage.cache.positions import named_sources, source_numbers
+from storage.cache.positions import Positions, named_sources, source_numbers
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.identity import other_tokens
 from storage.format.manifest import TeacherEntry
@@ -196,16 +196,22 @@ class DistillationWindows(Dataset[Window]):
     def trained_positions(self, indices: Sequence[int], sources: Sequence[str] | None = None) -> int:
         """How many positions of some windows are trained on, by the loss mask, which is read once; in documents of some
         sources, where they are given."""
-        cache, ranges = self._cache(), self._ranges(indices)
-        if cache.loss_mask is None and sources is None:
-            return int(ranges[:, 1].sum())
-        trained = cache.positions(trained=True, sources=sources)
-        first, last = trained.count_before(np.stack([ranges[:, 0], ranges.sum(axis=1)]))
+        return self._count(indices, self._cache().positions(trained=True, sources=sources))
+
+    def _count(self, indices: Sequence[int], positions: Positions) -> int:
+        ranges = self._ranges(indices)
+        first, last = positions.count_before(np.stack([ranges[:, 0], ranges.sum(axis=1)]))
         return int((last - first).sum())
 
     def _ranges(self, indices: Sequence[int]) -> NDArray[np.int64]:
         """The spans of some windows, int64 [n, 2]."""
         return np.array([span for window in self.spans(indices) for span in window], dtype=np.int64).reshape(-1, 2)
+
+    def taught_positions(self, indices: Sequence[int], teacher: str) -> int:
+        """How many positions of some windows are trained on and have targets of a teacher."""
+        targets = self.entries[teacher].targets
+        long = targets.long_documents, targets.document_tokens
+        return self._count(indices, self._cache().positions(True, self.taught_sources(teacher), *long))
 
     def taught_sources(self, teacher: str) -> tuple[str, ...] | None:
         """The sources in whose documents a teacher teaches, by what was asked or its entry; None: in all."""

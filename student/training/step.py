@@ -148,9 +148,7 @@ def positions_seen(
         numbers = order.permutation(epoch)[:read]
         indices = (numbers + epoch * len(windows)).tolist()
         total += windows.positions_read(indices)
-        of_epoch = windows.trained_positions(indices)
-        trained += of_epoch
+        trained += windows.trained_positions(indices)
         for name in taught:
-            sources = windows.taught_sources(name)
-            taught[name] += of_epoch if sources is None else windows.trained_positions(indices, sources)
+            taught[name] += windows.taught_positions(indices, name)
     return total, trained, taught

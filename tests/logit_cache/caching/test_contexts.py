@@ -16,8 +16,11 @@ from support.models.saved import saver
 
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.prepare import open_job
+from logit_cache.fidelity.measure import measure
 from storage.cache.verify import verify
 from storage.errors import InputError
+from student.data.batches import collate
+from student.data.windows import DistillationWindows
 
 V = 61
 LENGTHS = np.array([5, 30, 9, 50, 17, 40, 3, 20])
@@ -67,24 +70,31 @@ def test_what_the_job_gives_holds(chats: Path, save: Callable[..., Path]) -> Non
     assert (across.entry.windowing.isolate_documents, across.entry.windowing.context_tokens) == (False, 128)
 
 
+@pytest.mark.parametrize("positions", ["trained", "all"])
 @pytest.mark.parametrize("how", ["cut", "truncate", "drop"])
 def test_documents_longer_than_the_context(
-    chats: Path, save: Callable[..., Path], how: str, caplog: pytest.LogCaptureFixture
+    chats: Path, save: Callable[..., Path], how: str, positions: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job: dict[str, Any] = {"k": 4, "context_tokens": 20, "fidelity_positions": 0}
+    job: dict[str, Any] = {"k": 4, "context_tokens": 20, "positions": positions}
     entry, stored = cache_logits(chats, "a", save("llama"), long_documents=how, **job)
-    whole = np.repeat(LENGTHS <= 20, LENGTHS)
-    wanted = {"cut": MASK, "truncate": MASK & (PLACE < 20), "drop": MASK & whole}[how]
+    some = {"cut": PLACE >= 0, "truncate": PLACE < 20, "drop": np.repeat(LENGTHS <= 20, LENGTHS)}[how]
+    wanted = some & MASK if positions == "trained" else some
     assert ((stored.kept > 0) == wanted).all()
     recorded = entry.entry.targets
     assert (recorded.long_documents, recorded.document_tokens) == ((None, None) if how == "cut" else (how, 20))
     said = {"cut": "are cut into windows", "truncate": "have targets at their first 20", "drop": "have no targets"}
     assert f"3 longer ones of up to 50 {said[how]}" in caplog.text
     assert verify(str(chats), deep=True).problems == []
+    windows = DistillationWindows(str(chats), ["a"], 16)
+    everything = range(len(windows))
+    batch = collate(windows.__getitems__(everything))
+    taught = (batch["labels"] != -100) & (batch["targets"]["a"].decoded().kept > 0)
+    assert windows.taught_positions(everything, "a") == int(taught.sum())
     # Resumed without the flag, it is the same entry.
     opened = open_job(CacheJob(cache=str(chats), name="a", teacher=(str(save("llama")),), **job))
     assert opened.writer.entry.targets == recorded
     assert opened.writer.pending() == []
+    assert 0 < measure(opened, 10_000).positions <= wanted.sum()
 
 
 def test_documents_longer_than_the_context_are_refused_where_that_is_asked(

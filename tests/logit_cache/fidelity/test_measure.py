@@ -64,6 +64,7 @@ ALL: dict[str, Any] = {
     "stride_tokens": None,
     "context_tokens": CONTEXT,
     "shard_tokens": SHARD,
+    "isolate_documents": False,
 }
 WHOLE = {"bucket", "renormalise", "none"}
 TREATMENTS = {"lean": {"sampled"}, "trained": {"sampled"}, "lean-for-2": set(), "varopt": WHOLE | {"sampled"}}
@@ -435,9 +436,10 @@ def test_tiles_change_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> 
 # --- its lifecycle beside the entry ----------------------------------------------------------------------------------
 
 ARGUMENTS = ("--name", "a", "-k", 8, "--context-tokens", CONTEXT, "--shard-tokens", SHARD, "--fields", "all",
-             "--positions", "all")  # fmt: skip
+             "--positions", "all", "--no-isolate-documents")  # fmt: skip
 JOB: dict[str, Any] = {
     "k": 8, "context_tokens": CONTEXT, "shard_tokens": SHARD, "fields": ("all",), "positions": "all",
+    "isolate_documents": False,
 }  # fmt: skip
 
 
