@@ -64,10 +64,16 @@ def test_conversations_are_isolated_in_a_context_of_the_longest_that_the_teacher
     assert "read by itself" not in caplog.text
 
 
-def test_what_the_job_gives_holds(chats: Path, save: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("context", [128, 40])
+def test_what_the_job_gives_holds_and_then_what_the_entry_has(
+    chats: Path, save: Callable[..., Path], context: int
+) -> None:
     teacher = save("llama", max_position_embeddings=128)
-    across, _ = cache_logits(chats, "a", teacher, k=4, context_tokens=None, isolate_documents=False)
-    assert (across.entry.windowing.isolate_documents, across.entry.windowing.context_tokens) == (False, 128)
+    given = {"context_tokens": None if context == 128 else context, "isolate_documents": False}
+    for fields in (given, {"context_tokens": None}):
+        across, _ = cache_logits(chats, "a", teacher, k=4, **fields)
+        windowing = across.entry.windowing
+        assert (windowing.isolate_documents, windowing.context_tokens) == (False, context)
 
 
 @pytest.mark.parametrize("positions", ["trained", "all"])
