@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from student.job import StudentJob as StudentJob
     from student.labels import NOT_TRAINED as NOT_TRAINED
     from student.loss.distillation import DistillationLoss as DistillationLoss
+    from student.loss.figures import LossFigures as LossFigures
     from student.loss.teacher_targets import Member as Member
     from student.models.loading import load_student as load_student
     from student.report import TrainingReport as TrainingReport
     from student.target_batch import StoredBatch as StoredBatch
     from student.target_batch import TargetBatch as TargetBatch
-    from student.training.bound_forward import LossFigures as LossFigures
     from student.training.bound_forward import bind_loss as bind_loss
     from student.training.bound_forward import unbind_loss as unbind_loss
     from student.training.run import train as train
@@ -40,7 +40,8 @@ __all__, __getattr__ = public_names(__name__, {
     "student.models.loading": ("load_student",),
     "student.report": ("TrainingReport",),
     "student.target_batch": ("StoredBatch", "TargetBatch"),
-    "student.training.bound_forward": ("LossFigures", "bind_loss", "unbind_loss"),
+    "student.loss.figures": ("LossFigures",),
+    "student.training.bound_forward": ("bind_loss", "unbind_loss"),
     "student.training.run": ("train",),
     "student.training.trainer": ("DistillationTrainer",),
 })  # fmt: skip

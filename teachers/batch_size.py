@@ -25,9 +25,10 @@ _MEMORY_SHARE = 0.7
 Measure = Callable[[int], tuple[float, int]]
 
 
-def choose_batch_windows(teacher: Teacher, context_tokens: int) -> int:
+def choose_batch_windows(teacher: Teacher, context_tokens: int, packed: bool = False) -> int:
     """Windows of `context_tokens` in one pass: a constant on a CPU and for several ranks, measured on a GPU.
 
+    packed: whether documents share them, which takes a mask of the square of a window.
     Several ranks measure nothing, since one that ran out of memory would leave the others waiting for it.
     """
     if teacher.device.type != "cuda":
@@ -36,7 +37,7 @@ def choose_batch_windows(teacher: Teacher, context_tokens: int) -> int:
         return max(1, _RANKS_TOKENS // context_tokens)
     free = min(torch.cuda.mem_get_info(device)[0] for device in _devices(teacher))
     return largest_worthwhile(
-        lambda count: _measured(teacher, count, context_tokens),
+        lambda count: _measured(teacher, count, context_tokens, packed),
         max(1, _MOST_TOKENS // context_tokens),
         int(_MEMORY_SHARE * free),
     )
@@ -61,12 +62,14 @@ def largest_worthwhile(measure: Measure, most: int, memory_bytes: int) -> int:
         count, rate = 2 * count, count / seconds
 
 
-def _measured(teacher: Teacher, count: int, context_tokens: int) -> tuple[float, int]:
+def _measured(teacher: Teacher, count: int, context_tokens: int, packed: bool) -> tuple[float, int]:
     """Seconds of the second of two passes over `count` windows, and the bytes that they needed beside the weights, on
     the device that needed most."""
     device, devices = teacher.device, _devices(teacher)
     windows = torch.zeros(count, context_tokens, dtype=torch.int64, device=device)
     rows = torch.arange(windows.numel(), device=device)
+    halves = torch.arange(context_tokens, device=device) % -(-context_tokens // 2)
+    positions = halves.expand(count, -1).contiguous() if packed else None
     for each in devices:
         torch.cuda.reset_peak_memory_stats(each)
     before = [torch.cuda.memory_allocated(each) for each in devices]
@@ -74,7 +77,7 @@ def _measured(teacher: Teacher, count: int, context_tokens: int) -> tuple[float,
     for _ in range(2):  # the first pass selects kernels
         _wait(devices)
         began = time.perf_counter()
-        for _ in teacher.score(windows, rows):
+        for _ in teacher.score(windows, rows, positions):
             pass
         _wait(devices)
         seconds = time.perf_counter() - began

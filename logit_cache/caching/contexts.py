@@ -5,9 +5,6 @@ A stream with a loss mask is of conversations: each is read by itself and, as fa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,24 +14,24 @@ from storage.errors import InputError
 from storage.format.manifest import TeacherEntry, Windowing
 from storage.text import counted
 
-if TYPE_CHECKING:
-    from teachers.huggingface.teacher import HuggingFaceTeacher
-
 CONTEXT_TOKENS = 128
 """Of a window, where documents are not read by themselves."""
+
+MAX_CONTEXT = 1 << 24
 
 
 def windowing_of(
     job: CacheJob,
     cache: LogitCache,
-    teachers: Sequence[HuggingFaceTeacher],
-    begin: int | None,
     recorded: TeacherEntry | None,
+    begin: int | None = None,
+    limit: int | None = None,
 ) -> tuple[Windowing, str | None]:
     """The windows of a job, and a line for the log where the stream decided them.
 
-    begin: the id that is put before windows, if any. recorded: the entry of the job's name, if there is one; it decides
-    what is not given. Raises InputError for windows that a teacher cannot read, and for documents that are too long.
+    recorded: the entry of the job's name, if there is one; it decides what is not given. begin: the id that is put
+    before windows, if any. limit: the tokens of a window that all teachers read, None where it is not known or there is
+    none. Raises InputError for a stride beyond the context, and for documents that are too long.
     """
     before = None if recorded is None else recorded.windowing
     masked = cache.record.corpus.has_loss_mask
@@ -47,15 +44,12 @@ def windowing_of(
     if context is None:
         context = CONTEXT_TOKENS
         if masked and isolated:
-            limits = [teacher.max_positions - (begin is not None) for teacher in teachers if teacher.max_positions]
-            context = min([int(lengths.max()), *limits])
+            context = min(int(lengths.max()), limit or MAX_CONTEXT)
     if stride is not None and stride > context:
         raise InputError(
             f"--stride-tokens {stride} is larger than the context of {context} tokens: positions between the windows "
             "would have no teacher"
         )
-    for teacher in teachers:
-        teacher.check_context(context, begin is not None)  # a context that the job did not give
     windowing = Windowing(
         context_tokens=context, stride_tokens=stride or context, isolate_documents=isolated, begin_id=begin
     )

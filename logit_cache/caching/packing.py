@@ -14,7 +14,8 @@ from student.data.packing import Rows
 
 Row = tuple[Window, ...]
 
-# Attention costs the square of a row's length, so the shortest rows are taken that leave no more padding than this.
+# Attention costs the square of a row's length, so the shortest rows are taken that leave no more padding than this;
+# where none do, those that leave the least.
 _SHORTEST_ROWS, _MOST_PADDING = (128, 256, 512), 0.03
 _SORTED_UNIT = 32
 
@@ -25,9 +26,9 @@ def row_lengths(longest: int, sizes: Sequence[int]) -> tuple[int, ...]:
     sizes: tokens of some windows that are packed together, such as those of a shard.
 
     >>> row_lengths(100, [32] * 16), row_lengths(100, [70] * 14), row_lengths(1_500, [70])
-    ((128,), (512,), (512, 1024, 1500))
+    ((128,), (512,), (128, 256, 512, 1024, 1500))
     """
-    lengths: list[int] = []
+    found: list[tuple[int, list[int]]] = []
     for shortest in _SHORTEST_ROWS:
         lengths = [shortest]
         while lengths[-1] < longest:
@@ -36,14 +37,16 @@ def row_lengths(longest: int, sizes: Sequence[int]) -> tuple[int, ...]:
         for number, size in enumerate(sorted(sizes, reverse=True)):
             rows.add(number, size)
         if sum(sizes) >= (1 - _MOST_PADDING) * sum(rows.lengths):
-            break
-    return tuple(lengths)
+            return tuple(lengths)
+        found.append((sum(rows.lengths), lengths))
+    return tuple(min(found)[1])
 
 
 def packed(windows: Sequence[Window], lengths: Sequence[int], lead: int) -> Iterator[tuple[int, list[Row]]]:
     """(length, rows) of windows packed by best fit, the longest first; equal ones in the order of the stream.
 
-    lengths: of rows, ascending, the last one no shorter than any window; lead: tokens put before each window.
+    lengths: of rows, ascending, the last one no shorter than any window; lead: tokens put before each window. Rows of
+    one window come after the others of their length, so that few batches have both.
     """
     ordered = _longest_first(windows)
     rows = Rows(lengths)
@@ -51,7 +54,8 @@ def packed(windows: Sequence[Window], lengths: Sequence[int], lead: int) -> Iter
         rows.add(number, window.stop - window.start + lead)
     found = [tuple(ordered[number] for number in row) for row in rows.items]
     for length in lengths:
-        yield length, [row for row, own in zip(found, rows.lengths, strict=True) if own == length]
+        of_length = [row for row, own in zip(found, rows.lengths, strict=True) if own == length]
+        yield length, sorted(of_length, key=lambda row: len(row) == 1)
 
 
 def one_by_one(

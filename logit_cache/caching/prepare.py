@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from teachers.huggingface.teacher import HuggingFaceTeacher
     from teachers.ranks import Ranks
 
-# Tokens of the row in which a teacher is tried out, at most.
-_TESTED_ROW = 512
-
 
 @dataclass(frozen=True)
 class PreparedJob:
@@ -155,7 +152,18 @@ def check_stream(job: CacheJob) -> LogitCache:
         )
     if job.sources:
         source_numbers(cache.record, job.sources, job.cache)
+    layout_of(job, cache, windowing_of(job, cache, stored_entry(job.cache, job.name))[0])
     return cache
+
+
+def layout_of(job: CacheJob, cache: LogitCache, windowing: Windowing) -> ArrayLayout:
+    """The shards and chunks of a job's entry. Raises InputError for sizes that do not fit together."""
+    sizes = job.shard_tokens, job.chunk_tokens
+    positions, aligned = cache.record.corpus.positions, aligned_to(windowing)
+    try:
+        return entry_layout(positions, job.k, aligned, COMPRESSION[job.profile], *sizes)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> PreparedJob:
@@ -176,21 +184,15 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
     if job.combine is not None:
         teacher = EnsembleTeacher(teachers, job.combine, vocabulary_size, job.weight or None)
     recorded = stored_entry(job.cache, job.name)
-    windowing, remark = windowing_of(job, cache, teachers, begin, recorded)
-    try:
-        layout = entry_layout(
-            cache.record.corpus.positions,
-            job.k,
-            aligned_to(windowing),
-            COMPRESSION[job.profile],
-            job.shard_tokens,
-            job.chunk_tokens,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    limits = [each.max_positions - (begin is not None) for each in teachers if each.max_positions is not None]
+    windowing, remark = windowing_of(job, cache, recorded, begin, min(limits, default=None))
+    for each in teachers:
+        each.check_context(windowing.context_tokens, begin is not None)  # a context that the job did not give
+    layout = layout_of(job, cache, windowing)
     batch_windows = job.batch_windows or (recorded.execution.batch_windows if recorded else None)
     targets = job.stored_targets(recorded, cache.record.corpus.has_loss_mask, windowing.context_tokens)
     version: Literal[1, 2] = job.version(recorded)
+    rows = _rows(cache, teacher, windowing, layout, recorded)
     if targets.positions == "trained":
         loss_mask(cache, job.cache)
     entry = TeacherEntry(
@@ -206,8 +208,8 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         layout=layout,
         execution=execution_of(
             teacher,
-            batch_windows or choose_batch_windows(teacher, windowing.input_tokens),
-            _rows(cache, teacher, windowing, layout, recorded),
+            batch_windows or choose_batch_windows(teacher, windowing.input_tokens, rows.get("rows") == "packed"),
+            rows,
         ),
         made=None if version == 1 else "cached",
         created_with=Versions.of_this_process(),
@@ -248,8 +250,7 @@ def _rows(
         first = windows(0, min(layout.shard, positions), positions, windowing, cache.document_starts)
         sizes = [window.stop - window.start + lead for window in first]
         lengths = row_lengths(windowing.input_tokens, sizes)
-    packs = teacher.packs(max(lengths[0], min(lengths[-1], _TESTED_ROW)))
-    return {"rows": "packed", "row_tokens": lengths} if packs else {"rows": "sorted"}
+    return {"rows": "packed", "row_tokens": lengths} if teacher.packs(lengths[-1]) else {"rows": "sorted"}
 
 
 def execution_of(teacher: Teacher, batch_windows: int, rows: Mapping[str, Any]) -> Execution:

@@ -73,13 +73,13 @@ def score_range(
 
 def padding_share(cache: LogitCache, entry: TeacherEntry) -> float:
     """The share of padding among the tokens that a teacher reads for an entry, by some of its shards."""
-    shards = -(-entry.positions // entry.layout.shard)
+    shards, lead = -(-entry.positions // entry.layout.shard), entry.windowing.begin_id is not None
     read = inside = 0
     for number in range(min(shards, _PADDING_SHARDS)):
         start, stop = entry.layout.shard_range(number * shards // min(shards, _PADDING_SHARDS), entry.positions)
         for batch in _batches(entry, _plan(cache, entry, start, stop, _wanted(cache, entry, start, stop))):
             read += batch.count * batch.length
-            inside += sum(window.stop - window.start for row in batch.rows for window in row)
+            inside += sum(window.stop - window.start + lead for row in batch.rows for window in row)
     return 1 - inside / read if read else 0.0
 
 
@@ -149,7 +149,10 @@ def _score_batch(
             labels.append(np.where(scored + 1 < window.end, tokens[following - low], -1))
             positions.append(scored)
             read[-1].append((tokens[window.start - low : window.stop - low], scored - window.start))
-    packs = entry.execution.rows == "packed"
+    # Padding behind a row's one window needs no mask: a dense one costs the square of the row. But the model may have
+    # positions for no more than a window.
+    needs = any(len(row) > 1 for row in batch.rows) or batch.length > entry.windowing.input_tokens
+    packs = entry.execution.rows == "packed" and needs
     inputs = row_inputs(read, entry.windowing.begin_id, batch.length, batch.count, packs)
     position = np.concatenate(positions)
     label = torch.from_numpy(np.concatenate(labels)).to(teacher.device)
@@ -215,7 +218,7 @@ class _Rows:
         return sampling_of(self._targets, random, order)
 
     def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
-        """Store the rows of some positions (absolute, ascending), which are on the CPU."""
+        """Store the rows of some positions (absolute), which are on the CPU."""
         at = position - self._start
         kept = reduced.kept.numpy()
         is_kept = leading_columns(kept, self._targets.k)

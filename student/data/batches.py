@@ -61,7 +61,8 @@ def as_read(pieces: Sequence[Piece], window_tokens: int, begin_id: int | None, p
         positions[at:stop] = np.arange(stop - at)
         firsts.append(first)
         at = stop
-    positions[at:] = np.arange(rows - at)  # as a document of its own
+    # As a document of its own; behind a single piece no mask is needed for it, and with none attention is cheaper.
+    positions[at:] = np.arange(at, rows) if len(pieces) == 1 else np.arange(rows - at)
     targets = {name: [piece.targets[name] for piece in pieces] for name in pieces[0].targets}
     window: Window = {"input_ids": ids, "labels": labels, "targets": targets, "firsts": firsts}
     return {**window, "position_ids": positions} if packed else window

@@ -48,7 +48,8 @@ class ReadingOrder(Sampler[int]):
 
     Two windows of one group, which share chunks of the cache, are less than ``B * g + G`` indices apart while all lanes
     have groups, and a reader that holds B decoded chunks decodes each about once per epoch. (With 16 groups of 8,192
-    positions that is 131,072 positions and a step.) Lanes end within two groups of each other; when the first one
+    positions that is 131,072 positions and a step.) Where documents share windows, those of a group lie in two or three
+    groups of the stream, and a chunk is decoded as often. Lanes end within two groups of each other; when the first one
     ends, the rest of the others is shuffled together and ends the epoch: there they can be farther apart.
 
     The order is independent of batches, processes and workers, which cut it up. It yields ``epoch * windows + window``,

@@ -276,7 +276,8 @@ class DistillationWindows(Dataset[Window]):
         first = 0
         while first < len(waiting):
             start, stop, last = waiting[first][0], sum(waiting[first]), first + 1
-            while last < len(waiting) and waiting[last][0] <= stop:
+            # A document's last position has no label, so that of its neighbour begins one later.
+            while last < len(waiting) and waiting[last][0] <= stop + 1:
                 stop = max(stop, sum(waiting[last]))
                 last += 1
             merged = _Span(self._cache(), self.teachers, self.sources, start, stop)

@@ -4,19 +4,24 @@ Legend: `B` rows, `T` tokens of a row. Positions int64 [B, T] begin at 0 with ea
 
 Without an attention mask and without a cache, transformers makes a mask of positions that restart, for families that
 hand their positions to it. Others attend across documents, without a word: so a model is tested. Where it fails, each
-document is read in a row of its own, padded on the right, where padding changes nothing for a causal model.
+document is read in a row of its own, padded on the right, where padding changes nothing for a causal model. And where
+rows are long and documents short, they are read in shorter rows: attention with a mask costs the square of a row.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from storage.errors import InputError
+from student.data.packing import Rows
 from student.loss.output_layer import in_mode, tolerance_of
 from student.models.logit_agreement import agree, difference
 
@@ -25,8 +30,22 @@ PACKED = "packed"
 
 _log = logging.getLogger(__name__)
 
+_TRIED_TOKENS = 512
 # Documents of about equal length that are read together are padded to a multiple of this.
 _UNIT = 32
+# Where a configuration does not say.
+_HIDDEN_SIZE = 1024
+
+
+_Span = tuple[int, int]  # of flattened ids
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of documents that are read together, padded to `length` tokens."""
+
+    length: int
+    rows: list[list[_Span]]
 
 
 def model_inputs(ids: Tensor, positions: Tensor | None) -> dict[str, Any]:
@@ -42,8 +61,9 @@ def mixes_documents(
 
     model: or its forward, for ids below `ids`. tolerance: relative to the largest logit. longest: the tokens that the
     model reads at most, None for no limit. In two rows of random ids, cut in different places, each document must have
-    the logits that it has alone.
+    the logits that it has alone. Of long rows the first tokens are tried: all their logits are held.
     """
+    length = min(length, _TRIED_TOKENS)
     rows = torch.randint(ids, (2, length), generator=torch.Generator().manual_seed(1)).to(device)
     size = min(max(1, length // 3), longest or length)
     cuts = [range(0, length, size), (0, *range(min(7, size), length, size))]
@@ -60,6 +80,8 @@ def mixes_documents(
                     own = together[row : row + 1, start:stop]
                     if not agree(own, alone, tolerance):
                         return f"with others in its row, logits of a document differ by {difference(own, alone)}"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # models that take no positions, each in a way of its own
         return f"it fails with positions that restart ({type(error).__name__}: {error!s:.200})"
     return None
@@ -80,12 +102,37 @@ class DocumentReader:
         self, read: Callable[[Tensor, Tensor | None], Tensor], ids: Tensor, positions: Tensor | None
     ) -> Tensor:
         """What `read` makes of ids int64 [B, T] and their positions, or of ids alone: [B, T, ...]."""
-        if positions is not None and self.how is None:
+        if positions is None:
+            return read(ids, None)
+        if self.how is None:
             self.how = self._tried_out(ids)
-        if positions is None or self.how == PACKED:
+        batches = self._batches(ids, positions)
+        if batches is None:
             return read(ids, positions)
-        found: Tensor = _one_by_one(lambda some: read(some, None), ids, positions)
+        found: Tensor = _read_in(read, ids, batches)
         return found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _batches(self, ids: Tensor, positions: Tensor) -> list[_Batch] | None:
+        """The rows in which documents are read; None for those in which they lie."""
+        model: Any = self._model
+        if _is_sharded(model):
+            # How often a process reads would depend on its documents, and each read gathers weights from all processes.
+            if self.how != PACKED:
+                raise InputError(
+                    f"{type(model).__name__}: documents cannot share its windows ({self.how}), and reading them one by "
+                    "one does not go with sharded weights: give --pad-documents (pack_documents=False)"
+                )
+            return None
+        begins = (positions == 0).flatten().nonzero()[:, 0].tolist()
+        spans = sorted(itertools.pairwise((*begins, ids.numel())), key=lambda span: (span[0] - span[1], span[0]))
+        if self.how != PACKED:
+            return list(_one_by_one(spans, ids.numel(), ids.shape[1]))
+        # A checkpointed layer that runs twice in a step is ready twice, which DDP refuses.
+        if torch.distributed.is_initialized() and getattr(model, "is_gradient_checkpointing", False):
+            return None
+        hidden = getattr(model.config, "hidden_size", None) or _HIDDEN_SIZE
+        return _in_shorter_rows(spans, len(ids), ids.shape[1], hidden)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _tried_out(self, ids: Tensor) -> str:
@@ -103,31 +150,59 @@ class DocumentReader:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _one_by_one(read: Callable[[Tensor], Tensor], ids: Tensor, positions: Tensor) -> Tensor:
-    """What `read` makes of each document by itself, [B, T, ...]; it takes ids [b, t] and returns [b, t, ...].
-
-    Documents of about equal length are read together, in rows padded on the right: B * T tokens at a time, or one.
-    """
-    begins = (positions == 0).flatten().nonzero()[:, 0].tolist()
-    spans = sorted(itertools.pairwise((*begins, ids.numel())), key=lambda span: (span[0] - span[1], span[0]))
+def _read_in(read: Callable[[Tensor, Tensor | None], Tensor], ids: Tensor, batches: Sequence[_Batch]) -> Tensor:
+    """What `read` makes of ids [B, T] in other rows, [B, T, ...]."""
+    flat = ids.flatten()
     found: list[Tensor] = []
     order: list[Tensor] = []
-    flat = ids.flatten()
-    for some, length in _batches(spans, ids.numel(), ids.shape[1]):
-        at = torch.arange(length)
-        start, stop = (torch.tensor(ends)[:, None] for ends in zip(*some, strict=True))
-        inside = (start + at < stop).to(ids.device)
-        taken = (start + at).clamp(max=ids.numel() - 1).to(ids.device)
-        found.append(read(flat[taken])[inside])
-        order.append(taken[inside])
+    for batch in batches:
+        at = torch.zeros(len(batch.rows), batch.length, dtype=torch.long)
+        positions, inside = torch.zeros_like(at), torch.zeros_like(at, dtype=torch.bool)
+        for row, spans in enumerate(batch.rows):
+            taken = torch.cat([torch.arange(start, stop) for start, stop in spans])
+            at[row, : len(taken)], inside[row, : len(taken)] = taken, True
+            positions[row, : len(taken)] = torch.cat([torch.arange(stop - start) for start, stop in spans])
+        at, inside = at.to(ids.device), inside.to(ids.device)
+        shared = any(len(spans) > 1 for spans in batch.rows)
+        found.append(read(flat[at], positions.to(ids.device) if shared else None)[inside])
+        order.append(at[inside])
     joined, places = torch.cat(found), torch.cat(order)
     return joined.index_select(0, places.argsort()).reshape(*ids.shape, *joined.shape[1:])
 
 
-def _batches(spans: list[tuple[int, int]], tokens: int, longest: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
-    """Spans, the longest first, in batches of rows of a length that together have at most so many tokens."""
+def _one_by_one(spans: list[_Span], tokens: int, longest: int) -> Iterator[_Batch]:
+    """A row for each of some spans, the longest first, those of about equal length together: at most `tokens`."""
     while spans:
         length = min(-(-(spans[0][1] - spans[0][0]) // _UNIT) * _UNIT, longest)
         count = max(1, tokens // length)
-        yield spans[:count], length
+        yield _Batch(length, [[span] for span in spans[:count]])
         spans = spans[count:]
+
+
+def _in_shorter_rows(spans: list[_Span], rows: int, length: int, hidden: int) -> list[_Batch] | None:
+    """Spans, the longest first, in rows shorter than `length`; None where that is not much cheaper than as they lie.
+
+    A token costs ``1 + L / 2H`` in a row of L tokens: attention grows with the row, all else with the hidden size H.
+    """
+    best, cheapest = None, 0.9 * rows * length * (1 + length / (2 * hidden))
+    for shortest in (128, 256, 512):
+        lengths = [shortest]
+        while lengths[-1] < length:
+            lengths.append(min(2 * lengths[-1], length))
+        packed = Rows(lengths)
+        for number, (start, stop) in enumerate(spans):
+            packed.add(number, stop - start)
+        cost = sum(each * (1 + each / (2 * hidden)) for each in packed.lengths)
+        if cost < cheapest:
+            best, cheapest = packed, cost
+    if best is None:
+        return None
+    by_length: dict[int, list[list[_Span]]] = {}
+    for items, own in zip(best.items, best.lengths, strict=True):
+        by_length.setdefault(own, []).append([spans[item] for item in items])
+    return [_Batch(own, by_length[own]) for own in sorted(by_length)]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed's ZeRO-3 holds a part of each weight in each process."""
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())

@@ -54,7 +54,7 @@ class PlainHead:
         return hidden
 
     def loss_sums(self, hidden: Tensor, prepared: PreparedLoss) -> LossSums:
-        """The prepared loss of the logits of these hidden states [B, T, H]; the logits are never held whole.
+        """The prepared loss of the logits of these hidden states [R, H]; the logits are never held whole.
 
         It is computed inside the output layer's own call: FSDP2 all-gathers sharded weights there for as long as they
         are needed, whichever of its units they belong to.
@@ -68,7 +68,7 @@ class PlainHead:
             return sums.loss_sum
 
         with replaced_forward(self.linear, loss_of):
-            loss_sum: Tensor = self.linear(hidden.flatten(0, -2))
+            loss_sum: Tensor = self.linear(hidden)
         return replace(found[0], loss_sum=loss_sum)
 
     def logits(self, hidden: Tensor) -> Tensor:

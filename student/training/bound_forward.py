@@ -1,5 +1,4 @@
-"""Binds the distillation loss into a model's own `forward`, the call that DDP and FSDP hook; unbinds it; and turns what
-such a model returns into the figures of a log.
+"""Binds the distillation loss into a model's own `forward`, the call that DDP and FSDP hook; and unbinds it.
 
 Legend: `B` windows of a batch, `T` positions of a window, `P` = B·T positions, `W` columns of the student's head,
 `M` members of the mixture, `C` of them with tail controlled.
@@ -12,7 +11,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
@@ -156,30 +154,3 @@ def unbind_loss(model: nn.Module) -> None:
     """Restore the forward of the model's class; does nothing to a model without a bound loss."""
     for name in ("forward", "accepts_loss_kwargs"):
         inner_model(model).__dict__.pop(name, None)
-
-
-class LossFigures:
-    """Figures for a log, from the outputs of a bound model since the last ones."""
-
-    def __init__(self, loss: DistillationLoss) -> None:
-        self._loss = loss
-        self._parts: Tensor | None = None
-
-    def add(self, output: DistillationOutput) -> None:
-        """Count an output in, on its device and without a synchronisation."""
-        self._parts = output["parts"] if self._parts is None else self._parts + output["parts"]
-
-    def take(self) -> dict[str, float]:
-        """Cross-entropy and divergences, over all processes, which call it together; empty without outputs.
-
-        Nats per trained token, a divergence per trained token with targets; left out without any. Besides, by name, the
-        coefficients of the loss that change from step to step.
-        """
-        if self._parts is None:
-            return {}
-        parts, self._parts = reduce(self._parts, "sum").tolist(), None
-        loss = self._loss
-        figures = {} if loss.objective.alpha_end is None else {"alpha": loss.alpha}
-        figures |= {f"control_{name}": float(control.value) for name, control in loss.controls.items()}
-        names = ["cross_entropy", *(loss.log_name(member.name) for member in loss.members)]
-        return figures | {name: value / count for name, (count, value) in zip(names, parts, strict=True) if count}

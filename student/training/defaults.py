@@ -44,7 +44,9 @@ def open_fields(job: StudentJob, record: Mapping[str, Any], swept: Collection[st
     names = [name for name in (_PACK, *of_weights) if name not in given]
     if record:
         return {name: _recorded(record, name) for name in names}
-    chosen: dict[str, Any] = {_PACK: packs_documents(job), **(_ADAPTER if trains_adapter(job) else _FINE_TUNING)}
+    # A scale of the loss may need windows of one document: where it is swept, each trial follows its own.
+    packs = None if "loss_scale" in swept else packs_documents(job)
+    chosen: dict[str, Any] = {_PACK: packs, **(_ADAPTER if trains_adapter(job) else _FINE_TUNING)}
     return {name: chosen[name] if name in chosen else _window_tokens(job) for name in names}
 
 
@@ -75,6 +77,8 @@ def described(job: StudentJob, values: Mapping[str, Any], record: Mapping[str, A
 def _recorded(record: Mapping[str, Any], name: str) -> Any:
     """A run's identity has every field; a sweep's launch has those that were open, if this version started it."""
     found = record["identity"] | record.get("launch", {})
+    if name in record.get("launch", {}):
+        return record["launch"][name]
     earlier = {_PACK: False, _WINDOW: StudentJob.model_fields[_WINDOW].default, **DEFAULTS}[name]
     value = found.get(f"training.{name}", found.get(name))
     return earlier if value is None else value

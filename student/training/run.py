@@ -122,12 +122,18 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
     folder = OutputDirectory(job.output_dir, writes=os.environ.get("RANK", "0") == "0")
     record = folder.recorded()
     folder.check_writable()
-    opened = open_fields(job, record)
+    opened, asked = open_fields(job, record), job.pack_documents
     job = filled(job, opened)
     values = training_values(job)
     caches = open_caches(job)
     windows = caches.windows.cut(job.window_tokens, job.offset)
-    args, step_notes = checked_arguments(job, values, windows, record.get("identity", {}) | record.get("launch", {}))
+    if asked and not windows.packed:
+        raise InputError(
+            f"{job.cache}: --pack-documents is about windows that stay inside documents, and these cross them: give "
+            "--isolate-documents too, or leave it out"
+        )
+    known = record.get("identity", {}) | record.get("launch", {})
+    args, step_notes = checked_arguments(job, values, windows, known)
     live = None
     if job.live_teachers:
         if load_live is None:
@@ -137,8 +143,12 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
         # After the checks of fields and caches, since loading takes long.
         live = load_live(job, args.device)
         if windows.packed and not live.packs(windows.input_tokens):
+            if asked:
+                raise InputError("--pack-documents: a live teacher cannot keep documents apart: give --pad-documents")
             job = job.model_copy(update={"pack_documents": False})
             caches = open_caches(job)
+            args, step_notes = checked_arguments(job, values, caches.windows.cut(job.window_tokens, job.offset), known)
+            step_notes.append("live teachers cannot keep documents apart: each document has windows of its own, padded")
     data = job_inputs(caches, job, live)
     best_by = values.get("metric_for_best_model")
     if str(best_by).removeprefix("eval_") == "distillation_loss" and isinstance(data.eval_loss, str):

@@ -148,7 +148,9 @@ def positions_seen(
         numbers = order.permutation(epoch)[:read]
         indices = (numbers + epoch * len(windows)).tolist()
         total += windows.positions_read(indices)
-        trained += windows.trained_positions(indices)
+        of_epoch = windows.trained_positions(indices)
+        trained += of_epoch
         for name in taught:
-            taught[name] += windows.taught_positions(indices, name)
+            everywhere = windows.entries[name].targets.long_documents is None and windows.taught_sources(name) is None
+            taught[name] += of_epoch if everywhere else windows.taught_positions(indices, name)
     return total, trained, taught

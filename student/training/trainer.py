@@ -27,9 +27,10 @@ from student.data.windows import DistillationWindows, reading_order
 from student.evaluation.held_out import HeldOutSums, bytes_per_token
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss
+from student.loss.figures import LossFigures
 from student.loss.teacher_targets import Member
 from student.report import HeldOutReport
-from student.training.bound_forward import FusedHead, LossFigures, bind_loss
+from student.training.bound_forward import FusedHead, bind_loss
 from student.training.divergence import FiniteSteps, are_finite
 from student.training.fsdp import FSDPIsOn, keep_precision
 from student.training.step import take_one_device, windows_per_step

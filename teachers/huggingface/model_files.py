@@ -149,9 +149,13 @@ def adapter_config_sha256(config: dict[str, Any]) -> str:
     peft writes sets of names as lists in any order, and an option that is off as null, false or nothing, where an
     earlier peft did not have it.
     """
-    kept = {name: value for name, value in config.items() if value and name not in _VOLATILE_ADAPTER_KEYS}
+    kept = {name: value for name, value in config.items() if name not in _VOLATILE_ADAPTER_KEYS and not _is_off(value)}
     ordered = {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in kept.items()}
     return hashlib.sha256(canonical_json(ordered)).hexdigest()
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ([], {}, "")
 
 
 def _without_volatile(value: Any) -> Any:

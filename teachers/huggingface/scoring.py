@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from student.loss.documents import model_inputs
+from student.loss.output_layer import tolerance_of
 from student.models.logit_agreement import MASKED, agree, amplification, amplified, difference, replaced_forward
 from teachers.huggingface.output_layer import Head, head_of
 
 # The change, relative to the largest logit, that one rounding of the logits to the dtype and another order of
 # summation may cause.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-7, "float16": 2**-9}
+TOLERANCE = {name: tolerance_of(getattr(torch, name)) for name in ("float32", "bfloat16", "float16")}
 
 
 class FastPath:
@@ -124,7 +125,7 @@ ScoringPath = FastPath | GeneralPath
 def forward(model: Any, windows: Tensor, last: int | None = None, positions: Tensor | None = None) -> Tensor:
     """The model's own logits [B, C, columns], or of the `last` positions only, in the dtype of its output.
 
-    No attention mask is passed: windows are full, and a causal model needs none.
+    No attention mask is passed: what pads a window stands behind it, where a causal model does not look.
     """
     keep = {} if last is None else {"logits_to_keep": last}
     logits: Tensor = model(**model_inputs(windows, positions), **keep).logits

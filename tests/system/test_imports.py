@@ -28,7 +28,7 @@ ROOMS = {
         ("cache",), ("transfer",),
     ),
     "student": (
-        ("labels", "foreign_errors", "lifeline", "target_batch"), ("models",), ("cli_command",), ("data", "loss"),
+        ("labels", "foreign_errors", "lifeline", "target_batch"), ("models",), ("cli_command",), ("data",), ("loss",),
         ("job",), ("report",),
         ("evaluation",), ("training",), ("sweep",), ("cli",),
     ),

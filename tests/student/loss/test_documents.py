@@ -85,6 +85,28 @@ def test_a_model_that_is_silently_wrong_is_caught(caplog: pytest.LogCaptureFixtu
     assert "LlamaForCausalLM: documents are read in rows of their own, not packed" in caplog.text
 
 
+def test_short_documents_of_long_rows_are_read_in_shorter_ones() -> None:
+    model = small_model("llama", max_position_embeddings=2_048, hidden_size=32, num_attention_heads=2).eval()
+    lengths = [130, 7, 300, 1, 90, 44, 520, 61, 250, 33, 97, 12, 200, 155, 148]
+    assert sum(lengths) == 2_048
+    ids = torch.randint(0, V, (2, 2_048), generator=torch.Generator().manual_seed(2))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in order]) for order in (lengths, lengths[::-1])])
+    reader, read = DocumentReader(model), []
+
+    def logits(some: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+        read.append(some.shape)
+        found: torch.Tensor = model(**model_inputs(some, at)).logits
+        return found
+
+    with torch.no_grad():
+        found, expected = reader(logits, ids, positions), logits(ids, positions)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    *shorter, _ = read
+    assert max(length for _, length in shorter) == 1_024, "the longest document has 520 tokens"
+    assert sum(rows * length for rows, length in shorter) < 1.1 * ids.numel()
+    assert sum(rows * length**2 for rows, length in shorter) < 0.35 * 2 * 2_048**2
+
+
 @pytest.mark.parametrize("family", ["llama", "opt, projected"])
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_the_bound_loss_is_the_sum_over_documents(family: str, fused: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.caches.streams import chat_lengths
 from support.models.students import GPT
-from support.runs import GPT2, KILLED, LLAMA, V, arguments, have_equal_weights, job_in, ranks
+from support.runs import GPT2, KILLED, LLAMA, NOTED, V, arguments, have_equal_weights, job_in, ranks
 
 from storage.errors import IdentityMismatch
 from storage.format.manifest import Windowing
@@ -22,6 +22,7 @@ from student.job import StudentJob
 from student.models.loading import load_student
 from student.training.run import train
 
+SHARDED = "from support.programs import fsdp_ranks; fsdp_ranks.on_cpus()\n" + NOTED
 ISOLATED = Windowing(context_tokens=40, stride_tokens=40, isolate_documents=True)
 
 
@@ -85,6 +86,27 @@ def test_a_run_that_was_begun_with_padded_windows_ends_so(chats: Path, tmp_path:
     assert padded.tokens_seen < 12 * 4 * 16 * 0.7
     with pytest.raises(IdentityMismatch, match="pack_documents: the run has None, this job True"):
         train(job_of(chats, tmp_path / "out", pack_documents=True))
+
+
+@pytest.mark.slow
+def test_a_sharded_student_packs_as_one_process_does_or_is_refused(chats: Path, tmp_path: Path) -> None:
+    """The model is tried out inside its own forward, where its weights are gathered."""
+
+    def sharded(family: str, name: str) -> tuple[StudentJob, list[str]]:
+        fields = {"model": str(chats / f"{family}.json"), "training": {"per_device_train_batch_size": 2}}
+        job = job_of(chats, tmp_path / name, windows_per_step=4, **fields)
+        return job, [*arguments(job), "--windows-per-step", "4", "--set", "fsdp=true"]
+
+    alone, line = sharded("llama", "alone")
+    train(alone)
+    _, line = sharded("llama", "sharded")
+    ended = ranks(2, SHARDED, *line, NOTES=str(tmp_path / "notes"))
+    assert [one.returncode for one in ended] == [0, 0], ended[0].stderr
+    assert have_equal_weights(tmp_path / "alone", tmp_path / "sharded", atol=1e-4)
+    _, line = sharded("opt", "refused")
+    refused = ranks(2, SHARDED, *line, NOTES=str(tmp_path / "others"))
+    assert [one.returncode for one in refused] == [2, 2]
+    assert "give --pad-documents" in refused[0].stderr + refused[1].stderr
 
 
 @pytest.mark.slow
