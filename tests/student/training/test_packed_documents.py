@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 from support.caches.streams import chat_lengths
 from support.models.students import GPT
 from support.runs import GPT2, KILLED, LLAMA, NOTED, V, arguments, have_equal_weights, job_in, ranks
 
-from storage.errors import IdentityMismatch
+from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest import Windowing
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import held_out
 from student.job import StudentJob
 from student.models.loading import load_student
+from student.training.defaults import open_fields
 from student.training.run import train
 
 SHARDED = "from support.programs import fsdp_ranks; fsdp_ranks.on_cpus()\n" + NOTED
@@ -86,6 +88,24 @@ def test_a_run_that_was_begun_with_padded_windows_ends_so(chats: Path, tmp_path:
     assert padded.tokens_seen < 12 * 4 * 16 * 0.7
     with pytest.raises(IdentityMismatch, match="pack_documents: the run has None, this job True"):
         train(job_of(chats, tmp_path / "out", pack_documents=True))
+
+
+def test_who_decides_whether_a_job_packs(chats: Path, tmp_path: Path) -> None:
+    def packs(record: dict[str, Any], *swept: str, **changes: Any) -> bool | None:
+        found: bool | None = open_fields(job_of(chats, tmp_path / "out", **changes), record, swept)["pack_documents"]
+        return found
+
+    assert packs({}) is True
+    assert packs({}, loss_scale="babyllama") is False
+    assert packs({}, "loss_scale") is None, "each trial follows its own"
+    assert packs({"identity": {}, "launch": {"pack_documents": None}}, "loss_scale") is None
+    assert packs({"identity": {"pack_documents": True}}) is True
+    assert packs({"identity": {}, "launch": {"processes": 1}}) is False, "of an earlier version"
+    with pytest.raises(ValidationError, match="loss_scale babyllama sums over windows, which packed documents share"):
+        job_of(chats, tmp_path / "out", loss_scale="babyllama", pack_documents=True)
+    job = job_of(chats, tmp_path / "out", pack_documents=True)
+    with pytest.raises(InputError, match="--pack-documents is about windows that stay inside documents"):
+        train(job.model_copy(update={"teachers": (), "alpha": 1.0}))
 
 
 @pytest.mark.slow
