@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import torch
 from support.caches.small import make_corpus
 from support.caches.streams import chat_lengths
-from support.jobs import cache_logits
-from support.models.families import families
+from support.commands import Run, succeeded
+from support.jobs import cache_logits, contents
+from support.models.families import COMMON, families
 from support.models.saved import dense_logprobs, saver
+from transformers import AutoConfig
 
 from logit_cache.caching.packing import one_by_one, packed, row_lengths
 from logit_cache.caching.windows import windows
@@ -24,9 +27,24 @@ from storage.format.manifest import Windowing
 V, BEGIN = 61, 1
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8}, "gemma3_text": {"head_dim": 8, "sliding_window": 7}, "mistral": {"sliding_window": 7},
+    "mixtral": {"num_local_experts": 3},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 7, "head_dim": 8},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+}  # fmt: skip
+PACKED = ("gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_neox", "mixtral")
+SORTED = ("opt", "gpt_oss", "mamba", "falcon_h1")
+
+
+def config_of(family: str) -> Any:
+    return AutoConfig.for_model(family, **{**COMMON, "vocab_size": V, "num_key_value_heads": 2, **OTHERS[family]})
+
+
 @pytest.fixture(scope="module")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    return saver(tmp_path_factory.mktemp("models"), families(V))
+    others = {family: partial(config_of, family) for family in OTHERS}
+    return saver(tmp_path_factory.mktemp("models"), families(V) | others)
 
 
 @pytest.mark.parametrize("longest", [1, 40, 512, 513, 1_500, 9_000])
@@ -49,7 +67,7 @@ def test_rows_hold_every_window_once_and_no_more_than_their_length(longest: int)
     assert read < 1.03 * (lengths.sum() + len(lengths)) + choices[-1]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt", "mamba"])
+@pytest.mark.parametrize("family", [*PACKED, *SORTED])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -69,7 +87,7 @@ def test_targets_are_those_of_each_document_alone(
     make_corpus(str(url), tokens, V, document_starts=starts, loss_mask=mask)
     job = {"targets": "topk", "k": 12, "encoding": "float32", "fields": ("all",), "isolate_documents": True, **fields}
     entry, stored = cache_logits(url, "a", teacher, shard_tokens=256, chunk_tokens=256, **job)
-    packs = family not in ("opt", "mamba")
+    packs = family in PACKED
     assert entry.entry.execution.rows == ("packed" if packs else "sorted")
     assert entry.entry.execution.row_tokens in {(128,), (256,), (512,)} if packs else {None}
     context, begin = fields["context_tokens"], (BEGIN,) if "bos_each_window" in fields else ()
@@ -94,3 +112,24 @@ def test_targets_are_those_of_each_document_alone(
     _, again = cache_logits(url, "b", teacher, shard_tokens=128, chunk_tokens=128, **job)
     np.testing.assert_allclose(again.entropy[wanted], stored.entropy[wanted], atol=1e-4)
     assert verify(str(url), deep=True).problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_workers_and_restarts_leave_the_same_bytes(
+    family: str, save: Callable[..., Path], run: Run, tmp_path: Path
+) -> None:
+    lengths = chat_lengths(200, 20, 60)
+    starts = np.cumsum(lengths) - lengths
+    tokens = np.random.default_rng(3).integers(2, V, lengths.sum()).astype(np.uint16)
+    found = []
+    for name, options in {"one": ("--workers", 1), "two": ("--workers", 2), "part": ("--worker", "1/3")}.items():
+        make_corpus(str(tmp_path / name), tokens, V, document_starts=starts)
+        line = ("cache-logits", "--cache", tmp_path / name, "--teacher", save(family), "--name", "a", "-k", 8)
+        line = (*line, "--isolate-documents", "--context-tokens", 64, "--shard-tokens", 512)
+        succeeded(run(*line, *options, *(("--no-help-others",) if name == "part" else ())))
+        if name == "part":  # the others' shares in one process, after a restart
+            succeeded(run(*line))
+        found.append(contents(tmp_path / name))
+    assert len(found[0]) > 20
+    assert found[0] == found[1] == found[2]
