@@ -44,8 +44,8 @@ def open_fields(job: StudentJob, record: Mapping[str, Any], swept: Collection[st
     names = [name for name in (_PACK, *of_weights) if name not in given]
     if record:
         return {name: _recorded(record, name) for name in names}
-    # A scale of the loss may need windows of one document: where it is swept, each trial follows its own.
-    packs = None if "loss_scale" in swept else packs_documents(job)
+    # Each trial of a sweep follows its own fields: a scale of the loss may need windows of one document.
+    packs = None if swept else packs_documents(job)
     chosen: dict[str, Any] = {_PACK: packs, **(_ADAPTER if trains_adapter(job) else _FINE_TUNING)}
     return {name: chosen[name] if name in chosen else _window_tokens(job) for name in names}
 
