@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from logit_cache.caching.windows import Window
-from student.data.packing import Rows
+from student.data.packing import SHORTEST_ROWS, Rows, doubled
 
 Row = tuple[Window, ...]
 
 # Attention costs the square of a row's length, so the shortest rows are taken that leave no more padding than this;
 # where none do, those that leave the least.
-_SHORTEST_ROWS, _MOST_PADDING = (128, 256, 512), 0.03
+_MOST_PADDING = 0.03
 _SORTED_UNIT = 32
 
 
@@ -28,18 +28,16 @@ def row_lengths(longest: int, sizes: Sequence[int]) -> tuple[int, ...]:
     >>> row_lengths(100, [32] * 16), row_lengths(100, [70] * 14), row_lengths(1_500, [70])
     ((128,), (512,), (128, 256, 512, 1024, 1500))
     """
-    found: list[tuple[int, list[int]]] = []
-    for shortest in _SHORTEST_ROWS:
-        lengths = [shortest]
-        while lengths[-1] < longest:
-            lengths.append(min(2 * lengths[-1], longest))
+    found: list[tuple[int, tuple[int, ...]]] = []
+    for shortest in SHORTEST_ROWS:
+        lengths = doubled(shortest, longest)
         rows = Rows(lengths)
         for number, size in enumerate(sorted(sizes, reverse=True)):
             rows.add(number, size)
         if sum(sizes) >= (1 - _MOST_PADDING) * sum(rows.lengths):
-            return tuple(lengths)
+            return lengths
         found.append((sum(rows.lengths), lengths))
-    return tuple(min(found)[1])
+    return min(found)[1]
 
 
 def packed(windows: Sequence[Window], lengths: Sequence[int], lead: int) -> Iterator[tuple[int, list[Row]]]:

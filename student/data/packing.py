@@ -17,6 +17,18 @@ GROUP_ROWS = 8
 """The least number of rows whose documents are packed together: with few to choose from, rows would stay emptier."""
 
 
+SHORTEST_ROWS = (128, 256, 512)
+"""Lengths that the shortest rows may have, where rows have several lengths."""
+
+
+def doubled(shortest: int, longest: int) -> tuple[int, ...]:
+    """Lengths of rows from `shortest` on, doubling, up to `longest`; one where that is no longer."""
+    lengths = [shortest]
+    while lengths[-1] < longest:
+        lengths.append(min(2 * lengths[-1], longest))
+    return tuple(lengths)
+
+
 class Rows:
     """Rows filled by best fit: an item goes into the fullest row with room for it, else into the shortest new one.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from storage.errors import InputError
-from student.data.packing import Rows
+from student.data.packing import SHORTEST_ROWS, Rows, doubled
 from student.loss.output_layer import in_mode, tolerance_of
 from student.models.logit_agreement import agree, difference
 
@@ -185,11 +185,8 @@ def _in_shorter_rows(spans: list[_Span], rows: int, length: int, hidden: int) ->
     A token costs ``1 + L / 2H`` in a row of L tokens: attention grows with the row, all else with the hidden size H.
     """
     best, cheapest = None, 0.9 * rows * length * (1 + length / (2 * hidden))
-    for shortest in (128, 256, 512):
-        lengths = [shortest]
-        while lengths[-1] < length:
-            lengths.append(min(2 * lengths[-1], length))
-        packed = Rows(lengths)
+    for shortest in SHORTEST_ROWS:
+        packed = Rows(doubled(shortest, length))
         for number, (start, stop) in enumerate(spans):
             packed.add(number, stop - start)
         cost = sum(each * (1 + each / (2 * hidden)) for each in packed.lengths)
