@@ -46,7 +46,6 @@ class LiveTeacher:
         }
 
     def packs(self, length: int) -> bool:
-        """See `teachers.base.Teacher.packs`."""
         return self._teacher.packs(length)
 
     def __call__(self, windows: Tensor, positions: Tensor | None = None) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.caching.job import CacheJob
+from storage.cache.positions import document_lengths
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
 from storage.format.manifest import TeacherEntry, Windowing
@@ -40,7 +41,9 @@ def windowing_of(
         isolated = masked if before is None else before.isolate_documents
     if context is None and before is not None:
         context, stride = before.context_tokens, stride or before.stride_tokens
-    lengths = _lengths(cache) if isolated else np.zeros(0, dtype=np.int64)
+    lengths = np.zeros(0, dtype=np.int64)
+    if isolated:
+        lengths = document_lengths(cache.document_starts, cache.record.corpus.positions)
     if context is None:
         context = CONTEXT_TOKENS
         if masked and isolated:
@@ -54,11 +57,6 @@ def windowing_of(
         context_tokens=context, stride_tokens=stride or context, isolate_documents=isolated, begin_id=begin
     )
     return windowing, _of_lengths(job, lengths, context)
-
-
-def _lengths(cache: LogitCache) -> NDArray[np.int64]:
-    """Tokens of each document, int64 [D]."""
-    return np.diff(np.append(cache.document_starts.astype(np.int64), cache.record.corpus.positions))
 
 
 def _of_lengths(job: CacheJob, lengths: NDArray[np.int64], context: int) -> str | None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from logit_cache.caching.windows import Window
-from student.data.packing import SHORTEST_ROWS, Rows, doubled
+from student.data.packing import SHORTEST_ROWS, Rows, alone, doubled
 
 Row = tuple[Window, ...]
 
 # Attention costs the square of a row's length, so the shortest rows are taken that leave no more padding than this;
 # where none do, those that leave the least.
 _MOST_PADDING = 0.03
-_SORTED_UNIT = 32
 
 
 def row_lengths(longest: int, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -31,9 +30,7 @@ def row_lengths(longest: int, sizes: Sequence[int]) -> tuple[int, ...]:
     found: list[tuple[int, tuple[int, ...]]] = []
     for shortest in SHORTEST_ROWS:
         lengths = doubled(shortest, longest)
-        rows = Rows(lengths)
-        for number, size in enumerate(sorted(sizes, reverse=True)):
-            rows.add(number, size)
+        rows = Rows.of(sorted(sizes, reverse=True), lengths)
         if sum(sizes) >= (1 - _MOST_PADDING) * sum(rows.lengths):
             return lengths
         found.append((sum(rows.lengths), lengths))
@@ -47,9 +44,7 @@ def packed(windows: Sequence[Window], lengths: Sequence[int], lead: int) -> Iter
     one window come after the others of their length, so that few batches have both.
     """
     ordered = _longest_first(windows)
-    rows = Rows(lengths)
-    for number, window in enumerate(ordered):
-        rows.add(number, window.stop - window.start + lead)
+    rows = Rows.of([window.stop - window.start + lead for window in ordered], lengths)
     found = [tuple(ordered[number] for number in row) for row in rows.items]
     for length in lengths:
         of_length = [row for row, own in zip(found, rows.lengths, strict=True) if own == length]
@@ -63,13 +58,10 @@ def one_by_one(
 
     The length is that of the largest of them with its `lead`, rounded up, at most `longest`.
     """
-    waiting = _longest_first(windows)
-    while waiting:
-        needed = waiting[0].stop - waiting[0].start + lead
-        length = min(-(-needed // _SORTED_UNIT) * _SORTED_UNIT, longest)
-        count = max(1, batch_tokens // length)
-        yield length, [(window,) for window in waiting[:count]]
-        waiting = waiting[count:]
+    ordered = _longest_first(windows)
+    sizes = [window.stop - window.start + lead for window in ordered]
+    for length, some in alone(sizes, longest, batch_tokens):
+        yield length, [(window,) for window in ordered[some]]
 
 
 def _longest_first(windows: Sequence[Window]) -> list[Window]:

@@ -62,9 +62,9 @@ def in_documents(document_starts: NDArray[np.uint64], chosen: NDArray[np.bool_])
     return read
 
 
-def at_most(document_starts: NDArray[np.uint64], positions: int, tokens: int) -> NDArray[np.bool_]:
-    """bool [D]: the documents with at most so many tokens, of a stream of `positions` tokens."""
-    return np.diff(np.append(document_starts.astype(np.int64), positions)) <= tokens
+def document_lengths(document_starts: NDArray[np.uint64], positions: int) -> NDArray[np.int64]:
+    """Tokens of each document, int64 [D], of a stream of `positions` tokens."""
+    return np.diff(np.append(document_starts.astype(np.int64), positions))
 
 
 def first_of_documents(document_starts: NDArray[np.uint64], tokens: int) -> Mask:

@@ -19,7 +19,7 @@ from storage.cache.checked_array import CheckedArray, check_shards
 from storage.cache.positions import (
     Mask,
     Positions,
-    at_most,
+    document_lengths,
     first_of_documents,
     in_documents,
     named_sources,
@@ -329,7 +329,7 @@ class LogitCache:
         starts = self.document_starts
         if long_documents == "truncate":
             return first_of_documents(starts, tokens)
-        return in_documents(starts, at_most(starts, self.record.corpus.positions, tokens))
+        return in_documents(starts, document_lengths(starts, self.record.corpus.positions) <= tokens)
 
     def _masks(self, trained: bool, sources: Collection[str] | None) -> list[Mask]:
         masks: list[Mask] = [self.loss_mask.read] if trained and self.loss_mask is not None else []

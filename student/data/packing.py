@@ -7,7 +7,7 @@ Which documents share a row follows from their lengths alone.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 GROUP_ROWS = 8
 """The least number of rows whose documents are packed together: with few to choose from, rows would stay emptier."""
 
+
+# Rows of one item are padded to a multiple of this.
+_UNIT = 32
 
 SHORTEST_ROWS = (128, 256, 512)
 """Lengths that the shortest rows may have, where rows have several lengths."""
@@ -41,6 +44,14 @@ class Rows:
         self._choices = lengths
         self._room: list[tuple[int, int]] = []  # (free, row), ascending, of the open rows
 
+    @classmethod
+    def of(cls, sizes: Sequence[int], lengths: Sequence[int]) -> Rows:
+        """Rows of items of these sizes, numbered as they are given and put in by turns."""
+        rows = cls(lengths)
+        for item, size in enumerate(sizes):
+            rows.add(item, size)
+        return rows
+
     def add(self, item: int, size: int) -> None:
         """Put in an item, no larger than the longest row."""
         at = bisect.bisect_left(self._room, (size, 0))
@@ -57,6 +68,20 @@ class Rows:
     def close(self) -> None:
         """Close all rows but the emptiest."""
         del self._room[:-1]
+
+
+def alone(sizes: Sequence[int], longest: int, tokens: int) -> Iterator[tuple[int, slice]]:
+    """Rows of one item each, those of about equal length together: (length of the rows, which items).
+
+    sizes: descending. A length is that of the largest of its items, rounded up, at most `longest`; so many rows are
+    read together that they have at most `tokens`, or one.
+    """
+    start = 0
+    while start < len(sizes):
+        length = min(-(-sizes[start] // _UNIT) * _UNIT, longest)
+        stop = start + max(1, tokens // length)
+        yield length, slice(start, stop)
+        start = stop
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from storage.errors import InputError
-from student.data.packing import SHORTEST_ROWS, Rows, doubled
+from student.data.packing import SHORTEST_ROWS, Rows, alone, doubled
 from student.loss.output_layer import in_mode, tolerance_of
 from student.models.logit_agreement import agree, difference
 
@@ -31,8 +31,6 @@ PACKED = "packed"
 _log = logging.getLogger(__name__)
 
 _TRIED_TOKENS = 512
-# Documents of about equal length that are read together are padded to a multiple of this.
-_UNIT = 32
 # Where a configuration does not say.
 _HIDDEN_SIZE = 1024
 
@@ -97,6 +95,7 @@ class DocumentReader:
     def __init__(self, model: nn.Module, forward: Callable[..., Any] | None = None) -> None:
         self._model, self._forward = model, forward or model
         self.how: str | None = None
+        self._is_sharded = False
 
     def __call__(
         self, read: Callable[[Tensor, Tensor | None], Tensor], ids: Tensor, positions: Tensor | None
@@ -105,7 +104,7 @@ class DocumentReader:
         if positions is None:
             return read(ids, None)
         if self.how is None:
-            self.how = self._tried_out(ids)
+            self.how, self._is_sharded = self._tried_out(ids), _is_sharded(self._model)
         # A compiled model has one shape; other rows would run without it.
         as_they_lie = self.how == PACKED and torch.compiler.is_compiling()
         batches = None if as_they_lie else self._batches(ids, positions)
@@ -118,7 +117,7 @@ class DocumentReader:
     def _batches(self, ids: Tensor, positions: Tensor) -> list[_Batch] | None:
         """The rows in which documents are read; None for those in which they lie."""
         model: Any = self._model
-        if _is_sharded(model):
+        if self._is_sharded:
             # How often a process reads would depend on its documents, and each read gathers weights from all processes.
             if self.how != PACKED:
                 raise InputError(
@@ -126,10 +125,14 @@ class DocumentReader:
                     "one does not go with sharded weights: give --pad-documents (pack_documents=False)"
                 )
             return None
+        if self.how == PACKED and ids.shape[1] <= SHORTEST_ROWS[0]:
+            return None  # there are no shorter rows
         begins = (positions == 0).flatten().nonzero()[:, 0].tolist()
         spans = sorted(itertools.pairwise((*begins, ids.numel())), key=lambda span: (span[0] - span[1], span[0]))
         if self.how != PACKED:
-            return list(_one_by_one(spans, ids.numel(), ids.shape[1]))
+            sizes = [stop - start for start, stop in spans]
+            found = alone(sizes, ids.shape[1], ids.numel())
+            return [_Batch(length, [[span] for span in spans[some]]) for length, some in found]
         # A checkpointed layer that runs twice in a step is ready twice, which DDP refuses.
         if torch.distributed.is_initialized() and getattr(model, "is_gradient_checkpointing", False):
             return None
@@ -172,15 +175,6 @@ def _read_in(read: Callable[[Tensor, Tensor | None], Tensor], ids: Tensor, batch
     return joined.index_select(0, places.argsort()).reshape(*ids.shape, *joined.shape[1:])
 
 
-def _one_by_one(spans: list[_Span], tokens: int, longest: int) -> Iterator[_Batch]:
-    """A row for each of some spans, the longest first, those of about equal length together: at most `tokens`."""
-    while spans:
-        length = min(-(-(spans[0][1] - spans[0][0]) // _UNIT) * _UNIT, longest)
-        count = max(1, tokens // length)
-        yield _Batch(length, [[span] for span in spans[:count]])
-        spans = spans[count:]
-
-
 def _in_shorter_rows(spans: list[_Span], rows: int, length: int, hidden: int) -> list[_Batch] | None:
     """Spans, the longest first, in rows shorter than `length`; None where that is not much cheaper than as they lie.
 
@@ -188,9 +182,7 @@ def _in_shorter_rows(spans: list[_Span], rows: int, length: int, hidden: int) ->
     """
     best, cheapest = None, 0.9 * rows * length * (1 + length / (2 * hidden))
     for shortest in SHORTEST_ROWS:
-        packed = Rows(doubled(shortest, length))
-        for number, (start, stop) in enumerate(spans):
-            packed.add(number, stop - start)
+        packed = Rows.of([stop - start for start, stop in spans], doubled(shortest, length))
         cost = sum(each * (1 + each / (2 * hidden)) for each in packed.lengths)
         if cost < cheapest:
             best, cheapest = packed, cost
