@@ -67,12 +67,9 @@ class Blocks:
         """(first absolute position, number of positions) of a window in an epoch."""
         return self.spans([window + epoch * len(self)])[0]
 
-    def spans(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+    def spans(self, indices: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
         """(first absolute position, number of positions) by index, ``epoch * len(self) + window``."""
-        numbers = np.asarray(indices, dtype=None if len(indices) else np.int64)
-        if numbers.dtype.kind not in "iu":
-            raise TypeError(f"windows are chosen by whole numbers, not by {numbers.dtype}")
-        epochs, windows = np.divmod(numbers.astype(np.int64), len(self))
+        epochs, windows = np.divmod(whole_numbers(indices), len(self))
         documents, blocks, lengths = self._locate(windows)
         inside = blocks * self.window_tokens
         if self.offset == "random":
@@ -96,3 +93,11 @@ class Blocks:
         # not share blocks of the generator's output.
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, window, 0, 0]))
         return int(generator.integers(room))
+
+
+def whole_numbers(indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of windows as int64. Raises TypeError for others."""
+    numbers = np.asarray(indices, dtype=None if len(indices) else np.int64)
+    if numbers.dtype.kind not in "iu":
+        raise TypeError(f"windows are chosen by whole numbers, not by {numbers.dtype}")
+    return numbers.astype(np.int64)

@@ -21,6 +21,7 @@ import copy
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, SupportsIndex, overload
 
 import numpy as np
@@ -35,7 +36,7 @@ from storage.format.manifest import TeacherEntry
 from storage.progress import Log
 from storage.text import quoted
 from student.data.batches import Piece, Window, as_read
-from student.data.blocks import Blocks, Offset
+from student.data.blocks import Blocks, Offset, whole_numbers
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.data.packing import GROUP_ROWS, Packing
 from student.labels import NOT_TRAINED
@@ -180,14 +181,15 @@ class DistillationWindows(Dataset[Window]):
         """(first absolute position, number of positions) of each block in some windows, by index as `__getitems__`."""
         if self._packing is None:
             return [[span] for span in self.blocks.spans(indices)]
-        packing, numbers = self._packing, np.asarray(indices, dtype=None if len(indices) else np.int64)
-        if numbers.dtype.kind not in "iu":
-            raise TypeError(f"windows are chosen by whole numbers, not by {numbers.dtype}")
-        found = []
-        for epoch, window in zip(*np.divmod(numbers.astype(np.int64), len(self)), strict=True):
-            blocks = packing.windows[packing.first[window] : packing.first[window + 1]]
-            found.append(self.blocks.spans(blocks + epoch * len(self.blocks)))
-        return found
+        packing = self._packing
+        epochs, windows = np.divmod(whole_numbers(indices), len(self))
+        first, last = packing.first[windows], packing.first[windows + 1]
+        blocks = [
+            packing.windows[start:stop] + epoch * len(self.blocks)
+            for start, stop, epoch in zip(first, last, epochs, strict=True)
+        ]
+        spans = iter(self.blocks.spans(np.concatenate(blocks or [epochs])))
+        return [list(islice(spans, len(some))) for some in blocks]
 
     def positions_read(self, indices: Sequence[int]) -> int:
         """How many positions some windows have."""
