@@ -64,7 +64,7 @@ class Document:
 class Source:
     """The files that are imported, in their order, and what an importer may need to read them.
 
-    settings: those of the format that lie beside the data or were given. notes: for what an importer decides itself.
+    settings: the file of the format's settings, where it has one. notes: for what an importer decides itself.
     """
 
     files: list[Path]
@@ -86,6 +86,7 @@ class Format:
     documents     the documents of a source
     values        what the numbers can be by the format; several: the data decide
     reading       what rows are about by the format; None: the data alone decide
+    settings      the file of settings that lies beside the data, without which they cannot be read; None: there is none
     slack_nats    by how much the log of a row's sum may exceed 0 through the format's own rounding
     error_nats    bound of the rounding of a log-prob in the format, where it has one
     """
@@ -97,6 +98,7 @@ class Format:
     documents: Callable[[Source], Iterator[Document]]
     values: tuple[Values, ...] = ("logprobs",)
     reading: Reading | None = None
+    settings: str | None = None
     slack_nats: float = 0.01
     error_nats: float | None = None
 

@@ -5,8 +5,10 @@ Legend: `R` rows, `K` columns, `V` vocabulary size. With `S` the sum of a row's 
     log-probs or probabilities over the vocabulary    S <= 1, and the mass outside the ids is 1 - S
     without the normaliser                            log-prob = value - log sum exp(values); nothing is known outside
 
-The difference 1 - S is taken in float64, so its error is that of the numbers themselves, which files have in float32 or
-less. A sum that exceeds 1 by the format's rounding is made 1.
+The difference 1 - S is taken in float64, so its error is that of the numbers themselves, which files have in float32
+or less. A sum that exceeds 1 by the format's rounding is made 1. Where the ids of a row are its most probable ones,
+each of the others has at most the least of their probabilities, so that 1 - S <= (V - K) * least. Numbers that were
+decoded with wrong settings, and ids that were sampled, break this.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from storage.errors import InputError
 MOST_DROPPED_MASS = 0.01
 # Sums of rows that were normalised among their own ids, by the precision of float32.
 _CLOSED_NATS = 1e-5
+# Log of a mass that float32 numbers near 1 may leave by their rounding alone.
+_LEAST_TAIL = -13.0
+# Of rows whose mass outside exceeds its bound: more are no accident of a format's rounding.
+_MOST_UNBOUNDED = 0.01
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class ValueKind:
         self._largest_sum = -np.inf
         self._furthest = 0.0  # from a sum of 1, of rows that do not hold the whole vocabulary
         self._partial = 0
+        self._unbounded = 0
 
     def add(self, rows: Cleaned, start: int, where: str) -> NDArray[np.float64]:
         """Take note of rows, and return them as log-probs [R, K] by what they look like alone, normalised."""
@@ -126,7 +133,19 @@ class ValueKind:
             off = np.abs(np.where(looks, np.log(sums), logs))[partial]
         self._furthest = max(self._furthest, float(off.max(initial=0.0)))
         shown = np.where(looks[:, None], as_logs(np.where(looks[:, None], rows.values, 0.0)), rows.values)
-        return shown - np.maximum(log_sums(shown), 0.0)[:, None]
+        shown = shown - np.maximum(log_sums(shown), 0.0)[:, None]
+        self._unbounded += self._count_unbounded(shown[partial], rows.kept[partial])
+        return shown
+
+    def _count_unbounded(self, logprobs: NDArray[np.float64], kept: NDArray[np.int64]) -> int:
+        """The rows that leave more mass than V - kept ids can have, each with no more than the least one there."""
+        if not len(kept):
+            return 0
+        least = np.take_along_axis(logprobs, kept[:, None] - 1, axis=1)[:, 0]
+        with np.errstate(divide="ignore"):
+            outside = np.log(-np.expm1(np.minimum(log_sums(logprobs), 0.0)))
+        bound = np.log(self._vocabulary_size - kept) + least
+        return int(np.count_nonzero(outside > np.maximum(bound, _LEAST_TAIL) + 0.1 + 10 * self._slack))
 
     def _looks_like_probabilities(self, rows: Cleaned) -> NDArray[np.bool_]:
         if "probabilities" not in self._allowed:
@@ -146,6 +165,7 @@ class ValueKind:
         exact: Values = "probabilities" if are_probabilities else "logprobs"
         closed = self._partial > 0 and self._furthest <= _CLOSED_NATS
         if exact in self._allowed and largest <= self._slack and not (closed and "unnormalised" in self._allowed):
+            self._check_bounds()
             return exact, are_probabilities
         if "unnormalised" in self._allowed:
             return "unnormalised", are_probabilities
@@ -159,6 +179,14 @@ class ValueKind:
             f"log-probs over the vocabulary. The file was written with other settings than those that it is read with, "
             f"or holds logits without their normaliser: then give --values logits"
         )
+
+    def _check_bounds(self) -> None:
+        if self._unbounded > _MOST_UNBOUNDED * self._partial:
+            raise InputError(
+                f"in {self._unbounded:,} of {self._partial:,} rows the ids leave more mass to the others than these "
+                f"can have, if none is more probable than the least one of the row: the file was written with other "
+                f"settings than those that it is read with, or its ids are not the most probable ones"
+            )
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,10 @@ def import_entry(job: ImportJob, track: Track = untracked) -> Imported:
         check_entry_destination(job.out, job.name)
     tokenizer, tokenizer_files = _tokenizer(job, new)
     ids = vocabulary_size(tokenizer.get_vocab())
-    source = Source(files, tokenizer, _settings(job))
-    with track("digests", sum(path.stat().st_size for path in files), "bytes") as advance:
-        found_files = digests(files, advance)
+    source = Source(files, tokenizer, _settings(job, chosen, files))
+    every = [*files, *([source.settings] if source.settings is not None else [])]
+    with track("digests", sum(path.stat().st_size for path in every), "bytes") as advance:
+        found_files = digests(every, advance)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         with Spool(Path(folder), token_id_dtype(ids)) as spool, track("read", None, "tokens") as advance:
             survey = Survey(job, chosen, source, ids, spool)
@@ -92,16 +93,23 @@ def import_entry(job: ImportJob, track: Track = untracked) -> Imported:
         made = ShardSource(writer.entry, surveyed, arrays["document_starts"])
         with track(f"import {job.name}", cache.record.corpus.positions, "positions") as advance:
             write_shards(writer, made, chosen.documents(source), advance)
-        _check_unchanged(files, found_files)
+        _check_unchanged(every, found_files)
         return Imported(job.out, job.name, chosen.name, spool.documents, spool.positions, writer.entry)
 
 
-def _settings(job: ImportJob) -> Path | None:
-    if job.compression_config is None:
+def _settings(job: ImportJob, chosen: Format, files: list[Path]) -> Path | None:
+    """The file of settings that a format needs: the one that was given, or that beside the data."""
+    if chosen.settings is None:
+        if job.compression_config is not None:
+            raise InputError(f"--compression-config: {chosen.name} files need no settings: leave it out")
         return None
-    path = local_path(job.compression_config)
+    given = job.compression_config
+    path = files[0].parent / chosen.settings if given is None else local_path(given)
     if not path.is_file():
-        raise InputError(f"--compression-config {job.compression_config}: no such file")
+        raise InputError(
+            f"{path}: no such file, and {chosen.name} files cannot be read without the settings that they were written "
+            f"with (k, exact_k, …): give them with --compression-config FILE, from the card or the program of the data"
+        )
     return path
 
 
@@ -179,7 +187,7 @@ def _record(
                 CorpusSource(
                     name=file.name, documents=spool.source_documents[number], text_bytes=spool.source_bytes[number]
                 )
-                for number, file in enumerate(files)
+                for number, file in enumerate(files[: max(spool.source_documents) + 1])
             ),
             document_sources=True,
         ),

@@ -24,8 +24,8 @@ def data() -> Known:
     return known()
 
 
-def columns(data: Known, k: int = K, rows: int = -1) -> dict[str, list[Any]]:
-    """The columns of a file: top-k log-probs after each token, but for the last `-rows` ones."""
+def columns(data: Known, k: int = K, rows: int | None = -1) -> dict[str, list[Any]]:
+    """The columns of a file: top-k log-probs after each token, but for the last one, or up to `rows`."""
     tops = [data.top(number, k) for number in range(len(data.tokens))]
     return {
         "input_ids": [tokens.tolist() for tokens in data.tokens],
@@ -108,7 +108,7 @@ def test_rows_of_their_own_token_are_found_and_moved(data: Known, tmp_path: Path
     found = columns(data)
     for number in range(len(data.tokens)):
         found["token_ids"][number].insert(0, list(range(K)))
-        found["logprobs"][number].insert(0, [-3.0 - i for i in range(K)])
+        found["logprobs"][number].insert(0, [-np.log(V)] * K)
     entry = imported(tmp_path, write(tmp_path / "d.parquet", found), "parquet", "--encoding", "float32")
     same_targets(entry, data)
     assert entry.entry.imported_from is not None
@@ -273,3 +273,17 @@ def test_guess_by_content(data: Known, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {"format": "parquet"}
     other = write(tmp_path / "other.parquet", {"text": ["a"]})
     refused(in_process("logit-cache", "import", other, "--guess"), "none of those", "--format")
+    refused(imports(tmp_path, other, "parquet"), "expected Parquet with input_ids", "none of those")
+
+
+def test_ids_that_are_not_the_most_probable_ones_are_refused(data: Known, tmp_path: Path) -> None:
+    """Sampled ids have log-probs over the vocabulary too, and would be taken for the top of every row."""
+    found = columns(data, k=V, rows=None)
+    rng = np.random.default_rng(0)
+    for number, tokens in enumerate(data.tokens):
+        for row in range(len(tokens)):
+            sampled = np.unique(rng.choice(V, K, p=np.exp(data.logprobs[number][row])))
+            found["token_ids"][number][row] = sampled.tolist()
+            found["logprobs"][number][row] = data.logprobs[number][row][sampled].tolist()
+    path = write(tmp_path / "d.parquet", found)
+    refused(imports(tmp_path, path, "parquet"), "leave more mass to the others", "not the most probable")
