@@ -80,9 +80,9 @@ def parquet_columns(path: Path) -> list[str]:
         return []
 
 
-def parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(path: Path, columns: list[str], nulls: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row: where it is, and its columns as pyarrow scalars. Raises InputError for a file that is damaged, and for
-    a value that is missing."""
+    a value that is missing, unless there may be `nulls`."""
     import pyarrow
     import pyarrow.parquet
 
@@ -94,9 +94,9 @@ def parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str
                     row = {name: batch.column(name)[index] for name in columns}
                     where = f"{path} row {number}"
                     number += 1
-                    for name, value in row.items():
-                        if not value.is_valid:
-                            raise InputError(f"{where}: it has no {name}")
+                    missing = [name for name, value in row.items() if not value.is_valid]
+                    if missing and not nulls:
+                        raise InputError(f"{where}: it has no {missing[0]}")
                     yield where, row
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as Parquet ({error_text(error, 300)}); fetch it again") from None

@@ -6,11 +6,21 @@ from pathlib import Path
 
 from logit_cache.importing.document import Format
 from logit_cache.importing.files import source_files
-from logit_cache.importing.formats import distillkit, parquet, sglang, vllm
+from logit_cache.importing.formats import axolotl, distillkit, llama_cpp, nemo, parquet, sglang, vllm
 from storage.errors import InputError
 
 FORMATS: dict[str, Format] = {
-    each.name: each for each in (parquet.FORMAT, vllm.FORMAT, sglang.FORMAT, distillkit.FORMAT, distillkit.LEGACY)
+    each.name: each
+    for each in (
+        parquet.FORMAT,
+        vllm.FORMAT,
+        sglang.FORMAT,
+        distillkit.FORMAT,
+        distillkit.LEGACY,
+        axolotl.FORMAT,
+        nemo.FORMAT,
+        llama_cpp.FORMAT,
+    )
 }
 
 

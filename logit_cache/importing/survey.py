@@ -115,9 +115,12 @@ class Survey:
         with np.errstate(invalid="ignore"):
             share = np.exp(clean.strange[:, 0] - np.logaddexp(clean.strange[:, 0], log_sums(clean.values)))
         share = np.where(np.isneginf(clean.strange[:, 0]), 0.0, share)
+        self._check_share(document, rows.start, share)
+
+    def _check_share(self, document: Document, start: int, share: NDArray[np.float64]) -> None:
         self._strange = max(self._strange, float(share.max(initial=0.0)))
-        if float(share.max(initial=0.0)) > MOST_DROPPED_MASS and self._format.values != ("probabilities",):
-            row = rows.start + int(share.argmax())
+        if float(share.max(initial=0.0)) > MOST_DROPPED_MASS:
+            row = start + int(share.argmax())
             raise InputError(
                 f"{document.where}: in row {row}, {share.max():.1%} of the mass is of ids outside the vocabulary of "
                 f"{counted(self._vocabulary_size, 'id')}: give the teacher's --tokenizer; or the settings with which "
@@ -131,6 +134,9 @@ class Survey:
                 f"{document.where}: its distributions are over {counted(rows.dense.shape[1], 'id')}, and the tokenizer "
                 f"has {self._vocabulary_size:,}: give the --tokenizer of the teacher that made the file"
             )
+        whole = log_sums(rows.dense)
+        strange = np.exp(log_sums(rows.dense[:, self._vocabulary_size :]) - whole)
+        self._check_share(document, rows.start, strange)
         at = rows.start + np.arange(len(rows))
         both = np.flatnonzero((at >= 1) & (at + 1 < len(document.ids)))
         own = document.ids[np.stack([at[both], at[both] + 1], axis=1)].astype(np.int64)
@@ -142,7 +148,8 @@ class Survey:
     def decided(self) -> Surveyed:
         """Raises InputError where it is not clear what the numbers are, or which tokens rows are about."""
         if not self._spool.positions:
-            raise InputError(f"{self._job.source}: there is no token in it; give other files")
+            why = "".join(f": {sentence}" for sentence in self._decisions())
+            raise InputError(f"{self._job.source}: there is no token in it{why}; give other files")
         if not self._dense and not self._kind.rows:
             raise InputError(f"{self._job.source}: no row of it has an id with a finite number; give other files")
         values: Values
@@ -158,5 +165,8 @@ class Survey:
             longest=self._longest,
             dropped=self._dropped,
             strange=self._strange,
-            decisions=tuple(f"{count:,} {sentence}" for sentence, count in sorted(self._source.notes.items())),
+            decisions=self._decisions(),
         )
+
+    def _decisions(self) -> tuple[str, ...]:
+        return tuple(f"{count:,} {sentence}" for sentence, count in sorted(self._source.notes.items()))
