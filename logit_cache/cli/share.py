@@ -1,4 +1,4 @@
-"""`logit-cache push`, `pull` and `import`: a cache copied, and entries from other people's files."""
+"""`logit-cache push`, `pull`, `import` and `export`: a cache copied, and entries from and for others."""
 
 from __future__ import annotations
 
@@ -118,6 +118,32 @@ def import_files(guess: bool, as_json: bool, **flags: Any) -> None:
         click.echo(f"{done.cache}: {done.name} from {done.format}, {counted(done.positions, 'token')} in "
                    f"{counted(done.documents, 'document')}")  # fmt: skip
         click.echo("\n".join(printable(f"  {line}") for line in _decisions(done.entry)))
+
+
+@command("logit-cache export run/train --name teacher --format parquet --out logits")
+@click.argument("url")
+@click.option("--name", required=True, help="Entry to read.")
+@click.option("--format", required=True, help="parquet, axolotl or distillkit.")
+@click.option("--out", required=True, metavar="FOLDER", help="A new folder on this machine.")
+@json_option()
+def export(url: str, name: str, format: str, out: str, as_json: bool) -> None:
+    """Write an entry as files that other trainers read; `import` reads them again.
+
+    Each window of the teacher becomes a row. What a format cannot say is refused, or counted.
+    """
+    with one_line_errors():
+        from logit_cache.exporting.run import export_entry
+        from storage.progress import progress
+
+        done = export_entry(url, name, format, out, progress)
+        if as_json:
+            click.echo(json.dumps(vars(done), indent=2))
+            return
+        left = f"; {counted(done.left_out, 'target')} of a window's last token left out" if done.left_out else ""
+        click.echo(
+            f"{done.folder}: {done.name} as {done.format}, {counted(done.tokens, 'token')} in "
+            f"{counted(done.windows, 'window')}, {counted(done.files, 'file')}{left}"
+        )
 
 
 def delivery_text(found: dict[str, Any]) -> str:

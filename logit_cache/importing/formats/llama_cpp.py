@@ -46,9 +46,7 @@ class _File:
             wrong(str(path), "a header of positive sizes", found)
         size = path.stat().st_size
         if size != found.bytes:
-            raise InputError(
-                f"{path}: {size:,} bytes, and its header makes {found.bytes:,}: it was cut off"
-            )
+            raise InputError(f"{path}: {size:,} bytes, and its header makes {found.bytes:,}: it was cut off")
         return found
 
     @property

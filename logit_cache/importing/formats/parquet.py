@@ -26,14 +26,14 @@ from logit_cache.importing.files import (
     wrong,
 )
 
-_TOKENS = "input_ids"
+TOKENS = "input_ids"
 # Columns of ids and of their numbers, by those who published them.
-_NAMES = (("token_ids", "logprobs"), ("token_ids", "top_values"), ("index", "exp_logits"))
+NAMES = (("token_ids", "logprobs"), ("token_ids", "top_values"), ("index", "exp_logits"))
 _MASKS = ("loss_mask", "attention_mask")
 
 
 def _names(columns: list[str]) -> tuple[str, str] | None:
-    return next((names for names in _NAMES if {_TOKENS, *names} <= set(columns)), None)
+    return next((names for names in NAMES if {TOKENS, *names} <= set(columns)), None)
 
 
 def _documents(source: Source) -> Iterator[Document]:
@@ -41,14 +41,14 @@ def _documents(source: Source) -> Iterator[Document]:
         columns = parquet_columns(path)
         names = _names(columns)
         if names is None:
-            wrong(str(path), f"columns {_TOKENS}, {' and '.join(_NAMES[0])}", ", ".join(columns) or "no Parquet file")
+            wrong(str(path), f"columns {TOKENS}, {' and '.join(NAMES[0])}", ", ".join(columns) or "no Parquet file")
         masks = [name for name in _MASKS if name in columns]
-        for where, row in parquet_rows(path, [_TOKENS, *names, *masks]):
+        for where, row in parquet_rows(path, [TOKENS, *names, *masks]):
             yield _document(number, where, row, names)
 
 
 def _document(file: int, where: str, row: dict[str, Any], names: tuple[str, str]) -> Document:
-    ids = token_array(list_array(row[_TOKENS], where), where, _TOKENS)
+    ids = token_array(list_array(row[TOKENS], where), where, TOKENS)
     masks = {name: list_array(row[name], where) for name in _MASKS if name in row}
     for name, mask in masks.items():
         if len(mask) != len(ids):
