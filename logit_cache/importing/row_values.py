@@ -117,7 +117,7 @@ class ValueKind:
     def add(self, rows: Cleaned, start: int, where: str) -> NDArray[np.float64]:
         """Take note of rows, and return them as log-probs [R, K] by what they look like alone, normalised."""
         there = rows.kept > 0
-        looks = self._looks_like_probabilities(rows)
+        looks = self.looks_like_probabilities(rows)
         self._are_probabilities &= bool(looks[there].all())
         sums = np.where(rows.values > -np.inf, rows.values, 0.0).sum(axis=1)
         logs = log_sums(rows.values)
@@ -141,13 +141,13 @@ class ValueKind:
         """The rows that leave more mass than V - kept ids can have, each with no more than the least one there."""
         if not len(kept):
             return 0
-        least = np.take_along_axis(logprobs, kept[:, None] - 1, axis=1)[:, 0]
+        least = np.where(logprobs > -np.inf, logprobs, np.inf).min(axis=1)
         with np.errstate(divide="ignore"):
             outside = np.log(-np.expm1(np.minimum(log_sums(logprobs), 0.0)))
         bound = np.log(self._vocabulary_size - kept) + least
         return int(np.count_nonzero(outside > np.maximum(bound, _LEAST_TAIL) + 0.1 + 10 * self._slack))
 
-    def _looks_like_probabilities(self, rows: Cleaned) -> NDArray[np.bool_]:
+    def looks_like_probabilities(self, rows: Cleaned) -> NDArray[np.bool_]:
         if "probabilities" not in self._allowed:
             return np.zeros(len(rows.kept), dtype=bool)
         there = rows.values > -np.inf
@@ -192,13 +192,12 @@ class ValueKind:
 @dataclass(frozen=True)
 class Normalised:
     """Rows as they are stored: ids int64 [R, K]; logprobs float64 [R, K], -inf beyond `kept` [R]; log_tail float64 [R],
-    None where it is not known; dropped_mass: the largest that a row lost to ids outside the vocabulary."""
+    NaN for a row without ids, None where it is not known."""
 
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
     kept: NDArray[np.int64]
     log_tail: NDArray[np.float64] | None
-    dropped_mass: float
 
 
 def normalised(rows: Cleaned, kind: Values, are_probabilities: bool, k: int, vocabulary_size: int) -> Normalised:
@@ -206,29 +205,20 @@ def normalised(rows: Cleaned, kind: Values, are_probabilities: bool, k: int, voc
 
     Distributions are over the vocabulary: the mass of ids outside it is taken out of them.
     """
-    logs, ids, kept = rows.values, rows.ids, rows.kept
-    strange = rows.strange[:, int(are_probabilities)]
-    if are_probabilities:
-        logs = as_logs(np.where(logs > -np.inf, logs, 0.0))
-        kept = (logs > -np.inf).sum(axis=1)
-    total = np.logaddexp(strange, log_sums(logs)) if kind == "unnormalised" else np.zeros(len(kept))
-    with np.errstate(invalid="ignore"):
-        lost = np.where(kept > 0, np.exp(np.minimum(strange - total, 0.0)), 0.0)
-    ids, logs = ids[:, :k], logs[:, :k]
-    whole = kept >= vocabulary_size
-    kept = np.minimum(kept, k)
-    ids = np.where(np.arange(ids.shape[1]) < kept[:, None], ids, NO_ID)
+    logs = as_logs(rows.values) if are_probabilities else rows.values
+    logs = logs[:, :k]
+    kept = (logs > -np.inf).sum(axis=1)
+    ids = np.where(logs > -np.inf, rows.ids[:, :k], NO_ID)
     sums = log_sums(logs)
     empty = kept == 0
-    tail: NDArray[np.float64] | None = None
-    with np.errstate(invalid="ignore", divide="ignore"):
-        if kind == "unnormalised":
-            logs = np.where(empty[:, None], -np.inf, logs - sums[:, None])
-        else:
-            logs = logs - np.log1p(-np.minimum(lost, MOST_DROPPED_MASS))[:, None]
-            sums = log_sums(logs)
-            full = (sums > 0) | (whole & (kept == vocabulary_size))
-            logs = np.where(full[:, None], logs - np.where(empty, 0.0, sums)[:, None], logs)
-            tail = np.where(full, -np.inf, np.log(-np.expm1(np.minimum(sums, 0.0))))
-            tail = np.where(empty, np.nan, tail)
-    return Normalised(ids, logs, kept, tail, float(lost.max(initial=0.0)))
+    if kind == "unnormalised":
+        return Normalised(ids, logs - np.where(empty, 0.0, sums)[:, None], kept, None)
+    strange = np.exp(rows.strange[:, int(are_probabilities)])
+    inside = np.log1p(-np.minimum(strange, MOST_DROPPED_MASS))
+    logs, sums = logs - inside[:, None], sums - inside
+    # A sum above 1 is rounding; one of the whole vocabulary is 1.
+    full = (sums > 0) | (kept == vocabulary_size)
+    logs = logs - np.where(full & ~empty, sums, 0.0)[:, None]
+    with np.errstate(divide="ignore"):
+        tail = np.where(full, -np.inf, np.log(-np.expm1(np.minimum(sums, 0.0))))
+    return Normalised(ids, logs, kept, np.where(empty, np.nan, tail))

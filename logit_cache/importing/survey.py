@@ -16,7 +16,7 @@ from logit_cache.corpus.spool import Spool
 from logit_cache.importing.alignment import Evidence
 from logit_cache.importing.document import Document, Format, Rows, Source, Values
 from logit_cache.importing.job import ImportJob
-from logit_cache.importing.row_values import MOST_DROPPED_MASS, Cleaned, ValueKind, cleaned, log_sums
+from logit_cache.importing.row_values import MOST_DROPPED_MASS, Cleaned, ValueKind, as_logs, cleaned, log_sums
 from storage.errors import InputError
 from storage.format.manifest import Alignment
 from storage.text import counted
@@ -27,7 +27,7 @@ class Surveyed:
     """What the files hold.
 
     k            ids of a row, at most; V of whole distributions
-    whole_rows   whether every token has a row with ids
+    whole_rows   whether every position has targets
     has_label    whether the log-prob of the token that a row is about is known of all rows
     longest      tokens of the longest document
     strange      the largest share of a row's mass that ids outside the vocabulary have
@@ -61,10 +61,10 @@ class Survey:
         self._kind = ValueKind(asked, format.slack_nats, vocabulary_size)
         self._evidence = Evidence()
         self._dense = format.values == ("dense",)
-        self._k = self._rows = self._dropped = self._longest = 0
+        self._k = self._dropped = self._longest = 0
         self._labelled = True
         self._strange = 0.0
-        self._documents_lacking = {"after": 0, "of": 0}  # a row of some token, by either reading
+        self._every_token = True  # has a row that stands at it
         if self._dense and job.values is not None:
             raise InputError(f"--values: {format.name} files hold whole distributions: leave it out")
         if not self._dense and job.targets == "varopt":
@@ -85,13 +85,12 @@ class Survey:
             )
         if self._begin is not None and len(ids) > 1 and ids[0] == ids[1] == self._begin:
             self._source.note("documents begin with BOS twice, as their teacher read them")
-        there = np.zeros(len(ids) + 1, dtype=bool)  # a row of the reading `of` stands at 0 .. L - 1
+        there = np.zeros(len(ids), dtype=bool)
         for rows in document.parts():
             kept = self._dense_rows(document, rows) if rows.dense is not None else self._sparse_rows(document, rows)
             inside = kept & (rows.start + np.arange(len(rows)) < len(ids))
             there[rows.start + np.flatnonzero(inside)] = True
-        self._documents_lacking["after"] += not there[:-1].all()
-        self._documents_lacking["of"] += len(ids) > 0  # nothing is about the token after the last one
+        self._every_token &= bool(there.all())
         self._longest = max(self._longest, len(ids))
         text = self._source.tokenizer.decode(ids.tolist())
         tokens = Tokens(document.file, ids, document.trained, document.where, text)
@@ -111,11 +110,13 @@ class Survey:
         return kept
 
     def _check_strange(self, document: Document, rows: Rows, clean: Cleaned) -> None:
-        """Refuse ids outside the vocabulary that have mass, whatever the numbers are."""
+        """Refuse ids outside the vocabulary that have mass, by what the row looks like."""
+        looks = self._kind.looks_like_probabilities(clean)
+        values = np.where(looks[:, None], as_logs(clean.values), clean.values)
+        strange = np.where(looks, clean.strange[:, 1], clean.strange[:, 0])
         with np.errstate(invalid="ignore"):
-            share = np.exp(clean.strange[:, 0] - np.logaddexp(clean.strange[:, 0], log_sums(clean.values)))
-        share = np.where(np.isneginf(clean.strange[:, 0]), 0.0, share)
-        self._check_share(document, rows.start, share)
+            share = np.exp(strange - np.logaddexp(strange, log_sums(values)))
+        self._check_share(document, rows.start, np.where(np.isneginf(strange), 0.0, share))
 
     def _check_share(self, document: Document, start: int, share: NDArray[np.float64]) -> None:
         self._strange = max(self._strange, float(share.max(initial=0.0)))
@@ -160,7 +161,8 @@ class Survey:
             are_probabilities=are_probabilities,
             alignment=alignment,
             k=self._vocabulary_size if self._dense else self._k,
-            whole_rows=not self._documents_lacking[alignment.reading],
+            # Of rows about their own token, none is about the one after the last.
+            whole_rows=self._every_token and alignment.reading == "after",
             has_label=self._labelled and not self._dense,
             longest=self._longest,
             dropped=self._dropped,

@@ -15,8 +15,9 @@ from support.caches.imported import K, Known, V, imported, imports, known, same_
 from support.caches.small import make_corpus
 from support.commands import in_process, refused, succeeded
 
+from logit_cache.sharing.card import card_text
 from storage import LogitCache
-from storage.cache.writer import EntryWriter
+from storage.cache.writer import EntryWriter, ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,10 @@ def test_probabilities_are_found(data: Known, tmp_path: Path) -> None:
     found = columns(data)
     found["exp_logits"] = [np.exp(np.array(rows)).tolist() for rows in found.pop("logprobs")]
     found["index"] = found.pop("token_ids")
+    for ids, values in zip(found["index"], found["exp_logits"], strict=True):
+        for row, numbers in zip(ids, values, strict=True):
+            row += [V + 1, 0 if 0 not in row else 2 if 2 not in row else 3]
+            numbers += [1e-9, 0.0]  # a column of a padded head, and an id without any probability
     entry = imported(tmp_path, write(tmp_path / "d.parquet", found), "parquet", "--encoding", "float32")
     same_targets(entry, data)
     assert entry.entry.imported_from is not None
@@ -232,6 +237,42 @@ def test_a_killed_import_resumes_and_a_changed_file_is_refused(
     entry = imported(tmp_path, path, "parquet", *options)
     for name, values in whole(entry).arrays().items():
         np.testing.assert_array_equal(values, once.arrays()[name])
+
+
+def test_an_import_that_was_killed_while_it_wrote_tokens_resumes(
+    data: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "data.parquet", columns(data))
+
+    def killed(self: ShardWriter, *arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "commit", killed)
+        assert imports(tmp_path, path, "parquet").returncode == 1
+    assert LogitCache.open(tmp_path / "cache").missing_tokens()
+    same_targets(imported(tmp_path, path, "parquet"), data, atol=1.5 / 32)
+
+
+def test_what_is_known_of_an_imported_entry_goes_with_it(data: Known, tmp_path: Path) -> None:
+    """Into the card, and into an entry that is made from it."""
+    path = write(tmp_path / "data.parquet", columns(data))
+    entry = imported(tmp_path, path, "parquet", "--teacher", "their-70b")
+    card = card_text(LogitCache.open(tmp_path / "cache"))
+    for words in ("`their-70b`, which was not loaded here", "from somebody else's file", "rows are about the token"):
+        assert words in card
+    cache = tmp_path / "cache"
+    succeeded(in_process("logit-cache", "recompress", cache, "--name", "t", "--to", "small", "-k", 3))
+    small = LogitCache.open(cache).teacher("small").entry
+    assert (small.made, small.imported_from) == ("recompressed", entry.entry.imported_from)
+
+
+def test_documents_without_any_target_are_part_of_the_text(data: Known, tmp_path: Path) -> None:
+    found = columns(data)
+    found["token_ids"][2] = found["logprobs"][2] = [[] for _ in data.tokens[2]]
+    entry = imported(tmp_path, write(tmp_path / "d.parquet", found), "parquet", "--encoding", "float32")
+    rows = [range(len(tokens) - 1) for tokens in data.tokens]
+    same_targets(entry, data, [*rows[:2], range(0), rows[3]])
 
 
 def test_an_entry_is_added_to_a_cache_of_the_same_tokens(data: Known, tmp_path: Path) -> None:
