@@ -80,10 +80,11 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "format_version": entry.format_version,
         "made": entry.made,
         "derived_from": entry.derived_from,
+        "imported_from": None if entry.imported_from is None else entry.imported_from.model_dump(),
         "teacher": [m.model_dump() for m in entry.teacher.members],
         "combine": entry.teacher.combine,
         "weights": list(entry.teacher.weights),
-        "architecture": member.architecture,
+        "architecture": member.architecture or "unknown",
         "vocabulary_size": entry.vocabulary_size,
         "targets": entry.targets.model_dump(),
         "windowing": entry.windowing.model_dump(),
@@ -119,6 +120,13 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
         "positions_with_head_mass_below_0.9": sums.head_mass_below_90 / sums.positions,
         "positions_with_head_mass_below_0.99": sums.head_mass_below_99 / sums.positions,
     }
+
+
+def model_in_words(member: dict[str, Any]) -> str:
+    """What is known of a model: `LlamaForCausalLM, 1,000 parameters`."""
+    if "parameters" not in member:
+        return "not loaded: nothing else is known of it"
+    return f"{member['architecture']}, {counted(member['parameters'], 'parameter')}"
 
 
 def targets_in_words(targets: dict[str, Any], quoted: Callable[[str], str] = str) -> str:
@@ -184,6 +192,34 @@ _MADE = {
 def made_in_words(entry: dict[str, Any]) -> str:
     """How the targets of a described entry were made, of which version 1 knows whether from another entry."""
     return _MADE[entry["made"] or ("recompressed" if entry["derived_from"] else "cached")]
+
+
+_VALUES = {
+    "logprobs": "log-probs over the vocabulary",
+    "probabilities": "probabilities over the vocabulary",
+    "unnormalised": "numbers without a normaliser, made log-probs among the ids of a row",
+    "dense": "whole distributions",
+}
+_READINGS = {"after": "the token that follows", "of": "their own token"}
+
+
+def imported_in_words(found: dict[str, Any]) -> list[str]:
+    """What an entry's `imported_from` says: files, numbers, which token rows are about and on what evidence."""
+    files, alignment = found["files"], found["alignment"]
+    more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
+    given = ", as was said" if alignment["given"] else ""
+    lines = [
+        f"{found['format']}: {files[0]['name']} (sha256 {files[0]['sha256'][:16]}…){more}",
+        f"values: {_VALUES[found['values']]}"
+        + ("" if found.get("error_nats") is None else f", within {found['error_nats']:g} nats"),
+        f"rows are about {_READINGS[alignment['reading']]}{given}: mean log-prob {alignment['after_nats']:.3f} of the "
+        f"token after, {alignment['of_nats']:.3f} of the own, in {counted(alignment['rows'], 'row')}",
+    ]
+    if found["dropped_ids"]:
+        lines.append(
+            f"left out: {counted(found['dropped_ids'], 'id')}, at most {found['dropped_mass']:.2g} of a row's mass"
+        )
+    return [*lines, *found["decisions"]]
 
 
 def windowing_in_words(windowing: dict[str, Any]) -> str:

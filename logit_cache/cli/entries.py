@@ -1,4 +1,4 @@
-"""`logit-cache list`, `remove` and `rename`: caches and their teacher entries, as a whole."""
+"""`logit-cache list`, `remove`, `rename` and `recompress`: caches and their teacher entries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -102,3 +102,55 @@ def rename(url: str, name: str, new_name: str) -> None:
         with progress(f"rename {name}", None, "bytes") as advance:
             rename_entry(url, name, new_name, advance)
         click.echo(f"{url}: {name} is now {new_name}")
+
+
+@command(
+    "logit-cache recompress run/train --name llama-fast --to llama-small --profile small\n"
+    "logit-cache recompress run/train --name llama --to llama-lean -k 32 --fields lean",
+    resumes=True,
+)
+@click.argument("url")
+@click.option("--name", required=True, help="Entry to read.")
+@click.option("--to", required=True, help="Name of the entry to make.")
+@click.option("--out", help="Another cache of the same token stream to make it in.  [default: the same cache]")
+@click.option("--format-version", type=int, help="2: of an entry of version 1.  [default: 1 stays 1 where it can]")
+@click.option(
+    "--fields",
+    multiple=True,
+    help="Keep these beside the ids: lean (none), all, or entropy, half-tail, label, sampled-logprobs. Repeatable.",
+)
+@click.option("--positions", help="trained: drop the targets of positions that the loss mask does not train.")
+@click.option("-k", "--k", type=int, help="Keep at most this many ids per position; sampled ones are sampled again.")
+@click.option("--seed", type=int, help="With -k: keys that sample.  [default: one more than the source's]")
+@click.option("--top-p", type=float, help="Cut each position where its mass first reaches this, such as 0.98.")
+@click.option("--encoding", type=click.Choice(["codes", "float32"]), help="codes for an entry of exact float32.")
+@click.option("--step-nats", type=float, help="Unit of the codes: the source's, or at least twice that.")
+@click.option("--sampled-step-nats", type=float, help="Unit of the log-probs of sampled ids, at least the source's.")
+@click.option("--profile", type=click.Choice(["small", "fast"]), help="small (zstd) or fast to read (lz4).")
+@click.option("--shard-tokens", type=int, help="Positions per shard.")
+@click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
+@json_option()
+def recompress(url: str, as_json: bool, **flags: Any) -> None:
+    """Rewrite an entry smaller, without its teacher; run it again to resume after an interruption.
+
+    The mass of removed ids goes to the position's tail, exactly; ids that were sampled are sampled again, so that they
+    stay unbiased. The source is not touched. The new entry has its version of the format, or 2 where --fields,
+    --positions or --sampled-step-nats is given, or the values of sampled ids change.
+    """
+    with one_line_errors():
+        from logit_cache.caching.recompress import RecompressJob
+        from logit_cache.caching.recompress import recompress as rewrite
+        from storage.config import build_config
+        from storage.progress import progress
+
+        job = build_config(RecompressJob, {"cache": url}, flags, "logit-cache recompress")
+        with progress(f"recompress {job.name}", None, "positions") as advance:
+            found = vars(rewrite(job, advance))
+        if as_json:
+            click.echo(json.dumps(found, indent=2))
+            return
+        before, after = found["bytes_before"] / found["positions"], found["bytes_after"] / found["positions"]
+        click.echo(
+            f"{found['cache']}: {found['name']} from {job.name}, {before:.1f} → {after:.1f} bytes per token "
+            f"({100 * after / before:.0f} %)"
+        )

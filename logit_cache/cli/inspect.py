@@ -97,7 +97,7 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         first, last = entry["missing"][0]
         state = f"{100 * entry['positions_cached'] / entry['positions']:.1f} % cached, first missing {first}..{last}"
     made_of = [
-        f"{_named(member)} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
+        f"{_named(member)} ({', '.join([describe.model_in_words(member), *filter(None, [member.get('dtype')])])})"
         for member in entry["teacher"]
     ]
     if entry["combine"] != "single":
@@ -117,9 +117,12 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         f"  stored      {describe.stored_in_words(entry)}",
         f"  serves      {describe.losses_in_words(entry['targets'])}",
         f"  windows     {describe.windowing_in_words(entry['windowing'])}",
-        f"  weights     sha256 {digests}",
+        f"  weights     {f'sha256 {digests}' if digests else 'not known'}",
         f"  made        {made}",
     ]
+    if entry["imported_from"]:
+        of = describe.imported_in_words(entry["imported_from"])
+        lines += [f"{'' if number else '  from':14}{line}" for number, line in enumerate(of)]
     if with_targets:
         per_target = f", {entry['bytes_per_target']:.1f} per position with targets"
         per_id = entry["bytes_per_kept_id"]

@@ -9,13 +9,13 @@ import click
 from logit_cache.cli.cache_logits import cache_logits
 from logit_cache.cli.check import audit, doctor, verify
 from logit_cache.cli.clean import clean
-from logit_cache.cli.entries import list_caches, remove, rename
+from logit_cache.cli.entries import list_caches, recompress, remove, rename
 from logit_cache.cli.evaluate import evaluate
 from logit_cache.cli.inspect import inspect
 from logit_cache.cli.plan import plan
 from logit_cache.cli.recipe import demo, recipe
 from logit_cache.cli.report import report
-from logit_cache.cli.share import pull, push, recompress
+from logit_cache.cli.share import export, import_files, pull, push
 from logit_cache.cli.status import status
 from logit_cache.cli.tokenize import tokenize
 from student.cli_command import HELP_NAMES
@@ -30,8 +30,8 @@ def main() -> None:
 
 
 for _command in (
-    audit, clean, demo, doctor, evaluate, inspect, list_caches, plan, pull, push, recipe, recompress, remove, rename,
-    report, status, tokenize, verify,
+    audit, clean, demo, doctor, evaluate, export, import_files, inspect, list_caches, plan, pull, push, recipe,
+    recompress, remove, rename, report, status, tokenize, verify,
 ):  # fmt: skip
     main.add_command(_command)
 

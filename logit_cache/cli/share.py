@@ -1,16 +1,19 @@
-"""`logit-cache push`, `pull` and `recompress`: a cache copied, or an entry made smaller."""
+"""`logit-cache push`, `pull`, `import` and `export`: a cache copied, and entries from and for others."""
 
 from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from storage.errors import one_line_errors
-from storage.text import counted, ranges_in_words, size
+from storage.errors import InputError, one_line_errors
+from storage.text import counted, printable, ranges_in_words, size
 from student.cli_command import applied, command, json_option
+
+if TYPE_CHECKING:
+    from storage.format.manifest import TeacherEntry
 
 _TRANSFER_OPTIONS = (
     click.argument("source"),
@@ -63,54 +66,83 @@ def _copy(function: Any, as_json: bool, flags: dict[str, Any]) -> None:
 
 
 @command(
-    "logit-cache recompress run/train --name llama-fast --to llama-small --profile small\n"
-    "logit-cache recompress run/train --name llama --to llama-lean -k 32 --fields lean",
+    "logit-cache import logits/ --format distillkit --tokenizer org/teacher --out run/train --name teacher\n"
+    "logit-cache import logits/ --guess",
+    name="import",
     resumes=True,
 )
-@click.argument("url")
-@click.option("--name", required=True, help="Entry to read.")
-@click.option("--to", required=True, help="Name of the entry to make.")
-@click.option("--out", help="Another cache of the same token stream to make it in.  [default: the same cache]")
-@click.option("--format-version", type=int, help="2: of an entry of version 1.  [default: 1 stays 1 where it can]")
-@click.option(
-    "--fields",
-    multiple=True,
-    help="Keep these beside the ids: lean (none), all, or entropy, half-tail, label, sampled-logprobs. Repeatable.",
-)
-@click.option("--positions", help="trained: drop the targets of positions that the loss mask does not train.")
-@click.option("-k", "--k", type=int, help="Keep at most this many ids per position; sampled ones are sampled again.")
-@click.option("--seed", type=int, help="With -k: keys that sample.  [default: one more than the source's]")
-@click.option("--top-p", type=float, help="Cut each position where its mass first reaches this, such as 0.98.")
-@click.option("--encoding", type=click.Choice(["codes", "float32"]), help="codes for an entry of exact float32.")
-@click.option("--step-nats", type=float, help="Unit of the codes: the source's, or at least twice that.")
-@click.option("--sampled-step-nats", type=float, help="Unit of the log-probs of sampled ids, at least the source's.")
-@click.option("--profile", type=click.Choice(["small", "fast"]), help="small (zstd) or fast to read (lz4).")
-@click.option("--shard-tokens", type=int, help="Positions per shard.")
+@click.argument("source", metavar="SRC")
+@click.option("--format", help="Of the files: see docs/sharing.md, or --guess.")
+@click.option("--guess", is_flag=True, help="Find the format by the content; without --out, only say it.")
+@click.option("--out", metavar="URL", help="A new cache, or one that holds the same tokens.")
+@click.option("--name", help="Name of the entry.")
+@click.option("--tokenizer", help="That of the teacher: a folder, a cache or a hub id.  [default: the cache's own]")
+@click.option("--teacher", metavar="NAME", help="What the files' maker says the teacher is; recorded, not checked.")
+@click.option("--compression-config", metavar="FILE", help="DistillKit: the settings.  [default: beside the data]")
+@click.option("--values", help="logprobs, probabilities or logits (no normaliser).  [default: the data decide]")
+@click.option("--alignment", help="Rows are about the token after theirs, or of theirs.  [default: the data decide]")
+@click.option("-k", "--k", type=int, help="Keep at most this many ids of a row.  [default: all; of whole ones, 64]")
+@click.option("--targets", help="Of whole distributions: topk or varopt.  [default: topk]")
+@click.option("--seed", type=int, help="With varopt: keys the sample.  [default: 0]")
+@click.option("--encoding", help="codes (1/32 nat) or float32 (exact).  [default: codes]")
+@click.option("--step-nats", type=float, help="Unit of the codes.  [default: 0.03125]")
+@click.option("--profile", help="small (zstd) or fast to read (lz4).  [default: small]")
+@click.option("--shard-tokens", type=int, help="Positions per shard: a killed import loses at most one.")
 @click.option("--chunk-tokens", type=int, help="Positions per compressed chunk: the unit of reading.")
 @json_option()
-def recompress(url: str, as_json: bool, **flags: Any) -> None:
-    """Rewrite an entry smaller, without its teacher; run it again to resume after an interruption.
+def import_files(guess: bool, as_json: bool, **flags: Any) -> None:
+    """Take targets that somebody else computed into a cache: no teacher runs.
 
-    The mass of removed ids goes to the position's tail, exactly; ids that were sampled are sampled again, so that they
-    stay unbiased. The source is not touched. The new entry has its version of the format, or 2 where --fields,
-    --positions or --sampled-step-nats is given, or the values of sampled ids change.
+    Each row or packed segment becomes a document of its own. Whether rows are about the next token, and what their
+    numbers are, is decided by the data and recorded; what is not clear is refused. Run it again to resume.
     """
     with one_line_errors():
-        from logit_cache.caching.recompress import RecompressJob
-        from logit_cache.caching.recompress import recompress as rewrite
+        from logit_cache.importing.job import ImportJob
+        from logit_cache.importing.registry import guessed
+        from logit_cache.importing.run import import_entry
         from storage.config import build_config
         from storage.progress import progress
 
-        job = build_config(RecompressJob, {"cache": url}, flags, "logit-cache recompress")
-        with progress(f"recompress {job.name}", None, "positions") as advance:
-            found = vars(rewrite(job, advance))
+        if flags["format"] is None:
+            if not guess:
+                raise InputError("logit-cache import: --format is missing; --guess finds it by the content")
+            found = guessed(flags["source"])
+            if flags["out"] is None:
+                click.echo(json.dumps({"format": found.name}) if as_json else f"{found.name}: {found.about}")
+                return
+            flags["format"] = found.name
+        done = import_entry(build_config(ImportJob, None, flags, "logit-cache import"), progress)
         if as_json:
-            click.echo(json.dumps(found, indent=2))
+            click.echo(json.dumps({**vars(done), "entry": done.entry.model_dump(mode="json")}, indent=2))
             return
-        before, after = found["bytes_before"] / found["positions"], found["bytes_after"] / found["positions"]
+        click.echo(f"{done.cache}: {done.name} from {done.format}, {counted(done.positions, 'token')} in "
+                   f"{counted(done.documents, 'document')}")  # fmt: skip
+        click.echo("\n".join(printable(f"  {line}") for line in _decisions(done.entry)))
+
+
+@command("logit-cache export run/train --name teacher --format parquet --out logits")
+@click.argument("url")
+@click.option("--name", required=True, help="Entry to read.")
+@click.option("--format", required=True, help="parquet, axolotl or distillkit.")
+@click.option("--out", required=True, metavar="FOLDER", help="A new folder on this machine.")
+@json_option()
+def export(url: str, name: str, format: str, out: str, as_json: bool) -> None:
+    """Write an entry as files that other trainers read; `import` reads them again.
+
+    Each window of the teacher becomes a row. What a format cannot say is refused, or counted.
+    """
+    with one_line_errors():
+        from logit_cache.exporting.run import export_entry
+        from storage.progress import progress
+
+        done = export_entry(url, name, format, out, progress)
+        if as_json:
+            click.echo(json.dumps(vars(done), indent=2))
+            return
+        left = f"; {counted(done.left_out, 'target')} of a window's last token left out" if done.left_out else ""
         click.echo(
-            f"{found['cache']}: {found['name']} from {job.name}, {before:.1f} → {after:.1f} bytes per token "
-            f"({100 * after / before:.0f} %)"
+            f"{done.folder}: {done.name} as {done.format}, {counted(done.tokens, 'token')} in "
+            f"{counted(done.windows, 'window')}, {counted(done.files, 'file')}{left}"
         )
 
 
@@ -125,3 +157,10 @@ def delivery_text(found: dict[str, Any]) -> str:
     for group, ranges in found["missing"].items():
         lines.append(f"not complete at the source: {group} lacks {ranges_in_words(ranges)}")
     return "\n".join(lines)
+
+
+def _decisions(entry: TeacherEntry) -> list[str]:
+    from logit_cache.describe import imported_in_words
+
+    assert entry.imported_from is not None
+    return imported_in_words(entry.imported_from.model_dump())

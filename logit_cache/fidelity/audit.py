@@ -134,7 +134,7 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     stored = [stored_values(entry, sample.stored) for sample in samples]
     found.uncompared += _uncompared(entry)
     order = targets.sampling_order()
-    recorded = entry.teacher.members[0].dtype
+    recorded: Dtype = entry.teacher.members[0].dtype or "float32"
     dtype: Dtype = job.dtype or recorded
 
     members = _load(job, entry, dtype)
@@ -306,7 +306,7 @@ def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
         found.identity += [
             f"{name} of {recorded.source}: the entry has {a!r}, {now.source} {b!r}"
             for name, (a, b) in pairs.items()
-            if a != b
+            if a not in (None, b)
         ]
     # Samples are scored in windows of their own, whatever the rows were in which the entry's were.
     rows = entry.execution.model_dump(include={"rows", "row_tokens"})

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from logit_cache.describe import (
     describe_cache,
+    imported_in_words,
     losses_in_words,
     made_in_words,
     stored_in_words,
@@ -53,6 +54,7 @@ def card_text(cache: LogitCache, *, license: str | None = None) -> str:
     environment.filters |= {
         "commas": "{:,}".format,
         "counted": counted,
+        "imported": imported_in_words,
         "losses": losses_in_words,
         "made": made_in_words,
         "percent": "{:.2%}".format,

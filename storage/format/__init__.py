@@ -120,6 +120,13 @@ every position but the first ones has at least `context - stride` tokens of left
 `begin_id`, the teacher reads this id before the tokens of every window whose first token is another, and nothing is
 stored for it. How windows lie in the teacher's batches (`execution.rows`) changes the last bits of targets at most.
 
+**Imported entries.** An entry that was made from somebody's files (`made` is "imported") has `imported_from`: the
+name of their format, their names, lengths and sha256, what their numbers are, and which token a row of theirs was
+about, with the mean log-prob of that token and of its neighbour, by which this was decided. Of its teacher only what
+somebody says is known: `source`, and none of the digests. Each of its documents was read by itself, in whatever way;
+`windowing` has the length of the longest one, and `execution` knows nothing ("unknown"). Where the rounding of a
+log-prob in the files has a bound, `error_nats`, it adds to the errors above.
+
 **Versions.** Version 2 of the CacheRecord has the array `document_sources` and fields about how the stream was made:
 `begins_with_bos`, `template_sha256`, `template_variables`, `date`, `skipped_rows`. Fields that are absent, there and
 elsewhere, are left out of the JSON. Teacher entries have versions of their own ("Targets in version 2"), receipts

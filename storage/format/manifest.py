@@ -24,6 +24,7 @@ MAX_SHARDS = 1 << 21  # limit of an index of receipts: 137 billion positions at 
 MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
 MAX_SOURCES = 4_096
 MAX_ORDERED_IDS = 1 << 22  # of a sampling order, which is one object
+MAX_IMPORTED_FILES = 2_048  # of an entry: their names and digests stay within the size of a record
 MOST_SHRUNK = 16  # samples from which a sample was sampled
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
@@ -160,17 +161,18 @@ class TeacherIdentity(Record):
     """One model. `source` is a hub id or the last part of a local path; only the digests identify the model.
 
     `adapter`: the last part of the path of a LoRA that is merged into that model, `adapter_sha256` and
-    `adapter_config_sha256` its digests; None without one.
+    `adapter_config_sha256` its digests; None without one. Of a model that was not loaded, as that of an imported entry,
+    what is not known is None: the digests too, and `source` is then only what somebody says of it.
     """
 
     source: Text
     revision: Text | None = None
-    architecture: Text
-    weights_sha256: Sha256
-    config_sha256: Sha256
-    dtype: Literal["float32", "bfloat16", "float16"]
-    head_columns: Positive
-    parameters: Count
+    architecture: Text | None = ADDED
+    weights_sha256: Sha256 | None = ADDED
+    config_sha256: Sha256 | None = ADDED
+    dtype: Literal["float32", "bfloat16", "float16"] | None = ADDED
+    head_columns: Positive | None = ADDED
+    parameters: Count | None = ADDED
     trust_remote_code: bool = False
     adapter: Text | None = ADDED
     adapter_sha256: Sha256 | None = ADDED
@@ -179,6 +181,12 @@ class TeacherIdentity(Record):
     @property
     def name(self) -> str:
         return self.source if self.adapter is None else f"{self.source} with {self.adapter}"
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the model was loaded, so that all of it is known."""
+        known = ("architecture", "weights_sha256", "config_sha256", "dtype", "head_columns", "parameters")
+        return all(getattr(self, name) is not None for name in known)
 
     @property
     def digest_fields(self) -> tuple[str, ...]:
@@ -385,13 +393,56 @@ class Execution(Record):
         return self
 
 
+class SourceFile(Record):
+    """A file that an entry was imported from: its name, without folders, and its content."""
+
+    name: Annotated[str, Field(max_length=255)]
+    bytes: Count
+    sha256: Sha256
+
+
+class Alignment(Record):
+    """Whether a row of a file is about the token that follows (after) or its own (of), and the evidence.
+
+    `after_nats` and `of_nats`: over the `rows` for which both readings name a token, its mean log-prob by either; of a
+    row that does not hold it, the least one of the row. `given`: whether whoever imported the file said which it is.
+    """
+
+    reading: Literal["after", "of"]
+    given: bool
+    rows: Count
+    after_nats: float
+    of_nats: float
+
+
+class ImportedFrom(Record):
+    """The files of somebody else that an entry's targets are from, and how they were read.
+
+    `format`: the name of the importer. `values`: what the numbers in them are: log-probs over the whole vocabulary,
+    probabilities over it, numbers that lack the normaliser (logits, or what was normalised among the ids of a row), or
+    the whole distribution (dense). `dropped_ids`: ids that were left out because they had no finite log-prob, or are
+    none of the vocabulary; `dropped_mass`: the largest share of a row's mass that ids outside the vocabulary had.
+    `error_nats`: of a log-prob as the files have it, where their format rounds. `decisions`: what else was found, and
+    how often.
+    """
+
+    format: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
+    files: Annotated[tuple[SourceFile, ...], Field(min_length=1, max_length=MAX_IMPORTED_FILES)]
+    values: Literal["logprobs", "probabilities", "unnormalised", "dense"]
+    alignment: Alignment
+    dropped_ids: Count
+    dropped_mass: Annotated[float, Field(ge=0, le=1)]
+    error_nats: Annotated[float, Field(ge=0)] | None = None
+    decisions: Annotated[tuple[Text, ...], Field(max_length=16)] = ()
+
+
 class TeacherEntry(Record):
     """attributes["logit_cache"] of teachers/<name>; written once, never rewritten.
 
     `vocabulary_size` is the V of its targets: the tokenizer's, or fewer ids where the teacher has no column for the
     last ones. No token of the stream is one of those. `made`, since version 2: how the targets were made, by a teacher
     in process (cached), by one behind a server, from somebody's file, from an entry of another vocabulary, or from
-    another entry of this one.
+    another entry of this one. `imported_from`: that file, also of an entry that was made from an imported one.
     """
 
     format_version: Literal[1, 2] = 1
@@ -408,12 +459,15 @@ class TeacherEntry(Record):
     execution: Execution
     made: Literal["cached", "served", "imported", "projected", "recompressed"] | None = ADDED
     derived_from: Sha256 | None = None
+    imported_from: ImportedFrom | None = ADDED
     created_with: Versions
 
     @model_validator(mode="after")
     def _agrees(self) -> TeacherEntry:
         if (self.format_version == 1) != (self.made is None):
             raise ValueError("version 2 of an entry states how it was made, and version 1 does not")
+        if self.made in (None, "cached") and not all(member.is_known for member in self.teacher.members):
+            raise ValueError("an entry that its teacher made states the digests of that model")
         self.targets.of_version(self.format_version)
         self.encoding.of_version(self.format_version, self.targets)
         if self.targets.k > self.vocabulary_size:

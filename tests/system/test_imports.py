@@ -36,7 +36,9 @@ ROOMS = {
         ("ranks",), ("base",), ("huggingface", "reduction"), ("batch_size", "ensemble", "vocabulary"), ("live",),
         ("cli",),
     ),
-    "logit_cache": (("describe",), ("corpus",), ("caching",), ("fidelity",), ("engines",), ("cli",)),
+    "logit_cache": (
+        ("describe",), ("corpus",), ("caching",), ("fidelity", "importing"), ("engines", "exporting"), ("cli",),
+    ),
 }  # fmt: skip
 # Leaves of logit_cache, each with the leaves whose records it reads: they know the first level, and only the commands
 # know them all.

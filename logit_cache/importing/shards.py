@@ -1,0 +1,187 @@
+"""The second pass over the files: their rows as the shards of an entry, one in memory at a time.
+
+Legend: `T` positions of a shard, `R` rows, `K` stored ids, `V` vocabulary size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logit_cache.importing.document import Document, Rows
+from logit_cache.importing.row_values import cleaned, normalised
+from logit_cache.importing.survey import Surveyed
+from storage.cache.writer import EntryWriter
+from storage.format.encoding import logprob_floor, token_id_dtype
+from storage.format.manifest import TeacherEntry
+from storage.format.targets import SparseTargets, leading_columns
+
+FIELD_ARRAYS = {"tail": "log_tail", "half-tail": "log_tail_half", "label": "label_logprob", "entropy": "entropy"}
+
+
+class ShardArrays:
+    """The arrays of positions `start .. stop`, filled row by row; the others have no targets."""
+
+    def __init__(self, entry: TeacherEntry, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+        self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
+        count, k = stop - start, entry.targets.k
+        dtype = np.dtype(token_id_dtype(entry.vocabulary_size))
+        self._ids = np.full((count, k), np.iinfo(dtype).max, dtype=dtype)
+        self._logprobs = np.full((count, k), -np.inf, dtype=np.float32)
+        self._kept, self._certain = np.zeros(count, dtype=np.uint16), np.zeros(count, dtype=np.uint16)
+        self._values = {
+            array: np.full(count, np.nan, dtype=np.float32)
+            for field, array in FIELD_ARRAYS.items()
+            if entry.targets.has(field)
+        }
+
+    def put(
+        self,
+        at: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        logprobs: NDArray[np.floating],
+        kept: NDArray[np.int64],
+        certain: NDArray[np.int64],
+        values: dict[str, NDArray[np.floating] | None],
+    ) -> None:
+        """Rows of the absolute positions `at` [R] inside; ids and logprobs [R, <= K]."""
+        at = at - self.start
+        columns = ids.shape[1]
+        is_kept = leading_columns(kept, columns)
+        self._kept[at], self._certain[at] = kept, certain
+        # The floor is that of cache-logits: a code cannot say less.
+        floored = np.maximum(logprobs, self.floor)
+        self._ids[at, :columns] = np.where(is_kept, ids, np.iinfo(self._ids.dtype).max)
+        self._logprobs[at, :columns] = np.where(is_kept, floored, -np.inf)
+        for name, array in self._values.items():
+            found = values[name]
+            assert found is not None
+            array[at] = np.where(np.isneginf(found), found, np.maximum(found, self.floor))
+
+    def targets(self) -> SparseTargets:
+        return SparseTargets(self.start, self._ids, self._kept, self._certain, self._logprobs, **self._values)
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Makes shards of an entry from documents, which come in the order of the stream."""
+
+    entry: TeacherEntry
+    surveyed: Surveyed
+    document_starts: NDArray[np.uint64]
+
+    def shards(self, documents: Iterator[Document], pending: Collection[int]) -> Iterator[tuple[int, ShardArrays]]:
+        """Each pending shard and its arrays, in order; rows of documents that touch none of them are not read."""
+        layout, positions = self.entry.layout, self.entry.positions
+        wanted = sorted(pending)
+        current: ShardArrays | None = None
+        done = 0  # of `wanted`
+        for number, document in enumerate(item for item in documents if len(item.ids)):
+            first = int(self.document_starts[number])
+            stop = first + len(document.ids)
+            while done < len(wanted) and layout.shard_range(wanted[done], positions)[1] <= first:
+                yield wanted[done], current or self._empty(wanted[done])
+                current, done = None, done + 1
+            if done == len(wanted):
+                return
+            if stop <= layout.shard_range(wanted[done], positions)[0]:
+                continue
+            for rows in document.parts():
+                at = self._positions(document, rows, first)
+                while done < len(wanted):
+                    current = current or self._empty(wanted[done])
+                    inside = np.flatnonzero((at >= current.start) & (at < current.stop))
+                    if len(inside):
+                        self._put(current, document, rows, at, inside)
+                    if not len(at) or int(at.max()) < current.stop:
+                        break
+                    yield wanted[done], current
+                    current, done = None, done + 1
+        while done < len(wanted):
+            yield wanted[done], current or self._empty(wanted[done])
+            current, done = None, done + 1
+
+    def _empty(self, shard: int) -> ShardArrays:
+        return ShardArrays(self.entry, *self.entry.layout.shard_range(shard, self.entry.positions))
+
+    def _positions(self, document: Document, rows: Rows, first: int) -> NDArray[np.int64]:
+        """The absolute position of each row [R]; -1 for rows about no position of the document."""
+        shift = 0 if self.surveyed.alignment.reading == "after" else -1
+        at = rows.start + shift + np.arange(len(rows))
+        return np.where((at >= 0) & (at < len(document.ids)), first + at, -1)
+
+    def _put(
+        self,
+        current: ShardArrays,
+        document: Document,
+        rows: Rows,
+        at: NDArray[np.int64],
+        inside: NDArray[np.int64],
+    ) -> None:
+        if rows.dense is not None:
+            self._put_dense(current, document, rows.dense[inside], at[inside])
+            return
+        entry, surveyed = self.entry, self.surveyed
+        label = np.full(len(inside), np.nan) if rows.label is None else rows.label[inside]
+        some = Rows(rows.start, rows.ids[inside], rows.values[inside])
+        found = normalised(
+            cleaned(some, entry.vocabulary_size, document.where),
+            surveyed.values,
+            surveyed.are_probabilities,
+            entry.targets.k,
+            entry.vocabulary_size,
+        )
+        follows = self._follows(document, at[inside])
+        values = {"log_tail": found.log_tail, "label_logprob": np.where(follows, label, np.nan)}
+        current.put(at[inside], found.ids, found.logprobs, found.kept, found.kept, values)
+
+    def _follows(self, document: Document, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether a token of the document follows each position."""
+        number = int(np.searchsorted(self.document_starts, at[0], side="right")) - 1
+        last = int(self.document_starts[number]) + len(document.ids) - 1
+        found: NDArray[np.bool_] = at < last
+        return found
+
+    def _put_dense(
+        self, current: ShardArrays, document: Document, dense: NDArray[np.float32], at: NDArray[np.int64]
+    ) -> None:
+        """Whole distributions, reduced as a teacher's are."""
+        import torch
+
+        from teachers.reduction.reduce import reduce_rows
+        from teachers.reduction.varopt import random_numbers, sampling_of
+
+        entry = self.entry
+        sampling = None
+        if entry.targets.method == "varopt":
+            random = random_numbers(entry.targets, int(at[0]), int(at[-1]) + 1)[at - at[0]]
+            sampling = sampling_of(entry.targets, torch.from_numpy(random), None)
+        labels = torch.full((len(at),), -1)
+        logits = torch.from_numpy(np.ascontiguousarray(dense))
+        reduced = reduce_rows(logits, entry.vocabulary_size, entry.targets.k, labels, current.floor, sampling, None)
+        arrays = {name: value.numpy() for name, value in vars(reduced).items()}
+        current.put(
+            at,
+            arrays["token_ids"],
+            arrays["logprobs"],
+            arrays["kept"],
+            arrays["certain"],
+            {name: arrays[name] for name in FIELD_ARRAYS.values()},
+        )
+
+
+def write_shards(
+    writer: EntryWriter, source: ShardSource, documents: Iterator[Document], progress: Callable[[int], None]
+) -> None:
+    """Commit the shards that are missing, in order; what is committed is not read again."""
+    began = time.monotonic()
+    for shard, arrays in source.shards(documents, writer.pending()):
+        writer.commit(shard, arrays.targets(), began)
+        progress(arrays.stop - arrays.start)
+        began = time.monotonic()
+    writer.finish()
