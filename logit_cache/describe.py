@@ -75,7 +75,6 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
     with_targets = 0 if statistics is None else statistics.positions
     report = targets.fidelity()
     kept = float(entry.targets.k) if entry.targets.whole_rows else report.size.mean_kept if report else None
-    member = entry.teacher.members[0]
     return {
         "format_version": entry.format_version,
         "made": entry.made,
@@ -83,7 +82,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "teacher": [m.model_dump() for m in entry.teacher.members],
         "combine": entry.teacher.combine,
         "weights": list(entry.teacher.weights),
-        "architecture": member.architecture,
+        "architecture": None if entry.teacher.served else entry.teacher.loaded[0].architecture,
         "vocabulary_size": entry.vocabulary_size,
         "targets": entry.targets.model_dump(),
         "windowing": entry.windowing.model_dump(),
@@ -105,6 +104,15 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "summary": summarise(statistics) if statistics and with_targets else None,
         "fidelity": report.model_dump() if report else None,
     }
+
+
+def member_in_words(member: dict[str, Any]) -> str:
+    """One of the teachers of a described entry: a model that was loaded, or one behind a server."""
+    if "engine" in member:
+        model = "" if member["model"] in (None, member["source"]) else f" as {member['model']}"
+        return f"{member['source']} (served by {member['engine']}{model}, weights {member['weights']})"
+    name = f"{member['source']} with {member['adapter']}" if member.get("adapter") else member["source"]
+    return f"{name} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
 
 
 def summarise(sums: ShardStatistics) -> dict[str, float | None]:

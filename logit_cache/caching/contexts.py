@@ -19,6 +19,7 @@ from storage.text import counted
 
 if TYPE_CHECKING:
     from teachers.huggingface.teacher import HuggingFaceTeacher
+    from teachers.served.teacher import ServedTeacher
 
 CONTEXT_TOKENS = 128
 """Of a window, where documents are not read by themselves."""
@@ -27,7 +28,7 @@ CONTEXT_TOKENS = 128
 def windowing_of(
     job: CacheJob,
     cache: LogitCache,
-    teachers: Sequence[HuggingFaceTeacher],
+    teachers: Sequence[HuggingFaceTeacher | ServedTeacher],
     begin: int | None,
     recorded: TeacherEntry | None,
 ) -> tuple[Windowing, str | None]:

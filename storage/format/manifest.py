@@ -25,6 +25,7 @@ MAX_CHUNKS = 1 << 16  # of a shard: its index is read whole
 MAX_SOURCES = 4_096
 MAX_ORDERED_IDS = 1 << 22  # of a sampling order, which is one object
 MOST_SHRUNK = 16  # samples from which a sample was sampled
+MOST_PROBES = 64
 TEACHER_NAME = r"[a-z0-9][a-z0-9_-]{0,63}"
 
 _LIBRARIES = ("logit-cache", "torch", "transformers", "tokenizers", "zarr", "numcodecs", "numpy")
@@ -186,17 +187,55 @@ class TeacherIdentity(Record):
         return ("weights_sha256", "config_sha256", *(adapter if self.adapter is not None else ()))
 
 
+class ServedIdentity(Record):
+    """A model behind a server, by what the server says and answers; nobody has seen its weights.
+
+    source        the name under which it is served
+    model         what the server says that is: a hub id, or the last part of a path
+    engine        whose protocol the server speaks; its version is in the entry's `created_with`
+    tokenizer     whether it gave probes of text the ids that the cache's tokenizer gives them, or could not be asked
+    probe         nats: its log-probs of tokens 1, 2, … of the stream after those before them, by which a server is
+                  known again; other numbers for the same weights only within its own noise
+    mass_error    its log-probs are sums in float32: the mass outside the stored ids is off by so much, at most
+    """
+
+    source: Text
+    model: Text | None
+    engine: Literal["vllm", "sglang"]
+    weights: Literal["not verified"] = "not verified"
+    tokenizer: Literal["compared on probes", "not compared"]
+    probe: Annotated[tuple[float, ...], Field(max_length=MOST_PROBES)]
+    mass_error: Annotated[float, Field(gt=0, lt=1)]
+
+    @property
+    def name(self) -> str:
+        return self.source
+
+
 class Teacher(Record):
-    """One model, or an ensemble whose members read the same batch."""
+    """One model, or an ensemble whose members read the same batch. A model behind a server is alone."""
 
     combine: Literal["single", "logit-mean", "mixture"] = "single"
-    members: Annotated[tuple[TeacherIdentity, ...], Field(min_length=1, max_length=64)]
+    members: Annotated[tuple[TeacherIdentity | ServedIdentity, ...], Field(min_length=1, max_length=64)]
     weights: Annotated[tuple[float, ...], Field(max_length=64)] = (1.0,)
+
+    @property
+    def served(self) -> ServedIdentity | None:
+        """The model behind a server, where it is one."""
+        member = self.members[0]
+        return member if isinstance(member, ServedIdentity) else None
+
+    @property
+    def loaded(self) -> tuple[TeacherIdentity, ...]:
+        """The models that were loaded in process; none where it is one behind a server."""
+        return tuple(member for member in self.members if isinstance(member, TeacherIdentity))
 
     @model_validator(mode="after")
     def _agrees(self) -> Teacher:
         if len(self.weights) != len(self.members) or (self.combine == "single") != (len(self.members) == 1):
             raise ValueError("one weight per member, and 'single' for exactly one member")
+        if len(self.loaded) not in (0, len(self.members)) or (self.served is not None and len(self.members) > 1):
+            raise ValueError("a model behind a server is no member of an ensemble")
         return self
 
 
