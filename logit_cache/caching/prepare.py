@@ -114,12 +114,22 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
     if job.is_served:
-        served = prepare_served(job)
-        return OpenJob(served.cache, served.teacher, served.teacher, open_writer(job, served))
+        return _open_served(job)
     prepared = prepare_job(job, teachers)
     writer = open_writer(job, prepared)
     teacher = prepared.teacher
     return OpenJob(prepared.cache, teacher, in_order(teacher, stored_order(writer, teacher.output_embeddings)), writer)
+
+
+def _open_served(job: CacheJob) -> OpenJob:
+    served = prepare_served(job)
+    try:
+        writer = open_writer(job, served)
+    except IdentityMismatch:
+        # Another worker may just have created the entry, with what the servers told it: they are compared with that.
+        served = prepare_served(job)
+        writer = open_writer(job, served)
+    return OpenJob(served.cache, served.teacher, served.teacher, writer)
 
 
 def stored_order(writer: EntryWriter, embeddings: Callable[[], Tensor]) -> NDArray[np.uint32] | None:

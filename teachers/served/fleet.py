@@ -48,7 +48,7 @@ class _State:
 class _Call(Generic[Item]):
     """The prompts of one call that are under way, and those that came back unanswered."""
 
-    answered: queue.SimpleQueue[tuple[_State, Item, Any]] = field(default_factory=queue.SimpleQueue)
+    answered: queue.SimpleQueue[tuple[_State, bool, Item, Any]] = field(default_factory=queue.SimpleQueue)
     again: deque[Item] = field(default_factory=deque)
     in_flight: dict[str, int] = field(default_factory=dict)
 
@@ -110,7 +110,7 @@ class Fleet:
             if not more and not call.again and not any(call.in_flight.values()):
                 return
             try:
-                state, item, found = call.answered.get(timeout=_LOOK_SECONDS)
+                state, trial, item, found = call.answered.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
                 yield None
                 continue
@@ -121,7 +121,9 @@ class Fleet:
             elif isinstance(found, BaseException):
                 raise found
             else:
-                state.failures, state.suspect, self._failing_since = 0, False, None
+                self._failing_since = None
+                if trial:  # others may have been sent before it failed
+                    state.failures, state.suspect = 0, False
                 yield item, found
 
     def _free(self, call: _Call[Item]) -> _State | None:
@@ -143,15 +145,15 @@ class Fleet:
         known_again: Callable[[Server], None] | None,
     ) -> None:
         call.in_flight[state.server.url] += 1
-        suspect, answered = state.suspect, call.answered
+        trial, answered = state.suspect, call.answered
 
         def work() -> None:
             try:
-                if suspect and known_again is not None:
+                if trial and known_again is not None:
                     known_again(state.server)
-                answered.put((state, item, ask(state.server, item)))
+                answered.put((state, trial, item, ask(state.server, item)))
             except BaseException as error:
-                answered.put((state, item, error))
+                answered.put((state, trial, item, error))
 
         self._todo.put(work)
         if len(self._threads) < sum(call.in_flight.values()):

@@ -162,7 +162,7 @@ def rows_of(protocol: Protocol, answer: Any, prompt: Prompt, k: int) -> ServedRo
             raise
         raise WrongAnswer(f"no answer in the form of {protocol.engine} ({type(error).__name__}: {error})") from None
     largest = max(rows.logprobs.max(initial=-math.inf), rows.label_logprob.max(initial=-math.inf))
-    if not largest <= _MOST_LOGPROB or bool(np.isnan(rows.logprobs).any() | np.isnan(rows.label_logprob).any()):
+    if not largest <= _MOST_LOGPROB:
         raise WrongAnswer(f"no log-probs: the largest is {largest:g}")
     mass = np.exp(rows.logprobs).sum(axis=1).max(initial=0.0)
     if mass > 1 + _MOST_LOGPROB:
@@ -196,5 +196,7 @@ def _sorted_rows(rows: list[tuple[list[int], list[float]]], label: NDArray[np.fl
             raise WrongAnswer(f"{len(own_ids)} ids in a row, {k} were asked for")
         ids[number, : len(own_ids)] = own_ids
         logprobs[number, : len(own)] = own
+    if np.isnan(logprobs).any() or np.isnan(label).any():
+        raise WrongAnswer("a log-prob that is no number")
     order = np.lexsort((ids, -logprobs), axis=1)[:, :k]
     return ServedRows(np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1), label)
