@@ -214,7 +214,7 @@ def test_servers_of_one_job_serve_one_model(save: Callable[..., Path], tmp_path:
         with pytest.raises(InputError, match=f"{other.url}: serves another model than this job's m"):
             teacher.identify(np.arange(40), None)
         other.name = "n"
-        with pytest.raises(InputError, match="serves n by vllm, .* m by vllm"):
+        with pytest.raises(InputError, match=r"serves n by vllm, .* m by vllm"):
             ServedTeacher.connect([one.url, other.url], None, 4)
         with pytest.raises(InputError, match="serves no x: give --served-model one of: m"):
             ServedTeacher.connect([one.url], "x", 4)
@@ -224,7 +224,7 @@ def test_records_hold_no_paths(save: Callable[..., Path]) -> None:
     with StandIn("vllm", save("llama")) as engine:
         (member,) = ServedTeacher.connect([engine.url], None, 4).identify(np.arange(9), None).members
     assert (member.name, member.model) == ("llama", "llama")  # type: ignore[union-attr]
-    assert member.probe and len(member.probe) == 8  # type: ignore[union-attr]
+    assert len(member.probe) == 8  # type: ignore[union-attr]
 
 
 def test_a_model_is_known_again_by_its_answers(save: Callable[..., Path]) -> None:
