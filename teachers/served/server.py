@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import email.utils
 import math
+import os
 import time
 from typing import Any
 
@@ -39,7 +40,8 @@ class Refused(InputError):
 class Server:
     """A server at the URL of its OpenAI API, with or without the /v1; `root` is above that.
 
-    connections: held open at once. seconds: for one request, at most.
+    connections: held open at once. seconds: for one request, at most. A key in the environment's LOGIT_CACHE_API_KEY is
+    sent, and no other: the URL may be anybody's.
     """
 
     def __init__(self, url: str, connections: int, seconds: float) -> None:
@@ -47,6 +49,9 @@ class Server:
         self.root = url.rstrip("/").removesuffix("/v1")
         self._seconds = seconds
         self._session = requests.Session()
+        key = os.environ.get("LOGIT_CACHE_API_KEY")
+        if key:
+            self._session.headers["Authorization"] = f"Bearer {key}"
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=connections)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)

@@ -231,7 +231,9 @@ class _About:
 def _about(fleet: Fleet, server: Server, wanted: str | None) -> _About:
     try:
         cards = {card["id"]: card for card in fleet.patiently(server, lambda: server.get("v1/models"))["data"]}
-    except (KeyError, TypeError, Refused):
+    except (KeyError, TypeError, Refused) as error:
+        if isinstance(error, Refused) and error.status != 404:
+            raise
         raise InputError(
             f"{server.url}: lists no models at {server.root}/v1/models: give the address of a vLLM or SGLang server, "
             f"such as http://HOST:8000/v1"

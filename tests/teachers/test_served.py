@@ -220,6 +220,15 @@ def test_servers_of_one_job_serve_one_model(save: Callable[..., Path], tmp_path:
             ServedTeacher.connect([one.url], "x", 4)
 
 
+def test_the_key_of_the_environment_is_sent(save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with StandIn("vllm", save("llama")) as engine:
+        engine.key = "a key"
+        with pytest.raises(InputError, match=r"refuses the request \(401: Unauthorized\)"):
+            ServedTeacher.connect([engine.url], None, 4)
+        monkeypatch.setenv("LOGIT_CACHE_API_KEY", "a key")
+        ServedTeacher.connect([engine.url], None, 4)
+
+
 def test_records_hold_no_paths(save: Callable[..., Path]) -> None:
     with StandIn("vllm", save("llama")) as engine:
         (member,) = ServedTeacher.connect([engine.url], None, 4).identify(np.arange(9), None).members

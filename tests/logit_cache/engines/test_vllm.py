@@ -159,7 +159,7 @@ def test_kills_of_job_and_server(cache: Path, tmp_path: Path) -> None:
 
 def test_the_rate_of_a_job_and_of_a_bare_client(cache: Path, tmp_path: Path) -> None:
     """Printed, and not judged: positions a second of both, and the job's own processor time."""
-    model, each = save(tmp_path, "llama", cache / "tokenizer"), 8
+    model, at_once = save(tmp_path, "llama", cache / "tokenizer"), 8
     opened = LogitCache.open(str(cache))
     tokens = opened.tokens.read(0, len(opened.tokens)).astype(np.int64)
     rates: dict[str, list[float]] = {"bare": [], "job": [], "microseconds": []}
@@ -167,7 +167,7 @@ def test_the_rate_of_a_job_and_of_a_bare_client(cache: Path, tmp_path: Path) -> 
         for number in range(3):
             copied = copy_of(cache, tmp_path / f"copy-{number}")
             began, used = time.monotonic(), time.process_time()
-            entry, _ = cache_logits(copied, "s", engine.url, **FIELDS, requests=each)  # type: ignore[arg-type]
+            entry, _ = cache_logits(copied, "s", engine.url, **FIELDS, requests=at_once)  # type: ignore[arg-type]
             rates["job"].append(len(tokens) / (time.monotonic() - began))
             rates["microseconds"].append(1e6 * (time.process_time() - used) / len(tokens))
             plan = windows(0, len(tokens), len(tokens), entry.entry.windowing, None)
@@ -181,7 +181,7 @@ def test_the_rate_of_a_job_and_of_a_bare_client(cache: Path, tmp_path: Path) -> 
                 return len(session.post(f"{server.root}/{VLLM.generate}", json=body, timeout=60).content)
 
             began = time.monotonic()
-            for _ in Fleet([Server(engine.url, each, 60.0)], each, 60.0).answers(prompts, ask):
+            for _ in Fleet([Server(engine.url, at_once, 60.0)], at_once, 60.0).answers(prompts, ask):
                 pass
             rates["bare"].append(len(tokens) / (time.monotonic() - began))
     job, bare = float(np.median(rates["job"])), float(np.median(rates["bare"]))

@@ -53,6 +53,7 @@ class StandIn:
         self.seconds = 0.0
         self.shift = 0.0  # added to all log-probs: what an engine with other settings may answer
         self.port = 0
+        self.key: str | None = None
 
     def serve(self, model: Path) -> None:
         """Take another model, under the same name."""
@@ -163,6 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
         refused = engine.busy.pop(0) if generates and engine.busy else None
         if refused is not None:
             self._send(refused[0], {"error": {"message": "overloaded"}}, refused[1])
+            return
+        if engine.key is not None and self.headers.get("Authorization") != f"Bearer {engine.key}":
+            self._send(401, {"error": "Unauthorized"})
             return
         found = engine.answer(self.path, json.loads(sent) if sent else {})
         if self.server.dead:
