@@ -253,12 +253,19 @@ def test_retry_after_may_be_a_date() -> None:
 def test_two_servers_share_a_job_and_one_of_them_dies(cache: Path, vllm: StandIn, teacher: Path) -> None:
     expected = cache_logits(cache, "l", teacher, **FIELDS, fields=("label",))[1]
     with StandIn("vllm", teacher, cache / "tokenizer", "m", 64, 128) as other:
-        vllm.seconds = other.seconds = 0.01
-        timer = threading.Timer(0.6, other.stop)
-        timer.start()
+        vllm.seconds = 0.01
+        answer, stopping = other.answer, threading.Thread(target=other.stop)
+
+        def dying(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+            if len(other.asked) == 6 and not stopping.ident:
+                stopping.start()
+            return answer(path, body)
+
+        other.answer = dying  # type: ignore[method-assign]
         found = cache_logits(cache, "s", vllm.url, other.url, **FIELDS, requests=2)[1]  # type: ignore[arg-type]
-        timer.join()
-        assert len(other.asked) > 4
+        stopping.join()
+        assert other.asked
+        assert len(vllm.asked) > len(other.asked)
     same_targets(found, expected)
 
 
