@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,6 +46,7 @@ _LEAST_MASS = 2.0**-20
 # Nats, in the mean over the probe: half precision moves single log-probs by about as much, other weights by more.
 _SAME_WEIGHTS = 0.05
 _NOISE_FACTOR = 3.0
+_LEAST_PROBE = -1e4
 _PROBE_TEXTS = ("The quick brown fox, 1234.5!", " def f(x):\n    return x", "naïve Übergröße — 漢字 🙂", "\t a  b\n\n")
 _STREAM_TEXTS, _STREAM_TOKENS = 8, 64
 
@@ -132,7 +135,7 @@ class ServedTeacher:
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         for path in self.protocol.tokenize:
             try:
-                return list(self._fleet.patiently(server, lambda path=path: server.post(path, body))["tokens"])  # type: ignore[misc]
+                return list(self._fleet.patiently(server, partial(server.post, path, body))["tokens"])
             except Refused as refused:
                 if refused.status not in (404, 405):
                     raise
@@ -149,13 +152,13 @@ class ServedTeacher:
         first, noise = None, 0.0
         for server in self._fleet.servers:
             for _ in range(2):
-                found = self._fleet.patiently(server, lambda server=server: self._ask(server, prompt))  # type: ignore[misc]
+                found = self._fleet.patiently(server, partial(self._probed, server, prompt))
                 if first is None:
-                    first = found.label_logprob
+                    first = found
                 elif server is self._fleet.servers[0]:
-                    noise = _distance(found.label_logprob, first)
+                    noise = _distance(found, first)
                 else:
-                    self._same(server, found.label_logprob, first, noise)
+                    self._same(server, found, first, noise)
         assert first is not None
         probe = tuple(float(np.float32(value)) for value in first)
         known = np.array(recorded.probe if recorded is not None else ())
@@ -172,6 +175,11 @@ class ServedTeacher:
         )
         return TeacherRecord(members=(identity,))
 
+    def _probed(self, server: Server, prompt: Prompt) -> NDArray[np.float64]:
+        """The log-probs of a prompt's own tokens; records hold no infinity, which a masked id has."""
+        found: NDArray[np.float64] = np.maximum(self._ask(server, prompt).label_logprob, _LEAST_PROBE)
+        return found
+
     def _same(self, server: Server, found: NDArray[np.float64], first: NDArray[np.float64], noise: float) -> None:
         distance = _distance(found, first)
         if distance > _limit(noise):
@@ -185,7 +193,7 @@ class ServedTeacher:
         """Raise InputError where a server that was away has come back as another one."""
         assert self._probe is not None
         prompt, first, noise = self._probe
-        self._same(server, self._ask(server, prompt).label_logprob, first, noise)
+        self._same(server, self._probed(server, prompt), first, noise)
 
     def rows(self, prompts: Iterable[tuple[Prompt, Key]]) -> Iterator[tuple[Key, ServedRows] | None]:
         """The rows of each prompt, as they come; None while there are none. Raises InputError, ServersLost."""
@@ -220,17 +228,20 @@ class ServedTeacher:
         return self._fleet.servers[0].url
 
 
+@dataclass(frozen=True)
 class _About:
     """What a server says of itself."""
 
-    def __init__(self, name: str, root: str | None, protocol: Protocol, version: str, max_model_len: int | None):
-        self.name, self.root, self.protocol = name, root, protocol
-        self.version, self.max_model_len = version, max_model_len
+    name: str
+    root: str | None
+    protocol: Protocol
+    version: str
+    max_model_len: int | None
 
 
 def _about(fleet: Fleet, server: Server, wanted: str | None) -> _About:
     try:
-        cards = {card["id"]: card for card in fleet.patiently(server, lambda: server.get("v1/models"))["data"]}
+        cards = {card["id"]: card for card in fleet.patiently(server, partial(server.get, "v1/models"))["data"]}
     except (KeyError, TypeError, Refused) as error:
         if isinstance(error, Refused) and error.status != 404:
             raise
@@ -259,7 +270,7 @@ def _about(fleet: Fleet, server: Server, wanted: str | None) -> _About:
 def _version(fleet: Fleet, server: Server, protocol: Protocol) -> str:
     for path in protocol.versions:
         try:
-            found = fleet.patiently(server, lambda path=path: server.get(path))  # type: ignore[misc]
+            found = fleet.patiently(server, partial(server.get, path))
         except Refused:
             continue
         if isinstance(found, dict) and found.get("version"):
@@ -267,7 +278,7 @@ def _version(fleet: Fleet, server: Server, protocol: Protocol) -> str:
     return "unknown"
 
 
-def stream_samples(read: Any, positions: int) -> NDArray[np.int64]:
+def stream_samples(read: Callable[[int, int], NDArray[Any]], positions: int) -> NDArray[np.int64]:
     """Tokens from all over a stream of so many positions, int64 [n], for `ServedTeacher.check_tokenizer`.
 
     read: start, stop → the tokens between them.

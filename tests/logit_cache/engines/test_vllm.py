@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from support.commands import ROOT, Run
+from support.commands import ROOT, Run, succeeded
 from support.jobs import Job, cache_logits, committed, contents, copy_of, shards_of, start, whole
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
@@ -86,6 +86,21 @@ class Engine:
         self.process.wait()
 
 
+@pytest.fixture(scope="module")
+def small_cache(tmp_path_factory: pytest.TempPathFactory, text_file: Path, run: Run) -> Path:
+    """A stream of some 4,000 tokens, with a tokenizer of 400 ids: 8 shards."""
+    folder = tmp_path_factory.mktemp("vllm")
+    (folder / "text.txt").write_text(text_file.read_text(encoding="utf-8")[:7_500], encoding="utf-8")
+    line = ("--text", folder / "text.txt", "--train-tokenizer", 400, "--out", folder / "cache")
+    succeeded(run("logit-cache", "tokenize", *line))
+    return folder / "cache"
+
+
+@pytest.fixture
+def cache(small_cache: Path, tmp_path: Path) -> Path:
+    return copy_of(small_cache, tmp_path / "cache")
+
+
 def save(folder: Path, name: str, tokenizer: Path) -> Path:
     torch.manual_seed(4)
     path = folder / name
@@ -141,12 +156,12 @@ def test_kills_of_job_and_server(cache: Path, tmp_path: Path) -> None:
 
     with running(model) as engine:
         first = job()
-        first.until("shard", 4)
+        first.until("shard", 2)
         first.kill()
         first.end()
         done, before = committed(cache), contents(cache)
         second = job()
-        second.until("shard", 4)
+        second.until("shard", 1)
         engine.kill()
         engine.start()
         assert second.end(900) == 0, second.other
