@@ -193,7 +193,7 @@ class ServedIdentity(Record):
     source        the name under which it is served
     model         what the server says that is: a hub id, or the last part of a path
     engine        whose protocol the server speaks; its version is in the entry's `created_with`
-    tokenizer     whether it gave probes of text the ids that the cache's tokenizer gives them, or could not be asked
+    tokenizer     whether the ids that it gives probes of text are those texts to the cache's, or it could not be asked
     probe         nats: its log-probs of tokens 1, 2, … of the stream after those before them, by which a server is
                   known again; other numbers for the same weights only within its own noise
     mass_error    its log-probs are sums in float32: the mass outside the stored ids is off by so much, at most

@@ -110,11 +110,17 @@ class ServedTeacher:
             )
 
     def check_tokenizer(self, tokenizer: Any, stream: NDArray[np.int64], remedy: str) -> None:
-        """Raise IdentityMismatch where a server gives a text other ids than the tokenizer of the stream does.
+        """Raise IdentityMismatch where the ids that a server gives a text are another text in the stream's tokenizer.
 
-        tokenizer: of transformers; stream: int64 [n], tokens from all over it, whose texts are sent too. A server
-        without such an endpoint is not checked, which is logged and recorded.
+        tokenizer: of transformers; stream: int64 [n], tokens from all over it, whose texts are sent too. Prompts are
+        ids, so only which id is which string counts: a server may cut a text otherwise, as transformers' own class for
+        a family does where a tokenizer.json has other rules. One without such an endpoint is not checked, which is
+        logged and recorded.
         """
+
+        def decoded(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
         pieces = [stream[first : first + _STREAM_TOKENS] for first in range(0, len(stream), _STREAM_TOKENS)]
         texts = (*_PROBE_TEXTS, *(tokenizer.decode(piece.tolist(), skip_special_tokens=True) for piece in pieces))
         for server in self._fleet.servers:
@@ -125,9 +131,9 @@ class ServedTeacher:
                         f"{server.url}: does not tokenize, so its tokenizer was not compared with that of the cache"
                     )
                     return
-                ours = tokenizer(text, add_special_tokens=False)["input_ids"]
-                if theirs != ours:
-                    shown = f"{text[:24]!r} is {_few(theirs)} there, {_few(ours)} here"
+                # Not the text itself, which a normaliser may change.
+                if decoded(theirs) != decoded(tokenizer(text, add_special_tokens=False)["input_ids"]):
+                    shown = f"{text[:24]!r} is {_few(theirs)} there, which is {decoded(theirs)[:24]!r} here"
                     raise IdentityMismatch(f"{server.url}: its tokenizer is not the cache's", [shown], remedy)
         self._tokenizer_compared = True
 

@@ -163,6 +163,10 @@ def test_other_servers_are_refused(cache: Path, vllm: StandIn, teacher: Path) ->
 def test_another_tokenizer_is_refused(cache: Path, vllm: StandIn, run: Run, text_file: Path, tmp_path: Path) -> None:
     line = ("--text", text_file, "--train-tokenizer", 390, "--out", tmp_path / "other")
     succeeded(run("logit-cache", "tokenize", *line))
+    own: Any = vllm.tokenizer
+    letters = lambda text, **_: {"input_ids": own.convert_tokens_to_ids(list("".join(own.tokenize(text))))}  # noqa: E731
+    vllm.tokenizer = letters  # type: ignore[assignment]
+    cache_logits(cache, "cut-otherwise", vllm.url, **FIELDS)  # type: ignore[arg-type]
     vllm.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "other" / "tokenizer" / "tokenizer.json"))
     assert "its tokenizer is not the cache's" in refusal(cache, "s", vllm.url, **FIELDS)  # type: ignore[arg-type]
     assert not (cache / "teachers" / "s").exists()
