@@ -40,12 +40,12 @@ pytestmark = [
 ]
 
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-SIZES |= {"num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.15, "vocab_size": 400}
+SIZES |= {"num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.1, "vocab_size": 400}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "gpt2": lambda: GPT2Config(
-        vocab_size=400, n_embd=128, n_layer=2, n_head=2, n_positions=256, initializer_range=0.15
+        vocab_size=400, n_embd=128, n_layer=2, n_head=2, n_positions=256, initializer_range=0.1
     ),
 }
 K = 16
