@@ -44,9 +44,7 @@ SIZES |= {"num_key_value_heads": 1, "max_position_embeddings": 256, "initializer
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen2": lambda: Qwen2Config(**SIZES),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=400, n_embd=128, n_layer=2, n_head=2, n_positions=256, initializer_range=0.1
-    ),
+    "gpt2": lambda: GPT2Config(vocab_size=400, n_embd=128, n_layer=2, n_head=2, n_positions=256, initializer_range=0.1),
 }
 K = 16
 FIELDS = {"k": K, "targets": "topk", "encoding": "float32", "shard_tokens": 512, "fidelity_positions": 0}
