@@ -10,7 +10,7 @@ WORKERS ?= 3
 # Compiled modules are kept: else every process of a test compiles the packages again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test tests coverage test-slow test-ceph test-slurm test-browser test-transformers-4 soak planted-bugs bench docs lint clean
+.PHONY: demo test tests coverage test-slow test-ceph test-slurm test-browser test-transformers-4 test-vllm soak planted-bugs bench docs lint clean
 
 demo: $(READY)
 	$(BIN)/logit-cache demo --out "$(OUT)" $(foreach text,$(TEXT),--text "$(text)")
@@ -66,6 +66,12 @@ test-browser: $(READY)
 test-transformers-4: $(READY)
 	tests/support/scripts/transformers_4.sh install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m transformers4
+
+# Served teachers against a real vLLM on the CPU (VLLM_DIR: see the script): 3 GB, and so no part of .ci/run. Its figures
+# are in docs/served-teachers.md.
+test-vllm: $(READY)
+	tests/support/scripts/vllm.sh install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rP -m vllm
 
 # Rewrites docs/benchmarks.md; takes up to half an hour, and wants a machine that does nothing else.
 bench: $(READY)

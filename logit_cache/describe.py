@@ -75,7 +75,6 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
     with_targets = 0 if statistics is None else statistics.positions
     report = targets.fidelity()
     kept = float(entry.targets.k) if entry.targets.whole_rows else report.size.mean_kept if report else None
-    member = entry.teacher.members[0]
     return {
         "format_version": entry.format_version,
         "made": entry.made,
@@ -84,7 +83,7 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
         "teacher": [m.model_dump() for m in entry.teacher.members],
         "combine": entry.teacher.combine,
         "weights": list(entry.teacher.weights),
-        "architecture": member.architecture or "unknown",
+        "architecture": loaded[0].architecture if (loaded := entry.teacher.loaded) else None,
         "vocabulary_size": entry.vocabulary_size,
         "targets": entry.targets.model_dump(),
         "windowing": entry.windowing.model_dump(),
@@ -108,6 +107,17 @@ def describe_entry(targets: TeacherTargets) -> dict[str, Any]:
     }
 
 
+def member_in_words(member: dict[str, Any]) -> str:
+    """One of the teachers of a described entry: a model that was loaded, one behind a server, or one that is named."""
+    if "engine" in member:
+        model = "" if member["model"] in (None, member["source"]) else f" as {member['model']}"
+        return f"{member['source']} (served by {member['engine']}{model}, weights {member['weights']})"
+    if "parameters" not in member:
+        return f"{member['source']} (not loaded: nothing else is known of it)"
+    name = f"{member['source']} with {member['adapter']}" if member.get("adapter") else member["source"]
+    return f"{name} ({member['architecture']}, {member['parameters']:,} parameters, {member['dtype']})"
+
+
 def summarise(sums: ShardStatistics) -> dict[str, float | None]:
     """The receipts' sums as means: loss (nats) and perplexity per labelled position, the others per position."""
     loss = sums.label_nats / sums.labelled if sums.labelled else None
@@ -120,13 +130,6 @@ def summarise(sums: ShardStatistics) -> dict[str, float | None]:
         "positions_with_head_mass_below_0.9": sums.head_mass_below_90 / sums.positions,
         "positions_with_head_mass_below_0.99": sums.head_mass_below_99 / sums.positions,
     }
-
-
-def model_in_words(member: dict[str, Any]) -> str:
-    """What is known of a model: `LlamaForCausalLM, 1,000 parameters`."""
-    if "parameters" not in member:
-        return "not loaded: nothing else is known of it"
-    return f"{member['architecture']}, {counted(member['parameters'], 'parameter')}"
 
 
 def targets_in_words(targets: dict[str, Any], quoted: Callable[[str], str] = str) -> str:

@@ -41,7 +41,7 @@ class LiveTeacher:
         identity = teacher.identity
         self.provenance: Mapping[str, str] = {"combine": identity.combine} | {
             f"{number}/{name}": str(getattr(member, name))
-            for number, member in enumerate(identity.members)
+            for number, member in enumerate(identity.loaded)
             for name in (*member.digest_fields, "dtype")
         }
 

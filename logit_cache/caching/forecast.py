@@ -52,6 +52,7 @@ from storage.format.targets import SparseTargets
 from storage.progress import Track
 from student.models.vocabulary import ids_in_common
 from student.training.peak_memory import peak_device_bytes, peak_process_bytes
+from teachers.base import Teacher
 
 _PIECES = 4
 _SHA = "0" * 64
@@ -113,6 +114,11 @@ def forecast(job: CacheJob, question: Question, track: Track) -> dict[str, Any]:
     `track` opens the probe's progress display. Raises InputError, IdentityMismatch,
     CacheNotFound and FormatError, as `cache-logits` would.
     """
+    if job.is_served:
+        raise InputError(
+            f"{job.teacher[0]}: a plan is measured on a teacher in this process, and this is a server: run "
+            f"cache-logits for a while, and see logit-cache status"
+        )
     prepared = prepare_job(job)
     loading = time.process_time()
     if question.named:
@@ -180,7 +186,7 @@ def _wanted_entry(job: CacheJob, entry: TeacherEntry, tokens: int | None) -> Tea
     return entry.model_copy(update={"positions": tokens, "layout": layout})
 
 
-def _probe(prepared: PreparedJob, most_windows: int | None, track: Track) -> Probe:
+def _probe(prepared: PreparedJob[Teacher], most_windows: int | None, track: Track) -> Probe:
     cache, teacher, entry = prepared.cache, prepared.teacher, prepared.entry
     starts = cache.document_starts if entry.windowing.isolate_documents else None
     mask = cache.rows_with_targets(entry.targets)
@@ -351,7 +357,7 @@ def _opening(shards: int, index_bytes: int) -> dict[str, Any]:
 
 
 def _break_even(
-    prepared: PreparedJob, probe: Probe, question: Question, speed: dict[str, float], positions: int
+    prepared: PreparedJob[Teacher], probe: Probe, question: Question, speed: dict[str, float], positions: int
 ) -> dict[str, Any]:
     """Caching once and reading, against the teachers beside the student, in paid hours (see `step_cost`)."""
     assert probe.first is not None

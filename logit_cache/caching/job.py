@@ -42,6 +42,13 @@ FieldNames = Annotated[tuple[FieldName, ...], AfterValidator(_one_or_names)]
 # By measurement (docs/decisions/0034).
 DEFAULT_FIELDS: dict[str, tuple[FieldName, ...]] = {"varopt": ("entropy",), "topk": ("entropy", "half-tail")}
 
+# Of a teacher that runs in this process; and what a server does not tell, with the reason.
+_IN_PROCESS = (
+    *("combine", "weight", "revision", "attention", "trust_remote_code", "device_map", "max_memory", "offload"),
+    *("tensor_parallel", "batch_windows"),
+)
+_SERVED_FIELDS: tuple[TargetField, ...] = ("label",)
+
 _OF_VERSION_2 = (
     "fields",
     "positions",
@@ -52,6 +59,11 @@ _OF_VERSION_2 = (
     "sample_size",
     "sampled_step_nats",
 )
+
+
+def is_server(teacher: str) -> bool:
+    """Whether a teacher, as the user names it, is the URL of a server."""
+    return teacher.startswith(("http://", "https://"))
 
 
 class CacheJob(Settings):
@@ -68,6 +80,10 @@ class CacheJob(Settings):
     Windows (`context_tokens`, `isolate_documents`) that are not given are chosen by `logit_cache.caching.contexts`.
     `sampling` and `order`: how ids are sampled, and in which order they lie then (docs/decisions/0034). What is not
     given is as an entry of that name has it, which may be one of version 1; else as docs/decisions/0034 says.
+
+    A teacher that is a URL is behind a server (docs/decisions/0040); several of them serve one model. `served_model`:
+    its name there; `requests`: in flight at each; `request_seconds`: for one of them; `patience_seconds`: without an
+    answer of any server, until the job ends. None of these is part of the entry's identity.
     """
 
     cache: str
@@ -110,6 +126,24 @@ class CacheJob(Settings):
     revision: tuple[str, ...] = ()
     attention: str | None = None
     trust_remote_code: bool = False
+    served_model: Source | None = None
+    requests: Annotated[int, Field(ge=1, le=4_096)] = 16
+    request_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    patience_seconds: Annotated[float, Field(gt=0, le=604_800)] = 600.0
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the teacher is behind a server."""
+        return is_server(self.teacher[0])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _servers_need_no_device(cls, fields: Any) -> Any:
+        teachers = fields.get("teacher") if isinstance(fields, dict) else None
+        first = teachers[0] if isinstance(teachers, list | tuple) and teachers else teachers
+        if isinstance(first, str) and is_server(first) and "device" not in fields:
+            return {**fields, "device": "cpu"}
+        return fields
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +151,40 @@ class CacheJob(Settings):
         if isinstance(fields, dict) and fields.get("top_p") is not None and fields.get("targets") is None:
             return {**fields, "targets": "topk"}
         return fields
+
+    @model_validator(mode="after")
+    def _served_agrees(self) -> CacheJob:
+        if not self.is_served:
+            given = [name for name in ("served_model",) if getattr(self, name) is not None]
+            if given:
+                raise ValueError("--served-model goes with a --teacher that is the URL of a server: leave it out")
+            return self
+        local = [teacher for teacher in self.teacher if not is_server(teacher)]
+        if local or len(set(self.teacher)) < len(self.teacher):
+            raise ValueError(
+                "several times --teacher with a URL are several servers of one model: give each once, and no others"
+            )
+        for name in _IN_PROCESS:
+            if getattr(self, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for a teacher in this process, and {self.teacher[0]} is a server: "
+                    f"leave it out"
+                )
+        if self.device != "cpu" or self.dtype != "auto":
+            name = "device" if self.device != "cpu" else "dtype"
+            raise ValueError(f"--{name} is the server's to choose, and {self.teacher[0]} is one: leave it out")
+        if self.targets == "varopt":
+            raise ValueError(
+                f"{self.teacher[0]}: a server gives its likeliest ids alone, and varopt samples from all of them: give "
+                f"--targets topk"
+            )
+        unknown = sorted(set(self.fields) & {"entropy", "half-tail"})
+        if unknown or self.format_version == 1:
+            raise ValueError(
+                f"{unknown[0] if unknown else 'version 1 of the format'} takes whole distributions, of which a server "
+                f"gives the likeliest ids alone: leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _targets_agree(self) -> CacheJob:
@@ -138,6 +206,8 @@ class CacheJob(Settings):
 
     @model_validator(mode="after")
     def _ensemble_agrees(self) -> CacheJob:
+        if self.is_served:
+            return self
         count = len(self.teacher)
         if count > 1 and self.combine is None:
             raise ValueError(f"{count} times --teacher: combine them with --combine logit-mean or --combine mixture")
@@ -193,7 +263,7 @@ class CacheJob(Settings):
         kind: dict[str, Any] = {"method": "top-k", "temperature": self.target_temperature or 1.0}
         own: dict[str, Any] = {"k": self.k, "top_p": self.top_p}
         chosen: dict[str, Any] = {
-            "fields": DEFAULT_FIELDS[self.targets],
+            "fields": _SERVED_FIELDS if self.is_served else DEFAULT_FIELDS[self.targets],
             "positions": "trained" if has_loss_mask else "all",
             "sources": None,
             "long_documents": None,
@@ -222,6 +292,8 @@ class CacheJob(Settings):
         if self.sources:
             chosen["sources"] = tuple(sorted(set(self.sources)))
         possible = [field for field in TARGET_FIELDS if self.targets == "varopt" or field != "sampled-logprobs"]
+        if self.is_served:
+            possible = list(_SERVED_FIELDS)
         chosen["fields"] = stored_fields(chosen["fields"], possible, self.target_temperature or 1.0)
         return Targets(**kind, **own, **chosen, tail="exact")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format.layout import COMPRESSION, entry_layout
-from storage.format.manifest import ArrayLayout, Execution, TeacherEntry, Versions, Windowing
+from storage.format.manifest import MOST_PROBES, ArrayLayout, Execution, TeacherEntry, Versions, Windowing
+from storage.format.manifest import Teacher as TeacherRecord
 from storage.progress import silent
 from storage.stores import open_store
 
@@ -31,17 +32,21 @@ if TYPE_CHECKING:
     from teachers.base import Teacher
     from teachers.huggingface.teacher import HuggingFaceTeacher
     from teachers.ranks import Ranks
+    from teachers.served.teacher import ServedTeacher
+
+
+AnyTeacher = TypeVar("AnyTeacher", bound="Teacher | ServedTeacher")
 
 
 @dataclass(frozen=True)
-class PreparedJob:
+class PreparedJob(Generic[AnyTeacher]):
     """A job that has passed every check, with nothing written yet; `entry` is the one to create or resume.
 
     remarks: lines for the log of whoever creates the entry.
     """
 
     cache: LogitCache
-    teacher: Teacher
+    teacher: AnyTeacher
     entry: TeacherEntry
     remarks: tuple[str, ...]
 
@@ -51,8 +56,8 @@ class OpenJob:
     """A checked job with its writer open: ready to score shards. `scorer`: the teacher in the sampling order."""
 
     cache: LogitCache
-    teacher: Teacher
-    scorer: Teacher
+    teacher: Teacher | ServedTeacher
+    scorer: Teacher | ServedTeacher
     writer: EntryWriter
 
 
@@ -105,10 +110,23 @@ def open_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> Open
 
     Nothing is written before all checks have passed. Raises InputError, IdentityMismatch, CacheNotFound.
     """
+    if job.is_served:
+        return _open_served(job)
     prepared = prepare_job(job, teachers)
     writer = open_writer(job, prepared)
     teacher = prepared.teacher
     return OpenJob(prepared.cache, teacher, in_order(teacher, stored_order(writer, teacher.output_embeddings)), writer)
+
+
+def _open_served(job: CacheJob) -> OpenJob:
+    served = prepare_served(job)
+    try:
+        writer = open_writer(job, served)
+    except IdentityMismatch:
+        # Another worker may just have created the entry, with what the servers told it: they are compared with that.
+        served = prepare_served(job)
+        writer = open_writer(job, served)
+    return OpenJob(served.cache, served.teacher, served.teacher, writer)
 
 
 def stored_order(writer: EntryWriter, embeddings: Callable[[], Tensor]) -> NDArray[np.uint32] | None:
@@ -166,10 +184,10 @@ def layout_of(job: CacheJob, cache: LogitCache, windowing: Windowing) -> ArrayLa
         raise InputError(str(error)) from None
 
 
-def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> PreparedJob:
+def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> PreparedJob[Teacher]:
     """Run the checks of `open_job`, except the one against a stored entry of that name; returns cache, teacher, entry.
 
-    Writes nothing. Raises InputError, IdentityMismatch, CacheNotFound.
+    Writes nothing. For teachers in this process. Raises InputError, IdentityMismatch, CacheNotFound.
     """
     from student.models.tokenizer import begin_id
     from teachers.batch_size import choose_batch_windows
@@ -190,9 +208,73 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         each.check_context(windowing.context_tokens, begin is not None)  # a context that the job did not give
     layout = layout_of(job, cache, windowing)
     batch_windows = job.batch_windows or (recorded.execution.batch_windows if recorded else None)
+    rows = _rows(cache, teacher, windowing, layout, recorded)
+    execution = execution_of(
+        teacher,
+        batch_windows or choose_batch_windows(teacher, windowing.input_tokens, rows.get("rows") == "packed"),
+        rows,
+    )
+    identity = teacher.identity
+    entry = _wanted_entry(job, cache, recorded, windowing, layout, execution, identity, vocabulary_size, "cached")
+    return PreparedJob(cache, teacher, entry, () if remark is None else (remark,))
+
+
+def prepare_served(job: CacheJob) -> PreparedJob[ServedTeacher]:
+    """`prepare_job` of a teacher behind servers. Also raises ServersLost."""
+    from student.models.tokenizer import begin_id
+    from teachers.served.teacher import ServedTeacher
+
+    cache = check_stream(job)
+    limits = (job.requests, job.request_seconds, job.patience_seconds)
+    teacher = ServedTeacher.connect(job.teacher, job.served_model, job.k, *limits)
+    begin = begin_id(job.cache) if job.bos_each_window else None
+    recorded = stored_entry(job.cache, job.name)
+    limit = None if teacher.max_positions is None else teacher.max_positions - (begin is not None)
+    windowing, remark = windowing_of(job, cache, recorded, begin, limit)
+    teacher.check_context(windowing.context_tokens, begin is not None)
+    check_tokenizer(teacher, cache, "Make a cache with this model's tokenizer (logit-cache tokenize --tokenizer)")
+    identity = teacher.identify(first_tokens(cache, windowing), recorded.teacher.served if recorded else None)
+    layout = layout_of(job, cache, windowing)
+    # One window a request; how requests share a batch is the server's, and no two runs do it alike.
+    execution = Execution(device_type="server", batch_windows=1, attention="server", head="general")
+    size = cache.vocabulary_size
+    entry = _wanted_entry(
+        job, cache, recorded, windowing, layout, execution, identity, size, "served", teacher.versions
+    )
+    return PreparedJob(cache, teacher, entry, () if remark is None else (remark,))
+
+
+def check_tokenizer(teacher: ServedTeacher, cache: LogitCache, remedy: str) -> None:
+    """Raise IdentityMismatch where servers tokenize otherwise than the cache was, by probes and texts of its stream."""
+    from student.models.tokenizer import tokenizer_of
+    from teachers.served.teacher import stream_samples
+
+    samples = stream_samples(cache.tokens.read, cache.record.corpus.positions)
+    teacher.check_tokenizer(tokenizer_of(cache.tokenizer_files(), cache.url), samples, remedy)
+
+
+def first_tokens(cache: LogitCache, windowing: Windowing) -> NDArray[np.int64]:
+    """The tokens by which a served teacher is known again: the first of the stream, no more than a window has."""
+    stop = min(MOST_PROBES + 1, windowing.context_tokens, cache.record.corpus.positions)
+    return cache.tokens.read(0, stop).astype(np.int64)
+
+
+def _wanted_entry(
+    job: CacheJob,
+    cache: LogitCache,
+    recorded: TeacherEntry | None,
+    windowing: Windowing,
+    layout: ArrayLayout,
+    execution: Execution,
+    teacher: TeacherRecord,
+    vocabulary_size: int,
+    made: Literal["cached", "served"],
+    versions: Mapping[str, str] | None = None,
+) -> TeacherEntry:
+    """The record of the job's entry. recorded: the stored one, which decides what the job does not; versions: of
+    programs beside those of this process."""
     targets = job.stored_targets(recorded, cache.record.corpus.has_loss_mask, windowing.context_tokens)
     version: Literal[1, 2] = job.version(recorded)
-    rows = _rows(cache, teacher, windowing, layout, recorded)
     if targets.positions == "trained":
         loss_mask(cache, job.cache)
     entry = TeacherEntry(
@@ -201,24 +283,20 @@ def prepare_job(job: CacheJob, teachers: Sequence[HuggingFaceTeacher] = ()) -> P
         vocabulary_size=vocabulary_size,
         stream_sha256=cache.record.corpus.stream_sha256,
         tokenizer_fingerprint=cache.record.tokenizer.fingerprint,
-        teacher=teacher.identity,
+        teacher=teacher,
         targets=targets,
         windowing=windowing,
         encoding=job.stored_encoding(targets, recorded),
         layout=layout,
-        execution=execution_of(
-            teacher,
-            batch_windows or choose_batch_windows(teacher, windowing.input_tokens, rows.get("rows") == "packed"),
-            rows,
-        ),
-        made=None if version == 1 else "cached",
-        created_with=Versions.of_this_process(),
+        execution=execution,
+        made=None if version == 1 else made,
+        created_with=Versions(libraries=Versions.of_this_process().libraries | dict(versions or {})),
     )
     if recorded is not None and job.shard_tokens in (None, recorded.layout.shard) and job.chunk_tokens is None:
         # Another version of this program may have chosen others.
         layout = recorded.layout.model_copy(update={"compression": layout.compression})
         entry = entry.model_copy(update={"layout": layout})
-    return PreparedJob(cache, teacher, entry, () if remark is None else (remark,))
+    return entry
 
 
 def aligned_to(windowing: Windowing) -> int:
@@ -265,7 +343,7 @@ def execution_of(teacher: Teacher, batch_windows: int, rows: Mapping[str, Any]) 
     )
 
 
-def open_writer(job: CacheJob, prepared: PreparedJob) -> EntryWriter:
+def open_writer(job: CacheJob, prepared: PreparedJob[Any]) -> EntryWriter:
     """Create the entry of a prepared job, or resume it. Raises IdentityMismatch for another entry of that name."""
     entry = prepared.entry
     try:

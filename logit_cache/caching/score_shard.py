@@ -1,10 +1,13 @@
-"""One shard of one teacher entry: windows → logits → sparse targets.
+"""One shard of one teacher entry: windows → reduced rows → sparse targets.
 
 Legend: `B` windows in a batch, `C` context tokens, `R` scored rows of a batch, `K` stored ids.
 
-`score_shard` is a pure function of the job and the shard: the composition and shape of every batch follow from the
-shard alone (of windows of one length, the last batch is padded with windows that score nothing), because half-precision
-results change with the batch's shape.
+What is between windows and rows is a `Scorer`: the logits of a teacher, reduced here, or the answers of one behind a
+server, which come reduced. Windows, the arrays of a shard and all that follows know nothing of it.
+
+Of logits, `score_shard` is a pure function of the job and the shard: the composition and shape of every batch follow
+from the shard alone (of windows of one length, the last batch is padded with windows that score nothing), because
+half-precision results change with the batch's shape. The batches of a server are its own.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,8 +34,28 @@ from storage.format.targets import SparseTargets, leading_columns
 from teachers.base import Teacher
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_rows
 from teachers.reduction.varopt import Sampling, random_numbers, sampling_of
+from teachers.served.protocols import Prompt
+from teachers.served.teacher import ServedTeacher, reduced_rows
 
 _PADDING_SHARDS = 8
+
+
+class Scorer(Protocol):
+    """What turns windows into rows: of a shard, or of a part of one.
+
+    order    the sampling order int64 [V] of the teacher's logits, or None
+    unknown  fields of the rows that it does not know, which are NaN in all of them
+    """
+
+    @property
+    def order(self) -> torch.Tensor | None: ...
+
+    @property
+    def unknown(self) -> tuple[str, ...]: ...
+
+    def score(self, cache: LogitCache, entry: TeacherEntry, plan: Iterator[Window], rows: Rows) -> Iterator[int]:
+        """Put the wanted rows of every window of the plan into `rows`; yields the number of positions that are done,
+        and 0 now and then where it waits."""
 
 
 def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | None = None) -> SparseTargets:
@@ -44,7 +67,7 @@ def score_shard(opened: OpenJob, shard: int, progress: Callable[[int], None] | N
 
 def score_range(
     cache: LogitCache,
-    teacher: Teacher,
+    teacher: Teacher | ServedTeacher,
     entry: TeacherEntry,
     start: int,
     stop: int,
@@ -54,18 +77,15 @@ def score_range(
 
     Ids are sampled in the order of the teacher's logits.
     """
+    scorer: Scorer = ServedScorer(teacher) if isinstance(teacher, ServedTeacher) else LogitScorer(teacher)
     wanted = _wanted(cache, entry, start, stop)
-    rows = _Rows(entry, start, stop, wanted, teacher.order)
-    copies = HostCopies(teacher.device, rows.put)
+    rows = Rows(entry, start, stop, wanted, scorer)
     scored = 0
-    for batch in _batches(entry, _plan(cache, entry, start, stop, wanted)):
-        _score_batch(entry, teacher, batch, cache, rows, copies)
-        # Windows without a scored position are in no batch; with the next one, or the end, they are done.
-        done = sum(window.last - window.first for row in batch.rows for window in row)
+    # Windows without a scored position are in no batch; with the next one, or the end, they are done.
+    for done in scorer.score(cache, entry, _plan(cache, entry, start, stop, wanted), rows):
         if progress is not None:
             progress(done)
         scored += done
-    copies.finish()
     if progress is not None and scored < stop - start:
         progress(stop - start - scored)
     return rows.targets()
@@ -127,12 +147,72 @@ def _batches(entry: TeacherEntry, plan: Iterator[Window]) -> Iterator[_Batch]:
             yield _Batch(some, length, len(some))
 
 
+class LogitScorer:
+    """Reduces a teacher's logits, batch by batch."""
+
+    unknown: tuple[str, ...] = ()
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self.order = teacher.order
+
+    def score(self, cache: LogitCache, entry: TeacherEntry, plan: Iterator[Window], rows: Rows) -> Iterator[int]:
+        """See `Scorer`."""
+        copies = HostCopies(self._teacher.device, rows.put)
+        for batch in _batches(entry, plan):
+            _score_batch(entry, self._teacher, batch, cache, rows, copies)
+            yield sum(window.last - window.first for row in batch.rows for window in row)
+        copies.finish()
+
+
+class ServedScorer:
+    """Asks for the rows of each window, and of as many at once as the teacher's servers take."""
+
+    order = None
+    unknown = ("log_tail_half", "entropy")
+
+    def __init__(self, teacher: ServedTeacher) -> None:
+        self._teacher = teacher
+
+    def score(self, cache: LogitCache, entry: TeacherEntry, plan: Iterator[Window], rows: Rows) -> Iterator[int]:
+        """See `Scorer`."""
+
+        def prompts() -> Iterator[tuple[Prompt, tuple[Window, NDArray[np.int64]]]]:
+            for window in plan:
+                scored = rows.wanted(window)
+                tokens = cache.tokens.read(window.start, min(window.stop + 1, entry.positions)).astype(np.int64)
+                yield prompt_of(window, tokens, scored, entry.windowing.begin_id), (window, scored)
+
+        for answer in self._teacher.rows(prompts()):
+            if answer is None:
+                yield 0
+                continue
+            (window, scored), found = answer
+            has_label = scored + 1 < window.end
+            rows.put(scored, reduced_rows(found, has_label, entry.vocabulary_size, rows.floor))
+            yield window.last - window.first
+
+
+def prompt_of(window: Window, tokens: NDArray[np.int64], scored: NDArray[np.int64], begin: int | None) -> Prompt:
+    """What a server is asked for the positions `scored` (absolute, ascending) of a window.
+
+    tokens: from the window's start on, int64. begin: the id that is put before windows which do not begin with it. The
+    prompt ends with the token after the last of these positions, whose row that token's place is; behind the end of a
+    segment any token serves, since no row sees it.
+    """
+    stop = int(scored[-1]) + 1 - window.start
+    following = tokens[stop] if window.start + stop < window.end else tokens[stop - 1]
+    lead = [begin] if begin is not None and tokens[0] != begin else []
+    ids = np.concatenate([np.array(lead, dtype=np.int64), tokens[:stop], [following]])
+    return Prompt(ids, scored - window.start + len(lead))
+
+
 def _score_batch(
     entry: TeacherEntry,
     teacher: Teacher,
     batch: _Batch,
     cache: LogitCache,
-    rows: _Rows,
+    rows: Rows,
     copies: HostCopies,
 ) -> None:
     """Score one batch."""
@@ -165,7 +245,7 @@ def _score_batch(
             k, own_labels = entry.targets.k, label[chunk].to(logits.device)
             reduced = reduce_rows(logits, entry.vocabulary_size, k, own_labels, rows.floor, sampling, teacher.shard)
         except InvalidLogits as error:
-            members = entry.teacher.members
+            members = entry.teacher.loaded
             raise InputError(
                 f"teacher {' + '.join(member.name for member in members)}: at position "
                 f"{position[done + error.row]} its logits have no softmax ({error.found}); it diverged, or overflowed "
@@ -176,21 +256,19 @@ def _score_batch(
     assert done == len(position), "a teacher yields one row of logits per scored row"
 
 
-class _Rows:
-    """The arrays of a shard, filled row by row; of the positions that are not `wanted` [T], if it is given, none.
-
-    order: the sampling order int64 [V] in which the logits come, or None.
-    """
+class Rows:
+    """The arrays of a shard, filled row by row; of the positions that are not `wanted` [T], if it is given, none."""
 
     def __init__(
-        self, entry: TeacherEntry, start: int, stop: int, wanted: NDArray[np.bool_] | None, order: torch.Tensor | None
+        self, entry: TeacherEntry, start: int, stop: int, wanted: NDArray[np.bool_] | None, scorer: Scorer
     ) -> None:
         count, k = stop - start, entry.targets.k
         self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
         self._start = start
         self._targets = entry.targets
         self._wanted = wanted
-        self._order = order
+        self._order = scorer.order
+        self._unknown = scorer.unknown
         self._random: NDArray[np.int64] | None = None
         if entry.targets.method == "varopt":
             self._random = random_numbers(entry.targets, start, stop)
@@ -238,6 +316,6 @@ class _Rows:
             kept=self._kept,
             certain=self._certain,
             logprobs=self._logprobs,
-            **self._floats,
+            **{name: values for name, values in self._floats.items() if name not in self._unknown},
         )
         return targets if top_p is None else prune(targets, k, top_p, self.floor)

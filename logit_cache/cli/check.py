@@ -42,7 +42,7 @@ def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> N
 
 @command("logit-cache audit run/train --teacher run/llama --name llama --windows 32")
 @click.argument("url")
-@click.option("--teacher", required=True, multiple=True, help="The model or adapter that the entry names. Repeatable.")
+@click.option("--teacher", required=True, multiple=True, help="The model or adapter of the entry, or a server's URL.")
 @click.option("--name", help="Entry to audit.  [default: the only one]")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Windows to sample.")
 @click.option("--seed", type=click.IntRange(min=0), help="Sample the same windows again.  [default: a fresh seed]")
@@ -50,6 +50,7 @@ def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> N
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the recorded one]")
 @click.option("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order.")
 @click.option("--trust-remote-code", is_flag=True, help="Run model code from the hub.")
+@click.option("--served-model", help="Name of the model behind --teacher http://HOST:PORT/v1, where there are several.")
 @json_option()
 def audit(url: str, as_json: bool, **flags: Any) -> None:
     """Run the teacher again on random windows and compare. Status 1 when the entry holds other targets.

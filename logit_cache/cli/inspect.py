@@ -85,10 +85,6 @@ def stream_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _named(member: dict[str, Any]) -> str:
-    return f"{member['source']} with {member['adapter']}" if member.get("adapter") else str(member["source"])
-
-
 def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     from logit_cache import describe
 
@@ -96,15 +92,14 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
     if not entry["complete"]:
         first, last = entry["missing"][0]
         state = f"{100 * entry['positions_cached'] / entry['positions']:.1f} % cached, first missing {first}..{last}"
-    made_of = [
-        f"{_named(member)} ({', '.join([describe.model_in_words(member), *filter(None, [member.get('dtype')])])})"
-        for member in entry["teacher"]
-    ]
+    made_of = [describe.member_in_words(member) for member in entry["teacher"]]
     if entry["combine"] != "single":
         shares = zip(entry["weights"], made_of, strict=True)
         made_of = [f"{entry['combine']} of " + " and ".join(f"{share:g} {member}" for share, member in shares)]
     kinds = ("weights_sha256", "adapter_sha256")
     digests = ", ".join(f"{member[kind][:16]}…" for member in entry["teacher"] for kind in kinds if member.get(kind))
+    tokenizer = entry["teacher"][0].get("tokenizer")  # of a model behind a server
+    weights = f"sha256 {digests}" if digests else f"not verified; tokenizer {tokenizer}" if tokenizer else "not known"
     with_targets, made = entry["positions_with_targets"], describe.made_in_words(entry)
     if entry["positions_per_second"]:
         device = entry["execution"]["device_type"]
@@ -117,7 +112,7 @@ def _entry_lines(name: str, entry: dict[str, Any]) -> list[str]:
         f"  stored      {describe.stored_in_words(entry)}",
         f"  serves      {describe.losses_in_words(entry['targets'])}",
         f"  windows     {describe.windowing_in_words(entry['windowing'])}",
-        f"  weights     {f'sha256 {digests}' if digests else 'not known'}",
+        f"  weights     {weights}",
         f"  made        {made}",
     ]
     if entry["imported_from"]:

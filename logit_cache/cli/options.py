@@ -5,11 +5,11 @@ from __future__ import annotations
 from student.cli_command import Decorator, under
 
 _job, _targets, _windows = under("Job"), under("Targets"), under("Windows")
-_teacher, _device, _output = under("Teacher"), under("Device"), under("Output")
+_teacher, _server, _device, _output = under("Teacher"), under("Server"), under("Device"), under("Output")
 
 JOB_OPTIONS: tuple[Decorator, ...] = (
     _job("--cache", help="Path or URL of a cache that holds the token stream."),
-    _job("--teacher", multiple=True, help="Directory of a model or adapter, or hub id (safetensors). Repeatable."),
+    _job("--teacher", multiple=True, help="Directory of a model or adapter, hub id, or a server's URL. Repeatable."),
     _job("--name", help="Name of the entry: lower-case letters, digits, '_' and '-'."),
     _job("-k", "--k", type=int, help="Ids stored per position, at most.  [default: 64]"),
     _job("--targets", help="varopt: likely ids and an unbiased sample of the others; or topk.  [default: varopt]"),
@@ -58,6 +58,10 @@ JOB_OPTIONS: tuple[Decorator, ...] = (
     _teacher("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order."),
     _teacher("--attention", help="Attention implementation of transformers, such as sdpa or eager."),
     _teacher("--trust-remote-code", is_flag=True, default=None, help="Run model code from the hub; recorded."),
+    _server("--served-model", help="Name of the model behind --teacher http://HOST:PORT/v1, where there are several."),
+    _server("--requests", type=int, help="In flight at each server.  [default: 16]"),
+    _server("--request-seconds", type=float, help="For the answer to one request.  [default: 300]"),
+    _server("--patience-seconds", type=float, help="Without an answer of any server.  [default: 600]"),
     _device("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]"),
     _device("--dtype", help="float32, bfloat16 or float16.  [default: bfloat16 on CUDA, float32 on CPU]"),
     _device("--device-map", help="Spread one teacher's layers over devices: auto, balanced or sequential."),

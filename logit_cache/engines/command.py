@@ -79,6 +79,11 @@ def _job_of_text(
     if "out" not in text_fields or "cache" in fields:
         raise InputError("cache-logits: --text makes a new cache: give it with --out, and without --cache")
     job = build_config(CacheJob, {**fields, "cache": text_fields["out"]}, {}, "cache-logits")
+    if job.is_served:
+        raise InputError(
+            f"cache-logits: --text takes the tokenizer of a teacher in this process, and {job.teacher[0]} is a server: "
+            f"make the token stream first (logit-cache tokenize), and give it with --cache"
+        )
     if rank_of(options.worker, os.environ).count > 1:
         raise InputError(
             "cache-logits: --text makes one token stream, and this is one of several processes: make it first "

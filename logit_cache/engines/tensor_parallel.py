@@ -45,6 +45,7 @@ from storage.format.targets import SparseTargets
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from teachers.base import Teacher
     from teachers.ranks import Ranks
 
 # How long a rank waits for another, which may load from a slow disk, or as rank 0 wait for a store.
@@ -83,7 +84,7 @@ def run(fields: dict[str, Any], options: EngineOptions) -> dict[str, Any] | None
     return None
 
 
-def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: JobLog) -> dict[str, Any]:
+def _lead(job: CacheJob, prepared: PreparedJob[Teacher], ranks: Ranks, group: Rank, log: JobLog) -> dict[str, Any]:
     from logit_cache.caching.score_shard import score_shard
     from logit_cache.engines.attempts import Attempts
     from logit_cache.engines.this_machine import take_turns
@@ -118,7 +119,7 @@ def _lead(job: CacheJob, prepared: PreparedJob, ranks: Ranks, group: Rank, log: 
     return describe_entry(LogitCache.open(job.cache).teacher(job.name))
 
 
-def _follow(job: CacheJob, prepared: PreparedJob, ranks: Ranks) -> None:
+def _follow(job: CacheJob, prepared: PreparedJob[Teacher], ranks: Ranks) -> None:
     from logit_cache.caching.score_shard import score_range
     from logit_cache.fidelity.measure import measure_entry
     from teachers.ranks import from_first

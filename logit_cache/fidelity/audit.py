@@ -28,18 +28,22 @@ from typing import Literal
 import numpy as np
 import torch
 
-from logit_cache.caching.prepare import execution_of
+from logit_cache.caching.job import is_server
+from logit_cache.caching.prepare import check_tokenizer, execution_of, first_tokens
 from logit_cache.fidelity.rescore import Sample, TargetRows, live_values, sample_windows, stored_values, take_sample
 from logit_cache.fidelity.sampled_ids import DrawnAgain, Values, compare_drawn
+from logit_cache.fidelity.served import served_values
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IdentityMismatch, IncompleteCache, InputError
 from storage.format.identity import other_tokens
 from storage.format.manifest import TARGET_FIELDS, TeacherEntry, Versions
+from storage.format.sealing import differences
 from student.models.vocabulary import check_vocabulary
 from teachers.base import Teacher
 from teachers.ensemble import EnsembleTeacher
 from teachers.huggingface.teacher import DEFAULT_LOGIT_BUDGET_BYTES, HuggingFaceTeacher
+from teachers.served.teacher import ServedTeacher
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -108,6 +112,12 @@ class AuditJob:
     dtype: Dtype | None = None
     revision: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    served_model: str | None = None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the live teacher is behind a server, or several; `served_model` is its name there."""
+        return is_server(self.teacher[0])
 
 
 def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit:
@@ -133,9 +143,11 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     samples = _samples(job, cache, targets, found)
     stored = [stored_values(entry, sample.stored) for sample in samples]
     found.uncompared += _uncompared(entry)
+    if job.is_served:
+        return _against_server(job, cache, targets, samples, stored, found, progress)
     order = targets.sampling_order()
-    recorded: Dtype = entry.teacher.members[0].dtype or "float32"
-    dtype: Dtype = job.dtype or recorded
+    loaded = entry.teacher.loaded
+    dtype: Dtype = job.dtype or (loaded[0].dtype if loaded else "float32")
 
     members = _load(job, entry, dtype)
     _other_tokenizers(job, cache, members, found)
@@ -148,7 +160,8 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     found.controls.append(f"in batches of {at_once} and of {alone} windows")
     differing = _judge(entry, samples, stored, live, controls, found)
 
-    other: Dtype = "float32" if dtype != "float32" else recorded
+    # Of a model behind a server nobody knows the dtype, and most run in this one.
+    other: Dtype = "float32" if dtype != "float32" else loaded[0].dtype if loaded else "bfloat16"
     if (differing or _drawn_otherwise(found)) and other != dtype:
         del members, teacher
         gc.collect()  # models hold cycles, and two of them may not fit
@@ -162,6 +175,42 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
             differing = _judge(entry, samples, stored, live, controls, found)
     found.differing = [(samples[number].window.first, samples[number].window.last) for number in differing]
     found.problems += filter(None, [_drawn_otherwise(found), biased_sample(live)])
+    return found
+
+
+def _against_server(
+    job: AuditJob,
+    cache: LogitCache,
+    targets: TeacherTargets,
+    samples: list[Sample],
+    stored: list[Values],
+    found: Audit,
+    progress: Callable[[int], None] | None,
+) -> Audit:
+    """`audit` with a live teacher behind a server, whose noise is the difference of asking twice."""
+    entry, begin = targets.entry, targets.entry.windowing.begin_id
+    if entry.targets.method != "top-k":
+        raise InputError(
+            f"{job.cache}: {targets.name} holds sampled ids, and a server gives its likeliest alone: audit it with "
+            f"the model's files"
+        )
+    teacher = ServedTeacher.connect(job.teacher, job.served_model, entry.targets.k)
+    teacher.check_context(entry.windowing.context_tokens, begin is not None)
+    try:
+        check_tokenizer(teacher, cache, "Give a server of the teacher that the entry names")
+    except IdentityMismatch as error:
+        found.problems.append(str(error))
+    recorded = entry.teacher.served
+    now = teacher.identify(first_tokens(cache, entry.windowing), recorded).members[0]
+    if recorded is None:
+        found.identity.append(f"the entry was not made by a server, and {now.source} is behind one")
+    else:
+        found.identity += differences(recorded, now, names=("the entry", "the server"))
+    live = served_values(teacher, entry, samples, progress)
+    controls = [served_values(teacher, entry, samples[::-1], progress)[::-1]]
+    found.controls.append("asked twice, in two orders")
+    differing = _judge(entry, samples, stored, live, controls, found)
+    found.differing = [(samples[number].window.first, samples[number].window.last) for number in differing]
     return found
 
 
@@ -214,7 +263,7 @@ def _entry_name(job: AuditJob, cache: LogitCache) -> str:
 
 def _check_members(job: AuditJob, targets: TeacherTargets) -> None:
     teacher, count = targets.entry.teacher, len(job.teacher)
-    if count != len(teacher.members):
+    if not job.is_served and count != len(teacher.members):
         sources = ", ".join(member.name for member in teacher.members)
         raise InputError(
             f"{job.cache}: {targets.name} was made by {len(teacher.members)} models and --teacher is given {count} "
@@ -301,12 +350,18 @@ def _batch_windows(entry: TeacherEntry, teacher: Teacher, samples: int) -> int:
 
 
 def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
-    for recorded, now in zip(entry.teacher.members, teacher.identity.members, strict=True):
+    if not entry.teacher.loaded:
+        digests = " + ".join(f"{member.weights_sha256[:12]}…" for member in teacher.identity.loaded)
+        named, served = entry.teacher.members[0].name, entry.teacher.served
+        made = f"was served by {served.engine}" if served else "made what was imported"
+        found.identity.append(f"{named} {made}, its weights not verified: compared with those of {digests}")
+        return
+    for recorded, now in zip(entry.teacher.loaded, teacher.identity.loaded, strict=True):
         pairs = {name: (getattr(recorded, name), getattr(now, name)) for name in _IDENTITY}
         found.identity += [
             f"{name} of {recorded.source}: the entry has {a!r}, {now.source} {b!r}"
             for name, (a, b) in pairs.items()
-            if a not in (None, b)
+            if a != b
         ]
     # Samples are scored in windows of their own, whatever the rows were in which the entry's were.
     rows = entry.execution.model_dump(include={"rows", "row_tokens"})

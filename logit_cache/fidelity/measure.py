@@ -36,6 +36,7 @@ from storage.errors import InputError
 from storage.format.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment
 from storage.format.manifest import TeacherEntry
 from teachers.base import Teacher
+from teachers.served.teacher import ServedTeacher
 
 _LEAST_WINDOWS = 8
 _SPREAD_WINDOWS = 64
@@ -56,11 +57,12 @@ class _Picked:
 
 
 def is_wanted(opened: OpenJob, positions: int) -> bool:
-    """Whether a report of so many positions is to be made: the entry is complete, has targets and no report.
+    """Whether a report of so many positions is to be made: the entry is complete, has targets and no report, and the
+    teacher gives whole distributions, as servers do not.
 
     Raises CorruptCache, FormatError for a damaged report.
     """
-    if not positions:
+    if not positions or isinstance(opened.teacher, ServedTeacher):
         return False
     targets = _targets(opened)[1]
     return not targets.missing() and targets.fidelity() is None and _share(targets) > 0
@@ -72,6 +74,7 @@ def measure(opened: OpenJob, positions: int, progress: Callable[[int], None] | N
     `progress` receives the positions done since its last call. Raises CacheNotFound, IncompleteCache, CorruptCache and
     FormatError as the cache's reader does, and InputError for a teacher whose logits have no softmax.
     """
+    assert not isinstance(opened.teacher, ServedTeacher)
     return measure_entry(*_targets(opened), opened.teacher, positions, progress)
 
 

@@ -186,10 +186,10 @@ def stored_values(entry: TeacherEntry, targets: SparseTargets) -> Values:
         values[name] = np.full(len(targets), np.nan) if stored is None else stored
     if draws_again(entry):
         values["sampled_ids"] = np.where(is_sampled, targets.token_ids, np.nan)
-    return _comparable(entry, {name: value.astype(np.float64) for name, value in values.items()})
+    return comparable(entry, {name: value.astype(np.float64) for name, value in values.items()})
 
 
-def _comparable(entry: TeacherEntry, values: Values) -> Values:
+def comparable(entry: TeacherEntry, values: Values) -> Values:
     """Values as the entry's encoding states them, none below what it can hold; see the module."""
     found = {name: np.maximum(value, _FLOOR) if name in FIELDS else value for name, value in values.items()}
     if entry.format_version == 1:
@@ -255,7 +255,7 @@ def _score_batch(
             own = None if columns is None else columns.to(near.device)
             parts[-1] |= drawn_again(entry, near, torch.from_numpy(random[here]).to(near.device), own)
     whole = {name: torch.cat([part[name] for part in parts]).cpu().double().numpy() for name in parts[0]}
-    whole = _comparable(entry, whole)
+    whole = comparable(entry, whole)
     ends = np.cumsum([len(targets) for targets in stored])[:-1]
     split = {name: np.split(values, ends) for name, values in whole.items()}
     return [{name: values[number] for name, values in split.items()} for number in range(len(batch))]

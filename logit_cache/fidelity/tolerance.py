@@ -124,7 +124,7 @@ def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) 
     if name == "token_ids":
         return np.zeros_like(stored)
     if entry.format_version == 2:
-        return np.full_like(stored, _stated_error(entry, name))
+        return np.full_like(stored, _stated_error(entry, name)) + _mass_error(entry, name, stored)
     derived = entry.derived_from is not None
     step = entry.encoding.step_nats or 0.0
     if name in ("logprobs", "sampled_logprobs") and step:
@@ -155,6 +155,19 @@ def _stated_error(entry: TeacherEntry, name: str) -> float:
     if not derived:
         return value_step / 2
     return value_step + (step if name == "log_tail_half" else 0.0)
+
+
+def _mass_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a server's float32 sums add to the error of the log of the mass outside the ids: little, if that is large.
+
+    stored: log-odds of that mass with codes, its log without them.
+    """
+    served = entry.teacher.served
+    if served is None or name != "log_tail":
+        return np.zeros_like(stored)
+    log_mass = stored if entry.encoding.step_nats is None else stored - np.logaddexp(0.0, stored)
+    error: NDArray[np.float64] = np.log1p(served.mass_error * np.exp(-log_mass))
+    return error
 
 
 def biased_sample(live: list[Values]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from logit_cache.describe import model_in_words, targets_in_words, windowing_in_words
+from logit_cache.describe import member_in_words, targets_in_words, windowing_in_words
 from logit_cache.report.findings import RecipeFindings
 from logit_cache.report.folders import RunFolder
 from logit_cache.report.numbers import distinct, scalar
@@ -66,8 +66,8 @@ def recipe_digests(findings: RecipeFindings) -> Facts:
         if entry.found is not None:
             rows.append((f"record of {entry.name}", entry.found["record_sha256"]))
             for member in entry.found["teacher"]:
-                weights = member.get("weights_sha256", "not known")
-                rows.append((f"weights of {member['source']} in {entry.name}", weights))
+                digest = member.get("weights_sha256", "not verified")
+                rows.append((f"weights of {member['source']} in {entry.name}", digest))
     for name in sorted({name for run in findings.runs for name in run.provenance}):
         rows.append((f"runs' {name}", distinct(run.provenance.get(name) for run in findings.runs)))
     return rows
@@ -106,7 +106,7 @@ def _learns_from(run: TrainingReport) -> str:
 
 
 def _teachers(found: dict[str, Any]) -> str:
-    members = [f"{member['source']} ({model_in_words(member)})" for member in found["teacher"]]
+    members = [member_in_words(member) for member in found["teacher"]]
     if found["combine"] == "single":
         return members[0]
     shares = ", ".join(f"{weight:g}" for weight in found["weights"])

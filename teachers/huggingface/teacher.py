@@ -184,7 +184,7 @@ class HuggingFaceTeacher:
     def packs(self, length: int) -> bool:
         """See `teachers.base.Teacher.packs`; all ranks ask together. Says why not, if so."""
         ids = int(self._model.get_input_embeddings().weight.shape[0])
-        tolerance = 4 * TOLERANCE[self.identity.members[0].dtype or "float32"]
+        tolerance = 4 * TOLERANCE[self.identity.loaded[0].dtype]
         problem = mixes_documents(self._model, ids, length, tolerance, self.device, self.max_positions)
         if problem is not None:
             self._on_message(f"{self._files.asked}: documents are read in rows of their own, not packed: {problem}")

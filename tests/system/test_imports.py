@@ -33,7 +33,8 @@ ROOMS = {
         ("evaluation",), ("training",), ("sweep",), ("cli",),
     ),
     "teachers": (
-        ("ranks",), ("base",), ("huggingface", "reduction"), ("batch_size", "ensemble", "vocabulary"), ("live",),
+        ("ranks",), ("base",), ("huggingface", "reduction"), ("batch_size", "ensemble", "served", "vocabulary"),
+        ("live",),
         ("cli",),
     ),
     "logit_cache": (

@@ -366,7 +366,7 @@ def test_the_page_of_a_whole_recipe(whole: Path, run: Run, tmp_path: Path) -> No
     ]
     assert page.index("0.2100") < page.index(sections[0])
     for words in (
-        "logit-mean of llama (LlamaForCausalLM, 4,200,000 parameters) and gpt2",
+        "logit-mean of llama (LlamaForCausalLM, 4,200,000 parameters, float32) and gpt2",
         "top-k, k = 8",
         "subject verb agreement",
         "The cache is cheaper from 3 students on",
