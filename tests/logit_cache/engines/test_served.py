@@ -119,8 +119,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a dtype": ({"dtype": "bfloat16"}, "--dtype is the server's to choose"),
     "a batch": ({"batch_windows": 4}, "--batch-windows is for a teacher in this process"),
     "cap on log-probs": ({"k": 65}, "start it with --max-logprobs 65, or take a smaller -k"),
-    "context one too long": ({"context_tokens": 127}, "start it with --max-model-len 129, or take a context of 126"),
-    "context begun": ({"context_tokens": 126, "bos_each_window": True}, "a context of 125 or less"),
+    "context one too long": (
+        {"context_tokens": 127, "shard_tokens": 508},
+        "start it with --max-model-len 129, or take a context of 126",
+    ),
+    "context begun": (
+        {"context_tokens": 126, "shard_tokens": 504, "bos_each_window": True},
+        "a context of 125 or less",
+    ),
     "another name": ({"served_model": "n"}, "serves no n: give --served-model one of: m"),
 }
 
