@@ -63,11 +63,10 @@ class Engine:
 
     def start(self) -> None:
         options = ("--max-model-len", "256", "--max-logprobs", "64", "--served-model-name", "m")
-        self.process = subprocess.Popen(
-            [SCRIPT, "serve", self.model, str(self.port), *options],
-            stdout=(self.model / "vllm.log").open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        command = [SCRIPT, "serve", self.model, str(self.port), *options]
+        own = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (self.model / "vllm.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=own)
 
     def wait(self) -> None:
         until = time.monotonic() + 600
