@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ from logit_cache.caching.windows import windows
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.format.targets import SparseTargets
-from teachers.served.fleet import Fleet
 from teachers.served.protocols import VLLM, Prompt
-from teachers.served.server import Server
 
 SCRIPT = ROOT / "tests" / "support" / "scripts" / "vllm.sh"
 INSTALLED = Path(os.environ.get("VLLM_DIR") or ROOT / "build" / "vllm") / ".installed"
@@ -169,13 +168,32 @@ def test_kills_of_job_and_server(cache: Path, tmp_path: Path) -> None:
     assert max(largest_differences(whole(cache, "a")[1], expected).values()) < TOLERANCE
 
 
-def test_the_rate_of_a_job_and_of_a_bare_client(cache: Path, tmp_path: Path) -> None:
-    """Printed, and not judged: positions a second of both, and the job's own processor time."""
-    model, at_once = save(tmp_path, "llama", cache / "tokenizer"), 8
+@contextlib.contextmanager
+def on_core(number: int) -> Iterator[None]:
+    """What is started here runs on one core, where there are several."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def test_the_rate_of_a_job_and_of_a_bare_client(tmp_path: Path, text_file: Path, run: Run) -> None:
+    """Printed, and not judged: positions a second of both, and the job's own processor time; the server has a core to
+    itself, and the bare client throws the answers away."""
+    cache, at_once = tmp_path / "cache", 8
+    (tmp_path / "text.txt").write_text(3 * text_file.read_text(encoding="utf-8"), encoding="utf-8")
+    line = ("--text", tmp_path / "text.txt", "--train-tokenizer", 400, "--out", cache)
+    succeeded(run("logit-cache", "tokenize", *line))
+    model = save(tmp_path, "llama", cache / "tokenizer")
     opened = LogitCache.open(str(cache))
     tokens = opened.tokens.read(0, len(opened.tokens)).astype(np.int64)
     rates: dict[str, list[float]] = {"bare": [], "job": [], "microseconds": []}
-    with running(model) as engine:
+    with contextlib.ExitStack() as stack:
+        with on_core(0):
+            engine = stack.enter_context(running(model))
+        stack.enter_context(on_core(1))
         for number in range(3):
             copied = copy_of(cache, tmp_path / f"copy-{number}")
             began, used = time.monotonic(), time.process_time()
@@ -188,14 +206,17 @@ def test_the_rate_of_a_job_and_of_a_bare_client(cache: Path, tmp_path: Path) -> 
             ]
             session = requests.Session()
 
-            def ask(server: Server, prompt: Prompt, session: requests.Session = session) -> int:
+            def ask(prompt: Prompt, session: requests.Session = session) -> int:
                 body = VLLM.body("m", prompt.ids.tolist(), K)
-                return len(session.post(f"{server.root}/{VLLM.generate}", json=body, timeout=60).content)
+                url = f"{engine.url}/completions"
+                return len(session.post(url, json=body, timeout=60).content)
 
             began = time.monotonic()
-            for _ in Fleet([Server(engine.url, at_once, 60.0)], at_once, 60.0).answers(prompts, ask):
-                pass
+            with ThreadPoolExecutor(at_once) as pool:
+                assert min(pool.map(ask, prompts)) > 0
             rates["bare"].append(len(tokens) / (time.monotonic() - began))
     job, bare = float(np.median(rates["job"])), float(np.median(rates["bare"]))
-    print(f"job {job:,.0f} positions/s, bare client {bare:,.0f}: {job / bare:.2f}; "
-          f"{np.median(rates['microseconds']):.0f} µs of the job's processor per position")  # fmt: skip
+    print(
+        f"{len(tokens):,} positions: job {job:,.0f} a second, bare client {bare:,.0f}: {job / bare:.2f}; "
+        f"{np.median(rates['microseconds']):.0f} µs of the job's processor per position"
+    )
