@@ -182,7 +182,7 @@ def on_core(number: int) -> Iterator[None]:
 def test_the_rate_of_a_job_and_of_a_bare_client(tmp_path: Path, text_file: Path, run: Run) -> None:
     """Printed, and not judged: positions a second of both, and the job's own processor time; the server has a core to
     itself, and the bare client throws the answers away."""
-    cache, at_once = tmp_path / "cache", 8
+    cache, at_once, fields = tmp_path / "cache", 8, FIELDS | {"shard_tokens": 8_192}
     (tmp_path / "text.txt").write_text(3 * text_file.read_text(encoding="utf-8"), encoding="utf-8")
     line = ("--text", tmp_path / "text.txt", "--train-tokenizer", 400, "--out", cache)
     succeeded(run("logit-cache", "tokenize", *line))
@@ -197,7 +197,7 @@ def test_the_rate_of_a_job_and_of_a_bare_client(tmp_path: Path, text_file: Path,
         for number in range(3):
             copied = copy_of(cache, tmp_path / f"copy-{number}")
             began, used = time.monotonic(), time.process_time()
-            entry, _ = cache_logits(copied, "s", engine.url, **FIELDS, requests=at_once)  # type: ignore[arg-type]
+            entry, _ = cache_logits(copied, "s", engine.url, **fields, requests=at_once)  # type: ignore[arg-type]
             rates["job"].append(len(tokens) / (time.monotonic() - began))
             rates["microseconds"].append(1e6 * (time.process_time() - used) / len(tokens))
             plan = windows(0, len(tokens), len(tokens), entry.entry.windowing, None)
