@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 import time
 from collections import Counter
@@ -15,7 +16,20 @@ import pytest
 import torch
 from support.models.saved import own_logits, saver
 from support.servers.engine import StandIn
-from transformers import GPT2Config, LlamaConfig, Qwen2Config
+from support.servers.recorded_traffic import (
+    CAP,
+    CONTEXT,
+    IDS,
+    OFFSETS,
+    RECORDED,
+    byte_tokenizer,
+    form,
+    questions,
+    recording,
+    replaying,
+    within,
+)
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from storage.errors import InputError
 from teachers.reduction.reduce import reduce_topk
@@ -79,6 +93,47 @@ def sglang_answer() -> dict[str, Any]:
     top = [None, [[-1.0, 9, None], [-1.0, 7, None]], [[-0.1, 4, None], [-3.0, 2, None]]]
     there = [[None, 5, None], [-4.0, 3, None], [-0.1, 4, None]]
     return {"meta_info": {"input_top_logprobs": top, "input_token_logprobs": there}}
+
+
+def exchanges_of(file: Path) -> dict[tuple[str, int], Any]:
+    """The answers in a recording by path and status; the last of each."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {(each["path"], each["status"]): each["answer"] for each in found}
+
+
+def test_recorded_answers_of_a_real_vllm() -> None:
+    (file,) = RECORDED.glob("vllm-*.json")
+    with replaying(file) as url:
+        rows, said = questions(url)
+    entries = exchanges_of(file)["/v1/completions", 200]["choices"][0]["prompt_logprobs"]
+    for number, offset in enumerate(OFFSETS.tolist()):
+        entry = {int(token): value for token, value in entries[offset + 1].items()}
+        best = sorted(
+            (value["rank"], token) for token, value in entry.items() if value["rank"] <= rows.token_ids.shape[1]
+        )
+        assert rows.token_ids[number].tolist() == [token for _, token in best]
+        assert rows.logprobs[number].tolist() == [entry[token]["logprob"] for _, token in best]
+        assert rows.label_logprob[number] == entry[int(IDS[offset + 1])]["logprob"]
+    assert said[0].endswith(f"start it with --max-logprobs {CAP + 1}, or take a smaller -k")
+    assert "maximum context length is 16 tokens" in said[1]
+    assert said[1].endswith("start it with --max-model-len 25, or take shorter windows")
+
+
+def test_the_stand_in_answers_in_the_recorded_form(tmp_path: Path) -> None:
+    config = LlamaConfig(intermediate_size=48, num_key_value_heads=2, **SIZES | {"vocab_size": 256})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    caps = {"name": "m", "max_logprobs": CAP, "max_model_len": CONTEXT}
+    with (
+        StandIn("vllm", tmp_path / "model", tmp_path / "model", **caps) as engine,  # type: ignore[arg-type]
+        recording(engine.url.removesuffix("/v1"), tmp_path / "own.json") as url,
+    ):
+        questions(url)
+    (file,) = RECORDED.glob("vllm-*.json")
+    recorded, own = exchanges_of(file), exchanges_of(tmp_path / "own.json")
+    assert recorded.keys() == own.keys()
+    for of, answer in own.items():
+        assert within(form(answer), form(recorded[of])), of
 
 
 @pytest.mark.parametrize(("protocol", "answer"), [(VLLM, vllm_answer), (SGLANG, sglang_answer)])

@@ -6,6 +6,7 @@ The figures that docs/served-teachers.md states are printed.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ import requests
 import torch
 from support.commands import ROOT, Run, succeeded
 from support.jobs import Job, cache_logits, committed, contents, copy_of, shards_of, start, whole
+from support.servers.recorded_traffic import CAP, CONTEXT, RECORDED, byte_tokenizer, form, questions, recording
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from logit_cache.caching.score_shard import prompt_of
@@ -53,16 +55,16 @@ TOLERANCE = 2e-5
 class Engine:
     """A vLLM that serves a folder; `kill` ends it and all that it started with SIGKILL."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, cap: int = 64, context: int = 256) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.model, self.url = model, f"http://127.0.0.1:{self.port}/v1"
+        self._options = ("--max-model-len", str(context), "--max-logprobs", str(cap), "--served-model-name", "m")
         self.start()
 
     def start(self) -> None:
-        options = ("--max-model-len", "256", "--max-logprobs", "64", "--served-model-name", "m")
-        command = [SCRIPT, "serve", self.model, str(self.port), *options]
+        command = [SCRIPT, "serve", self.model, str(self.port), *self._options]
         own = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.model / "vllm.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=own)
@@ -106,8 +108,8 @@ def save(folder: Path, name: str, tokenizer: Path) -> Path:
 
 
 @contextlib.contextmanager
-def running(model: Path) -> Iterator[Engine]:
-    engine = Engine(model)
+def running(model: Path, **caps: int) -> Iterator[Engine]:
+    engine = Engine(model, **caps)
     try:
         engine.wait()
         yield engine
@@ -140,6 +142,23 @@ def test_targets_are_those_of_the_model_in_process(cache: Path, tmp_path: Path, 
     assert again.returncode == 0, again.stdout
     assert run("logit-cache", "audit", cache, "--name", "s", "--teacher", model).returncode == 0
     assert entry.entry.teacher.served.tokenizer == "compared on probes"  # type: ignore[union-attr]
+
+
+def test_answers_have_the_form_of_the_recorded_ones(tmp_path: Path) -> None:
+    """Of a version that answers otherwise, the recording is left for a look at it, in VLLM_DIR."""
+    torch.manual_seed(4)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | {"vocab_size": 256})).save_pretrained(tmp_path / "bytes")
+    byte_tokenizer().save_pretrained(tmp_path / "bytes")
+    now = INSTALLED.parent / "recorded.json"
+    with (
+        running(tmp_path / "bytes", cap=CAP, context=CONTEXT) as engine,
+        recording(engine.url.removesuffix("/v1"), now) as url,
+    ):
+        assert len(questions(url)[1]) == 2
+    (recorded,) = RECORDED.glob("vllm-*.json")
+    exchanges = [json.loads(file.read_text(encoding="utf-8")) for file in (recorded, now)]
+    forms = [[(each["path"], each["status"], form(each["answer"])) for each in some] for some in exchanges]
+    assert forms[0] == forms[1]
 
 
 def test_kills_of_job_and_server(cache: Path, tmp_path: Path) -> None:
