@@ -89,9 +89,9 @@ def log_sums(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def as_logs(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Logs of probabilities; -inf of 0."""
+    """Logs of probabilities; -inf of what is none."""
     with np.errstate(divide="ignore"):
-        found: NDArray[np.float64] = np.log(np.where(np.isfinite(values), values, 0.0))
+        found: NDArray[np.float64] = np.log(np.where(np.isfinite(values), np.maximum(values, 0.0), 0.0))
     return found
 
 
