@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CacheNotFound, FormatError, InputError
+from storage.format.layout import VALUES
 from storage.format.manifest import TARGET_FIELDS, ShardStatistics, Targets
 from storage.format.targets import SparseTargets
 from storage.text import counted
@@ -264,7 +265,7 @@ def _describe_row(row: SparseTargets, sampled_at: float | None, decode: Any, mos
     certain, kept = int(row.certain[0]), int(row.kept[0])
     masses = np.exp(row.logprobs[0, :kept].astype(np.float64))
     sampled_mass = float(masses[certain:].sum())
-    known = {name: _known(getattr(row, name)) for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")}
+    known = {name: _known(getattr(row, name)) for name in VALUES.values()}
     tail = known["log_tail_half" if sampled_at == 2 else "log_tail"]
     weight = None
     if kept > certain and tail is not None:

@@ -27,10 +27,11 @@ from logit_cache.caching.prepare import OpenJob
 from logit_cache.caching.windows import Read, Window, row_inputs, windows
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
-from storage.format.encoding import logprob_floor, token_id_dtype
+from storage.format.encoding import logprob_floor
+from storage.format.layout import VALUES
 from storage.format.manifest import TeacherEntry
 from storage.format.pruning import prune
-from storage.format.targets import SparseTargets, leading_columns
+from storage.format.targets import SparseTargets, TargetRows
 from teachers.base import Teacher
 from teachers.reduction.reduce import InvalidLogits, ReducedRows, reduce_rows
 from teachers.reduction.varopt import Sampling, random_numbers, sampling_of
@@ -262,25 +263,16 @@ class Rows:
     def __init__(
         self, entry: TeacherEntry, start: int, stop: int, wanted: NDArray[np.bool_] | None, scorer: Scorer
     ) -> None:
-        count, k = stop - start, entry.targets.k
+        known = [name for name in VALUES.values() if name not in scorer.unknown]
+        self._rows = TargetRows(start, stop, entry.targets.k, entry.vocabulary_size, known)
         self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
         self._start = start
         self._targets = entry.targets
         self._wanted = wanted
         self._order = scorer.order
-        self._unknown = scorer.unknown
         self._random: NDArray[np.int64] | None = None
         if entry.targets.method == "varopt":
             self._random = random_numbers(entry.targets, start, stop)
-        dtype = np.dtype(token_id_dtype(entry.vocabulary_size))
-        self._token_ids = np.full((count, k), np.iinfo(dtype).max, dtype=dtype)
-        self._kept = np.zeros(count, dtype=np.uint16)
-        self._certain = np.zeros(count, dtype=np.uint16)
-        self._logprobs = np.full((count, k), -np.inf, dtype=np.float32)
-        self._floats: dict[str, Any] = {
-            name: np.full(count, np.nan, dtype=np.float32)
-            for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")
-        }
 
     def wanted(self, window: Window) -> NDArray[np.int64]:
         """The positions of a window that are scored, absolute and ascending."""
@@ -297,25 +289,9 @@ class Rows:
 
     def put(self, position: NDArray[Any], reduced: ReducedRows) -> None:
         """Store the rows of some positions (absolute), which are on the CPU."""
-        at = position - self._start
-        kept = reduced.kept.numpy()
-        is_kept = leading_columns(kept, self._targets.k)
-        self._kept[at] = kept
-        self._certain[at] = reduced.certain.numpy()
-        self._token_ids[at] = np.where(is_kept, reduced.token_ids.numpy(), np.iinfo(self._token_ids.dtype).max)
-        self._logprobs[at] = np.where(is_kept, reduced.logprobs.numpy(), -np.inf)
-        for name, values in self._floats.items():
-            values[at] = getattr(reduced, name).numpy()
+        self._rows.put(position, {name: values.numpy() for name, values in vars(reduced).items()})
 
     def targets(self) -> SparseTargets:
         """The rows as sparse targets, cut at a mass where the entry asks for that."""
-        k, top_p = self._targets.k, self._targets.top_p
-        targets = SparseTargets(
-            start=self._start,
-            token_ids=self._token_ids,
-            kept=self._kept,
-            certain=self._certain,
-            logprobs=self._logprobs,
-            **{name: values for name, values in self._floats.items() if name not in self._unknown},
-        )
+        k, top_p, targets = self._targets.k, self._targets.top_p, self._rows.targets()
         return targets if top_p is None else prune(targets, k, top_p, self.floor)

@@ -41,13 +41,14 @@ from logit_cache.fidelity.sampled_ids import Values, drawn_again, draws_again
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, InputError
 from storage.format.encoding import MIN_STEP_NATS, logprob_floor
+from storage.format.layout import VALUES
 from storage.format.manifest import TeacherEntry
 from storage.format.targets import SparseTargets
 from storage.format.version_2 import NOTHING_OUTSIDE
 from teachers.base import Teacher
 from teachers.reduction.varopt import random_numbers
 
-_PER_POSITION = ("log_tail", "log_tail_half", "label_logprob", "entropy")
+_PER_POSITION = tuple(VALUES.values())
 FIELDS = ("logprobs", "sampled_logprobs", "token_ids", "top_logprob", *_PER_POSITION)
 
 # The highest floor of any step: below it, entries encode "no mass" in different ways.

@@ -6,11 +6,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from logit_cache.caching.job import EntryName, KeptIds, Positive, Seed, StepNats
+from logit_cache.caching.job import (
+    DEFAULT_FIELDS,
+    EntryName,
+    FieldName,
+    KeptIds,
+    Positive,
+    Seed,
+    StepNats,
+    stored_fields,
+)
 from storage.config import Settings
 from storage.format.encoding import DEFAULT_STEP_NATS, DEFAULT_VALUE_STEP_NATS
 from storage.format.layout import Profile
-from storage.format.manifest import Encoding, TargetField, Targets
+from storage.format.manifest import TARGET_FIELDS, Encoding, Targets
 
 # Of a format that holds whole distributions, as for cache-logits.
 DEFAULT_DENSE_K = 64
@@ -60,19 +69,15 @@ class ImportJob(Settings):
 
     def stored_targets(self, k: int, whole_rows: bool, dense: bool, tail: bool, label: bool) -> Targets:
         """What the entry stores: of whole distributions as `cache-logits` does by default, of others what is known."""
-        fields: set[TargetField] = {"label"} if label else set()
+        known: tuple[FieldName, ...] = DEFAULT_FIELDS[self.targets] if dense else ("label",) if label else ()
         own: dict[str, Any] = {"method": "top-k"}
-        if dense:
-            fields.add("entropy")
-        if dense and self.targets == "topk":
-            fields.add("half-tail")
         if dense and self.targets == "varopt":
             own = {"method": "varopt", "seed": self.seed or 0, "sampling": "systematic", "order": "ids"}
             own["sample_size"] = "threshold"
         return Targets(
             k=k,
             **own,
-            fields=tuple(sorted(fields)),
+            fields=stored_fields(known, TARGET_FIELDS, 1.0),
             positions="all" if whole_rows else "some",
             tail="exact" if tail else "unknown",
         )

@@ -16,55 +16,10 @@ from logit_cache.importing.document import Document, Rows
 from logit_cache.importing.row_values import cleaned, normalised
 from logit_cache.importing.survey import Surveyed
 from storage.cache.writer import EntryWriter
-from storage.format.encoding import logprob_floor, token_id_dtype
+from storage.format.encoding import logprob_floor
+from storage.format.layout import VALUES
 from storage.format.manifest import TeacherEntry
-from storage.format.targets import SparseTargets, leading_columns
-
-FIELD_ARRAYS = {"tail": "log_tail", "half-tail": "log_tail_half", "label": "label_logprob", "entropy": "entropy"}
-
-
-class ShardArrays:
-    """The arrays of positions `start .. stop`, filled row by row; the others have no targets."""
-
-    def __init__(self, entry: TeacherEntry, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-        self.floor = logprob_floor(entry.encoding.step_nats or 1.0)
-        count, k = stop - start, entry.targets.k
-        dtype = np.dtype(token_id_dtype(entry.vocabulary_size))
-        self._ids = np.full((count, k), np.iinfo(dtype).max, dtype=dtype)
-        self._logprobs = np.full((count, k), -np.inf, dtype=np.float32)
-        self._kept, self._certain = np.zeros(count, dtype=np.uint16), np.zeros(count, dtype=np.uint16)
-        self._values = {
-            array: np.full(count, np.nan, dtype=np.float32)
-            for field, array in FIELD_ARRAYS.items()
-            if entry.targets.has(field)
-        }
-
-    def put(
-        self,
-        at: NDArray[np.int64],
-        ids: NDArray[np.int64],
-        logprobs: NDArray[np.floating],
-        kept: NDArray[np.int64],
-        certain: NDArray[np.int64],
-        values: dict[str, NDArray[np.floating] | None],
-    ) -> None:
-        """Rows of the absolute positions `at` [R] inside; ids and logprobs [R, <= K]."""
-        at = at - self.start
-        columns = ids.shape[1]
-        is_kept = leading_columns(kept, columns)
-        self._kept[at], self._certain[at] = kept, certain
-        # The floor is that of cache-logits: a code cannot say less.
-        floored = np.maximum(logprobs, self.floor)
-        self._ids[at, :columns] = np.where(is_kept, ids, np.iinfo(self._ids.dtype).max)
-        self._logprobs[at, :columns] = np.where(is_kept, floored, -np.inf)
-        for name, array in self._values.items():
-            found = values[name]
-            assert found is not None
-            array[at] = np.where(np.isneginf(found), found, np.maximum(found, self.floor))
-
-    def targets(self) -> SparseTargets:
-        return SparseTargets(self.start, self._ids, self._kept, self._certain, self._logprobs, **self._values)
+from storage.format.targets import TargetRows
 
 
 @dataclass(frozen=True)
@@ -75,11 +30,11 @@ class ShardSource:
     surveyed: Surveyed
     document_starts: NDArray[np.uint64]
 
-    def shards(self, documents: Iterator[Document], pending: Collection[int]) -> Iterator[tuple[int, ShardArrays]]:
+    def shards(self, documents: Iterator[Document], pending: Collection[int]) -> Iterator[tuple[int, TargetRows]]:
         """Each pending shard and its arrays, in order; rows of documents that touch none of them are not read."""
         layout, positions = self.entry.layout, self.entry.positions
         wanted = sorted(pending)
-        current: ShardArrays | None = None
+        current: TargetRows | None = None
         done = 0  # of `wanted`
         for number, document in enumerate(item for item in documents if len(item.ids)):
             first = int(self.document_starts[number])
@@ -106,8 +61,16 @@ class ShardSource:
             yield wanted[done], current or self._empty(wanted[done])
             current, done = None, done + 1
 
-    def _empty(self, shard: int) -> ShardArrays:
-        return ShardArrays(self.entry, *self.entry.layout.shard_range(shard, self.entry.positions))
+    def _empty(self, shard: int) -> TargetRows:
+        targets = self.entry.targets
+        names = [name for field, name in VALUES.items() if targets.has(field)]
+        around = self.entry.layout.shard_range(shard, self.entry.positions)
+        return TargetRows(*around, targets.k, self.entry.vocabulary_size, names)
+
+    @property
+    def _floor(self) -> float:
+        """That of cache-logits: a code cannot say less."""
+        return logprob_floor(self.entry.encoding.step_nats or 1.0)
 
     def _positions(self, document: Document, rows: Rows, first: int) -> NDArray[np.int64]:
         """The absolute position of each row [R]; -1 for rows about no position of the document."""
@@ -117,7 +80,7 @@ class ShardSource:
 
     def _put(
         self,
-        current: ShardArrays,
+        current: TargetRows,
         document: Document,
         rows: Rows,
         at: NDArray[np.int64],
@@ -136,9 +99,18 @@ class ShardSource:
             entry.targets.k,
             entry.vocabulary_size,
         )
-        follows = self._follows(document, at[inside])
-        values = {"log_tail": found.log_tail, "label_logprob": np.where(follows, label, np.nan)}
-        current.put(at[inside], found.ids, found.logprobs, found.kept, found.kept, values)
+        follows, tail = self._follows(document, at[inside]), found.log_tail
+        current.put(
+            at[inside],
+            {
+                "token_ids": found.ids,
+                "logprobs": np.maximum(found.logprobs, self._floor),
+                "kept": found.kept,
+                "certain": found.kept,
+                "log_tail": None if tail is None else np.where(np.isneginf(tail), tail, np.maximum(tail, self._floor)),
+                "label_logprob": np.maximum(np.where(follows, label, np.nan), self._floor),
+            },
+        )
 
     def _follows(self, document: Document, at: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether a token of the document follows each position."""
@@ -148,7 +120,7 @@ class ShardSource:
         return found
 
     def _put_dense(
-        self, current: ShardArrays, document: Document, dense: NDArray[np.float32], at: NDArray[np.int64]
+        self, current: TargetRows, document: Document, dense: NDArray[np.float32], at: NDArray[np.int64]
     ) -> None:
         """Whole distributions, reduced as a teacher's are."""
         import torch
@@ -163,16 +135,8 @@ class ShardSource:
             sampling = sampling_of(entry.targets, torch.from_numpy(random), None)
         labels = torch.full((len(at),), -1)
         logits = torch.from_numpy(np.ascontiguousarray(dense))
-        reduced = reduce_rows(logits, entry.vocabulary_size, entry.targets.k, labels, current.floor, sampling, None)
-        arrays = {name: value.numpy() for name, value in vars(reduced).items()}
-        current.put(
-            at,
-            arrays["token_ids"],
-            arrays["logprobs"],
-            arrays["kept"],
-            arrays["certain"],
-            {name: arrays[name] for name in FIELD_ARRAYS.values()},
-        )
+        reduced = reduce_rows(logits, entry.vocabulary_size, entry.targets.k, labels, self._floor, sampling, None)
+        current.put(at, {name: value.numpy() for name, value in vars(reduced).items()})
 
 
 def write_shards(

@@ -6,11 +6,14 @@ logarithms (nats). Position `t` holds the distribution of token `t + 1` given th
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from storage.format.encoding import token_id_dtype
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +89,36 @@ class SparseTargets:
             raise IndexError(f"positions {start}..{stop} are not inside {self.start}..{self.stop}")
         cut = slice(start - self.start, stop - self.start)
         return SparseTargets(start, **{name: values[cut] for name, values in self.arrays().items()})
+
+
+class TargetRows:
+    """SparseTargets of the positions `start .. stop`, filled row by row; a position that gets no row has no targets.
+
+    names: of the arrays that they have beside ids and log-probs.
+    """
+
+    def __init__(self, start: int, stop: int, k: int, vocabulary_size: int, names: Collection[str]) -> None:
+        self.start, self.stop = start, stop
+        count, dtype = stop - start, np.dtype(token_id_dtype(vocabulary_size))
+        self._token_ids = np.full((count, k), np.iinfo(dtype).max, dtype=dtype)
+        self._logprobs = np.full((count, k), -np.inf, dtype=np.float32)
+        self._kept, self._certain = np.zeros(count, dtype=np.uint16), np.zeros(count, dtype=np.uint16)
+        self._values = {name: np.full(count, np.nan, dtype=np.float32) for name in names}
+
+    def put(self, positions: NDArray[np.int64], rows: Mapping[str, Any]) -> None:
+        """Rows of absolute positions [R]: arrays by the names of SparseTargets, [R] and [R, <= K]; what is behind the
+        `kept` columns of a row may be anything."""
+        at, kept, ids = positions - self.start, rows["kept"], rows["token_ids"]
+        columns = ids.shape[1]
+        is_kept = leading_columns(kept, columns)
+        self._kept[at], self._certain[at] = kept, rows["certain"]
+        self._token_ids[at, :columns] = np.where(is_kept, ids, np.iinfo(self._token_ids.dtype).max)
+        self._logprobs[at, :columns] = np.where(is_kept, rows["logprobs"], -np.inf)
+        for name, values in self._values.items():
+            values[at] = rows[name]
+
+    def targets(self) -> SparseTargets:
+        return SparseTargets(self.start, self._token_ids, self._kept, self._certain, self._logprobs, **self._values)
 
 
 def leading_columns(counts: NDArray[Any], columns: int) -> NDArray[np.bool_]:
