@@ -21,10 +21,10 @@ logit-cache recipe baby-llama --scale tiny --text 'corpus/train/*.txt' --eval-te
 @click.option("--out", required=True, metavar="DIR", help="Folder of the run; an interrupted one resumes.")
 @click.option(
     "--scale",
-    type=click.Choice(["tiny", "small", "paper"]),
+    type=click.Choice(["tiny", "mini", "small", "paper"]),
     default="paper",
     show_default=True,
-    help="Size of networks and text: minutes on two cores, minutes on a GPU, or the paper's.",
+    help="Size of networks and text: minutes or hours on two cores, minutes on a GPU, or the paper's.",
 )
 @click.option("--pairs", metavar="FOLDER", help="Minimal pairs to score every model on, as BLiMP's.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="First N pairs of each paradigm only.")

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from logit_cache.recipes.machine import Machine
-from logit_cache.recipes.published import WINDOW_TOKENS, Model, Network, Recipe
+from logit_cache.recipes.published import WINDOW_TOKENS, Model, Network, Recipe, Scale
 from logit_cache.recipes.stages import Cost, Stage
 from storage.errors import InputError
 from storage.text import columns, duration, size
@@ -72,7 +73,8 @@ def choose_batches(recipe: Recipe, machine: Machine, live: bool, at_once: int) -
     half, v = machine.device == "cuda", recipe.vocabulary_size
     there = machine.memory_bytes // at_once
     room = int(there * _MEMORY_SHARE)
-    smaller = {"paper": "--scale small", "small": "--scale tiny", "tiny": "a larger machine"}[recipe.scale]
+    scales = get_args(Scale)
+    smaller = f"--scale {scales[scales.index(recipe.scale) - 1]}" if recipe.scale != scales[0] else "a larger machine"
     remedy = f"take {smaller}" + (", or leave --live out" if live else "")
 
     def chosen(model: Model, title: str, live_teachers: bool = False) -> int:

@@ -1,9 +1,10 @@
-"""The recipes of Baby Llama and BabyLlama-2 as data: networks, schedules, targets, at three scales.
+"""The recipes of Baby Llama and BabyLlama-2 as data: networks, schedules, targets, at four scales.
 
-`paper` has the values of the papers' code. `small` and `tiny` keep its setup (teacher families, ensemble, loss,
-temperature, windowing) with smaller networks and, for `tiny`, less text. Learning rates grow as networks shrink; the
-product of weight decay and learning rate, which is the decay of a weight per step, stays. `tiny` is in the papers'
-regime: text is scarce, the teachers stop improving within their epochs, and their students still improve.
+`paper` has the values of the papers' code. The others keep its setup (teacher families, ensemble, loss, temperature,
+windowing) with smaller networks and, for `mini` and `tiny`, less text. `small` is for a GPU, `mini` for some six hours
+on two cores, and `tiny` for minutes there. Learning rates grow as networks shrink; the product of weight decay and
+learning rate, which is the decay of a weight per step, stays. `tiny` is in the papers' regime: text is scarce, the
+teachers stop improving within their epochs, and their students still improve.
 
 Sources: Timiryasov and Tastet 2023, "Baby Llama"; Tastet and Timiryasov 2024, "BabyLlama-2".
 """
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from storage.config import Frozen
 from storage.errors import InputError
 
-Scale = Literal["tiny", "small", "paper"]
+Scale = Literal["tiny", "mini", "small", "paper"]
 
 # All windows have 128 tokens; the models' position limit is twice that.
 WINDOW_TOKENS = 128
@@ -142,6 +143,8 @@ def model(
 def _text(scale: Scale) -> dict[str, Any]:
     if scale == "tiny":  # some 64,000 tokens to train on, and 19,000 held out
         return {"vocabulary_size": 2_048, "text_bytes": 200_000, "eval_text_bytes": 60_000}
+    if scale == "mini":
+        return {"vocabulary_size": 4_096, "text_bytes": 22_000_000, "eval_text_bytes": 1_000_000}
     return {"vocabulary_size": 16_000}
 
 
@@ -161,6 +164,13 @@ def _baby_llama(scale: Scale) -> Recipe:
             ),
             "student": model("student", llama(8, 384, 6, 1024), 7e-4, 32, 4, 200, 0.036),
         },
+        "mini": {
+            "teachers": (
+                model("llama", llama(4, 256, 4, 768), 1.5e-3, 16, 4, 200),
+                model("gpt2", _gpt2(4, 256, 4), 1.5e-3, 16, 4, 200),
+            ),
+            "student": model("student", llama(3, 192, 4, 512), 1.5e-3, 16, 5, 200, 0.0167),
+        },
         "tiny": {
             "teachers": (
                 model("llama", llama(3, 192, 4, 512), 2e-3, 8, 6),
@@ -178,6 +188,7 @@ def _baby_llama_2(scale: Scale) -> Recipe:
     sizes: Mapping[Scale, tuple[Any, ...]] = {
         "paper": (llama(32, 960, 15, 2560, kv_heads=5), 7e-4, 128, 8, 600, 5.0),
         "small": (llama(12, 480, 15, 1280, kv_heads=5), 1e-3, 64, 4, 200, 3.5),
+        "mini": (llama(4, 240, 6, 640, kv_heads=2), 1.5e-3, 16, 4, 200, 2.33),
         "tiny": (llama(3, 192, 6, 512, kv_heads=2), 2e-3, 8, 12, 100, 1.75),
     }
     one, two, student = (model(name, *sizes[scale]) for name in ("one", "two", "student"))
