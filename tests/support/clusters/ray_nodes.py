@@ -19,7 +19,7 @@ from pathlib import Path
 _LEAN = (
     "--block", "--disable-usage-stats", "--include-log-monitor=False", "--object-store-memory=80000000",
     "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
-    "--num-cpus=1", "--num-gpus=0",
+    "--num-cpus=1",
 )  # fmt: skip
 # A lost node is noticed within a few seconds instead of half a minute.
 _FAST_HEALTH_CHECKS = {
@@ -30,9 +30,11 @@ _FAST_HEALTH_CHECKS = {
 
 
 class RayNodes:
-    """A cluster whose nodes have one CPU each; it lets in only who has its token. `address` is the head's."""
+    """A cluster whose nodes have one CPU each, and say that they have `gpus`; it lets in only who has its token.
+    `address` is the head's."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], gpus: int = 0) -> None:
+        self._lean = (*_LEAN, f"--num-gpus={gpus}")
         # Names of sockets must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self.token = self.folder / "token"
@@ -74,7 +76,13 @@ class RayNodes:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, *options: str, threads: int = 1) -> None:
-        command = [f"{sysconfig.get_path('scripts')}/ray", "start", "--node-ip-address=127.0.0.1", *_LEAN, *options]
+        command = [
+            f"{sysconfig.get_path('scripts')}/ray",
+            "start",
+            "--node-ip-address=127.0.0.1",
+            *self._lean,
+            *options,
+        ]
         variables = {**self._environment, "OMP_NUM_THREADS": str(threads)}
         with (self.folder / f"node-{len(self._roots)}.log").open("wb") as log:
             root = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)

@@ -64,9 +64,9 @@ class StandIn:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def start(self, port: int = 0) -> None:
+    def start(self, port: int = 0, host: str = "127.0.0.1") -> None:
         """Start, or start again, where clients know it."""
-        self._server = _Server(("127.0.0.1", port or self.port), _Handler)
+        self._server = _Server((host, port or self.port), _Handler)
         self._server.engine = self
         self._running = running(self._server)
         self.port = self._running.__enter__()
@@ -191,12 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=("vllm", "sglang"))
     parser.add_argument("model", type=Path)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--max-logprobs", type=int, default=64)
     given = parser.parse_args()
     engine = StandIn(given.kind, given.model, given.tokenizer, max_logprobs=given.max_logprobs)
-    engine.start(given.port)
+    engine.start(given.port, given.host)
     print(engine.url, flush=True)
     threading.Event().wait()
 
