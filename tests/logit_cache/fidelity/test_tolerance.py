@@ -9,8 +9,10 @@ import pytest
 from support.caches.small import entry_2, make_entry, random_sample, stream_record
 
 from logit_cache.caching.windows import Window
-from logit_cache.fidelity.rescore import FIELDS, Sample, stored_values
-from logit_cache.fidelity.tolerance import _report, encoding_error
+from logit_cache.fidelity.rescore import FIELDS, stored_values
+from logit_cache.fidelity.samples import Sample
+from logit_cache.fidelity.stated_errors import stated_error
+from logit_cache.fidelity.tolerance import _report
 from storage.format.manifest import Encoding
 from storage.format.stored import StoredTargets
 
@@ -57,7 +59,7 @@ def test_the_stated_error_bounds_what_codes_of_version_2_change(
     found = stored_values(entry, StoredTargets.of(entry, exact).decoded())
     expected = stored_values(entry, exact)
     for name in FIELDS:
-        error, stated = np.abs(found[name] - expected[name]), encoding_error(entry, name, found[name])
+        error, stated = np.abs(found[name] - expected[name]), stated_error(entry, name, found[name])
         assert np.array_equal(np.isnan(found[name]), np.isnan(expected[name]))
         assert not (error > stated + 1e-4 * (steps is not None)).any(), name
         if steps is not None and name not in ("token_ids", "top_logprob"):
