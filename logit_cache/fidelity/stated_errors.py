@@ -104,6 +104,7 @@ def _mass_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) -> 
     mass = mass_error(entry)
     if not mass or name != "log_tail":
         return np.zeros_like(stored)
-    log_mass = stored if entry.encoding.step_nats is None else stored - np.logaddexp(0.0, stored)
-    error: NDArray[np.float64] = np.log1p(mass * np.exp(-log_mass))
+    with np.errstate(invalid="ignore"):  # NaN, in rows without targets
+        log_mass = stored if entry.encoding.step_nats is None else stored - np.logaddexp(0.0, stored)
+        error: NDArray[np.float64] = np.log1p(mass * np.exp(-log_mass))
     return error

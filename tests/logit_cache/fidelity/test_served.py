@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.jobs import cache_logits
 from support.servers.engine import StandIn
 
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
+from logit_cache.fidelity.rescore import stored_values
 from logit_cache.fidelity.stated_errors import stated_error
 from storage import LogitCache
 from storage.format.manifest import TeacherEntry
@@ -101,8 +103,12 @@ def test_sampled_ids_are_for_a_teacher_in_process(audited: Path, engine: StandIn
 
 @pytest.mark.parametrize("name", ["codes", "exact"])
 def test_the_mass_outside_has_the_server_s_error(audited: Path, name: str) -> None:
-    """3e-5 of mass: 3e-3 nats of a mass of a hundredth, on top of what the encoding states."""
-    entry: TeacherEntry = LogitCache.open(str(audited)).teacher(name).entry
+    """3e-5 of mass: 3e-3 nats of a mass of a hundredth, on top of what the encoding states; less is not told from it."""
+    teacher = LogitCache.open(str(audited)).teacher(name)
+    entry: TeacherEntry = teacher.entry
+    row = teacher.read(0, 1)
+    sure = [replace(row, log_tail=np.log([mass])) for mass in (1e-9, 1e-6)]
+    assert stored_values(entry, sure[0])["log_tail"] == stored_values(entry, sure[1])["log_tail"]
     log_tail = np.log(0.01 / 0.99) if name == "codes" else np.log(0.01)
     half = (entry.encoding.step_nats or 0.0) / 2
     (error,) = stated_error(entry, "log_tail", np.array([log_tail])) - half
