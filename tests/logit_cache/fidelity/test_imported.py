@@ -19,6 +19,7 @@ from support.servers.engine import StandIn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
+from logit_cache.fidelity.plausibility import plausibility
 from logit_cache.fidelity.rescore import FIELDS, stored_values
 from logit_cache.fidelity.stated_errors import mass_error, stated_error
 from storage.format.manifest import TeacherEntry
@@ -128,6 +129,7 @@ def test_its_own_distributions_are_consistent_and_another_s_are_not(
     assert any("not known: log-probs are compared with each other" in line for line in audited.uncompared) == (
         not targets.has("tail")
     )
+    assert plausibility(str(tmp_path / "cache"), windows=24).plausible
     found_other = audit_of(tmp_path / "cache", other)
     assert len(found_other.differing) == found_other.windows
     assert found_other.controls[-1] == "the same weights in bfloat16"
@@ -177,6 +179,8 @@ def test_what_the_model_does_not_say_is_found(
     found = json.loads(done.stdout)
     assert (done.returncode, found["consistent"]) == (1, False)
     assert len(found["differing"]) == found["windows"]
+    # Without the model only rows of other tokens show.
+    assert plausibility(str(tmp_path / "cache"), windows=24).plausible == (lie is not two_on)
 
 
 def test_a_model_that_reads_less_than_the_documents_is_refused(

@@ -103,7 +103,7 @@ def test_sampled_ids_are_for_a_teacher_in_process(audited: Path, engine: StandIn
 
 @pytest.mark.parametrize("name", ["codes", "exact"])
 def test_the_mass_outside_has_the_server_s_error(audited: Path, name: str) -> None:
-    """3e-5 of mass: 3e-3 nats of a mass of a hundredth, on top of what the encoding states; less is not told from it."""
+    """3e-5 of mass: 3e-3 nats of a mass of a hundredth, beside what the encoding states; less is not told from it."""
     teacher = LogitCache.open(str(audited)).teacher(name)
     entry: TeacherEntry = teacher.entry
     row = teacher.read(0, 1)
