@@ -253,9 +253,9 @@ class _Rules:
         return checked, np.abs(total) <= self._error
 
     def _sampled(self, rows: _Read) -> tuple[Where, Where]:
-        known: Where = np.isfinite(rows.sampled).any(axis=1)
+        total = log_sums(np.where(np.isnan(rows.sampled), -np.inf, rows.sampled))
         error = self._error + self._stated("sampled_logprobs", rows.outside)
-        return known, log_sums(np.where(known[:, None], rows.sampled, -np.inf)) <= rows.outside + error
+        return total > -np.inf, total <= rows.outside + error
 
     def _outside(self, rows: _Read) -> tuple[Where, Where]:
         checked = ~np.isnan(rows.outside) & np.isfinite(rows.least) & (rows.others > 0)
