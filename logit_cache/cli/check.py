@@ -225,10 +225,8 @@ def plausibility_text(found: Plausibility) -> str:
         between = f"of {low:.3f}" if low == high else f"between {low:.3f} and {high:.3f}"
         lines.append(f"              mean cross-entropy {text.cross_entropy:.3f} nats{more}, mean entropy {between}")
     if found.plausible:
-        lines.append(
-            f"plausible: nothing here is impossible; {_unseen(found)}. This does not show that a teacher said it: only "
-            f"--teacher does"
-        )
+        lines.append("this shows that a teacher could have said it; that one did, only --teacher shows")
+        lines.append(f"plausible: {_unseen(found)}")
     else:
         lines.append("NOT PLAUSIBLE: no teacher of this text has these targets")
     return "\n".join(lines)

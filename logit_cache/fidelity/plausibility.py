@@ -24,8 +24,8 @@ by which an import decides what rows are about (`logit_cache.fidelity.readings`)
 model that does not know the text at all fails it too.
 
 Unlikely, and no more: a mean cross-entropy ``-log p_y`` far above the upper bounds of the mean entropy (of a calibrated
-teacher, whose text is as likely as its rows say, both are equal), or below the lower bounds (rows flatter than the
-teacher, as those of a temperature above 1 are); and rows that repeat the row before them.
+teacher, whose text is as likely as its rows say, both are equal), or below the lower bounds (rows that are too flat, as
+those of a temperature above 1, or of a model early in training, are); and rows that repeat the row before them.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ class _TextSums:
         if self._exact and below.mean() > _MOST_BELOW + _noise(below):
             return [
                 f"the rows are less sure than the text is likely: a mean entropy of {bounds[0].mean():.3f} nats or "
-                f"more, and a cross-entropy of {loss.mean():.3f}, as at a temperature above 1"
+                f"more, and a cross-entropy of {loss.mean():.3f}, as at a temperature above 1, or early in training"
             ]
         return []
 

@@ -68,7 +68,7 @@ def read_samples(cache: LogitCache, targets: TeacherTargets, count: int, found: 
     foreign = other_tokens(entry, cache.record)
     found.problems += [f"{name}: the entry has {a}, its cache {b}" for name, (a, b) in foreign.items()]
     if not targets.receipts.committed().any():
-        raise IncompleteCache(f"{cache.url}: {targets.name} has no position yet: run its cache-logits command first")
+        raise IncompleteCache(f"{cache.url}: {targets.name} has no position yet: run the command that makes it first")
     _ = cache.tokens  # raises now, not after a teacher was loaded, if the cache was shared without them
     starts = cache.document_starts if entry.windowing.isolate_documents else None
     rows = TargetRows(targets)

@@ -315,7 +315,7 @@ def test_the_command(world: World, run: Run) -> None:
     line = ("logit-cache", "audit", world.cache, "--seed", 3)
     done = succeeded(run(*line, "--name", "good"))
     assert done.stdout.splitlines()[0].endswith("good without a teacher, seed 3")
-    assert "This does not show that a teacher said it" in done.stdout
+    assert "that one did, only --teacher shows" in done.stdout
     bad = run(*line, "--name", "bad")
     assert (bad.returncode, bad.stdout.splitlines()[-1][:13]) == (1, "NOT PLAUSIBLE")
     for name, status in (("good", 0), ("bad", 1)):

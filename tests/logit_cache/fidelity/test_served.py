@@ -16,6 +16,7 @@ from support.jobs import cache_logits
 from support.servers.engine import StandIn
 
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
+from logit_cache.fidelity.plausibility import plausibility
 from logit_cache.fidelity.rescore import stored_values
 from logit_cache.fidelity.stated_errors import stated_error
 from storage import LogitCache
@@ -62,6 +63,15 @@ def test_an_entry_is_consistent_with_server_and_files(audited: Path, engine: Sta
         assert {"logprobs", "token_ids", "log_tail"} <= found.fields.keys()
     assert len(found.identity) == (name != "local")
     assert all("its weights not verified" in line for line in found.identity)
+
+
+@pytest.mark.parametrize("name", ["codes", "exact", "local"])
+def test_rows_are_possible_ones(audited: Path, name: str) -> None:
+    """Of a model that knows nothing of the text, which is all that an audit without a teacher has against it."""
+    found = plausibility(str(audited), name, windows=100)
+    assert {"distinct", "outside"} <= found.checks.keys()
+    assert all(check.broken == 0 for check in found.checks.values())
+    assert ["mean log-prob" in problem for problem in found.problems] == [True]
 
 
 @pytest.mark.parametrize("name", ["codes", "exact"])
