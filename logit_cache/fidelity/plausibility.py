@@ -19,9 +19,9 @@ p_t the stored mass outside S, y the token that follows, H a stored entropy, and
 all within the errors that the entry states. Where p_t is not known, p is relative to the row, so that ``p_y <= p`` of
 the same id is all that holds, and the entropy has no bounds. A row that breaks one of these is impossible, and so is
 the entry; what the reader refuses, as ids outside the vocabulary or log-probs above 0, is a problem too. Of all rows
-together, the mean log-prob that they give the next token must clearly exceed the one that they give their own: the rule
-by which an import decides what rows are about (`logit_cache.fidelity.readings`), and which rows that were moved fail. A
-model that does not know the text at all fails it too.
+together, the mean log-prob that they give the next token must exceed the one that they give their own, as where an
+import decides what rows are about (`logit_cache.fidelity.readings`): rows that were moved fail this, and those of a
+model that does not know the text at all.
 
 Unlikely, and no more: a mean cross-entropy ``-log p_y`` far above the upper bounds of the mean entropy (of a calibrated
 teacher, whose text is as likely as its rows say, both are equal), or below the lower bounds (rows that are too flat, as
@@ -52,8 +52,9 @@ Where = NDArray[np.bool_]
 _FILE_ROUNDING = 0.02
 _FILE_BOUND = 0.1
 _MOST_UNBOUNDED = 0.01
-# Rows below which nothing is said of the text; its cross-entropy against the entropy, nats; standard errors.
-_FEWEST_ROWS = 64
+# Rows below which nothing is said of the text, and standard errors below which their two readings are alike.
+_FEWEST_ROWS, _LEAST_ERRORS = 64, 2.0
+# The text's cross-entropy against the entropy: nats, and standard errors.
 _MOST_ABOVE, _MOST_BELOW = 2.0, 0.5
 _CLEAR_ERRORS = 4.0
 _MOST_REPEATED = 0.1
@@ -352,10 +353,12 @@ class _TextSums:
         )
         if evidence.rows < _FEWEST_ROWS:
             found.unchecked.append(f"text: {evidence.rows} rows are too few: give more --windows")
-        elif not evidence.is_clear:
+        elif not evidence.is_clear(_LEAST_ERRORS):
             found.problems.append(f"the text is not what the rows are about, by either reading: {evidence}")
         elif evidence.likelier != "after":
             found.problems.append(f"the rows are about their own tokens, as if moved by one: {evidence}")
+        elif not evidence.is_clear():
+            found.unchecked.append(f"text: {evidence}, which is not clear: give more --windows")
         if len(loss) >= _FEWEST_ROWS:
             found.unlikely += self._unlikely_loss(loss, bounds)
         if repeated > _MOST_REPEATED:

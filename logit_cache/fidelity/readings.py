@@ -66,12 +66,12 @@ class Evidence:
         after, of = self.means
         return "after" if after - of > 0 else "of"
 
-    @property
-    def is_clear(self) -> bool:
+    def is_clear(self, errors: float = _CLEAR_ERRORS) -> bool:
+        """Whether the means differ by so many standard errors of their difference, and by more than `_CLEAR_NATS`."""
         after, of = self.means
         rows = max(self.rows, 1)
         spread = math.sqrt(max(self._sums[2] / rows - (after - of) ** 2, 0.0) / rows)
-        return abs(after - of) > max(_CLEAR_NATS, _CLEAR_ERRORS * spread) and self.rows >= _FEWEST_ROWS
+        return abs(after - of) > max(_CLEAR_NATS, errors * spread) and self.rows >= _FEWEST_ROWS
 
     def __str__(self) -> str:
         after, of = self.means

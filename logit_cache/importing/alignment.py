@@ -14,7 +14,7 @@ def alignment(evidence: Evidence, expected: Reading | None, given: Reading | Non
 
     Raises InputError for an unclear one, and for one that contradicts either of them.
     """
-    found, clear = evidence.likelier, evidence.is_clear
+    found, clear = evidence.likelier, evidence.is_clear()
     wanted = given or expected
     if clear and wanted is not None and found != wanted:
         said = "--alignment says" if given else f"{name} files say"

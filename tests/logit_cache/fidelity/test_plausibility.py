@@ -38,15 +38,13 @@ FIELDS = ("entropy", "half-tail", "label")
 class World:
     """A stream, the distribution behind each position, and what an entry of it is made from."""
 
-    def __init__(self, folder: Path, tokens: np.ndarray | None = None) -> None:
-        parts = [known((LENGTH,) * 2, seed, scale) for seed, scale in enumerate(np.linspace(0.5, 4, DOCUMENTS // 2))]
-        self.data = Known([d for part in parts for d in part.tokens], [p for part in parts for p in part.logprobs])
-        self.logprobs = np.concatenate(self.data.logprobs)
-        self.tokens = np.concatenate(self.data.tokens) if tokens is None else tokens
+    def __init__(self, folder: Path, data: Known, tokens: np.ndarray | None = None) -> None:
+        self.logprobs = np.concatenate(data.logprobs)
+        self.tokens = np.concatenate(data.tokens) if tokens is None else tokens
         self.labels = np.append(self.tokens[1:], -1)
-        self.labels[LENGTH - 1 :: LENGTH] = -1
+        self.labels[data.starts[1:] - 1] = -1
         self.cache = folder / "cache"
-        self.record = make_corpus(str(self.cache), self.tokens.astype(np.uint16), V, self.data.starts)
+        self.record = make_corpus(str(self.cache), self.tokens.astype(np.uint16), V, data.starts)
         self.numbers = 0
 
     def entry(self, *fields: str, k: int = K, **changes: Any) -> TeacherEntry:
@@ -75,8 +73,15 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("plausible"))
+def data() -> Known:
+    """From flat distributions to sharp ones."""
+    parts = [known((LENGTH,) * 2, seed, scale) for seed, scale in enumerate(np.linspace(0.5, 4, DOCUMENTS // 2))]
+    return Known([ids for part in parts for ids in part.tokens], [rows for part in parts for rows in part.logprobs])
+
+
+@pytest.fixture(scope="module")
+def world(data: Known, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("plausible"), data)
 
 
 def without_normaliser(targets: SparseTargets) -> SparseTargets:
@@ -283,8 +288,8 @@ def test_rows_that_were_moved_are_not_about_the_text(world: World, by: int, said
     assert all(check.broken == 0 for check in found.checks.values())
 
 
-def test_another_text_under_the_same_rows(world: World, tmp_path: Path) -> None:
-    other = World(tmp_path, world.tokens[::-1].copy())
+def test_another_text_under_the_same_rows(world: World, data: Known, tmp_path: Path) -> None:
+    other = World(tmp_path, data, world.tokens[::-1].copy())
     found = other.check(other.entry(), other.top())
     assert "by either reading" in found.problems[0]
 
@@ -303,10 +308,14 @@ def test_the_unlikely_is_reported_and_decides_nothing(world: World) -> None:
     assert "20% of the rows are equal" in stuck.unlikely[0]
 
 
-def test_few_rows_say_nothing_of_the_text(world: World) -> None:
+def test_rows_that_are_few_or_flat_say_nothing_of_the_text(world: World, tmp_path: Path) -> None:
     found = world.check(world.entry(), moved(1)(world), windows=1)
     assert found.plausible
     assert "58 rows are too few" in found.unchecked[-1]
+    flat = World(tmp_path, known((LENGTH,) * 3, 0, 0.4))
+    found = flat.check(flat.entry(k=V), flat.top(V))
+    assert found.plausible
+    assert found.unchecked[-1].endswith("which is not clear: give more --windows")
 
 
 def test_the_command(world: World, run: Run) -> None:
