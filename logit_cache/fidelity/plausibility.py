@@ -54,6 +54,8 @@ _FILE_BOUND = 0.1
 _MOST_UNBOUNDED = 0.01
 # Rows below which nothing is said of the text, and standard errors below which their two readings are alike.
 _FEWEST_ROWS, _LEAST_ERRORS = 64, 2.0
+# Of a token that a row has no mass for, nats: single rows do not outweigh all others.
+_LEAST_LOGPROB = -30.0
 # The text's cross-entropy against the entropy: nats, and standard errors.
 _MOST_ABOVE, _MOST_BELOW = 2.0, 0.5
 _CLEAR_ERRORS = 4.0
@@ -309,9 +311,10 @@ class _TextSums:
         # least one, so that a row of one id says nothing.
         known = ~np.isnan(rows.outside)
         others = np.where(known, rows.outside - np.log(np.maximum(rows.others, 1)), rows.least)
-        speaks = known | (sample.stored.certain > 1)
+        speaks = (known | (sample.stored.certain > 1))[:, None] & (ids >= 0)
+        logprobs = np.where(speaks, np.maximum(rows.logprobs, _LEAST_LOGPROB), -np.inf)
         tokens = np.append(sample.tokens[: window.last - window.start], sample.labels[-1:][sample.labels[-1:] >= 0])
-        self._evidence.add(tokens, offset, ids, np.where(speaks[:, None], rows.logprobs, -np.inf), others)
+        self._evidence.add(tokens, offset, ids, logprobs, np.maximum(others, _LEAST_LOGPROB))
         self._add_loss(rows)
         self._add_repeated(rows)
 
@@ -321,7 +324,7 @@ class _TextSums:
         if not self._exact:
             # No more than this is left to a token that the row lacks.
             most = np.minimum(np.minimum(rows.least, rows.outside), 0.0)
-            loss = -np.where(np.isnan(rows.of_label), most, rows.of_label)
+            loss = -np.maximum(np.where(np.isnan(rows.of_label), most, rows.of_label), _LEAST_LOGPROB)
         lower, upper = entropy_bounds(rows.logprobs, rows.outside, rows.others)
         there = ~np.isnan(rows.entropy)
         bounds = np.stack([np.where(there, rows.entropy, bound) for bound in (lower, upper)])

@@ -308,6 +308,16 @@ def test_the_unlikely_is_reported_and_decides_nothing(world: World) -> None:
     assert "20% of the rows are equal" in stuck.unlikely[0]
 
 
+def test_a_text_without_mass_surprises_its_rows_and_no_more(world: World) -> None:
+    """A teacher that masks all but its likeliest ids leaves nothing to tokens of the text that are none of them."""
+    masked = np.where(world.logprobs < -np.sort(-world.logprobs)[:, K - 1 : K], -1e4, world.logprobs)
+    found = world.check(world.entry(), world.top(logits=masked))
+    assert found.plausible
+    assert "surprises" in found.unlikely[0]
+    assert found.text is not None
+    assert np.isfinite([found.text.after, found.text.of, found.text.cross_entropy or np.nan]).all()
+
+
 def test_rows_that_are_few_or_flat_say_nothing_of_the_text(world: World, tmp_path: Path) -> None:
     found = world.check(world.entry(), moved(1)(world), windows=1)
     assert found.plausible
