@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,8 @@ from student.cli_command import command, json_option
 
 if TYPE_CHECKING:
     from logit_cache.fidelity.audit import Audit
+    from logit_cache.fidelity.plausibility import Plausibility
+    from logit_cache.fidelity.samples import Examination
 
 
 @command("logit-cache verify run/train --deep")
@@ -40,39 +43,65 @@ def verify(url: str, deep: bool, repair: bool, workers: int, as_json: bool) -> N
             sys.exit(1)
 
 
-@command("logit-cache audit run/train --teacher run/llama --name llama --windows 32")
+@command(
+    "logit-cache audit run/train --teacher run/llama --name llama --windows 32\n"
+    "logit-cache audit run/theirs --windows 256"
+)
 @click.argument("url")
-@click.option("--teacher", required=True, multiple=True, help="The model or adapter of the entry, or a server's URL.")
+@click.option("--teacher", multiple=True, help="The model or adapter of the entry, or a server's URL.")
 @click.option("--name", help="Entry to audit.  [default: the only one]")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True, help="Windows to sample.")
 @click.option("--seed", type=click.IntRange(min=0), help="Sample the same windows again.  [default: a fresh seed]")
 @click.option("--device", help="cpu, cuda, cuda:1, …  [default: CUDA where there is one]")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="[default: the recorded one]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="[default: the recorded one; float32 where none is]",
+)
 @click.option("--revision", multiple=True, help="Revision of a hub teacher; for each --teacher, in their order.")
 @click.option("--trust-remote-code", is_flag=True, help="Run model code from the hub.")
 @click.option("--served-model", help="Name of the model behind --teacher http://HOST:PORT/v1, where there are several.")
 @json_option()
-def audit(url: str, as_json: bool, **flags: Any) -> None:
+def audit(
+    url: str, teacher: tuple[str, ...], name: str | None, windows: int, seed: int | None, as_json: bool, **live: Any
+) -> None:
     """Run the teacher again on random windows and compare. Status 1 when the entry holds other targets.
 
     The tolerance is the encoding's stated error and the noise of the teacher against itself. Needs the tokens.
+
+    Without --teacher: check what targets must satisfy whoever made them, among themselves and with the text. Status 1
+    when that is impossible. It shows that they are plausible, not whose they are.
     """
     with one_line_errors():
-        from dataclasses import asdict
-
-        from logit_cache.fidelity.audit import AuditJob
-        from logit_cache.fidelity.audit import audit as check
+        from storage.errors import InputError
         from storage.progress import progress
 
-        with progress("audit", None, "windows") as advance:
-            found = check(AuditJob(url, **flags), advance)
-        if as_json:
-            escape = {str(fraction): found.escape(fraction) for fraction in (0.001, 0.01, 0.1)}
-            click.echo(json.dumps({**asdict(found), "consistent": found.consistent, "escape": escape}, indent=2))
+        if not teacher and any(live.values()):
+            given = ", ".join(f"--{each.replace('_', '-')}" for each, value in live.items() if value)
+            raise InputError(f"{given}: says how a teacher is run, and none is given: add --teacher, or leave it out")
+        if teacher:
+            from logit_cache.fidelity.audit import AuditJob
+            from logit_cache.fidelity.audit import audit as compare
+
+            with progress("audit", None, "windows") as advance:
+                audited = compare(AuditJob(url, teacher, name, windows, seed, **live), advance)
+            _print(audited, "consistent", audited.consistent, audit_text(audited), as_json)
         else:
-            click.echo(audit_text(found))
-        if not found.consistent:
-            sys.exit(1)
+            from logit_cache.fidelity.plausibility import plausibility
+
+            with progress("audit", None, "windows") as advance:
+                found = plausibility(url, name, windows, seed, advance)
+            _print(found, "plausible", found.plausible, plausibility_text(found), as_json)
+
+
+def _print(found: Examination, verdict: str, passes: bool, text: str, as_json: bool) -> None:
+    """The result of an audit as data or text; status 1 where the entry does not pass."""
+    if as_json:
+        escape = {str(fraction): found.escape(fraction) for fraction in (0.001, 0.01, 0.1)}
+        text = json.dumps({**asdict(found), verdict: passes, "escape": escape}, indent=2)
+    click.echo(text)
+    if not passes:
+        sys.exit(1)
 
 
 @command("logit-cache doctor s3://bucket/runs")
@@ -150,10 +179,54 @@ def audit_text(found: Audit) -> str:
         more = len(found.differing) - 4
         lines.append(f"  differing   positions {shown}" + (f" and {counted(more, 'more window')}" if more > 0 else ""))
     if found.consistent:
-        lines.append(
-            f"consistent: a corruption of 10 % of the positions had a chance of at most {found.escape(0.1):.1%} to "
-            f"stay unseen, one of 1 % {found.escape(0.01):.1%}"
-        )
+        lines.append(f"consistent: {_unseen(found)}")
     else:
         lines.append("NOT CONSISTENT: the entry does not hold this teacher's targets")
+    return "\n".join(lines)
+
+
+def _unseen(found: Examination) -> str:
+    return (
+        f"a corruption of 10 % of the positions had a chance of at most {found.escape(0.1):.1%} to stay unseen, one of "
+        f"1 % {found.escape(0.01):.1%}"
+    )
+
+
+_RULES = {
+    "distinct": "no id of a row comes twice",
+    "masses": "the masses of a row add up to 1",
+    "sampled": "sampled ids have no more than the mass outside the certain ones",
+    "outside": "each other id has no more than the row's least",
+    "label": "the next token has its row's log-prob, or what the row leaves to it",
+    "entropy": "the entropy is within its row's bounds",
+}
+
+
+def plausibility_text(found: Plausibility) -> str:
+    """The result on a screen, the verdict last."""
+    lines = [
+        f"{found.cache}: {found.name} without a teacher, seed {found.seed}",
+        *(f"  wrong       {problem}" for problem in found.problems),
+        *(f"  unlikely    {line}" for line in found.unlikely),
+        f"  read        {counted(found.positions, 'position')} in {counted(found.windows, 'window')}",
+        *(f"  not checked {line}" for line in found.unchecked),
+    ]
+    rows = [["what targets must satisfy", "rows", "impossible", "first at"]]
+    for name, check in found.checks.items():
+        first = "" if check.position is None else str(check.position)
+        rows.append([_RULES[name], f"{check.rows:,}", f"{check.broken:,}", first])
+    lines += [f"  {line}" for line in columns(rows)]
+    text = found.text
+    if text is not None and text.rows:
+        lines.append(f"  text        mean log-prob {text.after:.3f} of the next token, {text.of:.3f} of the row's own")
+    if text is not None and text.cross_entropy is not None and text.entropy is not None:
+        more = " or more" if text.at_least else ""
+        low, high = text.entropy
+        between = f"of {low:.3f}" if low == high else f"between {low:.3f} and {high:.3f}"
+        lines.append(f"              mean cross-entropy {text.cross_entropy:.3f} nats{more}, mean entropy {between}")
+    if found.plausible:
+        lines.append("this shows that a teacher could have said it; that one did, only --teacher shows")
+        lines.append(f"plausible: {_unseen(found)}")
+    else:
+        lines.append("NOT PLAUSIBLE: no teacher of this text has these targets")
     return "\n".join(lines)

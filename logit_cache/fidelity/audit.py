@@ -1,16 +1,15 @@
 """Does a cache hold its teacher's values? The live teacher rescores random windows, which are compared with the store.
 
-`verify` proves that the bytes are the committed ones; an audit tests whether the committed values are true. `n`
-positions are sampled, one from each n-th part of the entry, and the windows that score them compared value by value.
-A corruption that touches a fraction f of the positions is missed with a probability of at most ``(1 - f)**n``; one in
-a single stretch longer than two n-th parts is always hit.
+`verify` proves that the bytes are the committed ones; an audit tests whether the committed values are true. Random
+windows (`logit_cache.fidelity.samples`) are compared value by value.
 
-The tolerance is measured, not assumed: the encoding states its error, and the noise is how far the live teacher is
-from itself (`logit_cache.fidelity.tolerance`),
+The tolerance is measured, not assumed: the entry states its error (`logit_cache.fidelity.stated_errors`), and the noise
+is how far the live teacher is from itself (`logit_cache.fidelity.tolerance`),
 
 batch shape   in the entry's recorded batch shape, and window by window in another order
 dtype         where that does not explain it and a half precision is involved, the same weights in another dtype:
-              the whole effect of its rounding, whatever the device and the kernels that made the entry
+              the whole effect of its rounding, whatever the device and the kernels that made the entry. Of one whose
+              teacher was not loaded no dtype is recorded: it is compared in float32, and bfloat16 explains the most
 
 One window that differs in one field is enough for the verdict. Sampled ids that are stored without log-probs are drawn
 again, and held against the share that two runs of the live teacher have in common. Digests that differ are named and
@@ -20,23 +19,21 @@ decide nothing: the same weights saved in another way have another one, and othe
 from __future__ import annotations
 
 import gc
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
 
 from logit_cache.caching.job import is_server
 from logit_cache.caching.prepare import check_tokenizer, execution_of, first_tokens
-from logit_cache.fidelity.rescore import Sample, TargetRows, live_values, sample_windows, stored_values, take_sample
+from logit_cache.fidelity.rescore import live_values, stored_values
 from logit_cache.fidelity.sampled_ids import DrawnAgain, Values, compare_drawn
+from logit_cache.fidelity.samples import Examination, Sample, entry_of, fresh_seed, read_samples
 from logit_cache.fidelity.served import served_values
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
-from storage.errors import CorruptCache, IdentityMismatch, IncompleteCache, InputError
-from storage.format.identity import other_tokens
+from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest import TARGET_FIELDS, TeacherEntry, Versions
 from storage.format.sealing import differences
 from student.models.vocabulary import check_vocabulary
@@ -55,31 +52,22 @@ _IDENTITY = (
 )
 
 
-@dataclass
-class Audit:
+@dataclass(kw_only=True)
+class Audit(Examination):
     """The result of an audit.
 
-    drawn       positions sampled, n in the module's formula; `positions` of `windows` windows were compared
     sampled     of ids that were drawn again, how many came again; None where none were
     uncompared  what the entry does not store, or cannot be compared of it
     controls    the ways in which the live teacher was compared with itself
     identity    fields in which the live teacher is not the one that the entry names
     execution   settings other than the recorded ones; they explain noise and decide nothing
-    problems    defects that make the entry wrong whether or not values differ
     differing   windows whose values differ, as positions first..last
     """
 
-    cache: str
-    name: str
     teacher: str
-    seed: int
-    drawn: int = 0
-    windows: int = 0
-    positions: int = 0
     controls: list[str] = field(default_factory=list)
     identity: list[str] = field(default_factory=list)
     execution: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     differing: list[tuple[int, int]] = field(default_factory=list)
     uncompared: list[str] = field(default_factory=list)
     fields: dict[str, FieldReport] = field(default_factory=dict)
@@ -89,10 +77,6 @@ class Audit:
     def consistent(self) -> bool:
         """Whether the entry holds this teacher's values, as far as the windows show."""
         return not self.problems and not self.differing
-
-    def escape(self, fraction: float) -> float:
-        """The largest probability with which a corruption of a fraction of the positions is missed."""
-        return float((1.0 - fraction) ** self.drawn)
 
 
 @dataclass(frozen=True)
@@ -128,7 +112,7 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     damage in some of the windows is a problem in the result.
     """
     cache = LogitCache.open(job.cache)
-    targets = cache.teacher(_entry_name(job, cache))
+    targets = entry_of(cache, job.name)
     entry = targets.entry
     _check_members(job, targets)
     if entry.made == "projected":
@@ -136,11 +120,9 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
             f"{job.cache}: {targets.name} was projected into this vocabulary, and its teacher reads another one: audit "
             f"the entry that it was projected from"
         )
-    seed = secrets.randbits(32) if job.seed is None else job.seed
-    found = Audit(job.cache, targets.name, " + ".join(job.teacher), seed)
-    foreign = other_tokens(entry, cache.record)
-    found.problems += [f"{name}: the entry has {a}, its cache {b}" for name, (a, b) in foreign.items()]
-    samples = _samples(job, cache, targets, found)
+    teachers = " + ".join(job.teacher)
+    found = Audit(cache=job.cache, name=targets.name, teacher=teachers, seed=fresh_seed(job.seed))
+    samples = list(read_samples(cache, targets, job.windows, found))
     stored = [stored_values(entry, sample.stored) for sample in samples]
     found.uncompared += _uncompared(entry)
     if job.is_served:
@@ -160,7 +142,7 @@ def audit(job: AuditJob, progress: Callable[[int], None] | None = None) -> Audit
     found.controls.append(f"in batches of {at_once} and of {alone} windows")
     differing = _judge(entry, samples, stored, live, controls, found)
 
-    # Of a model behind a server nobody knows the dtype, and most run in this one.
+    # Of a model that was not loaded nobody knows the dtype, and most run in this one.
     other: Dtype = "float32" if dtype != "float32" else loaded[0].dtype if loaded else "bfloat16"
     if (differing or _drawn_otherwise(found)) and other != dtype:
         del members, teacher
@@ -245,6 +227,11 @@ def _uncompared(entry: TeacherEntry) -> list[str]:
     if targets.method == "top-k":
         absent = [name for name in absent if name != "sampled-logprobs"]
     found = [f"not stored: {', '.join(absent)}"] if absent else []
+    if not targets.has("tail"):
+        found.append("the mass outside the ids is not known: log-probs are compared with each other along a row")
+    source = entry.imported_from
+    if source is not None and source.error_nats is None:
+        found.append(f"how numbers are rounded in {source.format} files is not recorded: it shows as a difference")
     shrunk = targets.shrunk_from
     if shrunk and not targets.has("sampled-logprobs"):
         found.append(
@@ -252,13 +239,6 @@ def _uncompared(entry: TeacherEntry) -> list[str]:
             f"again; that they are a sample of its tail shows in their mean log-prob"
         )
     return found
-
-
-def _entry_name(job: AuditJob, cache: LogitCache) -> str:
-    names = cache.teachers
-    if job.name is not None or len(names) == 1:
-        return job.name or names[0]
-    raise InputError(f"{job.cache}: name the entry to audit with --name; there is: {', '.join(names) or 'none'}")
 
 
 def _check_members(job: AuditJob, targets: TeacherTargets) -> None:
@@ -273,41 +253,6 @@ def _check_members(job: AuditJob, targets: TeacherTargets) -> None:
         raise InputError(f"--revision is given {len(job.revision)} times: give it once per --teacher, or not at all")
     if min(teacher.weights) <= 0:
         raise InputError(f"{job.cache}: {targets.name} records a weight of {min(teacher.weights):g} for a member")
-
-
-def _samples(job: AuditJob, cache: LogitCache, targets: TeacherTargets, found: Audit) -> list[Sample]:
-    """The windows to compare; damaged ones become problems."""
-    entry = targets.entry
-    committed = targets.receipts.committed()
-    if not committed.any():
-        raise IncompleteCache(f"{job.cache}: {targets.name} has no position yet: run its cache-logits command first")
-    _ = cache.tokens  # raises now, not after the teacher was loaded, if the cache was shared without them
-    starts = cache.document_starts if entry.windowing.isolate_documents else None
-    rows = TargetRows(targets)
-    counts = rows.counts()
-    if not counts.any():
-        raise InputError(f"{job.cache}: no position of {targets.name} has targets: there is nothing to audit")
-
-    def row(shard: int, number: int) -> int:
-        try:
-            return rows.row(shard, number)
-        except CorruptCache as error:
-            found.problems.append(str(error))
-            return number  # of the windows of a damaged shard any will do
-
-    windows = sample_windows(entry, counts, starts, job.windows, np.random.default_rng(found.seed), row)
-    samples = []
-    for window in windows:
-        try:
-            samples.append(take_sample(cache, targets.name, window))
-        except CorruptCache as error:
-            found.problems.append(str(error))
-    found.problems = list(dict.fromkeys(found.problems))
-    if not samples:
-        raise CorruptCache(f"{found.problems[-1]}; none of {len(windows)} windows can be read: run logit-cache verify")
-    found.drawn, found.windows = job.windows, len(samples)
-    found.positions = sum(int((sample.stored.kept > 0).sum()) for sample in samples)
-    return samples
 
 
 def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceTeacher]:
@@ -325,7 +270,12 @@ def _load(job: AuditJob, entry: TeacherEntry, dtype: Dtype) -> list[HuggingFaceT
             trust_remote_code=job.trust_remote_code,
             logit_budget_bytes=DEFAULT_LOGIT_BUDGET_BYTES // len(job.teacher),
         )
-        teacher.check_context(context, entry.windowing.begin_id is not None)
+        reads = teacher.max_positions
+        if reads is not None and entry.windowing.input_tokens > reads:
+            raise InputError(
+                f"{source}: reads at most {reads} tokens at once, and the teacher of {job.cache} read "
+                f"{entry.windowing.input_tokens}: give the teacher that the entry names"
+            )
         if teacher.head_columns < entry.vocabulary_size:
             raise InputError(
                 f"{source}: its head has {teacher.head_columns} columns and cannot have scored the "
@@ -355,6 +305,7 @@ def _describe(entry: TeacherEntry, teacher: Teacher, found: Audit) -> None:
         named, served = entry.teacher.members[0].name, entry.teacher.served
         made = f"was served by {served.engine}" if served else "made what was imported"
         found.identity.append(f"{named} {made}, its weights not verified: compared with those of {digests}")
+        found.execution.append(f"dtype: not recorded, now {teacher.identity.loaded[0].dtype!r}")
         return
     for recorded, now in zip(entry.teacher.loaded, teacher.identity.loaded, strict=True):
         pairs = {name: (getattr(recorded, name), getattr(now, name)) for name in _IDENTITY}

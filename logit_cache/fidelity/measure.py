@@ -5,7 +5,7 @@ entry is complete, `cache-logits` rescores some `--fidelity-positions` and store
 (`storage.format.fidelity`), with figures that `logit_cache.fidelity.metrics` defines. Stored values are read through
 `LogitCache`, so the quantisation is in them.
 
-The positions follow from the entry alone, and have targets. `rescore.sample_windows` samples windows, one from each of
+The positions follow from the entry alone, and have targets. `samples.sample_windows` samples windows, one from each of
 as many equal parts of the stream, seeded by the digest of the entry's record; each window gives the same number of
 positions, sampled likewise: its probability grows with its length, that of its positions does not, so long documents
 are not over-represented. The report holds no time and no host, so a second run, or a second worker, makes the same
@@ -30,7 +30,8 @@ from torch import Tensor
 from logit_cache.caching.prepare import OpenJob
 from logit_cache.caching.windows import Window, batch_inputs
 from logit_cache.fidelity.metrics import Measures, StoredRows, tidy
-from logit_cache.fidelity.rescore import Sample, TargetRows, sample_windows, scored_tiles, take_sample
+from logit_cache.fidelity.rescore import scored_tiles
+from logit_cache.fidelity.samples import Sample, TargetRows, sample_windows, take_sample
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import InputError
 from storage.format.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment

@@ -1,4 +1,4 @@
-"""Rescoring: the stored values of single windows of an entry, and a live teacher's values of them, in the same terms.
+"""Rescoring: the stored values of sampled windows of an entry, and a live teacher's values of them, in the same terms.
 
 Legend: `R` positions of a window that it scores, `K` stored ids per position, `V` vocabulary size, `C` context tokens.
 
@@ -17,7 +17,8 @@ exception is `logit_cache.fidelity.sampled_ids`, which says why.
     sampled        [R]      live only: the mean log-prob of the sampled ids less its expectation
 
 Codes of version 2 are compared as what they state, each with its own error: `logprobs` less the first of the row, and
-`log_tail` less the log of the mass of the certain ids. Version 2 has no `top_logprob` beside them.
+`log_tail` less the log of the mass of the certain ids. Version 2 has no `top_logprob` beside them. Where the mass
+outside the ids is not known, `logprobs` are relative to each other, and are compared less the first of the row too.
 
 Of entries whose sampled ids have no log-probs::
 
@@ -29,17 +30,17 @@ Of entries whose sampled ids have no log-probs::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logit_cache.caching.windows import Inputs, Window, batch_inputs, windows
+from logit_cache.caching.windows import Inputs, batch_inputs
 from logit_cache.fidelity.sampled_ids import Values, drawn_again, draws_again
-from storage.cache.reader import LogitCache, TeacherTargets
-from storage.errors import CorruptCache, InputError
+from logit_cache.fidelity.samples import Sample
+from logit_cache.fidelity.stated_errors import mass_error
+from storage.errors import InputError
 from storage.format.encoding import MIN_STEP_NATS, logprob_floor
 from storage.format.layout import VALUES
 from storage.format.manifest import TeacherEntry
@@ -55,122 +56,6 @@ FIELDS = ("logprobs", "sampled_logprobs", "token_ids", "top_logprob", *_PER_POSI
 _FLOOR = logprob_floor(MIN_STEP_NATS)
 # Logits at once in float64; several arrays of that size live at a time.
 _TILE_LOGITS = 1 << 23
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A window with its tokens int64 [<= C], the token after each scored position int64 [R] (-1: none), and targets."""
-
-    window: Window
-    tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    stored: SparseTargets
-
-
-class TargetRows:
-    """Which rows of the committed shards have targets."""
-
-    def __init__(self, targets: TeacherTargets) -> None:
-        self._targets = targets
-        self._all = targets.entry.targets.in_every_row
-        self._held: tuple[int, NDArray[np.int64]] | None = None  # windows are sampled shard after shard
-
-    def counts(self) -> NDArray[np.int64]:
-        """Of each shard [shards], the number of its rows with targets; 0 where it is not committed."""
-        receipts = self._targets.receipts
-        counts = shard_rows(self._targets.entry, receipts.committed())
-        if not self._all:
-            for shard in np.flatnonzero(counts).tolist():
-                receipt = receipts.read(shard)
-                if receipt is not None and receipt.statistics is not None:
-                    counts[shard] = receipt.statistics.positions
-        return counts
-
-    def row(self, shard: int, number: int) -> int:
-        """The position of the n-th row with targets of a shard, from the shard's start on. Raises CorruptCache."""
-        if self._all:
-            return number
-        if self._held is None or self._held[0] != shard:
-            self._held = shard, self._rows(shard)
-        rows = self._held[1]
-        if number >= len(rows):
-            raise CorruptCache(
-                f"{self._targets.name}: shard {shard} has {len(rows)} rows with targets, its receipt counts more"
-            )
-        return int(rows[number])
-
-    def _rows(self, shard: int) -> NDArray[np.int64]:
-        layout = self._targets.entry.layout
-        start, stop = layout.shard_range(shard, self._targets.entry.positions)
-        chunks = range(start // layout.chunk, -(-stop // layout.chunk))
-        return np.flatnonzero(np.concatenate([self._targets.arrays["kept"].read_chunk(chunk) for chunk in chunks]))
-
-
-def shard_rows(entry: TeacherEntry, committed: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The number of rows of each shard [shards]; 0 where it is not `committed` [shards]."""
-    starts = np.arange(len(committed), dtype=np.int64) * entry.layout.shard
-    lengths: NDArray[np.int64] = np.where(committed, np.minimum(entry.layout.shard, entry.positions - starts), 0)
-    return lengths
-
-
-def sample_windows(
-    entry: TeacherEntry,
-    counts: NDArray[np.int64],
-    document_starts: NDArray[np.uint64] | None,
-    count: int,
-    rng: np.random.Generator,
-    row: Callable[[int, int], int] = lambda shard, number: number,
-) -> list[Window]:
-    """The windows that score `count` random positions, of those that have targets, ascending, each window once.
-
-    One position is sampled from each of `count` equal parts, so a stretch of two parts' length is always hit. A window
-    has all positions that it scores within one shard. Fewer are returned where two positions share a window.
-
-    counts, row: as `TargetRows` has them.
-    """
-    ends = np.cumsum(counts)
-    total = int(ends[-1])
-    count = min(count, total)
-    found: dict[int, Window] = {}
-    for part in range(count):
-        sampled = int(rng.integers(part * total // count, (part + 1) * total // count))
-        shard = int(np.searchsorted(ends, sampled, side="right"))
-        start, stop = entry.layout.shard_range(shard, entry.positions)
-        position = start + row(shard, sampled - int(ends[shard] - counts[shard]))
-        window = _window_of(position, start, stop, entry, document_starts)
-        found[window.first] = window
-    return [found[first] for first in sorted(found)]
-
-
-def _window_of(
-    position: int, start: int, stop: int, entry: TeacherEntry, document_starts: NDArray[np.uint64] | None
-) -> Window:
-    """The window that scores a position, with all positions that it scores of the shard `start .. stop`."""
-    plan = (entry.positions, entry.windowing, document_starts)
-    read = next(windows(position, position + 1, *plan))
-    shares = windows(max(read.start, start), min(read.stop, stop), *plan)
-    return next(share for share in shares if share.first <= position < share.last)
-
-
-def take_sample(cache: LogitCache, name: str, window: Window) -> Sample:
-    """The tokens and targets of a window.
-
-    Raises CorruptCache for damage and for tokens outside the entry's vocabulary, IncompleteCache for a missing shard.
-    """
-    high = min(max(window.stop, window.last + 1), cache.record.corpus.positions)
-    tokens = cache.tokens.read(window.start, high).astype(np.int64)
-    size = cache.teacher(name).entry.vocabulary_size
-    if tokens.max() >= size:
-        raise CorruptCache(
-            f"{cache.url}: the positions {window.start}..{high} have id {tokens.max()}, which teacher {name} with its "
-            f"vocabulary of {size} ids cannot have scored"
-        )
-    following = np.arange(window.first, window.last) + 1
-    labels = np.full(len(following), -1)
-    inside = following < window.end
-    labels[inside] = tokens[following[inside] - window.start]
-    stored = cache.teacher(name).read(window.first, window.last)
-    return Sample(window, tokens[: window.stop - window.start], labels, stored)
 
 
 def stored_values(entry: TeacherEntry, targets: SparseTargets) -> Values:
@@ -191,18 +76,21 @@ def stored_values(entry: TeacherEntry, targets: SparseTargets) -> Values:
 
 
 def comparable(entry: TeacherEntry, values: Values) -> Values:
-    """Values as the entry's encoding states them, none below what it can hold; see the module."""
+    """Values as the entry states them, none below what it can hold, or can tell; see the module."""
     found = {name: np.maximum(value, _FLOOR) if name in FIELDS else value for name, value in values.items()}
     if entry.format_version == 1:
         return found
     found["top_logprob"] = np.full_like(found["top_logprob"], np.nan)
+    logprobs, mass = found["logprobs"], mass_error(entry)
+    if mass:
+        found["log_tail"] = np.maximum(found["log_tail"], np.log(mass))
+    if entry.encoding.step_nats is not None or not entry.targets.has("tail"):
+        found["logprobs"] = logprobs - logprobs[:, :1]
     if entry.encoding.step_nats is None:
         return found
-    logprobs = found["logprobs"]
     log_head = np.logaddexp.reduce(np.where(np.isnan(logprobs), -np.inf, logprobs), axis=1, initial=-np.inf)
     # Without certain ids all mass is outside them: nothing is stored of it, and there is nothing to compare.
     found["log_tail"] = np.where(np.isneginf(log_head), np.nan, found["log_tail"] - log_head)
-    found["logprobs"] = logprobs - logprobs[:, :1]
     for name in _PER_POSITION:
         step = entry.encoding.step_nats if name == "log_tail" else entry.encoding.value_step_nats
         found[name] = found[name].clip((NOTHING_OUTSIDE + 1) * (step or 0.0))

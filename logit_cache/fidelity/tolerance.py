@@ -1,11 +1,11 @@
 """Whether stored values are those of a live teacher, given what the encoding and the teacher's own noise explain.
 
-Legend: a *sample* is one window (`logit_cache.fidelity.rescore`); values are float64 nats, NaN where there is nothing
+Legend: a *sample* is one window (`logit_cache.fidelity.samples`); values are float64 nats, NaN where there is nothing
 to compare.
 
-The encoding's stated error is subtracted from the difference of a stored and a live value. The remainder is compared
-with the noise: how far the live teacher is from itself when it runs in other ways, at least `LEAST_NOISE` of the range
-of a row's log-probs, which is the effect of another order of float32 sums. A window differs in a field when
+The error that the entry states is subtracted from the difference of a stored and a live value. The remainder is
+compared with the noise: how far the live teacher is from itself when it runs in other ways, at least `LEAST_NOISE` of
+the range of a row's log-probs, which is the effect of another order of float32 sums. A window differs in a field when
 
 its mean is over 3 times the mean noise of that field, in this window or in all, whichever is larger, or
 one of its values is over 8 times the largest noise
@@ -22,8 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_cache.fidelity.rescore import FIELDS, Sample
+from logit_cache.fidelity.rescore import FIELDS
 from logit_cache.fidelity.sampled_ids import Values
+from logit_cache.fidelity.samples import Sample
+from logit_cache.fidelity.stated_errors import stated_error
 from storage.format.manifest import TeacherEntry
 
 MEAN_FACTOR = 3.0
@@ -38,10 +40,10 @@ Arrays = list[NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class FieldReport:
-    """One field over all windows; differences in nats, `beyond` the error that the encoding states.
+    """One field over all windows; differences in nats, `beyond` the error that the entry states.
 
-    within          share of the values whose difference is explained by the encoding alone
-    encoding_error  the largest of its stated errors
+    within          share of the values whose difference is explained by that error alone
+    encoding_error  the largest stated error
     position        of the largest difference
     worst_mean      mean beyond the encoding in the window that comes closest to its limit, or exceeds it most
     limit_mean      the limit of that window; limit_largest that of every value
@@ -74,7 +76,7 @@ def compare(
         stated, beyond, noise = [], [], []
         for number in range(len(samples)):
             here, now = stored[number][name], live[number][name]
-            stated.append(encoding_error(entry, name, here))
+            stated.append(stated_error(entry, name, here))
             beyond.append(np.maximum(np.abs(here - now) - stated[-1], 0.0))
             least = LEAST_NOISE * (1 + live[number]["spread"]).reshape(-1, *[1] * (now.ndim - 1))
             runs = [np.abs(now - control[number][name]) for control in controls]
@@ -117,57 +119,6 @@ def _report(samples: list[Sample], stated: Arrays, beyond: Arrays, noise: Arrays
         windows_differing=len(differing),
     )
     return report, differing
-
-
-def encoding_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The error that the encoding states, nats; for derived entries with the error that `recompress` adds."""
-    if name == "token_ids":
-        return np.zeros_like(stored)
-    if entry.format_version == 2:
-        return np.full_like(stored, _stated_error(entry, name)) + _mass_error(entry, name, stored)
-    derived = entry.derived_from is not None
-    step = entry.encoding.step_nats or 0.0
-    if name in ("logprobs", "sampled_logprobs") and step:
-        return np.full_like(stored, step if derived else step / 2)
-    bits = entry.encoding.mantissa_bits
-    assert bits is not None
-    error: NDArray[np.float64] = np.abs(stored) * 2.0 ** -(bits + (0 if derived else 1))
-    if derived and name in ("log_tail", "log_tail_half"):
-        error += step
-    return error
-
-
-def _stated_error(entry: TeacherEntry, name: str) -> float:
-    """The error of a field in version 2; it is 0 with log-probs as float32, all of whose steps are 0.
-
-    Log-probs less the first one, and the log-odds of the mass, are whole steps rounded to nearest: half a step. Sampled
-    log-probs are rounded up or down, by less than their step. In a recompressed entry log-probs are off by a step, as
-    in version 1; the odds count the masses of ids that were cut off, each a step off its neighbours, and round again.
-    """
-    encoding, derived = entry.encoding, entry.made == "recompressed"
-    step, value_step = encoding.step_nats or 0.0, encoding.value_step_nats or 0.0
-    if name == "sampled_logprobs":
-        return (2 if derived else 1) * (encoding.sampled_step_nats or 0.0)
-    if name == "logprobs":
-        return step if derived else step / 2
-    if name == "log_tail":
-        return 2 * step if derived else step / 2
-    if not derived:
-        return value_step / 2
-    return value_step + (step if name == "log_tail_half" else 0.0)
-
-
-def _mass_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What a server's float32 sums add to the error of the log of the mass outside the ids: little, if that is large.
-
-    stored: log-odds of that mass with codes, its log without them.
-    """
-    served = entry.teacher.served
-    if served is None or name != "log_tail":
-        return np.zeros_like(stored)
-    log_mass = stored if entry.encoding.step_nats is None else stored - np.logaddexp(0.0, stored)
-    error: NDArray[np.float64] = np.log1p(served.mass_error * np.exp(-log_mass))
-    return error
 
 
 def biased_sample(live: list[Values]) -> str | None:

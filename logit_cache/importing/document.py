@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Reading = Literal["after", "of"]
-"""What a row is about: the token that follows the one at which it stands (after), or that token itself (of)."""
+from logit_cache.fidelity.readings import Reading
 
 Values = Literal["logprobs", "probabilities", "unnormalised", "dense"]
 """What the numbers of a row are; see `storage.format.manifest.ImportedFrom`."""

@@ -6,27 +6,24 @@ Legend: `R` rows, `K` columns, `V` vocabulary size. With `S` the sum of a row's 
     without the normaliser                            log-prob = value - log sum exp(values); nothing is known outside
 
 The difference 1 - S is taken in float64, so its error is that of the numbers themselves, which files have in float32
-or less. A sum that exceeds 1 by the format's rounding is made 1. Where the ids of a row are its most probable ones,
-each of the others has at most the least of their probabilities, so that 1 - S <= (V - K) * least. Numbers that were
-decoded with wrong settings, and ids that were sampled, break this.
+or less. A sum that exceeds 1 by the format's rounding is made 1. Numbers that were decoded with wrong settings, and ids
+that were sampled, leave more mass to the others than these can have (`logit_cache.fidelity.row_bounds`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logit_cache.fidelity.row_bounds import least_logprob, log_sums, most_outside
 from logit_cache.importing.document import NO_ID, Rows, Values
 from storage.errors import InputError
 
 MOST_DROPPED_MASS = 0.01
 # Sums of rows that were normalised among their own ids, by the precision of float32.
 _CLOSED_NATS = 1e-5
-# Log of a mass that float32 numbers near 1 may leave by their rounding alone.
-_LEAST_TAIL = -13.0
 # Of rows whose mass outside exceeds its bound: more are no accident of a format's rounding.
 _MOST_UNBOUNDED = 0.01
 
@@ -77,15 +74,6 @@ def _check_distinct(ids: NDArray[np.int64], start: int, where: str) -> None:
             f"{where}: row {start + row} holds the id {ascending[row, column]} twice; the file is damaged, or was "
             f"written with other settings than those that it is read with (see docs/sharing.md)"
         )
-
-
-def log_sums(values: NDArray[Any]) -> NDArray[np.float64]:
-    """log sum exp of each row [R]; -inf for one without finite numbers."""
-    top = values.max(axis=1, initial=-np.inf)
-    base = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        found: NDArray[np.float64] = base + np.log(np.exp(values - base[:, None]).sum(axis=1))
-    return found
 
 
 def as_logs(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -141,11 +129,10 @@ class ValueKind:
         """The rows that leave more mass than V - kept ids can have, each with no more than the least one there."""
         if not len(kept):
             return 0
-        least = np.where(logprobs > -np.inf, logprobs, np.inf).min(axis=1)
         with np.errstate(divide="ignore"):
             outside = np.log(-np.expm1(np.minimum(log_sums(logprobs), 0.0)))
-        bound = np.log(self._vocabulary_size - kept) + least
-        return int(np.count_nonzero(outside > np.maximum(bound, _LEAST_TAIL) + 0.1 + 10 * self._slack))
+        bound = most_outside(least_logprob(logprobs), self._vocabulary_size - kept)
+        return int(np.count_nonzero(outside > bound + 0.1 + 10 * self._slack))
 
     def looks_like_probabilities(self, rows: Cleaned) -> NDArray[np.bool_]:
         if "probabilities" not in self._allowed:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from logit_cache.corpus.documents import Tokens
 from logit_cache.corpus.pieces import Piece
 from logit_cache.corpus.spool import Spool
-from logit_cache.importing.alignment import Evidence
+from logit_cache.fidelity.readings import Evidence
+from logit_cache.fidelity.row_bounds import log_sums
+from logit_cache.importing.alignment import alignment
 from logit_cache.importing.document import Document, Format, Rows, Source, Values
 from logit_cache.importing.job import ImportJob
-from logit_cache.importing.row_values import MOST_DROPPED_MASS, Cleaned, ValueKind, as_logs, cleaned, log_sums
+from logit_cache.importing.row_values import MOST_DROPPED_MASS, Cleaned, ValueKind, as_logs, cleaned
 from storage.errors import InputError
 from storage.format.manifest import Alignment
 from storage.text import counted
@@ -155,15 +157,15 @@ class Survey:
             raise InputError(f"{self._job.source}: no row of it has an id with a finite number; give other files")
         values: Values
         values, are_probabilities = ("dense", False) if self._dense else self._kind.decided()
-        alignment = self._evidence.decided(self._format.reading, self._job.alignment, self._format.name)
+        aligned = alignment(self._evidence, self._format.reading, self._job.alignment, self._format.name)
         return Surveyed(
             values=values,
             are_probabilities=are_probabilities,
-            alignment=alignment,
+            alignment=aligned,
             k=self._vocabulary_size if self._dense else self._k,
             # Of rows about their own token, none is about the one after the last.
-            whole_rows=self._every_token and alignment.reading == "after",
-            has_label=self._labelled and not self._dense,
+            whole_rows=self._every_token and aligned.reading == "after",
+            has_label=self._labelled and values in ("logprobs", "probabilities"),
             longest=self._longest,
             dropped=self._dropped,
             strange=self._strange,

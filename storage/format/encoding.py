@@ -27,6 +27,8 @@ MIN_VALUE_STEP_NATS = 1 / 1024
 MAX_UINT16 = 65_535
 # Of an exact log-prob: far more than float32 and a rounded mantissa add to log 1.
 ROUNDING_NATS = 1e-3
+# Of a mass that is one less a sum of probabilities, at most, where their normaliser was summed in float32.
+FLOAT32_MASS_ERROR = 2.0**-15
 
 
 def token_id_dtype(vocabulary_size: int) -> str:

@@ -7,7 +7,7 @@ those which the name promises, it cannot find.
 
 The log-probs are sums of float32 over all columns of the model's head, padding included: what lies in columns without
 an id counts as mass outside the stored ids. That mass is one less the sum of theirs, so it is off by what the
-normaliser is off, at most `MASS_ERROR`, which the entry records; one below `_LEAST_MASS` is not told from it.
+normaliser is off, at most `FLOAT32_MASS_ERROR`, which the entry records; one below `_LEAST_MASS` is not told from it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from storage.errors import IdentityMismatch, InputError
+from storage.format.encoding import FLOAT32_MASS_ERROR
 from storage.format.manifest import MOST_PROBES, ServedIdentity
 from storage.format.manifest import Teacher as TeacherRecord
 from teachers.reduction.reduce import ReducedRows
@@ -41,7 +42,6 @@ from teachers.served.server import Refused, Server
 
 Key = TypeVar("Key")
 
-MASS_ERROR = 2.0**-15
 _LEAST_MASS = 2.0**-20
 # Nats, in the mean over the probe: half precision moves single log-probs by about as much, other weights by more.
 _SAME_WEIGHTS = 0.05
@@ -177,7 +177,7 @@ class ServedTeacher:
             engine=self.protocol.engine,
             tokenizer="compared on probes" if self._tokenizer_compared else "not compared",
             probe=probe,
-            mass_error=MASS_ERROR,
+            mass_error=FLOAT32_MASS_ERROR,
         )
         return TeacherRecord(members=(identity,))
 

@@ -27,7 +27,7 @@ from logit_cache.caching.recompress import RecompressJob, recompress
 from logit_cache.caching.score_shard import score_shard
 from logit_cache.caching.windows import Window, windows
 from logit_cache.fidelity.audit import Audit, AuditJob, audit
-from logit_cache.fidelity.rescore import TargetRows, sample_windows, shard_rows, take_sample
+from logit_cache.fidelity.samples import Examination, TargetRows, sample_windows, shard_rows, take_sample
 from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
 from storage.errors import CorruptCache, InputError, LogitCacheError
@@ -563,7 +563,7 @@ def test_the_chance_to_escape(world: World) -> None:
         return sample_windows(entry, rows, None, count, np.random.default_rng(seed))
 
     escaped = sum(not any(window.first in corrupt for window in sampled(seed)) for seed in range(tries))
-    bound = Audit("", "", "", 0, drawn=count).escape(0.05)
+    bound = Examination(cache="", name="", seed=0, drawn=count).escape(0.05)
     assert bound == pytest.approx(0.95**24)
     assert 0.5 * bound < escaped / tries < bound + 3 * np.sqrt(bound * (1 - bound) / tries)
     # One stretch longer than two parts is always hit.

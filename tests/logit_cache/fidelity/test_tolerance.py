@@ -9,8 +9,10 @@ import pytest
 from support.caches.small import entry_2, make_entry, random_sample, stream_record
 
 from logit_cache.caching.windows import Window
-from logit_cache.fidelity.rescore import FIELDS, Sample, stored_values
-from logit_cache.fidelity.tolerance import _report, encoding_error
+from logit_cache.fidelity.rescore import FIELDS, stored_values
+from logit_cache.fidelity.samples import Sample
+from logit_cache.fidelity.stated_errors import decoded_error, stated_error
+from logit_cache.fidelity.tolerance import _report
 from storage.format.manifest import Encoding
 from storage.format.stored import StoredTargets
 
@@ -54,11 +56,14 @@ def test_the_stated_error_bounds_what_codes_of_version_2_change(
     entry = entry_2(make_entry(stream_record(400, 300), 40), *fields, method="varopt", temperature=temperature)
     entry = entry.model_copy(update={"encoding": encoding})
     exact = random_sample(400, 300, 40, temperature)
-    found = stored_values(entry, StoredTargets.of(entry, exact).decoded())
+    decoded = StoredTargets.of(entry, exact).decoded()
+    found = stored_values(entry, decoded)
     expected = stored_values(entry, exact)
     for name in FIELDS:
-        error, stated = np.abs(found[name] - expected[name]), encoding_error(entry, name, found[name])
+        error, stated = np.abs(found[name] - expected[name]), stated_error(entry, name, found[name])
         assert np.array_equal(np.isnan(found[name]), np.isnan(expected[name]))
         assert not (error > stated + 1e-4 * (steps is not None)).any(), name
         if steps is not None and name not in ("token_ids", "top_logprob"):
             assert np.nanmax(error) > 0.9 * np.nanmax(stated), f"{name} would hide an error"
+    off = np.abs(decoded.logprobs - exact.logprobs, where=exact.is_certain, out=np.zeros(exact.logprobs.shape))
+    assert off.max() <= decoded_error(entry) <= (3 * off.max() if steps is not None else 1e-3)

@@ -11,6 +11,7 @@ import pytest
 from support.caches.imported import K, Known, imported, imports, known, same_targets, whole, write_lines
 from support.commands import in_process, refused, succeeded
 
+from logit_cache.fidelity.plausibility import plausibility
 from storage.cache.reader import TeacherTargets
 
 
@@ -59,8 +60,23 @@ def test_vllm_completions_chats_and_single_prompts(data: Known, tmp_path: Path) 
     entry = imported(tmp_path, path, "vllm", "--encoding", "float32")
     same_targets(entry, data)
     labels_are_known(entry, data)
+    checks = plausibility(str(tmp_path / "cache"), windows=100).checks
+    assert {name: check.broken for name, check in checks.items()} == dict.fromkeys(
+        ("distinct", "masses", "outside", "label"), 0
+    )
     found = json.loads(succeeded(in_process("logit-cache", "import", path, "--guess", "--json")).stdout)
     assert found == {"format": "vllm"}
+
+
+def test_logits_of_an_engine_give_no_label(data: Known, tmp_path: Path) -> None:
+    """One without the normaliser is no log-prob."""
+    rows = [vllm(data, number) for number in range(len(data.tokens))]
+    for item in (item for row in rows for entry in row["prompt_logprobs"][1:] for item in entry.values()):
+        item["logprob"] += 7.5
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    entry = imported(tmp_path, path, "vllm", "--encoding", "float32", "--values", "logits")
+    same_targets(entry, data, renormalised=True)
+    assert entry.entry.targets.fields == ()
 
 
 def test_vllm_without_ranks_and_with_clamped_numbers(data: Known, tmp_path: Path) -> None:

@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from support.caches.imported import K, Known, V, imported, imports, known, same_targets, tokenizer_folder, whole
+from support.caches.imported import (
+    K,
+    Known,
+    V,
+    columns,
+    imported,
+    imports,
+    known,
+    same_targets,
+    tokenizer_folder,
+    whole,
+    write,
+)
 from support.caches.small import make_corpus
 from support.commands import in_process, refused, succeeded
 
@@ -23,21 +33,6 @@ from storage.cache.writer import EntryWriter, ShardWriter
 @pytest.fixture(scope="module")
 def data() -> Known:
     return known()
-
-
-def columns(data: Known, k: int = K, rows: int | None = -1) -> dict[str, list[Any]]:
-    """The columns of a file: top-k log-probs after each token, but for the last one, or up to `rows`."""
-    tops = [data.top(number, k) for number in range(len(data.tokens))]
-    return {
-        "input_ids": [tokens.tolist() for tokens in data.tokens],
-        "token_ids": [ids[:rows].tolist() for ids, _ in tops],
-        "logprobs": [values[:rows].tolist() for _, values in tops],
-    }
-
-
-def write(path: Path, found: dict[str, list[Any]]) -> Path:
-    pq.write_table(pa.table(found), path)
-    return path
 
 
 def test_values_tails_and_segment_ends(data: Known, tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def test_from_a_data_set_to_a_student(run: Run, tmp_path: Path) -> None:
         walked.append(f"{name} {arguments[0]}")
         done = succeeded(run(name, *arguments, *(SMALL if name == "train-student" else []), cwd=tmp_path))
         said[arguments[0]] = done.stdout
-    assert len(walked) == 6
+    assert len(walked) == 7
+    assert said["audit"].splitlines()[-1].startswith("plausible: ")
     assert "distillkit: data_0.parquet" in said["inspect"]
     assert "rows are about the token that follows" in said["inspect"]
     report = json.loads((tmp_path / "run" / "theirs-student" / "report.json").read_text())

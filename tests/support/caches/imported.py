@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from support.caches.small import word_tokenizer
 from support.commands import in_process, succeeded
 
@@ -52,6 +54,21 @@ def known(lengths: tuple[int, ...] = (23, 40, 9, 31), seed: int = 0, scale: floa
         found.tokens.append(np.array(tokens))
         found.logprobs.append(logprobs)
     return found
+
+
+def columns(data: Known, k: int = K, rows: int | None = -1) -> dict[str, list[Any]]:
+    """The columns of a plain Parquet file: top-k log-probs after each token, but for the last one, or up to `rows`."""
+    tops = [data.top(number, k) for number in range(len(data.tokens))]
+    return {
+        "input_ids": [tokens.tolist() for tokens in data.tokens],
+        "token_ids": [ids[:rows].tolist() for ids, _ in tops],
+        "logprobs": [values[:rows].tolist() for _, values in tops],
+    }
+
+
+def write(path: Path, found: dict[str, list[Any]]) -> Path:
+    pq.write_table(pa.table(found), path)
+    return path
 
 
 def tokenizer_folder(folder: Path, vocabulary_size: int = V) -> Path:
