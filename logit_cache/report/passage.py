@@ -14,7 +14,7 @@ from logit_cache.report.findings import RecipeFindings, open_cache
 from storage.cache.reader import LogitCache
 from student.report import Expected, Passage
 
-LEVELS = (0.5, 1.0, 2.0, 3.0, 4.0)
+LEVELS = (0.5, 1.0, 2.0, 3.5, 5.0)
 """Bounds in nats of the colours."""
 
 _ALL_OTHERS = (Part("mark", "all others"),)
@@ -76,10 +76,10 @@ def tokens_of(
 def recipe_tokens(found: RecipeFindings) -> tuple[list[Token], int] | None:
     """The passage that the first student recorded, with its seed; its teachers, and the models of the seed beside it.
 
-    None without a held-out cache, or a student that read a passage of it.
+    None without a held-out cache that has its tokens, or a student that read a passage of it.
     """
     cache = open_cache(found.held_out_cache)
-    if cache is None:
+    if cache is None or not cache.record.corpus.tokens_included:
         return None
     there = [
         (series, model, model.passage)

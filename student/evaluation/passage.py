@@ -1,6 +1,6 @@
 """A passage of held-out text as a model reads it: the likeliest next ids at each position.
 
-Legend: `n` positions of the passage, `V` vocabulary, `W` columns of the model's head (W >= V).
+Legend: `T` rows of a window, `V` vocabulary, `W` columns of the model's head (W >= V).
 """
 
 from __future__ import annotations
@@ -23,26 +23,24 @@ def expected_passage(windows: DistillationWindows, logits_of: Callable[[dict[str
     columns, as in the held-out cross-entropy; ids are below V.
     """
     start, window, following = windows.opening()
-    labels = torch.from_numpy(following[:PASSAGE_POSITIONS])
-    first, n = window["firsts"][0], len(labels)
-    logits = logits_of(collate([window]))[0, first : first + n].cpu().to(torch.float64)
-    logprobs = logits.log_softmax(1)
-    top = logprobs[:, : windows.vocabulary_size].topk(min(PASSAGE_IDS, windows.vocabulary_size))
-    columns = (
-        top.indices,
-        top.values.exp().clamp(max=1),
-        torch.special.entr(logprobs.exp()).sum(1).clamp(min=0),
-        logprobs.gather(1, labels[:, None])[:, 0].clamp(max=0),
-    )
+    labels = following[:PASSAGE_POSITIONS].tolist()
+    first = window["firsts"][0]
+    logits = logits_of(collate([window]))[0, first : first + len(labels)]
+    # Row by row: of a large vocabulary, all rows in float64 would be gigabytes.
+    rows = (row.cpu().to(torch.float64).log_softmax(0) for row in logits)
     return Passage(
         stream_sha256=windows.record.corpus.stream_sha256,
         start=start,
-        expected=tuple(
-            Expected(
-                likeliest=tuple(zip(ids, (round(p, 6) for p in probabilities), strict=True)),
-                entropy=round(entropy, 6),
-                label_logprob=round(label, 6),
-            )
-            for ids, probabilities, entropy, label in zip(*(each.tolist() for each in columns), strict=True)
-        ),
+        expected=tuple(_expected(row, label, windows.vocabulary_size) for row, label in zip(rows, labels, strict=True)),
+    )
+
+
+def _expected(logprobs: Tensor, label: int, vocabulary_size: int) -> Expected:
+    """Of the log-probs [W] of one position, of which those of ids below V are listed."""
+    top = logprobs[:vocabulary_size].topk(min(PASSAGE_IDS, vocabulary_size))
+    probabilities = top.values.exp().clamp(max=1).tolist()
+    return Expected(
+        likeliest=tuple(zip(top.indices.tolist(), (round(p, 6) for p in probabilities), strict=True)),
+        entropy=max(0.0, round(float(torch.special.entr(logprobs.exp()).sum()), 6)),
+        label_logprob=min(0.0, round(float(logprobs[label]), 6)),
     )

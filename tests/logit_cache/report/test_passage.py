@@ -165,6 +165,14 @@ def test_a_recipe_shows_its_first_student_and_the_models_beside_it(tmp_path: Pat
     assert 'type="radio"' not in page, "of another stream there is nothing to show"
 
 
+def test_of_a_cache_without_tokens_there_is_no_passage(run: Run, tmp_path: Path) -> None:
+    folder = invented.recipe_folder(tmp_path / "recipe", seeds=(0,), roles=("student",))
+    (folder / "valid").rename(tmp_path / "whole")
+    succeeded(run("logit-cache", "push", tmp_path / "whole", folder / "valid", "--without-tokens"))
+    succeeded(run("logit-cache", "report", folder))
+    refused(run("logit-cache", "inspect", folder / "valid", "--at", "0:3"), "without its tokens")
+
+
 @pytest.mark.parametrize("likeliest", [[[-1, 0.5]], [[1, 1.5]], [[1, 0.5]] * 11, [["a", 0.5]]])
 def test_a_damaged_passage_is_refused(run: Run, tmp_path: Path, likeliest: list[list[float]]) -> None:
     folder = invented.recipe_folder(tmp_path / "recipe", seeds=(0,), roles=("student",))
