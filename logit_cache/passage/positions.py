@@ -16,18 +16,14 @@ from storage.format.targets import SparseTargets
 
 MOST_POSITIONS = 2000
 MOST_IDS = 10
+_CONTEXT = 24
 
 
 def describe_positions(
-    cache: LogitCache,
-    texts: TokenTexts,
-    start: int,
-    stop: int,
-    teachers: Sequence[str] | None = None,
-    context: int = 24,
+    cache: LogitCache, texts: TokenTexts, start: int, stop: int, teachers: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Each of the positions `start .. stop` (exclusive): its token, the `context` tokens up to it, the next token, and
-    what each of some teachers (None: all) stored of it, None where that is missing.
+    """Each of the positions `start .. stop` (exclusive): its token, the text of some tokens up to it, the next token,
+    and what each of some teachers (None: all) stored of it, None where that is missing.
 
     Raises InputError for a range that is empty, too long or not inside the stream.
     """
@@ -39,7 +35,7 @@ def describe_positions(
         )
     if stop - start > MOST_POSITIONS:
         raise InputError(f"--at {at}: {stop - start:,} positions, at most {MOST_POSITIONS:,} are shown: take fewer")
-    first = max(0, start + 1 - context)
+    first = max(0, start + 1 - _CONTEXT)
     tokens = cache.tokens.read(first, min(stop + 1, total)).tolist()
 
     def token(position: int) -> dict[str, Any] | None:
@@ -54,7 +50,7 @@ def describe_positions(
         {
             "position": position,
             "token": token(position),
-            "context": texts.joined(tokens[max(0, position + 1 - context - first) : position + 1 - first]),
+            "context": texts.joined(tokens[max(0, position + 1 - _CONTEXT - first) : position + 1 - first]),
             "next": token(position + 1),
             "teachers": {name: found[position - start] for name, found in rows.items()},
         }

@@ -10,12 +10,14 @@ from typing import Any
 
 from logit_cache.passage.positions import describe_positions
 from logit_cache.passage.token_text import Part, TokenTexts
-from logit_cache.report.findings import RecipeFindings, open_cache
+from logit_cache.report.findings import RecipeFindings, Series, open_cache
 from storage.cache.reader import LogitCache
 from student.report import Expected, Passage
 
 LEVELS = (0.5, 1.0, 2.0, 3.5, 5.0)
 """Bounds in nats of the colours."""
+
+Models = Sequence[tuple[Series, Passage]]
 
 _ALL_OTHERS = (Part("mark", "all others"),)
 
@@ -53,19 +55,10 @@ class Token:
     readers: tuple[Reader, ...]
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model that recorded what it expects, and its style in charts."""
-
-    label: str
-    style: str
-    passage: Passage
-
-
 def tokens_of(
-    cache: LogitCache, start: int, stop: int, entries: Sequence[str] | None = None, models: Sequence[Model] = ()
+    cache: LogitCache, start: int, stop: int, entries: Sequence[str] | None = None, models: Models = ()
 ) -> list[Token]:
-    """The positions `start .. stop` of a cache, with some entries (None: all) and models.
+    """The positions `start .. stop` of a cache, with some entries (None: all) and models, each by its series.
 
     Raises InputError for a range that cannot be shown, and what reading raises.
     """
@@ -90,7 +83,7 @@ def recipe_tokens(found: RecipeFindings) -> tuple[list[Token], int] | None:
     for series, model, passage in there:
         if series.role == "student" and model.run is not None:
             entries = [teacher.name for teacher in model.run.job.teachers if teacher.name in cache.teachers]
-            models = [Model(one.label, one.style, read) for one, other, read in there if other.seed == model.seed]
+            models = [(one, read) for one, other, read in there if other.seed == model.seed]
             stop = passage.start + len(passage.expected)
             return tokens_of(cache, passage.start, stop, entries, models), model.seed
     return None
@@ -102,17 +95,17 @@ def _is_of(cache: LogitCache, passage: Passage) -> bool:
     return inside and passage.stream_sha256 == corpus.stream_sha256
 
 
-def _token(found: dict[str, Any], texts: TokenTexts, models: Sequence[Model]) -> Token:
+def _token(found: dict[str, Any], texts: TokenTexts, models: Models) -> Token:
     position, following = found["position"], None if found["next"] is None else found["next"]["id"]
     entropies = [_entropy(row) for row in found["teachers"].values() if row is not None]
     known = [value for value, _ in entropies if value is not None]
     mean = sum(known) / len(known) if known else None
     readers = [_reader(f"entry {name}", "entry", row, texts, following) for name, row in found["teachers"].items()]
-    for model in models:
-        number = position - model.passage.start
-        if 0 <= number < len(model.passage.expected):
-            row = _row(model.passage.expected[number])
-            readers.append(_reader(model.label, model.style, row, texts, following))
+    for series, passage in models:
+        number = position - passage.start
+        if 0 <= number < len(passage.expected):
+            row = _row(passage.expected[number])
+            readers.append(_reader(series.label, series.style, row, texts, following))
     return Token(
         position=position,
         parts=texts.parts(found["token"]["id"]),
