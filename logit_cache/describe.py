@@ -1,4 +1,4 @@
-"""A cache described for people: contents, sizes, coverage, provenance, summaries, single positions."""
+"""A cache described for people: contents, sizes, coverage, provenance, summaries."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from storage.cache.reader import LogitCache, TeacherTargets
-from storage.errors import CacheNotFound, FormatError, InputError
-from storage.format.layout import VALUES
 from storage.format.manifest import TARGET_FIELDS, ShardStatistics, Targets
-from storage.format.targets import SparseTargets
 from storage.text import counted
 
 
@@ -231,86 +227,3 @@ def windowing_in_words(windowing: dict[str, Any]) -> str:
     text = f"{counted(windowing['context_tokens'], 'token')} every {windowing['stride_tokens']:,}"
     text += ", within documents" if windowing["isolate_documents"] else ", across documents"
     return text if windowing.get("begin_id") is None else f"{text}, each begun with BOS"
-
-
-def describe_position(cache: LogitCache, position: int, context: int = 24) -> dict[str, Any]:
-    """The `context` tokens up to a position, the next token, and each teacher's prediction of it, decoded to text."""
-    total = cache.record.corpus.positions
-    if not 0 <= position < total:
-        raise InputError(f"--at {position}: the cache holds the positions 0..{total - 1}")
-    before = cache.tokens.read(max(0, position + 1 - context), position + 1)
-    decode = _decoder(cache)
-    following = int(cache.tokens.read(position + 1, position + 2)[0]) if position + 1 < total else None
-    teachers: dict[str, Any] = {}
-    for name in cache.teachers:
-        targets = cache.teacher(name)
-        if any(start <= position < stop for start, stop in targets.missing()):
-            teachers[name] = None
-            continue
-        teachers[name] = _describe_row(targets.read(position, position + 1), targets.entry.targets.temperature, decode)
-    return {
-        "position": position,
-        "context": decode([int(token) for token in before]),
-        "next": None if following is None else {"id": following, "text": decode([following])},
-        "teachers": teachers,
-    }
-
-
-def _describe_row(row: SparseTargets, sampled_at: float | None, decode: Any, most: int = 10) -> dict[str, Any]:
-    """One position of an entry: `log_tail` is the mass outside the certain ids, of which the sampled ids have a part.
-
-    Certain, sampled and outside mass sum to 1 but for the rounding of the codes. `sampled_weight` is what each sampled
-    id stands for in a loss at the temperature that it was sampled for. At most `most` ids of either kind are listed.
-    """
-    certain, kept = int(row.certain[0]), int(row.kept[0])
-    masses = np.exp(row.logprobs[0, :kept].astype(np.float64))
-    sampled_mass = float(masses[certain:].sum())
-    known = {name: _known(getattr(row, name)) for name in VALUES.values()}
-    tail = known["log_tail_half" if sampled_at == 2 else "log_tail"]
-    weight = None
-    if kept > certain and tail is not None:
-        tempered = row.logprobs[0, :certain].astype(np.float64) / (sampled_at or 1.0)
-        weight = math.exp(tail) / (float(np.exp(tempered).sum()) + math.exp(tail)) / (kept - certain)
-    outside = None if known["log_tail"] is None else math.exp(known["log_tail"]) - sampled_mass
-    return {
-        "entropy": known["entropy"],
-        "certain": certain,
-        "certain_mass": float(masses[:certain].sum()),
-        "sampled": kept - certain,
-        "sampled_mass": _number(sampled_mass),
-        "sampled_weight": weight,
-        "outside_mass": None if outside is None or math.isnan(outside) else max(0.0, outside),
-        "label_logprob": known["label_logprob"],
-        "top": [
-            {
-                "id": int(row.token_ids[0, column]),
-                "text": decode([int(row.token_ids[0, column])]),
-                "probability": _number(float(masses[column])),
-                "sampled": column >= certain,
-            }
-            for column in (*range(min(certain, most)), *range(certain, min(kept, certain + most)))
-        ],
-    }
-
-
-def _known(values: NDArray[np.float32] | None) -> float | None:
-    """The value of a row, or None where it has none."""
-    return None if values is None else _number(float(values[0]))
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _decoder(cache: LogitCache) -> Any:
-    files = cache.tokenizer_files()
-    if "tokenizer.json" not in files:
-        raise CacheNotFound(f"{cache.url}: its tokenizer has no tokenizer.json, so tokens cannot be shown as text")
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
-    except Exception as error:
-        # The library has no exception class for a file that is no tokenizer, which a foreign cache may hold.
-        raise FormatError(f"{cache.url}: its tokenizer.json cannot be opened ({error})") from None
-    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

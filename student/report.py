@@ -14,6 +14,14 @@ from student.loss.objective import TEACHER_CROSS_ENTROPY
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 """A duration that a record states. No run takes 30,000 years, and nothing is computed from a number beyond."""
 
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+RUN_FILE, REPORT_FILE, PASSAGE_FILE = "run.json", "report.json", "passage.json"
+"""Records in a run's folder: what was asked, what came of it, and what the model expects in a held-out passage."""
+
+PASSAGE_POSITIONS, PASSAGE_IDS = 128, 10
+"""How much a run keeps of what its model expects in the held-out text, at most."""
+
 FIGURES = ("loss", "perplexity", "ece", "accuracy")
 """The figures of every evaluation, as logs, `metric_for_best_model` and sweeps name them; loss is the cross-entropy."""
 
@@ -77,6 +85,28 @@ class HeldOutReport(Frozen):
             found["distillation_loss"] = self.distillation_loss
         found |= {f"{kl.log_name}_{name}": kl.nats for name, kl in self.kl.items()}
         return {f"{prefix}_{name}": value for name, value in found.items()}
+
+
+class Expected(Frozen):
+    """What a model expects at one position: the likeliest next ids with their probabilities, most probable first; the
+    entropy of its whole distribution, and the log-prob of the token that follows, in nats."""
+
+    likeliest: tuple[tuple[Annotated[int, Field(ge=0, lt=1 << 32)], Probability], ...] = Field(max_length=PASSAGE_IDS)
+    entropy: float = Field(ge=0, allow_inf_nan=False)
+    label_logprob: float = Field(le=0, allow_inf_nan=False)
+
+
+class Passage(Frozen):
+    """What a finished model expects in the first document of its held-out text: `passage.json` beside its report.
+
+    stream_sha256  of the held-out token stream
+    start          the first position; `expected` are neighbours
+    """
+
+    kind: Literal["passage"] = "passage"
+    stream_sha256: str
+    start: int = Field(ge=0, lt=1 << 48)
+    expected: tuple[Expected, ...] = Field(min_length=1, max_length=PASSAGE_POSITIONS)
 
 
 class LiveTeachers(Frozen):

@@ -1,35 +1,62 @@
-"""`logit-cache inspect`: the contents of a cache, or of one position."""
+"""`logit-cache inspect`: the contents of a cache, or of some positions."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import click
 
-from storage.errors import one_line_errors
+from storage.errors import InputError, one_line_errors
+from storage.files import check_output, write_output
 from storage.text import columns, counted, printable, size
 from student.cli_command import command, json_option
 
 
-@command("logit-cache inspect run/train --at 1234")
+@command("logit-cache inspect run/train --at 1234\nlogit-cache inspect run/train --at 0:200 --html page.html")
 @click.argument("url")
-@click.option("--at", type=int, metavar="POSITION", help="Show one position with its tokens as text.")
+@click.option("--at", metavar="A[:B]", help="Show one position, or those from A on and before B, with tokens as text.")
+@click.option("--html", metavar="FILE", help="Write the positions of --at as a page; an older one is replaced.")
 @json_option()
-def inspect(url: str, at: int | None, as_json: bool) -> None:
-    """Show the contents of a cache: sizes, coverage, provenance, summaries, or one position."""
+def inspect(url: str, at: str | None, html: str | None, as_json: bool) -> None:
+    """Show the contents of a cache: sizes, coverage, provenance, summaries, or single positions."""
     with one_line_errors():
-        from logit_cache import describe as inspection
         from storage import LogitCache
 
+        if html is not None and (at is None or as_json):
+            raise InputError("--html writes the positions of --at as a page: give --at A:B with it, and no --json")
+        path = None if html is None else check_output(html, "--html")
+        span = None if at is None else _span(at)
         cache = LogitCache.open(url)
-        if at is not None:
-            found = inspection.describe_position(cache, at)
-            text = position_text(found)
-        else:
-            found = inspection.describe_cache(cache, lengths=True)
+        if span is None:
+            from logit_cache.describe import describe_cache
+
+            found: Any = describe_cache(cache, lengths=True)
             text = cache_text(found)
+        elif path is None:
+            from logit_cache.passage.positions import describe_positions
+            from logit_cache.passage.token_text import TokenTexts
+
+            each = describe_positions(cache, TokenTexts(cache), *span)
+            found = each if ":" in str(at) else each[0]
+            text = "\n\n".join(map(position_text, each))
+        else:
+            from logit_cache.report.page import passage_page
+
+            write_output(path, passage_page(cache, *span))
+            click.echo(f"{path}: written", err=True)
+            return
         click.echo(json.dumps(found, indent=2) if as_json else text)
+
+
+def _span(at: str) -> tuple[int, int]:
+    """`5` is 5..6, `5:9` is 5..9, which excludes its end."""
+    match = re.fullmatch(r"([0-9]{1,15})(?::([0-9]{1,15}))?", at)
+    if match is None:
+        raise InputError(f"--at {at}: expected a position, such as 1234, or a range A:B, such as 1200:1300")
+    start = int(match[1])
+    return start, start + 1 if match[2] is None else int(match[2])
 
 
 def cache_text(found: dict[str, Any]) -> str:

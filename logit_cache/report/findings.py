@@ -324,7 +324,7 @@ def gather_recipe(folder: RecipeFolder) -> RecipeFindings:
 
     A cache or an entry that does not exist yet becomes None; a damaged one raises CorruptCache or FormatError.
     """
-    train, held_out = _open(folder.train_cache), _open(folder.held_out_cache)
+    train, held_out = open_cache(folder.train_cache), open_cache(folder.held_out_cache)
     return RecipeFindings(
         **vars(folder),
         series=series_of(folder.models),
@@ -348,7 +348,8 @@ def series_of(models: tuple[Model, ...]) -> tuple[Series, ...]:
     return tuple(found)
 
 
-def _open(path: Path | None) -> LogitCache | None:
+def open_cache(path: Path | None) -> LogitCache | None:
+    """The cache of a recipe; None where it does not exist yet."""
     if path is None:
         return None
     try:

@@ -17,7 +17,7 @@ from logit_cache.recipes.record import RecipeRecord, Role
 from storage.errors import InputError
 from storage.files import local_path
 from student.evaluation.report import EvaluationReport, PairScores
-from student.report import TrainingReport
+from student.report import PASSAGE_FILE, Passage, TrainingReport
 from student.sweep.record import SweepReport
 
 MAX_JSON_BYTES = 1 << 27
@@ -25,13 +25,14 @@ MAX_JSON_BYTES = 1 << 27
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a recipe; `run` and `scores` are None until they exist."""
+    """One model of a recipe; `run`, `scores` and `passage` are None until they exist, `passage` in earlier runs too."""
 
     role: Role
     name: str
     seed: int
     run: TrainingReport | None
     scores: EvaluationReport | None
+    passage: Passage | None = None
 
     @property
     def pairs(self) -> PairScores | None:
@@ -85,7 +86,8 @@ def _read_recipe(path: Path) -> RecipeFolder:
     models = []
     for number, record in enumerate(recipe.models):
         where = f"{file}, model {number} ({record.name!r})"
-        report = _inside(path, record.run, where) / "report.json"
+        run = _inside(path, record.run, where)
+        report, passage = run / "report.json", run / PASSAGE_FILE
         scores = None if record.scores is None else _inside(path, record.scores, where)
         models.append(
             Model(
@@ -94,6 +96,7 @@ def _read_recipe(path: Path) -> RecipeFolder:
                 seed=record.seed,
                 run=_read(report, TrainingReport) if report.is_file() else None,
                 scores=_read(scores, EvaluationReport) if scores is not None and scores.is_file() else None,
+                passage=_read(passage, Passage) if report.is_file() and passage.is_file() else None,
             )
         )
     seen = set()

@@ -17,15 +17,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from logit_cache.report import facts, figures, metrics
+from logit_cache.report import facts, figures, metrics, passage
 from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe
 from logit_cache.report.folders import Folder, RecipeFolder, RunFolder, read_folder
 from logit_cache.report.numbers import number, over_seeds, trial_value
 from logit_cache.report.svg import swatch
 from logit_cache.report.verdict import pairs_sentences, verdicts
+from storage.cache.reader import LogitCache
 from storage.errors import InputError
 from storage.files import check_output, write_output
-from storage.text import columns, counted, duration
+from storage.text import columns, counted, duration, printable
 from student.sweep.record import SweepReport
 
 _RUN_STYLES = ("student", "teacher-0", "teacher-1", "live", "teacher-2", "teacher-3", "control")
@@ -61,7 +62,8 @@ def make_report(directories: Sequence[str | Path], out: str | Path) -> list[str]
             f"{names}: expected at least one finished run or trial, found none: run the command again once there is one"
         )
     path = check_output(out, "--out")
-    articles = [_recipe(gather_recipe(folder)) for folder in folders if isinstance(folder, RecipeFolder)]
+    recipes = [gather_recipe(folder) for folder in folders if isinstance(folder, RecipeFolder)]
+    articles = [_recipe(found, f"token-{number}") for number, found in enumerate(recipes)]
     articles += [_sweep(folder) for folder in folders if isinstance(folder, SweepReport)]
     runs = [folder for folder in folders if isinstance(folder, RunFolder)]
     if runs:
@@ -87,7 +89,7 @@ def _environment() -> Environment:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals["swatch"] = swatch
-    for made in (_bound, duration, number, over_seeds, figures.readable, trial_value):
+    for made in (_bound, duration, number, over_seeds, passage.percent, figures.readable, trial_value):
         environment.filters[made.__name__.removeprefix("_")] = made
     return environment
 
@@ -105,11 +107,38 @@ def _is_finished(folder: Folder) -> bool:
     return True
 
 
-def _recipe(found: RecipeFindings) -> Article:
+def passage_page(cache: LogitCache, start: int, stop: int) -> bytes:
+    """A page about the positions `start .. stop` of a cache, as `logit-cache inspect --at --html` writes it.
+
+    Raises InputError for a range that cannot be shown, and what reading raises.
+    """
+    tokens = passage.tokens_of(cache, start, stop)
+    name = printable(cache.url.rstrip("/").split("/")[-1])
+    return render(
+        [
+            Article(
+                kind="passage of a cache",
+                title=f"{name}, positions {start:,} to {stop - 1:,}",
+                verdict=(f"{counted(len(tokens), 'token')}, {counted(len(cache.teachers), 'teacher entry')}.",),
+                body=_passage(tokens, "token", ""),
+            )
+        ]
+    ).encode()
+
+
+def _passage(tokens: Sequence[passage.Token], radio: str, about: str) -> Markup:
+    """radio: the name of its radio buttons, which is another for each passage of a page."""
+    return _from_template("passage", tokens=tokens, levels=passage.LEVELS, radio=radio, about=about)
+
+
+def _recipe(found: RecipeFindings, radio: str) -> Article:
     legend = [(series.style, series.label) for series in found.series if series.runs]
     curves = [(series.label, series.style, series.runs) for series in found.series]
+    read = passage.recipe_tokens(found)
+    about = "" if read is None else f"The first {counted(len(read[0]), 'token')} of the held-out text, seed {read[1]}."
     body = _from_template(
         "recipe",
+        passage="" if read is None else _passage(read[0], radio, about),
         findings=found,
         metrics=metrics,
         legend=legend,

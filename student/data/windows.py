@@ -230,6 +230,16 @@ class DistillationWindows(Dataset[Window]):
         """The same windows of the same tokens, reading no targets."""
         return self._with(teachers=(), entries={}, sources={})
 
+    def opening(self) -> tuple[int, Window, NDArray[np.int64]]:
+        """The first block of the stream, which begins a document, in a window of its own.
+
+        Its first position, the window, and the tokens that follow its positions, int64 [n], trained on or not.
+        """
+        ((start, length),) = self.blocks.spans([0])
+        pieces = list(self._pieces([(start, length)]).values())
+        following = self._cache().tokens.read(start + 1, start + length + 1).astype(np.int64)
+        return start, as_read(pieces, self.window_tokens, self.begin_id, self.packed), following
+
     def __len__(self) -> int:
         return len(self.blocks if self._packing is None else self._packing)
 

@@ -29,9 +29,8 @@ from storage.errors import InputError
 from storage.files import replace_file
 from storage.text import columns, counted
 from student.job import StudentJob
-from student.report import Seconds
+from student.report import REPORT_FILE, RUN_FILE, Seconds
 from student.sweep.search_space import Scalar, Search
-from student.training.run_folder import REPORT_FILE, RUN_FILE
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -198,6 +198,9 @@ def _evaluate(run: _Run, trainer: DistillationTrainer) -> HeldOutReport | None:
         return None
     run.log(f"evaluating on {counted(len(data.eval_windows), 'window')} of {run.job.eval_cache}")
     result = trainer.held_out(data.eval_windows)
+    passage = trainer.passage(data.eval_windows)
+    with full_disk_is_reported(run.job.output_dir):
+        run.output.write_passage(passage)
     # To the loggers of report_to; on the terminal the report follows.
     trainer.remove_callback(TrainingProgress)
     trainer.show_held_out(result)

@@ -32,13 +32,11 @@ from storage.locks import LOCK, locked
 from student.job import StudentJob
 from student.models.adapters.files import ADAPTER_CONFIG, find_adapter
 from student.models.presets import PRESETS
-from student.report import TrainingReport
+from student.report import PASSAGE_FILE, REPORT_FILE, RUN_FILE, Passage, TrainingReport
 from student.training.arguments import PRESENTATION, RESERVED
 from student.training.inputs import Data
 from student.training.step import COMPUTE_ONLY
 
-RUN_FILE = "run.json"
-REPORT_FILE = "report.json"
 _KIND = "logit-cache training run"
 _STAGE = "publishing"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
@@ -242,6 +240,11 @@ class OutputDirectory:
             return None
         _, folder, state = max(found, key=lambda item: item[0])
         return folder, state
+
+    def write_passage(self, passage: Passage) -> None:
+        """Write what the model expects; before the report, with which the run is finished."""
+        if self._writes:
+            _write(self.path / PASSAGE_FILE, passage.model_dump_json())
 
     def publish(self, report: TrainingReport) -> None:
         """Rename the staged model into the folder and write the report, in an order that is safe to interrupt."""

@@ -25,11 +25,12 @@ from student.data.batches import collate, read_by_model
 from student.data.order import ReadingOrder
 from student.data.windows import DistillationWindows, reading_order
 from student.evaluation.held_out import HeldOutSums, bytes_per_token
+from student.evaluation.passage import expected_passage
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss
 from student.loss.figures import LossFigures
 from student.loss.teacher_targets import Member
-from student.report import HeldOutReport
+from student.report import HeldOutReport, Passage
 from student.training.bound_forward import FusedHead, bind_loss
 from student.training.divergence import FiniteSteps, are_finite
 from student.training.fsdp import FSDPIsOn, keep_precision
@@ -196,7 +197,7 @@ class DistillationTrainer(Trainer):
         the same number of batches, since FSDP would wait for a missing one: a shorter rank is padded with window 0,
         which is not counted.
         """
-        model: nn.Module = self.model_wrapped if self.is_deepspeed_enabled else self.model  # type: ignore[assignment]
+        model = self._evaluated_model()
         sums = HeldOutSums(windows.vocabulary_size, self.eval_members)
         objective = torch.zeros(2, dtype=torch.float64)  # sum of the loss, trained positions
         world, rank = self.args.world_size, self.args.process_index
@@ -216,8 +217,7 @@ class DistillationTrainer(Trainer):
         for start, read in zip(range(0, len(padded), rows), loader, strict=True):
             read["labels"][max(0, len(mine) - start) :] = NOT_TRAINED
             batch: dict[str, Any] = self._prepare_inputs(read)
-            with self.accelerator.autocast():
-                logits = model(**read_by_model(batch)).logits
+            logits = self._logits(model, batch)
             flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
             sums.add(flat, labels, batch["targets"])
             if self.eval_loss is not None:
@@ -236,6 +236,25 @@ class DistillationTrainer(Trainer):
         if self.eval_loss is None:
             return result
         return result.model_copy(update={"distillation_loss": float(objective[0] / objective[1])})
+
+    @torch.no_grad()
+    def passage(self, windows: DistillationWindows) -> Passage:
+        """What the model expects in the first document; every rank reads the same window."""
+        model = self._evaluated_model()
+        was_training = model.training
+        model.eval()
+        found = expected_passage(windows, lambda batch: self._logits(model, self._prepare_inputs(batch)))
+        model.train(was_training)
+        return found
+
+    def _evaluated_model(self) -> nn.Module:
+        model: nn.Module = self.model_wrapped if self.is_deepspeed_enabled else self.model  # type: ignore[assignment]
+        return model
+
+    def _logits(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast():
+            logits: Tensor = model(**read_by_model(batch)).logits
+        return logits
 
 
 def _added(total: Tensor | None, value: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ from student.evaluation.blimp import PHENOMENA
 from student.evaluation.job import EvaluationJob
 from student.evaluation.report import EvaluationReport, GroupScore, PairScores, ParadigmScore
 from student.job import StudentJob
-from student.report import HeldOutKL, HeldOutReport, PeakMemory, TrainingReport
+from student.report import PASSAGE_FILE, Expected, HeldOutKL, HeldOutReport, Passage, PeakMemory, TrainingReport
 from student.sweep.record import SweepReport, TrialRecord
 
 SEEDS = (0, 1, 2)
 CACHING_SECONDS = 60.0
+PASSAGE = 40
 # Held-out loss by role and name, for the seeds 0, 1, 2.
 LOSSES: dict[tuple[Role, str], tuple[float, float, float]] = {
     ("teacher", "llama"): (3.52, 3.50, 3.54),
@@ -162,7 +163,21 @@ def recipe_folder(folder: Path, *, seeds: tuple[int, ...] = SEEDS, roles: tuple[
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
     for cache in ("train", "valid"):
         _cache(folder / cache, list(recipe.entries))
+    for model in models:
+        write_json(folder / model.run / PASSAGE_FILE, passage(stream_of(folder)).model_dump(mode="json"))
     return folder
+
+
+def stream_of(folder: Path) -> str:
+    """The digest of a recipe's held-out stream."""
+    return LogitCache.open(str(folder / "valid")).record.corpus.stream_sha256
+
+
+def passage(stream_sha256: str) -> Passage:
+    """What a model would have recorded of the first positions."""
+    likeliest = [((number, 0.5), (number + 1, 0.25), (number + 2, 0.125)) for number in range(PASSAGE)]
+    expected = tuple(Expected(likeliest=each, entropy=1.25, label_logprob=-2.0) for each in likeliest)
+    return Passage(stream_sha256=stream_sha256, start=0, expected=expected)
 
 
 def _cache(url: Path, names: list[str]) -> None:

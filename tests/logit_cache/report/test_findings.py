@@ -360,6 +360,7 @@ def test_the_page_of_a_whole_recipe(whole: Path, run: Run, tmp_path: Path) -> No
         "Teachers, student, control",
         "During training",
         "BLiMP by phenomenon",
+        "A look inside",
         "Fidelity of the cache",
         "Cost",
         "Provenance",

@@ -1,5 +1,5 @@
-"""The page of `logit-cache report` in a real browser, narrow and wide, dark and light: nothing asked of the network,
-nothing cut off, everything legible."""
+"""The pages of `logit-cache report` and `inspect --html` in a real browser, narrow and wide, dark and light: nothing
+asked of the network, nothing cut off, everything legible, and moved in by keys."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from support import report_folders as invented
+from support.caches.texts import write_text_cache
 from support.commands import ROOT
 
-from logit_cache.report.page import make_report
+from logit_cache.report.page import make_report, passage_page
+from storage import LogitCache
 
 pytestmark = pytest.mark.browser
 
@@ -212,4 +214,87 @@ def test_scripts_and_requests_are_refused(browser: Any, pages: dict[str, Path], 
     seen = show(browser, tmp_path / "page.html", "wide", "light")
     assert seen.page.title() == "Baby Llama, scale tiny"
     assert sum("Content Security Policy" in message for message in seen.messages) == 2
+    seen.page.context.close()
+
+
+def detail(page: Any) -> str:
+    """The details that are seen, which are those of one token."""
+    seen = [found for found in page.locator(".detail").all() if found.is_visible()]
+    (text,) = [found.inner_text() for found in seen]
+    return str(text).splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def passage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of a cache with spaces, line ends, emoji, bytes that are no text, and markup in its text."""
+    folder = tmp_path_factory.mktemp("passage")
+    number = len(write_text_cache(folder / "cache"))
+    (folder / "page.html").write_bytes(passage_page(LogitCache.open(str(folder / "cache")), 0, number))
+    return folder / "page.html"
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+@pytest.mark.parametrize("window", SIZES)
+def test_a_passage_is_legible_and_moved_in_by_keys(browser: Any, passage: Path, window: str, scheme: str) -> None:
+    seen = show(browser, passage, window, scheme)
+    page = seen.page
+    assert detail(page).startswith("After position 0, <s>: The follows")
+    page.keyboard.press("Tab")
+    for key, position in (("ArrowRight", 1), ("ArrowDown", 2), ("ArrowLeft", 1), ("ArrowRight", 2)):
+        page.keyboard.press(key)
+        assert detail(page).startswith(f"After position {position},")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    assert detail(page).startswith("After position 2,")
+    focused = "document.activeElement.className || document.activeElement.type"
+    assert page.evaluate(focused) == "radio"
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "detail", "which can be scrolled by keys"
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) not in ("radio", "detail"), "all tokens are one stop"
+    assert page.evaluate(CHECKS) == []
+    assert (seen.messages, seen.requests) == ([], [passage.as_uri()])
+    page.context.close()
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_pointing_shows_a_token_and_choosing_keeps_it(browser: Any, passage: Path, scripts: bool) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, java_script_enabled=scripts, offline=True)
+    page = context.new_page()
+    page.goto(passage.as_uri())
+    tokens = page.locator(".tokens label")
+    tokens.nth(5).click()
+    page.mouse.move(0, 0)
+    assert detail(page).startswith("After position 5,")
+    tokens.nth(8).hover()
+    hovered = page.locator(".tokens label:hover + .detail")
+    assert hovered.inner_text().startswith("After position 8,")
+    box = hovered.bounding_box()
+    assert box == page.locator(".tokens label:has(:checked) + .detail").bounding_box(), "it covers the other"
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 360
+    page.mouse.move(0, 0)
+    assert detail(page).startswith("After position 5,")
+    last = tokens.last
+    last.click()
+    assert "the stream ends" in detail(page)
+    context.close()
+
+
+def test_the_text_of_a_passage_reads_as_text(browser: Any, passage: Path) -> None:
+    seen = show(browser, passage, "wide", "light")
+    shown = seen.page.evaluate("[...document.querySelectorAll('.tokens label')].map((t) => t.textContent).join('')")
+    for words in ("The cat sat on the mat.\n\n\tIt saw 😀 and ⟨F0 9F⟩", "</p><script>alert(1)</script>"):
+        assert words in shown
+    rows = seen.page.evaluate("[...document.querySelectorAll('.tokens label')].map((t) => t.getBoundingClientRect().y)")
+    assert len({round(y) for y in rows}) >= 3, "lines end where the text's do"
+    seen.page.context.close()
+
+
+def test_each_recipe_of_a_page_has_a_passage_of_its_own(browser: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        invented.recipe_folder(tmp_path / name, seeds=(0,), roles=("student", "control"))
+    make_report([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
+    seen = show(browser, tmp_path / "page.html", "wide", "dark")
+    assert seen.page.locator("input:checked").count() == 2
     seen.page.context.close()

@@ -27,11 +27,11 @@ from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.tokenizer import write_files
+from student.report import RUN_FILE
 from student.sweep.run import sweep
 from student.sweep.search_space import Search
 from student.training.defaults import open_fields
 from student.training.run import train
-from student.training.run_folder import RUN_FILE
 
 
 def pretrained(folder: Path, generation: dict[str, Any] | None = None, **config: Any) -> Path:

@@ -23,10 +23,12 @@ from support.processes import start_code
 from support.runs import KILLED, LLAMA, V, arguments, have_equal_weights, job_in, python, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from storage import LogitCache
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, InputError, StorageFull
 from storage.format.manifest import Windowing
 from student.cli import build_job, train_student
+from student.report import Passage
 from student.training.arguments import training_values
 from student.training.publish import cast_weights
 from student.training.run import train
@@ -60,6 +62,13 @@ def test_a_run_leaves_a_standard_model_directory_and_a_report(world: Path, tmp_p
     assert AutoTokenizer.from_pretrained(out).encode("t3 t60 t7") == [3, 60, 7]
     assert json.loads((out / "report.json").read_text()) == report.model_dump(mode="json")
     assert not [name for name in os.listdir(out) if name.endswith((".partial", ".bin", ".pt")) or name == "publishing"]
+    passage = Passage.model_validate_json((out / "passage.json").read_text())
+    read = torch.from_numpy(LogitCache.open(world / "held").tokens.read(0, 17).astype(np.int64))
+    with torch.no_grad():
+        published = model(read[None, :16]).logits[0].log_softmax(1)
+    assert [one.label_logprob for one in passage.expected] == pytest.approx(
+        published[range(16), read[1:]].tolist(), abs=1e-4
+    ), "of the published weights"
 
     before = {name: (out / name).stat().st_mtime_ns for name in os.listdir(out)}
     assert train(job, lines.append) == report
