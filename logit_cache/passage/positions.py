@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from logit_cache.passage.token_text import TokenTexts
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
+from storage.format.layout import VALUES
 from storage.format.targets import SparseTargets
 
 MOST_POSITIONS = 2000
@@ -79,7 +80,7 @@ def _describe_row(row: SparseTargets, sampled_at: float | None, texts: TokenText
     certain, kept = int(row.certain[0]), int(row.kept[0])
     masses = np.exp(row.logprobs[0, :kept].astype(np.float64))
     sampled_mass = float(masses[certain:].sum())
-    known = {name: _known(getattr(row, name)) for name in ("log_tail", "log_tail_half", "label_logprob", "entropy")}
+    known = {name: _known(getattr(row, name)) for name in VALUES.values()}
     tail = known["log_tail_half" if sampled_at == 2 else "log_tail"]
     weight = None
     if kept > certain and tail is not None:
