@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.exporting.documents import Exported
+from logit_cache.importing.files import IGNORED_LABEL
 from logit_cache.importing.formats import axolotl, distillkit, parquet
 from logit_cache.importing.formats.distillkit_bytes import Settings, packed_ids
 from storage.errors import InputError
@@ -59,8 +60,8 @@ def _plain(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
     offsets = np.cumsum([0, *(len(window.ids) for window in windows)]).astype(np.int32)
     kept = np.concatenate([window.targets.kept for window in windows]).astype(np.int32)
     inner = np.cumsum(np.append(np.int32(0), kept), dtype=np.int32)
-    columns = {parquet.TOKENS: lists([window.ids for window in windows])}
-    for name, array in zip(parquet.NAMES[0], ("token_ids", "logprobs"), strict=True):
+    columns = {parquet.PLAIN.tokens: lists([window.ids for window in windows])}
+    for name, array in ((parquet.PLAIN.ids, "token_ids"), (parquet.PLAIN.values, "logprobs")):
         values = np.concatenate([getattr(window.targets, array)[window.targets.is_kept] for window in windows])
         rows = pa.ListArray.from_arrays(inner, pa.array(values))
         columns[name] = pa.ListArray.from_arrays(offsets, rows)
@@ -89,7 +90,7 @@ def _of_tokens(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
         found: dict[str, NDArray[Any]] = {
             axolotl.TOKENS: window.ids.astype(np.int64),
             "attention_mask": np.ones(len(window.ids), dtype=np.int8),
-            "labels": np.where(trained, window.ids.astype(np.int64), axolotl.IGNORED_LABEL),
+            "labels": np.where(trained, window.ids.astype(np.int64), IGNORED_LABEL),
             axolotl.IDS: _moved(np.where(here, targets.token_ids.astype(np.int64), 0)),
             axolotl.VALUES: _moved(np.where(here, targets.logprobs, np.float32(0))),
             axolotl.MASK: _moved(here.astype(np.int8)),

@@ -64,12 +64,14 @@ class Document:
 class Source:
     """The files that are imported, in their order, and what an importer may need to read them.
 
-    settings: the file of the format's settings, where it has one. notes: for what an importer decides itself.
+    settings: the file of the format's settings, where it has one. column_suffix: of the columns to read, where a file
+    has those of several teachers; None: not said. notes: for what an importer decides itself.
     """
 
     files: list[Path]
     tokenizer: Any
     settings: Path | None = None
+    column_suffix: str | None = None
     notes: dict[str, int] = field(default_factory=dict)
 
     def note(self, sentence: str, count: int = 1) -> None:
@@ -83,10 +85,11 @@ class Format:
 
     suffixes      of files that are looked for in a folder
     recognises    whether a file is one of this format, by its content; False for every other file
-    documents     the documents of a source
+    documents     the documents of a source; what the files are is checked when it is called
     values        what the numbers can be by the format; several: the data decide
     reading       what rows are about by the format; None: the data alone decide
     settings      the file of settings that lies beside the data, without which they cannot be read; None: there is none
+    column_suffix whether there may be columns of several teachers, told apart by a suffix
     slack_nats    by how much the log of a row's sum may exceed 0 through the format's own rounding
     error_nats    bound of the rounding of a log-prob in the format, where it has one
     """
@@ -99,6 +102,7 @@ class Format:
     values: tuple[Values, ...] = ("logprobs",)
     reading: Reading | None = None
     settings: str | None = None
+    column_suffix: bool = False
     slack_nats: float = 0.01
     error_nats: float | None = None
 

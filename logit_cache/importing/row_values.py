@@ -90,7 +90,7 @@ def log_sums(values: NDArray[Any]) -> NDArray[np.float64]:
 
 def as_logs(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Logs of probabilities; -inf of 0."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         found: NDArray[np.float64] = np.log(np.where(np.isfinite(values), values, 0.0))
     return found
 

@@ -3,7 +3,8 @@
 Current: `input_ids` [L], `compressed_logprobs` and `bytepacked_indices`, a row of bytes for each token but the last.
 The settings of the bytes are not in the file: they are in `compression_config.yaml` beside it, or given. A text shorter
 than the longest that the writer took got one padding id at its end, so that its last token has a row: that id is cut
-here. `messages` and `text` are columns of a variant that appends none.
+here. `messages` and `text` are columns of a variant that appends none. `labels` [L], which some have, are -100 where
+nothing is trained.
 
 Packed: the same, with `attention_mask` [L]: not a mask, but the number of the segment that a token belongs to, from 1.
 Each segment is a document; there are as many rows as tokens, and the last one of a segment is about a token that is
@@ -32,6 +33,7 @@ from logit_cache.importing.files import (
     parquet_columns,
     parquet_rows,
     token_array,
+    trained_by_labels,
     wrong,
 )
 from logit_cache.importing.formats.distillkit_bytes import (
@@ -49,6 +51,7 @@ CONFIG = "compression_config.yaml"
 TOKENS, VALUES, IDS, SEGMENTS = "input_ids", "compressed_logprobs", "bytepacked_indices", "attention_mask"
 _LEGACY = ("packed_indices", "exact_values", "coeffs")
 _UNPADDED = {"messages", "text"}
+_LABELS = "labels"
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 Decode = Callable[[slice], Rows]
@@ -81,7 +84,7 @@ def _documents(source: Source) -> Iterator[Document]:
         for where, ids, row in _token_rows(path, (VALUES, IDS), packed):
             decode, rows = partial(_rows, settings, row, where), len(row[VALUES])
             if packed:
-                yield from _segments(file, where, ids, rows, list_array(row[SEGMENTS], where), decode)
+                yield from _segments(file, where, ids, rows, row, decode)
                 continue
             if rows != len(ids) - 1:
                 wrong(where, f"a row for each of {len(ids)} tokens but the last", f"{rows} rows")
@@ -89,16 +92,19 @@ def _documents(source: Source) -> Iterator[Document]:
             if end < longest and int(ids[-1]) == _pad_id(source.tokenizer):
                 end -= 1
                 source.note("documents end with the padding id that DistillKit appends, which was cut")
-            yield Document(file, where, ids[:end], once(partial(decode, slice(None))))
+            trained = _trained(row, ids[:end], where)
+            yield Document(file, where, ids[:end], once(partial(decode, slice(None))), trained)
 
 
 def _token_rows(
     path: Path, columns: tuple[str, ...], packed: bool
 ) -> Iterator[tuple[str, NDArray[np.uint32], dict[str, Any]]]:
     """Where each row is, its tokens, and its columns."""
-    if not {TOKENS, *columns} <= set(parquet_columns(path)):
-        wrong(str(path), f"columns {', '.join((TOKENS, *columns))}, as in the first file", parquet_columns(path))
-    for where, row in parquet_rows(path, [TOKENS, *columns, *([SEGMENTS] if packed else [])]):
+    found = parquet_columns(path)
+    if not {TOKENS, *columns} <= set(found):
+        wrong(str(path), f"columns {', '.join((TOKENS, *columns))}, as in the first file", list(found))
+    more = [name for name in (SEGMENTS, _LABELS) if name in found and (packed or name != SEGMENTS)]
+    for where, row in parquet_rows(path, [TOKENS, *columns, *more]):
         yield where, token_array(list_array(row[TOKENS], where), where, TOKENS), row
 
 
@@ -135,10 +141,21 @@ def _bytes(scalar: Any, width: int, where: str) -> NDArray[np.uint8]:
     return flat.astype(np.uint8, copy=False).reshape(len(lengths), width)
 
 
+def _trained(row: dict[str, Any], ids: NDArray[np.uint32], where: str, start: int = 0) -> NDArray[np.bool_] | None:
+    """Which of the tokens `ids` of a row, from `start` on, are trained on; None for all."""
+    if _LABELS not in row:
+        return None
+    labels = list_array(row[_LABELS], where)[start : start + len(ids)]
+    if len(labels) != len(ids):
+        wrong(where, "a label for each of its tokens", f"{len(labels)} for {len(ids)}")
+    return trained_by_labels(ids, labels, where)
+
+
 def _segments(
-    file: int, where: str, ids: NDArray[np.uint32], rows: int, numbers: NDArray[Any], decode: Decode
+    file: int, where: str, ids: NDArray[np.uint32], rows: int, row: dict[str, Any], decode: Decode
 ) -> Iterator[Document]:
     """The segments of a packed row; 0 is padding."""
+    numbers = list_array(row[SEGMENTS], where)
     if len(numbers) != len(ids) or rows != len(ids):
         wrong(where, f"a segment and a row for each of {len(ids)} tokens", f"{len(numbers)} and {rows}")
     edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(ids)]
@@ -146,7 +163,8 @@ def _segments(
         if stop > start and numbers[start]:
             at = where if len(edges) == 2 else f"{where} segment {int(numbers[start])}"
             part = slice(start, stop)
-            yield Document(file, at, ids[part], once(partial(decode, part)))
+            trained = _trained(row, ids[part], at, start)
+            yield Document(file, at, ids[part], once(partial(decode, part)), trained)
 
 
 def _legacy_documents(source: Source) -> Iterator[Document]:
@@ -156,11 +174,11 @@ def _legacy_documents(source: Source) -> Iterator[Document]:
         for where, ids, row in _token_rows(path, _LEGACY, packed):
             decode, rows = partial(_legacy_rows, settings, row, where), len(row[_LEGACY[0]])
             if packed:
-                yield from _segments(file, where, ids, rows, list_array(row[SEGMENTS], where), decode)
+                yield from _segments(file, where, ids, rows, row, decode)
                 continue
             if not len(ids) - 1 <= rows <= len(ids):
                 wrong(where, f"a row for each of {len(ids)} tokens, or all but the last", f"{rows} rows")
-            yield Document(file, where, ids, once(partial(decode, slice(None))))
+            yield Document(file, where, ids, once(partial(decode, slice(None))), _trained(row, ids, where))
 
 
 def _legacy_rows(settings: LegacySettings, row: dict[str, Any], where: str, part: slice) -> Rows:

@@ -16,6 +16,8 @@ import yaml
 from support.caches.imported import K, Known, V, imported, imports, known, same_targets, whole
 from support.commands import in_process, refused, succeeded
 
+from storage import LogitCache
+
 SETTINGS: dict[str, Any] = {
     "d": V + 1, "k": K, "exact_k": K, "exact_dtype": "float32", "polynomial_terms": [], "term_dtype": "float32",
     "residual_bins": [], "delta_encoding": False, "error_diffusion": False, "normalize_t": False,
@@ -148,7 +150,7 @@ def test_curves_and_residuals(delta: bool, bins: list[Any], data: Known, tmp_pat
 
 
 def test_packed_segments_are_documents_and_their_last_rows_have_no_label(data: Known, tmp_path: Path) -> None:
-    """Two segments in a row and one by itself; the tokens that the last rows are about are gone."""
+    """Two segments in a row; the tokens that the last rows are about are gone. Labels say what is trained on."""
     tops = [data.top(number) for number in range(len(data.tokens))]
     groups = [(0, 1), (2, 3)]
     columns: dict[str, Any] = {
@@ -156,16 +158,22 @@ def test_packed_segments_are_documents_and_their_last_rows_have_no_label(data: K
         "compressed_logprobs": [],
         "bytepacked_indices": [],
         "attention_mask": [],
+        "labels": [],
     }
     for group in groups:
         columns["input_ids"].append(np.concatenate([data.tokens[n] for n in group]).tolist())
         columns["compressed_logprobs"].append([b for n in group for b in value_bytes(tops[n][1], SETTINGS)[0]])
         columns["bytepacked_indices"].append([b for n in group for b in id_bytes(tops[n][0], SETTINGS["d"])])
         columns["attention_mask"].append([place for place, n in enumerate(group, 1) for _ in data.tokens[n]])
+        columns["labels"].append([label for n in group for label in [-100, -100, *data.tokens[n].tolist()[2:]]])
     folder = write(tmp_path / "logits", columns, SETTINGS)
     entry = imported(tmp_path, folder, "distillkit", "--encoding", "float32")
     same_targets(entry, data, [range(len(tokens)) for tokens in data.tokens])
     assert entry.entry.targets.positions == "all"
+    mask = LogitCache.open(tmp_path / "cache").loss_mask
+    assert mask is not None
+    ends = [*(data.starts[1:] - 1).tolist(), len(entry) - 1]
+    assert np.flatnonzero(~mask.read(0, len(entry))).tolist() == sorted([*data.starts.tolist(), *ends])
 
 
 def test_the_variant_with_texts_appends_no_padding(data: Known, tmp_path: Path) -> None:
