@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,14 @@ class Format:
     column_suffix: bool = False
     slack_nats: float = 0.01
     error_nats: float | None = None
+
+
+def segments(numbers: NDArray[Any]) -> Iterator[tuple[int, slice]]:
+    """The segments of a packed row by the number of each token's, [L]: the number, and the tokens; 0 is padding."""
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    for start, stop in pairwise(edges):
+        if stop > start and numbers[start]:
+            yield int(numbers[start]), slice(start, stop)
 
 
 def ragged(lengths: NDArray[np.int64], flat: NDArray[Any], missing: float) -> NDArray[Any]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from logit_cache.importing.document import Document, Format, Rows, Source
+from logit_cache.importing.document import Document, Format, Rows, Source, segments
 from logit_cache.importing.files import (
     list_array,
     lists_array,
@@ -154,17 +153,13 @@ def _trained(row: dict[str, Any], ids: NDArray[np.uint32], where: str, start: in
 def _segments(
     file: int, where: str, ids: NDArray[np.uint32], rows: int, row: dict[str, Any], decode: Decode
 ) -> Iterator[Document]:
-    """The segments of a packed row; 0 is padding."""
+    """The segments of a packed row."""
     numbers = list_array(row[SEGMENTS], where)
     if len(numbers) != len(ids) or rows != len(ids):
         wrong(where, f"a segment and a row for each of {len(ids)} tokens", f"{len(numbers)} and {rows}")
-    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(ids)]
-    for start, stop in pairwise(edges):
-        if stop > start and numbers[start]:
-            at = where if len(edges) == 2 else f"{where} segment {int(numbers[start])}"
-            part = slice(start, stop)
-            trained = _trained(row, ids[part], at, start)
-            yield Document(file, at, ids[part], once(partial(decode, part)), trained)
+    for number, part in segments(numbers):
+        at = f"{where} segment {number}"
+        yield Document(file, at, ids[part], once(partial(decode, part)), _trained(row, ids[part], at, part.start))
 
 
 def _legacy_documents(source: Source) -> Iterator[Document]:
