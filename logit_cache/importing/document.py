@@ -33,6 +33,8 @@ class Rows:
     label    float64 [R]     the log-prob of the token that a row is about, whether the row holds it or not; NaN where
              it is not known; None where the format does not have it
     dense    float32 [R, V]  log-probs of all ids, in place of ids and values, which are then empty
+    exact    the columns from this one on hold numbers of a fitted curve, which is off by nats, in the least ones above
+             all; None: all are exact
     """
 
     start: int
@@ -40,6 +42,7 @@ class Rows:
     values: NDArray[np.float64]
     label: NDArray[np.float64] | None = None
     dense: NDArray[np.float32] | None = None
+    exact: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids if self.dense is None else self.dense)

@@ -91,7 +91,7 @@ def import_entry(job: ImportJob, track: Track = untracked) -> Imported:
         arrays = spool.arrays()
         cache = _cache(job, spool, arrays, found_files, tokenizer, tokenizer_files)
         writer = EntryWriter.open(job.out, job.name, _entry(job, chosen, cache, surveyed, found_files))
-        made = ShardSource(writer.entry, surveyed, arrays["document_starts"])
+        made = ShardSource(writer.entry, surveyed, arrays["document_starts"], chosen.slack_nats)
         with track(f"import {job.name}", cache.record.corpus.positions, "positions") as advance:
             write_shards(writer, made, chosen.documents(source), advance)
         _check_unchanged(every, found_files)

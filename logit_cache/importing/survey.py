@@ -155,6 +155,11 @@ class Survey:
             raise InputError(f"{self._job.source}: no row of it has an id with a finite number; give other files")
         values: Values
         values, are_probabilities = ("dense", False) if self._dense else self._kind.decided()
+        if values == "logprobs" and self._kind.scaled:
+            self._source.note(
+                "rows add up to more than 1 by their fits, which are scaled to what the exact numbers leave",
+                self._kind.scaled,
+            )
         alignment = self._evidence.decided(self._format.reading, self._job.alignment, self._format.name)
         return Surveyed(
             values=values,

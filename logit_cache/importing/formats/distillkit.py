@@ -110,7 +110,7 @@ def _token_rows(
 def _rows(settings: Settings, row: dict[str, Any], where: str, part: slice) -> Rows:
     values = _bytes(row[VALUES], settings.value_bytes, f"{where}, {VALUES}")[part]
     ids = _bytes(row[IDS], settings.id_bytes, f"{where}, {IDS}")[part]
-    return Rows(0, unpacked_ids(ids, settings), decoded_values(values, settings))
+    return Rows(0, unpacked_ids(ids, settings), decoded_values(values, settings), exact=settings.exact_k)
 
 
 def _columns_of(path: Path) -> tuple[bool, bool]:
@@ -182,7 +182,7 @@ def _legacy_rows(settings: LegacySettings, row: dict[str, Any], where: str, part
         for name, width in zip(_LEGACY, (settings.words, settings.exact_k, settings.coefficients), strict=True)
     )
     ids = legacy_ids(words.astype(np.uint64), settings)
-    return Rows(0, ids, legacy_values(exact, coefficients, settings))
+    return Rows(0, ids, legacy_values(exact, coefficients, settings), exact=settings.exact_k)
 
 
 def _numbers(scalar: Any, width: int | None, where: str) -> NDArray[Any]:
