@@ -75,8 +75,8 @@ def _with_mask(columns: dict[str, Any], windows: Sequence[Exported]) -> pyarrow.
     return pa.table(columns | ({"loss_mask": lists(trained)} if trained else {}))
 
 
-def _of_tokens(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
-    """axolotl: entry i is about token i; the first one has none, and the last row of a window is about no token."""
+def _as_trained(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
+    """axolotl: its trainer compares entry i with what the student predicts after token i."""
     import pyarrow as pa
 
     columns: dict[str, list[NDArray[Any]]] = {
@@ -85,24 +85,18 @@ def _of_tokens(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
     for window in windows:
         targets = window.targets
         here = targets.is_kept
-        export.left_out += int(window.has_row[-1])
         trained = np.ones(len(window.ids), dtype=bool) if window.trained is None else window.trained
         found: dict[str, NDArray[Any]] = {
             axolotl.TOKENS: window.ids.astype(np.int64),
             "attention_mask": np.ones(len(window.ids), dtype=np.int8),
             "labels": np.where(trained, window.ids.astype(np.int64), IGNORED_LABEL),
-            axolotl.IDS: _moved(np.where(here, targets.token_ids.astype(np.int64), 0)),
-            axolotl.VALUES: _moved(np.where(here, targets.logprobs, np.float32(0))),
-            axolotl.MASK: _moved(here.astype(np.int8)),
+            axolotl.IDS: np.where(here, targets.token_ids.astype(np.int64), 0),
+            axolotl.VALUES: np.where(here, targets.logprobs, np.float32(0)),
+            axolotl.MASK: here.astype(np.int8),
         }
         for name, values in found.items():
             columns[name].append(values)
     return pa.table({name: lists(values) for name, values in columns.items()})
-
-
-def _moved(rows: NDArray[Any]) -> NDArray[Any]:
-    """Rows [L, K] one further on, with zeros in front."""
-    return np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
 
 
 def settings(export: Export) -> Settings:
@@ -145,6 +139,6 @@ def _settings_file(export: Export) -> dict[str, Any]:
 
 WRITERS = {
     "parquet": Writer(_plain),
-    "axolotl": Writer(_of_tokens),
+    "axolotl": Writer(_as_trained),
     "distillkit": Writer(_bytes, _settings_file, tail_needed=True),
 }

@@ -1,7 +1,8 @@
 """axolotl's data sets for distillation, Parquet or JSON lines: tokens, or conversations with the log-probs of a reply.
 
 Tokens: `input_ids` [L], `target_logprobs` and `target_token_ids` [L][k] with `target_mask` [L][k], as its trainer holds
-them; entry i is about token i. `labels` [L] are -100 where nothing is trained.
+them. Its own rows are about their own token, and since June 2025 its loss takes them for rows of the next one: the data
+say which they are. `labels` [L] are -100 where nothing is trained.
 
 Conversations: a column of messages, and the reply that a teacher gave to them, entry j about its token j: lists of
 `token` ("token_id:<n>") and `logprob` in one column, or `target_token_ids` and a column of log-probs. What the tokens
@@ -208,5 +209,4 @@ FORMAT = Format(
     recognises=_recognises,
     documents=_documents,
     values=("logprobs", "unnormalised"),
-    reading="of",
 )
