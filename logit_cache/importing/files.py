@@ -77,18 +77,18 @@ def parquet_columns(path: Path) -> dict[str, int]:
     import pyarrow.parquet
 
     try:
-        return {field.name: list_depth(field.type) for field in pyarrow.parquet.read_schema(path)}
+        return {field.name: _depth(field.type) for field in pyarrow.parquet.read_schema(path)}
     except (pyarrow.ArrowException, OSError):
         return {}
 
 
-def list_depth(kind: Any) -> int:
+def _depth(kind: Any) -> int:
     """How many lists deep values of a type of pyarrow are."""
     import pyarrow
 
     types = pyarrow.types
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return 1 + list_depth(kind.value_type) if is_list else 0
+    return 1 + _depth(kind.value_type) if is_list else 0
 
 
 def parquet_rows(path: Path, columns: list[str], nulls: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -138,7 +138,7 @@ def list_lengths(lists: Any, where: str) -> tuple[NDArray[np.int64], NDArray[Any
 
     if lists is None or not len(lists):
         return np.zeros(0, dtype=np.int64), np.zeros(0)
-    if not list_depth(lists.type):
+    if not _depth(lists.type):
         raise InputError(f"{where}: expected a list of numbers for each of its tokens, found one list")
     lengths = pyarrow.compute.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     flat = lists.flatten()

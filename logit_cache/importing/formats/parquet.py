@@ -22,7 +22,6 @@ from logit_cache.importing.document import NO_ID, Document, Format, Rows, Source
 from logit_cache.importing.files import (
     id_columns,
     list_array,
-    list_depth,
     list_lengths,
     lists_array,
     once,
@@ -41,12 +40,13 @@ _MASKED_LM = "teacher_mask_indices"
 @dataclass(frozen=True)
 class Layout:
     """Names of columns: of tokens, ids and their numbers; where those two are one, pairs of lists. rows: that of a mask
-    [L] of the tokens that have targets."""
+    [L] of the tokens that have targets. flat: ids and numbers lie one after the other."""
 
     tokens: str
     ids: str
     values: str
     rows: str | None = None
+    flat: bool = False
 
     @property
     def needed(self) -> list[str]:
@@ -66,7 +66,7 @@ LAYOUTS = (
     Layout("input_ids", "token_ids", "top_values"),
     Layout("input_ids", "index", "exp_logits"),
     Layout("input_ids", "topk_indices_model", "topk_logits_model"),
-    Layout("input_ids", "teacher_ids_bpe", "teacher_probs_bpe", "teacher_mask_bpe"),
+    Layout("input_ids", "teacher_ids_bpe", "teacher_probs_bpe", "teacher_mask_bpe", flat=True),
     Layout("inputs", "targets", "targets"),
 )
 
@@ -151,14 +151,15 @@ def _id_columns(
     """Ids int64 [R, k] and their numbers float64 [R, k] from a row of any of the three forms."""
     if layout.ids == layout.values:
         return _pairs(row[layout.ids], where)
-    lists = [_lists(row[name], tokens, where) for name in (layout.ids, layout.values)]
+    lists = [
+        _flat(row[name], tokens, where) if layout.flat else lists_array(row[name], where)
+        for name in (layout.ids, layout.values)
+    ]
     return id_columns(lists[0], lists[1], where)
 
 
-def _lists(scalar: Any, tokens: int, where: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Lengths and numbers of the lists of a row; of one list, as many numbers for each token."""
-    if list_depth(scalar.type) != 1:
-        return lists_array(scalar, where)
+def _flat(scalar: Any, tokens: int, where: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Lengths and numbers of a list that has as many numbers for each token."""
     flat = list_array(scalar, where)
     each, rest = divmod(len(flat), max(tokens, 1))
     if rest:

@@ -173,6 +173,13 @@ def test_what_is_none_of_these(change: dict[str, Any], said: tuple[str, ...], da
     assert not (tmp_path / "cache").exists()
 
 
+def test_flat_lists_are_of_their_layout_alone(data: Known, tmp_path: Path) -> None:
+    """A number for each token in other columns is no distribution, but often the log-prob of that token alone."""
+    found = {"input_ids": [tokens.tolist() for tokens in data.tokens]}
+    found |= {"token_ids": found["input_ids"], "logprobs": [[-1.0] * LENGTH for _ in data.tokens]}
+    refused(imports(tmp_path, write(tmp_path / "d.parquet", found), "parquet"), "row 0", "found one list")
+
+
 def test_flat_lists_of_another_length(data: Known, tmp_path: Path) -> None:
     found = flat(data)
     found["teacher_ids_bpe"][1].pop()
