@@ -59,12 +59,20 @@ class Cleaned:
     fitted: NDArray[np.bool_] | None
 
 
-def cleaned(rows: Rows, vocabulary_size: int, where: str) -> Cleaned:
-    """Raises InputError for an infinite number, and for an id that comes twice in a row."""
+def cleaned(rows: Rows, vocabulary_size: int, where: str, probabilities: bool) -> Cleaned:
+    """Raises InputError for an infinite number, and for an id that comes twice in a row.
+
+    probabilities: whether the numbers may be such. Where they look so, an id of probability 0 has none: rows of one
+    length are filled with those, of any id.
+    """
     ids, values = rows.ids, rows.values
     if (values == np.inf).any():
         raise InputError(f"{where}: a row holds an infinite number; the file is damaged, or not of this format")
     finite = np.isfinite(values)
+    if probabilities:
+        positive = (values > 0).any(axis=1, keepdims=True)
+        negative = (finite & (values < 0)).any(axis=1, keepdims=True)
+        finite &= (values != 0) | ~positive | negative
     inside = (ids >= 0) & (ids < vocabulary_size)
     outside = np.where(finite & ~inside, values, -np.inf)
     strange = np.stack([log_sums(outside), log_sums(as_logs(np.maximum(outside, 0.0)))], axis=1)

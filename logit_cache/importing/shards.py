@@ -131,7 +131,7 @@ class ShardSource:
         label = np.full(len(inside), np.nan) if rows.label is None else rows.label[inside]
         some = replace(rows, ids=rows.ids[inside], values=rows.values[inside])
         found = normalised(
-            cleaned(some, entry.vocabulary_size, document.where),
+            cleaned(some, entry.vocabulary_size, document.where, surveyed.are_probabilities),
             surveyed.values,
             surveyed.are_probabilities,
             entry.targets.k,

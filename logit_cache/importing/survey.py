@@ -58,6 +58,7 @@ class Survey:
         asked: tuple[Values, ...] = format.values
         if job.values is not None:
             asked = ("unnormalised" if job.values == "logits" else job.values,)
+        self._may_be_probabilities = "probabilities" in asked
         self._kind = ValueKind(asked, format.slack_nats, vocabulary_size)
         self._evidence = Evidence()
         self._dense = format.values == ("dense",)
@@ -99,7 +100,7 @@ class Survey:
         )
 
     def _sparse_rows(self, document: Document, rows: Rows) -> NDArray[np.bool_]:
-        clean = cleaned(rows, self._vocabulary_size, document.where)
+        clean = cleaned(rows, self._vocabulary_size, document.where, self._may_be_probabilities)
         logprobs = self._kind.add(clean, rows.start, document.where)
         self._check_strange(document, rows, clean)
         self._evidence.add(document.ids, rows.start, clean.ids, logprobs)

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from array_record.python import array_record_module
 from support.caches.imported import K, Known, imported, imports, known, same_targets
 from support.commands import in_process, refused, succeeded
 
 from storage import LogitCache
 
+array_record_module = pytest.importorskip(
+    "array_record.python.array_record_module",
+    reason="array_record is not installed: pip install 'logit-cache[maxtext]'",
+)
 LENGTH, PROMPT = 70, 4
 
 

@@ -64,6 +64,11 @@ def flat(data: Known) -> dict[str, Any]:
     return found
 
 
+def filled(flat: list[Any], fill: float) -> list[Any]:
+    """Lists of K numbers, one after the other, with two more in each."""
+    return [number for row in np.reshape(flat, (-1, K)).tolist() for number in [*row, fill, fill]]
+
+
 def normalised(data: Known, among: str) -> dict[str, Any]:
     """Logits, and probabilities of the same ids: over the vocabulary, or among the ids."""
     found: dict[str, Any] = {"input_ids": [tokens.tolist() for tokens in data.tokens], "token_ids": []}
@@ -102,7 +107,11 @@ def test_pairs_of_log_probs_and_ids(data: Known, tmp_path: Path) -> None:
 
 
 def test_flat_lists_labels_and_a_mask_of_rows(data: Known, tmp_path: Path) -> None:
-    entry = imported(tmp_path, write(tmp_path / "d.parquet", flat(data)), "parquet", "--encoding", "float32")
+    """Rows of one length are filled with an id of no probability, which comes twice, or thrice."""
+    found = flat(data)
+    for name, fill in (("teacher_probs_bpe", 0.0), ("teacher_ids_bpe", 5)):
+        found[name] = [filled(row, fill) for row in found[name]]
+    entry = imported(tmp_path, write(tmp_path / "d.parquet", found), "parquet", "--encoding", "float32")
     rows = [[row for row in range(LENGTH) if row != 3] for _ in data.tokens]
     same_targets(entry, data, rows)  # type: ignore[arg-type]
     assert (trained(tmp_path) == [PROMPT - 1 <= row < LENGTH - 1 for row in range(LENGTH)]).all()
