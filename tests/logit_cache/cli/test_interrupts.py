@@ -30,7 +30,7 @@ def test_the_commands_that_resume_say_so() -> None:
     every = {**COMMANDS, **group.commands}
     resuming = {name for name, found in every.items() if isinstance(found, cli_command.Command) and found.resumes}
     assert every.keys() - resuming == {
-        "logit-cache", "audit", "doctor", "evaluate", "inspect", "list", "plan", "report", "status", "verify",
+        "logit-cache", "audit", "doctor", "evaluate", "export", "inspect", "list", "plan", "report", "status", "verify",
     }  # fmt: skip
 
 
