@@ -79,6 +79,7 @@ def _copy(function: Any, as_json: bool, flags: dict[str, Any]) -> None:
 @click.option("--tokenizer", help="That of the teacher: a folder, a cache or a hub id.  [default: the cache's own]")
 @click.option("--teacher", metavar="NAME", help="What the files' maker says the teacher is; recorded, not checked.")
 @click.option("--compression-config", metavar="FILE", help="DistillKit: the settings.  [default: beside the data]")
+@click.option("--column-suffix", help="Parquet: of the columns of one teacher, where files hold several.")
 @click.option("--values", help="logprobs, probabilities or logits (no normaliser).  [default: the data decide]")
 @click.option("--alignment", help="Rows are about the token after theirs, or of theirs.  [default: the data decide]")
 @click.option("-k", "--k", type=int, help="Keep at most this many ids of a row.  [default: all; of whole ones, 64]")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.exporting.documents import Exported
+from logit_cache.importing.files import IGNORED_LABEL
 from logit_cache.importing.formats import axolotl, distillkit, parquet
 from logit_cache.importing.formats.distillkit_bytes import Settings, packed_ids
 from storage.errors import InputError
@@ -59,8 +60,8 @@ def _plain(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
     offsets = np.cumsum([0, *(len(window.ids) for window in windows)]).astype(np.int32)
     kept = np.concatenate([window.targets.kept for window in windows]).astype(np.int32)
     inner = np.cumsum(np.append(np.int32(0), kept), dtype=np.int32)
-    columns = {parquet.TOKENS: lists([window.ids for window in windows])}
-    for name, array in zip(parquet.NAMES[0], ("token_ids", "logprobs"), strict=True):
+    columns = {parquet.PLAIN.tokens: lists([window.ids for window in windows])}
+    for name, array in ((parquet.PLAIN.ids, "token_ids"), (parquet.PLAIN.values, "logprobs")):
         values = np.concatenate([getattr(window.targets, array)[window.targets.is_kept] for window in windows])
         rows = pa.ListArray.from_arrays(inner, pa.array(values))
         columns[name] = pa.ListArray.from_arrays(offsets, rows)
@@ -74,8 +75,8 @@ def _with_mask(columns: dict[str, Any], windows: Sequence[Exported]) -> pyarrow.
     return pa.table(columns | ({"loss_mask": lists(trained)} if trained else {}))
 
 
-def _of_tokens(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
-    """axolotl: entry i is about token i; the first one has none, and the last row of a window is about no token."""
+def _as_trained(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
+    """axolotl: its trainer compares entry i with what the student predicts after token i."""
     import pyarrow as pa
 
     columns: dict[str, list[NDArray[Any]]] = {
@@ -84,24 +85,18 @@ def _of_tokens(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
     for window in windows:
         targets = window.targets
         here = targets.is_kept
-        export.left_out += int(window.has_row[-1])
         trained = np.ones(len(window.ids), dtype=bool) if window.trained is None else window.trained
         found: dict[str, NDArray[Any]] = {
             axolotl.TOKENS: window.ids.astype(np.int64),
             "attention_mask": np.ones(len(window.ids), dtype=np.int8),
-            "labels": np.where(trained, window.ids.astype(np.int64), axolotl.IGNORED_LABEL),
-            axolotl.IDS: _moved(np.where(here, targets.token_ids.astype(np.int64), 0)),
-            axolotl.VALUES: _moved(np.where(here, targets.logprobs, np.float32(0))),
-            axolotl.MASK: _moved(here.astype(np.int8)),
+            "labels": np.where(trained, window.ids.astype(np.int64), IGNORED_LABEL),
+            axolotl.IDS: np.where(here, targets.token_ids.astype(np.int64), 0),
+            axolotl.VALUES: np.where(here, targets.logprobs, np.float32(0)),
+            axolotl.MASK: here.astype(np.int8),
         }
         for name, values in found.items():
             columns[name].append(values)
     return pa.table({name: lists(values) for name, values in columns.items()})
-
-
-def _moved(rows: NDArray[Any]) -> NDArray[Any]:
-    """Rows [L, K] one further on, with zeros in front."""
-    return np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
 
 
 def settings(export: Export) -> Settings:
@@ -144,6 +139,6 @@ def _settings_file(export: Export) -> dict[str, Any]:
 
 WRITERS = {
     "parquet": Writer(_plain),
-    "axolotl": Writer(_of_tokens),
+    "axolotl": Writer(_as_trained),
     "distillkit": Writer(_bytes, _settings_file, tail_needed=True),
 }

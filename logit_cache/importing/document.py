@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ class Rows:
     label    float64 [R]     the log-prob of the token that a row is about, whether the row holds it or not; NaN where
              it is not known; None where the format does not have it
     dense    float32 [R, V]  log-probs of all ids, in place of ids and values, which are then empty
+    exact    the columns from this one on hold numbers of a fitted curve, which is off by nats, in the least ones above
+             all; None: all are exact
     """
 
     start: int
@@ -38,6 +41,7 @@ class Rows:
     values: NDArray[np.float64]
     label: NDArray[np.float64] | None = None
     dense: NDArray[np.float32] | None = None
+    exact: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids if self.dense is None else self.dense)
@@ -63,12 +67,14 @@ class Document:
 class Source:
     """The files that are imported, in their order, and what an importer may need to read them.
 
-    settings: the file of the format's settings, where it has one. notes: for what an importer decides itself.
+    settings: the file of the format's settings, where it has one. column_suffix: of the columns to read, where a file
+    has those of several teachers; None: not said. notes: for what an importer decides itself.
     """
 
     files: list[Path]
     tokenizer: Any
     settings: Path | None = None
+    column_suffix: str | None = None
     notes: dict[str, int] = field(default_factory=dict)
 
     def note(self, sentence: str, count: int = 1) -> None:
@@ -82,10 +88,11 @@ class Format:
 
     suffixes      of files that are looked for in a folder
     recognises    whether a file is one of this format, by its content; False for every other file
-    documents     the documents of a source
+    documents     the documents of a source; what the files are is checked when it is called
     values        what the numbers can be by the format; several: the data decide
     reading       what rows are about by the format; None: the data alone decide
     settings      the file of settings that lies beside the data, without which they cannot be read; None: there is none
+    column_suffix whether there may be columns of several teachers, told apart by a suffix
     slack_nats    by how much the log of a row's sum may exceed 0 through the format's own rounding
     error_nats    bound of the rounding of a log-prob in the format, where it has one
     """
@@ -98,8 +105,17 @@ class Format:
     values: tuple[Values, ...] = ("logprobs",)
     reading: Reading | None = None
     settings: str | None = None
+    column_suffix: bool = False
     slack_nats: float = 0.01
     error_nats: float | None = None
+
+
+def segments(numbers: NDArray[Any]) -> Iterator[tuple[int, slice]]:
+    """The segments of a packed row by the number of each token's, [L]: the number, and the tokens; 0 is padding."""
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    for start, stop in pairwise(edges):
+        if stop > start and numbers[start]:
+            yield int(numbers[start]), slice(start, stop)
 
 
 def ragged(lengths: NDArray[np.int64], flat: NDArray[Any], missing: float) -> NDArray[Any]:

@@ -24,6 +24,8 @@ from storage.progress import Advance
 
 _BLOCK = 1 << 22
 _BATCH_ROWS = 16
+# In labels: not trained on.
+IGNORED_LABEL = -100
 
 
 def source_files(source: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -69,15 +71,24 @@ def digests(files: list[Path], advance: Advance) -> tuple[SourceFile, ...]:
     return tuple(found)
 
 
-def parquet_columns(path: Path) -> list[str]:
-    """The columns of a Parquet file; none of a file of another kind."""
+def parquet_columns(path: Path) -> dict[str, int]:
+    """The columns of a Parquet file, and how many lists deep the values of each are; none of a file of another kind."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return list(pyarrow.parquet.read_schema(path).names)
+        return {field.name: _depth(field.type) for field in pyarrow.parquet.read_schema(path)}
     except (pyarrow.ArrowException, OSError):
-        return []
+        return {}
+
+
+def _depth(kind: Any) -> int:
+    """How many lists deep values of a type of pyarrow are."""
+    import pyarrow
+
+    types = pyarrow.types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return 1 + _depth(kind.value_type) if is_list else 0
 
 
 def parquet_rows(path: Path, columns: list[str], nulls: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -118,23 +129,22 @@ def list_array(scalar: Any, where: str) -> NDArray[Any]:
 
 def lists_array(scalar: Any, where: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """A list of lists of numbers: the length of each, int64 [R], and all numbers one after the other."""
-    lists = scalar.values
+    return list_lengths(scalar.values, where)
+
+
+def list_lengths(lists: Any, where: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """The same of an array of lists. One that is missing is empty. Raises InputError for other arrays."""
+    import pyarrow.compute
+
     if lists is None or not len(lists):
         return np.zeros(0, dtype=np.int64), np.zeros(0)
-    if not hasattr(lists, "flatten") or not hasattr(lists, "value_lengths"):
+    if not _depth(lists.type):
         raise InputError(f"{where}: expected a list of numbers for each of its tokens, found one list")
-    if lists.null_count:
-        return _with_empty(lists), lists.flatten().to_numpy(zero_copy_only=False)
+    lengths = pyarrow.compute.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     flat = lists.flatten()
     if flat.null_count:
         raise InputError(f"{where}: a number in one of its lists is missing")
-    return lists.value_lengths().to_numpy().astype(np.int64), flat.to_numpy(zero_copy_only=False)
-
-
-def _with_empty(lists: Any) -> NDArray[np.int64]:
-    """Lengths of lists of which some are null, which are rows without targets."""
-    found: NDArray[np.int64] = lists.value_lengths().fill_null(0).to_numpy().astype(np.int64)
-    return found
+    return lengths, flat.to_numpy(zero_copy_only=False)
 
 
 def id_columns(
@@ -199,6 +209,21 @@ def token_array(values: Any, where: str, name: str) -> NDArray[np.uint32]:
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{where}: {name} is no list of token ids ({error})") from None
     return found.astype(np.uint32)
+
+
+def trained_by_labels(ids: NDArray[np.uint32], labels: NDArray[Any], where: str) -> NDArray[np.bool_] | None:
+    """Which tokens are trained on, bool [L], by labels [L]: the tokens, or those after them, and -100 where nothing is.
+
+    None where all are. Raises InputError for labels that are neither.
+    """
+    here = labels != IGNORED_LABEL
+    if bool((~here | (labels == ids)).all()):
+        trained = here
+    elif bool((~here[:-1] | (labels[:-1] == ids[1:])).all()):
+        trained = np.append(True, here[:-1])
+    else:
+        wrong(where, f"labels that are its tokens, the next ones, or {IGNORED_LABEL}", "others")
+    return None if trained[1:].all() else trained
 
 
 def wrong(where: str, expected: str, found: object) -> NoReturn:

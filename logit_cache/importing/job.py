@@ -30,7 +30,8 @@ class ImportJob(Settings):
 
     out: a new cache, or one whose token stream is the files'. k: at most so many ids of a row; by default all that a
     file has, and 64 of whole distributions. targets, seed: of whole distributions alone. values, alignment: what is
-    otherwise decided by the data. teacher: what the files' maker says of the model.
+    otherwise decided by the data. column_suffix: of the columns of one teacher, in files of several. teacher: what the
+    files' maker says of the model.
     """
 
     source: Annotated[str, Field(min_length=1)]
@@ -40,6 +41,7 @@ class ImportJob(Settings):
     tokenizer: str | None = None
     teacher: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     compression_config: str | None = None
+    column_suffix: str | None = None
     values: Literal["logprobs", "probabilities", "logits"] | None = None
     alignment: Literal["after", "of"] | None = None
     k: KeptIds | None = None

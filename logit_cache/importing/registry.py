@@ -6,7 +6,7 @@ from pathlib import Path
 
 from logit_cache.importing.document import Format
 from logit_cache.importing.files import source_files
-from logit_cache.importing.formats import axolotl, distillkit, llama_cpp, nemo, parquet, sglang, vllm
+from logit_cache.importing.formats import axolotl, distillkit, llama_cpp, maxtext, nemo, parquet, sglang, vllm
 from storage.errors import InputError
 
 FORMATS: dict[str, Format] = {
@@ -20,6 +20,7 @@ FORMATS: dict[str, Format] = {
         axolotl.FORMAT,
         nemo.FORMAT,
         llama_cpp.FORMAT,
+        maxtext.FORMAT,
     )
 }
 

@@ -8,6 +8,9 @@ Legend: `R` rows, `K` columns, `V` vocabulary size. With `S` the sum of a row's 
 The difference 1 - S is taken in float64, so its error is that of the numbers themselves, which files have in float32
 or less. A sum that exceeds 1 by the format's rounding is made 1. Numbers that were decoded with wrong settings, and ids
 that were sampled, leave more mass to the others than these can have (`logit_cache.fidelity.row_bounds`).
+
+Numbers of a fitted curve are off by nats. Their mean is right, and takes the place of the least. Where they make a row
+exceed a sum of 1 by more than rounding, they are scaled to what the exact ones leave.
 """
 
 from __future__ import annotations
@@ -24,8 +27,12 @@ from storage.errors import InputError
 MOST_DROPPED_MASS = 0.01
 # Sums of rows that were normalised among their own ids, by the precision of float32.
 _CLOSED_NATS = 1e-5
-# Of rows whose mass outside exceeds its bound: more are no accident of a format's rounding.
-_MOST_UNBOUNDED = 0.01
+# Of rows that exceed a sum of 1, and of those whose mass outside exceeds its bound: more are no accident of a format's
+# rounding, or of its fits.
+_MOST_OVER = {False: 0.0, True: 0.5}
+_MOST_UNBOUNDED = {False: 0.01, True: 0.5}
+# Of the sum of a row's exact numbers, where they leave nothing to the fitted ones but their rounding.
+_LEAST_ROOM = 0.01
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Cleaned:
     strange    float64 [R, 2]  of the ids outside the vocabulary, which are left out: the log of the sum of exp of their
                numbers, and the log of the sum of the numbers
     dropped    how many ids were left out
+    fitted     bool [R, K], those of a curve; None: all are exact
     """
 
     ids: NDArray[np.int64]
@@ -45,24 +53,41 @@ class Cleaned:
     kept: NDArray[np.int64]
     strange: NDArray[np.float64]
     dropped: int
+    fitted: NDArray[np.bool_] | None
 
 
-def cleaned(rows: Rows, vocabulary_size: int, where: str) -> Cleaned:
-    """Raises InputError for an infinite number, and for an id that comes twice in a row."""
+def cleaned(rows: Rows, vocabulary_size: int, where: str, probabilities: bool) -> Cleaned:
+    """Raises InputError for an infinite number, and for an id that comes twice in a row.
+
+    probabilities: whether the numbers may be such. Where they look so, an id of probability 0 has none: rows of one
+    length are filled with those, of any id.
+    """
     ids, values = rows.ids, rows.values
     if (values == np.inf).any():
         raise InputError(f"{where}: a row holds an infinite number; the file is damaged, or not of this format")
     finite = np.isfinite(values)
+    if probabilities:
+        positive = (values > 0).any(axis=1, keepdims=True)
+        negative = (finite & (values < 0)).any(axis=1, keepdims=True)
+        finite &= (values != 0) | ~positive | negative
     inside = (ids >= 0) & (ids < vocabulary_size)
     outside = np.where(finite & ~inside, values, -np.inf)
     strange = np.stack([log_sums(outside), log_sums(as_logs(np.maximum(outside, 0.0)))], axis=1)
     here = finite & inside
     dropped = int(np.count_nonzero((ids != NO_ID) & ~here))
     ids, values = np.where(here, ids, NO_ID), np.where(here, values, -np.inf)
-    order = np.lexsort(np.stack([ids, -values]), axis=-1)
-    ids, values = np.take_along_axis(ids, order, axis=1), np.take_along_axis(values, order, axis=1)
+    order, ids, values = _by_value(ids, values)
     _check_distinct(ids, rows.start, where)
-    return Cleaned(ids, values, here.sum(axis=1), strange, dropped)
+    fitted = None if rows.exact is None or rows.exact >= ids.shape[1] else order >= rows.exact
+    return Cleaned(ids, values, here.sum(axis=1), strange, dropped, fitted)
+
+
+def _by_value(
+    ids: NDArray[np.int64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.float64]]:
+    """The order of the columns of each row, largest first, equal ones by ascending id; and the rows in it."""
+    order = np.lexsort(np.stack([ids, -values]), axis=-1)
+    return order, np.take_along_axis(ids, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
 def _check_distinct(ids: NDArray[np.int64], start: int, where: str) -> None:
@@ -94,6 +119,8 @@ class ValueKind:
         self._slack = slack_nats
         self._vocabulary_size = vocabulary_size
         self.rows = 0
+        self._over = 0  # rows whose sum exceeds 1 by more than the format's rounding
+        self._fitted = False
         self._are_probabilities = "probabilities" in allowed
         self._largest_log_sum = -np.inf
         self._worst = ""
@@ -110,6 +137,8 @@ class ValueKind:
         sums = np.where(rows.values > -np.inf, rows.values, 0.0).sum(axis=1)
         logs = log_sums(rows.values)
         self.rows += int(np.count_nonzero(there))
+        self._over += int(np.count_nonzero(logs > self._slack))
+        self._fitted |= rows.fitted is not None
         self._largest_sum = max(self._largest_sum, float(sums[there].max(initial=-np.inf)))
         largest = float(logs.max(initial=-np.inf))
         if largest > self._largest_log_sum:
@@ -122,16 +151,19 @@ class ValueKind:
         self._furthest = max(self._furthest, float(off.max(initial=0.0)))
         shown = np.where(looks[:, None], as_logs(np.where(looks[:, None], rows.values, 0.0)), rows.values)
         shown = shown - np.maximum(log_sums(shown), 0.0)[:, None]
-        self._unbounded += self._count_unbounded(shown[partial], rows.kept[partial])
+        self._unbounded += self._count_unbounded(shown[partial], rows.kept[partial], rows.fitted is not None)
         return shown
 
-    def _count_unbounded(self, logprobs: NDArray[np.float64], kept: NDArray[np.int64]) -> int:
+    def _count_unbounded(self, logprobs: NDArray[np.float64], kept: NDArray[np.int64], fitted: bool) -> int:
         """The rows that leave more mass than V - kept ids can have, each with no more than the least one there."""
         if not len(kept):
             return 0
+        least = least_logprob(logprobs)
+        if fitted:
+            least = np.where(logprobs > -np.inf, logprobs, 0.0).sum(axis=1) / kept
         with np.errstate(divide="ignore"):
             outside = np.log(-np.expm1(np.minimum(log_sums(logprobs), 0.0)))
-        bound = most_outside(least_logprob(logprobs), self._vocabulary_size - kept)
+        bound = most_outside(least, self._vocabulary_size - kept)
         return int(np.count_nonzero(outside > bound + 0.1 + 10 * self._slack))
 
     def looks_like_probabilities(self, rows: Cleaned) -> NDArray[np.bool_]:
@@ -149,9 +181,10 @@ class ValueKind:
         """
         are_probabilities = self._are_probabilities
         largest = np.log(self._largest_sum) if are_probabilities else self._largest_log_sum
+        fits = largest <= self._slack or self._over <= _MOST_OVER[self._fitted] * self.rows
         exact: Values = "probabilities" if are_probabilities else "logprobs"
         closed = self._partial > 0 and self._furthest <= _CLOSED_NATS
-        if exact in self._allowed and largest <= self._slack and not (closed and "unnormalised" in self._allowed):
+        if exact in self._allowed and fits and not (closed and "unnormalised" in self._allowed):
             self._check_bounds()
             return exact, are_probabilities
         if "unnormalised" in self._allowed:
@@ -167,8 +200,13 @@ class ValueKind:
             f"or holds logits without their normaliser: then give --values logits"
         )
 
+    @property
+    def scaled(self) -> int:
+        """How many rows have fitted numbers that are scaled, where they are log-probs."""
+        return self._over if self._fitted else 0
+
     def _check_bounds(self) -> None:
-        if self._unbounded > _MOST_UNBOUNDED * self._partial:
+        if self._unbounded > _MOST_UNBOUNDED[self._fitted] * self._partial:
             raise InputError(
                 f"in {self._unbounded:,} of {self._partial:,} rows the ids leave more mass to the others than these "
                 f"can have, if none is more probable than the least one of the row: the file was written with other "
@@ -187,15 +225,19 @@ class Normalised:
     log_tail: NDArray[np.float64] | None
 
 
-def normalised(rows: Cleaned, kind: Values, are_probabilities: bool, k: int, vocabulary_size: int) -> Normalised:
+def normalised(
+    rows: Cleaned, kind: Values, are_probabilities: bool, k: int, vocabulary_size: int, slack_nats: float
+) -> Normalised:
     """The `k` most probable ids of each row as log-probs; the mass of the others goes to the tail where it is known.
 
     Distributions are over the vocabulary: the mass of ids outside it is taken out of them.
     """
-    logs = as_logs(rows.values) if are_probabilities else rows.values
+    ids, logs = rows.ids, as_logs(rows.values) if are_probabilities else rows.values
+    if rows.fitted is not None and kind == "logprobs":
+        _, ids, logs = _by_value(ids, _within_one(logs, rows.fitted, slack_nats))
     logs = logs[:, :k]
     kept = (logs > -np.inf).sum(axis=1)
-    ids = np.where(logs > -np.inf, rows.ids[:, :k], NO_ID)
+    ids = np.where(logs > -np.inf, ids[:, :k], NO_ID)
     sums = log_sums(logs)
     empty = kept == 0
     if kind == "unnormalised":
@@ -209,3 +251,12 @@ def normalised(rows: Cleaned, kind: Values, are_probabilities: bool, k: int, voc
     with np.errstate(divide="ignore"):
         tail = np.where(full, -np.inf, np.log(-np.expm1(np.minimum(sums, 0.0))))
     return Normalised(ids, logs, kept, np.where(empty, np.nan, tail))
+
+
+def _within_one(logs: NDArray[np.float64], fitted: NDArray[np.bool_], slack_nats: float) -> NDArray[np.float64]:
+    """Log-probs [R, K], of which the fitted ones have the mass that the exact ones leave, where the sum exceeds 1."""
+    exact = log_sums(np.where(fitted, -np.inf, logs))
+    room = np.log(-np.expm1(np.minimum(exact, -_LEAST_ROOM)))
+    excess = log_sums(np.where(fitted, logs, -np.inf)) - room
+    over = (log_sums(logs) > slack_nats) & (excess > 0)
+    return np.where(over[:, None] & fitted, logs - np.where(over, excess, 0.0)[:, None], logs)

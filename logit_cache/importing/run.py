@@ -76,21 +76,22 @@ def import_entry(job: ImportJob, track: Track = untracked) -> Imported:
         check_entry_destination(job.out, job.name)
     tokenizer, tokenizer_files = _tokenizer(job, new)
     ids = vocabulary_size(tokenizer.get_vocab())
-    source = Source(files, tokenizer, _settings(job, chosen, files))
+    source = Source(files, tokenizer, _settings(job, chosen, files), _column_suffix(job, chosen))
+    documents = chosen.documents(source)
     every = [*files, *([source.settings] if source.settings is not None else [])]
     with track("digests", sum(path.stat().st_size for path in every), "bytes") as advance:
         found_files = digests(every, advance)
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as folder:
         with Spool(Path(folder), token_id_dtype(ids)) as spool, track("read", None, "tokens") as advance:
             survey = Survey(job, chosen, source, ids, spool)
-            for document in chosen.documents(source):
+            for document in documents:
                 survey.add(document)
                 advance(len(document.ids))
             surveyed = survey.decided()
         arrays = spool.arrays()
         cache = _cache(job, spool, arrays, found_files, tokenizer, tokenizer_files)
         writer = EntryWriter.open(job.out, job.name, _entry(job, chosen, cache, surveyed, found_files))
-        made = ShardSource(writer.entry, surveyed, arrays["document_starts"])
+        made = ShardSource(writer.entry, surveyed, arrays["document_starts"], chosen.slack_nats)
         with track(f"import {job.name}", cache.record.corpus.positions, "positions") as advance:
             write_shards(writer, made, chosen.documents(source), advance)
         _check_unchanged(every, found_files)
@@ -111,6 +112,12 @@ def _settings(job: ImportJob, chosen: Format, files: list[Path]) -> Path | None:
             f"with (k, exact_k, …): give them with --compression-config FILE, from the card or the program of the data"
         )
     return path
+
+
+def _column_suffix(job: ImportJob, chosen: Format) -> str | None:
+    if job.column_suffix is not None and not chosen.column_suffix:
+        raise InputError(f"--column-suffix: {chosen.name} files have the columns of one teacher: leave it out")
+    return job.column_suffix
 
 
 def _tokenizer(job: ImportJob, new: bool) -> tuple[Any, dict[str, bytes]]:

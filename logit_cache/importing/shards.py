@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,12 @@ from storage.format.targets import TargetRows
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Makes shards of an entry from documents, which come in the order of the stream."""
+    """Makes shards of an entry from documents, which come in the order of the stream. slack_nats: of their format."""
 
     entry: TeacherEntry
     surveyed: Surveyed
     document_starts: NDArray[np.uint64]
+    slack_nats: float
 
     def shards(self, documents: Iterator[Document], pending: Collection[int]) -> Iterator[tuple[int, TargetRows]]:
         """Each pending shard and its arrays, in order; rows of documents that touch none of them are not read."""
@@ -91,13 +92,14 @@ class ShardSource:
             return
         entry, surveyed = self.entry, self.surveyed
         label = np.full(len(inside), np.nan) if rows.label is None else rows.label[inside]
-        some = Rows(rows.start, rows.ids[inside], rows.values[inside])
+        some = replace(rows, ids=rows.ids[inside], values=rows.values[inside])
         found = normalised(
-            cleaned(some, entry.vocabulary_size, document.where),
+            cleaned(some, entry.vocabulary_size, document.where, surveyed.are_probabilities),
             surveyed.values,
             surveyed.are_probabilities,
             entry.targets.k,
             entry.vocabulary_size,
+            self.slack_nats,
         )
         follows, tail = self._follows(document, at[inside]), found.log_tail
         current.put(

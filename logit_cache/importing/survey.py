@@ -60,6 +60,7 @@ class Survey:
         asked: tuple[Values, ...] = format.values
         if job.values is not None:
             asked = ("unnormalised" if job.values == "logits" else job.values,)
+        self._may_be_probabilities = "probabilities" in asked
         self._kind = ValueKind(asked, format.slack_nats, vocabulary_size)
         self._evidence = Evidence()
         self._dense = format.values == ("dense",)
@@ -101,7 +102,7 @@ class Survey:
         )
 
     def _sparse_rows(self, document: Document, rows: Rows) -> NDArray[np.bool_]:
-        clean = cleaned(rows, self._vocabulary_size, document.where)
+        clean = cleaned(rows, self._vocabulary_size, document.where, self._may_be_probabilities)
         logprobs = self._kind.add(clean, rows.start, document.where)
         self._check_strange(document, rows, clean)
         self._evidence.add(document.ids, rows.start, clean.ids, logprobs)
@@ -157,6 +158,11 @@ class Survey:
             raise InputError(f"{self._job.source}: no row of it has an id with a finite number; give other files")
         values: Values
         values, are_probabilities = ("dense", False) if self._dense else self._kind.decided()
+        if values == "logprobs" and self._kind.scaled:
+            self._source.note(
+                "rows add up to more than 1 by their fits, which are scaled to what the exact numbers leave",
+                self._kind.scaled,
+            )
         aligned = alignment(self._evidence, self._format.reading, self._job.alignment, self._format.name)
         return Surveyed(
             values=values,

@@ -1,7 +1,8 @@
 """axolotl's data sets for distillation, Parquet or JSON lines: tokens, or conversations with the log-probs of a reply.
 
 Tokens: `input_ids` [L], `target_logprobs` and `target_token_ids` [L][k] with `target_mask` [L][k], as its trainer holds
-them; entry i is about token i. `labels` [L] are -100 where nothing is trained.
+them. Its own rows are about their own token, and since June 2025 its loss takes them for rows of the next one: the data
+say which they are. `labels` [L] are -100 where nothing is trained.
 
 Conversations: a column of messages, and the reply that a teacher gave to them, entry j about its token j: lists of
 `token` ("token_id:<n>") and `logprob` in one column, or `target_token_ids` and a column of log-probs. What the tokens
@@ -19,11 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.importing.document import NO_ID, Document, Format, Rows, Source, ragged
-from logit_cache.importing.files import first_object, json_rows, once, parquet_columns, parquet_rows, token_array, wrong
+from logit_cache.importing.files import (
+    first_object,
+    json_rows,
+    once,
+    parquet_columns,
+    parquet_rows,
+    token_array,
+    trained_by_labels,
+    wrong,
+)
 from storage.errors import InputError
 
 TOKENS, IDS, VALUES, MASK = "input_ids", "target_token_ids", "target_logprobs", "target_mask"
-IGNORED_LABEL = -100
 _PREFIX = "token_id:"
 _MESSAGES = ("messages", "messages_combined", "conversations", "conversation")
 _NAMES = {"role": ("role", "from"), "content": ("content", "value")}
@@ -35,7 +44,7 @@ _LEAST_HELD = 0.9
 
 def _rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row: where it is, and its columns as Python's values."""
-    names = parquet_columns(path)
+    names = list(parquet_columns(path))
     if names:
         for where, columns in parquet_rows(path, names, nulls=True):
             yield where, {name: value.as_py() for name, value in columns.items()}
@@ -74,7 +83,7 @@ def _tokens(file: int, where: str, row: dict[str, Any]) -> Document:
             found, values = np.where(mask > 0, found, NO_ID), np.where(mask > 0, values, -np.inf)
         return Rows(0, found[:end], values[:end])
 
-    trained = None if labels is None else np.asarray(labels)[:end] != IGNORED_LABEL
+    trained = None if labels is None else trained_by_labels(ids[:end], np.asarray(labels)[:end], where)
     return Document(file, where, ids[:end], once(rows), trained)
 
 
@@ -200,5 +209,4 @@ FORMAT = Format(
     recognises=_recognises,
     documents=_documents,
     values=("logprobs", "unnormalised"),
-    reading="of",
 )

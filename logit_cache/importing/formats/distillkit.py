@@ -3,7 +3,8 @@
 Current: `input_ids` [L], `compressed_logprobs` and `bytepacked_indices`, a row of bytes for each token but the last.
 The settings of the bytes are not in the file: they are in `compression_config.yaml` beside it, or given. A text shorter
 than the longest that the writer took got one padding id at its end, so that its last token has a row: that id is cut
-here. `messages` and `text` are columns of a variant that appends none.
+here. `messages` and `text` are columns of a variant that appends none. `labels` [L], which some have, are -100 where
+nothing is trained.
 
 Packed: the same, with `attention_mask` [L]: not a mask, but the number of the segment that a token belongs to, from 1.
 Each segment is a document; there are as many rows as tokens, and the last one of a segment is about a token that is
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from logit_cache.importing.document import Document, Format, Rows, Source
+from logit_cache.importing.document import Document, Format, Rows, Source, segments
 from logit_cache.importing.files import (
     list_array,
     lists_array,
@@ -32,6 +32,7 @@ from logit_cache.importing.files import (
     parquet_columns,
     parquet_rows,
     token_array,
+    trained_by_labels,
     wrong,
 )
 from logit_cache.importing.formats.distillkit_bytes import (
@@ -49,6 +50,7 @@ CONFIG = "compression_config.yaml"
 TOKENS, VALUES, IDS, SEGMENTS = "input_ids", "compressed_logprobs", "bytepacked_indices", "attention_mask"
 _LEGACY = ("packed_indices", "exact_values", "coeffs")
 _UNPADDED = {"messages", "text"}
+_LABELS = "labels"
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
 Decode = Callable[[slice], Rows]
@@ -81,7 +83,7 @@ def _documents(source: Source) -> Iterator[Document]:
         for where, ids, row in _token_rows(path, (VALUES, IDS), packed):
             decode, rows = partial(_rows, settings, row, where), len(row[VALUES])
             if packed:
-                yield from _segments(file, where, ids, rows, list_array(row[SEGMENTS], where), decode)
+                yield from _segments(file, where, ids, rows, row, decode)
                 continue
             if rows != len(ids) - 1:
                 wrong(where, f"a row for each of {len(ids)} tokens but the last", f"{rows} rows")
@@ -89,23 +91,26 @@ def _documents(source: Source) -> Iterator[Document]:
             if end < longest and int(ids[-1]) == _pad_id(source.tokenizer):
                 end -= 1
                 source.note("documents end with the padding id that DistillKit appends, which was cut")
-            yield Document(file, where, ids[:end], once(partial(decode, slice(None))))
+            trained = _trained(row, ids[:end], where)
+            yield Document(file, where, ids[:end], once(partial(decode, slice(None))), trained)
 
 
 def _token_rows(
     path: Path, columns: tuple[str, ...], packed: bool
 ) -> Iterator[tuple[str, NDArray[np.uint32], dict[str, Any]]]:
     """Where each row is, its tokens, and its columns."""
-    if not {TOKENS, *columns} <= set(parquet_columns(path)):
-        wrong(str(path), f"columns {', '.join((TOKENS, *columns))}, as in the first file", parquet_columns(path))
-    for where, row in parquet_rows(path, [TOKENS, *columns, *([SEGMENTS] if packed else [])]):
+    found = parquet_columns(path)
+    if not {TOKENS, *columns} <= set(found):
+        wrong(str(path), f"columns {', '.join((TOKENS, *columns))}, as in the first file", list(found))
+    more = [name for name in (SEGMENTS, _LABELS) if name in found and (packed or name != SEGMENTS)]
+    for where, row in parquet_rows(path, [TOKENS, *columns, *more]):
         yield where, token_array(list_array(row[TOKENS], where), where, TOKENS), row
 
 
 def _rows(settings: Settings, row: dict[str, Any], where: str, part: slice) -> Rows:
     values = _bytes(row[VALUES], settings.value_bytes, f"{where}, {VALUES}")[part]
     ids = _bytes(row[IDS], settings.id_bytes, f"{where}, {IDS}")[part]
-    return Rows(0, unpacked_ids(ids, settings), decoded_values(values, settings))
+    return Rows(0, unpacked_ids(ids, settings), decoded_values(values, settings), exact=settings.exact_k)
 
 
 def _columns_of(path: Path) -> tuple[bool, bool]:
@@ -135,18 +140,26 @@ def _bytes(scalar: Any, width: int, where: str) -> NDArray[np.uint8]:
     return flat.astype(np.uint8, copy=False).reshape(len(lengths), width)
 
 
+def _trained(row: dict[str, Any], ids: NDArray[np.uint32], where: str, start: int = 0) -> NDArray[np.bool_] | None:
+    """Which of the tokens `ids` of a row, from `start` on, are trained on; None for all."""
+    if _LABELS not in row:
+        return None
+    labels = list_array(row[_LABELS], where)[start : start + len(ids)]
+    if len(labels) != len(ids):
+        wrong(where, "a label for each of its tokens", f"{len(labels)} for {len(ids)}")
+    return trained_by_labels(ids, labels, where)
+
+
 def _segments(
-    file: int, where: str, ids: NDArray[np.uint32], rows: int, numbers: NDArray[Any], decode: Decode
+    file: int, where: str, ids: NDArray[np.uint32], rows: int, row: dict[str, Any], decode: Decode
 ) -> Iterator[Document]:
-    """The segments of a packed row; 0 is padding."""
+    """The segments of a packed row."""
+    numbers = list_array(row[SEGMENTS], where)
     if len(numbers) != len(ids) or rows != len(ids):
         wrong(where, f"a segment and a row for each of {len(ids)} tokens", f"{len(numbers)} and {rows}")
-    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(ids)]
-    for start, stop in pairwise(edges):
-        if stop > start and numbers[start]:
-            at = where if len(edges) == 2 else f"{where} segment {int(numbers[start])}"
-            part = slice(start, stop)
-            yield Document(file, at, ids[part], once(partial(decode, part)))
+    for number, part in segments(numbers):
+        at = f"{where} segment {number}"
+        yield Document(file, at, ids[part], once(partial(decode, part)), _trained(row, ids[part], at, part.start))
 
 
 def _legacy_documents(source: Source) -> Iterator[Document]:
@@ -156,11 +169,11 @@ def _legacy_documents(source: Source) -> Iterator[Document]:
         for where, ids, row in _token_rows(path, _LEGACY, packed):
             decode, rows = partial(_legacy_rows, settings, row, where), len(row[_LEGACY[0]])
             if packed:
-                yield from _segments(file, where, ids, rows, list_array(row[SEGMENTS], where), decode)
+                yield from _segments(file, where, ids, rows, row, decode)
                 continue
             if not len(ids) - 1 <= rows <= len(ids):
                 wrong(where, f"a row for each of {len(ids)} tokens, or all but the last", f"{rows} rows")
-            yield Document(file, where, ids, once(partial(decode, slice(None))))
+            yield Document(file, where, ids, once(partial(decode, slice(None))), _trained(row, ids, where))
 
 
 def _legacy_rows(settings: LegacySettings, row: dict[str, Any], where: str, part: slice) -> Rows:
@@ -169,7 +182,7 @@ def _legacy_rows(settings: LegacySettings, row: dict[str, Any], where: str, part
         for name, width in zip(_LEGACY, (settings.words, settings.exact_k, settings.coefficients), strict=True)
     )
     ids = legacy_ids(words.astype(np.uint64), settings)
-    return Rows(0, ids, legacy_values(exact, coefficients, settings))
+    return Rows(0, ids, legacy_values(exact, coefficients, settings), exact=settings.exact_k)
 
 
 def _numbers(scalar: Any, width: int | None, where: str) -> NDArray[Any]:

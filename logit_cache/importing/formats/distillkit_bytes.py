@@ -51,7 +51,7 @@ class Settings(_Settings):
     k: Annotated[int, Field(ge=1, le=1 << 16)]
     exact_k: _Count
     exact_dtype: Dtype = "float32"
-    polynomial_terms: tuple[int | Literal["sqrt", "exp"], ...] = ()
+    polynomial_terms: tuple[int | Literal["sqrt", "exp"], ...] | None = None
     term_dtype: Dtype = "float32"
     residual_bins: tuple[Bin, ...] = ()
     delta_encoding: bool = True
@@ -73,7 +73,7 @@ class Settings(_Settings):
 
     @property
     def value_bytes(self) -> int:
-        terms = len(self.polynomial_terms) * _BYTES[self.term_dtype]
+        terms = len(self.polynomial_terms or ()) * _BYTES[self.term_dtype]
         return self.exact_k * _BYTES[self.exact_dtype] + terms + sum(each.bytes for each in self.residual_bins)
 
 
@@ -137,9 +137,9 @@ def decoded_values(data: NDArray[np.uint8], settings: Settings) -> NDArray[np.fl
     at = settings.exact_k * _BYTES[settings.exact_dtype]
     exact = _numbers(data[:, :at], settings.exact_dtype)
     n = settings.k - settings.exact_k
-    terms = len(settings.polynomial_terms) * _BYTES[settings.term_dtype]
+    terms = len(settings.polynomial_terms or ()) * _BYTES[settings.term_dtype]
     with np.errstate(over="ignore", invalid="ignore"):
-        fitted = _numbers(data[:, at : at + terms], settings.term_dtype) @ _terms(settings, n)
+        fitted = _curve(_numbers(data[:, at : at + terms], settings.term_dtype), settings, n)
         at += terms
         done = 0
         for each in settings.residual_bins:
@@ -150,11 +150,25 @@ def decoded_values(data: NDArray[np.uint8], settings: Settings) -> NDArray[np.fl
         return np.cumsum(whole, axis=1) if settings.delta_encoding else whole
 
 
+def _curve(coefficients: NDArray[np.float64], settings: Settings, n: int) -> NDArray[np.float64]:
+    """Numbers [R, n] of coefficients [R, terms]. Residuals are what the writer's own sum left, so that one of two
+    bytes is rounded as it was there."""
+    import torch
+
+    terms = _terms(settings, n)
+    if _BYTES[settings.term_dtype] > 2:
+        return coefficients @ terms
+    dtype = getattr(torch, settings.term_dtype)
+    products = torch.from_numpy(coefficients).to(dtype)[:, :, None] * torch.from_numpy(terms).float().to(dtype)
+    found: NDArray[np.float64] = products.sum(1).double().numpy()
+    return found
+
+
 def _terms(settings: Settings, n: int) -> NDArray[np.float64]:
     """[terms, n]"""
     t = np.linspace(0.0, 1.0, n) if settings.normalize_t else np.arange(n, dtype=np.float64)
     named = {"sqrt": np.sqrt, "exp": np.exp}
-    rows = [named[term](t) if isinstance(term, str) else t**term for term in settings.polynomial_terms]
+    rows = [named[term](t) if isinstance(term, str) else t**term for term in settings.polynomial_terms or ()]
     return np.array(rows).reshape(len(rows), n)
 
 

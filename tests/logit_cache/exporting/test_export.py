@@ -80,15 +80,14 @@ def by_id(targets: SparseTargets, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
 def test_what_was_exported_is_imported_again(
     format: str, encoding: str, holes: bool, data: Known, tmp_path: Path
 ) -> None:
-    """Exact entries to the rounding of float32, codes as the same codes; the axolotl form has no last rows."""
+    """Exact entries to the rounding of float32, codes as the same codes."""
     entry = make(tmp_path, data, encoding, holes, mask=format != "distillkit")
     done = json.loads(succeeded(exports(tmp_path, format)).stdout)
     ends = {*(data.starts[1:] - 1).tolist(), len(entry) - 1}
-    lost = 0 if holes or format != "axolotl" else len(ends)
-    assert (done["windows"], done["tokens"], done["left_out"]) == (len(data.tokens), len(entry), lost)
+    assert (done["windows"], done["tokens"], done["left_out"]) == (len(data.tokens), len(entry), 0)
     again = imported(tmp_path, tmp_path / "out", format, "--encoding", encoding, out="again")
     before, after = whole(entry), whole(again)
-    rows = np.array([position for position in range(len(entry)) if not lost or position not in ends])
+    rows = np.arange(len(entry))
     np.testing.assert_array_equal(before.kept[rows], after.kept[rows])
     atol = {"float32": 1e-6, "codes": 1e-5}[encoding]
     (ids, logprobs), (ids_after, logprobs_after) = by_id(before, rows), by_id(after, rows)
@@ -116,16 +115,15 @@ def test_plain_parquet_as_others_read_it(data: Known, tmp_path: Path) -> None:
         np.testing.assert_allclose(row["logprobs"], values, atol=2e-6)
 
 
-def test_axolotl_rows_are_about_their_own_tokens(data: Known, tmp_path: Path) -> None:
+def test_axolotl_rows_are_about_the_next_tokens(data: Known, tmp_path: Path) -> None:
     make(tmp_path, data, "float32", mask=True)
     succeeded(exports(tmp_path, "axolotl"))
     rows = pq.read_table(tmp_path / "out" / "data_0.parquet").to_pylist()
     for number, row in enumerate(rows):
         ids, values = data.top(number)
-        assert row["target_mask"][0] == [0] * K
-        assert row["target_mask"][1:] == [[1] * K] * (len(ids) - 1)
-        np.testing.assert_array_equal(row["target_token_ids"][1:], ids[:-1])
-        np.testing.assert_allclose(row["target_logprobs"][1:], values[:-1], atol=2e-6)
+        assert row["target_mask"] == [[1] * K] * len(ids)
+        np.testing.assert_array_equal(row["target_token_ids"], ids)
+        np.testing.assert_allclose(row["target_logprobs"], values, atol=2e-6)
         start = data.starts[number]
         expected = [-100, *np.where(np.arange(start, start + len(ids) - 1) % 4 != 1, data.tokens[number][1:], -100)]
         assert row["labels"] == expected
