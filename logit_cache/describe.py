@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from storage.cache.reader import LogitCache, TeacherTargets
-from storage.format.manifest import TARGET_FIELDS, ShardStatistics, Targets
+from storage.format.manifest.entry import TARGET_FIELDS, Targets
+from storage.format.manifest.receipts import ShardStatistics
 from storage.text import counted
 
 

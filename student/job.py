@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from storage.config import Folder, Settings, name_values, parse_yaml
-from storage.format.manifest import ADDED, TEACHER_NAME
+from storage.format.manifest.shared import ADDED, TEACHER_NAME
 from student.loss.objective import Objective
 from student.models.adapters.lora import Lora
 

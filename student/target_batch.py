@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from storage.format.layout import field_array
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.stored import StoredTargets
 from storage.format.version_2 import NONE, NOTHING_INSIDE, NOTHING_OUTSIDE
 

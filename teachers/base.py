@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from storage.format.manifest import Teacher as TeacherRecord
+from storage.format.manifest.teacher import Teacher as TeacherRecord
 from teachers.ranks import ColumnShard
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from storage.format.manifest import Teacher as TeacherRecord
+from storage.format.manifest.teacher import Teacher as TeacherRecord
 from teachers.base import Teacher
 
 Combination = Literal["logit-mean", "mixture"]

@@ -12,7 +12,7 @@ from logit_cache.caching.job import CacheJob
 from storage.cache.positions import document_lengths
 from storage.cache.reader import LogitCache
 from storage.errors import InputError
-from storage.format.manifest import TeacherEntry, Windowing
+from storage.format.manifest.entry import TeacherEntry, Windowing
 from storage.text import counted
 
 CONTEXT_TOKENS = 128

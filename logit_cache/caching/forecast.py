@@ -45,7 +45,9 @@ from storage.cache.positions import Positions
 from storage.errors import FormatError, InputError
 from storage.format.encoding import token_id_dtype
 from storage.format.layout import COMPRESSION, entry_layout, group_metadata, metadata_bytes, teacher_arrays
-from storage.format.manifest import ATTRIBUTE, MAX_INDEX_BYTES, ArrayLayout, ReceiptIndex, ShardReceipt, TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
+from storage.format.manifest.receipts import MAX_INDEX_BYTES, ReceiptIndex, ShardReceipt
+from storage.format.manifest.shared import ATTRIBUTE, ArrayLayout
 from storage.format.sealing import parse_json, sealed, sealed_bytes, unseal
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets

@@ -17,7 +17,8 @@ from storage.format.encoding import (
     MIN_STEP_NATS,
 )
 from storage.format.layout import Profile
-from storage.format.manifest import TARGET_FIELDS, TEACHER_NAME, Encoding, TargetField, Targets, TeacherEntry
+from storage.format.manifest.entry import TARGET_FIELDS, Encoding, TargetField, Targets, TeacherEntry
+from storage.format.manifest.shared import TEACHER_NAME
 
 Positive = Annotated[int, Field(ge=1)]
 Source = Annotated[str, Field(min_length=1)]
@@ -73,10 +74,11 @@ class CacheJob(Settings):
     `top_p` alone selects top-k targets, which it truncates; else the default is varopt (docs/decisions/0012).
     `fidelity_positions`, the size of a complete entry's fidelity report, is no part of the entry's identity.
 
-    `fields`: what is stored beside ids, certain log-probs and masses: lean (what forward KL reads), all, or names of
-    `storage.format.manifest.TARGET_FIELDS`. `positions`: all rows, or those that the stream's loss mask trains; of
-    these, `sources` leaves those in documents of the sources that are named. `long_documents`: those longer than the
-    context are cut into windows, have targets at as many first positions (truncate) or none (drop), or are refused.
+    `fields`: what is stored beside ids, certain log-probs and masses: lean (what forward KL reads), all, or names
+    of `storage.format.manifest.entry.TARGET_FIELDS`. `positions`: all rows, or those that the stream's loss mask
+    trains; of these, `sources` leaves those in documents of the sources that are named. `long_documents`: those
+    longer than the context are cut into windows, have targets at as many first positions (truncate) or none (drop),
+    or are refused.
     Windows (`context_tokens`, `isolate_documents`) that are not given are chosen by `logit_cache.caching.contexts`.
     `sampling` and `order`: how ids are sampled, and in which order they lie then (docs/decisions/0034). What is not
     given is as an entry of that name has it, which may be one of version 1; else as docs/decisions/0034 says.

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from storage.cache.writer import EntryWriter
-from storage.format.manifest import ShardReceipt
+from storage.format.manifest.receipts import ShardReceipt
 from storage.format.targets import SparseTargets
 from teachers.reduction.reduce import ReducedRows
 

@@ -21,8 +21,10 @@ from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError
 from storage.format.layout import COMPRESSION, entry_layout
-from storage.format.manifest import MOST_PROBES, ArrayLayout, Execution, TeacherEntry, Versions, Windowing
-from storage.format.manifest import Teacher as TeacherRecord
+from storage.format.manifest.entry import Execution, TeacherEntry, Windowing
+from storage.format.manifest.shared import ArrayLayout, Versions
+from storage.format.manifest.teacher import MOST_PROBES
+from storage.format.manifest.teacher import Teacher as TeacherRecord
 from storage.progress import silent
 from storage.stores import open_store
 

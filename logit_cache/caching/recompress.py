@@ -53,7 +53,7 @@ from storage.format.encoding import (
 )
 from storage.format.identity import other_tokens, same_sources
 from storage.format.layout import COMPRESSION, Profile, entry_layout
-from storage.format.manifest import (
+from storage.format.manifest.entry import (
     MOST_SHRUNK,
     TARGET_FIELDS,
     Encoding,
@@ -61,8 +61,8 @@ from storage.format.manifest import (
     TargetField,
     Targets,
     TeacherEntry,
-    Versions,
 )
+from storage.format.manifest.shared import Versions
 from storage.format.pruning import prune, shrink, without_rows
 from storage.format.sealing import digest
 from storage.format.targets import SparseTargets

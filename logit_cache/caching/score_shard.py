@@ -29,7 +29,7 @@ from storage.cache.reader import LogitCache
 from storage.errors import InputError
 from storage.format.encoding import logprob_floor
 from storage.format.layout import VALUES
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.pruning import prune
 from storage.format.targets import SparseTargets, TargetRows
 from teachers.base import Teacher

@@ -33,7 +33,7 @@ from storage.cache.leases import leased_shard, leases_in
 from storage.cache.reader import LogitCache
 from storage.cache.receipts import Receipts
 from storage.errors import CorruptCache, InputError
-from storage.format.manifest import ShardReceipt
+from storage.format.manifest.receipts import ShardReceipt
 from storage.format.sealing import unseal
 
 _RECEIPTS, _MOST_RECEIPTS = 64, 1_024

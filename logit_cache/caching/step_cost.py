@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from storage.errors import InputError
 from storage.format.layout import ArraySpec
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.shard import decode_chunk
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets

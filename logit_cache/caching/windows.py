@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 
 if TYPE_CHECKING:
     import torch

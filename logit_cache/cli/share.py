@@ -13,7 +13,7 @@ from storage.text import counted, printable, ranges_in_words, size
 from student.cli_command import applied, command, json_option
 
 if TYPE_CHECKING:
-    from storage.format.manifest import TeacherEntry
+    from storage.format.manifest.entry import TeacherEntry
 
 _TRANSFER_OPTIONS = (
     click.argument("source"),

@@ -14,7 +14,7 @@ from typing import Any
 from logit_cache.corpus.config import CorpusConfig
 from storage import LogitCache
 from storage.errors import CacheNotFound, InputError
-from storage.format.manifest import CacheRecord
+from storage.format.manifest.cache import CacheRecord
 from student.models.text_ids import text_prefix
 from student.models.tokenizer import cache_of_tokenizer
 

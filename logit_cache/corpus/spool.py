@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from logit_cache.corpus.documents import Ids
 from logit_cache.corpus.pieces import Piece
 from storage.errors import StorageFull, is_out_of_space
-from storage.format.manifest import MAX_SOURCES
+from storage.format.manifest.cache import MAX_SOURCES
 
 
 class Spool:

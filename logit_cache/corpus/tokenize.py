@@ -38,7 +38,8 @@ from storage.files import local_path
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import stream_layout
-from storage.format.manifest import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer, Versions
+from storage.format.manifest.cache import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer
+from storage.format.manifest.shared import Versions
 from storage.progress import Advance, Log, Track, progress, silent, untracked
 from storage.text import counted
 from student.models.text_ids import text_suffix

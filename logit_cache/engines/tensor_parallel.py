@@ -38,7 +38,7 @@ from logit_cache.engines.worker_index import Rank, rank_of
 from storage.cache.reader import LogitCache
 from storage.config import build_config
 from storage.errors import InputError, LogitCacheError, one_line_errors
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.sealing import differences
 from storage.format.targets import SparseTargets
 

@@ -34,7 +34,8 @@ from logit_cache.fidelity.served import served_values
 from logit_cache.fidelity.tolerance import FieldReport, biased_sample, compare
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import IdentityMismatch, InputError
-from storage.format.manifest import TARGET_FIELDS, TeacherEntry, Versions
+from storage.format.manifest.entry import TARGET_FIELDS, TeacherEntry
+from storage.format.manifest.shared import Versions
 from storage.format.sealing import differences
 from student.models.vocabulary import check_vocabulary
 from teachers.base import Teacher

@@ -35,7 +35,7 @@ from logit_cache.fidelity.samples import Sample, TargetRows, sample_windows, tak
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import InputError
 from storage.format.fidelity import FidelityReport, NeededIds, Size, Spread, Treatment
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from teachers.base import Teacher
 from teachers.served.teacher import ServedTeacher
 

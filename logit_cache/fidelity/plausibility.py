@@ -42,7 +42,7 @@ from logit_cache.fidelity.row_bounds import entropy_bounds, least_logprob, log_s
 from logit_cache.fidelity.samples import Examination, Sample, entry_of, fresh_seed, read_samples
 from logit_cache.fidelity.stated_errors import decoded_error, mass_error, stated_error
 from storage.cache.reader import LogitCache
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.version_2 import NOTHING_OUTSIDE
 
 Rows = NDArray[np.float64]

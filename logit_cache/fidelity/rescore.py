@@ -43,7 +43,7 @@ from logit_cache.fidelity.stated_errors import mass_error
 from storage.errors import InputError
 from storage.format.encoding import MIN_STEP_NATS, logprob_floor
 from storage.format.layout import VALUES
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import SparseTargets
 from storage.format.version_2 import NOTHING_OUTSIDE
 from teachers.base import Teacher

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.format.encoding import logprob_floor
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from teachers.reduction.reduce import reduce_rows
 from teachers.reduction.varopt import sampling_of
 

@@ -20,7 +20,7 @@ from logit_cache.caching.windows import Window, windows
 from storage.cache.reader import LogitCache, TeacherTargets
 from storage.errors import CorruptCache, IncompleteCache, InputError
 from storage.format.identity import other_tokens
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import SparseTargets
 
 

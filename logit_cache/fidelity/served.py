@@ -16,7 +16,7 @@ from logit_cache.caching.score_shard import prompt_of
 from logit_cache.fidelity.rescore import comparable
 from logit_cache.fidelity.sampled_ids import Values
 from logit_cache.fidelity.samples import Sample
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from teachers.served.protocols import Prompt, ServedRows
 from teachers.served.teacher import ServedTeacher, log_mass_outside
 

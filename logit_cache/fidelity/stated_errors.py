@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.format.encoding import FLOAT32_MASS_ERROR, ROUNDING_NATS
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 
 
 def stated_error(entry: TeacherEntry, name: str, stored: NDArray[np.float64]) -> NDArray[np.float64]:

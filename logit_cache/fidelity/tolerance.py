@@ -26,7 +26,7 @@ from logit_cache.fidelity.rescore import FIELDS
 from logit_cache.fidelity.sampled_ids import Values
 from logit_cache.fidelity.samples import Sample
 from logit_cache.fidelity.stated_errors import stated_error
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 
 MEAN_FACTOR = 3.0
 LARGEST_FACTOR = 8.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from logit_cache.fidelity.readings import Evidence, Reading
 from storage.errors import InputError
-from storage.format.manifest import Alignment
+from storage.format.manifest.imported import Alignment
 
 _WORDS = {"after": "that follows", "of": "at which they stand"}
 

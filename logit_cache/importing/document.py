@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from logit_cache.fidelity.readings import Reading
 
 Values = Literal["logprobs", "probabilities", "unnormalised", "dense"]
-"""What the numbers of a row are; see `storage.format.manifest.ImportedFrom`."""
+"""What the numbers of a row are; see `storage.format.manifest.imported.ImportedFrom`."""
 
 NO_ID = -1
 """In a column that a row does not have."""

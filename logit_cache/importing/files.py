@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from logit_cache.importing.document import NO_ID, Rows, ragged
 from storage.errors import InputError, error_text
 from storage.files import local_path
-from storage.format.manifest import MAX_IMPORTED_FILES, SourceFile
+from storage.format.manifest.imported import MAX_IMPORTED_FILES, SourceFile
 from storage.progress import Advance
 
 _BLOCK = 1 << 22

@@ -19,7 +19,7 @@ from logit_cache.caching.job import (
 from storage.config import Settings
 from storage.format.encoding import DEFAULT_STEP_NATS, DEFAULT_VALUE_STEP_NATS
 from storage.format.layout import Profile
-from storage.format.manifest import TARGET_FIELDS, Encoding, Targets
+from storage.format.manifest.entry import TARGET_FIELDS, Encoding, Targets
 
 # Of a format that holds whole distributions, as for cache-logits.
 DEFAULT_DENSE_K = 64

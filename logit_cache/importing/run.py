@@ -29,21 +29,11 @@ from storage.files import local_path
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
 from storage.format.layout import COMPRESSION, entry_layout, stream_layout
-from storage.format.manifest import (
-    CacheRecord,
-    Corpus,
-    CorpusSource,
-    Execution,
-    ImportedFrom,
-    NamedIdentity,
-    SourceFile,
-    Targets,
-    Teacher,
-    TeacherEntry,
-    Tokenizer,
-    Versions,
-    Windowing,
-)
+from storage.format.manifest.cache import CacheRecord, Corpus, CorpusSource, Tokenizer
+from storage.format.manifest.entry import Execution, Targets, TeacherEntry, Windowing
+from storage.format.manifest.imported import ImportedFrom, SourceFile
+from storage.format.manifest.shared import Versions
+from storage.format.manifest.teacher import NamedIdentity, Teacher
 from storage.progress import Track, untracked
 from storage.stores import open_store
 from student.models.tokenizer import open_tokenizer

@@ -18,7 +18,7 @@ from logit_cache.importing.survey import Surveyed
 from storage.cache.writer import EntryWriter
 from storage.format.encoding import logprob_floor
 from storage.format.layout import VALUES
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import TargetRows
 
 

@@ -20,7 +20,7 @@ from logit_cache.importing.document import Document, Format, Rows, Source, Value
 from logit_cache.importing.job import ImportJob
 from logit_cache.importing.row_values import MOST_DROPPED_MASS, Cleaned, ValueKind, as_logs, cleaned
 from storage.errors import InputError
-from storage.format.manifest import Alignment
+from storage.format.manifest.imported import Alignment
 from storage.text import counted
 
 

@@ -20,7 +20,7 @@ from logit_cache.report.metrics import Metric, kl_of, pairs_mean, run_seconds
 from logit_cache.report.statistics import Spread, spread
 from storage.cache.reader import LogitCache
 from storage.errors import CacheNotFound
-from storage.format.manifest import CacheRecord
+from storage.format.manifest.cache import CacheRecord
 from student.report import HeldOutKL, TrainingReport
 
 EQUAL_NATS = 0.01

@@ -23,7 +23,7 @@ from typing import Any
 
 from storage.cache.inventory import SIGNATURE_KEY
 from storage.errors import CorruptCache, InputError, error_text
-from storage.format.manifest import TEACHER_NAME
+from storage.format.manifest.shared import TEACHER_NAME
 
 # Enough for some 65,000 files. Data read before it is verified stays small.
 MAX_SIGNATURE_BYTES = 16 << 20

@@ -21,7 +21,7 @@ from storage.cache.receipts import Receipts
 from storage.cache.records import check_metadata
 from storage.errors import CorruptCache, IncompleteCache, LogitCacheError
 from storage.format.layout import ArraySpec, metadata_bytes
-from storage.format.manifest import ShardReceipt
+from storage.format.manifest.receipts import ShardReceipt
 from storage.format.shard import Reads, ShardIndex, decode_chunk, reads_of
 from storage.stores.base import Result, Store
 from storage.stores.mirror import Mirror

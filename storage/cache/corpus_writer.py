@@ -16,7 +16,8 @@ from storage.cache.writer import ShardWriter, publish_same
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL
 from storage.format.layout import corpus_arrays, record_bytes
-from storage.format.manifest import CacheRecord, FileDigest, FilesReceipt
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.receipts import FileDigest, FilesReceipt
 from storage.format.sealing import differences, sealed_bytes
 from storage.stores import Url, open_store
 from storage.stores.base import Store

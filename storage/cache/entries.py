@@ -19,7 +19,7 @@ from storage.errors import InputError
 from storage.files import PARTIAL, sync_path
 from storage.format.fidelity import FIDELITY_FILE
 from storage.format.layout import SAMPLING_ORDER
-from storage.format.manifest import TEACHER_NAME
+from storage.format.manifest.shared import TEACHER_NAME
 from storage.progress import Advance
 from storage.stores import open_store
 from storage.stores.base import Store

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import InputError
-from storage.format.manifest import CacheRecord
+from storage.format.manifest.cache import CacheRecord
 from storage.text import quoted
 
 Mask = Callable[[int, int], NDArray[np.bool_]]

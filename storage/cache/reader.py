@@ -37,15 +37,10 @@ from storage.errors import CacheNotFound, CorruptCache, FormatError, MissingObje
 from storage.files import local_path
 from storage.format.fidelity import FidelityReport
 from storage.format.layout import corpus_arrays, order_array, teacher_arrays
-from storage.format.manifest import (
-    ATTRIBUTE,
-    TEACHER_NAME,
-    CacheRecord,
-    LongDocuments,
-    ShardStatistics,
-    Targets,
-    TeacherEntry,
-)
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import LongDocuments, Targets, TeacherEntry
+from storage.format.manifest.receipts import ShardStatistics
+from storage.format.manifest.shared import ATTRIBUTE, TEACHER_NAME
 from storage.format.sealing import digest, sealed
 from storage.format.stored import StoredTargets, joined
 from storage.format.targets import SparseTargets, is_order

@@ -17,7 +17,7 @@ import numpy as np
 from storage.errors import CorruptCache
 from storage.format.fidelity import FIDELITY_FILE
 from storage.format.layout import ArraySpec, metadata_bytes
-from storage.format.manifest import MAX_INDEX_BYTES, ReceiptIndex, ShardReceipt, ShardStatistics
+from storage.format.manifest.receipts import MAX_INDEX_BYTES, ReceiptIndex, ShardReceipt, ShardStatistics
 from storage.format.sealing import sealed, sealed_bytes, unseal
 from storage.stores.base import Store
 

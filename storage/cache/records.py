@@ -7,7 +7,8 @@ import re
 
 from storage.errors import CacheNotFound, CorruptCache, FormatError
 from storage.format.fidelity import FIDELITY_FILE, MAX_FIDELITY_BYTES, FidelityReport
-from storage.format.manifest import ATTRIBUTE, TEACHER_NAME, FileDigest, FilesReceipt
+from storage.format.manifest.receipts import FileDigest, FilesReceipt
+from storage.format.manifest.shared import ATTRIBUTE, TEACHER_NAME
 from storage.format.sealing import AnyRecord, parse_json, unseal
 from storage.stores.base import Store, check_key
 

@@ -46,7 +46,8 @@ from storage.cache.zarr_store import decode_with_zarr
 from storage.errors import CacheNotFound, CorruptCache, InputError, LogitCacheError
 from storage.files import PARTIAL, STAGING
 from storage.format.layout import ArraySpec
-from storage.format.manifest import TEACHER_NAME, ShardReceipt
+from storage.format.manifest.receipts import ShardReceipt
+from storage.format.manifest.shared import TEACHER_NAME
 from storage.format.shard import decode_shard
 from storage.progress import Advance
 from storage.stores import Url, open_store

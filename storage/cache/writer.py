@@ -27,7 +27,8 @@ from storage.cache.records import read_record, teacher_folder
 from storage.errors import CorruptCache, FormatError, IdentityMismatch, InputError, MissingObject
 from storage.format.fidelity import FIDELITY_FILE, FidelityReport
 from storage.format.layout import record_bytes, teacher_arrays
-from storage.format.manifest import ObjectDigest, ShardReceipt, ShardStatistics, TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
+from storage.format.manifest.receipts import ObjectDigest, ShardReceipt, ShardStatistics
 from storage.format.sealing import differences, digest, parse_json, sealed_bytes
 from storage.format.shard import encode_objects, object_digest, shard_statistics, shard_values
 from storage.format.targets import SparseTargets, is_order

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from storage.format.manifest import ADDED, Count, Positive, Sha256
+from storage.format.manifest.shared import ADDED, Count, Positive, Sha256
 from storage.format.sealing import Record
 
 FIDELITY_FILE = "fidelity.json"

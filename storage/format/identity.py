@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.errors import InputError
-from storage.format.manifest import CacheRecord, TeacherEntry
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.sealing import canonical_json
 from storage.text import counted
 

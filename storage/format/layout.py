@@ -11,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from storage.format.encoding import token_id_dtype
-from storage.format.manifest import ATTRIBUTE, MAX_OBJECT_BYTES, ArrayLayout, CacheRecord, TeacherEntry
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import TeacherEntry
+from storage.format.manifest.shared import ATTRIBUTE, MAX_OBJECT_BYTES, ArrayLayout
 from storage.format.sealing import Record, sealed
 
 KEY = re.compile(r"^[a-z0-9_./-]+$")

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.format.layout import ArraySpec
-from storage.format.manifest import ObjectDigest, ShardStatistics, TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
+from storage.format.manifest.receipts import ObjectDigest, ShardStatistics
 from storage.format.stored import StoredTargets, joined
 from storage.format.targets import SparseTargets
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from storage.format import version_1, version_2
 from storage.format.encoding import ROUNDING_NATS
 from storage.format.layout import field_array, teacher_arrays
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import SparseTargets
 
 _COUNTS = ("kept", "certain")  # of a row's columns; without targets both are 0

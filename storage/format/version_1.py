@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from storage.format.encoding import ROUNDING_NATS, decode_logprobs, encode_logprobs, round_mantissa
 from storage.format.layout import VALUES, field_array
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import SparseTargets, leading_columns
 
 Arrays = Mapping[str, NDArray[Any]]

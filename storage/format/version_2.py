@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from storage.format.chance import ROUNDING, ROUNDING_AGAIN, uniforms
 from storage.format.encoding import MAX_UINT16, ROUNDING_NATS, encode_logprobs
 from storage.format.layout import VALUES, field_array
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import SparseTargets, leading_columns
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from storage.errors import InputError, MissingObject
 from storage.format.layout import KEY
-from storage.format.manifest import MAX_INDEX_BYTES
+from storage.format.manifest.receipts import MAX_INDEX_BYTES
 from storage.format.sealing import MAX_RECORD_BYTES, parse_json
 
 # Upper bound of any object of a cache: the index of receipts is the largest.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from storage.errors import CorruptCache, InputError, StorageFull, is_out_of_space
 from storage.files import PARTIAL, atomic_file, local_path
-from storage.format.manifest import ObjectDigest
+from storage.format.manifest.receipts import ObjectDigest
 from storage.locks import held, open_lock
 from storage.stores.base import Store
 from storage.stores.local import LocalStore

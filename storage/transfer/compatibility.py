@@ -13,7 +13,8 @@ from storage.errors import CorruptCache, IdentityMismatch, InputError
 from storage.files import PARTIAL, STAGING
 from storage.format.identity import same_sources, stream_sha256
 from storage.format.layout import PER_DOCUMENT
-from storage.format.manifest import CacheRecord, TeacherEntry
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.sealing import differences, digest
 from storage.stores.base import Store
 from storage.text import quoted

@@ -31,7 +31,8 @@ from storage.cache.records import check_metadata, read_fidelity, tokenizer_key
 from storage.errors import CorruptCache, IdentityMismatch
 from storage.format.identity import other_tokens
 from storage.format.layout import ArraySpec, record_bytes
-from storage.format.manifest import CacheRecord, ShardReceipt
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.receipts import ShardReceipt
 from storage.format.sealing import digest, sealed_bytes
 from storage.stores.base import Store
 from storage.stores.local import LocalStore

@@ -31,7 +31,7 @@ from storage.cache.reader import LogitCache
 from storage.cache.records import read_record
 from storage.config import Settings
 from storage.errors import InputError
-from storage.format.manifest import CacheRecord
+from storage.format.manifest.cache import CacheRecord
 from storage.format.sealing import digest
 from storage.progress import Advance
 from storage.stores import open_store

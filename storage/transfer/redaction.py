@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from storage.format.fidelity import FidelityReport
-from storage.format.manifest import CacheRecord, ShardReceipt, TeacherEntry
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import TeacherEntry
+from storage.format.manifest.receipts import ShardReceipt
 from storage.format.sealing import digest
 
 

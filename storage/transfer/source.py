@@ -11,7 +11,8 @@ from storage.cache.reader import LogitCache
 from storage.cache.records import read_record
 from storage.errors import FormatError, InputError
 from storage.format.layout import group_metadata
-from storage.format.manifest import ATTRIBUTE, CacheRecord
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.shared import ATTRIBUTE
 from storage.stores.base import MOST_BYTES, Result, Store
 from storage.stores.local import LocalStore
 

@@ -32,7 +32,7 @@ from storage import LogitCache
 from storage.cache.positions import Positions, named_sources, source_numbers
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.identity import other_tokens
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.progress import Log
 from storage.text import quoted
 from student.data.batches import Piece, Window, as_read

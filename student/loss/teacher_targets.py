@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from storage.errors import InputError
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from student.loss.objective import Tail, check_temperature
 from student.target_batch import StoredBatch, TargetBatch, leading_columns
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from storage import LogitCache
 from storage.errors import IdentityMismatch, InputError
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.sealing import digest
 from storage.progress import Log, silent
 from student.data.windows import DistillationWindows, usable_sources

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from storage.errors import InputError
 from storage.format.identity import has_tokenizer
-from storage.format.manifest import Teacher as TeacherRecord
-from storage.format.manifest import TeacherIdentity
+from storage.format.manifest.teacher import Teacher as TeacherRecord
+from storage.format.manifest.teacher import TeacherIdentity
 from storage.text import counted
 from student.loss.documents import mixes_documents
 from student.models.adapters.attach import check_installed, merged, with_adapter

@@ -59,7 +59,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from storage.format.chance import DRAWING, PIVOTAL, words
-from storage.format.manifest import Targets
+from storage.format.manifest.entry import Targets
 from storage.format.pruning import SIZE_UNIT
 
 _RANDOM_BITS = 32

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from storage.errors import IdentityMismatch, InputError
 from storage.format.encoding import FLOAT32_MASS_ERROR
-from storage.format.manifest import MOST_PROBES, ServedIdentity
-from storage.format.manifest import Teacher as TeacherRecord
+from storage.format.manifest.teacher import MOST_PROBES, ServedIdentity
+from storage.format.manifest.teacher import Teacher as TeacherRecord
 from teachers.reduction.reduce import ReducedRows
 from teachers.served.fleet import Fleet
 from teachers.served.protocols import (

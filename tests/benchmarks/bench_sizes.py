@@ -185,7 +185,7 @@ def _cached_ways() -> Iterator[Way]:
     from storage import LogitCache
     from storage.cache.writer import EntryWriter
     from storage.format.encoding import logprob_floor
-    from storage.format.manifest import TARGET_FIELDS, TeacherEntry
+    from storage.format.manifest.entry import TARGET_FIELDS, TeacherEntry
     from storage.format.pruning import prune
 
     cache = LogitCache.open(str(teacher()[0]))

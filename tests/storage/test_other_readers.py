@@ -27,7 +27,7 @@ from storage import CorruptCache, FormatError, IncompleteCache, InputError, Logi
 from storage.cache.verify import verify
 from storage.errors import CacheNotFound
 from storage.format.layout import ArraySpec, metadata_bytes
-from storage.format.manifest import ArrayLayout
+from storage.format.manifest.shared import ArrayLayout
 from storage.format.sealing import canonical_json, sealed
 from storage.format.shard import encode_shard
 

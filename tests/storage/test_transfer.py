@@ -22,7 +22,8 @@ import storage.stores.remote
 from storage import LogitCache
 from storage.cache.verify import verify
 from storage.errors import CacheNotFound, CorruptCache, IdentityMismatch, IncompleteCache, InputError
-from storage.format.manifest import CacheRecord, ShardReceipt
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.receipts import ShardReceipt
 from storage.format.sealing import sealed_bytes, unseal
 from storage.stores import open_store
 from storage.stores.remote import RemoteStore

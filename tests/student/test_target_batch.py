@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from support.caches.small import dense_targets, make_corpus, make_entry
 from support.references.dense_targets import dense, member, stored
 
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 from student.loss.teacher_targets import targets_of

@@ -17,7 +17,7 @@ from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord, Role
 from storage import LogitCache
 from storage.cache.writer import EntryWriter
 from storage.format.fidelity import Angle, Calibration, CurvePoint, Divergences, FidelityReport, NeededIds, Size, Spread
-from storage.format.manifest import Teacher, TeacherIdentity
+from storage.format.manifest.teacher import Teacher, TeacherIdentity
 from student.evaluation.blimp import PHENOMENA
 from student.evaluation.job import EvaluationJob
 from student.evaluation.report import EvaluationReport, GroupScore, PairScores, ParadigmScore

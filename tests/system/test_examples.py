@@ -19,7 +19,7 @@ from support.processes import start_code
 from support.runs import LLAMA, V, have_equal_weights, job_in, make_world
 from transformers import AutoModelForCausalLM
 
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 from student import DistillationLoss, DistillationWindows, Member, collate, load_student, reading_order
 from student.training.run import train
 

@@ -26,7 +26,7 @@ from storage import LogitCache
 from storage.cache.verify import verify
 from storage.errors import LogitCacheError
 from storage.format.layout import corpus_arrays, order_array, teacher_arrays
-from storage.format.manifest import CacheRecord
+from storage.format.manifest.cache import CacheRecord
 from storage.format.sealing import parse_json
 
 

@@ -33,7 +33,8 @@ from support.servers.web import running, serving
 
 from storage.errors import LogitCacheError
 from storage.format.layout import teacher_arrays
-from storage.format.manifest import ATTRIBUTE, TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
+from storage.format.manifest.shared import ATTRIBUTE
 from storage.format.sealing import canonical_json
 from storage.format.shard import object_digest
 

@@ -151,7 +151,7 @@ PLANTED = {
     "student/data/plantedtoo.py": ("import triton.language", "student.data.plantedtoo imports triton"),
     "logit_cache/fidelity/planted.py": ("import transformers", "logit_cache.fidelity.planted imports transformers"),
     "storage/cache/planted.py": ("def f():\n    import torch", "storage.cache.planted imports torch"),
-    "storage/format/sealing.py": ("import storage.format.manifest", "a circle: "),
+    "storage/format/sealing.py": ("import storage.format.manifest.shared", "a circle: "),
 }
 
 

@@ -24,7 +24,7 @@ from storage.cache.leases import SUFFIX
 from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter
 from storage.errors import IncompleteCache
-from storage.format.manifest import CacheRecord
+from storage.format.manifest.cache import CacheRecord
 
 pytestmark = pytest.mark.usefixtures("encoded_once")
 SHARD = 1

@@ -21,8 +21,8 @@ from torch import Tensor
 from storage import LogitCache
 from storage.errors import InputError
 from storage.format.encoding import logprob_floor
-from storage.format.manifest import Teacher as TeacherRecord
-from storage.format.manifest import TeacherIdentity
+from storage.format.manifest.teacher import Teacher as TeacherRecord
+from storage.format.manifest.teacher import TeacherIdentity
 from teachers.ensemble import EnsembleTeacher
 from teachers.reduction.reduce import InvalidLogits, reduce_topk
 

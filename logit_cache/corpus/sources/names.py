@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from storage.errors import InputError
-from storage.format.manifest import MAX_SOURCES
+from storage.format.manifest.cache import MAX_SOURCES
 
 _MOST_CHARACTERS = 256
 

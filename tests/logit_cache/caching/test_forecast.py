@@ -26,7 +26,7 @@ from logit_cache.caching.job import CacheJob
 from storage import LogitCache
 from storage.config import build_config
 from storage.errors import LogitCacheError
-from storage.format.manifest import ReceiptIndex
+from storage.format.manifest.receipts import ReceiptIndex
 from storage.format.sealing import sealed_bytes
 from storage.progress import progress
 from teachers.huggingface.teacher import HuggingFaceTeacher

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from logit_cache.caching.packing import one_by_one, packed, row_lengths
 from logit_cache.caching.windows import windows
 from storage.cache.verify import verify
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 
 V, BEGIN = 61, 1
 

@@ -25,7 +25,8 @@ from storage.cache.corpus_writer import write_corpus
 from storage.cache.verify import verify
 from storage.errors import IdentityMismatch, IncompleteCache, InputError, LogitCacheError
 from storage.format.encoding import MIN_STEP_NATS, logprob_floor
-from storage.format.manifest import CacheRecord, Encoding, Targets, TeacherEntry
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import Encoding, Targets, TeacherEntry
 from storage.format.pruning import prune
 from storage.format.sealing import digest
 from student.data.batches import collate

@@ -25,7 +25,7 @@ from storage.cache.verify import verify
 from storage.cache.writer import EntryWriter
 from storage.errors import LogitCacheError
 from storage.format import version_2
-from storage.format.manifest import Encoding, Shrunk, Targets
+from storage.format.manifest.entry import Encoding, Shrunk, Targets
 from storage.format.pruning import shrink
 from student.data.batches import collate
 from student.data.windows import DistillationWindows

@@ -26,7 +26,7 @@ from logit_cache.caching.status import EntryStatus, status_of
 from logit_cache.cli.status import status_line, status_text
 from storage import LogitCache
 from storage.cache.writer import EntryWriter
-from storage.format.manifest import ObjectDigest, ShardReceipt
+from storage.format.manifest.receipts import ObjectDigest, ShardReceipt
 from storage.format.sealing import sealed_bytes
 from storage.stores import open_store
 

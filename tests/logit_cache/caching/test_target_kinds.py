@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from logit_cache.caching.recompress import RecompressJob, recompress
 from storage import LogitCache
-from storage.format.manifest import TARGET_FIELDS, Targets
+from storage.format.manifest.entry import TARGET_FIELDS, Targets
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 from teachers.huggingface.teacher import HuggingFaceTeacher

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from logit_cache.caching.windows import windows
 from storage.format.layout import MAX_OBJECT_BYTES, entry_layout
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 
 
 @st.composite

@@ -12,7 +12,7 @@ import pytest
 from support.caches.small import entry_2, make_corpus, make_entry, random_sample, write_entry
 from support.commands import Run
 
-from storage.format.manifest import Targets
+from storage.format.manifest.entry import Targets
 
 V, N, K = 61, 48, 6
 

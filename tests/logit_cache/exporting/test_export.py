@@ -24,7 +24,7 @@ from support.commands import in_process, refused, succeeded
 
 from storage import LogitCache
 from storage.cache.reader import TeacherTargets
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 from storage.format.targets import SparseTargets
 
 K = 8

@@ -31,7 +31,8 @@ from logit_cache.fidelity.samples import Examination, TargetRows, sample_windows
 from storage import LogitCache, SparseTargets
 from storage.cache.corpus_writer import write_corpus
 from storage.errors import CorruptCache, InputError, LogitCacheError
-from storage.format.manifest import ArrayLayout, Encoding, Shrunk, TeacherEntry, Windowing
+from storage.format.manifest.entry import Encoding, Shrunk, TeacherEntry, Windowing
+from storage.format.manifest.shared import ArrayLayout
 from storage.format.sealing import digest
 
 K, CONTEXT, SHARD = 24, 64, 4096

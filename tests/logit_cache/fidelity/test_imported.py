@@ -22,7 +22,7 @@ from logit_cache.fidelity.audit import Audit, AuditJob, audit
 from logit_cache.fidelity.plausibility import plausibility
 from logit_cache.fidelity.rescore import FIELDS, stored_values
 from logit_cache.fidelity.stated_errors import mass_error, stated_error
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 

@@ -28,7 +28,7 @@ from support.commands import Run, refused, succeeded
 from logit_cache.caching.recompress import RecompressJob, recompress
 from logit_cache.fidelity.plausibility import Plausibility, plausibility
 from logit_cache.fidelity.row_bounds import entropy_bounds, least_logprob, most_outside
-from storage.format.manifest import Encoding, TeacherEntry, Windowing
+from storage.format.manifest.entry import Encoding, TeacherEntry, Windowing
 from storage.format.targets import SparseTargets
 
 K, LENGTH, DOCUMENTS = 12, 60, 16

@@ -20,7 +20,7 @@ from logit_cache.fidelity.plausibility import plausibility
 from logit_cache.fidelity.rescore import stored_values
 from logit_cache.fidelity.stated_errors import stated_error
 from storage import LogitCache
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 
 FIELDS = {"k": 12, "targets": "topk", "fidelity_positions": 0, "context_tokens": 64}
 

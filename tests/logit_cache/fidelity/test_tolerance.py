@@ -13,7 +13,7 @@ from logit_cache.fidelity.rescore import FIELDS, stored_values
 from logit_cache.fidelity.samples import Sample
 from logit_cache.fidelity.stated_errors import decoded_error, stated_error
 from logit_cache.fidelity.tolerance import _report
-from storage.format.manifest import Encoding
+from storage.format.manifest.entry import Encoding
 from storage.format.stored import StoredTargets
 
 ROWS = 10

@@ -12,7 +12,7 @@ from support.caches.imported import V, known, tokenizer_folder
 from support.caches.small import dense_targets, make_corpus, make_entry_2, write_entry
 from support.commands import ROOT, Run, in_process, succeeded
 
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 
 K, LENGTH = 16, 48
 SMALL = ["--set", "max_steps=2", "--set", "per_device_train_batch_size=4"]

@@ -31,7 +31,8 @@ from logit_cache.describe import describe_cache
 from logit_cache.sharing.card import card_text
 from storage import LogitCache, SparseTargets
 from storage.errors import InputError
-from storage.format.manifest import CacheRecord, CorpusSource, Targets, TeacherEntry
+from storage.format.manifest.cache import CacheRecord, CorpusSource
+from storage.format.manifest.entry import Targets, TeacherEntry
 from storage.stores import open_store
 
 GOLDEN = TESTS / "golden" / "v1"

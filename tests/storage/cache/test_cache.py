@@ -28,7 +28,7 @@ from storage.errors import (
     InputError,
     LogitCacheError,
 )
-from storage.format.manifest import TeacherEntry, Windowing
+from storage.format.manifest.entry import TeacherEntry, Windowing
 from storage.format.stored import StoredTargets
 
 

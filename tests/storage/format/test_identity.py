@@ -19,7 +19,9 @@ from storage.format.identity import (
     vocabulary_sha256,
     vocabulary_size,
 )
-from storage.format.manifest import ArrayLayout, Encoding, Teacher, Windowing
+from storage.format.manifest.entry import Encoding, Windowing
+from storage.format.manifest.shared import ArrayLayout
+from storage.format.manifest.teacher import Teacher
 
 VOCABULARY = {"<pad>": 0, "über": 1, "cat": 2, "dog": 7}
 

@@ -32,7 +32,7 @@ from storage.cache.writer import EntryWriter, ShardWriter
 from storage.errors import CorruptCache, FormatError
 from storage.format.chance import ROUNDING, SHRINKING, uniforms
 from storage.format.layout import teacher_arrays
-from storage.format.manifest import TARGET_FIELDS, TeacherEntry
+from storage.format.manifest.entry import TARGET_FIELDS, TeacherEntry
 from storage.format.stored import StoredTargets
 
 V, T, K = 61, 48, 9

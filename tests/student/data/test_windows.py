@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader
 import storage.cache.reader
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.format.manifest import ArrayLayout, CacheRecord, Windowing
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import Windowing
+from storage.format.manifest.shared import ArrayLayout
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets
 from student.data.batches import collate

@@ -25,7 +25,7 @@ from support.references.dense_targets import (
 )
 
 from storage.errors import InputError
-from storage.format.manifest import TARGET_FIELDS
+from storage.format.manifest.entry import TARGET_FIELDS
 from student.evaluation.held_out import HeldOutSums, figure_of
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss

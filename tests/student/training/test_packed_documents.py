@@ -16,7 +16,7 @@ from support.models.students import GPT
 from support.runs import GPT2, KILLED, LLAMA, NOTED, V, arguments, have_equal_weights, job_in, ranks
 
 from storage.errors import IdentityMismatch, InputError
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 from student.data.windows import DistillationWindows
 from student.evaluation.held_out import held_out
 from student.job import StudentJob

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from storage import LogitCache
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 from student.data.windows import DistillationWindows
 from student.job import StudentJob
 from student.models.saved_tokenizer import saved_tokenizer

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from storage import LogitCache
 from storage.cache.writer import EntryWriter
 from storage.errors import IdentityMismatch, InputError, StorageFull
-from storage.format.manifest import Windowing
+from storage.format.manifest.entry import Windowing
 from student.cli import build_job, train_student
 from student.report import Passage
 from student.training.arguments import training_values

@@ -17,7 +17,7 @@ from support.runs import KILLED, V, arguments, have_equal_weights, job_in, make_
 
 from storage import LogitCache
 from storage.errors import InputError
-from storage.format.manifest import TARGET_FIELDS
+from storage.format.manifest.entry import TARGET_FIELDS
 from student.data.windows import DistillationWindows
 from student.report import TrainingReport
 from student.training.run import train

@@ -18,7 +18,9 @@ from storage.format.layout import (
     stream_layout,
     teacher_arrays,
 )
-from storage.format.manifest import CacheRecord, ObjectDigest, ShardReceipt, ShardStatistics, Windowing
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import Windowing
+from storage.format.manifest.receipts import ObjectDigest, ShardReceipt, ShardStatistics
 from storage.format.sealing import Record, digest, sealed_bytes
 from storage.format.shard import encode_shard, object_digest
 

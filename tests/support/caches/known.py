@@ -29,7 +29,10 @@ from storage import LogitCache
 from storage.cache.writer import EntryWriter
 from storage.errors import LogitCacheError
 from storage.format.layout import ArraySpec, teacher_arrays
-from storage.format.manifest import ArrayLayout, CacheRecord, ObjectDigest, TeacherEntry
+from storage.format.manifest.cache import CacheRecord
+from storage.format.manifest.entry import TeacherEntry
+from storage.format.manifest.receipts import ObjectDigest
+from storage.format.manifest.shared import ArrayLayout
 from storage.format.shard import encode_shard, object_digest
 from storage.format.stored import StoredTargets
 from storage.format.targets import SparseTargets

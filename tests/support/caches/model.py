@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from support.caches import known
 
 from storage.format.layout import teacher_arrays
-from storage.format.manifest import TeacherEntry
+from storage.format.manifest.entry import TeacherEntry
 from storage.format.stored import StoredTargets
 
 

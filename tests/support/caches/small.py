@@ -15,21 +15,10 @@ from storage.cache.corpus_writer import write_corpus
 from storage.cache.writer import EntryWriter
 from storage.format.identity import stream_sha256
 from storage.format.layout import entry_layout, stream_layout
-from storage.format.manifest import (
-    ArrayLayout,
-    CacheRecord,
-    Corpus,
-    CorpusSource,
-    Encoding,
-    Execution,
-    Targets,
-    Teacher,
-    TeacherEntry,
-    TeacherIdentity,
-    Tokenizer,
-    Versions,
-    Windowing,
-)
+from storage.format.manifest.cache import CacheRecord, Corpus, CorpusSource, Tokenizer
+from storage.format.manifest.entry import Encoding, Execution, Targets, TeacherEntry, Windowing
+from storage.format.manifest.shared import ArrayLayout, Versions
+from storage.format.manifest.teacher import Teacher, TeacherIdentity
 from storage.format.targets import SparseTargets
 
 SHA = "0" * 64

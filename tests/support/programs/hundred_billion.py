@@ -21,7 +21,9 @@ from support.programs.billion import resident_bytes
 import storage.cache.reader
 from logit_cache.caching.status import status_of
 from storage.format.layout import group_metadata, metadata_bytes, teacher_arrays
-from storage.format.manifest import ATTRIBUTE, ObjectDigest, ShardReceipt, Windowing
+from storage.format.manifest.entry import Windowing
+from storage.format.manifest.receipts import ObjectDigest, ShardReceipt
+from storage.format.manifest.shared import ATTRIBUTE
 from storage.format.sealing import Record, digest, sealed, sealed_bytes
 from storage.stores.base import MOST_BYTES, Store
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from storage import LogitCache
 from storage.format import encoding
-from storage.format.manifest import Targets
+from storage.format.manifest.entry import Targets
 from student.labels import NOT_TRAINED
 from student.loss.distillation import DistillationLoss
 from student.loss.teacher_targets import Member
