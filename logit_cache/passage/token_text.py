@@ -34,26 +34,30 @@ class Part(NamedTuple):
 class TokenTexts:
     """The texts of a cache's ids. Without a tokenizer.json they are the ids themselves: `⟨id 17⟩`.
 
-    Raises FormatError for a tokenizer.json that is none.
+    The first text raises FormatError for a tokenizer.json that is none.
     """
 
     def __init__(self, cache: LogitCache) -> None:
-        self._tokenizer: Any = None
+        self._cache = cache
         self.parts = functools.cache(self._parts)
-        data = cache.tokenizer_files().get("tokenizer.json")
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        data = self._cache.tokenizer_files().get("tokenizer.json")
         if data is None:
-            return
+            return None
         from tokenizers import Tokenizer
 
         try:
-            self._tokenizer = Tokenizer.from_str(data.decode())
+            tokenizer = Tokenizer.from_str(data.decode())
         except Exception as error:
             # The library has no exception class for a file that is no tokenizer, which a foreign cache may hold.
-            raise FormatError(f"{cache.url}: its tokenizer.json cannot be opened ({error})") from None
-        self._added = self._tokenizer.get_added_tokens_decoder()
+            raise FormatError(f"{self._cache.url}: its tokenizer.json cannot be opened ({error})") from None
+        self._added = tokenizer.get_added_tokens_decoder()
         file = json.loads(data)
         self._decoders = list(_flat(file.get("decoder")))
         self._byte_fallback = file["model"].get("byte_fallback", False)
+        return tokenizer
 
     def joined(self, ids: Sequence[int]) -> str:
         """The text of neighbouring ids, by the tokenizer's own rules."""

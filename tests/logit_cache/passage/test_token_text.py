@@ -75,4 +75,4 @@ def test_without_a_tokenizer_that_can_be_read_ids_are_shown(tmp_path: Path) -> N
     texts = texts_of(tmp_path / "a", {"vocab.txt": b"a"}, 9)
     assert (texts.text(7), texts.joined([7, 8])) == ("⟨id 7⟩", "⟨id 7⟩⟨id 8⟩")
     with pytest.raises(FormatError, match=r"its tokenizer\.json cannot be opened"):
-        texts_of(tmp_path / "b", {"tokenizer.json": b"{}"}, 9)
+        texts_of(tmp_path / "b", {"tokenizer.json": b"{}"}, 9).text(7)
