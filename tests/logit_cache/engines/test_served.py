@@ -264,11 +264,12 @@ def test_two_servers_share_a_job_and_one_of_them_dies(cache: Path, vllm: StandIn
     expected = cache_logits(cache, "l", teacher, **FIELDS, fields=("label",))[1]
     with StandIn("vllm", teacher, cache / "tokenizer", "m", 64, 128) as other:
         vllm.seconds = 0.01
-        answer, stopping = other.answer, threading.Thread(target=other.stop)
+        answer, stopping, one_at_a_time = other.answer, threading.Thread(target=other.stop), threading.Lock()
 
         def dying(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-            if len(other.asked) == 6 and not stopping.ident:
-                stopping.start()
+            with one_at_a_time:
+                if len(other.asked) >= 6 and not stopping.ident:
+                    stopping.start()
             return answer(path, body)
 
         other.answer = dying  # type: ignore[method-assign]
