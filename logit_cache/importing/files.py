@@ -99,7 +99,8 @@ def parquet_rows(path: Path, columns: list[str], nulls: bool = False) -> Iterato
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # What is read ahead stays in memory until the file is closed.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                 for index in range(batch.num_rows):
                     row = {name: batch.column(name)[index] for name in columns}

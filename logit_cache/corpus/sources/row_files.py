@@ -137,7 +137,8 @@ def _parquet_batches(where: str, reader: RowReader) -> Iterator[tuple[Any, float
     """Batches of rows with the columns that are looked for, and the share of the file up to each one's end."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(where) as file:
+    # What is read ahead stays in memory until the file is closed.
+    with pyarrow.parquet.ParquetFile(where, pre_buffer=False) as file:
         columns = reader.columns_of(file.schema_arrow.names, where)
         done, rows = 0, max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=_TABLE_ROWS, columns=columns):
