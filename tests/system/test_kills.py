@@ -93,7 +93,7 @@ def check_whole(path: Path, record: CacheRecord, whole: dict[str, bytes]) -> Non
     """The entry is complete, and its arrays are those of an undisturbed run."""
     opened = LogitCache.open(str(path))
     assert opened.teacher("a").missing() == []
-    found = verify(str(path), deep=True, workers=1)
+    found = verify(str(path), deep=False, workers=1)  # its bytes are compared below
     assert (found.problems, found.missing) == ([], {})
     assert all(address.endswith((".partial", SUFFIX)) for address in found.leftovers)
     others = ("teachers/b/", "teachers/v2/")

@@ -360,7 +360,7 @@ def run_machine(examples: int, steps: int) -> None:
 
 
 def test_every_read_is_the_truth_or_an_error() -> None:
-    run_machine(examples=30, steps=15)
+    run_machine(examples=20, steps=15)
 
 
 @pytest.mark.soak

@@ -146,7 +146,7 @@ def drive(pool: FakePool, attempts: int = 3) -> tuple[Outcome, list[dict[str, ob
 STEP = st.sampled_from(["built", "failed", "lost", "node"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     shards=st.integers(1, 12),
     workers=st.integers(1, 4),
