@@ -198,8 +198,12 @@ def test_a_file_that_was_cut_off(data: Known, tmp_path: Path) -> None:
 TOKENS = {"prompt_token_ids": [1, 2]}
 AXOLOTL = {"input_ids": [1, 2], "target_token_ids": [[3], [4]], "target_logprobs": [[-1.0], [-1.0]]}
 NEMO = {
-    "tokens": [1], "labels": [2], "loss_mask": [1],
-    "topk_token_ids": [[3]], "topk_logits": [[1.0]], "log_sum_exp_logits": [2.0],
+    "tokens": [1],
+    "labels": [2],
+    "loss_mask": [1],
+    "topk_token_ids": [[3]],
+    "topk_logits": [[1.0]],
+    "log_sum_exp_logits": [2.0],
 }
 
 
