@@ -126,11 +126,13 @@ def _bytes(windows: Sequence[Exported], export: Export) -> pyarrow.Table:
         ids = np.where(here, targets.token_ids[:count].astype(np.int64), 0)
         values = np.where(here, targets.logprobs[:count], -np.inf).astype("<f4")
         columns[distillkit.TOKENS].append(window.ids.astype(np.uint64))
-        columns[distillkit.VALUES].append(values.view(np.uint8).reshape(count, -1))
+        columns[distillkit.VALUES].append(values.view(np.uint8))
         columns[distillkit.IDS].append(packed_ids(ids, chosen))
         if export.every_row:
             columns[distillkit.SEGMENTS].append(np.ones(count, dtype=np.int64))
-    return pa.table({name: lists(values) for name, values in columns.items()})
+    # As of the variant whose last id is none that the writer appended.
+    texts = {} if export.every_row else dict.fromkeys(sorted(distillkit.UNPADDED), [""] * len(windows))
+    return pa.table({name: lists(values) for name, values in columns.items()} | texts)
 
 
 def _settings_file(export: Export) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Legend: `R` rows of a document, `K` their ids.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_cache.importing.document import NO_ID, Rows, ragged
+from logit_cache.importing.document import NO_ID, Document, Rows, Source, ragged
 from storage.errors import InputError, error_text
 from storage.files import local_path
 from storage.format.manifest.imported import MAX_IMPORTED_FILES, SourceFile
@@ -24,6 +25,7 @@ from storage.progress import Advance
 
 _BLOCK = 1 << 22
 _BATCH_ROWS = 16
+_MOST_LINE_BYTES = 1 << 30
 # In labels: not trained on.
 IGNORED_LABEL = -100
 
@@ -51,7 +53,7 @@ def source_files(source: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
     """data_2 before data_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(path))]
 
 
 def digests(files: list[Path], advance: Advance) -> tuple[SourceFile, ...]:
@@ -116,36 +118,43 @@ def parquet_rows(path: Path, columns: list[str], nulls: bool = False) -> Iterato
 
 def list_array(scalar: Any, where: str) -> NDArray[Any]:
     """A list of numbers as an array, without Python objects between. Raises InputError for other lists."""
-    values = getattr(scalar, "values", None)
-    if values is None:
-        values = np.empty(0)
-    else:
-        if values.null_count:
-            raise InputError(f"{where}: a number in one of its lists is missing")
-        values = values.to_numpy(zero_copy_only=False)
-    if values.dtype.kind not in "iufb":
-        raise InputError(f"{where}: expected lists of numbers, found {values.dtype}")
-    return values
+    return numbers(_values(scalar, where), where)
+
+
+def _values(scalar: Any, where: str) -> Any:
+    """What a list holds, as an array of pyarrow."""
+    if not _depth(scalar.type):
+        raise InputError(f"{where}: expected lists of numbers, found {scalar.type}")
+    return scalar.values
+
+
+def numbers(values: Any, where: str) -> NDArray[Any]:
+    if values.null_count:
+        raise InputError(f"{where}: a number in one of its lists is missing")
+    found: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    if len(found) and found.dtype.kind not in "iufb":
+        raise InputError(f"{where}: expected lists of numbers, found {values.type}")
+    return found
 
 
 def lists_array(scalar: Any, where: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """A list of lists of numbers: the length of each, int64 [R], and all numbers one after the other."""
-    return list_lengths(scalar.values, where)
+    lengths, flat = list_lengths(_values(scalar, where), where)
+    return lengths, numbers(flat, where)
 
 
-def list_lengths(lists: Any, where: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """The same of an array of lists. One that is missing is empty. Raises InputError for other arrays."""
+def list_lengths(lists: Any, where: str) -> tuple[NDArray[np.int64], Any]:
+    """The length of each list in an array of pyarrow, int64 [R], and an array of what all of them hold, one after the
+    other. One that is missing is empty. Raises InputError for other arrays."""
+    import pyarrow
     import pyarrow.compute
 
-    if lists is None or not len(lists):
-        return np.zeros(0, dtype=np.int64), np.zeros(0)
+    if not len(lists):
+        return np.zeros(0, dtype=np.int64), pyarrow.array([], pyarrow.float64())
     if not _depth(lists.type):
         raise InputError(f"{where}: expected a list of numbers for each of its tokens, found one list")
     lengths = pyarrow.compute.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    flat = lists.flatten()
-    if flat.null_count:
-        raise InputError(f"{where}: a number in one of its lists is missing")
-    return lengths, flat.to_numpy(zero_copy_only=False)
+    return lengths, lists.flatten()
 
 
 def id_columns(
@@ -154,6 +163,8 @@ def id_columns(
     """Ids int64 [R, K] and their numbers float64 [R, K] from lists; raises InputError where these differ in length."""
     if not np.array_equal(ids[0], values[0]):
         raise InputError(f"{where}: its lists of ids and of numbers differ in length; the file is damaged")
+    if ids[1].dtype.kind == "f" and (ids[1] % 1 != 0).any():
+        wrong(where, "whole numbers as ids", "others")
     return (
         ragged(ids[0], ids[1].astype(np.int64), NO_ID),
         ragged(values[0], values[1].astype(np.float64), -np.inf),
@@ -164,7 +175,9 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line of a file of JSON lines that is not empty: where it is, and its value."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_MOST_LINE_BYTES + 1), b""), 1):
+                if len(line) > _MOST_LINE_BYTES:
+                    wrong(f"{path} line {number}", f"at most {_MOST_LINE_BYTES:,} bytes", "more: are these JSON lines?")
                 if line.strip():
                     yield f"{path} line {number}", _parsed(line, f"{path} line {number}")
     except OSError as error:
@@ -184,7 +197,7 @@ def first_object(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             start = file.read(1)
             file.seek(0)
-            line = file.readline() if start == b"{" else b""
+            line = file.readline(_MOST_LINE_BYTES) if start == b"{" else b""
         found = json.loads(line)
     except (OSError, ValueError, RecursionError):
         return {}
@@ -231,10 +244,46 @@ def wrong(where: str, expected: str, found: object) -> NoReturn:
     raise InputError(f"{where}: expected {expected}, found {str(found)[:80]!r}")
 
 
-def once(make: Callable[[], Rows]) -> Callable[[], Iterator[Rows]]:
+def documents_of(
+    source: Source,
+    rows: Callable[[Path], Iterator[tuple[str, Any]]],
+    read: Callable[[int, str, Any], Iterator[Document]],
+) -> Iterator[Document]:
+    """The documents that are read from each of the rows of each file: by its number, where it is, and its values."""
+    for file, path in enumerate(source.files):
+        for where, row in rows(path):
+            with of_any_kind(where):
+                found = list(read(file, where, row))
+            yield from found
+
+
+def once(where: str, make: Callable[[], Rows]) -> Callable[[], Iterator[Rows]]:
     """`Document.parts` of rows that are made at once, when they are asked for."""
 
     def parts() -> Iterator[Rows]:
-        yield make()
+        with of_any_kind(where):
+            made = make()
+        yield made
 
     return parts
+
+
+@contextlib.contextmanager
+def of_any_kind(where: str) -> Iterator[None]:
+    """JSON holds anything: raise InputError where a value is of a kind of which a number or a list cannot be made."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: a value is not of the kind that the format has there ({error_text(error, 100)})"
+        ) from None
+
+
+def whole_numbers(values: Any) -> NDArray[np.int64]:
+    """Ids, or numbers of a mask, of any shape. Raises ValueError for others, which numpy would round."""
+    found = np.array(values)
+    if found.size and found.dtype.kind not in "iub":
+        raise ValueError(f"expected whole numbers, found {found.dtype}")
+    return found.astype(np.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from logit_cache.importing.document import Format, Source
 from logit_cache.importing.files import digests
 from logit_cache.importing.job import DEFAULT_DENSE_K, ImportJob
 from logit_cache.importing.registry import format_of
-from logit_cache.importing.shards import ShardSource, write_shards
+from logit_cache.importing.shards import CHANGED, ShardSource, write_shards
 from logit_cache.importing.survey import Survey, Surveyed
 from storage import LogitCache
 from storage.cache.corpus_writer import check_destination, is_new, write_corpus
@@ -83,8 +84,8 @@ def import_entry(job: ImportJob, track: Track = untracked) -> Imported:
         writer = EntryWriter.open(job.out, job.name, _entry(job, chosen, cache, surveyed, found_files))
         made = ShardSource(writer.entry, surveyed, arrays["document_starts"], chosen.slack_nats)
         with track(f"import {job.name}", cache.record.corpus.positions, "positions") as advance:
-            write_shards(writer, made, chosen.documents(source), advance)
-        _check_unchanged(every, found_files)
+            check = partial(_check_unchanged, every, found_files)
+            write_shards(writer, made, chosen.documents(source), check, advance)
         return Imported(job.out, job.name, chosen.name, spool.documents, spool.positions, writer.entry)
 
 
@@ -244,4 +245,4 @@ def _check_unchanged(files: list[Path], found: tuple[SourceFile, ...]) -> None:
     """Raise InputError where a file was changed between the passes, so that its shards are of other rows."""
     for path, file, again in zip(files, found, digests(files, lambda _: None), strict=True):
         if file != again:
-            raise InputError(f"{path} was changed while it was imported: remove the entry, and import it again")
+            raise InputError(f"{path}: {CHANGED}")

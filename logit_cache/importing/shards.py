@@ -16,10 +16,13 @@ from logit_cache.importing.document import Document, Rows
 from logit_cache.importing.row_values import cleaned, normalised
 from logit_cache.importing.survey import Surveyed
 from storage.cache.writer import EntryWriter
+from storage.errors import InputError
 from storage.format.encoding import logprob_floor
 from storage.format.layout import VALUES
 from storage.format.manifest.entry import TeacherEntry
 from storage.format.targets import TargetRows
+
+CHANGED = "it was changed while it was imported: remove the entry, and import it again"
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class ShardSource:
     def shards(self, documents: Iterator[Document], pending: Collection[int]) -> Iterator[tuple[int, TargetRows]]:
         """Each pending shard and its arrays, in order; rows of documents that touch none of them are not read."""
         layout, positions = self.entry.layout, self.entry.positions
-        wanted = sorted(pending)
+        wanted, edges = sorted(pending), np.append(self.document_starts, np.uint64(positions))
         current: TargetRows | None = None
         done = 0  # of `wanted`
         for number, document in enumerate(item for item in documents if len(item.ids)):
-            first = int(self.document_starts[number])
-            stop = first + len(document.ids)
+            first, stop = (int(edge) for edge in edges[number : number + 2]) if number + 1 < len(edges) else (0, 0)
+            if stop - first != len(document.ids):
+                raise InputError(f"{document.where}: {CHANGED}")
             while done < len(wanted) and layout.shard_range(wanted[done], positions)[1] <= first:
                 yield wanted[done], current or self._empty(wanted[done])
                 current, done = None, done + 1
@@ -142,11 +146,20 @@ class ShardSource:
 
 
 def write_shards(
-    writer: EntryWriter, source: ShardSource, documents: Iterator[Document], progress: Callable[[int], None]
+    writer: EntryWriter,
+    source: ShardSource,
+    documents: Iterator[Document],
+    check: Callable[[], None],
+    progress: Callable[[int], None],
 ) -> None:
-    """Commit the shards that are missing, in order; what is committed is not read again."""
-    began = time.monotonic()
-    for shard, arrays in source.shards(documents, writer.pending()):
+    """Commit the shards that are missing, in order; what is committed is not read again.
+
+    check: called before the last one, without which the entry is not complete.
+    """
+    began, pending = time.monotonic(), writer.pending()
+    for shard, arrays in source.shards(documents, pending):
+        if shard == max(pending):
+            check()
         writer.commit(shard, arrays.targets(), began)
         progress(arrays.stop - arrays.start)
         began = time.monotonic()

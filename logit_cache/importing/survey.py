@@ -171,7 +171,7 @@ class Survey:
             k=self._vocabulary_size if self._dense else self._k,
             # Of rows about their own token, none is about the one after the last.
             whole_rows=self._every_token and aligned.reading == "after",
-            has_label=self._labelled and values in ("logprobs", "probabilities"),
+            has_label=self._labelled and values == "logprobs",
             longest=self._longest,
             dropped=self._dropped,
             strange=self._strange,

@@ -157,7 +157,7 @@ def rows_of(protocol: Protocol, answer: Any, prompt: Prompt, k: int) -> ServedRo
     """The rows of an answer. Raises WrongAnswer for one that has another form, or holds no log-probs."""
     try:
         rows = protocol.rows(answer, prompt, k)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, WrongAnswer):
             raise
         raise WrongAnswer(f"no answer in the form of {protocol.engine} ({type(error).__name__}: {error})") from None
@@ -194,7 +194,10 @@ def _sorted_rows(rows: list[tuple[list[int], list[float]]], label: NDArray[np.fl
     for number, (own_ids, own) in enumerate(rows):
         if not k <= len(own_ids) <= columns:
             raise WrongAnswer(f"{len(own_ids)} ids in a row, {k} were asked for")
-        ids[number, : len(own_ids)] = own_ids
+        given = np.array(own_ids)
+        if given.dtype.kind != "i" or given.min() < 0 or len(set(own_ids)) < len(own_ids):
+            raise WrongAnswer("ids in a row that are no ids, or come twice")
+        ids[number, : len(own_ids)] = given
         logprobs[number, : len(own)] = own
     if np.isnan(logprobs).any() or np.isnan(label).any():
         raise WrongAnswer("a log-prob that is no number")

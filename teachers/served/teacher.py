@@ -17,16 +17,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 
 from storage.errors import IdentityMismatch, InputError
 from storage.format.encoding import FLOAT32_MASS_ERROR
 from storage.format.manifest.teacher import MOST_PROBES, ServedIdentity
 from storage.format.manifest.teacher import Teacher as TeacherRecord
+from storage.text import printable
 from teachers.reduction.reduce import ReducedRows
 from teachers.served.fleet import Fleet
 from teachers.served.protocols import (
@@ -47,6 +49,8 @@ _LEAST_MASS = 2.0**-20
 _SAME_WEIGHTS = 0.05
 _NOISE_FACTOR = 3.0
 _LEAST_PROBE = -1e4
+# Of an answer: an id, its log-prob, its rank, and its text, which may be a long one.
+_MOST_BYTES_AN_ID = 1 << 10
 _PROBE_TEXTS = ("The quick brown fox, 1234.5!", " def f(x):\n    return x", "naïve Übergröße — 漢字 🙂", "\t a  b\n\n")
 _STREAM_TEXTS, _STREAM_TOKENS = 8, 64
 
@@ -65,7 +69,7 @@ class ServedTeacher:
         self._fleet, self._model, self._k = fleet, model, k
         self._about = about[0]
         self.protocol = about[0].protocol
-        limits = [each.max_model_len for each in about if each.max_model_len]
+        limits = [each.max_model_len for each in about if each.max_model_len is not None]
         self.max_positions = min(limits) - BESIDE_WINDOW if limits else None
         self.versions: dict[str, str] = {
             self.protocol.engine: " + ".join(dict.fromkeys(each.version for each in about))
@@ -141,10 +145,15 @@ class ServedTeacher:
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         for path in self.protocol.tokenize:
             try:
-                return list(self._fleet.patiently(server, partial(server.post, path, body))["tokens"])
+                found = self._fleet.patiently(server, partial(server.post, path, body))
             except Refused as refused:
                 if refused.status not in (404, 405):
                     raise
+                continue
+            ids = found.get("tokens") if isinstance(found, dict) else None
+            if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < 1 << 31 for each in ids):
+                raise InputError(f"{server.url}: expected the ids of a text from {path}, found {str(found)[:80]!r}")
+            return ids
         return None
 
     def identify(self, stream: NDArray[np.int64], recorded: ServedIdentity | None) -> TeacherRecord:
@@ -209,7 +218,9 @@ class ServedTeacher:
     def _ask(self, server: Server, prompt: Prompt) -> ServedRows:
         body = self.protocol.body(self._model, prompt.ids.tolist(), self._k)
         try:
-            return rows_of(self.protocol, server.post(self.protocol.generate, body), prompt, self._k)
+            most = len(prompt.ids) * (self._k + 1) * _MOST_BYTES_AN_ID
+            answer = server.post(self.protocol.generate, body, max(most, 1 << 20))
+            return rows_of(self.protocol, answer, prompt, self._k)
         except WrongAnswer as error:
             raise InputError(
                 f"{server.url}: expected the log-probs of {self._k} ids for each token of a prompt, found {error}: "
@@ -234,6 +245,19 @@ class ServedTeacher:
         return self._fleet.servers[0].url
 
 
+class _Card(BaseModel):
+    """What a server says of one of its models; all else of it is ignored."""
+
+    id: Annotated[str, Field(min_length=1, max_length=1024)]
+    owned_by: str | None = None
+    root: Annotated[str, Field(max_length=1024)] | None = None
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+
+
+class _Cards(BaseModel):
+    data: list[_Card]
+
+
 @dataclass(frozen=True)
 class _About:
     """What a server says of itself."""
@@ -247,30 +271,29 @@ class _About:
 
 def _about(fleet: Fleet, server: Server, wanted: str | None) -> _About:
     try:
-        cards = {card["id"]: card for card in fleet.patiently(server, partial(server.get, "v1/models"))["data"]}
-    except (KeyError, TypeError, Refused) as error:
+        said = _Cards.model_validate(fleet.patiently(server, partial(server.get, "v1/models")))
+    except (ValidationError, Refused) as error:
         if isinstance(error, Refused) and error.status != 404:
             raise
         raise InputError(
             f"{server.url}: lists no models at {server.root}/v1/models: give the address of a vLLM or SGLang server, "
             f"such as http://HOST:8000/v1"
         ) from None
-    names = ", ".join(cards)
+    cards = {card.id: card for card in said.data}
+    names = printable(", ".join(cards)[:1000])
     if wanted is None and len(cards) != 1:
         raise InputError(f"{server.url}: serves several models: name one of them with --served-model: {names}")
-    name = wanted or names
+    name = wanted or said.data[0].id
     if name not in cards:
         raise InputError(f"{server.url}: serves no {name}: give --served-model one of: {names}")
     card = cards[name]
-    protocol = PROTOCOLS.get(card.get("owned_by"))
+    protocol = next((each for engine, each in PROTOCOLS.items() if engine == card.owned_by), None)
     if protocol is None:
         raise InputError(
-            f"{server.url}: is neither vLLM nor SGLang (its models are owned by {card.get('owned_by')!r}): other "
-            f"servers give no log-probs of a prompt's tokens"
+            f"{server.url}: is neither vLLM nor SGLang (its models are owned by {card.owned_by!r}): other servers give "
+            f"no log-probs of a prompt's tokens"
         )
-    limit = card.get("max_model_len")
-    version = _version(fleet, server, protocol)
-    return _About(name, card.get("root"), protocol, version, limit if isinstance(limit, int) and limit > 0 else None)
+    return _About(name, card.root, protocol, _version(fleet, server, protocol), card.max_model_len)
 
 
 def _version(fleet: Fleet, server: Server, protocol: Protocol) -> str:
@@ -280,7 +303,7 @@ def _version(fleet: Fleet, server: Server, protocol: Protocol) -> str:
         except Refused:
             continue
         if isinstance(found, dict) and found.get("version"):
-            return str(found["version"])
+            return printable(str(found["version"])[:64])
     return "unknown"
 
 

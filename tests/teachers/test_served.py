@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -29,11 +31,13 @@ from support.servers.recorded_traffic import (
     replaying,
     within,
 )
+from support.servers.web import running
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from storage.errors import InputError
 from teachers.reduction.reduce import reduce_topk
 from teachers.served import fleet as fleets
+from teachers.served import server as servers
 from teachers.served.fleet import Fleet, ServersLost
 from teachers.served.protocols import SGLANG, VLLM, Prompt, WrongAnswer, rows_of
 from teachers.served.server import Busy, Server
@@ -164,6 +168,11 @@ WRONG: dict[str, tuple[Any, Callable[[Any], None], str]] = {
     "logits": (VLLM, _set(7.5, *CHOICE, "prompt_logprobs", 1, "9", "logprob"), "the largest is 7.5"),
     "too much": (VLLM, _set(-0.01, *CHOICE, "prompt_logprobs", 1, "9", "logprob"), "a mass of 1.3"),
     "nan": (VLLM, _set(float("nan"), *CHOICE, "prompt_logprobs", 1, "9", "logprob"), "no number"),
+    "huge": (VLLM, _set(10**400, *CHOICE, "prompt_logprobs", 1, "9", "logprob"), "no answer in the form of vllm"),
+    "an id twice": (SGLANG, _set(9, *META, "input_top_logprobs", 1, 1, 1), "come twice"),
+    "half an id": (SGLANG, _set(1.5, *META, "input_top_logprobs", 1, 1, 1), "that are no ids"),
+    "an id below 0": (SGLANG, _set(-1, *META, "input_top_logprobs", 1, 1, 1), "that are no ids"),
+    "a huge id": (SGLANG, _set(10**30, *META, "input_top_logprobs", 1, 1, 1), "that are no ids"),
     "an error": (VLLM, _set("busy", "choices"), "no answer in the form of vllm"),
     "sglang other ids": (SGLANG, _set([-4.0, 8, None], *META, "input_token_logprobs", 1), "read other ids"),
     "sglang no row": (SGLANG, _set(None, *META, "input_top_logprobs", 1), "0 ids in a row"),
@@ -282,6 +291,82 @@ def test_the_key_of_the_environment_is_sent(save: Callable[..., Path], monkeypat
             ServedTeacher.connect([engine.url], None, 4)
         monkeypatch.setenv("LOGIT_CACHE_API_KEY", "a key")
         ServedTeacher.connect([engine.url], None, 4)
+
+
+class _Odd(BaseHTTPRequestHandler):
+    """A server that answers by the path in ways that no engine does; `seen`: the paths, and the keys that came."""
+
+    protocol_version = "HTTP/1.1"
+    seen: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_GET(self) -> None:
+        self.seen.append((self.path, self.headers["Authorization"]))
+        name = self.path.rpartition("/")[2]
+        self.send_response(307 if name == "moved" else 429 if name == "again" else 200)
+        body = {"deep": b"[" * 100_000, "long": b" " * 4096}.get(name, b"{}")
+        self.send_header("Content-Length", str(10**6 if name == "drops" else len(body)))
+        self.send_header("Location" if name == "moved" else "Retry-After", "/elsewhere" if name == "moved" else "0")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while name == "drops":
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.05)
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "said"),
+    [
+        ("moved", InputError, r"307: it redirects to /elsewhere: give the address of the server"),
+        ("drops", Busy, "no answer within 0.5 s"),
+        ("long", InputError, "more than 1,000 bytes"),
+        ("deep", Busy, "no JSON"),
+        ("again", Busy, "429"),
+    ],
+)
+def test_a_server_that_is_none(
+    path: str, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No redirection is followed, and no key sent but LOGIT_CACHE_API_KEY; time and bytes of an answer are bounded."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(servers, "_MOST_BYTES", 200_000 if path == "deep" else 1000)
+    _Odd.seen.clear()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), _Odd)) as port:
+        began = time.monotonic()
+        with pytest.raises(kind, match=said) as caught:
+            Server(f"http://127.0.0.1:{port}/v1", 1, 0.5).get(path)
+        assert time.monotonic() - began < 3
+    assert _Odd.seen == [(f"/{path}", None)]
+    if path == "again":
+        assert caught.value.seconds == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "said"),
+    [
+        ("/v1/models", {"data": [{"id": 5}]}, "lists no models"),
+        ("/v1/models", {"data": [{"id": "m", "owned_by": ["vllm"]}]}, "lists no models"),
+        ("/v1/models", [], "lists no models"),
+        ("/v1/models", {"data": [{"id": "m", "owned_by": "llamacpp"}]}, "is neither vLLM nor SGLang"),
+        ("/tokenize", {"tokens": ["a"]}, "expected the ids of a text"),
+        ("/tokenize", [], "expected the ids of a text"),
+    ],
+)
+def test_what_a_server_says_of_itself_is_checked(
+    path: str, answer: Any, said: str, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StandIn("vllm", save("llama"), name="m") as engine:
+        usual = engine.answer
+        monkeypatch.setattr(
+            engine, "answer", lambda asked, body: (200, answer) if asked == path else usual(asked, body)
+        )
+        with pytest.raises(InputError, match=said):
+            ServedTeacher.connect([engine.url], None, 4).check_tokenizer(byte_tokenizer(), np.arange(9), "")
 
 
 def test_records_hold_no_paths(save: Callable[..., Path]) -> None:

@@ -16,21 +16,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.importing.document import NO_ID, Document, Format, Rows, Source, ragged
 from logit_cache.importing.files import (
+    documents_of,
     first_object,
     json_rows,
+    of_any_kind,
     once,
     parquet_columns,
     parquet_rows,
     token_array,
     trained_by_labels,
+    whole_numbers,
     wrong,
 )
-from storage.errors import InputError
+from storage.errors import InputError, error_text
 
 TOKENS, IDS, VALUES, MASK = "input_ids", "target_token_ids", "target_logprobs", "target_mask"
 _PREFIX = "token_id:"
@@ -56,12 +60,13 @@ def _rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _documents(source: Source) -> Iterator[Document]:
-    for file, path in enumerate(source.files):
-        for where, row in _rows_of(path):
-            if TOKENS in row:
-                yield _tokens(file, where, row)
-            else:
-                yield from _conversation(source, file, where, row)
+    def read(file: int, where: str, row: dict[str, Any]) -> Iterator[Document]:
+        if TOKENS in row:
+            yield _tokens(file, where, row)
+        else:
+            yield from _conversation(source, file, where, row)
+
+    return documents_of(source, _rows_of, read)
 
 
 def _tokens(file: int, where: str, row: dict[str, Any]) -> Document:
@@ -77,14 +82,14 @@ def _tokens(file: int, where: str, row: dict[str, Any]) -> Document:
             wrong(where, f"an entry for each of {len(ids)} tokens", f"{len(found)} entries")
         if row.get(MASK) is not None:
             lengths = np.array([len(each) for each in row[MASK]], dtype=np.int64)
-            mask = ragged(lengths, np.array([item for each in row[MASK] for item in each], dtype=np.int64), 0)
+            mask = ragged(lengths, whole_numbers([item for each in row[MASK] for item in each]), 0)
             if mask.shape != found.shape:
                 wrong(where, f"{MASK} like {IDS}, {found.shape}", mask.shape)
             found, values = np.where(mask > 0, found, NO_ID), np.where(mask > 0, values, -np.inf)
         return Rows(0, found[:end], values[:end])
 
     trained = None if labels is None else trained_by_labels(ids[:end], np.asarray(labels)[:end], where)
-    return Document(file, where, ids[:end], once(rows), trained)
+    return Document(file, where, ids[:end], once(where, rows), trained)
 
 
 def _end(mask: Any, length: int, where: str) -> int:
@@ -99,16 +104,13 @@ def _end(mask: Any, length: int, where: str) -> int:
 
 
 def _columns(ids: Any, values: Any, where: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    try:
-        lengths = np.array([len(each) for each in ids], dtype=np.int64)
-        if [len(each) for each in values] != lengths.tolist():
-            raise ValueError("lists of ids and of log-probs differ in length")
-        return (
-            ragged(lengths, np.array([item for each in ids for item in each], dtype=np.int64), NO_ID),
-            ragged(lengths, np.array([item for each in values for item in each], dtype=np.float64), -np.inf),
-        )
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: expected lists of ids and of their log-probs ({error})") from None
+    lengths = np.array([len(each) for each in ids], dtype=np.int64)
+    if [len(each) for each in values] != lengths.tolist():
+        wrong(where, "lists of ids and of their log-probs", "others, which differ in length")
+    return (
+        ragged(lengths, whole_numbers([item for each in ids for item in each]), NO_ID),
+        ragged(lengths, np.array([item for each in values for item in each], dtype=np.float64), -np.inf),
+    )
 
 
 def _conversation(source: Source, file: int, where: str, row: dict[str, Any]) -> Iterator[Document]:
@@ -124,7 +126,7 @@ def _conversation(source: Source, file: int, where: str, row: dict[str, Any]) ->
         return
     trained = np.zeros(len(ids), dtype=bool)
     trained[start : start + len(found)] = True
-    yield Document(file, where, ids, once(lambda: Rows(start, found, values)), trained)
+    yield Document(file, where, ids, once(where, lambda: Rows(start, found, values)), trained)
 
 
 def _tokenised(tokenizer: Any, messages: Any, where: str) -> NDArray[np.uint32]:
@@ -138,7 +140,10 @@ def _tokenised(tokenizer: Any, messages: Any, where: str) -> NDArray[np.uint32]:
         wrong(where, "messages of a role and a content", messages)
     for turn in turns:
         turn["role"] = _ROLES.get(turn["role"], turn["role"])
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise InputError(f"{where}: the tokenizer's chat template refuses its messages ({error_text(error)})") from None
     return token_array(tokenizer(text, add_special_tokens=False)["input_ids"], where, "the conversation")
 
 
@@ -197,7 +202,8 @@ def _recognises(path: Path) -> bool:
         _, row = next(iter(_rows_of(path)))
         if {TOKENS, IDS, VALUES} <= row.keys():
             return True
-        return bool(row.keys() & set(_MESSAGES)) and len(_reply(row, str(path))[0]) > 0
+        with of_any_kind(str(path)):
+            return bool(row.keys() & set(_MESSAGES)) and len(_reply(row, str(path))[0]) > 0
     except (InputError, StopIteration):
         return False
 

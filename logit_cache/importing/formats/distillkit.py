@@ -49,7 +49,7 @@ from storage.errors import InputError
 CONFIG = "compression_config.yaml"
 TOKENS, VALUES, IDS, SEGMENTS = "input_ids", "compressed_logprobs", "bytepacked_indices", "attention_mask"
 _LEGACY = ("packed_indices", "exact_values", "coeffs")
-_UNPADDED = {"messages", "text"}
+UNPADDED = {"messages", "text"}
 _LABELS = "labels"
 
 AnySettings = TypeVar("AnySettings", bound=BaseModel)
@@ -92,7 +92,7 @@ def _documents(source: Source) -> Iterator[Document]:
                 end -= 1
                 source.note("documents end with the padding id that DistillKit appends, which was cut")
             trained = _trained(row, ids[:end], where)
-            yield Document(file, where, ids[:end], once(partial(decode, slice(None))), trained)
+            yield Document(file, where, ids[:end], once(where, partial(decode, slice(None))), trained)
 
 
 def _token_rows(
@@ -116,7 +116,7 @@ def _rows(settings: Settings, row: dict[str, Any], where: str, part: slice) -> R
 def _columns_of(path: Path) -> tuple[bool, bool]:
     """Whether rows are packed, and whether they are of the variant without an appended id."""
     columns = set(parquet_columns(path))
-    return SEGMENTS in columns, columns >= _UNPADDED
+    return SEGMENTS in columns, columns >= UNPADDED
 
 
 def _pad_id(tokenizer: Any) -> int | None:
@@ -159,7 +159,7 @@ def _segments(
         wrong(where, f"a segment and a row for each of {len(ids)} tokens", f"{len(numbers)} and {rows}")
     for number, part in segments(numbers):
         at = f"{where} segment {number}"
-        yield Document(file, at, ids[part], once(partial(decode, part)), _trained(row, ids[part], at, part.start))
+        yield Document(file, at, ids[part], once(at, partial(decode, part)), _trained(row, ids[part], at, part.start))
 
 
 def _legacy_documents(source: Source) -> Iterator[Document]:
@@ -173,7 +173,7 @@ def _legacy_documents(source: Source) -> Iterator[Document]:
                 continue
             if not len(ids) - 1 <= rows <= len(ids):
                 wrong(where, f"a row for each of {len(ids)} tokens, or all but the last", f"{rows} rows")
-            yield Document(file, where, ids, once(partial(decode, slice(None))), _trained(row, ids, where))
+            yield Document(file, where, ids, once(where, partial(decode, slice(None))), _trained(row, ids, where))
 
 
 def _legacy_rows(settings: LegacySettings, row: dict[str, Any], where: str, part: slice) -> Rows:

@@ -129,7 +129,7 @@ def packed_ids(ids: NDArray[np.int64], settings: Settings) -> NDArray[np.uint8]:
     """Rows uint8 [R, id_bytes] of ids [R, k]."""
     places = np.arange(settings.id_bits)[::-1]
     single = ((ids[:, :, None] >> places) & 1).astype(np.uint8)
-    return np.packbits(single.reshape(len(ids), -1), axis=1)
+    return np.packbits(single.reshape(len(ids), settings.k * settings.id_bits), axis=1)
 
 
 def decoded_values(data: NDArray[np.uint8], settings: Settings) -> NDArray[np.float64]:

@@ -120,7 +120,7 @@ def _of_record(source: Source, file: int, where: str, features: _Features) -> It
     for number, part in segments(features.get("inputs_segmentation", np.ones(len(ids), dtype=np.int64))):
         at = f"{where} segment {number}"
         rows = functools.partial(Rows, 0, columns[part], values[part])
-        yield Document(file, at, ids[part], once(rows), _trained(features, ids, part, at))
+        yield Document(file, at, ids[part], once(at, rows), _trained(features, ids, part, at))
 
 
 def _trained(features: _Features, ids: NDArray[np.uint32], part: slice, where: str) -> NDArray[np.bool_] | None:

@@ -24,6 +24,7 @@ from logit_cache.importing.files import (
     list_array,
     list_lengths,
     lists_array,
+    numbers,
     once,
     parquet_columns,
     parquet_rows,
@@ -142,7 +143,7 @@ def _document(file: int, where: str, row: dict[str, Any], layout: Layout) -> Doc
     if "labels" in masks:
         by_labels = trained_by_labels(tokens, masks["labels"][begin:end], where)
         trained = by_labels if trained is None else trained if by_labels is None else trained & by_labels
-    return Document(file, where, tokens, once(rows), trained)
+    return Document(file, where, tokens, once(where, rows), trained)
 
 
 def _id_columns(
@@ -169,11 +170,11 @@ def _flat(scalar: Any, tokens: int, where: str) -> tuple[NDArray[np.int64], NDAr
 
 def _pairs(scalar: Any, where: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Ids and numbers of a list of pairs of lists, where ids are among numbers of their kind."""
-    halves, _ = list_lengths(scalar.values, where)
+    halves, inner = list_lengths(scalar.values, where)
     if (halves != 2).any():
         wrong(where, "a list of numbers and one of ids for each token", f"{int(halves[halves != 2][0])} lists")
-    lengths, flat = list_lengths(scalar.values.flatten(), where)
-    rows = ragged(lengths, flat.astype(np.float64), np.nan).reshape(len(halves), 2, -1)
+    lengths, flat = list_lengths(inner, where)
+    rows = ragged(lengths, numbers(flat, where).astype(np.float64), np.nan).reshape(len(halves), 2, -1)
     values, ids = rows[:, 0], rows[:, 1]
     if not np.array_equal(np.isnan(ids), np.arange(ids.shape[1]) >= lengths[::2, None]) or (ids % 1 > 0).any():
         wrong(where, "as many whole numbers, the ids, as numbers in each pair of lists", "others")

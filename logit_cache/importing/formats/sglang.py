@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 
 from logit_cache.importing.document import NO_ID, Document, Format, Rows, Source, ragged
-from logit_cache.importing.files import json_rows, once, token_array, wrong
+from logit_cache.importing.files import documents_of, json_rows, once, token_array, whole_numbers, wrong
 from storage.errors import InputError
 
 _TOKENS, _TOP = "input_token_logprobs", "input_top_logprobs"
 
 
 def _documents(source: Source) -> Iterator[Document]:
-    for number, path in enumerate(source.files):
-        for where, answer in json_rows(path):
-            for one in answer if isinstance(answer, list) else [answer]:
-                yield _document(number, where, one)
+    return documents_of(source, json_rows, _answers)
+
+
+def _answers(file: int, where: str, answer: Any) -> Iterator[Document]:
+    for one in answer if isinstance(answer, list) else [answer]:
+        yield _document(file, where, one)
 
 
 def _document(file: int, where: str, answer: Any) -> Document:
@@ -34,26 +36,20 @@ def _document(file: int, where: str, answer: Any) -> Document:
             f"{where}: it has no meta_info with {_TOKENS} and {_TOP}: ask the server with return_logprob, "
             f"top_logprobs_num and logprob_start_len 0"
         )
-    try:
-        tokens = token_array([item[1] for item in meta[_TOKENS]], where, _TOKENS)
-    except (TypeError, IndexError, KeyError):
-        wrong(where, f"[log-prob, id, text] in {_TOKENS}", meta[_TOKENS])
+    tokens = token_array([item[1] for item in meta[_TOKENS]], where, _TOKENS)
     if "prompt_tokens" in meta and meta["prompt_tokens"] != len(tokens):
         wrong(where, f"log-probs of all {meta['prompt_tokens']} tokens (logprob_start_len 0)", len(tokens))
     if len(meta[_TOP]) != len(tokens):
         wrong(where, f"an entry of {_TOP} for each of {len(tokens)} tokens", len(meta[_TOP]))
-    return Document(file, where, tokens, once(lambda: _rows(meta, where)))
+    return Document(file, where, tokens, once(where, lambda: _rows(meta)))
 
 
-def _rows(meta: dict[str, Any], where: str) -> Rows:
+def _rows(meta: dict[str, Any]) -> Rows:
     entries = [entry or [] for entry in meta[_TOP]]
     lengths = np.array([len(entry) for entry in entries], dtype=np.int64)
-    try:
-        values = np.array([item[0] for entry in entries for item in entry], dtype=np.float64)
-        ids = np.array([item[1] for entry in entries for item in entry], dtype=np.int64)
-        label = np.array([np.nan if item[0] is None else item[0] for item in meta[_TOKENS]], dtype=np.float64)
-    except (TypeError, ValueError, IndexError, KeyError):
-        wrong(where, f"[log-prob, id, text] in {_TOP}", next(entry for entry in entries if entry))
+    values = np.array([item[0] for entry in entries for item in entry], dtype=np.float64)
+    ids = whole_numbers([item[1] for entry in entries for item in entry])
+    label = np.array([item[0] for item in meta[_TOKENS]], dtype=np.float64)  # NaN where it is null
     return Rows(0, ragged(lengths, ids, NO_ID), ragged(lengths, values, -np.inf), label)
 
 

@@ -19,7 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logit_cache.importing.document import NO_ID, Document, Format, Rows, Source, ragged
-from logit_cache.importing.files import first_object, json_rows, once, token_array, wrong
+from logit_cache.importing.files import (
+    documents_of,
+    first_object,
+    json_rows,
+    once,
+    token_array,
+    whole_numbers,
+    wrong,
+)
 from storage.errors import InputError
 
 # JSON has no infinity: vLLM writes this for the log-prob of what has no probability.
@@ -28,24 +36,21 @@ _FLAT = ("start_indices", "end_indices", "token_ids", "logprobs", "ranks")
 
 
 def _documents(source: Source) -> Iterator[Document]:
-    for number, path in enumerate(source.files):
-        for where, answer in json_rows(path):
-            for index, (at, one) in enumerate(_prompts(answer, where)):
-                yield _document(number, f"{at} prompt {index}" if index else at, one)
+    return documents_of(source, json_rows, _prompts)
 
 
-def _prompts(answer: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The prompts of a response, each with its log-probs."""
+def _prompts(file: int, where: str, answer: Any) -> Iterator[Document]:
+    """The prompts of a response."""
     if not isinstance(answer, dict):
         wrong(where, "an object of vLLM's", answer)
     if "error" in answer or answer.get("object") == "error":
         wrong(where, "an answer", answer.get("error", answer))
     choices = answer.get("choices")
     found = choices if isinstance(choices, list) and "prompt_logprobs" not in answer else [answer]
-    for one in found:
+    for index, one in enumerate(found):
         if not isinstance(one, dict):
             wrong(where, "objects in choices", one)
-        yield where, one
+        yield _document(file, f"{where} prompt {index}" if index else where, one)
 
 
 def _document(file: int, where: str, one: dict[str, Any]) -> Document:
@@ -62,7 +67,7 @@ def _document(file: int, where: str, one: dict[str, Any]) -> Document:
         entries = _flat(one, where) if "start_indices" in one else _mapped(one["prompt_logprobs"], where)
         return _rows(ids, entries, where)
 
-    return Document(file, where, ids, once(rows))
+    return Document(file, where, ids, once(where, rows))
 
 
 # Of each entry: its ids, log-probs and ranks.
@@ -89,17 +94,21 @@ def _mapped(entries: Any, where: str) -> list[Entry]:
 
 def _ranked(logprobs: list[float]) -> list[int]:
     """Ranks by the log-probs themselves."""
-    order = sorted(range(len(logprobs)), key=lambda index: -logprobs[index])
-    return [order.index(index) + 1 for index in range(len(logprobs))]
+    order = np.argsort(-np.array(logprobs), kind="stable")
+    ranks: list[int] = (np.argsort(order) + 1).tolist()
+    return ranks
 
 
 def _flat(one: dict[str, Any], where: str) -> list[Entry]:
+    """The arrays hold the token that is there first, and once more where it is one of the best."""
     try:
         starts, ends, ids, logprobs, ranks = ([*one[name]] for name in _FLAT)
-        return [
-            (ids[start:end], logprobs[start:end], ranks[start:end]) for start, end in zip(starts, ends, strict=True)
-        ]
-    except (KeyError, TypeError, ValueError) as error:
+        found: list[Entry] = []
+        for start, end in zip(starts, ends, strict=True):
+            own = {ids[at]: (logprobs[at], ranks[at]) for at in range(start, end)}
+            found.append(([*own], [value for value, _ in own.values()], [rank for _, rank in own.values()]))
+        return found
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: its arrays are not those of FlatLogprobs ({error})") from None
 
 
@@ -107,13 +116,9 @@ def _rows(tokens: NDArray[np.uint32], entries: list[Entry], where: str) -> Rows:
     if len(entries) != len(tokens):
         wrong(where, f"an entry for each of {len(tokens)} tokens", f"{len(entries)} entries; the answer was cut off")
     lengths = np.array([len(ids) for ids, _, _ in entries], dtype=np.int64)
-    try:
-        ids, values, ranks = (
-            ragged(lengths, np.array([item for entry in entries for item in entry[part]], dtype=kind), missing)
-            for part, kind, missing in ((0, np.int64, NO_ID), (1, np.float64, -np.inf), (2, np.int64, 0))
-        )
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: its log-probs are not numbers ({error})") from None
+    flat = [[item for entry in entries for item in entry[part]] for part in range(3)]
+    ids, ranks = (ragged(lengths, whole_numbers(flat[part]), missing) for part, missing in ((0, NO_ID), (2, 0)))
+    values = ragged(lengths, np.array(flat[1], dtype=np.float64), -np.inf)
     values = np.where(values <= _LEAST, -np.inf, values)
     own = (ids == tokens[:, None].astype(np.int64)) & (ids != NO_ID)
     label = np.where(own.any(axis=1), np.where(own, values, -np.inf).max(axis=1, initial=-np.inf), np.nan)

@@ -256,7 +256,7 @@ def test_a_server_is_left_alone_as_long_as_it_asks(cache: Path, vllm: StandIn) -
 def test_retry_after_may_be_a_date() -> None:
     assert server._seconds("3") == 3.0
     assert server._seconds("Fri, 01 Jan 2100 00:00:00 GMT") > 1e6  # type: ignore[operator]
-    assert server._seconds("Thu, 01 Jan 1970 00:00:00 GMT") == 0.0
+    assert server._seconds("Thu, 01 Jan 1970 00:00:00 GMT") == server._LEAST_PAUSE
     assert server._seconds("soon") is None
 
 

@@ -147,7 +147,7 @@ def test_tokens_as_the_trainer_holds_them(data: Known, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"target_logprobs": None}, "lists of ids"),
+        ({"target_logprobs": None}, "not of the kind"),
         ({"target_token_ids": [[1, 2]]}, "differ in length"),
         ({"labels": [1]}, "a label for each"),
         ({"target_mask": [[1]]}, "target_mask like"),

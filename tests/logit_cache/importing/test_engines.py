@@ -12,7 +12,11 @@ from support.caches.imported import K, Known, imported, imports, known, same_tar
 from support.commands import in_process, refused, succeeded
 
 from logit_cache.fidelity.plausibility import plausibility
+from logit_cache.importing import files
+from logit_cache.importing.document import Source
+from logit_cache.importing.registry import FORMATS
 from storage.cache.reader import TeacherTargets
+from storage.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,7 @@ def test_vllm_without_ranks_and_with_clamped_numbers(data: Known, tmp_path: Path
 
 
 def test_vllm_flat_arrays(data: Known, tmp_path: Path) -> None:
+    """The token that is there comes first, and again where it is one of the best."""
     rows = []
     for number in range(len(data.tokens)):
         row: dict[str, Any] = {"prompt_token_ids": data.tokens[number].tolist()}
@@ -107,9 +112,10 @@ def test_vllm_flat_arrays(data: Known, tmp_path: Path) -> None:
             "logprobs": [],
             "ranks": [],
         }
-        for entry in vllm_entries(data, number):
+        for entry, there in zip(vllm_entries(data, number), data.tokens[number].tolist(), strict=True):
             flat["start_indices"].append(len(flat["token_ids"]))
-            for token, item in (entry or {}).items():
+            best = [(token, item) for token, item in (entry or {}).items() if item["rank"] <= K]
+            for token, item in [(str(there), entry[str(there)]), *best] if entry else ():
                 flat["token_ids"].append(int(token))
                 flat["logprobs"].append(item["logprob"])
                 flat["ranks"].append(item["rank"])
@@ -187,3 +193,53 @@ def test_a_file_that_was_cut_off(data: Known, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [vllm(data, 0), vllm(data, 1)])
     path.write_text(path.read_text()[:-100])
     refused(imports(tmp_path, path, "vllm"), "a.jsonl line 2", "not valid JSON")
+
+
+TOKENS = {"prompt_token_ids": [1, 2]}
+AXOLOTL = {"input_ids": [1, 2], "target_token_ids": [[3], [4]], "target_logprobs": [[-1.0], [-1.0]]}
+NEMO = {
+    "tokens": [1],
+    "labels": [2],
+    "loss_mask": [1],
+    "topk_token_ids": [[3]],
+    "topk_logits": [[1.0]],
+    "log_sum_exp_logits": [2.0],
+}
+
+
+def sglang_answer(top: Any = None, label: Any = -1.0) -> dict[str, Any]:
+    there = [[None, 1, None], [label, 2, None]]
+    return {"meta_info": {"input_token_logprobs": there, "input_top_logprobs": [None, top or [[-1.0, 3, None]]]}}
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("vllm", TOKENS | {"prompt_logprobs": [None, {"3": {"logprob": 10**400}}]}),
+        ("vllm", TOKENS | {"prompt_logprobs": [None, {"3": {"logprob": -1.0, "rank": "a"}}]}),
+        ("vllm", {"prompt_token_ids": [1.5, 2], "prompt_logprobs": [None, None]}),
+        ("sglang", sglang_answer(7)),
+        ("sglang", sglang_answer([[-1.0, 1.5, None]])),
+        ("sglang", sglang_answer([[-1.0]])),
+        ("sglang", sglang_answer(label={})),
+        ("nemo", NEMO | {"loss_mask": True}),
+        ("nemo", NEMO | {"loss_mask": ["a"]}),
+        ("nemo", NEMO | {"topk_token_ids": [[1.5]]}),
+        ("axolotl", AXOLOTL | {"labels": True}),
+        ("axolotl", AXOLOTL | {"target_mask": [["x"], [1]]}),
+        ("axolotl", AXOLOTL | {"target_token_ids": [[1.5], [4]]}),
+        ("axolotl", AXOLOTL | {"attention_mask": [1, [2]]}),
+    ],
+)
+def test_values_of_any_kind_are_refused_with_their_line(format: str, row: dict[str, Any], tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    documents = FORMATS[format].documents(Source([path], None))
+    with pytest.raises(InputError, match=r"a\.jsonl line 1"):
+        _ = [list(document.parts()) for document in documents]
+
+
+def test_a_line_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MOST_LINE_BYTES", 64)
+    path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": "x" * 64}])
+    with pytest.raises(InputError, match=r"a\.jsonl line 2: expected at most 64 bytes"):
+        list(files.json_rows(path))

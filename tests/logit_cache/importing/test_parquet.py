@@ -25,6 +25,8 @@ from support.caches.imported import (
 from support.caches.small import make_corpus
 from support.commands import in_process, refused, succeeded
 
+from logit_cache.importing.files import source_files
+from logit_cache.importing.survey import Survey
 from logit_cache.sharing.card import card_text
 from storage import LogitCache
 from storage.cache.writer import EntryWriter, ShardWriter
@@ -167,6 +169,7 @@ def test_garbage_ids_without_a_finite_log_prob_are_left_out(data: Known, tmp_pat
         ({"token_ids": 5}, ("the id", "twice")),
         ({"input_ids": V}, (f"it holds the token {V}", "--tokenizer")),
         ({"logprobs": np.inf}, ("infinite number",)),
+        ({"token_ids": 1.5}, ("whole numbers as ids",)),
     ],
 )
 def test_rows_without_sense_are_refused(
@@ -175,6 +178,8 @@ def test_rows_without_sense_are_refused(
     found = columns(data)
     ((name, value),) = change.items()
     if name == "token_ids":
+        kind = type(value)
+        found[name] = [[[kind(i) for i in row] for row in rows] for rows in found[name]]
         found[name][1][7][:2] = [value, value]
     elif name == "input_ids":
         found[name][1][7] = value
@@ -183,6 +188,49 @@ def test_rows_without_sense_are_refused(
     path = write(tmp_path / "d.parquet", found)
     refused(imports(tmp_path, path, "parquet"), "d.parquet row 1", *words)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("column", ["input_ids", "token_ids", "logprobs", "loss_mask"])
+@pytest.mark.parametrize("value", ["text", [["text"]], [[[1]]], 5])
+def test_columns_of_another_type_are_refused(column: str, value: Any, data: Known, tmp_path: Path) -> None:
+    found = columns(data)
+    path = write(tmp_path / "d.parquet", found | {column: [value] * len(data.tokens)})
+    refused(imports(tmp_path, path, "parquet"), "d.parquet")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("change", ["another number", "a document less", "a document more", "a token more"])
+def test_a_file_that_changes_between_the_passes_leaves_no_complete_entry(
+    change: str, data: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, path = columns(data), tmp_path / "d.parquet"
+    write(path, found)
+    decided = Survey.decided
+
+    def then_changed(self: Survey) -> Any:
+        surveyed = decided(self)
+        if change == "another number":
+            found["logprobs"][0][3][7] -= 0.5
+        elif change == "a token more":
+            found["input_ids"][2].append(5)
+        else:
+            for name, rows in found.items():
+                found[name] = rows[:-1] if change == "a document less" else [*rows, rows[0]]
+        write(path, found)
+        return surveyed
+
+    monkeypatch.setattr(Survey, "decided", then_changed)
+    refused(imports(tmp_path, path, "parquet"), "d.parquet", "changed while it was imported")
+    assert LogitCache.open(tmp_path / "cache").teacher("t").missing()
+
+
+def test_files_of_several_folders_are_in_one_order(tmp_path: Path) -> None:
+    names = ["b/1.parquet", "a/10.parquet", "a/2.parquet", "c/1.parquet"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = source_files(f"{tmp_path}/*/*.parquet", (".parquet",))
+    assert [str(path.relative_to(tmp_path)) for path in found] == [names[2], names[1], names[0], names[3]]
 
 
 def test_padding_masks_and_double_bos(data: Known, tmp_path: Path) -> None:
