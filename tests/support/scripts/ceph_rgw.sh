@@ -101,9 +101,15 @@ start() {
     ceph-mon -i a
     number=$(/usr/bin/python3 "$ROOT/usr/bin/ceph" --connect-timeout 30 osd new "$osd")
     ceph-osd -i "$number" --mkfs --osd-uuid "$osd"
-    ceph-osd -i "$number"
-    radosgw -n client.rgw.a
     local tries=0
+    # On a busy machine it may ask the monitor for its place before it has learned which cluster that is of.
+    until ceph-osd -i "$number"; do
+        tries=$((tries + 1))
+        [ $tries -lt 5 ] || { say "the OSD did not start"; false; }
+        sleep 1
+    done
+    radosgw -n client.rgw.a
+    tries=0
     until answers; do
         tries=$((tries + 1))
         [ $tries -lt 300 ] || { say "the gateway did not answer within a minute"; false; }
