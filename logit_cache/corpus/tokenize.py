@@ -25,6 +25,7 @@ from logit_cache.corpus.conversations.renderer import Renderer
 from logit_cache.corpus.conversations.replies import message_texts
 from logit_cache.corpus.documents import Chunk, Conversation, Document, Tokens, UnfitTokenizer, checked_text
 from logit_cache.corpus.pieces import Encoder, cut, encode
+from logit_cache.corpus.record import stream_record
 from logit_cache.corpus.sources.find import Source, find_sources
 from logit_cache.corpus.sources.names import SourceNames
 from logit_cache.corpus.sources.reading import SkippedRows, check_column, read_sources
@@ -36,10 +37,8 @@ from storage.config import build_config
 from storage.errors import InputError
 from storage.files import local_path
 from storage.format.encoding import token_id_dtype
-from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
-from storage.format.layout import stream_layout
-from storage.format.manifest.cache import MAX_SOURCES, CacheRecord, Corpus, CorpusSource, Tokenizer
-from storage.format.manifest.shared import Versions
+from storage.format.identity import tokenizer_fingerprint, vocabulary_size
+from storage.format.manifest.cache import CacheRecord
 from storage.progress import Advance, Log, Track, progress, silent, untracked
 from storage.text import counted
 from student.models.text_ids import text_suffix
@@ -100,27 +99,8 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
             "skipped_rows": skipped.count or None,
             **renderer.record,
         }
-        record = CacheRecord(
-            format_version=1 if old else 2,
-            corpus=Corpus(
-                positions=spool.positions,
-                documents=spool.documents,
-                text_bytes=spool.source_bytes.total(),
-                stream_sha256=stream_sha256(arrays["tokens"], arrays["document_starts"], arrays.get("loss_mask")),
-                has_loss_mask="loss_mask" in arrays,
-                document_separator=config.document_separator,
-                sources=_source_records(names, spool),
-                **({} if old else added),
-            ),
-            tokenizer=Tokenizer(
-                vocabulary_size=ids,
-                vocabulary_sha256=vocabulary_sha256(vocabulary),
-                fingerprint=tokenizer_fingerprint(files, vocabulary),
-            ),
-            tokens_layout=stream_layout(spool.positions),
-            documents_layout=stream_layout(spool.documents),
-            created_with=Versions.of_this_process(),
-        )
+        separator = config.document_separator
+        record = stream_record(spool, arrays, names.names, vocabulary, files, separator, None if old else added)
         write_corpus(config.out, record, files, arrays)
     for line in (*_notes_on_sources(names, spool, skipped), *renderer.notes(), *_notes(config, tokenizer)):
         log(line)
@@ -280,23 +260,6 @@ def _trainable(item: Document, has_template: bool) -> Iterator[Chunk]:
         )
     for text in message_texts(item.messages):
         yield Chunk(item.source, checked_text(text, item.where), True)
-
-
-def _source_records(names: SourceNames, spool: Spool) -> tuple[CorpusSource, ...]:
-    """The records of the sources; where there are more files than a record may list, the rest is one entry."""
-    records = [
-        CorpusSource(name=name, documents=spool.source_documents[number], text_bytes=spool.source_bytes[number])
-        for number, name in enumerate(names.names)
-    ]
-    if len(records) <= MAX_SOURCES:
-        return tuple(records)
-    kept, rest = records[: MAX_SOURCES - 1], records[MAX_SOURCES - 1 :]
-    others = CorpusSource(
-        name=f"{len(rest)} more files",
-        documents=sum(record.documents for record in rest),
-        text_bytes=sum(record.text_bytes for record in rest),
-    )
-    return (*kept, others)
 
 
 def _empty(config: CorpusConfig) -> InputError:

@@ -30,7 +30,7 @@ class Exported:
 
     @property
     def has_row(self) -> NDArray[np.bool_]:
-        """bool [L]"""
+        """Which positions have targets, bool [L]."""
         found: NDArray[np.bool_] = self.targets.kept > 0
         return found
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from logit_cache.corpus.record import stream_record
 from logit_cache.corpus.spool import Spool
 from logit_cache.corpus.tokenizer import stored_tokenizer
 from logit_cache.importing.document import Format, Source
@@ -28,9 +29,9 @@ from storage.cache.writer import check_destination as check_entry_destination
 from storage.errors import IdentityMismatch, InputError
 from storage.files import local_path
 from storage.format.encoding import token_id_dtype
-from storage.format.identity import stream_sha256, tokenizer_fingerprint, vocabulary_sha256, vocabulary_size
-from storage.format.layout import COMPRESSION, entry_layout, stream_layout
-from storage.format.manifest.cache import CacheRecord, Corpus, CorpusSource, Tokenizer
+from storage.format.identity import stream_sha256, vocabulary_size
+from storage.format.layout import COMPRESSION, entry_layout
+from storage.format.manifest.cache import CacheRecord
 from storage.format.manifest.entry import Execution, Targets, TeacherEntry, Windowing
 from storage.format.manifest.imported import ImportedFrom, SourceFile
 from storage.format.manifest.shared import Versions
@@ -171,33 +172,8 @@ def _record(
     tokenizer: Any,
     tokenizer_files: dict[str, bytes],
 ) -> CacheRecord:
-    vocabulary = tokenizer.get_vocab()
-    return CacheRecord(
-        format_version=2,
-        corpus=Corpus(
-            positions=spool.positions,
-            documents=spool.documents,
-            text_bytes=spool.source_bytes.total(),
-            stream_sha256=stream_sha256(arrays["tokens"], arrays["document_starts"], arrays.get("loss_mask")),
-            has_loss_mask="loss_mask" in arrays,
-            document_separator=None,
-            sources=tuple(
-                CorpusSource(
-                    name=file.name, documents=spool.source_documents[number], text_bytes=spool.source_bytes[number]
-                )
-                for number, file in enumerate(files[: max(spool.source_documents) + 1])
-            ),
-            document_sources=True,
-        ),
-        tokenizer=Tokenizer(
-            vocabulary_size=vocabulary_size(vocabulary),
-            vocabulary_sha256=vocabulary_sha256(vocabulary),
-            fingerprint=tokenizer_fingerprint(tokenizer_files, vocabulary),
-        ),
-        tokens_layout=stream_layout(spool.positions),
-        documents_layout=stream_layout(spool.documents),
-        created_with=Versions.of_this_process(),
-    )
+    names = [file.name for file in files[: max(spool.source_documents) + 1]]
+    return stream_record(spool, arrays, names, tokenizer.get_vocab(), tokenizer_files, None, {"document_sources": True})
 
 
 def _entry(

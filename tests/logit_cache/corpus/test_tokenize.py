@@ -22,8 +22,7 @@ from support.models.saved import sample_text, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from logit_cache.corpus import pieces, spool
-from logit_cache.corpus import tokenize as corpus
+from logit_cache.corpus import pieces, record, spool
 from logit_cache.corpus.config import CorpusConfig
 from logit_cache.corpus.sources import names, text_files
 from logit_cache.corpus.tokenize import tokenize
@@ -97,7 +96,7 @@ def test_a_token_can_end_each_document(tmp_path: Path, gpt2: str) -> None:
 
 
 def test_many_files_are_folded_into_one_source(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (corpus, spool):
+    for module in (record, spool):
         monkeypatch.setattr(module, "MAX_SOURCES", 3)
     for index in range(6):
         write(tmp_path / f"{index}.txt", "x" * (index + 1))
@@ -154,7 +153,7 @@ def test_rows_whose_column_names_no_source(tmp_path: Path, gpt2: str) -> None:
 
 
 def test_names_of_sources_are_never_merged(tmp_path: Path, gpt2: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (corpus, spool, names):
+    for module in (record, spool, names):
         monkeypatch.setattr(module, "MAX_SOURCES", 3)
     rows = write(tmp_path / "rows.jsonl", "".join(json.dumps({"text": "x", "d": f"n{n}"}) + "\n" for n in range(4)))
     with pytest.raises(InputError, match="more than 3 sources, the last one 'n3'"):
