@@ -70,7 +70,11 @@ def _row_values(sample: Sample, rows: ServedRows) -> Values:
 def _logprobs_of(ids: NDArray[np.int64], rows: ServedRows) -> NDArray[np.float64]:
     """The rows' log-probs [R, K] of ids [R, K]; of one that they lack, their least."""
     found = np.broadcast_to(rows.logprobs[:, -1:], ids.shape).copy()
-    same = ids[:, :, None] == rows.token_ids[:, None, :]
-    row, column, rank = np.nonzero(same)
-    found[row, column] = rows.logprobs[row, rank]
+    # One number for each id of each row, so that memory does not grow with K^2.
+    row = np.arange(len(ids))[:, None] << 32
+    theirs, ours = (rows.token_ids + row).ravel(), ids + row
+    order = np.argsort(theirs)
+    at = np.minimum(np.searchsorted(theirs, ours, sorter=order), len(theirs) - 1)
+    here = (theirs[order][at] == ours) & (ids >= 0)
+    found[here] = rows.logprobs.ravel()[order][at][here]
     return found
