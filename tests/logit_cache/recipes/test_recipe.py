@@ -63,6 +63,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+USAGE = namedtuple("USAGE", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def a_large_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `paper` needs is free, whatever disk these tests run on."""
+    monkeypatch.setattr(recipe_module.shutil, "disk_usage", lambda path: USAGE(1 << 40, 0, 1 << 40))
+
+
 @pytest.fixture(scope="module")
 def plenty(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two megabytes of text: enough for two steps at every scale."""
@@ -242,8 +251,7 @@ def test_impossible_jobs_are_refused_beforehand(
     found = refusal(text, out, small, scale="paper", text=(plenty,))
     assert "teacher gpt2 needs about 1" in found or "teacher llama needs about" in found
     assert "8.6 GB free: take --scale small" in found
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(recipe_module.shutil, "disk_usage", lambda path: usage(GIB, GIB, 1 << 20))
+    monkeypatch.setattr(recipe_module.shutil, "disk_usage", lambda path: USAGE(GIB, GIB, 1 << 20))
     assert "1.0 MB are free there" in refusal(text, out)
 
 
