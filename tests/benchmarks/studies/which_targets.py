@@ -26,14 +26,13 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from steps import command, excerpt, interval, optimizer_of, positions, results, run_all, write_json
 
 VOCABULARY = 4_096
 WINDOW = 128
@@ -140,41 +139,6 @@ class Job:
         at = "" if self.budget is None else f"-{self.budget}B"
         batch = "" if self.batch_windows == BATCH_WINDOWS else f"-batch{self.batch_windows}"
         return f"{self.arm}{at}-{self.epochs}x{batch}-seed{self.seed}"
-
-
-def script(name: str) -> str:
-    return str(Path(sysconfig.get_path("scripts")) / name)
-
-
-def command(*arguments: object, threads: int = 2) -> None:
-    print("$", *arguments, file=sys.stderr, flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    subprocess.run([script(str(arguments[0])), *map(str, arguments[1:])], check=True, env=environment)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def excerpt(files: Sequence[str], out: Path, share: float) -> None:
-    """About a share of every file, in evenly spread blocks of 50 lines."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        lines = Path(name).read_text(encoding="utf-8").splitlines(keepends=True)
-        blocks = [lines[start : start + 50] for start in range(0, len(lines), 50)]
-        wanted = max(1, round(share * len(blocks)))
-        chosen = sorted({index * len(blocks) // wanted for index in range(wanted)})
-        text = "".join(line for index in chosen for line in blocks[index])
-        (out / Path(name).name).write_text(text, encoding="utf-8")
-
-
-def positions(url: Path) -> int:
-    from storage import LogitCache
-
-    return LogitCache.open(str(url)).record.corpus.positions
 
 
 def make_stream(run: Path, name: str, files: Sequence[str], tokens: int, of: int) -> None:
@@ -391,10 +355,7 @@ def train(run: Path, job: Job) -> dict[str, Any]:
     order = reading_order(windows, job.batch_windows)
     steps_per_epoch = len(windows) // job.batch_windows
     steps = steps_per_epoch * job.epochs
-    optimizer = torch.optim.AdamW(student.parameters(), lr=job.learning_rate, weight_decay=0.1, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    optimizer, schedule = optimizer_of(student, job.learning_rate, steps)
     began = time.monotonic()
     curve = []
     for epoch in range(job.epochs):
@@ -503,40 +464,11 @@ def budgeted(arm: str, budget: int) -> int | None:
 
 
 def run_jobs(run: Path, jobs: Sequence[Job], workers: int) -> None:
-    """Train what has no result yet, `workers` students at a time, one thread each."""
-    waiting = [job for job in dict.fromkeys(jobs) if not (run / "results" / f"{job.name}.json").exists()]
-    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
-    failed = []
-    while waiting or running:
-        while waiting and len(running) < workers:
-            job = waiting.pop(0)
-            arguments = [job.arm, str(job.seed), str(job.epochs), str(job.budget or 0), str(job.batch_windows)]
-            log = (run / "results" / f"{job.name}.log").open("wb")
-            child = subprocess.Popen(
-                [sys.executable, __file__, str(run), "one", *arguments],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "LOGIT_CACHE_QUIET": "1"},
-                stdout=log,
-                stderr=log,
-            )
-            log.close()
-            running.append((job, child))
-        time.sleep(0.2)
-        for pair in list(running):
-            if pair[1].poll() is not None:
-                running.remove(pair)
-                if pair[1].returncode:
-                    failed.append(pair[0].name)
-                print(f"{time.strftime('%H:%M:%S')} {pair[0].name}: {_said(run, pair[0])}", flush=True)
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}; their logs are in {run / 'results'}")
-
-
-def _said(run: Path, job: Job) -> str:
-    path = run / "results" / f"{job.name}.json"
-    if not path.exists():
-        return "failed"
-    found = json.loads(path.read_text())
-    return f"loss {found['loss']:.4f}, KL {found['kl']:.4f}, ECE {100 * found['ece']:.2f} %, {found['seconds']:.0f} s"
+    arguments = {
+        job.name: [job.arm, str(job.seed), str(job.epochs), str(job.budget or 0), str(job.batch_windows)]
+        for job in jobs
+    }
+    run_all(run, Path(__file__), arguments, workers)
 
 
 def screen_jobs() -> list[Job]:
@@ -553,20 +485,6 @@ def final_jobs(
         for seed in range(1, seeds + 1)
         for arm in arms
     ]
-
-
-def results(run: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted((run / "results").glob("*.json")):
-        yield json.loads(path.read_text())
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and the half-width of its 95 % interval (Student's t)."""
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-    if len(values) < 2:
-        return f"{values[0]:+.4f} (one seed)"
-    half = t.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):+.4f} ± {half:.4f}"
 
 
 def report(run: Path) -> str:
@@ -590,10 +508,10 @@ def report(run: Path) -> str:
                 f"{100 * result['ece']:.2f} |"
             )
     finals = [result for result in found if result["seed"] > 0]
-    for batch in sorted({result.get("batch_windows", BATCH_WINDOWS) for result in finals}):
-        of_batch = [result for result in finals if result.get("batch_windows", BATCH_WINDOWS) == batch]
+    for batch, passes in sorted({(result["batch_windows"], result["epochs"]) for result in finals}):
+        of_these = [r for r in finals if (r["batch_windows"], r["epochs"]) == (batch, passes)]
         for budget in BUDGETS:
-            lines += _final_lines([r for r in of_batch if r["budget"] in (None, budget)], budget, batch)
+            lines += _final_lines([r for r in of_these if r["budget"] in (None, budget)], budget, batch)
     return "\n".join(lines)
 
 
