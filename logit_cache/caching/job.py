@@ -157,8 +157,7 @@ class CacheJob(Settings):
     @model_validator(mode="after")
     def _served_agrees(self) -> CacheJob:
         if not self.is_served:
-            given = [name for name in ("served_model",) if getattr(self, name) is not None]
-            if given:
+            if self.served_model is not None:
                 raise ValueError("--served-model goes with a --teacher that is the URL of a server: leave it out")
             return self
         local = [teacher for teacher in self.teacher if not is_server(teacher)]

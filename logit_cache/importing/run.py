@@ -31,7 +31,6 @@ from storage.files import local_path
 from storage.format.encoding import token_id_dtype
 from storage.format.identity import stream_sha256, vocabulary_size
 from storage.format.layout import COMPRESSION, entry_layout
-from storage.format.manifest.cache import CacheRecord
 from storage.format.manifest.entry import Execution, Targets, TeacherEntry, Windowing
 from storage.format.manifest.imported import ImportedFrom, SourceFile
 from storage.format.manifest.shared import Versions
@@ -134,13 +133,15 @@ def _cache(
 
     One that is there must have the same tokens and documents; its loss mask may be its own where the files have none.
     """
-    if is_new(open_store(job.out)):
-        write_corpus(job.out, _record(spool, arrays, files, tokenizer, tokenizer_files), tokenizer_files, arrays)
+    there = None if is_new(open_store(job.out)) else LogitCache.open(job.out)
+    if there is None or there.missing_tokens() or not there.record.corpus.tokens_included:
+        names = [file.name for file in files[: max(spool.source_documents) + 1]]
+        vocabulary, shown = tokenizer.get_vocab(), {"document_sources": True}
+        record = stream_record(spool, arrays, names, vocabulary, tokenizer_files, None, shown)
+        write_corpus(job.out, record, tokenizer_files, arrays)
+    if there is None:
         return LogitCache.open(job.out)
-    cache = LogitCache.open(job.out)
-    corpus = cache.record.corpus
-    if cache.missing_tokens() or not corpus.tokens_included:
-        write_corpus(job.out, _record(spool, arrays, files, tokenizer, tokenizer_files), tokenizer_files, arrays)
+    cache, corpus = there, there.record.corpus
     mask: Any = arrays["loss_mask"] if spool.has_mask else cache.loss_mask
     same = corpus.positions == spool.positions and corpus.documents == spool.documents
     found = stream_sha256(arrays["tokens"], arrays["document_starts"], mask) if same else ""
@@ -163,17 +164,6 @@ def _cache(
             "An entry belongs to the tokens that its teacher read: give a new --out, or the cache of these tokens",
         )
     return cache
-
-
-def _record(
-    spool: Spool,
-    arrays: dict[str, Any],
-    files: tuple[SourceFile, ...],
-    tokenizer: Any,
-    tokenizer_files: dict[str, bytes],
-) -> CacheRecord:
-    names = [file.name for file in files[: max(spool.source_documents) + 1]]
-    return stream_record(spool, arrays, names, tokenizer.get_vocab(), tokenizer_files, None, {"document_sources": True})
 
 
 def _entry(

@@ -77,19 +77,13 @@ def sign(folder: Path, keys: Iterable[str], private_key: Path) -> bytes:
 
 
 def verify_signature(
-    folder: Path,
-    keys: Iterable[str],
-    signature: bytes,
-    public_key: Path,
-    *,
-    whole: bool = False,
-    where: Callable[[str], str] = str,
+    folder: Path, keys: Iterable[str], signature: bytes, public_key: Path, where: Callable[[str], str] = str
 ) -> None:
     """Check that the manifest files among `keys`, which are paths below a folder, are those that a key's owner signed.
 
     Every one of them must be in the signed list with the same sha256, and no signed file may be missing, except for
-    teacher entries that are missing entirely: a cache with one of two signed entries passes. `whole` turns that
-    exception off. `where` maps a key to its address, for messages.
+    teacher entries that are missing entirely: a cache with one of two signed entries passes. `where` maps a
+    key to its address, for messages.
 
     Raises InputError without the package and for an unusable public key, CorruptCache with the file at fault otherwise.
     """
@@ -103,7 +97,7 @@ def verify_signature(
             raise CorruptCache(f"{where(key)}: expected the sha256 {signed[key]} that was signed, found {found}")
     parts = {_part(key) for key in here}
     for key in sorted(set(manifest_keys(signed)) - set(here)):
-        if whole or not _part(key) or _part(key) in parts:
+        if not _part(key) or _part(key) in parts:
             raise CorruptCache(f"{where(key)}: signed, and missing in the cache")
 
 

@@ -187,9 +187,9 @@ def modules_after(code: str) -> set[str]:
     return set(printed.split())
 
 
-@pytest.mark.parametrize("module", ["storage.cache.reader", "logit_cache.fidelity.plausibility"])
-def test_reading_and_checking_a_cache_needs_no_torch(module: str) -> None:
-    assert not modules_after(f"import {module}") & {"torch", "transformers", "click", "rich"}
+def test_reading_and_checking_a_cache_needs_no_torch() -> None:
+    loaded = modules_after("import storage.cache.reader, logit_cache.fidelity.plausibility")
+    assert not loaded & {"torch", "transformers", "click", "rich"}
 
 
 def test_importing_the_packages_does_nothing() -> None:
@@ -213,9 +213,9 @@ def test_a_package_has_the_version_of_the_distribution(package: str) -> None:
         module.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["logit_cache.cli.main", "student.cli", "teachers.cli"])
-def test_command_modules_import_nothing_heavy(module: str) -> None:
-    assert not modules_after(f"import {module}") & {"torch", "transformers", "zarr", "datasets", "numpy", "rich"}
+def test_command_modules_import_nothing_heavy() -> None:
+    loaded = modules_after("import logit_cache.cli.main, student.cli, teachers.cli")
+    assert not loaded & {"torch", "transformers", "zarr", "datasets", "numpy", "rich"}
 
 
 def test_losses_and_reducers_on_a_cpu_load_no_triton() -> None:
@@ -238,28 +238,31 @@ def test_the_student_never_loads_a_teacher() -> None:
     assert not {name for name in loaded if name.split(".")[0] in ("teachers", "logit_cache")}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "cache-logits --cache c --teacher t --name n -k 0",
-        "cache-logits --cache c --teacher t --name N",
-        "cache-logits --cache no-cache-here --teacher t --name n",
-        "cache-logits --cache c --teacher t --name n --engine none",
-        "cache-logits --teacher t --name n --tokenizer t",
-        "train-student --cache c --teacher t --model llama-tiny --output-dir o --alpha 2",
-        "train-teacher --cache c --output-dir o",
-        "logit-cache plan --cache c --teacher t --targets none",
-        "logit-cache evaluate model",
-        "logit-cache recompress c --name n --to N",
-        "logit-cache tokenize --text t --out o --train-tokenizer -5",
-    ],
+WRONG = (
+    "cache-logits --cache c --teacher t --name n -k 0",
+    "cache-logits --cache c --teacher t --name N",
+    "cache-logits --cache no-cache-here --teacher t --name n",
+    "cache-logits --cache c --teacher t --name n --engine none",
+    "cache-logits --teacher t --name n --tokenizer t",
+    "train-student --cache c --teacher t --model llama-tiny --output-dir o --alpha 2",
+    "train-teacher --cache c --output-dir o",
+    "logit-cache plan --cache c --teacher t --targets none",
+    "logit-cache evaluate model",
+    "logit-cache recompress c --name n --to N",
+    "logit-cache tokenize --text t --out o --train-tokenizer -5",
 )
-def test_wrong_flags_are_refused_before_torch_is_imported(line: str) -> None:
-    name, *words = line.split()
-    module = {"train-student": "student.cli", "train-teacher": "teachers.cli"}.get(name, "logit_cache.cli.main")
-    command = {"logit-cache": "main"}.get(name, name.replace("-", "_"))
-    loaded = modules_after(
-        f"from click.testing import CliRunner\nfrom {module} import {command}\n"
-        f"done = CliRunner().invoke({command}, {words!r})\nassert done.exit_code == 2, done.output"
-    )
+
+
+def test_wrong_flags_are_refused_before_torch_is_imported() -> None:
+    """All in one process, which has imported neither at its end."""
+    loaded = modules_after(f"""
+from click.testing import CliRunner
+from logit_cache.cli.main import cache_logits, main
+from student.cli import train_student
+from teachers.cli import train_teacher
+commands = {{command.name: command for command in (cache_logits, train_student, train_teacher)}}
+for name, *words in map(str.split, {WRONG!r}):
+    done = CliRunner().invoke(commands.get(name, main), words)
+    assert done.exit_code == 2, (name, words, done.output)
+""")
     assert not loaded & {"torch", "transformers"}

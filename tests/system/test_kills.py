@@ -113,8 +113,10 @@ def test_a_process_killed_at_each_step_of_a_commit(
     path, record = base
     steps = steps_of(commit, path, record, tmp_path)
     assert {step.split()[0] for step in steps} == {"mkdir", "create", "write", "sync", "link", "unlink"}
+    # An object is published in six steps: each of them is met with one object or another, and all of the receipt's.
+    tried = [at for at in range(len(steps)) if (at + at // 6) % 2 or at >= receipt_link(steps) - 6]
     committed = []
-    for at in range(len(steps)):
+    for at in tried:
         victim = Path(shutil.copytree(path, tmp_path / f"killed-{at}"))
         disk = Disk(victim, tmp_path / f"graves-{at}")
         child = os.fork()
@@ -128,7 +130,7 @@ def test_a_process_killed_at_each_step_of_a_commit(
         check_whole(victim, record, whole)
         shutil.rmtree(victim)
     # The receipt's link is the step that commits.
-    assert committed == [at > receipt_link(steps) for at in range(len(steps))]
+    assert committed == [at > receipt_link(steps) for at in tried]
 
 
 def receipt_link(steps: list[str]) -> int:

@@ -31,7 +31,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8}, "gemma3_text": {"head_dim": 8, "sliding_window": 7}, "mistral": {"sliding_window": 7},
     "mixtral": {"num_local_experts": 3},
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 7, "head_dim": 8},
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_chunk_size": 16},
 }  # fmt: skip
 PACKED = ("gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_neox", "mixtral")
 SORTED = ("opt", "gpt_oss", "mamba", "falcon_h1")
@@ -67,20 +67,23 @@ def test_rows_hold_every_window_once_and_no_more_than_their_length(longest: int)
     assert read < 1.03 * (lengths.sum() + len(lengths)) + choices[-1]
 
 
-@pytest.mark.parametrize("family", [*PACKED, *SORTED])
+# Of every family whether its mask keeps documents apart; of a kind of mask, that whole documents are no other case.
+WHOLE, WHOLE_IN = {"context_tokens": 64, "positions": "all"}, ("gpt2", "gemma3_text", "opt", "mamba")
+LONGER = {"context_tokens": 24, "stride_tokens": 8, "bos_each_window": True, "positions": "trained"}
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("family", "fields"),
     [
-        {"context_tokens": 64, "positions": "all"},
-        {"context_tokens": 24, "stride_tokens": 8, "bos_each_window": True, "positions": "trained"},
+        *(pytest.param(family, LONGER, id=f"longer than the context-{family}") for family in (*PACKED, *SORTED)),
+        *(pytest.param(family, WHOLE, id=f"whole documents-{family}") for family in WHOLE_IN),
     ],
-    ids=["whole documents", "longer than the context"],
 )
 def test_targets_are_those_of_each_document_alone(
     family: str, fields: dict[str, Any], save: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher, url = save(family), tmp_path / "cache"
-    lengths = chat_lengths(40, 20, 60)
+    lengths = chat_lengths(20, 20, 60)
     starts = np.cumsum(lengths) - lengths
     tokens = np.random.default_rng(3).integers(2, V, lengths.sum()).astype(np.uint16)
     mask = np.random.default_rng(4).random(len(tokens)) < 0.4

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from support.clusters.ray_nodes import RayNodes, kill, until
-from support.commands import TESTS, Run, command, environment, refused, succeeded
+from support.commands import TESTS, Run, command, environment, in_process, refused, succeeded
 from support.jobs import contents
 from support.processes import start
 
@@ -121,22 +121,18 @@ def whole(job: Job, cache: Path, expected: dict[str, bytes], run: Run) -> None:
 # Refusals
 
 
-def test_without_ray(cache: Path, teacher: Path) -> None:
-    script = "import sys; sys.modules['ray'] = None; from logit_cache.cli.main import cache_logits; cache_logits()"
-    arguments = ["--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray"]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True, text=True, env=environment(), timeout=120, check=False,
-    )  # fmt: skip
+def test_without_ray(cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = in_process("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
     refused(done, "pip install 'logit-cache[ray]'")
 
 
-def test_without_a_cluster(cache: Path, teacher: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cluster(cache: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = ("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, "--engine", "ray")
-    refused(run(*job, "--ray-address", "127.0.0.1:9"), "127.0.0.1:9", "Connection refused")
-    refused(run(*job, "--ray-address", "ray://127.0.0.1:10001"), "ray://127.0.0.1:10001", "head node")
+    refused(in_process(*job, "--ray-address", "127.0.0.1:9"), "127.0.0.1:9", "Connection refused")
+    refused(in_process(*job, "--ray-address", "ray://127.0.0.1:10001"), "ray://127.0.0.1:10001", "head node")
     monkeypatch.setenv("RAY_ADDRESS", "nowhere.invalid:6379")
-    refused(run(*job), "nowhere.invalid:6379 cannot be reached")
+    refused(in_process(*job), "nowhere.invalid:6379 cannot be reached")
 
 
 @pytest.mark.slow

@@ -239,8 +239,8 @@ def test_refusals_of_sbatch(start: Callable[..., Waiting], slurm: Cluster, tmp_p
     assert not slurm.queue()
 
 
-def test_without_slurm(cache: Path, teacher: Path, run: Run, tmp_path: Path) -> None:
-    done = run("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, *ARRAY, cwd=tmp_path)
+def test_without_slurm(cache: Path, teacher: Path, tmp_path: Path) -> None:
+    done = in_process("cache-logits", "--cache", cache, "--teacher", teacher, *JOB, *ARRAY, cwd=tmp_path)
     refused(done, "srun")
     assert not (tmp_path / "slurm-logs").exists()
 
