@@ -8,9 +8,10 @@
 `--code` is a clone of github.com/JLTastet/BabyLlama-2 (commit 8c6685d), `--packages` the versions that its
 requirements.txt names, laid in front of the installed ones; torch is ours. Its `distill_from_multiple_teachers.py` runs
 as it is, up to the guard behind which it logs to a service and scores on a GPU: its data set, collator, trainer, loss
-and evaluation, with a configuration file of its own form. `run_papers_code` sets from outside:
+and evaluation, with a configuration file of its own form. What is set from outside:
 
 - `datasets` and `peft`, which the old packages would import in a newer version, are hidden; the code uses neither;
+- its token files are the cache's streams, and tokenizer.json has merges in the form that the old packages read;
 - the student's initial weights are ours;
 - windows are the fixed blocks of its data set (`random_chunk` off, as in Baby Llama's own training), in our order;
 - the student's weights are kept after each epoch.
@@ -125,8 +126,8 @@ def prepare(run: Path, text: Sequence[str], eval_text: Sequence[str]) -> None:
     if not (run / "initial").exists():
         from storage import LogitCache
         from student import load_student
+        from student.models.saved_tokenizer import saved_tokenizer
         from student.models.tokenizer import special_ids
-        from student.training.run import saved_tokenizer
 
         tokenizer = saved_tokenizer(LogitCache.open(str(run / "train")), str(network), print)
         student = load_student(
@@ -341,7 +342,7 @@ def report(run: Path) -> str:
     lines += ["|---|" + "---|" * len(names)]
     for epoch in range(EPOCHS):
         lines.append(f"| {epoch + 1} | " + " | ".join(f"{curves[name][epoch]:.4f}" for name in names) + " |")
-    lines += ["", "| | bytes per token | last − the papers' | farthest from it | loss of a step, farthest |"]
+    lines += ["", "| | bytes per token | last − the papers' | farthest from it | loss of a step, relative, farthest |"]
     lines += ["|---|---|---|---|---|"]
     for name in [name for name in STUDENTS if name != "papers"]:
         stored = "–"
@@ -351,9 +352,9 @@ def report(run: Path) -> str:
         farthest = greatest_difference(curves[name], curves["papers"])
         step = "–"
         if name in losses:
-            step = f"{greatest_difference(losses[name], losses['papers'], relative=True):.2%}"
+            step = f"{greatest_difference(losses[name], losses['papers'], relative=True):.2g}"
         last = curves[name][-1] - curves["papers"][-1]
-        lines.append(f"| {names[name]} | {stored} | {last:+.4f} | {farthest:.4f} | {step} |")
+        lines.append(f"| {names[name]} | {stored} | {last:+.4f} | {farthest:.2g} | {step} |")
     return "\n".join(lines)
 
 
