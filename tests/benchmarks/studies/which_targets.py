@@ -27,7 +27,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -531,7 +531,7 @@ _STYLE = """text { font: 12px system-ui, sans-serif; fill: #333 } .grid { stroke
 
 def figure(run: Path) -> str:
     """An SVG: mean held-out loss above dense of each drawn arm, with the same seeds, by bytes per token."""
-    from logit_cache.report.svg import HEIGHT, WIDTH, Line, line_chart
+    from logit_cache.report.svg import Line, line_chart
 
     finals = [r for r in results(run) if (r["epochs"], r["batch_windows"]) == (FINAL_EPOCHS, BATCH_WINDOWS)]
     dense = {r["seed"]: r["loss"] for r in finals if r["arm"] == "dense"}
@@ -547,18 +547,27 @@ def figure(run: Path) -> str:
     chart = line_chart(
         lines, "Loss above the live teacher's student", "bytes per token", x_name="bytes", from_zero=True
     )
-    drawn = [line.style for line in lines if line.points]
-    colours = "".join(f".s-{arm} {{ --c: {colour} }}" for arm, (_, colour) in DRAWN.items())
+    return framed(chart, "Loss above the live teacher's student by bytes per token", DRAWN)
+
+
+def framed(chart: str, label: str, drawn: Mapping[str, tuple[str, str]], style: str = "") -> str:
+    """A chart as an SVG file that stands alone, with the names and colours of those series that are in it below."""
+    from markupsafe import escape
+
+    from logit_cache.report.svg import HEIGHT, WIDTH
+
+    present = {name: series for name, series in drawn.items() if f'class="s-{name}"' in chart}
+    colours = "".join(f".s-{name} {{ --c: {colour} }}" for name, (_, colour) in present.items())
     legend = "".join(
-        f'<g class="s-{arm}"><circle cx="12" cy="{HEIGHT + 16 + 18 * row}" r="4" class="dot"/>'
-        f'<text x="24" y="{HEIGHT + 20 + 18 * row}">{DRAWN[arm][0]}</text></g>'
-        for row, arm in enumerate(drawn)
+        f'<g class="s-{name}"><circle cx="12" cy="{HEIGHT + 16 + 18 * row}" r="4" style="fill: var(--c)"/>'
+        f'<text x="24" y="{HEIGHT + 20 + 18 * row}">{escape(said)}</text></g>'
+        for row, (name, (said, _)) in enumerate(present.items())
     )
-    height = HEIGHT + 24 + 18 * len(drawn)
+    height = HEIGHT + 24 + 18 * len(present)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
-    body = str(chart).partition(">")[2].rpartition("</svg>")[0]
+    body = chart.partition(">")[2].rpartition("</svg>")[0]
     return (
-        f'{head} aria-label="Loss above the live teacher\'s student by bytes per token"><style>{_STYLE}\n{colours}'
+        f'{head} aria-label="{escape(label)}"><style>{_STYLE}\n{colours}{style}'
         f'</style><rect width="{WIDTH}" height="{height}" fill="#fff"/>{body}{legend}</svg>\n'
     )
 
