@@ -13,7 +13,7 @@ from logit_cache.recipes.estimate import Costs
 from logit_cache.recipes.published import WINDOW_TOKENS, Model, Scale
 from logit_cache.recipes.record import Role
 from logit_cache.recipes.stages import Cost, Stage
-from logit_cache.recipes.sweeps import SWEPT, Schedule, schedules, sweep_file, sweep_path
+from logit_cache.recipes.sweeps import SWEPT, Schedule, schedules, sweep_file, sweep_folder
 from storage.config import Settings
 
 # A line every few seconds of a small model, and still a curve of 15 points for the shortest schedule.
@@ -164,7 +164,7 @@ class RecipeCommands:
 
     def _sweep_stages(self) -> Iterator[Stage]:
         for schedule in self.schedules:
-            file, trials = sweep_path(self.folder, schedule), self.job.sweep_trials or 0
+            file, trials = self._sweep_file(schedule), self.job.sweep_trials or 0
             yield Stage(
                 f"schedules of the {schedule.title}: a sweep of {trials} trials",
                 ("train-student", "--sweep", str(file)),
@@ -177,11 +177,14 @@ class RecipeCommands:
         """Those to search."""
         return [] if self.job.sweep_trials is None else schedules(self.costs.recipe)
 
+    def _sweep_file(self, schedule: Schedule) -> Path:
+        return self.folder / f"{sweep_folder(self.job.seeds[0], schedule)}.yaml"
+
     def sweep_files(self) -> Iterator[tuple[Path, bytes]]:
         """The files of the sweeps: the runs of student and control, but for what a trial decides."""
         recipe, seed = self.costs.recipe, self.job.seeds[0]
         for schedule in self.schedules:
-            path, distilled = sweep_path(self.folder, schedule), schedule.role == "student"
+            path, distilled = self._sweep_file(schedule), schedule.role == "student"
             training = self._training_fields(schedule.model, "distillation_loss" if distilled else "loss")
             job: dict[str, Any] = {
                 "cache": str(self.folder / "train"),

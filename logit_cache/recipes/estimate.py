@@ -12,7 +12,8 @@ micro-batch.
     work                6 N' FLOPs per token to train, 2 N' to score; N' counts the weights that are multiplied
     time                that of the work, of the text, and of the start of a process
 
-Text is taken at four bytes per token (3.55 with a vocabulary of 4,096, 3.1 with one of 2,048); the exact number is known once it is tokenised.
+Text is taken at four bytes per token (3.55 with a vocabulary of 4,096, 3.1 with one of 2,048); the exact number is
+known once it is tokenised.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     DIR/train, DIR/valid     token streams with the teachers' targets, one entry for each seed
     DIR/models/…             model configurations
     DIR/seed-S/…             teachers, student, control and live student of a seed, each with its scores beside it
-    DIR/sweeps/…             sweeps of schedules: NAME.yaml as asked, NAME the sweep's folder
+    DIR/seed-S/sweeps/…      sweeps of schedules: NAME.yaml as asked, NAME the sweep's folder
     DIR/report.html          the report
 
 Every stage is a public command in a process of its own and resumes where it stopped; so does the recipe.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from logit_cache.recipes.machine import Machine, probe
 from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, find_recipe
 from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord, SweepRecord
 from logit_cache.recipes.stages import Pipeline
+from logit_cache.recipes.sweeps import sweep_folder
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL, local_path, replace_file
 from storage.locks import LOCK, locked
@@ -58,6 +60,8 @@ class RecipeRun:
             recipe = recipe.model_copy(update={"stride_tokens": job.stride_tokens})
         if len(set(job.seeds)) < len(job.seeds):
             raise InputError(f"each seed can be given once; got {', '.join(map(str, job.seeds))}")
+        if job.sweep_trials is not None and importlib.util.find_spec("optuna") is None:
+            raise InputError("--sweep-trials needs optuna: pip install 'logit-cache[tune]'")
         self.job, self.recipe, self.folder = job, recipe, local_path(job.out)
         self.text, self.eval_text = files_of("--text", job.text), files_of("--eval-text", job.eval_text)
         _check_text(self.text, self.eval_text)
@@ -154,7 +158,7 @@ class RecipeRun:
                     role=schedule.role,
                     name=schedule.name,
                     seed=job.seeds[0],
-                    folder=f"sweeps/{schedule.name}",
+                    folder=sweep_folder(job.seeds[0], schedule),
                 )
                 for schedule in self.commands.schedules
             ),
@@ -231,7 +235,7 @@ class RecipeRun:
 
 def _write_changed(path: Path, content: bytes) -> None:
     """An equal file is not rewritten: a finished recipe that is run again changes nothing."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes() != content:
         replace_file(path, content)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -81,6 +80,6 @@ def sweep_file(schedule: Schedule, job: Mapping[str, Any], trials: int, pairs: s
     return yaml.safe_dump({**job, "sweep": search}, sort_keys=False, allow_unicode=True).encode()
 
 
-def sweep_path(folder: Path, schedule: Schedule) -> Path:
-    """Of a schedule's file in a recipe's folder; its sweep has the name without the suffix."""
-    return folder / "sweeps" / f"{schedule.name}.yaml"
+def sweep_folder(seed: int, schedule: Schedule) -> str:
+    """Of a schedule's sweep, relative to the recipe's folder; its file has this name with the suffix .yaml."""
+    return f"seed-{seed}/sweeps/{schedule.name}"

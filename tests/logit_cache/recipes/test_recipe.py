@@ -279,6 +279,9 @@ def test_impossible_jobs_are_refused_beforehand(
     assert "no recipe 'baby-lama'" in refusal(text, out, recipe="baby-lama")
     assert "given once" in refusal(text, out, seeds=(1, 2, 1))
     assert "JSONL" in refusal(text, out, pairs=str(text))
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda module: None)
+        assert "pip install 'logit-cache[tune]'" in refusal(text, out, sweep_trials=1)
     assert "two files are called 0.txt" in refusal(
         text, out, text=(train, f"{text}/valid/0.txt"), eval_text=(f"{text}/valid/1.txt",)
     )
@@ -314,9 +317,9 @@ def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypa
     assert second["entries"] == ["ensemble-0", "ensemble-1"]
     assert len(second["models"]) == 8
     assert [sweep["folder"] for sweep in second["sweeps"]] == [
-        f"sweeps/{name}" for name in ("control", "llama", "gpt2", "student")
+        f"seed-0/sweeps/{name}" for name in ("control", "llama", "gpt2", "student")
     ]
-    assert {path.stem for path in (out / "sweeps").iterdir()} == {"control", "llama", "gpt2", "student"}
+    assert {path.stem for path in (out / "seed-0" / "sweeps").iterdir()} == {"control", "llama", "gpt2", "student"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thing").touch()
     with pytest.raises(InputError, match="expected a recipe's run, found other files"):
