@@ -309,7 +309,7 @@ def test_a_killed_sweep_goes_on_from_its_checkpoint_and_ends_as_an_uninterrupted
 
 
 def test_one_process_and_three_of_which_one_is_killed_finish_the_same_trials(world: Path, tmp_path: Path) -> None:
-    search = {"trials": 8, "sampler": "random"}
+    search = {"trials": 6, "sampler": "random"}
     alone = swept(tmp_path / "sweep.yaml", fields(world, tmp_path / "alone", **search))
     out = tmp_path / "shared" / "out"
     out.parent.mkdir()
@@ -323,8 +323,8 @@ def test_one_process_and_three_of_which_one_is_killed_finish_the_same_trials(wor
     assert outcomes(report_in(out)) == outcomes(alone)
     finished = [line for end in ends for line in end.stderr.splitlines() if ": eval_loss " in line]
     numbers = sorted(int(line.removeprefix("trial ").partition(":")[0]) for line in finished)
-    assert len(set(numbers)) == len(numbers) in (7, 8), "killed between the end of a trial and its line: one less"
-    assert {path.name for path in out.glob("trial-*")} == {f"trial-{number}" for number in range(8)}
+    assert len(set(numbers)) == len(numbers) in (5, 6), "killed between the end of a trial and its line: one less"
+    assert {path.name for path in out.glob("trial-*")} == {f"trial-{number}" for number in range(6)}
     assert len(list(out.rglob("*.safetensors"))) == 1
 
 
@@ -449,7 +449,7 @@ def test_a_trial_whose_best_weights_were_put_back_has_their_value(world: Path, t
 )
 def test_poor_trials_are_pruned_and_keep_their_last_value(world: Path, tmp_path: Path, pruner: dict[str, Any]) -> None:
     parameters = {"learning_rate": {"distribution": "log_uniform", "low": 1e-7, "high": 1e-1}}
-    data = fields(world, tmp_path / "out", parameters, trials=12, seed=1, pruner=pruner)
+    data = fields(world, tmp_path / "out", parameters, trials=7, seed=1, pruner=pruner)
     data["training"] |= {"max_steps": 6, "eval_steps": 2, "warmup_steps": 0}
     report = swept(tmp_path / "sweep.yaml", data)
     pruned = [trial for trial in report.trials if trial.state == "pruned"]
@@ -460,7 +460,7 @@ def test_poor_trials_are_pruned_and_keep_their_last_value(world: Path, tmp_path:
         assert trial.steps == 2 * made < 6
         assert trial.value == trial.evaluations[-1][1]
         assert any(other.evaluations[made - 1][1] < trial.value for other in complete)
-    assert len(pruned) + len(complete) == 12
+    assert len(pruned) + len(complete) == 7
     assert report.trials[report.best or 0].value == min(trial.value or math.inf for trial in complete)
 
 
