@@ -35,6 +35,12 @@ logit-cache recipe baby-llama --scale tiny --text 'corpus/train/*.txt' --eval-te
 @click.option(
     "--stride-tokens", type=click.IntRange(1, 128), help="Of the teachers' windows when cached [the recipe's]."
 )
+@click.option(
+    "--sweep-trials",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Also search the schedules of control, teachers and student, by N trials of each.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the estimate and the commands, and do nothing.")
 def recipe(name: str, dry_run: bool, **flags: Any) -> None:
     """Run a published recipe from text to report: tokenizer, teachers, cache, student and control, scores.

@@ -13,6 +13,7 @@ from logit_cache.recipes.estimate import Costs
 from logit_cache.recipes.published import WINDOW_TOKENS, Model, Scale
 from logit_cache.recipes.record import Role
 from logit_cache.recipes.stages import Cost, Stage
+from logit_cache.recipes.sweeps import SWEPT, Schedule, schedules, sweep_file, sweep_folder
 from storage.config import Settings
 
 # A line every few seconds of a small model, and still a curve of 15 points for the shortest schedule.
@@ -27,6 +28,7 @@ class RecipeJob(Settings):
     seeds             each trains its own teachers, student and control
     live              also train the student with live teachers, for comparison
     stride_tokens     from one window of the teachers to the next when they are cached; the recipe's by default
+    sweep_trials      also search the schedules, by so many trials of each, with the first seed
     """
 
     recipe: str
@@ -39,6 +41,7 @@ class RecipeJob(Settings):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     live: bool = False
     stride_tokens: int | None = Field(None, ge=1, le=WINDOW_TOKENS)
+    sweep_trials: int | None = Field(None, ge=1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class RecipeCommands:
         yield from self._text_stages(train, valid)
         for seed in self.job.seeds:
             yield from self._seed_stages(seed, train, valid)
+        yield from self._sweep_stages()
         report = self.folder / "report.html"
         yield Stage("report", ("logit-cache", "report", str(self.folder), "--out", str(report)), self.costs.text(0))
 
@@ -158,6 +162,45 @@ class RecipeCommands:
                 beside=f"scores {seed}",
             )
 
+    def _sweep_stages(self) -> Iterator[Stage]:
+        for schedule in self.schedules:
+            file, trials = self._sweep_file(schedule), self.job.sweep_trials or 0
+            yield Stage(
+                f"schedules of the {schedule.title}: a sweep of {trials} trials",
+                ("train-student", "--sweep", str(file)),
+                self.costs.sweep(schedule.model, trials),
+                beside="sweeps",
+            )
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """Those to search."""
+        return [] if self.job.sweep_trials is None else schedules(self.costs.recipe)
+
+    def _sweep_file(self, schedule: Schedule) -> Path:
+        return self.folder / f"{sweep_folder(self.job.seeds[0], schedule)}.yaml"
+
+    def sweep_files(self) -> Iterator[tuple[Path, bytes]]:
+        """The files of the sweeps: the runs of student and control, but for what a trial decides."""
+        recipe, seed = self.costs.recipe, self.job.seeds[0]
+        for schedule in self.schedules:
+            path, distilled = self._sweep_file(schedule), schedule.role == "student"
+            training = self._training_fields(schedule.model, "distillation_loss" if distilled else "loss")
+            job: dict[str, Any] = {
+                "cache": str(self.folder / "train"),
+                "eval_cache": str(self.folder / "valid"),
+                "window_tokens": WINDOW_TOKENS,
+                "offset": recipe.offset,
+                "seed": seed,
+                "model": str(self.folder / "models" / f"{schedule.model.name}.json"),
+                "output_dir": str(path.with_suffix("")),
+                "training": {name: value for name, value in training.items() if name not in SWEPT},
+            }
+            if distilled:
+                objective = {name: getattr(recipe, name) for name in ("temperature", "alpha", "loss_scale")}
+                job |= {"teachers": [entry_name(seed)], **objective}
+            yield path, sweep_file(schedule, job, self.job.sweep_trials or 1, self.job.pairs, self.job.limit)
+
     @property
     def runs(self) -> dict[str, Role]:
         """The role of each model, by the name of its folder."""
@@ -167,23 +210,26 @@ class RecipeCommands:
 
     def _training(self, model: Model, best_by: str, live: bool = False) -> tuple[str, ...]:
         """Options of a training command: network and schedule; `best_by` is the held-out loss that selects an epoch."""
+        fields = self._training_fields(model, best_by, live)
+        settings = (f"{name}={str(value).lower() if value is True else value}" for name, value in fields.items())
+        return ("--model", str(self.folder / "models" / f"{model.name}.json"), *_repeated("--set", settings))
+
+    def _training_fields(self, model: Model, best_by: str, live: bool = False) -> dict[str, Any]:
         schedule, micro = model.training, self.costs.batches["live" if live else model.name]
-        fields = {
-            "learning_rate": f"{schedule.learning_rate:g}",
+        return {
+            "learning_rate": schedule.learning_rate,
             "num_train_epochs": schedule.epochs,
             "warmup_steps": schedule.warmup_steps,
-            "weight_decay": f"{schedule.weight_decay:g}",
+            "weight_decay": schedule.weight_decay,
             "lr_scheduler_type": "cosine",
             "per_device_train_batch_size": micro,
             "gradient_accumulation_steps": schedule.batch // micro,
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
-            "load_best_model_at_end": "true",
+            "load_best_model_at_end": True,
             "metric_for_best_model": best_by,
             "logging_steps": _LOGGING_STEPS,
-        } | ({"fp16": "true"} if self.costs.half else {})
-        settings = _repeated("--set", (f"{name}={value}" for name, value in fields.items()))
-        return ("--model", str(self.folder / "models" / f"{model.name}.json"), *settings)
+        } | ({"fp16": True} if self.costs.half else {})
 
 
 def entry_name(seed: int) -> str:

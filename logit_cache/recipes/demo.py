@@ -53,8 +53,8 @@ def run_demo(out: str, text: Sequence[str]) -> Path:
     Raises InputError for a folder of something else or of other text, and for a stage that fails.
     """
     folder = local_path(out)
-    train, held_out = _split_lines(text) if text else _library()
     check_folder(folder)
+    train, held_out = _split_lines(text) if text else _library()
     sources = {folder / SOURCE / "train.txt": train, folder / SOURCE / "held-out.txt": held_out}
     for path, content in sources.items():
         _write_same(path, content, (folder / RECORD).exists())

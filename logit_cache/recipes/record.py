@@ -21,6 +21,15 @@ class ModelRecord(Frozen):
     scores: str | None = None
 
 
+class SweepRecord(Frozen):
+    """A sweep of a model's schedule; `folder` is relative to the recipe's. Its models have the seed of its runs."""
+
+    role: Role
+    name: str
+    seed: int
+    folder: str
+
+
 class Caches(Frozen):
     """Paths of the recipe's caches, relative to its folder."""
 
@@ -37,6 +46,7 @@ class RecipeRecord(Frozen):
     micro_batches  in windows by model name, and under "live" that of the student with live teachers
     at_once        stages that run beside each other, on `threads` threads each; earlier versions ran one at a time
     entries        teacher entries of both caches
+    sweeps         of its schedules, where they were asked for
     """
 
     kind: Literal["recipe"] = "recipe"
@@ -55,3 +65,4 @@ class RecipeRecord(Frozen):
     caches: Caches = Caches()
     entries: tuple[str, ...] = ()
     models: tuple[ModelRecord, ...]
+    sweeps: tuple[SweepRecord, ...] = ()

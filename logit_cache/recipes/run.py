@@ -7,6 +7,7 @@
     DIR/train, DIR/valid     token streams with the teachers' targets, one entry for each seed
     DIR/models/…             model configurations
     DIR/seed-S/…             teachers, student, control and live student of a seed, each with its scores beside it
+    DIR/seed-S/sweeps/…      sweeps of schedules: NAME.yaml as asked, NAME the sweep's folder
     DIR/report.html          the report
 
 Every stage is a public command in a process of its own and resumes where it stopped; so does the recipe.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -27,8 +29,9 @@ from logit_cache.recipes import estimate
 from logit_cache.recipes.commands import RecipeCommands, RecipeJob, entry_name
 from logit_cache.recipes.machine import Machine, probe
 from logit_cache.recipes.published import WINDOW_TOKENS, Recipe, find_recipe
-from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord
+from logit_cache.recipes.record import Caches, ModelRecord, RecipeRecord, SweepRecord
 from logit_cache.recipes.stages import Pipeline
+from logit_cache.recipes.sweeps import sweep_folder
 from storage.errors import IdentityMismatch, InputError
 from storage.files import PARTIAL, local_path, replace_file
 from storage.locks import LOCK, locked
@@ -39,8 +42,8 @@ RECORD = "recipe.json"
 SOURCE = "source"
 """Folder of a run's own copy of its text; the demo has one."""
 
-# Fields that a later start of the same run may change: seeds and a live student are added, machines differ.
-_GROWING = {"entries", "models", "micro_batches", "at_once", "threads"}
+# Fields that a later start of the same run may change: seeds, a live student, sweeps are added, machines differ.
+_GROWING = {"entries", "models", "sweeps", "micro_batches", "at_once", "threads"}
 
 
 class RecipeRun:
@@ -57,6 +60,8 @@ class RecipeRun:
             recipe = recipe.model_copy(update={"stride_tokens": job.stride_tokens})
         if len(set(job.seeds)) < len(job.seeds):
             raise InputError(f"each seed can be given once; got {', '.join(map(str, job.seeds))}")
+        if job.sweep_trials is not None and importlib.util.find_spec("optuna") is None:
+            raise InputError("--sweep-trials needs optuna: pip install 'logit-cache[tune]'")
         self.job, self.recipe, self.folder = job, recipe, local_path(job.out)
         self.text, self.eval_text = files_of("--text", job.text), files_of("--eval-text", job.eval_text)
         _check_text(self.text, self.eval_text)
@@ -94,12 +99,9 @@ class RecipeRun:
         with locked(self.folder, "another run of a recipe") as held:
             self._write_record()
             for name, network in self.recipe.models.items():
-                path = self.folder / "models" / f"{name}.json"
-                path.parent.mkdir(exist_ok=True)
-                config = json.dumps(network.config, indent=1).encode()
-                # An equal file is not rewritten: a finished recipe that is run again changes nothing.
-                if not path.exists() or path.read_bytes() != config:
-                    replace_file(path, config)
+                _write_changed(self.folder / "models" / f"{name}.json", json.dumps(network.config, indent=1).encode())
+            for path, content in self.commands.sweep_files():
+                _write_changed(path, content)
             for seed in self.job.seeds:
                 (self.folder / f"seed-{seed}").mkdir(exist_ok=True)
             Pipeline(self.stages, AGAIN, self.at_once, self.threads, (held,)).run()
@@ -151,6 +153,15 @@ class RecipeRun:
                 for seed in job.seeds
                 for name, role in self.commands.runs.items()
             ),
+            sweeps=tuple(
+                SweepRecord(
+                    role=schedule.role,
+                    name=schedule.name,
+                    seed=job.seeds[0],
+                    folder=sweep_folder(job.seeds[0], schedule),
+                )
+                for schedule in self.commands.schedules
+            ),
         )
 
     def _recorded_path(self, file: Path) -> str:
@@ -169,7 +180,10 @@ class RecipeRun:
             ]
             if differing:
                 raise IdentityMismatch(f"{self.folder} holds another run", differing, "Give another --out")
-            joined = {name: tuple(dict.fromkeys([*pairs[name][0], *pairs[name][1]])) for name in ("entries", "models")}
+            joined = {
+                name: tuple(dict.fromkeys([*pairs[name][0], *pairs[name][1]]))
+                for name in ("entries", "models", "sweeps")
+            }
             record = record.model_copy(update=joined)
         replace_file(self.folder / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
 
@@ -217,6 +231,13 @@ class RecipeRun:
                 f"{self.folder}: the run will take about {size(needed)}, and {size(free)} are free "
                 f"there: give another --out{'' if self.recipe.scale == 'tiny' else ', or a smaller --scale'}"
             )
+
+
+def _write_changed(path: Path, content: bytes) -> None:
+    """An equal file is not rewritten: a finished recipe that is run again changes nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != content:
+        replace_file(path, content)
 
 
 def check_folder(folder: Path) -> None:

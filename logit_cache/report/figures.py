@@ -19,6 +19,8 @@ _MOST_POINTS = 200
 _FIRST_PART = 0.2
 _MOST_GROUPS = 6
 _FARTHEST = 4.0
+# Within so many standard errors are 95 % of a normal distribution.
+_NORMAL_95 = 1.96
 
 Points = tuple[tuple[float, float], ...]
 
@@ -151,6 +153,8 @@ def pairs_figures(findings: RecipeFindings) -> list[Figure]:
     note = ""
     if any(len(series.runs) > 1 for series in findings.series):
         note = "Marks are means over seeds, bars the range of the seeds."
+    elif any(mark.low < mark.high for row in rows for mark in row.marks):
+        note = "Bars are 95 % intervals over the choice of pairs."
     found: list[Figure] = []
     for part in (rows[:half], rows[half:]):
         if part:
@@ -160,6 +164,7 @@ def pairs_figures(findings: RecipeFindings) -> list[Figure]:
 
 
 def _group_mark(series: Series, group: str) -> Mark | None:
+    """The mean over seeds with their range; of a single model, with the interval over pairs."""
     spread = series.spread(group_accuracy(group))
     if spread is None:
         return None
@@ -167,7 +172,10 @@ def _group_mark(series: Series, group: str) -> Mark | None:
     title = f"{series.label}, {readable(group)}: {100 * spread.mean:.1f} %"
     if len(values) > 1:
         title += f" (seeds {', '.join(f'{value:.1f}' for value in values)})"
-    return Mark(series.style, title, 100 * spread.mean, min(values), max(values))
+        return Mark(series.style, title, 100 * spread.mean, min(values), max(values))
+    (score,) = (model.pairs.groups[group] for model in series.models if model.pairs and group in model.pairs.groups)
+    reach = 100 * _NORMAL_95 * (score.stderr or 0.0)
+    return Mark(series.style, title, values[0], values[0] - reach, values[0] + reach)
 
 
 def fidelity_figures(findings: RecipeFindings) -> list[Figure]:

@@ -196,7 +196,8 @@ class RecipeFindings(RecipeFolder):
                     if against == "teacher":
                         name, other = self._best_teacher(seed, metric, best)
                     else:
-                        name, other = series.name, self._counterpart(against, series.name, seed, metric)
+                        counterpart = self.counterpart(against, series.name, seed)
+                        name, other = series.name, None if counterpart is None else metric(counterpart)
                     if value is not None and other is not None:
                         by_seed[seed], teachers[seed] = value - other, name
                 found.append(Difference(series.label, against, by_seed, teachers if against == "teacher" else {}))
@@ -205,12 +206,11 @@ class RecipeFindings(RecipeFolder):
     def of(self, role: str) -> list[Series]:
         return [series for series in self.series if series.role == role]
 
-    def _counterpart(self, role: str, name: str, seed: int, metric: Metric) -> float | None:
-        """The metric of the model to compare a student with: the one of its name, or the only one of that role."""
+    def counterpart(self, role: str, name: str, seed: int) -> Model | None:
+        """The model to compare a student with: the one of its name, or the only one of that role."""
         found = [model for model in self.models if model.role == role and model.seed == seed]
-        same = [model for model in found if model.name == name]
-        chosen = same or found
-        return metric(chosen[0]) if len(chosen) == 1 else None
+        chosen = [model for model in found if model.name == name] or found
+        return chosen[0] if len(chosen) == 1 else None
 
     def _best_teacher(self, seed: int, metric: Metric, best: Callable[..., Any]) -> tuple[str, float | None]:
         """Name and metric of a seed's best teacher; teachers of a single seed serve all students. None unless all are

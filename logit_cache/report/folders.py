@@ -40,13 +40,25 @@ class Model:
 
 
 @dataclass(frozen=True)
+class ScheduleSweep:
+    """A recipe's sweep of the schedule of one of its models."""
+
+    role: Role
+    name: str
+    seed: int
+    report: SweepReport
+
+
+@dataclass(frozen=True)
 class RecipeFolder:
-    """A recipe with its finished runs and scores. The caches are paths, which may not exist yet."""
+    """A recipe with its finished runs and scores, and the sweeps that have begun. The caches are paths, which may not
+    exist yet."""
 
     recipe: RecipeRecord
     models: tuple[Model, ...]
     train_cache: Path | None
     held_out_cache: Path | None
+    sweeps: tuple[ScheduleSweep, ...]
 
 
 @dataclass(frozen=True)
@@ -105,11 +117,16 @@ def _read_recipe(path: Path) -> RecipeFolder:
         if key in seen:
             raise InputError(f"{file}: {model.role} {model.name!r} of seed {model.seed} is listed twice: keep one")
         seen.add(key)
-    caches = [
+    train, held_out = (
         None if cache is None else _inside(path, cache, f"{file}, caches")
         for cache in (recipe.caches.train, recipe.caches.held_out)
-    ]
-    return RecipeFolder(recipe, tuple(models), *caches)
+    )
+    sweeps = []
+    for number, swept in enumerate(recipe.sweeps):
+        found = _inside(path, swept.folder, f"{file}, sweep {number} ({swept.name!r})") / "sweep.json"
+        if found.is_file():
+            sweeps.append(ScheduleSweep(swept.role, swept.name, swept.seed, _read(found, SweepReport)))
+    return RecipeFolder(recipe, tuple(models), train, held_out, tuple(sweeps))
 
 
 def _inside(folder: Path, relative: str, where: str) -> Path:

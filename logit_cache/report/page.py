@@ -20,7 +20,9 @@ from markupsafe import Markup
 from logit_cache.report import facts, figures, metrics, passage
 from logit_cache.report.findings import BreakEven, RecipeFindings, gather_recipe
 from logit_cache.report.folders import Folder, RecipeFolder, RunFolder, read_folder
+from logit_cache.report.minimal_pairs import comparisons
 from logit_cache.report.numbers import number, over_seeds, trial_value
+from logit_cache.report.schedules import schedule_figures, schedules
 from logit_cache.report.svg import swatch
 from logit_cache.report.verdict import pairs_sentences, verdicts
 from storage.cache.reader import LogitCache
@@ -148,6 +150,9 @@ def _recipe(found: RecipeFindings, radio: str) -> Article:
         settings=facts.settings(found),
         training_figure=figures.training_figure(curves),
         pairs_figures=figures.pairs_figures(found),
+        comparisons=comparisons(found),
+        schedules=schedules(found),
+        schedule_figures=schedule_figures(found),
         fidelity_figures=figures.fidelity_figures(found),
         entry_legend=[
             (f"teacher-{number % 4}", entry.name)

@@ -7,6 +7,7 @@ sentence names it as one seed; a missing measurement is named as not measured.
 from __future__ import annotations
 
 from logit_cache.report.findings import EQUAL_NATS, Difference, RecipeFindings
+from logit_cache.report.minimal_pairs import comparisons
 from logit_cache.report.statistics import Spread
 
 
@@ -28,15 +29,20 @@ def verdicts(findings: RecipeFindings) -> list[str]:
 def pairs_sentences(findings: RecipeFindings) -> list[str]:
     """One sentence for each comparison on minimal pairs, in percentage points; empty if no two models were scored."""
     found = []
+    over_pairs = {one.label: one.estimate() for one in comparisons(findings) if one.minus}
     for difference in findings.pairs:
         spread = difference.spread
         if spread is None or not spread.is_finite or difference.against == "live":
             continue
         points = Spread(tuple(100 * value for value in spread.values))
-        other = "the control" if difference.against == "control" else f"its best teacher{_which(difference)}"
+        other, evidence = f"its best teacher{_which(difference)}", _evidence(points, 1)
+        if difference.against == "control":
+            other, paired = "the control", over_pairs.get(difference.student)
+            if paired is not None and paired.stderr is not None:
+                evidence += f"; standard error over pairs {100 * paired.stderr:.1f}"
         found.append(
             f"On minimal pairs {_who(difference.student)} is {_size(points, 1)} percentage points {_side(points)} "
-            f"{other} ({_evidence(points, 1)})."
+            f"{other} ({evidence})."
         )
     return found
 

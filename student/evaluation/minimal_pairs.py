@@ -14,6 +14,7 @@ The pairs have BLiMP's format (Warstadt et al. 2020): a folder of JSONL files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +23,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from storage.errors import InputError
 from storage.files import local_path
 from storage.progress import Advance
+from student.evaluation import standard_errors
 from student.evaluation.blimp import GROUP_OF, GROUP_OF_TERM
 from student.evaluation.held_out import BATCH_LOGITS, head_columns, next_token_logprobs
 from student.evaluation.report import GroupScore, PairScores, ParadigmScore
@@ -216,23 +220,46 @@ def score_pairs(
 def tally(pairs: Sequence[Pair], logprobs: Tensor) -> PairScores:
     """Accuracies from the log-probabilities [N, 2] of pairs, good first; ties are wrong."""
     margin = logprobs[:, 0] - logprobs[:, 1]
-    by_group: dict[str, list[bool]] = defaultdict(list)
     by_paradigm: dict[str, list[bool]] = defaultdict(list)
-    group_of = {pair.paradigm: pair.group for pair in pairs}
     for pair, is_right in zip(pairs, (margin > 0).tolist(), strict=True):
-        by_group[pair.group].append(is_right)
         by_paradigm[pair.paradigm].append(is_right)
-    groups = {name: GroupScore(pairs=len(found), accuracy=fmean(found)) for name, found in sorted(by_group.items())}
-    paradigms = {
-        name: ParadigmScore(pairs=len(found), accuracy=fmean(found), group=group_of[name])
-        for name, found in sorted(by_paradigm.items())
+    by_group: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    group_of = {pair.paradigm: pair.group for pair in pairs}
+    paradigms: dict[str, ParadigmScore] = {}
+    for name, found in sorted(by_paradigm.items()):
+        outcomes = np.array(found, dtype=np.float64)
+        by_group[group_of[name]].append(outcomes)
+        paradigms[name] = ParadigmScore(
+            pairs=len(found),
+            accuracy=fmean(found),
+            stderr=standard_errors.of_outcomes([outcomes]),
+            group=group_of[name],
+            right="".join("1" if is_right else "0" for is_right in found),
+        )
+    groups = {
+        name: GroupScore(
+            pairs=sum(map(len, found)),
+            accuracy=float(np.concatenate(found).mean()),
+            stderr=standard_errors.of_outcomes(found),
+        )
+        for name, found in sorted(by_group.items())
     }
     return PairScores(
         pairs=len(pairs),
+        sha256=_digest(pairs),
         mean_over_groups=fmean(score.accuracy for score in groups.values()),
+        mean_over_groups_stderr=standard_errors.of_mean([score.stderr for score in groups.values()]),
         mean_over_paradigms=fmean(score.accuracy for score in paradigms.values()),
+        mean_over_paradigms_stderr=standard_errors.of_mean([score.stderr for score in paradigms.values()]),
         tied=int((margin == 0).sum()),
         close=int((margin.abs() < CLOSE_NATS).sum()),
         groups=groups,
         paradigms=paradigms,
     )
+
+
+def _digest(pairs: Sequence[Pair]) -> str:
+    total = hashlib.sha256()
+    for pair in pairs:
+        total.update(json.dumps([pair.paradigm, pair.good, pair.bad]).encode() + b"\n")
+    return total.hexdigest()

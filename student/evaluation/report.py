@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from storage.config import Frozen, Reported
 from storage.text import counted, labelled
@@ -34,16 +34,26 @@ class HeldOutScores(Reported):
 
 
 class GroupScore(Frozen):
-    """Number of pairs, and `accuracy`: the share of right ones."""
+    """Number of pairs, `accuracy`: the share of right ones, and its standard error over pairs
+    (`student.evaluation.standard_errors`); None for a single pair, and in reports of earlier versions."""
 
     pairs: int
     accuracy: float
+    stderr: float | None = None
 
 
 class ParadigmScore(GroupScore):
-    """The score of one paradigm, and the group it belongs to."""
+    """The score of one paradigm, the group it belongs to, and `right`: 1 or 0 for each pair, in the order of its
+    file, with which models are compared pair by pair; None in reports of earlier versions."""
 
     group: str
+    right: str | None = Field(None, pattern="^[01]*$")
+
+    @model_validator(mode="after")
+    def _one_for_each_pair(self) -> Self:
+        if self.right is not None and len(self.right) != self.pairs:
+            raise ValueError(f"right has {len(self.right)} digits for {self.pairs} pairs")
+        return self
 
 
 class PairScores(Frozen):
@@ -56,11 +66,15 @@ class PairScores(Frozen):
     groups               by name: over all pairs of the group together
     tied                 pairs of equal log-probability, all counted wrong
     close                pairs closer than 1e-4 nats, ties among them
+    sha256               of the pairs and their order; None in reports of earlier versions, as both standard errors
     """
 
     pairs: int
+    sha256: str | None = None
     mean_over_groups: float
+    mean_over_groups_stderr: float | None = None
     mean_over_paradigms: float
+    mean_over_paradigms_stderr: float | None = None
     tied: int
     close: int
     groups: dict[str, GroupScore]
@@ -112,16 +126,19 @@ def table(report: EvaluationReport) -> str:
     if scores is not None:
         blimp = scores.is_blimp
         rows.append(("minimal pairs", f"{scores.pairs:,} of {report.job.pairs}, after {report.prefix_token}"))
-        rows += [(f"  {name}", f"{group.accuracy:.2%} of {group.pairs:,}") for name, group in scores.groups.items()]
+        rows += [
+            (f"  {name}", f"{_with_error(group.accuracy, group.stderr)} of {group.pairs:,}")
+            for name, group in scores.groups.items()
+        ]
         rows += [
             (
                 "mean of groups",
-                f"{scores.mean_over_groups:.2%} ({len(scores.groups)}"
+                f"{_with_error(scores.mean_over_groups, scores.mean_over_groups_stderr)} ({len(scores.groups)}"
                 + (": the BLiMP score of the BabyLM papers)" if blimp else ")"),
             ),
             (
                 "mean of paradigms",
-                f"{scores.mean_over_paradigms:.2%} ({len(scores.paradigms)}"
+                f"{_with_error(scores.mean_over_paradigms, scores.mean_over_paradigms_stderr)} ({len(scores.paradigms)}"
                 + (": BLiMP's own overall score)" if blimp else ")"),
             ),
             (
@@ -130,3 +147,7 @@ def table(report: EvaluationReport) -> str:
             ),
         ]
     return labelled(rows)
+
+
+def _with_error(accuracy: float, stderr: float | None) -> str:
+    return f"{accuracy:.2%}" + ("" if stderr is None else f" ± {100 * stderr:.2f}")

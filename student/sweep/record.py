@@ -4,7 +4,7 @@
 
     run.json            the sweep's identity (`student.training.run_folder`)
     optuna.log          Optuna's study, where it is in no database; it is authoritative about the trials
-    trial-<n>/          the run folder of a trial
+    trial-<n>/          the run folder of a trial; scores.json in it: those of its minimal pairs, as `evaluate` has them
     trial-<n>.lock      held by the process that runs it
     models/<sha>.json   configurations of models, where a trial has one of its own
     sweep.json          all records, rewritten after every trial
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 JOURNAL = "optuna.log"
+SCORES_FILE = "scores.json"
 RECORD = "record"
 """The user attribute of Optuna's trial that holds its `TrialRecord`."""
 
@@ -53,6 +54,7 @@ class TrialRecord(Reported):
     metrics            held-out figures of the finished model
     model_parameters   weights of its model
     train_loss         last logged
+    pairs              mean over groups of its accuracies on minimal pairs, a fraction, and `pairs_stderr` its error
     job                its job, to be run by itself
     """
 
@@ -67,6 +69,8 @@ class TrialRecord(Reported):
     metrics: dict[str, float] = Field(default_factory=dict)
     model_parameters: int | None = None
     train_loss: float | None = None
+    pairs: float | None = None
+    pairs_stderr: float | None = None
     job: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -152,12 +156,17 @@ class SweepFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0
 
+    @property
+    def _keeps_checkpoints(self) -> bool:
+        asked = self._search.keep_checkpoints
+        return "save_strategy" in self._job.training if asked is None else asked
+
     def _tidy(self, run: Path, best: bool) -> None:
         """Keep the record and the report of a run, the model of the best one, and checkpoints that were asked for."""
         for path in run.iterdir() if run.is_dir() else ():
             checkpoint = path.name.startswith("checkpoint-")
-            kept = "save_strategy" in self._job.training if checkpoint else best
-            if kept or path.name in (RUN_FILE, REPORT_FILE):
+            kept = self._keeps_checkpoints if checkpoint else best
+            if kept or path.name in (RUN_FILE, REPORT_FILE, SCORES_FILE):
                 continue
             if path.is_dir():
                 shutil.rmtree(path)
@@ -198,11 +207,15 @@ def _record_of(trial: FrozenTrial) -> TrialRecord:
 def table(report: SweepReport, folder: str) -> str:
     """The trials, best first, as text."""
     names = list(report.search["parameters"])
-    rows = [["trial", "state", report.metric, "steps", "seconds", *names]]
+    scored = any(trial.pairs is not None for trial in report.trials)
+    rows = [["trial", "state", report.metric, *(["pairs"] if scored else []), "steps", "seconds", *names]]
     for trial in report.ranked():
         value = "-" if trial.value is None else f"{trial.value:.4f}"
         cells = [_cell(trial.parameters.get(name, "-")) for name in names]
-        rows.append([str(trial.number), trial.state, value, f"{trial.steps:,}", f"{trial.seconds:,.1f}", *cells])
+        pairs = ["-" if trial.pairs is None else f"{trial.pairs:.2%}"] if scored else []
+        rows.append(
+            [str(trial.number), trial.state, value, *pairs, f"{trial.steps:,}", f"{trial.seconds:,.1f}", *cells]
+        )
     lines = columns(rows, left=2)
     lines += [f"trial {trial.number} failed: {trial.error}" for trial in report.trials if trial.state == "failed"]
     if report.best is None:

@@ -12,12 +12,14 @@ import importlib.util
 import os
 import time
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from storage import LogitCache
 from storage.errors import InputError
 from storage.locks import has_locks
 from storage.progress import Log, to_stderr
+from student.evaluation.minimal_pairs import read_pairs
 from student.job import StudentJob
 from student.models.tokenizer import special_ids
 from student.sweep.record import SweepFolder, SweepReport, earlier_report, is_earlier
@@ -31,6 +33,7 @@ from student.training.run_folder import OutputDirectory, full_disk_is_reported, 
 if TYPE_CHECKING:
     from student.sweep.study import SharedStudy
 
+_NOT_IDENTITY = {"trials", "timeout_seconds", "title", "storage", "keep_checkpoints"}
 # Seconds between two looks at the trials of other processes.
 _LOOK = 1.0
 
@@ -98,7 +101,9 @@ def _checked(job: StudentJob, search: Search, log: Log) -> Caches:
     for remark in caches.remarks:
         log(remark)
     _check_metric(job, search, caches)
-    check_space(job, search, caches, special_ids(LogitCache.open(job.cache).tokenizer_files(), job.cache), log)
+    ids = special_ids(LogitCache.open(job.cache).tokenizer_files(), job.cache)
+    _check_pairs(job, search, ids)
+    check_space(job, search, caches, ids, log)
     gpus = training_arguments(job, values).n_gpu
     if gpus > 1:
         log(f"a process runs its trials on one of the {gpus} GPUs: start one for each, with CUDA_VISIBLE_DEVICES")
@@ -142,6 +147,16 @@ def _check_pruner(search: Search, values: dict[str, Any]) -> None:
         )
 
 
+def _check_pairs(job: StudentJob, search: Search, special: Mapping[str, int | None]) -> None:
+    if search.pairs is None:
+        return
+    read_pairs(search.pairs, search.pairs_limit)
+    if special["bos"] is None and special["eos"] is None:
+        raise InputError(
+            f"sweep.pairs: {job.cache} has a tokenizer without BOS or EOS to start sentences with: leave it out"
+        )
+
+
 def _check_metric(job: StudentJob, search: Search, caches: Caches) -> None:
     swept = sorted(OBJECTIVE & search.parameters.keys())
     if search.figure == "eval_distillation_loss" and swept:
@@ -154,10 +169,10 @@ def _check_metric(job: StudentJob, search: Search, caches: Caches) -> None:
 
 
 def _identity(job: StudentJob, search: Search, caches: Caches) -> dict[str, Any]:
-    """The sweep's identity, as a flat mapping. Number of trials, time limit and title are no part of it."""
+    """The sweep's identity, as a flat mapping."""
     given = job.model_dump(mode="json", include=job.model_fields_set - {"cache", "eval_cache", "output_dir"})
     training = given.pop("training", {})
-    asked = search.model_dump(mode="json", exclude={"trials", "timeout_seconds", "title", "storage"})
+    asked = search.model_dump(mode="json", exclude=_NOT_IDENTITY)
     parameters = asked.pop("parameters")
     identity = {f"job.{name}": value for name, value in given.items()}
     identity |= {f"job.training.{name}": value for name, value in training.items() if name not in PRESENTATION}

@@ -175,6 +175,9 @@ class Search(_Frozen):
     pruner            by name, or with its settings
     timeout_seconds   no trial starts after that
     storage           URL of a database that the processes of the sweep share; by default a file in its folder
+    pairs             folder of minimal pairs to score each finished trial on; `pairs_limit`: the first so many of each
+                      paradigm only
+    keep_checkpoints  of trials that have ended; by default where `save_strategy` is among the job's training fields
     parameters        the searched parameters, by name
     """
 
@@ -188,6 +191,9 @@ class Search(_Frozen):
     pruner: Pruner = Pruner()
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
     storage: str | None = None
+    pairs: str | None = None
+    pairs_limit: Annotated[int, Field(ge=1)] | None = None
+    keep_checkpoints: bool | None = None
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
 
     @field_validator("pruner", mode="before")

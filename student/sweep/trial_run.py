@@ -15,10 +15,14 @@ from optuna.trial import Trial
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from storage.errors import Diverged, InputError, LogitCacheError
+from storage.files import replace_file
 from storage.locks import locked
 from storage.progress import silent
+from student.evaluation.evaluate import evaluate
+from student.evaluation.job import EvaluationJob
+from student.evaluation.report import EvaluationReport
 from student.job import StudentJob
-from student.sweep.record import RECORD, TrialRecord
+from student.sweep.record import RECORD, SCORES_FILE, TrialRecord
 from student.sweep.search_space import Search
 from student.sweep.trial import STEP, micro_batches, trial_job, trial_settings, write_settings
 from student.training.run import train
@@ -54,6 +58,7 @@ def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, A
         metrics = report.held_out.logged()
         value = _finite(search.figure, metrics[search.figure], report.steps)
         ended = report.train_log + report.eval_log
+        known(**_pairs_scored(search, folder))
         known(
             state="complete",
             value=value,
@@ -72,6 +77,20 @@ def run_trial(job: StudentJob, search: Search, trial: Trial, values: dict[str, A
     # The trainer refers to itself, and the memory may not hold two models.
     clear_device_cache(garbage_collection=True)
     return record
+
+
+def _pairs_scored(search: Search, folder: Path) -> dict[str, float | None]:
+    """Score a finished trial's model on the minimal pairs of the sweep, and write all of its scores beside it."""
+    if search.pairs is None:
+        return {}
+    path = folder / SCORES_FILE
+    if not path.exists():
+        fields = {"model": str(folder), "pairs": search.pairs, "limit": search.pairs_limit}
+        job = EvaluationJob.model_validate(fields)
+        replace_file(path, (evaluate(job).model_dump_json(indent=1) + "\n").encode())
+    found = EvaluationReport.model_validate_json(path.read_bytes()).minimal_pairs
+    assert found is not None
+    return {"pairs": found.mean_over_groups, "pairs_stderr": found.mean_over_groups_stderr}
 
 
 class _Watch(TrainerCallback):

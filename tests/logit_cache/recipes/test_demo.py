@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import LIBRARY, Run, command, environment, refused
+from support.commands import LIBRARY, Run, command, environment, in_process, refused
+
+from logit_cache.recipes.machine import Machine
 
 MODELS = ("one", "two", "student", "control")
 
@@ -131,24 +133,26 @@ def working_in(folder: Path) -> list[str]:
     return found
 
 
-def test_a_folder_that_is_no_demo_is_not_touched(run: Run, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_demo_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("three years of work")
-    done = run("logit-cache", "demo", "--out", tmp_path)
+    done = in_process("logit-cache", "demo", "--out", tmp_path)
     assert done.returncode == 2
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_text_that_cannot_be_used_does_not_lock_the_folder(run: Run, tmp_path: Path) -> None:
+def test_text_that_cannot_be_used_does_not_lock_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(device="cpu", name="a machine", memory_bytes=1 << 36, products_per_second=1e11)
+    monkeypatch.setattr("logit_cache.recipes.run.probe", lambda: machine)
     good, bad = tmp_path / "good[1].txt", tmp_path / "bad.txt"
     good.write_text("one\n")
     bad.write_bytes(b"caf\xe9\n" * 4)
     out = tmp_path / "run"
     for text, words in ((tmp_path / "none.txt", "none.txt: expected files of text"), (bad, "bad.txt: not UTF-8")):
-        refused(run("logit-cache", "demo", "--out", out, "--text", good, "--text", text), words)
+        refused(in_process("logit-cache", "demo", "--out", out, "--text", good, "--text", text), words)
         assert not out.exists()
     # Of too little text it is the same; and what was given may be given anew.
     for content in ("one\ntwo\nthree\n", "four\n" * 9):
         good.write_text(content)
-        done = run("logit-cache", "demo", "--out", out, "--text", good)
+        done = in_process("logit-cache", "demo", "--out", out, "--text", good)
         refused(done, "fewer than two steps of 8 windows (2,048): give more text")
-    refused(run("logit-cache", "demo", "--out", good), "expected a folder of a recipe")
+    refused(in_process("logit-cache", "demo", "--out", good), "expected a folder of a recipe")

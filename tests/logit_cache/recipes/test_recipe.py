@@ -38,6 +38,8 @@ from storage.text import duration
 from student.cli import train_student
 from student.job import StudentJob
 from student.models.presets import PRESETS
+from student.sweep.search_space import read_sweep
+from student.sweep.trial import check_names
 from teachers.cli import train_teacher
 
 GIB = 1 << 30
@@ -146,12 +148,16 @@ def test_every_command_exists(text: Path, plenty: str, tmp_path: Path, name: str
     """Each option exists and its value parses; training fields are checked as a run would."""
     from student.training.arguments import training_values
 
-    more = {"pairs": str(pairs_in(tmp_path / "pairs")), "limit": 5, "seeds": (0, 3), "live": True}
+    more = {"pairs": str(pairs_in(tmp_path / "pairs")), "limit": 5, "seeds": (0, 3), "live": True, "sweep_trials": 16}
     changes = {"recipe": name, "scale": scale, "text": (plenty,), **more}
-    stages = RecipeRun(job_of(text, tmp_path / "out", **changes), LARGE).stages
+    recipe_run = RecipeRun(job_of(text, tmp_path / "out", **changes), LARGE)
+    stages = recipe_run.stages
     assert [stage.command[1] for stage in stages[:4]] == ["clean", "clean", "tokenize", "tokenize"]
-    # Per seed: two teachers, their cache of two streams, student, control, live, five models' scores.
-    assert len(stages) == 4 + 2 * (2 + 2 + 3 + 5) + 1
+    # Per seed: two teachers, their cache of two streams, student, control, live, five models' scores; and the sweeps of
+    # student and control, which equals BabyLlama-2's teachers, and of Baby Llama's two.
+    names = ["control", *(["llama", "gpt2"] if name == "baby-llama" else []), "student"]
+    assert len(stages) == 4 + 2 * (2 + 2 + 3 + 5) + len(names) + 1
+    assert [Path(stage.command[2]).stem for stage in stages if stage.beside == "sweeps"] == names
     beside = [stage.title.split()[0] for stage in stages if stage.beside == "teachers 0"]
     assert beside == ["teacher", "teacher"]
     for stage in stages:
@@ -164,9 +170,43 @@ def test_every_command_exists(text: Path, plenty: str, tmp_path: Path, name: str
             fields["teachers"] = list(context.params.get("teacher", ()))
             values = training_values(StudentJob.model_validate(fields))
             assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] in (8, 16, 32, 64, 128)
+    check_sweeps(recipe_run, stages)
 
 
-def test_a_dry_run_prints_the_commands_and_does_nothing(text: Path, tmp_path: Path, run: Run) -> None:
+def check_sweeps(recipe_run: RecipeRun, stages: list[Stage]) -> None:
+    """Each sweep's trials, with the recipe's own values, are the run of its model in the recipe."""
+    for path, content in recipe_run.commands.sweep_files():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        fields, search = read_sweep(str(path))
+        job = StudentJob.model_validate(fields)
+        check_names(job, search)
+        assert (search.trials, search.pairs_limit, search.keep_checkpoints) == (16, 5, False)
+        (stage,) = (
+            one for one in stages if one.command[-1].endswith(f"seed-0/{path.stem}") and "train-" in one.command[0]
+        )
+        settings = dict(setting.split("=") for setting in stage.command if "=" in setting)
+        swept = {name: float(settings.pop(name)) for name in ("learning_rate", "weight_decay", "num_train_epochs")}
+        step = int(settings.pop("gradient_accumulation_steps")) * int(settings["per_device_train_batch_size"])
+        assert search.parameters["windows_per_step"].probes() == (step // 2, step, 2 * step)
+        for name, value in swept.items():
+            low, high = search.parameters[name].probes()
+            assert low <= value <= high or (name, value) == ("weight_decay", 0)
+        assert {name: str(value).lower() for name, value in job.training.items()} == settings
+        options = dict(zip(stage.command, stage.command[1:], strict=False))
+        assert (job.model, job.offset, job.cache) == tuple(
+            options[f"--{name}"] for name in ("model", "offset", "cache")
+        )
+        assert [teacher.name for teacher in job.teachers] == (["ensemble-0"] if path.stem == "student" else [])
+        if job.teachers:
+            objective = (options["--temperature"], options["--alpha"], options["--loss-scale"])
+            assert (f"{job.temperature:g}", f"{job.alpha:g}", job.loss_scale) == objective
+
+
+def test_a_dry_run_prints_the_commands_and_does_nothing(
+    text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe_module, "probe", lambda: LARGE)
     out = tmp_path / "out dir"
     line = ["logit-cache", "recipe", "babyllama-2", "--out", out, "--scale", "tiny", "--dry-run"]
     line += ["--text", f"{text}/train/*.txt", "--eval-text"]
@@ -239,6 +279,9 @@ def test_impossible_jobs_are_refused_beforehand(
     assert "no recipe 'baby-lama'" in refusal(text, out, recipe="baby-lama")
     assert "given once" in refusal(text, out, seeds=(1, 2, 1))
     assert "JSONL" in refusal(text, out, pairs=str(text))
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda module: None)
+        assert "pip install 'logit-cache[tune]'" in refusal(text, out, sweep_trials=1)
     assert "two files are called 0.txt" in refusal(
         text, out, text=(train, f"{text}/valid/0.txt"), eval_text=(f"{text}/valid/1.txt",)
     )
@@ -267,10 +310,16 @@ def test_a_folder_of_another_run_is_refused(text: Path, tmp_path: Path, monkeypa
         RecipeRun(job_of(text, out, stride_tokens=64), LARGE).run()
     # On a smaller machine a started run keeps its micro-batches; seeds may be added later.
     RecipeRun(job_of(text, out, seeds=(1,)), LARGE.model_copy(update={"memory_bytes": 2 * GIB})).run()
+    RecipeRun(job_of(text, out, sweep_trials=3), LARGE).run()
+    RecipeRun(job_of(text, out), LARGE).run()
     second = json.loads((out / "recipe.json").read_text())
     assert second["micro_batches"] == first["micro_batches"]
     assert second["entries"] == ["ensemble-0", "ensemble-1"]
     assert len(second["models"]) == 8
+    assert [sweep["folder"] for sweep in second["sweeps"]] == [
+        f"seed-0/sweeps/{name}" for name in ("control", "llama", "gpt2", "student")
+    ]
+    assert {path.stem for path in (out / "seed-0" / "sweeps").iterdir()} == {"control", "llama", "gpt2", "student"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thing").touch()
     with pytest.raises(InputError, match="expected a recipe's run, found other files"):

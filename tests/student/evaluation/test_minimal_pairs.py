@@ -242,16 +242,23 @@ def test_the_tally() -> None:
     ]
     margins = torch.tensor([1.0, -1.0, 0.0, -5e-5, 2.0, 5e-5, 3.0], dtype=torch.float64)
     scores = tally(pairs, torch.stack([margins, torch.zeros(7, dtype=torch.float64)], 1))
-    assert {name: (s.pairs, s.accuracy, s.group) for name, s in scores.paradigms.items()} == {
-        "p": (4, 0.25, "g"),
-        "q": (2, 1.0, "g"),
-        "r": (1, 1.0, "h"),
+    assert {name: (s.pairs, s.accuracy, s.group, s.right) for name, s in scores.paradigms.items()} == {
+        "p": (4, 0.25, "g", "1000"),
+        "q": (2, 1.0, "g", "11"),
+        "r": (1, 1.0, "h", "1"),
     }
     assert {name: (s.pairs, s.accuracy) for name, s in scores.groups.items()} == {"g": (6, 0.5), "h": (1, 1.0)}
+    # Of p the sample variance is 0.25, of q 0: (3 · 0.25 + 1 · 0) / (3 + 1) pooled.
+    assert scores.groups["g"].stderr == pytest.approx(math.sqrt(0.1875 / 6))
+    assert scores.paradigms["p"].stderr == pytest.approx(math.sqrt(0.25 / 4))
+    assert (scores.groups["h"].stderr, scores.mean_over_groups_stderr) == (None, None), "of one pair there is none"
     assert (scores.mean_over_groups, scores.mean_over_paradigms) == (0.75, 0.75)
     assert (scores.pairs, scores.tied, scores.close) == (7, 1, 3)
-    uneven = tally([*pairs, Pair("", "", "r", "h")], torch.zeros(8, 2))
-    assert (uneven.mean_over_groups, uneven.tied) == (0.0, 8)
+    margins = torch.cat([margins, torch.tensor([-1.0], dtype=torch.float64)])
+    known = tally([*pairs, Pair("", "", "r", "h")], torch.stack([margins, torch.zeros_like(margins)], 1))
+    errors = [score.stderr or 0.0 for score in known.groups.values()]
+    assert known.mean_over_groups_stderr == pytest.approx(math.hypot(*errors) / 2)
+    assert known.sha256 != scores.sha256
 
 
 @pytest.fixture(scope="module")
@@ -289,13 +296,13 @@ def test_the_command(world: Path, small_cache: Path, tmp_path: Path, run: Run) -
     assert report["minimal_pairs"] == tally(pairs, logprobs).model_dump()
     assert report["minimal_pairs"]["groups"].keys() == {"mine", "island_effects"}
     assert report["prefix_token"] == "<s>"
-    held = report["held_out"]
+    held, error = report["held_out"], 100 * report["minimal_pairs"]["mean_over_groups_stderr"]
     for shown in (
         f"{held['cross_entropy_per_token']:.4f} nats per token, {held['cross_entropy_per_byte']:.4f} nats per byte",
         f"{held['perplexity_per_token']:,.2f} per token, {held['perplexity_per_byte']:,.4f} per byte",
         "bits per byte",
         "calibration error",
-        f"mean of groups     {report['minimal_pairs']['mean_over_groups']:.2%} (2)",
+        f"mean of groups     {report['minimal_pairs']['mean_over_groups']:.2%} ± {error:.2f} (2)",
     ):
         assert shown in done.stdout, done.stdout
     assert "BLiMP" not in done.stdout

@@ -16,10 +16,11 @@ import yaml
 from support.commands import ROOT, Run, refused
 from support.processes import Process, start
 from support.runs import LLAMA
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.errors import IdentityMismatch, InputError
 from student.cli import build_job
+from student.evaluation.minimal_pairs import read_pairs, score_pairs, tally
 from student.job import StudentJob
 from student.report import TrainingReport
 from student.sweep.record import INTERRUPTED, SweepReport, TrialRecord
@@ -234,12 +235,10 @@ def test_the_best_trial_is_the_run_of_its_job_to_the_last_bit(done: Path, tmp_pa
     assert width == trial.parameters["model.hidden_size"]
 
 
-def test_a_seed_repeats_a_sweep_and_another_does_not(world: Path, done: Path, tmp_path: Path) -> None:
-    first = report_in(done)
-    again = swept(tmp_path / "a.yaml", fields(world, tmp_path / "again"))
-    assert [(t.parameters, t.value) for t in again.trials] == [(t.parameters, t.value) for t in first.trials]
+def test_another_seed_makes_other_proposals(world: Path, done: Path, tmp_path: Path) -> None:
+    """The same seed makes the same ones: the sweep that was killed shows it."""
     other = swept(tmp_path / "b.yaml", fields(world, tmp_path / "other", seed=4, trials=1))
-    assert other.trials[0].parameters != first.trials[0].parameters
+    assert other.trials[0].parameters != report_in(done).trials[0].parameters
 
 
 def test_the_table_is_best_first_and_a_finished_sweep_is_not_run_again(done: Path, run: Run) -> None:
@@ -310,7 +309,7 @@ def test_a_killed_sweep_goes_on_from_its_checkpoint_and_ends_as_an_uninterrupted
 
 
 def test_one_process_and_three_of_which_one_is_killed_finish_the_same_trials(world: Path, tmp_path: Path) -> None:
-    search = {"trials": 8, "sampler": "random"}
+    search = {"trials": 6, "sampler": "random"}
     alone = swept(tmp_path / "sweep.yaml", fields(world, tmp_path / "alone", **search))
     out = tmp_path / "shared" / "out"
     out.parent.mkdir()
@@ -324,8 +323,8 @@ def test_one_process_and_three_of_which_one_is_killed_finish_the_same_trials(wor
     assert outcomes(report_in(out)) == outcomes(alone)
     finished = [line for end in ends for line in end.stderr.splitlines() if ": eval_loss " in line]
     numbers = sorted(int(line.removeprefix("trial ").partition(":")[0]) for line in finished)
-    assert len(set(numbers)) == len(numbers) in (7, 8), "killed between the end of a trial and its line: one less"
-    assert {path.name for path in out.glob("trial-*")} == {f"trial-{number}" for number in range(8)}
+    assert len(set(numbers)) == len(numbers) in (5, 6), "killed between the end of a trial and its line: one less"
+    assert {path.name for path in out.glob("trial-*")} == {f"trial-{number}" for number in range(6)}
     assert len(list(out.rglob("*.safetensors"))) == 1
 
 
@@ -395,6 +394,38 @@ def test_a_sweep_of_an_earlier_version_is_shown_where_it_is_finished(world: Path
     assert sorted(path.name for path in out.iterdir()) == [name for name in names if name != "sweep.json"]
 
 
+def test_trials_are_scored_on_minimal_pairs(small_cache: Path, world: Path, tmp_path: Path, run: Run) -> None:
+    """Also those whose model is not kept; and checkpoints that only serve to select an epoch go."""
+    pairs, out = tmp_path / "pairs", tmp_path / "out"
+    pairs.mkdir()
+    rows = [{"sentence_good": f"return {word}", "sentence_bad": f"{word} return"} for word in ("value", "name", "self")]
+    (pairs / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = {
+        "max_steps": 2, "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss",
+        "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    search = {"trials": 2, "pairs": str(pairs), "pairs_limit": 2, "keep_checkpoints": False}
+    data = fields(world, out, {"learning_rate": {"choices": [1e-3, 1e-2]}}, training=training, **search)
+    data |= {"cache": str(small_cache), "eval_cache": str(small_cache), "teachers": []}
+    result = run("train-student", "--sweep", written(tmp_path / "sweep.yaml", data))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[:4] == ["trial", "state", "eval_loss", "pairs"]
+    report = report_in(out)
+    for trial in report.trials:
+        scores = json.loads((out / f"trial-{trial.number}" / "scores.json").read_text())["minimal_pairs"]
+        assert scores["pairs"] == 2
+        assert (trial.pairs, trial.pairs_stderr) == (scores["mean_over_groups"], scores["mean_over_groups_stderr"])
+    model = AutoModelForCausalLM.from_pretrained(out / f"trial-{report.best}")
+    tokenizer = AutoTokenizer.from_pretrained(out / f"trial-{report.best}")
+    found = tally(read_pairs(pairs, 2), score_pairs(model, tokenizer, read_pairs(pairs, 2)))
+    assert report.trials[report.best or 0].pairs == found.mean_over_groups
+    assert not list(out.glob("trial-*/checkpoint-*"))
+    data["sweep"]["pairs"] = str(tmp_path / "none")
+    data["output_dir"] = str(tmp_path / "other")
+    refused(run("train-student", "--sweep", written(tmp_path / "other.yaml", data)), "none", "found no folder there")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_trial_whose_best_weights_were_put_back_has_their_value(world: Path, tmp_path: Path) -> None:
     training = {
         "load_best_model_at_end": True, "metric_for_best_model": "loss", "save_strategy": "steps",
@@ -418,7 +449,7 @@ def test_a_trial_whose_best_weights_were_put_back_has_their_value(world: Path, t
 )
 def test_poor_trials_are_pruned_and_keep_their_last_value(world: Path, tmp_path: Path, pruner: dict[str, Any]) -> None:
     parameters = {"learning_rate": {"distribution": "log_uniform", "low": 1e-7, "high": 1e-1}}
-    data = fields(world, tmp_path / "out", parameters, trials=12, seed=1, pruner=pruner)
+    data = fields(world, tmp_path / "out", parameters, trials=7, seed=1, pruner=pruner)
     data["training"] |= {"max_steps": 6, "eval_steps": 2, "warmup_steps": 0}
     report = swept(tmp_path / "sweep.yaml", data)
     pruned = [trial for trial in report.trials if trial.state == "pruned"]
@@ -429,7 +460,7 @@ def test_poor_trials_are_pruned_and_keep_their_last_value(world: Path, tmp_path:
         assert trial.steps == 2 * made < 6
         assert trial.value == trial.evaluations[-1][1]
         assert any(other.evaluations[made - 1][1] < trial.value for other in complete)
-    assert len(pruned) + len(complete) == 12
+    assert len(pruned) + len(complete) == 7
     assert report.trials[report.best or 0].value == min(trial.value or math.inf for trial in complete)
 
 
