@@ -18,7 +18,8 @@ from student.data.windows import DistillationWindows, usable_sources
 from student.evaluation.held_out import figure_of
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
-from student.loss.distillation import DistillationLoss, tail_of
+from student.loss.distillation import DistillationLoss
+from student.loss.members import tail_of
 from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
 from student.models.configuration import stated_columns
