@@ -97,11 +97,13 @@ OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
     ),
     _loss("--alpha-end", type=float, help="That share at the last step, linear from --alpha [the same]."),
     _loss("--temperature", type=float, help="1 or 2, where the stored targets are exact [1]."),
+    _loss("--temperature-end", type=float, help="That at the last step, linear from --temperature [the same]."),
     _loss(
         "--interpolate-tail",
         is_flag=True,
         default=None,
-        help="Allow other temperatures above 1: the tail's mass is interpolated, within bounds that are printed.",
+        help="Allow other temperatures above 1, as a schedule passes through: the tail's mass is interpolated, within "
+        "bounds that are printed.",
     ),
     _loss(
         "--loss",
@@ -109,6 +111,7 @@ OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
         help="Divergence of teacher and student; a mixture of teachers needs forward-kl [forward-kl].",
     ),
     _loss("--mix", type=float, help="beta of jsd [0.5], lambda of the skewed losses [0.1]."),
+    _loss("--mix-end", type=float, help="That at the last step, linear from --mix [the same]."),
     _loss(
         "--tail",
         type=click.Choice(["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]),

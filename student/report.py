@@ -64,8 +64,8 @@ class HeldOutReport(Frozen):
 
     cross_entropy in nats per token; bits_per_byte counts the bytes of the text, and is None where not all of it is
     scored; ece (expected calibration error of the top-1 prediction) and accuracy are fractions. `kl_not_measured`
-    gives the reason, by teacher. distillation_loss is the training objective (alpha as at the end of the run), per
-    token; None where the held-out cache lacks the targets for it.
+    gives the reason, by teacher. distillation_loss is the training objective as at the end of the run, per token; None
+    where the held-out cache lacks the targets for it.
     """
 
     tokens: int

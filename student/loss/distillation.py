@@ -136,8 +136,8 @@ class DistillationLoss:
     position_weights   float [P] or None: factors of both terms; the count stays that of trained positions
 
     Returns `LossSums`. The members' weights are normalised to sum 1. tau**2 keeps the scale of the gradient when the
-    temperature changes (Hinton et al. 2015). `options` are the other fields of `student.loss.objective.Objective`:
-    loss, mix, tail, blend, alpha_end, interpolate_tail, loss_scale, min_entropy.
+    temperature changes (Hinton et al. 2015). `options` are the other fields of `student.loss.objective.Objective`;
+    where some change during a run, `current` is the objective of the step that `set_progress` was called for.
 
     Mixtures: forward KL is linear in p, so the weighted sum is the KL of the mixture ``p = sum_m w_m p_m`` (each
     member tempered, then mixed) up to a constant in the student: same gradient at K = V, and at K < V that of the
@@ -180,9 +180,7 @@ class DistillationLoss:
     ) -> None:
         self.objective: Objective = objective_of(alpha=alpha, temperature=temperature, **options)
         self.vocabulary_size = vocabulary_size
-        # Without a divergence there is nothing that it is the temperature of; a control does not depend on it.
-        self.temperature = self.objective.temperature if self.objective.uses_teachers else 1.0
-        self.alpha = self.objective.alpha
+        self.current: Objective = self.objective.at(0.0)
         self.window_tokens = window_tokens
         self.members: tuple[Member, ...] = ()
         if self.objective.uses_teachers:
@@ -198,12 +196,23 @@ class DistillationLoss:
         teachers = ", ".join(told) or "no teacher"
         return f"{type(self).__name__}({of.loss} to {teachers}; alpha {self.alpha:g}, temperature {of.temperature:g})"
 
-    def set_progress(self, progress: float) -> None:
-        """Set a scheduled alpha for a point of the run: 0 at its first optimizer step, 1 at its last.
+    @property
+    def alpha(self) -> float:
+        """That of the current step."""
+        return self.current.alpha
 
-        Call it between optimizer steps only: all micro-batches and processes of a step share one alpha.
+    @property
+    def temperature(self) -> float:
+        """That of the current step; 1 without teachers."""
+        # Without a divergence there is nothing that it is the temperature of; a control does not depend on it.
+        return self.current.temperature if self.objective.uses_teachers else 1.0
+
+    def set_progress(self, progress: float) -> None:
+        """Set what changes during the run for a point of it: 0 at its first optimizer step, 1 at its last.
+
+        Call it between optimizer steps only: all micro-batches and processes of a step share one objective.
         """
-        self.alpha = self.objective.alpha_at(progress)
+        self.current = self.objective.at(progress)
 
     def end_step(self, control: Tensor) -> None:
         """Take what the control variates learn from an optimizer step.
@@ -301,7 +310,7 @@ class DistillationLoss:
         )
 
     def _term(self, tempered: Tempered) -> Term:
-        objective, name = self.objective, tempered.member.name
+        objective, name = self.current, tempered.member.name
         if name in self.controls:
             return ControlledTail.of(tempered, self.controls[name].value)
         if objective.loss == "forward-kl":

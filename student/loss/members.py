@@ -33,11 +33,12 @@ def normalised(members: Sequence[Member]) -> tuple[Member, ...]:
 
 def tail_of(member: Member, objective: Objective) -> Tail:
     """A member's treatment of the tail, with auto resolved. Raises InputError where its entry does not allow it."""
-    if member.sampled_at is not None and member.sampled_at != objective.temperature:
-        raise InputError(
-            f"teacher {member.name}: its ids were sampled for temperature {member.sampled_at:g} and are biased at "
-            f"{objective.temperature:g}: take that temperature, or cache the teacher again for the other"
-        )
+    for temperature in objective.temperatures:
+        if member.sampled_at not in (None, temperature):
+            raise InputError(
+                f"teacher {member.name}: its ids were sampled for temperature {member.sampled_at:g} and are biased at "
+                f"{temperature:g}: take that temperature, or cache the teacher again for the other"
+            )
     tail = objective.tail
     if tail == "auto":
         tail = "bucket"
@@ -52,8 +53,9 @@ def tail_of(member: Member, objective: Objective) -> Tail:
         member.needs("tail", f"tail {tail}")
     if tail != "sampled":
         member.needs("sampled-logprobs", f"{objective.loss} with tail {tail}")
-    if objective.temperature != 1.0:
-        member.needs("half-tail", f"temperature {objective.temperature:g}")
+    for temperature in objective.temperatures:
+        if temperature != 1.0:
+            member.needs("half-tail", f"temperature {temperature:g}")
     if objective.min_entropy is not None:
         member.needs("entropy", "a threshold of the teacher's entropy (min_entropy)")
     return tail

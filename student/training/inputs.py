@@ -132,9 +132,11 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
         # The cross-entropy would only add the noise of a single label; with a bucket it reduces the bias
         # (docs/decisions/0012-sampled-targets-by-default.md).
         job = job.model_copy(update={"alpha": 0.0})
-    objective = {name: getattr(job, name) for name in Objective.model_fields} | {"window_tokens": job.window_tokens}
-    # Alpha as at the end of its schedule, so that all evaluations of a run measure the same loss.
-    at_its_end = objective if job.alpha_end is None else objective | {"alpha": job.alpha_end, "alpha_end": None}
+    # Evaluated as at the end of its schedules, so that all evaluations of a run measure the same loss.
+    objective, at_its_end = (
+        {name: getattr(of, name) for name in Objective.model_fields} | {"window_tokens": job.window_tokens}
+        for of in (job, job.at(1.0))
+    )
     provenance, record = caches.provenance, None
     if live is not None:
         provenance = provenance | {f"live/{name}": value for name, value in live.provenance.items()}

@@ -51,8 +51,9 @@ from student.training.trainer import DistillationTrainer, SaveByTime
 # Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
 LoadLive = Callable[[StudentJob, torch.device], LogitSource]
 
-# Windows over which the error of an interpolated tail is measured.
+# Windows over which the error of an interpolated tail is measured, and evenly spaced temperatures of a schedule.
 _BOUND_WINDOWS = 32
+_BOUND_TEMPERATURES = 9
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,10 @@ def _announce(run: _Run, parameters: int, trained: int) -> dict[str, TailBound]:
             learnt = "nothing is learnt there, as alpha is 0"
         run.log(f"no teacher teaches the documents of {quoted(untaught)}: {learnt}")
     tail_bounds = _tail_bounds(run.data)
+    temperature = " to ".join(f"{one:g}" for one in job.temperatures)
     for name, bound in tail_bounds.items():
         run.log(
-            f"teacher {name} at temperature {job.temperature:g}: the mass outside its stored ids is interpolated, "
+            f"teacher {name} at temperature {temperature}: the mass outside its stored ids is interpolated, "
             f"within {bound.mean:.4f} of the true one on average and {bound.greatest:.4f} at worst over "
             f"{bound.positions:,} positions"
         )
@@ -251,9 +253,15 @@ def _report(
 
 
 def _tail_bounds(data: Data) -> dict[str, TailBound]:
-    """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream."""
+    """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream.
+
+    Of a schedule, at the temperature where they can be off most.
+    """
     loss, windows = data.loss, data.windows
-    if data.live is not None or loss.temperature in EXACT_TEMPERATURES or not loss.members:
+    first, last = loss.objective.temperatures[0], loss.objective.temperatures[-1]
+    passed = {first + (last - first) * step / (_BOUND_TEMPERATURES - 1) for step in range(_BOUND_TEMPERATURES)}
+    interpolated = sorted(passed.difference(EXACT_TEMPERATURES))
+    if data.live is not None or not interpolated or not loss.members:
         return {}
     number = min(len(windows), _BOUND_WINDOWS)
     chosen = [i * len(windows) // number for i in range(number)]
@@ -262,11 +270,12 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
     found = {}
     for member in loss.members:
         targets = targets_of(member, batch["targets"], labels)
-        off = interpolation_bound(targets, member, loss.temperature)
+        off = torch.stack([interpolation_bound(targets, member, temperature) for temperature in interpolated])
         # The padding of a short window is left out, unless no position is trained at all.
         taught = (labels != NOT_TRAINED) & (targets.kept > 0)
-        off = off[taught] if taught.any() else off
-        found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))
+        off = off[:, taught] if taught.any() else off
+        mean, greatest = float(off.mean(1).max()), float(off.max())
+        found[member.name] = TailBound(mean=mean, greatest=greatest, positions=off.shape[1])
     return found
 
 
