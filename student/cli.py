@@ -107,11 +107,13 @@ OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
     ),
     _loss(
         "--loss",
-        type=click.Choice(["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]),
+        type=click.Choice(["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl"]),
         help="Divergence of teacher and student; a mixture of teachers needs forward-kl [forward-kl].",
     ),
     _loss("--mix", type=float, help="beta of jsd [0.5], lambda of the skewed losses [0.1]."),
     _loss("--mix-end", type=float, help="That at the last step, linear from --mix [the same]."),
+    _loss("--head-ids", type=int, metavar="N", help="Of tail-aware-kl: the likeliest ids, all others its tail [10]."),
+    _loss("--tail-weight", type=float, help="Of tail-aware-kl: beta, over the tail's mean mass in a sequence [2]."),
     _loss(
         "--tail",
         type=click.Choice(["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]),

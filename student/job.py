@@ -147,6 +147,8 @@ class StudentJob(Objective):
             raise ValueError("targets come from the cache or from live teachers, not from both")
         if self.tail != "auto":
             raise ValueError(f"live teachers have no tail to treat: leave tail out (found {self.tail})")
+        if self.loss == "tail-aware-kl":
+            raise ValueError("loss tail-aware-kl is for targets from a cache: take another with live teachers")
         if (len(self.live_teachers) > 1) != (self.combine is not None):
             raise ValueError(
                 "several live teachers are combined as logit-mean or mixture, and one is not: "

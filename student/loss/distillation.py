@@ -26,7 +26,7 @@ from torch import Tensor
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
 from student.loss.control_variate import ControlCoefficient, ControlledTail
-from student.loss.divergences import Divergence
+from student.loss.divergences import Divergence, TailAwareKL
 from student.loss.members import check_linear, normalised, tail_of
 from student.loss.objective import SAMPLED_TAILS, TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
@@ -315,6 +315,11 @@ class DistillationLoss:
             return ControlledTail.of(tempered, self.controls[name].value)
         if objective.loss == "forward-kl":
             return weights(tempered, self.tails[name], objective.blending)
+        if objective.loss == "tail-aware-kl":
+            if tempered.sequence is None:
+                raise InputError(f"teacher {name}: {objective.loss} needs targets that say their `sequence`")
+            sequences, head = (tempered.sequence, tempered.trained), objective.head_size
+            return TailAwareKL.of(tempered.bucketed, *sequences, head, objective.tail_weighting)
         divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
         return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 

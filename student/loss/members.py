@@ -39,6 +39,8 @@ def tail_of(member: Member, objective: Objective) -> Tail:
                 f"teacher {member.name}: its ids were sampled for temperature {member.sampled_at:g} and are biased at "
                 f"{temperature:g}: take that temperature, or cache the teacher again for the other"
             )
+    if objective.loss == "tail-aware-kl":
+        _check_ranked(member, objective)
     tail = objective.tail
     if tail == "auto":
         tail = "bucket"
@@ -50,7 +52,7 @@ def tail_of(member: Member, objective: Objective) -> Tail:
             "its tail: take tail bucket, or an entry made with --targets varopt"
         )
     if tail != "renormalise":
-        member.needs("tail", f"tail {tail}")
+        member.needs("tail", f"{objective.loss} with tail {tail}")
     if tail != "sampled":
         member.needs("sampled-logprobs", f"{objective.loss} with tail {tail}")
     for temperature in objective.temperatures:
@@ -59,6 +61,20 @@ def tail_of(member: Member, objective: Objective) -> Tail:
     if objective.min_entropy is not None:
         member.needs("entropy", "a threshold of the teacher's entropy (min_entropy)")
     return tail
+
+
+def _check_ranked(member: Member, objective: Objective) -> None:
+    """Raise InputError where an entry's stored ids are no head of `head_ids` of the likeliest, and more."""
+    if member.sampled_at is not None:
+        raise InputError(
+            f"teacher {member.name}: {objective.loss} needs a position's likeliest ids and the mass of the others, and "
+            "its ids are sampled: take forward-kl, or an entry made with --targets topk"
+        )
+    if member.stored_ids is not None and member.stored_ids <= objective.head_size:
+        raise InputError(
+            f"teacher {member.name}: its entry stores {member.stored_ids} ids a position, and {objective.loss} with a "
+            f"head of {objective.head_size} has none in its tail: take a smaller --head-ids, or cache more ids"
+        )
 
 
 def check_linear(members: Sequence[Member], objective: Objective) -> None:

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from storage.config import Settings, explained
 from storage.errors import InputError
 
-LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]
+LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl"]
 Tail = Literal["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]
 
 EXACT_TEMPERATURES = (1.0, 2.0)
@@ -20,6 +20,9 @@ EXACT_TEMPERATURES = (1.0, 2.0)
 TEACHER_CROSS_ENTROPY = "teacher_ce"
 DEFAULT_MIX = {"jsd": 0.5, "skew-forward-kl": 0.1, "skew-reverse-kl": 0.1}
 DEFAULT_BLEND = 0.75
+# The best of those that Dasgupta, Cohn and Baldwin (2026, arXiv:2602.20816) tried.
+DEFAULT_HEAD_IDS = 10
+DEFAULT_TAIL_WEIGHT = 2.0
 
 SCHEDULED = ("alpha", "temperature", "mix")
 """The fields that may change during a run, each to the value of the field of its name with `_end`."""
@@ -45,6 +48,8 @@ class Objective(Settings):
 
     loss               the divergence between teacher and student
     mix, mix_end       beta of jsd [0.5], lambda of the skewed divergences [0.1]; between 0 and 1
+    head_ids           of tail-aware-kl: a position's likeliest ids, so many, are its head, the others its tail [10]
+    tail_weight        of tail-aware-kl: beta, the weight of the tail, over the mean of its mass in a sequence [2]
     tail               treatment of the ids that are not stored. bucket: one outcome, a lower bound of the dense loss.
                        sampled: the sampled ids of a VarOpt entry, unbiased. controlled: these with a control variate
                        (`student.loss.control_variate`), for entries with their log-probs. blend: sampled and bucket.
@@ -69,6 +74,8 @@ class Objective(Settings):
     loss: LossName = "forward-kl"
     mix: _Share | None = None
     mix_end: _Share | None = None
+    head_ids: Annotated[int, Field(ge=1)] | None = None
+    tail_weight: Annotated[float, Field(gt=0)] | None = None
     tail: Tail = "auto"
     blend: _Share | None = None
     alpha: Annotated[float, Field(ge=0, le=1)]
@@ -84,6 +91,9 @@ class Objective(Settings):
         for name in ("mix", "mix_end"):
             if getattr(self, name) is not None and self.loss not in DEFAULT_MIX:
                 raise ValueError(f"{name} belongs to {', '.join(DEFAULT_MIX)}; the loss is {self.loss}")
+        for name in ("head_ids", "tail_weight"):
+            if getattr(self, name) is not None and self.loss != "tail-aware-kl":
+                raise ValueError(f"{name} belongs to tail-aware-kl; the loss is {self.loss}")
         if self.blend is not None and self.tail != "blend":
             raise ValueError(f"a share of sampled targets (blend) needs tail blend; the tail is {self.tail}")
         if self.loss != "forward-kl" and self.tail in _LINEAR_ONLY:
@@ -110,6 +120,16 @@ class Objective(Settings):
     def blending(self) -> float:
         """The share of sampled targets under tail = blend, with its default."""
         return DEFAULT_BLEND if self.blend is None else self.blend
+
+    @property
+    def head_size(self) -> int:
+        """`head_ids`, with its default."""
+        return DEFAULT_HEAD_IDS if self.head_ids is None else self.head_ids
+
+    @property
+    def tail_weighting(self) -> float:
+        """`tail_weight`, with its default."""
+        return DEFAULT_TAIL_WEIGHT if self.tail_weight is None else self.tail_weight
 
     @property
     def uses_teachers(self) -> bool:

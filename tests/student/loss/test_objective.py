@@ -239,6 +239,9 @@ def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[st
         ({"temperature_end": 2.0}, "temperature 1 to 2: the steps between .* not exact; add --interpolate-tail"),
         ({"temperature_end": 0.5, "interpolate_tail": True}, "temperature 0.5: .* cannot be bounded below 1"),
         ({"loss": "jsd", "mix": 1.0}, "mix: .* less than 1"),
+        ({"head_ids": 3}, "head_ids belongs to tail-aware-kl; the loss is forward-kl"),
+        ({"loss": "jsd", "tail_weight": 3.0}, "tail_weight belongs to tail-aware-kl; the loss is jsd"),
+        ({"loss": "tail-aware-kl", "tail": "renormalise"}, "renormalise goes with forward-kl only"),
         ({"blend": 0.3}, "needs tail blend"),
         ({"tail": "blend", "blend": 1.5}, "blend: "),
         ({"alpha_end": -0.1}, "alpha_end: "),
@@ -294,7 +297,8 @@ def test_mixtures_of_entries_are_for_forward_kl_alone() -> None:
     _, by_z = gradient(lambda z: mixed(z, labels, targets).loss_sum, z)
     by_part = [gradient(lambda z, p=part: p(z, labels, targets).loss_sum, z)[1] for part in parts]
     torch.testing.assert_close(by_z, 0.75 * by_part[0] + 0.25 * by_part[1], rtol=1e-11, atol=1e-15)
-    for loss in ("reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"):
+    for loss in ("reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl"):
+        members = members if loss != "tail-aware-kl" else [member("a"), member("b")]
         with pytest.raises(InputError, match=rf"{loss} of several teachers \(a, b\)"):
             DistillationLoss(V, 0.5, 1.0, members, loss=loss)
         watched = DistillationLoss(V, 0.5, 1.0, [members[0], replace(members[1], weight=0.0)], loss=loss)
@@ -338,7 +342,7 @@ def test_a_varopt_entry_on_disk_is_learnt_from_as_sampled(tmp_path: Path) -> Non
     write_varopt(url, "a", logp, k, tau=2.0)
     windows = DistillationWindows(url, ["a"], n - 1)
     teacher = Member.of("a", windows.entries["a"], weight=2.0)
-    assert teacher == Member("a", 2.0, None, v, 2.0)
+    assert teacher == Member("a", 2.0, None, v, 2.0, stored_ids=k)
     batch = collate([windows[0]])
     loss = DistillationLoss(v, 0.0, 2.0, [teacher])
     z = normal(27, n - 1, v)

@@ -163,6 +163,7 @@ def train_cut_up(cache: str, folder: Path, accumulation: int, **others: Any) -> 
             "options": {"loss": "jsd", "mix": 0.3, "mix_end": 0.8, "temperature_end": 1.0, "interpolate_tail": True},
         },
         {"teachers": ("b",), "temperature": 1.0, "options": {"loss": "skew-reverse-kl", "alpha_end": 1.0}},
+        {"teachers": ("a",), "options": {"loss": "tail-aware-kl", "head_ids": 3}},
         {"teachers": ("s", "t"), "temperature": 1.0, "options": {"tail": "controlled", "min_entropy": 1.0}},
     ],
     ids=str,
