@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.cache.checked_array import CheckedArray, check_shards
+from storage.cache.checked_array import CheckedArray, Stream, check_range, check_shards
 from storage.cache.positions import (
     Mask,
     Positions,
@@ -58,54 +58,6 @@ ORDER_IS_GONE = (
     "cache with logit-cache pull, or remove the entry"
 )
 _CHUNK_CACHE_BYTES = 192 << 20
-_STREAM_CHUNKS = 64  # of an array of the token stream, held in memory
-
-
-class Stream:
-    """A one-dimensional array of the token stream, read by absolute position."""
-
-    def __init__(self, array: CheckedArray, check: Callable[[NDArray[Any], int], None] | None = None) -> None:
-        self._array = array
-        self._check = check
-        self._chunk = lru_cache(_STREAM_CHUNKS)(self._read_chunk)
-
-    def __len__(self) -> int:
-        return self._array.spec.shape[0]
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """The entries `start .. stop` (exclusive).
-
-        Raises IndexError outside the stream, and what `CheckedArray.read_chunk` raises.
-        """
-        _check_range(start, stop, len(self))
-        size = self._array.spec.layout.chunk
-        parts = []
-        for chunk in range(start // size, -(-stop // size)):
-            values = self._chunk(chunk)
-            parts.append(values[max(0, start - chunk * size) : stop - chunk * size])
-        if not parts:
-            return np.empty(0, dtype=self._array.spec.dtype)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        """The slicing of an array, with a start and a stop."""
-        return self.read(rows.start, min(rows.stop, len(self)))
-
-    def first(self, wanted: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> tuple[int, int] | None:
-        """(position, value) of the first entry that `wanted` selects, read block by block; None where there is none."""
-        block = self._array.spec.layout.chunk
-        for start in range(0, len(self), block):
-            values = self.read(start, min(start + block, len(self)))
-            found = np.flatnonzero(wanted(values))
-            if len(found):
-                return start + int(found[0]), int(values[found[0]])
-        return None
-
-    def _read_chunk(self, chunk: int) -> NDArray[Any]:
-        values = self._array.read_chunk(chunk)
-        if self._check is not None:
-            self._check(values, chunk)
-        return values
 
 
 class TeacherTargets:
@@ -171,7 +123,7 @@ class TeacherTargets:
 
     def stored(self, start: int, stop: int) -> StoredTargets:
         """What is stored of the positions `start .. stop`, checked as for `read` and not decoded."""
-        _check_range(start, stop, len(self))
+        check_range(start, stop, len(self))
         if start == stop:
             empty = {n: np.empty((0, *spec.shape[1:]), dtype=spec.dtype) for n, spec in self.specs.items()}
             return StoredTargets(self.entry, start, empty)
@@ -429,8 +381,3 @@ class LogitCache:
         """The tokenizer's files by name, each checked against its receipt."""
         receipt = read_tokenizer_receipt(self._store)
         return {name: read_tokenizer_file(self._store, name, expected) for name, expected in receipt.files.items()}
-
-
-def _check_range(start: int, stop: int, length: int) -> None:
-    if not 0 <= start <= stop <= length:
-        raise IndexError(f"positions {start}..{stop} are not inside 0..{length}")

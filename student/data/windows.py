@@ -29,18 +29,15 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from storage import LogitCache
-from storage.cache.positions import Positions, named_sources, source_numbers
-from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.format.identity import other_tokens
-from storage.format.manifest.entry import TeacherEntry
+from storage.cache.positions import Positions, named_sources
+from storage.errors import InputError
 from storage.progress import Log
-from storage.text import quoted
 from student.data.batches import Piece, Window, as_read
 from student.data.blocks import Blocks, Offset, whole_numbers
+from student.data.entries import beginning, isolation, usable_entry, usable_sources
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.data.packing import GROUP_ROWS, Packing
 from student.labels import NOT_TRAINED
-from student.models.tokenizer import begin_id
 from student.models.vocabulary import check_vocabulary, ids_in_common
 
 _READ_TOGETHER = 64  # windows that iterating reads at a time
@@ -96,13 +93,13 @@ class DistillationWindows(Dataset[Window]):
         self.teachers = tuple(teachers)
         self.window_tokens = window_tokens
         self.seed = seed
-        self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
+        self.entries = {name: usable_entry(cache, name) for name in self.teachers}
         strangers = [name for name in sources or {} if name not in self.entries]
         if strangers:
             raise InputError(f"sources are given for {strangers[0]!r}, which is none of the teachers: leave them out")
         self.sources = {name: usable_sources(cache, name, given) for name, given in (sources or {}).items()}
-        self.isolate_documents = _isolation(self.entries, isolate_documents)
-        self.begin_id = _beginning(self.entries, bos_each_window, self.cache_url)
+        self.isolate_documents = isolation(self.entries, isolate_documents)
+        self.begin_id = beginning(self.entries, bos_each_window, self.cache_url)
         self.packed = self.isolate_documents and pack_documents
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
         self.blocks = self._blocks(offset)
@@ -349,74 +346,3 @@ def reading_order(
         windows_per_step=windows_per_step,
         whole_steps=whole_steps,
     )
-
-
-def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
-    """A complete entry of this cache's own stream and tokenizer; raises IdentityMismatch or IncompleteCache."""
-    targets = cache.teacher(name)
-    entry = targets.entry
-    foreign = other_tokens(entry, cache.record)
-    if foreign:
-        differing = [f"{key}: the entry has {a}, the cache {b}" for key, (a, b) in foreign.items()]
-        raise IdentityMismatch(
-            f"{cache.url}: teacher {name}", differing, "Its targets belong to other tokens: cache this teacher again"
-        )
-    missing = targets.missing()
-    if missing:
-        shown = ", ".join(f"{start}..{stop}" for start, stop in missing[:4])
-        raise IncompleteCache(
-            f"{cache.url}: teacher {name} lacks the positions {shown}"
-            f"{f' and {len(missing) - 4} more ranges' if len(missing) > 4 else ''} of {entry.positions}: "
-            f"run the same cache-logits command again to complete it"
-        )
-    return entry
-
-
-def usable_sources(cache: LogitCache, name: str, given: Sequence[str]) -> tuple[str, ...]:
-    """Sources of this cache of which an entry has targets; raises InputError for another."""
-    source_numbers(cache.record, given, cache.url)
-    there = cache.teacher(name).entry.targets.sources
-    missing = [] if there is None else [source for source in given if source not in there]
-    if missing:
-        raise InputError(
-            f"{cache.url}: teacher {name} has targets of {quoted(there or ())} alone, and none of {missing[0]!r}: "
-            f"leave that source out, or cache the teacher for it under another name"
-        )
-    return tuple(given)
-
-
-def _isolation(entries: dict[str, TeacherEntry], wanted: bool | None) -> bool:
-    """Whether windows stay inside documents: as for the teachers, since the student must see no more context."""
-    words = {True: "isolated documents", False: "the stream across documents"}
-    found = {name: entry.windowing.isolate_documents for name, entry in entries.items()}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name} {words[isolated]}" for name, isolated in found.items())
-        raise InputError(f"these teachers cannot be mixed, as they saw different contexts: {listed}")
-    for name, isolated in found.items():
-        if wanted is not None and wanted != isolated:
-            raise InputError(
-                f"teacher {name} saw {words[isolated]}, the student was to see {words[wanted]}: leave the choice out "
-                f"and the student follows its teachers"
-            )
-        return isolated
-    return bool(wanted)
-
-
-def _beginning(entries: dict[str, TeacherEntry], wanted: bool | None, cache_url: str) -> int | None:
-    """The id that windows begin with: as for the teachers, since the student must see what they saw."""
-    found = {name: entry.windowing.begin_id for name, entry in entries.items()}
-    words = {name: "none" if begin is None else f"id {begin}" for name, begin in found.items()}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name} {what}" for name, what in words.items())
-        raise InputError(
-            f"these teachers cannot be mixed, as their windows begin with different ids, or none: {listed}; cache them "
-            f"alike (--bos-each-window)"
-        )
-    for name, begin in found.items():
-        if wanted is not None and wanted != (begin is not None):
-            raise InputError(
-                f"the windows of teacher {name} begin with {words[name]} of their own, and the student's were to begin "
-                f"with {'BOS' if wanted else 'none'}: leave the choice out and the student follows its teachers"
-            )
-        return begin
-    return begin_id(cache_url) if wanted else None

@@ -14,7 +14,8 @@ from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest.entry import TeacherEntry
 from storage.format.sealing import digest
 from storage.progress import Log, silent
-from student.data.windows import DistillationWindows, usable_sources
+from student.data.entries import usable_sources
+from student.data.windows import DistillationWindows
 from student.evaluation.held_out import figure_of
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
