@@ -227,6 +227,8 @@ def table(report: TrainingReport) -> str:
             for figure in (f"{report.job.log_name}_{teacher}", f"{TEACHER_CROSS_ENTROPY}_{teacher}"):
                 if figure in last:
                     rows.append((f"its {report.job.loss} to {teacher}", f"{last[figure]:.4f} nats ({meaning})"))
+    if report.available is not None:
+        rows.append(("available", report.available.in_words()))
     rows += [(f"taught by {teacher.name}", report.taught_by(teacher)) for teacher in report.job.teachers]
     held = report.held_out
     if held is None:
@@ -267,6 +269,12 @@ class PresetCommand(Command):
     metavar="NAME[:WEIGHT][@source=SOURCE]",
     help="Teacher entry to learn from, in the documents of a source alone where one is named; repeat for a mixture "
     "with these weights.",
+)
+@_run(
+    "--available",
+    is_flag=True,
+    default=None,
+    help="Train on the committed shards of entries that are still being written; a run resumes with its first ones.",
 )
 @applied(RUN_OPTIONS)
 @applied(OBJECTIVE_OPTIONS)

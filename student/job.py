@@ -63,6 +63,8 @@ class StudentJob(Objective):
                         per_device_train_batch_size * processes * gradient_accumulation_steps
     output_dir          directory of this run alone: checkpoints while it runs, the model when it is done
     eval_cache          path or URL of a held-out cache of the same tokenizer
+    available           train on the committed shards of entries that are still being written: those of the start, which
+                        are recorded; or on these ranges of positions, by teacher, as a run has recorded them
     live_teachers       model directories or hub ids that run beside the student instead of targets from the cache:
                         for comparison, and for `train-teacher` only
     combine             how several live teachers are combined: the mean of their logits, or a mixture
@@ -91,6 +93,7 @@ class StudentJob(Objective):
     windows_per_step: Annotated[int, Field(ge=1)] | None = None
     output_dir: Annotated[Folder, Field(min_length=1)]
     eval_cache: str | None = None
+    available: bool | dict[str, tuple[tuple[int, int], ...]] = False
     live_teachers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     combine: Literal["logit-mean", "mixture"] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
@@ -124,6 +127,12 @@ class StudentJob(Objective):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
+        if self.available and not names:
+            raise ValueError("available is about entries that are still being written: name a teacher, or leave it out")
+        if isinstance(self.available, dict) and self.available.keys() != set(names):
+            raise ValueError(
+                f"available has ranges of {', '.join(self.available)}; the teachers are {', '.join(names)}"
+            )
         if self.live_teachers:
             self._agrees_live()
         elif self.combine is not None:

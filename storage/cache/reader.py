@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,10 @@ class TeacherTargets:
         """Ranges of positions that no receipt covers yet; empty when the entry is complete."""
         return self.receipts.missing_ranges()
 
+    def committed(self) -> list[tuple[int, int]]:
+        """Ranges of positions that receipts cover: more of them later, while the entry is being written."""
+        return self.receipts.committed_ranges()
+
     def statistics(self) -> tuple[ShardStatistics | None, float]:
         """Sums over all committed positions, and the seconds that computing them took."""
         totals = self.receipts.totals()
@@ -134,15 +138,18 @@ class TeacherTargets:
             parts.append(targets.rows(max(start, targets.start), min(stop, targets.stop)))
         return parts[0] if len(parts) == 1 else joined(parts)
 
-    def first_beyond(self, columns: int) -> tuple[int, int] | None:
+    def first_beyond(self, columns: int, ranges: Sequence[tuple[int, int]] | None = None) -> tuple[int, int] | None:
         """(position, id) of the first row that names an id from `columns` on, read chunk by chunk; None if none does.
 
         A row that keeps every id below `columns`, and not all of its vocabulary, names the others: its tail is theirs.
+        ranges: of positions, ascending; only the chunks that they touch are read.
         """
         if self.entry.vocabulary_size <= columns:
             return None
-        for start in range(0, len(self), self.entry.layout.chunk):
-            targets = self._chunk(start // self.entry.layout.chunk).decoded()
+        size = self.entry.layout.chunk
+        touched = [(start // size, -(-stop // size)) for start, stop in ranges or [(0, len(self))]]
+        for chunk in (chunk for first, last in touched for chunk in range(first, last)):
+            start, targets = chunk * size, self._chunk(chunk).decoded()
             named = targets.largest_ids
             named = np.where(targets.kept >= columns, np.maximum(named, columns), named)
             found = np.flatnonzero(named >= columns)

@@ -15,9 +15,20 @@ from storage.format.manifest.entry import TeacherEntry
 from storage.text import quoted
 from student.models.tokenizer import begin_id
 
+Available = dict[str, tuple[tuple[int, int], ...]]
+"""By teacher, the ranges of positions that are read of an entry that is being written, ascending and apart."""
 
-def usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
-    """A complete entry of this cache's own stream and tokenizer; raises IdentityMismatch or IncompleteCache."""
+
+def available_now(cache: LogitCache, names: Sequence[str]) -> Available:
+    """What is committed of some entries. It grows while they are written: whoever continues later has to keep it."""
+    return {name: tuple(cache.teacher(name).committed()) for name in names}
+
+
+def usable_entry(cache: LogitCache, name: str, ranges: Sequence[tuple[int, int]] | None = None) -> TeacherEntry:
+    """An entry of this cache's own stream and tokenizer, complete, or at least in some ranges of positions.
+
+    Raises IdentityMismatch or IncompleteCache.
+    """
     targets = cache.teacher(name)
     entry = targets.entry
     foreign = other_tokens(entry, cache.record)
@@ -26,13 +37,16 @@ def usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
         raise IdentityMismatch(
             f"{cache.url}: teacher {name}", differing, "Its targets belong to other tokens: cache this teacher again"
         )
-    missing = targets.missing()
+    missing, remedy = targets.missing(), "run the same cache-logits command again to complete it"
+    if ranges is None:
+        remedy += ", or train on what is committed of it with --available"
+    else:
+        missing = [(a, b) for a, b in missing if any(a < stop and start < b for start, stop in ranges)]
     if missing:
         shown = ", ".join(f"{start}..{stop}" for start, stop in missing[:4])
         raise IncompleteCache(
             f"{cache.url}: teacher {name} lacks the positions {shown}"
-            f"{f' and {len(missing) - 4} more ranges' if len(missing) > 4 else ''} of {entry.positions}: "
-            f"run the same cache-logits command again to complete it"
+            f"{f' and {len(missing) - 4} more ranges' if len(missing) > 4 else ''} of {entry.positions}: {remedy}"
         )
     return entry
 

@@ -30,11 +30,11 @@ from torch.utils.data import Dataset
 
 from storage import LogitCache
 from storage.cache.positions import Positions, named_sources
-from storage.errors import InputError
+from storage.errors import IncompleteCache, InputError
 from storage.progress import Log
 from student.data.batches import Piece, Window, as_read
 from student.data.blocks import Blocks, Offset, whole_numbers
-from student.data.entries import beginning, isolation, usable_entry, usable_sources
+from student.data.entries import Available, available_now, beginning, isolation, usable_entry, usable_sources
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.data.packing import GROUP_ROWS, Packing
 from student.labels import NOT_TRAINED
@@ -47,7 +47,7 @@ class DistillationWindows(Dataset[Window]):
     """The windows of a cache, with the targets of some teachers (none: plain cross-entropy).
 
     cache_url            path or URL of a cache
-    teachers             names of complete teacher entries that agree on the isolation of documents
+    teachers             names of teacher entries, complete if not `available`, that agree on the isolation of documents
     window_tokens        T; may differ from the teachers' context length
     offset               "fixed" or "random", see `student.data.blocks`; take "fixed" for evaluation
     sources              by teacher: the sources in whose documents it teaches; of others it reads no targets. Teachers
@@ -56,6 +56,9 @@ class DistillationWindows(Dataset[Window]):
     bos_each_window      whether BOS is put before windows that do not begin with it; None follows the teachers (False
                          without any)
     pack_documents       whether isolated documents share windows; else each is padded to a window
+    available            whether to read of entries that are still being written what is committed of all when this is
+                         made, which `available` then holds; or these ranges, from an earlier one. The windows are those
+                         of the whole text that lie within it
 
     A sequence of the first epoch's windows (`student.data.batches.Window`): `windows[-1]`, `windows[:4]`, a `for` loop;
     `collate` makes a batch of some. A DataLoader reads by `__getitems__`, whose indices are ``epoch * len(self) +
@@ -80,6 +83,7 @@ class DistillationWindows(Dataset[Window]):
         bos_each_window: bool | None = None,
         sources: Mapping[str, Sequence[str]] | None = None,
         pack_documents: bool = True,
+        available: bool | Mapping[str, Sequence[tuple[int, int]]] = False,
     ) -> None:
         if window_tokens < 1:
             raise InputError(f"a window has at least one position; got {window_tokens}")
@@ -93,7 +97,13 @@ class DistillationWindows(Dataset[Window]):
         self.teachers = tuple(teachers)
         self.window_tokens = window_tokens
         self.seed = seed
-        self.entries = {name: usable_entry(cache, name) for name in self.teachers}
+        self.available: Available | None = None
+        if available is True:
+            self.available = available_now(cache, self.teachers)
+        elif available:
+            self.available = {name: tuple((a, b) for a, b in available[name]) for name in self.teachers}
+        read = self.available or {}
+        self.entries = {name: usable_entry(cache, name, read.get(name)) for name in self.teachers}
         strangers = [name for name in sources or {} if name not in self.entries]
         if strangers:
             raise InputError(f"sources are given for {strangers[0]!r}, which is none of the teachers: leave them out")
@@ -134,7 +144,7 @@ class DistillationWindows(Dataset[Window]):
         advice = f"{column}, or take it out of the text"
         other = self._with(vocabulary_size=ids_in_common(cache, columns, model, advice, log, self.begin_id))
         for name in self.teachers:
-            found = cache.teacher(name).first_beyond(columns)
+            found = cache.teacher(name).first_beyond(columns, (self.available or {}).get(name))
             if found is not None:
                 raise InputError(
                     f"{model}: its head has {columns} columns, and the targets of teacher {name} in {self.cache_url} "
@@ -159,6 +169,13 @@ class DistillationWindows(Dataset[Window]):
         if not len(blocks):
             raise InputError(
                 f"{self.cache_url}: every document has a single token, so no position has a next one to learn"
+            )
+        for ranges in (self.available or {}).values():
+            blocks = blocks.inside(ranges)
+        if not len(blocks):
+            raise IncompleteCache(
+                f"{self.cache_url}: no window of {self.window_tokens} positions lies within what is committed of "
+                f"{' and '.join(self.available or {})}: wait for more shards, or take smaller windows"
             )
         return blocks
 

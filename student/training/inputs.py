@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from storage import LogitCache
-from storage.errors import IdentityMismatch, InputError
+from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest.entry import TeacherEntry
 from storage.format.sealing import digest
 from storage.progress import Log, silent
@@ -76,7 +76,7 @@ def open_caches(job: StudentJob) -> Caches:
     sources = {teacher.name: teacher.sources for teacher in job.teachers if teacher.sources}
     windows = DistillationWindows(
         job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, job.bos_each_window, sources,
-        packs_documents(job),
+        packs_documents(job), job.available,
     )  # fmt: skip
     remarks = [f"teacher {teacher.name} teaches{teacher.in_documents}" for teacher in job.teachers if teacher.sources]
     windows = _for_student(job, windows, remarks.append)
@@ -188,6 +188,12 @@ def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[Distilla
             [f"fingerprint: {ours.fingerprint} and {theirs.fingerprint}"],
             "Make the held-out cache with the tokenizer of the first",
         )
+    for name in set(windows.entries).intersection(cache.teachers) if job.available else ():
+        if cache.teacher(name).missing():
+            raise IncompleteCache(
+                f"{job.eval_cache}: the entry of teacher {name} is incomplete there, and --available is about the text "
+                f"that is trained on: complete it, or leave --eval-cache out"
+            )
     reasons = {
         name: _not_comparable(cache, name, entry) or _no_documents(cache, name, windows.sources.get(name))
         for name, entry in windows.entries.items()

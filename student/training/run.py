@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
@@ -35,7 +36,7 @@ from student.models.loading import load_student
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids
-from student.report import HeldOutReport, PeakMemory, TailBound, TrainingReport, parameters_in_words
+from student.report import AvailableText, HeldOutReport, PeakMemory, TailBound, TrainingReport, parameters_in_words
 from student.training.arguments import checked_arguments, training_values, trains_adapter
 from student.training.defaults import described, filled, open_fields
 from student.training.field_checks import one_line_refusals
@@ -45,7 +46,7 @@ from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
 from student.training.publish import publish
 from student.training.run_folder import OutputDirectory, full_disk_is_reported, identity_of
-from student.training.step import positions_seen, windows_per_step
+from student.training.step import check_step, positions_seen, windows_per_step
 from student.training.trainer import DistillationTrainer, SaveByTime
 
 # Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
@@ -135,6 +136,13 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
         )
     known = record.get("identity", {}) | record.get("launch", {})
     args, step_notes = checked_arguments(job, values, windows, known)
+    if job.available:
+        # Processes have looked one after the other while shards were committed: all take what the first one saw.
+        (available,) = broadcast_object_list([job.available])
+        if available != job.available:
+            job = job.model_copy(update={"available": available})
+            caches = open_caches(job)
+            check_step(caches.windows.cut(job.window_tokens, job.offset), args)
     live = None
     if job.live_teachers:
         if load_live is None:
@@ -177,6 +185,9 @@ def _announce(run: _Run, parameters: int, trained: int) -> dict[str, TailBound]:
     )
     for note in run.notes:
         run.log(note)
+    available = _available(windows)
+    if available is not None:
+        run.log(available.in_words())
     untaught = windows.untaught_sources()
     if untaught:
         learnt = "only the cross-entropy counts there"
@@ -225,6 +236,7 @@ def _report(
         job=run.job.model_copy(update={"training": run.values}),
         provenance=data.provenance,
         isolated_documents=data.windows.isolate_documents,
+        available=_available(data.windows),
         parameters=parameters,
         trained_parameters=trained_parameters,
         steps=state.global_step,
@@ -250,6 +262,14 @@ def _report(
         live=data.live,
         peak_memory=PeakMemory(process_bytes=peak_process_bytes(), device_bytes=peak_device_bytes(args.device)),
     )
+
+
+def _available(windows: DistillationWindows) -> AvailableText | None:
+    if windows.available is None:
+        return None
+    committed = {name: sum(stop - start for start, stop in ranges) for name, ranges in windows.available.items()}
+    blocks = windows.blocks
+    return AvailableText(committed=committed, positions=blocks.positions(), of=blocks.whole.positions())
 
 
 def _tail_bounds(data: Data) -> dict[str, TailBound]:
