@@ -99,6 +99,11 @@ def _scheduled(name: str) -> Callable[[TrainingReport], str | None]:
     return shown
 
 
+def _windows(run: TrainingReport) -> str:
+    share = "" if run.available is None else f", in {run.available.positions / run.available.of:.1%} of the text"
+    return counted(run.job.window_tokens, "token") + share
+
+
 def _learns_from(run: TrainingReport) -> str:
     teachers = run.job.teachers
     if len(teachers) == 1 and teachers[0].sources is None:
@@ -125,7 +130,7 @@ _OF_STUDENTS: dict[str, Callable[[TrainingReport], Any]] = {
     "alpha": _scheduled("alpha"),
     "temperature": _scheduled("temperature"),
     "tail": lambda run: run.job.tail,
-    "student's windows": lambda run: counted(run.job.window_tokens, "token"),
+    "student's windows": _windows,
     "windows per step": lambda run: f"{run.windows_per_step:,}",
     "steps": lambda run: f"{run.steps:,}",
 }
