@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -127,12 +128,8 @@ class StudentJob(Objective):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
-        if self.available and not names:
-            raise ValueError("available is about entries that are still being written: name a teacher, or leave it out")
-        if isinstance(self.available, dict) and self.available.keys() != set(names):
-            raise ValueError(
-                f"available has ranges of {', '.join(self.available)}; the teachers are {', '.join(names)}"
-            )
+        if self.available:
+            self._agrees_available(names)
         if self.live_teachers:
             self._agrees_live()
         elif self.combine is not None:
@@ -150,6 +147,20 @@ class StudentJob(Objective):
                 f"{self.training['gradient_accumulation_steps']}: leave one of the two out"
             )
         return self
+
+    def _agrees_available(self, names: list[str]) -> None:
+        if not names:
+            raise ValueError("available is about entries that are still being written: name a teacher, or leave it out")
+        if not isinstance(self.available, dict):
+            return
+        if self.available.keys() != set(names):
+            raise ValueError(
+                f"available has ranges of {', '.join(self.available)}; the teachers are {', '.join(names)}"
+            )
+        for name, ranges in self.available.items():
+            edges = [edge for start_and_stop in ranges for edge in start_and_stop]
+            if any(one >= other for one, other in pairwise(edges)):
+                raise ValueError(f"available: the ranges of {name} do not ascend, or do not lie apart")
 
     def _agrees_live(self) -> None:
         if self.teachers:

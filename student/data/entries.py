@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from storage import LogitCache
 from storage.cache.positions import source_numbers
 from storage.errors import IdentityMismatch, IncompleteCache, InputError
@@ -41,7 +43,7 @@ def usable_entry(cache: LogitCache, name: str, ranges: Sequence[tuple[int, int]]
     if ranges is None:
         remedy += ", or train on what is committed of it with --available"
     else:
-        missing = [(a, b) for a, b in missing if any(a < stop and start < b for start, stop in ranges)]
+        missing = _touched(missing, ranges)
     if missing:
         shown = ", ".join(f"{start}..{stop}" for start, stop in missing[:4])
         raise IncompleteCache(
@@ -49,6 +51,17 @@ def usable_entry(cache: LogitCache, name: str, ranges: Sequence[tuple[int, int]]
             f"{f' and {len(missing) - 4} more ranges' if len(missing) > 4 else ''} of {entry.positions}: {remedy}"
         )
     return entry
+
+
+def _touched(missing: Sequence[tuple[int, int]], ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those of some ranges that others overlap, all of them ascending and apart."""
+    starts, stops = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
+    first = np.searchsorted(stops, [start for start, _ in missing], side="right")
+    return [
+        (start, stop)
+        for (start, stop), index in zip(missing, first, strict=True)
+        if index < len(starts) and starts[index] < stop
+    ]
 
 
 def usable_sources(cache: LogitCache, name: str, given: Sequence[str]) -> tuple[str, ...]:

@@ -101,6 +101,9 @@ class DistillationWindows(Dataset[Window]):
         if available is True:
             self.available = available_now(cache, self.teachers)
         elif available:
+            unnamed = [name for name in self.teachers if name not in available]
+            if unnamed:
+                raise InputError(f"available says nothing of teacher {unnamed[0]}: name ranges of each")
             self.available = {name: tuple((a, b) for a, b in available[name]) for name in self.teachers}
         read = self.available or {}
         self.entries = {name: usable_entry(cache, name, read.get(name)) for name in self.teachers}

@@ -72,6 +72,9 @@ def test_a_run_keeps_the_shards_of_its_start(
     half: Path, teacher: Path, tmp_path: Path, run: Run, installed: Run, line: Callable[..., list[Any]]
 ) -> None:
     refused(run("train-student", *line("none")), "teacher a lacks the positions", "--available")
+    held_out = line("none", "--available", "--eval-cache", half)
+    refused(run("train-student", *held_out), "the entry of teacher a is incomplete there", "leave --eval-cache out")
+    assert not (tmp_path / "none").exists()
     ranges = LogitCache.open(str(half)).teacher("a").committed()
     done = succeeded(installed("train-student", *line("whole"), "--available"))
     assert " of the text: " in done.stderr

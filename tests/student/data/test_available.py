@@ -14,11 +14,12 @@ import pytest
 from support.caches.small import dense_targets, make_corpus, make_entry, write_entry
 
 from storage.cache.writer import EntryWriter
-from storage.errors import IncompleteCache
+from storage.errors import IncompleteCache, InputError
 from storage.format.manifest.entry import Windowing
 from student.data.batches import collate
 from student.data.blocks import Blocks
 from student.data.windows import DistillationWindows, reading_order
+from student.job import StudentJob
 
 V, N, T, SHARD = 53, 640, 12, 64
 STARTS = np.array([0, 3, 40, 41, 160, 300, 330, 520, 600], dtype=np.uint64)
@@ -120,11 +121,27 @@ def test_what_is_not_committed_is_refused_by_name(cut_short: tuple[str, str]) ->
         IncompleteCache, match=r"teacher a lacks the positions 192\.\.320, .* committed of it with --avail"
     ):
         DistillationWindows(url, ["a", "b"], T)
+    with pytest.raises(InputError, match="available says nothing of teacher b"):
+        DistillationWindows(url, ["a", "b"], T, available={"a": ((0, 64),)})
     with pytest.raises(IncompleteCache, match="no window of 100 positions lies within what is committed of a and b"):
         DistillationWindows(url, ["a", "b"], 100, available={"a": ((0, 64),), "b": ((64, 128),)})
     # A shard that is gone since.
     with pytest.raises(IncompleteCache, match=r"teacher a lacks the positions 192\.\.320 of 640"):
         DistillationWindows(url, ["a"], T, available={"a": ((0, 256),)})
+
+
+@pytest.mark.parametrize(
+    ("teachers", "available", "words"),
+    [
+        ([], True, "available is about entries that are still being written: name a teacher"),
+        (["a", "b"], {"a": [[0, 4]]}, "available has ranges of a; the teachers are a, b"),
+        (["a"], {"a": [[4, 8], [0, 2]]}, "the ranges of a do not ascend, or do not lie apart"),
+        (["a"], {"a": [[0, 4], [4, 8]]}, "the ranges of a do not ascend, or do not lie apart"),
+    ],
+)
+def test_jobs_name_ranges_of_their_teachers(teachers: list[str], available: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        StudentJob(cache="c", model="llama-tiny", output_dir="o", teachers=teachers, available=available)
 
 
 def test_ids_that_a_student_lacks_are_looked_for_where_it_reads(cut_short: tuple[str, str]) -> None:
