@@ -177,7 +177,8 @@ def losses_in_words(targets: dict[str, Any]) -> str:
         found.append(f"forward KL with tail sampled, at temperature {stored.temperature:g}")
     if stored.method == "top-k" or stored.has("sampled-logprobs"):
         temperature = "any temperature from 1 on" if stored.has("half-tail") else "temperature 1"
-        found.append(f"every divergence with tail bucket, at {temperature}")
+        which = "every divergence" if stored.method == "top-k" else "every divergence but tail-aware-kl"
+        found.append(f"{which} with tail bucket, at {temperature}")
     return "; ".join(found)
 
 

@@ -97,18 +97,23 @@ OBJECTIVE_OPTIONS: tuple[Decorator, ...] = (
     ),
     _loss("--alpha-end", type=float, help="That share at the last step, linear from --alpha [the same]."),
     _loss("--temperature", type=float, help="1 or 2, where the stored targets are exact [1]."),
+    _loss("--temperature-end", type=float, help="That at the last step, linear from --temperature [the same]."),
     _loss(
         "--interpolate-tail",
         is_flag=True,
         default=None,
-        help="Allow other temperatures above 1: the tail's mass is interpolated, within bounds that are printed.",
+        help="Allow other temperatures above 1, as a schedule passes through: the tail's mass is interpolated, within "
+        "bounds that are printed.",
     ),
     _loss(
         "--loss",
-        type=click.Choice(["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]),
+        type=click.Choice(["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl"]),
         help="Divergence of teacher and student; a mixture of teachers needs forward-kl [forward-kl].",
     ),
     _loss("--mix", type=float, help="beta of jsd [0.5], lambda of the skewed losses [0.1]."),
+    _loss("--mix-end", type=float, help="That at the last step, linear from --mix [the same]."),
+    _loss("--head-ids", type=int, metavar="N", help="Of tail-aware-kl: the likeliest ids, all others its tail [10]."),
+    _loss("--tail-weight", type=float, help="Of tail-aware-kl: beta, over the tail's mean mass in a sequence [2]."),
     _loss(
         "--tail",
         type=click.Choice(["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]),
@@ -222,6 +227,8 @@ def table(report: TrainingReport) -> str:
             for figure in (f"{report.job.log_name}_{teacher}", f"{TEACHER_CROSS_ENTROPY}_{teacher}"):
                 if figure in last:
                     rows.append((f"its {report.job.loss} to {teacher}", f"{last[figure]:.4f} nats ({meaning})"))
+    if report.available is not None:
+        rows.append(("available", report.available.in_words()))
     rows += [(f"taught by {teacher.name}", report.taught_by(teacher)) for teacher in report.job.teachers]
     held = report.held_out
     if held is None:
@@ -262,6 +269,12 @@ class PresetCommand(Command):
     metavar="NAME[:WEIGHT][@source=SOURCE]",
     help="Teacher entry to learn from, in the documents of a source alone where one is named; repeat for a mixture "
     "with these weights.",
+)
+@_run(
+    "--available",
+    is_flag=True,
+    default=None,
+    help="Train on the committed shards of entries that are still being written; a run resumes with its first ones.",
 )
 @applied(RUN_OPTIONS)
 @applied(OBJECTIVE_OPTIONS)

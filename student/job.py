@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -63,6 +64,8 @@ class StudentJob(Objective):
                         per_device_train_batch_size * processes * gradient_accumulation_steps
     output_dir          directory of this run alone: checkpoints while it runs, the model when it is done
     eval_cache          path or URL of a held-out cache of the same tokenizer
+    available           train on the committed shards of entries that are still being written: those of the start, which
+                        are recorded; or on these ranges of positions, by teacher, as a run has recorded them
     live_teachers       model directories or hub ids that run beside the student instead of targets from the cache:
                         for comparison, and for `train-teacher` only
     combine             how several live teachers are combined: the mean of their logits, or a mixture
@@ -91,6 +94,7 @@ class StudentJob(Objective):
     windows_per_step: Annotated[int, Field(ge=1)] | None = None
     output_dir: Annotated[Folder, Field(min_length=1)]
     eval_cache: str | None = None
+    available: bool | dict[str, tuple[tuple[int, int], ...]] = False
     live_teachers: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     combine: Literal["logit-mean", "mixture"] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
@@ -124,6 +128,8 @@ class StudentJob(Objective):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
+        if self.available:
+            self._agrees_available(names)
         if self.live_teachers:
             self._agrees_live()
         elif self.combine is not None:
@@ -142,11 +148,27 @@ class StudentJob(Objective):
             )
         return self
 
+    def _agrees_available(self, names: list[str]) -> None:
+        if not names:
+            raise ValueError("available is about entries that are still being written: name a teacher, or leave it out")
+        if not isinstance(self.available, dict):
+            return
+        if self.available.keys() != set(names):
+            raise ValueError(
+                f"available has ranges of {', '.join(self.available)}; the teachers are {', '.join(names)}"
+            )
+        for name, ranges in self.available.items():
+            edges = [edge for start_and_stop in ranges for edge in start_and_stop]
+            if any(one >= other for one, other in pairwise(edges)):
+                raise ValueError(f"available: the ranges of {name} do not ascend, or do not lie apart")
+
     def _agrees_live(self) -> None:
         if self.teachers:
             raise ValueError("targets come from the cache or from live teachers, not from both")
         if self.tail != "auto":
             raise ValueError(f"live teachers have no tail to treat: leave tail out (found {self.tail})")
+        if self.loss == "tail-aware-kl":
+            raise ValueError("loss tail-aware-kl is for targets from a cache: take another with live teachers")
         if (len(self.live_teachers) > 1) != (self.combine is not None):
             raise ValueError(
                 "several live teachers are combined as logit-mean or mixture, and one is not: "

@@ -64,8 +64,8 @@ class HeldOutReport(Frozen):
 
     cross_entropy in nats per token; bits_per_byte counts the bytes of the text, and is None where not all of it is
     scored; ece (expected calibration error of the top-1 prediction) and accuracy are fractions. `kl_not_measured`
-    gives the reason, by teacher. distillation_loss is the training objective (alpha as at the end of the run), per
-    token; None where the held-out cache lacks the targets for it.
+    gives the reason, by teacher. distillation_loss is the training objective as at the end of the run, per token; None
+    where the held-out cache lacks the targets for it.
     """
 
     tokens: int
@@ -140,6 +140,22 @@ def parameters_in_words(parameters: int, trained: int | None) -> str:
     return f"{parameters:,} parameters, of which {trained:,} ({trained / parameters:.2%}) are trained"
 
 
+class AvailableText(Frozen):
+    """The text of a run with `available`: committed positions by teacher, and the positions of the windows that lie in
+    what is committed of all, of those that the windows of the whole text have."""
+
+    committed: dict[str, int]
+    positions: int
+    of: int
+
+    def in_words(self) -> str:
+        committed = ", ".join(f"{number:,} of {name}" for name, number in self.committed.items())
+        return (
+            f"{self.positions / self.of:.2%} of the text: {self.positions:,} of {self.of:,} positions are in windows "
+            f"that lie within the committed shards ({committed})"
+        )
+
+
 class TrainingReport(Reported):
     """The figures and provenance of a run; `report.json` in its output directory.
 
@@ -147,6 +163,8 @@ class TrainingReport(Reported):
     provenance          sha256 of the records of the caches and entries that it read, by `cache`,
                         `cache/<teacher>`, `eval_cache`, `eval_cache/<teacher>`
     isolated_documents  whether windows stayed inside documents
+    available           how much of the text a run reads that began before its teachers' entries were complete; the
+                        ranges of positions are in the job
     parameters          those of the model, of which `trained_parameters` are trained (None: all, in earlier reports)
     steps               optimizer steps, of `windows_per_step` windows each over all processes
     windows_at_once     windows of a process in one of the step's micro-batches
@@ -170,6 +188,7 @@ class TrainingReport(Reported):
     job: StudentJob
     provenance: dict[str, str]
     isolated_documents: bool
+    available: AvailableText | None = None
     parameters: int
     trained_parameters: int | None = None
     steps: int

@@ -36,10 +36,12 @@ class TargetBatch:
     log_tail        float32 [rows]   log of the mass outside the certain ids; -inf where none is
     log_tail_half   float32 [rows]   log of the sum of p**0.5 outside the certain ids (temperature 2)
     entropy         float32 [rows]   of the full distribution
+    sequence        int32 [rows]   rows with one number are one sequence, a document in a window
 
-    Floats may be float64. The last three are None where the entry does not have them, and hold anything in a row
-    without targets. It is no mapping, so that what casts or moves the floats of a batch by their type (FSDP, DeepSpeed)
-    leaves it alone; data loaders and accelerate call `to` and `pin_memory`.
+    Floats may be float64. The last four hold anything in a row without targets, and are None where the entry does not
+    have them, `sequence` where no loss takes means over sequences. It is no mapping, so that what casts or moves the
+    floats of a batch by their type (FSDP, DeepSpeed) leaves it alone; data loaders and accelerate call `to` and
+    `pin_memory`.
     """
 
     token_ids: Tensor
@@ -49,6 +51,7 @@ class TargetBatch:
     log_tail: Tensor | None = None
     log_tail_half: Tensor | None = None
     entropy: Tensor | None = None
+    sequence: Tensor | None = None
 
     def decoded(self) -> TargetBatch:
         """The batch itself; of a `StoredBatch`, what it means."""
@@ -85,12 +88,14 @@ class TargetBatch:
 class StoredBatch:
     """The stored arrays of some rows, by name, each [B, T, ...] or [P, ...], of the `entry` that they belong to.
 
+    `sequence` is that of `TargetBatch`, of these rows.
     Rows that no position of the entry belongs to, as padding, are 0 in all arrays, and so have no targets (kept = 0).
     As `TargetBatch`, it is no mapping, and moves and is cut alike.
     """
 
     entry: TeacherEntry
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    sequence: Tensor | None = None
 
     @classmethod
     def of(cls, windows: Sequence[Sequence[StoredTargets]], rows: int, firsts: Sequence[Sequence[int]]) -> StoredBatch:
@@ -104,12 +109,18 @@ class StoredBatch:
                 for stored, first in zip(documents, starts, strict=True):
                     window[first : first + len(stored)] = stored.arrays[name]
             found[name] = torch.from_numpy(batch)
-        return cls(example.entry, found)
+        sequence, number = np.zeros((len(windows), rows), np.int32), 0
+        for numbers, documents, starts in zip(sequence, windows, firsts, strict=True):
+            for stored, first in zip(documents, starts, strict=True):
+                numbers[first : first + len(stored)] = number
+                number += 1
+        return cls(example.entry, found, torch.from_numpy(sequence))
 
     def decoded(self) -> TargetBatch:
         """What the arrays mean, on their device."""
         kept, certain = (self.arrays[name].to(torch.int32) for name in ("kept", "certain"))
-        return (self._decoded_1 if self.entry.format_version == 1 else self._decoded_2)(kept, certain)
+        decoded = (self._decoded_1 if self.entry.format_version == 1 else self._decoded_2)(kept, certain)
+        return replace(decoded, sequence=self.sequence)
 
     def _decoded_1(self, kept: Tensor, certain: Tensor) -> TargetBatch:
         if self.entry.encoding.step_nats is None:
@@ -195,7 +206,8 @@ class StoredBatch:
         return f"StoredBatch({list(kept.shape)} rows of {', '.join(self.arrays)}, {kept.device})"
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> StoredBatch:
-        return replace(self, arrays={name: change(values) for name, values in self.arrays.items()})
+        arrays = {name: change(values) for name, values in self.arrays.items()}
+        return replace(self, arrays=arrays, sequence=None if self.sequence is None else change(self.sequence))
 
 
 def leading_columns(counts: Tensor, columns: int) -> Tensor:

@@ -14,9 +14,10 @@ from logit_cache.caching.contexts import windowing_of
 from logit_cache.caching.job import CacheJob
 from logit_cache.caching.packing import row_lengths
 from logit_cache.caching.windows import windows
+from storage.cache.checked_array import Stream
 from storage.cache.inventory import ROOT_KEY
 from storage.cache.positions import source_numbers
-from storage.cache.reader import LogitCache, Stream
+from storage.cache.reader import LogitCache
 from storage.cache.records import read_record, teacher_folder
 from storage.cache.writer import EntryWriter, refuse_other
 from storage.errors import CacheNotFound, IdentityMismatch, InputError

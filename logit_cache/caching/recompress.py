@@ -40,7 +40,8 @@ from pydantic import model_validator
 
 from logit_cache.caching.job import EntryName, FieldNames, KeptIds, Mass, Positive, Seed, StepNats, stored_fields
 from logit_cache.caching.prepare import loss_mask
-from storage.cache.reader import LogitCache, Stream, TeacherTargets
+from storage.cache.checked_array import Stream
+from storage.cache.reader import LogitCache, TeacherTargets
 from storage.cache.writer import EntryWriter, check_destination
 from storage.config import Settings
 from storage.errors import IdentityMismatch, IncompleteCache, InputError

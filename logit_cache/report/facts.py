@@ -89,9 +89,19 @@ def software(runs: Sequence[TrainingReport], others: Iterable[dict[str, str]] = 
     ]
 
 
-def _alpha(run: TrainingReport) -> str:
-    end = "" if run.job.alpha_end is None else f", linear to {run.job.alpha_end:g} at the last step"
-    return f"{run.job.alpha:g}{end}"
+def _scheduled(name: str) -> Callable[[TrainingReport], str | None]:
+    """A field of the loss that may change during a run."""
+
+    def shown(run: TrainingReport) -> str | None:
+        first, last = getattr(run.job, name), getattr(run.job, f"{name}_end")
+        return f"{first:g}" + ("" if last is None else f", linear to {last:g} at the last step")
+
+    return shown
+
+
+def _windows(run: TrainingReport) -> str:
+    share = "" if run.available is None else f", in {run.available.positions / run.available.of:.1%} of the text"
+    return counted(run.job.window_tokens, "token") + share
 
 
 def _learns_from(run: TrainingReport) -> str:
@@ -117,10 +127,10 @@ _OF_STUDENTS: dict[str, Callable[[TrainingReport], Any]] = {
     "student": lambda run: f"{run.job.model.rstrip('/').split('/')[-1]}, {run.parameters:,} parameters",
     "learns from": _learns_from,
     "loss": lambda run: run.job.loss,
-    "alpha": _alpha,
-    "temperature": lambda run: f"{run.job.temperature:g}",
+    "alpha": _scheduled("alpha"),
+    "temperature": _scheduled("temperature"),
     "tail": lambda run: run.job.tail,
-    "student's windows": lambda run: counted(run.job.window_tokens, "token"),
+    "student's windows": _windows,
     "windows per step": lambda run: f"{run.windows_per_step:,}",
     "steps": lambda run: f"{run.steps:,}",
 }

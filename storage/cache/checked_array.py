@@ -1,4 +1,4 @@
-"""Checked reads of one array of a cache, chunk by chunk.
+"""Checked reads of one array of a cache: chunk by chunk (`CheckedArray`), or by position (`Stream`).
 
 Before the first chunk of a shard is read, the object's length and seal (shard index and chunk checksums) are compared
 with the receipt. The chunk's own crc32c is checked on every read, and afterwards the object must still be the file that
@@ -13,8 +13,10 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from storage.cache.receipts import Receipts
@@ -27,6 +29,7 @@ from storage.stores.base import Result, Store
 from storage.stores.mirror import Mirror
 
 _READ_ATTEMPTS = 3
+_STREAM_CHUNKS = 64  # of an array of the token stream, held in memory
 
 _Identity = tuple[int, int, int]  # of a file: inode, length, time of modification in ns
 
@@ -230,3 +233,56 @@ def _check_index(where: str, size: int, read: Reads, spec: ArraySpec, receipt: S
 def _ranges(ranges: list[tuple[int, int]], most: int = 4) -> str:
     shown = ", ".join(f"{start}..{stop}" for start, stop in ranges[:most])
     return shown + (f" and {len(ranges) - most} more" if len(ranges) > most else "")
+
+
+class Stream:
+    """A one-dimensional array of the token stream, read by absolute position."""
+
+    def __init__(self, array: CheckedArray, check: Callable[[NDArray[Any], int], None] | None = None) -> None:
+        self._array = array
+        self._check = check
+        self._chunk = lru_cache(_STREAM_CHUNKS)(self._read_chunk)
+
+    def __len__(self) -> int:
+        return self._array.spec.shape[0]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """The entries `start .. stop` (exclusive).
+
+        Raises IndexError outside the stream, and what `CheckedArray.read_chunk` raises.
+        """
+        check_range(start, stop, len(self))
+        size = self._array.spec.layout.chunk
+        parts = []
+        for chunk in range(start // size, -(-stop // size)):
+            values = self._chunk(chunk)
+            parts.append(values[max(0, start - chunk * size) : stop - chunk * size])
+        if not parts:
+            return np.empty(0, dtype=self._array.spec.dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        """The slicing of an array, with a start and a stop."""
+        return self.read(rows.start, min(rows.stop, len(self)))
+
+    def first(self, wanted: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> tuple[int, int] | None:
+        """(position, value) of the first entry that `wanted` selects, read block by block; None where there is none."""
+        block = self._array.spec.layout.chunk
+        for start in range(0, len(self), block):
+            values = self.read(start, min(start + block, len(self)))
+            found = np.flatnonzero(wanted(values))
+            if len(found):
+                return start + int(found[0]), int(values[found[0]])
+        return None
+
+    def _read_chunk(self, chunk: int) -> NDArray[Any]:
+        values = self._array.read_chunk(chunk)
+        if self._check is not None:
+            self._check(values, chunk)
+        return values
+
+
+def check_range(start: int, stop: int, length: int) -> None:
+    """Raise IndexError for positions outside `0 .. length`."""
+    if not 0 <= start <= stop <= length:
+        raise IndexError(f"positions {start}..{stop} are not inside 0..{length}")

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.cache.checked_array import CheckedArray, check_shards
+from storage.cache.checked_array import CheckedArray, Stream, check_range, check_shards
 from storage.cache.positions import (
     Mask,
     Positions,
@@ -58,54 +58,6 @@ ORDER_IS_GONE = (
     "cache with logit-cache pull, or remove the entry"
 )
 _CHUNK_CACHE_BYTES = 192 << 20
-_STREAM_CHUNKS = 64  # of an array of the token stream, held in memory
-
-
-class Stream:
-    """A one-dimensional array of the token stream, read by absolute position."""
-
-    def __init__(self, array: CheckedArray, check: Callable[[NDArray[Any], int], None] | None = None) -> None:
-        self._array = array
-        self._check = check
-        self._chunk = lru_cache(_STREAM_CHUNKS)(self._read_chunk)
-
-    def __len__(self) -> int:
-        return self._array.spec.shape[0]
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """The entries `start .. stop` (exclusive).
-
-        Raises IndexError outside the stream, and what `CheckedArray.read_chunk` raises.
-        """
-        _check_range(start, stop, len(self))
-        size = self._array.spec.layout.chunk
-        parts = []
-        for chunk in range(start // size, -(-stop // size)):
-            values = self._chunk(chunk)
-            parts.append(values[max(0, start - chunk * size) : stop - chunk * size])
-        if not parts:
-            return np.empty(0, dtype=self._array.spec.dtype)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        """The slicing of an array, with a start and a stop."""
-        return self.read(rows.start, min(rows.stop, len(self)))
-
-    def first(self, wanted: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> tuple[int, int] | None:
-        """(position, value) of the first entry that `wanted` selects, read block by block; None where there is none."""
-        block = self._array.spec.layout.chunk
-        for start in range(0, len(self), block):
-            values = self.read(start, min(start + block, len(self)))
-            found = np.flatnonzero(wanted(values))
-            if len(found):
-                return start + int(found[0]), int(values[found[0]])
-        return None
-
-    def _read_chunk(self, chunk: int) -> NDArray[Any]:
-        values = self._array.read_chunk(chunk)
-        if self._check is not None:
-            self._check(values, chunk)
-        return values
 
 
 class TeacherTargets:
@@ -136,6 +88,10 @@ class TeacherTargets:
     def missing(self) -> list[tuple[int, int]]:
         """Ranges of positions that no receipt covers yet; empty when the entry is complete."""
         return self.receipts.missing_ranges()
+
+    def committed(self) -> list[tuple[int, int]]:
+        """Ranges of positions that receipts cover: more of them later, while the entry is being written."""
+        return self.receipts.committed_ranges()
 
     def statistics(self) -> tuple[ShardStatistics | None, float]:
         """Sums over all committed positions, and the seconds that computing them took."""
@@ -171,7 +127,7 @@ class TeacherTargets:
 
     def stored(self, start: int, stop: int) -> StoredTargets:
         """What is stored of the positions `start .. stop`, checked as for `read` and not decoded."""
-        _check_range(start, stop, len(self))
+        check_range(start, stop, len(self))
         if start == stop:
             empty = {n: np.empty((0, *spec.shape[1:]), dtype=spec.dtype) for n, spec in self.specs.items()}
             return StoredTargets(self.entry, start, empty)
@@ -182,15 +138,18 @@ class TeacherTargets:
             parts.append(targets.rows(max(start, targets.start), min(stop, targets.stop)))
         return parts[0] if len(parts) == 1 else joined(parts)
 
-    def first_beyond(self, columns: int) -> tuple[int, int] | None:
+    def first_beyond(self, columns: int, ranges: Sequence[tuple[int, int]] | None = None) -> tuple[int, int] | None:
         """(position, id) of the first row that names an id from `columns` on, read chunk by chunk; None if none does.
 
         A row that keeps every id below `columns`, and not all of its vocabulary, names the others: its tail is theirs.
+        ranges: of positions, ascending; only the chunks that they touch are read.
         """
         if self.entry.vocabulary_size <= columns:
             return None
-        for start in range(0, len(self), self.entry.layout.chunk):
-            targets = self._chunk(start // self.entry.layout.chunk).decoded()
+        size = self.entry.layout.chunk
+        touched = [(start // size, -(-stop // size)) for start, stop in ranges or [(0, len(self))]]
+        for chunk in (chunk for first, last in touched for chunk in range(first, last)):
+            start, targets = chunk * size, self._chunk(chunk).decoded()
             named = targets.largest_ids
             named = np.where(targets.kept >= columns, np.maximum(named, columns), named)
             found = np.flatnonzero(named >= columns)
@@ -429,8 +388,3 @@ class LogitCache:
         """The tokenizer's files by name, each checked against its receipt."""
         receipt = read_tokenizer_receipt(self._store)
         return {name: read_tokenizer_file(self._store, name, expected) for name, expected in receipt.files.items()}
-
-
-def _check_range(start: int, stop: int, length: int) -> None:
-    if not 0 <= start <= stop <= length:
-        raise IndexError(f"positions {start}..{stop} are not inside 0..{length}")

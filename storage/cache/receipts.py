@@ -120,8 +120,15 @@ class Receipts:
 
     def missing_ranges(self) -> list[tuple[int, int]]:
         """Ranges of positions without a receipt, adjacent ones merged."""
+        return self._ranges(~self.committed())
+
+    def committed_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of positions with a receipt, adjacent ones merged."""
+        return self._ranges(self.committed())
+
+    def _ranges(self, chosen: np.ndarray) -> list[tuple[int, int]]:
         ranges: list[tuple[int, int]] = []
-        for shard in np.flatnonzero(~self.committed()):
+        for shard in np.flatnonzero(chosen):
             start, stop = self.first_array.shard_range(int(shard))
             if ranges and ranges[-1][1] == start:
                 ranges[-1] = (ranges[-1][0], stop)

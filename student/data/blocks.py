@@ -8,13 +8,15 @@ positions are trained on; a window of length `n <= T` reads the positions `start
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Offset = Literal["fixed", "random"]
+
+_CHOSEN_AT_ONCE = 1 << 18  # windows
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Blocks:
 
     starts     int64 [D]  first position of each document (or of the whole stream, D = 1)
     labelled   int64 [D]  labelled positions of each: its length - 1
+    chosen     int64 [n]  those of the windows that there are, ascending, by their numbers among all; None: all
 
     fixed: window i of a document reads ``[i * T, min((i + 1) * T, labelled))``: every labelled position once, the
     last window of a document shorter.
@@ -36,6 +39,7 @@ class Blocks:
     window_tokens: int
     offset: Offset
     seed: int
+    chosen: NDArray[np.int64] | None = None
     _first: NDArray[np.int64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +65,29 @@ class Blocks:
         return cls(starts, labelled.astype(np.int64), window_tokens, offset, seed)
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._first[-1]) if self.chosen is None else len(self.chosen)
+
+    @property
+    def whole(self) -> Blocks:
+        """All windows over the documents."""
+        return replace(self, chosen=None)
+
+    def inside(self, ranges: Sequence[tuple[int, int]]) -> Blocks:
+        """Those of the windows that lie in one of some ranges of positions, ascending and apart, at any offset.
+
+        So an epoch has the same windows as every other, and each reads what it reads of the whole text.
+        """
+        begins, ends = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
+        found = [np.zeros(0, dtype=np.int64)]
+        for at in range(0, len(self) if len(begins) else 0, _CHOSEN_AT_ONCE):
+            numbers = self._numbers(np.arange(at, min(at + _CHOSEN_AT_ONCE, len(self))))
+            documents, blocks, lengths = self._locate(numbers)
+            first = self.starts[documents] + blocks * self.window_tokens
+            last = first + lengths + self._rooms(documents, blocks, lengths) - 1
+            holder = np.searchsorted(begins, first, side="right") - 1
+            found.append(numbers[(holder >= 0) & (last <= ends[holder])])
+        chosen = np.concatenate(found)
+        return self if len(chosen) == len(self) else replace(self, chosen=chosen)
 
     def span(self, window: int, epoch: int = 0) -> tuple[int, int]:
         """(first absolute position, number of positions) of a window in an epoch."""
@@ -70,17 +96,33 @@ class Blocks:
     def spans(self, indices: Sequence[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
         """(first absolute position, number of positions) by index, ``epoch * len(self) + window``."""
         epochs, windows = np.divmod(whole_numbers(indices), len(self))
+        windows = self._numbers(windows)
         documents, blocks, lengths = self._locate(windows)
         inside = blocks * self.window_tokens
         if self.offset == "random":
-            rooms = np.minimum(self.window_tokens, self.labelled[documents] - lengths - inside + 1)
+            rooms = self._rooms(documents, blocks, lengths)
             keys = zip(windows.tolist(), epochs.tolist(), rooms.tolist(), strict=True)
             inside += np.array([self._random_offset(*key) for key in keys], dtype=np.int64)
         return list(zip((self.starts[documents] + inside).tolist(), lengths.tolist(), strict=True))
 
     def lengths(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of positions of each of some windows, int64, the same in every epoch."""
-        return self._locate(windows)[2]
+        return self._locate(self._numbers(windows))[2]
+
+    def positions(self) -> int:
+        """Those of the windows of an epoch."""
+        return int(self.lengths(np.arange(len(self))).sum())
+
+    def _numbers(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers of some windows among all windows over the documents."""
+        return windows if self.chosen is None else self.chosen[windows]
+
+    def _rooms(self, documents: NDArray[np.int64], blocks: NDArray[np.int64], lengths: NDArray[np.int64]) -> Any:
+        """How many places each window may begin at, int64."""
+        if self.offset == "fixed":
+            return np.ones_like(lengths)
+        left = self.labelled[documents] - lengths - blocks * self.window_tokens
+        return np.minimum(self.window_tokens, left + 1)
 
     def _locate(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
         document = np.searchsorted(self._first, windows, side="right") - 1

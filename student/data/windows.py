@@ -29,18 +29,15 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from storage import LogitCache
-from storage.cache.positions import Positions, named_sources, source_numbers
-from storage.errors import IdentityMismatch, IncompleteCache, InputError
-from storage.format.identity import other_tokens
-from storage.format.manifest.entry import TeacherEntry
+from storage.cache.positions import Positions, named_sources
+from storage.errors import IncompleteCache, InputError
 from storage.progress import Log
-from storage.text import quoted
 from student.data.batches import Piece, Window, as_read
 from student.data.blocks import Blocks, Offset, whole_numbers
+from student.data.entries import Available, available_now, beginning, isolation, usable_entry, usable_sources
 from student.data.order import GROUP_TOKENS, LANES, ReadingOrder
 from student.data.packing import GROUP_ROWS, Packing
 from student.labels import NOT_TRAINED
-from student.models.tokenizer import begin_id
 from student.models.vocabulary import check_vocabulary, ids_in_common
 
 _READ_TOGETHER = 64  # windows that iterating reads at a time
@@ -50,7 +47,7 @@ class DistillationWindows(Dataset[Window]):
     """The windows of a cache, with the targets of some teachers (none: plain cross-entropy).
 
     cache_url            path or URL of a cache
-    teachers             names of complete teacher entries that agree on the isolation of documents
+    teachers             names of teacher entries, complete if not `available`, that agree on the isolation of documents
     window_tokens        T; may differ from the teachers' context length
     offset               "fixed" or "random", see `student.data.blocks`; take "fixed" for evaluation
     sources              by teacher: the sources in whose documents it teaches; of others it reads no targets. Teachers
@@ -59,6 +56,9 @@ class DistillationWindows(Dataset[Window]):
     bos_each_window      whether BOS is put before windows that do not begin with it; None follows the teachers (False
                          without any)
     pack_documents       whether isolated documents share windows; else each is padded to a window
+    available            whether to read of entries that are still being written what is committed of all when this is
+                         made, which `available` then holds; or these ranges, from an earlier one. The windows are those
+                         of the whole text that lie within it
 
     A sequence of the first epoch's windows (`student.data.batches.Window`): `windows[-1]`, `windows[:4]`, a `for` loop;
     `collate` makes a batch of some. A DataLoader reads by `__getitems__`, whose indices are ``epoch * len(self) +
@@ -83,6 +83,7 @@ class DistillationWindows(Dataset[Window]):
         bos_each_window: bool | None = None,
         sources: Mapping[str, Sequence[str]] | None = None,
         pack_documents: bool = True,
+        available: bool | Mapping[str, Sequence[tuple[int, int]]] = False,
     ) -> None:
         if window_tokens < 1:
             raise InputError(f"a window has at least one position; got {window_tokens}")
@@ -96,13 +97,22 @@ class DistillationWindows(Dataset[Window]):
         self.teachers = tuple(teachers)
         self.window_tokens = window_tokens
         self.seed = seed
-        self.entries = {name: _usable_entry(cache, name) for name in self.teachers}
+        self.available: Available | None = None
+        if available is True:
+            self.available = available_now(cache, self.teachers)
+        elif available:
+            unnamed = [name for name in self.teachers if name not in available]
+            if unnamed:
+                raise InputError(f"available says nothing of teacher {unnamed[0]}: name ranges of each")
+            self.available = {name: tuple((a, b) for a, b in available[name]) for name in self.teachers}
+        read = self.available or {}
+        self.entries = {name: usable_entry(cache, name, read.get(name)) for name in self.teachers}
         strangers = [name for name in sources or {} if name not in self.entries]
         if strangers:
             raise InputError(f"sources are given for {strangers[0]!r}, which is none of the teachers: leave them out")
         self.sources = {name: usable_sources(cache, name, given) for name, given in (sources or {}).items()}
-        self.isolate_documents = _isolation(self.entries, isolate_documents)
-        self.begin_id = _beginning(self.entries, bos_each_window, self.cache_url)
+        self.isolate_documents = isolation(self.entries, isolate_documents)
+        self.begin_id = beginning(self.entries, bos_each_window, self.cache_url)
         self.packed = self.isolate_documents and pack_documents
         self._handle: tuple[int, LogitCache] | None = (os.getpid(), cache)
         self.blocks = self._blocks(offset)
@@ -137,7 +147,7 @@ class DistillationWindows(Dataset[Window]):
         advice = f"{column}, or take it out of the text"
         other = self._with(vocabulary_size=ids_in_common(cache, columns, model, advice, log, self.begin_id))
         for name in self.teachers:
-            found = cache.teacher(name).first_beyond(columns)
+            found = cache.teacher(name).first_beyond(columns, (self.available or {}).get(name))
             if found is not None:
                 raise InputError(
                     f"{model}: its head has {columns} columns, and the targets of teacher {name} in {self.cache_url} "
@@ -162,6 +172,13 @@ class DistillationWindows(Dataset[Window]):
         if not len(blocks):
             raise InputError(
                 f"{self.cache_url}: every document has a single token, so no position has a next one to learn"
+            )
+        for ranges in (self.available or {}).values():
+            blocks = blocks.inside(ranges)
+        if not len(blocks):
+            raise IncompleteCache(
+                f"{self.cache_url}: no window of {self.window_tokens} positions lies within what is committed of "
+                f"{' and '.join(self.available or {})}: wait for more shards, or take smaller windows"
             )
         return blocks
 
@@ -349,74 +366,3 @@ def reading_order(
         windows_per_step=windows_per_step,
         whole_steps=whole_steps,
     )
-
-
-def _usable_entry(cache: LogitCache, name: str) -> TeacherEntry:
-    """A complete entry of this cache's own stream and tokenizer; raises IdentityMismatch or IncompleteCache."""
-    targets = cache.teacher(name)
-    entry = targets.entry
-    foreign = other_tokens(entry, cache.record)
-    if foreign:
-        differing = [f"{key}: the entry has {a}, the cache {b}" for key, (a, b) in foreign.items()]
-        raise IdentityMismatch(
-            f"{cache.url}: teacher {name}", differing, "Its targets belong to other tokens: cache this teacher again"
-        )
-    missing = targets.missing()
-    if missing:
-        shown = ", ".join(f"{start}..{stop}" for start, stop in missing[:4])
-        raise IncompleteCache(
-            f"{cache.url}: teacher {name} lacks the positions {shown}"
-            f"{f' and {len(missing) - 4} more ranges' if len(missing) > 4 else ''} of {entry.positions}: "
-            f"run the same cache-logits command again to complete it"
-        )
-    return entry
-
-
-def usable_sources(cache: LogitCache, name: str, given: Sequence[str]) -> tuple[str, ...]:
-    """Sources of this cache of which an entry has targets; raises InputError for another."""
-    source_numbers(cache.record, given, cache.url)
-    there = cache.teacher(name).entry.targets.sources
-    missing = [] if there is None else [source for source in given if source not in there]
-    if missing:
-        raise InputError(
-            f"{cache.url}: teacher {name} has targets of {quoted(there or ())} alone, and none of {missing[0]!r}: "
-            f"leave that source out, or cache the teacher for it under another name"
-        )
-    return tuple(given)
-
-
-def _isolation(entries: dict[str, TeacherEntry], wanted: bool | None) -> bool:
-    """Whether windows stay inside documents: as for the teachers, since the student must see no more context."""
-    words = {True: "isolated documents", False: "the stream across documents"}
-    found = {name: entry.windowing.isolate_documents for name, entry in entries.items()}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name} {words[isolated]}" for name, isolated in found.items())
-        raise InputError(f"these teachers cannot be mixed, as they saw different contexts: {listed}")
-    for name, isolated in found.items():
-        if wanted is not None and wanted != isolated:
-            raise InputError(
-                f"teacher {name} saw {words[isolated]}, the student was to see {words[wanted]}: leave the choice out "
-                f"and the student follows its teachers"
-            )
-        return isolated
-    return bool(wanted)
-
-
-def _beginning(entries: dict[str, TeacherEntry], wanted: bool | None, cache_url: str) -> int | None:
-    """The id that windows begin with: as for the teachers, since the student must see what they saw."""
-    found = {name: entry.windowing.begin_id for name, entry in entries.items()}
-    words = {name: "none" if begin is None else f"id {begin}" for name, begin in found.items()}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{name} {what}" for name, what in words.items())
-        raise InputError(
-            f"these teachers cannot be mixed, as their windows begin with different ids, or none: {listed}; cache them "
-            f"alike (--bos-each-window)"
-        )
-    for name, begin in found.items():
-        if wanted is not None and wanted != (begin is not None):
-            raise InputError(
-                f"the windows of teacher {name} begin with {words[name]} of their own, and the student's were to begin "
-                f"with {'BOS' if wanted else 'none'}: leave the choice out and the student follows its teachers"
-            )
-        return begin
-    return begin_id(cache_url) if wanted else None

@@ -16,10 +16,8 @@ Three steps, so that the logits may come whole or in chunks of rows::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +26,8 @@ from torch import Tensor
 from storage.errors import InputError
 from student.labels import NOT_TRAINED
 from student.loss.control_variate import ControlCoefficient, ControlledTail
-from student.loss.divergences import Divergence
+from student.loss.divergences import Divergence, TailAwareKL
+from student.loss.members import check_linear, normalised, tail_of
 from student.loss.objective import SAMPLED_TAILS, TEACHER_CROSS_ENTROPY, Objective, Tail, objective_of
 from student.loss.student_logprobs import check_batch, student_buckets
 from student.loss.teacher_targets import Member, Tempered, targets_of, temper, weights
@@ -137,8 +136,8 @@ class DistillationLoss:
     position_weights   float [P] or None: factors of both terms; the count stays that of trained positions
 
     Returns `LossSums`. The members' weights are normalised to sum 1. tau**2 keeps the scale of the gradient when the
-    temperature changes (Hinton et al. 2015). `options` are the other fields of `student.loss.objective.Objective`:
-    loss, mix, tail, blend, alpha_end, interpolate_tail, loss_scale, min_entropy.
+    temperature changes (Hinton et al. 2015). `options` are the other fields of `student.loss.objective.Objective`;
+    where some change during a run, `current` is the objective of the step that `set_progress` was called for.
 
     Mixtures: forward KL is linear in p, so the weighted sum is the KL of the mixture ``p = sum_m w_m p_m`` (each
     member tempered, then mixed) up to a constant in the student: same gradient at K = V, and at K < V that of the
@@ -181,30 +180,39 @@ class DistillationLoss:
     ) -> None:
         self.objective: Objective = objective_of(alpha=alpha, temperature=temperature, **options)
         self.vocabulary_size = vocabulary_size
-        # Without a divergence there is nothing that it is the temperature of; a control does not depend on it.
-        self.temperature = self.objective.temperature if self.objective.uses_teachers else 1.0
-        self.alpha = self.objective.alpha
+        self.current: Objective = self.objective.at(0.0)
         self.window_tokens = window_tokens
         self.members: tuple[Member, ...] = ()
         if self.objective.uses_teachers:
-            self.members = _normalised(members)
+            self.members = normalised(members)
         self.tails: dict[str, Tail] = {member.name: tail_of(member, self.objective) for member in self.members}
         self.controls = {name: ControlCoefficient() for name, tail in self.tails.items() if tail == "controlled"}
         if self.objective.loss_scale == "babyllama" and (window_tokens is None or window_tokens < 2):
             raise InputError(f"loss_scale babyllama needs window_tokens of 2 or more; got {window_tokens}")
-        _check_linear(self.members, self.objective)
+        check_linear(self.members, self.objective)
 
     def __repr__(self) -> str:
         of, told = self.objective, [f"{member.name} {member.weight:g}" for member in self.members]
         teachers = ", ".join(told) or "no teacher"
         return f"{type(self).__name__}({of.loss} to {teachers}; alpha {self.alpha:g}, temperature {of.temperature:g})"
 
-    def set_progress(self, progress: float) -> None:
-        """Set a scheduled alpha for a point of the run: 0 at its first optimizer step, 1 at its last.
+    @property
+    def alpha(self) -> float:
+        """That of the current step."""
+        return self.current.alpha
 
-        Call it between optimizer steps only: all micro-batches and processes of a step share one alpha.
+    @property
+    def temperature(self) -> float:
+        """That of the current step; 1 without teachers."""
+        # Without a divergence there is nothing that it is the temperature of; a control does not depend on it.
+        return self.current.temperature if self.objective.uses_teachers else 1.0
+
+    def set_progress(self, progress: float) -> None:
+        """Set what changes during the run for a point of it: 0 at its first optimizer step, 1 at its last.
+
+        Call it between optimizer steps only: all micro-batches and processes of a step share one objective.
         """
-        self.alpha = self.objective.alpha_at(progress)
+        self.current = self.objective.at(progress)
 
     def end_step(self, control: Tensor) -> None:
         """Take what the control variates learn from an optimizer step.
@@ -302,11 +310,16 @@ class DistillationLoss:
         )
 
     def _term(self, tempered: Tempered) -> Term:
-        objective, name = self.objective, tempered.member.name
+        objective, name = self.current, tempered.member.name
         if name in self.controls:
             return ControlledTail.of(tempered, self.controls[name].value)
         if objective.loss == "forward-kl":
             return weights(tempered, self.tails[name], objective.blending)
+        if objective.loss == "tail-aware-kl":
+            if tempered.sequence is None:
+                raise InputError(f"teacher {name}: {objective.loss} needs targets that say their `sequence`")
+            sequences, head = (tempered.sequence, tempered.trained), objective.head_size
+            return TailAwareKL.of(tempered.bucketed, *sequences, head, objective.tail_weighting)
         divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
         return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
@@ -361,46 +374,6 @@ def forward_kl(
     return weights(tempered, tail, blend)(ell, theta)
 
 
-def tail_of(member: Member, objective: Objective) -> Tail:
-    """A member's treatment of the tail, with auto resolved. Raises InputError where its entry does not allow it."""
-    if member.sampled_at is not None and member.sampled_at != objective.temperature:
-        raise InputError(
-            f"teacher {member.name}: its ids were sampled for temperature {member.sampled_at:g} and are biased at "
-            f"{objective.temperature:g}: take that temperature, or cache the teacher again for the other"
-        )
-    tail = objective.tail
-    if tail == "auto":
-        tail = "bucket"
-        if objective.loss == "forward-kl":
-            tail = "sampled" if member.sampled_at is not None else "renormalise" if "tail" in member.absent else tail
-    if tail in SAMPLED_TAILS and member.sampled_at is None:
-        raise InputError(
-            f"teacher {member.name} stores its top-k ids and no sampled ids, so tail {tail} has no sample of "
-            "its tail: take tail bucket, or an entry made with --targets varopt"
-        )
-    if tail != "renormalise":
-        member.needs("tail", f"tail {tail}")
-    if tail != "sampled":
-        member.needs("sampled-logprobs", f"{objective.loss} with tail {tail}")
-    if objective.temperature != 1.0:
-        member.needs("half-tail", f"temperature {objective.temperature:g}")
-    if objective.min_entropy is not None:
-        member.needs("entropy", "a threshold of the teacher's entropy (min_entropy)")
-    return tail
-
-
-def _check_linear(members: Sequence[Member], objective: Objective) -> None:
-    weighing = [member for member in members if member.weight > 0]
-    mixed = [pair for pair in combinations(weighing, 2) if pair[0].meets(pair[1])]
-    if objective.loss != "forward-kl" and mixed:
-        names = ", ".join(dict.fromkeys(member.name for pair in mixed for member in pair))
-        raise InputError(
-            f"loss {objective.loss} of several teachers ({names}): only forward-kl is linear in the "
-            "teacher, so that a mixture can be made of separate entries; take forward-kl, one teacher, or an ensemble "
-            "entry (cache-logits with several --teacher)"
-        )
-
-
 def _weighted(values: Tensor, by_position: Tensor | None, rows: slice) -> Tensor:
     return values.sum() if by_position is None else (values * by_position[rows]).sum()
 
@@ -418,18 +391,3 @@ def _renormalised(tempered: Sequence[Tempered]) -> Tensor | None:
     total = (weight[:, None] * there).sum(0)
     # Exactly 1 with targets of all, whose weights sum to 1 but for the rounding.
     return torch.where(there.all(0) | (total == 0), 1.0, 1.0 / total)
-
-
-def _normalised(members: Sequence[Member]) -> tuple[Member, ...]:
-    names = [member.name for member in members]
-    if not names:
-        raise InputError("alpha below 1 needs at least one teacher to learn from; name one, or set alpha to 1")
-    if len(set(names)) < len(names):
-        raise InputError(f"each teacher may be named once, with its whole weight; got {', '.join(names)}")
-    for member in members:
-        if not (math.isfinite(member.weight) and member.weight >= 0):
-            raise InputError(f"teacher {member.name}: a weight is a finite number >= 0; got {member.weight}")
-    total = sum(member.weight for member in members)
-    if not 0 < total < math.inf:
-        raise InputError(f"the weights of {', '.join(names)} sum to {total:g}: give at least one a weight above 0")
-    return tuple(replace(member, weight=member.weight / total) for member in members)

@@ -51,7 +51,7 @@ class Divergence:
 
     def __call__(self, teacher: Side, student: Side) -> Tensor:
         """The divergence [P] of two sides, in nats; differentiable in the student's."""
-        log_p, log_q = (torch.cat([heads, tail[:, None]], dim=1) for heads, tail in (teacher, student))
+        log_p, log_q = _joined(teacher), _joined(student)
         exists = log_p > -math.inf
         # Made finite before any arithmetic, not after it: both sides may be -inf where every id is stored, and the
         # derivative of the log of their mixture is NaN there, however its value is masked.
@@ -83,6 +83,68 @@ class Divergence:
         if self.name == "skew-reverse-kl":
             return -math.log(self.mix)
         return 0.0
+
+
+@dataclass(frozen=True)
+class TailAwareKL:
+    """Forward KL cut into a head and a tail, the tail weighed against how little mass it has in a whole sequence.
+
+    The head are a position's `head_ids` likeliest ids, the tail all others; a, q_tail are the two sides' mass of it::
+
+        D1 = sum over the head of p log(p / q)  +  a log(a / q_tail)         the tail as one outcome
+        D2 = sum over the tail of p/a log((p / a) / (q / q_tail))            the tail alone
+        forward KL = D1 + a D2
+        loss       = D1 + b a D2        b = beta / mean of a over the positions of the sequence
+
+    (Dasgupta, Cohn and Baldwin 2026, arXiv:2602.20816v1, section 2 and equation 3.) By log q its derivative is -p on
+    the head and ``-b p + (b - 1) a q / q_tail`` on the tail, which sum to -1. Of K stored ids those behind the head,
+    and one bucket of all others, are the outcomes of the tail: D2 is at most its dense value, and equal at K = V.
+
+    A sequence is a document in a window, of whose trained positions with targets the mean is taken: it depends on
+    neither batches nor packing.
+
+    teacher   (log-probs [P, K], likeliest first, log-mass of the tail bucket [P])
+    b         [P]
+    """
+
+    teacher: Side
+    b: Tensor
+    head_ids: int
+
+    @classmethod
+    def of(cls, teacher: Side, sequence: Tensor, counted: Tensor, head_ids: int, beta: float) -> TailAwareKL:
+        """sequence: int [P], the numbers of the positions' sequences; counted: bool [P], those that a mean is over."""
+        log_p, log_tail = teacher
+        mass = (log_p[:, head_ids:].exp().sum(1) + log_tail.exp()) * counted
+        names, number = torch.unique(sequence, return_inverse=True)
+        # Of float64, so that the order in which a GPU adds them cannot be seen.
+        sums = mass.new_zeros((2, len(names)), dtype=torch.float64)
+        sums.index_add_(1, number, torch.stack([mass, counted]).double())
+        mean = (sums[0] / sums[1].clamp(min=1)).to(mass.dtype)[number]
+        return cls(teacher, torch.where(mean > 0, beta / mean, 0.0), head_ids)
+
+    def __call__(self, ell: Tensor, theta: Tensor, rows: slice) -> Tensor:
+        """The loss [R] of the student's log-probs ell [R, K] and log-mass theta [R] at some rows, in nats."""
+        heads, tail = self.teacher
+        log_p, log_q = _joined((heads[rows], tail[rows])), _joined((ell, theta))
+        exists = log_p > -math.inf
+        in_tail = exists.clone()
+        in_tail[:, : min(self.head_ids, heads.shape[1])] = False
+        has_tail = in_tail.any(1, keepdim=True)
+        log_a, log_q_tail = (
+            # Finite where the tail is empty, whatever the student has there.
+            torch.where(in_tail, each, torch.where(has_tail, -math.inf, 0.0)).logsumexp(1, keepdim=True)
+            for each in (log_p, log_q)
+        )
+        p = torch.where(exists, log_p, 0.0).exp() * exists
+        head = _expected(p * ~in_tail, log_p - log_q)
+        as_one = _expected(has_tail * log_a.exp(), log_a - log_q_tail)
+        return head + as_one + self.b[rows] * _expected(p * in_tail, (log_p - log_a) - (log_q - log_q_tail))
+
+
+def _joined(side: Side) -> Tensor:
+    heads, tail = side
+    return torch.cat([heads, tail[:, None]], dim=1)
 
 
 def _expected(weights: Tensor, values: Tensor) -> Tensor:

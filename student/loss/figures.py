@@ -28,13 +28,13 @@ class LossFigures:
         """Cross-entropy and divergences, over all processes, which call it together; empty without outputs.
 
         Nats per trained token, a divergence per trained token with targets; left out without any. Besides, by name, the
-        coefficients of the loss that change from step to step.
+        coefficients of the loss that change from step to step, as the last step had them.
         """
         if self._parts is None:
             return {}
         parts, self._parts = reduce(self._parts, "sum").tolist(), None
         loss = self._loss
-        figures = {} if loss.objective.alpha_end is None else {"alpha": loss.alpha}
+        figures = {name: getattr(loss.current, name) for name in loss.objective.scheduled}
         figures |= {f"control_{name}": float(control.value) for name, control in loss.controls.items()}
         names = ["cross_entropy", *(loss.log_name(member.name) for member in loss.members)]
         return figures | {name: value / count for name, (count, value) in zip(names, parts, strict=True) if count}

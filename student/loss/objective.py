@@ -5,14 +5,14 @@ The equations are in `student.loss.distillation`, `student.loss.teacher_targets`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from storage.config import Settings, explained
 from storage.errors import InputError
 
-LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]
+LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl"]
 Tail = Literal["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]
 
 EXACT_TEMPERATURES = (1.0, 2.0)
@@ -20,6 +20,12 @@ EXACT_TEMPERATURES = (1.0, 2.0)
 TEACHER_CROSS_ENTROPY = "teacher_ce"
 DEFAULT_MIX = {"jsd": 0.5, "skew-forward-kl": 0.1, "skew-reverse-kl": 0.1}
 DEFAULT_BLEND = 0.75
+# The best of those that Dasgupta, Cohn and Baldwin (2026, arXiv:2602.20816) tried.
+DEFAULT_HEAD_IDS = 10
+DEFAULT_TAIL_WEIGHT = 2.0
+
+SCHEDULED = ("alpha", "temperature", "mix")
+"""The fields that may change during a run, each to the value of the field of its name with `_end`."""
 
 SAMPLED_TAILS = ("sampled", "controlled", "blend")
 """The treatments of the tail that need sampled ids."""
@@ -41,20 +47,24 @@ class Objective(Settings):
     """``alpha * CE + (1 - alpha) * tau**2 * loss(teacher, student)``.
 
     loss               the divergence between teacher and student
-    mix                beta of jsd [0.5], lambda of the skewed divergences [0.1]; between 0 and 1
+    mix, mix_end       beta of jsd [0.5], lambda of the skewed divergences [0.1]; between 0 and 1
+    head_ids           of tail-aware-kl: a position's likeliest ids, so many, are its head, the others its tail [10]
+    tail_weight        of tail-aware-kl: beta, the weight of the tail, over the mean of its mass in a sequence [2]
     tail               treatment of the ids that are not stored. bucket: one outcome, a lower bound of the dense loss.
                        sampled: the sampled ids of a VarOpt entry, unbiased. controlled: these with a control variate
                        (`student.loss.control_variate`), for entries with their log-probs. blend: sampled and bucket.
                        renormalise, none: the stored ids alone, biased. auto: sampled for entries with sampled ids and
                        loss forward-kl, bucket elsewhere
     blend              share of `sampled` in tail = blend [0.75]
-    alpha, alpha_end   share of the cross-entropy; with `alpha_end`, linear from `alpha` at the first step to it at
-                       the last
-    temperature        tau; 1 and 2 are exact, others above 1 need `interpolate_tail`
+    alpha, alpha_end   share of the cross-entropy
+    temperature, temperature_end   tau; 1 and 2 are exact, others above 1 need `interpolate_tail`
     interpolate_tail   interpolate the mass of the tail at other temperatures, within reported bounds
     loss_scale         token: both terms are means over the trained positions. babyllama: the divergence is summed
                        over a window's positions, the cross-entropy is a mean over all of them but the last
     min_entropy        nats; the divergence counts only where the teacher's entropy is at least this
+
+    A field with an `_end` changes linearly, from its own value at the first optimizer step to that at the last: `at`
+    has the objective of a step.
 
     Raises pydantic's ValidationError for fields that do not fit together; `objective_of` turns it into InputError.
     """
@@ -63,19 +73,27 @@ class Objective(Settings):
 
     loss: LossName = "forward-kl"
     mix: _Share | None = None
+    mix_end: _Share | None = None
+    head_ids: Annotated[int, Field(ge=1)] | None = None
+    tail_weight: Annotated[float, Field(gt=0)] | None = None
     tail: Tail = "auto"
     blend: _Share | None = None
     alpha: Annotated[float, Field(ge=0, le=1)]
     alpha_end: Annotated[float, Field(ge=0, le=1)] | None = None
     temperature: float = 1.0
+    temperature_end: float | None = None
     interpolate_tail: bool = False
     loss_scale: Literal["token", "babyllama"] = "token"
     min_entropy: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Objective:
-        if self.mix is not None and self.loss not in DEFAULT_MIX:
-            raise ValueError(f"mix belongs to {', '.join(DEFAULT_MIX)}; the loss is {self.loss}")
+        for name in ("mix", "mix_end"):
+            if getattr(self, name) is not None and self.loss not in DEFAULT_MIX:
+                raise ValueError(f"{name} belongs to {', '.join(DEFAULT_MIX)}; the loss is {self.loss}")
+        for name in ("head_ids", "tail_weight"):
+            if getattr(self, name) is not None and self.loss != "tail-aware-kl":
+                raise ValueError(f"{name} belongs to tail-aware-kl; the loss is {self.loss}")
         if self.blend is not None and self.tail != "blend":
             raise ValueError(f"a share of sampled targets (blend) needs tail blend; the tail is {self.tail}")
         if self.loss != "forward-kl" and self.tail in _LINEAR_ONLY:
@@ -83,7 +101,14 @@ class Objective(Settings):
                 f"tail {self.tail} goes with forward-kl only: {_LINEAR_ONLY[self.tail]}; take tail bucket for "
                 f"{self.loss}"
             )
-        check_temperature(self.temperature, self.interpolate_tail)
+        for temperature in self.temperatures:
+            check_temperature(temperature, self.interpolate_tail)
+        if len(self.temperatures) > 1 and not self.interpolate_tail:
+            first, last = self.temperatures
+            raise InputError(
+                f"temperature {first:g} to {last:g}: the steps between them have temperatures at which the stored "
+                "tails are not exact; add --interpolate-tail for an interpolated tail with its error stated"
+            )
         return self
 
     @property
@@ -97,6 +122,16 @@ class Objective(Settings):
         return DEFAULT_BLEND if self.blend is None else self.blend
 
     @property
+    def head_size(self) -> int:
+        """`head_ids`, with its default."""
+        return DEFAULT_HEAD_IDS if self.head_ids is None else self.head_ids
+
+    @property
+    def tail_weighting(self) -> float:
+        """`tail_weight`, with its default."""
+        return DEFAULT_TAIL_WEIGHT if self.tail_weight is None else self.tail_weight
+
+    @property
     def uses_teachers(self) -> bool:
         """Whether alpha is below 1 at any step, so that the divergence counts."""
         return self.alpha < 1 or (self.alpha_end is not None and self.alpha_end < 1)
@@ -106,11 +141,26 @@ class Objective(Settings):
         """The divergence's prefix to a teacher's name in metric names, such as ``kl`` in ``kl_<teacher>``."""
         return "kl" if self.loss == "forward-kl" else self.loss.replace("-", "_")
 
-    def alpha_at(self, progress: float) -> float:
-        """alpha at a point of the run: progress 0 is its first step, 1 its last."""
-        if self.alpha_end is None:
-            return self.alpha
-        return (1.0 - progress) * self.alpha + progress * self.alpha_end
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperature, or the two between which all those of a schedule lie, the first step's first."""
+        if self.temperature_end in (None, self.temperature):
+            return (self.temperature,)
+        return (self.temperature, self.temperature_end)
+
+    @property
+    def scheduled(self) -> tuple[str, ...]:
+        """The names of the fields that change during the run."""
+        return tuple(name for name in SCHEDULED if getattr(self, f"{name}_end") is not None)
+
+    def at(self, progress: float) -> Self:
+        """The objective at a point of the run, without schedules: progress 0 is its first step, 1 its last."""
+        now: dict[str, float | None] = {}
+        for name in self.scheduled:
+            first = self.mixing if name == "mix" else getattr(self, name)
+            now[name] = (1.0 - progress) * first + progress * getattr(self, f"{name}_end")
+            now[f"{name}_end"] = None
+        return self.model_copy(update=now)
 
 
 def objective_of(**fields: Any) -> Objective:

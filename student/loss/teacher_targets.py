@@ -45,7 +45,7 @@ class Member:
     for an entry of top-k targets, in which every id is certain. `absent` are the fields that the entry does not store:
     some of entropy, half-tail, sampled-logprobs, tail. `log_rounding` is what the stored log-probs of sampled ids are
     above the teacher's in the mean, nats: they are rounded for the mean of 1 / p. `sources` are those of the documents
-    that it teaches, None for all.
+    that it teaches, None for all. `stored_ids` is K, None where it is not known.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Member:
     absent: frozenset[str] = frozenset()
     log_rounding: float = 0.0
     sources: frozenset[str] | None = None
+    stored_ids: int | None = None
 
     @classmethod
     def of(cls, name: str, entry: TeacherEntry, weight: float = 1.0, sources: Collection[str] | None = None) -> Member:
@@ -72,6 +73,7 @@ class Member:
             frozenset(field for field in wanted if not entry.targets.has(field)),
             mean_rounding(entry.encoding.sampled_step_nats or 0.0),
             None if taught is None else frozenset(taught),
+            entry.targets.k,
         )
 
     def meets(self, other: Member) -> bool:
@@ -111,6 +113,7 @@ class Tempered:
                               not trained
     entropy    float [P]      of the whole distribution at temperature 1; 0 at positions that are not trained; or None
     trained    bool [P]       the positions that are trained and have targets
+    sequence   int32 [P]      that of `student.target_batch.TargetBatch`, or None
     rounding   error of a sum of scores, in nats
     """
 
@@ -120,6 +123,7 @@ class Tempered:
     log_tail: Tensor
     entropy: Tensor | None
     trained: Tensor
+    sequence: Tensor | None
     temperature: float
     rounding: float
     member: Member
@@ -205,6 +209,7 @@ def temper(
         log_tail=_log_tail(targets, member, temperature).masked_fill(~trained, 0.0),
         entropy=None if targets.entropy is None else targets.entropy.masked_fill(~trained, 0.0),
         trained=trained,
+        sequence=targets.sequence,
         temperature=temperature,
         rounding=max((member.step_nats or 0.0) / 2, _ROUNDING) / temperature,
         member=member,

@@ -80,6 +80,8 @@ def sweep(job: StudentJob, search: Search, log: Log | None = None) -> SweepRepor
     database = open_database(search.storage) if search.storage else None
     name = f"sweep-{uuid.uuid4().hex[:12]}" if search.storage else "sweep"
     record = output.share(identity, study=name, **opened)
+    if "available" in opened:  # Another process may have started the sweep since this one looked.
+        job = filled(job, open_fields(asked, record, search.parameters))
     folder = SweepFolder(job, search)
     if database is None and not has_locks(folder.path):
         log(f"{folder.path}: this file system has no locks: start one process only, or give a database as storage")

@@ -14,6 +14,7 @@ import numpy as np
 
 from storage import LogitCache
 from student.data.blocks import Blocks
+from student.data.entries import Available, available_now
 from student.data.packing import Packing
 from student.job import StudentJob
 from student.models.configuration import has_weights, positions_of, read_config
@@ -26,13 +27,14 @@ _FINE_TUNING = {"learning_rate": 2e-5, "weight_decay": 0.0}
 _ADAPTER = {**_FINE_TUNING, "learning_rate": 2e-4}
 _WINDOW = "window_tokens"
 _PACK = "pack_documents"
+_AVAILABLE = "available"
 # Tokens of a window where no cached teacher has a context.
 _WINDOW_TOKENS = 1024
 
 
 def open_fields(job: StudentJob, record: Mapping[str, Any], swept: Collection[str] = ()) -> dict[str, Any]:
-    """Values of the fields that a job leaves open: whether documents share windows; and, of one from weights, learning
-    rate, weight decay, positions of a window.
+    """Values of the fields that a job leaves open: whether documents share windows; what is committed of its teachers,
+    where it trains on that; and, of one from weights, learning rate, weight decay, positions of a window.
 
     record: of the run or sweep that the output directory holds (empty: none); what it was started with holds, as what
     earlier versions started has the defaults of a new student.
@@ -42,12 +44,13 @@ def open_fields(job: StudentJob, record: Mapping[str, Any], swept: Collection[st
     given = {*job.training, *job.model_fields_set, *swept}
     of_weights = (*_FINE_TUNING, _WINDOW) if has_weights(job.model) else ()
     names = [name for name in (_PACK, *of_weights) if name not in given]
+    available = {_AVAILABLE: _available(job, record)} if job.available is True else {}
     if record:
-        return {name: _recorded(record, name) for name in names}
+        return {name: _recorded(record, name) for name in names} | available
     # Each trial of a sweep follows its own fields: a scale of the loss may need windows of one document.
     packs = None if swept else packs_documents(job)
     chosen: dict[str, Any] = {_PACK: packs, **(_ADAPTER if trains_adapter(job) else _FINE_TUNING)}
-    return {name: chosen[name] if name in chosen else _window_tokens(job) for name in names}
+    return {name: chosen[name] if name in chosen else _window_tokens(job) for name in names} | available
 
 
 def filled(job: StudentJob, values: Mapping[str, Any]) -> StudentJob:
@@ -61,7 +64,7 @@ def filled(job: StudentJob, values: Mapping[str, Any]) -> StudentJob:
 
 def described(job: StudentJob, values: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """The line for the log about the values of `open_fields` of a job from weights; [] where none was open."""
-    values = {name: value for name, value in values.items() if name != _PACK}
+    values = {name: value for name, value in values.items() if name not in (_PACK, _AVAILABLE)}
     if not values:
         return []
     words = {
@@ -72,6 +75,14 @@ def described(job: StudentJob, values: Mapping[str, Any], record: Mapping[str, A
     shown = ", ".join(words[name].format(value) for name, value in values.items())
     source = "as this folder was started" if record else "defaults of fine-tuning"
     return [f"{job.model} starts from weights: {shown} ({source})"]
+
+
+def _available(job: StudentJob, record: Mapping[str, Any]) -> Available:
+    """What was committed when the run or the sweep was started; now, for a new one."""
+    found = (record.get("identity", {}) | record.get("launch", {})).get(_AVAILABLE)
+    if found is None:
+        return available_now(LogitCache.open(job.cache), [teacher.name for teacher in job.teachers])
+    return {name: tuple((start, stop) for start, stop in ranges) for name, ranges in found.items()}
 
 
 def _recorded(record: Mapping[str, Any], name: str) -> Any:

@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from storage import LogitCache
-from storage.errors import IdentityMismatch, InputError
+from storage.errors import IdentityMismatch, IncompleteCache, InputError
 from storage.format.manifest.entry import TeacherEntry
 from storage.format.sealing import digest
 from storage.progress import Log, silent
-from student.data.windows import DistillationWindows, usable_sources
+from student.data.entries import usable_sources
+from student.data.windows import DistillationWindows
 from student.evaluation.held_out import figure_of
 from student.job import StudentJob
 from student.loss.dense import DenseLoss, LogitSource
-from student.loss.distillation import DistillationLoss, tail_of
+from student.loss.distillation import DistillationLoss
+from student.loss.members import tail_of
 from student.loss.objective import Objective
 from student.loss.teacher_targets import Member
 from student.models.configuration import stated_columns
@@ -74,7 +76,7 @@ def open_caches(job: StudentJob) -> Caches:
     sources = {teacher.name: teacher.sources for teacher in job.teachers if teacher.sources}
     windows = DistillationWindows(
         job.cache, names, job.window_tokens, job.offset, job.seed, job.isolate_documents, job.bos_each_window, sources,
-        packs_documents(job),
+        packs_documents(job), job.available,
     )  # fmt: skip
     remarks = [f"teacher {teacher.name} teaches{teacher.in_documents}" for teacher in job.teachers if teacher.sources]
     windows = _for_student(job, windows, remarks.append)
@@ -131,9 +133,11 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
         # The cross-entropy would only add the noise of a single label; with a bucket it reduces the bias
         # (docs/decisions/0012-sampled-targets-by-default.md).
         job = job.model_copy(update={"alpha": 0.0})
-    objective = {name: getattr(job, name) for name in Objective.model_fields} | {"window_tokens": job.window_tokens}
-    # Alpha as at the end of its schedule, so that all evaluations of a run measure the same loss.
-    at_its_end = objective if job.alpha_end is None else objective | {"alpha": job.alpha_end, "alpha_end": None}
+    # Evaluated as at the end of its schedules, so that all evaluations of a run measure the same loss.
+    objective, at_its_end = (
+        {name: getattr(of, name) for name in Objective.model_fields} | {"window_tokens": job.window_tokens}
+        for of in (job, job.at(1.0))
+    )
     provenance, record = caches.provenance, None
     if live is not None:
         provenance = provenance | {f"live/{name}": value for name, value in live.provenance.items()}
@@ -184,6 +188,12 @@ def _check_eval(job: StudentJob, windows: DistillationWindows) -> tuple[Distilla
             [f"fingerprint: {ours.fingerprint} and {theirs.fingerprint}"],
             "Make the held-out cache with the tokenizer of the first",
         )
+    for name in set(windows.entries).intersection(cache.teachers) if job.available else ():
+        if cache.teacher(name).missing():
+            raise IncompleteCache(
+                f"{job.eval_cache}: the entry of teacher {name} is incomplete there, and --available is about the text "
+                f"that is trained on: complete it, or leave --eval-cache out"
+            )
     reasons = {
         name: _not_comparable(cache, name, entry) or _no_documents(cache, name, windows.sources.get(name))
         for name, entry in windows.entries.items()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
@@ -35,7 +36,7 @@ from student.models.loading import load_student
 from student.models.saved_tokenizer import saved_tokenizer
 from student.models.stored_dtype import stored_dtype
 from student.models.tokenizer import read_tokenizer, special_ids
-from student.report import HeldOutReport, PeakMemory, TailBound, TrainingReport, parameters_in_words
+from student.report import AvailableText, HeldOutReport, PeakMemory, TailBound, TrainingReport, parameters_in_words
 from student.training.arguments import checked_arguments, training_values, trains_adapter
 from student.training.defaults import described, filled, open_fields
 from student.training.field_checks import one_line_refusals
@@ -45,14 +46,15 @@ from student.training.peak_memory import peak_device_bytes, peak_process_bytes
 from student.training.progress import TrainingProgress
 from student.training.publish import publish
 from student.training.run_folder import OutputDirectory, full_disk_is_reported, identity_of
-from student.training.step import positions_seen, windows_per_step
+from student.training.step import check_step, positions_seen, windows_per_step
 from student.training.trainer import DistillationTrainer, SaveByTime
 
 # Loads the live teachers of a job on a device; `teachers.live` has it, and nothing here may import that.
 LoadLive = Callable[[StudentJob, torch.device], LogitSource]
 
-# Windows over which the error of an interpolated tail is measured.
+# Windows over which the error of an interpolated tail is measured, and evenly spaced temperatures of a schedule.
 _BOUND_WINDOWS = 32
+_BOUND_TEMPERATURES = 9
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,13 @@ def _check(job: StudentJob, log: Log | None, load_live: LoadLive | None) -> _Run
         )
     known = record.get("identity", {}) | record.get("launch", {})
     args, step_notes = checked_arguments(job, values, windows, known)
+    if job.available:
+        # Processes have looked one after the other while shards were committed: all take what the first one saw.
+        (available,) = broadcast_object_list([job.available])
+        if available != job.available:
+            job = job.model_copy(update={"available": available})
+            caches = open_caches(job)
+            check_step(caches.windows.cut(job.window_tokens, job.offset), args)
     live = None
     if job.live_teachers:
         if load_live is None:
@@ -176,6 +185,9 @@ def _announce(run: _Run, parameters: int, trained: int) -> dict[str, TailBound]:
     )
     for note in run.notes:
         run.log(note)
+    available = _available(windows)
+    if available is not None:
+        run.log(available.in_words())
     untaught = windows.untaught_sources()
     if untaught:
         learnt = "only the cross-entropy counts there"
@@ -183,9 +195,10 @@ def _announce(run: _Run, parameters: int, trained: int) -> dict[str, TailBound]:
             learnt = "nothing is learnt there, as alpha is 0"
         run.log(f"no teacher teaches the documents of {quoted(untaught)}: {learnt}")
     tail_bounds = _tail_bounds(run.data)
+    temperature = " to ".join(f"{one:g}" for one in job.temperatures)
     for name, bound in tail_bounds.items():
         run.log(
-            f"teacher {name} at temperature {job.temperature:g}: the mass outside its stored ids is interpolated, "
+            f"teacher {name} at temperature {temperature}: the mass outside its stored ids is interpolated, "
             f"within {bound.mean:.4f} of the true one on average and {bound.greatest:.4f} at worst over "
             f"{bound.positions:,} positions"
         )
@@ -223,6 +236,7 @@ def _report(
         job=run.job.model_copy(update={"training": run.values}),
         provenance=data.provenance,
         isolated_documents=data.windows.isolate_documents,
+        available=_available(data.windows),
         parameters=parameters,
         trained_parameters=trained_parameters,
         steps=state.global_step,
@@ -250,10 +264,24 @@ def _report(
     )
 
 
+def _available(windows: DistillationWindows) -> AvailableText | None:
+    if windows.available is None:
+        return None
+    committed = {name: sum(stop - start for start, stop in ranges) for name, ranges in windows.available.items()}
+    blocks = windows.blocks
+    return AvailableText(committed=committed, positions=blocks.positions(), of=blocks.whole.positions())
+
+
 def _tail_bounds(data: Data) -> dict[str, TailBound]:
-    """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream."""
+    """How far interpolated tails can be off, by teacher, over windows spread evenly over the stream.
+
+    Of a schedule, at the temperature where they can be off most.
+    """
     loss, windows = data.loss, data.windows
-    if data.live is not None or loss.temperature in EXACT_TEMPERATURES or not loss.members:
+    first, last = loss.objective.temperatures[0], loss.objective.temperatures[-1]
+    passed = {first + (last - first) * step / (_BOUND_TEMPERATURES - 1) for step in range(_BOUND_TEMPERATURES)}
+    interpolated = sorted(passed.difference(EXACT_TEMPERATURES))
+    if data.live is not None or not interpolated or not loss.members:
         return {}
     number = min(len(windows), _BOUND_WINDOWS)
     chosen = [i * len(windows) // number for i in range(number)]
@@ -262,11 +290,12 @@ def _tail_bounds(data: Data) -> dict[str, TailBound]:
     found = {}
     for member in loss.members:
         targets = targets_of(member, batch["targets"], labels)
-        off = interpolation_bound(targets, member, loss.temperature)
+        off = torch.stack([interpolation_bound(targets, member, temperature) for temperature in interpolated])
         # The padding of a short window is left out, unless no position is trained at all.
         taught = (labels != NOT_TRAINED) & (targets.kept > 0)
-        off = off[taught] if taught.any() else off
-        found[member.name] = TailBound(mean=float(off.mean()), greatest=float(off.max()), positions=len(off))
+        off = off[:, taught] if taught.any() else off
+        mean, greatest = float(off.mean(1).max()), float(off.max())
+        found[member.name] = TailBound(mean=mean, greatest=greatest, positions=off.shape[1])
     return found
 
 

@@ -57,6 +57,7 @@ def identity_of(job: StudentJob, values: Mapping[str, Any], data: Data, step_win
     asked["pack_documents"] = data.windows.packed or None  # absent in runs from before there were any
     asked["windows_per_step"] = step_windows
     asked["merge"] = job.merge or None
+    asked["available"] = asked["available"] or None  # absent in runs from before there was one
     asked["model_sha256"] = model_digest(job.model)
     asked |= {f"teachers.{teacher.name}": teacher.weight for teacher in job.teachers}
     asked |= {f"teachers.{teacher.name}.sources": list(teacher.sources) for teacher in job.teachers if teacher.sources}

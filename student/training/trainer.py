@@ -301,12 +301,12 @@ class SaveByTime(TrainerCallback):
 
 
 class _FollowRun(TrainerCallback):
-    """Sets the epoch of the reading order, `has_begun` with the first one, and a scheduled alpha before each step; and
-    the control variates, as they are in the checkpoint that a run resumes from.
+    """Sets the epoch of the reading order, `has_begun` with the first one, and the scheduled fields of the loss before
+    each step; and the control variates, as they are in the checkpoint that a run resumes from.
 
-    Epoch and alpha follow from the number of the step alone: they are the same for all its micro-batches and processes,
-    and in a run resumed from a checkpoint. accelerate passes epochs down through a fixed number of wrappers, and
-    resuming in the middle of an epoch with several processes has one more: the order would start again at epoch 0.
+    Epoch and schedules follow from the number of the step alone: they are the same for all its micro-batches and
+    processes, and in a run resumed from a checkpoint. accelerate passes epochs down through a fixed number of wrappers,
+    and resuming in the middle of an epoch with several processes has one more: the order would start again at epoch 0.
     """
 
     def __init__(self, trainer: DistillationTrainer) -> None:

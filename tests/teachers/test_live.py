@@ -232,6 +232,7 @@ WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "several without a word": (["--live-teacher", "{a}", "--live-teacher", "{b}"], ("logit-mean or mixture",)),
     "combined alone": (["--live-teacher", "{a}", "--combine", "mixture"], ("one is not",)),
     "combine without any": (["--combine", "mixture"], ("belongs to live teachers",)),
+    "a loss of stored ids": (["--live-teacher", "{a}", "--loss", "tail-aware-kl"], ("for targets from a cache",)),
     "a tail": (["--live-teacher", "{a}", "--tail", "bucket"], ("no tail",)),
     "no such model": (["--live-teacher", "{world}/none"], ("none",)),
     "an empty name": (["--live-teacher", ""], ("live-teachers",)),

@@ -31,7 +31,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from which_targets import command, framed, write_json
+from steps import command, write_json
+from which_targets import framed
 
 VOCABULARY = 2_048
 WINDOW, BATCH = 128, 8

@@ -84,7 +84,7 @@ def test_an_entry_states_its_version_its_fields_and_what_serves(cache: Path, run
     everything = f"{lean}, entropy, half-tail, label, sampled-logprobs"
     for line in (f"format 1: {everything}", f"format 2: {everything}", f"format 2: {lean}\n"):
         assert f"  stored      {line}" in text
-    bucket = "; every divergence with tail bucket, at any temperature from 1 on"
+    bucket = "; every divergence but tail-aware-kl with tail bucket, at any temperature from 1 on"
     assert text.count("  serves      forward KL with tail sampled, at temperature 1") == 4
     assert text.count(bucket) == 2
     assert text.count("  made        by its teacher") == 4

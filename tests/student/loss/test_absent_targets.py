@@ -155,8 +155,9 @@ def test_a_tail_that_is_not_known_leaves_the_renormalised_ids() -> None:
             InputError, match="mass outside its stored ids, which its entry does not know: take forward-kl"
         ):
             DistillationLoss(V, 0.3, 1.0, [teacher], **options)
-    with pytest.raises(InputError, match="temperature 2 needs half-tail, which its entry does not store"):
-        DistillationLoss(V, 0.3, 2.0, [teacher])
+    for options in ({"temperature": 2.0}, {"temperature": 1.0, "temperature_end": 2.0, "interpolate_tail": True}):
+        with pytest.raises(InputError, match="temperature 2 needs half-tail, which its entry does not store"):
+            DistillationLoss(V, 0.3, members=[teacher], **options)
     sums = HeldOutSums(V, [teacher])
     sums.add(z, labels, targets)
     assert sums.result().kl_not_measured == {"t": "its entry does not know the mass outside its ids"}

@@ -104,6 +104,7 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"loss": "jsd", "mix": 0.3},
     {"loss": "skew-forward-kl"},
     {"loss": "skew-reverse-kl", "mix": 0.7},
+    {"loss": "tail-aware-kl", "head_ids": 5, "tail_weight": 3.0},
     {"loss_scale": "babyllama", "window_tokens": 6},
     {"min_entropy": 3.0, "temperature": 1.7, "interpolate_tail": True},
 ]

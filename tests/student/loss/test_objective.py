@@ -135,20 +135,42 @@ def test_the_divergence_is_taken_only_where_the_teachers_are_not_sure() -> None:
     assert int(loss(z, labels, targets).count) == int(trained.sum())
 
 
-def test_a_scheduled_alpha_is_linear_and_its_ends_need_their_targets() -> None:
+@pytest.mark.parametrize(
+    ("fixed", "schedules"),
+    [
+        ({}, {"alpha": (1.0, 0.625, 0.25)}),
+        ({"interpolate_tail": True}, {"temperature": (2.0, 1.5, 1.0)}),
+        ({"loss": "skew-reverse-kl"}, {"mix": (0.2, 0.5, 0.8)}),
+        (
+            {"loss": "jsd", "interpolate_tail": True},
+            {"alpha": (0.0, 0.25, 0.5), "temperature": (1.0, 2.0, 3.0), "mix": (0.5, 0.3, 0.1)},
+        ),
+    ],
+    ids=str,
+)
+def test_schedules_are_linear_in_the_steps(fixed: dict[str, Any], schedules: dict[str, tuple[float, ...]]) -> None:
+    """First, middle and last step: each has the loss of a run in which nothing changes."""
     z, labels, targets = normal(10, P, V), labels_for(11), {"t": stored(dense(12), 9, dtype=DOUBLE)}
-    loss = DistillationLoss(V, 1.0, 2.0, [member()], alpha_end=0.25)
-    for progress, alpha in ((0.0, 1.0), (0.5, 0.625), (1.0, 0.25)):
+    constant = {"alpha": 0.3, "temperature": 2.0, **fixed}
+    ends = {name: values[0] for name, values in schedules.items()}
+    ends |= {f"{name}_end": values[2] for name, values in schedules.items()}
+    loss = DistillationLoss(V, members=[member()], **constant | ends)
+    for number, progress in enumerate((0.0, 0.5, 1.0)):
         loss.set_progress(progress)
-        assert loss.alpha == alpha
-        fixed = DistillationLoss(V, alpha, 2.0, [member()])
+        now = {name: values[number] for name, values in schedules.items()}
+        assert {name: getattr(loss.current, name) for name in loss.objective.scheduled} == pytest.approx(now)
+        at_step = DistillationLoss(V, members=[member()], **constant | now)
         assert_same_loss(
-            lambda z: loss(z, labels, targets).loss_sum, lambda z, f=fixed: f(z, labels, targets).loss_sum, z
+            lambda z: loss(z, labels, targets).loss_sum, lambda z, f=at_step: f(z, labels, targets).loss_sum, z
         )
         assert set(loss(z, labels, targets).divergence) == {"t"}
+
+
+def test_a_schedule_begins_at_the_default_and_its_ends_need_their_targets() -> None:
+    assert DistillationLoss(V, 0.5, 1.0, [member()], loss="jsd", mix_end=0.9).current.mix == 0.5
     constant = DistillationLoss(V, 0.5, 1.0, [member()])
     constant.set_progress(1.0)
-    assert constant.alpha == 0.5
+    assert (constant.alpha, constant.temperature, constant.objective.scheduled) == (0.5, 1.0, ())
     with pytest.raises(InputError, match="at least one teacher"):
         DistillationLoss(V, 1.0, 1.0, [], alpha_end=0.5)
     assert DistillationLoss(V, 1.0, 1.0, [], alpha_end=1.0).members == ()
@@ -211,8 +233,15 @@ def test_fill_values_where_nothing_is_trained_reach_no_gradient(options: dict[st
         ({"loss": "js"}, "loss: .*'jsd'"),
         ({"tail": "buckets"}, "tail: "),
         ({"mix": 0.3}, "mix belongs to jsd"),
+        ({"mix_end": 0.3}, "mix_end belongs to jsd"),
         ({"loss": "jsd", "mix": 0.0}, "mix: .* greater than 0"),
+        ({"loss": "jsd", "mix_end": 1.0}, "mix_end: .* less than 1"),
+        ({"temperature_end": 2.0}, "temperature 1 to 2: the steps between .* not exact; add --interpolate-tail"),
+        ({"temperature_end": 0.5, "interpolate_tail": True}, "temperature 0.5: .* cannot be bounded below 1"),
         ({"loss": "jsd", "mix": 1.0}, "mix: .* less than 1"),
+        ({"head_ids": 3}, "head_ids belongs to tail-aware-kl; the loss is forward-kl"),
+        ({"loss": "jsd", "tail_weight": 3.0}, "tail_weight belongs to tail-aware-kl; the loss is jsd"),
+        ({"loss": "tail-aware-kl", "tail": "renormalise"}, "renormalise goes with forward-kl only"),
         ({"blend": 0.3}, "needs tail blend"),
         ({"tail": "blend", "blend": 1.5}, "blend: "),
         ({"alpha_end": -0.1}, "alpha_end: "),
@@ -243,6 +272,8 @@ def test_sampled_ids_serve_only_the_temperature_they_were_sampled_for() -> None:
                 DistillationLoss(V, 0.5, 1.0, [member("v", sampled_at=2.0)], loss=loss, tail=tail)
     with pytest.raises(InputError, match="sampled for temperature 1"):
         DistillationLoss(V, 0.5, 1.5, [member("v", sampled_at=1.0)], interpolate_tail=True)
+    with pytest.raises(InputError, match="sampled for temperature 1 and are biased at 2"):
+        DistillationLoss(V, 0.5, 1.0, [member("v", sampled_at=1.0)], temperature_end=2.0, interpolate_tail=True)
 
 
 def test_auto_is_sampled_for_sampled_ids_under_a_linear_loss() -> None:
@@ -266,7 +297,8 @@ def test_mixtures_of_entries_are_for_forward_kl_alone() -> None:
     _, by_z = gradient(lambda z: mixed(z, labels, targets).loss_sum, z)
     by_part = [gradient(lambda z, p=part: p(z, labels, targets).loss_sum, z)[1] for part in parts]
     torch.testing.assert_close(by_z, 0.75 * by_part[0] + 0.25 * by_part[1], rtol=1e-11, atol=1e-15)
-    for loss in ("reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"):
+    for loss in ("reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "tail-aware-kl"):
+        members = members if loss != "tail-aware-kl" else [member("a"), member("b")]
         with pytest.raises(InputError, match=rf"{loss} of several teachers \(a, b\)"):
             DistillationLoss(V, 0.5, 1.0, members, loss=loss)
         watched = DistillationLoss(V, 0.5, 1.0, [members[0], replace(members[1], weight=0.0)], loss=loss)
@@ -310,7 +342,7 @@ def test_a_varopt_entry_on_disk_is_learnt_from_as_sampled(tmp_path: Path) -> Non
     write_varopt(url, "a", logp, k, tau=2.0)
     windows = DistillationWindows(url, ["a"], n - 1)
     teacher = Member.of("a", windows.entries["a"], weight=2.0)
-    assert teacher == Member("a", 2.0, None, v, 2.0)
+    assert teacher == Member("a", 2.0, None, v, 2.0, stored_ids=k)
     batch = collate([windows[0]])
     loss = DistillationLoss(v, 0.0, 2.0, [teacher])
     z = normal(27, n - 1, v)

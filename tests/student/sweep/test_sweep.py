@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from support.commands import ROOT, Run, refused
 from support.processes import Process, start
-from support.runs import LLAMA
+from support.runs import LLAMA, fill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from storage.errors import IdentityMismatch, InputError
@@ -498,6 +499,24 @@ def test_a_combination_that_is_impossible_fails_with_its_reason(world: Path, tmp
     failed = next(trial for trial in report.trials if trial.state == "failed")
     assert "16" in (failed.error or "")
     assert "multiple" in (failed.error or "")
+
+
+def test_all_trials_have_the_shards_that_were_committed_at_the_start(world: Path, tmp_path: Path) -> None:
+    fill(str(tmp_path / "train"), 1500, 0, ("a",), shard_tokens=256, chunk_tokens=64)
+    receipts, held_back = tmp_path / "train" / "teachers" / "a" / "receipts", tmp_path / "held-back"
+    held_back.mkdir()
+    for name in ("index.json", "00000001.json", "00000004.json"):
+        shutil.move(receipts / name, held_back / name)
+    data = fields(world, tmp_path / "out", {"learning_rate": PARAMETERS["learning_rate"]}, trials=1)
+    data |= {"cache": str(tmp_path / "train"), "teachers": ["a"], "available": True}
+    swept(tmp_path / "sweep.yaml", data)
+    shutil.copytree(held_back, receipts, dirs_exist_ok=True)
+    data["sweep"]["trials"] = 2
+    assert [trial.state for trial in swept(tmp_path / "sweep.yaml", data).trials] == ["complete", "complete"]
+    reports = [(tmp_path / "out" / f"trial-{number}" / "report.json").read_bytes() for number in (0, 1)]
+    first, second = (TrainingReport.model_validate_json(report) for report in reports)
+    assert first.job.available == second.job.available == {"a": ((0, 256), (512, 1024), (1280, 1500))}
+    assert first.available == second.available
 
 
 def test_other_parameters_are_tried_with_a_step_of_the_search(world: Path, tmp_path: Path) -> None:

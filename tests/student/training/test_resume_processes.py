@@ -22,7 +22,7 @@ from student.training.run import train
 
 G = 8
 STEPS = 2 * (93 // G)
-COMMON = {"alpha_end": 0.1, "min_entropy": 2.0}
+COMMON = {"alpha_end": 0.1, "temperature_end": 1.0, "interpolate_tail": True, "min_entropy": 2.0}
 TRAINING = {"num_train_epochs": 2, "save_steps": 4, "ddp_backend": "gloo"}
 
 
@@ -53,7 +53,7 @@ def same_run(ours: Path, theirs: Path) -> None:
     assert (one.steps, one.tokens_seen, one.windows_per_step) == (two.steps, two.tokens_seen, G)
     for mine, other in zip(one.train_log, two.train_log, strict=True):
         assert mine["step"] == other["step"]
-        for key in ("loss", "cross_entropy", "kl_a", "kl_b", "alpha", "learning_rate"):
+        for key in ("loss", "cross_entropy", "kl_a", "kl_b", "alpha", "temperature", "learning_rate"):
             assert mine[key] == pytest.approx(other[key], abs=1e-5), (key, mine["step"])
     assert one.held_out.tokens == two.held_out.tokens
     assert one.held_out.cross_entropy == pytest.approx(two.held_out.cross_entropy, abs=1e-5)

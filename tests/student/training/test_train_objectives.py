@@ -152,6 +152,12 @@ def test_an_interpolated_temperature_reports_its_error_bound(world: Path, tmp_pa
     assert report.tail_bounds["b"].greatest == 0, "all its ids are stored"
     (line,) = [line for line in lines if line.startswith("teacher a at temperature 1.5")]
     assert f"{bound.mean:.4f} of the true one on average and {bound.greatest:.4f} at worst over 512 positions" in line
+    schedule = {"output_dir": str(tmp_path / "schedule"), "temperature": 2.0, "temperature_end": 1.0}
+    worst = train(job.model_copy(update=schedule), lines.append).tail_bounds["a"]
+    # 1.5 is one of those that it passes through.
+    assert worst.mean >= bound.mean
+    assert worst.greatest >= bound.greatest
+    assert any(line.startswith("teacher a at temperature 2 to 1: the mass") for line in lines)
 
 
 WRONG: dict[str, tuple[list[str], str]] = {

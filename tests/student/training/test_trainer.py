@@ -158,8 +158,12 @@ def train_cut_up(cache: str, folder: Path, accumulation: int, **others: Any) -> 
         {},
         {"alpha": 0.9, "options": {"alpha_end": 0.1, "min_entropy": 2.5}},
         {"learning_rate": 0.05, "options": {"loss_scale": "babyllama", "tail": "renormalise"}},
-        {"teachers": ("a",), "options": {"loss": "jsd", "mix": 0.3}},
+        {
+            "teachers": ("a",),
+            "options": {"loss": "jsd", "mix": 0.3, "mix_end": 0.8, "temperature_end": 1.0, "interpolate_tail": True},
+        },
         {"teachers": ("b",), "temperature": 1.0, "options": {"loss": "skew-reverse-kl", "alpha_end": 1.0}},
+        {"teachers": ("a",), "options": {"loss": "tail-aware-kl", "head_ids": 3}},
         {"teachers": ("s", "t"), "temperature": 1.0, "options": {"tail": "controlled", "min_entropy": 1.0}},
     ],
     ids=str,

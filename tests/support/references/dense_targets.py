@@ -23,6 +23,8 @@ from student.loss.teacher_targets import Member
 from student.target_batch import TargetBatch
 
 P, V = 37, 251
+SEQUENCE = 9
+"""Positions of a sequence."""
 FILL_VALUE = 2**31 - 1
 
 
@@ -89,6 +91,7 @@ def _targets(
         "entropy": -(logp.exp() * logp).sum(1),
     }
     targets = {name: value.to(dtype) if value.is_floating_point() else value for name, value in targets.items()}
+    targets["sequence"] = (torch.arange(len(logp)) // SEQUENCE).to(torch.int32)
     targets["token_ids"] = ids.masked_fill(unused, FILL_VALUE).to(torch.int32)
     if step is not None:
         top, *tails = (
