@@ -236,7 +236,7 @@ def make_entry_2(record: CacheRecord, k: int, fields: tuple[str, ...] = (), **ch
     """An entry of version 2, with made-up provenance; `changes` of `make_entry` and of `entry_2`."""
     of_targets = {name: changes.pop(name) for name in ("made", *Targets.model_fields) if name in changes}
     encoding = changes.get("encoding", "codes")
-    return entry_2(make_entry(record, k, **changes), *sorted(fields), encoding=encoding, **of_targets)
+    return entry_2(make_entry(record, max(1, k), **changes), *sorted(fields), encoding=encoding, **of_targets, k=k)
 
 
 def write_entry(
