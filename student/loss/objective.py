@@ -1,6 +1,7 @@
 """The training objective of a student: the options of the loss as frozen, validated data; imports no torch.
 
-The equations are in `student.loss.distillation`, `student.loss.teacher_targets` and `student.loss.divergences`.
+The equations are in `student.loss.distillation`, `student.loss.teacher_targets`, `student.loss.divergences` and
+`student.loss.on_policy`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from storage.config import Settings, explained
 from storage.errors import InputError
 
-LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]
+LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "lightning-opd"]
+LIGHTNING_OPD: LossName = "lightning-opd"
 Tail = Literal["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]
 
 EXACT_TEMPERATURES = (1.0, 2.0)
@@ -40,7 +42,8 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 class Objective(Settings):
     """``alpha * CE + (1 - alpha) * tau**2 * loss(teacher, student)``.
 
-    loss               the divergence between teacher and student
+    loss               the divergence between teacher and student; or lightning-opd, of the student's own samples
+                       (`student.loss.on_policy`), which leaves nothing else of this open
     mix                beta of jsd [0.5], lambda of the skewed divergences [0.1]; between 0 and 1
     tail               treatment of the ids that are not stored. bucket: one outcome, a lower bound of the dense loss.
                        sampled: the sampled ids of a VarOpt entry, unbiased. controlled: these with a control variate
@@ -84,6 +87,13 @@ class Objective(Settings):
                 f"{self.loss}"
             )
         check_temperature(self.temperature, self.interpolate_tail)
+        if self.loss == LIGHTNING_OPD:
+            alone = type(self).model_fields
+            for name in ("alpha_end", "tail", "temperature", "interpolate_tail", "loss_scale", "min_entropy"):
+                if getattr(self, name) != alone[name].default:
+                    raise ValueError(f"{name} {getattr(self, name)}: loss {self.loss} is of the sampled tokens alone")
+            if self.alpha != 0:
+                raise ValueError(f"alpha {self.alpha:g}: the cross-entropy of a student's own samples teaches nothing")
         return self
 
     @property

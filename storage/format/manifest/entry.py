@@ -65,9 +65,11 @@ class Targets(Record):
     shrunk_from: Annotated[tuple[Shrunk, ...], Field(max_length=MOST_SHRUNK)] | None = ADDED
 
     def has(self, field: str) -> bool:
-        """Whether a field is stored: one of `TARGET_FIELDS`, or the tail. Version 1 lacks at most the label's."""
+        """Whether a field is stored: one of `TARGET_FIELDS`, the tail, or ids. Version 1 lacks at most the label's."""
         if field == "tail":
             return self.tail != "unknown"
+        if field == "ids":
+            return self.k > 0
         if self.fields is None:
             return field != "label" or bool(self.has_label_logprob)
         return field in self.fields
