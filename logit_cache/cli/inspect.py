@@ -77,6 +77,7 @@ def cache_text(found: dict[str, Any]) -> str:
         "variables": corpus.get("template_variables"),
         "date": corpus.get("date"),
         "skipped rows": corpus.get("skipped_rows"),
+        "rollouts of": _rollouts_text(corpus.get("rollouts")),
     }
     shown = [name if value is True else f"{name} {value}" for name, value in made.items() if value]
     if shown:
@@ -89,6 +90,15 @@ def cache_text(found: dict[str, Any]) -> str:
         lines += ["", "  no teacher yet: run cache-logits"]
     # Sources, architectures and revisions are text of whoever made the cache.
     return "\n".join(map(printable, lines))
+
+
+def _rollouts_text(found: dict[str, Any] | None) -> str | None:
+    if found is None:
+        return None
+    return (
+        f"{found['source']} (weights sha256 {found['weights_sha256'][:16]}…; temperature {found['temperature']:g}, "
+        f"top-p {found['top_p']:g}, top-k {found['top_k']})"
+    )
 
 
 def source_lines(sources: list[dict[str, Any]], tokens: list[int] | None, most: int = 8) -> list[str]:

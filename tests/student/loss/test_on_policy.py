@@ -112,7 +112,9 @@ def test_in_the_mean_over_rollouts_it_is_the_reverse_kl() -> None:
 def test_an_entry_without_ids_serves_no_other_loss() -> None:
     of_labels = Member.of("t", make_entry_2(stream_record(P, V), 0, **NO_IDS))
     for options in ({}, {"loss": "reverse-kl"}, {"loss": "jsd"}, {"tail": "renormalise"}):
-        with pytest.raises(InputError, match=r"teacher t: .* needs the teacher's likely ids.* --targets varopt or topk"):
+        with pytest.raises(
+            InputError, match=r"teacher t: .* needs the teacher's likely ids.* --targets varopt or topk"
+        ):
             DistillationLoss(V, 0.5, 1.0, [of_labels], **options)
     with pytest.raises(InputError, match="needs label, which its entry does not store: cache it with --fields label"):
         loss_of(Member.of("t", make_entry_2(stream_record(P, V), 5)))
