@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -35,13 +35,14 @@ class StreamRollouts:
         self.made_by: Rollouts | None = None
         self._begun = False
 
-    def add(self, piece: Piece) -> None:
-        """The next piece. Raises InputError where it is not of the model of those before it."""
+    def add(self, piece: Piece, sources: Sequence[str]) -> None:
+        """The next piece; sources: their names, by number. Raises InputError where it is not of the model of those
+        before it."""
         made_by = None if piece.tokens is None else piece.tokens.rollout
         if not self._begun:
             self.made_by, self._begun = made_by, True
         elif made_by != self.made_by:
-            where = "text" if piece.tokens is None else piece.tokens.where
+            where = sources[piece.source] if piece.tokens is None else piece.tokens.where
             raise InputError(
                 f"{where}: a stream holds the rollouts of one model, sampled in one way, and nothing else: expected "
                 f"{_in_words(self.made_by)}, found {_in_words(made_by)}; make a cache of each"

@@ -90,7 +90,7 @@ def _tokenize(config: CorpusConfig, sources: list[Source], advance: Advance, log
         with Spool(Path(folder), token_id_dtype(ids), prefix, append) as spool:
             chunks = read_sources(sources, config, make, advance, skipped, names)
             for piece, tokens, trained in encode(cut(chunks), Encoder(tokenizer)):
-                rollouts.add(piece)
+                rollouts.add(piece, names.names)
                 spool.add(piece, tokens, trained)
         _check_trained(config, spool)
         arrays = spool.arrays()
