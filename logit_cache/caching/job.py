@@ -198,7 +198,7 @@ class CacheJob(Settings):
         if self.targets == "varopt":
             raise ValueError(
                 f"{self.teacher[0]}: a server gives its likeliest ids alone, and varopt samples from all of them: give "
-                f"--targets topk"
+                f"--targets topk, or none"
             )
         unknown = sorted(set(self.fields) & {"entropy", "half-tail"})
         if unknown or self.format_version == 1:
