@@ -64,15 +64,15 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A row that is tokens already: ids uint32 [n]; trained bool [n], which of them are trained on, None for all; the
-    model that sampled these; and their text, once it is known."""
+    """A row that is tokens already: ids uint32 [n]; trained bool [n], which of them are trained on, None for all; their
+    text, once it is known; and the model that sampled the trained ones."""
 
     source: int
     ids: Ids
     trained: NDArray[np.bool_] | None
     where: str
-    rollout: Rollouts | None = None
     text: str = ""
+    rollout: Rollouts | None = None
 
 
 Document = Chunk | Conversation | Tokens

@@ -289,7 +289,8 @@ def _tokens(source: int, values: Row, where: str) -> Tokens:
             raise InputError(f"{where}: attention_mask is not one run of 1 among 0 of padding; give a row per document")
         ids = ids[there]
         trained = None if trained is None else trained[there]
-    return Tokens(source, ids.astype(np.uint32), trained, where, read_rollout(values.get("rollout"), where))
+    rollout = read_rollout(values.get("rollout"), where)
+    return Tokens(source, ids.astype(np.uint32), trained, where, rollout=rollout)
 
 
 def _numbers(value: Any, name: str, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:

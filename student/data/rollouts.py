@@ -5,25 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from storage.errors import IdentityMismatch, InputError
-from storage.format.manifest.cache import CacheRecord, Rollouts
+from storage.format.manifest.cache import Rollouts
+from student.data.windows import DistillationWindows
 from student.models.configuration import has_weights
 from student.models.model_files import find_model, model_digests
 
 _SAMPLE = "sample them from it (examples/sample_rollouts.py)"
 
 
-def check_rollouts(record: CacheRecord, cache: str, model: str) -> None:
-    """Check that a cache's stream is rollouts of a student as it is before training, by the digests of its files.
+def check_rollouts(windows: DistillationWindows, model: str) -> None:
+    """Check that a stream is rollouts of a student as it is before training, by the digests of its files, and that each
+    is read by itself, as it was sampled.
 
     A new LoRA changes nothing that its base says, so the base is the student then. The student's files are read whole.
-    Raises InputError for a stream that is nobody's rollouts, or a student without weights; IdentityMismatch where
-    another model made them.
+    Raises InputError for a stream that is nobody's rollouts, for windows that cross documents, or a student without
+    weights; IdentityMismatch where another model made them.
     """
-    rollouts = record.corpus.rollouts
+    cache, rollouts = windows.cache_url, windows.record.corpus.rollouts
     if rollouts is None:
         raise InputError(
             f"{cache}: loss lightning-opd trains on rollouts of the student, and the record of this stream names no "
             f"model that made it: {_SAMPLE}, and tokenize those"
+        )
+    if not windows.isolate_documents:
+        raise InputError(
+            f"{cache}: the teacher read a rollout behind others ({', '.join(windows.teachers)}), and the student "
+            f"sampled it by itself: cache the teacher again, with --isolate-documents"
         )
     if not has_weights(model):
         raise InputError(

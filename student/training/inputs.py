@@ -122,7 +122,7 @@ def job_inputs(caches: Caches, job: StudentJob, live: LogitSource | None = None)
             f"windows begin with BOS: take --loss-scale token, or windows without BOS (no --bos-each-window)"
         )
     if job.loss == LIGHTNING_OPD:
-        check_rollouts(caches.windows.record, job.cache, job.model)
+        check_rollouts(caches.windows, job.model)
     windows, eval_windows = caches.windows.cut(job.window_tokens, job.offset), caches.eval_windows
     if eval_windows is not None:
         eval_windows = eval_windows.cut(job.window_tokens, "fixed")

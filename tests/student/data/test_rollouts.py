@@ -17,6 +17,7 @@ from support.runs import V, have_equal_weights, job_in
 
 from storage.errors import IdentityMismatch, InputError
 from storage.format.manifest.cache import Rollouts
+from storage.format.manifest.entry import Windowing
 from student import rollout_field
 from student.training.run import train
 
@@ -33,19 +34,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(folder / "adapter", base)
     tokens = rng.integers(0, V, 600).astype(np.uint16)
     labels, table = np.append(tokens[1:], -1).astype(np.int64), 2 * rng.normal(size=(V, V))
+    starts = np.arange(0, 600, 20)
+    labels[starts[1:] - 1] = -1
     for name in ("base", "adapter", "nobody"):
         made_by = None if name == "nobody" else Rollouts(**rollout_field(str(folder / name), **SETTINGS))
         url = str(folder / f"of-{name}")
-        record = make_corpus(url, tokens, V, loss_mask=tokens % 3 > 0, rollouts=made_by)
-        entry = make_entry_2(record, 0, ("label",), method="none", tail="unknown")
-        write_entry(url, "t", entry, dense_targets(table[tokens], 5, labels))
+        record = make_corpus(url, tokens, V, starts, loss_mask=tokens % 3 > 0, rollouts=made_by)
+        for teacher, isolated in (("t", True), ("behind-others", False)):
+            windowing = Windowing(context_tokens=20, stride_tokens=20, isolate_documents=isolated)
+            entry = make_entry_2(record, 0, ("label",), method="none", tail="unknown", windowing=windowing)
+            known = labels if isolated else np.append(tokens[1:], -1).astype(np.int64)
+            write_entry(url, teacher, entry, dense_targets(table[tokens], 5, known))
     return folder
 
 
 def job_of(world: Path, out: Path, rollouts: str, model: str | Path, **changes: Any) -> Any:
     training = {**TRAINING, **changes.pop("training", {})}
     of = {"cache": str(world / f"of-{rollouts}"), "teachers": ["t"], "model": str(model), "temperature": 1.0}
-    return job_in(world, out, **of, loss="lightning-opd", training=training, **changes)
+    return job_in(world, out, **{**of, **changes}, loss="lightning-opd", training=training)
 
 
 def test_a_student_is_known_by_its_tensors(world: Path, tmp_path: Path) -> None:
@@ -83,6 +89,8 @@ def test_no_other_model_is_trained_on_them(world: Path, tmp_path: Path) -> None:
             train(job_of(world, tmp_path / "out", rollouts, model))
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"the teacher read a rollout behind others \(behind-others\)"):
+        train(job_of(world, tmp_path / "out", "base", world / "base", teachers=["behind-others"]))
     assert not (tmp_path / "out").exists()
 
 
