@@ -75,7 +75,7 @@ class DenseLoss(DistillationLoss):
         member = Member(LIVE, 1.0, None, vocabulary_size)
         super().__init__(vocabulary_size, alpha, temperature, [member], **options)
         self._source = source
-        self._divergence = Divergence(self.objective.loss, self.objective.mixing)
+        self._divergence = Divergence(self.objective.divergence, self.objective.mixing)
 
     def meaning(self, name: str) -> str:
         del name

@@ -318,7 +318,7 @@ class DistillationLoss:
             return ControlledTail.of(tempered, self.controls[name].value)
         if objective.loss == "forward-kl":
             return weights(tempered, self.tails[name], objective.blending)
-        divergence, (heads, log_tail) = Divergence(objective.loss, objective.mixing), tempered.bucketed
+        divergence, (heads, log_tail) = Divergence(objective.divergence, objective.mixing), tempered.bucketed
         return lambda ell, theta, rows: divergence((heads[rows], log_tail[rows]), (ell, theta))
 
     def _scale(self, labels: Tensor) -> tuple[float, float, Tensor | None]:

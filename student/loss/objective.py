@@ -6,15 +6,16 @@ The equations are in `student.loss.distillation`, `student.loss.teacher_targets`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from storage.config import Settings, explained
 from storage.errors import InputError
 
-LossName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl", "lightning-opd"]
-LIGHTNING_OPD: LossName = "lightning-opd"
+DivergenceName = Literal["forward-kl", "reverse-kl", "jsd", "skew-forward-kl", "skew-reverse-kl"]
+LossName = Literal[DivergenceName, "lightning-opd"]
+LIGHTNING_OPD: Final = "lightning-opd"
 Tail = Literal["auto", "bucket", "sampled", "controlled", "blend", "renormalise", "none"]
 
 EXACT_TEMPERATURES = (1.0, 2.0)
@@ -95,6 +96,13 @@ class Objective(Settings):
             if self.alpha != 0:
                 raise ValueError(f"alpha {self.alpha:g}: the cross-entropy of a student's own samples teaches nothing")
         return self
+
+    @property
+    def divergence(self) -> DivergenceName:
+        """The loss as a divergence of distributions. Raises InputError where it is of sampled tokens."""
+        if self.loss == LIGHTNING_OPD:
+            raise InputError(f"loss {self.loss} is of cached log-probs of sampled tokens: take reverse-kl here")
+        return self.loss
 
     @property
     def mixing(self) -> float:
