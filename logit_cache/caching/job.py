@@ -47,6 +47,7 @@ DEFAULT_FIELDS: dict[TargetKind, tuple[FieldName, ...]] = {
     "topk": ("entropy", "half-tail"),
     "none": ("label",),
 }
+DEFAULT_K = 64
 _METHODS: dict[TargetKind, Literal["top-k", "varopt", "none"]] = {"topk": "top-k", "varopt": "varopt", "none": "none"}
 _OF_VAROPT = ("head_ids", "seed", "target_temperature", "sampling", "order", "sample_size", "sampled_step_nats")
 # Options of targets that go with some kinds of them alone.
@@ -109,7 +110,7 @@ class CacheJob(Settings):
     weight: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
     name: EntryName
     targets: TargetKind = "varopt"
-    k: KeptIds = 64
+    k: KeptIds | None = None
     top_p: Mass | None = None
     head_ids: Annotated[int, Field(ge=0)] | None = None
     seed: Seed | None = None
@@ -133,7 +134,7 @@ class CacheJob(Settings):
     sample_size: Literal["fixed", "threshold"] | None = None
     format_version: Literal[1, 2] | None = None
     encoding: Literal["codes", "float32"] = "codes"
-    step_nats: StepNats = DEFAULT_STEP_NATS
+    step_nats: StepNats | None = None
     sampled_step_nats: StepNats | None = None
     profile: Profile = "small"
     shard_tokens: Positive | None = None
@@ -151,7 +152,7 @@ class CacheJob(Settings):
     @property
     def stored_ids(self) -> int:
         """K: the ids of a row."""
-        return 0 if self.targets == "none" else self.k
+        return 0 if self.targets == "none" else self.k or DEFAULT_K
 
     @property
     def is_served(self) -> bool:
@@ -211,7 +212,7 @@ class CacheJob(Settings):
     @model_validator(mode="after")
     def _targets_agree(self) -> CacheJob:
         for name, kinds in _OF_KINDS.items():
-            if self.targets not in kinds and name in self.model_fields_set and getattr(self, name) is not None:
+            if self.targets not in kinds and getattr(self, name) is not None:
                 raise ValueError(
                     f"--{name.replace('_', '-')} goes with --targets {' or '.join(kinds)}: leave one of them out"
                 )
@@ -220,9 +221,10 @@ class CacheJob(Settings):
                 f"--target-temperature {self.target_temperature:g}: ids are sampled for temperature 1 or 2, at which "
                 f"the stored tails are exact"
             )
-        if self.head_ids is not None and self.head_ids >= self.k:
+        if self.head_ids is not None and self.head_ids >= self.stored_ids:
             raise ValueError(
-                f"--head-ids {self.head_ids} leaves none of -k {self.k} ids to sample: give fewer, or --targets topk"
+                f"--head-ids {self.head_ids} leaves none of -k {self.stored_ids} ids to sample: give fewer, or --targets "
+                f"topk"
             )
         return self
 
@@ -333,7 +335,7 @@ class CacheJob(Settings):
     def stored_encoding(self, targets: Targets, recorded: TeacherEntry | None = None) -> Encoding:
         """The encoding record of the entry with these targets."""
         codes = self.encoding == "codes"
-        step = self.step_nats if codes else None
+        step = self.step_nats or DEFAULT_STEP_NATS if codes else None
         if self.version(recorded) == 1:
             return Encoding(kind=self.encoding, step_nats=step, mantissa_bits=12 if codes else 23)
         before = None if recorded is None else recorded.encoding.sampled_step_nats

@@ -103,7 +103,9 @@ def load_teachers(job: CacheJob, ranks: Ranks | None = None) -> tuple[HuggingFac
         if job.context_tokens is not None:
             teacher.check_context(job.context_tokens, job.bos_each_window)
         if job.stored_ids > teacher.head_columns:
-            raise InputError(f"--k {job.k} is larger than the head of {source} ({teacher.head_columns} columns)")
+            raise InputError(
+                f"--k {job.stored_ids} is larger than the head of {source} ({teacher.head_columns} columns)"
+            )
     return teachers
 
 
@@ -161,7 +163,7 @@ def check_stream(job: CacheJob) -> LogitCache:
     vocabulary_size = cache.vocabulary_size
     if job.stored_ids > vocabulary_size:
         raise InputError(
-            f"--k {job.k} is larger than the vocabulary of {job.cache} ({vocabulary_size} ids): "
+            f"--k {job.stored_ids} is larger than the vocabulary of {job.cache} ({vocabulary_size} ids): "
             f"give at most {vocabulary_size}"
         )
     missing = cache.missing_tokens()

@@ -16,6 +16,7 @@ from support.jobs import cache_logits, contents, copy_of, refusal, whole
 from support.models.saved import dense_logprobs
 from transformers import AutoModelForCausalLM
 
+from logit_cache.caching.job import CacheJob
 from logit_cache.caching.recompress import RecompressJob, recompress
 from storage import LogitCache
 from storage.format.manifest.entry import TARGET_FIELDS, Targets
@@ -333,6 +334,8 @@ def test_commands_know_an_entry_without_ids(chats: Path, teacher: Path, tmp_path
     ids=str,
 )
 def test_options_about_ids_go_with_ids(cache: Path, teacher: Path, fields: dict[str, Any], words: tuple[str]) -> None:
+    job = CacheJob(cache="c", teacher=("t",), name="n", targets="none")
+    assert CacheJob.model_validate(job.model_dump(mode="json")) == job, "as workers of other engines are given it"
     line = refusal(cache, "n", teacher, targets="none", **fields)
     assert all(word in line for word in words), line
 
