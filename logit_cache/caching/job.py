@@ -223,8 +223,8 @@ class CacheJob(Settings):
             )
         if self.head_ids is not None and self.head_ids >= self.stored_ids:
             raise ValueError(
-                f"--head-ids {self.head_ids} leaves none of -k {self.stored_ids} ids to sample: give fewer, or --targets "
-                f"topk"
+                f"--head-ids {self.head_ids} leaves none of -k {self.stored_ids} ids to sample: give fewer, or "
+                f"--targets topk"
             )
         return self
 
